@@ -1,0 +1,199 @@
+"""A chunk of tokens at a time in plain jnp: what CPUs run, and the fallback everywhere else.
+
+Logits exist for one chunk of tokens only. Where gradients are wanted they are computed in the same pass, since the loss is a
+sum and its cotangent therefore one number that scales them later: three matrix products where the usual
+recomputation takes four, and one exponential a logit.
+
+For a token with logits `l`, label `y` and weight `w`, with `m = max(l)`, `p = exp(l - m)`, `s = sum(p)`
+and `lse = m + log(s)`,
+
+    loss    = w (lse - l[y] + z lse²)
+    dloss/dl = w ((1 + 2 z lse) p / s - onehot(y))
+
+The last line is subtracted in float32 before it is rounded to the type of the matrix products, so a token that the model
+predicts with confidence keeps its small gradient in bfloat16.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.manual_axes import vary, varying_axes
+
+# A chunk's float32 logits should stay in a CPU's cache, yet a matrix product wants some hundred rows.
+_CHUNK_LOGITS = 2**21
+_MIN_CHUNK, _MAX_CHUNK = 128, 1024
+
+
+class Gradients(NamedTuple):
+    """What the forward pass leaves for the backward pass, each for a cotangent of one."""
+
+    hidden: Float[Array, "tokens d"]
+    vocab_weight: Float[Array, "vocab d"]
+    bias: Float[Array, " vocab"] | None
+    weights: Float[Array, " tokens"]
+    """The token's own loss, which is the gradient of its weight."""
+
+
+class Tile(NamedTuple):
+    """One chunk's losses, and the gradient of its logits as `scale[:, None] * direction`."""
+
+    losses: Float[Array, " chunk"]
+    direction: Float[Array, "chunk vocab"]
+    scale: Float[Array, " chunk"]
+
+
+TileFunction = Callable[
+    [Float[Array, "chunk vocab"], Int[Array, " chunk"], Float[Array, " chunk"]], Tile
+]
+
+
+def chunk_size(tokens: int, vocab: int, target: int | None = None) -> int:
+    """Tokens in a chunk: near the target (chosen by `vocab` unless given), and a divisor of `tokens` if one is near."""
+    if target is None:
+        target = min(max(_CHUNK_LOGITS // vocab, _MIN_CHUNK), _MAX_CHUNK)
+    fewest = max(math.ceil(tokens / target), 1)
+    chunks = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+    return max(math.ceil(tokens / chunks), 1)
+
+
+def _split(values: Array, chunk: int, fill: int = 0) -> Array:
+    """[tokens, ...] as [chunks, chunk, ...], padded with `fill`; a chunk takes every `chunks`-th token.
+
+    The stride matters where a mesh shards the tokens: each chunk then lies on all the devices alike, while a chunk of
+    neighbours would lie on one of them.
+    """
+    chunks = math.ceil(values.shape[0] / chunk)
+    padding = [(0, chunks * chunk - values.shape[0])] + [(0, 0)] * (values.ndim - 1)
+    if padding[0][1]:
+        values = jnp.pad(values, padding, constant_values=fill)
+    return values.reshape(chunk, chunks, *values.shape[1:]).swapaxes(0, 1)
+
+
+def _join(values: Array, tokens: int) -> Array:
+    return values.swapaxes(0, 1).reshape(-1, *values.shape[2:])[:tokens]
+
+
+def _matmul(left: Array, right: Array, contract: tuple[int, int]) -> Array:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def _logits(hidden: Array, weight: Array, bias: Array | None) -> Array:
+    logits = _matmul(hidden, weight, (1, 1))
+    return logits if bias is None else logits + bias.astype(jnp.float32)[None, :]
+
+
+def token_losses(logits: Array, labels: Array, log_normalizer: Array, z_loss: float) -> Array:
+    """Each token's own loss, 0 for a negative label."""
+    at_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    losses = log_normalizer - at_label
+    if z_loss:
+        losses = losses + z_loss * log_normalizer**2
+    return jnp.where(labels >= 0, losses, 0.0)
+
+
+def softmax_tile(logits: Array, labels: Array, weights: Array, *, z_loss: float) -> Tile:
+    """Losses and logit gradients of one chunk; a negative label has the loss 0 and, by its weight 0, no gradient."""
+    peak = jnp.max(logits, axis=1)
+    unnormalized = jnp.exp(logits - peak[:, None])
+    total = jnp.sum(unnormalized, axis=1)
+    log_normalizer = peak + jnp.log(total)
+    is_label = jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1) == labels[:, None]
+    if z_loss:
+        # The factor can be zero, so it cannot be divided out of the label's entry as below.
+        probability = unnormalized * ((1.0 + 2.0 * z_loss * log_normalizer) / total)[:, None]
+        direction, scale = jnp.where(is_label, probability - 1.0, probability), weights
+    else:
+        # The division by `total` is left to the [chunk] vector: one pass less over the chunk's logits.
+        direction = jnp.where(is_label, unnormalized - total[:, None], unnormalized)
+        scale = weights / total
+    return Tile(token_losses(logits, labels, log_normalizer, z_loss), direction, scale)
+
+
+def chunked_loss(
+    hidden: Float[Array, "tokens d"],
+    vocab_weight: Float[Array, "vocab d"],
+    bias: Float[Array, " vocab"] | None,
+    labels: Int[Array, " tokens"],
+    weights: Float[Array, " tokens"],
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> Float[Array, ""]:
+    """The loss alone. Labels are in [0, vocab), or negative for a token that does not count."""
+    chunk = chunk_size(hidden.shape[0], vocab_weight.shape[0], chunk_tokens)
+    weight = vocab_weight.astype(hidden.dtype)
+
+    def step(_, inputs):
+        hidden, labels, weights = inputs
+        logits = _logits(hidden, weight, bias)
+        losses = token_losses(logits, labels, jax.nn.logsumexp(logits, axis=1), z_loss)
+        return None, jnp.sum(weights * losses)
+
+    inputs = _split(hidden, chunk), _split(labels, chunk, fill=-1), _split(weights, chunk)
+    return jnp.sum(jax.lax.scan(step, None, inputs)[1])
+
+
+def chunked_loss_and_gradients(
+    hidden: Float[Array, "tokens d"],
+    vocab_weight: Float[Array, "vocab d"],
+    bias: Float[Array, " vocab"] | None,
+    labels: Int[Array, " tokens"],
+    weights: Float[Array, " tokens"],
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+    tile: TileFunction | None = None,
+) -> tuple[Float[Array, ""], Gradients]:
+    """The loss and its gradients in one pass, each gradient in the type of what it is the gradient of.
+
+    Args:
+        hidden: As in `kernels_pallas.cross_entropy`, and so `vocab_weight`, `bias`, `weights` and `z_loss`.
+        vocab_weight: See there.
+        bias: See there.
+        labels: In [0, vocab), or negative for a token that does not count and whose weight is 0.
+        weights: See there.
+        z_loss: See there.
+        chunk_tokens: Tokens in a chunk; None chooses by the size of the vocabulary.
+        tile: What turns a chunk's logits into losses and gradients; None is `softmax_tile`.
+    """
+    tokens, chunk = (
+        hidden.shape[0],
+        chunk_size(hidden.shape[0], vocab_weight.shape[0], chunk_tokens),
+    )
+    dtype = hidden.dtype
+    weight = vocab_weight.astype(dtype)
+    make_tile = tile or (lambda *inputs: softmax_tile(*inputs, z_loss=z_loss))
+
+    def step(sums, inputs):
+        hidden, labels, weights = inputs
+        losses, direction, scale = make_tile(_logits(hidden, weight, bias), labels, weights)
+        narrow = direction.astype(dtype)
+        d_hidden = _matmul(narrow, weight, (1, 0)) * scale[:, None]
+        scaled_hidden = (hidden.astype(jnp.float32) * scale[:, None]).astype(dtype)
+        d_weight, d_bias = sums
+        d_weight = d_weight + _matmul(narrow, scaled_hidden, (0, 0))
+        if d_bias is not None:
+            d_bias = d_bias + scale @ direction.astype(jnp.float32)
+        return (d_weight, d_bias), (d_hidden.astype(dtype), losses)
+
+    inputs = _split(hidden, chunk), _split(labels, chunk, fill=-1), _split(weights, chunk)
+    zeros = (
+        jnp.zeros(weight.shape, jnp.float32),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+    )
+    zeros = vary(zeros, varying_axes(inputs, weight, bias))
+    (d_weight, d_bias), (d_hidden, losses) = jax.lax.scan(step, zeros, inputs)
+    losses = _join(losses, tokens)
+    gradients = Gradients(
+        hidden=_join(d_hidden, tokens),
+        vocab_weight=d_weight.astype(vocab_weight.dtype),
+        bias=None if bias is None else d_bias.astype(bias.dtype),
+        weights=losses,
+    )
+    return jnp.sum(weights * losses), gradients

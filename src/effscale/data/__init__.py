@@ -1,0 +1,80 @@
+"""Text to batches: sources, tokenizers, token stores, splits, packing and grain pipelines.
+
+`prepare_corpus` goes from a source to token stores in one call and `make_dataset` from stores to
+batches; everything that they are made of can be used alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from effscale.data.atomic import DiskFullError
+from effscale.data.build import Progress, write_splits, write_store
+from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
+from effscale.data.documents import Document, DocumentError, SkipReport, Source
+from effscale.data.encode import encode_documents
+from effscale.data.packing import PackedTokens
+from effscale.data.sampling import sample_texts
+from effscale.data.sources import (
+    HuggingFace,
+    JsonLines,
+    Parquet,
+    StandardLibrary,
+    TextFiles,
+    parse_mixture,
+    parse_source,
+)
+from effscale.data.splits import Splits
+from effscale.data.statistics import token_counts, unigram_entropy
+from effscale.data.store import CorruptTokenStoreError, TokenStore
+from effscale.data.tokenizer import load_tokenizer, save_tokenizer, separator_id, train_tokenizer
+from effscale.data.writer import TokenStoreWriter
+
+if TYPE_CHECKING:
+    from effscale.data.pipeline import batch_rows, make_dataset, packed_rows
+
+__all__ = [
+    "Corpus",
+    "CorruptTokenStoreError",
+    "DiskFullError",
+    "Document",
+    "DocumentError",
+    "HuggingFace",
+    "JsonLines",
+    "PackedTokens",
+    "Parquet",
+    "Progress",
+    "SkipReport",
+    "Source",
+    "Splits",
+    "StandardLibrary",
+    "TextFiles",
+    "TokenStore",
+    "TokenStoreWriter",
+    "batch_rows",
+    "encode_documents",
+    "load_tokenizer",
+    "make_dataset",
+    "packed_rows",
+    "parse_mixture",
+    "parse_source",
+    "prepare_corpus",
+    "prepare_mixture",
+    "sample_texts",
+    "save_tokenizer",
+    "separator_id",
+    "token_counts",
+    "train_tokenizer",
+    "unigram_entropy",
+    "write_splits",
+    "write_store",
+]
+
+_NEEDS_GRAIN = ("batch_rows", "make_dataset", "packed_rows")
+
+
+def __getattr__(name: str):
+    # grain imports jax and orbax, most of a second; only the pipelines need it.
+    if name in _NEEDS_GRAIN:
+        from effscale.data import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,113 @@
+"""Folders that come into being whole or not at all."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator
+
+
+class DiskFullError(OSError):
+    """The disk filled up while a folder was written; what was there before is untouched."""
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    target: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder beside ``target`` that becomes ``target`` if the block succeeds.
+
+    The files are flushed to the disk before the folder is renamed, so neither an exception nor a
+    power cut leaves a half-written folder under the final name. Temporary folders that a killed
+    process left are removed by the next writer.
+
+    Args:
+        target: The folder to make.
+        overwrite: Replace an existing one; it stays in place until the new one is complete.
+
+    Raises:
+        FileExistsError: ``target`` exists and ``overwrite`` is false.
+        DiskFullError: The disk or a quota is full.
+    """
+    target = pathlib.Path(target).absolute()
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"{str(target)!r} exists; it is written once. Choose another folder, "
+            "or pass overwrite=True to replace it."
+        )
+    temporary = target.parent / _temporary_name(target, "tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        _publish(temporary, target, overwrite)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                error.errno,
+                f"the disk is full ({error.strerror}) while writing {str(target)!r}. "
+                "Free some space or choose a folder on another disk, and run it again; "
+                "nothing half-written was left",
+            ) from error
+        raise
+
+
+def _temporary_name(target: pathlib.Path, kind: str) -> str:
+    return f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _remove_leftovers(target: pathlib.Path) -> None:
+    prefixes = [f".{target.name}.{kind}-{socket.gethostname()}" for kind in ("tmp", "old")]
+    for entry in target.parent.iterdir():
+        prefix, _, rest = entry.name.rpartition("-")
+        prefix, _, pid = prefix.rpartition("-")
+        if prefix in prefixes and rest and pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(folder: pathlib.Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(temporary: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    aside = None
+    if overwrite and target.exists():
+        aside = target.parent / _temporary_name(target, "old")
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError as error:
+        if aside is not None:
+            os.rename(aside, target)
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(
+                error.errno, "another process wrote this folder first", str(target)
+            ) from error
+        raise
+    _fsync(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""Token stores from documents, in one pass."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from effscale.data.documents import Document
+from effscale.data.encode import encode_documents
+from effscale.data.splits import Splits
+from effscale.data.store import TokenStore
+from effscale.data.tokenizer import separator_id, tokenizer_digest
+from effscale.data.writer import TokenStoreWriter
+
+
+class Progress(NamedTuple):
+    """How far the building of stores has come."""
+
+    documents: int
+    characters: int
+    tokens: int
+
+
+def write_splits(
+    documents: Iterable[Document],
+    folders: Mapping[str, str | os.PathLike[str]],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    splits: Splits,
+    eos_token: str | None = None,
+    parse_special_tokens: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+) -> dict[str, TokenStore]:
+    """Encodes documents and writes each part of the corpus as a token store.
+
+    Memory does not grow with the corpus.
+
+    Args:
+        documents: The documents, read once.
+        folders: A folder for each part of ``splits``.
+        tokenizer: The tokenizer.
+        splits: Which document goes where.
+        eos_token: The token to put at the end of each document; None finds the tokenizer's own.
+        parse_special_tokens: As in `encode_documents`.
+        metadata: Plain values for the manifests.
+        overwrite: Replace existing stores.
+        progress: Called after each batch.
+
+    Returns:
+        The stores, opened.
+
+    Raises:
+        ValueError: ``folders`` does not match ``splits``, or the tokenizer has no such token.
+        FileExistsError: A folder exists and ``overwrite`` is false.
+        DiskFullError: The disk is full; no store is left.
+    """
+    if set(folders) != set(splits.fractions):
+        raise ValueError(
+            f"folders for {sorted(folders)} and splits {sorted(splits.fractions)}: "
+            "give one folder for each split."
+        )
+    eos_id = separator_id(tokenizer, eos_token)
+    digest = tokenizer_digest(tokenizer)
+    done = Progress(0, 0, 0)
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(
+                TokenStoreWriter(
+                    folder,
+                    vocab_size=tokenizer.get_vocab_size(),
+                    eos_id=eos_id,
+                    tokenizer_digest=digest,
+                    metadata={**(metadata or {}), "split": name, "split_seed": splits.seed},
+                    overwrite=overwrite,
+                )
+            )
+            for name, folder in folders.items()
+        }
+        writer = None
+        for batch in encode_documents(
+            documents, tokenizer, parse_special_tokens=parse_special_tokens
+        ):
+            for piece in batch:
+                if writer is None:
+                    writer = writers[splits.assign(piece.document.text)]
+                writer.write(piece.ids)
+                if piece.last:
+                    writer.end_document()
+                    writer = None
+            done = Progress(
+                done.documents + sum(piece.last for piece in batch),
+                done.characters + sum(piece.characters for piece in batch),
+                sum(writer.num_tokens for writer in writers.values()),
+            )
+            if progress is not None:
+                progress(done)
+    return {name: TokenStore.open(folder) for name, folder in folders.items()}
+
+
+def write_store(
+    documents: Iterable[Document],
+    folder: str | os.PathLike[str],
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    eos_token: str | None = None,
+    parse_special_tokens: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], object] | None = None,
+) -> TokenStore:
+    """Encodes documents and writes them as one token store; see `write_splits`."""
+    stores = write_splits(
+        documents,
+        {"all": folder},
+        tokenizer,
+        splits=Splits(fractions={"all": 1.0}),
+        eos_token=eos_token,
+        parse_special_tokens=parse_special_tokens,
+        metadata=metadata,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return stores["all"]

@@ -1,0 +1,245 @@
+"""From sources to a tokenizer and token stores in one call, kept for the next time."""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tokenizers
+
+from effscale.data.atomic import atomic_folder
+from effscale.data.build import Progress, write_splits
+from effscale.data.cache import lock, request_key
+from effscale.data.corpus_tokenizer import corpus_tokenizer
+from effscale.data.documents import Document, SkipReport, Source
+from effscale.data.splits import Splits
+from effscale.data.store import CorruptTokenStoreError, TokenStore
+from effscale.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    separator_id,
+    tokenizer_digest,
+)
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_CHARACTERS = 32 << 20
+_REQUEST = "corpus.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A corpus ready for training.
+
+    Attributes:
+        tokenizer: Encodes and decodes its text.
+        train: The training documents.
+        validation: The documents held out.
+        eos_id: The token that ends each document.
+        folder: Where all of it is.
+        skipped: The documents that were left out when it was built.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    train: TokenStore
+    validation: TokenStore
+    eos_id: int
+    folder: pathlib.Path
+    skipped: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens in the vocabulary."""
+        return self.train.vocab_size
+
+
+def prepare_corpus(
+    sources: Source | Sequence[Source],
+    folder: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    tokenizer: tokenizers.Tokenizer | str | os.PathLike[str] | None = None,
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    sample_characters: int = SAMPLE_CHARACTERS,
+    eos_token: str | None = None,
+    parse_special_tokens: bool = False,
+    verify: Literal["size", "full"] = "size",
+    progress: Callable[[Progress], object] | None = None,
+) -> Corpus:
+    """Trains or loads a tokenizer and writes token stores of the documents, or reopens them.
+
+    The result goes to ``corpus-<key>`` in ``folder``, where the key stands for everything that the
+    result depends on (the sources and the sizes and times of their files, the tokenizer, the
+    split). The same request later opens what is there, and another request does not touch it. A
+    damaged corpus is built again, which is logged as a warning. Of several processes that ask at
+    once, one builds and the others wait.
+
+    Args:
+        sources: The corpus; several sources are read one after another.
+        folder: The cache.
+        vocab_size: Train a byte-level BPE of this size on the training documents.
+        tokenizer: Or use this one (a path is a ``tokenizer.json`` or its folder).
+        validation_fraction: The share of documents to hold out, by the hash of their text.
+        seed: Decides which documents are held out and which are sampled.
+        sample_characters: Train the tokenizer on a random sample of training documents of this
+            size in all, the same share from each source.
+        eos_token: The token at the end of each document; None finds the tokenizer's own.
+        parse_special_tokens: Whether a special token's name in a text means that token.
+        verify: How to check an existing corpus, see `TokenStore.open`.
+        progress: Called as the stores are written.
+
+    Raises:
+        ValueError: An argument is out of range, or a split would be empty.
+        DocumentError: A document is unusable and its source does not skip.
+        DiskFullError: The disk is full; nothing half-written is left.
+    """
+    sources = _as_tuple(sources)
+    folder = pathlib.Path(folder).absolute()
+    splits = _splits(validation_fraction, seed)
+    chosen = corpus_tokenizer(sources, folder, splits, vocab_size, tokenizer, sample_characters)
+    request = {
+        "version": _VERSION,
+        "sources": [source.fingerprint() for source in sources],
+        "tokenizer": tokenizer_digest(chosen),
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+        "eos_id": separator_id(chosen, eos_token),
+        "parse_special_tokens": parse_special_tokens,
+    }
+    target = folder / f"corpus-{request_key(request)}"
+    with lock(target):
+        if target.exists():
+            try:
+                return _open(target, verify)
+            except (CorruptTokenStoreError, OSError, ValueError, KeyError) as error:
+                logger.warning("%s is damaged and is built again: %s", target, error)
+        # A process without the lock (not every file system has locks) may have been faster.
+        with contextlib.suppress(FileExistsError), atomic_folder(target, overwrite=True) as work:
+            skipped = SkipReport()
+            stores = write_splits(
+                _read(sources, skipped),
+                {name: work / name for name in splits.fractions},
+                chosen,
+                splits=splits,
+                eos_token=eos_token,
+                parse_special_tokens=parse_special_tokens,
+                metadata={"sources": [source.spec() for source in sources]},
+                progress=progress,
+            )
+            _check_sizes(stores, splits, sources)
+            save_tokenizer(chosen, work)
+            content = {"request": request, "skipped": skipped.as_dict()}
+            (work / _REQUEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return _open(target, "size")
+
+
+def prepare_mixture(
+    sources: Sequence[Source],
+    folder: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    tokenizer: tokenizers.Tokenizer | str | os.PathLike[str] | None = None,
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    sample_characters: int = SAMPLE_CHARACTERS,
+    **options: Any,
+) -> tuple[Corpus, ...]:
+    """Prepares each source as a corpus of its own, all with one tokenizer.
+
+    For a weighted mixture: ``make_dataset([c.train for c in corpora], weights=...)``.
+
+    Args:
+        sources: The components.
+        folder: The cache.
+        vocab_size: Train a tokenizer of this size on a sample of all components.
+        tokenizer: Or use this one.
+        validation_fraction: The share of documents to hold out of each component.
+        seed: As in `prepare_corpus`.
+        sample_characters: As in `prepare_corpus`.
+        **options: Further arguments of `prepare_corpus`.
+
+    Returns:
+        The corpora, in the order of the sources.
+    """
+    sources = _as_tuple(sources)
+    folder = pathlib.Path(folder).absolute()
+    splits = _splits(validation_fraction, seed)
+    chosen = corpus_tokenizer(sources, folder, splits, vocab_size, tokenizer, sample_characters)
+    return tuple(
+        prepare_corpus(
+            source,
+            folder,
+            tokenizer=chosen,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            **options,
+        )
+        for source in sources
+    )
+
+
+def _as_tuple(sources: Source | Sequence[Source]) -> tuple[Source, ...]:
+    result = (sources,) if isinstance(sources, Source) else tuple(sources)
+    if not result:
+        raise ValueError("sources=[]: give at least one source.")
+    return result
+
+
+def _splits(validation_fraction: float, seed: int) -> Splits:
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction}: it must be at least 0 and below 1."
+        )
+    return Splits(
+        fractions={"train": 1 - validation_fraction, "validation": validation_fraction}, seed=seed
+    )
+
+
+def _read(sources: tuple[Source, ...], skipped: SkipReport) -> Iterator[Document]:
+    return itertools.chain.from_iterable(source.documents(skipped) for source in sources)
+
+
+def _check_sizes(
+    stores: dict[str, TokenStore], splits: Splits, sources: tuple[Source, ...]
+) -> None:
+    counts = {name: store.num_documents for name, store in stores.items()}
+    total = sum(counts.values())
+    specs = ", ".join(source.spec() for source in sources)
+    if not total:
+        raise ValueError(f"the corpus {specs} has no documents.")
+    for name, count in counts.items():
+        if not count and splits.fractions[name] > 0:
+            raise ValueError(
+                f"the corpus {specs} has {total} documents, and none of them fell to {name} "
+                f"(fraction {splits.fractions[name]:g}). Use more documents (TextFiles has a "
+                "separator for files with several), another fraction or another seed."
+            )
+
+
+def _open(target: pathlib.Path, verify: Literal["size", "full"]) -> Corpus:
+    content = json.loads((target / _REQUEST).read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(target)
+    stores = {
+        name: TokenStore.open(target / name, verify=verify) for name in ("train", "validation")
+    }
+    digest = tokenizer_digest(tokenizer)
+    for store in stores.values():
+        if store.manifest["tokenizer"] != digest:
+            raise CorruptTokenStoreError(
+                target / "tokenizer.json", f"digest {store.manifest['tokenizer']}", digest
+            )
+    return Corpus(
+        tokenizer=tokenizer,
+        train=stores["train"],
+        validation=stores["validation"],
+        eos_id=content["request"]["eos_id"],
+        folder=target,
+        skipped=content["skipped"],
+    )

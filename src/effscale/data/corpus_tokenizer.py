@@ -1,0 +1,86 @@
+"""The tokenizer of a corpus, trained once."""
+
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+import tokenizers
+
+from effscale.data.cache import lock, request_key
+from effscale.data.documents import Source
+from effscale.data.sampling import sample_texts
+from effscale.data.splits import Splits
+from effscale.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def corpus_tokenizer(
+    sources: tuple[Source, ...],
+    folder: pathlib.Path,
+    splits: Splits,
+    vocab_size: int | None,
+    tokenizer: tokenizers.Tokenizer | str | os.PathLike[str] | None,
+    sample_characters: int,
+) -> tokenizers.Tokenizer:
+    """The tokenizer given, or else the one trained on these sources, now or earlier.
+
+    A trained tokenizer is kept in ``folder`` under a key of what it depends on. It has seen a random
+    sample of the training documents only, of ``sample_characters`` in all, the same share from each
+    source.
+
+    Raises:
+        ValueError: Both or neither of ``vocab_size`` and ``tokenizer`` are given.
+    """
+    if (vocab_size is None) == (tokenizer is None):
+        raise ValueError(
+            f"vocab_size={vocab_size} and tokenizer={tokenizer!r}: give one of them, "
+            "to train a tokenizer or to use one."
+        )
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        return tokenizer
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    assert vocab_size is not None
+    key = request_key(
+        {
+            "sources": [source.fingerprint() for source in sources],
+            "vocab_size": vocab_size,
+            "fractions": dict(splits.fractions),
+            "seed": splits.seed,
+            "sample_characters": sample_characters,
+        }
+    )
+    file = folder / f"tokenizer-{key}.json"
+    with lock(file):
+        if file.exists():
+            try:
+                return load_tokenizer(file)
+            except ValueError as error:
+                logger.warning("%s is damaged and is trained again: %s", file, error)
+        trained = train_tokenizer(
+            _training_texts(sources, splits, sample_characters), vocab_size=vocab_size
+        )
+        if trained.get_vocab_size() < vocab_size:
+            logger.warning(
+                "the text gives only %d of the %d tokens asked for; the vocabulary has %d",
+                trained.get_vocab_size(), vocab_size, trained.get_vocab_size(),
+            )  # fmt: skip
+        save_tokenizer(trained, file)
+        # As read back, so that a later run that loads it finds the same key.
+        return load_tokenizer(file)
+
+
+def _training_texts(
+    sources: tuple[Source, ...], splits: Splits, sample_characters: int
+) -> Iterator[str]:
+    for source in sources:
+        training = (
+            document
+            for document in source.documents(log=False)
+            if splits.assign(document.text) == "train"
+        )
+        yield from sample_texts(
+            training, max_characters=max(1, sample_characters // len(sources)), seed=splits.seed
+        )

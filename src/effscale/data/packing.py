@@ -1,0 +1,99 @@
+"""Packing: documents end to end, cut into rows of one length."""
+
+import operator
+
+import numpy as np
+from jaxtyping import Shaped
+
+from effscale.data.store import TokenStore
+
+Row = dict[str, Shaped[np.ndarray, " length"]]
+
+
+class PackedTokens:
+    """The rows of a token store, a random-access data source for grain.
+
+    The store's tokens are one long sequence ``t``; row ``r`` predicts ``t[rL+1 : rL+L+1]`` from
+    ``t[rL : rL+L]``. So every token but the very first is a label exactly once, and a row is a pure
+    function of its index.
+
+    A row is a dict of arrays of ``length``:
+
+    - ``input_ids``, ``labels``: int32.
+    - ``loss_weights``: float32; 0 where the label belongs to another document than its input, and
+      in padding; else 1.
+    - ``segment_ids``: int32; 1, 2, ... for the documents of the row, 0 for padding.
+    - ``positions``: int32; from 0 at the start of each document, and of the row.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        length: int,
+        *,
+        cross_document: bool = False,
+        drop_remainder: bool = True,
+        pad_id: int = 0,
+    ):
+        """Prepares the rows.
+
+        Args:
+            store: The tokens.
+            length: The number of tokens in a row.
+            cross_document: Treat the row as one document: a single segment, running positions, and
+                every label counts.
+            drop_remainder: Leave out the last row if it is not full, or else pad it.
+            pad_id: The token to pad with.
+
+        Raises:
+            ValueError: ``length`` or ``pad_id`` is out of range.
+        """
+        if length < 1:
+            raise ValueError(f"length={length}: a row needs at least 1 token.")
+        if not 0 <= pad_id < store.vocab_size:
+            raise ValueError(f"pad_id={pad_id}: it must be from 0 to {store.vocab_size - 1}.")
+        self.store, self.length, self.pad_id = store, length, pad_id
+        self.cross_document, self.drop_remainder = cross_document, drop_remainder
+        labels = max(store.num_tokens - 1, 0)
+        self._rows = labels // length if drop_remainder else -(-labels // length)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> Row:
+        row = operator.index(index)
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} of {self._rows}")
+        start = row * self.length
+        stop = min(start + self.length, self.store.num_tokens - 1)
+        window = self.store.tokens[start : stop + 1].astype(np.int32)
+        count = stop - start
+        weights = np.ones(count, np.float32)
+        starts = np.zeros(1, np.int64)
+        if not self.cross_document:
+            # The documents that begin at a label of this row.
+            first, last = np.searchsorted(self.store.offsets, (start, stop), side="right")
+            bounds = np.asarray(self.store.offsets[first:last]) - start
+            weights[bounds - 1] = 0
+            starts = np.concatenate([starts, bounds[bounds < count]])
+        lengths = np.diff(starts, append=count)
+        segments = np.repeat(np.arange(1, len(starts) + 1), lengths)
+        positions = np.arange(count) - np.repeat(starts, lengths)
+        return {
+            "input_ids": self._pad(window[:-1], np.int32, self.pad_id),
+            "labels": self._pad(window[1:], np.int32, self.pad_id),
+            "loss_weights": self._pad(weights, np.float32, 0),
+            "segment_ids": self._pad(segments, np.int32, 0),
+            "positions": self._pad(positions, np.int32, 0),
+        }
+
+    def _pad(self, values: np.ndarray, dtype: type, fill: int) -> np.ndarray:
+        padded = np.full(self.length, fill, dtype)
+        padded[: len(values)] = values
+        return padded
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedTokens({self.store!r}, length={self.length}, "
+            f"cross_document={self.cross_document}, drop_remainder={self.drop_remainder})"
+        )

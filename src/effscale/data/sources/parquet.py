@@ -1,0 +1,73 @@
+"""Parquet files as a corpus."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effscale.data.documents import Document, SkipReport, Source
+from effscale.data.sources import fields, files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(Source):
+    """Parquet files with a column of text; needs the extra ``parquet`` (pyarrow).
+
+    Rows are read in batches, so memory depends on the batch and the files' page size only.
+
+    Attributes:
+        paths: Files and globs.
+        field: The column that holds the text.
+        batch_rows: How many rows to hold at a time.
+    """
+
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    field: str = "text"
+    batch_rows: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "paths", files.as_paths(self.paths))
+        fields.check(self.field)
+        if self.batch_rows < 1:
+            raise ValueError(f"batch_rows={self.batch_rows}: it must be at least 1.")
+
+    def _read(self, skipped: SkipReport) -> Iterator[Document]:
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise ImportError(
+                "reading Parquet files needs pyarrow: pip install 'effscale[parquet]'."
+            ) from error
+        for path in files.expand(files.as_paths(self.paths)):
+            row = 0
+            try:
+                with pq.ParquetFile(path, pre_buffer=False) as file:
+                    names = file.schema_arrow.names
+                    if self.field not in names:
+                        detail = fields.missing(self.field, names)
+                        self._fault(skipped, "missing_field", str(path), detail)
+                        continue
+                    for batch in file.iter_batches(self.batch_rows, columns=[self.field]):
+                        for text in batch.column(0).to_pylist():
+                            row += 1
+                            yield from self._accept(skipped, text, f"{path}:row {row}")
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+                where = f"{path}:row {row + 1}" if row else str(path)
+                self._fault(skipped, "unreadable", where, f"cannot be read ({error})")
+                continue
+            if not row:
+                self._fault(skipped, "empty", str(path), "the file has no rows")
+
+    def spec(self) -> str:
+        """The source in the string form that `parse_source` reads."""
+        return f"parquet:{','.join(files.as_paths(self.paths))}#{self.field}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The files' names, sizes and times, and the column."""
+        return {
+            "source": self.spec(),
+            "files": files.fingerprint(files.as_paths(self.paths)),
+            "on_error": self.on_error,
+        }

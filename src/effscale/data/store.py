@@ -1,0 +1,186 @@
+"""A token store: a corpus as token ids in a memory-mapped folder that is written once.
+
+The folder holds ``tokens.bin`` (all ids, little-endian uint16, or uint32 for more than 65536 ids),
+``offsets.bin`` (int64; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``) and
+``manifest.json`` (counts, the tokenizer's digest, where the text came from, sizes and digests).
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Integer
+
+TOKENS, OFFSETS, MANIFEST = "tokens.bin", "offsets.bin", "manifest.json"
+FORMAT, VERSION = "effscale-token-store", 1
+OFFSET_DTYPE = np.dtype("<i8")
+
+
+class CorruptTokenStoreError(RuntimeError):
+    """A token store is damaged: truncated, altered or incomplete.
+
+    Attributes:
+        file: The file at fault.
+        expected: What the manifest promises.
+        found: What is there.
+    """
+
+    def __init__(self, file: os.PathLike[str], expected: str, found: str):
+        super().__init__(
+            f"corrupt token store: {os.fspath(file)!r}: expected {expected}, found {found}. "
+            "Delete the folder and build it again."
+        )
+        self.file, self.expected, self.found = pathlib.Path(file), expected, found
+
+
+class TokenStore:
+    """Read access to a token store; `open` is the way to make one.
+
+    It can be pickled (for data-loading processes): only the folder's name travels.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What is written beside the data.
+        tokens: All token ids, memory-mapped, read only.
+        offsets: The boundaries of the documents, one more than there are documents.
+    """
+
+    folder: pathlib.Path
+    manifest: dict[str, Any]
+    tokens: Integer[np.ndarray, " tokens"]
+    offsets: Integer[np.ndarray, " boundaries"]
+
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.tokens = _map(folder / TOKENS, np.dtype(manifest["dtype"]))
+        self.offsets = _map(folder / OFFSETS, OFFSET_DTYPE)
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, verify: Literal["size", "full"] = "size"
+    ) -> "TokenStore":
+        """Opens a store after checking it.
+
+        Args:
+            folder: The store's folder.
+            verify: ``"size"`` compares the files' sizes with the manifest, at no cost; ``"full"``
+                reads the files and compares their digests too (about 1 GB/s).
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            CorruptTokenStoreError: A file is missing, truncated or altered.
+        """
+        if verify not in ("size", "full"):
+            raise ValueError(f'verify={verify!r}: it must be "size" or "full".')
+        path = pathlib.Path(folder).absolute()
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"no token store at {str(path)!r}; build one with write_store or prepare_corpus."
+            )
+        manifest = _read_manifest(path / MANIFEST)
+        for name in (TOKENS, OFFSETS):
+            _check_file(path / name, manifest["files"][name], verify)
+        store = cls(path, manifest)
+        first, last = int(store.offsets[0]), int(store.offsets[-1])
+        if (first, last) != (0, store.num_tokens):
+            raise CorruptTokenStoreError(
+                path / OFFSETS, f"offsets from 0 to {store.num_tokens}", f"{first} to {last}"
+            )
+        return store
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens, separators included."""
+        return self.manifest["num_tokens"]
+
+    @property
+    def num_documents(self) -> int:
+        """The number of documents."""
+        return self.manifest["num_documents"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token at the end of each document, if there is one."""
+        return self.manifest["eos_id"]
+
+    def document(self, index: int) -> Integer[np.ndarray, " length"]:
+        """The ids of one document, its separator included."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of a store of {self.num_documents}")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def chunks(self, size: int = 1 << 22) -> Iterator[Integer[np.ndarray, " chunk"]]:
+        """Yields all tokens in order, ``size`` at a time, through plain reads.
+
+        Unlike pages of a memory map, what was read does not add to the process's resident memory.
+        """
+        with open(self.folder / TOKENS, "rb") as stream:
+            while block := stream.read(size * self.tokens.dtype.itemsize):
+                yield np.frombuffer(block, self.tokens.dtype)
+
+    def __repr__(self) -> str:
+        return (
+            f"TokenStore({str(self.folder)!r}, num_tokens={self.num_tokens}, "
+            f"num_documents={self.num_documents}, vocab_size={self.vocab_size})"
+        )
+
+    def __reduce__(self):
+        return (TokenStore.open, (self.folder,))
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """The digest of a manifest without its own ``digest`` entry."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptTokenStoreError(path, "a manifest", "no file") from None
+    except ValueError as error:
+        raise CorruptTokenStoreError(path, "a manifest in JSON", f"{error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CorruptTokenStoreError(path, f"format {FORMAT!r}", "another or none")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {manifest.get('version')!r} and this effscale reads "
+            f"version {VERSION}: build the store again, or use the effscale that wrote it."
+        )
+    digest = manifest_digest(manifest)
+    if manifest.get("digest") != digest:
+        raise CorruptTokenStoreError(path, f"digest {manifest.get('digest')}", digest)
+    return manifest
+
+
+def _check_file(path: pathlib.Path, entry: dict[str, Any], verify: str) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise CorruptTokenStoreError(path, f"{entry['bytes']} bytes", "no file") from None
+    if size != entry["bytes"]:
+        raise CorruptTokenStoreError(path, f"{entry['bytes']} bytes", f"{size} bytes")
+    if verify == "full":
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(
+                stream, lambda: hashlib.blake2b(digest_size=16)
+            ).hexdigest()
+        if digest != entry["blake2b"]:
+            raise CorruptTokenStoreError(path, f"blake2b {entry['blake2b']}", digest)
+
+
+def _map(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")

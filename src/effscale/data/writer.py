@@ -1,0 +1,182 @@
+"""Writing a token store: streaming, with digests, and whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+from effscale.data.atomic import atomic_folder
+from effscale.data.store import (
+    FORMAT,
+    MANIFEST,
+    OFFSET_DTYPE,
+    OFFSETS,
+    TOKENS,
+    VERSION,
+    manifest_digest,
+)
+
+
+class TokenStoreWriter:
+    """A context manager that writes a token store as ids come in.
+
+    Nothing is kept in memory. The folder appears when the block ends well; after an exception there
+    is none.
+
+    >>> import tempfile
+    >>> from effscale.data import TokenStore
+    >>> folder = tempfile.mkdtemp() + "/store"
+    >>> with TokenStoreWriter(folder, vocab_size=10, eos_id=0) as writer:
+    ...     writer.add_document([1, 2, 3])
+    ...     writer.add_document([4])
+    >>> store = TokenStore.open(folder)
+    >>> store.tokens.tolist(), store.offsets.tolist()
+    ([1, 2, 3, 0, 4, 0], [0, 4, 6])
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        eos_id: int | None = None,
+        tokenizer_digest: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ):
+        """Prepares to write.
+
+        Args:
+            folder: The store's folder, which must not exist yet.
+            vocab_size: Every id must be below it; it decides between uint16 and uint32.
+            eos_id: A token to put at the end of each document.
+            tokenizer_digest: From `tokenizer_digest`, to tell stores of different tokenizers apart.
+            metadata: Plain values to keep in the manifest, such as the source.
+            overwrite: Replace an existing folder once the new one is complete.
+
+        Raises:
+            ValueError: ``vocab_size`` or ``eos_id`` is out of range.
+        """
+        if not 1 <= vocab_size <= 2**32:
+            raise ValueError(f"vocab_size={vocab_size}: it must be from 1 to 2**32.")
+        if eos_id is not None and not 0 <= eos_id < vocab_size:
+            raise ValueError(
+                f"eos_id={eos_id}: it must be from 0 to vocab_size-1={vocab_size - 1}."
+            )
+        self.folder = pathlib.Path(folder)
+        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.num_tokens = self.num_documents = self.empty_documents = 0
+        self.metadata = dict(metadata or {})
+        self._tokenizer_digest, self._overwrite = tokenizer_digest, overwrite
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._start = 0
+
+    def __enter__(self) -> "TokenStoreWriter":
+        with contextlib.ExitStack() as stack:
+            self._temporary = stack.enter_context(
+                atomic_folder(self.folder, overwrite=self._overwrite)
+            )
+            self._tokens = stack.enter_context(_DigestingFile(self._temporary / TOKENS))
+            self._offsets = stack.enter_context(_DigestingFile(self._temporary / OFFSETS))
+            self._offsets.write(np.zeros(1, OFFSET_DTYPE))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, ids: Sequence[int] | Integer[np.ndarray, " length"]) -> None:
+        """Appends ids to the document at hand.
+
+        Raises:
+            ValueError: An id is negative or not below ``vocab_size``.
+        """
+        array = np.asarray(ids, np.int64)
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            raise ValueError(
+                f"token ids from {array.min()} to {array.max()} do not fit vocab_size="
+                f"{self.vocab_size}: give the size of the tokenizer that made them."
+            )
+        self._tokens.write(array.astype(self._dtype))
+        self.num_tokens += array.size
+
+    def end_document(self) -> None:
+        """Ends the document at hand; one without tokens is counted and not stored."""
+        if self.num_tokens == self._start:
+            self.empty_documents += 1
+            return
+        if self.eos_id is not None:
+            self.write([self.eos_id])
+        self._offsets.write(np.array([self.num_tokens], OFFSET_DTYPE))
+        self.num_documents += 1
+        self._start = self.num_tokens
+
+    def add_document(self, ids: Sequence[int] | Integer[np.ndarray, " length"]) -> None:
+        """Appends a whole document."""
+        self.write(ids)
+        self.end_document()
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            # The stack hands the exception on, so the folder's context throws its work away.
+            return self._stack.__exit__(kind, error, traceback)
+        with self._stack:
+            if self.num_tokens != self._start:
+                self.end_document()
+            self._tokens.close()
+            self._offsets.close()
+            self._write_manifest()
+        return None
+
+    def _write_manifest(self) -> None:
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self._dtype.str,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "empty_documents": self.empty_documents,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "tokenizer": self._tokenizer_digest,
+            "metadata": self.metadata,
+            "files": {TOKENS: self._tokens.summary(), OFFSETS: self._offsets.summary()},
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        text = json.dumps(manifest, indent=2, sort_keys=True)
+        (self._temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+class _DigestingFile:
+    """A file that is digested as it is written."""
+
+    def __init__(self, path: pathlib.Path):
+        self._stream = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._bytes = 0
+
+    def write(self, array: np.ndarray) -> None:
+        data = array.tobytes()
+        self._stream.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def summary(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "blake2b": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> "_DigestingFile":
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            self._stream.close()
+            return
+        # Flushing to a full disk fails again; the first failure is the one to report.
+        with contextlib.suppress(OSError):
+            self._stream.close()

@@ -1,0 +1,88 @@
+"""One Transformer, built from small modules; every family is a config of it."""
+
+from effscale.models.block import Block, BlockGroup
+from effscale.models.cache import KVCache, empty_cache
+from effscale.models.config import (
+    Alibi,
+    AttentionConfig,
+    BlockConfig,
+    FeedForwardConfig,
+    Group,
+    LearnedPositions,
+    MLPConfig,
+    NormConfig,
+    PatchInputs,
+    Rotary,
+    TokenInputs,
+    TransformerConfig,
+)
+from effscale.models.context import Context, build_context, positions_of
+from effscale.models.families import bert, bert_pretraining_heads, bloom, gpt2, gptj, llama, neox, opt, vit
+from effscale.models.heads import ClassHead, HeadConfig, LMHead
+from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMSNorm, dropout
+from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
+from effscale.models.positions import alibi_slopes, rotary_angles, rotate
+from effscale.models.presets import PRESETS, abstract, num_params, preset
+from effscale.models.transformer import Encoded, Transformer, run_group, unroll
+from effscale.models.weights import Weight, dense, map_weights, take, transpose
+
+__all__ = [
+    "ACTIVATIONS",
+    "PRESETS",
+    "Alibi",
+    "AttentionConfig",
+    "Block",
+    "BlockConfig",
+    "BlockGroup",
+    "ClassHead",
+    "Context",
+    "Dense",
+    "Embedding",
+    "Encoded",
+    "FeedForwardConfig",
+    "Group",
+    "HeadConfig",
+    "KVCache",
+    "LMHead",
+    "LayerNorm",
+    "LearnedPositions",
+    "LoRA",
+    "MLPConfig",
+    "NormConfig",
+    "PatchInputs",
+    "RMSNorm",
+    "Rotary",
+    "TokenInputs",
+    "Transformer",
+    "TransformerConfig",
+    "Weight",
+    "abstract",
+    "add_lora",
+    "alibi_slopes",
+    "bert",
+    "bert_pretraining_heads",
+    "bloom",
+    "build_context",
+    "dense",
+    "dropout",
+    "empty_cache",
+    "gpt2",
+    "gptj",
+    "is_adapter",
+    "llama",
+    "map_weights",
+    "merge_lora",
+    "neox",
+    "num_params",
+    "opt",
+    "positions_of",
+    "preset",
+    "rotary_angles",
+    "rotate",
+    "run_group",
+    "take",
+    "transpose",
+    "unmerge_lora",
+    "unroll",
+    "vit",
+]

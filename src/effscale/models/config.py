@@ -1,0 +1,313 @@
+"""What a transformer is made of, as small frozen dataclasses that check themselves when made.
+
+:class:`TransformerConfig` holds the parts; :mod:`effscale.models.families` writes it for each family and
+:mod:`effscale.models.presets` for each published size. A part that a technique brings (a mixture of experts in
+place of :class:`MLPConfig`) only needs the same ``build``.
+"""
+
+import dataclasses
+import typing
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from effscale.models.layers import ACTIVATIONS, Activation, LayerNorm, RMSNorm
+from effscale.models.validation import check, choice
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from effscale.models.heads import HeadConfig
+    from effscale.models.mlp import MLP
+
+Residual = Literal["pre", "pre_normed", "post", "parallel", "parallel_shared"]
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A trained vector for each position, added to the token's."""
+
+    num: int
+    """Positions that exist; a longer sequence is an error."""
+    offset: int = 0
+    """Rows before that of position 0 (OPT: 2)."""
+
+    def __post_init__(self):
+        check(self, self.num >= 1, "num", "at least 1")
+        check(self, self.offset >= 0, "offset", "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotates pairs of each query and key by an angle that grows with the position (Su et al., 2021)."""
+
+    dim: int | None = None
+    """Leading dimensions of each head that rotate; None: all."""
+    base: float = 10000.0
+    """Pair ``i`` turns by ``base^(-2i/dim)`` a position."""
+    interleaved: bool = False
+    """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
+
+    def __post_init__(self):
+        check(self, self.dim is None or (self.dim > 0 and self.dim % 2 == 0), "dim", "an even number above 0, or None")
+        check(self, self.base > 0, "base", "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alibi:
+    """A bias on the scores that falls with distance, by a slope for each head (Press et al., 2021)."""
+
+
+Positions = LearnedPositions | Rotary | Alibi | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Layer normalization or its root-mean-square form."""
+
+    kind: Literal["layer", "rms"] = "layer"
+    """``layer`` subtracts the mean; ``rms`` does not."""
+    epsilon: float = 1e-5
+    """Added to the variance."""
+    scale: bool = True
+    """Whether a trained factor follows."""
+    bias: bool = True
+    """Whether a trained summand follows."""
+
+    def __post_init__(self):
+        choice(self, "kind", ("layer", "rms"))
+        check(self, self.epsilon > 0, "epsilon", "above 0")
+
+    def build(self, width: int) -> "LayerNorm | RMSNorm":
+        """The module, over ``width`` features."""
+        kind = LayerNorm if self.kind == "layer" else RMSNorm
+        return kind(width, epsilon=self.epsilon, scale=self.scale, bias=self.bias)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head attention; with ``num_kv_heads`` below ``num_heads``, grouped queries."""
+
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, each shared by a group of query heads; None: as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; None: d_model / num_heads."""
+    bias: bool = True
+    """Biases of the query, key and value projections."""
+    out_bias: bool | None = None
+    """Bias of the output projection; None: as ``bias``."""
+    dropout: float = 0.0
+    """Probability that an attention weight is dropped in training."""
+
+    def __post_init__(self):
+        check(self, self.num_heads >= 1, "num_heads", "at least 1")
+        kv = self.kv_heads
+        check(
+            self, kv >= 1 and self.num_heads % kv == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}"
+        )
+        check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def width(self, d_model: int) -> int:
+        """Width of a head in a model of ``d_model`` features."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide d_model={d_model}; "
+                f"choose one of {[n for n in range(1, d_model + 1) if d_model % n == 0][:12]} or give head_dim"
+            )
+        return d_model // self.num_heads
+
+
+class FeedForwardConfig(Protocol):
+    """The place of a block's feed-forward: anything with this ``build`` may stand there.
+
+    The built module maps ``(x, key)`` to ``(y, report)``: ``x`` and ``y`` of shape ``(batch, seq, d_model)``,
+    ``key`` a PRNG key or None, ``report`` a dict of arrays (losses, loads) that the model hands on, stacked over layers.
+    """
+
+    def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> Any:
+        """The module."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """The usual feed-forward: two projections around an activation, or three when gated."""
+
+    d_ff: int
+    """Inner width."""
+    activation: Activation = "gelu_tanh"
+    """Which activation; the four tanh variants differ as published models do."""
+    gated: bool = False
+    """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
+    bias: bool = True
+    """Biases of the projections."""
+
+    def __post_init__(self):
+        check(self, self.d_ff >= 1, "d_ff", "at least 1")
+        choice(self, "activation", tuple(ACTIVATIONS))
+
+    def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
+        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        from effscale.models.mlp import MLP
+
+        return MLP(self, d_model, std=std, out_std=out_std, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One layer: attention and feed-forward around a residual stream."""
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+    norm: NormConfig = NormConfig()
+    residual: Residual = "pre"
+    """Where the norms stand: ``pre`` before each part; ``post`` after each sum; ``parallel`` both parts from the same
+    stream, each with its norm; ``parallel_shared`` the same with one norm; ``pre_normed`` like ``pre`` with the normed
+    stream as the residual (BLOOM's apply_residual_connection_post_layernorm)."""
+    dropout: float = 0.0
+    """Probability that a feature of either part's output is dropped in training."""
+
+    def __post_init__(self):
+        choice(self, "residual", typing.get_args(Residual))
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Like blocks that are stacked and scanned: ``blocks`` in their order, ``repeat`` times over."""
+
+    blocks: tuple[BlockConfig, ...]
+    """Usually one; a (dense, expert) pair where every second layer differs."""
+    repeat: int
+    """How often."""
+
+    def __post_init__(self):
+        check(self, self.repeat >= 1, "repeat", "at least 1")
+        check(self, len(self.blocks) >= 1, "blocks", "at least one block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """Token ids as input."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    d_embed: int | None = None
+    """Width of the embedding where it differs from d_model; a projection leads in, another leads out to a tied head."""
+    type_vocab_size: int = 0
+    """Kinds of token (BERT's sentences A and B); 0: none."""
+    norm: NormConfig | None = None
+    """Norm right after the sum of embeddings (BLOOM, BERT)."""
+    dropout: float = 0.0
+    """Probability that a feature of the embedding is dropped in training."""
+
+    def __post_init__(self):
+        check(self, self.vocab_size >= 1, "vocab_size", "at least 1")
+        check(self, self.d_embed is None or self.d_embed >= 1, "d_embed", "at least 1")
+        check(self, self.type_vocab_size >= 0, "type_vocab_size", "0 or more")
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchInputs:
+    """Images as input, cut into square patches, with a leading class token (Dosovitskiy et al., 2020)."""
+
+    image_size: int
+    """Height and width of the image, in pixels."""
+    patch_size: int
+    """Height and width of a patch, in pixels."""
+    channels: int = 3
+    """Channels of a pixel."""
+    dropout: float = 0.0
+    """Probability that a feature of the embedding is dropped in training."""
+
+    def __post_init__(self):
+        check(
+            self,
+            self.patch_size >= 1 and self.image_size % self.patch_size == 0,
+            "patch_size",
+            f"a divisor of image_size={self.image_size}",
+        )
+        check(self, self.channels >= 1, "channels", "at least 1")
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A whole model.
+
+    Example:
+        >>> from effscale.models import preset
+        >>> preset("gpt2").d_model
+        768
+    """
+
+    d_model: int
+    """Width of the residual stream."""
+    groups: tuple[Group, ...]
+    """The layers, in order."""
+    inputs: TokenInputs | PatchInputs
+    """What comes in."""
+    positions: Positions
+    """How the model knows where a token stands; None: not at all."""
+    heads: "tuple[HeadConfig, ...]" = ()
+    """What comes out; none: hidden states."""
+    causal: bool = True
+    """Whether a token sees only those before it."""
+    final_norm: NormConfig | None = NormConfig()
+    """Norm after the last layer; None where blocks end in one (post-norm)."""
+    pooler: bool = False
+    """BERT's pooler: ``tanh(W h_0 + b)`` on the first token."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of activations and products. Parameters, softmax, norms and loss stay in float32."""
+    remat: Remat = "none"
+    """What the backward pass computes anew to save memory: nothing, everything in a layer, all but matrix products,
+    or all but the products without a batch dimension."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    scale_residual_init: bool = True
+    """Whether projections into the residual stream start smaller, by ``1/sqrt(2 num_layers)``."""
+
+    def __post_init__(self):
+        check(self, self.d_model >= 1, "d_model", "at least 1")
+        check(self, len(self.groups) >= 1, "groups", "at least one group")
+        choice(self, "dtype", ("float32", "bfloat16", "float16"))
+        choice(self, "remat", typing.get_args(Remat))
+        check(self, self.init_std > 0, "init_std", "above 0")
+        for block in self.blocks:
+            width = block.attention.width(self.d_model)
+            if isinstance(self.positions, Rotary):
+                dim = width if self.positions.dim is None else self.positions.dim
+                check(self, dim <= width and dim % 2 == 0, "positions", f"rotary over an even dim of at most head_dim={width}")
+        if isinstance(self.inputs, PatchInputs) and isinstance(self.positions, LearnedPositions):
+            check(self, self.positions.num == self.inputs.num_tokens, "positions", f"num={self.inputs.num_tokens} for these images")
+        names = [head.name for head in self.heads]
+        check(self, len(set(names)) == len(names), "heads", "of different names")
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """Every kind of block, once for each place in its group."""
+        return tuple(block for group in self.groups for block in group.blocks)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in all."""
+        return sum(len(group.blocks) * group.repeat for group in self.groups)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence; None: no limit but memory."""
+        return self.positions.num if isinstance(self.positions, LearnedPositions) else None

@@ -1,0 +1,108 @@
+"""What every layer must know of the batch: where tokens stand and which may see which.
+
+Built once a call and shared by all layers. A technique that runs layers on fewer tokens builds another from the
+positions, mask and segments of the tokens it kept.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from effscale.models.config import Positions, Rotary
+from effscale.models.positions import Angles, rotary_angles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Positions and masks of the queries (``seq``) and of the keys they may see (``keys``).
+
+    ``rows`` is the batch, or 1 where all rows agree. Without a cache, keys are the queries' own tokens; with one,
+    they are its slots, and ``start`` is the slot of the first query.
+    """
+
+    positions: Int[Array, "rows seq"]
+    key_positions: Int[Array, "rows keys"]
+    key_valid: Bool[Array, "batch keys"] | None
+    segments: Int[Array, "batch seq"] | None
+    key_segments: Int[Array, "batch keys"] | None
+    start: Int[Array, ""]
+    angles: Angles | None
+    causal: bool = dataclasses.field(metadata={"static": True})
+    cached: bool = dataclasses.field(metadata={"static": True})
+
+    def allowed(self, first: int, last: int, keys: int) -> Bool[Array, "rows 1 queries keys"] | None:
+        """Which of the first ``keys`` keys queries ``first`` to ``last`` may see; None: all."""
+        masks = []
+        if self.causal:
+            slots = self.start + jnp.arange(first, last)
+            masks.append((slots[:, None] >= jnp.arange(keys)[None])[None, None])
+        if self.key_valid is not None:
+            masks.append(self.key_valid[:, None, None, :keys])
+        if self.segments is not None and self.key_segments is not None:
+            masks.append(self.segments[:, None, first:last, None] == self.key_segments[:, None, None, :keys])
+        if not masks:
+            return None
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask & other
+        return mask
+
+
+def positions_of(attention_mask: Bool[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Positions that count real tokens only: ``cumsum(mask) - 1``, and 0 at leading padding.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> positions_of(jnp.array([[False, True, True]])).tolist()
+        [[0, 0, 1]]
+    """
+    return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def build_context(
+    seq: int,
+    *,
+    kind: Positions,
+    head_dim: int,
+    causal: bool,
+    valid: Bool[Array, "batch seq"] | None = None,
+    positions: Int[Array, "rows seq"] | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
+) -> Context:
+    """The context of ``seq`` tokens that see only one another.
+
+    Args:
+        seq: Length of the sequence.
+        kind: The model's positions.
+        head_dim: Width of a head, for rotary angles.
+        causal: Whether a token sees only those before it.
+        valid: True at real tokens, False at padding.
+        positions: Where each token stands; by default counted from ``valid``, else from 0.
+        segments: Tokens see only those of their own number.
+
+    Returns:
+        The context.
+    """
+    if positions is None:
+        positions = positions_of(valid) if valid is not None else jnp.arange(seq)[None]
+    return Context(
+        positions=positions,
+        key_positions=positions,
+        key_valid=valid,
+        segments=segments,
+        key_segments=segments,
+        start=jnp.zeros((), jnp.int32),
+        angles=angles_of(kind, positions, head_dim),
+        causal=causal,
+        cached=False,
+    )
+
+
+def angles_of(kind: Positions, positions: Int[Array, "rows seq"], head_dim: int) -> Angles | None:
+    """Rotary angles of the positions; None where the model does not rotate."""
+    if not isinstance(kind, Rotary):
+        return None
+    return rotary_angles(positions, head_dim if kind.dim is None else kind.dim, kind.base)

@@ -1,0 +1,293 @@
+"""Each family of models as a config of the one Transformer.
+
+A function a family, with the arguments that its members differ in; whatever else is fixed by the family.
+"""
+
+from effscale.models.config import (
+    Activation,
+    Alibi,
+    AttentionConfig,
+    BlockConfig,
+    Group,
+    LearnedPositions,
+    MLPConfig,
+    NormConfig,
+    PatchInputs,
+    Rotary,
+    TokenInputs,
+    TransformerConfig,
+)
+from effscale.models.heads import ClassHead, HeadConfig, LMHead
+
+
+def gpt2(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    vocab_size: int = 50257,
+    max_length: int = 1024,
+    d_ff: int | None = None,
+    dropout: float = 0.0,
+    activation: Activation = "gelu_tanh",
+) -> TransformerConfig:
+    """GPT-2 and GPT-3: pre-norm, learned positions, tied head (Radford et al., 2019; Brown et al., 2020).
+
+    Example:
+        >>> gpt2(num_layers=12, d_model=768, num_heads=12).num_layers
+        12
+    """
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        dropout=dropout,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
+        positions=LearnedPositions(num=max_length),
+        heads=(LMHead(),),
+    )
+
+
+def opt(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    d_ff: int | None = None,
+    vocab_size: int = 50272,
+    max_length: int = 2048,
+    d_embed: int | None = None,
+    post_norm: bool = False,
+    bias: bool = True,
+    norm_affine: bool = True,
+    activation: Activation = "relu",
+    dropout: float = 0.0,
+    tied: bool = True,
+) -> TransformerConfig:
+    """OPT: pre-norm with ReLU and positions that begin at row 2; the 350M member is post-norm (Zhang et al., 2022)."""
+    norm = NormConfig(scale=norm_affine, bias=norm_affine)
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, bias=bias),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation, bias=bias),
+        norm=norm,
+        residual="post" if post_norm else "pre",
+        dropout=dropout,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size, d_embed=d_embed),
+        positions=LearnedPositions(num=max_length, offset=2),
+        heads=(LMHead(tied=tied),),
+        final_norm=None if post_norm else norm,
+    )
+
+
+def bloom(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    vocab_size: int = 250880,
+    normed_residual: bool = False,
+    dropout: float = 0.0,
+) -> TransformerConfig:
+    """BLOOM: ALiBi, a norm after the embedding, tied head (Le Scao et al., 2022, section 3.2)."""
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=4 * d_model, activation="gelu_bloom"),
+        residual="pre_normed" if normed_residual else "pre",
+        dropout=dropout,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size, norm=NormConfig()),
+        positions=Alibi(),
+        heads=(LMHead(),),
+    )
+
+
+def gptj(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    rotary_dim: int | None = 64,
+    d_ff: int | None = None,
+    vocab_size: int = 50400,
+    dropout: float = 0.0,
+) -> TransformerConfig:
+    """GPT-J: parallel residual with one norm, interleaved rotary on part of each head, untied head with a bias.
+
+    Source: Wang and Komatsuzaki, "GPT-J-6B", 2021.
+    """
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, bias=False, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation="gelu_tanh"),
+        residual="parallel_shared",
+        dropout=dropout,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
+        positions=Rotary(dim=rotary_dim, interleaved=True),
+        heads=(LMHead(tied=False, bias=True),),
+    )
+
+
+def neox(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    d_ff: int | None = None,
+    vocab_size: int = 50432,
+    rotary_fraction: float = 0.25,
+    rotary_base: float = 10000.0,
+    parallel: bool = True,
+    bias: bool = True,
+    activation: Activation = "gelu",
+    epsilon: float = 1e-5,
+    tied: bool = False,
+) -> TransformerConfig:
+    """GPT-NeoX and Pythia: parallel residual with two norms, half-split rotary on part of each head, untied head.
+
+    Source: Black et al., "GPT-NeoX-20B", 2022, section 2.
+    """
+    norm = NormConfig(epsilon=epsilon)
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, bias=bias),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        norm=norm,
+        residual="parallel" if parallel else "pre",
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size),
+        positions=Rotary(dim=int(d_model // num_heads * rotary_fraction), base=rotary_base),
+        heads=(LMHead(tied=tied),),
+        final_norm=norm,
+    )
+
+
+def llama(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    d_ff: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    vocab_size: int = 32000,
+    rotary_base: float = 10000.0,
+    epsilon: float = 1e-5,
+    bias: bool = False,
+    tied: bool = False,
+) -> TransformerConfig:
+    """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023)."""
+    norm = NormConfig(kind="rms", epsilon=epsilon, bias=False)
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias),
+        feed_forward=MLPConfig(d_ff=d_ff, activation="silu", gated=True, bias=False),
+        norm=norm,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size),
+        positions=Rotary(base=rotary_base),
+        heads=(LMHead(tied=tied),),
+        final_norm=norm,
+    )
+
+
+def bert(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    d_ff: int | None = None,
+    vocab_size: int = 30522,
+    max_length: int = 512,
+    type_vocab_size: int = 2,
+    dropout: float = 0.0,
+    activation: Activation = "gelu",
+    epsilon: float = 1e-12,
+    pooler: bool = True,
+    heads: tuple[HeadConfig, ...] = (),
+) -> TransformerConfig:
+    """BERT: a post-norm encoder; without heads it gives hidden states and the pooled vector (Devlin et al., 2018).
+
+    For pretraining, ``heads=bert_pretraining_heads()``; for classes, ``heads=(ClassHead(num_classes=n, pool="pooled"),)``.
+    """
+    norm = NormConfig(epsilon=epsilon)
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        norm=norm,
+        residual="post",
+        dropout=dropout,
+    )
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=TokenInputs(vocab_size=vocab_size, type_vocab_size=type_vocab_size, norm=norm, dropout=dropout),
+        positions=LearnedPositions(num=max_length),
+        heads=heads,
+        causal=False,
+        final_norm=None,
+        pooler=pooler,
+        scale_residual_init=False,
+    )
+
+
+def bert_pretraining_heads(*, activation: Activation = "gelu", epsilon: float = 1e-12) -> tuple[HeadConfig, ...]:
+    """BERT's two: masked words (``mlm``) and next sentence (``nsp``)."""
+    return (
+        LMHead(name="mlm", bias=True, transform=activation, norm=NormConfig(epsilon=epsilon)),
+        ClassHead(name="nsp", num_classes=2, pool="pooled"),
+    )
+
+
+def vit(
+    *,
+    num_layers: int,
+    d_model: int,
+    num_heads: int,
+    d_ff: int | None = None,
+    image_size: int = 224,
+    patch_size: int = 16,
+    channels: int = 3,
+    num_classes: int | None = 1000,
+    qkv_bias: bool = True,
+    activation: Activation = "gelu",
+    epsilon: float = 1e-12,
+    pooler: bool = False,
+    dropout: float = 0.0,
+) -> TransformerConfig:
+    """ViT: a pre-norm encoder of image patches with a class token (Dosovitskiy et al., 2020)."""
+    norm = NormConfig(epsilon=epsilon)
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=num_heads, bias=qkv_bias, out_bias=True, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        norm=norm,
+        dropout=dropout,
+    )
+    inputs = PatchInputs(image_size=image_size, patch_size=patch_size, channels=channels, dropout=dropout)
+    return TransformerConfig(
+        d_model=d_model,
+        groups=(Group(blocks=(block,), repeat=num_layers),),
+        inputs=inputs,
+        positions=LearnedPositions(num=inputs.num_tokens),
+        heads=() if num_classes is None else (ClassHead(num_classes=num_classes),),
+        causal=False,
+        final_norm=norm,
+        pooler=pooler,
+        scale_residual_init=False,
+    )

@@ -1,0 +1,128 @@
+"""Low-rank adaptation: a weight plus a trained product of two thin matrices.
+
+.. math:: x W' = x W + s\\,(x A) B, \\qquad A \\in R^{in \\times r},\\ B \\in R^{r \\times out}
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from effscale.models.weights import dense, is_kernel, map_weights, take, transpose
+
+Model = TypeVar("Model")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A base weight and its low-rank update; itself a weight.
+
+    Attributes:
+        base: Any weight of shape ``(..., in, out)``; it may be packed.
+        a: ``(..., in, rank)``.
+        b: ``(..., rank, out)``, zero at the start, so that the model begins unchanged.
+        scale: The factor ``s``; ``alpha / rank`` in the paper's notation.
+    """
+
+    base: Any
+    a: Float[Array, "*stack d_in rank"]
+    b: Float[Array, "*stack rank d_out"]
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.a.dtype
+
+    @property
+    def T(self) -> "LoRA":
+        return LoRA(transpose(self.base), self.b.mT, self.a.mT, self.scale)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        return x @ self.base + (x @ self.a) @ self.b * self.scale
+
+    def astype(self, dtype: Any) -> "LoRA":
+        return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
+
+    def take(self, indices: Int[Array, "*rows"]) -> Array:
+        return take(self.base, indices) + jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale
+
+    def dense(self) -> Array:
+        return dense(self.base) + self.a @ self.b * self.scale
+
+    def partition(self, axes: tuple[str | None, ...]) -> "LoRA":
+        """Logical axes of each part, from those of the dense weight."""
+        base = self.base.partition(axes) if hasattr(self.base, "partition") else axes
+        return LoRA(base, (axes[0], None), (None, axes[1]), self.scale)  # pyrefly: ignore[bad-argument-type]
+
+
+def add_lora(
+    model: Model,
+    *,
+    rank: int,
+    key: PRNGKeyArray,
+    alpha: float | None = None,
+    where: str | Callable[[str], bool] = is_kernel,
+) -> Model:
+    """Puts a LoRA pair beside the chosen weights of a model, which computes the same as before until trained.
+
+    Args:
+        model: Any NNX module.
+        rank: Inner width of the pair, at least 1.
+        key: For ``A``, drawn uniformly from ``±1/sqrt(in)``.
+        alpha: The scale is ``alpha / rank``; by default ``alpha = rank``.
+        where: As in :func:`effscale.models.map_weights`.
+
+    Returns:
+        The adapted model. Train it with ``trainable=is_adapter`` so that the base stays as it is.
+
+    Raises:
+        ValueError: If ``rank < 1``, a chosen weight already has a pair, or nothing matches.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from effscale.models import Dense
+        >>> layer = add_lora(Dense(4, 8, rngs=nnx.Rngs(0)), rank=2, key=jax.random.key(0))
+        >>> layer.kernel.get_value().a.shape
+        (4, 2)
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
+    keys = iter(range(2**31))
+
+    def adapt(weight: Any) -> LoRA:
+        if isinstance(weight, LoRA):
+            raise ValueError("a chosen weight already has a LoRA pair; merge_lora the model first")
+        *stack, d_in, d_out = weight.shape
+        a = jax.random.uniform(
+            jax.random.fold_in(key, next(keys)), (*stack, d_in, rank), weight.dtype, -(d_in**-0.5), d_in**-0.5
+        )
+        b = jnp.zeros((*stack, rank, d_out), weight.dtype)
+        return LoRA(weight, a, b, (rank if alpha is None else alpha) / rank)
+
+    return map_weights(model, adapt, where)
+
+
+def merge_lora(model: Model) -> Model:
+    """Folds every LoRA pair into a dense weight; a model without pairs comes back as it is."""
+    return map_weights(model, lambda w: w.dense() if isinstance(w, LoRA) else w, lambda path: True)
+
+
+def unmerge_lora(model: Model) -> Model:
+    """Drops every LoRA pair and gives back the base weights, bit for bit those before :func:`add_lora`."""
+    return map_weights(model, lambda w: w.base if isinstance(w, LoRA) else w, lambda path: True)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a leaf's path is one of the two matrices of a LoRA pair; for ``trainable=`` of a train state."""
+    return path.endswith((".a", ".b"))

@@ -1,0 +1,243 @@
+"""The one Transformer: inputs, groups of layers, a final norm, heads."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from effscale.models.block import BlockGroup, unstack
+from effscale.models.cache import KVCache
+from effscale.models.config import TokenInputs, TransformerConfig
+from effscale.models.context import Context, angles_of, build_context, positions_of
+from effscale.models.inputs import PatchEmbedding, TokenEmbedding
+from effscale.models.layers import Dense
+from effscale.parallel import constrain
+
+RunGroup = Callable[..., tuple[Array, Any, Any]]
+
+
+def run_group(index: int, group: BlockGroup, x: Array, context: Context, cache: Any, key: PRNGKeyArray | None):
+    """The plain way to run a group of layers: all of it, on all tokens."""
+    del index
+    return group(x, context, cache, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The trunk's output.
+
+    Attributes:
+        hidden: The residual stream after the final norm.
+        cache: The updated cache, where one was given.
+        reports: For each group, for each block, what its feed-forward reported, with a leading layer dimension.
+    """
+
+    hidden: Float[Array, "batch seq d_model"]
+    cache: KVCache | None
+    reports: tuple[Any, ...]
+
+
+class Transformer(nnx.Module):
+    """A transformer, as its config says.
+
+    A plain pytree: pass it through ``jax.jit``, ``jax.grad`` and optax as it is. It holds no random state; where
+    dropout is wanted, a key is an argument.
+
+    Args:
+        config: What it is made of.
+        rngs: Source of the initial values.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
+        >>> config = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model = Transformer(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 50)
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        inputs = config.inputs
+        if isinstance(inputs, TokenInputs):
+            self.embed = TokenEmbedding(config, inputs, rngs=rngs)
+        else:
+            self.embed = PatchEmbedding(config, inputs, rngs=rngs)
+        self.groups = nnx.List([BlockGroup(group, config, rngs=rngs) for group in config.groups])
+        self.final_norm = None if config.final_norm is None else config.final_norm.build(config.d_model)
+        width, std = config.d_model, config.init_std
+        self.pooler = Dense(width, width, std=std, axes=("embed", None), rngs=rngs) if config.pooler else None
+        self.heads = nnx.Dict({head.name: head.build(config, rngs=rngs) for head in config.heads})
+        self.config = config
+
+    def __call__(
+        self,
+        inputs: Int[Array, "batch seq"] | Float[Array, "batch height width channels"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Int[Array, "rows seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        type_ids: Int[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """The model's outputs.
+
+        Args:
+            inputs: Token ids, or images with values as the model was trained on.
+            attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
+            positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side.
+            segment_ids: For packed rows: a token sees only those of its own number.
+            type_ids: Kind of each token, for models that have kinds; by default 0.
+            key: Turns dropout on.
+
+        Returns:
+            Logits of shape ``(batch, seq, vocab)`` for a model whose only head is ``lm``; else a dict with
+            ``hidden``, ``pooled`` where there is a pooler, and each head's output under its name.
+
+        Raises:
+            ValueError: If the sequence is longer than the model's positions, or an image of another size.
+        """
+        encoded = self.encode(
+            inputs,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            type_ids=type_ids,
+            key=key,
+        )
+        valid = None if attention_mask is None else attention_mask.astype(bool)
+        return self.outputs(encoded.hidden, valid)
+
+    def outputs(self, hidden: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"] | None = None) -> Any:
+        """What the heads make of hidden states; see :meth:`__call__`."""
+        pooled = None if self.pooler is None else jnp.tanh(self.pooler(hidden[:, 0]))
+        outputs = {name: head(hidden, pooled, self.embed, valid) for name, head in self.heads.items()}
+        if set(outputs) == {"lm"}:
+            return constrain(outputs["lm"], "batch", "seq", "vocab_act")
+        return {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled}) | outputs
+
+    def encode(
+        self,
+        inputs: Int[Array, "batch seq"] | Float[Array, "batch height width channels"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Int[Array, "rows seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        type_ids: Int[Array, "batch seq"] | None = None,
+        cache: KVCache | None = None,
+        key: PRNGKeyArray | None = None,
+        run_group: RunGroup = run_group,
+    ) -> Encoded:
+        """Everything up to the heads.
+
+        Args:
+            inputs: As in :meth:`__call__`, and so the next four.
+            attention_mask: See there.
+            positions: See there.
+            segment_ids: See there; not together with a cache.
+            type_ids: See there.
+            cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow.
+            key: Turns dropout on.
+            run_group: How a group of layers is run: ``(index, group, x, context, cache, key)`` to
+                ``(x, cache, reports)``. The place where techniques that drop tokens or layers step in.
+
+        Returns:
+            Hidden states, updated cache and reports.
+
+        Raises:
+            ValueError: As in :meth:`__call__`.
+        """
+        config = self.config
+        seq = self._length(inputs)
+        valid = None if attention_mask is None else attention_mask.astype(bool)
+        if cache is None:
+            context = build_context(
+                seq,
+                kind=config.positions,
+                head_dim=config.groups[0].blocks[0].attention.width(config.d_model),
+                causal=config.causal,
+                valid=valid,
+                positions=positions,
+                segments=segment_ids,
+            )
+        else:
+            if segment_ids is not None:
+                raise ValueError("segment_ids cannot be given together with a cache: a cached row is one segment")
+            cache, context = self._advance(cache, inputs.shape[0], seq, valid, positions)
+        keys = (None,) * (1 + len(self.groups)) if key is None else tuple(jax.random.split(key, 1 + len(self.groups)))
+        x = self.embed(inputs, context.positions, type_ids, keys[0])
+        x = constrain(x, "batch", "seq", "embed_act")
+        caches, reports = [], []
+        for index, group in enumerate(self.groups):
+            group_cache = None if cache is None else cache.groups[index]
+            x, group_cache, report = run_group(index, group, x, context, group_cache, keys[1 + index])
+            caches.append(group_cache)
+            reports.append(report)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if cache is not None:
+            cache = dataclasses.replace(cache, groups=tuple(caches))
+        return Encoded(x, cache, tuple(reports))
+
+    def _length(self, inputs: Array) -> int:
+        config = self.config
+        if isinstance(config.inputs, TokenInputs):
+            if config.max_length is not None and inputs.shape[1] > config.max_length:
+                raise ValueError(f"a sequence of {inputs.shape[1]} tokens is longer than the model's {config.max_length} positions")
+            return inputs.shape[1]
+        size, channels = config.inputs.image_size, config.inputs.channels
+        if inputs.shape[1:] != (size, size, channels):
+            raise ValueError(f"images of shape {inputs.shape[1:]}: the model takes {(size, size, channels)}")
+        return config.inputs.num_tokens
+
+    def _advance(
+        self, cache: KVCache, batch: int, seq: int, valid: Array | None, positions: Array | None
+    ) -> tuple[KVCache, Context]:
+        """Writes the new tokens' positions into the cache's next slots, and lets them see all slots so far."""
+        new = jnp.ones((batch, seq), bool) if valid is None else valid
+        if positions is None:
+            positions = positions_of(new) + cache.valid.sum(1, dtype=jnp.int32)[:, None]
+        write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), cache.length, 1)
+        start = cache.length
+        cache = dataclasses.replace(
+            cache,
+            positions=write(cache.positions, positions),
+            valid=write(cache.valid, new),
+            length=cache.length + seq,
+        )
+        config = self.config
+        context = Context(
+            positions=positions,
+            key_positions=cache.positions,
+            key_valid=cache.valid,
+            segments=None,
+            key_segments=None,
+            start=start,
+            angles=angles_of(config.positions, positions, config.groups[0].blocks[0].attention.width(config.d_model)),
+            causal=config.causal,
+            cached=True,
+        )
+        return cache, context
+
+
+def unroll(model: Transformer) -> Transformer:
+    """The same model with every layer a group of its own: longer to compile, and no loop around small steps.
+
+    Decoding token by token gains from it, since weights and cache of a layer are then arrays of their own.
+    """
+    groups, layers = [], []
+    for group, stacked in zip(model.config.groups, model.groups, strict=True):
+        for index in range(group.repeat):
+            layer = unstack(stacked, index)
+            layer.repeat = 1
+            layers.append(layer)
+            groups.append(dataclasses.replace(group, repeat=1))
+    flat = nnx.merge(*nnx.split(model))  # a copy: the caller's model stays as it is
+    flat.groups = nnx.List(layers)
+    flat.config = dataclasses.replace(model.config, groups=tuple(groups))
+    return flat

@@ -1,0 +1,224 @@
+"""Several JAX processes on this one machine, to try out and to test programs for many.
+
+``python -m effscale.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
+each with four virtual CPU devices. The program has to call `effscale.parallel.initialize` first.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from effscale.parallel.startup import VARIABLES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessResult:
+    """What became of one process."""
+
+    process_id: int
+    """Its number, from 0."""
+    returncode: int
+    """Its exit status; negative: the signal that ended it."""
+    stdout: str
+    """All it wrote to standard output."""
+    stderr: str
+    """All it wrote to standard error."""
+
+
+class LaunchError(RuntimeError):
+    """A process failed, or time ran out; the message holds the end of its output."""
+
+    def __init__(self, message: str, results: list[ProcessResult]):
+        super().__init__(message)
+        self.results = results
+
+
+def launch_local(
+    argv: Sequence[str],
+    num_processes: int,
+    devices_per_process: int = 1,
+    *,
+    platform: str = "cpu",
+    env: Mapping[str, str] | None = None,
+    timeout: int | float | None = None,
+    echo: bool = False,
+) -> list[ProcessResult]:
+    """Run a command in several processes that find each other through `initialize`.
+
+    When one fails the others are ended at once: they would wait for it in a collective.
+
+    Args:
+        argv: the command, such as ``[sys.executable, "train.py"]``.
+        num_processes: how many processes.
+        devices_per_process: virtual CPU devices of each.
+        platform: JAX_PLATFORMS of the processes.
+        env: further environment variables.
+        timeout: seconds after which all are ended.
+        echo: repeat their output line by line, marked with the process number, while they run.
+
+    Returns:
+        One result a process, in order.
+
+    Raises:
+        ValueError: no command, or less than one process or device.
+        LaunchError: a process failed, or time ran out.
+    """
+    if not argv:
+        raise ValueError("launch_local got an empty command: give the program and its arguments")
+    for name, number in (
+        ("num_processes", num_processes),
+        ("devices_per_process", devices_per_process),
+    ):
+        if number < 1:
+            raise ValueError(f"launch_local got {name}={number}: give 1 or more")
+    address = f"127.0.0.1:{free_port()}"
+    common = {
+        **os.environ,
+        "JAX_PLATFORMS": platform,
+        "JAX_NUM_CPU_DEVICES": str(devices_per_process),
+        # Without it the coordinator listens on every interface of the machine.
+        "JAX_COORDINATOR_BIND_ADDRESS": address,
+        **(env or {}),
+        VARIABLES["coordinator"]: address,
+        VARIABLES["num_processes"]: str(num_processes),
+    }
+    children: list[_Child] = []
+    try:
+        for process_id in range(num_processes):
+            own = {**common, VARIABLES["process_id"]: str(process_id)}
+            children.append(_Child(argv, own, process_id, echo))
+        first_failed = _wait(children, timeout)
+    finally:
+        for child in children:
+            child.end()
+    results = [child.result() for child in children]
+    if first_failed is not None:
+        result = results[first_failed.process_id]
+        raise LaunchError(
+            f"process {result.process_id} of {num_processes} ended with status {result.returncode}: "
+            f"{' '.join(argv)}\n{_tail(result)}",
+            results,
+        )
+    if any(result.returncode for result in results):
+        tails = "\n".join(f"[{result.process_id}] {_tail(result)}" for result in results)
+        raise LaunchError(
+            f"{num_processes} processes were not done after {timeout} s: {' '.join(argv)}\n{tails}",
+            results,
+        )
+    return results
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class _Child:
+    """One process in a session of its own, with threads that read its output."""
+
+    def __init__(self, argv: Sequence[str], env: dict[str, str], process_id: int, echo: bool):
+        self.process_id = process_id
+        self.process = subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: tuple[list[str], list[str]] = ([], [])
+        streams = (self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)
+        self._readers = [
+            threading.Thread(
+                target=self._read, args=(source, lines, sink if echo else None), daemon=True
+            )
+            for (source, sink), lines in zip(streams, self._lines, strict=True)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, source, lines, sink):
+        with source:
+            for line in source:
+                lines.append(line)
+                if sink is not None:
+                    sink.write(f"[{self.process_id}] {line}")
+                    sink.flush()
+
+    def end(self) -> None:
+        """End it, with what it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def result(self) -> ProcessResult:
+        for reader in self._readers:
+            reader.join(timeout=5)
+        stdout, stderr = map("".join, self._lines)
+        return ProcessResult(
+            process_id=self.process_id,
+            returncode=self.process.wait(),
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+
+def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
+    """Wait until all are done, one has failed (it is returned) or time is over."""
+    until = None if timeout is None else time.monotonic() + timeout
+    while until is None or time.monotonic() < until:
+        failed = next((child for child in children if child.process.poll()), None)
+        if failed is not None or all(child.process.poll() == 0 for child in children):
+            return failed
+        time.sleep(0.02)
+    return None
+
+
+def _tail(result: ProcessResult, lines: int = 20) -> str:
+    return "\n".join((result.stdout + result.stderr).splitlines()[-lines:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m effscale.parallel.local_launch",
+        description="Run a command in several JAX processes on this machine.",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="how many processes (default 2)")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)"
+    )
+    parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS (default cpu)")
+    parser.add_argument("--timeout", type=float, help="seconds after which all are ended")
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    options = parser.parse_args(arguments)
+    try:
+        launch_local(
+            options.command,
+            options.processes,
+            options.devices,
+            platform=options.platform,
+            timeout=options.timeout,
+            echo=True,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    except LaunchError as error:
+        print(str(error).splitlines()[0], file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The device mesh as a configuration."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "expert", "tensor")
+"""Mesh axes, slowest first: neighbours along ``tensor`` are the closest devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each mesh axis.
+
+    One size may be -1, "as many as are left". The product of the sizes must be the number of devices.
+
+    >>> MeshConfig(fsdp=2, tensor=2).sizes(8)
+    (2, 2, 1, 2)
+    """
+
+    data: int = -1
+    """Replicas of the parameters, each with its own rows of the batch."""
+    fsdp: int = 1
+    """Devices that share the batch and keep one slice each of parameters and optimizer state."""
+    expert: int = 1
+    """Devices that share the batch and hold different experts."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward width and vocabulary of one replica."""
+
+    def __post_init__(self):
+        """Check the sizes on their own; the number of devices is known at `build`."""
+        for axis in AXES:
+            size = getattr(self, axis)
+            if isinstance(size, bool) or not isinstance(size, int) or not (size >= 1 or size == -1):
+                raise ValueError(
+                    f"MeshConfig.{axis} is {size!r}: give a positive integer, or -1 for the devices that are left"
+                )
+        free = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(free) > 1:
+            raise ValueError(f"{self} leaves {' and '.join(free)} open: only one axis may be -1")
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
+        """Sizes in the order of `AXES` for this many devices.
+
+        Raises:
+            ValueError: the devices cannot be divided so.
+        """
+        given = tuple(getattr(self, axis) for axis in AXES)
+        fixed = math.prod(size for size in given if size != -1)
+        if -1 in given:
+            if num_devices % fixed:
+                raise ValueError(
+                    f"{self} needs a multiple of {fixed} devices and there are {num_devices}: choose sizes whose "
+                    f"product is one of {_divisors(num_devices)}"
+                )
+            data, fsdp, expert, tensor = (
+                num_devices // fixed if size == -1 else size for size in given
+            )
+            return data, fsdp, expert, tensor
+        if fixed != num_devices:
+            raise ValueError(
+                f"{self} describes {fixed} devices and there are {num_devices}: set data=-1 to use them all, or "
+                f"build the mesh from {fixed} of them with build(devices=...)"
+            )
+        return given
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """Make the mesh; enter it with `jax.set_mesh`.
+
+        Args:
+            devices: the devices to use; all of every process by default.
+
+        Returns:
+            A mesh with the axes `AXES`, all of type Auto.
+
+        Raises:
+            ValueError: the devices cannot be divided so.
+        """
+        shape = self.sizes(jax.device_count() if devices is None else len(devices))
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

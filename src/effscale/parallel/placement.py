@@ -1,0 +1,212 @@
+"""Where the arrays of a tree and the rows of a batch lie on a mesh."""
+
+import itertools
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from effscale.parallel.rules import Rules, current_rules, logical_spec
+
+Tree = TypeVar("Tree")
+
+
+def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> Tree:
+    """The sharding of every array in a tree of modules, optimizer states and bare arrays.
+
+    An `nnx.Variable` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided
+    by the rules; every other array is replicated. Optimizer states keep the metadata, so their moments lie
+    where the parameters lie. A statistic of fewer dimensions than ``axes`` has names (a factored second
+    moment) is replicated. A value that is itself a pytree (a LoRA pair, a quantized tensor) is asked for
+    ``partition(axes)``, a tree of axes like itself; without that method ``axes`` holds for each of its arrays.
+
+    Args:
+        tree: arrays or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` gives.
+        mesh: the mesh.
+        rules: the table; that of `use_rules` by default.
+
+    Returns:
+        The same tree with a `NamedSharding` in the place of every array: what `jax.jit` takes as
+        ``in_shardings`` or ``out_shardings``. ``jax.jit(init, out_shardings=shardings(jax.eval_shape(init),
+        mesh))()`` makes parameters that are sharded from birth.
+
+    Raises:
+        ValueError: a name without a rule, or a ``partition`` that does not match its weight.
+    """
+    rules = current_rules() if rules is None else rules
+    found: list[NamedSharding] = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        try:
+            found += [NamedSharding(mesh, spec) for spec in _specs(node, mesh, rules)]
+        except ValueError as error:
+            raise ValueError(f"{jax.tree_util.keystr(path)}: {error}") from error
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def shard(tree: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
+    """Lay a tree of arrays out on a mesh, as `shardings` says.
+
+    With several processes each must hold the same values of every array that is not yet a global one.
+    """
+    places = shardings(tree, mesh, rules)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+    return jax.tree.map(_place_of_many, tree, places)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> NamedSharding:
+    """The sharding of an array whose first dimension is the batch."""
+    axes = _batch_axes(mesh, rules)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
+
+
+class BatchShard(NamedTuple):
+    """The part of a global batch that this process loads: part `index` of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def batch_shard(mesh: Mesh, rules: Rules | None = None) -> BatchShard:
+    """Which part of every global batch this process has to load.
+
+    Processes that hold the same rows (a ``tensor`` axis that spans them) get the same index, so this is what
+    a data pipeline shards by, not `jax.process_index`.
+
+    Raises:
+        ValueError: the rows of two processes overlap without being the same.
+    """
+    sharding = batch_sharding(mesh, rules)
+    ways = _batch_ways(mesh, rules)
+    rows: dict[int, set[int]] = {}
+    for device, (index, *_) in sharding.devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).add(index.start or 0)
+    parts = sorted({tuple(sorted(starts)) for starts in rows.values()})
+    if len(set(itertools.chain(*parts))) != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} gives the processes overlapping or unequal parts of the batch: {parts}; "
+            "let every process have whole rows of devices along data, fsdp and expert"
+        )
+    mine = rows.get(jax.process_index())
+    if mine is None:
+        raise ValueError(
+            f"process {jax.process_index()} has no device in the mesh {dict(mesh.shape)}"
+        )
+    return BatchShard(parts.index(tuple(sorted(mine))), len(parts))
+
+
+def shard_batch(batch: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
+    """Make global arrays of the rows that this process has loaded.
+
+    Args:
+        batch: a tree of numpy arrays whose first dimension is the batch: the rows of `batch_shard`. With one
+            process that is the whole batch. Scalars are replicated.
+        mesh: the mesh.
+        rules: the table; that of `use_rules` by default.
+
+    Returns:
+        The same tree of `jax.Array`, divided as `batch_sharding` says.
+
+    Raises:
+        ValueError: arrays of different numbers of rows, or rows that the mesh cannot divide.
+    """
+    count = batch_shard(mesh, rules).count
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    rows = {jax.tree_util.keystr(path): np.shape(x)[0] for path, x in leaves if np.ndim(x)}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"the arrays of a batch differ in their number of rows: {rows}")
+    ways = _batch_ways(mesh, rules)
+    for local in set(rows.values()):
+        if local * count % ways:
+            raise ValueError(
+                f"a global batch of {local * count} rows cannot be divided over {ways} devices "
+                f"({_product(mesh, rules)}): make the batch size a multiple of {ways}, or the mesh smaller along "
+                "these axes"
+            )
+    divided, whole = batch_sharding(mesh, rules), NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        sharding = divided if np.ndim(x) else whole
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        shape = (x.shape[0] * count, *x.shape[1:]) if x.ndim else x.shape
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, batch)
+
+
+def _place_of_many(x: Any, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put` refuses most arrays of one process when the sharding spans several."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+        data = _place_of_many(jax.random.key_data(x), inner)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _is_variable(node: object) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _is_axes(node: object) -> bool:
+    # A weight may be a NamedTuple, so only a plain tuple of names is a leaf.
+    return node is None or (
+        type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+    )
+
+
+def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[PartitionSpec]:
+    """The specs of the arrays of one leaf: a variable with all that its value holds, or a bare array."""
+    axes = node.get_metadata("axes", None) if isinstance(node, nnx.Variable) else None
+    value = node.get_value() if isinstance(node, nnx.Variable) else node
+    arrays = jax.tree.leaves(value)
+    partition = getattr(value, "partition", None)
+    if axes is None:
+        each = [None] * len(arrays)
+    elif callable(partition):
+        each = jax.tree.leaves(partition(axes), is_leaf=_is_axes)
+        if len(each) != len(arrays) or not all(map(_is_axes, each)):
+            raise ValueError(
+                f"{type(value).__name__}.partition({axes}) gave {each} for {len(arrays)} arrays: it must return a "
+                "tree like the weight with a tuple of logical names (or None) for every array"
+            )
+    else:
+        each = [axes] * len(arrays)
+    return [
+        _spec(names, np.shape(array), mesh, rules)
+        for names, array in zip(each, arrays, strict=True)
+    ]
+
+
+def _spec(
+    names: tuple[str | None, ...] | None,
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+) -> PartitionSpec:
+    if names is None or len(names) > len(shape):
+        return PartitionSpec(*[None] * len(shape))
+    return logical_spec(names, shape, mesh, rules)
+
+
+def _batch_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> tuple[str, ...]:
+    rules = current_rules() if rules is None else rules
+    return tuple(axis for axis in rules.lookup("batch") if mesh.shape.get(axis, 1) > 1)
+
+
+def _batch_ways(mesh: Mesh | AbstractMesh, rules: Rules | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh, rules))
+
+
+def _product(mesh: Mesh, rules: Rules | None) -> str:
+    return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _batch_axes(mesh, rules))

@@ -1,0 +1,189 @@
+"""The table that maps logical axis names to mesh axes."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from effscale.parallel.mesh import AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+def _normal(name: str, axes: MeshAxes) -> tuple[str, ...]:
+    normal = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    if len(set(normal)) != len(normal) or not all(isinstance(axis, str) for axis in normal):
+        raise ValueError(
+            f"the rule for {name!r} is {axes!r}: give a mesh axis, a tuple of different ones, or None"
+        )
+    return normal
+
+
+def _near(name: str, choices: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, list(choices), n=3)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+class Rules(Mapping[str, tuple[str, ...]]):
+    """An immutable, hashable table: logical axis name to the mesh axes that divide it.
+
+    A value is the name of a mesh axis, a tuple of them (the first divides first), or None for a dimension
+    that stays whole. Tables combine with ``|``, the right one wins.
+
+    >>> (Rules({"embed": "fsdp", "mlp": "tensor"}) | {"mlp": None})["mlp"]
+    ()
+    """
+
+    def __init__(self, rules: Mapping[str, MeshAxes]):
+        self._rules = {name: _normal(name, axes) for name, axes in rules.items()}
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self._rules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._rules.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules) and self._rules == other._rules
+
+    def __or__(self, other: Mapping[str, MeshAxes]) -> "Rules":
+        return Rules({**self._rules, **other})
+
+    def __repr__(self) -> str:
+        return f"Rules({self._rules})"
+
+    def lookup(self, name: str | None) -> tuple[str, ...]:
+        """The mesh axes for a logical name; none for None.
+
+        Raises:
+            ValueError: the table has no such name.
+        """
+        if name is None:
+            return ()
+        if name not in self._rules:
+            raise ValueError(
+                f"no rule for the logical axis {name!r}{_near(name, self._rules)}; add one with "
+                f"use_rules(DEFAULT_RULES | {{{name!r}: None}})"
+            )
+        return self._rules[name]
+
+
+DEFAULT_RULES = Rules(
+    {
+        # Parameters.
+        "vocab": "tensor",
+        "embed": "fsdp",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "experts": "expert",
+        "layers": None,
+        "positions": None,
+        # Activations.
+        "batch": ("data", "fsdp", "expert"),
+        "seq": None,
+        "embed_act": None,
+        "heads_act": "tensor",
+        "mlp_act": "tensor",
+        "vocab_act": "tensor",
+    }
+)
+"""Data parallel over data, fsdp and expert; parameters sliced over fsdp; Megatron's split over tensor."""
+
+# A user context is part of the key of jit's caches, as a ContextVar would not be: a function that was traced
+# under one table is traced anew under another.
+_context = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[Rules]:
+    """Make `rules` the table of this thread inside the ``with`` block.
+
+    A new thread starts with `DEFAULT_RULES`, as it starts without a mesh.
+
+    >>> with use_rules(DEFAULT_RULES | {"seq": "tensor"}):
+    ...     current_rules()["seq"]
+    ('tensor',)
+    """
+    with _context(None if rules == DEFAULT_RULES else rules):
+        yield rules
+
+
+def current_rules() -> Rules:
+    """The table in force: that of the innermost `use_rules`, otherwise `DEFAULT_RULES`."""
+    return DEFAULT_RULES if _context.value is None else _context.value
+
+
+def logical_spec(
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules | None = None,
+) -> PartitionSpec:
+    """The partition of an array whose dimensions have logical names.
+
+    Dimensions are served from the left. A mesh axis is used only where it divides what is left of the
+    dimension, at most once in the whole spec, and never when its size is one or when it is Manual.
+
+    Args:
+        axes: logical names or None, one a dimension. Fewer names than dimensions are aligned to the right,
+            and the dimensions before them (such as stacked layers) stay whole.
+        shape: the array's shape.
+        mesh: the mesh.
+        rules: the table; that of `use_rules` by default.
+
+    Returns:
+        A spec with one entry for every dimension.
+
+    Raises:
+        ValueError: more names than dimensions, a name without a rule, or a rule with an unknown mesh axis.
+
+    >>> mesh = AbstractMesh((2, 2, 1, 2), AXES)
+    >>> tuple(logical_spec(("embed", "mlp"), (12, 8, 32), mesh))
+    (None, 'fsdp', 'tensor')
+    """
+    manual = {
+        a for a, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Manual
+    }
+    sizes = {axis: size for axis, size in mesh.shape.items() if axis not in manual}
+    return spec_over(axes, shape, sizes, mesh.axis_names, rules)
+
+
+def spec_over(
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    sizes: Mapping[str, int],
+    known: Sequence[str],
+    rules: Rules | None = None,
+) -> PartitionSpec:
+    """`logical_spec` over a part of a mesh: `sizes` of the axes to use, `known` the names of all its axes."""
+    if len(axes) > len(shape):
+        raise ValueError(
+            f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}"
+        )
+    rules = current_rules() if rules is None else rules
+    used: set[str] = set()
+    entries: list[MeshAxes] = []
+    for name, size in zip((None,) * (len(shape) - len(axes)) + tuple(axes), shape, strict=True):
+        chosen: list[str] = []
+        for axis in rules.lookup(name):
+            if axis not in known and axis not in AXES:
+                raise ValueError(
+                    f"the rule {name!r} -> {rules[name or '']} names {axis!r}, which is no axis of the mesh "
+                    f"{tuple(known)}{_near(axis, known)}"
+                )
+            ways = sizes.get(axis, 1)
+            if ways > 1 and axis not in used and size % ways == 0:
+                chosen.append(axis)
+                used.add(axis)
+                size //= ways
+        entries.append(None if not chosen else chosen[0] if len(chosen) == 1 else tuple(chosen))
+    return PartitionSpec(*entries)

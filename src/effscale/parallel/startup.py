@@ -1,0 +1,163 @@
+"""Start-up of several processes that train as one."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+import jax
+
+VARIABLES = {
+    "coordinator": "EFFSCALE_COORDINATOR",
+    "num_processes": "EFFSCALE_NUM_PROCESSES",
+    "process_id": "EFFSCALE_PROCESS_ID",
+}
+"""Environment variables that stand in for fields of `DistributedConfig` which are None."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How this process finds the others. Empty: by the cluster's environment, or there are no others."""
+
+    coordinator: str | None = None
+    """``host:port`` of process 0, reachable from every process."""
+    num_processes: int | None = None
+    """Number of processes in all."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    cluster: str | None = None
+    """A cluster type for JAX to ask ("slurm", "ompi", "mpi4py", "k8s", ...); None: the one that is found; "deactivate": none."""
+    local_device_ids: tuple[int, ...] | None = None
+    """The accelerators of this machine that this process uses; None: JAX's choice."""
+    timeout: int = 300
+    """Seconds to wait for the other processes."""
+
+    def __post_init__(self):
+        """Check each field on its own."""
+        if self.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ValueError(
+                f"DistributedConfig.coordinator is {self.coordinator!r}: give host:port, such as 10.0.0.1:1234"
+            )
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(
+                f"DistributedConfig.num_processes is {self.num_processes}: give 1 or more"
+            )
+        if self.process_id is not None and self.process_id < 0:
+            raise ValueError(f"DistributedConfig.process_id is {self.process_id}: give 0 or more")
+        count, number = self.num_processes, self.process_id
+        if count is not None and number is not None and number >= count:
+            raise ValueError(
+                f"DistributedConfig.process_id is {number} of num_processes={count}: give 0 to {count - 1}"
+            )
+        if self.timeout < 1:
+            raise ValueError(
+                f"DistributedConfig.timeout is {self.timeout}: give seconds, 1 or more"
+            )
+
+
+def initialize(config: DistributedConfig | None = None) -> bool:
+    """Join the other processes of this run, if there are any. Call it before anything asks for a device.
+
+    The fields of `config` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``
+    and ``EFFSCALE_PROCESS_ID``, then what JAX finds in the environment of SLURM, Open MPI, Kubernetes (an
+    indexed Job) or a TPU slice. A second call does nothing.
+
+    Args:
+        config: explicit settings.
+
+    Returns:
+        Whether this process is one of several.
+
+    Raises:
+        ValueError: only a part of coordinator, num_processes and process_id is given.
+        RuntimeError: devices were used before, or the others could not be reached (from JAX).
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    config = _with_environment(config or DistributedConfig(), os.environ)
+    if config.num_processes == 1:
+        return False
+    given = [name for name in VARIABLES if getattr(config, name) is not None]
+    if given and len(given) < len(VARIABLES):
+        missing = [name for name in VARIABLES if name not in given]
+        raise ValueError(
+            f"{' and '.join(given)} given without {' and '.join(missing)}: several processes need all three (fields of "
+            f"DistributedConfig, or {', '.join(VARIABLES[name] for name in missing)}), or none under a scheduler "
+            "that JAX knows"
+        )
+    if given:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            local_device_ids=config.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.timeout,
+        )
+        return True
+    found = config.cluster or cluster_found(os.environ)
+    if found in (None, "deactivate"):
+        return False
+    try:
+        jax.distributed.initialize(
+            local_device_ids=config.local_device_ids,
+            cluster_detection_method=config.cluster,
+            initialization_timeout=config.timeout,
+        )
+    except ValueError as error:
+        if found == "TPU machine":
+            return False
+        raise RuntimeError(
+            f"{found} seems to have started this process beside others, but JAX cannot tell how to reach them ({error}): "
+            "give coordinator, num_processes and process_id, or cluster='deactivate' to run alone"
+        ) from error
+    return jax.process_count() > 1
+
+
+def cluster_found(environment: Mapping[str, str]) -> str | None:
+    """The kind of cluster that has started this process beside others, by its environment variables.
+
+    It decides only whether JAX's own detection is asked at all: a job of one task, or a shell inside an
+    allocation, is one process and needs no coordinator.
+
+    >>> cluster_found({"OMPI_COMM_WORLD_SIZE": "4"})
+    'Open MPI'
+    """
+    env = environment
+    slurm_step = "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env
+    if slurm_step and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return "SLURM"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "Open MPI"
+    if int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1 or env.get("TPU_PROCESS_ADDRESSES_PATH"):
+        return "TPU"
+    if "," in (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")):
+        return "TPU"
+    # Importing JAX on a machine with TPU chips sets the first; only its metadata server knows whether there are
+    # other machines, and the second variable says not to ask it.
+    if env.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in env:
+        return "TPU machine"
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "Kubernetes"
+    return None
+
+
+def _with_environment(
+    config: DistributedConfig, environment: Mapping[str, str]
+) -> DistributedConfig:
+    texts = {name: environment.get(variable, "") for name, variable in VARIABLES.items()}
+    for name in ("num_processes", "process_id"):
+        if texts[name] and not texts[name].isdecimal():
+            raise ValueError(
+                f"the environment variable {VARIABLES[name]} is {texts[name]!r}: give an integer"
+            )
+
+    def number(name: str, own: int | None) -> int | None:
+        return int(texts[name]) if own is None and texts[name] else own
+
+    return dataclasses.replace(
+        config,
+        coordinator=config.coordinator or texts["coordinator"] or None,
+        num_processes=number("num_processes", config.num_processes),
+        process_id=number("process_id", config.process_id),
+    )

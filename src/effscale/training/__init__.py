@@ -1,0 +1,83 @@
+"""Training: the state, the step, the loop, and what a run leaves behind."""
+
+from effscale.training.buckets import Compilation, ShapeBuckets
+from effscale.training.checkpoint import Checkpoints, Restored
+from effscale.training.checkpoint_files import read_checkpoint_config, restore_model
+from effscale.training.console import ConsoleWriter
+from effscale.training.counter import Counter
+from effscale.training.errors import CheckpointError, TrainingDivergedError
+from effscale.training.evaluation import evaluate, make_eval_step
+from effscale.training.loop import FitResult, fit, resume_or_start
+from effscale.training.loss import Loss
+from effscale.training.metrics import (
+    JsonlWriter,
+    MetricsWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    read_jsonl,
+)
+from effscale.training.optimizers import AdamWConfig
+from effscale.training.partition import (
+    NamedLeaf,
+    combine,
+    decay_mask,
+    map_named,
+    named_leaves,
+    partition,
+    trainable_mask,
+)
+from effscale.training.run_folder import RunFolder
+from effscale.training.schedules import (
+    Schedule,
+    ScheduleConfig,
+    by_tokens,
+    scale_by_learning_rate,
+    scale_by_token_schedule,
+)
+from effscale.training.state import TrainState, abstract, create_train_state, ema_model
+from effscale.training.step import count_tokens, make_train_step, split_batch
+
+__all__ = [
+    "AdamWConfig",
+    "CheckpointError",
+    "Checkpoints",
+    "Compilation",
+    "ConsoleWriter",
+    "Counter",
+    "FitResult",
+    "JsonlWriter",
+    "Loss",
+    "MetricsWriter",
+    "MultiWriter",
+    "NamedLeaf",
+    "Restored",
+    "RunFolder",
+    "Schedule",
+    "ScheduleConfig",
+    "ShapeBuckets",
+    "TensorBoardWriter",
+    "TrainState",
+    "TrainingDivergedError",
+    "abstract",
+    "by_tokens",
+    "combine",
+    "count_tokens",
+    "create_train_state",
+    "decay_mask",
+    "ema_model",
+    "evaluate",
+    "fit",
+    "make_eval_step",
+    "make_train_step",
+    "map_named",
+    "named_leaves",
+    "partition",
+    "read_checkpoint_config",
+    "read_jsonl",
+    "restore_model",
+    "resume_or_start",
+    "scale_by_learning_rate",
+    "scale_by_token_schedule",
+    "split_batch",
+    "trainable_mask",
+]

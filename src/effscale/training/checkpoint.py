@@ -1,0 +1,359 @@
+"""Checkpoints of a run: written in the background, whole or not at all, and checked when read."""
+
+import base64
+import json
+import logging
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from effscale.training.checkpoint_files import (
+    JsonItem,
+    describe,
+    finished_steps,
+    flat,
+    items_of,
+    load_items,
+    read_run,
+    step_folder,
+    unfinished,
+)
+from effscale.training.errors import CheckpointError
+from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
+from effscale.training.serialize import differences, to_json
+from effscale.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A state read back, the step it was saved at, and (step, reason) of damaged checkpoints passed over."""
+
+    state: TrainState
+    step: int
+    skipped: list[tuple[int, str]]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    A checkpoint holds the whole ``TrainState``, the position of the data iterator and the config. It counts from the moment
+    its checksums are written, which is last; older ones are deleted only then. So a crash, a kill or a full disk at any
+    moment leaves the previous one. ``restore`` verifies the checksums and falls back to the next older checkpoint.
+
+    Args:
+        folder: Where they lie; made when first needed.
+        config: The run's config (dataclass or mapping). It is saved, and a checkpoint of another one is refused.
+        free_fields: Dotted names of config fields that may change between runs, such as ``num_steps``.
+        keep: How many to keep.
+        every: ``save`` acts on multiples of this step; None leaves only ``force=True``.
+        asynchronous: Write in a background thread. Errors then surface at the next ``save``, ``check`` or ``wait``.
+
+    >>> checkpoints = Checkpoints("runs/example/checkpoints", every=500)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        free_fields: Sequence[str] = (),
+        keep: int = 3,
+        every: int | None = None,
+        asynchronous: bool = True,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1")
+        if every is not None and every < 1:
+            raise ValueError(
+                f"every={every} must be at least 1; None saves only at the end and when stopped"
+            )
+        self.folder = pathlib.Path(folder).resolve()
+        self.config = None if config is None else json.loads(json.dumps(to_json(config)))
+        self.free_fields = tuple(free_fields)
+        self.keep, self.every, self.asynchronous = keep, every, asynchronous
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._cleaned = False
+        self._start: int | None = (
+            None  # the step restored from: newer ones on disk belong to another past
+        )
+        self._saved: set[int] = set()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return finished_steps(self.folder)
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint."""
+        return self.steps[-1] if self.steps else None
+
+    def save(
+        self, step: int, state: TrainState, data_iterator: Any = None, *, force: bool = False
+    ) -> bool:
+        """Save, if ``step`` is a multiple of ``every`` or ``force`` is set, and this step is not saved yet.
+
+        The state may be donated to the next step as soon as this returns.
+
+        Args:
+            step: Batches consumed by ``state``.
+            state: The training state.
+            data_iterator: Anything with ``get_state`` and ``set_state``, such as a grain iterator.
+            force: Save whatever ``every`` says.
+
+        Returns:
+            Whether a checkpoint is being written.
+
+        Raises:
+            CheckpointError: This save failed, or a previous one did in the background.
+        """
+        self.check()
+        if step in self._saved or not (
+            force or (self.every is not None and step % self.every == 0)
+        ):
+            return False
+        self.wait()
+        self.clean()
+        path = step_folder(self.folder, step)
+        items = items_of(state)
+        run = {
+            "format": 1,
+            "step": step,
+            "config": self.config,
+            "processes": jax.process_count(),
+            "leaves": describe(items),
+        }
+        content: dict[str, Any] = {item: flat(tree) for item, tree in items.items()}
+        content["run"] = JsonItem("run.json", run)
+        if data_iterator is not None:
+            content["iterator"] = JsonItem(_iterator_file(), _encode(data_iterator.get_state()))
+        from orbax.checkpoint import v1 as ocp  # slow to import, see load_items
+
+        try:
+            response = ocp.save_checkpointables_async(path, content)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saved.add(step)
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, response), name=f"checkpoint-{step}"
+        )
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
+        return True
+
+    def restore(
+        self, abstract_state: TrainState, data_iterator: Any = None, step: int | None = None
+    ) -> Restored | None:
+        """Read the newest sound checkpoint.
+
+        Args:
+            abstract_state: A state of the wanted structure: arrays or ``jax.ShapeDtypeStruct``. The shardings in it
+                say where the arrays go; they may be of another mesh than the one saved from.
+            data_iterator: Set to the saved position.
+            step: Read this one only. Newer ones are set aside when the run saves again.
+
+        Returns:
+            The state with its step, or None if nothing has been saved.
+
+        Raises:
+            CheckpointError: The checkpoint is of another config or model, or all of them are damaged.
+            FileNotFoundError: There is no checkpoint of ``step``.
+        """
+        self.wait()
+        steps = self.steps
+        if step is not None and step not in steps:
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}"
+            )
+        for left in unfinished(self.folder):
+            logger.warning("%s was not finished and is passed over", left)
+        skipped: list[tuple[int, str]] = []
+        for candidate in [step] if step is not None else reversed(steps):
+            path = step_folder(self.folder, candidate)
+            problem = _on_first_process(lambda path=path: verify_manifest(path))
+            if problem is None:
+                self._check_config(path)
+                state = _state_of(load_items(path, items_of(abstract_state)))
+                if data_iterator is not None:
+                    data_iterator.set_state(_read_iterator(path))
+                self._start, self._saved = candidate, {candidate}
+                return Restored(state, candidate, skipped)
+            skipped.append((candidate, problem))
+            logger.warning(
+                "the checkpoint of step %d is damaged (%s): trying the one before it",
+                candidate,
+                problem,
+            )
+        if skipped:
+            listed = "; ".join(f"step {number}: {reason}" for number, reason in skipped)
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be used ({listed}); move the folder away to start afresh"
+            )
+        return None
+
+    def check(self) -> None:
+        """Raise the error of a save that failed in the background, if any."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait until what is being written is safe on disk; raise if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def clean(self) -> None:
+        """Delete what a killed run left half-written, and set aside checkpoints newer than the one restored.
+
+        Called before the first save: until then the folder is only read, so a run can be looked at while it goes on.
+        """
+        if self._cleaned:
+            return
+        self._cleaned = True
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in unfinished(self.folder):
+                logger.warning("deleting %s, which was not finished", left)
+                shutil.rmtree(left)
+            for newer in self.steps if self._start is not None else []:
+                if newer > self._start:
+                    self._set_aside(newer)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("effscale_checkpoints_clean")
+
+    def close(self) -> None:
+        """Finish writing."""
+        self.wait()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _set_aside(self, step: int) -> None:
+        source = step_folder(self.folder, step)
+        number = 0
+        while (target := self.folder / "set_aside" / f"{source.name}.{number}").exists():
+            number += 1
+        target.parent.mkdir(exist_ok=True)
+        logger.warning("moving %s to %s: the run goes on from step %s", source, target, self._start)
+        source.rename(target)
+
+    def _finish(self, step: int, response: Any) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                write_manifest(step_folder(self.folder, step))
+                for old in self.steps[: -self.keep]:
+                    path = step_folder(self.folder, old)
+                    (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
+                    shutil.rmtree(path)
+        except Exception as error:
+            self._saved.discard(step)
+            self._error = self._failure(step, error)
+            self._error.__cause__ = error
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        """Take away what was half-written, and say what happened."""
+        path = step_folder(self.folder, step)
+        if jax.process_index() == 0:
+            for left in self.folder.glob(f"{path.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            free = f"{shutil.disk_usage(self.folder).free / 2**20:.0f} MiB are free there"
+        except OSError as unknown:
+            free = f"free space unknown: {unknown}"
+        previous = self.latest
+        kept = (
+            "there is no earlier one"
+            if previous is None
+            else f"the one of step {previous} is intact"
+        )
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.folder} ({error}); {free}; {kept}. "
+            "Free some space, keep fewer (keep=) or choose another folder, then resume."
+        )
+
+    def _check_config(self, path: pathlib.Path) -> None:
+        if self.config is None:
+            return
+        saved = read_run(path)["config"]
+        if saved is None:
+            return
+        found = {
+            name: values
+            for name, values in differences(saved, self.config).items()
+            if not any(name == free or name.startswith(free + ".") for free in self.free_fields)
+        }
+        if found:
+            listed = "; ".join(
+                f"{name}: {old!r} there, {new!r} here" for name, (old, new) in found.items()
+            )
+            raise CheckpointError(
+                f"{path} is of another config ({listed}); resume with the saved values, or start a new run folder"
+            )
+
+
+def _state_of(items: dict[str, Any]) -> TrainState:
+    import dataclasses
+
+    return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
+
+
+def _on_first_process(function: Any) -> str | None:
+    """``function()`` of process 0, on all processes alike."""
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental import multihost_utils
+
+    text = (function() or "") if jax.process_index() == 0 else ""
+    padded = np.frombuffer(text.encode()[:512].ljust(512, b"\0"), np.uint8)
+    return (
+        bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
+        .rstrip(b"\0")
+        .decode(errors="replace")
+        or None
+    )
+
+
+def _iterator_file() -> str:
+    return f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+
+
+def _read_iterator(path: pathlib.Path) -> Any:
+    file = path / "iterator" / _iterator_file()
+    if not file.is_file():
+        have = (
+            ", ".join(sorted(entry.stem for entry in (path / "iterator").glob("process_*.json")))
+            or "none"
+        )
+        raise CheckpointError(
+            f"{path} has no data position for process {jax.process_index()} of {jax.process_count()} (it has: {have}); "
+            "resume with the number of processes it was saved by, or restore without a data iterator"
+        )
+    return _decode(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _encode(state: Any) -> Any:
+    """An iterator's state as JSON: grain's are dicts of numbers, or bytes."""
+    if isinstance(state, bytes):
+        return {"bytes": base64.b64encode(state).decode()}
+    return {"json": to_json(state)}
+
+
+def _decode(value: Any) -> Any:
+    return base64.b64decode(value["bytes"]) if "bytes" in value else value["json"]

@@ -1,0 +1,251 @@
+"""How a checkpoint lies on disk: names, what was saved, and reading it without a training state.
+
+::
+
+    checkpoints/step_00000300/
+        model/  train/  ema/       arrays (Orbax), each leaf under its dotted name
+        iterator/process_0-of-1.json   position in the data
+        run/run.json               step, config, name, shape and type of every leaf
+        manifest.json              checksums, written last
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from effscale.training.errors import CheckpointError
+from effscale.training.manifest import MANIFEST, verify_manifest
+from effscale.training.partition import combine, named_leaves, partition
+from effscale.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+_STEP = re.compile(r"step_(\d+)$")
+
+
+def step_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """The folder of one checkpoint."""
+    return folder / f"step_{step:08d}"
+
+
+def finished_steps(folder: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints that were written to the end, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = [(_STEP.match(entry.name), entry) for entry in folder.iterdir()]
+    return sorted(
+        int(match[1]) for match, entry in matches if match and (entry / MANIFEST).exists()
+    )
+
+
+def unfinished(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What a run that was killed while writing has left."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_dir()
+        and (
+            TEMPORARY in entry.name or (_STEP.match(entry.name) and not (entry / MANIFEST).exists())
+        )
+    )
+
+
+class JsonItem:
+    """A JSON file inside an Orbax checkpoint (Orbax's ``StatefulCheckpointable`` protocol).
+
+    The value is fixed when ``save`` is called, before the training goes on.
+    """
+
+    def __init__(self, name: str, value: Any):
+        self.name, self.text = name, json.dumps(value, indent=1)
+
+    async def save(self, directory: Any) -> Any:
+        """Write ``<directory>/<name>`` once Orbax has made the directory."""
+
+        async def write() -> None:
+            (await directory.await_creation() / self.name).write_text(self.text)
+
+        return write()
+
+    async def load(self, directory: Any) -> Any:
+        """Part of the protocol; the file is read without Orbax."""
+        raise NotImplementedError(f"{directory} is read as plain JSON")
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """The tree's leaves by name; without those that hold no element, which Orbax refuses."""
+    leaves = named_leaves(tree)
+    found = {leaf.name or "value": leaf.leaf for leaf in leaves}
+    if len(found) < len(leaves):
+        raise CheckpointError(
+            "two leaves of the state have one name; rename an attribute or a key that holds a dot"
+        )
+    return {name: leaf for name, leaf in found.items() if getattr(leaf, "size", 1)}
+
+
+def unflat(tree: Any, values: Mapping[str, Any]) -> Any:
+    """The tree with its leaves taken from ``values``."""
+    leaves = [
+        values[leaf.name or "value"]
+        if getattr(leaf.leaf, "size", 1)
+        else jax.numpy.zeros(leaf.leaf.shape, leaf.leaf.dtype)
+        for leaf in named_leaves(tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    """The parts that are saved side by side, so that the model can be read alone."""
+    items = {"model": state.model, "train": dataclasses.replace(state, model=None, ema=None)}
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def describe(items: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape and type of every leaf, for ``run.json``."""
+    return {
+        item: {
+            name: [list(leaf.shape), str(leaf.dtype)]
+            if hasattr(leaf, "dtype")
+            else type(leaf).__name__
+            for name, leaf in flat(tree).items()
+        }
+        for item, tree in items.items()
+    }
+
+
+def check_structure(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], where: pathlib.Path
+) -> None:
+    """Raise if the leaves of a checkpoint are not those that are asked for."""
+    problems = []
+    for item, leaves in wanted.items():
+        have = saved.get(item)
+        if have is None:
+            problems.append(f"it holds no {item!r} (only {', '.join(sorted(saved))})")
+            continue
+        problems += [f"{item}: {name} is not in it" for name in leaves.keys() - have.keys()]
+        problems += [
+            f"{item}: {name} is in it but not asked for" for name in have.keys() - leaves.keys()
+        ]
+        problems += [
+            f"{item}: {name} is {have[name]} in it, {leaves[name]} asked for"
+            for name in leaves.keys() & have.keys()
+            if have[name] != leaves[name]
+        ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:6]) + (
+            f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        )
+        raise CheckpointError(f"{where} was saved from another model, optimizer or option: {shown}")
+
+
+def read_run(path: pathlib.Path) -> dict[str, Any]:
+    """``run.json`` of one checkpoint."""
+    return json.loads((path / "run" / "run.json").read_text(encoding="utf-8"))
+
+
+def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """Read some of a checkpoint's items into trees like those given (arrays or their abstract form).
+
+    Raises:
+        CheckpointError: The checkpoint holds other leaves than those asked for.
+    """
+    # Orbax takes a good half second to import; only who reads or writes pays for it.
+    from orbax.checkpoint import v1 as ocp
+
+    check_structure(read_run(path)["leaves"], describe(items), path)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def wanted(leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=default if sharding is None else sharding
+        )
+
+    loaded = ocp.load_checkpointables(
+        path, {item: jax.tree.map(wanted, flat(tree)) for item, tree in items.items()}
+    )
+    return {item: unflat(tree, loaded[item]) for item, tree in items.items()}
+
+
+def _newest(folder: str | os.PathLike[str], step: int | None) -> pathlib.Path:
+    """The newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
+    root = pathlib.Path(folder).resolve()
+    if (root / "checkpoints").is_dir():
+        root = root / "checkpoints"
+    steps = finished_steps(root)
+    if not steps:
+        raise FileNotFoundError(f"{root} holds no checkpoint")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(
+            f"{root} holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+        )
+    problems = []
+    for candidate in [step] if step is not None else reversed(steps):
+        path = step_folder(root, candidate)
+        problem = verify_manifest(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged: %s", path, problem)
+        problems.append(f"step {candidate}: {problem}")
+    raise CheckpointError(f"no checkpoint in {root} can be used: {'; '.join(problems)}")
+
+
+def read_checkpoint_config(folder: str | os.PathLike[str], step: int | None = None) -> Any:
+    """The config that a run was saved with, as plain JSON values.
+
+    Args:
+        folder: A run folder or its ``checkpoints`` folder.
+        step: The checkpoint; None takes the newest sound one.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or none of that step.
+        CheckpointError: There are checkpoints, and all are damaged.
+    """
+    return read_run(_newest(folder, step))["config"]
+
+
+def restore_model(
+    folder: str | os.PathLike[str],
+    abstract_model: Any,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+) -> tuple[Any, int]:
+    """Read a model alone, as for generation, while the run may still be going on.
+
+    Args:
+        folder: A run folder or its ``checkpoints`` folder.
+        abstract_model: The module, or its abstract form as from ``jax.eval_shape``; shardings in it are obeyed.
+        step: The checkpoint; None takes the newest sound one.
+        ema: Take the moving average in place of the trained leaves.
+
+    Returns:
+        The module and its step.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or none of that step.
+        CheckpointError: All are damaged, the model is another, or no average was kept.
+    """
+    path = _newest(folder, step)
+    run = read_run(path)
+    if not ema:
+        return load_items(path, {"model": abstract_model})["model"], run["step"]
+    names = run["leaves"].get("ema")
+    if names is None:
+        raise CheckpointError(f"{path} holds no moving average; restore with ema=False")
+    averaged, _ = partition(abstract_model, lambda name: name in names)
+    items = load_items(path, {"model": abstract_model, "ema": averaged})
+    return combine(items["ema"], items["model"]), run["step"]

@@ -1,0 +1,102 @@
+"""Progress on the terminal: a bar where there is one, now and then a line where there is not."""
+
+import sys
+import time
+from typing import Any
+
+from effscale.training.metrics import Values
+
+
+class ConsoleWriter:
+    """A progress bar with loss, tokens/s and time left; plain lines if the output is not a terminal.
+
+    Args:
+        num_steps: Steps of the whole run.
+        start_step: Step at which the run goes on, when resumed.
+        every_seconds: Least time between plain lines.
+        console: A ``rich.console.Console``; None writes to standard error.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        start_step: int = 0,
+        every_seconds: float = 10.0,
+        console: Any = None,
+    ):
+        from rich.console import Console
+
+        self.num_steps, self.every_seconds = num_steps, every_seconds
+        self.console = console or Console(file=sys.stderr)
+        self._start_step, self._start_time = start_step, time.monotonic()
+        self._last_line, self._shown = float("-inf"), {}
+        self._bar: Any = None
+        if self.console.is_terminal:
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task(
+            "train", total=self.num_steps, completed=self._start_step, text=""
+        )
+        self._bar.start()
+
+    def write(self, step: int, values: Values, timing: Values | None = None) -> None:
+        """Show the step, its loss (and the last evaluation's) and the speed."""
+        self._shown |= {
+            name: value for name, value in values.items() if name.endswith("loss")
+        } | dict(timing or {})
+        text = _text(self._shown)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        evaluated = any(name != "loss" and name.endswith("loss") for name in values)
+        if evaluated or step >= self.num_steps or now - self._last_line >= self.every_seconds:
+            self._last_line = now
+            left = self._seconds_left(step, now)
+            self.console.print(
+                f"step {step}/{self.num_steps}  {text}  {left}", highlight=False, soft_wrap=True
+            )
+
+    def _seconds_left(self, step: int, now: float) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return ""
+        left = int((now - self._start_time) / done * max(self.num_steps - step, 0))
+        return f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _text(shown: Values) -> str:
+    parts = [f"{name} {value:.4f}" for name, value in shown.items() if name.endswith("loss")]
+    if "tokens_per_second" in shown:
+        parts.append(f"{shown['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)

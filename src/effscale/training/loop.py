@@ -1,0 +1,269 @@
+"""The training loop, to be read from top to bottom."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from effscale.training.checkpoint import Checkpoints
+from effscale.training.counter import Counter
+from effscale.training.errors import TrainingDivergedError
+from effscale.training.metrics import MetricsWriter
+from effscale.training.signals import StopSignal
+from effscale.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class FitResult(NamedTuple):
+    """What ``fit`` returns.
+
+    Attributes:
+        state: The last state.
+        history: The records written: ``{"step": ..., "loss": ...}``.
+        stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: saved, resume to go on) or ``data`` (it ended).
+    """
+
+    state: TrainState
+    history: list[dict[str, Any]]
+    stopped_reason: str
+
+
+def fit(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
+    data_iterator: Iterator[Any],
+    *,
+    num_steps: int,
+    checkpoints: Checkpoints | None = None,
+    writer: MetricsWriter | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+    log_every: int = 1,
+    max_skipped_in_row: int = 10,
+    place_batch: Callable[[Any], Any] | None = None,
+    before_step: Callable[[int, Any], Any] | None = None,
+    sync_every: int = 16,
+) -> FitResult:
+    """Train until ``state.step`` is ``num_steps``.
+
+    Metrics are read one step late: while the device works at a step, the host fetches the previous one's, so that
+    no step waits for the host. A run resumed from a checkpoint writes the same records as one that never stopped.
+
+    Args:
+        state: Where to start; its ``step`` says how many batches have been consumed.
+        step_fn: From ``make_train_step``, through ``ShapeBuckets`` or ``jax.jit``; it may donate the state.
+        data_iterator: Batches; with ``checkpoints`` its position is saved through ``get_state``.
+        num_steps: Steps of the whole run, those before a resume included.
+        checkpoints: Saves by its own ``every``, when stopped by a signal, and at the end.
+        writer: Takes metrics; used on process 0 only.
+        evaluate: ``evaluate(state) -> metrics``; called each ``eval_every`` steps and at the end.
+        eval_every: None evaluates at the end only.
+        log_every: Write metrics each that many steps.
+        max_skipped_in_row: Stop when that many updates in a row have been skipped.
+        place_batch: Host batch to device batch, for instance sharding it over a mesh.
+        before_step: ``before_step(step, batch) -> batch``, on the host, where a curriculum crops the batch.
+        sync_every: With several processes, how often they agree whether to stop.
+
+    Returns:
+        The final state, the records and why it ended.
+
+    Raises:
+        TrainingDivergedError: ``max_skipped_in_row`` updates in a row were skipped.
+        CheckpointError: A checkpoint could not be written.
+        ValueError: An option is out of range.
+    """
+    for name, value in {
+        "log_every": log_every,
+        "eval_every": 1 if eval_every is None else eval_every,
+        "max_skipped_in_row": max_skipped_in_row,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    step = int(state.step)
+    if step > num_steps:
+        raise ValueError(f"num_steps={num_steps}, but the state has already made {step} steps")
+    log = _Log(
+        writer if jax.process_index() == 0 else None,
+        log_every,
+        max_skipped_in_row,
+        checkpoints,
+        state,
+    )
+    if checkpoints is not None:
+        checkpoints.clean()
+
+    reason = "finished"
+    with StopSignal(sync_every=sync_every) as stop:
+        while step < num_steps:
+            try:
+                batch = next(data_iterator)
+            except StopIteration:
+                reason = "data"
+                logger.warning("the data ended after step %d of %d", step, num_steps)
+                break
+            if before_step is not None:
+                batch = before_step(step, batch)
+            if place_batch is not None:
+                batch = place_batch(batch)
+            state, metrics = step_fn(state, batch)
+            step += 1
+            log.late(step, metrics)
+
+            if evaluate is not None and eval_every is not None and step % eval_every == 0:
+                log.catch_up()
+                log.write(step, evaluate(state))
+                log.restart_clock()
+            if checkpoints is not None:
+                checkpoints.check()
+                if checkpoints.every is not None and step % checkpoints.every == 0:
+                    log.catch_up()
+                    log.flush()  # records up to here must outlive whatever the checkpoint outlives
+                    checkpoints.save(step, state, data_iterator)
+            if stop.should_stop(step) and step < num_steps:
+                reason = "signal"
+                logger.warning("signal %s: saving at step %d", stop.received, step)
+                break
+        log.catch_up()
+        if (
+            evaluate is not None
+            and reason != "signal"
+            and (eval_every is None or step % eval_every != 0)
+        ):
+            log.write(step, evaluate(state))
+        log.flush()
+        if checkpoints is not None:
+            checkpoints.save(step, state, data_iterator, force=True)
+            checkpoints.wait()
+    return FitResult(state, log.history, reason)
+
+
+def resume_or_start(
+    checkpoints: Checkpoints,
+    create: Callable[[], TrainState],
+    data_iterator: Any = None,
+    *,
+    resume: bool = True,
+    shardings: TrainState | None = None,
+) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a new one; the data iterator is set to match.
+
+    Args:
+        checkpoints: Where to look.
+        create: Makes a new state; to resume, only its shapes are taken, and nothing is computed.
+        data_iterator: Its position is restored.
+        resume: False always starts anew.
+        shardings: A state of shardings (``effscale.parallel.shardings``); None leaves everything on the first device,
+            or where ``create`` puts it.
+
+    Returns:
+        The state and its step.
+
+    Raises:
+        CheckpointError: The checkpoints are of another config, or all damaged.
+    """
+    if resume and checkpoints.latest is not None:
+        wanted = jax.eval_shape(create)
+        if shardings is not None:
+            place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            wanted = jax.tree.map(place, wanted, shardings)
+        restored = checkpoints.restore(wanted, data_iterator)
+        assert restored is not None
+        logger.info("resuming from step %d of %s", restored.step, checkpoints.folder)
+        return restored.state, restored.step
+    state = create() if shardings is None else jax.jit(create, out_shardings=shardings)()
+    return state, int(state.step)
+
+
+class _Log:
+    """Metrics on their way from the device to the writer, one step behind."""
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        log_every: int,
+        max_skipped_in_row: int,
+        checkpoints: Checkpoints | None,
+        state: TrainState,
+    ):
+        self.history: list[dict[str, Any]] = []
+        self._writer, self._log_every, self._checkpoints = writer, log_every, checkpoints
+        self._max_skipped = max_skipped_in_row
+        self._waiting: tuple[int, Mapping[str, Any]] | None = None
+        self._tokens = int(state.tokens)
+        self._clock: tuple[float, int] | None = None
+
+    def late(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take a step's metrics, and handle those of the step before."""
+        previous, self._waiting = self._waiting, (step, metrics)
+        if previous is not None:
+            self._handle(*previous)
+
+    def catch_up(self) -> None:
+        """Handle what still waits."""
+        previous, self._waiting = self._waiting, None
+        if previous is not None:
+            self._handle(*previous)
+
+    def _handle(self, step: int, metrics: Mapping[str, Any]) -> None:
+        values = {name: _number(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._tokens = int(values.get("tokens", self._tokens))
+        if step % self._log_every == 0:
+            self.write(step, values, self._timing())
+        skipped = int(values.get("skipped_in_row", 0))
+        if skipped:
+            logger.warning(
+                "step %d: update skipped (loss %s), %d in a row", step, values.get("loss"), skipped
+            )
+        if skipped >= self._max_skipped:
+            self._diverged(step, skipped)
+
+    def write(
+        self, step: int, values: Mapping[str, float], timing: Mapping[str, float] | None = None
+    ) -> None:
+        """Write a record at once."""
+        self.history.append({"step": step, **values})
+        if self._writer is not None:
+            self._writer.write(step, values, timing)
+
+    def flush(self) -> None:
+        """Flush the writer."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step out of the speed."""
+        self._clock = None
+
+    def _timing(self) -> dict[str, float]:
+        """Speed since the record before; the first record has none, as it holds the compilation."""
+        now, last = time.perf_counter(), self._clock
+        self._clock = (now, self._tokens)
+        if last is None or now == last[0]:
+            return {}
+        return {"tokens_per_second": (self._tokens - last[1]) / (now - last[0])}
+
+    def _diverged(self, step: int, skipped: int) -> None:
+        self.flush()
+        last = where = None
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+            last, where = self._checkpoints.latest, str(self._checkpoints.folder)
+        raise TrainingDivergedError(step, skipped, last, where or "")
+
+
+def _number(value: Any) -> float | int:
+    """A metric as a Python number; float32 values are rounded to what float32 tells apart, to keep records short."""
+    if isinstance(value, Counter):
+        return int(value)
+    number = value.item() if hasattr(value, "item") else value
+    if (
+        isinstance(number, float)
+        and math.isfinite(number)
+        and getattr(value, "dtype", None) == "float32"
+    ):
+        return float(str(value))
+    return number

@@ -1,0 +1,60 @@
+"""The default optimizer, from a config."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from effscale.training.partition import decay_mask
+from effscale.training.schedules import scale_by_learning_rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW with the semantics of ``optax.adamw``, decaying matrices only.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv:1711.05101).
+
+    >>> optimizer = AdamWConfig(weight_decay=0.1).build(1e-3)
+    """
+
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"eps={self.eps} must be positive; 1e-8 is usual")
+        if self.weight_decay < 0:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} must not be negative; 0 turns it off"
+            )
+
+    def build(
+        self,
+        learning_rate: float | Callable[[Any], Any],
+        mask: Callable[[Any], Any] | None = decay_mask,
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer.
+
+        Args:
+            learning_rate: A number, an optax schedule or a ``Schedule`` (which may count tokens).
+            mask: From the trained leaves to a tree of bools, True where weight decay applies; None decays everything.
+
+        Returns:
+            An optax transformation that takes extra arguments.
+        """
+        return optax.chain(
+            optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
+            optax.add_decayed_weights(self.weight_decay, mask),
+            scale_by_learning_rate(learning_rate),
+        )

@@ -1,0 +1,168 @@
+"""Learning rates as functions of updates made or of tokens seen."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Unit = Literal["steps", "tokens"]
+Kind = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A function of a count, with the unit of that count.
+
+    Attributes:
+        function: Maps the count to a value; any optax schedule will do.
+        unit: ``steps``: updates made, as optax counts them. ``tokens``: tokens seen before the step.
+    """
+
+    function: Callable[[Any], Any]
+    unit: Unit = "steps"
+
+    def __call__(self, count: Any) -> Any:
+        """The value at ``count``."""
+        return self.function(count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    r"""Warmup from zero to ``peak``, then a decay.
+
+    With progress :math:`p = (t - \text{warmup}) / (\text{total} - \text{warmup})` in [0, 1]:
+    ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
+    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{\max(\text{warmup}, 1) / t}`, never under ``final``;
+    ``constant`` stays.
+
+    >>> schedule = ScheduleConfig(kind="cosine", peak=1.0, warmup=10, total=110, final=0.1).build()
+    >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 60, 110, 500)]
+    [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
+    """
+
+    kind: Kind = "cosine"
+    """Shape of the decay."""
+    peak: float = 1e-3
+    """Value at the end of the warmup."""
+    warmup: int = 0
+    """Length of the warmup, in units."""
+    total: int | None = None
+    """Where the decay ends, in units, warmup included; linear and cosine need it."""
+    final: float = 0.0
+    """Value at the end of the decay."""
+    unit: Unit = "steps"
+    """Count updates or tokens. With batches that change size, as curricula make them, count tokens."""
+
+    def __post_init__(self):
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r} is unknown; one of {', '.join(get_args(Kind))}")
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit={self.unit!r} is unknown; one of {', '.join(get_args(Unit))}")
+        if self.peak < 0:
+            raise ValueError(f"peak={self.peak} must not be negative")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must not be negative; 0 means no warmup")
+        if not 0 <= self.final <= self.peak:
+            raise ValueError(f"final={self.final} must lie between 0 and peak={self.peak}")
+        if self.kind in ("linear", "cosine"):
+            if self.total is None:
+                raise ValueError(
+                    f"total=None: kind={self.kind!r} needs the count at which the decay ends"
+                )
+            if self.total <= self.warmup:
+                raise ValueError(f"total={self.total} must be greater than warmup={self.warmup}")
+
+    def build(self) -> Schedule:
+        """The schedule; its function takes integers or floats, traced or not."""
+
+        def value(count: Any) -> jax.Array:
+            count = jnp.asarray(count).astype(jnp.float32)
+            rising = (
+                jnp.minimum(count / max(self.warmup, 1), 1.0)
+                if self.warmup
+                else jnp.ones_like(count)
+            )
+            return jnp.where(count < self.warmup, self.peak * rising, self._decayed(count))
+
+        return Schedule(value, self.unit)
+
+    def _decayed(self, count: jax.Array) -> jax.Array:
+        if self.kind == "constant":
+            return jnp.full_like(count, self.peak)
+        if self.kind == "inverse_sqrt":
+            start = max(self.warmup, 1)
+            return jnp.maximum(self.peak * jnp.sqrt(start / jnp.maximum(count, start)), self.final)
+        assert self.total is not None
+        progress = jnp.clip((count - self.warmup) / (self.total - self.warmup), 0.0, 1.0)
+        shape = (
+            1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        )
+        return self.final + (self.peak - self.final) * shape
+
+
+def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None) -> Schedule:
+    """Let a schedule count tokens seen.
+
+    Args:
+        schedule: Any schedule. Without ``tokens_per_step`` its argument is taken to be tokens already.
+        tokens_per_step: The number of tokens that one of the schedule's steps stands for. A schedule tuned in steps of
+            full batches then keeps its meaning when a curriculum makes some batches smaller.
+
+    >>> schedule = by_tokens(optax.linear_schedule(1.0, 0.0, 100), tokens_per_step=1024)
+    >>> float(schedule(jnp.float32(50 * 1024)))
+    0.5
+    """
+    if tokens_per_step is None:
+        return Schedule(schedule, "tokens")
+    if tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step={tokens_per_step} must be at least 1")
+    return Schedule(
+        lambda tokens: schedule(jnp.asarray(tokens).astype(jnp.float32) / tokens_per_step), "tokens"
+    )
+
+
+def scale_by_token_schedule(
+    schedule: Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by ``-schedule(tokens)``, with ``tokens`` given to ``update`` as an extra argument.
+
+    DeepSpeed and BLOOM schedule the learning rate by samples or tokens consumed; with batches that change size this
+    is not a function of the number of updates. The state is empty: the train state counts the tokens.
+
+    Args:
+        schedule: Maps tokens seen (float32) to a learning rate.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs ``tokens=``.
+
+    >>> transform = scale_by_token_schedule(lambda tokens: tokens / 10)
+    >>> transform.update(jnp.ones(1), transform.init(jnp.ones(1)), tokens=jnp.float32(5.0))[0].tolist()
+    [-0.5]
+    """
+
+    def init(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, tokens: Any = None, **extra: Any
+    ) -> Any:
+        del params, extra
+        if tokens is None:
+            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
+        rate = -jnp.asarray(schedule(tokens), jnp.float32)
+        return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_learning_rate(
+    learning_rate: float | Callable[[Any], Any],
+) -> optax.GradientTransformation:
+    """The last link of an optimizer: a number, an optax schedule (counts updates) or a ``Schedule`` by tokens."""
+    if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
+        return scale_by_token_schedule(learning_rate.function)
+    return optax.scale_by_learning_rate(learning_rate)

@@ -1,0 +1,76 @@
+"""Configs as JSON, and files that are written whole or not at all."""
+
+import dataclasses
+import enum
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def to_json(value: Any) -> Any:
+    """A config (dataclasses, mappings, sequences, paths, enums, types, NumPy scalars) as plain JSON values.
+
+    Two configs are the same run's if these are equal; what has no form in JSON is named by its ``repr`` or,
+    for functions and classes, by its qualified name.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((to_json(item) for item in value), key=repr)
+    if isinstance(value, enum.Enum):
+        return to_json(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, np.dtype):
+        return value.name
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
+def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The fields, by dotted name, in which two JSON values differ.
+
+    >>> differences({"model": {"layers": 2}, "seed": 0}, {"model": {"layers": 3}, "seed": 0})
+    {'model.layers': (2, 3)}
+    """
+    if isinstance(first, dict) and isinstance(second, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(first.keys() | second.keys()):
+            name = f"{prefix}.{key}" if prefix else key
+            found |= differences(first.get(key, "(absent)"), second.get(key, "(absent)"), name)
+        return found
+    return {} if first == second else {prefix: (first, second)}
+
+
+def write_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that a reader, or a crash, finds the old content or the new one and nothing between."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """``value``, made plain by ``to_json``, as an indented JSON file, written atomically."""
+    write_atomic(path, json.dumps(to_json(value), indent=2) + "\n")

@@ -1,0 +1,188 @@
+"""The training step: a pure function from a state and a batch to the next state and its metrics."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.training.loss import Loss, safe_weight
+from effscale.training.partition import Trainable, combine, partition
+from effscale.training.schedules import Schedule
+from effscale.training.state import TrainState
+
+LossFunction = Callable[[Any, Any, Any], Loss]
+"""``loss_fn(model, batch, key) -> Loss``; evaluation passes ``key=None``, which means no dropout."""
+
+Metrics = dict[str, Any]
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens of a batch: the size of ``input_ids``, padding included, or else the number of examples."""
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return batch["input_ids"].size
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def make_train_step(
+    loss_fn: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    ema_decay: float | None = None,
+    trainable: Trainable = None,
+    learning_rate: Callable[[Any], Any] | None = None,
+    tokens_per_batch: Callable[[Any], Any] = count_tokens,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    r"""A training step.
+
+    The gradient is that of the mean over the whole batch,
+    :math:`\nabla \sum_m L_m / \sum_m w_m` over micro-batches m with sums :math:`L_m` and weights :math:`w_m`,
+    which differs from the mean of the micro-batches' means as soon as they hold unequal numbers of tokens.
+
+    If the loss or the gradient is not finite, or the batch has no weight, the update is skipped: model, optimizer
+    state and average stay bit for bit as they were. ``step`` and ``tokens`` count on, as the batch is consumed. The
+    decision is taken from values that are the same on every device.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch, key) -> Loss``.
+        optimizer: Any optax transformation. Its update gets ``tokens=`` (float32, tokens seen before this step).
+        accumulate: Number of micro-batches; the leading dimension of the batch must be a multiple. Micro-batch m
+            holds rows m, m + accumulate, ..., so that each spans all devices that the batch is sharded over.
+        clip_norm: Greatest global norm of the gradient; None does not clip.
+        ema_decay: Rate of the moving average, for a state made with ``ema=True``.
+        trainable: Which leaves are trained, as given to ``create_train_state``.
+        learning_rate: The schedule, only to be reported as a metric.
+        tokens_per_batch: Tokens that a batch adds to the count.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the state
+        donated. Metrics: ``loss`` (mean), ``grad_norm`` (before clipping), ``weight``, ``tokens`` (a ``Counter``),
+        ``skipped`` (updates skipped in all), ``skipped_in_row``, the means of ``Loss.metrics``, and
+        ``learning_rate`` if a schedule is given.
+
+    Raises:
+        ValueError: An option is out of range; or, while tracing, the batch is not a multiple of ``accumulate``,
+            or state and ``ema_decay`` disagree.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1")
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive; None does not clip")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1); 0.999 is usual")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if (state.ema is None) != (ema_decay is None):
+            raise ValueError(
+                f"ema_decay={ema_decay} but the state was created with ema={state.ema is not None}; give both or none"
+            )
+        params, frozen = partition(state.model, trainable)
+        key = jax.random.fold_in(state.key, state.step)
+        gradients, loss = _sum_of_gradients(loss_fn, params, frozen, batch, key, accumulate)
+
+        weight = safe_weight(loss.weight)
+        norm = optax.tree.norm(gradients) / weight
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm) & (loss.weight > 0)
+        scale = 1.0 / weight
+        if clip_norm is not None:
+            scale = scale * (clip_norm / jnp.maximum(norm, clip_norm))
+        gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
+
+        # Optax mixes integer counts with floats, which strict dtype promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            tokens = state.tokens.to_float32()
+            updates, opt_state = optimizer.update(gradients, state.opt_state, params, tokens=tokens)
+        new_params = optax.apply_updates(params, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        skip = (~finite).astype(jnp.int32)
+        new_params = keep(new_params, params)
+        new_state = dataclasses.replace(
+            state,
+            model=combine(new_params, frozen),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=None
+            if ema_decay is None
+            else keep(_average(state.ema, new_params, ema_decay), state.ema),
+            step=state.step + 1,
+            tokens=state.tokens.add(tokens_per_batch(batch)),
+            skipped=state.skipped + skip,
+            skipped_in_row=(state.skipped_in_row + 1) * skip,
+        )
+        metrics = _metrics(new_state, loss, norm)
+        if learning_rate is not None:
+            by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
+            count = state.tokens.to_float32() if by_tokens else state.step - state.skipped
+            metrics["learning_rate"] = jnp.asarray(learning_rate(count), jnp.float32)
+        return new_state, metrics
+
+    return train_step
+
+
+def _sum_of_gradients(
+    loss_fn: LossFunction, params: Any, frozen: Any, batch: Any, key: Any, accumulate: int
+) -> tuple[Any, Loss]:
+    """Gradient of the summed loss, in float32, and the sums."""
+
+    def total(params: Any, batch: Any, key: Any) -> tuple[jax.Array, Loss]:
+        loss = loss_fn(combine(params, frozen), batch, key)
+        if not isinstance(loss, Loss):
+            raise TypeError(
+                f"loss_fn returned {type(loss).__name__}; it must return Loss(total, weight, metrics)"
+            )
+        loss = loss.in_float32()
+        return loss.total, loss
+
+    def gradient(batch: Any, key: Any) -> tuple[Any, Loss]:
+        gradients, loss = jax.grad(total, has_aux=True)(params, batch, key)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), loss
+
+    if accumulate == 1:
+        return gradient(batch, key)
+    micro_batches = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
+    keys = jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
+
+    def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradient(*micro_batch)), None
+
+    return jax.lax.scan(add, zeros, (micro_batches, keys))[0]
+
+
+def split_batch(x: Any, accumulate: int) -> jax.Array:
+    """[batch, ...] to [accumulate, batch / accumulate, ...], each micro-batch with rows of every device.
+
+    The batch is cut with ``accumulate`` as the minor axis: a sharded leading dimension stays sharded in place, and
+    no row moves between devices.
+    """
+    if x.shape[0] % accumulate:
+        raise ValueError(
+            f"a batch of {x.shape[0]} rows cannot be cut into accumulate={accumulate} micro-batches; "
+            f"use a batch that is a multiple of {accumulate}"
+        )
+    return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // accumulate, accumulate, *x.shape[1:])), 1, 0)
+
+
+def _average(ema: Any, params: Any, decay: float) -> Any:
+    return jax.tree.map(lambda e, p: e * decay + p.astype(e.dtype) * (1.0 - decay), ema, params)
+
+
+def _metrics(state: TrainState, loss: Loss, norm: jax.Array) -> Metrics:
+    metrics = {
+        "loss": loss.mean(),
+        "grad_norm": norm,
+        "weight": loss.weight,
+        "tokens": state.tokens,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+    }
+    if taken := metrics.keys() & loss.metrics.keys():
+        raise ValueError(
+            f"Loss.metrics uses reserved names: {', '.join(sorted(taken))}; rename them"
+        )
+    return metrics | loss.means()

@@ -1,0 +1,31 @@
+"""What every test stands on: strict JAX, eight virtual CPU devices, a compilation cache that outlives the run."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import jax
+import pytest
+
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+hypothesis.settings.register_profile(
+    "effscale", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("effscale")
+
+
+@pytest.fixture
+def getkey():
+    """A callable that gives a fresh PRNG key at each call, the same ones in every run."""
+    keys = iter(range(2**31))
+    return lambda: jax.random.fold_in(jax.random.key(2022), next(keys))

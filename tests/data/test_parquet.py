@@ -1,0 +1,50 @@
+import sys
+
+import pytest
+
+from effscale.data import DocumentError, Parquet, SkipReport
+
+
+@pytest.fixture
+def table(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    texts = [f"text {i} ü" for i in range(10)]
+    texts[4], texts[6] = None, ""
+    pq.write_table(pa.table({"body": texts, "number": list(range(10))}), path, row_group_size=3)
+    return path
+
+
+def test_reads_a_column_in_batches(table):
+    report = SkipReport()
+    source = Parquet(paths=table, field="body", batch_rows=4, on_error="skip")
+    documents = list(source.documents(report))
+    assert [document.text for document in documents] == [
+        f"text {i} ü" for i in range(10) if i not in (4, 6)
+    ]
+    assert documents[-1].source == f"{table}:row 10"
+    assert report.counts == {"not_text": 1, "empty": 1}
+
+
+def test_faults_are_named(table):
+    with pytest.raises(DocumentError, match=r"a\.parquet:row 5: NoneType where text"):
+        list(Parquet(paths=table, field="body").documents())
+    with pytest.raises(DocumentError, match=r"no field 'bdy'; there are 'body', 'number'"):
+        list(Parquet(paths=table, field="bdy").documents())
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(DocumentError, match=r"a\.parquet: cannot be read"):
+        list(Parquet(paths=table, field="body").documents())
+
+
+def test_the_missing_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"effscale\[parquet\]"):
+        list(Parquet(paths=tmp_path / "a.parquet").documents())
+
+
+def test_impossible_batch_is_refused():
+    with pytest.raises(ValueError, match="batch_rows=0"):
+        Parquet(paths="a", batch_rows=0)

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effscale.data import load_tokenizer, save_tokenizer, separator_id, train_tokenizer
+from effscale.data.tokenizer import split_text, tokenizer_digest
+
+
+@given(text=st.text(max_size=80))
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_training_is_deterministic_and_special_tokens_come_first():
+    texts = [f"word{i % 7} and word{i % 11} in line {i}\n" for i in range(300)]
+    special = ("<|endoftext|>", "<|pad|>")
+    first = train_tokenizer(texts, vocab_size=320, special_tokens=special)
+    second = train_tokenizer(iter(texts), vocab_size=320, special_tokens=special)
+    assert first.to_str() == second.to_str()
+    assert first.get_vocab_size() == 320
+    assert [first.id_to_token(i) for i in range(2)] == list(special)
+
+
+def test_impossible_training_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size=256: .* at least 257"):
+        train_tokenizer(["a"], vocab_size=256)
+    with pytest.raises(ValueError, match="no text"):
+        train_tokenizer(iter([]), vocab_size=300)
+
+
+def test_save_and_load_by_file_or_folder(tokenizer, tmp_path):
+    file = save_tokenizer(tokenizer, tmp_path / "made" / "here")
+    assert file == tmp_path / "made" / "here" / "tokenizer.json"
+    assert [entry.name for entry in file.parent.iterdir()] == ["tokenizer.json"]
+    for path in (file, file.parent):
+        assert tokenizer_digest(load_tokenizer(path)) == tokenizer_digest(tokenizer)
+    assert save_tokenizer(tokenizer, tmp_path / "x.json") == tmp_path / "x.json"
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent or empty"):
+        load_tokenizer(tmp_path / "nowhere" / "tokenizer.json")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"the folder holds \['vocab.json'\]"):
+        load_tokenizer(tmp_path)
+    for content in ("{", json.dumps({"model": 1})):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="is not a tokenizer"):
+            load_tokenizer(tmp_path)
+
+
+def test_separator_is_found_or_named(tokenizer):
+    assert separator_id(tokenizer) == 0
+    other = train_tokenizer(["text"], vocab_size=270, special_tokens=["<pad>", "</s>"])
+    assert separator_id(other) == other.token_to_id("</s>") == 1
+    assert separator_id(other, "<pad>") == 0
+    with pytest.raises(ValueError, match=r"no token '<pda>'.*<pad>"):
+        separator_id(other, "<pda>")
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE())
+    with pytest.raises(ValueError, match="no usual end-of-document token"):
+        separator_id(bare)
+
+
+words = st.text(alphabet="ab1 \n\t.é三'", max_size=120)
+
+
+@given(text=words, limit=st.integers(1, 20))
+def test_pieces_join_to_the_text(text, limit):
+    pieces = split_text(text, limit)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= limit for piece in pieces)
+
+
+@given(
+    words=st.lists(st.sampled_from(["the ", "fox\n", "dog", "\n\n", "  (a, b):", ".\n", "é", " 3"]))
+)
+def test_long_texts_are_encoded_as_the_whole(tokenizer, words):
+    text = "".join(word + "the " for word in words)
+    ids = [token for piece in split_text(text, 24) for token in tokenizer.encode(piece).ids]
+    assert ids == tokenizer.encode(text).ids

@@ -1,0 +1,68 @@
+import sys
+
+import pytest
+
+from effscale.parallel.local_launch import LaunchError, free_port, launch_local, main
+
+SHOW = "import os; print(*(os.environ[n] for n in %r))" % [
+    "EFFSCALE_PROCESS_ID",
+    "EFFSCALE_NUM_PROCESSES",
+    "JAX_NUM_CPU_DEVICES",
+    "JAX_PLATFORMS",
+    "EXTRA",
+]
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_each_process_is_told_its_place():
+    results = launch_local(python(SHOW), 3, 2, env={"EXTRA": "x"})
+    assert [r.process_id for r in results] == [0, 1, 2]
+    assert [r.stdout for r in results] == [f"{i} 3 2 cpu x\n" for i in range(3)]
+    assert {r.returncode for r in results} == {0}
+
+
+def test_a_failure_ends_the_others():
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['EFFSCALE_PROCESS_ID'] == '1': sys.exit('out of luck')\n"
+        "time.sleep(600)"
+    )
+    with pytest.raises(
+        LaunchError, match=r"process 1 of 2 ended with status 1: [\s\S]*out of luck"
+    ) as caught:
+        launch_local(python(code), 2)
+    assert caught.value.results[0].returncode < 0
+
+
+def test_time_runs_out():
+    with pytest.raises(LaunchError, match=r"1 processes were not done after 0.2 s"):
+        launch_local(python("import time; time.sleep(600)"), 1, timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], 2), "empty command"),
+        ((["true"], 0), "num_processes=0: give 1 or more"),
+        ((["true"], 1, 0), "devices_per_process=0: give 1 or more"),
+    ],
+)
+def test_impossible_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        launch_local(*arguments)
+
+
+def test_command_line(capfd):
+    assert (
+        main(["--processes", "2", "--", *python("import sys; print('hi', sys.argv[1])"), "-v"]) == 0
+    )
+    assert sorted(capfd.readouterr().out.splitlines()) == ["[0] hi -v", "[1] hi -v"]
+    assert main(["--processes", "1", "--", *python("raise SystemExit(3)")]) == 1
+    assert "process 0 of 1 ended with status 3" in capfd.readouterr().err
+
+
+def test_free_port_is_a_port():
+    assert 0 < free_port() < 65536

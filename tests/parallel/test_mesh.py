@@ -1,0 +1,73 @@
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from effscale.parallel import AXES, MeshConfig
+
+
+def test_default_is_data_parallel_over_all_devices():
+    mesh = MeshConfig().build()
+    assert mesh.axis_names == AXES
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": 2, "expert": 4}, (2, 1, 4, 1)),
+        ({"data": 1, "tensor": 8}, (1, 1, 1, 8)),
+    ],
+)
+def test_sizes(sizes, expected):
+    assert MeshConfig(**sizes).build().devices.shape == expected
+
+
+def test_tensor_neighbours_are_adjacent_devices():
+    devices = MeshConfig(tensor=2).build().devices
+    assert [d.id for d in devices[0, 0, 0]] == [0, 1]
+
+
+def test_a_subset_of_the_devices():
+    assert MeshConfig().build(jax.devices()[:2]).size == 2
+    assert MeshConfig(data=1, tensor=4).build(jax.devices()[:4]).shape["tensor"] == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 0}, r"MeshConfig\.fsdp is 0: give a positive integer, or -1"),
+        ({"tensor": -2}, r"MeshConfig\.tensor is -2"),
+        ({"fsdp": -1}, r"leaves data and fsdp open: only one axis may be -1"),
+    ],
+)
+def test_impossible_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        MeshConfig(**sizes)
+
+
+def test_devices_that_do_not_divide():
+    with pytest.raises(
+        ValueError, match=r"needs a multiple of 3 devices and there are 8: .* one of 1, 2, 4, 8"
+    ):
+        MeshConfig(fsdp=3).build()
+
+
+def test_another_number_of_devices():
+    with pytest.raises(
+        ValueError,
+        match=r"describes 4 devices and there are 8: set data=-1 .* build\(devices=\.\.\.\)",
+    ):
+        MeshConfig(data=2, tensor=2).build()
+
+
+def test_config_is_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MeshConfig().data = 2
+    with pytest.raises(TypeError):
+        MeshConfig(8)
