@@ -37,7 +37,10 @@ def auto_partitioned() -> tuple[str, ...]:
         return ()
     manual = jax.sharding.AxisType.Manual
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in pairs if kind != manual and mesh.shape[name] > 1)
+    others = tuple(name for name, kind in pairs if kind != manual)
+    # Within a shard_map JAX wants every axis manual before it lowers a kernel, those of size one too.
+    within = len(others) < len(mesh.axis_names)
+    return tuple(name for name in others if within or mesh.shape[name] > 1)
 
 
 def hopper_in_use() -> bool:

@@ -82,9 +82,10 @@ def cross_entropy(
     if not axes:
         return call(hidden, vocab_weight, bias, labels, weights)
 
-    @jax.shard_map(
-        in_specs=(P(axes), P(), P(), P(axes), P(axes)), out_specs=P(), axis_names=set(axes)
-    )
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {*axes, *(name for name in mesh.axis_names if mesh.shape[name] == 1)}
+
+    @jax.shard_map(in_specs=(P(axes), P(), P(), P(axes), P(axes)), out_specs=P(), axis_names=manual)
     def on_each(*operands):
         return jax.lax.psum(call(*operands), axes)
 

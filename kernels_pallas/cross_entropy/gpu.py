@@ -78,7 +78,7 @@ def softmax_rows(
     """
     axes = varying_axes(logits, labels)
     rows, padded = logits.shape
-    return plgpu.kernel(
+    call = plgpu.kernel(
         functools.partial(_kernel, vocab=vocab, z_loss=z_loss),
         out_type=[
             result_type((rows,), jnp.float32, axes),
@@ -87,7 +87,9 @@ def softmax_rows(
         grid=(rows,),
         grid_names=("row",),
         interpret=interpret,
-    )(logits, labels)
+    )
+    normalizer, gradient = call(logits, labels)
+    return normalizer, gradient
 
 
 def _chunk_size(tokens: int, vocab: int) -> int:

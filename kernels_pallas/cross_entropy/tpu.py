@@ -2,7 +2,7 @@
 
 Two kernels walk the same tiles of [tokens, vocab] logits.
 
-- `_forward_kernel` holds a tile of tokens while the vocabulary streams by, and keeps a running maximum and sum (the online
+- The forward kernel holds a tile of tokens while the vocabulary streams by, and keeps a running maximum and sum (the online
   softmax), the label's logit, and, for the gradient of `hidden`, the running mean of the other words' embeddings
   as attention does with its values:
 
@@ -10,15 +10,13 @@ Two kernels walk the same tiles of [tokens, vocab] logits.
 
   The label's own row is left out of the sum and added outside the kernel. If the sum held it, a token
   predicted with confidence would get its small gradient as the difference of two large rounded vectors.
-- `_weight_kernel` holds a tile of the vocabulary while the tokens stream by, and recomputes the logits for its gradient.
+- The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the logits for its gradient.
 
 That is four matrix products where `chunked` has three, for memory that does not depend on the vocabulary.
-A tile that overhangs the tokens or the vocabulary reads undefined values there; they are masked before they can meet a sum.
 """
 
 import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +25,24 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.cross_entropy.chunked import Gradients
+from kernels_pallas.cross_entropy.tpu_kernels import LOWEST, forward_kernel, weight_kernel
 from kernels_pallas.manual_axes import result_type, varying_axes
 
-# The generations from v5e on have at least 64 MiB of VMEM; the rest of the limit is the compiler's own scratch.
+# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is the compiler's.
 _VMEM_LIMIT = 56 * 2**20
 _VMEM_BUDGET = 40 * 2**20
 _TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 _LANES = 128
-_LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def why_not(hidden: Any, vocab_weight: Any) -> str | None:
     """The reason why the kernels cannot serve these operands, or None."""
-    if jax.default_backend() == "tpu" and (kind := jax.devices()[0].device_kind).startswith(
-        _TOO_OLD
-    ):
-        return f"{kind} has too little VMEM"
-    width = _padded(hidden.shape[1])
-    if tiles(width, hidden.dtype.itemsize) is None:
-        return f"d={width} in {hidden.dtype} leaves no room for a {_LANES} x {_LANES} tile in VMEM"
+    if jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind
+        if kind.startswith(_TOO_OLD):
+            return f"{kind} has too little VMEM"
+    if tiles(_padded(hidden.shape[1]), hidden.dtype.itemsize) is None:
+        return f"d={hidden.shape[1]} in {hidden.dtype} leaves no room for a 128 x 128 tile in VMEM"
     return None
 
 
@@ -57,217 +54,119 @@ def tiles(width: int, itemsize: int) -> tuple[int, int] | None:
     for stays in (1024, 512, 256, 128):
         for streams in (512, 256, 128):
             operands = 2 * itemsize * width * (stays + streams)  # double buffered
-            results = (
-                width * stays * (4 + 2 * 4)
-            )  # float32 accumulator and a double-buffered float32 result
-            if operands + results + 4 * 4 * stays * streams <= _VMEM_BUDGET:
+            sums = 3 * 4 * width * stays  # accumulator and double-buffered result, float32
+            logits = 4 * 4 * stays * streams  # about four float32 values a logit at a time
+            if operands + sums + logits <= _VMEM_BUDGET:
                 return stays, streams
     return None
 
 
-def _padded(width: int) -> int:
-    return pl.cdiv(width, _LANES) * _LANES
+def _padded(size: int, multiple: int = _LANES) -> int:
+    return pl.cdiv(size, multiple) * multiple
 
 
-def _fit(block: int, size: int) -> int:
-    """A block no larger than the padded dimension needs."""
-    return min(block, _padded(size))
+class _Operands(NamedTuple):
+    """The operands as the kernels want them, and the rows of a tile that stay and stream."""
+
+    hidden: Array  # [tokens, wide], with `wide` the width as whole lanes
+    weight: Array  # [vocab, wide]
+    bias: Array  # [1, whole tiles of words], LOWEST beyond the vocabulary
+    labels: Array  # [tokens, 1]
+    stays: int
+    streams: int
 
 
-def _dot(left: Array, right: Array, contract: tuple[int, int]) -> Array:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
+    width, vocab = hidden.shape[1], vocab_weight.shape[0]
+    wide = _padded(width)
+    stays, streams = tiles(wide, hidden.dtype.itemsize)
+    weight = vocab_weight.astype(hidden.dtype)
+    if wide != width:
+        hidden, weight = (jnp.pad(x, ((0, 0), (0, wide - width))) for x in (hidden, weight))
+    row = jnp.zeros((vocab,), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    row = jnp.pad(row, (0, -vocab % max(stays, streams)), constant_values=LOWEST)
+    return _Operands(hidden, weight, row[None, :], labels[:, None], stays, streams)
 
 
-def _indices(start: Any, shape: tuple[int, ...], axis: int) -> Array:
-    return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+def _call(
+    kernel, blocks, swap, operands, columns, results, scratch, products, interpret
+) -> list[Array]:
+    """Run a kernel over all tiles of [tokens, vocab]; with `swap` the tiles of words are the outer loop.
+
+    `columns` are further operands of one number a token. `results` are triples (shape, dtype, "token" | "word" | "row"), the last
+    naming what the leading dimension runs over, or a row of one number a word.
+    """
+    block_tokens, block_words = blocks
+    (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
+    grid = pl.cdiv(tokens, block_tokens), pl.cdiv(vocab, block_words)
+    token = (lambda i, j: (j, 0)) if swap else (lambda i, j: (i, 0))
+    word = (lambda i, j: (i, 0)) if swap else (lambda i, j: (j, 0))
+    row = (lambda i, j: (0, i)) if swap else (lambda i, j: (0, j))
+    column_spec = pl.BlockSpec((block_tokens, 1), token)
+
+    def spec(shape, over):
+        return {
+            "token": pl.BlockSpec((block_tokens, shape[1]), token),
+            "word": pl.BlockSpec((block_words, shape[1]), word),
+            "row": pl.BlockSpec((1, block_words), row),
+        }[over]
+
+    arrays = (operands.hidden, operands.weight, operands.bias, operands.labels, *columns)
+    axes = varying_axes(arrays)
+    streamed = grid[1] * tokens if swap else grid[0] * vocab
+    call = pl.pallas_call(
+        kernel,
+        grid=grid[::-1] if swap else grid,
+        in_specs=[
+            pl.BlockSpec((block_tokens, wide), token),
+            pl.BlockSpec((block_words, wide), word),
+            pl.BlockSpec((1, block_words), row),
+            column_spec,
+            *(column_spec for _ in columns),
+        ],
+        out_specs=[spec(shape, over) for shape, _, over in results],
+        out_shape=[result_type(shape, dtype, axes) for shape, dtype, _ in results],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * tokens * vocab * wide,
+            transcendentals=tokens * vocab,
+            bytes_accessed=streamed * wide * operands.hidden.dtype.itemsize,
+        ),
+        interpret=interpret,
+    )
+    return list(call(*arrays))
 
 
-def _keep_rows(values: Array, start: Any, size: int) -> Array:
-    """Zeros in place of the rows beyond `size`, which only an overhanging tile has."""
-    if size % values.shape[0] == 0:
-        return values
-    return jnp.where(_indices(start, values.shape, 0) < size, values, jnp.zeros_like(values))
+def _forward(operands: _Operands, *, with_gradient: bool, interpret: Any) -> list[Array]:
+    """Log normalizer and label's logit, [tokens, 1], and the mean of the other words, [tokens, wide]."""
+    (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
+    blocks = min(operands.stays, _padded(tokens)), operands.streams
+    column = ((tokens, 1), jnp.float32, "token")
+    results, scratch = [column, column], [(blocks[0], 1)] * 3
+    if with_gradient:
+        results.append(((tokens, wide), jnp.float32, "token"))
+        scratch.append((blocks[0], wide))
+    kernel = functools.partial(forward_kernel, vocab=vocab, with_gradient=with_gradient)
+    return _call(
+        kernel, blocks, False, operands, (), results, scratch, 1 + with_gradient, interpret
+    )
 
 
-def _logit_tile(hidden: Array, weight: Array, bias_ref: Any, columns: Array, vocab: int) -> Array:
-    logits = _dot(hidden, weight, (1, 1))
-    if bias_ref is not None:
-        logits = logits + jnp.broadcast_to(bias_ref[...], logits.shape)
-    return logits if vocab % logits.shape[1] == 0 else jnp.where(columns < vocab, logits, _LOWEST)
-
-
-def _logit_gradient(logits, columns, labels_ref, normalizer_ref, factors_ref):
-    """`factors[:, 0] * softmax - factors[:, 1] * onehot`, in float32."""
-    probability = jnp.exp(logits - normalizer_ref[...])
-    factors = factors_ref[...]
-    smooth = probability * factors[:, 0:1]
-    return jnp.where(columns == labels_ref[...], smooth - factors[:, 1:2], smooth)
-
-
-def _forward_kernel(*refs, vocab, has_bias, with_gradient):
-    hidden_ref, weight_ref, labels_ref = refs[:3]
-    bias_ref = refs[3] if has_bias else None
-    results = refs[3 + has_bias : 5 + has_bias + with_gradient]
-    peak_ref, total_ref, picked_ref, *mean_ref = refs[5 + has_bias + with_gradient :]
-    tile = pl.program_id(1)
-
-    @pl.when(tile == 0)
-    def _():
-        peak_ref[...] = jnp.full_like(peak_ref, _LOWEST)
-        for ref in (total_ref, picked_ref, *mean_ref):
-            ref[...] = jnp.zeros_like(ref)
-
-    shape = hidden_ref.shape[0], weight_ref.shape[0]
-    start = tile * shape[1]
-    columns = _indices(start, shape, 1)
-    weight = _keep_rows(weight_ref[...], start, vocab)
-    logits = _logit_tile(hidden_ref[...], weight, bias_ref, columns, vocab)
-    is_label = columns == labels_ref[...]
-    peak = jnp.maximum(peak_ref[...], jnp.max(logits, axis=1, keepdims=True))
-    rescale = jnp.exp(peak_ref[...] - peak)
-    unnormalized = jnp.exp(logits - peak)
-    total_ref[...] = total_ref[...] * rescale + jnp.sum(unnormalized, axis=1, keepdims=True)
-    picked_ref[...] += jnp.sum(jnp.where(is_label, logits, 0.0), axis=1, keepdims=True)
-    peak_ref[...] = peak
-    for ref in mean_ref:
-        others = jnp.where(is_label, 0.0, unnormalized).astype(weight.dtype)
-        ref[...] = ref[...] * rescale + _dot(others, weight, (1, 0))
-
-    @pl.when(tile == pl.num_programs(1) - 1)
-    def _():
-        results[0][...] = peak_ref[...] + jnp.log(total_ref[...])
-        results[1][...] = picked_ref[...]
-        for ref, mean in zip(results[2:], mean_ref, strict=True):
-            ref[...] = mean[...] / total_ref[...]
-
-
-def _weight_kernel(*refs, tokens, vocab, has_bias):
-    hidden_ref, weight_ref, labels_ref, normalizer_ref, factors_ref = refs[:5]
-    bias_ref = refs[5] if has_bias else None
-    gradient_ref, *bias_gradient_ref, sum_ref = refs[5 + has_bias :]
-    tile = pl.program_id(1)
-
-    @pl.when(tile == 0)
-    def _():
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        for ref in bias_gradient_ref:
-            ref[...] = jnp.zeros_like(ref)
-
-    shape = hidden_ref.shape[0], weight_ref.shape[0]
-    start = tile * shape[0]
-    columns = _indices(pl.program_id(0) * shape[1], shape, 1)
-    hidden = _keep_rows(hidden_ref[...], start, tokens)
-    logits = _logit_tile(hidden, weight_ref[...], bias_ref, columns, vocab)
-    gradient = _logit_gradient(logits, columns, labels_ref, normalizer_ref, factors_ref)
-    gradient = _keep_rows(gradient, start, tokens)
-    sum_ref[...] += _dot(gradient.astype(hidden.dtype), hidden, (0, 0))
-    for ref in bias_gradient_ref:
-        ref[...] += jnp.sum(gradient, axis=0, keepdims=True)
-
-    @pl.when(tile == pl.num_programs(1) - 1)
-    def _():
-        gradient_ref[...] = sum_ref[...].astype(gradient_ref.dtype)
-
-
-class _Call:
-    """The operands in the shapes that the kernels want, and the two kernels applied to them."""
-
-    def __init__(self, hidden, vocab_weight, bias, labels, interpret):
-        (self.tokens, self.width), self.vocab = hidden.shape, vocab_weight.shape[0]
-        self.interpret = interpret
-        padding = ((0, 0), (0, _padded(self.width) - self.width))
-        pad = (lambda x: jnp.pad(x, padding)) if padding[1][1] else (lambda x: x)
-        self.operands = [pad(hidden), pad(vocab_weight.astype(hidden.dtype)), labels[:, None]]
-        self.bias = [] if bias is None else [bias.astype(jnp.float32)[None, :]]
-        stays, streams = tiles(_padded(self.width), hidden.dtype.itemsize)
-        self.by_token = _fit(stays, self.tokens), _fit(streams, self.vocab)
-        self.by_vocab = _fit(streams, self.tokens), _fit(stays, self.vocab)
-
-    def _run(
-        self, kernel, columns, results, block_of_result, scratch, blocks, token_axis, **static
-    ):
-        """One kernel over all tiles; `columns` are further operands with a row for each token."""
-        block_tokens, block_vocab = blocks
-        wide = self.operands[0].shape[1]
-        grid = [pl.cdiv(self.tokens, block_tokens), pl.cdiv(self.vocab, block_vocab)]
-        if token_axis:
-            grid.reverse()
-        token = (lambda i, j: (j, 0)) if token_axis else (lambda i, j: (i, 0))
-        word = (lambda i, j: (i, 0)) if token_axis else (lambda i, j: (j, 0))
-        word_column = (lambda i, j: (0, i)) if token_axis else (lambda i, j: (0, j))
-        specs = [pl.BlockSpec((block_tokens, wide), token), pl.BlockSpec((block_vocab, wide), word)]
-        specs += [
-            pl.BlockSpec((block_tokens, column.shape[1]), token)
-            for column in (self.operands[2], *columns)
-        ]
-        specs += [pl.BlockSpec((1, block_vocab), word_column) for _ in self.bias]
-        index = {"token": token, "word": word, "word_column": word_column}
-        operands = (*self.operands, *columns, *self.bias)
-        axes = varying_axes(operands)
-        products = 1 + (kernel is _weight_kernel or static.get("with_gradient", False))
-        return pl.pallas_call(
-            functools.partial(kernel, vocab=self.vocab, has_bias=len(self.bias), **static),
-            grid=tuple(grid),
-            in_specs=specs,
-            out_specs=[pl.BlockSpec(shape, index[name]) for shape, name in block_of_result],
-            out_shape=[result_type(shape, dtype, axes) for shape, dtype in results],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=products * 2 * self.tokens * self.vocab * wide,
-                transcendentals=self.tokens * self.vocab,
-                bytes_accessed=math.prod(grid)
-                // grid[1]
-                * grid[1]
-                * self.operands[0].dtype.itemsize
-                * wide
-                * block_vocab,
-            ),
-            interpret=self.interpret,
-            name=f"cross_entropy{kernel.__name__.removesuffix('_kernel')}",
-        )(*operands)
-
-    def forward(self, *, with_gradient: bool) -> list[Array]:
-        """Log normalizer and label's logit, each [tokens, 1]; and [tokens, d], the mean embedding of the other words."""
-        column, wide = (self.by_token[0], 1), (self.by_token[0], self.operands[0].shape[1])
-        results = [((self.tokens, 1), jnp.float32)] * 2 + [
-            (self.operands[0].shape, jnp.float32)
-        ] * with_gradient
-        blocks = [(column, "token")] * 2 + [(wide, "token")] * with_gradient
-        scratch = [column] * 3 + [wide] * with_gradient
-        return self._run(
-            _forward_kernel,
-            [],
-            results,
-            blocks,
-            scratch,
-            self.by_token,
-            token_axis=0,
-            with_gradient=with_gradient,
-        )
-
-    def weight_gradient(self, normalizer, factors, dtype) -> tuple[Array, Array | None]:
-        """[vocab, d] in `dtype`, and the float32 [vocab] gradient of the bias if there is one."""
-        block = self.by_vocab[1], self.operands[0].shape[1]
-        results = [(self.operands[1].shape, dtype)] + [
-            ((1, self.vocab), jnp.float32) for _ in self.bias
-        ]
-        out_blocks = [(block, "word")] + [((1, block[0]), "word_column") for _ in self.bias]
-        columns = [normalizer, factors]
-        gradient, *bias_gradient = self._run(
-            _weight_kernel,
-            columns,
-            results,
-            out_blocks,
-            [block],
-            self.by_vocab,
-            token_axis=1,
-            tokens=self.tokens,
-        )
-        return gradient[:, : self.width], bias_gradient[0][0] if bias_gradient else None
+def _weight_gradient(operands: _Operands, columns, dtype, interpret) -> tuple[Array, Array]:
+    """[vocab, wide] in `dtype`, and the float32 [vocab] gradient of the bias."""
+    (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
+    blocks = min(operands.streams, _padded(tokens)), operands.stays
+    results = [
+        ((vocab, wide), dtype, "word"),
+        (operands.bias.shape, jnp.float32, "row"),
+    ]
+    kernel = functools.partial(weight_kernel, tokens=tokens)
+    scratch = [(blocks[1], wide)]
+    gradient, row = _call(kernel, blocks, True, operands, columns, results, scratch, 2, interpret)
+    return gradient, row[0, :vocab]
 
 
 def _losses(labels: Array, normalizer: Array, at_label: Array, z_loss: float) -> Array:
@@ -285,9 +184,8 @@ def tpu_loss(
     interpret: Any = False,
 ) -> Float[Array, ""]:
     """The loss alone. Labels are in [0, vocab), or negative for a token that does not count and whose weight is 0."""
-    normalizer, at_label = _Call(hidden, vocab_weight, bias, labels, interpret).forward(
-        with_gradient=False
-    )
+    operands = _prepare(hidden, vocab_weight, bias, labels)
+    normalizer, at_label = _forward(operands, with_gradient=False, interpret=interpret)
     return jnp.sum(weights * _losses(labels, normalizer, at_label, z_loss))
 
 
@@ -302,19 +200,21 @@ def tpu_loss_and_gradients(
     interpret: Any = False,
 ) -> tuple[Float[Array, ""], Gradients]:
     """The loss and its gradients, each in the type of what it is the gradient of; `interpret` as in `pl.pallas_call`."""
-    call = _Call(hidden, vocab_weight, bias, labels, interpret)
-    normalizer, at_label, others = call.forward(with_gradient=True)
+    width = hidden.shape[1]
+    operands = _prepare(hidden, vocab_weight, bias, labels)
+    normalizer, at_label, others = _forward(operands, with_gradient=True, interpret=interpret)
     losses = _losses(labels, normalizer, at_label, z_loss)
     weight, smooth = weights[:, None], 1.0 + 2.0 * z_loss * normalizer
-    # The label's own share, c p[y] - 1 with c = 1 + 2 z lse, in a form that does not cancel where p[y] is near 1.
-    share = jnp.expm1(at_label - normalizer) + (smooth - 1.0) * jnp.exp(at_label - normalizer)
+    # c p[y] - 1, in a form that does not cancel where p[y] is near 1.
+    log_probability = at_label - normalizer
+    share = jnp.expm1(log_probability) + (smooth - 1.0) * jnp.exp(log_probability)
     own = vocab_weight[jnp.maximum(labels, 0)].astype(hidden.dtype).astype(jnp.float32)
-    d_hidden = weight * (smooth * others[:, : hidden.shape[1]] + share * own)
-    factors = jnp.concatenate([weight * smooth, weight], axis=1)
-    d_weight, d_bias = call.weight_gradient(normalizer, factors, vocab_weight.dtype)
+    d_hidden = weight * (smooth * others[:, :width] + share * own)
+    columns = normalizer, weight * smooth, weight
+    d_weight, d_bias = _weight_gradient(operands, columns, vocab_weight.dtype, interpret)
     gradients = Gradients(
         hidden=d_hidden.astype(hidden.dtype),
-        vocab_weight=d_weight,
+        vocab_weight=d_weight[:, :width],
         bias=None if bias is None else d_bias.astype(bias.dtype),
         weights=losses,
     )

@@ -18,42 +18,37 @@ def test_the_folder_appears_when_the_block_ends(tmp_path):
     assert (tmp_path / "deep" / "a" / "file").read_text() == "x"
 
 
+def fail_in_folder(folder, content, error, **options):
+    with atomic_folder(folder, **options) as work:
+        (work / "file").write_text(content)
+        raise error
+
+
 def test_an_exception_leaves_nothing_and_the_old_folder_in_place(tmp_path):
     with atomic_folder(tmp_path / "a") as work:
         (work / "file").write_text("old")
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        atomic_folder(tmp_path / "a", overwrite=True) as work,
-    ):
-        (work / "file").write_text("new")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_in_folder(tmp_path / "a", "new", RuntimeError("stop"), overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "file").read_text() == "old"
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
-    with (
-        pytest.raises(
-            DiskFullError, match=r"the disk is full .*store.*nothing half-written"
-        ) as caught,
-        TokenStoreWriter(tmp_path / "store", vocab_size=10) as writer,
-    ):
+def write_to_a_full_disk(folder, buffering):
+    with TokenStoreWriter(folder, vocab_size=10) as writer:
         # /dev/full answers every write with ENOSPC, as a full disk would.
         writer._tokens._stream.close()
-        writer._tokens._stream = open("/dev/full", "wb", buffering=16)  # noqa: SIM115
+        writer._tokens._stream = open("/dev/full", "wb", buffering=buffering)  # noqa: SIM115
         writer.add_document([1, 2, 3] * 100)
+
+
+# The small buffer fails at a write, the large one at the last flush.
+@pytest.mark.parametrize("buffering", [16, 1 << 16])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, buffering):
+    message = r"the disk is full .*store.*nothing half-written"
+    with pytest.raises(DiskFullError, match=message) as caught:
+        write_to_a_full_disk(tmp_path / "store", buffering)
     assert caught.value.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_is_full_only_at_the_last_flush(tmp_path):
-    with (
-        pytest.raises(DiskFullError),
-        TokenStoreWriter(tmp_path / "store", vocab_size=10) as writer,
-    ):
-        writer._tokens._stream.close()
-        writer._tokens._stream = open("/dev/full", "wb", buffering=1 << 16)  # noqa: SIM115
-        writer.add_document([1, 2, 3])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,13 +81,12 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
 
 
 def test_the_slower_of_two_writers_is_told(tmp_path):
-    with (
-        pytest.raises(FileExistsError, match="another process"),
-        atomic_folder(tmp_path / "a") as work,
-    ):
-        (work / "file").write_text("slow")
-        with atomic_folder(tmp_path / "a") as other:
-            (other / "file").write_text("fast")
+    slow = atomic_folder(tmp_path / "a")
+    (slow.__enter__() / "file").write_text("slow")
+    with atomic_folder(tmp_path / "a") as fast:
+        (fast / "file").write_text("fast")
+    with pytest.raises(FileExistsError, match="another process"):
+        slow.__exit__(None, None, None)
     assert (tmp_path / "a" / "file").read_text() == "fast"
     assert os.listdir(tmp_path) == ["a"]
 

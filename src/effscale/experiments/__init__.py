@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Runnable experiments: ``python -m effscale.experiments.<name>``. The only place where techniques meet."""

@@ -1,1 +1,6 @@
-"""placeholder"""
+"""Text from a trained model: an explicit cache, sampling, one compiled loop."""
+
+from effscale.generation.decoding import Generated, generate, left_pad
+from effscale.generation.sampling import SamplingConfig, choose, keep_top_k, keep_top_p, penalize
+
+__all__ = ["Generated", "SamplingConfig", "choose", "generate", "keep_top_k", "keep_top_p", "left_pad", "penalize"]

@@ -17,7 +17,17 @@ from effscale.models.config import (
     TransformerConfig,
 )
 from effscale.models.context import Context, build_context, positions_of
-from effscale.models.families import bert, bert_pretraining_heads, bloom, gpt2, gptj, llama, neox, opt, vit
+from effscale.models.families import (
+    bert,
+    bert_pretraining_heads,
+    bloom,
+    gpt2,
+    gptj,
+    llama,
+    neox,
+    opt,
+    vit,
+)
 from effscale.models.heads import ClassHead, HeadConfig, LMHead
 from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora

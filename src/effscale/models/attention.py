@@ -12,7 +12,9 @@ from effscale.models.layers import Dense, dropout
 from effscale.models.positions import alibi_slopes, rotate
 from effscale.parallel import constrain
 
-LayerCache = tuple[Float[Array, "batch keys kv_heads head_dim"], Float[Array, "batch keys kv_heads head_dim"]]
+LayerCache = tuple[
+    Float[Array, "batch keys kv_heads head_dim"], Float[Array, "batch keys kv_heads head_dim"]
+]
 
 # Queries of a causal sequence are cut into this many blocks, each against only the keys up to its own end: it leaves
 # out 3/8 of the scores, all of them masked. More blocks save little and cost overhead.
@@ -33,7 +35,14 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, config: AttentionConfig, d_model: int, *, positions: Positions, std: float, out_std: float, rngs: nnx.Rngs
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        *,
+        positions: Positions,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
     ):
         width = config.width(d_model)
         inner = {"bias": config.bias, "std": std, "rngs": rngs}
@@ -41,7 +50,14 @@ class Attention(nnx.Module):
         self.key = Dense(d_model, config.kv_heads * width, axes=("embed", "kv_heads"), **inner)
         self.value = Dense(d_model, config.kv_heads * width, axes=("embed", "kv_heads"), **inner)
         out_bias = config.bias if config.out_bias is None else config.out_bias
-        self.out = Dense(config.num_heads * width, d_model, bias=out_bias, std=out_std, axes=("heads", "embed"), rngs=rngs)
+        self.out = Dense(
+            config.num_heads * width,
+            d_model,
+            bias=out_bias,
+            std=out_std,
+            axes=("heads", "embed"),
+            rngs=rngs,
+        )
         self.config = config
         self.positions = positions
         self.head_dim = width
@@ -64,71 +80,79 @@ class Attention(nnx.Module):
         Returns:
             The output and the updated cache.
         """
-        split = lambda y: rearrange(y, "b s (h d) -> b s h d", d=self.head_dim)
+        split = lambda y: rearrange(y, "b s (h d) -> b h s d", d=self.head_dim)
         query, keys, values = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if isinstance(self.positions, Rotary) and context.angles is not None:
             query, keys = (rotate(y, context.angles, self.positions) for y in (query, keys))
-        query = constrain(query, "batch", "seq", "heads_act", None) * self.head_dim**-0.5
+        query = constrain(query, "batch", "heads_act", "seq", None) * self.head_dim**-0.5
         if cache is not None:
-            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.start, 1)
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), context.start, 1
+            )
             cache = (write(cache[0], keys), write(cache[1], values))
             keys, values = (c.astype(x.dtype) for c in cache)
         slopes = alibi_slopes(self.config.num_heads) if isinstance(self.positions, Alibi) else None
         y = self._blocks(query, keys, values, context, slopes, key)
-        return self.out(rearrange(y, "b s h d -> b s (h d)")), cache
+        return self.out(rearrange(y, "b h s d -> b s (h d)")), cache
 
     def _blocks(self, query, keys, values, context: Context, slopes, key) -> Array:
-        seq = query.shape[1]
-        count = CAUSAL_BLOCKS if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0 else 1
+        seq = query.shape[2]
+        count = (
+            CAUSAL_BLOCKS
+            if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0
+            else 1
+        )
         if seq < CAUSAL_BLOCKS * MIN_CAUSAL_BLOCK:
             count = 1
         outputs = []
         for i in range(count):
             first, last = i * seq // count, (i + 1) * seq // count
-            end = last if count > 1 else keys.shape[1]
+            end = last if count > 1 else keys.shape[2]
             bias = None
             if slopes is not None:
                 # Relative to the query it would differ by a constant a row, which softmax does not see.
-                bias = jnp.asarray(slopes)[None, :, None, None] * context.key_positions[:, None, None, :end].astype(jnp.float32)
+                bias = jnp.asarray(slopes)[None, :, None, None] * context.key_positions[
+                    :, None, None, :end
+                ].astype(jnp.float32)
             outputs.append(
                 softmax_attention(
-                    query[:, first:last],
-                    keys[:, :end],
-                    values[:, :end],
+                    query[:, :, first:last],
+                    keys[:, :, :end],
+                    values[:, :, :end],
                     allowed=context.allowed(first, last, end),
                     bias=bias,
                     rate=self.config.dropout,
                     key=None if key is None else jax.random.fold_in(key, i),
                 )
             )
-        return outputs[0] if count == 1 else jnp.concatenate(outputs, 1)
+        return outputs[0] if count == 1 else jnp.concatenate(outputs, 2)
 
 
 def softmax_attention(
-    query: Float[Array, "batch seq heads head_dim"],
-    keys: Float[Array, "batch keys kv_heads head_dim"],
-    values: Float[Array, "batch keys kv_heads head_dim"],
+    query: Float[Array, "batch heads seq head_dim"],
+    keys: Float[Array, "batch kv_heads keys head_dim"],
+    values: Float[Array, "batch kv_heads keys head_dim"],
     *,
     allowed: Bool[Array, "rows 1 seq keys"] | Bool[Array, "rows 1 1 keys"] | None = None,
-    bias: Float[Array, "rows heads 1 keys"] | None = None,
+    bias: Float[Array, "bias_rows heads 1 keys"] | None = None,
     rate: float = 0.0,
     key: PRNGKeyArray | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch heads seq head_dim"]:
     r"""``softmax(q k^T + bias) v`` with the scores in float32; the caller has scaled the query.
 
     The weights are left unnormalized and the output divided instead, which is the same and cheaper, since the
     output is narrower than the scores. A query that may see nothing gets the mean of all values.
     """
-    heads, kv_heads = query.shape[2], keys.shape[2]
+    heads, kv_heads = query.shape[1], keys.shape[1]
     if kv_heads != heads:
-        keys, values = (jnp.repeat(y, heads // kv_heads, axis=2) for y in (keys, values))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        keys, values = (jnp.repeat(y, heads // kv_heads, axis=1) for y in (keys, values))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
     if allowed is not None:
         scores = jnp.where(allowed, scores, -1e30)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = rearrange(weights.sum(-1), "b h q -> b q h 1")
+    total = weights.sum(-1, keepdims=True)
     weights = dropout(weights, rate, key).astype(values.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, values, preferred_element_type=jnp.float32)
     return (mixed / total).astype(query.dtype)

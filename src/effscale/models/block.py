@@ -25,8 +25,12 @@ class Block(nnx.Module):
         out_std = std * (2 * model.num_layers) ** -0.5 if model.scale_residual_init else std
         parts = {"std": std, "out_std": out_std, "rngs": rngs}
         self.attention_norm = config.norm.build(model.d_model)
-        self.attention = Attention(config.attention, model.d_model, positions=model.positions, **parts)
-        self.feed_forward_norm = None if config.residual == "parallel_shared" else config.norm.build(model.d_model)
+        self.attention = Attention(
+            config.attention, model.d_model, positions=model.positions, **parts
+        )
+        self.feed_forward_norm = (
+            None if config.residual == "parallel_shared" else config.norm.build(model.d_model)
+        )
         self.feed_forward = config.feed_forward.build(model.d_model, **parts)
         self.residual = config.residual
         self.dropout = config.dropout
@@ -50,7 +54,8 @@ class Block(nnx.Module):
             y, report = self.feed_forward(y, keys[2])
             return drop(y, key=keys[3]), report
 
-        norm_1, norm_2 = self.attention_norm, self.feed_forward_norm
+        norm_1 = self.attention_norm
+        norm_2 = norm_1 if self.feed_forward_norm is None else self.feed_forward_norm
         if self.residual == "post":
             y, cache = attend(x)
             x = norm_1(x + y)
@@ -59,7 +64,7 @@ class Block(nnx.Module):
         elif self.residual in ("parallel", "parallel_shared"):
             normed = norm_1(x)
             y, cache = attend(normed)
-            z, report = feed(normed if norm_2 is None else norm_2(x))
+            z, report = feed(normed if norm_2 is norm_1 else norm_2(x))
             x = x + y + z
         else:
             normed = norm_1(x)
@@ -86,15 +91,18 @@ class BlockGroup(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         context: Context,
-        cache: Any = None,
+        cache: tuple[LayerCache, ...] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], Any, tuple[Report, ...]]:
+    ) -> tuple[
+        Float[Array, "batch seq d_model"], tuple[LayerCache, ...] | None, tuple[Report, ...]
+    ]:
         """Runs all layers of the group.
 
         Args:
             x: The residual stream.
             context: Positions and masks.
-            cache: For each block of the group, keys and values with a leading layer dimension; or None.
+            cache: Keys and values of each layer, in order; or None. With a cache the layers run one by one rather
+                than in a loop, so that each layer's arrays are updated in place.
             key: For dropout; None: no dropout.
 
         Returns:
@@ -102,28 +110,45 @@ class BlockGroup(nnx.Module):
         """
 
         def layer(x, scanned):
-            blocks, caches, layer_key = scanned
+            blocks, layer_key, caches = scanned
             new, reports = [], []
             for i, block in enumerate(blocks):
                 block_key = None if layer_key is None else jax.random.fold_in(layer_key, i)
-                x, block_cache, report = block(x, context, None if caches is None else caches[i], block_key)
+                x, block_cache, report = block(
+                    x, context, None if caches is None else caches[i], block_key
+                )
                 new.append(block_cache)
                 reports.append(report)
             return x, (None if caches is None else tuple(new), tuple(reports))
 
         keys = None if key is None else jax.random.split(key, self.repeat)
-        scanned = (self.blocks, cache, keys)
-        layer = rematerialize(layer, self.remat)
-        if self.repeat == 1:  # no loop: a cache is then updated in place
-            x, out = layer(x, jax.tree.map(lambda a: a[0], scanned))
-            cache, reports = jax.tree.map(lambda a: a[None], out)
-        else:
-            x, (cache, reports) = jax.lax.scan(layer, x, scanned)
-        return x, cache, reports
+        layer = rematerialize(layer, self.remat, prevent_cse=self.repeat == 1)
+        if cache is None and self.repeat > 1:
+            x, (_, reports) = jax.lax.scan(layer, x, (self.blocks, keys, None))
+            return x, None, reports
+        new, reports, width = [], [], len(self.blocks)
+        for index in range(self.repeat):
+            blocks, layer_key = jax.tree.map(lambda a, index=index: a[index], (self.blocks, keys))
+            caches = None if cache is None else cache[index * width : (index + 1) * width]
+            x, (caches, report) = layer(x, (blocks, layer_key, caches))
+            new.extend(caches or ())
+            reports.append(report)
+        return (
+            x,
+            None if cache is None else tuple(new),
+            jax.tree.map(lambda *r: jnp.stack(r), *reports),
+        )
 
 
-def rematerialize(function: Any, remat: Remat) -> Any:
-    """``function`` with a backward pass that computes anew what the policy does not keep."""
+def rematerialize(function: Any, remat: Remat, *, prevent_cse: bool = True) -> Any:
+    """``function`` with a backward pass that computes anew what the policy does not keep.
+
+    Args:
+        function: Any function of arrays.
+        remat: The policy; see :class:`TransformerConfig`.
+        prevent_cse: Whether to keep the compiler from merging both computations again, which inside a scan it
+            cannot do anyway.
+    """
     policies = jax.checkpoint_policies
     if remat == "none":
         return function
@@ -132,7 +157,7 @@ def rematerialize(function: Any, remat: Remat) -> Any:
         "dots": policies.dots_saveable,
         "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
     }[remat]
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
 
 
 def unstack(blocks: Any, index: int) -> Any:

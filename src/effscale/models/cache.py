@@ -1,6 +1,7 @@
 """Keys and values of earlier tokens, as a plain pytree that goes in and comes out."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +9,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effscale.models.config import TransformerConfig
 
-Slots = Float[Array, "layers batch slots kv_heads head_dim"]
+Slots = Float[Array, "batch kv_heads slots head_dim"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
 class KVCache:
     """What attention needs of the tokens seen so far.
 
     Attributes:
-        groups: For each group of the model, for each of its blocks, keys and values.
+        layers: Keys and values of each layer, in the order in which they run.
         positions: Position of the token in each slot.
         valid: Whether a slot holds a real token: False for padding and for slots not yet written.
         length: Slots written so far, the same in every row.
     """
 
-    groups: tuple[tuple[tuple[Slots, Slots], ...], ...]
+    layers: tuple[tuple[Slots, Slots], ...]
     positions: Int[Array, "batch slots"]
     valid: Bool[Array, "batch slots"]
     length: Int[Array, ""]
@@ -46,13 +48,17 @@ def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
     if config.max_length is not None and slots > config.max_length:
         raise ValueError(f"slots={slots}: the model has {config.max_length} positions")
 
-    def zeros(group, block):
-        heads, width = block.attention.kv_heads, block.attention.width(config.d_model)
-        make = lambda: jnp.zeros((group.repeat, batch, slots, heads, width), config.dtype)
-        return make(), make()
+    def zeros(block):
+        shape = (batch, block.attention.kv_heads, slots, block.attention.width(config.d_model))
+        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
     return KVCache(
-        groups=tuple(tuple(zeros(group, block) for block in group.blocks) for group in config.groups),
+        layers=tuple(
+            zeros(block)
+            for group in config.groups
+            for _ in range(group.repeat)
+            for block in group.blocks
+        ),
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),

@@ -7,7 +7,7 @@ place of :class:`MLPConfig`) only needs the same ``build``.
 
 import dataclasses
 import typing
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from effscale.models.layers import ACTIVATIONS, Activation, LayerNorm, RMSNorm
 from effscale.models.validation import check, choice
@@ -48,7 +48,12 @@ class Rotary:
     """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
 
     def __post_init__(self):
-        check(self, self.dim is None or (self.dim > 0 and self.dim % 2 == 0), "dim", "an even number above 0, or None")
+        check(
+            self,
+            self.dim is None or (self.dim > 0 and self.dim % 2 == 0),
+            "dim",
+            "an even number above 0, or None",
+        )
         check(self, self.base > 0, "base", "above 0")
 
 
@@ -104,7 +109,10 @@ class AttentionConfig:
         check(self, self.num_heads >= 1, "num_heads", "at least 1")
         kv = self.kv_heads
         check(
-            self, kv >= 1 and self.num_heads % kv == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}"
+            self,
+            kv >= 1 and self.num_heads % kv == 0,
+            "num_kv_heads",
+            f"a divisor of num_heads={self.num_heads}",
         )
         check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
         check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -126,6 +134,7 @@ class AttentionConfig:
         return d_model // self.num_heads
 
 
+@runtime_checkable
 class FeedForwardConfig(Protocol):
     """The place of a block's feed-forward: anything with this ``build`` may stand there.
 
@@ -202,7 +211,7 @@ class TokenInputs:
     vocab_size: int
     """Rows of the embedding."""
     d_embed: int | None = None
-    """Width of the embedding where it differs from d_model; a projection leads in, another leads out to a tied head."""
+    """Width of the embedding where it differs from d_model; a projection leads in, another leads back out."""
     type_vocab_size: int = 0
     """Kinds of token (BERT's sentences A and B); 0: none."""
     norm: NormConfig | None = None
@@ -231,6 +240,7 @@ class PatchInputs:
     """Probability that a feature of the embedding is dropped in training."""
 
     def __post_init__(self):
+        check(self, self.image_size >= 1, "image_size", "at least 1")
         check(
             self,
             self.patch_size >= 1 and self.image_size % self.patch_size == 0,
@@ -287,15 +297,41 @@ class TransformerConfig:
         choice(self, "dtype", ("float32", "bfloat16", "float16"))
         choice(self, "remat", typing.get_args(Remat))
         check(self, self.init_std > 0, "init_std", "above 0")
-        for block in self.blocks:
-            width = block.attention.width(self.d_model)
-            if isinstance(self.positions, Rotary):
-                dim = width if self.positions.dim is None else self.positions.dim
-                check(self, dim <= width and dim % 2 == 0, "positions", f"rotary over an even dim of at most head_dim={width}")
+        widths = {block.attention.width(self.d_model) for block in self.blocks}
+        if isinstance(self.positions, Rotary):
+            check(
+                self,
+                len(widths) == 1,
+                "groups",
+                f"of one head_dim with rotary positions, not {widths}",
+            )
+            width = min(widths)
+            dim = width if self.positions.dim is None else self.positions.dim
+            wanted = f"rotary over an even dim of at most head_dim={width}"
+            check(self, dim <= width and dim % 2 == 0, "positions", wanted)
         if isinstance(self.inputs, PatchInputs) and isinstance(self.positions, LearnedPositions):
-            check(self, self.positions.num == self.inputs.num_tokens, "positions", f"num={self.inputs.num_tokens} for these images")
+            check(
+                self,
+                self.positions.num == self.inputs.num_tokens,
+                "positions",
+                f"num={self.inputs.num_tokens} for these images",
+            )
         names = [head.name for head in self.heads]
         check(self, len(set(names)) == len(names), "heads", "of different names")
+        reserved = {"hidden", "pooled"} & set(names)
+        check(
+            self,
+            not reserved,
+            "heads",
+            f"of names other than {reserved}, which are outputs already",
+        )
+        if isinstance(self.positions, Alibi):
+            check(
+                self,
+                self.causal,
+                "causal",
+                "True with Alibi, whose bias supposes that keys come before the query",
+            )
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
@@ -306,6 +342,12 @@ class TransformerConfig:
     def num_layers(self) -> int:
         """Layers in all."""
         return sum(len(group.blocks) * group.repeat for group in self.groups)
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the hidden states that come out: d_model, or that of a narrower embedding."""
+        narrow = self.inputs.d_embed if isinstance(self.inputs, TokenInputs) else None
+        return self.d_model if narrow is None else narrow
 
     @property
     def max_length(self) -> int | None:

@@ -5,6 +5,7 @@ positions, mask and segments of the tokens it kept.
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from effscale.models.positions import Angles, rotary_angles
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
 class Context:
     """Positions and masks of the queries (``seq``) and of the keys they may see (``keys``).
 
@@ -33,7 +35,9 @@ class Context:
     causal: bool = dataclasses.field(metadata={"static": True})
     cached: bool = dataclasses.field(metadata={"static": True})
 
-    def allowed(self, first: int, last: int, keys: int) -> Bool[Array, "rows 1 queries keys"] | None:
+    def allowed(
+        self, first: int, last: int, keys: int
+    ) -> Bool[Array, "rows 1 queries keys"] | None:
         """Which of the first ``keys`` keys queries ``first`` to ``last`` may see; None: all."""
         masks = []
         if self.causal:
@@ -42,7 +46,9 @@ class Context:
         if self.key_valid is not None:
             masks.append(self.key_valid[:, None, None, :keys])
         if self.segments is not None and self.key_segments is not None:
-            masks.append(self.segments[:, None, first:last, None] == self.key_segments[:, None, None, :keys])
+            masks.append(
+                self.segments[:, None, first:last, None] == self.key_segments[:, None, None, :keys]
+            )
         if not masks:
             return None
         mask = masks[0]

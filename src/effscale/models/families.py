@@ -30,6 +30,8 @@ def gpt2(
     d_ff: int | None = None,
     dropout: float = 0.0,
     activation: Activation = "gelu_tanh",
+    epsilon: float = 1e-5,
+    tied: bool = True,
 ) -> TransformerConfig:
     """GPT-2 and GPT-3: pre-norm, learned positions, tied head (Radford et al., 2019; Brown et al., 2020).
 
@@ -37,9 +39,11 @@ def gpt2(
         >>> gpt2(num_layers=12, d_model=768, num_heads=12).num_layers
         12
     """
+    norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
+        norm=norm,
         dropout=dropout,
     )
     return TransformerConfig(
@@ -47,7 +51,8 @@ def gpt2(
         groups=(Group(blocks=(block,), repeat=num_layers),),
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
         positions=LearnedPositions(num=max_length),
-        heads=(LMHead(),),
+        heads=(LMHead(tied=tied),),
+        final_norm=norm,
     )
 
 
@@ -71,7 +76,9 @@ def opt(
     norm = NormConfig(scale=norm_affine, bias=norm_affine)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, bias=bias),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation, bias=bias),
+        feed_forward=MLPConfig(
+            d_ff=4 * d_model if d_ff is None else d_ff, activation=activation, bias=bias
+        ),
         norm=norm,
         residual="post" if post_norm else "pre",
         dropout=dropout,
@@ -94,20 +101,25 @@ def bloom(
     vocab_size: int = 250880,
     normed_residual: bool = False,
     dropout: float = 0.0,
+    epsilon: float = 1e-5,
+    tied: bool = True,
 ) -> TransformerConfig:
     """BLOOM: ALiBi, a norm after the embedding, tied head (Le Scao et al., 2022, section 3.2)."""
+    norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
         feed_forward=MLPConfig(d_ff=4 * d_model, activation="gelu_bloom"),
+        norm=norm,
         residual="pre_normed" if normed_residual else "pre",
         dropout=dropout,
     )
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size, norm=NormConfig()),
+        inputs=TokenInputs(vocab_size=vocab_size, norm=norm),
         positions=Alibi(),
-        heads=(LMHead(),),
+        heads=(LMHead(tied=tied),),
+        final_norm=norm,
     )
 
 
@@ -120,14 +132,19 @@ def gptj(
     d_ff: int | None = None,
     vocab_size: int = 50400,
     dropout: float = 0.0,
+    activation: Activation = "gelu_tanh",
+    epsilon: float = 1e-5,
+    tied: bool = False,
 ) -> TransformerConfig:
     """GPT-J: parallel residual with one norm, interleaved rotary on part of each head, untied head with a bias.
 
     Source: Wang and Komatsuzaki, "GPT-J-6B", 2021.
     """
+    norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, bias=False, dropout=dropout),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation="gelu_tanh"),
+        feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
+        norm=norm,
         residual="parallel_shared",
         dropout=dropout,
     )
@@ -136,7 +153,8 @@ def gptj(
         groups=(Group(blocks=(block,), repeat=num_layers),),
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
         positions=Rotary(dim=rotary_dim, interleaved=True),
-        heads=(LMHead(tied=False, bias=True),),
+        heads=(LMHead(tied=tied, bias=True),),
+        final_norm=norm,
     )
 
 
@@ -151,6 +169,7 @@ def neox(
     rotary_base: float = 10000.0,
     parallel: bool = True,
     bias: bool = True,
+    dropout: float = 0.0,
     activation: Activation = "gelu",
     epsilon: float = 1e-5,
     tied: bool = False,
@@ -161,15 +180,16 @@ def neox(
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, bias=bias),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        attention=AttentionConfig(num_heads=num_heads, bias=bias, dropout=dropout),
+        feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="parallel" if parallel else "pre",
+        dropout=dropout,
     )
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size),
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
         positions=Rotary(dim=int(d_model // num_heads * rotary_fraction), base=rotary_base),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
@@ -188,19 +208,28 @@ def llama(
     rotary_base: float = 10000.0,
     epsilon: float = 1e-5,
     bias: bool = False,
+    mlp_bias: bool = False,
+    dropout: float = 0.0,
     tied: bool = False,
 ) -> TransformerConfig:
     """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023)."""
     norm = NormConfig(kind="rms", epsilon=epsilon, bias=False)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, bias=bias),
-        feed_forward=MLPConfig(d_ff=d_ff, activation="silu", gated=True, bias=False),
+        attention=AttentionConfig(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            dropout=dropout,
+        ),
+        feed_forward=MLPConfig(d_ff=d_ff, activation="silu", gated=True, bias=mlp_bias),
         norm=norm,
+        dropout=dropout,
     )
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size),
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
         positions=Rotary(base=rotary_base),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
@@ -229,7 +258,7 @@ def bert(
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="post",
         dropout=dropout,
@@ -237,7 +266,9 @@ def bert(
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size, type_vocab_size=type_vocab_size, norm=norm, dropout=dropout),
+        inputs=TokenInputs(
+            vocab_size=vocab_size, type_vocab_size=type_vocab_size, norm=norm, dropout=dropout
+        ),
         positions=LearnedPositions(num=max_length),
         heads=heads,
         causal=False,
@@ -247,7 +278,9 @@ def bert(
     )
 
 
-def bert_pretraining_heads(*, activation: Activation = "gelu", epsilon: float = 1e-12) -> tuple[HeadConfig, ...]:
+def bert_pretraining_heads(
+    *, activation: Activation = "gelu", epsilon: float = 1e-12
+) -> tuple[HeadConfig, ...]:
     """BERT's two: masked words (``mlm``) and next sentence (``nsp``)."""
     return (
         LMHead(name="mlm", bias=True, transform=activation, norm=NormConfig(epsilon=epsilon)),
@@ -274,12 +307,16 @@ def vit(
     """ViT: a pre-norm encoder of image patches with a class token (Dosovitskiy et al., 2020)."""
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, bias=qkv_bias, out_bias=True, dropout=dropout),
-        feed_forward=MLPConfig(d_ff=d_ff or 4 * d_model, activation=activation),
+        attention=AttentionConfig(
+            num_heads=num_heads, bias=qkv_bias, out_bias=True, dropout=dropout
+        ),
+        feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         dropout=dropout,
     )
-    inputs = PatchInputs(image_size=image_size, patch_size=patch_size, channels=channels, dropout=dropout)
+    inputs = PatchInputs(
+        image_size=image_size, patch_size=patch_size, channels=channels, dropout=dropout
+    )
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),

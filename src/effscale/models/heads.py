@@ -1,7 +1,7 @@
 """What comes out of a model: vocabulary logits, masked-word logits, classes, values."""
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +16,7 @@ from effscale.models.weights import transpose
 Pool = Literal["first", "pooled", "last", "mean", "none"]
 
 
+@runtime_checkable
 class HeadConfig(Protocol):
     """A head: a name for its output, and a ``build``."""
 
@@ -41,7 +42,7 @@ class LMHead:
     """Whether a bias is added to the logits."""
     transform: Activation | None = None
     """BERT's masked-word head: a dense layer, this activation and a norm come first; None: nothing does."""
-    norm: NormConfig = NormConfig()
+    norm: NormConfig = dataclasses.field(default_factory=NormConfig)
     """The transform's norm."""
 
     def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> "VocabularyHead":
@@ -55,12 +56,20 @@ class VocabularyHead(nnx.Module):
     def __init__(self, config: LMHead, model: TransformerConfig, *, rngs: nnx.Rngs):
         if not isinstance(model.inputs, TokenInputs):
             raise ValueError("an LMHead needs token inputs; give a ClassHead for images")
-        width = model.d_model
+        width = model.hidden_width
         transform = config.transform is not None
-        self.transform = Dense(width, width, std=model.init_std, axes=("embed", None), rngs=rngs) if transform else None
+        self.transform = (
+            Dense(width, width, std=model.init_std, axes=("embed", None), rngs=rngs)
+            if transform
+            else None
+        )
         self.norm = config.norm.build(width) if transform else None
         vocab, axes = model.inputs.vocab_size, ("embed", "vocab")
-        self.project = None if config.tied else Dense(width, vocab, bias=False, std=model.init_std, axes=axes, rngs=rngs)
+        self.project = (
+            None
+            if config.tied
+            else Dense(width, vocab, bias=False, std=model.init_std, axes=axes, rngs=rngs)
+        )
         self.bias = nnx.Param(jnp.zeros(vocab), axes=("vocab",)) if config.bias else None
         self.activation = config.transform
 
@@ -77,9 +86,10 @@ class VocabularyHead(nnx.Module):
         bias = None if self.bias is None else self.bias.get_value()
         if self.project is not None:
             return hidden, transpose(self.project.kernel.get_value()), bias
-        return embed.project_out(hidden), embed.tokens.embedding.get_value(), bias
+        return hidden, embed.tokens.embedding.get_value(), bias
 
     def __call__(self, hidden, pooled, embed, valid) -> Float[Array, "batch seq vocab"]:
+        """Logits of ``(batch, seq, width)`` hidden states; ``embed`` holds a tied head's table."""
         del pooled, valid
         x, weight, bias = self.linear(hidden, embed)
         logits = x.reshape(-1, x.shape[-1]) @ transpose(weight.astype(x.dtype))
@@ -118,11 +128,19 @@ class ClassifierHead(nnx.Module):
 
     def __init__(self, config: ClassHead, model: TransformerConfig, *, rngs: nnx.Rngs):
         self.dense = Dense(
-            model.d_model, config.num_classes, bias=config.bias, std=model.init_std, axes=("embed", None), rngs=rngs
+            model.hidden_width,
+            config.num_classes,
+            bias=config.bias,
+            std=model.init_std,
+            axes=("embed", None),
+            rngs=rngs,
         )
         self.pool = config.pool
 
-    def __call__(self, hidden, pooled, embed, valid) -> Float[Array, "batch classes"] | Float[Array, "batch seq classes"]:
+    def __call__(
+        self, hidden, pooled, embed, valid
+    ) -> Float[Array, "batch classes"] | Float[Array, "batch seq classes"]:
+        """Scores of ``(batch, seq, width)`` hidden states; ``valid`` is True at real tokens."""
         del embed
         return self.dense(pooled if self.pool == "pooled" else pool(hidden, valid, self.pool))
 

@@ -14,7 +14,9 @@ def _position_table(config: TransformerConfig, rngs: nnx.Rngs) -> Embedding | No
     if not isinstance(config.positions, LearnedPositions):
         return None
     rows = config.positions.num + config.positions.offset
-    return Embedding(rows, config.d_model, std=config.init_std, axes=("positions", "embed"), rngs=rngs)
+    return Embedding(
+        rows, config.d_model, std=config.init_std, axes=("positions", "embed"), rngs=rngs
+    )
 
 
 class TokenEmbedding(nnx.Module):
@@ -25,13 +27,23 @@ class TokenEmbedding(nnx.Module):
         self.tokens = Embedding(inputs.vocab_size, width, std=config.init_std, rngs=rngs)
         self.positions = _position_table(config, rngs)
         types, axes = inputs.type_vocab_size, (None, "embed")
-        self.types = Embedding(types, config.d_model, std=config.init_std, axes=axes, rngs=rngs) if types else None
+        self.types = (
+            Embedding(types, config.d_model, std=config.init_std, axes=axes, rngs=rngs)
+            if types
+            else None
+        )
         narrow = inputs.d_embed is not None and inputs.d_embed != config.d_model
         project = {"bias": False, "std": config.init_std, "rngs": rngs}
-        self.into = Dense(width, config.d_model, axes=(None, "embed"), **project) if narrow else None
-        self.out_of = Dense(config.d_model, width, axes=("embed", None), **project) if narrow else None
+        self.into = (
+            Dense(width, config.d_model, axes=(None, "embed"), **project) if narrow else None
+        )
+        self.out_of = (
+            Dense(config.d_model, width, axes=("embed", None), **project) if narrow else None
+        )
         self.norm = None if inputs.norm is None else inputs.norm.build(config.d_model)
-        self.offset = config.positions.offset if isinstance(config.positions, LearnedPositions) else 0
+        self.offset = (
+            config.positions.offset if isinstance(config.positions, LearnedPositions) else 0
+        )
         self.dropout = inputs.dropout
         self.dtype = config.dtype
 
@@ -42,6 +54,7 @@ class TokenEmbedding(nnx.Module):
         type_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq d_model"]:
+        """The first residual stream; a position out of range takes the nearest row of the table."""
         x = self.tokens(ids, self.dtype)
         if self.into is not None:
             x = self.into(x)
@@ -54,7 +67,7 @@ class TokenEmbedding(nnx.Module):
         return dropout(x, self.dropout, key)
 
     def project_out(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch width"]:
-        """Hidden states at the width of the token table, for a tied head."""
+        """Hidden states at the width of the token table."""
         return hidden if self.out_of is None else self.out_of(hidden)
 
 
@@ -63,8 +76,12 @@ class PatchEmbedding(nnx.Module):
 
     def __init__(self, config: TransformerConfig, inputs: PatchInputs, *, rngs: nnx.Rngs):
         pixels = inputs.patch_size**2 * inputs.channels
-        self.patches = Dense(pixels, config.d_model, std=config.init_std, axes=(None, "embed"), rngs=rngs)
-        self.first = nnx.Param(config.init_std * jax.random.normal(rngs.params(), (config.d_model,)), axes=("embed",))
+        self.patches = Dense(
+            pixels, config.d_model, std=config.init_std, axes=(None, "embed"), rngs=rngs
+        )
+        self.first = nnx.Param(
+            config.init_std * jax.random.normal(rngs.params(), (config.d_model,)), axes=("embed",)
+        )
         self.positions = _position_table(config, rngs)
         self.inputs = inputs
         self.dtype = config.dtype
@@ -73,14 +90,17 @@ class PatchEmbedding(nnx.Module):
         self,
         images: Float[Array, "batch height width channels"],
         positions: Int[Array, "rows seq"],
-        type_ids: None = None,
+        type_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq d_model"]:
+        """The first residual stream: class token, then patches; ``type_ids`` are not used."""
         del type_ids
         p = self.inputs.patch_size
         cut = rearrange(images.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         x = self.patches(cut)
-        first = jnp.broadcast_to(self.first.get_value().astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[2]))
+        first = jnp.broadcast_to(
+            self.first.get_value().astype(x.dtype)[None, None], (x.shape[0], 1, x.shape[2])
+        )
         x = jnp.concatenate([first, x], axis=1)
         if self.positions is not None:
             x = x + jnp.broadcast_to(self.positions(positions, self.dtype), x.shape)

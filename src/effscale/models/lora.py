@@ -1,11 +1,12 @@
-"""Low-rank adaptation: a weight plus a trained product of two thin matrices.
+r"""Low-rank adaptation: a weight plus a trained product of two thin matrices.
 
-.. math:: x W' = x W + s\\,(x A) B, \\qquad A \\in R^{in \\times r},\\ B \\in R^{r \\times out}
+.. math:: x W' = x W + s\,(x A) B, \qquad A \in R^{in \times r},\ B \in R^{r \times out}
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ Model = TypeVar("Model")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
 class LoRA:
     """A base weight and its low-rank update; itself a weight.
 
@@ -37,26 +39,35 @@ class LoRA:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
         return self.base.shape
 
     @property
     def dtype(self) -> Any:
+        """Type in which it computes."""
         return self.a.dtype
 
     @property
     def T(self) -> "LoRA":
+        """The transpose: ``W'^T = W^T + s B^T A^T``."""
         return LoRA(transpose(self.base), self.b.mT, self.a.mT, self.scale)
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.base + (x @ self.a) @ self.b * self.scale
 
     def astype(self, dtype: Any) -> "LoRA":
+        """The same pair computing in ``dtype``."""
         return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
 
     def take(self, indices: Int[Array, "*rows"]) -> Array:
-        return take(self.base, indices) + jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale
+        """Rows of ``W'``."""
+        return (
+            take(self.base, indices)
+            + jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale
+        )
 
     def dense(self) -> Array:
+        """``W'`` itself."""
         return dense(self.base) + self.a @ self.b * self.scale
 
     def partition(self, axes: tuple[str | None, ...]) -> "LoRA":
@@ -105,7 +116,11 @@ def add_lora(
             raise ValueError("a chosen weight already has a LoRA pair; merge_lora the model first")
         *stack, d_in, d_out = weight.shape
         a = jax.random.uniform(
-            jax.random.fold_in(key, next(keys)), (*stack, d_in, rank), weight.dtype, -(d_in**-0.5), d_in**-0.5
+            jax.random.fold_in(key, next(keys)),
+            (*stack, d_in, rank),
+            weight.dtype,
+            -(d_in**-0.5),
+            d_in**-0.5,
         )
         b = jnp.zeros((*stack, rank, d_out), weight.dtype)
         return LoRA(weight, a, b, (rank if alpha is None else alpha) / rank)

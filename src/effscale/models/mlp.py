@@ -11,16 +11,21 @@ from effscale.parallel import constrain
 class MLP(nnx.Module):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated."""
 
-    def __init__(self, config: MLPConfig, d_model: int, *, std: float, out_std: float, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MLPConfig, d_model: int, *, std: float, out_std: float, rngs: nnx.Rngs
+    ):
         wide = {"bias": config.bias, "std": std, "axes": ("embed", "mlp"), "rngs": rngs}
         self.up = Dense(d_model, config.d_ff, **wide)
         self.gate = Dense(d_model, config.d_ff, **wide) if config.gated else None
-        self.down = Dense(config.d_ff, d_model, bias=config.bias, std=out_std, axes=("mlp", "embed"), rngs=rngs)
+        self.down = Dense(
+            config.d_ff, d_model, bias=config.bias, std=out_std, axes=("mlp", "embed"), rngs=rngs
+        )
         self.activation = config.activation
 
     def __call__(
         self, x: Float[Array, "batch seq d_model"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
+        """The output, and an empty report."""
         del key
         act = ACTIVATIONS[self.activation]
         inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)

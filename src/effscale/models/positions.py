@@ -8,22 +8,26 @@ from jaxtyping import Array, Float, Int
 
 from effscale.models.config import Rotary
 
-Angles = tuple[Float[Array, "batch seq pairs"], Float[Array, "batch seq pairs"]]
+Angles = tuple[Float[Array, "rows seq pairs"], Float[Array, "rows seq pairs"]]
 
 
-def rotary_angles(positions: Int[Array, "batch seq"], dim: int, base: float) -> Angles:
+def rotary_angles(positions: Int[Array, "rows seq"], dim: int, base: float) -> Angles:
     """Sine and cosine of ``position * base^(-2i/dim)`` for each pair ``i < dim/2``, in float32."""
     frequencies = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
+    angles = (
+        positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
+    )
     return jnp.sin(angles), jnp.cos(angles)
 
 
-def rotate(x: Float[Array, "batch seq heads head_dim"], angles: Angles, rotary: Rotary) -> Float[Array, "batch seq heads head_dim"]:
+def rotate(
+    x: Float[Array, "batch heads seq head_dim"], angles: Angles, rotary: Rotary
+) -> Float[Array, "batch heads seq head_dim"]:
     """Turns the leading pairs of each head by their angles; later dimensions pass through.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, equation 34.
     """
-    sin, cos = (a[:, :, None, :].astype(x.dtype) for a in angles)
+    sin, cos = (a[:, None].astype(x.dtype) for a in angles)
     dim = 2 * sin.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
     if rotary.interleaved:
@@ -31,7 +35,11 @@ def rotate(x: Float[Array, "batch seq heads head_dim"], angles: Angles, rotary: 
     else:
         first, second = turned[..., : dim // 2], turned[..., dim // 2 :]
     pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = jnp.stack(pair, -1).reshape(turned.shape) if rotary.interleaved else jnp.concatenate(pair, -1)
+    turned = (
+        jnp.stack(pair, -1).reshape(turned.shape)
+        if rotary.interleaved
+        else jnp.concatenate(pair, -1)
+    )
     return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 

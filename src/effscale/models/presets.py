@@ -12,7 +12,9 @@ from effscale.models.transformer import Transformer
 from effscale.models.validation import did_you_mean
 
 
-def _sizes(family: Callable[..., TransformerConfig], table: dict[str, tuple[int, int, int]], **fixed):
+def _sizes(
+    family: Callable[..., TransformerConfig], table: dict[str, tuple[int, int, int]], **fixed
+):
     """Rows of (layers, width, heads)."""
     return {
         name: partial(family, num_layers=layers, d_model=width, num_heads=heads, **fixed)
@@ -22,7 +24,15 @@ def _sizes(family: Callable[..., TransformerConfig], table: dict[str, tuple[int,
 
 PRESETS: dict[str, Callable[[], TransformerConfig]] = {
     # Radford et al., 2019, table 2; the smallest is the released one of 124M.
-    **_sizes(gpt2, {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}),
+    **_sizes(
+        gpt2,
+        {
+            "gpt2": (12, 768, 12),
+            "gpt2-medium": (24, 1024, 16),
+            "gpt2-large": (36, 1280, 20),
+            "gpt2-xl": (48, 1600, 25),
+        },
+    ),
     # Brown et al., 2020, table 2.1.
     **_sizes(
         gpt2,
@@ -68,32 +78,77 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
     **_sizes(gptj, {"gpt-j-6b": (28, 4096, 16)}),
     # Black et al., 2022, and Biderman et al., 2023, table 1.
     **_sizes(neox, {"gpt-neox-20b": (44, 6144, 64)}, activation="gelu_fast"),
-    **_sizes(neox, {"pythia-70m": (6, 512, 8), "pythia-160m": (12, 768, 12), "pythia-410m": (24, 1024, 16), "pythia-1b": (16, 2048, 8)}, vocab_size=50304),
+    **_sizes(
+        neox,
+        {
+            "pythia-70m": (6, 512, 8),
+            "pythia-160m": (12, 768, 12),
+            "pythia-410m": (24, 1024, 16),
+            "pythia-1b": (16, 2048, 8),
+        },
+        vocab_size=50304,
+    ),
     "pythia-1.4b": partial(neox, num_layers=24, d_model=2048, num_heads=16, vocab_size=50304),
     "pythia-2.8b": partial(neox, num_layers=32, d_model=2560, num_heads=32, vocab_size=50304),
     "pythia-6.9b": partial(neox, num_layers=32, d_model=4096, num_heads=32),
     "pythia-12b": partial(neox, num_layers=36, d_model=5120, num_heads=40, vocab_size=50688),
     # Touvron et al., 2023 (both papers), table 2 and table 1; Dubey et al., 2024, table 3.
     "llama-7b": partial(llama, num_layers=32, d_model=4096, num_heads=32, d_ff=11008, epsilon=1e-6),
-    "llama-13b": partial(llama, num_layers=40, d_model=5120, num_heads=40, d_ff=13824, epsilon=1e-6),
-    "llama-33b": partial(llama, num_layers=60, d_model=6656, num_heads=52, d_ff=17920, epsilon=1e-6),
+    "llama-13b": partial(
+        llama, num_layers=40, d_model=5120, num_heads=40, d_ff=13824, epsilon=1e-6
+    ),
+    "llama-33b": partial(
+        llama, num_layers=60, d_model=6656, num_heads=52, d_ff=17920, epsilon=1e-6
+    ),
     "llama-65b": partial(llama, num_layers=80, d_model=8192, num_heads=64, d_ff=22016),
     "llama2-7b": partial(llama, num_layers=32, d_model=4096, num_heads=32, d_ff=11008),
     "llama2-13b": partial(llama, num_layers=40, d_model=5120, num_heads=40, d_ff=13824),
-    "llama2-70b": partial(llama, num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28672),
+    "llama2-70b": partial(
+        llama, num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28672
+    ),
     "llama3-8b": partial(
-        llama, num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14336, vocab_size=128256, rotary_base=5e5
+        llama,
+        num_layers=32,
+        d_model=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        d_ff=14336,
+        vocab_size=128256,
+        rotary_base=5e5,
     ),
     "llama3-70b": partial(
-        llama, num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28672, vocab_size=128256, rotary_base=5e5
+        llama,
+        num_layers=80,
+        d_model=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        d_ff=28672,
+        vocab_size=128256,
+        rotary_base=5e5,
     ),
     "smollm2-135m": partial(
-        llama, num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, d_ff=1536, vocab_size=49152, rotary_base=1e5, tied=True
+        llama,
+        num_layers=30,
+        d_model=576,
+        num_heads=9,
+        num_kv_heads=3,
+        d_ff=1536,
+        vocab_size=49152,
+        rotary_base=1e5,
+        tied=True,
     ),
     # Devlin et al., 2018, section 3.
     **_sizes(bert, {"bert-base": (12, 768, 12), "bert-large": (24, 1024, 16)}),
     # Dosovitskiy et al., 2020, table 1; Touvron et al., 2021, for the small ones.
-    **_sizes(vit, {"vit-tiny": (12, 192, 3), "vit-small": (12, 384, 6), "vit-base": (12, 768, 12), "vit-large": (24, 1024, 16)}),
+    **_sizes(
+        vit,
+        {
+            "vit-tiny": (12, 192, 3),
+            "vit-small": (12, 384, 6),
+            "vit-base": (12, 768, 12),
+            "vit-large": (24, 1024, 16),
+        },
+    ),
     **_sizes(vit, {"vit-huge": (32, 1280, 16)}, patch_size=14),
 }
 

@@ -1,6 +1,7 @@
 """The one Transformer: inputs, groups of layers, a final norm, heads."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ from effscale.parallel import constrain
 RunGroup = Callable[..., tuple[Array, Any, Any]]
 
 
-def run_group(index: int, group: BlockGroup, x: Array, context: Context, cache: Any, key: PRNGKeyArray | None):
+def run_group(
+    index: int, group: BlockGroup, x: Array, context: Context, cache: Any, key: PRNGKeyArray | None
+):
     """The plain way to run a group of layers: all of it, on all tokens."""
     del index
     return group(x, context, cache, key)
@@ -28,11 +31,12 @@ def run_group(index: int, group: BlockGroup, x: Array, context: Context, cache: 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
 class Encoded:
     """The trunk's output.
 
     Attributes:
-        hidden: The residual stream after the final norm.
+        hidden: The residual stream after the final norm, at the embedding's width where that is another.
         cache: The updated cache, where one was given.
         reports: For each group, for each block, what its feed-forward reported, with a leading layer dimension.
     """
@@ -69,9 +73,13 @@ class Transformer(nnx.Module):
         else:
             self.embed = PatchEmbedding(config, inputs, rngs=rngs)
         self.groups = nnx.List([BlockGroup(group, config, rngs=rngs) for group in config.groups])
-        self.final_norm = None if config.final_norm is None else config.final_norm.build(config.d_model)
-        width, std = config.d_model, config.init_std
-        self.pooler = Dense(width, width, std=std, axes=("embed", None), rngs=rngs) if config.pooler else None
+        self.final_norm = (
+            None if config.final_norm is None else config.final_norm.build(config.d_model)
+        )
+        width, std = config.hidden_width, config.init_std
+        self.pooler = (
+            Dense(width, width, std=std, axes=("embed", None), rngs=rngs) if config.pooler else None
+        )
         self.heads = nnx.Dict({head.name: head.build(config, rngs=rngs) for head in config.heads})
         self.config = config
 
@@ -100,7 +108,8 @@ class Transformer(nnx.Module):
             ``hidden``, ``pooled`` where there is a pooler, and each head's output under its name.
 
         Raises:
-            ValueError: If the sequence is longer than the model's positions, or an image of another size.
+            ValueError: If the sequence is longer than the model's positions, an image of another size, or there are
+                ``type_ids`` for a model without kinds.
         """
         encoded = self.encode(
             inputs,
@@ -113,10 +122,16 @@ class Transformer(nnx.Module):
         valid = None if attention_mask is None else attention_mask.astype(bool)
         return self.outputs(encoded.hidden, valid)
 
-    def outputs(self, hidden: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"] | None = None) -> Any:
+    def outputs(
+        self,
+        hidden: Float[Array, "batch seq d_model"],
+        valid: Bool[Array, "batch seq"] | None = None,
+    ) -> Any:
         """What the heads make of hidden states; see :meth:`__call__`."""
         pooled = None if self.pooler is None else jnp.tanh(self.pooler(hidden[:, 0]))
-        outputs = {name: head(hidden, pooled, self.embed, valid) for name, head in self.heads.items()}
+        outputs = {
+            name: head(hidden, pooled, self.embed, valid) for name, head in self.heads.items()
+        }
         if set(outputs) == {"lm"}:
             return constrain(outputs["lm"], "batch", "seq", "vocab_act")
         return {"hidden": hidden} | ({} if pooled is None else {"pooled": pooled}) | outputs
@@ -150,10 +165,14 @@ class Transformer(nnx.Module):
             Hidden states, updated cache and reports.
 
         Raises:
-            ValueError: As in :meth:`__call__`.
+            ValueError: As in :meth:`__call__`; or if ``inputs`` are more tokens than the cache has slots.
         """
         config = self.config
         seq = self._length(inputs)
+        if type_ids is not None and getattr(config.inputs, "type_vocab_size", 0) == 0:
+            raise ValueError(
+                "type_ids for a model without kinds of token: its inputs need type_vocab_size above 0"
+            )
         valid = None if attention_mask is None else attention_mask.astype(bool)
         if cache is None:
             context = build_context(
@@ -167,42 +186,60 @@ class Transformer(nnx.Module):
             )
         else:
             if segment_ids is not None:
-                raise ValueError("segment_ids cannot be given together with a cache: a cached row is one segment")
+                raise ValueError(
+                    "segment_ids cannot be given together with a cache: a cached row is one segment"
+                )
             cache, context = self._advance(cache, inputs.shape[0], seq, valid, positions)
-        keys = (None,) * (1 + len(self.groups)) if key is None else tuple(jax.random.split(key, 1 + len(self.groups)))
+        keys = (
+            (None,) * (1 + len(self.groups))
+            if key is None
+            else tuple(jax.random.split(key, 1 + len(self.groups)))
+        )
         x = self.embed(inputs, context.positions, type_ids, keys[0])
         x = constrain(x, "batch", "seq", "embed_act")
-        caches, reports = [], []
+        layers, reports = [], []
         for index, group in enumerate(self.groups):
-            group_cache = None if cache is None else cache.groups[index]
-            x, group_cache, report = run_group(index, group, x, context, group_cache, keys[1 + index])
-            caches.append(group_cache)
+            depth = group.repeat * len(group.blocks)
+            taken = None if cache is None else cache.layers[len(layers) : len(layers) + depth]
+            x, taken, report = run_group(index, group, x, context, taken, keys[1 + index])
+            layers.extend(taken or ())
             reports.append(report)
         if self.final_norm is not None:
             x = self.final_norm(x)
+        if isinstance(self.embed, TokenEmbedding):
+            x = self.embed.project_out(x)
         if cache is not None:
-            cache = dataclasses.replace(cache, groups=tuple(caches))
+            cache = dataclasses.replace(cache, layers=tuple(layers))
         return Encoded(x, cache, tuple(reports))
 
     def _length(self, inputs: Array) -> int:
         config = self.config
         if isinstance(config.inputs, TokenInputs):
             if config.max_length is not None and inputs.shape[1] > config.max_length:
-                raise ValueError(f"a sequence of {inputs.shape[1]} tokens is longer than the model's {config.max_length} positions")
+                raise ValueError(
+                    f"a sequence of {inputs.shape[1]} tokens is longer than the model's {config.max_length} positions"
+                )
             return inputs.shape[1]
         size, channels = config.inputs.image_size, config.inputs.channels
         if inputs.shape[1:] != (size, size, channels):
-            raise ValueError(f"images of shape {inputs.shape[1:]}: the model takes {(size, size, channels)}")
+            raise ValueError(
+                f"images of shape {inputs.shape[1:]}: the model takes {(size, size, channels)}"
+            )
         return config.inputs.num_tokens
 
     def _advance(
         self, cache: KVCache, batch: int, seq: int, valid: Array | None, positions: Array | None
     ) -> tuple[KVCache, Context]:
         """Writes the new tokens' positions into the cache's next slots, and lets them see all slots so far."""
+        if seq > cache.valid.shape[1]:
+            raise ValueError(f"{seq} tokens do not fit a cache of {cache.valid.shape[1]} slots")
         new = jnp.ones((batch, seq), bool) if valid is None else valid
         if positions is None:
             positions = positions_of(new) + cache.valid.sum(1, dtype=jnp.int32)[:, None]
-        write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), cache.length, 1)
+        positions = jnp.broadcast_to(positions, (batch, seq))
+        write = lambda old, value: jax.lax.dynamic_update_slice_in_dim(
+            old, value.astype(old.dtype), cache.length, 1
+        )
         start = cache.length
         cache = dataclasses.replace(
             cache,
@@ -218,7 +255,11 @@ class Transformer(nnx.Module):
             segments=None,
             key_segments=None,
             start=start,
-            angles=angles_of(config.positions, positions, config.groups[0].blocks[0].attention.width(config.d_model)),
+            angles=angles_of(
+                config.positions,
+                positions,
+                config.groups[0].blocks[0].attention.width(config.d_model),
+            ),
             causal=config.causal,
             cached=True,
         )

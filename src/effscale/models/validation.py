@@ -8,14 +8,18 @@ from typing import Any
 def check(config: Any, holds: bool, field: str, wanted: str) -> None:
     """Raises a ValueError that names ``field`` and its value unless ``holds``."""
     if not holds:
-        raise ValueError(f"{type(config).__name__}.{field}={getattr(config, field)!r}: must be {wanted}")
+        raise ValueError(
+            f"{type(config).__name__}.{field}={getattr(config, field)!r}: must be {wanted}"
+        )
 
 
 def choice(config: Any, field: str, names: Iterable[str]) -> None:
     """Raises a ValueError with the near names unless the field's value is one of ``names``."""
     value = getattr(config, field)
     if value not in names:
-        raise ValueError(f"{type(config).__name__}.{field}={value!r}: {did_you_mean(str(value), names)}")
+        raise ValueError(
+            f"{type(config).__name__}.{field}={value!r}: {did_you_mean(str(value), names)}"
+        )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

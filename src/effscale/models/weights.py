@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -64,19 +65,24 @@ def dense(weight: Any) -> Float[Array, "*shape"]:
         >>> dense(jnp.ones((2, 3))).shape
         (2, 3)
     """
-    return weight if isinstance(weight, jax.Array) else weight.dense()
+    return weight if _is_array(weight) else weight.dense()
 
 
 def take(weight: Any, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
     """Rows of a weight of shape ``(rows, width)``, as in an embedding look-up."""
-    if isinstance(weight, jax.Array):
+    if _is_array(weight):
         return jnp.take(weight, indices, axis=0, mode="clip")
     return weight.take(indices)
 
 
 def transpose(weight: Any) -> Any:
     """A weight with its last two dimensions exchanged."""
-    return weight.mT if isinstance(weight, jax.Array) else weight.T
+    return weight.mT if _is_array(weight) else weight.T
+
+
+def _is_array(weight: Any) -> bool:
+    # NumPy's too, as a loader may leave them: their own `take` flattens and their `T` reverses the stack.
+    return isinstance(weight, (jax.Array, np.ndarray))
 
 
 def is_kernel(path: str) -> bool:
@@ -84,15 +90,17 @@ def is_kernel(path: str) -> bool:
     return path.endswith("kernel")
 
 
-def map_weights(model: Model, function: Callable[[Any], Any], where: str | Callable[[str], bool] = is_kernel) -> Model:
-    """A copy of ``model`` in which ``function`` has replaced the chosen weights; the original is untouched.
+def map_weights(
+    model: Model, function: Callable[[Any], Any], where: str | Callable[[str], bool] = is_kernel
+) -> Model:
+    r"""A copy of ``model`` in which ``function`` has replaced the chosen weights; the original is untouched.
 
     Args:
         model: Any NNX module.
         function: From a weight to its replacement. A stacked group hands over its layers at once,
             with their leading dimension.
         where: Which parameters: a regular expression searched in the dotted path
-            (``"attention\\\\..*kernel"``), or a predicate on the path. By default the kernel of every dense layer.
+            (``r"attention\..*kernel"``), or a predicate on the path. By default the kernel of every dense layer.
 
     Returns:
         The new model. Arrays that were not chosen are shared with the old one.
@@ -116,5 +124,7 @@ def map_weights(model: Model, function: Callable[[Any], Any], where: str | Calla
         leaves.append((path, variable))
     if not hits:
         known = ", ".join(".".join(map(str, path)) for path, _ in leaves[:4])
-        raise ValueError(f"where={where!r} matches no parameter of {type(model).__name__}; the paths look like {known}, ...")
+        raise ValueError(
+            f"where={where!r} matches no parameter of {type(model).__name__}; the paths look like {known}, ..."
+        )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

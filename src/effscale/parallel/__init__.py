@@ -5,7 +5,7 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 ``python -m effscale.parallel.local_launch``.
 """
 
-from effscale.parallel.constraint import constrain
+from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.placement import (
     BatchShard,
@@ -25,6 +25,7 @@ __all__ = [
     "DistributedConfig",
     "MeshConfig",
     "Rules",
+    "auto_batch_axes",
     "batch_shard",
     "batch_sharding",
     "constrain",

@@ -1,5 +1,7 @@
 """Sharding constraints by logical name, inside models."""
 
+import math
+
 import jax
 from jax.sharding import AxisType
 from jaxtyping import Array, Shaped
@@ -45,3 +47,29 @@ def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "
     if all(size == 1 for size in sizes.values()):
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def auto_batch_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the mesh in use that divide ``rows`` rows of a batch and that the compiler still partitions.
+
+    For operations that a technique or kernel takes over by `jax.shard_map`: they are the axes to take.
+
+    Args:
+        rows: rows of the global batch.
+
+    Returns:
+        Names of axes, outermost first; none without a mesh, or where the axes do not divide ``rows``.
+
+    >>> auto_batch_axes(8)
+    ()
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(
+        axis
+        for axis in current_rules().lookup("batch")
+        if mesh.shape.get(axis, 1) > 1 and types[axis] == AxisType.Auto
+    )
+    return axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()

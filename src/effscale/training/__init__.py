@@ -16,6 +16,7 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
+from effscale.training.objectives import next_token_loss
 from effscale.training.optimizers import AdamWConfig
 from effscale.training.partition import (
     NamedLeaf,
@@ -71,6 +72,7 @@ __all__ = [
     "make_train_step",
     "map_named",
     "named_leaves",
+    "next_token_loss",
     "partition",
     "read_checkpoint_config",
     "read_jsonl",

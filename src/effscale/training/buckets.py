@@ -105,7 +105,11 @@ class ShapeBuckets:
             with jax.set_mesh(mesh):
                 self._compile(future, described, background=True)
 
-        self._worker.submit(context.run, work)
+        try:
+            self._worker.submit(context.run, work)
+        except RuntimeError:  # closed: let a call compile it
+            self._executables.pop(key)
+            raise
 
     def __call__(self, *args: Any) -> Any:
         """The function's value.
@@ -129,6 +133,8 @@ class ShapeBuckets:
     def close(self) -> None:
         """Give up what has not begun to compile, and wait for what has."""
         self._worker.shutdown(wait=True, cancel_futures=True)
+        for key in [key for key, future in self._executables.items() if not future.done()]:
+            del self._executables[key]
 
     def _executable(self, key: Any, args: tuple[Any, ...]) -> _Executable:
         future = self._executables.get(key)

@@ -1,0 +1,93 @@
+"""Figures: one style for all, drawn from the records of a run so that they can be drawn again."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Records = Sequence[Mapping[str, Any]]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+STYLE = {
+    "figure.figsize": (7.0, 4.0),
+    "figure.dpi": 120,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """The values of ``name`` and of ``over`` in the records that hold both."""
+    pairs = [(r[over], r[name]) for r in records if r.get(name) is not None and r.get(over) is not None]
+    x, y = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(x, float), np.asarray(y, float)
+
+
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """An exponential average over about ``span`` values, without the bias of its start."""
+    decay, average, out = 1 - 1 / max(span, 1), 0.0, []
+    for i, value in enumerate(values, 1):
+        average = decay * average + (1 - decay) * value
+        out.append(average / (1 - decay**i))
+    return np.asarray(out)
+
+
+def loss_curve(
+    path: pathlib.Path,
+    records: Records,
+    *,
+    title: str,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Training and validation loss over tokens, with named levels to compare them with.
+
+    Args:
+        path: The PNG to write.
+        records: Of ``metrics.jsonl``: ``loss``, ``val_loss`` and ``tokens``.
+        title: Above the figure.
+        levels: Horizontal lines by name, in nats a token.
+    """
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots()
+        tokens, loss = series(records, "loss", "tokens")
+        axes.plot(tokens / 1e6, loss, color=COLORS[0], alpha=0.25, linewidth=0.8)
+        axes.plot(tokens / 1e6, smooth(loss, 10), color=COLORS[0], label="training")
+        tokens, loss = series(records, "val_loss", "val_tokens_seen")
+        axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label="validation")
+        for color, (name, level) in zip(COLORS[2:], (levels or {}).items(), strict=False):
+            axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
+        axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title)
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
+    """Tokens per second over steps, from ``timing.jsonl``."""
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 2.6))
+        steps, speed = series(timing, "tokens_per_second")
+        axes.plot(steps, speed / 1e3, color=COLORS[2])
+        axes.set(xlabel="step", ylabel="thousand tokens/s", title=title, ylim=(0, None))
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib  # slow to import, and only figures need it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,361 @@
+"""A small GPT learns from real text, end to end.
+
+Tokenizer, packed data, training with checkpoints, evaluation, figures, generation: every part of the library that
+needs no technique, in one script to be read from top to bottom. The default corpus is the Python standard
+library of the running interpreter, so nothing is downloaded.
+
+    python -m effscale.experiments.quickstart
+    python -m effscale.experiments.quickstart --corpus 'text:books/*.txt' --steps 2000
+    python -m effscale.experiments.quickstart --out runs/mine --resume
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+from typing import Any
+
+import jax
+from flax import nnx
+
+from effscale.experiments.cli import parse
+from effscale.experiments.console import show_results, status
+from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.models import Transformer, TransformerConfig, gpt2
+from effscale.models.config import Remat
+from effscale.models.validation import check
+from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch, shardings
+from effscale.training import AdamWConfig, ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A GPT-2 of any size; its vocabulary is the tokenizer's."""
+
+    num_layers: int = 4
+    """Layers."""
+    d_model: int = 224
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals."""
+    dtype: str = "float32"
+    """Type of activations and matrix products: float32 or bfloat16."""
+    remat: Remat = "dots"
+    """What the backward pass computes anew: none, dots (all but matrix products), full."""
+
+    def build(self, vocab_size: int, length: int) -> TransformerConfig:
+        """The transformer's config."""
+        config = gpt2(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            vocab_size=vocab_size,
+            max_length=length,
+            dropout=self.dropout,
+        )
+        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    vocab_size: int = 2048
+    """Size of the byte-level BPE that is trained on the corpus."""
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json, or its folder, to use instead of training one."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    length: int = 256
+    """Tokens in a row, and positions of the model."""
+    batch_size: int = 16
+    """Rows in a batch, over all devices."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+    steps: int = 520
+    """Batches to train on."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: a linear warmup, then a cosine to a tenth."""
+    warmup: int = 50
+    """Steps of warmup."""
+    optimizer: AdamWConfig = AdamWConfig()
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out; -1 means the rest."""
+    eval_every: int = 130
+    """Steps between evaluations on a part of the held-out documents; the last one takes all."""
+    eval_batches: int = 6
+    """Batches in that part."""
+    checkpoint_every: int = 130
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    samples: tuple[str, ...] = ("def read", "import ", "The ", "class Test")
+    """Prompts that the trained model continues."""
+    sample_tokens: int = 80
+    """Tokens of each continuation."""
+    seed: int = 0
+    """Decides the split, the order of data, the initial weights and the samples."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/quickstart/<time>."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint, exactly as if it had not stopped."""
+    cache: pathlib.Path | None = None
+    """Where prepared corpora are kept; by default the user's cache folder."""
+
+    def __post_init__(self):
+        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        for name in ("length", "batch_size", "accumulate", "steps", "eval_every", "eval_batches", "sample_tokens"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
+        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        check(self, not (self.resume and self.out is None), "resume", "given with --out, the folder to go on with")
+
+
+PRESETS = {
+    "smoke": Config(
+        steps=24,
+        warmup=4,
+        batch_size=4,
+        length=64,
+        vocab_size=512,
+        model=ModelConfig(num_layers=2, d_model=64, num_heads=2),
+        eval_every=12,
+        eval_batches=2,
+        checkpoint_every=12,
+        sample_tokens=16,
+    ),
+    "default": Config(),
+    # Radford et al., 2019: 124M parameters, 1024 positions, batches of 512 rows.
+    "paper": Config(
+        vocab_size=50257,
+        length=1024,
+        batch_size=512,
+        accumulate=4,
+        steps=600_000,
+        warmup=2000,
+        learning_rate=6e-4,
+        model=ModelConfig(num_layers=12, d_model=768, num_heads=12, dtype="bfloat16", remat="full"),
+        eval_every=1000,
+        eval_batches=20,
+        checkpoint_every=1000,
+    ),
+}
+
+FREE = ("out", "resume", "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "samples", "sample_tokens", "mesh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """The named figures of a run, as in its ``results.json``."""
+
+    val_loss: float
+    """Mean loss on all held-out tokens, in nats a token."""
+    unigram_entropy: float
+    """Entropy of the held-out tokens' frequencies: the least loss without context, in nats a token."""
+    train_loss: float
+    """Mean training loss of the last 20 steps, in nats a token."""
+    tokens_seen: int
+    """Training tokens, repetitions included."""
+    tokens_per_second: float
+    """Median training speed."""
+    num_params: int
+    """Numbers in the model."""
+    num_compilations: int
+    """Compilations of the training step."""
+    seconds: float
+    """Time of this call, from the corpus to the figures."""
+    peak_memory_mb: float
+    """Greatest resident memory of the process."""
+    folder: str
+    """The run folder."""
+
+
+def run(config: Config) -> Result:
+    """Trains as ``config`` says and fills the run folder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other or the corpus.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.data import make_dataset, parse_mixture, prepare_mixture, unigram_entropy
+    from effscale.experiments.plotting import loss_curve, speed_curve
+    from effscale.training import (
+        Checkpoints,
+        ConsoleWriter,
+        JsonlWriter,
+        MultiWriter,
+        RunFolder,
+        ShapeBuckets,
+        TensorBoardWriter,
+        create_train_state,
+        evaluate,
+        fit,
+        make_eval_step,
+        make_train_step,
+        next_token_loss,
+        read_jsonl,
+        resume_or_start,
+    )
+
+    began = time.perf_counter()
+    mesh = config.mesh.build()
+
+    # Corpus: a tokenizer, and token stores for training and validation.
+    sources, weights = parse_mixture(config.corpus)
+    with status("preparing the corpus") as progress:
+        corpora = prepare_mixture(
+            sources,
+            config.cache or cache_folder("corpora"),
+            vocab_size=None if config.tokenizer else config.vocab_size,
+            tokenizer=config.tokenizer,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
+        )
+    tokenizer = corpora[0].tokenizer
+    part = batch_shard(mesh)
+    rows = {"batch_size": config.batch_size, "length": config.length, "process_index": part.index, "process_count": part.count}
+    train_data = make_dataset([c.train for c in corpora], seed=config.seed, weights=weights, **rows)
+    held_out = [c.validation for c in corpora]
+    val_data = make_dataset(held_out, shuffle=False, num_epochs=1, remainder="pad", **rows)
+
+    # Model, optimizer, step.
+    model_config = config.model.build(corpora[0].vocab_size, config.length)
+    schedule = ScheduleConfig(
+        peak=config.learning_rate, warmup=config.warmup, total=config.steps, final=config.learning_rate / 10
+    ).build()
+    optimizer = config.optimizer.build(schedule)
+
+    def create() -> Any:
+        model = Transformer(model_config, rngs=nnx.Rngs(config.seed))
+        return create_train_state(model, optimizer, key=jax.random.key(config.seed))
+
+    train_step = ShapeBuckets(
+        make_train_step(
+            next_token_loss,
+            optimizer,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_norm,
+            learning_rate=schedule,
+        ),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(make_eval_step(next_token_loss))
+    place = lambda batch: shard_batch(batch, mesh)
+
+    def validate(state: Any, batches: int | None = config.eval_batches) -> dict[str, float]:
+        means = evaluate(state.model, eval_step, itertools.islice(val_data, batches), place_batch=place)
+        return {"val_loss": means["loss"], "val_tokens_seen": int(state.tokens)}
+
+    # The run: from the start, or from the last checkpoint.
+    folder = RunFolder.create(config.out, name="quickstart", config=config, resume=config.resume)
+    iterator = iter(train_data)
+    with jax.set_mesh(mesh), Checkpoints(
+        folder.checkpoints, config=config, free_fields=FREE, keep=config.keep, every=config.checkpoint_every
+    ) as checkpoints:
+        layout = shardings(jax.eval_shape(create), mesh)
+        state, start = resume_or_start(checkpoints, create, iterator, resume=config.resume, shardings=layout)
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+        resume_step = start if config.resume else None
+        writer = MultiWriter(
+            [
+                JsonlWriter(folder.metrics_file, resume_step=resume_step),
+                TensorBoardWriter(folder.tensorboard, resume_step=resume_step),
+                ConsoleWriter(config.steps, start_step=start),
+            ]
+        )
+        try:
+            fitted = fit(
+                state,
+                train_step,
+                iterator,
+                num_steps=config.steps,
+                checkpoints=checkpoints,
+                writer=writer,
+                evaluate=validate,
+                eval_every=config.eval_every,
+                place_batch=place,
+            )
+        finally:
+            writer.close()
+        if fitted.stopped_reason == "signal":
+            raise SystemExit(f"stopped and saved; go on with: --out {folder.path} --resume")
+
+        # What came out.
+        state = fitted.state
+        val_loss = validate(state, None)["val_loss"]
+        texts = sample(state.model, tokenizer, config)
+    records = read_jsonl(folder.metrics_file)
+    timing = read_jsonl(folder.metrics_file.with_name("timing.jsonl"))
+    entropy = unigram_entropy(held_out)
+    loss_curve(
+        folder.figures / "loss.png",
+        records,
+        title=f"A GPT of {num_params / 1e6:.1f}M parameters on {', '.join(config.corpus)}",
+        levels={"unigram entropy": entropy},
+    )
+    speed_curve(folder.figures / "speed.png", timing, title="Training speed")
+    losses = [r["loss"] for r in records if r.get("loss") is not None]
+    speeds = sorted(r["tokens_per_second"] for r in timing)
+    result = Result(
+        val_loss=val_loss,
+        unigram_entropy=entropy,
+        train_loss=sum(losses[-20:]) / len(losses[-20:]),
+        tokens_seen=int(state.tokens),
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else float("nan"),
+        num_params=num_params,
+        num_compilations=train_step.num_compilations,
+        seconds=time.perf_counter() - began,
+        peak_memory_mb=peak_memory(),
+        folder=str(folder.path),
+    )
+    if jax.process_index() == 0:
+        folder.write_results(dataclasses.asdict(result))
+        quoted = "\n\n".join("```text\n" + text.replace("```", "'''") + "\n```" for text in texts)
+        folder.write_report("quickstart", dataclasses.asdict(result), f"Samples of the trained model:\n\n{quoted}")
+        show_results("quickstart", result, texts)
+    return result
+
+
+def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
+    """Continuations of the prompts in ``config.samples``, drawn at temperature 0.8 from the likeliest 95 percent."""
+    from effscale.generation import SamplingConfig, generate, left_pad
+
+    if not config.samples:
+        return []
+    room = model.config.max_length
+    prompts = [tokenizer.encode(text).ids[: room // 2] for text in config.samples]
+    tokens, mask = left_pad(prompts)
+    new = min(config.sample_tokens, room - tokens.shape[1])
+    settings = SamplingConfig(max_new_tokens=new, temperature=0.8, top_p=0.95)
+    out = generate(model, tokens, settings, attention_mask=mask, key=jax.random.key(config.seed))
+    rows = jax.device_get((out.tokens, out.mask))
+    return [tokenizer.decode(row[keep].tolist()) for row, keep in zip(*rows, strict=True)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    config = parse(PRESETS, __doc__ or "", argv)
+    initialize()
+    keep_freed_memory()
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a language model is trained for, as functions to :class:`effscale.training.Loss`."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from effscale.models import Transformer, dense
+from effscale.parallel import auto_batch_axes
+from effscale.training.loss import Loss
+from kernels_pallas import cross_entropy
+
+
+def next_token_loss(
+    model: Transformer,
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray | None = None,
+    *,
+    z_loss: float = 0.0,
+) -> Loss:
+    r"""Cross entropy of each next token, summed; the logits are never held whole.
+
+    .. math:: L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)
+
+    Args:
+        model: A causal model with a head named ``lm``.
+        batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and where present ``loss_weights``,
+            ``segment_ids`` and ``positions``. Without weights every label counts that is not negative.
+        key: Turns dropout on.
+        z_loss: Coefficient of the squared log normalizer.
+
+    Returns:
+        The sum and the sum of weights. Their quotient is in nats a token.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
+        >>> ids = jnp.arange(8)[None]
+        >>> loss = next_token_loss(model, {"input_ids": ids, "labels": ids + 1})
+        >>> float(loss.weight)
+        8.0
+    """
+    hidden = model.encode(
+        batch["input_ids"],
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        key=key,
+    ).hidden
+    x, weight, bias = model.heads["lm"].linear(hidden, model.embed)
+    labels = batch["labels"].reshape(-1)
+    weights = batch.get("loss_weights")
+    weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.reshape(-1)
+    weights = jnp.where(labels >= 0, weights, 0.0)
+    total = cross_entropy(
+        x.reshape(-1, x.shape[-1]),
+        dense(weight),
+        labels,
+        weights=weights,
+        bias=bias,
+        z_loss=z_loss,
+        token_axes=auto_batch_axes(hidden.shape[0]),
+    )
+    return Loss(total, weights.sum())

@@ -1,0 +1,68 @@
+"""Tiny models of every family, with parameters that hide no mistake."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from effscale.models import Transformer, TransformerConfig, bert, bert_pretraining_heads, bloom, gpt2, gptj, llama, neox, opt, vit
+
+SIZE = {"num_layers": 2, "d_model": 24, "num_heads": 4}
+TEXT = SIZE | {"vocab_size": 37}
+
+TINY: dict[str, TransformerConfig] = {
+    "gpt2": gpt2(**TEXT, max_length=24),
+    "opt": opt(**TEXT, max_length=24),
+    "opt-350m": opt(**TEXT, max_length=24, d_embed=16, post_norm=True),
+    "bloom": bloom(**TEXT),
+    "bloom-odd": bloom(**TEXT | {"num_heads": 6}, normed_residual=True),
+    "gptj": gptj(**TEXT, rotary_dim=4),
+    "neox": neox(**TEXT, rotary_fraction=0.67),
+    "neox-sequential": neox(**TEXT, rotary_fraction=1.0, parallel=False),
+    "llama": llama(**TEXT, num_kv_heads=2, d_ff=40),
+    "bert": bert(**TEXT, max_length=24, heads=bert_pretraining_heads()),
+    "vit": vit(**SIZE, image_size=8, patch_size=4, num_classes=5),
+}
+CAUSAL = [name for name, config in TINY.items() if config.causal]
+# One model for each kind of positions, residual and norm that a decoder may have.
+DECODERS = ["gpt2", "opt-350m", "bloom-odd", "gptj", "neox", "llama"]
+
+
+def build(config: TransformerConfig | str, **changes) -> Transformer:
+    """A model whose every parameter is off its initial value: zero biases and unit scales would hide mistakes."""
+    config = dataclasses.replace(TINY[config] if isinstance(config, str) else config, **changes)
+
+    @jax.jit
+    def init():
+        model = Transformer(config, rngs=nnx.Rngs(params=7))
+        leaves, tree = jax.tree.flatten(model)
+        keys = jax.random.split(jax.random.key(8), len(leaves))
+        noisy = [leaf + 0.15 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return init()
+
+
+def tokens_of(config: TransformerConfig, batch: int = 3, seq: int = 9, seed: int = 1):
+    return jax.random.randint(jax.random.key(seed), (batch, seq), 0, config.inputs.vocab_size, jnp.int32)
+
+
+@pytest.fixture
+def tiny():
+    """From a name (or config) and changes of its fields to a model with random parameters."""
+    return build
+
+
+@pytest.fixture
+def tokens():
+    """Random ids for a config."""
+    return tokens_of
+
+
+def pytest_generate_tests(metafunc):
+    """The arguments `family`, `causal` and `decoder` run over the tiny models."""
+    for argument, names in (("family", list(TINY)), ("causal", CAUSAL), ("decoder", DECODERS)):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, names)

@@ -1,0 +1,95 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+
+from effscale.training import AdamWConfig, ScheduleConfig, by_tokens, scale_by_token_schedule
+
+
+def reference(kind, t, peak=2.0, warmup=10, total=60, final=0.5):
+    if t < warmup:
+        return peak * t / warmup
+    p = min((t - warmup) / (total - warmup), 1.0)
+    return {
+        "constant": peak,
+        "linear": final + (peak - final) * (1 - p),
+        "cosine": final + (peak - final) * (1 + math.cos(math.pi * p)) / 2,
+        "inverse_sqrt": max(peak * math.sqrt(warmup / t), final),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt"])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_shape_of_each_kind(kind, dtype):
+    schedule = ScheduleConfig(kind=kind, peak=2.0, warmup=10, total=60, final=0.5).build()
+    counts = [0, 1, 9, 10, 11, 35, 59, 60, 61, 1000]
+    values = jax.jit(jax.vmap(schedule.function))(np.array(counts, dtype))
+    np.testing.assert_allclose(values, [reference(kind, t) for t in counts], rtol=1e-6)
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert float(ScheduleConfig(kind="linear", peak=1.0, total=10).build()(0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "cosin"}, "kind='cosin'.*cosine"),
+        ({"kind": "cosine"}, "total=None"),
+        ({"kind": "linear", "warmup": 10, "total": 10}, "total=10.*warmup=10"),
+        ({"kind": "constant", "peak": -1.0}, "peak=-1.0"),
+        ({"kind": "constant", "warmup": -1}, "warmup=-1"),
+        ({"kind": "constant", "peak": 0.1, "final": 0.2}, "final=0.2.*peak=0.1"),
+        ({"kind": "constant", "unit": "epochs"}, "unit='epochs'.*tokens"),
+    ],
+)
+def test_bad_schedules(fields, message, monkeypatch):
+    # Without the run-time type check of the test suite, as users run it: that would refuse a Literal first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("b1", 1.0), ("b2", -0.1), ("eps", 0.0), ("weight_decay", -1.0)]
+)
+def test_bad_adamw(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        AdamWConfig(**{field: value})
+
+
+def test_steps_in_tokens_keep_the_schedule_when_batches_shrink():
+    in_steps = ScheduleConfig(kind="linear", peak=1.0, warmup=4, total=20).build()
+    in_tokens = by_tokens(in_steps, tokens_per_step=512)
+    assert in_tokens.unit == "tokens"
+    assert float(in_tokens(512 * 12)) == float(in_steps(12))
+    assert float(in_tokens(256 * 12)) == float(in_steps(6))
+    with pytest.raises(ValueError, match="tokens_per_step=0"):
+        by_tokens(in_steps, 0)
+
+
+def test_token_schedule_needs_tokens():
+    transform = scale_by_token_schedule(lambda tokens: tokens)
+    with pytest.raises(ValueError, match="tokens="):
+        transform.update(jnp.ones(1), transform.init(jnp.ones(1)))
+
+
+def test_adamw_is_optax_adamw():
+    params = {"kernel": jnp.arange(1.0, 5.0), "bias": jnp.ones(2)}
+    config = AdamWConfig(b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3)
+    ours = config.build(0.1)
+    theirs = optax.adamw(
+        0.1, 0.8, 0.9, 1e-6, weight_decay=0.3, mask={"kernel": True, "bias": False}
+    )
+    states = ours.init(params), theirs.init(params)
+    gradients = {"kernel": jnp.array([1.0, -2.0, 3.0, 0.0]), "bias": jnp.array([0.1, -0.1])}
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            a, first = ours.update(gradients, states[0], params)
+            b, second = theirs.update(gradients, states[1], params)
+            states = first, second
+            jax.tree.map(np.testing.assert_array_equal, a, b)
