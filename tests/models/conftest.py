@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from effscale.models import Transformer, TransformerConfig, bert, bert_pretraining_heads, bloom, gpt2, gptj, llama, neox, opt, vit
+from effscale.models import (
+    Transformer,
+    TransformerConfig,
+    bert,
+    bert_pretraining_heads,
+    bloom,
+    gpt2,
+    gptj,
+    llama,
+    neox,
+    opt,
+    vit,
+)
 
 SIZE = {"num_layers": 2, "d_model": 24, "num_heads": 4}
 TEXT = SIZE | {"vocab_size": 37}
@@ -39,14 +51,19 @@ def build(config: TransformerConfig | str, **changes) -> Transformer:
         model = Transformer(config, rngs=nnx.Rngs(params=7))
         leaves, tree = jax.tree.flatten(model)
         keys = jax.random.split(jax.random.key(8), len(leaves))
-        noisy = [leaf + 0.15 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+        noisy = [
+            leaf + 0.15 * jax.random.normal(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
         return jax.tree.unflatten(tree, noisy)
 
     return init()
 
 
 def tokens_of(config: TransformerConfig, batch: int = 3, seq: int = 9, seed: int = 1):
-    return jax.random.randint(jax.random.key(seed), (batch, seq), 0, config.inputs.vocab_size, jnp.int32)
+    return jax.random.randint(
+        jax.random.key(seed), (batch, seq), 0, config.inputs.vocab_size, jnp.int32
+    )
 
 
 @pytest.fixture
@@ -62,7 +79,11 @@ def tokens():
 
 
 def pytest_generate_tests(metafunc):
-    """The arguments `family`, `causal` and `decoder` run over the tiny models."""
-    for argument, names in (("family", list(TINY)), ("causal", CAUSAL), ("decoder", DECODERS)):
+    """The arguments `family`, `causal_family` and `decoder` run over the tiny models."""
+    for argument, names in (
+        ("family", list(TINY)),
+        ("causal_family", CAUSAL),
+        ("decoder", DECODERS),
+    ):
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, names)

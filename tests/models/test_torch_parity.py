@@ -1,5 +1,6 @@
 """The eight families against PyTorch's own implementations, on random weights in float32."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import ClassHead, Transformer, bert, bert_pretraining_heads, bloom, gpt2, gptj, llama, neox, opt, vit
+from effscale.models import (
+    ClassHead,
+    Transformer,
+    bert,
+    bert_pretraining_heads,
+    bloom,
+    gpt2,
+    gptj,
+    llama,
+    neox,
+    opt,
+    vit,
+)
 
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 hf = pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
@@ -17,7 +30,7 @@ SEQ = 11
 
 # Our module -> theirs, in a layer (with {}) and outside; the leaf's name follows from its kind.
 # Several names stand for several versions of transformers.
-GPT_LAYER = {
+GPT = {
     "attention_norm": "h.{}.ln_1", "feed_forward_norm": "h.{}.ln_2",
     "feed_forward.up": "h.{}.mlp.c_fc h.{}.mlp.fc_in", "feed_forward.down": "h.{}.mlp.c_proj h.{}.mlp.fc_out",
     "attention.query": "h.{}.attn.q_proj", "attention.key": "h.{}.attn.k_proj", "attention.value": "h.{}.attn.v_proj",
@@ -81,13 +94,20 @@ def split_fused(name, x, heads):
     if ".c_attn." in name:  # GPT-2 keeps (in, out)
         parts = np.split(x, 3, axis=-1)
     elif ".query_key_value." in name:
-        parts = np.moveaxis(x.reshape(heads, 3, -1, *x.shape[1:]), 1, 0).reshape(3, -1, *x.shape[1:])
+        parts = np.moveaxis(x.reshape(heads, 3, -1, *x.shape[1:]), 1, 0).reshape(
+            3, -1, *x.shape[1:]
+        )
     else:
         return {name: x}
-    return {re.sub(r"c_attn|query_key_value", f"{p}_proj", name): y for p, y in zip("qkv", parts, strict=True)}
+    return {
+        re.sub(r"c_attn|query_key_value", f"{p}_proj", name): y
+        for p, y in zip("qkv", parts, strict=True)
+    }
 
 
-def ours(model: Transformer, tensors: dict[str, np.ndarray], table: dict[str, str], heads: int) -> Transformer:
+def ours(
+    model: Transformer, tensors: dict[str, np.ndarray], table: dict[str, str], heads: int
+) -> Transformer:
     """A model like ``model`` that holds torch's tensors (weights or gradients); every one is used."""
     named, used = {}, set()
     for name, x in tensors.items():
@@ -111,7 +131,7 @@ def ours(model: Transformer, tensors: dict[str, np.ndarray], table: dict[str, st
                     x = named[name]
                     if name.endswith("projection.weight"):  # a patch is (row, column, channel) here
                         return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-                    return (x.T if kind == "kernel" else x).reshape(x.T.shape if kind == "kernel" else x.shape)
+                    return x.T if kind == "kernel" else x
         raise KeyError(f"{module}.{kind} of layer {layer} among {sorted(named)}")
 
     graphdef, state = nnx.split(model)
@@ -135,11 +155,21 @@ SIZE = {"num_layers": 3, "d_model": 24, "num_heads": 4, "vocab_size": 53}
 
 def gpt2_case(**theirs):
     names = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**TEXT, **names, **theirs)), gpt2(**SIZE, max_length=16), GPT_LAYER
+    return (
+        hf.GPT2LMHeadModel(hf.GPT2Config(**TEXT, **names, **theirs)),
+        gpt2(**SIZE, max_length=16),
+        GPT,
+    )
 
 
 def opt_case(theirs=None, **mine):
-    names = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 40, "max_position_embeddings": 16}
+    names = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 40,
+        "max_position_embeddings": 16,
+    }
     config = hf.OPTConfig(**TEXT, **names, **{"word_embed_proj_dim": 24} | (theirs or {}))
     return hf.OPTForCausalLM(config), opt(**SIZE, d_ff=40, max_length=16, **mine), OPT
 
@@ -147,13 +177,21 @@ def opt_case(theirs=None, **mine):
 def bloom_case(heads, **theirs):
     config = hf.BloomConfig(**TEXT, hidden_size=24, n_layer=3, n_head=heads, **theirs)
     normed = theirs.get("apply_residual_connection_post_layernorm", False)
-    return hf.BloomForCausalLM(config), bloom(**SIZE | {"num_heads": heads}, normed_residual=normed), BLOOM
+    return (
+        hf.BloomForCausalLM(config),
+        bloom(**SIZE | {"num_heads": heads}, normed_residual=normed),
+        BLOOM,
+    )
 
 
 def gptj_case():
     config = hf.GPTJConfig(**TEXT, n_embd=24, n_layer=3, n_head=4, n_positions=16, rotary_dim=4)
-    table = {k: v for k, v in GPT_LAYER.items() if k != "feed_forward_norm"}
-    return hf.GPTJForCausalLM(config), gptj(**SIZE, rotary_dim=4), table | {"heads.lm": "lm_head", "heads.lm.project": "lm_head"}
+    table = {k: v for k, v in GPT.items() if k != "feed_forward_norm"}
+    return (
+        hf.GPTJForCausalLM(config),
+        gptj(**SIZE, rotary_dim=4),
+        table | {"heads.lm": "lm_head", "heads.lm.project": "lm_head"},
+    )
 
 
 def neox_case(fraction, *, parallel=True, bias=True, act="gelu"):
@@ -163,7 +201,13 @@ def neox_case(fraction, *, parallel=True, bias=True, act="gelu"):
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": fraction},
     )  # fmt: skip
     mine = neox(
-        **SIZE | {"num_heads": 3}, d_ff=40, rotary_fraction=fraction, rotary_base=500.0, parallel=parallel, bias=bias, activation=act
+        **SIZE | {"num_heads": 3},
+        d_ff=40,
+        rotary_fraction=fraction,
+        rotary_base=500.0,
+        parallel=parallel,
+        bias=bias,
+        activation=act,
     )
     return hf.GPTNeoXForCausalLM(config), mine, NEOX
 
@@ -174,7 +218,16 @@ def llama_case(kv_heads, *, tied=False, bias=False, head_dim=None):
         rms_norm_eps=1e-5, attention_bias=bias, mlp_bias=bias, tie_word_embeddings=tied, head_dim=head_dim,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )  # fmt: skip
-    mine = llama(**SIZE, num_kv_heads=kv_heads, d_ff=40, head_dim=head_dim, rotary_base=1000.0, bias=bias, mlp_bias=bias, tied=tied)
+    mine = llama(
+        **SIZE,
+        num_kv_heads=kv_heads,
+        d_ff=40,
+        head_dim=head_dim,
+        rotary_base=1000.0,
+        bias=bias,
+        mlp_bias=bias,
+        tied=tied,
+    )
     return hf.LlamaForCausalLM(config), mine, LLAMA | {"heads.lm.project": "lm_head"}
 
 
@@ -228,7 +281,9 @@ def batch(side):
 
 def torch_inputs(theirs, ids, mask):
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    if not isinstance(theirs, (hf.BloomForCausalLM, hf.OPTForCausalLM)):  # those two count real tokens themselves
+    if not isinstance(
+        theirs, (hf.BloomForCausalLM, hf.OPTForCausalLM)
+    ):  # those two count real tokens themselves
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return inputs
 
@@ -265,15 +320,22 @@ def test_gradients(name):
     weights[:, -1] = 0
 
     logits = theirs(**torch_inputs(theirs, ids, mask)).logits
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), torch.tensor(labels), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), torch.tensor(labels), reduction="none"
+    )
     (losses * torch.tensor(weights)).sum().backward()
     expected = convert({k: v.grad.numpy() for k, v in theirs.named_parameters()})
 
     @jax.jit
     def gradient(model):
         def loss(model):
-            log_p = jax.nn.log_softmax(model(jnp.asarray(ids, jnp.int32), attention_mask=jnp.asarray(mask)))
-            return -(jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], 2)[..., 0] * jnp.asarray(weights, jnp.float32)).sum()
+            log_p = jax.nn.log_softmax(
+                model(jnp.asarray(ids, jnp.int32), attention_mask=jnp.asarray(mask))
+            )
+            return -(
+                jnp.take_along_axis(log_p, jnp.asarray(labels)[..., None], 2)[..., 0]
+                * jnp.asarray(weights, jnp.float32)
+            ).sum()
 
         return jax.grad(loss)(model)
 
@@ -281,12 +343,11 @@ def test_gradients(name):
     wanted = dict(jax.tree_util.tree_leaves_with_path(expected))
     assert found.keys() == wanted.keys()
     for path, grad in found.items():
+        name = jax.tree_util.keystr(path)
         scale = np.abs(wanted[path]).max()
-        if path[-2].name == "bias" and "key" in [getattr(p, "name", None) for p in path]:
-            assert scale < 1e-4  # softmax does not see a constant a row
-            continue
-        assert scale > 0, path
-        np.testing.assert_allclose(grad, wanted[path], atol=1e-4 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
+        if "attention.key.bias" in name and scale < 1e-4:
+            scale = 1.0  # without rotary it adds a constant a row, which softmax does not see: rounding only
+        np.testing.assert_allclose(grad, wanted[path], atol=1e-4 * scale, rtol=0, err_msg=name)
 
 
 def bert_config(**changes):
@@ -301,12 +362,20 @@ BERT_OURS = SIZE | {"d_ff": 40, "max_length": 16}
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bert_pretraining_and_hidden(side):
-    theirs, model, _ = pair((hf.BertForPreTraining(bert_config()), bert(**BERT_OURS, heads=bert_pretraining_heads()), BERT))
+    theirs, model, _ = pair(
+        (
+            hf.BertForPreTraining(bert_config()),
+            bert(**BERT_OURS, heads=bert_pretraining_heads()),
+            BERT,
+        )
+    )
     ids, mask = batch(side)
     types = np.random.default_rng(4).integers(0, 2, ids.shape)
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     arrays = {"attention_mask": mask, "type_ids": types, "positions": positions}
-    mine = jax.jit(lambda m, x, kw: m(x, **kw))(model, jnp.asarray(ids, jnp.int32), jax.tree.map(jnp.asarray, arrays))
+    mine = jax.jit(lambda m, x, kw: m(x, **kw))(
+        model, jnp.asarray(ids, jnp.int32), jax.tree.map(jnp.asarray, arrays)
+    )
     with torch.no_grad():
         inputs = torch_inputs(theirs, ids, mask) | {"token_type_ids": torch.tensor(types)}
         out, trunk = theirs(**inputs), theirs.bert(**inputs)
@@ -320,7 +389,9 @@ def test_bert_pretraining_and_hidden(side):
 
 def test_bert_classes():
     config = bert(**BERT_OURS, heads=(ClassHead(num_classes=7, pool="pooled"),))
-    theirs, model, _ = pair((hf.BertForSequenceClassification(bert_config(num_labels=7)), config, BERT))
+    theirs, model, _ = pair(
+        (hf.BertForSequenceClassification(bert_config(num_labels=7)), config, BERT)
+    )
     ids, mask = batch("right")
     mine = forward(model, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))
     with torch.no_grad():
@@ -329,9 +400,26 @@ def test_bert_classes():
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_vit(qkv_bias):
-    size = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40}
-    config = hf.ViTConfig(**size, image_size=12, patch_size=4, num_channels=2, qkv_bias=qkv_bias, num_labels=7)
-    mine = vit(num_layers=3, d_model=24, num_heads=4, d_ff=40, image_size=12, patch_size=4, channels=2, num_classes=7, qkv_bias=qkv_bias)
+    size = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+    }
+    config = hf.ViTConfig(
+        **size, image_size=12, patch_size=4, num_channels=2, qkv_bias=qkv_bias, num_labels=7
+    )
+    mine = vit(
+        num_layers=3,
+        d_model=24,
+        num_heads=4,
+        d_ff=40,
+        image_size=12,
+        patch_size=4,
+        channels=2,
+        num_classes=7,
+        qkv_bias=qkv_bias,
+    )
     theirs, model, _ = pair((hf.ViTForImageClassification(config), mine, VIT))
     images = np.random.default_rng(2).normal(size=(2, 12, 12, 2)).astype(np.float32)
     out = jax.jit(lambda m, x: m(x))(model, jnp.asarray(images))
@@ -342,28 +430,71 @@ def test_vit(qkv_bias):
 
 
 def test_vit_pooler():
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
+    size = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "intermediate_size": 96,
+    }
     theirs = hf.ViTModel(hf.ViTConfig(**size, image_size=8, patch_size=4))
-    mine = vit(num_layers=1, d_model=24, num_heads=3, image_size=8, patch_size=4, num_classes=None, pooler=True)
+    mine = vit(
+        num_layers=1,
+        d_model=24,
+        num_heads=3,
+        image_size=8,
+        patch_size=4,
+        num_classes=None,
+        pooler=True,
+    )
     theirs, model, _ = pair((theirs, mine, VIT))
     images = np.random.default_rng(2).normal(size=(2, 8, 8, 3)).astype(np.float32)
     with torch.no_grad():
-        check(jax.jit(lambda m, x: m(x))(model, jnp.asarray(images))["pooled"], theirs(torch.tensor(images.transpose(0, 3, 1, 2))).pooler_output)
+        check(
+            jax.jit(lambda m, x: m(x))(model, jnp.asarray(images))["pooled"],
+            theirs(torch.tensor(images.transpose(0, 3, 1, 2))).pooler_output,
+        )
 
 
 def test_reward_head_on_an_embedding_of_another_width():
     """A value a token and the last real token's score, as reward models of OPT-350M have it: after project_out."""
-    names = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 16}
-    config = hf.OPTConfig(**TEXT | {"pad_token_id": 1}, **names, word_embed_proj_dim=16, do_layer_norm_before=False, num_labels=1)
+    names = {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 96,
+        "max_position_embeddings": 16,
+    }
+    config = hf.OPTConfig(
+        **TEXT | {"pad_token_id": 1},
+        **names,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+        num_labels=1,
+    )
     theirs = randomized(hf.OPTForSequenceClassification(config))
-    mine = opt(num_layers=2, d_model=24, num_heads=4, vocab_size=53, max_length=16, d_embed=16, post_norm=True)
+    mine = opt(
+        num_layers=2,
+        d_model=24,
+        num_heads=4,
+        vocab_size=53,
+        max_length=16,
+        d_embed=16,
+        post_norm=True,
+    )
     for pool in ("none", "last"):
         head = ClassHead(num_classes=1, bias=False, pool=pool)
-        model = Transformer(__import__("dataclasses").replace(mine, heads=(head,)), rngs=nnx.Rngs(0))
-        model = ours(model, {k: v.numpy() for k, v in theirs.state_dict().items()}, OPT | {"heads.classes.dense": "score"}, 4)
+        model = Transformer(dataclasses.replace(mine, heads=(head,)), rngs=nnx.Rngs(0))
+        model = ours(
+            model,
+            {k: v.numpy() for k, v in theirs.state_dict().items()},
+            OPT | {"heads.classes.dense": "score"},
+            4,
+        )
         ids, mask = batch("right")
         ids = np.where(mask == 1, ids, 1)
-        scores = forward(model, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))["classes"]
+        scores = forward(model, jnp.asarray(ids, jnp.int32), jnp.asarray(mask, jnp.int32))[
+            "classes"
+        ]
         with torch.no_grad():
             inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
             if pool == "last":

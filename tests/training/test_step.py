@@ -287,7 +287,9 @@ def test_bad_use_is_named_while_tracing(toy):
         make_train_step(toy.loss_fn, optax.sgd(1.0), ema_decay=0.9)(state, batch)
     with pytest.raises(TypeError, match="must return Loss"):
         make_train_step(lambda model, batch, key: jnp.float32(0.0), optax.sgd(1.0))(state, batch)
-    named = lambda model, batch, key: Loss(jnp.float32(0.0), jnp.float32(1.0), {"loss": jnp.float32(0.0)})
+    named = lambda model, batch, key: Loss(
+        jnp.float32(0.0), jnp.float32(1.0), {"loss": jnp.float32(0.0)}
+    )
     with pytest.raises(ValueError, match="reserved names: loss"):
         make_train_step(named, optax.sgd(1.0))(state, batch)
     with pytest.raises(ValueError, match="ema=None"):

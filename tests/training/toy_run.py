@@ -83,6 +83,12 @@ def batches():
     return iter(dataset.to_iter_dataset())
 
 
+def batches_at(position):
+    data = batches()
+    data.set_state(position)
+    return data
+
+
 def batch_of(size, start=0):
     rows = [row(start + index) for index in range(size)]
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}

@@ -1,46 +1,124 @@
 """The command line of an experiment: a preset, then any field of its config."""
 
+import contextlib
+import difflib
+import json
+import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from effscale.experiments.saved import config_from_json
 from effscale.models.validation import did_you_mean
 
 Config = TypeVar("Config")
 
+_PACKAGES = tuple(
+    str(pathlib.Path(__file__).resolve().parents[up] / name)
+    for up, name in ((1, ""), (3, "kernels_pallas"))
+)
 
-def parse(presets: Mapping[str, Config], description: str, argv: Sequence[str] | None = None) -> Config:
+
+class StoppedBySignal(Exception):
+    """A run was asked to stop, saved and can go on; the message says how."""
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[None]:
+    """Ends the program with a message in place of a traceback where the message is all that a user needs.
+
+    That is so for an error that this library raised itself, because it says what is wrong and what would do (exit status 2),
+    and for a run that was stopped and saved (exit status 0). An error from anywhere else keeps its traceback.
+    """
+    try:
+        yield
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(0) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if not _raised_here(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(
+    presets: Mapping[str, Config],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    name: str | None = None,
+) -> Config:
     """The config that a command line asks for.
 
-    ``--preset NAME`` chooses where to start from (``default`` otherwise); every other option replaces a field.
-    Nested fields are written with dots: ``--model.num-layers 8``.
+    ``--preset NAME`` chooses where to start from; every other option replaces a field. Nested fields are written with dots:
+    ``--model.num-layers 8``. Without a preset, ``--out FOLDER --resume`` starts from the config of that run, and everything
+    else from ``default``.
 
     Args:
         presets: Configs of one class by name; ``default`` must be there.
         description: Shown by ``--help``.
         argv: The words of the command line; None takes the program's.
+        name: How the program is called, for ``--help``.
 
     Returns:
         The config.
 
     Raises:
-        SystemExit: On ``--help``, and on a wrong option, after saying what would do.
+        SystemExit: On ``--help``, and on a wrong option (status 2), after saying what would do.
     """
     import tyro  # tyro takes a while, and only the command line needs it
 
     words = list(sys.argv[1:] if argv is None else argv)
-    name = "default"
-    for index, word in enumerate(words):
-        if word == "--preset" or word.startswith("--preset="):
-            inline = word.partition("=")[2]
-            name = inline or (words[index + 1] if index + 1 < len(words) else "")
-            del words[index : index + (1 if inline else 2)]
-            break
-    if name not in presets:
-        sys.exit(f"--preset {name!r}: {did_you_mean(name, presets)}")
+    chosen, words = _take(words, "--preset")
+    if chosen is not None and chosen not in presets:
+        _refuse(f"--preset {chosen!r}: {did_you_mean(chosen, presets)}")
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], ["--preset"], cutoff=0.75)
+        if near and word not in near:
+            _refuse(f"unrecognized option {word}: perhaps you meant --preset NAME")
+    config = presets[chosen or "default"]
+    if chosen is None and "--resume" in words:
+        config = _saved(config, _take(words, "--out")[0])
     shown = description.strip() + f"\n\n--preset NAME starts from one of: {', '.join(presets)}."
-    config = presets[name]
     try:
-        return tyro.cli(type(config), default=config, args=words, description=shown)
+        return tyro.cli(type(config), default=config, args=words, description=shown, prog=name)
     except ValueError as error:  # a config that refuses its values
-        sys.exit(f"error: {error}")
+        _refuse(str(error))
+
+
+def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value that ``option`` has last in the words (None without it), and the words without it."""
+    value, rest, coming = None, [], iter(words)
+    for word in coming:
+        if word == option:
+            value = next(coming, "")
+        elif word.startswith(option + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _saved(default: Config, folder: str | None) -> Config:
+    """The config of the run in ``folder``; the default where there is none, whose absence the run will report."""
+    file = pathlib.Path(folder or "") / "config.json"
+    if not folder or not file.is_file():
+        return default
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))["config"]
+        return config_from_json(type(default), values)
+    except (ValueError, KeyError, TypeError) as error:
+        _refuse(f"{file} cannot be resumed from: {error}")
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame of an error's traceback lies in this library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGES)

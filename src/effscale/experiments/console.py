@@ -47,6 +47,8 @@ def show_results(title: str, result: Any, texts: Sequence[str] = ()) -> None:
     values = dataclasses.asdict(result)
     folder = values.pop("folder")
     for name, value in values.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else f"{value:,.0f}")
+        table.add_row(
+            name, f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else f"{value:,.0f}"
+        )
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)

@@ -25,7 +25,9 @@ STYLE = {
 
 def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """The values of ``name`` and of ``over`` in the records that hold both."""
-    pairs = [(r[over], r[name]) for r in records if r.get(name) is not None and r.get(over) is not None]
+    pairs = [
+        (r[over], r[name]) for r in records if r.get(name) is not None and r.get(over) is not None
+    ]
     x, y = zip(*pairs, strict=True) if pairs else ((), ())
     return np.asarray(x, float), np.asarray(y, float)
 

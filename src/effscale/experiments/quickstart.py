@@ -113,11 +113,24 @@ class Config:
 
     def __post_init__(self):
         check(self, len(self.corpus) >= 1, "corpus", "at least one source")
-        for name in ("length", "batch_size", "accumulate", "steps", "eval_every", "eval_batches", "sample_tokens"):
+        for name in (
+            "length",
+            "batch_size",
+            "accumulate",
+            "steps",
+            "eval_every",
+            "eval_batches",
+            "sample_tokens",
+        ):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
-        check(self, not (self.resume and self.out is None), "resume", "given with --out, the folder to go on with")
+        check(
+            self,
+            not (self.resume and self.out is None),
+            "resume",
+            "given with --out, the folder to go on with",
+        )
 
 
 PRESETS = {
@@ -150,7 +163,18 @@ PRESETS = {
     ),
 }
 
-FREE = ("out", "resume", "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "samples", "sample_tokens", "mesh")
+FREE = (
+    "out",
+    "resume",
+    "cache",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep",
+    "samples",
+    "sample_tokens",
+    "mesh",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +254,12 @@ def run(config: Config) -> Result:
         )
     tokenizer = corpora[0].tokenizer
     part = batch_shard(mesh)
-    rows = {"batch_size": config.batch_size, "length": config.length, "process_index": part.index, "process_count": part.count}
+    rows = {
+        "batch_size": config.batch_size,
+        "length": config.length,
+        "process_index": part.index,
+        "process_count": part.count,
+    }
     train_data = make_dataset([c.train for c in corpora], seed=config.seed, weights=weights, **rows)
     held_out = [c.validation for c in corpora]
     val_data = make_dataset(held_out, shuffle=False, num_epochs=1, remainder="pad", **rows)
@@ -238,7 +267,10 @@ def run(config: Config) -> Result:
     # Model, optimizer, step.
     model_config = config.model.build(corpora[0].vocab_size, config.length)
     schedule = ScheduleConfig(
-        peak=config.learning_rate, warmup=config.warmup, total=config.steps, final=config.learning_rate / 10
+        peak=config.learning_rate,
+        warmup=config.warmup,
+        total=config.steps,
+        final=config.learning_rate / 10,
     ).build()
     optimizer = config.optimizer.build(schedule)
 
@@ -260,17 +292,28 @@ def run(config: Config) -> Result:
     place = lambda batch: shard_batch(batch, mesh)
 
     def validate(state: Any, batches: int | None = config.eval_batches) -> dict[str, float]:
-        means = evaluate(state.model, eval_step, itertools.islice(val_data, batches), place_batch=place)
+        means = evaluate(
+            state.model, eval_step, itertools.islice(val_data, batches), place_batch=place
+        )
         return {"val_loss": means["loss"], "val_tokens_seen": int(state.tokens)}
 
     # The run: from the start, or from the last checkpoint.
     folder = RunFolder.create(config.out, name="quickstart", config=config, resume=config.resume)
     iterator = iter(train_data)
-    with jax.set_mesh(mesh), Checkpoints(
-        folder.checkpoints, config=config, free_fields=FREE, keep=config.keep, every=config.checkpoint_every
-    ) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(
+            folder.checkpoints,
+            config=config,
+            free_fields=FREE,
+            keep=config.keep,
+            every=config.checkpoint_every,
+        ) as checkpoints,
+    ):
         layout = shardings(jax.eval_shape(create), mesh)
-        state, start = resume_or_start(checkpoints, create, iterator, resume=config.resume, shardings=layout)
+        state, start = resume_or_start(
+            checkpoints, create, iterator, resume=config.resume, shardings=layout
+        )
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
         resume_step = start if config.resume else None
         writer = MultiWriter(
@@ -328,7 +371,9 @@ def run(config: Config) -> Result:
     if jax.process_index() == 0:
         folder.write_results(dataclasses.asdict(result))
         quoted = "\n\n".join("```text\n" + text.replace("```", "'''") + "\n```" for text in texts)
-        folder.write_report("quickstart", dataclasses.asdict(result), f"Samples of the trained model:\n\n{quoted}")
+        folder.write_report(
+            "quickstart", dataclasses.asdict(result), f"Samples of the trained model:\n\n{quoted}"
+        )
         show_results("quickstart", result, texts)
     return result
 

@@ -3,4 +3,13 @@
 from effscale.generation.decoding import Generated, generate, left_pad
 from effscale.generation.sampling import SamplingConfig, choose, keep_top_k, keep_top_p, penalize
 
-__all__ = ["Generated", "SamplingConfig", "choose", "generate", "keep_top_k", "keep_top_p", "left_pad", "penalize"]
+__all__ = [
+    "Generated",
+    "SamplingConfig",
+    "choose",
+    "generate",
+    "keep_top_k",
+    "keep_top_p",
+    "left_pad",
+    "penalize",
+]

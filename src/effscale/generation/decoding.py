@@ -59,29 +59,45 @@ def generate(
         >>> from effscale.models import Transformer, gpt2
         >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=32)
         >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
-        >>> out = generate(model, [[3, 1, 4]], SamplingConfig(max_new_tokens=5, temperature=0))
+        >>> out = generate(model, [[3, 1, 4]], SamplingConfig(max_new_tokens=5, temperature=0.0))
         >>> out.tokens.shape
         (1, 8)
     """
     config = SamplingConfig() if config is None else config
     prompt = np.asarray(prompt, np.int32)
-    mask = np.ones(prompt.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+    mask = (
+        np.ones(prompt.shape, bool)
+        if attention_mask is None
+        else np.asarray(attention_mask).astype(bool)
+    )
     _check(model, prompt, mask, config, key)
     return _generate(model, prompt, mask, jax.random.key(0) if key is None else key, config)
 
 
-def _check(model: Transformer, prompt: np.ndarray, mask: np.ndarray, config: SamplingConfig, key: Any) -> None:
+def _check(
+    model: Transformer, prompt: np.ndarray, mask: np.ndarray, config: SamplingConfig, key: Any
+) -> None:
     if not model.config.causal or "lm" not in model.heads:
         raise ValueError("generate needs a causal model with a head named 'lm'")
     if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt of shape {prompt.shape}: must be (batch, seq) with seq at least 1")
+        raise ValueError(
+            f"prompt of shape {prompt.shape}: must be (batch, seq) with seq at least 1"
+        )
     if mask.shape != prompt.shape:
-        raise ValueError(f"attention_mask of shape {mask.shape}: must be that of the prompt, {prompt.shape}")
+        raise ValueError(
+            f"attention_mask of shape {mask.shape}: must be that of the prompt, {prompt.shape}"
+        )
     if not mask[:, -1].all():
         rows = np.flatnonzero(~mask[:, -1])[:5].tolist()
-        raise ValueError(f"rows {rows} of the prompt are padded on the right or empty; pad on the left (see left_pad)")
+        raise ValueError(
+            f"rows {rows} of the prompt are padded on the right or empty; pad on the left (see left_pad)"
+        )
     vocab = model.config.inputs.vocab_size
-    wrong = [i for i in (int(prompt.min()), int(prompt.max()), config.pad_id, *config.stop_ids) if not 0 <= i < vocab]
+    wrong = [
+        i
+        for i in (int(prompt.min()), int(prompt.max()), config.pad_id, *config.stop_ids)
+        if not 0 <= i < vocab
+    ]
     if wrong:
         raise ValueError(f"token id {wrong[0]} is outside the model's vocabulary of {vocab}")
     total, limit = prompt.shape[1] + config.max_new_tokens, model.config.max_length
@@ -91,11 +107,15 @@ def _check(model: Transformer, prompt: np.ndarray, mask: np.ndarray, config: Sam
             f"has {limit} positions; at most {max(limit - prompt.shape[1], 0)} new tokens fit"
         )
     if key is None and not config.greedy:
-        raise ValueError("sampling needs a key, such as jax.random.key(0); temperature=0 needs none")
+        raise ValueError(
+            "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
+        )
 
 
 @jax.jit(static_argnames="config")
-def _generate(model: Transformer, prompt: Array, mask: Array, key: PRNGKeyArray, config: SamplingConfig) -> Generated:
+def _generate(
+    model: Transformer, prompt: Array, mask: Array, key: PRNGKeyArray, config: SamplingConfig
+) -> Generated:
     batch, length = prompt.shape
     total = length + config.max_new_tokens
     model = unroll(model)  # once, outside the loop
@@ -103,8 +123,12 @@ def _generate(model: Transformer, prompt: Array, mask: Array, key: PRNGKeyArray,
     stops = jnp.asarray(config.stop_ids, jnp.int32)
     penalized = config.repetition_penalty != 1.0
 
-    def next_token(hidden: Float[Array, "batch d_model"], seen: Any, step: Array) -> Int[Array, "batch"]:
-        logits = model.heads["lm"](hidden[:, None], None, model.embed, None)[:, 0].astype(jnp.float32)
+    def next_token(
+        hidden: Float[Array, "batch d_model"], seen: Any, step: Array
+    ) -> Int[Array, "batch"]:
+        logits = model.heads["lm"](hidden[:, None], None, model.embed, None)[:, 0].astype(
+            jnp.float32
+        )
         if penalized:
             logits = penalize(logits, seen, config.repetition_penalty)
         return choose(logits, config, jax.random.fold_in(key, step))
@@ -122,25 +146,43 @@ def _generate(model: Transformer, prompt: Array, mask: Array, key: PRNGKeyArray,
     def body(carry):
         step, cache, tokens, finished, num_new, seen, token = carry
         encoded = model.encode(token[:, None], cache=cache)
-        return append((step, encoded.cache, tokens, finished, num_new, seen, token), encoded.hidden[:, -1])
+        return append(
+            (step, encoded.cache, tokens, finished, num_new, seen, token), encoded.hidden[:, -1]
+        )
 
     def unfinished(carry):
         return (carry[0] < config.max_new_tokens) & ~carry[3].all()
 
-    encoded = model.encode(prompt, attention_mask=mask, cache=empty_cache(model.config, batch, total))
+    encoded = model.encode(
+        prompt, attention_mask=mask, cache=empty_cache(model.config, batch, total)
+    )
     tokens = jnp.full((batch, total), config.pad_id, jnp.int32)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, prompt, 0, 1)
     seen = None
     if penalized:
-        seen = jnp.zeros((batch, model.config.inputs.vocab_size), bool).at[rows[:, None], prompt].max(mask)
-    first = (jnp.int32(0), encoded.cache, tokens, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32), seen, prompt[:, -1])
+        seen = (
+            jnp.zeros((batch, model.config.inputs.vocab_size), bool)
+            .at[rows[:, None], prompt]
+            .max(mask)
+        )
+    first = (
+        jnp.int32(0),
+        encoded.cache,
+        tokens,
+        jnp.zeros(batch, bool),
+        jnp.zeros(batch, jnp.int32),
+        seen,
+        prompt[:, -1],
+    )
     carry = jax.lax.while_loop(unfinished, body, append(first, encoded.hidden[:, -1]))
     num_new = carry[4]
     answered = jnp.arange(config.max_new_tokens)[None] < num_new[:, None]
     return Generated(carry[2], jnp.concatenate([mask, answered], 1), num_new)
 
 
-def left_pad(rows: list[list[int]], pad_id: int = 0) -> tuple[Int[np.ndarray, "batch seq"], Bool[np.ndarray, "batch seq"]]:
+def left_pad(
+    rows: list[list[int]], pad_id: int = 0
+) -> tuple[Int[np.ndarray, "batch seq"], Bool[np.ndarray, "batch seq"]]:
     """Token lists of several lengths as one array, padded on the left, and its mask.
 
     Raises:

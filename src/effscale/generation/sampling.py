@@ -72,7 +72,9 @@ def keep_top_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "b
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
-def choose(logits: Float[Array, "batch vocab"], config: SamplingConfig, key: PRNGKeyArray) -> Int[Array, "batch"]:
+def choose(
+    logits: Float[Array, "batch vocab"], config: SamplingConfig, key: PRNGKeyArray
+) -> Int[Array, "batch"]:
     """Draws one token a row. A row's draw depends on ``key`` and its index, not on the other rows.
 
     Args:

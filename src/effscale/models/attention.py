@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         query = constrain(query, "batch", "heads_act", "seq", None) * self.head_dim**-0.5
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new.astype(old.dtype), context.start, 1
+                old, new.astype(old.dtype), context.start, axis=2
             )
             cache = (write(cache[0], keys), write(cache[1], values))
             keys, values = (c.astype(x.dtype) for c in cache)

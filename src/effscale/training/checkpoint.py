@@ -1,13 +1,15 @@
 """Checkpoints of a run: written in the background, whole or not at all, and checked when read."""
 
 import base64
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +140,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp  # slow to import, see load_items
 
         try:
-            response = ocp.save_checkpointables_async(path, content)
+            response = ocp.save_checkpointables_async(str(path), content)
         except Exception as error:
             raise self._failure(step, error) from error
         self._saved.add(step)
@@ -226,17 +228,26 @@ class Checkpoints:
             for left in unfinished(self.folder):
                 logger.warning("deleting %s, which was not finished", left)
                 shutil.rmtree(left)
-            for newer in self.steps if self._start is not None else []:
-                if newer > self._start:
-                    self._set_aside(newer)
+            start = self._start
+            for newer in [] if start is None else [step for step in self.steps if step > start]:
+                self._set_aside(newer)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("effscale_checkpoints_clean")
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finish writing. Needed at the end: Python's exit cuts a write short."""
         self.wait()
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """A context that is left only when no write is under way; errors of the write stay for ``check``."""
+        try:
+            yield
+        finally:
+            if self._thread is not None:
+                self._thread.join()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -309,8 +320,6 @@ class Checkpoints:
 
 
 def _state_of(items: dict[str, Any]) -> TrainState:
-    import dataclasses
-
     return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
 
 

@@ -175,7 +175,7 @@ def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     loaded = ocp.load_checkpointables(
-        path, {item: jax.tree.map(wanted, flat(tree)) for item, tree in items.items()}
+        str(path), {item: jax.tree.map(wanted, flat(tree)) for item, tree in items.items()}
     )
     return {item: unflat(tree, loaded[item]) for item, tree in items.items()}
 

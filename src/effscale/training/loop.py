@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom."""
 
+import contextlib
 import logging
 import math
 import time
@@ -97,7 +98,11 @@ def fit(
         checkpoints.clean()
 
     reason = "finished"
-    with StopSignal(sync_every=sync_every) as stop:
+    # However the run ends, what is being written is written to the end: Python's exit would cut it short.
+    with (
+        contextlib.nullcontext() if checkpoints is None else checkpoints.settled(),
+        StopSignal(sync_every=sync_every) as stop,
+    ):
         while step < num_steps:
             try:
                 batch = next(data_iterator)
@@ -165,6 +170,7 @@ def resume_or_start(
     Raises:
         CheckpointError: The checkpoints are of another config, or all damaged.
     """
+    checkpoints.wait()
     if resume and checkpoints.latest is not None:
         wanted = jax.eval_shape(create)
         if shardings is not None:

@@ -103,7 +103,7 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
         write_atomic(path, "".join(lines))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     """The step of a record; a line that cannot be read belongs to no step and is dropped."""
     try:
         return json.loads(line)["step"]

@@ -145,7 +145,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions, git revision, machine and devices, as JSON values."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

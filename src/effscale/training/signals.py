@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -51,5 +52,5 @@ class StopSignal:
             return False
         from jax.experimental import multihost_utils
 
-        flags = multihost_utils.process_allgather(jax.numpy.int32(self.received is not None))
+        flags = multihost_utils.process_allgather(np.array(self.received is not None))
         return bool(flags.any())

@@ -100,7 +100,7 @@ def make_train_step(
                 tokens = state.tokens.to_float32()
                 updates, opt_state = optimizer.update(gradients, opt_state, params, tokens=tokens)
             params = optax.apply_updates(params, updates)
-            return params, opt_state, None if ema is None else _average(ema, params, ema_decay)
+            return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
 
         new_params, opt_state, ema = update_if(finite, update, (params, state.opt_state, state.ema))
         skip = (~finite).astype(jnp.int32)
