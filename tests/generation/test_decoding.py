@@ -57,6 +57,16 @@ def test_greedy_generation_with_left_padding_equals_full_forward_passes(model):
     assert out.num_new.tolist() == [8, 8, 8]
 
 
+def test_a_cache_that_grows_gives_the_same_tokens(gpt, monkeypatch):
+    tokens, mask = left_pad(PROMPTS)
+    config = SamplingConfig(max_new_tokens=11, temperature=0.0, pad_id=1)
+    whole = generate(gpt, tokens, config, attention_mask=mask)
+    monkeypatch.setattr("effscale.generation.decoding.STAGE_TOKENS", 2)
+    # Another config, or the compiled function with the whole cache would be found again.
+    grown = generate(gpt, tokens, dataclasses.replace(config, pad_id=2), attention_mask=mask)
+    assert grown.tokens[:, 5:].tolist() == whole.tokens[:, 5:].tolist()
+
+
 def test_a_row_ends_with_its_stop_token_and_the_others_go_on(gpt):
     greedy = SamplingConfig(max_new_tokens=10, temperature=0.0)
     tokens, mask = left_pad(PROMPTS)

@@ -3,9 +3,9 @@
 import contextlib
 import difflib
 import json
+import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,11 +13,6 @@ from effscale.experiments.saved import config_from_json
 from effscale.models.validation import did_you_mean
 
 Config = TypeVar("Config")
-
-_PACKAGES = tuple(
-    str(pathlib.Path(__file__).resolve().parents[up] / name)
-    for up, name in ((1, ""), (3, "kernels_pallas"))
-)
 
 
 class StoppedBySignal(Exception):
@@ -29,7 +24,8 @@ def messages() -> Iterator[None]:
     """Ends the program with a message in place of a traceback where the message is all that a user needs.
 
     That is so for an error that this library raised itself, because it says what is wrong and what would do (exit status 2),
-    and for a run that was stopped and saved (exit status 0). An error from anywhere else keeps its traceback.
+    and for a run that was stopped and saved (exit status 0). An error from anywhere else keeps its traceback, and with
+    ``EFFSCALE_TRACEBACK=1`` in the environment so does every one.
     """
     try:
         yield
@@ -37,7 +33,7 @@ def messages() -> Iterator[None]:
         print(stop, file=sys.stderr)
         raise SystemExit(0) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if not _raised_here(error):
+        if os.environ.get("EFFSCALE_TRACEBACK") or not _raised_here(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -119,6 +115,11 @@ def _refuse(message: str) -> None:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame of an error's traceback lies in this library."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(_PACKAGES)
+    """Whether the innermost frame of an error's traceback is this library's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    package = (
+        "" if frame is None else frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    )
+    return package in ("effscale", "kernels_pallas", "__main__")

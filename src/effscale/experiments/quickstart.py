@@ -7,21 +7,26 @@ library of the running interpreter, so nothing is downloaded.
     python -m effscale.experiments.quickstart
     python -m effscale.experiments.quickstart --corpus 'text:books/*.txt' --steps 2000
     python -m effscale.experiments.quickstart --out runs/mine --resume
+
+A finished or running folder gives its model back: ``model, tokenizer = load("runs/mine")``.
 """
 
 import dataclasses
 import itertools
+import os
 import pathlib
 import time
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from effscale.experiments.cli import parse
+from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import show_results, status
 from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
-from effscale.models import Transformer, TransformerConfig, gpt2
+from effscale.experiments.saved import config_from_json
+from effscale.models import Transformer, TransformerConfig, abstract, gpt2
 from effscale.models.config import Remat
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch, shardings
@@ -120,9 +125,18 @@ class Config:
             "steps",
             "eval_every",
             "eval_batches",
+            "checkpoint_every",
+            "keep",
             "sample_tokens",
         ):
             check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(
+            self,
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"a divisor of batch_size={self.batch_size}",
+        )
+        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
         check(
@@ -190,7 +204,7 @@ class Result:
     tokens_seen: int
     """Training tokens, repetitions included."""
     tokens_per_second: float
-    """Median training speed."""
+    """Median training speed; 0 if there were too few steps to tell."""
     num_params: int
     """Numbers in the model."""
     num_compilations: int
@@ -215,9 +229,16 @@ def run(config: Config) -> Result:
     Raises:
         ValueError: If parts of the config do not fit each other or the corpus.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import make_dataset, parse_mixture, prepare_mixture, unigram_entropy
+    from effscale.data import (
+        make_dataset,
+        parse_mixture,
+        prepare_mixture,
+        save_tokenizer,
+        unigram_entropy,
+    )
     from effscale.experiments.plotting import loss_curve, speed_curve
     from effscale.training import (
         Checkpoints,
@@ -227,6 +248,7 @@ def run(config: Config) -> Result:
         RunFolder,
         ShapeBuckets,
         TensorBoardWriter,
+        check_unused,
         create_train_state,
         evaluate,
         fit,
@@ -238,7 +260,13 @@ def run(config: Config) -> Result:
     )
 
     began = time.perf_counter()
+    first = jax.process_index() == 0  # of several processes, the one that writes
     mesh = config.mesh.build()
+    part = batch_shard(mesh)
+    # What cannot work is refused before the corpus is prepared.
+    shard_batch(np.zeros(config.batch_size // part.count, np.int8), mesh)
+    if first and config.out is not None and not config.resume:
+        check_unused(config.out)
 
     # Corpus: a tokenizer, and token stores for training and validation.
     sources, weights = parse_mixture(config.corpus)
@@ -253,7 +281,6 @@ def run(config: Config) -> Result:
             progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
         )
     tokenizer = corpora[0].tokenizer
-    part = batch_shard(mesh)
     rows = {
         "batch_size": config.batch_size,
         "length": config.length,
@@ -299,6 +326,8 @@ def run(config: Config) -> Result:
 
     # The run: from the start, or from the last checkpoint.
     folder = RunFolder.create(config.out, name="quickstart", config=config, resume=config.resume)
+    if first:
+        save_tokenizer(tokenizer, folder.path)
     iterator = iter(train_data)
     with (
         jax.set_mesh(mesh),
@@ -322,6 +351,8 @@ def run(config: Config) -> Result:
                 TensorBoardWriter(folder.tensorboard, resume_step=resume_step),
                 ConsoleWriter(config.steps, start_step=start),
             ]
+            if first
+            else []
         )
         try:
             fitted = fit(
@@ -338,22 +369,19 @@ def run(config: Config) -> Result:
         finally:
             writer.close()
         if fitted.stopped_reason == "signal":
-            raise SystemExit(f"stopped and saved; go on with: --out {folder.path} --resume")
+            raise StoppedBySignal(
+                f"stopped and saved at step {int(fitted.state.step)}; go on with: --out {folder.path} --resume"
+            )
 
         # What came out.
         state = fitted.state
-        val_loss = validate(state, None)["val_loss"]
-        texts = sample(state.model, tokenizer, config)
+        with status("evaluating on all that is held out"):
+            val_loss = validate(state, None)["val_loss"]
+        with status("sampling"):
+            texts = sample(state.model, tokenizer, config)
     records = read_jsonl(folder.metrics_file)
     timing = read_jsonl(folder.metrics_file.with_name("timing.jsonl"))
     entropy = unigram_entropy(held_out)
-    loss_curve(
-        folder.figures / "loss.png",
-        records,
-        title=f"A GPT of {num_params / 1e6:.1f}M parameters on {', '.join(config.corpus)}",
-        levels={"unigram entropy": entropy},
-    )
-    speed_curve(folder.figures / "speed.png", timing, title="Training speed")
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     speeds = sorted(r["tokens_per_second"] for r in timing)
     result = Result(
@@ -361,14 +389,21 @@ def run(config: Config) -> Result:
         unigram_entropy=entropy,
         train_loss=sum(losses[-20:]) / len(losses[-20:]),
         tokens_seen=int(state.tokens),
-        tokens_per_second=speeds[len(speeds) // 2] if speeds else float("nan"),
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
         num_params=num_params,
         num_compilations=train_step.num_compilations,
         seconds=time.perf_counter() - began,
         peak_memory_mb=peak_memory(),
         folder=str(folder.path),
     )
-    if jax.process_index() == 0:
+    if first:
+        loss_curve(
+            folder.figures / "loss.png",
+            records,
+            title=f"A GPT of {num_params / 1e6:.1f}M parameters on {', '.join(config.corpus)}",
+            levels={"unigram entropy": entropy},
+        )
+        speed_curve(folder.figures / "speed.png", timing, title="Training speed")
         folder.write_results(dataclasses.asdict(result))
         quoted = "\n\n".join("```text\n" + text.replace("```", "'''") + "\n```" for text in texts)
         folder.write_report(
@@ -394,12 +429,38 @@ def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
     return [tokenizer.decode(row[keep].tolist()) for row, keep in zip(*rows, strict=True)]
 
 
+def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Transformer, Any]:
+    """The model of a run folder, with its tokenizer; the run may still be going on.
+
+    Args:
+        folder: A run folder of this experiment.
+        step: The checkpoint; None takes the newest sound one.
+
+    Returns:
+        The model and the ``tokenizers.Tokenizer``.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint, or none of that step.
+        CheckpointError: If there are checkpoints, and all are damaged.
+        ValueError: If the run is of another experiment.
+    """
+    from effscale.data import load_tokenizer
+    from effscale.training import read_checkpoint_config, restore_model
+
+    config = config_from_json(Config, read_checkpoint_config(folder, step))
+    tokenizer = load_tokenizer(folder)
+    wanted = abstract(config.model.build(tokenizer.get_vocab_size(), config.length))
+    model, _ = restore_model(folder, wanted, step=step)
+    return model, tokenizer
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
-    config = parse(PRESETS, __doc__ or "", argv)
-    initialize()
-    keep_freed_memory()
-    run(config)
+    with messages():
+        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.quickstart")
+        initialize()
+        keep_freed_memory()
+        run(config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Autoregressive generation: one prefill, then one compiled loop over a cache."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from effscale.generation.sampling import SamplingConfig, choose, penalize
-from effscale.models import Transformer, empty_cache, unroll
+from effscale.models import KVCache, Transformer, empty_cache, grow_cache, transpose, unroll
+
+
+# Each size of the cache is compiled on its own: at most so many, each for at least so many tokens.
+STAGES = 4
+STAGE_TOKENS = 32
 
 
 @jax.tree_util.register_dataclass
@@ -123,61 +128,79 @@ def _generate(
     stops = jnp.asarray(config.stop_ids, jnp.int32)
     penalized = config.repetition_penalty != 1.0
 
-    def next_token(
-        hidden: Float[Array, "batch d_model"], seen: Any, step: Array
-    ) -> Int[Array, "batch"]:
-        logits = model.heads["lm"](hidden[:, None], None, model.embed, None)[:, 0].astype(
-            jnp.float32
-        )
+    def next_token(hidden: Float[Array, "batch d_model"], seen: Any, step: Array) -> Array:
+        x, _, bias = model.heads["lm"].linear(hidden, model.embed)
+        logits = (x @ table.astype(x.dtype)).astype(jnp.float32)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)[None]
         if penalized:
             logits = penalize(logits, seen, config.repetition_penalty)
         return choose(logits, config, jax.random.fold_in(key, step))
 
-    def append(carry, hidden):
-        step, cache, tokens, finished, num_new, seen, _ = carry
-        token = jnp.where(finished, config.pad_id, next_token(hidden, seen, step))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], length + step, 1)
-        num_new = num_new + (~finished).astype(jnp.int32)
-        finished = finished | (token[:, None] == stops[None]).any(1)
-        if penalized:
-            seen = seen.at[rows, token].set(True)
-        return step + 1, cache, tokens, finished, num_new, seen, token
-
-    def body(carry):
-        step, cache, tokens, finished, num_new, seen, token = carry
-        encoded = model.encode(token[:, None], cache=cache)
-        return append(
-            (step, encoded.cache, tokens, finished, num_new, seen, token), encoded.hidden[:, -1]
+    def append(carry: _Carry, hidden: Float[Array, "batch d_model"]) -> _Carry:
+        token = next_token(hidden, carry.seen, carry.step)
+        token = jnp.where(carry.finished, config.pad_id, token)
+        return _Carry(
+            step=carry.step + 1,
+            cache=carry.cache,
+            tokens=jax.lax.dynamic_update_slice_in_dim(
+                carry.tokens, token[:, None], length + carry.step, 1
+            ),
+            finished=carry.finished | (token[:, None] == stops[None]).any(1),
+            num_new=carry.num_new + (~carry.finished).astype(jnp.int32),
+            seen=carry.seen.at[rows, token].set(True) if penalized else None,
+            token=token,
         )
 
-    def unfinished(carry):
-        return (carry[0] < config.max_new_tokens) & ~carry[3].all()
+    def body(carry: _Carry) -> _Carry:
+        encoded = model.encode(carry.token[:, None], cache=carry.cache)
+        return append(carry._replace(cache=encoded.cache), encoded.hidden[:, -1])
 
-    encoded = model.encode(
-        prompt, attention_mask=mask, cache=empty_cache(model.config, batch, total)
-    )
+    ends = _stages(length, config.max_new_tokens)
+    cache = empty_cache(model.config, batch, ends[0])
+    encoded = model.encode(prompt, attention_mask=mask, cache=cache)
+    # The head's weight, transposed once rather than read against its rows at each token.
+    weight = model.heads["lm"].linear(encoded.hidden[:, -1], model.embed)[1]
+    table = jax.lax.optimization_barrier(transpose(weight))
     tokens = jnp.full((batch, total), config.pad_id, jnp.int32)
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, prompt, 0, 1)
     seen = None
     if penalized:
-        seen = (
-            jnp.zeros((batch, model.config.inputs.vocab_size), bool)
-            .at[rows[:, None], prompt]
-            .max(mask)
-        )
-    first = (
-        jnp.int32(0),
-        encoded.cache,
-        tokens,
-        jnp.zeros(batch, bool),
-        jnp.zeros(batch, jnp.int32),
-        seen,
-        prompt[:, -1],
+        seen = jnp.zeros((batch, model.config.inputs.vocab_size), bool)
+        seen = seen.at[rows[:, None], prompt].max(mask)
+    start = _Carry(
+        step=jnp.int32(0),
+        cache=encoded.cache,
+        tokens=jax.lax.dynamic_update_slice_in_dim(tokens, prompt, 0, 1),
+        finished=jnp.zeros(batch, bool),
+        num_new=jnp.zeros(batch, jnp.int32),
+        seen=seen,
+        token=prompt[:, -1],
     )
-    carry = jax.lax.while_loop(unfinished, body, append(first, encoded.hidden[:, -1]))
-    num_new = carry[4]
-    answered = jnp.arange(config.max_new_tokens)[None] < num_new[:, None]
-    return Generated(carry[2], jnp.concatenate([mask, answered], 1), num_new)
+    carry = append(start, encoded.hidden[:, -1])
+    for end in ends:
+        carry = carry._replace(cache=grow_cache(carry.cache, end))
+        more = lambda c, end=end: (c.step < end - length) & ~c.finished.all()
+        carry = jax.lax.while_loop(more, body, carry)
+    answered = jnp.arange(config.max_new_tokens)[None] < carry.num_new[:, None]
+    return Generated(carry.tokens, jnp.concatenate([mask, answered], 1), carry.num_new)
+
+
+class _Carry(NamedTuple):
+    """What the loop hands from token to token."""
+
+    step: Array
+    cache: KVCache
+    tokens: Array
+    finished: Array
+    num_new: Array
+    seen: Array | None
+    token: Array
+
+
+def _stages(length: int, new: int) -> list[int]:
+    """Sizes of the cache: it grows a few times, so that early tokens do not read slots that are still empty."""
+    count = max(1, min(STAGES, new // STAGE_TOKENS))
+    return [length + new * (i + 1) // count for i in range(count)]
 
 
 def left_pad(

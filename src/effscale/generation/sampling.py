@@ -72,6 +72,13 @@ def keep_top_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "b
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
+def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
+    """The first index of each row's maximum, as ``argmax``: as two plain reductions, which CPUs run in vectors."""
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    last = logits.shape[-1] - 1
+    return jnp.where(logits == logits.max(-1, keepdims=True), index, last).min(-1)
+
+
 def choose(
     logits: Float[Array, "batch vocab"], config: SamplingConfig, key: PRNGKeyArray
 ) -> Int[Array, "batch"]:
@@ -86,7 +93,7 @@ def choose(
         Token ids, int32.
     """
     if config.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
     logits = logits / config.temperature
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)

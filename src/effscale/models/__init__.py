@@ -1,7 +1,7 @@
 """One Transformer, built from small modules; every family is a config of it."""
 
 from effscale.models.block import Block, BlockGroup
-from effscale.models.cache import KVCache, empty_cache
+from effscale.models.cache import KVCache, empty_cache, grow_cache
 from effscale.models.config import (
     Alibi,
     AttentionConfig,
@@ -78,6 +78,7 @@ __all__ = [
     "empty_cache",
     "gpt2",
     "gptj",
+    "grow_cache",
     "is_adapter",
     "llama",
     "map_weights",

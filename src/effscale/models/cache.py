@@ -63,3 +63,17 @@ def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
         valid=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
+    """The same cache with room for ``slots`` tokens; itself where it has that room already."""
+    more = slots - cache.valid.shape[1]
+    if more <= 0:
+        return cache
+    pad = lambda a, axis: jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])
+    return KVCache(
+        layers=tuple((pad(k, 2), pad(v, 2)) for k, v in cache.layers),
+        positions=pad(cache.positions, 1),
+        valid=pad(cache.valid, 1),
+        length=cache.length,
+    )

@@ -27,7 +27,7 @@ from effscale.training.partition import (
     partition,
     trainable_mask,
 )
-from effscale.training.run_folder import RunFolder
+from effscale.training.run_folder import RunFolder, check_unused
 from effscale.training.schedules import (
     Schedule,
     ScheduleConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "TrainingDivergedError",
     "abstract",
     "by_tokens",
+    "check_unused",
     "combine",
     "count_tokens",
     "create_train_state",

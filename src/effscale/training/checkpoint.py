@@ -213,6 +213,7 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            _barrier("effscale_checkpoint_written")  # process 0 alone writes the checksums
         self.check()
 
     def clean(self) -> None:
@@ -231,10 +232,7 @@ class Checkpoints:
             start = self._start
             for newer in [] if start is None else [step for step in self.steps if step > start]:
                 self._set_aside(newer)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("effscale_checkpoints_clean")
+        _barrier("effscale_checkpoints_clean")
 
     def close(self) -> None:
         """Finish writing. Needed at the end: Python's exit cuts a write short."""
@@ -321,6 +319,13 @@ class Checkpoints:
 
 def _state_of(items: dict[str, Any]) -> TrainState:
     return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _on_first_process(function: Any) -> str | None:

@@ -130,7 +130,7 @@ def fit(
                     checkpoints.save(step, state, data_iterator)
             if stop.should_stop(step) and step < num_steps:
                 reason = "signal"
-                logger.warning("signal %s: saving at step %d", stop.received, step)
+                logger.warning("a signal asks to stop: saving at step %d", step)
                 break
         log.catch_up()
         if (

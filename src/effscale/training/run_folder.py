@@ -70,10 +70,7 @@ class RunFolder:
                 )
             return folder
         if jax.process_index() == 0:
-            if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-                raise FileExistsError(
-                    f"{folder.path} already holds a run; choose another folder, or resume to go on with it"
-                )
+            check_unused(folder.path)
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.config_file, {"config": to_json(config), **environment()})
         return folder
@@ -141,6 +138,18 @@ class RunFolder:
             images = sorted((self.path / "figures").glob("*.png"))
             parts += [f"![{image.stem}](figures/{image.name})" for image in images]
         write_atomic(self.report_file, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def check_unused(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if a new run's folder holds something already.
+
+    ``RunFolder.create`` asks this itself; a run that prepares for long may want the answer first.
+    """
+    folder = pathlib.Path(path).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} already holds a run; choose another folder, or resume to go on with it"
+        )
 
 
 def environment() -> dict[str, Any]:
