@@ -1,46 +1,113 @@
-# `make demo` and `make test` are all a newcomer needs; both make .venv themselves.
-PYTHON ?= python3
+# `make demo` and `make test` are all a newcomer needs; both make the virtual environment themselves.
+#
+#   PYTHON=...    the interpreter to make it from (3.11 or newer); by default the first one found
+#   VENV=.venv    where it goes
+#   TORCH=0       leaves PyTorch out; the tests that compare with it then skip, and say so
+#   WORKERS=2     processes of the test suite
+#   ARGS="..."    further arguments of the program that the target runs
+
+ABLE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(ABLE)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-# TORCH=0 leaves PyTorch out; the tests that compare with it then skip by name.
+AOT_VENV ?= .venv-aot
 TORCH ?= 1
-comma := ,
-EXTRAS = $(if $(filter 0,$(TORCH)),dev,dev$(comma)torch)
-BIN := $(VENV)/bin
 WORKERS ?= 2
 ARGS ?=
 
+BIN := $(VENV)/bin
+comma := ,
+# A stamp a set of extras: one environment may hold several.
+DEV := $(VENV)/.with-dev$(if $(filter-out 0,$(TORCH)),-torch)
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+# .installing holds the id of the make that installs. When that make is gone, it was cut short, and a half-made
+# environment can look whole to pip; so it is made anew.
+define check-venv
+ifneq ($(wildcard $(1)/.installing),)
+ifneq ($$(shell kill -0 $$$$(cat $(1)/.installing) 2>/dev/null && echo alive),)
+$$(error another make is installing into $(1): wait for it, or remove $(1))
+endif
+$$(info the last installation into $(1) did not end well: removing it and starting afresh)
+$$(shell rm -rf $(1))
+endif
+endef
+$(eval $(call check-venv,$(VENV)))
+$(eval $(call check-venv,$(AOT_VENV)))
+
+# $(call install,environment,what is said,arguments of pip)
+define install
+	@echo "installing $(2) into $(1) ..."
+	@echo $$PPID > $(1)/.installing
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3)
+	@rm $(1)/.installing
+endef
+
 .PHONY: demo test test-all lint format bench aot notebooks docs clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.with-demo
 	$(BIN)/python -m effscale.experiments.quickstart $(ARGS)
 
-test: $(VENV)/.dev
+test: $(DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-all: $(VENV)/.dev
+test-all: $(DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "" --durations=25 $(ARGS)
 
-lint: $(VENV)/.dev
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports --no-cache
 
-format: $(VENV)/.dev
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(DEV)
+	@for file in $(BENCHMARKS); do echo "== $$file" && $(BIN)/python $$file $(ARGS) || exit 1; done
+
+# Compiles for v5e, v6e and H100 on this machine, which needs none of them.
+aot: $(AOT_VENV)/.with-aot
+	$(AOT_VENV)/bin/python -m kernels_pallas.aot $(ARGS)
+
+# Runs every notebook and keeps what it shows.
+notebooks: $(DEV)
+	$(BIN)/python -m effscale.experiments.notebooks notebooks/*.ipynb
+
+docs: $(VENV)/.with-docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "the pages are in site/"
+
 clean:
-	rm -rf $(VENV) .venv-newest .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(AOT_VENV) .venv-newest .cache .pytest_cache .ruff_cache build dist site
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+$(VENV)/.made $(AOT_VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with the modules venv and ensurepip was found;" \
+		"install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c '$(ABLE)' || { echo "$(PYTHON) is not Python 3.11 or newer with the modules venv and ensurepip" >&2; exit 1; }
+	@echo "making $(@D) with $$($(PYTHON) --version) ..."
+	@mkdir -p $(@D) && echo $$PPID > $(@D)/.installing
+	@$(PYTHON) -m venv $(@D)
+	@rm $(@D)/.installing && touch $@
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+$(VENV)/.with-demo: pyproject.toml | $(VENV)/.made
+	$(call install,$(VENV),effscale,--editable .)
+	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
-	touch $@ $(VENV)/.demo
+$(VENV)/.with-dev: pyproject.toml | $(VENV)/.made
+	$(call install,$(VENV),effscale and its development tools,--editable ".[dev]")
+	@touch $@ $(VENV)/.with-demo
+
+$(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
+	$(call install,$(VENV),effscale$(comma) its development tools and PyTorch,--editable ".[dev$(comma)torch]")
+	@touch $@ $(VENV)/.with-dev $(VENV)/.with-demo
+
+$(VENV)/.with-docs: pyproject.toml | $(VENV)/.made
+	$(call install,$(VENV),effscale and what its pages are built with,--editable ".[docs]")
+	@touch $@ $(VENV)/.with-demo
+
+$(AOT_VENV)/.with-aot: pyproject.toml aot-requirements.txt | $(AOT_VENV)/.made
+	$(call install,$(AOT_VENV),effscale,--editable .)
+	$(call install,$(AOT_VENV),the compilers of TPUs and GPUs,--no-deps --requirement aot-requirements.txt)
+	@touch $@

@@ -1,12 +1,14 @@
-"""Loss and gradients of the vocabulary's cross entropy: chunked, plain, PyTorch's, and the bare matrix products.
+"""Times cross entropy over a vocabulary with its gradients: chunked, plain, PyTorch's, and bounds.
 
     python benchmarks/cross_entropy.py
     python benchmarks/cross_entropy.py --python .venv/bin/python .venv-newest/bin/python
 
-Each interpreter runs the JAX contestants in one process and PyTorch's, where it can be imported, in another. The processes live
-through the whole run and are asked in turn, one contestant at a time, so that a change in the machine's mood meets them all;
-the table has medians. The rate counts the three matrix products, 6 tokens d vocab operations, whatever the contestant really does. Two rows
-are bounds to compare with: `products`, those three alone on whole arrays, and `square`, the rate of a 2048 x 2048 x 2048 product.
+Each interpreter runs the JAX contestants in one process and PyTorch's, where it can be imported,
+in another. The processes live through the whole run and are asked in turn, one contestant at a
+time, so that a change in the machine's mood meets them all; the table has medians. The rate counts
+the three matrix products, 6 tokens d vocab operations, whatever the contestant really does. Two
+rows are bounds to compare with: `products`, those three alone on whole arrays, and `square`, the
+rate of a 2048 x 2048 x 2048 product.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def jax_contestants(shape: Shape) -> dict:
     import kernels_pallas
 
     operands = shape.operands(jax.random.key(0))
-    hidden, weight, bias, labels, weights = operands
+    hidden, weight, _, labels, weights = operands
 
     def gradient(implementation):
         def loss(hidden, weight):
@@ -85,7 +87,7 @@ def torch_contestants(shape: Shape) -> dict:
 
 
 def worker(kind: str) -> None:
-    """Answer requests on stdin: a shape's name and a contestant's, with milliseconds of some runs on stdout."""
+    """Answer requests on stdin, a shape and a contestant, with the milliseconds of some runs."""
     make = {"jax": jax_contestants, "torch": torch_contestants}[kind]
     version = __import__(kind).__version__
     print(json.dumps({"version": version}), flush=True)
@@ -123,12 +125,14 @@ class Worker:
         return json.loads(line)
 
     def time(self, shape: str, contestant: str, repeats: int) -> list[float]:
+        """Milliseconds of some runs of one contestant, after one that does not count."""
         request = {"shape": shape, "contestant": contestant, "repeats": repeats}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
+        """End the process by the end of its input."""
         self.process.stdin.close()
         self.process.wait()
 

@@ -2,9 +2,10 @@
 
     python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
 
-Any module can contribute: `--programs` names modules that have a function `programs() -> Sequence[Program]`. Each target
-is compiled for in a process of its own, since libtpu takes a lock and talks on stderr. The exit status is 1 if a program did not compile.
-`aot-requirements.txt` has the compilers.
+Any module can contribute: `--programs` names modules that have a function `programs() ->
+Sequence[Program]`. Each target is compiled for in a process of its own, since libtpu takes a lock
+and talks on stderr. The exit status is 1 if a program did not compile. `aot-requirements.txt` has
+the compilers.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Program:
     lower: Callable[[Sequence[Any]], Any]
     """From the target's devices to a `jax.stages.Lowered`, for as many of them as it likes."""
     flops: float | None = None
-    """Floating-point operations over all devices, if known: XLA's own count takes a loop's body once and a kernel for nothing."""
+    """Floating-point operations over all devices, if known; XLA counts a loop's body once."""
     targets: tuple[str, ...] = tuple(TARGETS)
 
 

@@ -1,7 +1,8 @@
 """Machines that programs can be compiled for from a host that has none of them.
 
-The compilers are the real ones: libtpu's for TPUs; XLA:GPU with ptxas for the H100. So a program that compiles here compiles there, and
-its memory is what it will take. Whether it computes the right numbers there, and how fast, cannot be seen this way.
+The compilers are the real ones: libtpu's for TPUs; XLA:GPU with ptxas for the H100. So a program
+that compiles here compiles there, and its memory is what it will take. Whether it computes the
+right numbers there, and how fast, cannot be seen this way.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """How every op chooses its implementation.
 
-An op offers implementations by name. `None` asks for the best one for the platform that the program is lowered for, which need not
-be the one it is traced on: a CPU host compiles for TPUs. So the choice between platforms is left to
-`jax.lax.platform_dependent`, and each implementation says beforehand, from shapes and types alone, whether it can serve.
+An op offers implementations by name. `None` asks for the best one for the platform that the
+program is lowered for, which need not be the one it is traced on: a CPU host compiles for TPUs. So
+the choice between platforms is left to `jax.lax.platform_dependent`, and each implementation says
+beforehand, from shapes and types alone, whether it can serve.
 """
 
 import difflib
@@ -28,7 +29,7 @@ def check_name(name: str | None, known: Iterable[str]) -> None:
 
 
 def auto_partitioned() -> tuple[str, ...]:
-    """Axes of the mesh in use that the compiler partitions over: none outside a mesh or within a full `jax.shard_map`.
+    """Mesh axes that the compiler partitions over: none in a `jax.shard_map` over all of them.
 
     A Pallas kernel is opaque to the partitioner, so it can serve only where there are none.
     """
@@ -38,13 +39,14 @@ def auto_partitioned() -> tuple[str, ...]:
     manual = jax.sharding.AxisType.Manual
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
     others = tuple(name for name, kind in pairs if kind != manual)
-    # Within a shard_map JAX wants every axis manual before it lowers a kernel, those of size one too.
+    # Within a shard_map JAX wants every axis manual before it lowers a kernel, those of size one
+    # too.
     within = len(others) < len(mesh.axis_names)
     return tuple(name for name in others if within or mesh.shape[name] > 1)
 
 
 def hopper_in_use() -> bool:
-    """Whether the GPU of the mesh in use, or else of this process, is of the Hopper generation (H100, H200)."""
+    """Whether the GPU of the mesh in use, or else of this process, is a Hopper (H100, H200)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform in ("cuda", "gpu") and any(
@@ -56,7 +58,7 @@ def hopper_in_use() -> bool:
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
-    """Call `functions[platform](*operands)` for the platform of lowering; `"default"` serves the platforms not named."""
+    """Call `functions[platform](*operands)` for the platform of lowering, or `"default"`."""
     functions = dict(functions)
     default = functions.pop("default")
     if not functions:

@@ -29,3 +29,11 @@ def getkey():
     """A callable that gives a fresh PRNG key at each call, the same ones in every run."""
     keys = iter(range(2**31))
     return lambda: jax.random.fold_in(jax.random.key(2022), next(keys))
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path):
+    """Only test files: --doctest-modules would import the programs that tests start, too."""
+    here = pathlib.Path(__file__).parent
+    if here in collection_path.parents and collection_path.suffix == ".py":
+        return None if collection_path.name.startswith("test_") else True
+    return None

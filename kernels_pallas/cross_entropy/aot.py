@@ -1,4 +1,4 @@
-"""Programs of this op for `python -m kernels_pallas.aot`: loss and gradients, on one device and on eight."""
+"""What `python -m kernels_pallas.aot` compiles of this op, on one device and on eight."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.aot import Program
 from kernels_pallas.cross_entropy.api import cross_entropy
-from kernels_pallas.cross_entropy.shapes import Operands, Shape, with_tag
+from kernels_pallas.cross_entropy.shapes import Shape, with_tag
 
 
 def _gradient(implementation: Any, token_axes: Sequence[str] = ()) -> Any:
@@ -35,9 +35,9 @@ def _on_one(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def _on_eight(shape: Shape, token_axes: Sequence[str], devices: Sequence[Any]) -> Any:
-    """The tokens over eight devices, the vocabulary's weight on each, the implementation left to the op."""
+    """Tokens over eight devices, the weight on each, the implementation left to the op."""
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-    specs = Operands(P("data"), P(), P(), P("data"), P("data"))
+    specs = P("data"), P(), P(), P("data"), P("data")
     types = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
         for x, spec in zip(shape.abstract(), specs, strict=True)
@@ -47,7 +47,7 @@ def _on_eight(shape: Shape, token_axes: Sequence[str], devices: Sequence[Any]) -
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the kernel of the target and in the chunked form to compare with."""
+    """Each shape tagged "aot", in the target's kernel and in the chunked form to compare with."""
     found = []
     for shape in with_tag("aot"):
         for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):

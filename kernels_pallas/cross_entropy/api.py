@@ -1,4 +1,4 @@
-"""The public function: checks, the choice of an implementation, and the one differentiation rule they share."""
+"""The public function: checks, choice of an implementation, and the gradient they share."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from kernels_pallas.manual_axes import vary, varying_axes
 Implementation = Literal["reference", "chunked", "tpu", "gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "chunked", "tpu", "gpu")
 
-# Where the sums over a vocabulary live in HBM, few large chunks cost less traffic than many that fit a cache.
+# Where the sums over a vocabulary live in HBM, few large chunks cost less traffic than many that
+# fit a cache.
 _ACCELERATOR_CHUNK = 1024
 
 
@@ -37,30 +38,38 @@ def cross_entropy(
     .. math:: \sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
         l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}
 
-    The logits never exist all at once in float32 (except in the reference). The matrix products take operands in the type of `hidden`
-    (`vocab_weight` is cast to it) and sum in float32; softmax and loss are float32; each gradient has the type
-    of its operand, so a float32 `vocab_weight` gets a float32 gradient under bfloat16 `hidden`.
-    Differentiable (once, in reverse mode) in `hidden`, `vocab_weight`, `bias` and `weights`.
+    The logits never exist all at once in float32 (except in the reference). The matrix products
+    take operands in the type of `hidden` (`vocab_weight` is cast to it) and sum in float32;
+    softmax and loss are float32; each gradient has the type of its operand, so a float32
+    `vocab_weight` gets a float32 gradient under bfloat16 `hidden`. Differentiable (once, in
+    reverse mode) in `hidden`, `vocab_weight`, `bias` and `weights`.
 
     Args:
         hidden: Final hidden states, float32 or bfloat16.
-        vocab_weight: The output projection in the layout of an embedding table, float32 or bfloat16.
-        labels: Target ids. A token whose label is outside [0, vocab) is ignored: its weight counts as 0. That covers the
-            customary -100, and keeps a label beyond the vocabulary from reading another row.
+        vocab_weight: The output projection in the layout of an embedding table, float32 or
+            bfloat16.
+        labels: Target ids. A token whose label is outside [0, vocab) is ignored: its weight counts
+            as 0. That covers the customary -100, and keeps a label beyond the vocabulary from
+            reading another row.
         weights: float32 weight of each token; None weighs every token 1.
         bias: Bias of the logits.
-        z_loss: Coefficient of the squared log normalizer, which keeps the logits from drifting (1e-4 in PaLM).
-        token_axes: Mesh axes that shard the tokens, for use under a mesh whose axes the compiler partitions. Each device
-            then handles its own tokens and the gradient of `vocab_weight` is summed over the devices once, instead of once a
-            chunk. Without it the result is the same and the communication more.
-        implementation: "reference" (plain jnp, whole logits), "chunked" (jnp, a chunk of tokens at a time), "tpu" or "gpu" (Pallas
-            kernels), or None: the best one that can serve on the platform the program is lowered for.
+        z_loss: Coefficient of the squared log normalizer, which keeps the logits from drifting
+            (1e-4 in PaLM).
+        token_axes: Mesh axes that shard the tokens, for use under a mesh whose axes the compiler
+            partitions. Each device then handles its own tokens and the gradient of `vocab_weight`
+            is summed over the devices once, instead of once a chunk. Without it the result is the
+            same and the communication more.
+        implementation: "reference" (plain jnp, whole logits), "chunked" (jnp, a chunk of tokens at
+            a time), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
+            platform the program is lowered for.
 
     Returns:
-        The float32 sum of the weighted losses. Divide by the sum of the weights of the counted tokens for the mean.
+        The float32 sum of the weighted losses. Divide by the sum of the weights of the counted
+        tokens for the mean.
 
     Raises:
-        ValueError: An operand has an impossible shape or type, `z_loss` is negative, a name is unknown.
+        ValueError: An operand has an impossible shape or type, `z_loss` is negative, a name is
+        unknown.
         NotImplementedError: The named implementation cannot serve these operands.
 
     Examples:
@@ -71,7 +80,8 @@ def cross_entropy(
         5.5452 = 2 ln 16
 
     References:
-        Chowdhery et al, `PaLM: Scaling Language Modeling with Pathways <https://arxiv.org/abs/2204.02311>`_, section 5 (z-loss).
+        Chowdhery et al, `PaLM: Scaling Language Modeling with Pathways
+        <https://arxiv.org/abs/2204.02311>`_, section 5 (z-loss).
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(hidden, vocab_weight, labels, weights, bias, z_loss)
@@ -95,7 +105,7 @@ def cross_entropy(
 def check_operands(
     hidden: Any, vocab_weight: Any, labels: Any, weights: Any, bias: Any, z_loss: float
 ) -> None:
-    """Raise a `ValueError` for operands that cannot go together; arrays or anything with a shape and a dtype."""
+    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
     if (
         len(hidden.shape) != 2
         or len(vocab_weight.shape) != 2
@@ -123,7 +133,7 @@ def check_operands(
 
 
 def why_not(name: str, hidden: Any, vocab_weight: Any) -> str | None:
-    """The reason why the named implementation cannot serve these operands here, or None if it can."""
+    """The reason why an implementation cannot serve these operands here, or None if it can."""
     if name not in ("tpu", "gpu"):
         return None
     if axes := dispatch.auto_partitioned():
@@ -170,13 +180,14 @@ def _on_device(implementation, z_loss, hidden, vocab_weight, bias, labels, weigh
     labels = labels.astype(jnp.int32)
     counted = (labels >= 0) & (labels < vocab_weight.shape[0])
     labels, weights = jnp.where(counted, labels, -1), jnp.where(counted, weights, 0.0)
-    # Within a shard_map all operands take one type here, so that what follows need not know; `vary` sums their gradients.
+    # Within a shard_map all operands take one type here, so that what follows need not know;
+    # `vary` sums their gradients.
     operands = (hidden, vocab_weight, bias, labels, weights)
     return _summed(implementation, z_loss, *vary(operands, varying_axes(operands)))
 
 
 def _functions(implementation, z_loss, hidden, vocab_weight, *, gradients: bool) -> dict[str, Any]:
-    """One function for each platform, from operands to the loss, or to the loss and its gradients."""
+    """One function a platform, from operands to the loss, or to the loss and its gradients."""
     if implementation in ("tpu", "gpu"):
         names = {"default": implementation}
     else:

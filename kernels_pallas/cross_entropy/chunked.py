@@ -1,17 +1,17 @@
 """A chunk of tokens at a time in plain jnp: what CPUs run, and the fallback everywhere else.
 
-Logits exist for one chunk of tokens only. Where gradients are wanted they are computed in the same pass, since the loss is a
-sum and its cotangent therefore one number that scales them later: three matrix products where the usual
-recomputation takes four, and one exponential a logit.
+Logits exist for one chunk of tokens only. Where gradients are wanted they are computed in the same
+pass, since the loss is a sum and its cotangent therefore one number that scales them later: three
+matrix products where the usual recomputation takes four, and one exponential a logit.
 
-For a token with logits `l`, label `y` and weight `w`, with `m = max(l)`, `p = exp(l - m)`, `s = sum(p)`
-and `lse = m + log(s)`,
+For a token with logits `l`, label `y` and weight `w`, with `m = max(l)`, `p = exp(l - m)`,
+`s = sum(p)` and `lse = m + log(s)`,
 
     loss    = w (lse - l[y] + z lse²)
     dloss/dl = w ((1 + 2 z lse) p / s - onehot(y))
 
-The last line is subtracted in float32 before it is rounded to the type of the matrix products, so a token that the model
-predicts with confidence keeps its small gradient in bfloat16.
+The last line is subtracted in float32 before it is rounded to the type of the matrix products, so
+a token that the model predicts with confidence keeps its small gradient in bfloat16.
 """
 
 import math
@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.manual_axes import vary, varying_axes
 
-# A chunk's float32 logits should stay in a CPU's cache, yet a matrix product wants some hundred rows.
-_CHUNK_LOGITS = 2**21
-_MIN_CHUNK, _MAX_CHUNK = 128, 1024
+# Measured on CPUs: smaller chunks make slower products, larger ones leave the cache. Where the sums of
+# the weight's gradient are beyond the cache themselves, each chunk pays for a pass over them.
+_CHUNK, _CHUNK_OF_LARGE = 256, 512
+_LARGE_WEIGHT = 2**24
 
 
 class Gradients(NamedTuple):
@@ -52,20 +53,24 @@ TileFunction = Callable[
 ]
 
 
-def chunk_size(tokens: int, vocab: int, target: int | None = None) -> int:
-    """Tokens in a chunk: near the target (chosen by `vocab` unless given), and a divisor of `tokens` if one is near."""
-    if target is None:
-        target = min(max(_CHUNK_LOGITS // vocab, _MIN_CHUNK), _MAX_CHUNK)
+def chunk_size(tokens: int, target: int) -> int:
+    """Tokens in a chunk: at most `target`, and a divisor of `tokens` if one is near."""
     fewest = max(math.ceil(tokens / target), 1)
     chunks = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
     return max(math.ceil(tokens / chunks), 1)
 
 
-def _split(values: Array, chunk: int, fill: int = 0) -> Array:
-    """[tokens, ...] as [chunks, chunk, ...], padded with `fill`; a chunk takes every `chunks`-th token.
+def _chunk(hidden: Array, vocab_weight: Array, target: int | None) -> int:
+    if target is None:
+        target = _CHUNK if vocab_weight.size <= _LARGE_WEIGHT else _CHUNK_OF_LARGE
+    return chunk_size(hidden.shape[0], target)
 
-    The stride matters where a mesh shards the tokens: each chunk then lies on all the devices alike, while a chunk of
-    neighbours would lie on one of them.
+
+def _split(values: Array, chunk: int, fill: int = 0) -> Array:
+    """[tokens, ...] as [chunks, chunk, ...]; a chunk takes every `chunks`-th token.
+
+    The stride matters where a mesh shards the tokens: each chunk then lies on all the devices
+    alike, while a chunk of neighbours would lie on one of them.
     """
     chunks = math.ceil(values.shape[0] / chunk)
     padding = [(0, chunks * chunk - values.shape[0])] + [(0, 0)] * (values.ndim - 1)
@@ -98,7 +103,7 @@ def token_losses(logits: Array, labels: Array, log_normalizer: Array, z_loss: fl
 
 
 def softmax_tile(logits: Array, labels: Array, weights: Array, *, z_loss: float) -> Tile:
-    """Losses and logit gradients of one chunk; a negative label has the loss 0 and, by its weight 0, no gradient."""
+    """Losses and logit gradients of one chunk; a negative label, whose weight is 0, has none."""
     peak = jnp.max(logits, axis=1)
     unnormalized = jnp.exp(logits - peak[:, None])
     total = jnp.sum(unnormalized, axis=1)
@@ -109,7 +114,8 @@ def softmax_tile(logits: Array, labels: Array, weights: Array, *, z_loss: float)
         probability = unnormalized * ((1.0 + 2.0 * z_loss * log_normalizer) / total)[:, None]
         direction, scale = jnp.where(is_label, probability - 1.0, probability), weights
     else:
-        # The division by `total` is left to the [chunk] vector: one pass less over the chunk's logits.
+        # The division by `total` is left to the [chunk] vector: one pass less over the chunk's
+        # logits.
         direction = jnp.where(is_label, unnormalized - total[:, None], unnormalized)
         scale = weights / total
     return Tile(token_losses(logits, labels, log_normalizer, z_loss), direction, scale)
@@ -126,7 +132,7 @@ def chunked_loss(
     chunk_tokens: int | None = None,
 ) -> Float[Array, ""]:
     """The loss alone. Labels are in [0, vocab), or negative for a token that does not count."""
-    chunk = chunk_size(hidden.shape[0], vocab_weight.shape[0], chunk_tokens)
+    chunk = _chunk(hidden, vocab_weight, chunk_tokens)
     weight = vocab_weight.astype(hidden.dtype)
 
     def step(_, inputs):
@@ -150,22 +156,20 @@ def chunked_loss_and_gradients(
     chunk_tokens: int | None = None,
     tile: TileFunction | None = None,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The loss and its gradients in one pass, each gradient in the type of what it is the gradient of.
+    """The loss and its gradients in one pass, the gradients in their operands' types.
 
     Args:
-        hidden: As in `kernels_pallas.cross_entropy`, and so `vocab_weight`, `bias`, `weights` and `z_loss`.
+        hidden: As in `kernels_pallas.cross_entropy`, and so `vocab_weight`, `bias`, `weights` and
+            `z_loss`.
         vocab_weight: See there.
         bias: See there.
         labels: In [0, vocab), or negative for a token that does not count and whose weight is 0.
         weights: See there.
         z_loss: See there.
-        chunk_tokens: Tokens in a chunk; None chooses by the size of the vocabulary.
+        chunk_tokens: Tokens in a chunk; None chooses one for CPUs.
         tile: What turns a chunk's logits into losses and gradients; None is `softmax_tile`.
     """
-    tokens, chunk = (
-        hidden.shape[0],
-        chunk_size(hidden.shape[0], vocab_weight.shape[0], chunk_tokens),
-    )
+    tokens, chunk = hidden.shape[0], _chunk(hidden, vocab_weight, chunk_tokens)
     dtype = hidden.dtype
     weight = vocab_weight.astype(dtype)
     make_tile = tile or (lambda *inputs: softmax_tile(*inputs, z_loss=z_loss))

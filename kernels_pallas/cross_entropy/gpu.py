@@ -1,7 +1,8 @@
 """Hopper GPUs: matrix products by cuBLAS a chunk at a time, and one Mosaic GPU kernel between them.
 
-The kernel takes a chunk's float32 logits and gives each row's log normalizer and, in the type of the matrix products, the
-gradient of its logits: a warpgroup reads its row twice and writes it once. Everything around it is `chunked`.
+The kernel takes a chunk's float32 logits and gives each row's log normalizer and, in the type of
+the matrix products, the gradient of its logits: a warpgroup reads its row twice and writes it
+once. Everything around it is `chunked`.
 """
 
 import functools
@@ -41,8 +42,9 @@ def _kernel(logits_ref, labels_ref, normalizer_ref, gradient_ref, *, vocab, z_lo
         higher = jnp.maximum(peaks, logits)
         return higher, sums * jnp.exp(peaks - higher) + jnp.exp(logits - higher)
 
-    # Each of the 1024 positions keeps its own maximum and sum, so the threads meet once a row and not once a tile. A position
-    # that saw only padding holds _LOWEST, and the last factor takes its sum to 0.
+    # Each of the 1024 positions keeps its own maximum and sum, so the threads meet once a row and
+    # not once a tile. A position that saw only padding holds _LOWEST, and the last factor takes
+    # its sum to 0.
     start = tuple(
         plgpu.layout_cast(jnp.full((_TILE,), fill, jnp.float32), layout) for fill in (_LOWEST, 0.0)
     )
@@ -72,9 +74,10 @@ def softmax_rows(
     dtype: Any,
     interpret: Any = None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows padded"]]:
-    """Log normalizer of each row over its first `vocab` logits, and the gradient of its loss by its logits in `dtype`.
+    """Each row's log normalizer over `vocab` logits, and its loss's gradient by them in `dtype`.
 
-    `padded` is a multiple of 1024; the gradient beyond `vocab` is 0, and so it is at no label if the label is negative.
+    `padded` is a multiple of 1024; the gradient beyond `vocab` is 0, and so it is at no label if
+    the label is negative.
     """
     axes = varying_axes(logits, labels)
     rows, padded = logits.shape
@@ -93,9 +96,7 @@ def softmax_rows(
 
 
 def _chunk_size(tokens: int, vocab: int) -> int:
-    return chunked.chunk_size(
-        tokens, vocab, min(max(_CHUNK_LOGITS // vocab, _MIN_CHUNK), _MAX_CHUNK)
-    )
+    return chunked.chunk_size(tokens, min(max(_CHUNK_LOGITS // vocab, _MIN_CHUNK), _MAX_CHUNK))
 
 
 def gpu_loss(
@@ -124,7 +125,7 @@ def gpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = None,
 ) -> tuple[Float[Array, ""], chunked.Gradients]:
-    """The loss and its gradients, each in the type of what it is the gradient of; `interpret` as in `plgpu.kernel`."""
+    """The loss, and gradients in their operands' types; `interpret` as in `plgpu.kernel`."""
     tokens, vocab = hidden.shape[0], vocab_weight.shape[0]
 
     def tile(logits, labels, weights):
@@ -135,7 +136,8 @@ def gpu_loss_and_gradients(
             chunked.token_losses(logits, labels, normalizer, z_loss), gradient, weights
         )
 
-    # Whole tiles for the kernel, and aligned rows for cuBLAS: 50257 would have it fall back to slow kernels.
+    # Whole tiles for the kernel, and aligned rows for cuBLAS: 50257 would have it fall back to
+    # slow kernels.
     padding = -vocab % _TILE
     total, gradients = chunked.chunked_loss_and_gradients(
         hidden,

@@ -1,4 +1,4 @@
-"""The loss written down plainly, whole logits and all: what the other implementations are compared with."""
+"""The loss written down plainly, whole logits and all, for the others to be compared with."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The table of shapes that the tests, the benchmark and the ahead-of-time compilation of this op share."""
+"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Shape:
     """Who runs it: "test", "bench", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands; one token in eight has the label -100, one label in eight is certain, weights lie in [0, 2)."""
+        """Random operands; of eight tokens one has the label -100 and one a confident prediction."""
         keys = jax.random.split(key, 6)
         weight = jax.random.normal(keys[0], (self.vocab, self.d)) * self.d**-0.5
         labels = jax.random.randint(keys[1], (self.tokens,), 0, self.vocab)

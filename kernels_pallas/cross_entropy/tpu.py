@@ -2,17 +2,20 @@
 
 Two kernels walk the same tiles of [tokens, vocab] logits.
 
-- The forward kernel holds a tile of tokens while the vocabulary streams by, and keeps a running maximum and sum (the online
-  softmax), the label's logit, and, for the gradient of `hidden`, the running mean of the other words' embeddings
-  as attention does with its values:
+- The forward kernel holds a tile of tokens while the vocabulary streams by, and keeps a running
+  maximum and sum (the online softmax), the label's logit, and, for the gradient of `hidden`, the
+  running mean of the other words' embeddings as attention does with its values:
 
       dloss/dh = w (c sum_{v != y} p[v] W[v]  +  (c p[y] - 1) W[y]),   c = 1 + 2 z lse
 
-  The label's own row is left out of the sum and added outside the kernel. If the sum held it, a token
-  predicted with confidence would get its small gradient as the difference of two large rounded vectors.
-- The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the logits for its gradient.
+  The label's own row is left out of the sum and added outside the kernel. If the sum held it, a
+  token predicted with confidence would get its small gradient as the difference of two large
+  rounded vectors.
+- The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the
+  logits for its gradient.
 
-That is four matrix products where `chunked` has three, for memory that does not depend on the vocabulary.
+That is four matrix products where `chunked` has three, for memory that does not depend on the
+vocabulary.
 """
 
 import functools
@@ -28,7 +31,8 @@ from kernels_pallas.cross_entropy.chunked import Gradients
 from kernels_pallas.cross_entropy.tpu_kernels import LOWEST, forward_kernel, weight_kernel
 from kernels_pallas.manual_axes import result_type, varying_axes
 
-# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is the compiler's.
+# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is
+# the compiler's.
 _VMEM_LIMIT = 56 * 2**20
 _VMEM_BUDGET = 40 * 2**20
 _TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
@@ -79,7 +83,9 @@ class _Operands(NamedTuple):
 def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
     width, vocab = hidden.shape[1], vocab_weight.shape[0]
     wide = _padded(width)
-    stays, streams = tiles(wide, hidden.dtype.itemsize)
+    fitting = tiles(wide, hidden.dtype.itemsize)
+    assert fitting is not None, "why_not lets no such width through"
+    stays, streams = fitting
     weight = vocab_weight.astype(hidden.dtype)
     if wide != width:
         hidden, weight = (jnp.pad(x, ((0, 0), (0, wide - width))) for x in (hidden, weight))
@@ -91,10 +97,11 @@ def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
 def _call(
     kernel, blocks, swap, operands, columns, results, scratch, products, interpret
 ) -> list[Array]:
-    """Run a kernel over all tiles of [tokens, vocab]; with `swap` the tiles of words are the outer loop.
+    """Run a kernel over all tiles of [tokens, vocab]; `swap` makes words the outer loop.
 
-    `columns` are further operands of one number a token. `results` are triples (shape, dtype, "token" | "word" | "row"), the last
-    naming what the leading dimension runs over, or a row of one number a word.
+    `columns` are further operands of one number a token. `results` are triples (shape, dtype,
+    "token" | "word" | "row"), the last naming what the leading dimension runs over, or a row of
+    one number a word.
     """
     block_tokens, block_words = blocks
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
@@ -141,7 +148,7 @@ def _call(
 
 
 def _forward(operands: _Operands, *, with_gradient: bool, interpret: Any) -> list[Array]:
-    """Log normalizer and label's logit, [tokens, 1], and the mean of the other words, [tokens, wide]."""
+    """Log normalizer, label's logit, [tokens, 1]; the mean of the other words, [tokens, wide]."""
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
     blocks = min(operands.stays, _padded(tokens)), operands.streams
     column = ((tokens, 1), jnp.float32, "token")
@@ -183,7 +190,7 @@ def tpu_loss(
     z_loss: float = 0.0,
     interpret: Any = False,
 ) -> Float[Array, ""]:
-    """The loss alone. Labels are in [0, vocab), or negative for a token that does not count and whose weight is 0."""
+    """The loss alone. Labels are in [0, vocab), or negative where the weight is 0."""
     operands = _prepare(hidden, vocab_weight, bias, labels)
     normalizer, at_label = _forward(operands, with_gradient=False, interpret=interpret)
     return jnp.sum(weights * _losses(labels, normalizer, at_label, z_loss))
@@ -199,7 +206,7 @@ def tpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = False,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The loss and its gradients, each in the type of what it is the gradient of; `interpret` as in `pl.pallas_call`."""
+    """The loss, and gradients in their operands' types; `interpret` as in `pl.pallas_call`."""
     width = hidden.shape[1]
     operands = _prepare(hidden, vocab_weight, bias, labels)
     normalizer, at_label, others = _forward(operands, with_gradient=True, interpret=interpret)

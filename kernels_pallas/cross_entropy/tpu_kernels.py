@@ -1,8 +1,9 @@
 """The bodies of the TPU kernels; `tpu` says what they compute and how they are called.
 
-Arrays with one number a token are columns [tokens, 1], those with one number a word are rows [1, vocab]. A tile that overhangs its
-array reads undefined values there: rows of `weight` and `hidden` are zeroed before a sum can meet them, and the bias row is
-padded with `LOWEST`, which no softmax sees.
+Arrays with one number a token are columns [tokens, 1], those with one number a word are rows [1,
+vocab]. A tile that overhangs its array reads undefined values there: rows of `weight` and `hidden`
+are zeroed before a sum can meet them, and the bias row is padded with `LOWEST`, which no softmax
+sees.
 """
 
 from typing import Any
@@ -34,11 +35,13 @@ def _keep_rows(values: Array, start: Any, size: int) -> Array:
 def forward_kernel(
     hidden, weight, bias, labels, normalizer, at_label, *more, vocab: int, with_gradient: bool
 ) -> None:
-    """Grid (token tiles, vocabulary tiles): the online softmax, and with it the mean embedding of the other words."""
-    if with_gradient:
-        mean_result, peak, total, picked, mean = more
-    else:
-        peak, total, picked = more
+    """Grid (token tiles, vocabulary tiles): the online softmax and the other words' mean.
+
+    `more` is the result of that mean (only with the gradient), three columns of scratch, and the
+    mean's scratch (only with the gradient).
+    """
+    *mean_result, peak, total, picked = more[:4] if with_gradient else more
+    mean = more[4:]
     tile = pl.program_id(1)
 
     @pl.when(tile == 0)
@@ -46,8 +49,8 @@ def forward_kernel(
         peak[...] = jnp.full_like(peak, LOWEST)
         total[...] = jnp.zeros_like(total)
         picked[...] = jnp.zeros_like(picked)
-        if with_gradient:
-            mean[...] = jnp.zeros_like(mean)
+        for ref in mean:
+            ref[...] = jnp.zeros_like(ref)
 
     rows, words = hidden.shape[0], weight.shape[0]
     embeddings = _keep_rows(weight[...], tile * words, vocab)
@@ -59,16 +62,16 @@ def forward_kernel(
     peak[...] = highest
     total[...] = total[...] * rescale + jnp.sum(unnormalized, axis=1, keepdims=True)
     picked[...] += jnp.sum(jnp.where(is_label, logits, 0.0), axis=1, keepdims=True)
-    if with_gradient:
+    for ref in mean:
         others = jnp.where(is_label, 0.0, unnormalized).astype(embeddings.dtype)
-        mean[...] = mean[...] * rescale + _dot(others, embeddings, (1, 0))
+        ref[...] = ref[...] * rescale + _dot(others, embeddings, (1, 0))
 
     @pl.when(tile == pl.num_programs(1) - 1)
     def _():
         normalizer[...] = peak[...] + jnp.log(total[...])
         at_label[...] = picked[...]
-        if with_gradient:
-            mean_result[...] = mean[...] / total[...]
+        for result, ref in zip(mean_result, mean, strict=True):
+            result[...] = ref[...] / total[...]
 
 
 def weight_kernel(
@@ -85,7 +88,7 @@ def weight_kernel(
     *,
     tokens: int,
 ) -> None:
-    """Grid (vocabulary tiles, token tiles): the sums over tokens of the logits' gradient, times `hidden` and alone."""
+    """Grid (vocabulary tiles, token tiles): sums of the logits' gradient, with `hidden` and alone."""
     tile = pl.program_id(1)
 
     @pl.when(tile == 0)

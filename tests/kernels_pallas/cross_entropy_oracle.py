@@ -38,7 +38,7 @@ def oracle(operands, z_loss=0.0, with_bias=True) -> Oracle:
 
 
 def run(function, operands, with_bias=True):
-    """Loss and gradients by `jax.grad` of `function(hidden, vocab_weight, bias, labels, weights)`."""
+    """Loss and gradients of `function(hidden, vocab_weight, bias, labels, weights)`."""
     hidden, weight, bias, labels, weights = operands
     which = (0, 1, 2, 4) if with_bias else (0, 1, 4)
     loss, gradients = jax.jit(jax.value_and_grad(function, which))(
@@ -51,10 +51,11 @@ def run(function, operands, with_bias=True):
 
 
 def assert_close(found, expected: Oracle, dtype) -> None:
-    """Each array within a tolerance of its largest entry, and each token's hidden gradient of its own length.
+    """Each array within a tolerance of its largest entry, each hidden gradient of its length.
 
-    The second is the sharper one: some tokens are predicted with confidence, and their gradient is thousands of times
-    smaller. It is allowed the rounding of float32 beside, in which the softmax is computed for every type.
+    The second is the sharper one: some tokens are predicted with confidence, and their gradient is
+    thousands of times smaller. It is allowed the rounding of float32 beside, in which the softmax
+    is computed for every type.
     """
     tolerance = 3e-6 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(found.loss, expected.loss, rtol=2e-6)

@@ -122,22 +122,22 @@ def test_any_size_and_chunk(tokens, d, vocab, chunk, z_loss, seed):
         np.testing.assert_allclose(getattr(gradients, name), target, rtol=0, atol=tolerance)
 
 
-@given(tokens=st.integers(0, 10**6), vocab=st.integers(1, 10**6))
-def test_chunk_sizes_waste_little(tokens, vocab):
-    chunk = chunk_size(tokens, vocab)
+@given(tokens=st.integers(0, 10**6), target=st.integers(1, 10**4))
+def test_chunk_sizes_waste_little(tokens, target):
+    chunk = chunk_size(tokens, target)
     chunks = -(-tokens // chunk)
-    assert 1 <= chunk <= 1024
+    assert 1 <= chunk <= target
     assert tokens <= chunk * chunks < tokens + max(chunks, 1)
 
 
 def test_chunk_size_prefers_a_divisor():
-    assert chunk_size(2048, 8192) == 256
-    assert chunk_size(1000, 8192) == 250
-    assert chunk_size(1024, 50257) == 128
+    assert chunk_size(2048, 256) == 256
+    assert chunk_size(1000, 256) == 250
+    assert chunk_size(1021, 256) == 256
 
 
 def largest_array(function, *operands) -> int:
-    """Elements of the largest floating-point array that any equation of the traced function makes."""
+    """Elements of the largest floating-point array that an equation of the function makes."""
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_tokens():
 
 
 def test_unused_gradients_cost_nothing():
-    """A frozen vocabulary, as under LoRA: the compiler drops the product that only its gradient needs."""
+    """A frozen vocabulary, as under LoRA: the product for its gradient alone is dropped."""
     operands = Shape(name="t", tokens=256, d=64, vocab=1024).abstract()
     products = []
     for which in ((0, 1), (0,)):

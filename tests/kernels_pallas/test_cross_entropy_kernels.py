@@ -1,4 +1,4 @@
-"""The Pallas kernels, interpreted on the CPU, against the oracle; and what each platform's program contains."""
+"""The Pallas kernels, interpreted on the CPU, and what each platform's program contains."""
 
 import functools
 
@@ -25,7 +25,7 @@ needs_gpu_interpreter = pytest.mark.skipif(
 
 
 def run_kernel(function, operands, z_loss, with_bias, **options):
-    """Loss and gradients of a kernel function, which expects the rule for ignored labels applied."""
+    """Loss and gradients of a kernel function, which expects ignored labels to weigh 0."""
     hidden, weight, bias, labels, weights = operands
     weights = jnp.where(labels >= 0, weights, 0.0)
     function = functools.partial(function, z_loss=z_loss, **options)

@@ -71,7 +71,8 @@ def test_token_axes_leave_one_sum_after_the_loop():
     everywhere, in_loop = collectives(("data",), mesh_of(8, 1))
     assert set(everywhere) == {"all-reduce"}
     assert not in_loop
-    # Without it: right all the same, with the weight's gradient summed once a chunk, and no token moved.
+    # Without it: right all the same, with the weight's gradient summed once a chunk, and no token
+    # moved.
     everywhere, in_loop = collectives((), mesh_of(8, 1))
     assert set(everywhere) == {"all-reduce"}
     assert in_loop

@@ -71,7 +71,7 @@ def parse(
     if chosen is not None and chosen not in presets:
         _refuse(f"--preset {chosen!r}: {did_you_mean(chosen, presets)}")
     for word in words:
-        near = difflib.get_close_matches(word.partition("=")[0], ["--preset"], cutoff=0.75)
+        near = difflib.get_close_matches(word.partition("=")[0], ["--preset"], cutoff=0.85)
         if near and word not in near:
             _refuse(f"unrecognized option {word}: perhaps you meant --preset NAME")
     config = presets[chosen or "default"]

@@ -265,7 +265,9 @@ def run(config: Config) -> Result:
     part = batch_shard(mesh)
     # What cannot work is refused before the corpus is prepared.
     shard_batch(np.zeros(config.batch_size // part.count, np.int8), mesh)
-    if first and config.out is not None and not config.resume:
+    if config.resume:
+        RunFolder.create(config.out, resume=True)  # it has to be there
+    elif first and config.out is not None:
         check_unused(config.out)
 
     # Corpus: a tokenizer, and token stores for training and validation.
@@ -415,6 +417,8 @@ def run(config: Config) -> Result:
 
 def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
     """Continuations of the prompts in ``config.samples``, drawn at temperature 0.8 from the likeliest 95 percent."""
+    from jax.experimental import multihost_utils
+
     from effscale.generation import SamplingConfig, generate, left_pad
 
     if not config.samples:
@@ -425,7 +429,7 @@ def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
     new = min(config.sample_tokens, room - tokens.shape[1])
     settings = SamplingConfig(max_new_tokens=new, temperature=0.8, top_p=0.95)
     out = generate(model, tokens, settings, attention_mask=mask, key=jax.random.key(config.seed))
-    rows = jax.device_get((out.tokens, out.mask))
+    rows = multihost_utils.process_allgather((out.tokens, out.mask), tiled=True)
     return [tokenizer.decode(row[keep].tolist()) for row, keep in zip(*rows, strict=True)]
 
 

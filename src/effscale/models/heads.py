@@ -1,7 +1,7 @@
 """What comes out of a model: vocabulary logits, masked-word logits, classes, values."""
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -75,11 +75,12 @@ class VocabularyHead(nnx.Module):
 
     def linear(
         self, hidden: Float[Array, "*batch d_model"], embed: TokenEmbedding
-    ) -> tuple[Float[Array, "*batch width"], Array, Array | None]:
+    ) -> tuple[Float[Array, "*batch width"], Any, Array | None]:
         """The last affine map taken apart, for a loss that never holds all logits.
 
         Returns:
-            Its input, its weight of shape ``(vocab, width)``, and its bias or None.
+            Its input, its weight of shape ``(vocab, width)`` (any weight: see :func:`effscale.models.dense`), and its
+            bias or None.
         """
         if self.transform is not None and self.norm is not None and self.activation is not None:
             hidden = self.norm(ACTIVATIONS[self.activation](self.transform(hidden)))

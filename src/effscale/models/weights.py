@@ -65,7 +65,7 @@ def dense(weight: Any) -> Float[Array, "*shape"]:
         >>> dense(jnp.ones((2, 3))).shape
         (2, 3)
     """
-    return weight if _is_array(weight) else weight.dense()
+    return jnp.asarray(weight) if _is_array(weight) else weight.dense()
 
 
 def take(weight: Any, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:

@@ -1,0 +1,52 @@
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SUBJECTS = "the cat|a dog|the old sailor|my sister|every child|nobody".split("|")
+VERBS = "sees|follows|remembers|draws|is looking for|runs away from".split("|")
+OBJECTS = "the moon|a red boat|two small birds|an empty house|the river|some bread".split("|")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The --corpus option of a small corpus with a structure that a small model learns in a few steps."""
+    chosen = random.Random(7)
+    sentence = lambda: " ".join(chosen.choice(words) for words in (SUBJECTS, VERBS, OBJECTS))
+    documents = [". ".join(sentence() for _ in range(12)) + f". {i}" for i in range(200)]
+    file = tmp_path_factory.mktemp("corpus") / "sentences.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return f"jsonl:{file}"
+
+
+@pytest.fixture(scope="session")
+def options(corpus, tmp_path_factory):
+    """Options that make the smoke preset small enough to be run many times."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        *("--preset", "smoke", "--corpus", corpus, "--validation-fraction", "0.1"),
+        *("--cache", str(cache), "--vocab-size", "320", "--batch-size", "8", "--length", "32"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def start():
+    """``start(program, *words)`` runs a program in a process with one device; returns it when done."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(*words):
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run

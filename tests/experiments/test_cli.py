@@ -1,0 +1,121 @@
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.quickstart import PRESETS, Config
+from effscale.experiments.saved import config_from_json
+from effscale.models import preset
+from effscale.training.serialize import to_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Left:
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Right:
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nested:
+    names: tuple[str, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    where: pathlib.Path | None = None
+    mode: Literal["a", "b"] = "a"
+    flag: bool = False
+    part: Left | Right = Left()
+
+
+configs = st.builds(
+    Nested,
+    names=st.lists(st.text()).map(tuple),
+    pair=st.tuples(st.integers(), st.floats(allow_nan=False, allow_infinity=False)),
+    where=st.none() | st.sampled_from(["a/b", "c"]).map(pathlib.Path),
+    mode=st.sampled_from(["a", "b"]),
+    flag=st.booleans(),
+    part=st.builds(Left, rate=st.floats(0, 1)) | st.builds(Right, steps=st.integers()),
+)
+
+
+@given(configs)
+def test_a_config_comes_back_from_json(config):
+    assert config_from_json(Nested, json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_comes_back_from_json(name):
+    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom-560m", "vit-base"])
+def test_a_config_of_unlike_parts_comes_back_from_json(name):
+    config = preset(name)
+    assert config_from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nams": []}, "Nested has no field 'nams': did you mean 'names'"),
+        ({"names": "abc"}, "'abc' is not of type"),
+        ({"mode": "c"}, "'c' is not of type"),
+        ({"pair": [1]}, "shorter"),
+        ({"part": {"speed": 1}}, "Left has no field 'speed'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_json(Nested, values)
+
+
+def test_a_preset_may_be_written_both_ways_and_the_last_counts():
+    assert parse(PRESETS, "", ["--preset=smoke"]) == PRESETS["smoke"]
+    assert parse(PRESETS, "", ["--preset", "paper", "--preset", "smoke"]) == PRESETS["smoke"]
+    changed = parse(PRESETS, "", ["--steps", "7", "--warmup", "1", "--preset", "smoke"])
+    assert changed == dataclasses.replace(PRESETS["smoke"], steps=7, warmup=1)
+
+
+def test_a_resume_starts_from_the_saved_config(tmp_path):
+    saved = dataclasses.replace(PRESETS["smoke"], seed=5, out=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_json(saved)}))
+    words = ["--out", str(tmp_path), "--resume"]
+    assert parse(PRESETS, "", words) == dataclasses.replace(saved, resume=True)
+    assert parse(PRESETS, "", [*words, "--preset", "paper"]).steps == PRESETS["paper"].steps
+
+
+def test_a_saved_config_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"stepz": 3}}))
+    with pytest.raises(SystemExit) as stop:
+        parse(PRESETS, "", ["--out", str(tmp_path), "--resume"])
+    assert stop.value.code == 2
+    assert "Config has no field 'stepz': did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_own_errors_become_messages_and_others_keep_their_traceback(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop, messages():
+        preset("gpt-2")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no preset 'gpt-2': did you mean 'gpt2'")
+    with pytest.raises(ValueError, match="invalid literal"), messages():
+        int("x")
+    with pytest.raises(FileNotFoundError), messages():
+        os.stat("/absent")
+    monkeypatch.setenv("EFFSCALE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no preset"), messages():
+        preset("gpt-2")
+
+
+def test_a_stopped_run_ends_well(capsys):
+    with pytest.raises(SystemExit) as stop, messages():
+        raise StoppedBySignal("saved; go on with --resume")
+    assert stop.value.code == 0
+    assert capsys.readouterr().err == "saved; go on with --resume\n"

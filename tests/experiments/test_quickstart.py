@@ -1,0 +1,168 @@
+import json
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effscale.experiments.quickstart import PRESETS, Config, load, main, run, sample
+from effscale.training import CheckpointError
+
+KEYS = {"val_loss", "unigram_entropy", "tokens_seen", "tokens_per_second", "num_params"}
+
+
+@pytest.fixture(scope="module")
+def folder(options, tmp_path_factory):
+    """A finished run, long enough to learn."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    words = ["--steps", "60", "--learning-rate", "1e-2", "--samples", "the cat", "every "]
+    main([*options, *words, "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert KEYS <= results.keys()
+    assert results["tokens_seen"] == 60 * 8 * 32
+    assert results["folder"] == str(folder)
+    # The sentences have a structure: whoever learns it knows more than the tokens' frequencies.
+    assert results["val_loss"] < 0.8 * results["unigram_entropy"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 61))
+    assert [r["step"] for r in records if "val_loss" in r] == [12, 24, 36, 48, 60]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["steps"] == 60
+    assert config["versions"]["jax"]
+    for name in ("figures/loss.png", "figures/speed.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "tokenizer.json").is_file()
+    assert f"| num_params | {results['num_params']:,} |" in (folder / "report.md").read_text()
+
+
+def test_the_model_of_a_folder_writes_the_text_of_its_report(folder):
+    model, tokenizer = load(folder)
+    config = json.loads((folder / "config.json").read_text())["config"]
+    texts = sample(model, tokenizer, Config(**{k: config[k] for k in ("samples", "sample_tokens")}))
+    written = re.findall(r"```text\n(.*?)\n```", (folder / "report.md").read_text(), re.DOTALL)
+    assert texts == written
+    assert texts[0].startswith("the cat")
+
+
+def test_an_earlier_checkpoint_can_be_loaded(folder):
+    last, tokenizer = load(folder)
+    earlier, _ = load(folder, step=48)
+    ids = jnp.asarray([tokenizer.encode("the old sailor").ids])
+    assert not np.allclose(last(ids), earlier(ids))
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; there are 36, 48, 60"):
+        load(folder, step=7)
+
+
+def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--out", str(folder)])
+    assert stop.value.code == 2
+    assert "already holds a run; choose another folder, or resume" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_resume_with_another_config_names_the_difference(folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(folder), "--resume", "--learning-rate", "1e-3"])
+    assert stop.value.code == 2
+    assert "learning_rate: 0.01 there, 0.001 here" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for file in (copy / "checkpoints" / "step_00000060" / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    main(["--out", str(copy), "--resume"])
+    assert (copy / "metrics.jsonl").read_bytes() == metrics
+    for step in (36, 48, 60):
+        (copy / "checkpoints" / f"step_{step:08d}" / "run" / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "smok"], "--preset 'smok': did you mean 'smoke'?"),
+        (["--prest", "smoke"], "unrecognized option --prest: perhaps you meant --preset"),
+        (["--steps", "abc"], "Error parsing --steps: invalid literal"),
+        (["--steps", "0"], "Config.steps=0: must be at least 1"),
+        (["--model.num-head", "3"], "--model.num-heads INT"),
+        (["--model.num-heads", "5"], "num_heads=5 does not divide d_model=224"),
+        (["--model.dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--accumulate", "3"], "Config.accumulate=3: must be a divisor of batch_size=16"),
+        (["--mesh.data", "3"], "describes 3 devices and there are 8"),
+        (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
+        (["--resume"], "given with --out"),
+        (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
+        (["--corpus", "text:/absent/*.txt"], "no file matches '/absent/*.txt'"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+    ],
+)
+def test_a_wrong_option_is_answered_with_what_would_do(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--cache", str(tmp_path / "cache")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(40)))
+    words = ["--corpus", f"text:{tmp_path}/a.txt", "--cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit) as stop:
+        main(["--preset", "smoke", "--batch-size", "8", *words, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "none of them fell to validation" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_quick_because_it_imports_little(start):
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
+    code = (
+        "import sys\n"
+        "from effscale.experiments.quickstart import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    print('status', stop.code)\n"
+        f"print('imported', [name for name in {heavy} if name in sys.modules])\n"
+    )
+    done = start("-c", code)
+    assert "status 0\nimported []\n" in done.stdout
+    for shown in ("smoke, default, paper", "--model.num-layers INT", "Batches to train on."):
+        assert shown in done.stdout
+
+
+def test_the_paper_preset_is_gpt2():
+    from effscale.models import num_params, preset
+
+    config = PRESETS["paper"]
+    built = config.model.build(config.vocab_size, config.length)
+    assert num_params(built) == num_params(preset("gpt2"))
+
+
+def test_run_is_a_function_too(options, tmp_path):
+    from effscale.experiments.cli import parse
+
+    out = tmp_path / "run"
+    config = parse(PRESETS, "", [*options, "--steps", "5", "--samples", "--out", str(out)])
+    result = run(config)
+    assert pathlib.Path(result.folder) == out
+    assert result.num_compilations == 1

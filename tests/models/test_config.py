@@ -1,0 +1,148 @@
+"""Configs refuse what cannot be, and say what could."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from effscale.models import (
+    Alibi,
+    AttentionConfig,
+    BlockConfig,
+    ClassHead,
+    Group,
+    LearnedPositions,
+    LMHead,
+    MLPConfig,
+    NormConfig,
+    PatchInputs,
+    Rotary,
+    TokenInputs,
+    Transformer,
+    TransformerConfig,
+    gpt2,
+    opt,
+    vit,
+)
+from effscale.models.validation import did_you_mean
+
+ATTENTION, MLP = AttentionConfig(num_heads=2), MLPConfig(d_ff=8)
+BLOCK = BlockConfig(attention=ATTENTION, feed_forward=MLP)
+GROUP = Group(blocks=(BLOCK,), repeat=2)
+TEXT = TokenInputs(vocab_size=9)
+MODEL = TransformerConfig(d_model=8, groups=(GROUP,), inputs=TEXT, positions=None)
+replace = dataclasses.replace
+
+
+def unchecked(config, **changes):
+    """What a user meets, for whom no type checker stands before a config's own checks."""
+    new = object.__new__(type(config))
+    for field in dataclasses.fields(config):
+        object.__setattr__(new, field.name, changes.get(field.name, getattr(config, field.name)))
+    new.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LearnedPositions(num=0), r"LearnedPositions\.num=0: must be at least 1"),
+        (lambda: LearnedPositions(num=4, offset=-1), r"LearnedPositions\.offset=-1: must be 0 or more"),
+        (lambda: Rotary(dim=3), r"Rotary\.dim=3: must be an even number above 0, or None"),
+        (lambda: Rotary(dim=0), r"Rotary\.dim=0: must be an even"),
+        (lambda: Rotary(base=0.0), r"Rotary\.base=0\.0: must be above 0"),
+        (lambda: unchecked(NormConfig(), kind="rmss"), r"NormConfig\.kind='rmss': did you mean 'rms'\?"),
+        (lambda: NormConfig(epsilon=0.0), r"NormConfig\.epsilon=0\.0: must be above 0"),
+        (lambda: AttentionConfig(num_heads=0), r"AttentionConfig\.num_heads=0: must be at least 1"),
+        (lambda: AttentionConfig(num_heads=8, num_kv_heads=3), r"num_kv_heads=3: must be a divisor of num_heads=8"),
+        (lambda: AttentionConfig(num_heads=8, num_kv_heads=0), r"num_kv_heads=0: must be a divisor"),
+        (lambda: AttentionConfig(num_heads=8, head_dim=0), r"head_dim=0: must be at least 1"),
+        (lambda: AttentionConfig(num_heads=8, dropout=1.0), r"AttentionConfig\.dropout=1\.0: must be in \[0, 1\)"),
+        (lambda: MLPConfig(d_ff=0), r"MLPConfig\.d_ff=0: must be at least 1"),
+        (lambda: unchecked(MLP, activation="gelu_tan"), r"activation='gelu_tan': did you mean 'gelu_tanh'"),
+        (lambda: unchecked(MLP, activation="zzz"), r"activation='zzz': choose one of 'gelu', .*'silu'"),
+        (lambda: unchecked(BLOCK, residual="paralel"), r"BlockConfig\.residual='paralel': did you mean 'parallel'"),
+        (lambda: replace(BLOCK, dropout=-0.1), r"BlockConfig\.dropout=-0\.1: must be in"),
+        (lambda: Group(blocks=(BLOCK,), repeat=0), r"Group\.repeat=0: must be at least 1"),
+        (lambda: Group(blocks=(), repeat=1), r"Group\.blocks=\(\): must be at least one block"),
+        (lambda: TokenInputs(vocab_size=0), r"TokenInputs\.vocab_size=0: must be at least 1"),
+        (lambda: replace(TEXT, d_embed=0), r"TokenInputs\.d_embed=0: must be at least 1"),
+        (lambda: replace(TEXT, type_vocab_size=-1), r"TokenInputs\.type_vocab_size=-1: must be 0 or more"),
+        (lambda: replace(TEXT, dropout=2.0), r"TokenInputs\.dropout=2\.0: must be in"),
+        (lambda: PatchInputs(image_size=20, patch_size=8), r"patch_size=8: must be a divisor of image_size=20"),
+        (lambda: PatchInputs(image_size=0, patch_size=8), r"image_size=0: must be at least 1"),
+        (lambda: PatchInputs(image_size=8, patch_size=0), r"patch_size=0: must be a divisor"),
+        (lambda: PatchInputs(image_size=8, patch_size=4, channels=0), r"channels=0: must be at least 1"),
+        (lambda: replace(MODEL, d_model=0), r"TransformerConfig\.d_model=0: must be at least 1"),
+        (lambda: replace(MODEL, groups=()), r"TransformerConfig\.groups=\(\): must be at least one group"),
+        (lambda: unchecked(MODEL, dtype="bf16"), r"TransformerConfig\.dtype='bf16': did you mean 'bfloat16'"),
+        (lambda: unchecked(MODEL, remat="al"), r"TransformerConfig\.remat='al': choose one of 'none', 'full'"),
+        (lambda: replace(MODEL, init_std=0.0), r"TransformerConfig\.init_std=0\.0: must be above 0"),
+        (lambda: replace(MODEL, d_model=9), r"num_heads=2 does not divide d_model=9; choose one of \[1, 3, 9\]"),
+        (lambda: replace(MODEL, positions=Rotary(dim=6)), r"positions=Rotary\(dim=6.*at most head_dim=4"),
+        (lambda: replace(MODEL, d_model=6, positions=Rotary()), r"positions=Rotary\(dim=None.*even dim"),
+        (lambda: replace(MODEL, positions=Alibi(), causal=False), r"causal=False: must be True with Alibi"),
+        (lambda: replace(MODEL, heads=(LMHead(), LMHead(tied=False))), r"heads=.*: must be of different names"),
+        (lambda: replace(MODEL, heads=(LMHead(name="hidden"),)), r"heads=.*must be of names other than \{'hidden'\}"),
+        (
+            lambda: replace(MODEL, inputs=PatchInputs(image_size=8, patch_size=4), positions=LearnedPositions(num=4)),
+            r"positions=LearnedPositions\(num=4.*num=5 for these images",
+        ),
+        (
+            lambda: replace(
+                MODEL, positions=Rotary(), groups=(GROUP, Group(blocks=(replace(BLOCK, attention=AttentionConfig(num_heads=1)),), repeat=1))
+            ),
+            r"groups=.*: must be of one head_dim with rotary positions",
+        ),
+        (lambda: ClassHead(num_classes=0), r"ClassHead\.num_classes=0: must be at least 1"),
+        (lambda: unchecked(ClassHead(num_classes=2), pool="frist"), r"ClassHead\.pool='frist': did you mean 'first'"),
+        (lambda: opt(num_layers=1, d_model=8, num_heads=2, d_ff=0), r"MLPConfig\.d_ff=0"),
+        (lambda: gpt2(num_layers=0, d_model=8, num_heads=2), r"Group\.repeat=0"),
+        (lambda: gpt2(num_layers=1, d_model=8, num_heads=3), r"num_heads=3 does not divide d_model=8; choose one of \[1, 2, 4, 8\]"),
+    ],
+)  # fmt: skip
+def test_impossible_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_derived_values():
+    assert (MODEL.num_layers, MODEL.max_length, MODEL.hidden_width) == (2, None, 8)
+    assert gpt2(num_layers=1, d_model=8, num_heads=2, max_length=77).max_length == 77
+    assert opt(num_layers=1, d_model=8, num_heads=2, d_embed=4).hidden_width == 4
+    images = vit(num_layers=1, d_model=8, num_heads=2, image_size=12, patch_size=4)
+    assert (images.inputs.num_tokens, images.max_length, images.hidden_width) == (10, 10, 8)
+    wide = AttentionConfig(num_heads=3, head_dim=5)
+    assert wide.width(8) == 5
+
+
+def test_configs_are_hashable_values():
+    make = lambda: gpt2(num_layers=1, d_model=8, num_heads=2)
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().d_model = 9
+
+
+def test_head_dim_may_differ_from_the_width_of_a_share(tokens):
+    attention = AttentionConfig(num_heads=3, num_kv_heads=1, head_dim=6, out_bias=False)
+    config = replace(
+        MODEL,
+        groups=(Group(blocks=(replace(BLOCK, attention=attention),), repeat=2),),
+        positions=Rotary(),
+    )
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    layer = model.groups[0].blocks[0].attention
+    assert layer.query.kernel.shape == (2, 8, 18)
+    assert layer.value.kernel.shape == (2, 8, 6)
+    assert layer.out.bias is None
+    assert jax.eval_shape(lambda m: m(tokens(config)), model)["hidden"].shape == (3, 9, 8)
+
+
+def test_did_you_mean():
+    assert did_you_mean("gtp2", ["gpt2", "bert"]) == "did you mean 'gpt2'?"
+    assert (
+        did_you_mean("bert-basee", ["bert-base", "bert-large"])
+        == "did you mean 'bert-base' or 'bert-large'?"
+    )
+    assert did_you_mean("zzz", ["a", "b"]) == "choose one of 'a', 'b'"

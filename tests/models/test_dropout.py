@@ -1,0 +1,102 @@
+"""Dropout: a key turns it on, and every place has its own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effscale.models import (
+    AttentionConfig,
+    BlockConfig,
+    Group,
+    MLPConfig,
+    TokenInputs,
+    TransformerConfig,
+    gpt2,
+    vit,
+)
+
+RATE = 0.3
+run = jax.jit(lambda model, ids, key=None: model.encode(ids, key=key).hidden)
+
+
+def with_dropout(place):
+    rate = lambda name: RATE if name in (place, "everywhere") else 0.0
+    block = BlockConfig(
+        attention=AttentionConfig(num_heads=4, dropout=rate("attention")),
+        feed_forward=MLPConfig(d_ff=20),
+        dropout=rate("block"),
+    )
+    return TransformerConfig(
+        d_model=24,
+        groups=(Group(blocks=(block,), repeat=2),),
+        inputs=TokenInputs(vocab_size=37, dropout=rate("inputs")),
+        positions=None,
+    )
+
+
+@pytest.mark.parametrize("place", ["attention", "block", "inputs", "everywhere"])
+def test_a_key_turns_it_on(place, tiny, tokens):
+    model = tiny(with_dropout(place))
+    ids = tokens(model.config)
+    still = run(model, ids)
+    one, two = (run(model, ids, jax.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_array_equal(run(model, ids), still)
+    np.testing.assert_array_equal(run(model, ids, jax.random.key(0)), one)
+    for a, b in ((still, one), (one, two)):
+        assert (jnp.abs(a - b).max(-1) > 0).mean() > 0.9
+    if place == "everywhere":
+        plain = tiny(with_dropout("nowhere"))
+        np.testing.assert_allclose(run(plain, ids), still, atol=1e-6)
+        np.testing.assert_allclose(run(plain, ids, jax.random.key(0)), still, atol=1e-6)
+
+
+def test_families_take_a_rate(tiny, tokens):
+    model = tiny(
+        gpt2(num_layers=2, d_model=24, num_heads=4, vocab_size=37, max_length=24, dropout=RATE)
+    )
+    ids = tokens(model.config)
+    assert float(jnp.abs(run(model, ids) - run(model, ids, jax.random.key(0))).max()) > 0.01
+    images = jnp.ones((2, 8, 8, 3))
+    model = tiny(
+        vit(num_layers=2, d_model=24, num_heads=4, image_size=8, patch_size=4, dropout=RATE)
+    )
+    assert float(jnp.abs(run(model, images) - run(model, images, jax.random.key(0))).max()) > 0.01
+
+
+def test_layers_drop_different_features(tiny, tokens):
+    """Layers that only add a constant: what is dropped shows in the sums, and identical masks would show as doubles."""
+    config = with_dropout("block")
+    config = dataclasses.replace(config, final_norm=None)
+    model = tiny(config)
+    zero = jax.tree.map(jnp.zeros_like, model)
+    zero.groups[0].blocks[0].attention.out.bias[...] = jnp.array([[1.0], [10.0]]) * jnp.ones(
+        (2, 24)
+    )
+    zero.groups[0].blocks[0].feed_forward.down.bias[...] = jnp.array(
+        [[100.0], [1000.0]]
+    ) * jnp.ones((2, 24))
+    ids = tokens(config, 4, 12)
+    out = run(zero, ids, jax.random.key(3)) * (
+        1 - RATE
+    )  # each digit: whether that part of that layer was kept
+    digits = (np.round(np.asarray(out)).astype(int)[..., None] // np.array([1, 10, 100, 1000])) % 10
+    assert set(np.unique(digits)) == {0, 1}
+    flat = digits.reshape(-1, 4)
+    np.testing.assert_allclose(flat.mean(0), 1 - RATE, atol=0.05)  # 1152 draws each
+    correlation = np.corrcoef(flat.T)
+    assert np.abs(correlation - np.eye(4)).max() < 0.15
+
+
+def test_the_mean_over_keys_is_near_the_output_without(tiny, tokens):
+    """For the embedding's dropout with nothing nonlinear after it."""
+    config = dataclasses.replace(with_dropout("inputs"), final_norm=None)
+    model = jax.tree.map(jnp.zeros_like, tiny(config))
+    model.embed.tokens.embedding[...] = jnp.ones((37, 24))
+    ids = tokens(config)
+    mean = jax.jit(jax.vmap(lambda key: model.encode(ids, key=key).hidden))(
+        jax.random.split(jax.random.key(0), 500)
+    ).mean(0)
+    np.testing.assert_allclose(mean, run(model, ids), atol=0.15)
