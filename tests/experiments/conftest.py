@@ -8,9 +8,9 @@ import sys
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-SUBJECTS = "the cat|a dog|the old sailor|my sister|every child|nobody".split("|")
-VERBS = "sees|follows|remembers|draws|is looking for|runs away from".split("|")
-OBJECTS = "the moon|a red boat|two small birds|an empty house|the river|some bread".split("|")
+SUBJECTS = ["the cat", "a dog", "the old sailor", "my sister", "every child", "nobody"]
+VERBS = ["sees", "follows", "remembers", "draws", "is looking for", "runs away from"]
+OBJECTS = ["the moon", "a red boat", "two small birds", "an empty house", "the river", "some bread"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_two_processes_give_the_curve_of_one(start, options, whole, tmp_path):
     out = tmp_path / "run"
     launcher = ("-m", "effscale.parallel.local_launch", "--processes", "2", "--devices", "1", "--")
     program = ("-m", "effscale.experiments.quickstart", *options, *SHORT, "--mesh.fsdp", "2")
-    done = start(*launcher, "python", *program, "--out", out)
+    done = start(*launcher, sys.executable, *program, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = [
         [

@@ -23,7 +23,7 @@ run = jax.jit(lambda model, ids, key=None: model.encode(ids, key=key).hidden)
 
 
 def with_dropout(place):
-    rate = lambda name: RATE if name in (place, "everywhere") else 0.0
+    rate = lambda name: RATE if place in (name, "everywhere") else 0.0
     block = BlockConfig(
         attention=AttentionConfig(num_heads=4, dropout=rate("attention")),
         feed_forward=MLPConfig(d_ff=20),

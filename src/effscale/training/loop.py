@@ -118,7 +118,9 @@ def fit(
             step += 1
             log.late(step, metrics)
 
-            if evaluate is not None and eval_every is not None and step % eval_every == 0:
+            # The last evaluation comes before the last checkpoint: a run resumed from that has nothing left to write.
+            due = step == num_steps or (eval_every is not None and step % eval_every == 0)
+            if evaluate is not None and due:
                 log.catch_up()
                 log.write(step, evaluate(state))
                 log.restart_clock()
@@ -133,11 +135,7 @@ def fit(
                 logger.warning("a signal asks to stop: saving at step %d", step)
                 break
         log.catch_up()
-        if (
-            evaluate is not None
-            and reason != "signal"
-            and (eval_every is None or step % eval_every != 0)
-        ):
+        if evaluate is not None and reason == "data" and (eval_every is None or step % eval_every):
             log.write(step, evaluate(state))
         log.flush()
         if checkpoints is not None:
