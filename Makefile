@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 comma := ,
 # A stamp a set of extras: one environment may hold several.
 DEV := $(VENV)/.with-dev$(if $(filter-out 0,$(TORCH)),-torch)
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCHMARKS = $(shell grep -l '^if __name__' benchmarks/*.py)
 
 # .installing holds the id of the make that installs. When that make is gone, it was cut short, and a half-made
 # environment can look whole to pip; so it is made anew.
@@ -43,7 +43,16 @@ define install
 	@rm $(1)/.installing
 endef
 
-.PHONY: demo test test-all lint format bench aot notebooks docs clean
+.PHONY: help demo test test-all lint format bench aot notebooks docs clean
+
+help:
+	@echo "make demo       train a small GPT on real text, end to end"
+	@echo "make test       the test suite; make test-all: the slow tests too"
+	@echo "make lint       ruff, pyrefly, import-linter; make format: ruff's fixes"
+	@echo "make bench      timed comparisons (benchmarks/)"
+	@echo "make aot        compile the kernels for TPU v5e, v6e and H100, without having one"
+	@echo "make notebooks  run the notebooks; make docs: build the pages into site/"
+	@echo "make clean      remove environments and caches"
 
 demo: $(VENV)/.with-demo
 	$(BIN)/python -m effscale.experiments.quickstart $(ARGS)
@@ -69,11 +78,12 @@ bench: $(DEV)
 
 # Compiles for v5e, v6e and H100 on this machine, which needs none of them.
 aot: $(AOT_VENV)/.with-aot
-	$(AOT_VENV)/bin/python -m kernels_pallas.aot $(ARGS)
+	$(AOT_VENV)/bin/python -m kernels_pallas.aot \
+		--programs kernels_pallas.cross_entropy.aot effscale.experiments.aot $(ARGS)
 
 # Runs every notebook and keeps what it shows.
 notebooks: $(DEV)
-	$(BIN)/python -m effscale.experiments.notebooks notebooks/*.ipynb
+	$(BIN)/jupyter-execute --inplace --timeout=1800 notebooks/*.ipynb
 
 docs: $(VENV)/.with-docs
 	$(BIN)/mkdocs build --strict --quiet

@@ -3,8 +3,8 @@
     python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
 
 Any module can contribute: `--programs` names modules that have a function `programs() ->
-Sequence[Program]`. Each target is compiled for in a process of its own, since libtpu takes a lock
-and talks on stderr. The exit status is 1 if a program did not compile. `aot-requirements.txt` has
+Sequence[Program]`. Each target is compiled for in a process of its own, since libtpu holds
+state and talks on stderr. The exit status is 1 if a program did not compile. `aot-requirements.txt` has
 the compilers.
 """
 

@@ -54,6 +54,8 @@ class Target:
         """The environment of a process that compiles for this target."""
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        # libtpu's lock guards a chip; nobody here touches one, and two compilations may meet.
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
         # The CUDA plugin loads libcupti by name at start.
         if (spec := importlib.util.find_spec("nvidia")) and spec.submodule_search_locations:
             folders = [pathlib.Path(p) / "cu13" / "lib" for p in spec.submodule_search_locations]

@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--steps", "0"], "Config.steps=0: must be at least 1"),
         (["--model.num-head", "3"], "--model.num-heads INT"),
         (["--model.num-heads", "5"], "num_heads=5 does not divide d_model=224"),
-        (["--model.dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--model.dtype", "bf16"], "invalid choice 'bf16'"),
         (["--accumulate", "3"], "Config.accumulate=3: must be a divisor of batch_size=16"),
         (["--mesh.data", "3"], "describes 3 devices and there are 8"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),

@@ -16,7 +16,7 @@ import itertools
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from effscale.models import Transformer, TransformerConfig, abstract, gpt2
 from effscale.models.config import Remat
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch, shardings
-from effscale.training import AdamWConfig, ScheduleConfig
+from effscale.training import AdamWConfig, Schedule, ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class ModelConfig:
     """Attention heads."""
     dropout: float = 0.0
     """Dropout of embeddings, attention and residuals."""
-    dtype: str = "float32"
-    """Type of activations and matrix products: float32 or bfloat16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products."""
     remat: Remat = "dots"
     """What the backward pass computes anew: none, dots (all but matrix products), full."""
 
@@ -145,6 +145,15 @@ class Config:
             "resume",
             "given with --out, the folder to go on with",
         )
+
+    def schedule(self) -> Schedule:
+        """The learning rate: a linear warmup, then a cosine to a tenth of the peak."""
+        return ScheduleConfig(
+            peak=self.learning_rate,
+            warmup=self.warmup,
+            total=self.steps,
+            final=self.learning_rate / 10,
+        ).build()
 
 
 PRESETS = {
@@ -295,12 +304,7 @@ def run(config: Config) -> Result:
 
     # Model, optimizer, step.
     model_config = config.model.build(corpora[0].vocab_size, config.length)
-    schedule = ScheduleConfig(
-        peak=config.learning_rate,
-        warmup=config.warmup,
-        total=config.steps,
-        final=config.learning_rate / 10,
-    ).build()
+    schedule = config.schedule()
     optimizer = config.optimizer.build(schedule)
 
     def create() -> Any:
@@ -461,7 +465,9 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Tr
 def main(argv: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
     with messages():
-        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.quickstart")
+        config = parse(
+            PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.quickstart"
+        )
         initialize()
         keep_freed_memory()
         run(config)

@@ -1,0 +1,105 @@
+"""What the pages say: their examples run, their links lead somewhere, their lists are complete."""
+
+import functools
+import pathlib
+import re
+
+import pytest
+
+import effscale
+from effscale.models.validation import did_you_mean
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")],
+)
+NAME = lambda path: str(path.relative_to(ROOT))
+
+
+@functools.cache
+def text_of(path: pathlib.Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(path: pathlib.Path) -> set[str]:
+    """The anchors that GitHub and mkdocs give to headings."""
+    headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/generation.md"])
+def test_the_examples_run_from_top_to_bottom(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", text_of(ROOT / page), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    # What a comment promises to be printed is printed.
+    printed = capsys.readouterr().out
+    for block in blocks:
+        for promised in re.findall(r"^print\(.*\)  # ([\d,.]+)", block, re.MULTILINE):
+            assert promised.rstrip(".,") in printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAME)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{NAME(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(there), did_you_mean(anchor, anchors(there))
+
+
+def test_pages_name_no_place_outside_the_repository():
+    for page in PAGES:
+        found = re.findall(r"(?:/tmp|/root|/home|/work|\.\./shared)\b\S*", text_of(page))
+        assert not found, f"{NAME(page)} names {found}"
+
+
+def test_every_page_is_listed():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    index, site = text_of(ROOT / "docs" / "index.md"), (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r"\((\w+\.md)\)", index)) == pages - {"index.md"}
+    assert set(re.findall(r": (\w+\.md)", site)) == pages
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    texts = [*map(text_of, PAGES), (ROOT / ".ci" / "run").read_text(), makefile]
+    named = {name for text in texts for name in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_experiment_has_a_page_and_presets():
+    import importlib
+
+    for page in (ROOT / "experiments").glob("*/README.md"):
+        module = importlib.import_module(f"effscale.experiments.{page.parent.name}")
+        assert {"smoke", "default", "paper"} <= module.PRESETS.keys()
+        assert f"({page.parent.name}/README.md)" in text_of(ROOT / "experiments" / "README.md")
+
+
+def test_readme_is_short():
+    assert len(text_of(ROOT / "README.md").splitlines()) < 150
+
+
+def test_the_changelog_knows_this_version_or_is_ahead_of_it():
+    changelog = text_of(ROOT / "CHANGELOG.md")
+    assert f"## {effscale.__version__}" in changelog or "## Unreleased" in changelog
+
+
+def test_every_dependency_has_its_reason():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = text_of(ROOT / "docs" / "dependencies.md")
+    rows = re.findall(r"^\| ([\w-]+) \| (.+?) \|", page, re.MULTILINE)
+    reasons = {name for name, reason in rows if reason.strip()}
+    named = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}
+    assert named == reasons - {"package", "extra"}
+    for extra in project["optional-dependencies"]:
+        assert f"| `{extra}` |" in page

@@ -1,0 +1,73 @@
+"""Who may import whom: the contracts of pyproject.toml hold, and would notice a breach."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def lint(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    linter = pathlib.Path(sys.executable).with_name("lint-imports")
+    if not linter.exists():
+        pytest.skip("import-linter comes with the extra 'dev'")
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder / 'src')!r}, {str(folder)!r}]\n"
+        "from importlinter.cli import lint_imports_command\n"
+        "lint_imports_command(['--no-cache'])\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for package in ("src/effscale", "kernels_pallas"):
+        leave = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=leave)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_the_contracts_hold(copy):
+    done = lint(copy)
+    assert done.returncode == 0, done.stdout
+    assert "2 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("kernels_pallas/dispatch.py", "import effscale.models", "Layers point downwards"),
+        ("src/effscale/models/mlp.py", "import effscale.training", "Layers point downwards"),
+        ("src/effscale/parallel/mesh.py", "from effscale import models", "Layers point downwards"),
+        ("src/effscale/data/store.py", "import effscale.training", "Layers point downwards"),
+        ("src/effscale/training/loss.py", "import torch", "The core runs without torch"),
+    ],
+)
+def test_a_breach_is_noticed(copy, file, line, contract):
+    with open(copy / file, "a", encoding="utf-8") as stream:
+        stream.write(f"\n{line}\n")
+    done = lint(copy)
+    assert done.returncode == 1
+    assert f"{contract}" in done.stdout.split("Broken contracts")[1]
+
+
+def test_importing_the_package_imports_nothing():
+    code = "import sys, effscale; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["models", "parallel", "training", "generation"])
+def test_packages_import_nothing_slow(package):
+    slow = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "rich", "tyro")
+    code = (
+        f"import sys, effscale.{package}\nprint([name for name in {slow} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,49 @@
+"""Every notebook runs from its first cell to its last, in a copy, on runs that it makes itself."""
+
+import os
+import pathlib
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient", reason="notebooks run with the extra 'notebooks'")
+nbformat = pytest.importorskip("nbformat", reason="notebooks run with the extra 'notebooks'")
+pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks'")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+# The packages around the kernel warn about their own affairs while they start.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch):
+    monkeypatch.delenv("RUN", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=dict(os.environ))
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in shown)
+    assert not [output for output in shown if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_reader_sees_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    silent = [
+        cell.source
+        for cell in notebook.cells
+        if cell.cell_type == "code" and not cell.source.startswith("%%capture")
+        if not cell.outputs
+    ]
+    assert silent == []
+    assert path.stat().st_size < 300_000
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
