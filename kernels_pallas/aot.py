@@ -2,10 +2,9 @@
 
     python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
 
-Any module can contribute: `--programs` names modules that have a function `programs() ->
-Sequence[Program]`. Each target is compiled for in a process of its own, since libtpu holds
-state and talks on stderr. The exit status is 1 if a program did not compile. `aot-requirements.txt` has
-the compilers.
+Any module can contribute: `--programs` names modules with a function `programs()` that returns
+`Program`s. Each target is compiled for in a process of its own, since libtpu talks on stderr. The exit
+status is 1 if a program did not compile. `aot-requirements.txt` has the compilers.
 """
 
 import argparse

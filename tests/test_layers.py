@@ -45,7 +45,7 @@ def test_the_contracts_hold(copy):
         ("kernels_pallas/dispatch.py", "import effscale.models", "Layers point downwards"),
         ("src/effscale/models/mlp.py", "import effscale.training", "Layers point downwards"),
         ("src/effscale/parallel/mesh.py", "from effscale import models", "Layers point downwards"),
-        ("src/effscale/data/store.py", "import effscale.training", "Layers point downwards"),
+        ("src/effscale/data/store.py", "import effscale.experiments", "Layers point downwards"),
         ("src/effscale/training/loss.py", "import torch", "The core runs without torch"),
     ],
 )
@@ -57,6 +57,15 @@ def test_a_breach_is_noticed(copy, file, line, contract):
     assert f"{contract}" in done.stdout.split("Broken contracts")[1]
 
 
+def test_a_technique_may_not_import_another(copy):
+    for name, line in {"moe": "", "quant": "import effscale.models\nimport effscale.moe\n"}.items():
+        (copy / "src" / "effscale" / name).mkdir(exist_ok=True)
+        (copy / "src" / "effscale" / name / "__init__.py").write_text(line)
+    done = lint(copy)
+    assert done.returncode == 1
+    assert "effscale.quant is not allowed to import effscale.moe" in done.stdout
+
+
 def test_importing_the_package_imports_nothing():
     code = "import sys, effscale; print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -65,7 +74,16 @@ def test_importing_the_package_imports_nothing():
 
 @pytest.mark.parametrize("package", ["models", "parallel", "training", "generation"])
 def test_packages_import_nothing_slow(package):
-    slow = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "rich", "tyro")
+    slow = (
+        "matplotlib",
+        "orbax",
+        "grain",
+        "tensorboardX",
+        "tokenizers",
+        "pyarrow",
+        "torch",
+        "tyro",
+    )
     code = (
         f"import sys, effscale.{package}\nprint([name for name in {slow} if name in sys.modules])\n"
     )

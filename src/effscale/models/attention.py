@@ -13,7 +13,7 @@ from effscale.models.positions import alibi_slopes, rotate
 from effscale.parallel import constrain
 
 LayerCache = tuple[
-    Float[Array, "batch keys kv_heads head_dim"], Float[Array, "batch keys kv_heads head_dim"]
+    Float[Array, "batch kv_heads keys head_dim"], Float[Array, "batch kv_heads keys head_dim"]
 ]
 
 # Queries of a causal sequence are cut into this many blocks, each against only the keys up to its own end: it leaves

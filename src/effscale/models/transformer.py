@@ -99,7 +99,8 @@ class Transformer(nnx.Module):
             inputs: Token ids, or images with values as the model was trained on.
             attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
             positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side.
-            segment_ids: For packed rows: a token sees only those of its own number.
+            segment_ids: For packed rows: a token sees only those of its own number. Give ``positions`` that begin
+                anew in each segment as well.
             type_ids: Kind of each token, for models that have kinds; by default 0.
             key: Turns dropout on.
 
@@ -156,7 +157,8 @@ class Transformer(nnx.Module):
             positions: See there.
             segment_ids: See there; not together with a cache.
             type_ids: See there.
-            cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow.
+            cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow, and ``attention_mask``
+                is of these only. It must have room for them: a full one overwrites its last slots.
             key: Turns dropout on.
             run_group: How a group of layers is run: ``(index, group, x, context, cache, key)`` to
                 ``(x, cache, reports)``. The place where techniques that drop tokens or layers step in.

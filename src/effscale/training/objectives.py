@@ -25,7 +25,7 @@ def next_token_loss(
     Args:
         model: A causal model with a head named ``lm``.
         batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and where present ``loss_weights``,
-            ``segment_ids`` and ``positions``. Without weights every label counts that is not negative.
+            ``segment_ids`` and ``positions``. A label outside the vocabulary, such as -100, does not count.
         key: Turns dropout on.
         z_loss: Coefficient of the squared log normalizer.
 
@@ -53,7 +53,7 @@ def next_token_loss(
     labels = batch["labels"].reshape(-1)
     weights = batch.get("loss_weights")
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.reshape(-1)
-    weights = jnp.where(labels >= 0, weights, 0.0)
+    weights = jnp.where((labels >= 0) & (labels < weight.shape[0]), weights, 0.0)
     total = cross_entropy(
         x.reshape(-1, x.shape[-1]),
         dense(weight),
