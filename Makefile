@@ -83,7 +83,7 @@ aot: $(AOT_VENV)/.with-aot
 
 # Runs every notebook and keeps what it shows.
 notebooks: $(DEV)
-	$(BIN)/jupyter-execute --inplace --timeout=1800 notebooks/*.ipynb
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 docs: $(VENV)/.with-docs
 	$(BIN)/mkdocs build --strict --quiet

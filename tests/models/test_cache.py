@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from effscale.models import empty_cache, unroll
+from effscale.models.cache import grow_cache
 
 SEQ = 11
 
@@ -91,6 +92,16 @@ def test_a_cache_has_the_models_compute_type_and_kv_heads(tiny):
     assert (
         sum(leaf.size for leaf in arrays) == 2 * 2 * 2 * 8 * 2 * 6
     )  # k and v, layers, batch, slots, kv heads, head_dim
+
+
+def test_a_cache_that_grew_holds_what_it_held(tiny, tokens):
+    model = tiny("llama")
+    ids = tokens(model.config, 2, 6)
+    _, cache = step(model, ids[:, :4], empty_cache(model.config, 2, 4))
+    assert grow_cache(cache, 3) is cache
+    out, cache = step(model, ids[:, 4:], grow_cache(cache, 9))
+    assert cache.valid.shape == (2, 9)
+    np.testing.assert_allclose(out, whole(model, ids)[:, 4:], atol=1e-5)
 
 
 def test_errors(tiny, tokens):

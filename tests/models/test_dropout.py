@@ -66,18 +66,19 @@ def test_families_take_a_rate(tiny, tokens):
     assert float(jnp.abs(run(model, images) - run(model, images, jax.random.key(0))).max()) > 0.01
 
 
-def test_layers_drop_different_features(tiny, tokens):
+@pytest.mark.parametrize("pair", [False, True])
+def test_layers_drop_different_features(pair, tiny, tokens):
     """Layers that only add a constant: what is dropped shows in the sums, and identical masks would show as doubles."""
     config = with_dropout("block")
-    config = dataclasses.replace(config, final_norm=None)
-    model = tiny(config)
-    zero = jax.tree.map(jnp.zeros_like, model)
-    zero.groups[0].blocks[0].attention.out.bias[...] = jnp.array([[1.0], [10.0]]) * jnp.ones(
-        (2, 24)
-    )
-    zero.groups[0].blocks[0].feed_forward.down.bias[...] = jnp.array(
-        [[100.0], [1000.0]]
-    ) * jnp.ones((2, 24))
+    block = config.blocks[0]
+    group = Group(blocks=(block, block), repeat=1) if pair else Group(blocks=(block,), repeat=2)
+    config = dataclasses.replace(config, groups=(group,), final_norm=None)
+    zero = jax.tree.map(jnp.zeros_like, tiny(config))
+    layers = iter((1.0, 10.0))
+    for stacked in zero.groups[0].blocks:
+        sizes = jnp.array([next(layers) for _ in range(group.repeat)])[:, None] * jnp.ones((1, 24))
+        stacked.attention.out.bias[...] = sizes
+        stacked.feed_forward.down.bias[...] = 100 * sizes
     ids = tokens(config, 4, 12)
     out = run(zero, ids, jax.random.key(3)) * (
         1 - RATE

@@ -111,11 +111,9 @@ def ours(
     """A model like ``model`` that holds torch's tensors (weights or gradients); every one is used."""
     named, used = {}, set()
     for name, x in tensors.items():
-        if re.search(r"attn\.c_attn|\.c_proj\.|\.c_fc\.", name) and x.ndim == 2:
-            pieces = {k: v.T for k, v in split_fused(name, x, heads).items()}  # Conv1D is (in, out)
-        else:
-            pieces = split_fused(name, x, heads)
-        named |= pieces
+        pieces = split_fused(name, x, heads)
+        conv1d = x.ndim == 2 and re.search(r"attn\.c_attn|\.c_proj\.|\.c_fc\.", name)  # (in, out)
+        named |= {k: v.T for k, v in pieces.items()} if conv1d else pieces
 
     def find(module, kind, layer):
         suffixes = {
@@ -288,7 +286,7 @@ def torch_inputs(theirs, ids, mask):
     return inputs
 
 
-def check(mine, theirs, scale=None):
+def check(mine, theirs):
     mine, theirs = np.asarray(mine), theirs.detach().numpy()
     assert mine.shape == theirs.shape
     difference = np.abs(mine - theirs).max()
