@@ -19,7 +19,11 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 hypothesis.settings.register_profile(
-    "effscale", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "effscale",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("effscale")
 

@@ -87,7 +87,9 @@ def test_a_row_ends_with_its_stop_token_and_the_others_go_on(gpt):
 
 def test_the_loop_ends_when_all_rows_have(gpt):
     prompt = [[3, 1]]
-    first = int(generate(gpt, prompt, SamplingConfig(max_new_tokens=1, temperature=0.0)).tokens[0, 2])
+    first = int(
+        generate(gpt, prompt, SamplingConfig(max_new_tokens=1, temperature=0.0)).tokens[0, 2]
+    )
     config = SamplingConfig(max_new_tokens=20, temperature=0.0, stop_ids=(first,), pad_id=7)
     out = generate(gpt, prompt, config)
     assert out.num_new.tolist() == [1]

@@ -41,7 +41,8 @@ def test_padding_changes_nothing(name, tiny, tokens):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-350m", "bloom-odd", "gptj", "neox", "llama", "bert"])
-def test_packed_segments_are_separate_rows(name, tiny, tokens):
+@pytest.mark.parametrize("explicit", [True, False], ids=["positions given", "positions derived"])
+def test_packed_segments_are_separate_rows(name, explicit, tiny, tokens):
     model = tiny(name)
     ids = tokens(model.config, 2, SEQ)
     lengths = [(4, 5), (2, 6)]  # the second row ends in padding, segment 0
@@ -50,7 +51,8 @@ def test_packed_segments_are_separate_rows(name, tiny, tokens):
     for row, (a, b) in enumerate(lengths):
         segments[row, :a], segments[row, a : a + b] = 1, 2
         positions[row, :a], positions[row, a : a + b] = np.arange(a), np.arange(b)
-    packed = hidden(model, ids, segment_ids=jnp.asarray(segments), positions=jnp.asarray(positions))
+    given = {"positions": jnp.asarray(positions)} if explicit else {}
+    packed = hidden(model, ids, segment_ids=jnp.asarray(segments), **given)
 
     apart, mask = np.zeros((4, 6), np.int32), np.zeros((4, 6), np.int32)
     for row, (a, b) in enumerate(lengths):

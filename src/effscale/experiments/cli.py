@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from effscale.experiments.saved import config_from_json
 from effscale.models.validation import did_you_mean
@@ -109,7 +109,7 @@ def _saved(default: Config, folder: str | None) -> Config:
         _refuse(f"{file} cannot be resumed from: {error}")
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

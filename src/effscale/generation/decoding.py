@@ -1,6 +1,7 @@
 """Autoregressive generation: one prefill, then one compiled loop over a cache."""
 
 import dataclasses
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +10,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from effscale.generation.sampling import SamplingConfig, choose, penalize
-from effscale.models import KVCache, Transformer, empty_cache, grow_cache, transpose, unroll
-
+from effscale.models import (
+    TokenInputs,
+    Transformer,
+    empty_cache,
+    grow_cache,
+    transpose,
+    unroll,
+)
 
 # Each size of the cache is compiled on its own: at most so many, each for at least so many tokens.
 STAGES = 4
 STAGE_TOKENS = 32
 
 
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
@@ -82,7 +90,8 @@ def generate(
 def _check(
     model: Transformer, prompt: np.ndarray, mask: np.ndarray, config: SamplingConfig, key: Any
 ) -> None:
-    if not model.config.causal or "lm" not in model.heads:
+    inputs = model.config.inputs
+    if not (model.config.causal and "lm" in model.heads and isinstance(inputs, TokenInputs)):
         raise ValueError("generate needs a causal model with a head named 'lm'")
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(
@@ -97,7 +106,7 @@ def _check(
         raise ValueError(
             f"rows {rows} of the prompt are padded on the right or empty; pad on the left (see left_pad)"
         )
-    vocab = model.config.inputs.vocab_size
+    vocab = inputs.vocab_size
     wrong = [
         i
         for i in (int(prompt.min()), int(prompt.max()), config.pad_id, *config.stop_ids)
@@ -148,7 +157,7 @@ def _generate(
             ),
             finished=carry.finished | (token[:, None] == stops[None]).any(1),
             num_new=carry.num_new + (~carry.finished).astype(jnp.int32),
-            seen=carry.seen.at[rows, token].set(True) if penalized else None,
+            seen=None if carry.seen is None else carry.seen.at[rows, token].set(True),
             token=token,
         )
 
@@ -165,7 +174,7 @@ def _generate(
     tokens = jnp.full((batch, total), config.pad_id, jnp.int32)
     seen = None
     if penalized:
-        seen = jnp.zeros((batch, model.config.inputs.vocab_size), bool)
+        seen = jnp.zeros((batch, weight.shape[0]), bool)
         seen = seen.at[rows[:, None], prompt].max(mask)
     start = _Carry(
         step=jnp.int32(0),
@@ -189,7 +198,7 @@ class _Carry(NamedTuple):
     """What the loop hands from token to token."""
 
     step: Array
-    cache: KVCache
+    cache: Any
     tokens: Array
     finished: Array
     num_new: Array

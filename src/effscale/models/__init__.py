@@ -16,7 +16,7 @@ from effscale.models.config import (
     TokenInputs,
     TransformerConfig,
 )
-from effscale.models.context import Context, build_context, positions_of
+from effscale.models.context import Context, build_context, positions_of, positions_within
 from effscale.models.families import (
     bert,
     bert_pretraining_heads,
@@ -87,6 +87,7 @@ __all__ = [
     "num_params",
     "opt",
     "positions_of",
+    "positions_within",
     "preset",
     "rotary_angles",
     "rotate",

@@ -144,9 +144,12 @@ def softmax_attention(
     output is narrower than the scores. A query that may see nothing gets the mean of all values.
     """
     heads, kv_heads = query.shape[1], keys.shape[1]
-    if kv_heads != heads:
-        keys, values = (jnp.repeat(y, heads // kv_heads, axis=1) for y in (keys, values))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)
+    # A group's query heads stand in one line before their key head, so that no key or value is copied.
+    grouped = lambda y: rearrange(y, "b (k g) q d -> b k (g q) d", k=kv_heads)
+    apart = lambda y: rearrange(y, "b k (g q) d -> b (k g) q d", g=heads // kv_heads)
+    scores = apart(
+        jnp.einsum("bhqd,bhkd->bhqk", grouped(query), keys, preferred_element_type=jnp.float32)
+    )
     if bias is not None:
         scores = scores + bias
     if allowed is not None:
@@ -154,5 +157,7 @@ def softmax_attention(
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     weights = dropout(weights, rate, key).astype(values.dtype)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, values, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(query.dtype)
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd", grouped(weights), values, preferred_element_type=jnp.float32
+    )
+    return (apart(mixed) / total).astype(query.dtype)

@@ -68,6 +68,19 @@ def positions_of(attention_mask: Bool[Array, "batch seq"]) -> Int[Array, "batch 
     return jnp.maximum(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
+def positions_within(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Positions that begin anew with each run of equal numbers, as packed rows want them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> positions_within(jnp.array([[1, 1, 2, 2, 2]])).tolist()
+        [[0, 1, 0, 1, 2]]
+    """
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1])[None], segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
 def build_context(
     seq: int,
     *,
@@ -86,13 +99,15 @@ def build_context(
         head_dim: Width of a head, for rotary angles.
         causal: Whether a token sees only those before it.
         valid: True at real tokens, False at padding.
-        positions: Where each token stands; by default counted from ``valid``, else from 0.
+        positions: Where each token stands; by default counted anew in each segment, or over ``valid``, or from 0.
         segments: Tokens see only those of their own number.
 
     Returns:
         The context.
     """
-    if positions is None:
+    if positions is None and segments is not None:
+        positions = positions_within(segments)
+    elif positions is None:
         positions = positions_of(valid) if valid is not None else jnp.arange(seq)[None]
     return Context(
         positions=positions,

@@ -80,7 +80,9 @@ class Transformer(nnx.Module):
         self.pooler = (
             Dense(width, width, std=std, axes=("embed", None), rngs=rngs) if config.pooler else None
         )
-        self.heads = nnx.Dict({head.name: head.build(config, rngs=rngs) for head in config.heads})
+        self.heads: Any = nnx.Dict(
+            {head.name: head.build(config, rngs=rngs) for head in config.heads}
+        )
         self.config = config
 
     def __call__(
@@ -98,7 +100,8 @@ class Transformer(nnx.Module):
         Args:
             inputs: Token ids, or images with values as the model was trained on.
             attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
-            positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side.
+            positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side,
+                and anew in each segment.
             segment_ids: For packed rows: a token sees only those of its own number. Give ``positions`` that begin
                 anew in each segment as well.
             type_ids: Kind of each token, for models that have kinds; by default 0.
