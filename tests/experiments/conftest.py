@@ -39,7 +39,7 @@ def start():
     """``start(program, *words)`` runs a program in a process with one device; returns it when done."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "killed"),  # may hold half entries
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

@@ -81,7 +81,7 @@ class Config:
     """Rows in a batch, over all devices."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, to save memory."""
-    steps: int = 520
+    steps: int = 500
     """Batches to train on."""
     model: ModelConfig = ModelConfig()
     """The model."""
@@ -95,11 +95,11 @@ class Config:
     """Greatest norm of the gradient."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out; -1 means the rest."""
-    eval_every: int = 130
+    eval_every: int = 125
     """Steps between evaluations on a part of the held-out documents; the last one takes all."""
     eval_batches: int = 6
     """Batches in that part."""
-    checkpoint_every: int = 130
+    checkpoint_every: int = 125
     """Steps between checkpoints."""
     keep: int = 3
     """Checkpoints to keep."""
