@@ -69,6 +69,9 @@ class Config:
 
     corpus: tuple[str, ...] = ("stdlib",)
     """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    on_error: Literal["raise", "skip"] | None = None
+    """What a document that cannot be used (unreadable, empty, not UTF-8) is: an error, or a counted skip; None leaves it to
+    the source, which raises except for the standard library's empty files."""
     vocab_size: int = 2048
     """Size of the byte-level BPE that is trained on the corpus."""
     tokenizer: pathlib.Path | None = None
@@ -280,7 +283,7 @@ def run(config: Config) -> Result:
         check_unused(config.out)
 
     # Corpus: a tokenizer, and token stores for training and validation.
-    sources, weights = parse_mixture(config.corpus)
+    sources, weights = parse_mixture(config.corpus, on_error=config.on_error)
     with status("preparing the corpus") as progress:
         corpora = prepare_mixture(
             sources,
