@@ -1,0 +1,156 @@
+"""Files in the safetensors format, read one tensor at a time and without torch."""
+
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from effscale.interop.tensors import DTYPES, FolderError, TensorInfo, what_it_is
+
+CHECKSUMS = "effscale.crc32"
+"""The key in a file's metadata that holds the checksums of its tensors, as JSON."""
+
+CODES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""The format's names of the types that are taken."""
+
+
+class _Entry(NamedTuple):
+    code: str
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """One safetensors file; see `effscale.interop.tensors.Tensors`.
+
+    The ``safetensors`` library judges the header: lengths, offsets without gaps or overlaps, and
+    shapes that fit them. Data is then read with plain reads, not through a memory map: the pages of
+    a map count as resident memory until it is closed, and a file cut short while it is mapped
+    kills the process.
+
+    The files that `effscale.interop.writer` makes carry a checksum of every tensor (its name, type,
+    shape and data), so any damage to them is noticed. Files of others carry none: damage to
+    their header is noticed unless it happens to be a valid header again, and a flipped bit in
+    their data cannot be known from the file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FolderError: The file cannot be read or is not a sound safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        try:
+            with safe_open(self.path, framework="numpy"), open(self.path, "rb") as stream:
+                self._identity = _identity(stream.fileno())
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise self._unsound(what_it_is(path) or str(error)) from error
+        metadata = header.pop("__metadata__", {})
+        self._entries = {
+            name: _Entry(entry["dtype"], *(8 + length + place for place in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(entry["shape"]), CODES.get(entry["dtype"], np.dtype("V")))
+            for name, entry in header.items()
+        }
+        self._checksums = self._parse_checksums(metadata)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, read only.
+
+        Raises:
+            FolderError: There is no such tensor, its type is not taken, the file changed since it
+                was opened, or the data is not what the checksum says.
+        """
+        if name not in self.infos:
+            raise FolderError(f"{str(self.path)!r} has no tensor {name!r}.")
+        info, entry = self.infos[name], self._entries[name]
+        if info.dtype not in DTYPES:
+            raise FolderError(
+                f"{str(self.path)!r}: tensor {name!r} is of type {entry.code}, which is not taken; "
+                f"convert it to one of {', '.join(CODES)}."
+            )
+        data = np.empty(entry.stop - entry.start, np.uint8)
+        try:
+            with open(self.path, "rb") as stream:
+                same = _identity(stream.fileno()) == self._identity
+                stream.seek(entry.start)
+                count = stream.readinto(memoryview(data))
+        except OSError as error:
+            raise self._unsound(f"tensor {name!r} cannot be read ({error})") from error
+        if not same or count != data.size:
+            raise FolderError(
+                f"{str(self.path)!r} changed after it was opened; open the folder again when "
+                "nobody writes to it."
+            )
+        if (
+            self._checksums
+            and checksum(name, entry.code, info.shape, data) != self._checksums[name]
+        ):
+            raise self._unsound(f"the data of tensor {name!r} does not match its checksum")
+        if info.dtype == np.bool_ and data.max(initial=0) > 1:
+            raise self._unsound(f"the boolean tensor {name!r} holds bytes other than 0 and 1")
+        data.flags.writeable = False
+        return data.view(info.dtype).reshape(info.shape)
+
+    def _parse_checksums(self, metadata: Mapping[str, str]) -> Mapping[str, int]:
+        if CHECKSUMS not in metadata:
+            return {}
+        try:
+            checksums = json.loads(metadata[CHECKSUMS], object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise self._unsound(f"its checksums cannot be read ({error})") from error
+        if not isinstance(checksums, dict) or checksums.keys() != self.infos.keys():
+            raise self._unsound("its checksums are of other tensors than it holds")
+        return checksums
+
+    def _unsound(self, reason: str) -> FolderError:
+        return FolderError(
+            f"{str(self.path)!r} is not a sound safetensors file: {reason}. "
+            "Download or copy it again, or write it again from the model that it came from."
+        )
+
+
+def checksum(name: str, code: str, shape: tuple[int, ...], data: np.ndarray) -> int:
+    """The CRC-32 of a tensor's name, type, shape and bytes."""
+    start = zlib.crc32(json.dumps([name, code, list(shape)]).encode())
+    return zlib.crc32(memoryview(data), start)
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the header names {twice!r} twice")
+    return result
