@@ -33,6 +33,12 @@ from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMS
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 from effscale.models.presets import PRESETS, abstract, num_params, preset
+from effscale.models.rotary_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    RotaryScaling,
+    YarnScaling,
+)
 from effscale.models.transformer import Encoded, Transformer, run_group, unroll
 from effscale.models.weights import Weight, dense, map_weights, take, transpose
 
@@ -56,16 +62,20 @@ __all__ = [
     "LMHead",
     "LayerNorm",
     "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
     "LoRA",
     "MLPConfig",
     "NormConfig",
     "PatchInputs",
     "RMSNorm",
     "Rotary",
+    "RotaryScaling",
     "TokenInputs",
     "Transformer",
     "TransformerConfig",
     "Weight",
+    "YarnScaling",
     "abstract",
     "add_lora",
     "alibi_slopes",

@@ -61,6 +61,7 @@ class Attention(nnx.Module):
         self.config = config
         self.positions = positions
         self.head_dim = width
+        self.scale = width**-0.5 if config.scale is None else config.scale
 
     def __call__(
         self,
@@ -84,7 +85,7 @@ class Attention(nnx.Module):
         query, keys, values = split(self.query(x)), split(self.key(x)), split(self.value(x))
         if isinstance(self.positions, Rotary) and context.angles is not None:
             query, keys = (rotate(y, context.angles, self.positions) for y in (query, keys))
-        query = constrain(query, "batch", "heads_act", "seq", None) * self.head_dim**-0.5
+        query = constrain(query, "batch", "heads_act", "seq", None) * self.scale
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new.astype(old.dtype), context.start, axis=2

@@ -10,6 +10,7 @@ import typing
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from effscale.models.layers import ACTIVATIONS, Activation, LayerNorm, RMSNorm
+from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
 from effscale.models.validation import check, choice
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Rotary:
     """Pair ``i`` turns by ``base^(-2i/dim)`` a position."""
     interleaved: bool = False
     """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
+    scaling: RotaryScaling | None = None
+    """How the frequencies were changed for longer sequences: linear, Llama 3's, YaRN; None: not at all."""
 
     def __post_init__(self):
         check(
@@ -55,6 +58,8 @@ class Rotary:
             "an even number above 0, or None",
         )
         check(self, self.base > 0, "base", "above 0")
+        if isinstance(self.scaling, YarnScaling):
+            check(self, self.base > 1, "base", "above 1 with YarnScaling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,8 @@ class AttentionConfig:
     """Biases of the query, key and value projections."""
     out_bias: bool | None = None
     """Bias of the output projection; None: as ``bias``."""
+    scale: float | None = None
+    """What scores are multiplied by; None: ``head_dim**-0.5``."""
     dropout: float = 0.0
     """Probability that an attention weight is dropped in training."""
 
@@ -115,6 +122,7 @@ class AttentionConfig:
             f"a divisor of num_heads={self.num_heads}",
         )
         check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
+        check(self, self.scale is None or self.scale > 0, "scale", "above 0, or None")
         check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property
@@ -280,7 +288,9 @@ class TransformerConfig:
     final_norm: NormConfig | None = NormConfig()
     """Norm after the last layer; None where blocks end in one (post-norm)."""
     pooler: bool = False
-    """BERT's pooler: ``tanh(W h_0 + b)`` on the first token."""
+    """BERT's pooler: a dense layer and an activation on the first token."""
+    pooler_activation: Activation = "tanh"
+    """The pooler's activation."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations and products. Parameters, softmax, norms and loss stay in float32."""
     remat: Remat = "none"
@@ -296,6 +306,7 @@ class TransformerConfig:
         check(self, len(self.groups) >= 1, "groups", "at least one group")
         choice(self, "dtype", ("float32", "bfloat16", "float16"))
         choice(self, "remat", typing.get_args(Remat))
+        choice(self, "pooler_activation", tuple(ACTIVATIONS))
         check(self, self.init_std > 0, "init_std", "above 0")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
         if isinstance(self.positions, Rotary):
@@ -312,9 +323,9 @@ class TransformerConfig:
         if isinstance(self.inputs, PatchInputs) and isinstance(self.positions, LearnedPositions):
             check(
                 self,
-                self.positions.num == self.inputs.num_tokens,
+                self.positions.num == self.inputs.num_tokens and self.positions.offset == 0,
                 "positions",
-                f"num={self.inputs.num_tokens} for these images",
+                f"num={self.inputs.num_tokens} for these images, without an offset",
             )
         names = [head.name for head in self.heads]
         check(self, len(set(names)) == len(names), "heads", "of different names")

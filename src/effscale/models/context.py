@@ -126,4 +126,5 @@ def angles_of(kind: Positions, positions: Int[Array, "rows seq"], head_dim: int)
     """Rotary angles of the positions; None where the model does not rotate."""
     if not isinstance(kind, Rotary):
         return None
-    return rotary_angles(positions, head_dim if kind.dim is None else kind.dim, kind.base)
+    dim = head_dim if kind.dim is None else kind.dim
+    return rotary_angles(positions, dim, kind.base, kind.scaling)

@@ -1,7 +1,10 @@
 """Each family of models as a config of the one Transformer.
 
 A function a family, with the arguments that its members differ in; whatever else is fixed by the family.
+Dropouts that are None are as ``dropout``.
 """
+
+from dataclasses import replace
 
 from effscale.models.config import (
     Activation,
@@ -18,6 +21,11 @@ from effscale.models.config import (
     TransformerConfig,
 )
 from effscale.models.heads import ClassHead, HeadConfig, LMHead
+from effscale.models.rotary_scaling import RotaryScaling
+
+
+def _or(rate: float | None, default: float) -> float:
+    return default if rate is None else rate
 
 
 def gpt2(
@@ -29,27 +37,45 @@ def gpt2(
     max_length: int = 1024,
     d_ff: int | None = None,
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
+    embed_dropout: float | None = None,
     activation: Activation = "gelu_tanh",
     epsilon: float = 1e-5,
     tied: bool = True,
+    scale_attention: bool = True,
+    scale_by_layer: bool = False,
 ) -> TransformerConfig:
     """GPT-2 and GPT-3: pre-norm, learned positions, tied head (Radford et al., 2019; Brown et al., 2020).
+
+    Without ``scale_attention`` scores are not divided by the root of a head's width. With ``scale_by_layer`` those of
+    layer ``i`` are divided by ``i + 1`` as well (``scale_attn_by_inverse_layer_idx`` of the Mistral GPT-2s). Its layers
+    are then unlike and each is a group of its own, so that compile time grows with depth.
 
     Example:
         >>> gpt2(num_layers=12, d_model=768, num_heads=12).num_layers
         12
     """
     norm = NormConfig(epsilon=epsilon)
+    attention = AttentionConfig(
+        num_heads=num_heads,
+        scale=None if scale_attention else 1.0,
+        dropout=_or(attention_dropout, dropout),
+    )
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        attention=attention,
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         dropout=dropout,
     )
+    groups = (Group(blocks=(block,), repeat=num_layers),)
+    if scale_by_layer:
+        scale = attention.width(d_model) ** -0.5 if scale_attention else 1.0
+        unlike = (replace(attention, scale=scale / (i + 1)) for i in range(num_layers))
+        groups = tuple(Group(blocks=(replace(block, attention=a),), repeat=1) for a in unlike)
     return TransformerConfig(
         d_model=d_model,
-        groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
+        groups=groups,
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=_or(embed_dropout, dropout)),
         positions=LearnedPositions(num=max_length),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
@@ -70,12 +96,20 @@ def opt(
     norm_affine: bool = True,
     activation: Activation = "relu",
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
+    final_norm: bool = True,
     tied: bool = True,
 ) -> TransformerConfig:
-    """OPT: pre-norm with ReLU and positions that begin at row 2; the 350M member is post-norm (Zhang et al., 2022)."""
+    """OPT: pre-norm with ReLU and positions that begin at row 2; the 350M member is post-norm (Zhang et al., 2022).
+
+    A post-norm member has no final norm; without ``final_norm`` a pre-norm one has none either, as early conversions
+    of the weights (``_remove_final_layer_norm``).
+    """
     norm = NormConfig(scale=norm_affine, bias=norm_affine)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, bias=bias),
+        attention=AttentionConfig(
+            num_heads=num_heads, bias=bias, dropout=_or(attention_dropout, dropout)
+        ),
         feed_forward=MLPConfig(
             d_ff=4 * d_model if d_ff is None else d_ff, activation=activation, bias=bias
         ),
@@ -89,7 +123,7 @@ def opt(
         inputs=TokenInputs(vocab_size=vocab_size, d_embed=d_embed),
         positions=LearnedPositions(num=max_length, offset=2),
         heads=(LMHead(tied=tied),),
-        final_norm=None if post_norm else norm,
+        final_norm=norm if final_norm and not post_norm else None,
     )
 
 
@@ -101,13 +135,14 @@ def bloom(
     vocab_size: int = 250880,
     normed_residual: bool = False,
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
     epsilon: float = 1e-5,
     tied: bool = True,
 ) -> TransformerConfig:
     """BLOOM: ALiBi, a norm after the embedding, tied head (Le Scao et al., 2022, section 3.2)."""
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        attention=AttentionConfig(num_heads=num_heads, dropout=_or(attention_dropout, dropout)),
         feed_forward=MLPConfig(d_ff=4 * d_model, activation="gelu_bloom"),
         norm=norm,
         residual="pre_normed" if normed_residual else "pre",
@@ -132,6 +167,8 @@ def gptj(
     d_ff: int | None = None,
     vocab_size: int = 50400,
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
+    embed_dropout: float | None = None,
     activation: Activation = "gelu_tanh",
     epsilon: float = 1e-5,
     tied: bool = False,
@@ -142,7 +179,9 @@ def gptj(
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, bias=False, dropout=dropout),
+        attention=AttentionConfig(
+            num_heads=num_heads, bias=False, dropout=_or(attention_dropout, dropout)
+        ),
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="parallel_shared",
@@ -151,7 +190,7 @@ def gptj(
     return TransformerConfig(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
-        inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
+        inputs=TokenInputs(vocab_size=vocab_size, dropout=_or(embed_dropout, dropout)),
         positions=Rotary(dim=rotary_dim, interleaved=True),
         heads=(LMHead(tied=tied, bias=True),),
         final_norm=norm,
@@ -167,9 +206,11 @@ def neox(
     vocab_size: int = 50432,
     rotary_fraction: float = 0.25,
     rotary_base: float = 10000.0,
+    rotary_scaling: RotaryScaling | None = None,
     parallel: bool = True,
     bias: bool = True,
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
     activation: Activation = "gelu",
     epsilon: float = 1e-5,
     tied: bool = False,
@@ -180,7 +221,9 @@ def neox(
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, bias=bias, dropout=dropout),
+        attention=AttentionConfig(
+            num_heads=num_heads, bias=bias, dropout=_or(attention_dropout, dropout)
+        ),
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="parallel" if parallel else "pre",
@@ -190,7 +233,11 @@ def neox(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
-        positions=Rotary(dim=int(d_model // num_heads * rotary_fraction), base=rotary_base),
+        positions=Rotary(
+            dim=int(d_model // num_heads * rotary_fraction),
+            base=rotary_base,
+            scaling=rotary_scaling,
+        ),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
     )
@@ -206,10 +253,13 @@ def llama(
     head_dim: int | None = None,
     vocab_size: int = 32000,
     rotary_base: float = 10000.0,
+    rotary_scaling: RotaryScaling | None = None,
     epsilon: float = 1e-5,
     bias: bool = False,
     mlp_bias: bool = False,
+    activation: Activation = "silu",
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
     tied: bool = False,
 ) -> TransformerConfig:
     """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023)."""
@@ -220,9 +270,9 @@ def llama(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             bias=bias,
-            dropout=dropout,
+            dropout=_or(attention_dropout, dropout),
         ),
-        feed_forward=MLPConfig(d_ff=d_ff, activation="silu", gated=True, bias=mlp_bias),
+        feed_forward=MLPConfig(d_ff=d_ff, activation=activation, gated=True, bias=mlp_bias),
         norm=norm,
         dropout=dropout,
     )
@@ -230,7 +280,7 @@ def llama(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
-        positions=Rotary(base=rotary_base),
+        positions=Rotary(base=rotary_base, scaling=rotary_scaling),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
     )
@@ -246,6 +296,7 @@ def bert(
     max_length: int = 512,
     type_vocab_size: int = 2,
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
     activation: Activation = "gelu",
     epsilon: float = 1e-12,
     pooler: bool = True,
@@ -257,7 +308,7 @@ def bert(
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
-        attention=AttentionConfig(num_heads=num_heads, dropout=dropout),
+        attention=AttentionConfig(num_heads=num_heads, dropout=_or(attention_dropout, dropout)),
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="post",
@@ -279,11 +330,12 @@ def bert(
 
 
 def bert_pretraining_heads(
-    *, activation: Activation = "gelu", epsilon: float = 1e-12
+    *, activation: Activation = "gelu", epsilon: float = 1e-12, tied: bool = True
 ) -> tuple[HeadConfig, ...]:
     """BERT's two: masked words (``mlm``) and next sentence (``nsp``)."""
+    norm = NormConfig(epsilon=epsilon)
     return (
-        LMHead(name="mlm", bias=True, transform=activation, norm=NormConfig(epsilon=epsilon)),
+        LMHead(name="mlm", tied=tied, bias=True, transform=activation, norm=norm),
         ClassHead(name="nsp", num_classes=2, pool="pooled"),
     )
 
@@ -302,13 +354,18 @@ def vit(
     activation: Activation = "gelu",
     epsilon: float = 1e-12,
     pooler: bool = False,
+    pooler_activation: Activation = "tanh",
     dropout: float = 0.0,
+    attention_dropout: float | None = None,
 ) -> TransformerConfig:
     """ViT: a pre-norm encoder of image patches with a class token (Dosovitskiy et al., 2020)."""
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(
-            num_heads=num_heads, bias=qkv_bias, out_bias=True, dropout=dropout
+            num_heads=num_heads,
+            bias=qkv_bias,
+            out_bias=True,
+            dropout=_or(attention_dropout, dropout),
         ),
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
@@ -326,5 +383,6 @@ def vit(
         causal=False,
         final_norm=norm,
         pooler=pooler,
+        pooler_activation=pooler_activation,
         scale_residual_init=False,
     )

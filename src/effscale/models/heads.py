@@ -5,11 +5,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models.config import NormConfig, TokenInputs, TransformerConfig
 from effscale.models.inputs import TokenEmbedding
-from effscale.models.layers import ACTIVATIONS, Activation, Dense
+from effscale.models.layers import ACTIVATIONS, Activation, Dense, dropout
 from effscale.models.validation import check, choice
 from effscale.models.weights import transpose
 
@@ -25,8 +25,8 @@ class HeadConfig(Protocol):
         """Key of the output."""
         ...
 
-    def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-        """The module; it maps ``(hidden, pooled, embed, valid)`` to the output."""
+    def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> Any:
+        """The module; it maps ``(hidden, pooled, embed, valid, key)`` to the output."""
         ...
 
 
@@ -89,9 +89,9 @@ class VocabularyHead(nnx.Module):
             return hidden, transpose(self.project.kernel.get_value()), bias
         return hidden, embed.tokens.embedding.get_value(), bias
 
-    def __call__(self, hidden, pooled, embed, valid) -> Float[Array, "batch seq vocab"]:
+    def __call__(self, hidden, pooled, embed, valid, key=None) -> Float[Array, "batch seq vocab"]:
         """Logits of ``(batch, seq, width)`` hidden states; ``embed`` holds a tied head's table."""
-        del pooled, valid
+        del pooled, valid, key
         x, weight, bias = self.linear(hidden, embed)
         logits = x.reshape(-1, x.shape[-1]) @ transpose(weight.astype(x.dtype))
         if bias is not None:
@@ -112,9 +112,12 @@ class ClassHead:
     tokens; ``none``: every token keeps its own."""
     bias: bool = True
     """Whether a bias is added."""
+    dropout: float = 0.0
+    """Probability that a feature of that vector is dropped in training."""
 
     def __post_init__(self):
         check(self, self.num_classes >= 1, "num_classes", "at least 1")
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         choice(self, "pool", ("first", "pooled", "last", "mean", "none"))
 
     def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> "ClassifierHead":
@@ -137,13 +140,15 @@ class ClassifierHead(nnx.Module):
             rngs=rngs,
         )
         self.pool = config.pool
+        self.dropout = config.dropout
 
     def __call__(
-        self, hidden, pooled, embed, valid
+        self, hidden, pooled, embed, valid, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch classes"] | Float[Array, "batch seq classes"]:
         """Scores of ``(batch, seq, width)`` hidden states; ``valid`` is True at real tokens."""
         del embed
-        return self.dense(pooled if self.pool == "pooled" else pool(hidden, valid, self.pool))
+        x = pooled if self.pool == "pooled" else pool(hidden, valid, self.pool)
+        return self.dense(dropout(x, self.dropout, key))
 
 
 def pool(

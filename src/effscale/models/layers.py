@@ -15,7 +15,22 @@ from effscale.models.weights import take, transpose
 
 Axes = tuple[str | None, ...]
 
-Activation = Literal["gelu", "gelu_tanh", "gelu_fast", "gelu_bloom", "quick_gelu", "relu", "silu"]
+Activation = Literal[
+    "gelu",
+    "gelu_tanh",
+    "gelu_fast",
+    "gelu_bloom",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "mish",
+    "tanh",
+    "sigmoid",
+    "linear",
+]
 
 
 def _tanh_gelu(root: float) -> Callable[[Array], Array]:
@@ -34,7 +49,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_bloom": _tanh_gelu(0.79788456),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.01),
     "silu": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
 }
 
 

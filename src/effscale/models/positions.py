@@ -7,17 +7,28 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effscale.models.config import Rotary
+from effscale.models.rotary_scaling import RotaryScaling
 
 Angles = tuple[Float[Array, "rows seq pairs"], Float[Array, "rows seq pairs"]]
 
 
-def rotary_angles(positions: Int[Array, "rows seq"], dim: int, base: float) -> Angles:
-    """Sine and cosine of ``position * base^(-2i/dim)`` for each pair ``i < dim/2``, in float32."""
+def rotary_angles(
+    positions: Int[Array, "rows seq"], dim: int, base: float, scaling: RotaryScaling | None = None
+) -> Angles:
+    """Sine and cosine of ``position * base^(-2i/dim)`` for each pair ``i < dim/2``, in float32.
+
+    With ``scaling``, of the frequencies that it makes of these, and times its amplitude.
+    """
     frequencies = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies, base)
     angles = (
         positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
     )
-    return jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if scaling is not None and scaling.amplitude != 1.0:
+        sin, cos = sin * scaling.amplitude, cos * scaling.amplitude
+    return sin, cos
 
 
 def rotate(

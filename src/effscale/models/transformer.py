@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from effscale.models.cache import KVCache
 from effscale.models.config import TokenInputs, TransformerConfig
 from effscale.models.context import Context, angles_of, build_context, positions_of
 from effscale.models.inputs import PatchEmbedding, TokenEmbedding
-from effscale.models.layers import Dense
+from effscale.models.layers import ACTIVATIONS, Dense
 from effscale.parallel import constrain
 
 RunGroup = Callable[..., tuple[Array, Any, Any]]
@@ -124,17 +125,35 @@ class Transformer(nnx.Module):
             key=key,
         )
         valid = None if attention_mask is None else attention_mask.astype(bool)
-        return self.outputs(encoded.hidden, valid)
+        return self.outputs(encoded.hidden, valid, key)
 
     def outputs(
         self,
         hidden: Float[Array, "batch seq d_model"],
         valid: Bool[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Any:
-        """What the heads make of hidden states; see :meth:`__call__`."""
-        pooled = None if self.pooler is None else jnp.tanh(self.pooler(hidden[:, 0]))
+        """What the heads make of hidden states.
+
+        Args:
+            hidden: From :meth:`encode`.
+            valid: True at real tokens; None: all are real.
+            key: Turns dropout on; it may be the one that :meth:`encode` had.
+
+        Returns:
+            As :meth:`__call__`.
+        """
+        pooled = None
+        if self.pooler is not None:
+            pooled = ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+
+        def key_of(name: str) -> PRNGKeyArray | None:
+            # By the name: apart from the layers' keys, and the same whichever heads stand beside it.
+            return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+
         outputs = {
-            name: head(hidden, pooled, self.embed, valid) for name, head in self.heads.items()
+            name: head(hidden, pooled, self.embed, valid, key_of(name))
+            for name, head in self.heads.items()
         }
         if set(outputs) == {"lm"}:
             return constrain(outputs["lm"], "batch", "seq", "vocab_act")
