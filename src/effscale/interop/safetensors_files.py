@@ -64,7 +64,7 @@ class SafetensorsFile:
         self.path = pathlib.Path(path)
         try:
             with safe_open(self.path, framework="numpy"), open(self.path, "rb") as stream:
-                self._identity = _identity(stream.fileno())
+                self._identity = identity(stream.fileno())
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -98,9 +98,9 @@ class SafetensorsFile:
         data = np.empty(entry.stop - entry.start, np.uint8)
         try:
             with open(self.path, "rb") as stream:
-                same = _identity(stream.fileno()) == self._identity
+                same = identity(stream.fileno()) == self._identity
                 stream.seek(entry.start)
-                count = stream.readinto(memoryview(data))
+                count = stream.readinto(data.data)
         except OSError as error:
             raise self._unsound(f"tensor {name!r} cannot be read ({error})") from error
         if not same or count != data.size:
@@ -139,10 +139,11 @@ class SafetensorsFile:
 def checksum(name: str, code: str, shape: tuple[int, ...], data: np.ndarray) -> int:
     """The CRC-32 of a tensor's name, type, shape and bytes."""
     start = zlib.crc32(json.dumps([name, code, list(shape)]).encode())
-    return zlib.crc32(memoryview(data), start)
+    return zlib.crc32(data.data, start)
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
+def identity(descriptor: int) -> tuple[int, ...]:
+    """What changes when an open file is written to or another takes its name."""
     status = os.fstat(descriptor)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 

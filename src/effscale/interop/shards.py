@@ -1,0 +1,52 @@
+"""Tensors that an index spreads over several files."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from effscale.interop.tensors import FolderError, TensorInfo, Tensors
+
+
+class Shards:
+    """Several containers as one; see `effscale.interop.tensors.Tensors`.
+
+    A tensor that the index does not name but a file holds is listed too: whoever reads the model
+    decides whether it is too much.
+
+    Args:
+        where: The index, for error messages.
+        files: The containers by their file's name.
+        weight_map: Which file holds each tensor.
+
+    Raises:
+        FolderError: A file lacks a tensor that it should hold, or two files hold a tensor that the
+            index does not name.
+    """
+
+    def __init__(self, where: str, files: Mapping[str, Tensors], weight_map: Mapping[str, str]):
+        self._files, self._where = files, where
+        self._file_of = dict(weight_map)
+        absent = [name for name, file in weight_map.items() if name not in files[file].infos]
+        if absent:
+            name = absent[0]
+            raise FolderError(
+                f"{where!r} and its files do not belong together: {len(absent)} tensors are not "
+                f"where it says, the first {name!r} not in {weight_map[name]!r}. Download both again."
+            )
+        for file, tensors in files.items():
+            for name in tensors.infos.keys() - weight_map.keys():
+                if name in self._file_of:
+                    raise FolderError(
+                        f"{where!r} does not name {name!r}, which both {self._file_of[name]!r} and "
+                        f"{file!r} hold. Download both again."
+                    )
+                self._file_of[name] = file
+        self.infos: Mapping[str, TensorInfo] = {
+            name: files[file].infos[name] for name, file in self._file_of.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, from whichever file holds it."""
+        if name not in self.infos:
+            raise FolderError(f"{self._where!r} and its files have no tensor {name!r}.")
+        return self._files[self._file_of[name]].read(name)

@@ -1,0 +1,217 @@
+"""Tensors into a folder of safetensors files, under the names that transformers gives them."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from effscale.data.atomic import atomic_folder
+from effscale.interop.safetensors_files import CHECKSUMS, CODES, checksum
+from effscale.interop.tensors import FolderError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+FOREIGN = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?")
+
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
+CODE_OF = {dtype: code for code, dtype in CODES.items()}
+WORK = ".effscale-save"
+
+
+def write_tensors(
+    folder: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[pathlib.Path]:
+    """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger.
+
+    The tensors are taken one by one, at most one shard is in memory, and they may be read from the
+    very files that they replace. Everything is written and flushed in a subfolder first and moved
+    into place when it is complete, so that a failure leaves an earlier save as it was. Should the
+    process be killed while files are moved, then the folder holds the earlier save, the new one, or
+    shards without an index, which nobody reads; never a mixture.
+
+    Files of an earlier save that the new one does not replace are removed at the end: other shards,
+    the index, a single ``model.safetensors`` beside shards. Other weights are never removed:
+    ``pytorch_model*.bin`` would stay beside the new files as another model, read by whoever prefers
+    that format, so a folder that holds them is refused. Anything else in the folder is left alone.
+
+    The bytes of a file depend on the tensors only. Each file carries checksums in its metadata
+    (`effscale.interop.safetensors_files.SafetensorsFile`), which other readers ignore.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        tensors: Names and arrays, in the order in which shards are filled.
+        max_shard_size: The most bytes of tensors in a file, as a number or like ``"500MB"`` (10**6)
+            or ``"1GiB"`` (2**30). A tensor that is larger has a file of its own.
+
+    Returns:
+        The files, the index last.
+
+    Raises:
+        FolderError: The folder holds weights in PyTorch's format, or is a file; a name comes twice
+            or is reserved; an array's type has no place in the format; there are no tensors.
+        ValueError: ``max_shard_size`` is not a size.
+        DiskFullError: The disk is full; what was there before is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     arrays = [("a", np.zeros(3)), ("b", np.ones((2, 2)))]
+        ...     [path.name for path in write_tensors(folder, arrays, max_shard_size=32)][1:]
+        ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
+    """
+    limit = parse_size(max_shard_size)
+    folder = pathlib.Path(folder)
+    _refuse_foreign(folder)
+    work = folder / WORK
+    with atomic_folder(work, overwrite=True) as inside:
+        shards = []
+        for shard in _fill(tensors, limit):
+            _write_file(inside / f"{len(shards)}", shard)
+            shards.append({name: array.nbytes for name, array in shard.items()})
+        if not shards:
+            raise FolderError(f"no tensors to write into {str(folder)!r}.")
+        names = _file_names(len(shards))
+        for number, name in enumerate(names):
+            (inside / f"{number}").rename(inside / name)
+        if len(shards) > 1:
+            (inside / INDEX).write_text(_index(names, shards))
+            names.append(INDEX)
+    _move_into_place(work, folder, names)
+    return [folder / name for name in names]
+
+
+def parse_size(size: int | str) -> int:
+    """The number of bytes of a size like ``"5GB"``.
+
+    Raises:
+        ValueError: It is no size, or not a positive one.
+
+    Example:
+        >>> parse_size("1.5MB"), parse_size("2 KiB"), parse_size(10)
+        (1500000, 2048, 10)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip().lower())
+    unit = UNITS.get(match[2]) if match else None
+    count = int(float(match[1]) * unit) if match and unit else 0
+    if count < 1:
+        raise ValueError(
+            f"max_shard_size={size!r}: it must be at least one byte, as a number or with a unit "
+            "like '5GB', '500MB' or '1GiB'."
+        )
+    return count
+
+
+def _refuse_foreign(folder: pathlib.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{str(folder)!r} is a file; give a folder to save into.")
+    foreign = sorted(
+        entry.name for entry in folder.glob("pytorch_model*") if FOREIGN.fullmatch(entry.name)
+    )
+    if foreign:
+        raise FolderError(
+            f"{str(folder)!r} holds weights in PyTorch's format ({', '.join(foreign)}), which would "
+            "stay there as another model. Save into another folder, or remove them first."
+        )
+
+
+def _fill(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
+    seen: set[str] = set()
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if name in seen:
+            raise FolderError(f"the tensor {name!r} comes twice.")
+        if name == "__metadata__":
+            raise FolderError("no tensor can have the name '__metadata__': the format needs it.")
+        code = CODE_OF.get(array.dtype.newbyteorder("="))
+        if code is None:
+            raise FolderError(
+                f"tensor {name!r} is of type {array.dtype}, which is not written; convert it to "
+                f"one of {', '.join(CODES)}."
+            )
+        seen.add(name)
+        if shard and size + array.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = np.asarray(array, CODES[code], order="C")
+        size += array.nbytes
+    if shard:
+        yield shard
+
+
+def _write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one file.
+
+    Not through the safetensors library: its header has another order in every process, so that the
+    same tensors would give other bytes.
+    """
+    # Wide elements first: then each tensor begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, object] = {}
+    checksums, place = {}, 0
+    for name in order:
+        array = tensors[name]
+        code, start, place = CODE_OF[array.dtype], place, place + array.nbytes
+        header[name] = {"dtype": code, "shape": array.shape, "data_offsets": (start, place)}
+        checksums[name] = checksum(name, code, array.shape, _bytes(array))
+    metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
+    text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(_bytes(tensors[name]).data)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _index(names: list[str], shards: list[dict[str, int]]) -> str:
+    total = sum(sum(shard.values()) for shard in shards)
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _move_into_place(work: pathlib.Path, folder: pathlib.Path, names: list[str]) -> None:
+    # Readers look for model.safetensors first, then for the index, and take shards from an index
+    # only. So one step switches from the old save to the new: the arrival of model.safetensors, or
+    # that of the index, or the removal of an old model.safetensors beside it. Only where shards
+    # of both have the same names must the old index go before.
+    if len(names) > 1 and any((folder / name).exists() for name in names):
+        (folder / INDEX).unlink(missing_ok=True)
+        _flush(folder)
+    for name in names:
+        (work / name).replace(folder / name)
+    _flush(folder)
+    for entry in folder.iterdir():
+        stale = entry.name in (SINGLE, INDEX) or SHARD.fullmatch(entry.name)
+        if stale and entry.name not in names:
+            entry.unlink()
+    work.rmdir()
+
+
+def _flush(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
