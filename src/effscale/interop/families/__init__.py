@@ -1,0 +1,17 @@
+"""The eight families, by the ``model_type`` of their ``config.json``."""
+
+from effscale.interop.families.bert import BERT
+from effscale.interop.families.bloom import BLOOM
+from effscale.interop.families.family import Family
+from effscale.interop.families.gpt2 import GPT2
+from effscale.interop.families.gptj import GPTJ
+from effscale.interop.families.llama import LLAMA
+from effscale.interop.families.neox import NEOX
+from effscale.interop.families.opt import OPT
+from effscale.interop.families.vit import VIT
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (GPT2, OPT, BLOOM, GPTJ, NEOX, LLAMA, BERT, VIT)
+}
+
+__all__ = ["FAMILIES", "Family"]

@@ -1,0 +1,69 @@
+"""The heads of language models: next token, class of a text or a token, and the value of a reward model."""
+
+from collections.abc import Mapping
+
+from effscale.interop.families.family import Heads, Json
+from effscale.interop.table import Rule, linear, rows
+from effscale.interop.tensors import TensorInfo
+from effscale.models import ClassHead, LMHead
+
+TABLE = rows(
+    linear("lm_head", "heads.lm.project"),
+    linear("score", "heads.classes.dense"),
+    # DeepSpeed-Chat's reward model and critic: a value a token.
+    (Rule("v_head.weight", "heads.value.dense.kernel", "o i -> i o"),),
+)
+# A class of each token; Llama calls it `score`, too.
+CLASSIFIER = linear("classifier", "heads.token_classes.dense")
+
+
+def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = False) -> Heads:
+    """The heads that the file has; where it has none, the next-token head, unless config.json names the bare trunk."""
+    architecture = (fields.get("architectures") or [""])[0]
+    if "v_head.weight" in tensors:
+        return (ClassHead(name="value", num_classes=1, pool="none", bias=False),)
+    for name in ("score", "classifier"):
+        if f"{name}.weight" in tensors:
+            each_token = architecture.endswith("ForTokenClassification") or name == "classifier"
+            return (
+                ClassHead(
+                    name="token_classes" if each_token else "classes",
+                    num_classes=tensors[f"{name}.weight"].shape[0],
+                    pool="none" if each_token else "last",
+                    bias=f"{name}.bias" in tensors,
+                    dropout=classifier_dropout(fields) if each_token else 0.0,
+                ),
+            )
+    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
+        return ()
+    return (LMHead(tied=bool(fields["tie_word_embeddings"]), bias=lm_bias),)
+
+
+def classifier_dropout(fields: Json) -> float:
+    """Dropout before a class of a token: the first of these fields that is there."""
+    for name in ("classifier_dropout", "hidden_dropout"):
+        if fields.get(name) is not None:
+            return float(fields[name])
+    return 0.1
+
+
+def architecture(class_name: str, lm: str = "ForCausalLM"):
+    """A function from heads to the class that has them."""
+
+    def name(heads: Heads) -> str:
+        if not heads:
+            return f"{class_name}Model"
+        if len(heads) == 1:
+            (head,) = heads
+            if isinstance(head, LMHead) and head.name == "lm":
+                return class_name + lm
+            if isinstance(head, ClassHead):
+                if (head.name == "classes" and head.pool == "last") or head.name == "value":
+                    return f"{class_name}ForSequenceClassification"
+                if head.name == "token_classes":
+                    return f"{class_name}ForTokenClassification"
+        raise ValueError(
+            f"transformers has no {class_name} with the heads {[head.name for head in heads]}"
+        )
+
+    return name

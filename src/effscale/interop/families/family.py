@@ -1,0 +1,144 @@
+"""What the loader and the writer need to know of a family of models."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from effscale.interop.table import Rule
+from effscale.interop.tensors import FolderError, TensorInfo
+from effscale.models import ClassHead, HeadConfig, LMHead, TokenInputs, TransformerConfig
+
+Json = Mapping[str, Any]
+Heads = tuple[HeadConfig, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family: its config in both directions, and its table of tensors.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        class_name: What the names of its classes in transformers begin with.
+        prefix: What the trunk's names begin with in a file of a model with a head.
+        trunk: The table of the trunk, with names as in a file of the bare trunk.
+        heads: The table of the heads.
+        tied: Names that repeat another tensor, and that tensor's name.
+        ignored: Regular expressions of names that hold nothing to load, such as buffers of masks.
+        aliases: Substitutions (pattern, replacement) from other versions' names to the table's.
+        defaults: Fields of ``config.json`` that may be absent, with what they then are.
+        from_hf: The config, from ``config.json`` with defaults filled in and the heads.
+        to_hf: The fields of ``config.json``, from a config.
+        find_heads: The heads, from ``config.json`` and the tensors by their canonical names.
+        architecture: The class in transformers that has these heads; a ValueError where none has.
+    """
+
+    model_type: str
+    class_name: str
+    prefix: str
+    trunk: tuple[Rule, ...]
+    heads: tuple[Rule, ...]
+    defaults: Json
+    from_hf: Callable[[Json, Heads], TransformerConfig]
+    to_hf: Callable[[TransformerConfig], dict[str, Any]]
+    find_heads: Callable[[Json, Mapping[str, TensorInfo]], Heads]
+    architecture: Callable[[Heads], str]
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The whole table."""
+        return self.trunk + self.heads
+
+    def config(self, fields: Json, tensors: Mapping[str, TensorInfo]) -> TransformerConfig:
+        """Our config, from ``config.json`` and the tensors by their canonical names."""
+        fields = {**self.defaults, **fields}
+        try:
+            return self.from_hf(fields, self.find_heads(fields, tensors))
+        except KeyError as missing:
+            raise FolderError(f"config.json has no field {missing}") from None
+        except TypeError as error:
+            raise FolderError(f"config.json has a field of the wrong type: {error}") from error
+        except FolderError:
+            raise
+        except ValueError as error:
+            raise FolderError(f"config.json describes a model that cannot be: {error}") from error
+
+
+def with_heads(config: TransformerConfig, heads: Heads) -> TransformerConfig:
+    """The config with these heads in place of its own."""
+    return dataclasses.replace(config, heads=heads)
+
+
+def common(config: TransformerConfig) -> dict[str, Any]:
+    """Fields that every language model has under the same name, and what heads add."""
+    assert isinstance(config.inputs, TokenInputs)
+    fields: dict[str, Any] = {"vocab_size": config.inputs.vocab_size}
+    for head in config.heads:
+        if isinstance(head, LMHead):
+            fields["tie_word_embeddings"] = head.tied
+    return fields | labels(config)
+
+
+def labels(config: TransformerConfig) -> dict[str, Any]:
+    """Fields that tell the number of classes, and the dropout before them."""
+    fields: dict[str, Any] = {}
+    for head in config.heads:
+        if isinstance(head, ClassHead) and head.name in ("classes", "token_classes", "value"):
+            names = [f"LABEL_{i}" for i in range(head.num_classes)]
+            fields["id2label"] = {str(i): name for i, name in enumerate(names)}
+            fields["label2id"] = {name: i for i, name in enumerate(names)}
+            if head.dropout:
+                fields["classifier_dropout"] = head.dropout
+    return fields
+
+
+def refuse(fields: Json, **only: Any) -> None:
+    """Raises unless each named field, where it is there, has the value that we can compute (or is null)."""
+    for name, value in only.items():
+        given = fields.get(name, value)
+        if given is not None and given != value:
+            raise FolderError(
+                f"config.json has {name}={given!r}, and effscale computes only {name}={value!r}"
+            )
+
+
+# Names of activations in transformers; the first of several that are the same function is the one written.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_fast",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu6": "relu6",
+    "leaky_relu": "leaky_relu",
+    "silu": "silu",
+    "swish": "silu",
+    "mish": "mish",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "linear": "linear",
+}
+
+
+def activation(name: str) -> Any:
+    """Our name of an activation."""
+    if name not in ACTIVATIONS:
+        raise FolderError(
+            f"config.json asks for the activation {name!r}; effscale has {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def their_activation(name: str) -> str:
+    """Their name of an activation."""
+    for theirs, ours in ACTIVATIONS.items():
+        if ours == name:
+            return theirs
+    raise ValueError(f"transformers has no activation like {name!r}")

@@ -1,0 +1,237 @@
+"""From a model folder to a model: each tensor is read once and goes straight to where it will lie."""
+
+import collections
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+
+from effscale.interop.plan import Slot, parameters, plan
+from effscale.interop.source import Source, open_source
+from effscale.interop.table import sizes
+from effscale.interop.tensors import FolderError, TensorInfo
+from effscale.models import Transformer, abstract
+from effscale.parallel import shardings
+
+FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", ml_dtypes.bfloat16))
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], *, dtype: Any = None, mesh: Mesh | None = None
+) -> Transformer:
+    """Loads a PyTorch model of any of the eight families, as transformers or DeepSpeed-Chat saved it.
+
+    Safetensors files are read without torch; ``.bin`` files with ``torch.load(weights_only=True)``. Tensors are
+    read one at a time, each into its place on the devices; nothing else of the file is ever in memory. Nothing is
+    downloaded.
+
+    Args:
+        folder: A folder with ``config.json`` and weights; or a GGUF file of a Llama.
+        dtype: Type of the parameters and of what the model computes in: float32, bfloat16 or float16. None: that of
+            the file, tensor by tensor.
+        mesh: Where the parameters lie, by the rules of :mod:`effscale.parallel`; None: on the default device.
+
+    Returns:
+        The model. A model with a next-token head only gives logits; any other gives a dict with ``hidden``, ``pooled``
+        where there is a pooler, and each head's output: ``mlm``, ``nsp``, ``classes`` (one row a text or image),
+        ``token_classes``, ``span`` and ``value`` (one row a token).
+
+    Raises:
+        FolderError: If the folder, a file or a tensor is not what it should be. All tensors that are missing, unexpected
+            or of the wrong shape are in one error.
+        ImportError: If the weights are in a ``.bin`` file and torch is not installed.
+        ValueError: If ``dtype`` is none of the three.
+
+    Warns:
+        UserWarning: If a tensor has values that are not a number, or two tensors differ that should be one.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from effscale.interop import load_pretrained, save_pretrained
+        >>> from effscale.models import Transformer, gpt2
+        >>> config = gpt2(num_layers=1, d_model=8, num_heads=2, vocab_size=11, max_length=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(Transformer(config, rngs=nnx.Rngs(0)), folder)
+        ...     load_pretrained(folder).config.d_model
+        8
+    """
+    chosen = None if dtype is None else float_type(dtype)
+    source = open_source(folder)
+    types = _types(source, chosen)
+    computes = chosen or _most_common(source)
+    config = dataclasses.replace(source.config, dtype=computes.name)  # pyrefly: ignore[bad-argument-type]
+    return fill(dataclasses.replace(source, config=config), types, mesh)
+
+
+def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Transformer:
+    """A model of ``source.config`` with the source's tensors, of the given types by name."""
+    config, infos = source.config, source.tensors.infos
+    model = abstract(config)
+    leaves = parameters(model)
+    slots = plan(source.rules, config, leaves)
+    check_tensors(source, slots, leaves)
+    axes = sizes(config)
+    places = parameters(shardings(model, mesh)) if mesh is not None else None
+    leaf_types: dict[str, np.dtype] = {}
+    for slot in slots:
+        for leaf in slot.leaves:
+            one = types[slot.name]
+            leaf_types[leaf] = np.promote_types(leaf_types.get(leaf, one), one)
+
+    waiting = collections.Counter(leaf for slot in slots for leaf in slot.leaves)
+    filling: dict[str, Pieces] = {}
+    arrays: dict[str, jax.Array] = {}
+    for slot in slots:
+        tensor = source.tensors.read(slot.name)
+        if has_nan(tensor):
+            warnings.warn(f"{slot.name} has values that are not a number", stacklevel=3)
+        for leaf, array in zip(slot.leaves, slot.rule.to_ours(tensor, axes), strict=True):
+            if leaf not in filling:
+                place = None if places is None else places[leaf].get_value()
+                filling[leaf] = Pieces(leaves[leaf].shape, leaf_types[leaf], place)
+            filling[leaf].put(slot.index, array)
+            waiting[leaf] -= 1
+            if not waiting[leaf]:
+                arrays[leaf] = filling.pop(leaf).finish()
+        del tensor
+    del infos
+    graphdef, state = nnx.split(model)
+    flat = [
+        (path, variable.replace(arrays[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def check_tensors(source: Source, slots: Iterable[Slot], leaves: Mapping[str, Any]) -> None:
+    """Raises one error with every tensor that is missing, unexpected, of the wrong shape or of no float type."""
+    axes, infos = sizes(source.config), source.tensors.infos
+    wanted: dict[str, tuple[int, ...]] = {}
+    shapes: dict[Any, tuple[int, ...]] = {}
+    for slot in slots:
+        ours = tuple(
+            tuple(leaves[leaf].shape[0 if slot.index is None else 1 :]) for leaf in slot.leaves
+        )
+        if (slot.rule, ours) not in shapes:
+            shapes[slot.rule, ours] = slot.rule.their_shape(ours, axes)
+        wanted[slot.name] = shapes[slot.rule, ours]
+    wrong = [f"missing: {name} {list(wanted[name])}" for name in sorted(set(wanted) - source.names)]
+    for name in sorted(source.names):
+        info = infos[name]
+        if name not in wanted:
+            wrong.append(f"unexpected: {name} {list(info.shape)}")
+        elif tuple(info.shape) != wanted[name]:
+            wrong.append(
+                f"of the wrong shape: {name} {list(info.shape)}, where config.json means {list(wanted[name])}"
+            )
+        elif info.dtype not in (*FLOATS, np.dtype("float64")):
+            wrong.append(f"of a type that is no float: {name} {info.dtype}")
+    if wrong:
+        raise FolderError(
+            f"the tensors in {source.path} are not those of a {source.family.model_type} as its config.json "
+            f"describes it:\n  " + "\n  ".join(wrong)
+        )
+
+
+class Pieces:
+    """An array in the pieces in which it will lie on this process's devices, filled layer by layer.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of the whole.
+        sharding: How it is divided; None: it lies on the default device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None):
+        self.shape, self.sharding = shape, sharding
+        whole = tuple(slice(0, size) for size in shape)
+        if sharding is None:
+            self.devices = {None: whole}
+        else:
+            indices = sharding.addressable_devices_indices_map(shape)
+            self.devices = {
+                device: tuple(
+                    slice(*s.indices(n)[:2]) for s, n in zip(index or whole, shape, strict=True)
+                )
+                for device, index in indices.items()
+            }
+        # Devices that hold the same part share one buffer.
+        self.buffers = {
+            _key(index): _aligned(tuple(s.stop - s.start for s in index), dtype)
+            for index in self.devices.values()
+        }
+
+    def put(self, layer: int | None, array: np.ndarray) -> None:
+        """Writes one layer, or, with None, all of it."""
+        for key, buffer in self.buffers.items():
+            index = tuple(slice(*bounds) for bounds in key)
+            if layer is None:
+                buffer[...] = array[index]
+            elif index[0].start <= layer < index[0].stop:
+                buffer[layer - index[0].start] = array[index[1:]]
+
+    def finish(self) -> jax.Array:
+        """The array."""
+        if self.sharding is None:
+            return jax.device_put(self.buffers[_key(self.devices[None])])
+        arrays = [
+            jax.device_put(self.buffers[_key(index)], device)
+            for device, index in self.devices.items()
+        ]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((s.start, s.stop) for s in index)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that XLA's CPU backend takes as it is, where it would copy others."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def float_type(dtype: Any) -> np.dtype:
+    """A type of parameters, from its name or type."""
+    try:
+        chosen = np.dtype(jax.numpy.dtype(dtype))
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is no type: {error}") from error
+    if chosen not in FLOATS:
+        raise ValueError(f"dtype={chosen.name!r} must be float32, bfloat16 or float16")
+    return chosen
+
+
+def _types(source: Source, chosen: np.dtype | None) -> dict[str, np.dtype]:
+    """The type of each tensor in the model: JAX has no float64 unless asked, so that becomes float32."""
+    infos = source.tensors.infos
+    narrow = lambda dtype: np.dtype("float32") if dtype == np.dtype("float64") else dtype
+    return {name: chosen or narrow(infos[name].dtype) for name in source.names}
+
+
+def _most_common(source: Source) -> np.dtype:
+    """The type that most of the numbers have."""
+    counts: collections.Counter[np.dtype] = collections.Counter()
+    for name in source.names:
+        info: TensorInfo = source.tensors.infos[name]
+        counts[info.dtype] += int(np.prod(info.shape, dtype=np.int64))
+    floats = [dtype for dtype, _ in counts.most_common() if dtype in FLOATS]
+    return floats[0] if floats else np.dtype("float32")
+
+
+def has_nan(tensor: np.ndarray) -> bool:
+    """Whether any value is not a number."""
+    if tensor.dtype == ml_dtypes.bfloat16:
+        # By the bits: ml_dtypes' own test is many times slower.
+        return bool(((tensor.view(np.uint16) & 0x7FFF) > 0x7F80).any())
+    return bool(np.isnan(tensor).any())

@@ -1,0 +1,65 @@
+"""Which tensor of theirs fills which place of ours, for a whole model."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flax import nnx
+
+from effscale.interop.table import Rule
+from effscale.models import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A tensor of theirs and where it goes.
+
+    Attributes:
+        name: Its canonical name, with the number of its layer.
+        rule: The row of the table.
+        leaves: Paths of the parameters that it fills.
+        index: Which of their stacked layers it is; None outside the layers.
+    """
+
+    name: str
+    rule: Rule
+    leaves: tuple[str, ...]
+    index: int | None
+
+
+def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """A model's parameters by their dotted paths."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def blocks(config: TransformerConfig) -> Iterator[tuple[str, int]]:
+    """For each layer, the path of its block and its place in the stack."""
+    for g, group in enumerate(config.groups):
+        for index in range(group.repeat):
+            for b in range(len(group.blocks)):
+                yield f"groups.{g}.blocks.{b}", index
+
+
+def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, Any]) -> list[Slot]:
+    """The slots of a model, in the order of the table; rows whose parameters the model lacks are left out.
+
+    Args:
+        rules: The table.
+        config: The model's.
+        leaves: Its parameters, by path.
+
+    Raises:
+        ValueError: If the table has no row for a parameter.
+    """
+    slots: list[Slot] = []
+    for rule in rules:
+        places = blocks(config) if rule.in_layer else [("", None)]
+        for layer, (block, index) in enumerate(places):
+            paths = tuple(f"{block}.{part}" if block else part for part in rule.parts)
+            if all(path in leaves for path in paths):
+                slots.append(Slot(rule.theirs.format(layer), rule, paths, index))
+    left = set(leaves) - {leaf for slot in slots for leaf in slot.leaves}
+    if left:
+        raise ValueError(f"the family's table has no place for the parameters {sorted(left)}")
+    return slots

@@ -1,0 +1,138 @@
+"""A model on disk: which family it is, its config, and its tensors under the table's names."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from effscale.interop.families import FAMILIES, Family
+from effscale.interop.folder import open_tensors, read_json
+from effscale.interop.table import Rule
+from effscale.interop.tensors import FolderError, Renamed, TensorInfo, Tensors
+from effscale.models import LMHead, TransformerConfig
+
+# DeepSpeed-Chat keeps a reward model's trunk under the first of these, and did under the second.
+WRAPPERS = r"^(module\.)?((rwtransformer|rwtranrsformer)\.)?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is needed to load a model, and nothing loaded yet.
+
+    Attributes:
+        path: The folder or file.
+        family: Its family.
+        fields: Of ``config.json``.
+        config: The model's config, without a choice of types.
+        rules: The table of its tensors.
+        tensors: Its tensors, by the names of the table.
+        names: The tensors that the model is made of; the others repeat these or hold nothing.
+    """
+
+    path: pathlib.Path
+    family: Family
+    fields: Mapping[str, Any]
+    config: TransformerConfig
+    rules: tuple[Rule, ...]
+    tensors: Tensors
+    names: frozenset[str]
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens a model folder (or a GGUF file) and finds out what it holds.
+
+    Raises:
+        FolderError: If it is not a model of one of the families, or is damaged.
+    """
+    place = pathlib.Path(path)
+    fields = read_json(place, "config.json")
+    files = open_tensors(place)
+    family = identify(fields, files.infos)
+    tensors = Renamed(files, lambda name: canonical(family, name))
+    infos = {
+        name: info
+        for name, info in tensors.infos.items()
+        if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
+    }
+    fields = dict(fields) | {"add_pooling_layer": "pooler.dense.weight" in infos}
+    config = family.config(fields, infos)
+    tensors, infos, config = _resolve_repeats(family, tensors, infos, config)
+    rules = family.trunk + family.heads
+    return Source(place, family, fields, config, rules, tensors, frozenset(infos))
+
+
+def canonical(family: Family, name: str) -> str:
+    """A tensor's name in the family's table, from any of those it is known under."""
+    name = re.sub(WRAPPERS, "", name)
+    for pattern, replacement in family.aliases:
+        name = re.sub(pattern, replacement, name)
+    return name.removeprefix(family.prefix)
+
+
+def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
+    """The family of a folder: by its config, or, where an old one tells nothing, by its tensors."""
+    named = fields.get("model_type")
+    architecture = (fields.get("architectures") or [None])[0]
+    if named is not None or architecture is not None:
+        for family in FAMILIES.values():
+            if named == family.model_type:
+                return family
+            if named is None and str(architecture).startswith(family.class_name + "For"):
+                return family
+        raise FolderError(
+            f"config.json names the architecture {architecture or named!r} (model_type {named!r}); "
+            f"effscale has {', '.join(FAMILIES)}"
+        )
+
+    def known(family: Family) -> int:
+        patterns = {re.escape(r.theirs).replace(r"\{\}", r"\d+") for r in family.trunk}
+        whole = re.compile("|".join(patterns))
+        return sum(whole.fullmatch(canonical(family, name)) is not None for name in infos)
+
+    best = max(FAMILIES.values(), key=known)
+    if known(best) * 2 < len(infos):
+        raise FolderError(
+            "config.json has neither model_type nor architectures, and the names of the tensors are of none of "
+            f"the families that effscale has: {', '.join(FAMILIES)}"
+        )
+    return best
+
+
+def _resolve_repeats(
+    family: Family, tensors: Tensors, infos: dict[str, TensorInfo], config: TransformerConfig
+) -> tuple[Tensors, dict[str, TensorInfo], TransformerConfig]:
+    """Drops tensors that repeat another; one that should but does not becomes a weight of its own."""
+    untied = [head for head in config.heads if isinstance(head, LMHead) and not head.tied]
+    for repeat, original in family.tied.items():
+        own = bool(untied) and repeat.endswith(".weight")
+        if repeat not in infos or own:
+            continue
+        if original not in infos:
+            # The file kept the tensor under its second name only.
+            renamed = {repeat: original}
+            tensors = Renamed(tensors, lambda name, r=renamed: r.get(name, name))
+            infos[original] = infos.pop(repeat)
+        elif _digest(tensors, repeat) == _digest(tensors, original):
+            del infos[repeat]
+        elif repeat.endswith(".bias"):
+            raise FolderError(f"{repeat} and {original} are one parameter, but their values differ")
+        else:
+            warnings.warn(
+                f"config.json ties {repeat} to {original}, but their values differ: both are loaded",
+                stacklevel=4,
+            )
+            heads = tuple(
+                dataclasses.replace(head, tied=False) if isinstance(head, LMHead) else head
+                for head in config.heads
+            )
+            config = dataclasses.replace(config, heads=heads)
+    return tensors, infos, config
+
+
+def _digest(tensors: Tensors, name: str) -> tuple[Any, ...]:
+    tensor = tensors.read(name)
+    return tensor.shape, tensor.dtype, hashlib.blake2b(tensor.tobytes()).digest()
