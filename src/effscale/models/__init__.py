@@ -29,6 +29,7 @@ from effscale.models.families import (
     vit,
 )
 from effscale.models.heads import ClassHead, HeadConfig, LMHead
+from effscale.models.image_size import resize_images
 from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.positions import alibi_slopes, rotary_angles, rotate
@@ -99,6 +100,7 @@ __all__ = [
     "positions_of",
     "positions_within",
     "preset",
+    "resize_images",
     "rotary_angles",
     "rotate",
     "run_group",

@@ -1,0 +1,105 @@
+"""A trained model of images for images of another size: its position embeddings, resized as a picture is."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effscale.models.attention import Attention
+from effscale.models.config import LearnedPositions, PatchInputs
+from effscale.models.transformer import Transformer
+from effscale.models.weights import dense
+
+SHARPNESS = -0.75
+"""Slope of the cubic kernel at distance 1, as torch and OpenCV have it; Keys's own is -0.5."""
+
+
+def resize_images(model: Transformer, image_size: int) -> Transformer:
+    """The same model for square images of another size, in patches of the same size.
+
+    Trained position embeddings are values on the grid of patches, and the new grid's are interpolated from them
+    (Dosovitskiy et al., 2020, section 3.2) as ``torch.nn.functional.interpolate`` does with ``mode="bicubic"``; the class
+    token keeps its own. No other parameter depends on the size.
+
+    Args:
+        model: A model of images; it stays as it is.
+        image_size: Height and width of the images to come, in pixels: a multiple of the patch size.
+
+    Returns:
+        The new model, with a config to match; arrays other than the position embeddings are shared with the old one.
+
+    Raises:
+        ValueError: If the model's inputs are not images, or the size is not a multiple of the patch size.
+
+    Example:
+        >>> from effscale.models import vit
+        >>> config = vit(num_layers=1, d_model=8, num_heads=2, image_size=32, patch_size=8)
+        >>> larger = resize_images(Transformer(config, rngs=nnx.Rngs(0)), 48)
+        >>> larger.embed.positions.embedding.shape
+        (37, 8)
+    """
+    config = model.config
+    inputs, positions = config.inputs, config.positions
+    if not isinstance(inputs, PatchInputs):
+        raise ValueError(f"resize_images is for models of images; the inputs here are {inputs}")
+    patch = inputs.patch_size
+    if image_size < 1 or image_size % patch:
+        below = image_size // patch * patch
+        near = [str(size) for size in (below, below + patch) if size > 0]
+        raise ValueError(
+            f"image_size={image_size}: must be a multiple of patch_size={patch}, such as {' or '.join(near)}"
+        )
+    resized = nnx.merge(*nnx.split(model))
+    embed: Any = resized.embed
+    new_inputs = dataclasses.replace(inputs, image_size=image_size)
+    embed.inputs = new_inputs
+    if isinstance(positions, LearnedPositions):
+        positions = dataclasses.replace(positions, num=new_inputs.num_tokens)
+        for _, module in nnx.iter_modules(resized):
+            if isinstance(module, Attention):
+                module.positions = positions
+        old = embed.positions.embedding
+        table = resize_grid(dense(old.get_value()), inputs.image_size // patch, image_size // patch)
+        embed.positions.embedding = old.replace(table)
+    resized.config = dataclasses.replace(config, inputs=new_inputs, positions=positions)
+    return resized
+
+
+def resize_grid(
+    table: Float[Array, "tokens width"], old: int, new: int
+) -> Float[Array, "new_tokens width"]:
+    """A class token's row, then those of a square grid with ``new`` rows and columns in place of ``old``."""
+    grid = rearrange(table[1:].astype(jnp.float32), "(h w) d -> h w d", h=old)
+    weights = jnp.asarray(bicubic_weights(old, new))
+    # In full precision where an accelerator's products are of bfloat16 otherwise.
+    grid = jnp.einsum("yh,xw,hwd->yxd", weights, weights, grid, precision="highest")
+    return jnp.concatenate([table[:1], rearrange(grid, "y x d -> (y x) d").astype(table.dtype)])
+
+
+def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """What each of ``new`` samples takes from each of ``old`` ones, over the same length.
+
+    Samples stand in the middles of equal cells, the border's are repeated outwards, and nothing is smoothed first
+    where there are fewer new ones than old.
+
+    Source: Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981, with ``SHARPNESS`` as ``a``.
+
+    Example:
+        >>> [round(float(w), 3) for w in bicubic_weights(2, 4)[1]]
+        [0.773, 0.227]
+    """
+    a = SHARPNESS
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(at)[:, None] + np.arange(-1, 3)[None]
+    x = np.abs(at[:, None] - taps)
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    kernel = np.where(x <= 1, near, far)
+    weights = np.zeros((new, old))
+    columns = np.clip(taps, 0, old - 1).astype(int)
+    np.add.at(weights, (np.arange(new)[:, None], columns), kernel)
+    return weights.astype(np.float32)
