@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from effscale.interop.tensors import DTYPES, FolderError, TensorInfo, what_it_is
 
-CHECKSUMS = "effscale.crc32"
+CHECKSUMS = "effscale.tensors_crc32"
 """The key in a file's metadata that holds the checksums of its tensors, as JSON."""
 
 CODES = {
@@ -119,8 +119,12 @@ class SafetensorsFile:
         return data.view(info.dtype).reshape(info.shape)
 
     def _parse_checksums(self, metadata: Mapping[str, str]) -> Mapping[str, int]:
-        if CHECKSUMS not in metadata:
+        # Each half of the key gives the other away, should a bit of it have flipped.
+        ours = [key for key in metadata if any(part in key for part in CHECKSUMS.split("."))]
+        if not ours:
             return {}
+        if ours != [CHECKSUMS]:
+            raise self._unsound(f"its metadata has the unknown key {ours[0]!r}")
         try:
             checksums = json.loads(metadata[CHECKSUMS], object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:

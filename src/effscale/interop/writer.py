@@ -199,8 +199,12 @@ def _move_into_place(work: pathlib.Path, folder: pathlib.Path, names: list[str])
     if len(names) > 1 and any((folder / name).exists() for name in names):
         (folder / INDEX).unlink(missing_ok=True)
         _flush(folder)
-    for name in names:
+    *first, last = names
+    for name in first:
         (work / name).replace(folder / name)
+    # A power cut must not keep the index and lose the shards.
+    _flush(folder)
+    (work / last).replace(folder / last)
     _flush(folder)
     for entry in folder.iterdir():
         stale = entry.name in (SINGLE, INDEX) or SHARD.fullmatch(entry.name)
