@@ -1,0 +1,137 @@
+"""The tokenizer that a GGUF file carries: a byte-level BPE."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+
+from effscale.interop.gguf_files import GGUFFile
+from effscale.interop.tensors import FolderError
+
+CONTROL, USER_DEFINED = 3, 4
+"""Types of tokens that are found in a text before it is split; control tokens do not come out as text again."""
+
+# Llama 3's split, as its tokenizer.json states it.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3), behavior="isolated")
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, alphabet])
+
+
+SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": _gpt2,
+    "smollm": _smollm,
+    "llama-bpe": _llama3,
+}
+"""How a text is split before its pieces are merged, by the file's name for it."""
+
+
+def gguf_tokenizer(file: GGUFFile | str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of a GGUF file.
+
+    It splits texts as llama.cpp and the model's own ``tokenizer.json`` do. transformers (5.24) differs in two places: for
+    ``smollm`` it forgets to split digits off first, so that of several spaces before a digit it takes the last apart; and for
+    ``llama-bpe`` it merges words that the vocabulary has whole.
+
+    Args:
+        file: The file, or its path.
+
+    Raises:
+        FolderError: It has no tokenizer, one of another kind (SentencePiece), or one that splits texts in a way not known here.
+    """
+    file = file if isinstance(file, GGUFFile) else GGUFFile(file)
+    path, metadata = str(file.header.path), file.header.metadata
+    ggml = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    tokens, merges = ggml.get("tokens"), ggml.get("merges")
+    if ggml.get("model") != "gpt2" or not isinstance(tokens, list) or not isinstance(merges, list):
+        raise FolderError(
+            f"{path!r} has a tokenizer of the kind {ggml.get('model')!r}, and of GGUF files only byte-level BPE ('gpt2') "
+            "is read; load the tokenizer from the model's Hugging Face folder."
+        )
+    split = ggml.get("pre")
+    if split not in SPLITS:
+        raise FolderError(
+            f"{path!r} splits texts by the rule {split!r}, and known are {', '.join(SPLITS)}; load the tokenizer "
+            "from the model's Hugging Face folder."
+        )
+    tokenizer = tokenizers.Tokenizer(_model(path, tokens, merges, whole_words=split == "llama-bpe"))
+    tokenizer.pre_tokenizer = SPLITS[split]()
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(tokenizer, tokens, ggml.get("token_type", ()))
+    _add_ends(tokenizer, path, tokens, ggml, begins=split == "llama-bpe")
+    return tokenizer
+
+
+def _model(
+    path: str, tokens: list[str], merges: list[str], *, whole_words: bool
+) -> tokenizers.models.BPE:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise FolderError(f"{path!r}: its vocabulary has {len(tokens) - len(vocab)} tokens twice.")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise FolderError(f"{path!r}: the merge {merge!r} is not one of its tokens.")
+        pairs.append((left, right))
+    return tokenizers.models.BPE(vocab, pairs, ignore_merges=whole_words)
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: list[str], types: Any) -> None:
+    for kind, add in (
+        (CONTROL, tokenizer.add_special_tokens),
+        (USER_DEFINED, tokenizer.add_tokens),
+    ):
+        add(
+            [
+                AddedToken(token, normalized=False, special=kind == CONTROL)
+                for token, its_kind in zip(tokens, types, strict=False)
+                if its_kind == kind
+            ]
+        )
+
+
+def _add_ends(
+    tokenizer: tokenizers.Tokenizer,
+    path: str,
+    tokens: list[str],
+    ggml: Mapping[str, Any],
+    *,
+    begins: bool,
+) -> None:
+    """Has texts begin and end with a token where the file says so; without a word, Llama 3's begin with one."""
+    template, special = ["$A"], []
+    for name, default in (("bos", begins), ("eos", False)):
+        if not ggml.get(f"add_{name}_token", default):
+            continue
+        index = ggml.get(f"{name}_token_id", -1)
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise FolderError(f"{path!r}: {name}_token_id={index!r} is not one of its tokens.")
+        special.append((tokens[index], index))
+        template.insert(0 if name == "bos" else 2, tokens[index])
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template,
+            pair=[*template, *(f"{piece.replace('$A', '$B')}:1" for piece in template)],
+            special_tokens=special,
+        )
