@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from effscale.interop.families import FAMILIES, Family
+from effscale.interop.families.llama import GGUF_TABLE, LLAMA
 from effscale.interop.folder import open_tensors, read_json
+from effscale.interop.gguf_files import GGUFFile, gguf_config
 from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, Renamed, TensorInfo, Tensors
 from effscale.models import LMHead, TransformerConfig
@@ -49,6 +51,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         FolderError: If it is not a model of one of the families, or is damaged.
     """
     place = pathlib.Path(path)
+    gguf = gguf_path(place)
+    if gguf is not None:
+        file = GGUFFile(gguf)
+        fields = gguf_config(file)
+        config = LLAMA.config(fields, {})
+        return Source(gguf, LLAMA, fields, config, GGUF_TABLE, file, frozenset(file.infos))
     fields = read_json(place, "config.json")
     files = open_tensors(place)
     family = identify(fields, files.infos)
@@ -63,6 +71,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     tensors, infos, config = _resolve_repeats(family, tensors, infos, config)
     rules = family.trunk + family.heads
     return Source(place, family, fields, config, rules, tensors, frozenset(infos))
+
+
+def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file that a path names, or that is all a folder without ``config.json`` has to load; None without one."""
+    if path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def canonical(family: Family, name: str) -> str:

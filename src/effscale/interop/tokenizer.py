@@ -9,6 +9,8 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from effscale import data
 from effscale.interop.folder import read_json
+from effscale.interop.gguf_tokenizer import gguf_tokenizer
+from effscale.interop.source import gguf_path
 from effscale.interop.tensors import FolderError
 
 
@@ -19,12 +21,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     BPE of GPT-2, OPT and others).
 
     Args:
-        folder: A model folder.
+        folder: A model folder, or a GGUF file.
 
     Raises:
         FolderError: If there is no tokenizer that can be read, or it has tokens for which the model has no embedding.
     """
     place = pathlib.Path(folder)
+    gguf = gguf_path(place)
+    if gguf is not None:
+        return gguf_tokenizer(gguf)
     has = lambda *names: all((place / name).is_file() for name in names)
     if has("tokenizer.json"):
         tokenizer = data.load_tokenizer(place)
