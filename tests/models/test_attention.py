@@ -1,5 +1,7 @@
 """The attention layer against a slow NumPy reference."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +22,9 @@ from effscale.models.attention import Attention, softmax_attention
 D_MODEL, HEAD = 24, 6
 
 
-def slow(q, k, v, *, causal, mask, segments, slopes, positions):
+def slow(q, k, v, *, scale, causal, mask, segments, slopes, positions):
     """Loops over rows, heads and queries; arrays are (batch, seq, heads, head_dim), in float64."""
-    batch, seq, heads, dim = q.shape
+    batch, seq, heads, _ = q.shape
     out = np.zeros_like(q)
     for b, h, i in np.ndindex(batch, heads, seq):
         scores = {}
@@ -30,9 +32,8 @@ def slow(q, k, v, *, causal, mask, segments, slopes, positions):
             if (causal and j > i) or not mask[b, j] or segments[b, i] != segments[b, j]:
                 continue
             group = h // (heads // k.shape[2])
-            scores[j] = q[b, i, h] @ k[b, j, group] / np.sqrt(dim) + slopes[h] * (
-                positions[b, j] - positions[b, i]
-            )
+            scores[j] = q[b, i, h] @ k[b, j, group] * scale
+            scores[j] += slopes[h] * (positions[b, j] - positions[b, i])
         if scores:
             top = max(scores.values())
             weights = {j: np.exp(s - top) for j, s in scores.items()}
@@ -44,12 +45,12 @@ def slow(q, k, v, *, causal, mask, segments, slopes, positions):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["none", "rotary", "alibi"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_layer(causal, kind, kv_heads, getkey):
+@pytest.mark.parametrize(("kv_heads", "scale"), [(4, None), (2, None), (2, 0.7), (1, None)])
+def test_layer(causal, kind, kv_heads, scale, getkey):
     if kind == "alibi" and not causal:
         kind = "none"
     positions_kind = {"none": None, "rotary": Rotary(dim=4, base=100.0), "alibi": Alibi()}[kind]
-    config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads)
+    config = AttentionConfig(num_heads=4, num_kv_heads=kv_heads, scale=scale)
     layer = Attention(
         config, D_MODEL, positions=positions_kind, std=0.5, out_std=0.5, rngs=nnx.Rngs(0)
     )
@@ -81,9 +82,9 @@ def test_layer(causal, kind, kv_heads, getkey):
         ).swapaxes(1, 2)
         q, k = turn(q), turn(k)
     slopes = alibi_slopes(4) if kind == "alibi" else np.zeros(4)
-    mixed = slow(
-        q, k, v, causal=causal, mask=mask, segments=segments, slopes=slopes, positions=positions
-    )
+    scale = 1 / math.sqrt(HEAD) if scale is None else scale
+    masks = {"causal": causal, "mask": mask, "segments": segments}
+    mixed = slow(q, k, v, scale=scale, slopes=slopes, positions=positions, **masks)
     expected = mixed.reshape(batch, seq, -1) @ np.asarray(
         layer.out.kernel[...], np.float64
     ) + np.asarray(layer.out.bias[...])

@@ -211,6 +211,20 @@ class Doubler(nnx.Module):
         }
 
 
+def test_parameters_of_half_precision(family, tiny, tokens):
+    """As they come out of a file: products in the config's type, with the values that the file has."""
+    model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny(family))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), model)
+    config = model.config
+    x = jnp.ones((2, 8, 8, 3)) if family == "vit" else tokens(config, 2, 5)
+    run = jax.jit(lambda model: model(x))
+    for found, expected in zip(
+        jax.tree.leaves(run(model)), jax.tree.leaves(run(wide)), strict=True
+    ):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoublerConfig:
     def build(self, d_model, *, std, out_std, rngs):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.models import empty_cache, unroll
+from effscale.models import YarnScaling, empty_cache, gpt2, llama, unroll
 from effscale.models.cache import grow_cache
 
 SEQ = 11
@@ -61,6 +61,22 @@ def test_an_unrolled_model_is_the_same(name, tiny, tokens):
     assert [group.repeat for group in flat.config.groups] == [1, 1]
     assert model.config.groups[0].repeat == 2  # the given one stays as it was
     assert len(model.groups) == 1
+
+
+def test_unlike_layers_in_pieces(tiny, tokens):
+    model = tiny(gpt2(num_layers=3, d_model=24, num_heads=4, vocab_size=37, max_length=24, scale_by_layer=True))  # fmt: skip
+    ids = tokens(model.config, 2, 8)
+    found, _ = in_pieces(model, ids, None, (5, 1, 2))
+    np.testing.assert_allclose(found, whole(model, ids), atol=1e-5)
+    np.testing.assert_allclose(whole(unroll(model), ids), whole(model, ids), atol=1e-6)
+
+
+def test_scaled_rotary_in_pieces(tiny, tokens):
+    scaling = YarnScaling(factor=4.0, original_max_length=8)
+    model = tiny(llama(num_layers=2, d_model=24, num_heads=4, d_ff=40, vocab_size=37, rotary_scaling=scaling))  # fmt: skip
+    ids = tokens(model.config, 2, 8)
+    found, _ = in_pieces(model, ids, None, (5, 1, 2))
+    np.testing.assert_allclose(found, whole(model, ids), atol=1e-5)
 
 
 def test_one_row_of_explicit_positions_serves_the_batch(tiny, tokens):

@@ -1,6 +1,8 @@
 """Configs refuse what cannot be, and say what could."""
 
 import dataclasses
+import inspect
+from functools import partial
 
 import jax
 import pytest
@@ -21,7 +23,12 @@ from effscale.models import (
     TokenInputs,
     Transformer,
     TransformerConfig,
+    bert,
+    bloom,
     gpt2,
+    gptj,
+    llama,
+    neox,
     opt,
     vit,
 )
@@ -58,6 +65,7 @@ def unchecked(config, **changes):
         (lambda: AttentionConfig(num_heads=8, num_kv_heads=0), r"num_kv_heads=0: must be a divisor"),
         (lambda: AttentionConfig(num_heads=8, head_dim=0), r"head_dim=0: must be at least 1"),
         (lambda: AttentionConfig(num_heads=8, dropout=1.0), r"AttentionConfig\.dropout=1\.0: must be in \[0, 1\)"),
+        (lambda: AttentionConfig(num_heads=8, scale=0.0), r"AttentionConfig\.scale=0\.0: must be above 0, or None"),
         (lambda: MLPConfig(d_ff=0), r"MLPConfig\.d_ff=0: must be at least 1"),
         (lambda: unchecked(MLP, activation="gelu_tan"), r"activation='gelu_tan': did you mean 'gelu_tanh'"),
         (lambda: unchecked(MLP, activation="zzz"), r"activation='zzz': choose one of 'gelu', .*'silu'"),
@@ -73,10 +81,12 @@ def unchecked(config, **changes):
         (lambda: PatchInputs(image_size=0, patch_size=8), r"image_size=0: must be at least 1"),
         (lambda: PatchInputs(image_size=8, patch_size=0), r"patch_size=0: must be a divisor"),
         (lambda: PatchInputs(image_size=8, patch_size=4, channels=0), r"channels=0: must be at least 1"),
+        (lambda: PatchInputs(image_size=8, patch_size=4, dropout=1.0), r"PatchInputs\.dropout=1\.0: must be in"),
         (lambda: replace(MODEL, d_model=0), r"TransformerConfig\.d_model=0: must be at least 1"),
         (lambda: replace(MODEL, groups=()), r"TransformerConfig\.groups=\(\): must be at least one group"),
         (lambda: unchecked(MODEL, dtype="bf16"), r"TransformerConfig\.dtype='bf16': did you mean 'bfloat16'"),
         (lambda: unchecked(MODEL, remat="al"), r"TransformerConfig\.remat='al': choose one of 'none', 'full'"),
+        (lambda: unchecked(MODEL, pooler_activation="tanhh"), r"TransformerConfig\.pooler_activation='tanhh': did you mean 'tanh'"),
         (lambda: replace(MODEL, init_std=0.0), r"TransformerConfig\.init_std=0\.0: must be above 0"),
         (lambda: replace(MODEL, d_model=9), r"num_heads=2 does not divide d_model=9; choose one of \[1, 3, 9\]"),
         (lambda: replace(MODEL, positions=Rotary(dim=6)), r"positions=Rotary\(dim=6.*at most head_dim=4"),
@@ -89,6 +99,10 @@ def unchecked(config, **changes):
             r"positions=LearnedPositions\(num=4.*num=5 for these images",
         ),
         (
+            lambda: replace(MODEL, inputs=PatchInputs(image_size=8, patch_size=4), positions=LearnedPositions(num=5, offset=2)),
+            r"positions=LearnedPositions\(num=5, offset=2\): must be num=5 for these images, without an offset",
+        ),
+        (
             lambda: replace(
                 MODEL, positions=Rotary(), groups=(GROUP, Group(blocks=(replace(BLOCK, attention=AttentionConfig(num_heads=1)),), repeat=1))
             ),
@@ -96,6 +110,7 @@ def unchecked(config, **changes):
         ),
         (lambda: ClassHead(num_classes=0), r"ClassHead\.num_classes=0: must be at least 1"),
         (lambda: unchecked(ClassHead(num_classes=2), pool="frist"), r"ClassHead\.pool='frist': did you mean 'first'"),
+        (lambda: ClassHead(num_classes=2, dropout=1.0), r"ClassHead\.dropout=1\.0: must be in \[0, 1\)"),
         (lambda: opt(num_layers=1, d_model=8, num_heads=2, d_ff=0), r"MLPConfig\.d_ff=0"),
         (lambda: gpt2(num_layers=0, d_model=8, num_heads=2), r"Group\.repeat=0"),
         (lambda: gpt2(num_layers=1, d_model=8, num_heads=3), r"num_heads=3 does not divide d_model=8; choose one of \[1, 2, 4, 8\]"),
@@ -114,6 +129,47 @@ def test_derived_values():
     assert (images.inputs.num_tokens, images.max_length, images.hidden_width) == (10, 10, 8)
     wide = AttentionConfig(num_heads=3, head_dim=5)
     assert wide.width(8) == 5
+
+
+def test_layers_of_their_own_scales():
+    size = {"num_layers": 3, "d_model": 8, "num_heads": 2}
+    scales = lambda **flags: [b.attention.scale for b in gpt2(**size, **flags).blocks]
+    assert scales() == [None]
+    assert scales(scale_attention=False) == [1.0]
+    assert scales(scale_by_layer=True) == [0.5, 0.25, 0.5 / 3]
+    assert scales(scale_attention=False, scale_by_layer=True) == [1.0, 0.5, 1 / 3]
+    config = gpt2(**size, scale_by_layer=True)
+    assert config.num_layers == 3
+    assert all(group.repeat == 1 for group in config.groups)
+
+
+SMALL = {"num_layers": 1, "d_model": 8, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [gpt2, opt, bloom, partial(gptj, rotary_dim=4), partial(neox, rotary_fraction=1.0), partial(llama, d_ff=8), bert, partial(vit, image_size=4, patch_size=2)],
+    ids=["gpt2", "opt", "bloom", "gptj", "neox", "llama", "bert", "vit"],
+)  # fmt: skip
+def test_dropouts_apart(make):
+    def rates(**given):
+        config = make(**SMALL, **given)
+        block = config.blocks[0]
+        return config.inputs.dropout, block.attention.dropout, block.dropout
+
+    inputs = 0.0 if make in (opt, bloom) else 0.2  # these two drop no embeddings
+    assert rates(dropout=0.2) == (inputs, 0.2, 0.2)
+    assert rates(dropout=0.2, attention_dropout=0.0) == (inputs, 0.0, 0.2)
+    assert rates(attention_dropout=0.3) == (0.0, 0.3, 0.0)
+    if "embed_dropout" in inspect.signature(make).parameters:
+        assert rates(dropout=0.2, embed_dropout=0.0) == (0.0, 0.2, 0.2)
+        assert rates(embed_dropout=0.1, attention_dropout=0.3) == (0.1, 0.3, 0.0)
+
+
+def test_an_opt_without_a_final_norm():
+    assert opt(**SMALL).final_norm is not None
+    assert opt(**SMALL, final_norm=False).final_norm is None
+    assert opt(**SMALL, post_norm=True).final_norm is None
 
 
 def test_configs_are_hashable_values():

@@ -10,10 +10,12 @@ import pytest
 from effscale.models import (
     AttentionConfig,
     BlockConfig,
+    ClassHead,
     Group,
     MLPConfig,
     TokenInputs,
     TransformerConfig,
+    bert,
     gpt2,
     vit,
 )
@@ -64,6 +66,57 @@ def test_families_take_a_rate(tiny, tokens):
         vit(num_layers=2, d_model=24, num_heads=4, image_size=8, patch_size=4, dropout=RATE)
     )
     assert float(jnp.abs(run(model, images) - run(model, images, jax.random.key(0))).max()) > 0.01
+
+
+def classify(pool):
+    size = {"num_layers": 1, "d_model": 24, "num_heads": 4, "vocab_size": 37, "max_length": 24}
+    head = lambda name, rate: ClassHead(num_classes=5, name=name, pool=pool, dropout=rate)
+    heads = (head("still", 0.0), head("one", RATE), head("two", RATE))
+    return bert(**size, heads=heads)
+
+
+call = jax.jit(lambda model, ids, key=None: model(ids, key=key))
+
+
+@pytest.mark.parametrize("pool", ["pooled", "mean", "none"])
+def test_a_classifiers_dropout(pool, tiny, tokens):
+    """It falls on the vector that the classifier reads, by a key of each head's own."""
+    model = tiny(classify(pool))
+    for name in ("still", "one", "two"):  # a sum of the features, so that heads may be compared
+        model.heads[name].dense.kernel[...] = jnp.ones((24, 5))
+        model.heads[name].dense.bias[...] = jnp.zeros(5)
+    ids = tokens(model.config)
+    without, out = call(model, ids), call(model, ids, jax.random.key(0))
+    for name in ("still", "one", "two"):
+        np.testing.assert_array_equal(without[name], without["still"])
+    np.testing.assert_allclose(out["still"], without["still"], atol=1e-5)
+    for a, b in (("still", "one"), ("still", "two"), ("one", "two")):
+        assert (jnp.abs(out[a] - out[b]) > 1e-3).all()
+    np.testing.assert_array_equal(call(model, ids, jax.random.key(0))["one"], out["one"])
+    assert (jnp.abs(call(model, ids, jax.random.key(1))["one"] - out["one"]) > 1e-3).all()
+    # The features that are kept: some subset of the vector's, scaled up.
+    vectors = {"pooled": out["pooled"], "mean": out["hidden"].mean(1), "none": out["hidden"]}[pool]
+    model.heads["one"].dense.kernel[...] = jnp.eye(24)[:, :5]
+    kept = call(model, ids, jax.random.key(0))["one"] * (1 - RATE) / vectors[..., :5]
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+    assert set(np.unique(np.round(kept))) == {0.0, 1.0}
+
+
+def test_a_classifiers_key_is_none_of_the_layers(tiny, tokens):
+    """What is dropped before the classifier is unlike what is dropped anywhere else, the embedding included."""
+    model = tiny(classify("none"))
+    ids = tokens(model.config, 4, 12)
+    key = jax.random.key(0)
+    model.heads["one"].dense.kernel[...] = jnp.eye(24)[:, :5]
+    model.heads["one"].dense.bias[...] = jnp.zeros(5)
+    hidden = model.encode(ids).hidden
+    kept = np.asarray(model.outputs(hidden, key=key)["one"] != 0)
+    np.testing.assert_array_equal(kept, model.outputs(hidden, None, key)["one"] != 0)
+    places = [jax.random.fold_in(key, i) for i in range(2)] + list(jax.random.split(key, 2))
+    for place in places:
+        other = np.asarray(jax.random.bernoulli(place, 1 - RATE, (4, 12, 24)))[..., :5]
+        assert (kept != other).any()
+    assert 0.6 < kept.mean() < 0.8
 
 
 @pytest.mark.parametrize("pair", [False, True])

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import ClassHead, LMHead, Transformer, bert, gpt2, vit
+from effscale.models import (
+    ClassHead,
+    LMHead,
+    PatchInputs,
+    Transformer,
+    bert,
+    bert_pretraining_heads,
+    gpt2,
+    vit,
+)
 
 MASK = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
@@ -66,9 +75,33 @@ def test_pooling(pool, masked, tiny, tokens):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt-350m", "gptj", "llama", "bert"])
+def test_a_classifier_on_every_family(family, tiny, tokens):
+    """At the width that comes out, pooled in every way that the model has."""
+    pools = ["first", "last", "mean", "none", *(["pooled"] if tiny(family).config.pooler else [])]
+    heads = tuple(ClassHead(num_classes=4, name=f"by_{pool}", pool=pool) for pool in pools)
+    model = tiny(family, heads=heads)
+    images = isinstance(model.config.inputs, PatchInputs)
+    x = jnp.ones((3, 8, 8, 3)) if images else tokens(model.config)
+    out = jax.eval_shape(lambda m: m(x), model)
+    seq = out["hidden"].shape[1]
+    for head in heads:
+        assert out[head.name].shape == ((3, seq, 4) if head.pool == "none" else (3, 4))
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_the_poolers_activation(activation, tiny, tokens):
+    plain = tiny("bert", pooler_activation="linear")
+    model = tiny("bert", pooler_activation=activation)
+    ids = tokens(model.config)
+    pooled = jax.jit(lambda m: m(ids)["pooled"])
+    np.testing.assert_allclose(pooled(model), getattr(jax.nn, activation)(pooled(plain)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt-350m", "gptj", "llama", "bert", "bert-untied"])
 def test_linear_takes_the_last_map_apart(name, tiny, tokens):
-    model = tiny(name)
+    untied = {"heads": bert_pretraining_heads(tied=False)} if name == "bert-untied" else {}
+    name = name.removesuffix("-untied")
+    model = tiny(name, **untied)
     ids = tokens(model.config)
 
     @jax.jit

@@ -10,8 +10,12 @@ import pytest
 from flax import nnx
 
 from effscale.models import (
+    ACTIVATIONS,
     ClassHead,
+    LinearScaling,
+    Llama3Scaling,
     Transformer,
+    YarnScaling,
     bert,
     bert_pretraining_heads,
     bloom,
@@ -138,11 +142,15 @@ def ours(
         *module, kind = map(str, path)
         old = variable.get_value()
         if module[0] == "groups":
-            value = np.stack([find(".".join(module[4:]), kind, i) for i in range(old.shape[0])])
+            first = sum(group.repeat for group in model.config.groups[: int(module[1])])
+            layers = range(first, first + old.shape[0])
+            value = np.stack([find(".".join(module[4:]), kind, i) for i in layers])
         else:
             value = find(".".join(module), kind, None)
         leaves.append((path, variable.replace(jnp.asarray(value.reshape(old.shape)))))
-    tied = {name for name in named if re.search(r"lm_head\.weight|predictions\.decoder", name)}
+    tied = {
+        name for name in named if re.search(r"lm_head\.weight|predictions\.(decoder|bias)", name)
+    }
     assert set(named) - used <= tied, set(named) - used
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
@@ -151,11 +159,12 @@ TEXT = {"vocab_size": 53, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 
 SIZE = {"num_layers": 3, "d_model": 24, "num_heads": 4, "vocab_size": 53}
 
 
-def gpt2_case(**theirs):
+def gpt2_case(*, scaled=True, by_layer=False):
     names = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16}
+    flags = {"scale_attn_weights": scaled, "scale_attn_by_inverse_layer_idx": by_layer}
     return (
-        hf.GPT2LMHeadModel(hf.GPT2Config(**TEXT, **names, **theirs)),
-        gpt2(**SIZE, max_length=16),
+        hf.GPT2LMHeadModel(hf.GPT2Config(**TEXT, **names, **flags)),
+        gpt2(**SIZE, max_length=16, scale_attention=scaled, scale_by_layer=by_layer),
         GPT,
     )
 
@@ -192,17 +201,27 @@ def gptj_case():
     )
 
 
-def neox_case(fraction, *, parallel=True, bias=True, act="gelu"):
+def rope(scaling):
+    """The same scaling in their names."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    names = {"original_max_length": "original_max_position_embeddings"}
+    kind = type(scaling).__name__.removesuffix("Scaling").lower()
+    return {"rope_type": kind} | {names.get(k, k): v for k, v in vars(scaling).items()}
+
+
+def neox_case(fraction, *, parallel=True, bias=True, act="gelu", scaling=None):
     config = hf.GPTNeoXConfig(
         **TEXT, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40, hidden_act=act,
         use_parallel_residual=parallel, attention_bias=bias, max_position_embeddings=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": fraction},
+        rope_parameters=rope(scaling) | {"rope_theta": 500.0, "partial_rotary_factor": fraction},
     )  # fmt: skip
     mine = neox(
         **SIZE | {"num_heads": 3},
         d_ff=40,
         rotary_fraction=fraction,
         rotary_base=500.0,
+        rotary_scaling=scaling,
         parallel=parallel,
         bias=bias,
         activation=act,
@@ -210,11 +229,11 @@ def neox_case(fraction, *, parallel=True, bias=True, act="gelu"):
     return hf.GPTNeoXForCausalLM(config), mine, NEOX
 
 
-def llama_case(kv_heads, *, tied=False, bias=False, head_dim=None):
+def llama_case(kv_heads, *, tied=False, bias=False, head_dim=None, act="silu", scaling=None):
     config = hf.LlamaConfig(
         **TEXT, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads, intermediate_size=40,
         rms_norm_eps=1e-5, attention_bias=bias, mlp_bias=bias, tie_word_embeddings=tied, head_dim=head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        hidden_act=act, rope_parameters=rope(scaling) | {"rope_theta": 1000.0},
     )  # fmt: skip
     mine = llama(
         **SIZE,
@@ -222,6 +241,8 @@ def llama_case(kv_heads, *, tied=False, bias=False, head_dim=None):
         d_ff=40,
         head_dim=head_dim,
         rotary_base=1000.0,
+        rotary_scaling=scaling,
+        activation=act,
         bias=bias,
         mlp_bias=bias,
         tied=tied,
@@ -231,7 +252,13 @@ def llama_case(kv_heads, *, tied=False, bias=False, head_dim=None):
 
 CASES = {
     "gpt2": gpt2_case,
+    "gpt2-unscaled": lambda: gpt2_case(scaled=False),
+    "gpt2-scaled-by-layer": lambda: gpt2_case(by_layer=True),
+    "gpt2-scaled-by-layer-only": lambda: gpt2_case(scaled=False, by_layer=True),
     "opt": opt_case,
+    "opt-without-final-norm": lambda: opt_case(
+        {"_remove_final_layer_norm": True, "activation_function": "tanh"}, final_norm=False, activation="tanh",
+    ),
     "opt-350m": lambda: opt_case({"word_embed_proj_dim": 16, "do_layer_norm_before": False}, d_embed=16, post_norm=True),
     "opt-without-biases": lambda: opt_case(
         {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
@@ -243,7 +270,15 @@ CASES = {
     "gptj": gptj_case,
     "neox": lambda: neox_case(0.25),
     "neox-sequential": lambda: neox_case(0.5, parallel=False, bias=False, act="gelu_fast"),
+    "neox-yarn": lambda: neox_case(0.5, act="leaky_relu", scaling=YarnScaling(factor=4.0, original_max_length=8)),
     "llama": lambda: llama_case(2),
+    "llama-linear-relu2": lambda: llama_case(2, act="relu2", scaling=LinearScaling(factor=3.0)),
+    "llama-llama3": lambda: llama_case(
+        2, scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=16)
+    ),
+    "llama-yarn-mish": lambda: llama_case(
+        2, act="mish", scaling=YarnScaling(factor=8.0, original_max_length=64, beta_fast=8.0, mscale=0.7, mscale_all_dim=1.4)
+    ),
     "llama-tied-biases-wide-heads": lambda: llama_case(1, tied=True, bias=True, head_dim=8),
 }  # fmt: skip
 
@@ -292,6 +327,17 @@ def check(mine, theirs):
     difference = np.abs(mine - theirs).max()
     assert difference < 1e-4
     assert difference < 1e-5 * max(1.0, np.abs(theirs).max()), (difference, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_and_its_slope(name):
+    names = {"gelu_tanh": "gelu_new", "gelu_bloom": "gelu_new"}
+    x = torch.linspace(-8, 8, 240, requires_grad=True)  # without the kinks at 0 and 6
+    y = hf.activations.ACT2FN[names.get(name, name)](x)
+    y.sum().backward()
+    slope = jax.vmap(jax.value_and_grad(ACTIVATIONS[name]))
+    for found, expected in zip(slope(jnp.asarray(x.detach().numpy())), (y, x.grad), strict=True):
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=5e-6)
 
 
 forward = jax.jit(lambda model, ids, mask: model(ids, attention_mask=mask))
@@ -358,13 +404,18 @@ def bert_config(**changes):
 BERT_OURS = SIZE | {"d_ff": 40, "max_length": 16}
 
 
+# An untied head adds its decoder's bias; the other one of that model is not used.
+UNTIED = {"heads.mlm.project": "predictions.decoder", "heads.mlm": "predictions.decoder"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_bert_pretraining_and_hidden(side):
+def test_bert_pretraining_and_hidden(side, tied):
     theirs, model, _ = pair(
         (
-            hf.BertForPreTraining(bert_config()),
-            bert(**BERT_OURS, heads=bert_pretraining_heads()),
-            BERT,
+            hf.BertForPreTraining(bert_config(tie_word_embeddings=tied)),
+            bert(**BERT_OURS, heads=bert_pretraining_heads(tied=tied)),
+            BERT if tied else BERT | UNTIED,
         )
     )
     ids, mask = batch(side)
@@ -427,14 +478,15 @@ def test_vit(qkv_bias):
         check(out["hidden"], theirs.vit(pixels).last_hidden_state)
 
 
-def test_vit_pooler():
+@pytest.mark.parametrize("act", ["tanh", "sigmoid"])
+def test_vit_pooler(act):
     size = {
         "hidden_size": 24,
         "num_hidden_layers": 1,
         "num_attention_heads": 3,
         "intermediate_size": 96,
     }
-    theirs = hf.ViTModel(hf.ViTConfig(**size, image_size=8, patch_size=4))
+    theirs = hf.ViTModel(hf.ViTConfig(**size, image_size=8, patch_size=4, pooler_act=act))
     mine = vit(
         num_layers=1,
         d_model=24,
@@ -443,6 +495,7 @@ def test_vit_pooler():
         patch_size=4,
         num_classes=None,
         pooler=True,
+        pooler_activation=act,
     )
     theirs, model, _ = pair((theirs, mine, VIT))
     images = np.random.default_rng(2).normal(size=(2, 8, 8, 3)).astype(np.float32)

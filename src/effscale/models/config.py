@@ -256,6 +256,7 @@ class PatchInputs:
             f"a divisor of image_size={self.image_size}",
         )
         check(self, self.channels >= 1, "channels", "at least 1")
+        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property
     def num_tokens(self) -> int:
