@@ -293,7 +293,8 @@ class TransformerConfig:
     pooler_activation: Activation = "tanh"
     """The pooler's activation."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of activations and products. Parameters, softmax, norms and loss stay in float32."""
+    """Type of activations and products. Parameters keep their own (float32 as made); softmax, norms and loss are in
+    float32."""
     remat: Remat = "none"
     """What the backward pass computes anew to save memory: nothing, everything in a layer, all but matrix products,
     or all but the products without a batch dimension."""
