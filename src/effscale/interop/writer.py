@@ -1,5 +1,6 @@
 """Tensors into a folder of safetensors files, under the names that transformers gives them."""
 
+import decimal
 import json
 import os
 import pathlib
@@ -34,11 +35,12 @@ def write_tensors(
 ) -> list[pathlib.Path]:
     """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger.
 
-    The tensors are taken one by one, at most one shard is in memory, and they may be read from the
-    very files that they replace. Everything is written and flushed in a subfolder first and moved
+    The tensors are taken one by one; at most a shard and the next tensor are in memory. They may be
+    read from the very files that they replace. Everything is written and flushed in a subfolder first and moved
     into place when it is complete, so that a failure leaves an earlier save as it was. Should the
     process be killed while files are moved, then the folder holds the earlier save, the new one, or
-    shards without an index, which nobody reads; never a mixture.
+    shards without an index, which nobody reads; never a mixture. One process at a time may write into
+    a folder.
 
     Files of an earlier save that the new one does not replace are removed at the end: other shards,
     the index, a single ``model.safetensors`` beside shards. Other weights are never removed:
@@ -79,6 +81,7 @@ def write_tensors(
         for shard in _fill(tensors, limit):
             _write_file(inside / f"{len(shards)}", shard)
             shards.append({name: array.nbytes for name, array in shard.items()})
+            del shard  # before the next one is gathered
         if not shards:
             raise FolderError(f"no tensors to write into {str(folder)!r}.")
         names = _file_names(len(shards))
@@ -103,7 +106,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip().lower())
     unit = UNITS.get(match[2]) if match else None
-    count = int(float(match[1]) * unit) if match and unit else 0
+    count = int(decimal.Decimal(match[1]) * unit) if match and unit else 0
     if count < 1:
         raise ValueError(
             f"max_shard_size={size!r}: it must be at least one byte, as a number or with a unit "
@@ -196,7 +199,7 @@ def _move_into_place(work: pathlib.Path, folder: pathlib.Path, names: list[str])
     # only. So one step switches from the old save to the new: the arrival of model.safetensors, or
     # that of the index, or the removal of an old model.safetensors beside it. Only where shards
     # of both have the same names must the old index go before.
-    if len(names) > 1 and any((folder / name).exists() for name in names):
+    if len(names) > 1 and any((folder / name).exists() for name in names[:-1]):
         (folder / INDEX).unlink(missing_ok=True)
         _flush(folder)
     *first, last = names
