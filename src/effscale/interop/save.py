@@ -14,8 +14,11 @@ import tokenizers
 from effscale.data import save_tokenizer, separator_id
 from effscale.interop.describe import describe
 from effscale.interop.folder import read_json
+from effscale.interop.gguf_files import gguf_config
+from effscale.interop.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.load import float_type
 from effscale.interop.plan import parameters, plan
+from effscale.interop.source import gguf_path
 from effscale.interop.table import sizes
 from effscale.interop.writer import write_tensors
 from effscale.models import Transformer, dense
@@ -53,7 +56,7 @@ def save_pretrained(
         folder: Where to; made if it is not there.
         dtype: Type of the numbers: float32, bfloat16 or float16. None: as the model holds them, tensor by tensor.
         max_shard_size: Bytes in a file at most, such as ``"5GB"``; a larger model gets several files and an index.
-        like: The folder of the model that this one came from. Its tokenizer, generation and preprocessor files go along,
+        like: The folder (or GGUF file) of the model that this one came from. Its tokenizer, generation and preprocessor files go along,
             and so do those fields of its ``config.json`` that do not tell the model's shape (special tokens, names
             of labels where there are as many).
         tokenizer: A tokenizer to write; instead of that of ``like``.
@@ -64,7 +67,11 @@ def save_pretrained(
     """
     _, fields = describe(model.config)
     chosen = None if dtype is None else float_type(dtype)
-    inherited = {} if like is None else read_json(like, "config.json")
+    gguf = None if like is None else gguf_path(pathlib.Path(like))
+    if gguf is not None:
+        inherited, tokenizer = gguf_config(gguf), tokenizer or gguf_tokenizer(gguf)
+    else:
+        inherited = {} if like is None else read_json(like, "config.json")
     place = pathlib.Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     leaves = parameters(model)
@@ -72,16 +79,17 @@ def save_pretrained(
     fields["dtype"] = np.dtype(largest).name
     write_tensors(place, their_tensors(model, chosen), max_shard_size=max_shard_size)
     special: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if tokenizer is not None:
-        special["eos_token_id"] = separator_id(tokenizer)
-    write_json(place / "config.json", special | merge(inherited, fields))
-    if like is not None and pathlib.Path(like).resolve() != place.resolve():
+    merged = special | merge(inherited, fields)
+    if tokenizer is not None and merged["eos_token_id"] is None:
+        merged["eos_token_id"] = separator_id(tokenizer)
+    write_json(place / "config.json", merged)
+    if like is not None and gguf is None and pathlib.Path(like).resolve() != place.resolve():
         for name in COMPANIONS:
             if (pathlib.Path(like) / name).is_file():
                 shutil.copyfile(pathlib.Path(like) / name, place / name)
     if tokenizer is not None:
         save_tokenizer(tokenizer, place)
-        end = tokenizer.id_to_token(special["eos_token_id"])
+        end = tokenizer.id_to_token(merged["eos_token_id"])
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         write_json(place / "tokenizer_config.json", settings)
 

@@ -1,0 +1,147 @@
+"""A folder's model here and in transformers, layer by layer on the same input."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effscale.interop.describe import describe
+from effscale.interop.load import load_pretrained
+from effscale.interop.source import open_source
+from effscale.interop.tensors import FolderError
+from effscale.interop.tokenizer import load_tokenizer
+from effscale.models import PatchInputs, Transformer, unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far two results lie apart.
+
+    Attributes:
+        name: Which result: the embeddings, a layer, or an output.
+        largest: The largest absolute difference.
+        scale: The largest absolute value in PyTorch's result.
+    """
+
+    name: str
+    largest: float
+    scale: float
+
+
+def compare(
+    folder: str | os.PathLike[str], text: str = "The capital of France is"
+) -> list[Difference]:
+    """Runs the model of a folder here and in transformers, in float32 on the CPU.
+
+    Args:
+        folder: A folder that transformers can load, too.
+        text: The input, where there is a tokenizer; else token ids are drawn, and so are images.
+
+    Returns:
+        The differences, from the embeddings to the outputs.
+
+    Raises:
+        FolderError: If the folder cannot be loaded, here or there.
+        ImportError: If torch or transformers is not installed.
+    """
+    model = load_pretrained(folder, dtype="float32")
+    inputs = example(folder, model, text)
+    streams, outputs = jax.jit(layer_outputs)(unroll(model), jnp.asarray(inputs))
+    theirs, their_outputs = torch_outputs(folder, model, inputs)
+    names = ["embeddings", *(f"layer {i}" for i in range(1, len(streams)))]
+    pairs = list(zip(names, streams, theirs, strict=True))
+    pairs += [(name, outputs[name], value) for name, value in their_outputs.items()]
+    return [difference(name, np.asarray(ours), value) for name, ours, value in pairs]
+
+
+def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """The largest difference of two arrays."""
+    return Difference(name, float(np.abs(ours - theirs).max()), float(np.abs(theirs).max()))
+
+
+def example(folder: str | os.PathLike[str], model: Transformer, text: str) -> np.ndarray:
+    """One row of token ids of the text, or one image."""
+    generator, inputs = np.random.default_rng(0), model.config.inputs
+    if isinstance(inputs, PatchInputs):
+        shape = (1, inputs.image_size, inputs.image_size, inputs.channels)
+        return generator.normal(size=shape).astype(np.float32)
+    limit = model.config.max_length or 512
+    try:
+        ids = np.asarray(load_tokenizer(folder).encode(text).ids, np.int32)
+    except FolderError:
+        ids = generator.integers(0, inputs.vocab_size, min(limit, 32)).astype(np.int32)
+    return ids[None, :limit]
+
+
+def layer_outputs(model: Transformer, inputs: jax.Array) -> tuple[list[jax.Array], dict[str, Any]]:
+    """The residual stream before and after each layer of an unrolled model, and its outputs."""
+    streams: list[jax.Array] = []
+
+    def run_group(index, group, x, context, cache, key):
+        del index
+        if not streams:
+            streams.append(x)
+        x, cache, reports = group(x, context, cache, key)
+        streams.append(x)
+        return x, cache, reports
+
+    encoded = model.encode(inputs, run_group=run_group)
+    outputs = model.outputs(encoded.hidden)
+    return streams, outputs if isinstance(outputs, dict) else {"lm": outputs}
+
+
+def torch_outputs(
+    folder: str | os.PathLike[str], model: Transformer, inputs: np.ndarray
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """The same from transformers, with its outputs under our names."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"comparing needs torch and transformers ({error}): pip install 'effscale[torch]'"
+        ) from error
+    family, described = describe(model.config)
+    fields = dict(open_source(folder).fields)
+    fields.pop("model_type", None)
+    config = transformers.AutoConfig.for_model(family.model_type, **fields)
+    kind = getattr(transformers, (fields.get("architectures") or described["architectures"])[0])
+    if not pathlib.Path(folder).is_dir():
+        raise FolderError(
+            f"{str(folder)!r} is no folder, which transformers needs; convert it first"
+        )
+    theirs = kind.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    layers = next(
+        module
+        for module in theirs.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_layers
+    )
+    first = lambda value: (value[0] if isinstance(value, tuple) else value).detach().numpy()
+    streams: list[np.ndarray] = []
+    layers[0].register_forward_pre_hook(lambda module, args: streams.append(first(args)))
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: streams.append(first(out)))
+    image = inputs.ndim == 4
+    x = torch.tensor(inputs.transpose(0, 3, 1, 2) if image else inputs.astype(np.int64))
+    with torch.inference_mode():
+        result = theirs.eval()(x)
+    return streams, their_names(result, [head.name for head in model.config.heads])
+
+
+def their_names(result: Any, heads: list[str]) -> dict[str, np.ndarray]:
+    """Their outputs under our names."""
+    import torch
+
+    if "start_logits" in result:
+        return {"span": torch.stack([result.start_logits, result.end_logits], -1).numpy()}
+    names = {"last_hidden_state": "hidden", "pooler_output": "pooled"}
+    names |= {"prediction_logits": "mlm", "seq_relationship_logits": "nsp"}
+    if heads:
+        names["logits"] = heads[0]
+    return {
+        ours: result[name].numpy() for name, ours in names.items() if result.get(name) is not None
+    }

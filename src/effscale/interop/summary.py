@@ -1,0 +1,71 @@
+"""What a model folder holds, told without reading its tensors."""
+
+import collections
+import os
+from typing import Any
+
+import numpy as np
+
+from effscale.interop.plan import parameters, plan
+from effscale.interop.source import Source, open_source
+from effscale.models import PatchInputs, abstract, num_params
+
+
+def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """The family, sizes, number of parameters and types of the model in a folder.
+
+    Args:
+        folder: A model folder or GGUF file.
+
+    Raises:
+        FolderError: If it is not one.
+    """
+    source = open_source(folder)
+    config, block = source.config, source.config.blocks[0]
+    rows = {
+        "family": source.family.model_type,
+        "architecture": ", ".join(source.fields.get("architectures") or ["not named"]),
+        "parameters": f"{num_params(config):,}",
+        "stored as": _types(source),
+        "layers": str(config.num_layers),
+        "width": str(config.d_model),
+        "heads": f"{block.attention.num_heads} of {block.attention.width(config.d_model)}",
+        "feed-forward": str(getattr(block.feed_forward, "d_ff", "")),
+        "positions": _positions(config),
+        "outputs": ", ".join(head.name for head in config.heads) or "hidden states",
+    }
+    if block.attention.kv_heads != block.attention.num_heads:
+        rows["heads"] += f", key and value: {block.attention.kv_heads}"
+    if isinstance(config.inputs, PatchInputs):
+        inputs = config.inputs
+        rows["images"] = f"{inputs.image_size} pixels, patches of {inputs.patch_size}"
+    else:
+        rows["vocabulary"] = f"{config.inputs.vocab_size:,}"
+    return rows
+
+
+def mapping(folder: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
+    """Each tensor's name there, its shape and type, our parameter, and the layout's einops pattern."""
+    source = open_source(folder)
+    slots = plan(source.rules, source.config, parameters(abstract(source.config)))
+    rows = []
+    for slot in slots:
+        info = source.tensors.infos.get(slot.name)
+        known = "missing" if info is None else f"{list(info.shape)} {info.dtype.name}"
+        where = "" if slot.index is None else f"[{slot.index}]"
+        ours = ", ".join(leaf + where for leaf in slot.leaves)
+        rows.append((slot.name, known, ours, slot.rule.layout or "as it is"))
+    return rows
+
+
+def _types(source: Source) -> str:
+    counts: collections.Counter[str] = collections.Counter()
+    for name in source.names:
+        info = source.tensors.infos[name]
+        counts[info.dtype.name] += int(np.prod(info.shape, dtype=np.int64))
+    return ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+
+
+def _positions(config: Any) -> str:
+    kind = type(config.positions).__name__
+    return kind if config.max_length is None else f"{kind}, {config.max_length}"
