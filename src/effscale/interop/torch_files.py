@@ -29,6 +29,9 @@ class TorchFile:
     plain containers is refused before anything in it is called. Tensors come from a memory map; only
     the format from before PyTorch 1.6 cannot be mapped and is held in memory as a whole.
 
+    Torch does not look at the checksums in such an archive, so a flipped bit in the data goes
+    unnoticed; in safetensors files of ours it would not.
+
     A checkpoint that holds the model beside other things, under one of the names in `NESTED`, is
     taken for the model. Within the model's state dict everything must be a tensor: what is not
     (a step counter, a packed weight of some other library) shows that the file is more than a
