@@ -1,0 +1,250 @@
+"""Trained models of texts and of images are fine-tuned here and in PyTorch, by one recipe.
+
+MiniLM, a BERT of 6 layers, learns the sentiment of 600 drug reviews; a ViT-S/14 learns scikit-learn's digits and some of
+Fashion-MNIST. Each gets a new head. With ``--torch`` a twin in transformers starts from the same files, with the same head,
+batches and learning rates; both are run over several seeds, and their accuracies are compared.
+
+    python -m effscale.experiments.finetune --torch
+    python -m effscale.experiments.finetune --tasks reviews --seeds 5 --reviews.epochs 6
+    python -m effscale.experiments.finetune --out runs/mine --resume
+
+Models and reviews are installed by ``make assets``; Fashion-MNIST by Debian's package dataset-fashion-mnist.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any, Literal
+
+from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.console import status
+from effscale.experiments.host import peak_memory
+from effscale.models.validation import check
+from effscale.training import AdamWConfig
+
+Task = Literal["reviews", "digits", "fashion"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a task is learned."""
+
+    epochs: int = 3
+    """Passes over the training examples."""
+    batch_size: int = 16
+    """Examples in a batch."""
+    learning_rate: float = 1e-4
+    """Peak of the schedule: a linear warmup, then linearly to 0."""
+    train: int | None = None
+    """Training examples; None takes all."""
+    test: int | None = None
+    """Test examples; None takes all."""
+
+    def __post_init__(self):
+        check(self, self.epochs >= 1, "epochs", "at least 1")
+        check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        least = self.batch_size
+        check(
+            self, self.train is None or self.train >= least, "train", f"a batch of {least} or more"
+        )
+        check(self, self.test is None or self.test >= 1, "test", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    tasks: tuple[Task, ...] = ("reviews", "digits", "fashion")
+    """What is learned, one after another."""
+    seeds: int = 3
+    """Runs of each task; seeds 0, 1, ... decide the head's initial weights, the order of batches and dropout."""
+    torch: bool = False
+    """Run the twin in PyTorch as well, and compare."""
+    reviews: Recipe = Recipe()
+    """Drug reviews with MiniLM; there are 600 and 379."""
+    digits: Recipe = Recipe(learning_rate=3e-5, test=500)
+    """Digits with the ViT; there are 1,797 in all, the test examples included."""
+    fashion: Recipe = Recipe(epochs=2, learning_rate=3e-5, train=2000, test=1000)
+    """Fashion-MNIST with the ViT; there are 60,000 and 10,000."""
+    max_length: int = 128
+    """Tokens of a review, the rest is cut off."""
+    image_size: int = 56
+    """Height and width to which images are resized, a multiple of the ViT's patch."""
+    dropout: bool = False
+    """Use the dropouts of the model's config; the twin's are drawn by another generator, and curves differ more."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    text_model: pathlib.Path | None = None
+    """Folder of a BERT to use instead of MiniLM."""
+    image_model: pathlib.Path | None = None
+    """Folder of a ViT to use instead; its images should be normalized by ImageNet's mean and deviation."""
+    fashion_mnist: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
+    """Folder of Fashion-MNIST's four files."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/finetune/<time>."""
+    resume: bool = False
+    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+
+    def __post_init__(self):
+        check(self, len(self.tasks) >= 1, "tasks", "at least one task")
+        check(self, len(set(self.tasks)) == len(self.tasks), "tasks", "different tasks")
+        check(self, self.seeds >= 1, "seeds", "at least 1")
+        check(self, self.max_length >= 4, "max_length", "at least 4")
+        check(self, self.image_size >= 1, "image_size", "at least 1")
+        check(self, 0 <= self.warmup < 1, "warmup", "from 0 to below 1")
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+        resumable = not (self.resume and self.out is None)
+        check(self, resumable, "resume", "given with --out, the folder to go on with")
+
+    def recipe(self, task: Task) -> Recipe:
+        """The recipe of a task."""
+        return getattr(self, task)
+
+
+PRESETS = {
+    "smoke": Config(
+        tasks=("reviews", "digits"),
+        seeds=1,
+        reviews=Recipe(epochs=1, train=64, test=32),
+        digits=Recipe(epochs=1, learning_rate=3e-5, train=64, test=32),
+        max_length=32,
+        image_size=28,
+    ),
+    "default": Config(),
+    # BERT: Devlin et al., 2018, appendix A.3: 3 epochs, batches of 32, 5e-5, dropout 0.1, up to 512 tokens.
+    # ViT: Dosovitskiy et al., 2020, table 4: batches of 512, 500 steps on small sets and 10,000 on such as CIFAR; theirs
+    # are of SGD, these of AdamW as all else here.
+    "paper": Config(
+        reviews=Recipe(epochs=3, batch_size=32, learning_rate=5e-5),
+        digits=Recipe(epochs=250, batch_size=512, learning_rate=5e-5, test=500),
+        fashion=Recipe(epochs=86, batch_size=512, learning_rate=5e-5),
+        max_length=512,
+        image_size=224,
+        dropout=True,
+    ),
+}
+
+FREE = ("tasks", "seeds", "torch", "fashion_mnist", "out", "resume")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    figures: dict[str, float]
+    """Named as in ``results.json``, each begins with its task."""
+    seconds: float
+    """Time of this call."""
+    peak_memory_mb: float
+    """Greatest resident memory of the process."""
+    folder: str
+    """The run folder."""
+
+
+def run(config: Config) -> Result:
+    """Fine-tunes as ``config`` says and fills the run folder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other, the data or the models; or ``resume`` is set and the
+            folder is of another config.
+        ImportError: If a package with a model or data is not installed, or ``torch`` is set and torch is not.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.experiments import finetune_report, finetune_torch
+    from effscale.experiments.finetune_runner import Runner, prepare
+    from effscale.training import RunFolder, check_unused
+
+    began = time.perf_counter()
+    # What cannot work is refused before anything is written.
+    if config.torch:
+        finetune_torch.require()
+    if config.resume:
+        check_config(RunFolder.create(config.out, resume=True), config)
+    elif config.out is not None:
+        check_unused(config.out)
+    with status("reading data and models"):
+        problems = [prepare(task, config.recipe(task), config) for task in config.tasks]
+    folder = RunFolder.create(config.out, name="finetune", config=config, resume=config.resume)
+
+    backends = finetune_report.BACKENDS if config.torch else finetune_report.BACKENDS[:1]
+    comparisons = {}
+    try:
+        for problem in problems:
+            runner = Runner(problem, config, folder)
+            for seed in range(config.seeds):
+                for backend in backends:
+                    runner.run(backend, seed)
+            comparisons[problem.task] = finetune_report.read_comparison(
+                folder.path / problem.task,
+                backends,
+                config.seeds,
+                test_size=len(problem.data.test),
+                majority=problem.data.majority,
+                per_epoch=problem.per_epoch,
+            )
+    except StoppedBySignal as stop:
+        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+
+    figures = {
+        f"{task}_{name}": value
+        for task, comparison in comparisons.items()
+        for name, value in comparison.figures().items()
+    }
+    result = Result(
+        figures=figures,
+        seconds=time.perf_counter() - began,
+        peak_memory_mb=peak_memory(),
+        folder=str(folder.path),
+    )
+    named = figures | {
+        "seconds": result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+        "folder": result.folder,
+    }
+    finetune_report.draw(folder.figures / "accuracy.png", comparisons)
+    folder.write_results(named)
+    rows = finetune_report.accuracy_rows(comparisons)
+    text = "Test accuracy after the last epoch, in percent:\n\n" + finetune_report.markdown(rows)
+    folder.write_report("finetune", named, text)
+    finetune_report.show_rows("test accuracy in percent", rows)
+    print(f"run folder: {result.folder}")
+    return result
+
+
+def check_config(folder: Any, config: Config) -> None:
+    """Raises a ValueError if a run folder is of another config."""
+    from effscale.training.serialize import differences, to_json
+
+    found = [
+        f"{name}: {there!r} there, {here!r} here"
+        for name, (there, here) in differences(folder.config(), to_json(config)).items()
+        if name.partition(".")[0] not in FREE
+    ]
+    if found:
+        raise ValueError(
+            f"{folder.path} is of another config ({'; '.join(found)}); resume with the saved values, or start a new run folder"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.finetune")
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

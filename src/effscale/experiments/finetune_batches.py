@@ -1,0 +1,171 @@
+"""Labelled texts and images, their batches and the order of these, for the experiment ``finetune``.
+
+Batches are NumPy arrays in a fixed order, so that another library can be given the very same ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+Batch = dict[str, np.ndarray]
+
+# The pixels' mean and deviation in ImageNet, by which DINOv2 and its like normalize images.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+
+# Batches whose texts are sorted by length together, so that a batch holds texts of about one length.
+SORTED_TOGETHER = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts as token ids, padded in a batch to one of four lengths.
+
+    Attributes:
+        ids: Token ids of each text.
+        labels: A class a text.
+        max_length: The longest text.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: np.ndarray
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sizes(self) -> np.ndarray:
+        """Tokens of each text."""
+        return np.array([len(ids) for ids in self.ids])
+
+    def inputs(self, rows: Int[np.ndarray, "batch"]) -> Batch:
+        """``input_ids`` and ``attention_mask``, padded on the right to the next quarter of ``max_length``."""
+        quarter = math.ceil(self.max_length / 4)
+        longest = max(len(self.ids[row]) for row in rows)
+        width = min(math.ceil(longest / quarter) * quarter, self.max_length)
+        ids = np.zeros((len(rows), width), np.int32)
+        mask = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(self.ids[row])] = self.ids[row]
+            mask[i, : len(self.ids[row])] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Grey images, resized and normalized as a batch is made.
+
+    Attributes:
+        pixels: From 0 to ``white``.
+        labels: A class an image.
+        white: The greatest value of a pixel.
+        image_size: Height and width that the model wants.
+    """
+
+    pixels: UInt8[np.ndarray, "images height width"]
+    labels: np.ndarray
+    white: float
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def sizes(self) -> None:
+        """All are of one size."""
+
+    def inputs(self, rows: Int[np.ndarray, "batch"]) -> Batch:
+        """``images`` of shape ``(batch, image_size, image_size, 3)``."""
+        pixels = self.pixels[rows].astype(np.float32) / np.float32(self.white)
+        height, width = (linear_weights(n, self.image_size) for n in pixels.shape[1:])
+        grey = (height @ pixels @ width.T)[..., None]
+        return {"images": (grey - MEAN) / DEVIATION}
+
+
+def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """What each of ``new`` samples takes from each of ``old`` ones by linear interpolation.
+
+    Samples stand in the middles of equal cells, and the border's are repeated outwards.
+
+    Example:
+        >>> linear_weights(2, 4).tolist()
+        [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0).astype(np.float32)
+
+
+Examples = Texts | Images
+
+
+def batch_of(examples: Examples, rows: Int[np.ndarray, "rows"], size: int) -> Batch:
+    """A batch of ``size`` rows: inputs, ``labels``, and ``weights`` that are 0 in rows that only fill it up."""
+    filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
+    return examples.inputs(filled) | {
+        "labels": examples.labels[filled].astype(np.int32),
+        "weights": (np.arange(size) < len(rows)).astype(np.float32),
+    }
+
+
+class TrainingBatches:
+    """Batches without end, epoch after epoch; each epoch leaves out what does not fill a batch.
+
+    The order depends on the seed and on nothing else. Texts are shuffled, then sorted by length within stretches of a
+    few batches, then the batches are shuffled.
+
+    Args:
+        examples: To be drawn from.
+        batch_size: Examples in a batch.
+        seed: Of the order.
+
+    Example:
+        >>> pixels, labels = np.zeros((5, 2, 2), np.uint8), np.arange(5)
+        >>> batches = TrainingBatches(Images(pixels, labels, 1.0, 2), batch_size=2, seed=0)
+        >>> batches.per_epoch, len(set(np.concatenate([next(batches)["labels"] for _ in range(2)])))
+        (2, 4)
+    """
+
+    def __init__(self, examples: Examples, *, batch_size: int, seed: int):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.per_epoch = len(examples) // batch_size
+        self.step = 0
+        self._epoch: tuple[int, list[np.ndarray]] | None = None
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        epoch, place = divmod(self.step, self.per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(np.random.default_rng([self.seed, epoch])))
+        self.step += 1
+        return batch_of(self.examples, self._epoch[1][place], self.batch_size)
+
+    def get_state(self) -> dict[str, int]:
+        """The position, for a checkpoint."""
+        return {"step": self.step}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on from a position."""
+        self.step = int(state["step"])
+
+    def _order(self, chance: np.random.Generator) -> list[np.ndarray]:
+        size, sizes = self.batch_size, self.examples.sizes()
+        rows = chance.permutation(len(self.examples))[: self.per_epoch * size]
+        if sizes is not None:
+            starts = range(0, len(rows), size * SORTED_TOGETHER)
+            stretches = [rows[i : i + size * SORTED_TOGETHER] for i in starts]
+            rows = np.concatenate([s[np.argsort(sizes[s], kind="stable")] for s in stretches])
+        batches = rows.reshape(-1, size)
+        return list(batches if sizes is None else batches[chance.permutation(len(batches))])
+
+
+def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
+    """Every example once, texts by length; the last batch is filled up."""
+    sizes = examples.sizes()
+    rows = np.arange(len(examples)) if sizes is None else np.argsort(sizes, kind="stable")
+    for i in range(0, len(rows), batch_size):
+        yield batch_of(examples, rows[i : i + batch_size], batch_size)

