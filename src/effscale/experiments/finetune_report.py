@@ -127,6 +127,9 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
         path: The PNG to write.
         comparisons: By task.
     """
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image  # matplotlib's own dependency
+
     plt = _pyplot()
     twin = any("torch" in c.records for c in comparisons.values())
     rows, columns = 2 if twin else 1, len(comparisons)
@@ -143,6 +146,7 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
                     top.plot(epochs, accuracy, style, color=color, marker=".", lw=1.2, label=label)
             top.axhline(comparison.majority, color=COLORS[-1], ls=":", lw=1)
             top.set(title=f"{task} ({comparison.test_size} test examples)", xlabel="epoch")
+            top.xaxis.set_major_locator(MaxNLocator(integer=True))
             if column == 0:
                 top.set_ylabel("test accuracy")
                 top.legend()
@@ -158,3 +162,5 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
+    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
+        image.quantize(64).save(path, optimize=True)
