@@ -1,0 +1,234 @@
+"""LoRA adapters in PEFT's format: pairs of matrices in a file, to stand beside the weights of a model."""
+
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from effscale.interop.folder import checked_folder, read_json
+from effscale.interop.peft_config import other_kind, read_scaling, targets, write_scaling
+from effscale.interop.peft_modules import Modules, keys, modules_of
+from effscale.interop.peft_pairs import join, stack
+from effscale.interop.peft_reader import AdapterReader
+from effscale.interop.plan import parameters
+from effscale.interop.safetensors_files import SafetensorsFile
+from effscale.interop.save import _on_host, write_json
+from effscale.interop.tensors import FolderError, Tensors
+from effscale.interop.torch_files import TorchFile
+from effscale.interop.writer import write_tensors
+from effscale.models import LMHead, LoRA, Transformer
+from effscale.parallel import shardings
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+
+
+def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transformer:
+    """Puts the pairs of a PEFT adapter beside the weights of its base model.
+
+    Which weights have a pair the names of the adapter's tensors tell. A module of theirs that holds query, key and
+    value in one (GPT-2, BLOOM, GPT-NeoX) gives all three the same A. Ours are stacked over the layers: a layer without
+    a pair gets zeros, one of a smaller rank is filled up with zeros, and one of another scale has the ratio, a power of
+    two, in its B; all of that is exact. The pairs keep the type they have in the file, and lie where the weights lie.
+
+    ``merge_lora`` of :mod:`effscale.models` then folds them into the weights, and ``unmerge_lora`` drops them.
+
+    Args:
+        model: The base, as :func:`effscale.interop.load_pretrained` gives it; or any transformer of its shape.
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``, or the ``adapter_model.bin`` of old.
+
+    Returns:
+        A model with :class:`effscale.models.LoRA` weights; the given one stays as it is.
+
+    Raises:
+        FolderError: If a file is missing or damaged; or the adapter is of another kind (DoRA and the like), trains more
+            than pairs (biases, whole modules), has pairs for modules that the model lacks or of shapes that do not
+            fit, or its scales cannot be brought to one without rounding. One error lists all that is wrong.
+        ImportError: If the weights are in a ``.bin`` file and torch is not installed.
+        ValueError: If no family has such a model.
+
+    Warns:
+        UserWarning: If a tensor has values that are not a number.
+
+    Example:
+        >>> import tempfile, jax
+        >>> from flax import nnx
+        >>> from effscale.interop import load_adapter, save_adapter
+        >>> from effscale.models import Transformer, add_lora, gpt2
+        >>> config = gpt2(num_layers=1, d_model=8, num_heads=2, vocab_size=11, max_length=4)
+        >>> base = Transformer(config, rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(add_lora(base, rank=2, key=jax.random.key(0), where="attention.out.kernel"), folder)
+        ...     adapted = load_adapter(base, folder)
+        >>> adapted.groups[0].blocks[0].attention.out.kernel.get_value().a.shape
+        (1, 8, 2)
+    """
+    place = checked_folder(folder)
+    fields = read_json(place, CONFIG)
+    modules, leaves = modules_of(model), parameters(model)
+    reader = AdapterReader(_open(place), read_scaling(fields), modules, leaves)
+    wrong = other_kind(fields) + reader.wrong
+    stacked: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+    for leaf, pairs in reader.by_leaf().items():
+        weight = leaves[leaf].get_value()
+        if isinstance(weight, LoRA):
+            wrong.append(f"{leaf} of the model has a pair already; merge_lora or unmerge_lora it")
+            continue
+        try:
+            stacked[leaf] = stack(pairs, weight.shape)
+        except ValueError as error:
+            wrong.append(str(error))
+    if not wrong and not stacked:
+        wrong.append("it holds no pair")
+    if wrong:
+        raise FolderError(
+            f"the adapter in {place} cannot be put beside this {modules.family.model_type}:\n  "
+            + "\n  ".join(wrong)
+        )
+    graphdef, state = nnx.split(model)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        leaf = ".".join(map(str, path))
+        flat.append((path, _adapted(variable, *stacked[leaf]) if leaf in stacked else variable))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def save_adapter(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes the LoRA pairs of a model as an adapter that ``peft.PeftModel.from_pretrained`` loads.
+
+    Where transformers holds query, key and value in one module and theirs differ, one pair stands for the three: their
+    A's side by side, and B's of blocks that meet each its own A. Its rank is the sum of theirs. A component that is zero
+    in A and B, and a layer of nothing but such, is left out. Where ranks or scales differ, ``rank_pattern`` and
+    ``alpha_pattern`` name the modules that deviate from the most common.
+
+    A pair of an embedding that is its head, too, is written for both. PEFT then warns that it does not keep the two in
+    step if they are trained further; what it can do to that end does not outlast its own saving and loading.
+
+    Args:
+        model: With LoRA pairs, from :func:`effscale.models.add_lora` or :func:`load_adapter`.
+        folder: Where to; made if it is not there. An adapter in it is replaced.
+        base: Folder or name of the base model, which the adapter's config then names.
+
+    Raises:
+        ValueError: If the model has no pair, or no family has such a model; or a pair has no counterpart there, which
+            one error lists.
+        FolderError: If the folder cannot take the files.
+    """
+    modules = modules_of(model)
+    written = _their_pairs(model, modules)
+    tensors: dict[str, np.ndarray] = {}
+    for pair in written:
+        tensors |= zip(keys(pair.name, embedding=pair.embedding), (pair.a, pair.b), strict=True)
+    heads = model.config.heads
+    generates = len(heads) == 1 and isinstance(heads[0], LMHead) and heads[0].name == "lm"
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if generates else None,
+        "base_model_name_or_path": None if base is None else os.fspath(base),
+        "target_modules": targets([pair.name for pair in written], modules.names),
+        "fan_in_fan_out": any(pair.conv1d for pair in written),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    fields |= write_scaling([(pair.name, pair.a.shape[0], pair.scale) for pair in written])
+    place = pathlib.Path(folder)
+    if place.exists() and not place.is_dir():
+        raise FolderError(f"{str(place)!r} is a file; give a folder to save into.")
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=place) as work:
+        (file,) = write_tensors(work, tensors.items(), max_shard_size=2**62)
+        # Without a config the folder is no adapter: it never holds one's config and another's weights.
+        (place / CONFIG).unlink(missing_ok=True)
+        file.replace(place / WEIGHTS)
+    write_json(place / CONFIG, fields)
+
+
+class _Written(NamedTuple):
+    """A pair as the file has it."""
+
+    name: str
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    embedding: bool = False
+    conv1d: bool = False
+
+
+def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
+    """The model's pairs in the layout of the file.
+
+    Raises:
+        ValueError: If there is none, or one has no counterpart.
+    """
+    values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
+    widths = {leaf: value.shape[-1] for leaf, value in values.items() if value.shape}
+    held = {
+        leaf: (_on_host(value.a), _on_host(value.b), value.scale)
+        for leaf, value in values.items()
+        if isinstance(value, LoRA)
+    }
+    if not held:
+        raise ValueError("the model has no LoRA pair to save; add_lora gives it some")
+    reached = {leaf for module in modules.adaptable for leaf in module.slot.leaves}
+    wrong = [f"{leaf}: PEFT has no pair there that works" for leaf in sorted(set(held) - reached)]
+    found: list[_Written] = []
+    for module in modules.adaptable:
+        try:
+            pair = join(module, held, widths)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if pair is None:
+            continue
+        a, b = module.to_theirs(pair.a, pair.b)
+        found.append(_Written(module.name, a, b, pair.scale, module.is_embedding, module.is_conv1d))
+        found += [
+            _Written(head, b.T, a.T, pair.scale)
+            for head, embedding in modules.twins.items()
+            if embedding is module
+        ]
+    if wrong:
+        raise ValueError("the model's pairs cannot be saved for PEFT:\n  " + "\n  ".join(wrong))
+    if not found:
+        raise ValueError("all LoRA pairs of the model are zero: there is nothing to save")
+    return found
+
+
+def _open(place: pathlib.Path) -> Tensors:
+    # A link to a file that is gone is an error of that file, not a reason to look further.
+    if os.path.lexists(place / WEIGHTS):
+        return SafetensorsFile(place / WEIGHTS)
+    if os.path.lexists(place / OLD_WEIGHTS):
+        return TorchFile(place / OLD_WEIGHTS)
+    raise FolderError(f"{str(place)!r} has neither {WEIGHTS} nor {OLD_WEIGHTS}.")
+
+
+def _adapted(variable: nnx.Variable, a: Any, b: Any, scale: float) -> nnx.Variable:
+    """The variable with a pair beside its weight, on the devices that hold the weight."""
+    weight = variable.get_value()
+    where = getattr(jax.tree.leaves(weight)[0], "sharding", None)
+    place = lambda array, sharding: jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
+    if isinstance(where, NamedSharding):
+        places = shardings(variable.replace(LoRA(weight, a, b, scale)), where.mesh).get_value()
+        a, b = place(a, places.a), place(b, places.b)
+    elif isinstance(where, SingleDeviceSharding):
+        a, b = place(a, where), place(b, where)
+    else:
+        a, b = jax.device_put((a, b))
+    return variable.replace(LoRA(weight, a, b, scale))

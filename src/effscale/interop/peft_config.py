@@ -1,0 +1,182 @@
+"""``adapter_config.json``: the kinds of adapter that are taken, and what it says of a pair's rank and scale."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from effscale.interop.tensors import FolderError
+
+# Fields that, when set, make the adapter something else than x W + s (x A) B.
+OTHER_KINDS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "a mixture by Arrow routing",
+    "layer_replication": "a model with repeated layers",
+    "target_parameters": "pairs of parameters outside linear layers",
+    "trainable_token_indices": "trained rows of an embedding",
+}
+# Initializations that take the pair out of the base weight: the pair is of another model than the base.
+CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Ranks and scales: for all modules, and for those that a pattern names.
+
+    Attributes:
+        rank: Of a pair.
+        alpha: The scale is ``alpha / rank``, or with ``root`` ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
+        root: Which of both.
+        ranks: Other ranks, by a module's path or a regular expression that its end matches.
+        alphas: Other alphas, likewise.
+    """
+
+    rank: int
+    alpha: int | float
+    root: bool = False
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alphas: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a module's pair."""
+        return _lookup(self.ranks, name, self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """The factor of a module's pair."""
+        return _lookup(self.alphas, name, self.alpha) / _divisor(self.rank_of(name), self.root)
+
+
+def other_kind(fields: Mapping[str, Any]) -> list[str]:
+    """What says that the adapter is not one of LoRA pairs and nothing else."""
+    wrong = []
+    if fields.get("peft_type") != "LORA":
+        wrong.append(f"peft_type={fields.get('peft_type')!r}: only LORA is taken")
+    for name, kind in OTHER_KINDS.items():
+        if fields.get(name):
+            wrong.append(f"{name}={fields[name]!r}: {kind} is not taken")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        wrong.append(
+            f"init_lora_weights={start!r}: such an adapter belongs to a base with changed weights; in PEFT, "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a plain one of it"
+        )
+    return wrong
+
+
+def read_scaling(fields: Mapping[str, Any]) -> Scaling:
+    """What the file says of ranks and scales.
+
+    Raises:
+        FolderError: If a field makes no sense.
+    """
+    found = {
+        "rank": fields.get("r", 8),
+        "alpha": fields.get("lora_alpha", 8),
+        "ranks": fields.get("rank_pattern") or {},
+        "alphas": fields.get("alpha_pattern") or {},
+    }
+    for name, key, fits, what in (
+        ("rank", "r", _is_rank, "a whole number above 0"),
+        ("alpha", "lora_alpha", _is_number, "a number"),
+        ("ranks", "rank_pattern", _patterns(_is_rank), "ranks by regular expressions"),
+        ("alphas", "alpha_pattern", _patterns(_is_number), "numbers by regular expressions"),
+    ):
+        if not fits(found[name]):
+            raise FolderError(
+                f"adapter_config.json has {key}={found[name]!r}, which must be {what}"
+            )
+    return Scaling(root=bool(fields.get("use_rslora")), **found)
+
+
+def write_scaling(pairs: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
+    """The fields that say of these modules' pairs, given as (name, rank, scale), what their ranks and scales are.
+
+    The rank and the alpha that most have are the general ones, and the patterns name the others. Where only the root
+    of the rank gives whole alphas, it is that which divides.
+    """
+    plain, rooted = (
+        [_alpha(scale, _divisor(rank, root)) for _, rank, scale in pairs] for root in (False, True)
+    )
+    whole = lambda alphas: all(isinstance(alpha, int) for alpha in alphas)
+    root = whole(rooted) and not whole(plain)
+    alphas = dict(zip([name for name, _, _ in pairs], rooted if root else plain, strict=True))
+    ranks = {name: rank for name, rank, _ in pairs}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": root,
+        "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{name}": a for name, a in alphas.items() if a != alpha},
+    }
+
+
+def targets(adapted: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The shortest ends of paths that mean the adapted modules and no other.
+
+    Example:
+        >>> targets(["h.0.attn.query", "h.1.attn.query"], ["h.0.attn.query", "h.1.attn.query", "h.0.mlp.up"])
+        ['query']
+        >>> targets(["h.0.attn.query"], ["h.0.attn.query", "h.1.attn.query"])
+        ['0.attn.query']
+    """
+    adapted = list(adapted)
+    count = lambda names: collections.Counter(end for name in names for end in _ends(name))
+    ours, all_ = count(adapted), count({*every, *adapted})
+    return sorted({next(end for end in _ends(name) if ours[end] == all_[end]) for name in adapted})
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+
+
+def _divisor(rank: int, root: bool) -> int | float:
+    return math.sqrt(rank) if root else rank
+
+
+def _alpha(scale: float, divisor: int | float) -> int | float:
+    """An alpha that divided gives the scale back: a whole one if there is, else the nearest."""
+    near = scale * divisor
+    tried = (round(near), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    return next((alpha for alpha in tried if alpha / divisor == scale), near)
+
+
+def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return patterns.get(name, default)
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return collections.Counter(values).most_common(1)[0][0]
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _patterns(fits: Any) -> Any:
+    def check(value: Any) -> bool:
+        if not isinstance(value, dict) or not all(map(fits, value.values())):
+            return False
+        try:
+            for pattern in value:
+                re.compile(pattern)
+        except re.error:
+            return False
+        return True
+
+    return check

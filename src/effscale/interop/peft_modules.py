@@ -1,0 +1,178 @@
+"""The modules of a model that PEFT can adapt: their names in transformers, and a pair's layout there and here.
+
+The families' tables tell both. A table has the names in files; an adapter has those of the modules in memory, which
+the families' aliases lead from, and, read backwards, to.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+from einops import rearrange
+
+from effscale.interop.describe import describe
+from effscale.interop.families import Family
+from effscale.interop.plan import Slot, parameters, plan
+from effscale.interop.source import canonical
+from effscale.interop.table import sizes
+from effscale.models import LearnedPositions, LMHead, Transformer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Module:
+    """A module of theirs with a matrix of weights, and the weights of ours that a pair would stand beside.
+
+    Attributes:
+        name: Its path in transformers' model, in memory.
+        slot: The place of its weight.
+        shape: Of its weight, as PyTorch holds it.
+        axes: Sizes that the table's layouts need.
+    """
+
+    name: str
+    slot: Slot
+    shape: tuple[int, ...]
+    axes: dict[str, int]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it looks rows up."""
+        return self.slot.rule.parts[0].endswith(".embedding")
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether it is GPT-2's ``Conv1D``, whose weight is ``(in, out)``."""
+        return self._in_first and not self.is_embedding
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B in an adapter's file."""
+        if len(self.shape) == 4:
+            return (rank, *self.shape[1:]), (self.shape[0], rank, 1, 1)
+        d_in, d_out = self.shape if self._in_first else self.shape[::-1]
+        return (rank, d_in), (d_out, rank)
+
+    def to_ours(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Our A of ``(in, rank)``, and a B of ``(rank, out)`` for each of our weights, from theirs."""
+        if len(self.shape) == 4:
+            return self.slot.rule.to_ours(a, self.axes)[0], (b[:, :, 0, 0].T,)
+        # B is a weight of this layout, with the rank as its inputs.
+        return a.T, self.slot.rule.to_ours(b.T if self._in_first else b, self.axes)
+
+    def to_theirs(self, a: np.ndarray, b: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Their A and B from ours."""
+        if len(self.shape) == 4:
+            return self.slot.rule.to_theirs([a], self.axes), rearrange(b[0], "r o -> o r 1 1")
+        joined = self.slot.rule.to_theirs(b, self.axes)
+        return a.T, joined.T if self._in_first else joined
+
+    @property
+    def _in_first(self) -> bool:
+        layout = self.slot.rule.layout
+        return layout is None or layout.startswith("i ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """What of a model PEFT can adapt.
+
+    Attributes:
+        family: The model's family.
+        adaptable: The modules, in the order of the table.
+        twins: A head's name in memory where the head is an embedding's transpose, and the embedding.
+        tensors: The places of all tensors of the model, by their names in memory.
+        axes: Sizes that the table's layouts need.
+    """
+
+    family: Family
+    adaptable: tuple[Module, ...]
+    twins: dict[str, Module]
+    tensors: dict[str, Slot]
+    axes: dict[str, int]
+
+    @property
+    def names(self) -> set[str]:
+        """Names in memory of all modules that have tensors."""
+        return {tensor.rpartition(".")[0] for tensor in self.tensors}
+
+    def canonical(self, name: str) -> str:
+        """A module's name in the family's table, from any of those it is known under."""
+        return canonical(self.family, f"{name}.weight").removesuffix(".weight")
+
+    def slot_of(self, tensor: str) -> Slot | None:
+        """The place of a tensor, by any of its names."""
+        known = canonical(self.family, tensor)
+        places = {canonical(self.family, name): slot for name, slot in self.tensors.items()}
+        return places.get(known)
+
+
+def modules_of(model: Transformer) -> Modules:
+    """What of a model PEFT can adapt.
+
+    Raises:
+        ValueError: If no family has such a model.
+    """
+    family, _ = describe(model.config)
+    leaves, axes = parameters(model), sizes(model.config)
+    positions = model.config.positions
+    # PEFT looks up the rows of positions without OPT's offset, so there is no such adapter that works.
+    shifted = isinstance(positions, LearnedPositions) and positions.offset > 0
+    found: list[Module] = []
+    tensors: dict[str, Slot] = {}
+    shapes: dict[object, tuple[int, ...]] = {}
+    prefix = family.prefix_with(model.config.heads)
+    for slot in plan(family.rules, model.config, leaves):
+        stored = prefix + slot.name if slot.rule in family.trunk else slot.name
+        # The value of a reward model is a sequence classifier's in transformers.
+        tensor = in_memory(family, "score.weight" if stored == "v_head.weight" else stored)
+        tensors[tensor] = slot
+        name, _, kind = tensor.rpartition(".")
+        matrix = all(leaf.endswith((".kernel", ".embedding")) for leaf in slot.leaves)
+        if kind != "weight" or not matrix or (shifted and "embed.positions" in slot.leaves[0]):
+            continue
+        stacked = 0 if slot.index is None else 1
+        ours = tuple(tuple(leaves[leaf].get_value().shape[stacked:]) for leaf in slot.leaves)
+        if (slot.rule, ours) not in shapes:
+            shapes[slot.rule, ours] = slot.rule.their_shape(ours, axes)
+        found.append(Module(name, slot, shapes[slot.rule, ours], axes))
+    twins: dict[str, Module] = {}
+    if any(isinstance(head, LMHead) and head.tied for head in model.config.heads):
+        by_slot = {slot.name: slot for slot in tensors.values()}
+        modules = {module.slot.name: module for module in found}
+        for repeat, original in family.tied.items():
+            if original not in by_slot or repeat in by_slot:
+                continue
+            name = in_memory(family, repeat)
+            tensors[name] = by_slot[original]
+            if original in modules:
+                twins[name.removesuffix(".weight")] = modules[original]
+    return Modules(family, tuple(found), twins, tensors, axes)
+
+
+def keys(name: str, *, embedding: bool) -> tuple[str, str]:
+    """Names of A and B in an adapter's file, of the module of this name."""
+    start = f"base_model.model.{name}.lora_"
+    if embedding:
+        return f"{start}embedding_A", f"{start}embedding_B"
+    return f"{start}A.weight", f"{start}B.weight"
+
+
+def in_memory(family: Family, name: str) -> str:
+    r"""A tensor's name in transformers' model in memory, from that in files: the aliases read backwards.
+
+    Example:
+        >>> from effscale.interop.families import FAMILIES
+        >>> in_memory(FAMILIES["vit"], "vit.encoder.layer.3.attention.output.dense.weight")
+        'vit.layers.3.attention.o_proj.weight'
+    """
+    for pattern, replacement in reversed(family.aliases):
+        groups = re.findall(r"\([^)]*\)\??", pattern)
+        start, end = "^" * pattern.startswith("^"), "$" * pattern.endswith("$")
+        back = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        for number, group in enumerate(groups, start=1):
+            back = back.replace(group.replace("\\.", "."), f"\\{number}", 1)
+        # What the alias wrote is now what is looked for: its \1 stands for the first group again.
+        parts = re.split(r"\\(\d)", replacement)
+        parts[::2] = map(re.escape, parts[::2])
+        parts[1::2] = [groups[int(number) - 1] for number in parts[1::2]]
+        name = re.sub(start + "".join(parts) + end, back, name)
+    return name

@@ -1,0 +1,129 @@
+"""LoRA pairs of single layers: stacked into ours, and joined into those of modules that hold several weights."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from effscale.interop.peft_modules import Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A pair of one layer.
+
+    Attributes:
+        name: Of the module that it comes from, or goes to.
+        a: ``(in, rank)``.
+        b: ``(rank, out)``, one for each weight that the module holds.
+        scale: Its factor.
+    """
+
+    name: str
+    a: np.ndarray
+    b: tuple[np.ndarray, ...]
+    scale: float
+
+
+def stack(
+    pairs: Mapping[int | None, Pair], shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A, B and scale of a weight of ours, from the pairs of its layers.
+
+    Args:
+        pairs: By the number of the layer in the stack; with None as the number where there is no stack.
+        shape: Of the weight.
+
+    Raises:
+        ValueError: If the scales cannot be brought to one without rounding.
+    """
+    scale = _common_scale(pairs.values())
+    dtype = _widest(array.dtype for pair in pairs.values() for array in (pair.a, *pair.b))
+    rank = max(pair.a.shape[1] for pair in pairs.values())
+    *layers, d_in, d_out = shape
+    a, b = np.zeros((*layers, d_in, rank), dtype), np.zeros((*layers, rank, d_out), dtype)
+    for index, pair in pairs.items():
+        place, own = () if index is None else index, pair.a.shape[1]
+        a[place][:, :own] = pair.a
+        b[place][:own] = _rescaled(pair, scale)
+    return a, b, scale
+
+
+def join(
+    module: Module, held: Mapping[str, tuple[np.ndarray, np.ndarray, float]], widths: Mapping
+) -> Pair | None:
+    """One pair for all the weights that a module of theirs holds.
+
+    Weights with the same A share it. Where A's differ they stand side by side, and each weight's B has zeros for those
+    of the others, so that the product is the same.
+
+    Args:
+        module: The module.
+        held: A, B and scale of our weights that have a pair.
+        widths: Of the outputs of all our weights.
+
+    Returns:
+        The pair, without components that are zero; None: nothing is left, or there was nothing.
+
+    Raises:
+        ValueError: If the scales cannot be brought to one without rounding.
+    """
+    layer = () if module.slot.index is None else module.slot.index
+    parts: dict[str, Pair] = {}
+    for leaf in module.slot.leaves:
+        if leaf in held:
+            a, b, scale = held[leaf]
+            parts[leaf] = Pair(f"{module.name} ({leaf})", a[layer], (b[layer],), scale)
+    if not parts:
+        return None
+    scale = _common_scale(parts.values())
+    dtype = _widest(array.dtype for part in parts.values() for array in (part.a, *part.b))
+    distinct: list[np.ndarray] = []
+    starts: dict[str, int] = {}
+    for leaf, part in parts.items():
+        same = [i for i, a in enumerate(distinct) if np.array_equal(a, part.a)]
+        if not same:
+            distinct.append(part.a)
+        before = distinct[: same[0]] if same else distinct[:-1]
+        starts[leaf] = sum(a.shape[1] for a in before)
+    a = np.concatenate([a.astype(dtype) for a in distinct], axis=1)
+    blocks = []
+    for leaf in module.slot.leaves:
+        block = np.zeros((a.shape[1], widths[leaf]), dtype)
+        if leaf in parts:
+            b = _rescaled(parts[leaf], scale)
+            block[starts[leaf] : starts[leaf] + len(b)] = b
+        blocks.append(block)
+    used = (a != 0).any(0) | np.any([(block != 0).any(1) for block in blocks], axis=0)
+    if not used.any():
+        return None
+    return Pair(module.name, a[:, used], tuple(block[used] for block in blocks), scale)
+
+
+def _common_scale(pairs: Iterable[Pair]) -> float:
+    """The least of the scales: to bring the others to it B grows, so that nothing is lost below the smallest number."""
+    return min((pair.scale for pair in pairs), key=abs)
+
+
+def _rescaled(pair: Pair, scale: float) -> np.ndarray:
+    """The pair's B for another scale, where that needs no rounding."""
+    (b,) = pair.b
+    if pair.scale == scale:
+        return b
+    ratio = pair.scale / scale if scale else math.nan
+    if abs(math.frexp(ratio)[0]) == 0.5 and ratio * scale == pair.scale:
+        with np.errstate(over="ignore"):
+            exact = b.astype(np.float64) * ratio
+            scaled = exact.astype(b.dtype)
+        if np.array_equal(scaled.astype(np.float64), exact, equal_nan=True):
+            return scaled
+    raise ValueError(
+        f"{pair.name} has the scale {pair.scale}, and others that share its weight {scale}: the ratio is no power of "
+        "two (or too large), so that bringing them to one would round"
+    )
+
+
+def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype("float32")

@@ -1,0 +1,161 @@
+"""The pairs in an adapter's file, sorted by the modules of a model, and all that is wrong with them."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from effscale.interop.load import FLOATS, has_nan
+from effscale.interop.peft_config import Scaling
+from effscale.interop.peft_modules import Module, Modules, keys
+from effscale.interop.peft_pairs import Pair
+from effscale.interop.save import _on_host
+from effscale.interop.tensors import Tensors
+
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])")
+
+
+class AdapterReader:
+    """Reads all pairs of an adapter's file.
+
+    Args:
+        tensors: The file.
+        scaling: What the config says of ranks and scales.
+        modules: Of the model.
+        leaves: Its parameters, by path.
+
+    Attributes:
+        pairs: What was found and is sound, by the module.
+        wrong: What was found and is not, in words.
+    """
+
+    def __init__(
+        self, tensors: Tensors, scaling: Scaling, modules: Modules, leaves: Mapping[str, Any]
+    ):
+        self.tensors, self.scaling, self.modules, self.leaves = tensors, scaling, modules, leaves
+        self.wrong: list[str] = []
+        self.pairs: dict[Module, Pair] = {}
+        heads: dict[Module, Pair] = {}
+        by_name = {modules.canonical(module.name): module for module in modules.adaptable}
+        twins = {modules.canonical(name): module for name, module in modules.twins.items()}
+        every = set(map(modules.canonical, modules.names))
+        by_path: dict[str, set[str]] = {}
+        for name in sorted(tensors.infos):
+            if match := KEY.fullmatch(name):
+                by_path.setdefault(match[1], set()).add(name)
+            else:
+                self._check_other(name, every)
+        for path, names in by_path.items():
+            known = modules.canonical(path)
+            if known in by_name:
+                self._add(self.pairs, by_name[known], path, names)
+            elif known in twins:
+                self._add(heads, twins[known], path, names, twin=True)
+            elif known in every:
+                self.wrong.append(f"{path}: no pair works in this module")
+            else:
+                self.wrong.append(f"{path}: there is no such module in this model")
+        self._check_twins(heads)
+
+    def by_leaf(self) -> dict[str, dict[int | None, Pair]]:
+        """The pairs by our parameters, and there by layer."""
+        found: dict[str, dict[int | None, Pair]] = {}
+        for module, pair in self.pairs.items():
+            for leaf, b in zip(module.slot.leaves, pair.b, strict=True):
+                one = dataclasses.replace(pair, b=(b,))
+                found.setdefault(leaf, {})[module.slot.index] = one
+        return found
+
+    def _add(
+        self,
+        found: dict[Module, Pair],
+        module: Module,
+        path: str,
+        names: set[str],
+        *,
+        twin: bool = False,
+    ) -> None:
+        if module in found:
+            self.wrong.append(f"{path}: a second pair, after that of {found[module].name}")
+            return
+        rank = self.scaling.rank_of(path)
+        shapes = module.shapes(rank)
+        if twin:  # the transpose of the embedding's pair
+            shapes = (shapes[1][::-1], shapes[0][::-1])
+        wanted = dict(
+            zip(keys(path, embedding=module.is_embedding and not twin), shapes, strict=True)
+        )
+        wrong = [f"missing: {name}" for name in wanted if name not in names]
+        wrong += [f"unexpected: {name}" for name in sorted(names - set(wanted))]
+        for name in sorted(names & set(wanted)):
+            info = self.tensors.infos[name]
+            if info.shape != wanted[name]:
+                wrong.append(
+                    f"of the wrong shape: {name} {list(info.shape)}, where the model and a rank of {rank} "
+                    f"mean {list(wanted[name])}"
+                )
+            if info.dtype not in (*FLOATS, np.dtype("float64")):
+                wrong.append(f"of a type that is no float: {name} {info.dtype}")
+        self.wrong += wrong
+        if not wrong:
+            a, b = map(self._read, wanted)
+            a, b = (b.T, a.T) if twin else (a, b)
+            found[module] = Pair(path, *module.to_ours(a, b), self.scaling.scale_of(path))
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self.tensors.read(name)
+        if has_nan(tensor):
+            warnings.warn(f"{name} has values that are not a number", stacklevel=5)
+        return np.array(tensor, np.float32 if tensor.dtype == np.float64 else tensor.dtype)
+
+    def _check_other(self, name: str, every: set[str]) -> None:
+        """A tensor of no pair: a copy of one of the base says nothing new, and anything else is refused."""
+        path, _, kind = name.removeprefix("base_model.model.").rpartition(".")
+        if "lora_magnitude_vector" in name:
+            self.wrong.append(f"{name}: magnitudes, as DoRA has them, are not taken")
+        elif path.endswith(".base_layer"):
+            if not self._is_of_base(name, f"{path.removesuffix('.base_layer')}.{kind}"):
+                self.wrong.append(f"{name}: a {kind} that differs from the model's is not taken")
+        elif kind == "bias":
+            self.wrong.append(f"{name}: a trained bias is not taken, only pairs are")
+        elif self.modules.canonical(path) in every:
+            self.wrong.append(
+                f"{name}: a whole trained weight (modules_to_save) is not taken, only pairs are"
+            )
+        else:
+            self.wrong.append(f"unexpected: {name}")
+
+    def _is_of_base(self, name: str, original: str) -> bool:
+        slot = self.modules.slot_of(original)
+        if slot is None:
+            return False
+        held = [_on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
+        ours = slot.rule.to_theirs(
+            held if slot.index is None else [array[slot.index] for array in held], self.modules.axes
+        )
+        theirs = self.tensors.read(name)
+        # Either may have been rounded to the type that it is held in.
+        return np.array_equal(theirs.astype(ours.dtype), ours) or np.array_equal(
+            ours.astype(theirs.dtype), theirs
+        )
+
+    def _check_twins(self, heads: Mapping[Module, Pair]) -> None:
+        """Where a head is the embedding's transpose, both must have the same pair, or none."""
+        for head, module in self.modules.twins.items():
+            pair, twin = self.pairs.get(module), heads.get(module)
+            if pair is None and twin is None:
+                continue
+            if (
+                pair is None
+                or twin is None
+                or pair.scale != twin.scale
+                or not np.array_equal(pair.a, twin.a)
+                or not np.array_equal(pair.b[0], twin.b[0])
+            ):
+                self.wrong.append(
+                    f"{head} and {module.name} are one weight in this model, and the adapter changes them "
+                    "differently; PEFT's ensure_weight_tying=True makes one that does not"
+                )
