@@ -58,6 +58,17 @@ def test_it_is_the_papers_equation(getkey):
     assert (x.astype(jnp.bfloat16) @ pair.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_a_pair_of_another_type_than_its_base(getkey):
+    """As an adapter in float32 of a model in bfloat16: W' keeps the model's type and is rounded once."""
+    w, a, b = (jax.random.normal(getkey(), shape) for shape in ((4, 6), (4, 2), (2, 6)))
+    narrow = w.astype(jnp.bfloat16)
+    full = (narrow.astype(jnp.float32) + a @ b * 0.5).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(LoRA(narrow, a, b, 0.5).dense(), full)
+    rows = LoRA(narrow, a, b, 0.5).take(jnp.array([2, 0]))
+    np.testing.assert_array_equal(rows, full[jnp.array([2, 0])])
+    assert rows.dtype == jnp.bfloat16
+
+
 def test_gradients_reach_both_matrices(tiny, tokens, getkey):
     """At the start B is zero, so that only B has a gradient; then A has one, too."""
     model = tiny("gpt2")

@@ -60,20 +60,27 @@ class LoRA:
         return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
 
     def take(self, indices: Int[Array, "*rows"]) -> Array:
-        """Rows of ``W'``."""
-        return (
-            take(self.base, indices)
-            + jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale
+        """Rows of ``W'``, in the type of the base's."""
+        return _add(
+            take(self.base, indices),
+            jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale,
         )
 
     def dense(self) -> Array:
-        """``W'`` itself."""
-        return dense(self.base) + self.a @ self.b * self.scale
+        """``W'`` itself, in the type of the base."""
+        return _add(dense(self.base), self.a @ self.b * self.scale)
 
     def partition(self, axes: tuple[str | None, ...]) -> "LoRA":
         """Logical axes of each part, from those of the dense weight."""
         base = self.base.partition(axes) if hasattr(self.base, "partition") else axes
         return LoRA(base, (axes[0], None), (None, axes[1]), self.scale)  # pyrefly: ignore[bad-argument-type]
+
+
+def _add(base: Array, update: Array) -> Array:
+    """The sum in the type of the base; where the pair has another, rounded once, from float32."""
+    if base.dtype == update.dtype:
+        return base + update
+    return (base.astype(jnp.float32) + update.astype(jnp.float32)).astype(base.dtype)
 
 
 def add_lora(
