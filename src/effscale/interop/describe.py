@@ -1,10 +1,11 @@
 """The family that a config belongs to, and its ``config.json``: the way back from a model to transformers."""
 
 import dataclasses
+import re
 from typing import Any
 
 from effscale.interop.families import FAMILIES, Family
-from effscale.models import TransformerConfig
+from effscale.models import MLPConfig, TransformerConfig
 
 # How a model trains and computes, not what it is.
 FREE = ("dtype", "remat", "init_std", "scale_residual_init", "groups")
@@ -18,56 +19,84 @@ def describe(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
     Raises:
         ValueError: If no family can express the config; the message says what keeps the nearest one from it.
     """
+    for block in config.blocks:
+        if not isinstance(block.feed_forward, MLPConfig):
+            raise ValueError(
+                f"transformers has no family whose feed-forward is a {type(block.feed_forward).__name__}"
+            )
     near: list[tuple[int, str]] = []
     for family in FAMILIES.values():
         try:
             fields = family.to_hf(config)
-            architecture = family.architecture(config.heads)
             back = family.from_hf({**family.defaults, **fields}, config.heads)
         except (ValueError, AssertionError, AttributeError):
             continue
-        differences = _differences(_essence(config), _essence(back))
+        differences = _differences(essence(config), essence(back), family.model_type)
+        architecture = None
+        try:
+            architecture = family.architecture(config.heads)
+        except ValueError as error:
+            differences.append(str(error))
         if not differences:
-            head = {"architectures": [architecture], "model_type": family.model_type}
-            return family, head | fields
-        near.append((len(differences), f"{family.model_type} differs in {', '.join(differences)}"))
-    nearest = min(near)[1] if near else f"it has heads or parts that none of {list(FAMILIES)} has"
+            return family, {
+                "architectures": [architecture],
+                "model_type": family.model_type,
+            } | fields
+        near.append((len(differences), "; ".join(differences)))
+    nearest = min(near)[1] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
     raise ValueError(f"transformers has no family with this config: {nearest}")
 
 
-def _essence(config: TransformerConfig) -> dict[str, Any]:
-    """What has to agree: layer by layer, so that it does not matter how they are grouped."""
-    layers = [
-        block for group in config.groups for _ in range(group.repeat) for block in group.blocks
-    ]
-    plain = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in FREE
-    }
-    plain["layers"] = tuple(layers)
-    return {name: _resolved(value, config) for name, value in plain.items()}
+def essence(config: TransformerConfig) -> dict[str, Any]:
+    """What makes a model's outputs, by path: layer by layer, so that it does not matter how they are grouped."""
+    found: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, tuple):
+            found[f"{path}.num"] = len(value)
+            for index, part in enumerate(value):
+                walk(f"{path}.{index}", part)
+        elif dataclasses.is_dataclass(value):
+            found[path] = type(value).__name__
+            for name, part in _resolved(value, config).items():
+                walk(f"{path}.{name}", part)
+        else:
+            found[path] = value
+
+    for field in dataclasses.fields(config):
+        if field.name not in FREE:
+            walk(field.name, getattr(config, field.name))
+    walk(
+        "layers",
+        tuple(block for group in config.groups for block in group.blocks * group.repeat),
+    )
+    return found
 
 
-def _resolved(value: Any, config: TransformerConfig) -> Any:
-    """A part without dropout, and with its defaults written out."""
-    if isinstance(value, tuple):
-        return tuple(_resolved(part, config) for part in value)
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {f.name: _resolved(getattr(value, f.name), config) for f in dataclasses.fields(value)}
+def _resolved(part: Any, config: TransformerConfig) -> dict[str, Any]:
+    """Fields of a part, without dropout and with the defaults written out."""
+    fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     fields.pop("dropout", None)
     if "num_kv_heads" in fields:
-        width = value.width(config.d_model)
-        fields |= {"num_kv_heads": value.kv_heads, "head_dim": width}
-        fields["scale"] = width**-0.5 if value.scale is None else value.scale
-        fields["out_bias"] = value.bias if value.out_bias is None else value.out_bias
-    if type(value).__name__ == "Rotary" and value.dim is None:
+        width = part.width(config.d_model)
+        fields |= {"num_kv_heads": part.kv_heads, "head_dim": width}
+        fields["scale"] = width**-0.5 if part.scale is None else part.scale
+        fields["out_bias"] = part.bias if part.out_bias is None else part.out_bias
+    if type(part).__name__ == "Rotary" and part.dim is None:
         fields["dim"] = config.blocks[0].attention.width(config.d_model)
     if fields.get("d_embed") == config.d_model:
         fields["d_embed"] = None
-    return type(value).__name__, tuple(sorted(fields.items(), key=lambda item: item[0]))
+    return fields
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return [name for name, value in ours.items() if value != theirs[name]]
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], family: str) -> list[str]:
+    """Says where two essences differ, once for all layers."""
+    said: dict[str, str] = {}
+    for path in [*ours, *(path for path in theirs if path not in ours)]:
+        mine, other = ours.get(path), theirs.get(path)
+        parent, _, _ = path.rpartition(".")
+        # Where the parts are of two kinds, their fields are beside the point.
+        if mine != other and ours.get(parent) == theirs.get(parent):
+            where = re.sub(r"^layers\.\d+\.", "layers.", path)
+            said.setdefault(where, f"{where} is {mine!r}, and {family} has {other!r}")
+    return list(said.values())

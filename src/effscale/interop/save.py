@@ -1,6 +1,7 @@
 """From a model to a folder that transformers loads."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ from effscale.interop.plan import parameters, plan
 from effscale.interop.source import gguf_path
 from effscale.interop.table import sizes
 from effscale.interop.writer import write_tensors
-from effscale.models import Transformer, dense
+from effscale.models import LMHead, Transformer, dense
 
 # What goes along from another folder.
 COMPANIONS = (
@@ -75,7 +76,10 @@ def save_pretrained(
     place = pathlib.Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     leaves = parameters(model)
-    largest = chosen or max(leaves.values(), key=lambda v: v.get_value().size).get_value().dtype
+    largest = (
+        chosen
+        or max((v.get_value() for v in leaves.values()), key=lambda w: math.prod(w.shape)).dtype
+    )
     fields["dtype"] = np.dtype(largest).name
     write_tensors(place, their_tensors(model, chosen), max_shard_size=max_shard_size)
     special: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -101,17 +105,27 @@ def their_tensors(
     family, _ = describe(model.config)
     leaves = parameters(model)
     axes = sizes(model.config)
+    slots = plan(family.rules, model.config, leaves)
+    prefix = family.prefix_with(model.config.heads)
+    untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
+    # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
+    names = {slot.name for slot in slots}
+    repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
     held: dict[str, np.ndarray] = {}
-    for slot in plan(family.rules, model.config, leaves):
+    for slot in slots:
         if not set(slot.leaves) <= set(held):
-            held = {leaf: _on_host(leaves[leaf].get_value()) for leaf in slot.leaves}
+            held = {leaf: on_host(leaves[leaf].get_value()) for leaf in slot.leaves}
         ours = [
             held[leaf] if slot.index is None else held[leaf][slot.index] for leaf in slot.leaves
         ]
         tensor = slot.rule.to_theirs(ours, axes)
-        prefix = family.prefix if model.config.heads and slot.rule in family.trunk else ""
-        name = "score.weight" if slot.name == "v_head.weight" else prefix + slot.name
-        yield name, np.ascontiguousarray(tensor if dtype is None else tensor.astype(dtype))
+        tensor = np.ascontiguousarray(tensor if dtype is None else tensor.astype(dtype))
+        if slot.rule in family.trunk:
+            yield prefix + slot.name, tensor
+        else:
+            yield "score.weight" if slot.name == "v_head.weight" else slot.name, tensor
+        if slot.name in repeats:
+            yield repeats[slot.name], tensor
 
 
 def merge(inherited: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +133,9 @@ def merge(inherited: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in inherited.items() if name not in STALE}
     merged = kept | {name: value for name, value in fields.items() if name != "add_pooling_layer"}
     names = inherited.get("id2label")
+    if "rope_parameters" in fields and "max_position_embeddings" in inherited:
+        # Nothing depends on it; what the model was published with says more than what its scaling lets expect.
+        merged["max_position_embeddings"] = inherited["max_position_embeddings"]
     if names and len(names) == len(fields.get("id2label", {})):
         merged |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
     return merged
@@ -132,7 +149,7 @@ def write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _on_host(weight: Any) -> np.ndarray:
+def on_host(weight: Any) -> np.ndarray:
     array = dense(weight)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         from jax.experimental import multihost_utils

@@ -19,6 +19,8 @@ from effscale.models import LMHead, TransformerConfig
 
 # DeepSpeed-Chat keeps a reward model's trunk under the first of these, and did under the second.
 WRAPPERS = r"^(module\.)?((rwtransformer|rwtranrsformer)\.)?"
+# How the names of a family's classes end, after the family's own: others begin alike, such as GPTNeoXJapanese.
+CLASSES = r"(For[A-Z]\w*|Model|LMHeadModel|DoubleHeadsModel)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ def canonical(family: Family, name: str) -> str:
     name = re.sub(WRAPPERS, "", name)
     for pattern, replacement in family.aliases:
         name = re.sub(pattern, replacement, name)
-    return name.removeprefix(family.prefix)
+    for prefix in {family.prefix, *family.prefixes.values()}:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
@@ -99,7 +103,7 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
         for family in FAMILIES.values():
             if named == family.model_type:
                 return family
-            if named is None and str(architecture).startswith(family.class_name + "For"):
+            if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", str(architecture)):
                 return family
         raise FolderError(
             f"config.json names the architecture {architecture or named!r} (model_type {named!r}); "
@@ -137,7 +141,14 @@ def _resolve_repeats(
         elif _digest(tensors, repeat) == _digest(tensors, original):
             del infos[repeat]
         elif repeat.endswith(".bias"):
-            raise FolderError(f"{repeat} and {original} are one parameter, but their values differ")
+            warnings.warn(
+                f"{repeat} and {original} should be one, but their values differ: the former is loaded, with which "
+                "transformers computes",
+                stacklevel=4,
+            )
+            exchanged = {repeat: original, original: repeat}
+            tensors = Renamed(tensors, lambda name, e=exchanged: e.get(name, name))
+            infos[original] = infos.pop(repeat)
         else:
             warnings.warn(
                 f"config.json ties {repeat} to {original}, but their values differ: both are loaded",

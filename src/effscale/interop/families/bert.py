@@ -35,6 +35,7 @@ ARCHITECTURES = {
     ("nsp",): "ForNextSentencePrediction",
     ("span",): "ForQuestionAnswering",
     ("classes",): "ForSequenceClassification",
+    ("choice",): "ForMultipleChoice",
     ("token_classes",): "ForTokenClassification",
 }
 
@@ -56,11 +57,15 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
         heads.append(ClassHead(name="nsp", num_classes=2, pool="pooled"))
     if "classifier.weight" in tensors:
         rate = fields.get("classifier_dropout")
+        architecture = str((fields.get("architectures") or [""])[0])
+        # Some old files of a class without a pooler have one nevertheless.
+        each_token = architecture.endswith("ForTokenClassification") or not has_pooler(tensors)
+        choice = "choice" if architecture.endswith("ForMultipleChoice") else "classes"
         heads.append(
             ClassHead(
-                name="classes" if has_pooler(tensors) else "token_classes",
+                name="token_classes" if each_token else choice,
                 num_classes=tensors["classifier.weight"].shape[0],
-                pool="pooled" if has_pooler(tensors) else "none",
+                pool="none" if each_token else "pooled",
                 dropout=float(fields["hidden_dropout_prob"] if rate is None else rate),
             )
         )
@@ -155,6 +160,7 @@ BERT = Family(
         linear("cls.seq_relationship", "heads.nsp.dense"),
         linear("classifier", "heads.classes.dense"),
         linear("classifier", "heads.token_classes.dense"),
+        linear("classifier", "heads.choice.dense"),
         linear("qa_outputs", "heads.span.dense"),
     ),
     tied={

@@ -1,4 +1,4 @@
-"""The heads of language models: next token, class of a text or a token, and the value of a reward model."""
+"""The heads of language models: next token, class of a text or a token, span of an answer, value of a reward model."""
 
 from collections.abc import Mapping
 
@@ -10,6 +10,7 @@ from effscale.models import ClassHead, LMHead
 TABLE = rows(
     linear("lm_head", "heads.lm.project"),
     linear("score", "heads.classes.dense"),
+    linear("qa_outputs", "heads.span.dense"),
     # DeepSpeed-Chat's reward model and critic: a value a token.
     (Rule("v_head.weight", "heads.value.dense.kernel", "o i -> i o"),),
 )
@@ -34,6 +35,8 @@ def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = Fal
                     dropout=classifier_dropout(fields) if each_token else 0.0,
                 ),
             )
+    if "qa_outputs.weight" in tensors:
+        return (ClassHead(name="span", num_classes=2, pool="none"),)
     if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
         return ()
     return (LMHead(tied=bool(fields["tie_word_embeddings"]), bias=lm_bias),)
@@ -47,8 +50,8 @@ def classifier_dropout(fields: Json) -> float:
     return 0.1
 
 
-def architecture(class_name: str, lm: str = "ForCausalLM"):
-    """A function from heads to the class that has them."""
+def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: bool = True):
+    """A function from heads to the class that has them; not all families have one for classes of tokens."""
 
     def name(heads: Heads) -> str:
         if not heads:
@@ -60,7 +63,9 @@ def architecture(class_name: str, lm: str = "ForCausalLM"):
             if isinstance(head, ClassHead):
                 if (head.name == "classes" and head.pool == "last") or head.name == "value":
                     return f"{class_name}ForSequenceClassification"
-                if head.name == "token_classes":
+                if head.name == "span":
+                    return f"{class_name}ForQuestionAnswering"
+                if head.name == "token_classes" and token_classes:
                     return f"{class_name}ForTokenClassification"
         raise ValueError(
             f"transformers has no {class_name} with the heads {[head.name for head in heads]}"

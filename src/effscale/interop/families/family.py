@@ -23,6 +23,7 @@ class Family:
         trunk: The table of the trunk, with names as in a file of the bare trunk.
         heads: The table of the heads.
         tied: Names that repeat another tensor, and that tensor's name.
+        prefixes: By class, that prefix where it is another.
         ignored: Regular expressions of names that hold nothing to load, such as buffers of masks.
         aliases: Substitutions (pattern, replacement) from other versions' names to the table's.
         defaults: Fields of ``config.json`` that may be absent, with what they then are.
@@ -43,6 +44,7 @@ class Family:
     find_heads: Callable[[Json, Mapping[str, TensorInfo]], Heads]
     architecture: Callable[[Heads], str]
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
 
@@ -50,6 +52,10 @@ class Family:
     def rules(self) -> tuple[Rule, ...]:
         """The whole table."""
         return self.trunk + self.heads
+
+    def prefix_with(self, heads: Heads) -> str:
+        """What the trunk's names begin with in a file of a model with these heads."""
+        return self.prefixes.get(self.architecture(heads), self.prefix) if heads else ""
 
     def config(self, fields: Json, tensors: Mapping[str, TensorInfo]) -> TransformerConfig:
         """Our config, from ``config.json`` and the tensors by their canonical names."""
@@ -85,11 +91,11 @@ def labels(config: TransformerConfig) -> dict[str, Any]:
     """Fields that tell the number of classes, and the dropout before them."""
     fields: dict[str, Any] = {}
     for head in config.heads:
-        if isinstance(head, ClassHead) and head.name in ("classes", "token_classes", "value"):
+        if isinstance(head, ClassHead) and head.name not in ("nsp", "span"):
             names = [f"LABEL_{i}" for i in range(head.num_classes)]
             fields["id2label"] = {str(i): name for i, name in enumerate(names)}
             fields["label2id"] = {name: i for i, name in enumerate(names)}
-            if head.dropout:
+            if head.name == "token_classes" or head.pool == "pooled":
                 fields["classifier_dropout"] = head.dropout
     return fields
 

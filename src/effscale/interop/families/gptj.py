@@ -97,5 +97,5 @@ GPTJ = Family(
     from_hf=from_hf,
     to_hf=to_hf,
     find_heads=find_heads,
-    architecture=decoder_heads.architecture("GPTJ"),
+    architecture=decoder_heads.architecture("GPTJ", token_classes=False),
 )

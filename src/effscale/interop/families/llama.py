@@ -13,12 +13,18 @@ from effscale.interop.families.family import (
     with_heads,
 )
 from effscale.interop.table import Rule, embedding, linear, norm, rows
+from effscale.interop.tensors import FolderError
 from effscale.models import MLPConfig, Rotary, TransformerConfig, llama
 
 
 def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
     """Our config; ``pretraining_tp`` only ordered sums and is left out."""
     rotary = rope.parameters(fields, fraction="partial_rotary_factor", default=1.0)
+    if rotary["partial_rotary_factor"] != 1:
+        raise FolderError(
+            f"config.json has partial_rotary_factor={rotary['partial_rotary_factor']}, and transformers' Llama rotates all of "
+            "each head"
+        )
     config = llama(
         num_layers=fields["num_hidden_layers"],
         d_model=fields["hidden_size"],
@@ -31,7 +37,7 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         rotary_scaling=rope.scaling(rotary),
         bias=fields["attention_bias"],
         mlp_bias=fields["mlp_bias"],
-        attention_dropout=float(fields["attention_dropout"]),
+        attention_dropout=float(fields["attention_dropout"] or 0.0),
         activation=activation(fields["hidden_act"]),
         epsilon=fields["rms_norm_eps"],
     )
@@ -68,6 +74,7 @@ LLAMA = Family(
     model_type="llama",
     class_name="Llama",
     prefix="model.",
+    prefixes={"LlamaForQuestionAnswering": "transformer."},
     trunk=rows(
         embedding("embed_tokens", "embed.tokens"),
         norm("layers.{}.input_layernorm", "attention_norm"),

@@ -98,6 +98,7 @@ NEOX = Family(
         "attention_bias": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "classifier_dropout": 0.1,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
         "tie_word_embeddings": False,

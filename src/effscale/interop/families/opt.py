@@ -104,5 +104,5 @@ OPT = Family(
     from_hf=from_hf,
     to_hf=to_hf,
     find_heads=decoder_heads.find,
-    architecture=decoder_heads.architecture("OPT"),
+    architecture=decoder_heads.architecture("OPT", token_classes=False),
 )

@@ -1,5 +1,6 @@
 """Rotary positions in ``config.json``: ``rope_parameters``, and the fields that it replaced in transformers 5."""
 
+import math
 from typing import Any
 
 from effscale.interop.families.family import Json
@@ -19,13 +20,18 @@ def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, defaul
         fraction: The older name of the share of a head that rotates.
         default: That share, where nothing tells it.
     """
-    found = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    longest = fields.get("max_position_embeddings") or 2048
+    found = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
     found.setdefault("rope_type", found.pop("type", "default"))
-    found.setdefault("rope_theta", fields.get(theta) or 10000.0)
-    found.setdefault("partial_rotary_factor", fields.get(fraction) or default)
-    found.setdefault(
-        "original_max_position_embeddings", fields.get("max_position_embeddings") or 2048
-    )
+    for name, older, otherwise in (
+        ("rope_theta", theta, 10000.0),
+        ("partial_rotary_factor", fraction, default),
+    ):
+        if found.get(name) is None:
+            found[name] = otherwise if fields.get(older) is None else fields[older]
+    found.setdefault("original_max_position_embeddings", longest)
+    if found.get("factor") is None:
+        found["factor"] = longest / found["original_max_position_embeddings"]
     return found
 
 
@@ -45,6 +51,8 @@ def scaling(found: Json) -> RotaryScaling | None:
         )
     if kind == "yarn":
         given = {name: found[name] for name in YARN if found.get(name) is not None}
+        # Whole numbers are often written without a point.
+        given |= {name: float(value) for name, value in given.items() if name != "truncate"}
         return YarnScaling(factor=float(found["factor"]), original_max_length=original, **given)
     raise FolderError(
         f"config.json has rope_type={kind!r}; effscale has default, linear, llama3 and yarn"
@@ -52,11 +60,15 @@ def scaling(found: Json) -> RotaryScaling | None:
 
 
 def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
-    """``rope_parameters`` and the greatest length that goes with it."""
+    """``rope_parameters``, and the greatest length that goes with them where they tell it."""
     dim = head_dim if rotary.dim is None else rotary.dim
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
     if dim != head_dim:
-        found["partial_rotary_factor"] = dim / head_dim
+        # The product with head_dim is rounded down, so it must not fall short.
+        fraction = dim / head_dim
+        if int(head_dim * fraction) < dim:
+            fraction = math.nextafter(fraction, 1.0)
+        found["partial_rotary_factor"] = fraction
     match rotary.scaling:
         case LinearScaling(factor=factor):
             found |= {"rope_type": "linear", "factor": factor}
@@ -75,4 +87,8 @@ def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
                 "original_max_position_embeddings": scaled.original_max_length,
             }
             found |= {n: getattr(scaled, n) for n in YARN if getattr(scaled, n) is not None}
-    return {"rope_parameters": found}
+    fields: dict[str, Any] = {"rope_parameters": found}
+    if "original_max_position_embeddings" in found:
+        longest = found["factor"] * found["original_max_position_embeddings"]
+        fields["max_position_embeddings"] = math.ceil(longest)
+    return fields

@@ -1,0 +1,203 @@
+"""Every family's config.json is read as transformers reads it, and what we cannot compute is refused by name."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effscale.interop.describe import essence
+from effscale.interop.families import FAMILIES
+from effscale.interop.families.family import ACTIVATIONS
+from effscale.interop.source import identify
+from effscale.interop.tensors import FolderError, TensorInfo
+from effscale.models import Rotary, YarnScaling
+from effscale.models.layers import ACTIVATIONS as OURS
+from tests.interop.spaces import ARCHITECTURES, SPACES, cases
+
+SMALL = {
+    "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2},
+    "opt": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "bloom": {"hidden_size": 8, "n_layer": 1, "n_head": 2},
+    "gptj": {"n_embd": 8, "n_layer": 1, "n_head": 2, "rotary_dim": 4},
+    "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "llama": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "bert": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vit": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+# Fields that only fit together.
+SIZES = {name for fields in SMALL.values() for name in fields} | {
+    *("head_dim", "num_key_value_heads", "rope_parameters"),
+    *("image_size", "patch_size", "pooler_output_size"),
+}
+
+
+def read(model_type, fields, architecture=None):
+    """Our config of a model without classes."""
+    architecture = ARCHITECTURES[model_type][0] if architecture is None else architecture
+    fields = fields | {"architectures": [architecture], "add_pooling_layer": False}
+    return FAMILIES[model_type].config(fields, {})
+
+
+def dropouts(config):
+    """All rates of a config."""
+    attention, block = config.blocks[0].attention, config.blocks[0]
+    heads = [getattr(head, "dropout", 0.0) for head in config.heads]
+    return attention.dropout, block.dropout, config.inputs.dropout, *heads
+
+
+def same(one, other):
+    assert essence(one) == essence(other)
+    assert dropouts(one) == dropouts(other)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return pytest.importorskip("transformers", reason="the oracle is transformers' config classes")
+
+
+def theirs(hf, model_type, fields):
+    """The fields as transformers writes them after it has read ours."""
+    return hf.CONFIG_MAPPING[model_type](**fields).to_dict()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_fields_that_are_left_out_are_what_transformers_takes(model_type, hf):
+    same(read(model_type, {}), read(model_type, theirs(hf, model_type, {})))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@given(data=st.data())
+def test_every_config_is_read_as_transformers_reads_it(model_type, data, hf):
+    case = data.draw(cases(model_type, ARCHITECTURES[model_type][0]))
+    optional = sorted(set(case.fields) - SIZES)
+    left_out = data.draw(st.sets(st.sampled_from(optional)))
+    fields = {name: value for name, value in case.fields.items() if name not in left_out}
+    same(read(model_type, fields), read(model_type, theirs(hf, model_type, fields)))
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Names of older versions, and the fields of today that say the same.
+OLDER = {
+    "neox-rotary": (
+        "gpt_neox",
+        {"rotary_pct": 0.5, "rotary_emb_base": 500},
+        {"rope_parameters": {"rope_theta": 500, "partial_rotary_factor": 0.5}},
+    ),
+    "neox-a-quarter": (
+        "gpt_neox",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}},
+    ),
+    "llama-theta": ("llama", {"rope_theta": 500}, {"rope_parameters": {"rope_theta": 500}}),
+    "llama-no-scaling": ("llama", {"rope_theta": 500, "rope_scaling": None}, {"rope_theta": 500}),
+    "llama-linear": (
+        "llama",
+        {"rope_theta": 500, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500}},
+    ),
+    "llama3": (
+        "llama",
+        {"rope_theta": 5e5, "max_position_embeddings": 64, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 64} | LLAMA3},
+    ),
+    "llama-both": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "bloom-width": ("bloom", {"n_embed": 16}, {"hidden_size": 16}),
+    "bloom-counts": ("bloom", {"num_hidden_layers": 3, "num_attention_heads": 4}, {"n_layer": 3, "n_head": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_names(name, hf):
+    model_type, older, newer = OLDER[name]
+    fields = SMALL[model_type]
+    same(read(model_type, fields | older), read(model_type, fields | newer))
+    same(read(model_type, fields | older), read(model_type, theirs(hf, model_type, fields | older)))
+
+
+def test_yarn_takes_its_factor_from_the_lengths_where_it_has_none():
+    rope = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}
+    fields = SMALL["llama"] | {"max_position_embeddings": 128, "rope_parameters": rope}
+    positions = read("llama", fields).positions
+    assert positions == Rotary(scaling=YarnScaling(factor=4.0, original_max_length=32))
+
+
+ROPES = ("dynamic", "longrope", "proportional")
+# What is in the space of the config classes and not in ours: the family, the fields, and what the error names.
+REFUSED = {
+    "gpt2-cross-attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+    "bert-cross-attention": ("bert", {"add_cross_attention": True}, "add_cross_attention=True"),
+    "bert-decoder": ("bert", {"is_decoder": True}, "is_decoder=True"),
+    "bert-relative": ("bert", {"position_embedding_type": "relative_key"}, "'relative_key'"),
+    "vit-pooler-width": ("vit", {"pooler_output_size": 5}, "pooler_output_size=5"),
+    "vit-rectangle": ("vit", {"image_size": [8, 4], "patch_size": 4}, r"image_size=\[8, 4\]"),
+    "vit-rectangular-patch": ("vit", {"image_size": 8, "patch_size": [4, 2]}, r"patch_size=\[4, 2\]"),
+    "gptj-odd-rotary": ("gptj", {"rotary_dim": 3}, "dim=3: must be an even number"),
+    "gptj-wide-rotary": ("gptj", {"rotary_dim": 6}, "at most head_dim=4"),
+    "gptj-null-rotary": ("gptj", {"rotary_dim": None}, "rotary_dim=null"),
+    "neox-odd-rotary": ("gpt_neox", {"rotary_pct": 0.2}, "dim=3: must be an even number"),
+    "neox-no-rotary": ("gpt_neox", {"rotary_pct": 0.0}, "dim=0: must be an even number"),
+    "llama-odd-head": ("llama", {"head_dim": 5}, "rotary over an even dim"),
+    "llama-partial-rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    "activation": ("gpt2", {"activation_function": "gelu_10"}, "activation 'gelu_10'"),
+    "trained-activation": ("llama", {"hidden_act": "prelu"}, "activation 'prelu'"),
+    "heads": ("gpt2", {"n_head": 3}, "num_heads=3 does not divide d_model=8"),
+    "key-heads": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value|num_kv_heads=3"),
+    "no-heads": ("bert", {"num_attention_heads": 0}, "num_heads=0: must be at least 1"),
+    "text": ("gpt2", {"n_embd": "wide"}, "wrong type"),
+    "null": ("opt", {"hidden_size": None}, "wrong type"),
+} | {f"llama-{kind}": ("llama", {"rope_scaling": {"type": kind, "factor": 2.0}}, f"'{kind}'") for kind in ROPES}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    model_type, fields, message = REFUSED[name]
+    with pytest.raises(FolderError, match=message):
+        read(model_type, SMALL[model_type] | fields)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_the_functions_of_these_names(name, hf):
+    torch = pytest.importorskip("torch", reason="transformers' activations need PyTorch")
+    x = np.linspace(-9, 9, 601, dtype=np.float32)
+    expected = hf.activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(
+        OURS[ACTIVATIONS[name]](jnp.asarray(x)), expected, atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_without_a_model_type_the_class_tells_the_family(model_type):
+    for architecture in ARCHITECTURES[model_type]:
+        assert identify({"architectures": [architecture]}, {}) is FAMILIES[model_type]
+
+
+@pytest.mark.parametrize("name", ["GPTNeoXJapaneseForCausalLM", "ViTMAEModel", "Llama4ForCausalLM", "OPTimus", "T5Model"])  # fmt: skip
+def test_classes_of_other_families_are_not_taken(name):
+    with pytest.raises(FolderError, match=f"{name!r}.*effscale has gpt2, opt, bloom, gptj"):
+        identify({"architectures": [name]}, {})
+
+
+def test_a_model_type_that_we_have_not_counts_more_than_a_class_that_we_have():
+    with pytest.raises(FolderError, match="'mistral'"):
+        identify({"model_type": "mistral", "architectures": ["LlamaForCausalLM"]}, {})
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("start", ["", "prefix", "rwtransformer."])
+def test_without_either_the_tensors_tell_the_family(model_type, start):
+    family = FAMILIES[model_type]
+    start = family.prefix if start == "prefix" else start
+    info = TensorInfo((1,), np.dtype("float32"))
+    infos = {start + rule.theirs.format(7): info for rule in family.trunk}
+    assert identify({"architectures": None}, infos) is family
+    with pytest.raises(FolderError, match="neither model_type nor architectures"):
+        identify({}, {f"unknown.{name}": info for name in infos})
+
+
+def test_the_spaces_are_of_all_families():
+    assert SPACES.keys() == ARCHITECTURES.keys() == FAMILIES.keys()

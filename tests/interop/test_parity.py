@@ -1,0 +1,158 @@
+"""Models of transformers, loaded by load_pretrained: the same numbers, gradients and greedy texts."""
+
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from effscale.generation import SamplingConfig, generate
+from effscale.interop import load_pretrained
+from effscale.interop.save import their_tensors
+from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases
+
+torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
+pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
+
+from tests.interop.torch_models import (  # noqa: E402
+    batch,
+    saved_gradients,
+    torch_greedy,
+    torch_model,
+    torch_outputs,
+)
+
+NEW = 20
+HEADLESS = [pair for pair in CLASSES if pair[1] not in {names[0] for names in DECODERS.values()}]
+# A case takes seconds, so that one that fails is shown as it is and not made smaller.
+few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+many = settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+one = settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
+
+
+def coefficients(case, outputs, arrays):
+    """What the loss multiplies each output, or its log-probabilities, by: nothing at padding."""
+    random = np.random.default_rng(8)
+    found = {}
+    for name, output in outputs.items():
+        shape = tuple(output.shape)
+        if name == "lm":  # the next token of each
+            labels = np.roll(arrays["ids"], -1, 1)
+            weights = arrays["mask"] * np.roll(arrays["mask"], -1, 1)
+            weights[:, -1] = 0
+            chosen = np.eye(shape[-1], dtype=np.float32)[labels] * weights[..., None]
+        elif name in ("hidden", "pooled") or shape[-1] == 1:
+            chosen = random.normal(size=shape)
+        else:
+            chosen = np.eye(shape[-1])[random.integers(0, shape[-1], shape[:-1])]
+        if "mask" in arrays and len(shape) == 3:
+            chosen = chosen * arrays["mask"][..., None]
+        found[name] = chosen.astype(np.float32)
+    return found
+
+
+def loss_of(outputs, chosen, log_softmax):
+    def part(name, output):
+        linear = name in ("hidden", "pooled") or output.shape[-1] == 1
+        return -((output if linear else log_softmax(output)) * chosen[name]).sum()
+
+    first, *others = (part(name, output) for name, output in outputs.items())
+    return sum(others, start=first)
+
+
+@jax.jit
+def ours(model, arrays, chosen):
+    """Outputs, and the gradient of the loss."""
+
+    def loss(model):
+        if "images" in arrays:
+            outputs = model(arrays["images"])
+        else:
+            types = arrays.get("types")
+            outputs = model(arrays["ids"], attention_mask=arrays["mask"], type_ids=types)
+        outputs = {"lm": outputs} if isinstance(outputs, jax.Array) else outputs
+        outputs = {name: outputs[name] for name in chosen}
+        return loss_of(outputs, chosen, jax.nn.log_softmax), outputs
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
+def check_outputs(case, mine, theirs, arrays):
+    assert mine.keys() == theirs.keys()
+    for name, output in theirs.items():
+        found, wanted = np.asarray(mine[name]), output.detach().numpy()
+        assert found.shape == wanted.shape, name
+        assert np.isfinite(found).all(), name  # at padding, too
+        if "mask" in arrays and wanted.ndim == 3:
+            found, wanted = (x[arrays["mask"] == 1] for x in (found, wanted))
+        elif case.model_type == "bert":  # of the first token
+            found, wanted = (x[arrays["mask"][:, 0] == 1] for x in (found, wanted))
+        difference, scale = np.abs(found - wanted).max(), np.abs(wanted).max()
+        assert difference < min(1e-4, 1e-5 * scale), (name, difference, scale)
+
+
+def check_gradients(case, mine, theirs):
+    mine = dict(their_tensors(mine))
+    if (
+        "cls.predictions.decoder.bias" in theirs
+    ):  # of an untied BERT; its other name does nothing in torch
+        theirs["cls.predictions.bias"] = theirs["cls.predictions.decoder.bias"]
+    assert mine.keys() == theirs.keys()
+    rotary = case.model_type in ("gptj", "gpt_neox", "llama")
+    largest = max(np.abs(wanted).max() for wanted in theirs.values())
+    for name, wanted in theirs.items():
+        scale = np.abs(wanted).max()
+        if not rotary and name.endswith(("k_proj.bias", "key.bias")):
+            # It adds a constant to a row of scores, which softmax does not see: there is rounding only.
+            scale = largest
+        np.testing.assert_allclose(mine[name], wanted, atol=1e-4 * scale, rtol=0, err_msg=name)
+
+
+def check(case):
+    """Outputs with padding on either side, gradients, and greedy generation."""
+    theirs = torch_model(case)
+    with tempfile.TemporaryDirectory() as place:
+        folder = pathlib.Path(place)
+        theirs.save_pretrained(folder / "weights")
+        model = load_pretrained(folder / "weights")
+        # The last one's gradient is compared; BERT's pooler takes the first token, which has to be one.
+        for side in ("left", "right") if case.model_type == "bert" else ("right", "left"):
+            arrays = batch(case, side)
+            outputs = torch_outputs(case, theirs, arrays)
+            chosen = coefficients(case, outputs, arrays)
+            gradient, mine = ours(model, arrays, chosen)
+            check_outputs(case, mine, outputs, arrays)
+        if case.architecture == DECODERS.get(case.model_type, ("",))[0]:
+            sampling = SamplingConfig(max_new_tokens=NEW, temperature=0.0, pad_id=1)
+            found = generate(model, arrays["ids"], sampling, attention_mask=arrays["mask"])
+            np.testing.assert_array_equal(found.tokens, torch_greedy(theirs, arrays, NEW))
+        loss = loss_of(
+            outputs, {n: torch.tensor(x) for n, x in chosen.items()}, lambda x: x.log_softmax(-1)
+        )
+        loss.backward()
+        check_gradients(case, gradient, saved_gradients(theirs, folder / "gradients"))
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+@few
+@given(data=st.data())
+def test_language_models(model_type, data):
+    check(data.draw(cases(model_type, ARCHITECTURES[model_type][0])))
+
+
+@pytest.mark.parametrize(("model_type", "architecture"), HEADLESS)
+@one
+@given(data=st.data())
+def test_other_classes(model_type, architecture, data):
+    check(data.draw(cases(model_type, architecture)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@many
+@given(data=st.data())
+def test_many(model_type, data):
+    check(data.draw(cases(model_type)))
