@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,14 +13,20 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import track
 
+from effscale.interop.pieces import Pieces
 from effscale.interop.plan import Slot, parameters, plan
 from effscale.interop.source import Source, open_source
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, TensorInfo
 from effscale.models import Transformer, abstract
 from effscale.parallel import shardings
+
+LONG = 500_000_000
+"""Numbers in a model whose loading takes long enough for a progress bar."""
 
 FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", ml_dtypes.bfloat16))
 
@@ -50,7 +58,8 @@ def load_pretrained(
         ValueError: If ``dtype`` is none of the three.
 
     Warns:
-        UserWarning: If a tensor has values that are not a number, or two tensors differ that should be one.
+        UserWarning: If a tensor has values that are not a number or are beyond the range of ``dtype``, or two tensors
+            differ that should be one.
 
     Example:
         >>> import tempfile
@@ -73,7 +82,7 @@ def load_pretrained(
 
 def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Transformer:
     """A model of ``source.config`` with the source's tensors, of the given types by name."""
-    config, infos = source.config, source.tensors.infos
+    config = source.config
     model = abstract(config)
     leaves = parameters(model)
     slots = plan(source.rules, config, leaves)
@@ -84,15 +93,17 @@ def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Tr
     for slot in slots:
         for leaf in slot.leaves:
             one = types[slot.name]
-            leaf_types[leaf] = np.promote_types(leaf_types.get(leaf, one), one)
+            same = leaf_types.setdefault(leaf, one) == one  # all layers' tensors are one array
+            leaf_types[leaf] = one if same else np.dtype("float32")
 
     waiting = collections.Counter(leaf for slot in slots for leaf in slot.leaves)
     filling: dict[str, Pieces] = {}
     arrays: dict[str, jax.Array] = {}
-    for slot in slots:
+    for slot in shown(slots, source):
         tensor = source.tensors.read(slot.name)
         if has_nan(tensor):
             warnings.warn(f"{slot.name} has values that are not a number", stacklevel=3)
+        tensor = convert(slot.name, tensor, types[slot.name], stacklevel=4)
         for leaf, array in zip(slot.leaves, slot.rule.to_ours(tensor, axes), strict=True):
             if leaf not in filling:
                 place = None if places is None else places[leaf].get_value()
@@ -101,14 +112,21 @@ def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Tr
             waiting[leaf] -= 1
             if not waiting[leaf]:
                 arrays[leaf] = filling.pop(leaf).finish()
-        del tensor
-    del infos
+        del tensor  # before the next one is read
     graphdef, state = nnx.split(model)
     flat = [
         (path, variable.replace(arrays[".".join(map(str, path))]))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def shown(slots: list[Slot], source: Source) -> Iterable[Slot]:
+    """The slots, with a bar on the terminal where they hold so much that one would wonder."""
+    size = sum(math.prod(source.tensors.infos[slot.name].shape) for slot in slots)
+    if size < LONG or not sys.stderr.isatty():
+        return slots
+    return track(slots, f"loading {source.path.name}", console=Console(stderr=True), transient=True)
 
 
 def check_tensors(source: Source, slots: Iterable[Slot], leaves: Mapping[str, Any]) -> None:
@@ -141,64 +159,20 @@ def check_tensors(source: Source, slots: Iterable[Slot], leaves: Mapping[str, An
         )
 
 
-class Pieces:
-    """An array in the pieces in which it will lie on this process's devices, filled layer by layer.
-
-    Args:
-        shape: Of the whole.
-        dtype: Of the whole.
-        sharding: How it is divided; None: it lies on the default device.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None):
-        self.shape, self.sharding = shape, sharding
-        whole = tuple(slice(0, size) for size in shape)
-        if sharding is None:
-            self.devices = {None: whole}
-        else:
-            indices = sharding.addressable_devices_indices_map(shape)
-            self.devices = {
-                device: tuple(
-                    slice(*s.indices(n)[:2]) for s, n in zip(index or whole, shape, strict=True)
-                )
-                for device, index in indices.items()
-            }
-        # Devices that hold the same part share one buffer.
-        self.buffers = {
-            _key(index): _aligned(tuple(s.stop - s.start for s in index), dtype)
-            for index in self.devices.values()
-        }
-
-    def put(self, layer: int | None, array: np.ndarray) -> None:
-        """Writes one layer, or, with None, all of it."""
-        for key, buffer in self.buffers.items():
-            index = tuple(slice(*bounds) for bounds in key)
-            if layer is None:
-                buffer[...] = array[index]
-            elif index[0].start <= layer < index[0].stop:
-                buffer[layer - index[0].start] = array[index[1:]]
-
-    def finish(self) -> jax.Array:
-        """The array."""
-        if self.sharding is None:
-            return jax.device_put(self.buffers[_key(self.devices[None])])
-        arrays = [
-            jax.device_put(self.buffers[_key(index)], device)
-            for device, index in self.devices.items()
-        ]
-        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
-
-
-def _key(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((s.start, s.stop) for s in index)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address that XLA's CPU backend takes as it is, where it would copy others."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+def convert(name: str, tensor: np.ndarray, dtype: np.dtype, *, stacklevel: int = 3) -> np.ndarray:
+    """A tensor in another type, rounded to the nearest; warns, by its name, of values that become infinite."""
+    if tensor.dtype == dtype:
+        return tensor
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = tensor.astype(dtype)
+    if ml_dtypes.finfo(dtype).maxexp < ml_dtypes.finfo(tensor.dtype).maxexp:
+        infinite = np.isinf(array)
+        if infinite.any() and (infinite & ~np.isinf(tensor)).any():
+            warnings.warn(
+                f"{name} has values beyond the range of {dtype.name}, which become infinite",
+                stacklevel=stacklevel,
+            )
+    return array
 
 
 def float_type(dtype: Any) -> np.dtype:
@@ -224,7 +198,7 @@ def _most_common(source: Source) -> np.dtype:
     counts: collections.Counter[np.dtype] = collections.Counter()
     for name in source.names:
         info: TensorInfo = source.tensors.infos[name]
-        counts[info.dtype] += int(np.prod(info.shape, dtype=np.int64))
+        counts[info.dtype] += math.prod(info.shape)
     floats = [dtype for dtype, _ in counts.most_common() if dtype in FLOATS]
     return floats[0] if floats else np.dtype("float32")
 

@@ -17,7 +17,7 @@ from effscale.interop.peft_pairs import join, stack
 from effscale.interop.peft_reader import AdapterReader
 from effscale.interop.plan import parameters
 from effscale.interop.safetensors_files import SafetensorsFile
-from effscale.interop.save import _on_host, write_json
+from effscale.interop.save import on_host, write_json
 from effscale.interop.tensors import FolderError, Tensors
 from effscale.interop.torch_files import TorchFile
 from effscale.interop.writer import write_tensors
@@ -177,7 +177,7 @@ def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
     values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
     widths = {leaf: value.shape[-1] for leaf, value in values.items() if value.shape}
     held = {
-        leaf: (_on_host(value.a), _on_host(value.b), value.scale)
+        leaf: (on_host(value.a), on_host(value.b), value.scale)
         for leaf, value in values.items()
         if isinstance(value, LoRA)
     }

@@ -12,7 +12,7 @@ from effscale.interop.load import FLOATS, has_nan
 from effscale.interop.peft_config import Scaling
 from effscale.interop.peft_modules import Module, Modules, keys
 from effscale.interop.peft_pairs import Pair
-from effscale.interop.save import _on_host
+from effscale.interop.save import on_host
 from effscale.interop.tensors import Tensors
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])")
@@ -132,7 +132,7 @@ class AdapterReader:
         slot = self.modules.slot_of(original)
         if slot is None:
             return False
-        held = [_on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
+        held = [on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
         ours = slot.rule.to_theirs(
             held if slot.index is None else [array[slot.index] for array in held], self.modules.axes
         )

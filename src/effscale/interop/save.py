@@ -17,7 +17,7 @@ from effscale.interop.describe import describe
 from effscale.interop.folder import read_json
 from effscale.interop.gguf_files import gguf_config
 from effscale.interop.gguf_tokenizer import gguf_tokenizer
-from effscale.interop.load import float_type
+from effscale.interop.load import convert, float_type
 from effscale.interop.plan import parameters, plan
 from effscale.interop.source import gguf_path
 from effscale.interop.table import sizes
@@ -119,7 +119,9 @@ def their_tensors(
             held[leaf] if slot.index is None else held[leaf][slot.index] for leaf in slot.leaves
         ]
         tensor = slot.rule.to_theirs(ours, axes)
-        tensor = np.ascontiguousarray(tensor if dtype is None else tensor.astype(dtype))
+        if dtype is not None:
+            tensor = convert(slot.name, tensor, dtype)
+        tensor = np.ascontiguousarray(tensor)
         if slot.rule in family.trunk:
             yield prefix + slot.name, tensor
         else:

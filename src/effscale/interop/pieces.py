@@ -1,0 +1,65 @@
+"""Arrays that are filled layer by layer, each in the place where it will lie."""
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+
+class Pieces:
+    """An array in the pieces in which it will lie on this process's devices, filled layer by layer.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of the whole.
+        sharding: How it is divided; None: it lies on the default device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None):
+        self.shape, self.sharding = shape, sharding
+        whole = tuple(slice(0, size) for size in shape)
+        if sharding is None:
+            self.devices = {None: whole}
+        else:
+            indices = sharding.addressable_devices_indices_map(shape)
+            self.devices = {
+                device: tuple(
+                    slice(*s.indices(n)[:2]) for s, n in zip(index or whole, shape, strict=True)
+                )
+                for device, index in indices.items()
+            }
+        # Devices that hold the same part share one buffer.
+        self.buffers = {
+            _key(index): _aligned(tuple(s.stop - s.start for s in index), dtype)
+            for index in self.devices.values()
+        }
+
+    def put(self, layer: int | None, array: np.ndarray) -> None:
+        """Writes one layer, or, with None, all of it."""
+        for key, buffer in self.buffers.items():
+            index = tuple(slice(*bounds) for bounds in key)
+            if layer is None:
+                buffer[...] = array[index]
+            elif index[0].start <= layer < index[0].stop:
+                buffer[layer - index[0].start] = array[index[1:]]
+
+    def finish(self) -> jax.Array:
+        """The array."""
+        if self.sharding is None:
+            return jax.device_put(self.buffers[_key(self.devices[None])])
+        arrays = [
+            jax.device_put(self.buffers[_key(index)], device)
+            for device, index in self.devices.items()
+        ]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((s.start, s.stop) for s in index)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that XLA's CPU backend takes as it is, where it would copy others."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
