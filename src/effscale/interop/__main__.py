@@ -5,6 +5,7 @@ python -m effscale.interop convert FOLDER OUT        to safetensors, of another 
 python -m effscale.interop compare FOLDER            here and in transformers, layer by layer
 """
 
+import os
 import pathlib
 import sys
 from typing import Annotated, Literal
@@ -12,8 +13,6 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
-
-from effscale.interop.tensors import FolderError
 
 Folder = Annotated[pathlib.Path, tyro.conf.Positional]
 
@@ -59,7 +58,11 @@ def convert(
     """
     from effscale.interop.load import load_pretrained
     from effscale.interop.save import save_pretrained
+    from effscale.interop.writer import parse_size
 
+    parse_size(max_shard_size)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{str(out)!r} is a file; give a folder to write into")
     with Console(stderr=True).status(f"converting {folder}"):
         model = load_pretrained(folder, dtype=dtype)
         save_pretrained(model, out, max_shard_size=max_shard_size, like=folder)
@@ -85,7 +88,7 @@ def compare(folder: Folder, text: str = "The capital of France is") -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """The command line; see ``--help``. With ``EFFSCALE_TRACEBACK=1`` in the environment errors keep their traceback."""
     commands = {"inspect": inspect, "convert": convert, "compare": compare}
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -94,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
             prog="python -m effscale.interop",
             description="Model folders of PyTorch: what they hold, written anew, and compared.",
         )
-    except (FolderError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("EFFSCALE_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -13,7 +13,7 @@ from effscale.interop.describe import describe
 from effscale.interop.load import load_pretrained
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError
-from effscale.interop.tokenizer import load_tokenizer
+from effscale.interop.tokenizer import MissingTokenizerError, load_tokenizer
 from effscale.models import PatchInputs, Transformer, unroll
 
 
@@ -48,9 +48,19 @@ def compare(
         FolderError: If the folder cannot be loaded, here or there.
         ImportError: If torch or transformers is not installed.
     """
-    model = load_pretrained(folder, dtype="float32")
-    inputs = example(folder, model, text)
-    streams, outputs = jax.jit(layer_outputs)(unroll(model), jnp.asarray(inputs))
+    if not pathlib.Path(folder).is_dir():
+        raise FolderError(
+            f"{str(folder)!r} is no folder, which transformers needs; convert it first"
+        )
+    # Elsewhere than on a CPU products may be rounded to fewer bits, and would be compared instead of the models.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = load_pretrained(folder, dtype="float32")
+        if any(head.name in ("value", "choice") for head in model.config.heads):
+            raise FolderError(
+                f"{str(folder)!r} has a head that transformers does not run as it is; convert it first"
+            )
+        inputs = example(folder, model, text)
+        streams, outputs = jax.jit(layer_outputs)(unroll(model), jnp.asarray(inputs))
     theirs, their_outputs = torch_outputs(folder, model, inputs)
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(streams)))]
     pairs = list(zip(names, streams, theirs, strict=True))
@@ -59,7 +69,11 @@ def compare(
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """The largest difference of two arrays."""
+    """The largest difference of two arrays of one shape."""
+    if ours.shape != theirs.shape:
+        raise FolderError(
+            f"{name} is of shape {ours.shape} here and {theirs.shape} in transformers"
+        )
     return Difference(name, float(np.abs(ours - theirs).max()), float(np.abs(theirs).max()))
 
 
@@ -72,7 +86,9 @@ def example(folder: str | os.PathLike[str], model: Transformer, text: str) -> np
     limit = model.config.max_length or 512
     try:
         ids = np.asarray(load_tokenizer(folder).encode(text).ids, np.int32)
-    except FolderError:
+        if not ids.size:
+            raise FolderError(f"text={text!r} has no tokens; give some more")
+    except MissingTokenizerError:
         ids = generator.integers(0, inputs.vocab_size, min(limit, 32)).astype(np.int32)
     return ids[None, :limit]
 
@@ -109,12 +125,19 @@ def torch_outputs(
     fields = dict(open_source(folder).fields)
     fields.pop("model_type", None)
     config = transformers.AutoConfig.for_model(family.model_type, **fields)
-    kind = getattr(transformers, (fields.get("architectures") or described["architectures"])[0])
-    if not pathlib.Path(folder).is_dir():
+    name = (fields.get("architectures") or described["architectures"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise FolderError(f"transformers {transformers.__version__} has no class {name!r}")
+    settings = {"config": config, "dtype": torch.float32, "local_files_only": True}
+    try:
+        theirs, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    except (OSError, ValueError) as error:
+        raise FolderError(f"transformers cannot load {str(folder)!r}: {error}") from error
+    if found["missing_keys"] or found["mismatched_keys"]:
         raise FolderError(
-            f"{str(folder)!r} is no folder, which transformers needs; convert it first"
+            f"transformers does not find all of a {name} in {str(folder)!r}: convert it first"
         )
-    theirs = kind.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
     layers = next(
         module
         for module in theirs.modules()

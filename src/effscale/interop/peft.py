@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from effscale.interop.companions import write_json
 from effscale.interop.folder import checked_folder, read_json
 from effscale.interop.peft_config import other_kind, read_scaling, targets, write_scaling
 from effscale.interop.peft_modules import Modules, keys, modules_of
@@ -17,7 +18,7 @@ from effscale.interop.peft_pairs import join, stack
 from effscale.interop.peft_reader import AdapterReader
 from effscale.interop.plan import parameters
 from effscale.interop.safetensors_files import SafetensorsFile
-from effscale.interop.save import on_host, write_json
+from effscale.interop.save import on_host
 from effscale.interop.tensors import FolderError, Tensors
 from effscale.interop.torch_files import TorchFile
 from effscale.interop.writer import write_tensors

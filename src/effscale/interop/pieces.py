@@ -28,9 +28,9 @@ class Pieces:
                 for device, index in indices.items()
             }
         # Devices that hold the same part share one buffer.
+        parts = dict.fromkeys(map(_key, self.devices.values()))
         self.buffers = {
-            _key(index): _aligned(tuple(s.stop - s.start for s in index), dtype)
-            for index in self.devices.values()
+            part: _aligned(tuple(stop - start for start, stop in part), dtype) for part in parts
         }
 
     def put(self, layer: int | None, array: np.ndarray) -> None:

@@ -1,41 +1,24 @@
 """From a model to a folder that transformers loads."""
 
-import json
+import collections
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import tokenizers
+from jax.experimental import multihost_utils
 
-from effscale.data import save_tokenizer, separator_id
+from effscale.interop.companions import Companions
 from effscale.interop.describe import describe
-from effscale.interop.folder import read_json
-from effscale.interop.gguf_files import gguf_config
-from effscale.interop.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.load import convert, float_type
 from effscale.interop.plan import parameters, plan
-from effscale.interop.source import gguf_path
 from effscale.interop.table import sizes
-from effscale.interop.writer import write_tensors
+from effscale.interop.writer import parse_size, write_tensors
 from effscale.models import LMHead, Transformer, dense
-
-# What goes along from another folder.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "preprocessor_config.json",
-)  # fmt: skip
-# Fields of another config.json that may contradict what is written, under other names.
-STALE = (
-    "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
-    "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
-    "rotary_emb_base", "partial_rotary_factor", "transformers_version", "_name_or_path",
-)  # fmt: skip
 
 
 def save_pretrained(
@@ -68,34 +51,23 @@ def save_pretrained(
     """
     _, fields = describe(model.config)
     chosen = None if dtype is None else float_type(dtype)
-    gguf = None if like is None else gguf_path(pathlib.Path(like))
-    if gguf is not None:
-        inherited, tokenizer = gguf_config(gguf), tokenizer or gguf_tokenizer(gguf)
-    else:
-        inherited = {} if like is None else read_json(like, "config.json")
-    place = pathlib.Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    leaves = parameters(model)
-    largest = (
-        chosen
-        or max((v.get_value() for v in leaves.values()), key=lambda w: math.prod(w.shape)).dtype
+    parse_size(max_shard_size)
+    largest = max(
+        (v.get_value() for v in parameters(model).values()), key=lambda w: math.prod(w.shape)
     )
-    fields["dtype"] = np.dtype(largest).name
-    write_tensors(place, their_tensors(model, chosen), max_shard_size=max_shard_size)
-    special: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    merged = special | merge(inherited, fields)
-    if tokenizer is not None and merged["eos_token_id"] is None:
-        merged["eos_token_id"] = separator_id(tokenizer)
-    write_json(place / "config.json", merged)
-    if like is not None and gguf is None and pathlib.Path(like).resolve() != place.resolve():
-        for name in COMPANIONS:
-            if (pathlib.Path(like) / name).is_file():
-                shutil.copyfile(pathlib.Path(like) / name, place / name)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, place)
-        end = tokenizer.id_to_token(merged["eos_token_id"])
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-        write_json(place / "tokenizer_config.json", settings)
+    fields["dtype"] = np.dtype(chosen or largest.dtype).name
+    companions = Companions(fields, like, tokenizer)
+    place = pathlib.Path(folder)
+    tensors = their_tensors(model, chosen)
+    if jax.process_index() == 0:
+        # With no config there the folder is no model: it never holds the config of one and the weights of another.
+        forget = lambda: (place / "config.json").unlink(missing_ok=True)
+        write_tensors(place, tensors, max_shard_size=max_shard_size, before_move=forget)
+        companions.write(place)
+    else:
+        collections.deque(tensors, maxlen=0)  # every process takes part in gathering, one writes
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
 
 
 def their_tensors(
@@ -111,13 +83,9 @@ def their_tensors(
     # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
     names = {slot.name for slot in slots}
     repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
-    held: dict[str, np.ndarray] = {}
     for slot in slots:
-        if not set(slot.leaves) <= set(held):
-            held = {leaf: on_host(leaves[leaf].get_value()) for leaf in slot.leaves}
-        ours = [
-            held[leaf] if slot.index is None else held[leaf][slot.index] for leaf in slot.leaves
-        ]
+        weights = [leaves[leaf].get_value() for leaf in slot.leaves]
+        ours = [on_host(w if slot.index is None else layer(w, slot.index)) for w in weights]
         tensor = slot.rule.to_theirs(ours, axes)
         if dtype is not None:
             tensor = convert(slot.name, tensor, dtype)
@@ -130,31 +98,15 @@ def their_tensors(
             yield repeats[slot.name], tensor
 
 
-def merge(inherited: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of another model brought up to date; names of labels stay where their number fits."""
-    kept = {name: value for name, value in inherited.items() if name not in STALE}
-    merged = kept | {name: value for name, value in fields.items() if name != "add_pooling_layer"}
-    names = inherited.get("id2label")
-    if "rope_parameters" in fields and "max_position_embeddings" in inherited:
-        # Nothing depends on it; what the model was published with says more than what its scaling lets expect.
-        merged["max_position_embeddings"] = inherited["max_position_embeddings"]
-    if names and len(names) == len(fields.get("id2label", {})):
-        merged |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-    return merged
-
-
-def write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def on_host(weight: Any) -> np.ndarray:
+    """The dense array of a weight; of one that lies on several processes, in each of them."""
     array = dense(weight)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+@jax.jit
+def layer(weight: Any, index: Any) -> Any:
+    """One layer of a stacked weight: a small array of its own, whose copy on the host is not kept by the model's."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), weight)

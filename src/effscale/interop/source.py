@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from effscale.interop.families import FAMILIES, Family
 from effscale.interop.families.llama import GGUF_TABLE, LLAMA
 from effscale.interop.folder import open_tensors, read_json
@@ -59,7 +61,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         fields = gguf_config(file)
         config = LLAMA.config(fields, {})
         return Source(gguf, LLAMA, fields, config, GGUF_TABLE, file, frozenset(file.infos))
-    fields = read_json(place, "config.json")
+    fields = read_config(place)
     files = open_tensors(place)
     family = identify(fields, files.infos)
     tensors = Renamed(files, lambda name: canonical(family, name))
@@ -70,9 +72,41 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     }
     fields = dict(fields) | {"add_pooling_layer": "pooler.dense.weight" in infos}
     config = family.config(fields, infos)
+    if config.num_layers > len(infos):
+        # Said before the plan of so many layers is made.
+        raise FolderError(
+            f"config.json tells of {config.num_layers} layers, and there are {len(infos)} tensors in all"
+        )
     tensors, infos, config = _resolve_repeats(family, tensors, infos, config)
     rules = family.trunk + family.heads
     return Source(place, family, fields, config, rules, tensors, frozenset(infos))
+
+
+def read_config(place: pathlib.Path) -> dict[str, Any]:
+    """The fields of ``config.json``.
+
+    Raises:
+        FolderError: If it is not there, or tells of weights that are packed in a way of its own.
+    """
+    if place.is_dir() and not (place / "config.json").is_file():
+        files = sorted(path.name for path in place.glob("*.gguf"))
+        if files:
+            raise FolderError(
+                f"{str(place)!r} holds several GGUF files: name one, such as {files[0]!r}, instead of the folder"
+            )
+        if (place / "adapter_config.json").is_file():
+            raise FolderError(
+                f"{str(place)!r} holds an adapter: load its base model, and give both to load_adapter"
+            )
+    fields = read_json(place, "config.json")
+    packed = fields.get("quantization_config")
+    if packed:
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise FolderError(
+            f"the weights in {str(place)!r} are quantized ({method}), which is not taken: load them in transformers, "
+            "dequantize() and save them"
+        )
+    return fields
 
 
 def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
@@ -164,4 +198,5 @@ def _resolve_repeats(
 
 def _digest(tensors: Tensors, name: str) -> tuple[Any, ...]:
     tensor = tensors.read(name)
-    return tensor.shape, tensor.dtype, hashlib.blake2b(tensor.tobytes()).digest()
+    data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    return tensor.shape, tensor.dtype, hashlib.blake2b(data.data).digest()

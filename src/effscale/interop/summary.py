@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from effscale.interop.load import check_tensors
 from effscale.interop.plan import parameters, plan
 from effscale.interop.source import Source, open_source
+from effscale.interop.tensors import FolderError
 from effscale.models import PatchInputs, abstract, num_params
 
 
@@ -21,6 +23,12 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
         FolderError: If it is not one.
     """
     source = open_source(folder)
+    leaves = parameters(abstract(source.config))
+    problems = ""
+    try:
+        check_tensors(source, plan(source.rules, source.config, leaves), leaves)
+    except FolderError as error:
+        problems = str(error)
     config, block = source.config, source.config.blocks[0]
     rows = {
         "family": source.family.model_type,
@@ -34,6 +42,8 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
         "positions": _positions(config),
         "outputs": ", ".join(head.name for head in config.heads) or "hidden states",
     }
+    if problems:
+        rows["problems"] = problems
     if block.attention.kv_heads != block.attention.num_heads:
         rows["heads"] += f", key and value: {block.attention.kv_heads}"
     if isinstance(config.inputs, PatchInputs):

@@ -8,10 +8,14 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from effscale import data
-from effscale.interop.folder import read_json
+from effscale.interop.folder import checked_folder, read_json
 from effscale.interop.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.source import gguf_path
 from effscale.interop.tensors import FolderError
+
+
+class MissingTokenizerError(FolderError):
+    """A folder has no file that a tokenizer could be read from."""
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
@@ -30,31 +34,45 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     gguf = gguf_path(place)
     if gguf is not None:
         return gguf_tokenizer(gguf)
+    checked_folder(place)
     has = lambda *names: all((place / name).is_file() for name in names)
     if has("tokenizer.json"):
-        tokenizer = data.load_tokenizer(place)
+        read = data.load_tokenizer
     elif has("vocab.json", "merges.txt"):
-        tokenizer = _byte_level(place)
+        read = _byte_level
     elif has("vocab.txt"):
-        tokenizer = _word_piece(place)
+        read = _word_piece
     else:
-        there = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+        there = sorted(entry.name for entry in place.iterdir())
         known = "tokenizer.json, vocab.json with merges.txt, or vocab.txt"
         hint = (
             "; transformers' AutoTokenizer(...).save_pretrained turns tokenizer.model into tokenizer.json"
             if has("tokenizer.model")
             else ""
         )
-        raise FolderError(f"no tokenizer in {str(place)!r} ({known}); it has {there}{hint}")
+        raise MissingTokenizerError(
+            f"no tokenizer in {str(place)!r} ({known}); it has {there}{hint}"
+        )
+    try:
+        tokenizer = read(place)
+    except FolderError:
+        raise
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise FolderError(f"the tokenizer in {str(place)!r} cannot be read: {error}") from error
     if has("config.json"):
         rows = read_json(place, "config.json").get("vocab_size")
-        size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        if isinstance(rows, int) and size > rows:
-            raise FolderError(
-                f"the tokenizer in {str(place)!r} has ids up to {size - 1}, and the model has vocab_size={rows} "
-                "embeddings: resize the model's (transformers: resize_token_embeddings) or take its own tokenizer"
-            )
+        check_vocabulary(tokenizer, rows, f"the tokenizer in {str(place)!r}")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, rows: Any, what: str) -> None:
+    """Raises a FolderError if a tokenizer has ids beyond a model's embeddings, where it has some."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and size > rows:
+        raise FolderError(
+            f"{what} has ids up to {size - 1}, and the model has vocab_size={rows} embeddings: resize the "
+            "model's (transformers: resize_token_embeddings) or take its own tokenizer"
+        )
 
 
 def _byte_level(place: pathlib.Path) -> tokenizers.Tokenizer:
@@ -62,12 +80,18 @@ def _byte_level(place: pathlib.Path) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [
-        t
-        for t in ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>")
-        if tokenizer.token_to_id(t) is not None
-    ]
-    tokenizer.add_special_tokens(special)
+    known = ("<|endoftext|>", "<s>", "</s>", "<pad>", "<unk>")
+    tokenizer.add_special_tokens([t for t in known if tokenizer.token_to_id(t) is not None])
+    _add_tokens(tokenizer, place)
+    settings = _settings(place)
+    if settings.get("add_bos_token"):
+        first = settings.get("bos_token", "</s>")
+        first = first["content"] if isinstance(first, dict) else first
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A",
+            pair=f"{first} $A {first} $B",
+            special_tokens=[(first, tokenizer.token_to_id(first))],
+        )
     return tokenizer
 
 
@@ -77,9 +101,7 @@ def _word_piece(place: pathlib.Path) -> tokenizers.Tokenizer:
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocab]
     if missing:
         raise FolderError(f"{str(place / 'vocab.txt')!r} has no {', '.join(missing)}")
-    settings: dict[str, Any] = {}
-    if (place / "tokenizer_config.json").is_file():
-        settings = read_json(place, "tokenizer_config.json")
+    settings = _settings(place)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=settings.get("do_lower_case", True),
@@ -96,4 +118,23 @@ def _word_piece(place: pathlib.Path) -> tokenizers.Tokenizer:
     tokenizer.add_special_tokens(
         [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in vocab]
     )
+    _add_tokens(tokenizer, place)
     return tokenizer
+
+
+def _settings(place: pathlib.Path) -> dict[str, Any]:
+    name = "tokenizer_config.json"
+    return read_json(place, name) if (place / name).is_file() else {}
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, place: pathlib.Path) -> None:
+    """Adds the tokens of ``added_tokens.json``, with the ids that it says."""
+    if not (place / "added_tokens.json").is_file():
+        return
+    for token, wanted in sorted(read_json(place, "added_tokens.json").items(), key=lambda t: t[1]):
+        tokenizer.add_special_tokens([token])
+        if tokenizer.token_to_id(token) != wanted:
+            raise FolderError(
+                f"added_tokens.json gives {token!r} the id {wanted}, but the next free one is "
+                f"{tokenizer.token_to_id(token)}"
+            )

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -32,6 +32,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
     max_shard_size: int | str = "5GB",
+    before_move: Callable[[], object] | None = None,
 ) -> list[pathlib.Path]:
     """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger.
 
@@ -55,6 +56,7 @@ def write_tensors(
         tensors: Names and arrays, in the order in which shards are filled.
         max_shard_size: The most bytes of tensors in a file, as a number or like ``"500MB"`` (10**6)
             or ``"1GiB"`` (2**30). A tensor that is larger has a file of its own.
+        before_move: Called when all is written and nothing is in its place yet.
 
     Returns:
         The files, the index last.
@@ -90,6 +92,8 @@ def write_tensors(
         if len(shards) > 1:
             (inside / INDEX).write_text(_index(names, shards))
             names.append(INDEX)
+    if before_move is not None:
+        before_move()
     _move_into_place(work, folder, names)
     return [folder / name for name in names]
 

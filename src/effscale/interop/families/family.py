@@ -1,6 +1,7 @@
 """What the loader and the writer need to know of a family of models."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,8 @@ class Family:
     def config(self, fields: Json, tensors: Mapping[str, TensorInfo]) -> TransformerConfig:
         """Our config, from ``config.json`` and the tensors by their canonical names."""
         fields = {**self.defaults, **fields}
+        for name, default in self.defaults.items():
+            fields[name] = checked(name, fields[name], default)
         try:
             return self.from_hf(fields, self.find_heads(fields, tensors))
         except KeyError as missing:
@@ -70,6 +73,25 @@ class Family:
             raise
         except ValueError as error:
             raise FolderError(f"config.json describes a model that cannot be: {error}") from error
+
+
+def checked(name: str, value: Any, default: Any) -> Any:
+    """A field's value, if it is of the kind that its default is; a number that is null is the default.
+
+    Raises:
+        FolderError: If it is of another kind.
+    """
+    if default is None or (value is None and isinstance(default, float)):
+        return default if value is None else value
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if name in ("image_size", "patch_size"):
+        kinds = (int, list)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise FolderError(
+            f"config.json has {name}={json.dumps(value)}, which is of the wrong type: it should be of type "
+            f"{type(default).__name__}"
+        )
+    return value
 
 
 def with_heads(config: TransformerConfig, heads: Heads) -> TransformerConfig:

@@ -1,0 +1,133 @@
+"""What lies in a model folder beside its weights: ``config.json`` and the files of its tokenizer."""
+
+import json
+import os
+import pathlib
+import shutil
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from effscale.data import save_tokenizer, separator_id
+from effscale.interop.folder import read_json
+from effscale.interop.gguf_files import gguf_config
+from effscale.interop.gguf_tokenizer import gguf_tokenizer
+from effscale.interop.source import gguf_path
+from effscale.interop.tensors import FolderError
+from effscale.interop.tokenizer import check_vocabulary
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+OTHER_FILES = ("generation_config.json", "preprocessor_config.json")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Fields of another config.json that may contradict what is written, under other names.
+STALE = (
+    "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
+    "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
+    "rotary_emb_base", "partial_rotary_factor", "transformers_version", "_name_or_path",
+)  # fmt: skip
+
+
+class Companions:
+    """The files that go beside a model's weights; all that can be wrong with them is found when it is made.
+
+    Args:
+        fields: Those of ``config.json`` that the model itself tells.
+        like: A folder or GGUF file whose tokenizer and other fields go along.
+        tokenizer: A tokenizer in place of that one.
+
+    Raises:
+        FolderError: If ``like`` is no model folder, or the tokenizer has ids for which the model has no embedding.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        like: str | os.PathLike[str] | None,
+        tokenizer: tokenizers.Tokenizer | None,
+    ):
+        self.like = None if like is None else pathlib.Path(like)
+        self.tokenizer, self.is_new = tokenizer, tokenizer is not None
+        inherited: dict[str, Any] = {}
+        gguf = None if self.like is None else gguf_path(self.like)
+        if gguf is not None:
+            inherited, self.like = gguf_config(gguf), None
+            self.tokenizer = tokenizer or _tokenizer_of(gguf)
+        elif self.like is not None:
+            inherited = dict(read_json(self.like, "config.json"))
+        if self.is_new:
+            inherited = {name: value for name, value in inherited.items() if name not in SPECIAL}
+        if inherited.get("model_type", fields["model_type"]) != fields["model_type"]:
+            # Another family's names for sizes would be taken for this one's.
+            inherited = {name: inherited[name] for name in SPECIAL if name in inherited}
+        self.config = dict.fromkeys(SPECIAL) | merge(inherited, fields)
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, fields.get("vocab_size"), "the tokenizer")
+            if self.config["eos_token_id"] is None:
+                self.config["eos_token_id"] = _end_of(self.tokenizer)
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes them all, ``config.json`` last."""
+        if self.like is not None and self.like.resolve() != folder.resolve():
+            for name in (*(() if self.is_new else TOKENIZER_FILES), *OTHER_FILES):
+                if (self.like / name).is_file():
+                    shutil.copyfile(self.like / name, folder / name)
+        if self.tokenizer is not None:
+            for name in TOKENIZER_FILES:
+                (folder / name).unlink(missing_ok=True)
+            save_tokenizer(self.tokenizer, folder)
+            end = self.config["eos_token_id"]
+            first = end[0] if isinstance(end, list) else end
+            settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            if first is not None:
+                settings["eos_token"] = self.tokenizer.id_to_token(first)
+            write_json(folder / "tokenizer_config.json", settings)
+        if self.is_new and (folder / "generation_config.json").is_file():
+            generation = read_json(folder, "generation_config.json")
+            write_json(folder / "generation_config.json", generation | _special_of(self.config))
+        write_json(folder / "config.json", self.config)
+
+
+def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of another model brought up to date; names of labels stay where their number fits."""
+    kept = {name: value for name, value in inherited.items() if name not in STALE}
+    merged = kept | {name: value for name, value in fields.items() if name != "add_pooling_layer"}
+    if "rope_parameters" in fields and "max_position_embeddings" in inherited:
+        # Nothing depends on it; what the model was published with says more than what its scaling lets expect.
+        merged["max_position_embeddings"] = inherited["max_position_embeddings"]
+    names = inherited.get("id2label")
+    if names and len(names) == len(fields.get("id2label", {})):
+        merged |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    return merged
+
+
+def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all."""
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tokenizer_of(gguf: pathlib.Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a GGUF file; a kind that is not understood is left out with a warning."""
+    try:
+        return gguf_tokenizer(gguf)
+    except FolderError as error:
+        warnings.warn(f"written without a tokenizer: {error}", stacklevel=5)
+        return None
+
+
+def _end_of(tokenizer: tokenizers.Tokenizer) -> int | None:
+    try:
+        return separator_id(tokenizer)
+    except ValueError:
+        return None
+
+
+def _special_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in SPECIAL}
