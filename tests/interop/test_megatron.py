@@ -146,7 +146,7 @@ def change(folder, layer, rank, edit):
 def test_a_missing_rank_is_named(folder):
     (folder / "layer_03-model_01-model_states.pt").unlink()
     (folder / "layer_04-model_00-model_states.pt").unlink()
-    with pytest.raises(FolderError, match="lacks .*: rank 1 of layer 3, rank 0 of layer 4"):
+    with pytest.raises(FolderError, match=r"lacks .*: rank 1 of layer 3, rank 0 of layer 4"):
         MegatronBloom(folder)
 
 
@@ -205,7 +205,7 @@ def test_a_tensor_in_two_layers(folder):
 def test_a_damaged_or_hostile_file_is_refused(folder):
     path = folder / "layer_04-model_01-model_states.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FolderError, match="layer_04-model_01.*not a sound PyTorch file"):
+    with pytest.raises(FolderError, match=r"layer_04-model_01.*not a sound PyTorch file"):
         MegatronBloom(folder)
 
 

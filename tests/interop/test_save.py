@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from effscale.data import train_tokenizer
 from effscale.interop import FolderError, load_pretrained, load_tokenizer, save_pretrained
-from effscale.models import Transformer, gpt2, llama
+from effscale.models import ClassHead, Transformer, bert, gpt2, llama
 from effscale.parallel.local_launch import launch_local
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes_save.py")
@@ -103,6 +103,12 @@ def test_nothing_is_written_where_something_is_wrong(settings, message, out):
     with pytest.raises(ValueError, match=message):
         save_pretrained(make(vocab_size=100), out, **settings)
     assert not out.exists()
+
+
+def test_a_head_that_takes_another_vector_is_refused(out):
+    config = bert(**TINY, vocab_size=20, heads=(ClassHead(num_classes=3, pool="mean"),))
+    with pytest.raises(ValueError, match="pool='mean'"):
+        save_pretrained(Transformer(config, rngs=nnx.Rngs(0)), out)
 
 
 @pytest.mark.parametrize("when", ["moved", "config"])

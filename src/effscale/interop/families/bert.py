@@ -8,6 +8,7 @@ from effscale.interop.families.family import (
     Heads,
     Json,
     activation,
+    check_pools,
     common,
     refuse,
     their_activation,
@@ -124,6 +125,8 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
 def architecture(heads: Heads) -> str:
     """The class in transformers that has these heads."""
     names = tuple(head.name for head in heads)
+    pooled = dict.fromkeys(("nsp", "classes", "choice"), "pooled")
+    check_pools(heads, **pooled, token_classes="none", span="none")
     if names not in ARCHITECTURES:
         raise ValueError(
             f"transformers has no BERT with the heads {list(names)}; it has {list(ARCHITECTURES)}"

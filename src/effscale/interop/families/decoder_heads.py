@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from effscale.interop.families.family import Heads, Json
+from effscale.interop.families.family import Heads, Json, check_pools
 from effscale.interop.table import Rule, linear, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, LMHead
@@ -56,12 +56,13 @@ def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: boo
     def name(heads: Heads) -> str:
         if not heads:
             return f"{class_name}Model"
+        check_pools(heads, classes="last", token_classes="none", span="none", value="none")
         if len(heads) == 1:
             (head,) = heads
             if isinstance(head, LMHead) and head.name == "lm":
                 return class_name + lm
             if isinstance(head, ClassHead):
-                if (head.name == "classes" and head.pool == "last") or head.name == "value":
+                if head.name in ("classes", "value"):
                     return f"{class_name}ForSequenceClassification"
                 if head.name == "span":
                     return f"{class_name}ForQuestionAnswering"

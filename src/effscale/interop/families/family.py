@@ -122,6 +122,15 @@ def labels(config: TransformerConfig) -> dict[str, Any]:
     return fields
 
 
+def check_pools(heads: Heads, **pools: str) -> None:
+    """Raises unless each classifier takes the vector that the family's of this name does."""
+    for head in heads:
+        if isinstance(head, ClassHead) and head.pool != pools.get(head.name, head.pool):
+            raise ValueError(
+                f"the head {head.name!r} has pool={head.pool!r}, and transformers' has {pools[head.name]!r}"
+            )
+
+
 def refuse(fields: Json, **only: Any) -> None:
     """Raises unless each named field, where it is there, has the value that we can compute (or is null)."""
     for name, value in only.items():
