@@ -39,6 +39,12 @@ ENCODERS = {
 ARCHITECTURES = DECODERS | ENCODERS
 CLASSES = [(family, name) for family, names in ARCHITECTURES.items() for name in names]
 
+LABELS = {
+    "ForMultipleChoice": 1
+}  # of classes with a number of their own; where there are none, configs say 2
+WITH_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification",
+               "ForMultipleChoice")  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -248,10 +254,11 @@ def ropes(draw) -> dict[str, Any]:
         "rope_theta": draw(st.sampled_from([10000.0, 10.0, 500000])),
     }
     if kind != "default":
-        found["factor"] = draw(st.sampled_from([2.0, 1.0, 1.5, 8]))
+        found["factor"] = draw(st.sampled_from([2.0, 1.5, 8]))
     if kind in ("llama3", "yarn"):
-        # Short, so that all three parts of the ramp are met by heads as narrow as these.
-        found["original_max_position_embeddings"] = draw(st.integers(4, 64))
+        # Short, so that all three parts of the ramp are met by heads as narrow as these; even, since transformers warns
+        # where the product with the factor is no whole number.
+        found["original_max_position_embeddings"] = 2 * draw(st.integers(2, 32))
     if kind == "llama3":
         low = draw(st.sampled_from([1.0, 0.25, 2]))
         found |= {"low_freq_factor": low, "high_freq_factor": low * draw(st.sampled_from([4, 1.5]))}
@@ -342,12 +349,44 @@ def cases(draw, model_type: str, architecture: str | None = None) -> Case:
         # Elsewhere the field has no effect, and does not come back.
         if name in ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining"):
             fields["tie_word_embeddings"] = draw(usually)
-    has_pooler = model_type == "bert" and name in (
-        *("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification"),
-        "ForMultipleChoice",
-    )
+    has_pooler = model_type == "bert" and name in WITH_POOLER
     if model_type in ENCODERS and name == "Model":
         has_pooler = draw(st.booleans())
-    fixed = {"ForMultipleChoice": 1, "ForQuestionAnswering": 2}
-    labels = fixed[name] if name in fixed else draw(st.sampled_from([3, 1, 2]))
+    classifier = name.endswith("Classification")
+    labels = draw(st.sampled_from([3, 1, 2])) if classifier else LABELS.get(name, 2)
     return Case(model_type, architecture, fields, has_pooler, labels)
+
+
+# The least that describes a model of each family; what else there is, is as by default.
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 8, "n_layer": 2, "n_head": 2},
+    "opt": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "bloom": {"hidden_size": 8, "n_layer": 2, "n_head": 2},
+    "gptj": {"n_embd": 8, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "llama": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "bert": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "vit": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+# Sizes that are large by default.
+FEW: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_positions": 32},
+    "opt": {"ffn_dim": 12, "max_position_embeddings": 32},
+    "bloom": {},
+    "gptj": {"n_positions": 32},
+    "gpt_neox": {"intermediate_size": 12},
+    "llama": {"intermediate_size": 12},
+    "bert": {"intermediate_size": 12, "max_position_embeddings": 32},
+    "vit": {"intermediate_size": 12, "image_size": 4, "patch_size": 2},
+}
+
+
+def example(model_type: str, architecture: str, **fields: Any) -> Case:
+    """A tiny model that is as by default in all else."""
+    small = (
+        SMALL[model_type] | FEW[model_type] | ({} if model_type == "vit" else {"vocab_size": 31})
+    )
+    name = architecture.removeprefix(FAMILIES[model_type].class_name)
+    has_pooler = model_type in ENCODERS and name in (*WITH_POOLER, "Model")
+    labels = 3 if name.endswith("Classification") else LABELS.get(name, 2)
+    return Case(model_type, architecture, small | fields, has_pooler, labels)

@@ -1,7 +1,9 @@
 """Models of transformers for a case, with weights that hide no mistake, and what they compute on a batch."""
 
 import contextlib
+import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -120,13 +122,21 @@ def torch_greedy(model: Any, arrays: Arrays, count: int) -> np.ndarray:
     return out.numpy()
 
 
+class _Collect(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 @contextlib.contextmanager
-def no_complaint(caplog):
-    """Fails if transformers logs a warning, such as of missing or unexpected weights."""
-    hf.utils.logging.enable_propagation()
-    caplog.clear()
+def complaints() -> Iterator[list[str]]:
+    """Whatever transformers warns of meanwhile, such as missing or unexpected weights."""
+    handler, logger = _Collect(), hf.utils.logging.get_logger("transformers")
+    logger.addHandler(handler)
     try:
-        yield
+        yield handler.said
     finally:
-        hf.utils.logging.disable_propagation()
-    assert not [record.getMessage() for record in caplog.records]
+        logger.removeHandler(handler)

@@ -89,7 +89,6 @@ def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
             found |= {n: getattr(scaled, n) for n in YARN if getattr(scaled, n) is not None}
     fields: dict[str, Any] = {"rope_parameters": found}
     if "original_max_position_embeddings" in found:
-        original = found["original_max_position_embeddings"]
-        # transformers wants it larger than the original one, even where the factor is 1.
-        fields["max_position_embeddings"] = max(math.ceil(found["factor"] * original), original + 1)
+        longest = found["factor"] * found["original_max_position_embeddings"]
+        fields["max_position_embeddings"] = math.ceil(longest)
     return fields
