@@ -125,6 +125,7 @@ def main():
 
     def before_step(step, batch):
         if step == at and kind == "step":
+            checkpoints.wait()  # however slow the machine: this is a kill between checkpoints
             die()
         if step == at and kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
