@@ -254,11 +254,10 @@ def ropes(draw) -> dict[str, Any]:
         "rope_theta": draw(st.sampled_from([10000.0, 10.0, 500000])),
     }
     if kind != "default":
-        found["factor"] = draw(st.sampled_from([2.0, 1.5, 8]))
+        found["factor"] = draw(st.sampled_from([2.0, 1.0, 1.5, 8]))
     if kind in ("llama3", "yarn"):
-        # Short, so that all three parts of the ramp are met by heads as narrow as these; even, since transformers warns
-        # where the product with the factor is no whole number.
-        found["original_max_position_embeddings"] = 2 * draw(st.integers(2, 32))
+        # Short, so that all three parts of the ramp are met by heads as narrow as these.
+        found["original_max_position_embeddings"] = draw(st.integers(4, 64))
     if kind == "llama3":
         low = draw(st.sampled_from([1.0, 0.25, 2]))
         found |= {"low_freq_factor": low, "high_freq_factor": low * draw(st.sampled_from([4, 1.5]))}

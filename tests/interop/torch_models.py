@@ -136,6 +136,7 @@ def complaints() -> Iterator[list[str]]:
     """Whatever transformers warns of meanwhile, such as missing or unexpected weights."""
     handler, logger = _Collect(), hf.utils.logging.get_logger("transformers")
     logger.addHandler(handler)
+    hf.utils.logging.warning_once.cache_clear()
     try:
         yield handler.said
     finally:

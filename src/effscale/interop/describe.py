@@ -4,9 +4,15 @@ import dataclasses
 import re
 from typing import Any
 
+import numpy as np
+
 from effscale.interop.families import FAMILIES, Family
+from effscale.interop.families.family import Heads
+from effscale.interop.tensors import TensorInfo
 from effscale.models import MLPConfig, TransformerConfig
 
+# Differences in an error.
+SHOWN = 5
 # How a model trains and computes, not what it is.
 FREE = ("dtype", "remat", "init_std", "scale_residual_init", "groups")
 
@@ -26,25 +32,40 @@ def describe(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
             )
     near: list[tuple[int, str]] = []
     for family in FAMILIES.values():
-        try:
-            fields = family.to_hf(config)
-            back = family.from_hf({**family.defaults, **fields}, config.heads)
-        except (ValueError, AssertionError, AttributeError):
-            continue
-        differences = _differences(essence(config), essence(back), family.model_type)
-        architecture = None
+        architecture, differences = None, []
         try:
             architecture = family.architecture(config.heads)
         except ValueError as error:
             differences.append(str(error))
+        try:
+            fields = family.to_hf(config)
+            every = {**family.defaults, **fields, "architectures": [architecture]}
+            heads = config.heads if architecture is None else _heads_found(family, every, config)
+            back = family.from_hf(every, heads)
+        except (ValueError, AssertionError, AttributeError):
+            continue
+        differences += _differences(essence(config), essence(back), family.model_type)
         if not differences:
-            return family, {
-                "architectures": [architecture],
-                "model_type": family.model_type,
-            } | fields
-        near.append((len(differences), "; ".join(differences)))
+            head = {"architectures": [architecture], "model_type": family.model_type}
+            return family, head | fields
+        more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        near.append((len(differences), "; ".join(differences[:SHOWN]) + more))
     nearest = min(near)[1] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
     raise ValueError(f"transformers has no family with this config: {nearest}")
+
+
+def _heads_found(family: Family, fields: dict[str, Any], config: TransformerConfig) -> Heads:
+    """The heads that the loader would find, from the names and shapes of their tensors."""
+    heads = {head.name: head for head in config.heads}
+    tensors: dict[str, TensorInfo] = {}
+    for rule in family.heads:
+        _, name, *_, kind = rule.parts[0].split(".")
+        if name in heads and (kind != "bias" or getattr(heads[name], "bias", False)):
+            shape = (getattr(heads[name], "num_classes", 1), 1)
+            tensors[rule.theirs] = TensorInfo(shape, np.dtype("float32"))
+    if config.pooler:
+        tensors["pooler.dense.weight"] = TensorInfo((1, 1), np.dtype("float32"))
+    return family.find_heads(fields, tensors)
 
 
 def essence(config: TransformerConfig) -> dict[str, Any]:
@@ -77,6 +98,8 @@ def _resolved(part: Any, config: TransformerConfig) -> dict[str, Any]:
     """Fields of a part, without dropout and with the defaults written out."""
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     fields.pop("dropout", None)
+    if "transform" in fields and part.transform is None:
+        del fields["norm"]  # the transform's
     if "num_kv_heads" in fields:
         width = part.width(config.d_model)
         fields |= {"num_kv_heads": part.kv_heads, "head_dim": width}

@@ -8,7 +8,7 @@ from effscale.interop.families.family import (
     Heads,
     Json,
     activation,
-    check_pools,
+    check_classifiers,
     common,
     refuse,
     their_activation,
@@ -125,8 +125,8 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
 def architecture(heads: Heads) -> str:
     """The class in transformers that has these heads."""
     names = tuple(head.name for head in heads)
-    pooled = dict.fromkeys(("nsp", "classes", "choice"), "pooled")
-    check_pools(heads, **pooled, token_classes="none", span="none")
+    pooled = dict.fromkeys(("nsp", "classes", "choice"), ("pooled", True))
+    check_classifiers(heads, **pooled, token_classes=("none", True), span=("none", True))
     if names not in ARCHITECTURES:
         raise ValueError(
             f"transformers has no BERT with the heads {list(names)}; it has {list(ARCHITECTURES)}"

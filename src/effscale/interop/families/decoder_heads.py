@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from effscale.interop.families.family import Heads, Json, check_pools
+from effscale.interop.families.family import Heads, Json, check_classifiers
 from effscale.interop.table import Rule, linear, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, LMHead
@@ -56,7 +56,13 @@ def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: boo
     def name(heads: Heads) -> str:
         if not heads:
             return f"{class_name}Model"
-        check_pools(heads, classes="last", token_classes="none", span="none", value="none")
+        check_classifiers(
+            heads,
+            classes=("last", False),
+            token_classes=("none", True),
+            span=("none", True),
+            value=("none", False),
+        )
         if len(heads) == 1:
             (head,) = heads
             if isinstance(head, LMHead) and head.name == "lm":

@@ -122,13 +122,16 @@ def labels(config: TransformerConfig) -> dict[str, Any]:
     return fields
 
 
-def check_pools(heads: Heads, **pools: str) -> None:
-    """Raises unless each classifier takes the vector that the family's of this name does."""
+def check_classifiers(heads: Heads, **wanted: tuple[str, bool]) -> None:
+    """Raises unless each classifier takes the vector, and has the bias or none, that the family's of this name does."""
     for head in heads:
-        if isinstance(head, ClassHead) and head.pool != pools.get(head.name, head.pool):
-            raise ValueError(
-                f"the head {head.name!r} has pool={head.pool!r}, and transformers' has {pools[head.name]!r}"
-            )
+        if isinstance(head, ClassHead) and head.name in wanted:
+            for name, theirs in zip(("pool", "bias"), wanted[head.name], strict=True):
+                ours = getattr(head, name)
+                if ours != theirs:
+                    raise ValueError(
+                        f"the head {head.name!r} has {name}={ours!r}, and transformers' has {theirs!r}"
+                    )
 
 
 def refuse(fields: Json, **only: Any) -> None:

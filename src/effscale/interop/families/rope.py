@@ -89,6 +89,12 @@ def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
             found |= {n: getattr(scaled, n) for n in YARN if getattr(scaled, n) is not None}
     fields: dict[str, Any] = {"rope_parameters": found}
     if "original_max_position_embeddings" in found:
-        longest = found["factor"] * found["original_max_position_embeddings"]
-        fields["max_position_embeddings"] = math.ceil(longest)
+        original = found["original_max_position_embeddings"]
+        longest = found["factor"] * original
+        if found["rope_type"] == "llama3":
+            # transformers wants it larger than the original one, even where the factor is 1.
+            fields["max_position_embeddings"] = max(math.ceil(longest), original + 1)
+        else:
+            # Where it cannot be the product it should say nothing, as the same number does.
+            fields["max_position_embeddings"] = int(longest) if longest % 1 == 0 else original
     return fields

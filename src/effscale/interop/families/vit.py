@@ -8,7 +8,7 @@ from effscale.interop.families.family import (
     Heads,
     Json,
     activation,
-    check_pools,
+    check_classifiers,
     labels,
     refuse,
     their_activation,
@@ -88,7 +88,7 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
 def architecture(heads: Heads) -> str:
     """The class in transformers that has these heads."""
     names = [head.name for head in heads]
-    check_pools(heads, classes="first")
+    check_classifiers(heads, classes=("first", True))
     if names not in ([], ["classes"]):
         raise ValueError(f"transformers has no ViT with the heads {names}")
     return "ViTForImageClassification" if names else "ViTModel"

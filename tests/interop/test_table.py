@@ -1,0 +1,182 @@
+"""The tables of tensors: layouts as the original code has them, laws of rules, and a place for everything."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effscale.interop.families import FAMILIES
+from effscale.interop.families.llama import GGUF_TABLE, LLAMA
+from effscale.interop.plan import parameters, plan
+from effscale.interop.table import Rule, conv1d, fused_by_head, fused_conv1d, linear, sizes
+from effscale.models import MLPConfig, abstract, gpt2
+from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases, example
+
+AXES = {"h": 3, "g": 1, "t": 2}
+WIDTH, HEADS, HEAD_DIM = 6, 3, 4
+
+
+def fused(*shape):
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def test_linear_is_transposed_and_conv1d_is_not():
+    x = fused(4, 6)
+    (ours,) = linear("a", "b")[0].to_ours(x, {})
+    np.testing.assert_array_equal(ours, x.T)
+    (ours,) = conv1d("a", "b")[0].to_ours(x, {})
+    np.testing.assert_array_equal(ours, x)
+
+
+def test_fused_by_head():
+    """BLOOM's and NeoX's forward pass: ``view(..., heads, 3, head_dim)`` of what the rows give."""
+    weight, bias = fused(3 * HEADS * HEAD_DIM, WIDTH), fused(3 * HEADS * HEAD_DIM)
+    kernels = fused_by_head("qkv")[0].to_ours(weight, AXES)
+    biases = fused_by_head("qkv")[1].to_ours(bias, AXES)
+    x = np.random.default_rng(0).normal(size=(5, WIDTH))
+    together = (x @ weight.T + bias).reshape(5, HEADS, 3, HEAD_DIM)
+    for i in range(3):
+        alone = (x @ kernels[i] + biases[i]).reshape(5, HEADS, HEAD_DIM)
+        np.testing.assert_allclose(alone, together[:, :, i])
+
+
+def test_fused_in_the_columns_of_a_conv1d():
+    """GPT-2's forward pass: ``split(width, dim=2)`` of what the columns give."""
+    weight, bias = fused(WIDTH, 3 * WIDTH), fused(3 * WIDTH)
+    kernels = fused_conv1d("qkv")[0].to_ours(weight, AXES)
+    biases = fused_conv1d("qkv")[1].to_ours(bias, AXES)
+    for i in range(3):
+        part = slice(i * WIDTH, (i + 1) * WIDTH)
+        np.testing.assert_array_equal(kernels[i], weight[:, part])
+        np.testing.assert_array_equal(biases[i], bias[part])
+
+
+def test_a_patch_is_row_column_channel():
+    rule = next(rule for rule in FAMILIES["vit"].trunk if rule.ours == "embed.patches.kernel")
+    weight = fused(5, 3, 2, 2)
+    (kernel,) = rule.to_ours(weight, {"p": 2, "q": 2, "c": 3})
+    image = np.random.default_rng(0).normal(size=(2, 2, 3))
+    expected = np.einsum("ocpq,pqc->o", weight, image)
+    np.testing.assert_allclose(image.reshape(-1) @ kernel, expected)
+
+
+def test_llama_cpp_s_order_of_rows():
+    """Its converter takes ``(heads, 2, head_dim / 2)`` to ``(heads, head_dim / 2, 2)``; ours takes that back."""
+    rule = next(rule for rule in GGUF_TABLE if rule.ours == "attention.query.kernel")
+    weight = fused(HEADS * HEAD_DIM, WIDTH)
+    written = weight.reshape(HEADS, 2, HEAD_DIM // 2, WIDTH).swapaxes(1, 2).reshape(weight.shape)
+    np.testing.assert_array_equal(rule.to_ours(written, AXES)[0], weight.T)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@given(data=st.data())
+def test_every_rule_leads_back(model_type, data):
+    case = data.draw(cases(model_type))
+    config = case.config
+    leaves, axes = parameters(abstract(config)), sizes(config)
+    random = np.random.default_rng(0)
+    for slot in plan(case.family.rules, config, leaves):
+        stacked = 0 if slot.index is None else 1
+        ours = tuple(
+            random.normal(size=leaves[leaf].shape[stacked:]).astype(np.float32)
+            for leaf in slot.leaves
+        )
+        theirs = slot.rule.to_theirs(ours, axes)
+        assert theirs.shape == slot.rule.their_shape([x.shape for x in ours], axes)
+        back = slot.rule.to_ours(theirs, axes)
+        assert [x.tobytes() for x in back] == [x.tobytes() for x in ours]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@given(data=st.data())
+def test_a_plan_fills_every_layer_of_every_parameter_once(model_type, data):
+    case = data.draw(cases(model_type))
+    leaves = parameters(abstract(case.config))
+    slots = plan(case.family.rules, case.config, leaves)
+    assert len({slot.name for slot in slots}) == len(slots)
+    filled = sorted((leaf, -1 if s.index is None else s.index) for s in slots for leaf in s.leaves)
+    wanted = [
+        (name, layer)
+        for name, leaf in leaves.items()
+        for layer in (range(leaf.shape[0]) if name.startswith("groups.") else [-1])
+    ]
+    assert filled == sorted(wanted)
+
+
+def test_layers_are_counted_through_all_groups():
+    """A GPT-2 whose scores are scaled by layer is a group a layer."""
+    case = example("gpt2", "GPT2Model", scale_attn_by_inverse_layer_idx=True, n_layer=3)
+    slots = plan(case.family.rules, case.config, parameters(abstract(case.config)))
+    found = {slot.name: slot.leaves for slot in slots if "c_proj.bias" in slot.name}
+    assert found["h.2.attn.c_proj.bias"] == ("groups.2.blocks.0.attention.out.bias",)
+    assert [slot.index for slot in slots if slot.name.startswith("h.")] == [0] * 3 * 12
+
+
+def test_a_parameter_without_a_row():
+    config = gpt2(num_layers=1, d_model=8, num_heads=2, vocab_size=5, max_length=4)
+    (group,) = config.groups
+    gated = MLPConfig(d_ff=8, gated=True)
+    block = dataclasses.replace(group.blocks[0], feed_forward=gated)
+    config = dataclasses.replace(config, groups=(dataclasses.replace(group, blocks=(block,)),))
+    leaves = parameters(abstract(config))
+    with pytest.raises(ValueError, match=r"no place for .*feed_forward\.gate\.kernel"):
+        plan(FAMILIES["gpt2"].rules, config, leaves)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_table_names_nothing_twice(model_type):
+    family = FAMILIES[model_type]
+    trunk = [rule.theirs for rule in family.trunk]
+    ours = [part for rule in family.trunk for part in rule.parts]
+    assert len(set(trunk)) == len(trunk)
+    assert len(set(ours)) == len(ours)
+    # A head's tensor may have the name of another head's, of which a model has only one.
+    pairs = [(rule.theirs, rule.ours) for rule in family.heads]
+    assert len(set(pairs)) == len(pairs)
+    for pattern in family.ignored:
+        assert not any(re.fullmatch(pattern, name.format(0)) for name in trunk)
+
+
+def test_a_rule_takes_only_the_axes_of_its_layout():
+    rule = Rule("a", "b", "(h d) -> h d")
+    (array,) = rule.to_ours(fused(6), AXES | {"p": 16, "n": 5})
+    assert array.shape == (3, 2)
+    assert not rule.in_layer
+    assert Rule("h.{}.a", "b").in_layer
+
+
+def test_every_row_is_used_by_some_model():
+    used = {family: set() for family in FAMILIES}
+    for model_type, architecture in CLASSES:
+        narrow = {"word_embed_proj_dim": 5} if model_type == "opt" else {}
+        untied = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+        case = example(model_type, architecture, **narrow, **untied)
+        leaves = parameters(abstract(case.config))
+        used[model_type] |= {slot.rule for slot in plan(case.family.rules, case.config, leaves)}
+    allowed = {
+        # No class of transformers has them: DeepSpeed-Chat's value, and rows that families share.
+        *(
+            "v_head.weight",
+            "lm_head.bias",
+            "score.bias",
+            "embed_out.bias",
+            "decoder.project_in.bias",
+        ),
+        *("decoder.project_out.bias", "norm.bias"),
+    }
+    for model_type, family in FAMILIES.items():
+        unused = {rule.theirs for rule in family.rules if rule not in used[model_type]}
+        unused -= {n for n in unused if model_type == "llama" and n.endswith("layernorm.bias")}
+        unused -= {
+            n for n in unused if model_type == "gptj" and "attn." in n and n.endswith(".bias")
+        }
+        assert unused <= allowed, model_type
+    assert LLAMA.rules != GGUF_TABLE
+
+
+def test_spaces_name_every_class():
+    assert [pair[0] for pair in CLASSES] == [f for f, names in ARCHITECTURES.items() for _ in names]
+    assert set(DECODERS) < set(FAMILIES)
