@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import load_pretrained
 from effscale.interop.save import their_tensors
-from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases
+from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases, example
 
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
@@ -28,7 +28,7 @@ from tests.interop.torch_models import (  # noqa: E402
 NEW = 20
 HEADLESS = [pair for pair in CLASSES if pair[1] not in {names[0] for names in DECODERS.values()}]
 # A case takes seconds, so that one that fails is shown as it is and not made smaller.
-few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+few = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 many = settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
 one = settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
 
@@ -134,6 +134,56 @@ def check(case):
         )
         loss.backward()
         check_gradients(case, gradient, saved_gradients(theirs, folder / "gradients"))
+
+
+GPT = {"n_embd": 24, "n_head": 4}
+WIDE = {"hidden_size": 24, "num_attention_heads": 4}
+NO_BIASES = {"enable_bias": False, "layer_norm_elementwise_affine": False}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "original_max_position_embeddings": 16,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+# What members of a family differ in, for certain and by name.
+MEMBERS = {
+    "gpt2": ("gpt2", GPT),
+    "gpt2-unscaled": ("gpt2", GPT | {"scale_attn_weights": False}),
+    "gpt2-by-layer": ("gpt2", GPT | {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3}),
+    "opt": ("opt", WIDE),
+    "opt-350m": ("opt", WIDE | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "opt-early-conversion": ("opt", WIDE | {"_remove_final_layer_norm": True}),
+    "galactica": ("opt", WIDE | NO_BIASES | {"activation_function": "gelu"}),
+    "bloom": ("bloom", {"hidden_size": 24, "n_head": 4}),
+    "bloom-6-heads": ("bloom", {"hidden_size": 24, "n_head": 6}),
+    "bloom-normed-residual": (
+        "bloom",
+        {"hidden_size": 24, "n_head": 3, "apply_residual_connection_post_layernorm": True},
+    ),
+    "gptj": ("gptj", GPT),
+    "neox-20b": ("gpt_neox", WIDE | {"rotary_pct": 0.34, "hidden_act": "gelu_fast"}),
+    "neox-sequential": (
+        "gpt_neox",
+        WIDE | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "neox-yarn": ("gpt_neox", WIDE | {"rope_parameters": YARN | {"partial_rotary_factor": 0.67}}),
+    "llama-2": ("llama", WIDE | {"num_key_value_heads": 2}),
+    "llama-3": ("llama", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", WIDE | {"rope_parameters": YARN}),
+    "llama-one-key": (
+        "llama",
+        WIDE | {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_of_families(name):
+    model_type, fields = MEMBERS[name]
+    special = {"pad_token_id": 1, "bos_token_id": None, "eos_token_id": None}
+    check(example(model_type, ARCHITECTURES[model_type][0], **fields, **special))
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
