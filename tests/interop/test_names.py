@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +22,12 @@ from tests.interop.spaces import CLASSES, DECODERS, ENCODERS, example
 WITH_HEAD = DECODERS | {"bert": ("BertForPreTraining",), "vit": ("ViTForImageClassification",)}
 LANGUAGE = {name: classes[0] for name, classes in DECODERS.items()}
 TIED = LANGUAGE | {"bert": "BertForPreTraining"}
+
+
+@pytest.fixture
+def hf():
+    pytest.importorskip("torch", reason="these tests write files with PyTorch")
+    return pytest.importorskip("transformers", reason="the names in memory are transformers'")
 
 
 def original(case, folder: pathlib.Path):
@@ -188,6 +195,30 @@ def test_reward_models_of_deepspeed_chat(model_type, start, tmp_path):
     assert list(bits_of(classifier).values()) == list(bits_of(reward).values())
 
 
+def test_a_reward_is_transformers_score_of_the_last_token(hf, tmp_path):
+    """Of an embedding of another width, as OPT-350M has it: after the projection out."""
+    import torch
+
+    from tests.interop.torch_models import batch, torch_model
+
+    fields = {"word_embed_proj_dim": 5, "do_layer_norm_before": False, "pad_token_id": 1}
+    case = example("opt", "OPTModel", **fields)
+    torch_model(case).save_pretrained(tmp_path / "trunk")
+    tensors = {f"rwtransformer.{n}": a for n, a in read_folder(tmp_path / "trunk").items()}
+    tensors["v_head.weight"] = np.random.default_rng(2).normal(size=(1, 5)).astype(np.float32)
+    reward = load(tmp_path, tensors, case.json | {"architectures": ["OPTForCausalLM"]})
+    save_pretrained(reward, tmp_path / "out", like=tmp_path / "trunk")
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    for side, last in (("left", [8, 8, 8]), ("right", [8, 5, 2])):
+        arrays = batch(case, side)
+        values = reward(jnp.asarray(arrays["ids"]), attention_mask=jnp.asarray(arrays["mask"]))
+        ids, mask = (torch.tensor(arrays[name]) for name in ("ids", "mask"))
+        with torch.no_grad():
+            scores = theirs(input_ids=ids.long(), attention_mask=mask).logits
+        found = np.asarray(values["value"])[np.arange(3), last]
+        np.testing.assert_allclose(found, scores, atol=1e-5)
+
+
 def test_a_bert_of_a_class_without_a_pooler_may_have_one(tmp_path):
     """Files of before transformers 4 have it whatever the class."""
     case = example("bert", "BertForTokenClassification")
@@ -199,12 +230,6 @@ def test_a_bert_of_a_class_without_a_pooler_may_have_one(tmp_path):
     old = load(tmp_path, tensors | pooler, fields)
     assert old.config.heads == model.config.heads
     assert old.config.pooler
-
-
-@pytest.fixture
-def hf():
-    pytest.importorskip("torch", reason="these tests write files with PyTorch")
-    return pytest.importorskip("transformers", reason="the names in memory are transformers'")
 
 
 @pytest.mark.parametrize(("model_type", "architecture"), CLASSES)
