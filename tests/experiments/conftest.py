@@ -34,6 +34,25 @@ def options(corpus, tmp_path_factory):
     ]
 
 
+@pytest.fixture
+def shown_by_help(start):
+    """``shown_by_help(name, heavy)`` is what an experiment's ``--help`` prints; it must import none of the heavy packages."""
+
+    def run(name, heavy):
+        code = (
+            "import sys\n"
+            f"from effscale.experiments.{name} import main\n"
+            "try:\n    main(['--help'])\n"
+            "except SystemExit as stop:\n    print('status', stop.code)\n"
+            f"print('imported', [name for name in {heavy} if name in sys.modules])\n"
+        )
+        done = start("-c", code)
+        assert "status 0\nimported []\n" in done.stdout
+        return done.stdout
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def start():
     """``start(program, *words)`` runs a program in a process with one device; returns it when done."""

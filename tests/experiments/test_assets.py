@@ -90,16 +90,6 @@ def test_the_vit_computes_what_the_onnx_file_computes(vit_folder, monkeypatch):
     np.testing.assert_allclose(outputs[[0, 1], [0, 100], :6], GOLDEN_OUTPUTS, atol=2e-5)
 
 
-@pytest.mark.parametrize(("old", "new"), [(37, 16), (4, 7), (5, 5)])
-def test_positions_are_resized_as_torch_interpolates(old, new):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    positions = np.random.default_rng(1).standard_normal((1, old * old, 3)).astype(np.float32)
-    square = torch.tensor(positions).reshape(1, old, old, 3).permute(0, 3, 1, 2)
-    wanted = torch.nn.functional.interpolate(square, size=(new, new), mode="bicubic")
-    got = focus_vit.resize_positions(positions, new)
-    np.testing.assert_allclose(got, wanted.flatten(2).permute(0, 2, 1).numpy(), atol=1e-5)
-
-
 def test_another_onnx_file_is_refused(tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     graph = onnx.helper.make_graph([], "other", [], [])

@@ -372,19 +372,11 @@ def test_every_preset_comes_back_from_json(name):
     assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
 
 
-def test_help_is_quick_because_it_imports_little(start):
+def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    code = (
-        "import sys\n"
-        "from effscale.experiments.finetune import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    print('status', stop.code)\n"
-        f"print('imported', [name for name in {heavy} if name in sys.modules])\n"
-    )
-    done = start("-c", code)
-    assert "status 0\nimported []\n" in done.stdout
+    text = shown_by_help("finetune", heavy)
     for shown in ("smoke, default, paper", "--reviews.epochs INT", "Passes over the training"):
-        assert shown in done.stdout
+        assert shown in text
 
 
 def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsys):

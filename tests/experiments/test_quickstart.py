@@ -136,19 +136,11 @@ def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_quick_because_it_imports_little(start):
+def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
-    code = (
-        "import sys\n"
-        "from effscale.experiments.quickstart import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    print('status', stop.code)\n"
-        f"print('imported', [name for name in {heavy} if name in sys.modules])\n"
-    )
-    done = start("-c", code)
-    assert "status 0\nimported []\n" in done.stdout
+    text = shown_by_help("quickstart", heavy)
     for shown in ("smoke, default, paper", "--model.num-layers INT", "Batches to train on."):
-        assert shown in done.stdout
+        assert shown in text
 
 
 def test_the_paper_preset_is_gpt2():

@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec
 from effscale.interop import FolderError, load_adapter, save_adapter
 from effscale.interop.families import FAMILIES
 from effscale.interop.peft_config import read_scaling, targets, write_scaling
-from effscale.interop.peft_modules import in_memory
-from effscale.interop.source import canonical
 from effscale.models import (
     ClassHead,
     LoRA,
@@ -153,11 +151,10 @@ def test_names_in_memory_lead_back_to_those_in_files(family):
     changed = 0
     for rule in family.rules:
         for prefix in ("", family.prefix) if rule in family.trunk else ("",):
-            name = in_memory(family, prefix + rule.theirs.format(11))
-            assert canonical(family, name) == rule.theirs.format(11)
+            name = family.memory_name(prefix + rule.theirs.format(11))
+            assert family.canonical(name) == rule.theirs.format(11)
             changed += name != prefix + rule.theirs.format(11)
-    # The modules of these two have other names in memory; BERT's norms had in files of old.
-    assert (changed > 0) == (family.model_type in ("vit", "gpt_neox", "bert"))
+    assert (changed > 0) == (family.model_type in ("vit", "gpt_neox"))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def test_bicubic_weights(old, new):
     np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 4), (3, 7), (8, 3), (14, 24), (16, 16)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(1, 4), (3, 7), (8, 3), (14, 24), (16, 16), (37, 16), (4, 7), (5, 5)]
+)
 def test_bicubic_weights_are_those_of_torch(old, new):
     torch = pytest.importorskip("torch", reason="the oracle of this test is PyTorch")
     grid = np.random.default_rng(0).normal(size=(old, old, 5)).astype(np.float32)

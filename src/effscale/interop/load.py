@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from effscale.interop.pieces import Pieces
-from effscale.interop.plan import Slot, parameters, plan
+from effscale.interop.plan import Slot, parameters, plan, their_shapes
 from effscale.interop.source import Source, open_source
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, TensorInfo
@@ -129,18 +129,10 @@ def shown(slots: list[Slot], source: Source) -> Iterable[Slot]:
     return track(slots, f"loading {source.path.name}", console=Console(stderr=True), transient=True)
 
 
-def check_tensors(source: Source, slots: Iterable[Slot], leaves: Mapping[str, Any]) -> None:
+def check_tensors(source: Source, slots: Sequence[Slot], leaves: Mapping[str, Any]) -> None:
     """Raises one error with every tensor that is missing, unexpected, of the wrong shape or of no float type."""
-    axes, infos = sizes(source.config), source.tensors.infos
-    wanted: dict[str, tuple[int, ...]] = {}
-    shapes: dict[Any, tuple[int, ...]] = {}
-    for slot in slots:
-        ours = tuple(
-            tuple(leaves[leaf].shape[0 if slot.index is None else 1 :]) for leaf in slot.leaves
-        )
-        if (slot.rule, ours) not in shapes:
-            shapes[slot.rule, ours] = slot.rule.their_shape(ours, axes)
-        wanted[slot.name] = shapes[slot.rule, ours]
+    infos = source.tensors.infos
+    wanted = their_shapes(slots, leaves, sizes(source.config))
     wrong = [f"missing: {name} {list(wanted[name])}" for name in sorted(set(wanted) - source.names)]
     for name in sorted(source.names):
         info = infos[name]

@@ -1,19 +1,16 @@
 """The modules of a model that PEFT can adapt: their names in transformers, and a pair's layout there and here.
 
-The families' tables tell both. A table has the names in files; an adapter has those of the modules in memory, which
-the families' aliases lead from, and, read backwards, to.
+The families tell both: their tables have the names in files, and beside them are those in memory, which an adapter has.
 """
 
 import dataclasses
-import re
 
 import numpy as np
 from einops import rearrange
 
 from effscale.interop.describe import describe
 from effscale.interop.families import Family
-from effscale.interop.plan import Slot, parameters, plan
-from effscale.interop.source import canonical
+from effscale.interop.plan import Slot, parameters, plan, their_shapes
 from effscale.interop.table import sizes
 from effscale.models import LearnedPositions, LMHead, Transformer
 
@@ -96,13 +93,12 @@ class Modules:
 
     def canonical(self, name: str) -> str:
         """A module's name in the family's table, from any of those it is known under."""
-        return canonical(self.family, f"{name}.weight").removesuffix(".weight")
+        return self.family.canonical(f"{name}.weight").removesuffix(".weight")
 
     def slot_of(self, tensor: str) -> Slot | None:
         """The place of a tensor, by any of its names."""
-        known = canonical(self.family, tensor)
-        places = {canonical(self.family, name): slot for name, slot in self.tensors.items()}
-        return places.get(known)
+        places = {self.family.canonical(name): slot for name, slot in self.tensors.items()}
+        return places.get(self.family.canonical(tensor))
 
 
 def modules_of(model: Transformer) -> Modules:
@@ -118,22 +114,16 @@ def modules_of(model: Transformer) -> Modules:
     shifted = isinstance(positions, LearnedPositions) and positions.offset > 0
     found: list[Module] = []
     tensors: dict[str, Slot] = {}
-    shapes: dict[object, tuple[int, ...]] = {}
-    prefix = family.prefix_with(model.config.heads)
-    for slot in plan(family.rules, model.config, leaves):
-        stored = prefix + slot.name if slot.rule in family.trunk else slot.name
-        # The value of a reward model is a sequence classifier's in transformers.
-        tensor = in_memory(family, "score.weight" if stored == "v_head.weight" else stored)
+    slots = plan(family.rules, model.config, leaves)
+    shapes = their_shapes(slots, leaves, axes)
+    for slot in slots:
+        tensor = family.memory_name(family.stored_name(slot, model.config.heads))
         tensors[tensor] = slot
         name, _, kind = tensor.rpartition(".")
         matrix = all(leaf.endswith((".kernel", ".embedding")) for leaf in slot.leaves)
         if kind != "weight" or not matrix or (shifted and "embed.positions" in slot.leaves[0]):
             continue
-        stacked = 0 if slot.index is None else 1
-        ours = tuple(tuple(leaves[leaf].get_value().shape[stacked:]) for leaf in slot.leaves)
-        if (slot.rule, ours) not in shapes:
-            shapes[slot.rule, ours] = slot.rule.their_shape(ours, axes)
-        found.append(Module(name, slot, shapes[slot.rule, ours], axes))
+        found.append(Module(name, slot, shapes[slot.name], axes))
     twins: dict[str, Module] = {}
     if any(isinstance(head, LMHead) and head.tied for head in model.config.heads):
         by_slot = {slot.name: slot for slot in tensors.values()}
@@ -141,7 +131,7 @@ def modules_of(model: Transformer) -> Modules:
         for repeat, original in family.tied.items():
             if original not in by_slot or repeat in by_slot:
                 continue
-            name = in_memory(family, repeat)
+            name = family.memory_name(repeat)
             tensors[name] = by_slot[original]
             if original in modules:
                 twins[name.removesuffix(".weight")] = modules[original]
@@ -154,25 +144,3 @@ def keys(name: str, *, embedding: bool) -> tuple[str, str]:
     if embedding:
         return f"{start}embedding_A", f"{start}embedding_B"
     return f"{start}A.weight", f"{start}B.weight"
-
-
-def in_memory(family: Family, name: str) -> str:
-    r"""A tensor's name in transformers' model in memory, from that in files: the aliases read backwards.
-
-    Example:
-        >>> from effscale.interop.families import FAMILIES
-        >>> in_memory(FAMILIES["vit"], "vit.encoder.layer.3.attention.output.dense.weight")
-        'vit.layers.3.attention.o_proj.weight'
-    """
-    for pattern, replacement in reversed(family.aliases):
-        groups = re.findall(r"\([^)]*\)\??", pattern)
-        start, end = "^" * pattern.startswith("^"), "$" * pattern.endswith("$")
-        back = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        for number, group in enumerate(groups, start=1):
-            back = back.replace(group.replace("\\.", "."), f"\\{number}", 1)
-        # What the alias wrote is now what is looked for: its \1 stands for the first group again.
-        parts = re.split(r"\\(\d)", replacement)
-        parts[::2] = map(re.escape, parts[::2])
-        parts[1::2] = [groups[int(number) - 1] for number in parts[1::2]]
-        name = re.sub(start + "".join(parts) + end, back, name)
-    return name

@@ -1,7 +1,7 @@
 """Which tensor of theirs fills which place of ours, for a whole model."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -63,3 +63,18 @@ def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, 
     if left:
         raise ValueError(f"the family's table has no place for the parameters {sorted(left)}")
     return slots
+
+
+def their_shapes(
+    slots: Sequence[Slot], leaves: Mapping[str, Any], axes: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each of their tensors, by name, from those of our parameters."""
+    known: dict[Any, tuple[int, ...]] = {}  # layers are alike
+    shapes: dict[str, tuple[int, ...]] = {}
+    for slot in slots:
+        stacked = 0 if slot.index is None else 1
+        ours = tuple(tuple(leaves[leaf].get_value().shape[stacked:]) for leaf in slot.leaves)
+        if (slot.rule, ours) not in known:
+            known[slot.rule, ours] = slot.rule.their_shape(ours, axes)
+        shapes[slot.name] = known[slot.rule, ours]
+    return shapes

@@ -78,7 +78,6 @@ def their_tensors(
     leaves = parameters(model)
     axes = sizes(model.config)
     slots = plan(family.rules, model.config, leaves)
-    prefix = family.prefix_with(model.config.heads)
     untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
     # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
     names = {slot.name for slot in slots}
@@ -90,10 +89,7 @@ def their_tensors(
         if dtype is not None:
             tensor = convert(slot.name, tensor, dtype)
         tensor = np.ascontiguousarray(tensor)
-        if slot.rule in family.trunk:
-            yield prefix + slot.name, tensor
-        else:
-            yield "score.weight" if slot.name == "v_head.weight" else slot.name, tensor
+        yield family.stored_name(slot, model.config.heads), tensor
         if slot.name in repeats:
             yield repeats[slot.name], tensor
 

@@ -19,8 +19,6 @@ from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, Renamed, TensorInfo, Tensors
 from effscale.models import LMHead, TransformerConfig
 
-# DeepSpeed-Chat keeps a reward model's trunk under the first of these, and did under the second.
-WRAPPERS = r"^(module\.)?((rwtransformer|rwtranrsformer)\.)?"
 # How the names of a family's classes end, after the family's own: others begin alike, such as GPTNeoXJapanese.
 CLASSES = r"(For[A-Z]\w*|Model|LMHeadModel|DoubleHeadsModel)"
 
@@ -64,7 +62,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     fields = read_config(place)
     files = open_tensors(place)
     family = identify(fields, files.infos)
-    tensors = Renamed(files, lambda name: canonical(family, name))
+    tensors = Renamed(files, family.canonical)
     infos = {
         name: info
         for name, info in tensors.infos.items()
@@ -119,16 +117,6 @@ def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def canonical(family: Family, name: str) -> str:
-    """A tensor's name in the family's table, from any of those it is known under."""
-    name = re.sub(WRAPPERS, "", name)
-    for pattern, replacement in family.aliases:
-        name = re.sub(pattern, replacement, name)
-    for prefix in {family.prefix, *family.prefixes.values()}:
-        name = name.removeprefix(prefix)
-    return name
-
-
 def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
     """The family of a folder: by its config, or, where an old one tells nothing, by its tensors."""
     named = fields.get("model_type")
@@ -147,7 +135,7 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
     def known(family: Family) -> int:
         patterns = {re.escape(r.theirs).replace(r"\{\}", r"\d+") for r in family.trunk}
         whole = re.compile("|".join(patterns))
-        return sum(whole.fullmatch(canonical(family, name)) is not None for name in infos)
+        return sum(whole.fullmatch(family.canonical(name)) is not None for name in infos)
 
     best = max(FAMILIES.values(), key=known)
     if known(best) * 2 < len(infos):

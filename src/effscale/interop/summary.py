@@ -1,4 +1,4 @@
-"""What a model folder holds, told without reading its tensors."""
+"""What a model folder holds, told without loading it: only tensors that repeat another are read, to compare them."""
 
 import collections
 import os

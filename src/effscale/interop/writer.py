@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from effscale.data.atomic import atomic_folder
+from effscale.data.atomic import atomic_folder, flush
 from effscale.interop.safetensors_files import CHECKSUMS, CODES, checksum
 from effscale.interop.tensors import FolderError
 
@@ -205,24 +205,16 @@ def _move_into_place(work: pathlib.Path, folder: pathlib.Path, names: list[str])
     # of both have the same names must the old index go before.
     if len(names) > 1 and any((folder / name).exists() for name in names[:-1]):
         (folder / INDEX).unlink(missing_ok=True)
-        _flush(folder)
+        flush(folder)
     *first, last = names
     for name in first:
         (work / name).replace(folder / name)
     # A power cut must not keep the index and lose the shards.
-    _flush(folder)
+    flush(folder)
     (work / last).replace(folder / last)
-    _flush(folder)
+    flush(folder)
     for entry in folder.iterdir():
         stale = entry.name in (SINGLE, INDEX) or SHARD.fullmatch(entry.name)
         if stale and entry.name not in names:
             entry.unlink()
     work.rmdir()
-
-
-def _flush(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

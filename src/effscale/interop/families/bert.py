@@ -10,6 +10,7 @@ from effscale.interop.families.family import (
     activation,
     check_classifiers,
     common,
+    part,
     refuse,
     their_activation,
     with_heads,
@@ -103,10 +104,9 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     block = config.blocks[0]
-    mlp, positions, inputs = block.feed_forward, config.positions, config.inputs
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, LearnedPositions)
-    assert isinstance(inputs, TokenInputs)
+    mlp = part(block.feed_forward, MLPConfig)
+    positions = part(config.positions, LearnedPositions)
+    inputs = part(config.inputs, TokenInputs)
     return common(config) | {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.d_model,

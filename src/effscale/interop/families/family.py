@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from effscale.interop.plan import Slot
 from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, TensorInfo
 from effscale.models import ClassHead, HeadConfig, LMHead, TokenInputs, TransformerConfig
 
 Json = Mapping[str, Any]
 Heads = tuple[HeadConfig, ...]
+Part = TypeVar("Part")
+
+# DeepSpeed-Chat keeps a reward model's trunk under the first of these, and did under the second.
+WRAPPERS = r"^(module\.)?((rwtransformer|rwtranrsformer)\.)?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +32,8 @@ class Family:
         tied: Names that repeat another tensor, and that tensor's name.
         prefixes: By class, that prefix where it is another.
         ignored: Regular expressions of names that hold nothing to load, such as buffers of masks.
-        aliases: Substitutions (pattern, replacement) from other versions' names to the table's.
+        in_memory: Modules of the table that have another name in memory, from transformers 5 on, and that name.
+        aliases: Substitutions (pattern, replacement) from the names in files of old to the table's.
         defaults: Fields of ``config.json`` that may be absent, with what they then are.
         from_hf: The config, from ``config.json`` with defaults filled in and the heads.
         to_hf: The fields of ``config.json``, from a config.
@@ -47,6 +54,7 @@ class Family:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    in_memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -57,6 +65,37 @@ class Family:
     def prefix_with(self, heads: Heads) -> str:
         """What the trunk's names begin with in a file of a model with these heads."""
         return self.prefixes.get(self.architecture(heads), self.prefix) if heads else ""
+
+    def canonical(self, name: str) -> str:
+        """A tensor's name in the table, from any of those it is known under."""
+        name = re.sub(WRAPPERS, "", name)
+        for pattern, replacement in self.aliases:
+            name = re.sub(pattern, replacement, name)
+        for prefix in {self.prefix, *self.prefixes.values()}:
+            name = name.removeprefix(prefix)
+        for table, memory in self.in_memory.items():
+            name = _renamed(name, memory, table)
+        return name
+
+    def stored_name(self, slot: Slot, heads: Heads) -> str:
+        """A tensor's name in a file of a model with these heads; a reward is a classifier's score there."""
+        if slot.rule in self.trunk:
+            return self.prefix_with(heads) + slot.name
+        return "score.weight" if slot.name == "v_head.weight" else slot.name
+
+    def memory_name(self, stored: str) -> str:
+        """A tensor's name in transformers' model in memory, from that in files.
+
+        Example:
+            >>> from effscale.interop.families import VIT
+            >>> VIT.memory_name("vit.encoder.layer.3.attention.output.dense.weight")
+            'vit.layers.3.attention.o_proj.weight'
+        """
+        bare = stored.removeprefix(self.prefix)
+        prefix = stored.removesuffix(bare)
+        for table, memory in self.in_memory.items():
+            bare = _renamed(bare, table, memory)
+        return prefix + bare
 
     def config(self, fields: Json, tensors: Mapping[str, TensorInfo]) -> TransformerConfig:
         """Our config, from ``config.json`` and the tensors by their canonical names."""
@@ -73,6 +112,23 @@ class Family:
             raise
         except ValueError as error:
             raise FolderError(f"config.json describes a model that cannot be: {error}") from error
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    """A tensor's name where its module is called ``new`` in place of ``old``; ``{}`` in both is the layer's number."""
+    found = re.match(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.)", name)
+    return name if found is None else new.format(*found.groups()) + name[found.end() :]
+
+
+def part(value: Any, kind: type[Part]) -> Part:
+    """A part of a config that a family has in one kind only.
+
+    Raises:
+        ValueError: If it is of another.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"a {type(value).__name__} stands where the family has a {kind.__name__}")
+    return value
 
 
 def checked(name: str, value: Any, default: Any) -> Any:
@@ -101,8 +157,7 @@ def with_heads(config: TransformerConfig, heads: Heads) -> TransformerConfig:
 
 def common(config: TransformerConfig) -> dict[str, Any]:
     """Fields that every language model has under the same name, and what heads add."""
-    assert isinstance(config.inputs, TokenInputs)
-    fields: dict[str, Any] = {"vocab_size": config.inputs.vocab_size}
+    fields: dict[str, Any] = {"vocab_size": part(config.inputs, TokenInputs).vocab_size}
     for head in config.heads:
         if isinstance(head, LMHead):
             fields["tie_word_embeddings"] = head.tied

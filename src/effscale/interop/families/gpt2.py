@@ -9,6 +9,7 @@ from effscale.interop.families.family import (
     Json,
     activation,
     common,
+    part,
     refuse,
     their_activation,
     with_heads,
@@ -41,9 +42,8 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     first, last = config.blocks[0], config.blocks[-1]
-    mlp, positions = first.feed_forward, config.positions
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, LearnedPositions)
+    mlp = part(first.feed_forward, MLPConfig)
+    positions = part(config.positions, LearnedPositions)
     by_layer = config.num_layers > 1 and first.attention.scale != last.attention.scale
     # With one layer its number divides by 1.
     scaled = first.attention.scale in (None, first.attention.width(config.d_model) ** -0.5)

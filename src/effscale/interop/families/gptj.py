@@ -9,6 +9,7 @@ from effscale.interop.families.family import (
     Json,
     activation,
     common,
+    part,
     their_activation,
     with_heads,
 )
@@ -39,10 +40,9 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
-    block, positions = config.blocks[0], config.positions
-    mlp = block.feed_forward
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, Rotary)
+    block = config.blocks[0]
+    mlp = part(block.feed_forward, MLPConfig)
+    positions = part(config.positions, Rotary)
     return common(config) | {
         "n_layer": config.num_layers,
         "n_embd": config.d_model,

@@ -9,6 +9,7 @@ from effscale.interop.families.family import (
     Json,
     activation,
     common,
+    part,
     their_activation,
     with_heads,
 )
@@ -47,9 +48,9 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     block = config.blocks[0]
-    attention, mlp, positions = block.attention, block.feed_forward, config.positions
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, Rotary)
+    attention = block.attention
+    mlp = part(block.feed_forward, MLPConfig)
+    positions = part(config.positions, Rotary)
     head_dim = attention.width(config.d_model)
     return (
         common(config)

@@ -9,6 +9,7 @@ from effscale.interop.families.family import (
     Json,
     activation,
     common,
+    part,
     their_activation,
     with_heads,
 )
@@ -41,9 +42,8 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     block = config.blocks[0]
-    mlp, positions = block.feed_forward, config.positions
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, Rotary)
+    mlp = part(block.feed_forward, MLPConfig)
+    positions = part(config.positions, Rotary)
     fields = common(config) | rope.fields_of(positions, block.attention.width(config.d_model))
     # Absent it would be a quarter.
     fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
@@ -87,7 +87,7 @@ NEOX = Family(
         r"layers\.\d+\.attention\.rotary_emb\.inv_freq",
         r"rotary_emb\.inv_freq",
     ),
-    aliases=((r"^lm_head\.", "embed_out."),),
+    in_memory={"embed_out": "lm_head"},
     defaults={
         "num_hidden_layers": 44,
         "hidden_size": 6144,

@@ -9,11 +9,12 @@ from effscale.interop.families.family import (
     Json,
     activation,
     common,
+    part,
     their_activation,
     with_heads,
 )
 from effscale.interop.table import embedding, linear, norm, rows
-from effscale.models import LearnedPositions, MLPConfig, TokenInputs, TransformerConfig, opt
+from effscale.models import LearnedPositions, MLPConfig, TransformerConfig, opt
 
 
 def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
@@ -41,10 +42,8 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     block = config.blocks[0]
-    mlp, positions, inputs = block.feed_forward, config.positions, config.inputs
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(positions, LearnedPositions)
-    assert isinstance(inputs, TokenInputs)
+    mlp = part(block.feed_forward, MLPConfig)
+    positions = part(config.positions, LearnedPositions)
     pre_norm = block.residual == "pre"
     return common(config) | {
         "num_hidden_layers": config.num_layers,

@@ -10,6 +10,7 @@ from effscale.interop.families.family import (
     activation,
     check_classifiers,
     labels,
+    part,
     refuse,
     their_activation,
     with_heads,
@@ -63,9 +64,8 @@ def square(fields: Json, name: str) -> int:
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
     """The fields of ``config.json``."""
     block = config.blocks[0]
-    mlp, inputs = block.feed_forward, config.inputs
-    assert isinstance(mlp, MLPConfig)
-    assert isinstance(inputs, PatchInputs)
+    mlp = part(block.feed_forward, MLPConfig)
+    inputs = part(config.inputs, PatchInputs)
     return labels(config) | {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.d_model,
@@ -122,28 +122,16 @@ VIT = Family(
     ),
     heads=linear("classifier", "heads.classes.dense"),
     ignored=(r"embeddings\.mask_token",),  # only masked image modelling uses it
-    # Names in memory from transformers 5 on.
-    aliases=(
-        (
-            r"^(vit\.)?layers\.(\d+)\.attention\.q_proj",
-            r"\1encoder.layer.\2.attention.attention.query",
-        ),
-        (
-            r"^(vit\.)?layers\.(\d+)\.attention\.k_proj",
-            r"\1encoder.layer.\2.attention.attention.key",
-        ),
-        (
-            r"^(vit\.)?layers\.(\d+)\.attention\.v_proj",
-            r"\1encoder.layer.\2.attention.attention.value",
-        ),
-        (
-            r"^(vit\.)?layers\.(\d+)\.attention\.o_proj",
-            r"\1encoder.layer.\2.attention.output.dense",
-        ),
-        (r"^(vit\.)?layers\.(\d+)\.mlp\.fc1", r"\1encoder.layer.\2.intermediate.dense"),
-        (r"^(vit\.)?layers\.(\d+)\.mlp\.fc2", r"\1encoder.layer.\2.output.dense"),
-        (r"^(vit\.)?layers\.(\d+)\.layernorm", r"\1encoder.layer.\2.layernorm"),
-    ),
+    in_memory={
+        "encoder.layer.{}.attention.attention.query": "layers.{}.attention.q_proj",
+        "encoder.layer.{}.attention.attention.key": "layers.{}.attention.k_proj",
+        "encoder.layer.{}.attention.attention.value": "layers.{}.attention.v_proj",
+        "encoder.layer.{}.attention.output.dense": "layers.{}.attention.o_proj",
+        "encoder.layer.{}.intermediate.dense": "layers.{}.mlp.fc1",
+        "encoder.layer.{}.output.dense": "layers.{}.mlp.fc2",
+        "encoder.layer.{}.layernorm_before": "layers.{}.layernorm_before",
+        "encoder.layer.{}.layernorm_after": "layers.{}.layernorm_after",
+    },
     defaults={
         "num_hidden_layers": 12,
         "hidden_size": 768,
