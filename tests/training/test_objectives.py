@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import Transformer, add_lora, gpt2, gptj, opt
-from effscale.training import next_token_loss
+from effscale.models import (
+    Transformer,
+    add_lora,
+    bert,
+    bert_pretraining_heads,
+    gpt2,
+    gptj,
+    opt,
+)
+from effscale.models.transformer import run_group
+from effscale.training import masked_token_loss, next_token_loss
 
 VOCAB = 23
 MODELS = {
@@ -95,3 +104,63 @@ def test_a_head_with_lora_trains():
     )
     gradient = jax.grad(lambda m: next_token_loss(m, batch).total)(adapted)
     assert float(jnp.abs(gradient.embed.tokens.embedding.get_value().b).max()) > 0
+
+
+def test_masked_tokens_equal_the_cross_entropy_of_whole_logits():
+    config = bert(
+        num_layers=2,
+        d_model=16,
+        num_heads=2,
+        vocab_size=VOCAB,
+        max_length=8,
+        heads=bert_pretraining_heads(),
+    )
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, VOCAB, (3, 8))
+    labels = np.where(rng.random((3, 8)) < 0.4, ids, -100)
+    mask = np.arange(8)[None] < np.array([8, 5, 3])[:, None]
+    types = (np.arange(8)[None] >= 4) & np.ones((3, 1), bool)
+    batch = {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "labels": jnp.asarray(labels, jnp.int32),
+        "attention_mask": jnp.asarray(mask, jnp.int32),
+        "type_ids": jnp.asarray(types, jnp.int32),
+    }
+    outputs = model(
+        batch["input_ids"], attention_mask=batch["attention_mask"], type_ids=batch["type_ids"]
+    )
+    logits = np.asarray(outputs["mlm"], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rows, cols = np.nonzero(labels >= 0)
+    loss = masked_token_loss(model, batch)
+    np.testing.assert_allclose(loss.total, -log_p[rows, cols, labels[rows, cols]].sum(), rtol=1e-5)
+    assert float(loss.weight) == len(rows)
+
+
+@pytest.mark.parametrize("objective", [next_token_loss, masked_token_loss])
+def test_groups_are_run_as_asked(objective):
+    config = {
+        next_token_loss: MODELS["tied"],
+        masked_token_loss: bert(
+            num_layers=2,
+            d_model=16,
+            num_heads=2,
+            vocab_size=VOCAB,
+            max_length=8,
+            heads=bert_pretraining_heads(),
+        ),
+    }[objective]
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    seen = []
+
+    def skip(index, group, x, context, cache, key):
+        seen.append((index, x.shape))
+        return x, cache, ()
+
+    batch = make_batch()
+    skipped = objective(model, batch, run_group=skip)
+    assert seen == [(0, (3, 8, 16))]
+    whole = objective(model, batch)
+    assert float(skipped.total) != float(whole.total)
+    np.testing.assert_array_equal(objective(model, batch, run_group=run_group).total, whole.total)

@@ -95,6 +95,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         type_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
+        run_group: RunGroup = run_group,
     ) -> Any:
         """The model's outputs.
 
@@ -107,6 +108,7 @@ class Transformer(nnx.Module):
                 anew in each segment as well.
             type_ids: Kind of each token, for models that have kinds; by default 0.
             key: Turns dropout on.
+            run_group: How a group of layers is run; see :meth:`encode`.
 
         Returns:
             Logits of shape ``(batch, seq, vocab)`` for a model whose only head is ``lm``; else a dict with
@@ -123,6 +125,7 @@ class Transformer(nnx.Module):
             segment_ids=segment_ids,
             type_ids=type_ids,
             key=key,
+            run_group=run_group,
         )
         valid = None if attention_mask is None else attention_mask.astype(bool)
         return self.outputs(encoded.hidden, valid, key)

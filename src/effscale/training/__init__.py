@@ -16,8 +16,16 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
-from effscale.training.objectives import next_token_loss
+from effscale.training.objectives import masked_token_loss, next_token_loss
 from effscale.training.optimizers import AdamWConfig
+from effscale.training.pacing import (
+    Clock,
+    CustomPacing,
+    DiscretePacing,
+    LinearPacing,
+    Pacing,
+    RootPacing,
+)
 from effscale.training.partition import (
     NamedLeaf,
     combine,
@@ -35,6 +43,8 @@ from effscale.training.schedules import (
     scale_by_learning_rate,
     scale_by_token_schedule,
 )
+from effscale.training.staged import StagedStep
+from effscale.training.stages import Stages, merge, stages
 from effscale.training.state import TrainState, abstract, create_train_state, ema_model
 from effscale.training.step import count_tokens, make_train_step, split_batch
 
@@ -42,20 +52,28 @@ __all__ = [
     "AdamWConfig",
     "CheckpointError",
     "Checkpoints",
+    "Clock",
     "Compilation",
     "ConsoleWriter",
     "Counter",
+    "CustomPacing",
+    "DiscretePacing",
     "FitResult",
     "JsonlWriter",
+    "LinearPacing",
     "Loss",
     "MetricsWriter",
     "MultiWriter",
     "NamedLeaf",
+    "Pacing",
     "Restored",
+    "RootPacing",
     "RunFolder",
     "Schedule",
     "ScheduleConfig",
     "ShapeBuckets",
+    "StagedStep",
+    "Stages",
     "TensorBoardWriter",
     "TrainState",
     "TrainingDivergedError",
@@ -72,6 +90,8 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "map_named",
+    "masked_token_loss",
+    "merge",
     "named_leaves",
     "next_token_loss",
     "partition",
@@ -82,5 +102,6 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_token_schedule",
     "split_batch",
+    "stages",
     "trainable_mask",
 ]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from effscale.models import Transformer, dense
+from effscale.models.transformer import RunGroup, run_group
 from effscale.parallel import auto_batch_axes
 from effscale.training.loss import Loss
 from kernels_pallas import cross_entropy
@@ -17,6 +18,7 @@ def next_token_loss(
     key: PRNGKeyArray | None = None,
     *,
     z_loss: float = 0.0,
+    run_group: RunGroup = run_group,
 ) -> Loss:
     r"""Cross entropy of each next token, summed; the logits are never held whole.
 
@@ -28,6 +30,7 @@ def next_token_loss(
             ``segment_ids`` and ``positions``. A label outside the vocabulary, such as -100, does not count.
         key: Turns dropout on.
         z_loss: Coefficient of the squared log normalizer.
+        run_group: How a group of layers is run; see :meth:`Transformer.encode`.
 
     Returns:
         The sum and the sum of weights. Their quotient is in nats a token.
@@ -48,10 +51,67 @@ def next_token_loss(
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         key=key,
+        run_group=run_group,
     ).hidden
-    x, weight, bias = model.heads["lm"].linear(hidden, model.embed)
-    labels = batch["labels"].reshape(-1)
-    weights = batch.get("loss_weights")
+    return _vocabulary_loss(model, "lm", hidden, batch["labels"], batch.get("loss_weights"), z_loss)
+
+
+def masked_token_loss(
+    model: Transformer,
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray | None = None,
+    *,
+    run_group: RunGroup = run_group,
+) -> Loss:
+    """Cross entropy of the hidden tokens of each row, summed, as BERT is pretrained.
+
+    Args:
+        model: A model with a head named ``mlm``.
+        batch: ``input_ids`` with tokens hidden, and ``labels``, both of shape ``(batch, seq)``: the true token where one is to be
+            told, and elsewhere a number outside the vocabulary, such as -100. Where present ``attention_mask``,
+            ``loss_weights``, ``segment_ids``, ``positions`` and ``type_ids``.
+        key: Turns dropout on.
+        run_group: How a group of layers is run; see :meth:`Transformer.encode`.
+
+    Returns:
+        The sum and the sum of weights. Their quotient is in nats a hidden token.
+
+    Source: Devlin et al., "BERT", 2018, section 3.1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import bert, bert_pretraining_heads
+        >>> tiny = bert(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8, heads=bert_pretraining_heads())
+        >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
+        >>> ids = jnp.arange(8)[None]
+        >>> loss = masked_token_loss(model, {"input_ids": ids, "labels": jnp.where(ids % 4 == 0, ids, -100)})
+        >>> float(loss.weight)
+        2.0
+    """
+    hidden = model.encode(
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        type_ids=batch.get("type_ids"),
+        key=key,
+        run_group=run_group,
+    ).hidden
+    return _vocabulary_loss(model, "mlm", hidden, batch["labels"], batch.get("loss_weights"), 0.0)
+
+
+def _vocabulary_loss(
+    model: Transformer,
+    head: str,
+    hidden: Array,
+    labels: Array,
+    weights: Array | None,
+    z_loss: float,
+) -> Loss:
+    """Cross entropy of ``labels`` under a head over the vocabulary; the logits are never held whole."""
+    x, weight, bias = model.heads[head].linear(hidden, model.embed)
+    labels = labels.reshape(-1)
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.reshape(-1)
     weights = jnp.where((labels >= 0) & (labels < weight.shape[0]), weights, 0.0)
     total = cross_entropy(
