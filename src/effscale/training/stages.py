@@ -6,7 +6,6 @@ values are, and what a run costs under it; all three follow from the list of sta
 
 import bisect
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -145,7 +144,7 @@ def merge(*parts: Stages[Any]) -> Stages[tuple[Any, ...]]:
     >>> merge(Stages((0, 10), (64, 128)), Stages((0, 5), (32, 48)))
     Stages(starts=(0, 5, 10), values=((64, 32), (64, 48), (128, 48)))
     """
-    starts = sorted(functools.reduce(set.union, (set(part.starts) for part in parts), {0}))
+    starts = sorted({0} | {start for part in parts for start in part.starts})
     return _joined(tuple(starts), tuple(tuple(part(step) for part in parts) for step in starts))
 
 
