@@ -1,0 +1,1 @@
+"""Curriculum learning: which samples are drawn when, and at what length."""
