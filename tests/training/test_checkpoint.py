@@ -230,12 +230,30 @@ def test_another_model_or_optimizer_is_refused_by_leaf(toy, trained, tmp_path):
         Checkpoints(tmp_path).restore(trained[0])
 
 
-def test_another_number_of_processes_cannot_take_over_the_data(toy, trained, tmp_path):
+def test_positions_of_other_processes_are_taken_where_they_agree(
+    toy, trained, tmp_path, monkeypatch
+):
     state, data = trained
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, force=True)
-    with pytest.raises(CheckpointError, match="no data position for process 0 of 1"):
+    with pytest.raises(
+        CheckpointError, match=r"no data position for process 0 of 1 \(it has: none"
+    ):
         Checkpoints(tmp_path).restore(state, data)
+
+    position = data.get_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state, data, force=True)
+    module = "effscale.training.checkpoint"
+    monkeypatch.setattr(f"{module}._iterator_file", lambda: "process_3-of-4.json")
+    fresh_data = toy.batches()
+    Checkpoints(tmp_path).restore(state, fresh_data)
+    assert fresh_data.get_state() == position
+
+    other = next(tmp_path.glob("*2/iterator")) / "process_1-of-2.json"
+    other.write_text('{"json": {"position": 17}}')
+    with pytest.raises(CheckpointError, match="process_0-of-1, process_1-of-2, and those differ"):
+        Checkpoints(tmp_path).restore(state, fresh_data)
 
 
 def test_a_checkpoint_of_one_mesh_resumes_on_another(toy, tmp_path):

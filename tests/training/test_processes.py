@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 
 from effscale.parallel.local_launch import launch_local
-from effscale.training import AdamWConfig, create_train_state, fit, make_train_step, read_jsonl
+from effscale.training import (
+    AdamWConfig,
+    Checkpoints,
+    create_train_state,
+    fit,
+    make_train_step,
+    read_jsonl,
+)
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes_run.py")
 
@@ -47,3 +54,11 @@ def test_two_processes_stop_together_and_resume(toy, tmp_path):
     np.testing.assert_allclose(
         [record["loss"] for record in together], [record["loss"] for record in alone], rtol=1e-5
     )
+
+    # One process takes over where the two stood in the data.
+    data, consumed = toy.batches(), toy.batches()
+    for _ in range(12):
+        next(consumed)
+    restored = Checkpoints(tmp_path / "checkpoints").restore(state, data)
+    assert restored.step == 12
+    assert data.get_state() == consumed.get_state()

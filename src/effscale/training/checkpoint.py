@@ -349,17 +349,20 @@ def _iterator_file() -> str:
 
 
 def _read_iterator(path: pathlib.Path) -> Any:
+    """This process's position; where another number of processes saved, the position on which all of them agreed."""
     file = path / "iterator" / _iterator_file()
-    if not file.is_file():
-        have = (
-            ", ".join(sorted(entry.stem for entry in (path / "iterator").glob("process_*.json")))
-            or "none"
-        )
+    if file.is_file():
+        return _decode(json.loads(file.read_text(encoding="utf-8")))
+    files = sorted((path / "iterator").glob("process_*.json"))
+    positions = {file.read_text(encoding="utf-8") for file in files}
+    if len(positions) != 1:
+        have = ", ".join(file.stem for file in files) or "none"
+        differ = ", and those differ" if files else ""
         raise CheckpointError(
-            f"{path} has no data position for process {jax.process_index()} of {jax.process_count()} (it has: {have}); "
+            f"{path} has no data position for process {jax.process_index()} of {jax.process_count()} (it has: {have}{differ}); "
             "resume with the number of processes it was saved by, or restore without a data iterator"
         )
-    return _decode(json.loads(file.read_text(encoding="utf-8")))
+    return _decode(json.loads(positions.pop()))
 
 
 def _encode(state: Any) -> Any:
