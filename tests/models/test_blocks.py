@@ -264,3 +264,5 @@ def test_run_group_is_where_token_dropping_steps_in(tiny, tokens):
     np.testing.assert_allclose(found[:, :5], plain[:, :5], atol=1e-5)
     assert float(jnp.abs(found - plain)[:, 5:].max()) > 1e-3
     assert [index for index, _ in seen] == [0, 1]
+    called = jax.jit(lambda m: m(ids, run_group=drop_later))(model)
+    np.testing.assert_allclose(called, model.outputs(found), atol=1e-5)

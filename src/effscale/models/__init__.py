@@ -40,7 +40,7 @@ from effscale.models.rotary_scaling import (
     RotaryScaling,
     YarnScaling,
 )
-from effscale.models.transformer import Encoded, Transformer, run_group, unroll
+from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group, unroll
 from effscale.models.weights import Weight, dense, map_weights, take, transpose
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "RotaryScaling",
+    "RunGroup",
     "TokenInputs",
     "Transformer",
     "TransformerConfig",

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from effscale.models import Transformer, dense
-from effscale.models.transformer import RunGroup, run_group
+from effscale.models import RunGroup, Transformer, dense, run_group
 from effscale.parallel import auto_batch_axes
 from effscale.training.loss import Loss
 from kernels_pallas import cross_entropy
