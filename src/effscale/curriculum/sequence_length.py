@@ -1,0 +1,267 @@
+"""Short sequences first: training batches are cut to a length that grows.
+
+Rows are tokenized and packed at the full length and cut on the host, just before the step; evaluation sees whole rows,
+as only training batches are cut. The lengths are few (:class:`effscale.training.Pacing`), each is compiled once, and
+:class:`effscale.training.StagedStep` does so before it is needed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from effscale.models.validation import check
+from effscale.training import Pacing, Stages, stages
+
+Mode = Literal["truncate", "reshape"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceLengthCurriculum:
+    """Sequence-length warmup.
+
+    Batches keep their number of rows under ``truncate``, so that tokens a step ramp up with the length: do not ramp up the
+    batch size as well. Let the learning rate decay by tokens and warm up by steps
+    (:func:`effscale.curriculum.steps_then_tokens`).
+
+    Sources: Li et al., "The Stability-Efficiency Dilemma", 2021 (sequence-length warmup, ``truncate``); Li et al.,
+    "DeepSpeed Data Efficiency", 2022 (``seqtru`` and ``seqres``).
+
+    Example:
+        >>> import numpy as np
+        >>> from effscale.training import LinearPacing
+        >>> pacing = LinearPacing(min_difficulty=8, max_difficulty=32, total=300, difficulty_step=8)
+        >>> curriculum = SequenceLengthCurriculum(pacing=pacing)
+        >>> curriculum.stages(batch_size=4)
+        Stages(starts=(0, 99, 199, 299), values=(8, 16, 24, 32))
+        >>> batch = {"input_ids": np.zeros((4, 32), np.int32), "labels": np.zeros((4, 32), np.int32)}
+        >>> curriculum.shape_batch(batch, 16)["labels"].shape
+        (4, 16)
+    """
+
+    pacing: Pacing
+    """The length by count; it must end at the rows' length."""
+    mode: Mode = "truncate"
+    """Drop what is beyond the length, or make more, shorter rows of it."""
+    multiple_of: int = 1
+    """Lengths are rounded up to a multiple of it; the original does so with 8 for BERT."""
+    rows_multiple_of: int = 2
+    """``reshape`` makes a multiple of so many rows. The original's is 2; a batch that is sharded or accumulated needs a
+    multiple of its parts."""
+
+    def __post_init__(self):
+        shortest, longest = self.pacing(0), self.pacing(self.pacing.end)
+        check(self, self.mode in get_args(Mode), "mode", f"one of {', '.join(get_args(Mode))}")
+        check(
+            self, shortest >= 1, "pacing", f"a schedule of lengths from 1, and not from {shortest}"
+        )
+        for field in ("multiple_of", "rows_multiple_of"):
+            check(self, getattr(self, field) >= 1, field, "at least 1")
+        divisor = f"a divisor of the full length {longest}"
+        check(self, longest % self.multiple_of == 0, "multiple_of", divisor)
+
+    def check(self, length: int) -> None:
+        """Raises a ValueError unless the schedule ends at the rows' ``length``.
+
+        ``shape_batch`` does so too: a run whose lengths never reach the rows' would end on a model that has not seen its
+        last positions.
+        """
+        longest = self.pacing(self.pacing.end)
+        if longest != length:
+            raise ValueError(
+                f"SequenceLengthCurriculum.pacing ends at {longest} and the rows have {length} tokens: "
+                f"let the pacing end at {length}, or pack rows of {longest}"
+            )
+
+    def stages(self, batch_size: int) -> Stages[int]:
+        """The length by training step.
+
+        Args:
+            batch_size: Rows of a full-length batch. Only the clocks ``samples`` (rows read) and ``tokens`` (inputs trained
+                on) need it.
+        """
+        full = self.pacing(self.pacing.end)
+
+        def tokens(length: int) -> int:
+            length = self._rounded(length)
+            if self.mode == "truncate":
+                return batch_size * length
+            return length * reshaped_rows(batch_size, full, length, self.rows_multiple_of)
+
+        cost = tokens if self.pacing.clock == "tokens" else lambda length: batch_size
+        return stages(self.pacing, cost=cost).map(self._rounded)
+
+    def shape_batch(self, batch: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """The batch as a stage wants it; give it and ``stages`` to :class:`effscale.training.StagedStep`."""
+        self.check(_shape(batch)[1])
+        if self.mode == "truncate":
+            return truncate(batch, length)
+        return reshape(batch, length, rows_multiple_of=self.rows_multiple_of)
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // self.multiple_of) * self.multiple_of
+
+
+def truncate(batch: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The first ``length`` tokens of each row, with their labels; the rest is discarded.
+
+    What has the shape ``(rows, seq)`` of ``input_ids`` is cut, by a view; all else passes. As ``labels`` are shifted
+    already, the last input keeps its label, the first token beyond the cut.
+
+    Args:
+        batch: With ``input_ids`` of shape ``(rows, seq)``.
+        length: From 1 to ``seq``.
+
+    Returns:
+        The batch with rows of ``length``.
+
+    Raises:
+        ValueError: ``length`` is out of range, or there are no ``input_ids`` of two dimensions.
+
+    Source: Li et al., "The Stability-Efficiency Dilemma", 2021, section 4; ``seqtru`` of "DeepSpeed Data Efficiency".
+    """
+    shape = _shape(batch)
+    _check_length(length, shape[1])
+    per_token = lambda x: getattr(x, "shape", None) == shape
+    return {name: x[:, :length] if per_token(x) else x for name, x in batch.items()}
+
+
+def reshape(batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2) -> dict[str, Any]:
+    r"""Each row cut into pieces of ``length`` tokens, so that a step has about as many tokens as at full length.
+
+    With its last label a row is :math:`W` tokens, and a piece takes :math:`c = \text{length} + 1` of them, the last one
+    as a label only. First come the :math:`\lfloor W/c \rfloor` pieces from each row's start, row by row; then, of each
+    row, its last :math:`c` tokens, which overlap with them; of all these the first
+    :math:`\lceil \text{rows} \cdot W/c \rceil`, rounded down to a multiple of ``rows_multiple_of``. So the number of rows
+    depends on shapes only. At the full length the batch passes as it is.
+
+    A piece is to the model what a packed row is: ``positions`` begin at 0 in it, also for a document that began before;
+    ``segment_ids``, ``loss_weights`` and whatever else has the shape ``(rows, seq)`` are those of its tokens. Arrays with
+    another shape and a leading dimension of ``rows`` repeat the row's entry for each of its pieces; all else passes.
+
+    Args:
+        batch: Of NumPy arrays, with ``input_ids`` of shape ``(rows, seq)``.
+        length: From 1 to ``seq``.
+        rows_multiple_of: See above. If there are fewer rows than that, they stay as they are.
+
+    Returns:
+        A batch of ``reshaped_rows(rows, seq, length, rows_multiple_of)`` rows of ``length``.
+
+    Raises:
+        ValueError: As ``truncate``.
+
+    Example:
+        >>> batch = {"input_ids": np.arange(9)[None], "labels": np.arange(1, 10)[None]}
+        >>> reshape(batch, 3, rows_multiple_of=1)["input_ids"].tolist()  # 10 tokens, 4 a piece
+        [[0, 1, 2], [4, 5, 6], [6, 7, 8]]
+
+    Source: ``seqres`` of Li et al., "DeepSpeed Data Efficiency", 2022, as Megatron-DeepSpeed lays it out.
+    """
+    rows, width = shape = _shape(batch)
+    _check_length(length, width)
+    if length == width:
+        return dict(batch)
+    pieces = (width + 1) // (length + 1)
+    count = reshaped_rows(rows, width, length, rows_multiple_of)
+    starts = np.concatenate(
+        [np.tile(np.arange(pieces) * (length + 1), rows), np.full(rows, width - length)]
+    )[:count]
+    sources = np.concatenate([np.repeat(np.arange(rows), pieces), np.arange(rows)])[:count]
+    columns = starts[:, None] + np.arange(length)
+
+    def cut(name: str, x: Any) -> Any:
+        if getattr(x, "shape", None) == shape:
+            piece = x[sources[:, None], columns]
+            return _from_zero(piece) if name == "positions" else piece
+        return x[sources] if getattr(x, "shape", ())[:1] == (rows,) else x
+
+    return {name: cut(name, x) for name, x in batch.items()}
+
+
+def reshaped_rows(rows: int, seq: int, length: int, rows_multiple_of: int = 2) -> int:
+    """The number of rows that ``reshape`` makes.
+
+    >>> reshaped_rows(8, 1023, 127), reshaped_rows(8, 1023, 500), reshaped_rows(8, 1023, 1023)
+    (64, 16, 8)
+    """
+    if length == seq:
+        return rows
+    count = -(-rows * (seq + 1) // (length + 1))
+    return count - count % rows_multiple_of if count >= rows_multiple_of else count
+
+
+def truncate_padded(
+    batch: Mapping[str, Any], length: int | None = None, multiple_of: int = 8
+) -> dict[str, Any]:
+    """Padded rows, as BERT has them, cut at a length that is rounded up to a multiple.
+
+    With ``length=None`` nothing real is lost: the length is that of the longest row, up to the last nonzero entry of
+    ``attention_mask``, over the batches of all processes (which all must call this). Batches of rows of like length,
+    as a curriculum over lengths draws them, then cost what they hold. Each distinct length is a compilation:
+    choose ``multiple_of`` so that there are few.
+
+    Args:
+        batch: With ``input_ids`` of shape ``(rows, seq)`` and, for ``length=None``, ``attention_mask`` likewise.
+        length: Where to cut, before rounding; None: see above.
+        multiple_of: The cut is at the next multiple, at most at ``seq``.
+
+    Returns:
+        As ``truncate``.
+
+    Raises:
+        ValueError: As ``truncate``, or there is no ``attention_mask``.
+
+    Example:
+        >>> mask = np.arange(16)[None] < 5
+        >>> truncate_padded({"input_ids": np.ones((1, 16)), "attention_mask": mask})["input_ids"].shape
+        (1, 8)
+
+    Source: ``seqtru`` and ``seqreo`` for BERT of Li et al., "DeepSpeed Data Efficiency", 2022.
+    """
+    shape = _shape(batch)
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of={multiple_of} must be at least 1")
+    if length is None:
+        if getattr(batch.get("attention_mask"), "shape", None) != shape:
+            raise ValueError(
+                f"length=None needs an attention_mask of shape {shape}; give one, or a length"
+            )
+        length = _longest(np.asarray(batch["attention_mask"]))
+    _check_length(length, shape[1])
+    return truncate(batch, min(-(-length // multiple_of) * multiple_of, shape[1]))
+
+
+def _longest(mask: np.ndarray) -> int:
+    """The greatest length of a row over all processes, at least 1."""
+    columns = np.flatnonzero(mask.any(axis=0))
+    longest = int(columns[-1]) + 1 if columns.size else 1
+    if jax.process_count() > 1:
+        longest = int(multihost_utils.process_allgather(np.int32(longest)).max())
+    return longest
+
+
+def _from_zero(positions: np.ndarray) -> np.ndarray:
+    """Counts a document that begins before the piece from the piece's start; those that begin in it do already."""
+    follows = np.diff(positions, axis=1) == 1
+    first = np.pad(
+        np.logical_and.accumulate(follows, axis=1), ((0, 0), (1, 0)), constant_values=True
+    )
+    return np.where(first, positions - positions[:, :1], positions)
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    shape = getattr(batch.get("input_ids"), "shape", ())
+    if len(shape) != 2:
+        found = (
+            f"shape {shape}" if "input_ids" in batch else f"only {', '.join(batch) or 'nothing'}"
+        )
+        raise ValueError(f"a batch needs input_ids of shape (rows, seq); it has {found}")
+    return shape
+
+
+def _check_length(length: int, width: int) -> None:
+    if not 1 <= length <= width:
+        raise ValueError(f"length={length}: must be from 1 to the rows' {width} tokens")
