@@ -1,0 +1,127 @@
+"""The learning rate that goes with batches of changing length: warmup by steps, decay by tokens."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.training import ScheduleConfig
+
+Decay = Literal["linear", "cosine", "inverse_sqrt"]
+
+
+class StepsThenTokensState(NamedTuple):
+    """What the schedule remembers.
+
+    Attributes:
+        count: int32, updates made.
+        origin: float32, tokens seen when the warmup ended, from where the decay counts.
+        learning_rate: float32, that of the last update.
+    """
+
+    count: Any
+    origin: Any
+    learning_rate: Any
+
+
+def steps_then_tokens(
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_tokens: int,
+    kind: Decay = "cosine",
+    final: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiply updates by minus a learning rate that warms up by steps and decays by tokens.
+
+    After :math:`n` updates and :math:`x` tokens, with a warmup of :math:`w` updates, at whose end :math:`x_w` tokens had
+    been seen, and a total of :math:`D` tokens:
+
+    .. math::
+        \eta = \text{peak} \cdot n/w \quad (n \le w), \qquad
+        p = (x - x_w)/(D - x_w) \quad (n > w)
+
+    where ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
+    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{x_w/x}`. Beyond :math:`D` tokens it is ``final``.
+
+    With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would last too long, and a decay
+    by steps would come too early. The token count at the end of the warmup is noted when it is reached, so it is right for
+    any schedule of lengths.
+
+    Args:
+        peak: The rate at the end of the warmup.
+        warmup_steps: Updates of the warmup.
+        total_tokens: Tokens of the run, those of the warmup included.
+        kind: Shape of the decay.
+        final: The rate at the end.
+
+    Returns:
+        The last link of an optimizer, whose ``update`` needs ``tokens=``, the tokens seen before it, as
+        ``make_train_step`` gives them.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Sources: Li et al., "The Stability-Efficiency Dilemma", 2021, section 4; the rule is that of Megatron-DeepSpeed.
+
+    Example:
+        >>> optimizer = optax.chain(
+        ...     optax.scale_by_adam(), steps_then_tokens(peak=1e-3, warmup_steps=100, total_tokens=1_000_000))
+    """
+    if kind not in get_args(Decay):
+        raise ValueError(f"kind={kind!r} is unknown; one of {', '.join(get_args(Decay))}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must not be negative; 0 means no warmup")
+    if total_tokens < 1:
+        raise ValueError(f"total_tokens={total_tokens} must be at least 1")
+    total = float(total_tokens)  # as an integer it may not fit into 32 bits
+    # Over the share of the decay; it checks peak and final.
+    shape = ScheduleConfig(
+        kind="linear" if kind == "inverse_sqrt" else kind, peak=peak, total=1, final=final
+    ).build()
+
+    def decayed(tokens: jax.Array, origin: jax.Array) -> jax.Array:
+        if kind == "inverse_sqrt":
+            start = jnp.maximum(origin, 1.0)
+            value = jnp.maximum(peak * jnp.sqrt(start / jnp.maximum(tokens, start)), final)
+        else:
+            value = shape((tokens - origin) / jnp.maximum(total - origin, 1.0))
+        return jnp.where(tokens > total, final, value)
+
+    def init(params: Any) -> StepsThenTokensState:
+        del params
+        return StepsThenTokensState(jnp.int32(0), jnp.float32(0), jnp.float32(0))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, tokens: Any = None, **extra: Any
+    ) -> tuple[Any, StepsThenTokensState]:
+        del params, extra
+        if tokens is None:
+            raise ValueError("a decay by tokens needs optimizer.update(..., tokens=tokens_seen)")
+        tokens = jnp.asarray(tokens).astype(jnp.float32)
+        origin = jnp.where(state.count <= warmup_steps, tokens, state.origin)
+        warmup = peak * state.count.astype(jnp.float32) / max(warmup_steps, 1)
+        rate = jnp.where(state.count < warmup_steps, warmup, decayed(tokens, origin))
+        rate = rate.astype(jnp.float32)
+        updates = jax.tree.map(lambda u: u * -rate.astype(u.dtype), updates)
+        return updates, StepsThenTokensState(state.count + 1, origin, rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def current_learning_rate(opt_state: Any) -> dict[str, jax.Array]:
+    """``{"learning_rate": ...}`` of the last update, from the state of an optimizer that holds ``steps_then_tokens``.
+
+    Log it with ``with_metrics(step, lambda state: current_learning_rate(state.opt_state))``.
+
+    Raises:
+        ValueError: The optimizer holds none, or several.
+    """
+    is_ours = lambda x: isinstance(x, StepsThenTokensState)
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"the optimizer's state holds {len(found)} schedules of steps_then_tokens; it must hold one"
+        )
+    return {"learning_rate": found[0].learning_rate}
