@@ -14,6 +14,7 @@ Models and reviews are installed by ``make assets``; Fashion-MNIST by Debian's p
 import dataclasses
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
@@ -172,7 +173,7 @@ def run(config: Config) -> Result:
     if config.torch:
         finetune_torch.require()
     if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config)
+        check_config(RunFolder.create(config.out, resume=True), config, FREE)
     elif config.out is not None:
         check_unused(config.out)
     with status("reading data and models"):
@@ -224,14 +225,14 @@ def run(config: Config) -> Result:
     return result
 
 
-def check_config(folder: Any, config: Config) -> None:
-    """Raises a ValueError if a run folder is of another config."""
+def check_config(folder: Any, config: Any, free: Sequence[str]) -> None:
+    """Raises a ValueError if a run folder is of another config; fields in ``free`` may differ."""
     from effscale.training.serialize import differences, to_json
 
     found = [
         f"{name}: {there!r} there, {here!r} here"
         for name, (there, here) in differences(folder.config(), to_json(config)).items()
-        if name.partition(".")[0] not in FREE
+        if name.partition(".")[0] not in free
     ]
     if found:
         raise ValueError(

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from effscale.models import ClassHead, PatchInputs, Transformer, TransformerConfig
+from effscale.models.transformer import RunGroup, run_group
 from effscale.training import AdamWConfig, Loss, Schedule, TrainState, make_train_step
 
 
@@ -33,16 +34,20 @@ def classifier(model: Transformer, num_classes: int, seed: int) -> Transformer:
     return new
 
 
-def class_loss(model: Transformer, batch: Any, key: Any = None) -> Loss:
+def class_loss(
+    model: Transformer, batch: Any, key: Any = None, *, run_group: RunGroup = run_group
+) -> Loss:
     """Cross entropy of each row's class, summed, with the number of right answers as ``accuracy``.
 
     Args:
         model: With a head named ``classes``.
         batch: ``labels`` and ``weights`` of shape ``(batch,)``, and ``images``, or ``input_ids`` with ``attention_mask``.
         key: Turns dropout on.
+        run_group: How a group of layers is run; see :meth:`effscale.models.Transformer.encode`.
     """
     inputs = batch["images"] if "images" in batch else batch["input_ids"]
-    outputs = model(inputs, attention_mask=batch.get("attention_mask"), key=key)
+    mask = batch.get("attention_mask")
+    outputs = model(inputs, attention_mask=mask, key=key, run_group=run_group)
     logits = outputs["classes"].astype(jnp.float32)
     labels, weights = batch["labels"], batch["weights"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -125,48 +125,29 @@ class Runner:
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
         """
-        name = f"{self.problem.task}/seed-{seed}/{backend}"
-        place = self.folder.path / name
-        done = place / "done.json"
-        if done.is_file():
-            return
-        print(name, file=sys.stderr)
-        began = time.perf_counter()
         size = self.problem.recipe.batch_size
         batches = TrainingBatches(self.problem.data.train, batch_size=size, seed=seed)
         train = self._torch if backend == "torch" else self._ours
-        train(place, name, batches, seed)
-        write_json(done, {"seconds": time.perf_counter() - began})
-        # Of no use to a finished run, and three times the model's size.
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        name = f"{self.problem.task}/seed-{seed}/{backend}"
+        once(self.folder, name, lambda: train(name, batches, seed))
 
-    def _ours(self, place: pathlib.Path, name: str, batches: TrainingBatches, seed: int) -> None:
+    def _ours(self, name: str, batches: TrainingBatches, seed: int) -> None:
         def validate(state: TrainState) -> dict[str, float]:
             means = evaluate(state.model, self.eval_step, self._test(), prefix="test_")
             return {"test_loss": means["test_loss"], "test_accuracy": means["test_accuracy"]}
 
-        every = self.problem.per_epoch
-        with Checkpoints(place / "checkpoints", keep=1, every=every) as checkpoints:
-            create = functools.partial(self._create, seed)
-            state, start = resume_or_start(checkpoints, create, batches)
-            writer = self._writer(place, name, start)
-            try:
-                fitted = fit(
-                    state,
-                    self.train_step,
-                    batches,
-                    num_steps=self.problem.steps,
-                    checkpoints=checkpoints,
-                    writer=writer,
-                    evaluate=validate,
-                    eval_every=every,
-                )
-            finally:
-                writer.close()
-        if fitted.stopped_reason == "signal":
-            raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
+        train_to_end(
+            self.folder,
+            name,
+            self.train_step,
+            batches,
+            create=functools.partial(self._create, seed),
+            num_steps=self.problem.steps,
+            evaluate=validate,
+            every=self.problem.per_epoch,
+        )
 
-    def _torch(self, place: pathlib.Path, name: str, batches: TrainingBatches, seed: int) -> None:
+    def _torch(self, name: str, batches: TrainingBatches, seed: int) -> None:
         config, problem = self.config, self.problem
         dense = classifier(problem.model, problem.data.num_classes, seed).heads["classes"].dense
         twin = finetune_torch.Twin(
@@ -180,9 +161,9 @@ class Runner:
             dropout=config.dropout,
             seed=seed,
         )
-        file = place / "checkpoints" / "last.pt"
+        file = self.folder.path / name / "checkpoints" / "last.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        writer_of = functools.partial(self._writer, place, name)
+        writer_of = functools.partial(writer_of_run, self.folder, name, problem.steps)
         step = finetune_torch.train(twin, batches, self._test, writer_of=writer_of, checkpoint=file)
         if step < problem.steps:
             raise StoppedBySignal(f"stopped and saved {name} at step {step}")
@@ -194,13 +175,86 @@ class Runner:
     def _test(self) -> Iterator[Batch]:
         return evaluation_batches(self.problem.data.test, self.problem.recipe.batch_size)
 
-    def _writer(self, place: pathlib.Path, name: str, step: int) -> MultiWriter:
-        """For a run that goes on from ``step``."""
-        events = self.folder.tensorboard / name
-        return MultiWriter(
-            [
-                JsonlWriter(place / "metrics.jsonl", resume_step=step),
-                TensorBoardWriter(events, resume_step=step),
-                ConsoleWriter(self.problem.steps, start_step=step),
-            ]
-        )
+
+def once(folder: RunFolder, name: str, train: Callable[[], None]) -> None:
+    """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
+
+    Args:
+        folder: The run folder.
+        name: The run, which is also its own folder inside.
+        train: Makes it, or goes on with it from its checkpoint.
+    """
+    place = folder.path / name
+    done = place / "done.json"
+    if done.is_file():
+        return
+    print(name, file=sys.stderr)
+    began = time.perf_counter()
+    train()
+    write_json(done, {"seconds": time.perf_counter() - began})
+    # Of no use to a finished run, and three times the model's size.
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+
+def train_to_end(
+    folder: RunFolder,
+    name: str,
+    step: Callable[[TrainState, Any], Any],
+    batches: Any,
+    *,
+    create: Callable[[], TrainState],
+    num_steps: int,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    every: int,
+    before_step: Callable[[int, Any], Any] | None = None,
+) -> TrainState:
+    """Trains from the start, or from the run's checkpoint, with all files of the run in its own folder.
+
+    Args:
+        folder: The run folder.
+        name: The run.
+        step: The training step.
+        batches: An iterator whose position can be saved.
+        create: Makes the state before the first step.
+        num_steps: Steps of the whole run.
+        evaluate: From a state to metrics.
+        every: Steps between evaluations, and between checkpoints.
+        before_step: As in ``fit``.
+
+    Returns:
+        The last state.
+
+    Raises:
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+    """
+    with Checkpoints(folder.path / name / "checkpoints", keep=1, every=every) as checkpoints:
+        state, start = resume_or_start(checkpoints, create, batches)
+        writer = writer_of_run(folder, name, num_steps, start)
+        try:
+            fitted = fit(
+                state,
+                step,
+                batches,
+                num_steps=num_steps,
+                checkpoints=checkpoints,
+                writer=writer,
+                evaluate=evaluate,
+                eval_every=every,
+                before_step=before_step,
+            )
+        finally:
+            writer.close()
+    if fitted.stopped_reason == "signal":
+        raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
+    return fitted.state
+
+
+def writer_of_run(folder: RunFolder, name: str, num_steps: int, start: int) -> MultiWriter:
+    """The metrics of a run that goes on from the step ``start``."""
+    return MultiWriter(
+        [
+            JsonlWriter(folder.path / name / "metrics.jsonl", resume_step=start),
+            TensorBoardWriter(folder.tensorboard / name, resume_step=start),
+            ConsoleWriter(num_steps, start_step=start),
+        ]
+    )
