@@ -1,0 +1,144 @@
+"""The order in which samples are drawn from pools that grow."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int64, Integer
+
+from effscale.curriculum.permutation import fold_in, permute
+
+
+class Clusters:
+    """Samples in groups that become available one after another.
+
+    Each cluster is an endless stream: all of its samples once in random order, again in another order, and so on. Any
+    place of a stream is computed at once, from the seed.
+    """
+
+    def __init__(self, stage: Integer[np.ndarray, " n"], num_stages: int, seed: int):
+        """Groups samples.
+
+        Args:
+            stage: For each sample the cluster it is in; ``num_stages`` or more: in none.
+            num_stages: How many clusters there are.
+            seed: Decides the order in each cluster and between them.
+        """
+        sizes = np.bincount(stage, minlength=num_stages)[:num_stages]
+        # A stable sort of 16-bit numbers takes a time that is linear in their count.
+        order = np.argsort(stage.astype(np.min_scalar_type(num_stages + 1)), kind="stable")
+        self.samples = order[: sizes.sum()].astype(np.min_scalar_type(len(stage)))
+        self.sizes = sizes.astype(np.int64)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+        first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        number = np.arange(num_stages)
+        self._order_keys = fold_in(np.full(num_stages, first), number)
+        self._time_keys = fold_in(np.full(num_stages, second), number)
+
+    def sample(
+        self, cluster: Int64[np.ndarray, " m"], draw: Int64[np.ndarray, " m"]
+    ) -> Int64[np.ndarray, " m"]:
+        """The ids of the samples that draws from clusters give; draws of a cluster count from 0."""
+        size = self.sizes[cluster]
+        number, place = np.divmod(draw, size)
+        place = permute(place, size, fold_in(self._order_keys[cluster], number))
+        return self.samples[self._starts[cluster] + place].astype(np.int64)
+
+    def due(
+        self,
+        cluster: Int64[np.ndarray, " m"],
+        draw: Int64[np.ndarray, " m"],
+        opened: Float64[np.ndarray, " m"],
+    ) -> Float64[np.ndarray, " m"]:
+        r"""When draws are due: at :math:`\text{opened} + (\text{draw} + u) / \text{size}`, :math:`u` random in [0, 1).
+
+        Time is in visits: one unit of it draws each available sample once.
+        """
+        bits = fold_in(self._time_keys[cluster], draw) >> np.uint64(11)
+        return opened + (draw + bits * 2.0**-53) / self.sizes[cluster]
+
+
+def next_draws(
+    clusters: Clusters,
+    opened: Float64[np.ndarray, " open"],
+    drawn: Int64[np.ndarray, " open"],
+    now: float,
+    skip: int,
+    count: int,
+) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"], Int64[np.ndarray, " open"]]:
+    """Draws from the open clusters, in the order in which they are due.
+
+    A cluster's draws are due at a rate in proportion to its size, so every stretch of the result holds the clusters in
+    proportion to their sizes, and each cluster's draws come in their order. The work does not depend on ``skip``.
+
+    Args:
+        clusters: The clusters; as many of them are open as ``opened`` has elements.
+        opened: When each was opened.
+        drawn: How often each was drawn from until ``now``.
+        now: The time.
+        skip: How many draws to leave out first.
+        count: How many draws to return, at least 1.
+
+    Returns:
+        The clusters, the draws, and how often each cluster was drawn from before the first of them.
+    """
+    sizes = clusters.sizes[: len(drawn)]
+    total = int(sizes.sum())
+    # Without the random part of the times, the draws wanted would be due from `low` to `high`; with it they are not far.
+    margin = 2 + 2 * math.sqrt(len(drawn))
+    while True:
+        low = now + (skip - margin) / total
+        high = now + (skip + count + margin) / total
+        # All draws before `begin` are due before `low`, and all from `end` on after `high`.
+        begin = np.maximum(drawn, np.floor((low - opened) * sizes).astype(np.int64) - 1)
+        end = np.maximum(begin, np.floor((high - opened) * sizes).astype(np.int64) + 2)
+        lengths = end - begin
+        cluster = np.repeat(np.arange(len(drawn)), lengths)
+        draw = np.arange(len(cluster)) + np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
+        times = clusters.due(cluster, draw, opened[cluster])
+        order = np.argsort(times, kind="stable")
+        first = skip - int((begin - drawn).sum())
+        if first >= 0 and first + count <= len(order):
+            chosen = order[first : first + count]
+            if times[chosen[0]] >= low and times[chosen[-1]] <= high:
+                before = begin + np.bincount(cluster[order[:first]], minlength=len(drawn))
+                return cluster[chosen], draw[chosen], before
+        margin *= 2
+
+
+class GrowingOrder:
+    """The order of a curriculum whose clusters open at known positions.
+
+    While ``P`` samples are available each is expected ``1 / P`` times at every position, so a sample that becomes available
+    at position ``x`` is expected ``sum(1 / P(i) for i in range(x, y))`` times until ``y``; its actual visits
+    are within 2 of that. Samples of one cluster never differ by more than 1.
+    """
+
+    def __init__(self, clusters: Clusters, starts: Sequence[int]):
+        """Prepares the order.
+
+        Args:
+            clusters: The clusters, none empty.
+            starts: The position at which each opens, rising from 0.
+        """
+        self.clusters = clusters
+        self._starts = np.asarray(starts, np.int64)
+        pools = np.cumsum(clusters.sizes)
+        self._opened = np.zeros(len(starts))
+        self._drawn = [np.zeros(1, np.int64)]
+        for k in range(len(starts) - 1):
+            length = starts[k + 1] - starts[k]
+            self._opened[k + 1] = self._opened[k] + length / pools[k]
+            _, _, drawn = self._draws(k, length, 1)
+            self._drawn.append(np.append(drawn, 0))
+
+    def __call__(self, first: int, count: int) -> Int64[np.ndarray, " count"]:
+        """The samples at positions ``first`` to ``first + count - 1``, between which no cluster may open."""
+        k = int(np.searchsorted(self._starts, first, side="right")) - 1
+        cluster, draw, _ = self._draws(k, first - int(self._starts[k]), count)
+        return self.clusters.sample(cluster, draw)
+
+    def _draws(self, k: int, skip: int, count: int):
+        return next_draws(
+            self.clusters, self._opened[: k + 1], self._drawn[k], self._opened[k], skip, count
+        )

@@ -1,0 +1,145 @@
+"""Which samples are available when."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Integer
+
+from effscale.curriculum.order import Clusters, GrowingOrder
+from effscale.curriculum.ranking import Ranking, check_ranking
+from effscale.models.validation import check, choice
+from effscale.training.pacing import Pacing
+from effscale.training.stages import Stages, merge, stages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Difficulty:
+    """A metric of difficulty and how much of it is allowed when.
+
+    The names are those of DeepSpeed's configuration.
+    """
+
+    ranking: Ranking | None = None
+    """The samples from the easiest to the hardest; not needed with ``"single_cluster"``."""
+    pacing: Pacing
+    """The difficulty by training step, counted from 1, or by samples or tokens consumed before the step."""
+    difficulty_type: Literal["value", "percentile"] = "value"
+    """At difficulty ``d``, ``"value"`` allows the samples with a value of at most ``d``, and ``"percentile"`` the first
+    ``d`` of ``max_difficulty`` equal parts of the ranking; what does not divide evenly is in the last part."""
+    clustering_type: Literal["schedule_based", "single_cluster"] = "schedule_based"
+    """``"single_cluster"`` restricts nothing: for a difficulty that is applied to the rows themselves, as a length is."""
+
+    def __post_init__(self):
+        choice(self, "difficulty_type", ("value", "percentile"))
+        choice(self, "clustering_type", ("schedule_based", "single_cluster"))
+        if self.clustering_type == "single_cluster":
+            return
+        needed = 'a ranking of the samples, or clustering_type="single_cluster" to restrict nothing'
+        check(self, self.ranking is not None, "ranking", needed)
+        assert self.ranking is not None
+        check_ranking(self.ranking)
+        n, parts = len(self.ranking.samples), self.greatest
+        if self.difficulty_type == "percentile" and n < parts:
+            raise ValueError(
+                f"Difficulty.ranking has {n} samples, fewer than the {parts} percentiles of the pacing: "
+                f"use a max_difficulty of at most {n}"
+            )
+
+    @property
+    def greatest(self) -> int:
+        """The difficulty at the end."""
+        return self.pacing(self.pacing.end)
+
+    def num_allowed(self, difficulty: int) -> int:
+        """How many samples, from the start of the ranking, are allowed at a difficulty."""
+        assert self.ranking is not None
+        samples, values = self.ranking
+        if self.difficulty_type == "value":
+            return int(np.searchsorted(values, difficulty, side="right"))
+        if difficulty >= self.greatest:
+            return len(samples)
+        return len(samples) // self.greatest * difficulty
+
+
+def growing_order(
+    difficulties: Mapping[str, Difficulty],
+    num_rows: int,
+    batch_size: int,
+    seed: int,
+    tokens_per_row: int | None,
+) -> GrowingOrder:
+    """The order of a curriculum; see `effscale.curriculum.sampler.curriculum_rows`."""
+    limits = {
+        name: difficulty
+        for name, difficulty in difficulties.items()
+        if difficulty.clustering_type == "schedule_based"
+    }
+    merged = merge(
+        *(
+            _stages(name, difficulty, num_rows, batch_size, tokens_per_row)
+            for name, difficulty in limits.items()
+        )
+    )
+    stage = np.zeros(num_rows, np.int32)
+    for i, difficulty in enumerate(limits.values()):
+        levels = [values[i] for values in merged.values]
+        np.maximum(stage, _first_allowed(difficulty, levels), out=stage)
+    sizes = np.bincount(stage, minlength=len(merged.values) + 1)
+    if not sizes[0]:
+        raise ValueError(_nothing_at_first(limits, merged.values[0]))
+    if sizes[-1]:
+        reach = ", ".join(f"{name} {limit.greatest}" for name, limit in limits.items())
+        warnings.warn(
+            f"{sizes[-1]} of {num_rows} samples are never drawn: they are harder than the greatest difficulty ({reach})",
+            stacklevel=4,
+        )
+    # Stages at which nothing new becomes available are none.
+    opens = np.flatnonzero(sizes[:-1])
+    number = np.full(len(sizes), len(opens), np.int32)
+    number[opens] = np.arange(len(opens))
+    clusters = Clusters(number[stage], len(opens), seed)
+    return GrowingOrder(clusters, [merged.starts[k] * batch_size for k in opens])
+
+
+def _stages(
+    name: str, difficulty: Difficulty, num_rows: int, batch_size: int, tokens_per_row: int | None
+) -> Stages[int]:
+    assert difficulty.ranking is not None
+    num_samples, clock = len(difficulty.ranking.samples), difficulty.pacing.clock
+    if num_samples != num_rows:
+        raise ValueError(
+            f"the ranking of {name!r} has {num_samples} samples and the data set {num_rows} rows: "
+            "rank the rows that are trained on."
+        )
+    if clock == "tokens" and tokens_per_row is None:
+        raise ValueError(f"the pacing of {name!r} counts tokens: give tokens_per_row.")
+    consumed = batch_size * (tokens_per_row or 1) if clock == "tokens" else batch_size
+    return stages(difficulty.pacing, cost=lambda _: consumed)
+
+
+def _first_allowed(difficulty: Difficulty, levels: list[int]) -> Integer[np.ndarray, " n"]:
+    """For each sample the first stage at which it is allowed, and the number of stages if there is none."""
+    assert difficulty.ranking is not None
+    samples = difficulty.ranking.samples
+    bounds = [0, *(difficulty.num_allowed(level) for level in levels), len(samples)]
+    stage = np.empty(len(samples), np.int32)
+    stage[samples] = np.repeat(np.arange(len(levels) + 1, dtype=np.int32), np.diff(bounds))
+    return stage
+
+
+def _nothing_at_first(limits: Mapping[str, Difficulty], firsts: Sequence[int]) -> str:
+    for (name, limit), first in zip(limits.items(), firsts, strict=True):
+        assert limit.ranking is not None
+        if not limit.num_allowed(first):
+            least = 1 if limit.difficulty_type == "percentile" else limit.ranking.values[0]
+            return (
+                f"no sample is available at first: the pacing of {name!r} begins at {first}, and the smallest "
+                f"{limit.difficulty_type} is {least}. Begin there, or higher."
+            )
+    return (
+        f"no sample is available at first: none is allowed by all of {', '.join(map(repr, limits))}. "
+        "Begin at greater difficulties."
+    )

@@ -1,0 +1,117 @@
+"""Rows in the order of a curriculum: easy ones first, then more and more."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+
+from effscale.curriculum.order import GrowingOrder
+from effscale.curriculum.pools import Difficulty, growing_order
+
+__all__ = ["CurriculumRows", "Difficulty", "curriculum_rows"]
+
+
+def curriculum_rows(
+    rows: Any,
+    difficulties: Mapping[str, Difficulty] | Difficulty,
+    *,
+    batch_size: int,
+    seed: int = 1234,
+    num_steps: int | None = None,
+    tokens_per_row: int | None = None,
+) -> grain.MapDataset:
+    """Rows in the order of a curriculum.
+
+    At each step the samples that every difficulty allows are available, and all of them are equally likely. The samples
+    that became available at the same step are a cluster; they are drawn without replacement, in a new random order after
+    each pass, and each batch holds the clusters in proportion to their sizes, as evenly as whole numbers allow. Where
+    fewer samples are available than a batch holds, passes follow each other within it: batches keep their size, while
+    DeepSpeed's shrink.
+
+    Which row is where is a pure function of the seed and the position. So there is no state, nothing is written, processes
+    do not talk, a run resumes at any step at once (`get_state` of the iterator is a number), and reading ahead is safe.
+    Element ``i`` belongs to global batch ``i // batch_size``. The result is a `grain.MapDataset` that composes as any: with
+    ``map``, `effscale.data.batch_rows`, or ``mix`` (where ``batch_size`` is the number of rows that a batch takes from this
+    component). Apply ``random_map`` to the result, not to ``rows``, for another augmentation at each visit of a sample.
+
+    Args:
+        rows: The samples by id: a data set with a length, such as `effscale.data.PackedTokens` or a `grain.MapDataset`
+            that neither shuffles nor repeats.
+        difficulties: The difficulties by name, or a single one.
+        batch_size: Rows in a global batch.
+        seed: Decides the order.
+        num_steps: Batches in all; without end if None.
+        tokens_per_row: Tokens that a row counts for, where a pacing has tokens as its clock. With rows whose length
+            changes while training, use another clock.
+
+    Returns:
+        The rows; ``num_steps * batch_size`` of them.
+
+    Raises:
+        ValueError: A ranking has another length than the rows, no sample is available at the first step, or an argument is
+            out of range.
+
+    Warns:
+        UserWarning: Some samples are harder than the greatest difficulty and never drawn.
+
+    Source: Li et al., "DeepSpeed Data Efficiency", 2022, section 3.1.
+
+    >>> import numpy as np
+    >>> from effscale.curriculum.ranking import rank
+    >>> from effscale.training import LinearPacing
+    >>> words = ["abundance", "a", "air", "alphabet", "able", "ad"]
+    >>> length = Difficulty(
+    ...     ranking=rank(np.array([len(word) for word in words])),
+    ...     pacing=LinearPacing(min_difficulty=2, max_difficulty=9, total=4),
+    ... )
+    >>> rows = curriculum_rows(words, length, batch_size=2, num_steps=6)
+    >>> [rows[i] for i in range(len(rows))]
+    ['a', 'ad', 'air', 'air', 'able', 'ad', 'alphabet', 'a', 'air', 'able', 'abundance', 'ad']
+    """
+    if not isinstance(difficulties, Mapping):
+        difficulties = {"difficulty": difficulties}
+    for name, value in {
+        "batch_size": batch_size,
+        "num_steps": 1 if num_steps is None else num_steps,
+        "tokens_per_row": 1 if tokens_per_row is None else tokens_per_row,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: it must be at least 1.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: it must not be negative.")
+    if not difficulties:
+        raise ValueError("difficulties={}: give at least one.")
+    if not 0 < len(rows) < sys.maxsize:
+        raise ValueError(
+            f"the data set has {len(rows)} rows: there must be some, and not without end "
+            "(leave repeat out; the curriculum repeats them)."
+        )
+    order = growing_order(difficulties, len(rows), batch_size, seed, tokens_per_row)
+    length = sys.maxsize if num_steps is None else num_steps * batch_size
+    return grain.MapDataset.source(CurriculumRows(rows, order, batch_size, length))
+
+
+class CurriculumRows:
+    """A random-access data source: rows in a given order."""
+
+    def __init__(self, rows: Any, order: GrowingOrder, batch_size: int, length: int):
+        self._rows, self._order, self._batch_size, self._length = rows, order, batch_size, length
+        self._batches: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self._length:
+            raise IndexError(f"row {index} of {self._length}")
+        batch, place = divmod(int(index), self._batch_size)
+        samples = self._batches.get(batch)
+        if samples is None:
+            # A batch's order is computed at once, as one costs hardly more than an element. Threads that do so at the
+            # same time find the same, and need no lock.
+            if len(self._batches) >= 64:
+                self._batches.clear()
+            samples = self._order(batch * self._batch_size, self._batch_size)
+            self._batches[batch] = samples
+        return self._rows[int(samples[place])]
