@@ -44,7 +44,7 @@ class CorruptIndexedDataError(RuntimeError):
         field: What in it is wrong.
     """
 
-    def __init__(self, file: os.PathLike[str], field: str, expected: str, found: object):
+    def __init__(self, file: str | os.PathLike[str], field: str, expected: str, found: object):
         super().__init__(
             f"corrupt indexed data set: {os.fspath(file)!r}: {field}: expected {expected}, found {found}"
         )
