@@ -1,5 +1,6 @@
 """A layer, and a stacked group of like layers."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from effscale.models.layers import dropout
 from effscale.parallel import constrain
 
 Report = dict[str, Array]
+RunBlock = Callable[..., tuple[Array, LayerCache | None, Report]]
 
 
 class Block(nnx.Module):
@@ -109,28 +111,67 @@ class BlockGroup(nnx.Module):
             The stream, the updated cache, and each block's reports with a leading layer dimension.
         """
 
+        def run_block(block, x, cache, key, _):
+            return block(x, context, cache, key)
+
+        return self.run(run_block, x, cache, key)
+
+    def run(
+        self,
+        run_block: RunBlock,
+        x: Float[Array, "batch seq d_model"],
+        cache: tuple[LayerCache, ...] | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        inputs: tuple[Any, ...] | None = None,
+    ) -> tuple[
+        Float[Array, "batch seq d_model"], tuple[LayerCache, ...] | None, tuple[Report, ...]
+    ]:
+        """Runs a stretch of the group's repetitions, each block as ``run_block`` says.
+
+        Args:
+            run_block: ``(block, x, cache, key, input)`` to ``(x, cache, report)``, as :class:`Block` itself with a context.
+            x: As in :meth:`__call__`, and so the next two; the cache is of the layers that are run.
+            cache: See there.
+            key: See there. A layer's own key does not depend on the stretch.
+            start: The first repetition.
+            stop: The one after the last; None: all that follow.
+            inputs: For each block what ``run_block`` gets as ``input``: arrays with a leading dimension over the
+                stretch's repetitions, or None.
+
+        Returns:
+            As :meth:`__call__`.
+        """
+        stop = self.repeat if stop is None else stop
+        depth, width = stop - start, len(self.blocks)
+        inputs = (None,) * width if inputs is None else inputs
+
         def layer(x, scanned):
-            blocks, layer_key, caches = scanned
+            blocks, layer_key, caches, inputs = scanned
             new, reports = [], []
             for i, block in enumerate(blocks):
                 block_key = None if layer_key is None else jax.random.fold_in(layer_key, i)
-                x, block_cache, report = block(
-                    x, context, None if caches is None else caches[i], block_key
+                x, block_cache, report = run_block(
+                    block, x, None if caches is None else caches[i], block_key, inputs[i]
                 )
                 new.append(block_cache)
                 reports.append(report)
             return x, (None if caches is None else tuple(new), tuple(reports))
 
-        keys = None if key is None else jax.random.split(key, self.repeat)
-        layer = rematerialize(layer, self.remat, prevent_cse=self.repeat == 1)
-        if cache is None and self.repeat > 1:
-            x, (_, reports) = jax.lax.scan(layer, x, (self.blocks, keys, None))
+        blocks, keys = self.blocks, None if key is None else jax.random.split(key, self.repeat)
+        if depth < self.repeat:
+            blocks, keys = jax.tree.map(lambda a: a[start:stop], (blocks, keys))
+        layer = rematerialize(layer, self.remat, prevent_cse=depth == 1)
+        if cache is None and depth > 1:
+            x, (_, reports) = jax.lax.scan(layer, x, (blocks, keys, None, inputs))
             return x, None, reports
-        new, reports, width = [], [], len(self.blocks)
-        for index in range(self.repeat):
-            blocks, layer_key = jax.tree.map(lambda a, index=index: a[index], (self.blocks, keys))
+        new, reports = [], []
+        for index in range(depth):
+            one = jax.tree.map(lambda a, index=index: a[index], (blocks, keys, inputs))
             caches = None if cache is None else cache[index * width : (index + 1) * width]
-            x, (caches, report) = layer(x, (blocks, layer_key, caches))
+            x, (caches, report) = layer(x, (one[0], one[1], caches, one[2]))
             new.extend(caches or ())
             reports.append(report)
         return (

@@ -1,0 +1,22 @@
+"""Random layerwise token dropping (random-LTD): middle layers train on some of each row's tokens."""
+
+from effscale.ltd.accounting import layer_token_average, training_flops
+from effscale.ltd.layers import dropping_layers
+from effscale.ltd.runner import token_dropping
+from effscale.ltd.sampling import sample_kept
+from effscale.ltd.schedule import KeptTokens, RandomLTD, mslg
+from effscale.ltd.tokens import put_tokens, take_context, take_tokens
+
+__all__ = [
+    "KeptTokens",
+    "RandomLTD",
+    "dropping_layers",
+    "layer_token_average",
+    "mslg",
+    "put_tokens",
+    "sample_kept",
+    "take_context",
+    "take_tokens",
+    "token_dropping",
+    "training_flops",
+]

@@ -1,0 +1,103 @@
+"""Layers run on some of the tokens only."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from effscale.ltd.layers import dropping_layers
+from effscale.ltd.sampling import sample_kept
+from effscale.ltd.tokens import put_tokens, take_context, take_tokens
+from effscale.models import BlockGroup, Context, TransformerConfig, run_group
+from effscale.models.transformer import RunGroup
+
+
+def token_dropping(
+    config: TransformerConfig,
+    *,
+    kept: int,
+    key: PRNGKeyArray,
+    layers: tuple[int, ...] | None = None,
+) -> RunGroup:
+    r"""Random layerwise token dropping: the way to run a model's layers on ``kept`` tokens each.
+
+    A layer :math:`f` with kept positions :math:`K`, drawn anew for each layer and row, maps the stream :math:`h` to
+
+    .. math:: h'_K = f(h_K), \qquad h'_i = h_i \quad (i \notin K).
+
+    Kept tokens attend to one another only, under the mask and with the positions that they have in the whole row. No
+    token is special: the class token may be dropped, and padding is kept as often as what is not. The gradient is that of
+    the formula. Where a row has at most ``kept`` tokens the model runs as it always does.
+
+    Args:
+        config: The model's.
+        kept: Tokens that each dropping layer keeps of a row.
+        key: What is kept follows from it. It may be the key that turns dropout on.
+        layers: Numbers of the layers that drop tokens, counted from 0; None: all but the first and the last.
+
+    Returns:
+        What ``run_group`` of :meth:`effscale.models.Transformer.encode` takes.
+
+    Raises:
+        ValueError: ``kept`` is below 1; see :func:`dropping_layers`; or, when run, there is a cache: tokens are dropped
+            in training only.
+
+    Source: Yao et al., "Random-LTD", 2022, section 3.1 and algorithm 1.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
+        >>> config = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model, key = Transformer(config, rngs=nnx.Rngs(0)), jax.random.key(0)
+        >>> dropping = token_dropping(config, kept=3, key=key)
+        >>> model.encode(jnp.zeros((1, 8), jnp.int32), run_group=dropping).hidden.shape
+        (1, 8, 16)
+    """
+    if kept < 1:
+        raise ValueError(f"kept={kept}: must be at least 1")
+    chosen = dropping_layers(config, layers)
+    ends = list(itertools.accumulate(len(g.blocks) * g.repeat for g in config.groups))
+    layers_of = [range(start, stop) for start, stop in itertools.pairwise([0, *ends])]
+
+    def run(
+        index: int, group: BlockGroup, x: Array, context: Context, cache: Any, group_key: Any
+    ) -> tuple[Array, Any, Any]:
+        if cache is not None:
+            raise ValueError("tokens cannot be dropped with a cache, which holds every token")
+        batch, length = x.shape[:2]
+        if kept >= length:
+            return run_group(index, group, x, context, cache, group_key)
+
+        def run_block(block, x, cache, block_key, at):
+            if at is None:
+                return block(x, context, cache, block_key)
+            y, _, report = block(take_tokens(x, at), take_context(context, at), None, block_key)
+            return put_tokens(x, at, y), None, report
+
+        numbers, width = layers_of[index], len(group.blocks)
+        reports = []
+        for start, stop in _stretches([number in chosen for number in numbers], width):
+            here = [tuple(numbers[start * width + i : stop * width : width]) for i in range(width)]
+            inputs = tuple(
+                sample_kept(key, same, batch, length, kept) if same[0] in chosen else None
+                for same in here
+            )
+            x, _, report = group.run(
+                run_block, x, key=group_key, start=start, stop=stop, inputs=inputs
+            )
+            reports.append(report)
+        return x, None, jax.tree.map(lambda *r: jnp.concatenate(r), *reports)
+
+    return run
+
+
+def _stretches(drops: list[bool], width: int) -> Iterator[tuple[int, int]]:
+    """First and last but one repetition of each run of repetitions whose ``width`` blocks drop alike."""
+    patterns = [tuple(drops[i : i + width]) for i in range(0, len(drops), width)]
+    stop = 0
+    for _, alike in itertools.groupby(patterns):
+        start, stop = stop, stop + len(list(alike))
+        yield start, stop

@@ -1,0 +1,198 @@
+"""Random-LTD as a training run uses it: a schedule of kept tokens around any loss."""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from effscale.ltd.accounting import layer_token_average
+from effscale.ltd.layers import dropping_layers
+from effscale.ltd.runner import token_dropping
+from effscale.models import PatchInputs, TransformerConfig
+from effscale.models.validation import check
+from effscale.training import Clock, LinearPacing, Loss, Pacing, Stages, count_tokens, stages
+
+KEPT = "kept_tokens"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of placeholders, too
+class KeptTokens:
+    """How many tokens dropping layers keep, as a part of a batch.
+
+    It has no arrays: the number is in the batch's structure, so that each number is a program of its own.
+    """
+
+    kept: int = dataclasses.field(metadata={"static": True})
+
+
+def mslg(
+    *,
+    min_value: int,
+    max_value: int,
+    require_steps: int,
+    seq_per_step: int | None = None,
+    clock: Clock = "steps",
+) -> LinearPacing:
+    r"""Monotonic Sequence Length Growth: kept tokens along a line.
+
+    .. math:: r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})
+
+    rounded down to a multiple of :math:`g`, but never below the smallest, and exactly the greatest from :math:`t = R` on.
+    Step ``b`` (from 0) takes :math:`r_b`. The names are DeepSpeed's.
+
+    Args:
+        min_value: Tokens kept at first.
+        max_value: Tokens kept in the end: the whole row.
+        require_steps: :math:`R`, the count at which all are kept.
+        seq_per_step: :math:`g`. Each value is a program to compile; None makes about a dozen.
+        clock: What is counted.
+
+    Source: Yao et al., "Random-LTD", 2022, section 3.2.
+
+    Example:
+        >>> growth = mslg(min_value=128, max_value=2048, require_steps=200_000, seq_per_step=16)
+        >>> [growth(t) for t in (0, 1_666, 1_667, 100_000, 199_999, 200_000)]
+        [128, 128, 144, 1088, 2032, 2048]
+    """
+    return LinearPacing(
+        min_difficulty=min_value,
+        max_difficulty=max_value,
+        total=require_steps,
+        difficulty_step=seq_per_step,
+        clock=clock,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomLTD:
+    """Random layerwise token dropping during training.
+
+    Source: Yao et al., "Random-LTD", 2022; Li et al., "DeepSpeed Data Efficiency", 2022, section 3.2.
+
+    Example:
+        A model trained with it; ``fit(step_fn=step, before_step=step.before_step)`` does the rest.
+
+        >>> from effscale.models import gpt2
+        >>> from effscale.training import AdamWConfig, StagedStep, make_train_step, next_token_loss
+        >>> config = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=50, max_length=64)
+        >>> ltd = RandomLTD(pacing=mslg(min_value=16, max_value=64, require_steps=700, seq_per_step=16))
+        >>> ltd.check(config)
+        >>> train_step = make_train_step(
+        ...     ltd.loss(next_token_loss), AdamWConfig().build(1e-3), tokens_per_batch=ltd.tokens_per_batch(config))
+        >>> step = StagedStep(train_step, ltd.stages(), ltd.shape_batch)
+        >>> step.stages
+        Stages(starts=(0, 234, 467, 700), values=(16, 32, 48, 64))
+    """
+
+    pacing: Pacing
+    """Kept tokens by count, such as :func:`mslg`."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers that drop tokens, counted from 0; None: all but the first and the last."""
+
+    def __post_init__(self):
+        check(self, self.pacing(0) >= 1, "pacing", "of at least 1 token")
+
+    def check(self, config: TransformerConfig, length: int | None = None) -> None:
+        """Raises an error where the schedule does not suit a model.
+
+        Args:
+            config: The model's.
+            length: Tokens of a whole row; None: as many as the model has positions.
+
+        Raises:
+            ValueError: The layers are not the model's; or the schedule ends below the whole row, so that no step
+                trains on it, or above, so that it drops nothing for a part of its steps.
+        """
+        dropping_layers(config, self.layers)
+        if length is None:
+            images = isinstance(config.inputs, PatchInputs)
+            length = config.inputs.num_tokens if images else config.max_length
+        last = self.pacing(self.pacing.end)
+        if length is not None and last != length:
+            what = "never reaches the whole row" if last < length else "is longer than the row"
+            raise ValueError(f"pacing ends at {last} kept tokens and {what} of {length}")
+
+    def loss(self, loss_fn: Callable[..., Loss]) -> Callable[..., Loss]:
+        """The loss with tokens dropped where a batch says so.
+
+        Args:
+            loss_fn: ``loss_fn(model, batch, key, *, run_group) -> Loss``, such as
+                :func:`effscale.training.next_token_loss`.
+
+        Returns:
+            ``loss_fn(model, batch, key) -> Loss``. Tokens are dropped where there is a key, as with dropout, and the batch has
+            been through :meth:`shape_batch`; so evaluation sees all tokens.
+        """
+
+        @functools.wraps(loss_fn)
+        def with_dropping(
+            model: Any, batch: Mapping[str, Any], key: PRNGKeyArray | None = None, **options: Any
+        ) -> Loss:
+            plain = {name: value for name, value in batch.items() if name != KEPT}
+            if key is not None and KEPT in batch:
+                options["run_group"] = token_dropping(
+                    model.config, kept=batch[KEPT].kept, key=key, layers=self.layers
+                )
+            return loss_fn(model, plain, key, **options)
+
+        return with_dropping
+
+    def stages(self, batch_size: int | None = None, length: int | None = None) -> Stages[int]:
+        """Kept tokens by training step.
+
+        Args:
+            batch_size: Rows of a batch; the clocks ``samples`` and ``tokens`` need it.
+            length: Tokens of a row; the clock ``tokens`` needs it. All of a row's tokens count, dropped or not.
+
+        Raises:
+            ValueError: The clock needs more than is given.
+        """
+        if self.pacing.clock == "steps":
+            return stages(self.pacing, offset=0)
+        each = {"samples": (batch_size,), "tokens": (batch_size, length)}[self.pacing.clock]
+        if None in each:
+            raise ValueError(
+                f"clock={self.pacing.clock!r} needs batch_size, and with tokens length; "
+                f"given are batch_size={batch_size} and length={length}"
+            )
+        return stages(self.pacing, cost=lambda kept: math.prod(each))
+
+    def shape_batch(self, batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
+        """The batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened."""
+        if "input_ids" in batch:
+            kept = min(
+                kept, batch["input_ids"].shape[1]
+            )  # one program, and not one for each greater number
+        return {**batch, KEPT: KeptTokens(kept)}
+
+    def tokens_per_batch(self, config: TransformerConfig) -> Callable[[Any], int]:
+        """What a batch counts for, averaged over layers; for ``make_train_step(tokens_per_batch=...)``.
+
+        A learning rate by tokens (``ScheduleConfig(unit="tokens")``) is then a LayerToken learning rate, and a run that
+        stops by tokens consumed counts those that layers have processed. Rows that a curriculum has shortened
+        count as they are.
+
+        Args:
+            config: The model's.
+
+        Returns:
+            A function of a batch.
+        """
+        dropping = len(dropping_layers(config, self.layers))
+
+        def tokens(batch: Mapping[str, Any]) -> int:
+            if isinstance(config.inputs, PatchInputs):
+                rows, length = count_tokens(batch), config.inputs.num_tokens
+            else:
+                rows, length = batch["input_ids"].shape
+            kept = batch[KEPT].kept if KEPT in batch else length
+            return rows * layer_token_average(length, kept, config.num_layers, dropping)
+
+        return tokens
