@@ -76,7 +76,7 @@ def test_values_are_fixed():
     assert walk(order, 20).tolist() == [5, 2, 0, 5, 0, 1, 2, 0, 4, 3, 4, 5, 2, 5, 1, 0, 1, 2, 3, 5]
 
 
-def walk(order, stop, step=1):
+def walk(order, stop, step=10**9):
     """The order from the start, in calls that do not cross the opening of a cluster."""
     starts = order._starts.tolist()
     cuts = sorted({*range(0, stop, step), *(start for start in starts if start < stop), stop})
@@ -124,7 +124,7 @@ def slowly(order, starts, stop):
 @hypothesis.given(growths())
 def test_draws_come_in_the_order_in_which_they_are_due(growth):
     order, _, starts = build(growth)
-    stop = starts[-1] + 60
+    stop = starts[-1] + 30
     assert walk(order, stop, 7).tolist() == slowly(order, starts, stop)
 
 
@@ -132,11 +132,11 @@ def test_draws_come_in_the_order_in_which_they_are_due(growth):
 def test_random_access_equals_iteration(growth):
     order, _, starts = build(growth)
     stop = starts[-1] + 40
-    whole = walk(order, stop, stop)
-    np.testing.assert_array_equal(walk(order, stop, 1), whole)
+    whole = walk(order, stop)
+    np.testing.assert_array_equal(walk(order, stop, 2), whole)
     np.testing.assert_array_equal(walk(order, stop, 5), whole)
     again, _, _ = build(growth)
-    for position in reversed(range(0, stop, 3)):
+    for position in reversed(range(0, stop, 9)):
         assert again(position, 1).item() == whole[position]
 
 
@@ -164,19 +164,20 @@ def test_visits_are_as_many_as_expected(growth):
     order, stage, starts = build(growth)
     drawn = walk(order, starts[-1] + 100)
     pools = np.cumsum(order.clusters.sizes)
-    visits, expected = np.zeros(len(stage)), np.zeros(len(stage))
+    visits, expected, off = np.zeros(len(stage)), np.zeros(len(stage)), 0.0
     for position, sample in enumerate(drawn):
         k = np.searchsorted(starts, position, side="right") - 1
         visits[sample] += 1
         expected[stage <= k] += 1 / pools[k]
-        assert np.abs(visits - expected).max() < 2
+        off = max(off, np.abs(visits - expected).max())
+    assert off < 2
 
 
 def test_every_stretch_holds_the_clusters_in_proportion():
     sizes = np.array([500, 300, 150, 50])
     stage = np.repeat(np.arange(4), sizes)
     order = GrowingOrder(Clusters(stage, 4, 0), [0, 1000, 2000, 3000])
-    drawn = stage[walk(order, 8000, 1000)][3000:]
+    drawn = stage[walk(order, 8000)][3000:]
     for length in (20, 200):
         stretches = drawn.reshape(-1, length)
         counts = np.stack([(stretches == c).sum(1) for c in range(4)], 1)
@@ -188,7 +189,7 @@ def test_every_stretch_holds_the_clusters_in_proportion():
 
 def test_a_single_cluster_is_shuffled_again_in_each_round():
     order = GrowingOrder(Clusters(np.zeros(50, np.int64), 1, 3), [0])
-    rounds = walk(order, 500, 10).reshape(10, 50)
+    rounds = walk(order, 500).reshape(10, 50)
     for one in rounds:
         assert sorted(one.tolist()) == list(range(50))
     assert len(set(map(tuple, rounds.tolist()))) == 10
@@ -225,7 +226,7 @@ def test_samples_in_no_cluster_are_never_drawn():
 
 def test_a_clusters_debt_is_kept():
     """A tiny cluster of which each stage wants less than a draw is drawn all the same."""
-    num = 60
+    num = 40
     sizes = [1, *([50] * (num - 1))]
     clusters = Clusters(np.repeat(np.arange(num), sizes), num, 0)
     starts = [0, *(10 + 20 * i for i in range(num - 1))]
