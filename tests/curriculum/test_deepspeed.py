@@ -263,6 +263,7 @@ METRICS = f"{LEARNING}.curriculum_metrics"
         (changed("data_sampling.epochs", 1), "data_efficiency.data_sampling: unknown key 'epochs'"),
         (changed("data_sampling.num_epochs", "2"), "data_efficiency.data_sampling.num_epochs='2'"),
         (changed(f"{LEARNING}.enabled", None), f"{LEARNING}: needs enabled"),
+        (changed(f"{LEARNING}.enabled", "false"), f"{LEARNING}.enabled='false': must be true or false"),
         (changed(f"{LEARNING}.curriculum_metrics", None), "needs curriculum_metrics"),
         (changed(f"{METRICS}.voc", 3), f"{METRICS}.voc=3: must be an object"),
         (changed(f"{METRICS}.voc.clustering_type", None), r"curriculum_metrics\.voc: needs clustering_type"),

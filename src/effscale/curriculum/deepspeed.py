@@ -243,7 +243,9 @@ def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengt
 
 def _enabled(block: Block, where: str) -> bool:
     _keys(block, where, required=("enabled",), optional=block)
-    return bool(block["enabled"])
+    if not isinstance(block["enabled"], bool):
+        raise ValueError(f"{where}.enabled={block['enabled']!r}: must be true or false")
+    return block["enabled"]
 
 
 def _keys(

@@ -146,8 +146,6 @@ class MegatronTokens(TokenStore):
     (2, [7, 0])
     """
 
-    prefix: pathlib.Path
-
     def __init__(
         self,
         prefix: pathlib.Path,
@@ -156,9 +154,9 @@ class MegatronTokens(TokenStore):
         eos_id: int | None,
         tokenizer_digest: str | None,
     ):
-        self.folder = self.prefix = prefix
+        self.folder = prefix  # what messages name
         self.tokens, bounds, documents = read_indexed(prefix)
-        index, data = (_existing(prefix, suffix) for suffix in (".idx", ".bin"))
+        index = _existing(prefix, ".idx")
         if documents[-1] != len(bounds) - 1:
             raise CorruptIndexedDataError(
                 index, "last document boundary", f"{len(bounds) - 1} items", documents[-1]
@@ -179,7 +177,7 @@ class MegatronTokens(TokenStore):
             "metadata": {},
             "files": {
                 ".idx": {"bytes": index.stat().st_size, "blake2b": digest.hexdigest()},
-                ".bin": {"bytes": data.stat().st_size},
+                ".bin": {"bytes": self.tokens_path.stat().st_size},
             },
         }
         self.manifest["digest"] = manifest_digest(self.manifest)
@@ -224,26 +222,31 @@ class MegatronTokens(TokenStore):
                 for token in (chunk.min(), chunk.max()):
                     if not 0 <= token < vocab_size:
                         raise CorruptIndexedDataError(
-                            _existing(path, ".bin"), "tokens", f"ids below {vocab_size}", token
+                            corpus.tokens_path, "tokens", f"ids below {vocab_size}", token
                         )
         return corpus
 
+    @property
+    def tokens_path(self) -> pathlib.Path:
+        """The file of the tokens."""
+        return _existing(self.folder, ".bin")
+
     def chunks(self, size: int = 1 << 22) -> Iterator[Integer[np.ndarray, " chunk"]]:
         """Yields all tokens in order, ``size`` at a time, through plain reads."""
-        with open(_existing(self.prefix, ".bin"), "rb") as stream:
+        with open(self.tokens_path, "rb") as stream:
             while block := stream.read(size * self.tokens.dtype.itemsize):
                 yield np.frombuffer(block, self.tokens.dtype)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("TokenStore", "MegatronTokens", 1)
 
-    def __reduce__(self):
+    def __reduce__(self):  # pyrefly: ignore[bad-override]
         known = {
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "tokenizer_digest": self.manifest["tokenizer"],
         }
-        return functools.partial(MegatronTokens.open, self.prefix, **known), ()
+        return functools.partial(MegatronTokens.open, self.folder, **known), ()
 
 
 def _existing(prefix: str | os.PathLike[str], suffix: str) -> pathlib.Path:
