@@ -93,8 +93,8 @@ def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first two columns to the left.
+def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
+    """A table, its first ``left`` columns to the left.
 
     Example:
         >>> print(markdown([["task", "by", "mean"], ["digits", "torch", "97.0"]]))
@@ -102,19 +102,19 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
         |---|---|---:|
         | digits | torch | 97.0 |
     """
-    rule = "|---|---|" + "---:|" * (len(rows[0]) - 2)
+    rule = "|" + "---|" * left + "---:|" * (len(rows[0]) - left)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def show_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Prints the table."""
+def show_rows(title: str, rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
+    """Prints the table, its first ``left`` columns to the left."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
     for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < left else "right")
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)

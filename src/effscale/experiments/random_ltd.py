@@ -1,0 +1,193 @@
+"""What the experiments ``random_ltd_vit`` and ``random_ltd_bert`` share: two arms, one with random-LTD, of equal steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from effscale.ltd import (
+    RandomLTD,
+    dropping_layers,
+    layer_token_average,
+    mslg,
+    training_flops,
+)
+from effscale.models import TransformerConfig
+from effscale.models.validation import check
+from effscale.training import (
+    AdamWConfig,
+    Loss,
+    Schedule,
+    ScheduleConfig,
+    StagedStep,
+    Stages,
+    make_train_step,
+)
+
+ArmName = Literal["baseline", "random_ltd"]
+ARMS: tuple[ArmName, ...] = ("baseline", "random_ltd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dropping:
+    """The schedule of random-LTD; all layers but the first and the last drop tokens."""
+
+    min_value: int
+    """Tokens of a row that are kept at first; in the end all are."""
+    seq_per_step: int
+    """Granularity of the number of kept tokens; each number is a program to compile."""
+    share: float
+    """Share of the steps after which all tokens are kept."""
+
+    def __post_init__(self):
+        check(self, self.min_value >= 1, "min_value", "at least 1")
+        check(self, self.seq_per_step >= 1, "seq_per_step", "at least 1")
+        check(self, 0 < self.share <= 1, "share", "above 0 and at most 1")
+
+    def build(self, length: int, num_steps: int) -> RandomLTD:
+        """The technique for rows of ``length`` tokens in a run of ``num_steps`` steps."""
+        check(self, self.min_value <= length, "min_value", f"at most the {length} tokens of a row")
+        pacing = mslg(
+            min_value=self.min_value,
+            max_value=length,
+            require_steps=max(1, round(self.share * num_steps)),
+            seq_per_step=self.seq_per_step,
+        )
+        return RandomLTD(pacing=pacing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """A LayerToken learning rate: a linear warmup and a linear decay by the tokens that a layer consumes on average.
+
+    At equal steps random-LTD consumes fewer of them, and consumes them later; so its rate rises and falls later.
+    """
+
+    peak: float
+    """Greatest rate."""
+    warmup: float
+    """Share of the run's layer tokens in which it rises."""
+    final: float = 0.0
+    """Rate at the end."""
+
+    def build(self, total: int) -> Schedule:
+        """The schedule of a run in which a layer consumes ``total`` tokens on average."""
+        return ScheduleConfig(
+            kind="linear",
+            peak=self.peak,
+            warmup=int(self.warmup * total),
+            total=total,
+            final=self.final,
+            unit="tokens",
+        ).build()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the two ways to train: what it keeps at which step, and what that costs in theory.
+
+    Only the schedule tells the arms apart: the baseline keeps all tokens from the first step on.
+
+    Example:
+        A quarter of the tokens kept in two of four layers, for half of the run.
+
+        >>> from effscale.models import gpt2
+        >>> model = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> dropping = Dropping(min_value=2, seq_per_step=8, share=0.5)
+        >>> arm = Arm(name="random_ltd", model=model, dropping=dropping, length=8, batch_size=1, num_steps=10)
+        >>> arm.stages, arm.total_layer_tokens
+        (Stages(starts=(0, 5), values=(2, 8)), 65)
+    """
+
+    name: ArmName
+    """Which of them."""
+    model: TransformerConfig
+    """What is trained."""
+    dropping: Dropping
+    """Random-LTD's schedule; the baseline's figures are of the same layers."""
+    length: int
+    """Tokens of a row."""
+    batch_size: int
+    """Rows of a batch."""
+    num_steps: int
+    """Steps of a run."""
+
+    def __post_init__(self):
+        self.ltd.check(self.model, self.length)
+
+    @property
+    def ltd(self) -> RandomLTD:
+        """The technique."""
+        return self.dropping.build(self.length, self.num_steps)
+
+    @functools.cached_property
+    def stages(self) -> Stages[int]:
+        """Kept tokens by step, of the run's steps and no later ones."""
+        if self.name == "baseline":
+            return Stages((0,), (self.length,))
+        whole = self.ltd.stages()
+        begun = sum(start < self.num_steps for start in whole.starts)
+        return Stages(whole.starts[:begun], whole.values[:begun])
+
+    def layer_tokens(self, kept: int) -> int:
+        """Tokens that a layer consumes in a step, on average over layers."""
+        layers, dropping = self.model.num_layers, len(dropping_layers(self.model))
+        return self.batch_size * layer_token_average(self.length, kept, layers, dropping)
+
+    def flops(self, kept: int) -> int:
+        """Floating-point operations of a step."""
+        return self.batch_size * training_flops(self.model, self.length, kept)
+
+    @property
+    def total_layer_tokens(self) -> int:
+        """Layer tokens of a run."""
+        return self.stages.total(self.num_steps, self.layer_tokens)
+
+    @property
+    def total_flops(self) -> int:
+        """Operations of a run."""
+        return self.stages.total(self.num_steps, self.flops)
+
+    def build(
+        self,
+        loss_fn: Callable[..., Loss],
+        *,
+        rate: LearningRate,
+        optimizer: AdamWConfig,
+        clip_norm: float,
+        accumulate: int = 1,
+    ) -> tuple[StagedStep, optax.GradientTransformation]:
+        """The training step and the optimizer.
+
+        Args:
+            loss_fn: What is minimized; it takes ``run_group``.
+            rate: The learning rate.
+            optimizer: AdamW's numbers.
+            clip_norm: Greatest norm of the gradient.
+            accumulate: Micro-batches of a batch.
+        """
+        ltd, schedule = self.ltd, rate.build(self.total_layer_tokens)
+        transform = optimizer.build(schedule)
+        step = make_train_step(
+            ltd.loss(loss_fn),
+            transform,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            learning_rate=schedule,
+            tokens_per_batch=ltd.tokens_per_batch(self.model),
+        )
+        shape = (lambda batch, kept: batch) if self.name == "baseline" else ltd.shape_batch
+        return StagedStep(step, self.stages, shape), transform
+
+
+def check_shared(config: Any) -> None:
+    """Checks the fields that both configs have."""
+    check(config, config.seeds >= 1, "seeds", "at least 1")
+    check(config, 0 <= config.warmup < 1, "warmup", "from 0 to below 1")
+    check(config, config.clip_norm > 0, "clip_norm", "above 0")
+    check(config, config.eval_every >= 1, "eval_every", "at least 1")
+    check(config, config.eval_batches >= 1, "eval_batches", "at least 1")
+    resumable = not (config.resume and config.out is None)
+    check(config, resumable, "resume", "given with --out, the folder to go on with")

@@ -1,0 +1,314 @@
+"""A small BERT learns to tell hidden tokens of real text, with and without random-LTD, in equally many steps; then both learn a task.
+
+All of its layers but the first and the last see a quarter of a row's tokens at first, and all of them at the end. Both arms get
+the same rows with the same tokens hidden. What a dropping layer keeps is drawn without regard to what is hidden, as in the
+paper; a hidden token that it does not keep passes it by. Then each model, and one that was not pretrained, learns which document
+a passage comes from. What is asked: is the model as good, and what is saved?
+
+    python -m effscale.experiments.random_ltd_bert
+    python -m effscale.experiments.random_ltd_bert --corpus 'text:books/*.txt' --classes 6 --steps 2000
+    python -m effscale.experiments.random_ltd_bert --out runs/mine --resume
+
+The default corpus is the Python standard library of the running interpreter, so nothing is downloaded. Each pretrained model is
+a Hugging Face folder, ``seed-<n>/<arm>/model`` in the run folder.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Literal
+
+from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.console import status
+from effscale.experiments.finetune import Recipe, check_config
+from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.random_ltd import ARMS, Dropping, check_shared
+from effscale.models import LMHead, NormConfig, TransformerConfig, bert
+from effscale.models.config import Remat
+from effscale.models.validation import check
+from effscale.training import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A BERT of any size; its vocabulary is the tokenizer's and the mask token."""
+
+    num_layers: int = 6
+    """Layers; random-LTD needs 3."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products."""
+    remat: Remat = "none"
+    """What the backward pass computes anew: none, dots (all but matrix products), full."""
+
+    def build(self, vocab_size: int, length: int) -> TransformerConfig:
+        """The transformer's config, with a head for hidden tokens."""
+        head = LMHead(name="mlm", bias=True, transform="gelu", norm=NormConfig(epsilon=1e-12))
+        config = bert(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            vocab_size=vocab_size,
+            max_length=length,
+            dropout=self.dropout,
+            pooler=False,
+            heads=(head,),
+        )
+        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    seeds: int = 3
+    """Runs of each arm; seeds 0, 1, ... decide initial weights, the order of rows, the tokens hidden and those kept."""
+    vocab_size: int = 2048
+    """Size of the byte-level BPE that is trained on the corpus; the mask token comes on top."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    length: int = 128
+    """Tokens in a row, and positions of the model."""
+    batch_size: int = 32
+    """Rows in a batch."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+    steps: int = 400
+    """Batches to pretrain on."""
+    hidden: float = 0.15
+    """Share of the tokens to be told: 80 percent of them masked, 10 percent replaced, 10 percent left."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    ltd: Dropping = Dropping(min_value=32, seq_per_step=16, share=1.0)
+    """Random-LTD's schedule."""
+    learning_rate: float = 2e-3
+    """Peak of the schedule: a linear warmup, then linearly to a tenth."""
+    warmup: float = 0.1
+    """Share of the layer tokens in which the learning rate rises; of the steps, in fine-tuning."""
+    optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    eval_every: int = 80
+    """Steps between evaluations on a part of the held-out text, and between checkpoints; the last evaluation takes all."""
+    eval_batches: int = 8
+    """Batches in that part."""
+    classes: int = 20
+    """Documents of the task, the largest ones: which of them is a passage from?"""
+    passage: int = 32
+    """Tokens of a passage."""
+    finetune: Recipe = Recipe(epochs=3, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
+    """How the task is learned; ``train`` and ``test`` passages of all classes together."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/random_ltd_bert/<time>."""
+    resume: bool = False
+    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+    cache: pathlib.Path | None = None
+    """Where prepared corpora are kept; by default the user's cache folder."""
+
+    def __post_init__(self):
+        check_shared(self)
+        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        for name in ("length", "batch_size", "accumulate", "steps", "passage"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        divisor = f"a divisor of batch_size={self.batch_size}"
+        check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
+        check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
+        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        check(self, self.classes >= 2, "classes", "at least 2")
+        row = f"at most the {self.length} tokens of a row"
+        check(self, self.passage <= self.length, "passage", row)
+        for name in ("train", "test"):
+            count = getattr(self.finetune, name)
+            each = f"a number of passages, at least classes={self.classes}"
+            check(self.finetune, count is not None and count >= self.classes, name, each)
+        # An impossible model or schedule is refused here.
+        model = self.model.build(self.vocab_size, self.length)
+        self.ltd.build(self.length, self.steps).check(model)
+
+
+PRESETS = {
+    "smoke": Config(
+        seeds=1,
+        vocab_size=512,
+        length=64,
+        batch_size=8,
+        steps=16,
+        model=ModelConfig(num_layers=3, d_model=32, num_heads=2),
+        ltd=Dropping(min_value=16, seq_per_step=16, share=1.0),
+        eval_every=8,
+        eval_batches=2,
+        classes=4,
+        finetune=Recipe(epochs=2, batch_size=16, learning_rate=5e-3, train=128, test=64),
+    ),
+    "default": Config(),
+    # Li et al., 2022: BERT-large, batches of 1024 rows, 2M steps with 10,000 of warmup, 128 to 512 tokens over all steps;
+    # the task's numbers are Devlin et al.'s, 2018, appendix A.3.
+    "paper": Config(
+        vocab_size=30522,
+        length=512,
+        batch_size=1024,
+        accumulate=16,
+        steps=2_000_000,
+        model=ModelConfig(
+            num_layers=24, d_model=1024, num_heads=16, dropout=0.1, dtype="bfloat16", remat="full"
+        ),
+        ltd=Dropping(min_value=128, seq_per_step=16, share=1.0),
+        learning_rate=1e-4,
+        warmup=0.005,
+        optimizer=AdamWConfig(b2=0.999, weight_decay=0.01),
+        eval_every=10_000,
+        eval_batches=20,
+        passage=512,
+        finetune=Recipe(epochs=3, batch_size=32, learning_rate=5e-5, train=1000, test=1000),
+    ),
+}
+
+FREE = ("seeds", "out", "resume", "cache")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    figures: dict[str, float]
+    """Named as in ``results.json``."""
+    seconds: float
+    """Time of this call."""
+    peak_memory_mb: float
+    """Greatest resident memory of the process."""
+    folder: str
+    """The run folder."""
+
+
+def run(config: Config) -> Result:
+    """Pretrains and fine-tunes as ``config`` says and fills the run folder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+            another config.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.data import parse_mixture, prepare_mixture, unigram_entropy
+    from effscale.experiments import random_ltd_report as report
+    from effscale.experiments.finetune_report import markdown, show_rows
+    from effscale.experiments.random_ltd_bert_data import passages_data
+    from effscale.experiments.random_ltd_bert_runner import PRETRAINED, FineTuning, Pretraining
+    from effscale.training import RunFolder, check_unused
+
+    began = time.perf_counter()
+    # What cannot work is refused before anything is written.
+    if config.resume:
+        check_config(RunFolder.create(config.out, resume=True), config, FREE)
+    elif config.out is not None:
+        check_unused(config.out)
+    sources, weights = parse_mixture(config.corpus)
+    with status("preparing the corpus") as progress:
+        corpora = prepare_mixture(
+            sources,
+            config.cache or cache_folder("corpora"),
+            vocab_size=config.vocab_size,
+            validation_fraction=config.validation_fraction,
+            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
+        )
+    passages = passages_data(corpora, config)
+    pretraining = {arm: Pretraining(arm, config, corpora, weights) for arm in ARMS}
+    fine_tuning = FineTuning(config, passages)
+    folder = RunFolder.create(
+        config.out, name="random_ltd_bert", config=config, resume=config.resume
+    )
+    try:
+        for seed in range(config.seeds):
+            for arm in pretraining.values():
+                arm.run(folder, seed)
+            for start in PRETRAINED:
+                fine_tuning.run(folder, start, seed)
+    except StoppedBySignal as stop:
+        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+    finally:
+        for arm in pretraining.values():
+            arm.step.close()
+
+    seeds = range(config.seeds)
+    runs = {
+        name: report.ArmRuns.read([folder.path / arm.name_of(seed) for seed in seeds], arm.arm)
+        for name, arm in pretraining.items()
+    }
+    accuracies = {
+        start: report.last_values(
+            [folder.path / fine_tuning.name_of(start, seed) for seed in seeds], "test_accuracy"
+        )
+        for start in PRETRAINED
+    }
+    entropy = unigram_entropy([corpus.validation for corpus in corpora])
+    losses = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}
+    figures = {
+        "unigram_entropy": entropy,
+        "majority": passages.majority,
+        "test_size": len(passages.test),
+        "steps": config.steps,
+        **report.quality_figures(losses, "val_loss"),
+        **report.quality_figures(accuracies, "accuracy"),
+        **report.cost_figures(runs),
+    }
+    result = Result(
+        figures=figures,
+        seconds=time.perf_counter() - began,
+        peak_memory_mb=peak_memory(),
+        folder=str(folder.path),
+    )
+    named = figures | {
+        "seconds": result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+        "folder": result.folder,
+    }
+    report.draw(
+        folder.figures / "loss.png",
+        runs,
+        "val_loss",
+        label="validation loss (nats a hidden token)",
+        after=("accuracy: which document?", accuracies),
+    )
+    folder.write_results(named)
+    percent = {name: 100 * values for name, values in accuracies.items()}
+    tables = {
+        "Validation loss in nats a hidden token, all tokens kept": report.quality_rows(
+            losses, decimals=3
+        ),
+        "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
+        "What pretraining costs": report.cost_rows(figures),
+    }
+    text = "\n\n".join(f"{title}:\n\n{markdown(rows, left=1)}" for title, rows in tables.items())
+    folder.write_report("random_ltd_bert", named, text)
+    for title, rows in tables.items():
+        show_rows(title, rows, left=1)
+    print(f"run folder: {result.folder}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        name = "python -m effscale.experiments.random_ltd_bert"
+        config = parse(PRESETS, __doc__ or "", argv, name=name)
+        keep_freed_memory()
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The runs of the experiment ``random_ltd_bert``: pretraining by arm and seed, and fine-tuning of what came out."""
+
+import functools
+import itertools
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from effscale.data import Corpus
+from effscale.experiments.finetune_batches import TrainingBatches, evaluation_batches
+from effscale.experiments.finetune_data import Data
+from effscale.experiments.finetune_model import class_loss, classifier, make_step
+from effscale.experiments.finetune_runner import once, train_to_end
+from effscale.experiments.random_ltd import ARMS, Arm, ArmName, LearningRate
+from effscale.experiments.random_ltd_bert_data import hidden_rows, with_mask
+from effscale.interop import load_pretrained, save_pretrained
+from effscale.models import Transformer
+from effscale.training import (
+    RunFolder,
+    ScheduleConfig,
+    ShapeBuckets,
+    TrainState,
+    create_train_state,
+    evaluate,
+    make_eval_step,
+    masked_token_loss,
+)
+
+Start = Literal["baseline", "random_ltd", "scratch"]
+PRETRAINED: tuple[Start, ...] = (*ARMS, "scratch")
+
+
+class Pretraining:
+    """An arm's pretraining, compiled once for all seeds.
+
+    Args:
+        name: The arm.
+        config: A ``random_ltd_bert.Config``.
+        corpora: The text.
+        weights: The share of each corpus.
+    """
+
+    def __init__(
+        self,
+        name: ArmName,
+        config: Any,
+        corpora: tuple[Corpus, ...],
+        weights: tuple[float, ...] | None,
+    ):
+        self.config, self.corpora, self.weights = config, corpora, weights
+        self.tokenizer = with_mask(corpora[0].tokenizer)
+        self.model_config = config.model.build(self.tokenizer.get_vocab_size(), config.length)
+        self.arm = Arm(
+            name=name,
+            model=self.model_config,
+            dropping=config.ltd,
+            length=config.length,
+            batch_size=config.batch_size,
+            num_steps=config.steps,
+        )
+        peak = config.learning_rate
+        self.step, self.optimizer = self.arm.build(
+            masked_token_loss,
+            rate=LearningRate(peak=peak, warmup=config.warmup, final=peak / 10),
+            optimizer=config.optimizer,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+        )
+        self.eval_step = jax.jit(make_eval_step(masked_token_loss))
+
+    def name_of(self, seed: int) -> str:
+        """The run's name, its folder inside the run folder."""
+        return f"seed-{seed}/{self.arm.name}"
+
+    def run(self, folder: RunFolder, seed: int) -> None:
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        name = self.name_of(seed)
+
+        def train() -> None:
+            state = train_to_end(
+                folder,
+                name,
+                self.step,
+                iter(self._rows(seed, validation=False)),
+                create=functools.partial(self._create, seed),
+                num_steps=self.config.steps,
+                evaluate=self._evaluate,
+                every=self.config.eval_every,
+                before_step=self.step.before_step,
+            )
+            save_pretrained(state.model, folder.path / name / "model", tokenizer=self.tokenizer)
+
+        once(folder, name, train)
+
+    def _rows(self, seed: int, *, validation: bool) -> Any:
+        return hidden_rows(
+            self.corpora,
+            self.weights,
+            validation=validation,
+            length=self.config.length,
+            batch_size=self.config.batch_size,
+            hidden=self.config.hidden,
+            seed=seed,
+        )
+
+    def _create(self, seed: int) -> TrainState:
+        model = Transformer(self.model_config, rngs=nnx.Rngs(seed))
+        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        batches = self._rows(0, validation=True)  # the same tokens hidden for all
+        last = int(state.step) == self.config.steps
+        part = itertools.islice(batches, None if last else self.config.eval_batches)
+        return {"val_loss": evaluate(state.model, self.eval_step, part)["loss"]}
+
+
+class FineTuning:
+    """Fine-tuning on passages, compiled once for all.
+
+    Args:
+        config: A ``random_ltd_bert.Config``.
+        data: The passages.
+    """
+
+    def __init__(self, config: Any, data: Data):
+        self.config, self.data, self.recipe = config, data, config.finetune
+        self.per_epoch = len(data.train) // self.recipe.batch_size
+        self.steps = self.per_epoch * self.recipe.epochs
+        schedule = ScheduleConfig(
+            kind="linear",
+            peak=self.recipe.learning_rate,
+            warmup=int(config.warmup * self.steps),
+            total=self.steps,
+        ).build()
+        self.optimizer, step = make_step(
+            config.optimizer, schedule, clip_norm=config.clip_norm, dropout=True
+        )
+        self.step = ShapeBuckets(step, donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(class_loss))
+
+    def name_of(self, start: Start, seed: int) -> str:
+        """The run's name, its folder inside the run folder."""
+        return f"seed-{seed}/{start}/passages"
+
+    def run(self, folder: RunFolder, start: Start, seed: int) -> None:
+        """Fine-tunes what an arm's pretraining left, or the same model without any.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        name = self.name_of(start, seed)
+        batches = TrainingBatches(self.data.train, batch_size=self.recipe.batch_size, seed=seed)
+        once(
+            folder,
+            name,
+            lambda: train_to_end(
+                folder,
+                name,
+                self.step,
+                batches,
+                create=functools.partial(self._create, folder, start, seed),
+                num_steps=self.steps,
+                evaluate=self._evaluate,
+                every=self.per_epoch,
+            ),
+        )
+
+    def _create(self, folder: RunFolder, start: Start, seed: int) -> TrainState:
+        arm = ARMS[0] if start == "scratch" else start
+        model = load_pretrained(folder.path / f"seed-{seed}" / arm / "model")
+        if start == "scratch":
+            model = Transformer(model.config, rngs=nnx.Rngs(seed))
+        model = classifier(model, self.data.num_classes, seed)
+        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        batches = evaluation_batches(self.data.test, self.recipe.batch_size)
+        means = evaluate(state.model, self.eval_step, batches, prefix="test_")
+        return {name: means[name] for name in ("test_loss", "test_accuracy")}
