@@ -152,7 +152,7 @@ def test_padded_rows_are_cut_at_the_longest_one_rounded_up():
     mask = np.zeros((3, 40), bool)
     for row, length in enumerate((5, 17, 9)):
         mask[row, :length] = True
-    mask[0, 2] = False  # a hole is not the end
+    mask[1, 2] = False  # a hole is not the end
     batch = {"input_ids": np.ones((3, 40), np.int32), "attention_mask": mask}
     assert truncate_padded(batch)["input_ids"].shape == (3, 24)
     assert truncate_padded(batch, multiple_of=1)["attention_mask"].shape == (3, 17)
