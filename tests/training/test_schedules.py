@@ -93,3 +93,13 @@ def test_adamw_is_optax_adamw():
             b, second = theirs.update(gradients, states[1], params)
             states = first, second
             jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_last_link_itself_is_taken_as_it_is():
+    link = optax.scale(-0.25)
+    optimizer = AdamWConfig(weight_decay=0.0).build(link)
+    params = {"w": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers with floats
+        updates, _ = optimizer.update({"w": jnp.full(3, 2.0)}, optimizer.init(params), params)
+    # Adam's first update has the size of 1.
+    np.testing.assert_allclose(updates["w"], -0.25, rtol=1e-4)

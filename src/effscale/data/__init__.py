@@ -11,6 +11,7 @@ from effscale.data.build import Progress, write_splits, write_store
 from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
 from effscale.data.documents import Document, DocumentError, SkipReport, Source
 from effscale.data.encode import encode_documents
+from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens
 from effscale.data.packing import PackedTokens
 from effscale.data.sampling import sample_texts
 from effscale.data.sources import (
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Corpus",
+    "CorruptIndexedDataError",
     "CorruptTokenStoreError",
     "DiskFullError",
     "Document",
     "DocumentError",
     "HuggingFace",
     "JsonLines",
+    "MegatronTokens",
     "PackedTokens",
     "Parquet",
     "Progress",

@@ -11,7 +11,6 @@ import hashlib
 import os
 import pathlib
 import struct
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -230,12 +229,6 @@ class MegatronTokens(TokenStore):
     def tokens_path(self) -> pathlib.Path:
         """The file of the tokens."""
         return _existing(self.folder, ".bin")
-
-    def chunks(self, size: int = 1 << 22) -> Iterator[Integer[np.ndarray, " chunk"]]:
-        """Yields all tokens in order, ``size`` at a time, through plain reads."""
-        with open(self.tokens_path, "rb") as stream:
-            while block := stream.read(size * self.tokens.dtype.itemsize):
-                yield np.frombuffer(block, self.tokens.dtype)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("TokenStore", "MegatronTokens", 1)

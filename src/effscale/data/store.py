@@ -93,6 +93,11 @@ class TokenStore:
         return store
 
     @property
+    def tokens_path(self) -> pathlib.Path:
+        """The file of the tokens."""
+        return self.folder / TOKENS
+
+    @property
     def num_tokens(self) -> int:
         """The number of tokens, separators included."""
         return self.manifest["num_tokens"]
@@ -123,7 +128,7 @@ class TokenStore:
 
         Unlike pages of a memory map, what was read does not add to the process's resident memory.
         """
-        with open(self.folder / TOKENS, "rb") as stream:
+        with open(self.tokens_path, "rb") as stream:
             while block := stream.read(size * self.tokens.dtype.itemsize):
                 yield np.frombuffer(block, self.tokens.dtype)
 

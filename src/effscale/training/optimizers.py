@@ -41,13 +41,14 @@ class AdamWConfig:
 
     def build(
         self,
-        learning_rate: float | Callable[[Any], Any],
+        learning_rate: float | Callable[[Any], Any] | optax.GradientTransformation,
         mask: Callable[[Any], Any] | None = decay_mask,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer.
 
         Args:
-            learning_rate: A number, an optax schedule or a ``Schedule`` (which may count tokens).
+            learning_rate: A number, an optax schedule, a ``Schedule`` (which may count tokens), or the last link itself, such as
+                ``effscale.curriculum.steps_then_tokens``.
             mask: From the trained leaves to a tree of bools, True where weight decay applies; None decays everything.
 
         Returns:

@@ -160,9 +160,11 @@ def scale_by_token_schedule(
 
 
 def scale_by_learning_rate(
-    learning_rate: float | Callable[[Any], Any],
+    learning_rate: float | Callable[[Any], Any] | optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """The last link of an optimizer: a number, an optax schedule (counts updates) or a ``Schedule`` by tokens."""
+    """The last link of an optimizer: a number, an optax schedule (counts updates), a ``Schedule`` by tokens, or the link itself."""
+    if isinstance(learning_rate, optax.GradientTransformation):
+        return learning_rate
     if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
         return scale_by_token_schedule(learning_rate.function)
     return optax.scale_by_learning_rate(learning_rate)
