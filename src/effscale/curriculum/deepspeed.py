@@ -5,14 +5,20 @@ missing or contradictory is an error, where DeepSpeed passes over it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from effscale.curriculum.deepspeed_index import ranking_from_deepspeed
 from effscale.curriculum.pools import Difficulty
 from effscale.curriculum.ranking import Ranking
 from effscale.curriculum.sequence_length import Mode, SequenceLengthCurriculum
-from effscale.models.validation import did_you_mean
+from effscale.models.validation import (
+    check_keys,
+    did_you_mean,
+    switch,
+    whole_number,
+    whole_numbers,
+)
 from effscale.training import CustomPacing, DiscretePacing, LinearPacing, Pacing, RootPacing
 
 Block = Mapping[str, Any]
@@ -63,7 +69,7 @@ def curriculum_from_deepspeed(
     ``clustering_type="single_cluster"`` leave the order of samples alone, whatever their name.
 
     ``data_cluster_path`` and ``num_workers`` have no counterpart: nothing is written, and reading ahead is safe.
-    ``data_routing`` (random-LTD) is not looked at.
+    ``data_routing`` is for :func:`effscale.ltd.random_ltd_from_deepspeed`.
 
     Args:
         config: The whole configuration, from ``json.load``.
@@ -94,7 +100,7 @@ def curriculum_from_deepspeed(
     if "data_efficiency" in config:
         found = _data_efficiency(config["data_efficiency"], rankings or {}, functions)
     older = config.get("curriculum_learning")
-    if older is not None and _enabled(older, "curriculum_learning"):
+    if older is not None and switch(older, "curriculum_learning"):
         if found.sequence_length is not None:
             raise ValueError(
                 "curriculum_learning and data_efficiency both ask for a sequence-length curriculum; keep one"
@@ -129,28 +135,32 @@ def pacing_from_deepspeed(
         >>> [pacing(step) for step in range(1, 11)]
         [2, 4, 4, 6, 6, 8, 8, 10, 10, 10]
     """
-    _keys(config, name, required=PACING, optional=config)
+    check_keys(config, name, required=PACING, optional=config)
     kind, where = config["schedule_type"], f"{name}.schedule_config"
     if kind not in SCHEDULES:
         raise ValueError(f"{name}.schedule_type={kind!r}: {did_you_mean(str(kind), SCHEDULES)}")
     schedule = config["schedule_config"]
-    _keys(schedule, where, required=SCHEDULES[kind])
-    low, high = (_integer(config, key, name) for key in ("min_difficulty", "max_difficulty"))
+    check_keys(schedule, where, required=SCHEDULES[kind])
+    low, high = (
+        whole_number(config[key], f"{name}.{key}") for key in ("min_difficulty", "max_difficulty")
+    )
     if kind == "fixed_discrete":
-        difficulty, max_step = (_integers(schedule, key, where) for key in SCHEDULES[kind])
+        difficulty, max_step = (
+            whole_numbers(schedule[key], f"{where}.{key}") for key in SCHEDULES[kind]
+        )
         if not difficulty or (difficulty[0], difficulty[-1]) != (low, high):
             raise ValueError(
                 f"{where}.difficulty={list(difficulty)}: must go from min_difficulty={low} to max_difficulty={high}"
             )
         return DiscretePacing(difficulty=difficulty, max_step=max_step)
-    total = _integer(schedule, "total_curriculum_step", where)
+    total = whole_number(schedule["total_curriculum_step"], f"{where}.total_curriculum_step")
     if kind == "custom":
         if function is None:
             raise ValueError(
                 f"{name}.schedule_type='custom': needs a function from steps to difficulties"
             )
         return CustomPacing(function=function, min_difficulty=low, max_difficulty=high, total=total)
-    step = _integer(schedule, "difficulty_step", where)
+    step = whole_number(schedule["difficulty_step"], f"{where}.difficulty_step")
     if kind == "fixed_linear":
         return LinearPacing(
             min_difficulty=low, max_difficulty=high, total=total, difficulty_step=step
@@ -160,7 +170,7 @@ def pacing_from_deepspeed(
         max_difficulty=high,
         total=total,
         difficulty_step=step,
-        root_degree=_integer(schedule, "root_degree", where),
+        root_degree=whole_number(schedule["root_degree"], f"{where}.root_degree"),
     )
 
 
@@ -169,19 +179,19 @@ def _data_efficiency(
 ) -> DeepSpeedCurriculum:
     outer, middle = "data_efficiency", "data_efficiency.data_sampling"
     inner = f"{middle}.curriculum_learning"
-    _keys(block, outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
+    check_keys(block, outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
     sampling = block.get("data_sampling", {})
     known = ("enabled", "num_epochs", "num_workers", "pin_memory", "curriculum_learning")
-    _keys(sampling, middle, optional=known)
+    check_keys(sampling, middle, optional=known)
     learning = sampling.get("curriculum_learning")
-    if learning is None or not _enabled(learning, inner):
+    if learning is None or not switch(learning, inner):
         return DeepSpeedCurriculum()
     for where, above in ((outer, block), (middle, sampling)):
         if not above.get("enabled", True):
             raise ValueError(
                 f"{where}.enabled is false and {inner}.enabled is true, by which DeepSpeed goes; let both say the same"
             )
-    _keys(
+    check_keys(
         learning, inner, required=("enabled", "curriculum_metrics"), optional=("data_cluster_path",)
     )
     difficulties, lengths = _metrics(
@@ -190,20 +200,20 @@ def _data_efficiency(
     return DeepSpeedCurriculum(
         difficulties=difficulties,
         sequence_length=lengths,
-        seed=_integer({"seed": 1234, **block}, "seed", outer),
-        num_epochs=_integer({"num_epochs": 1000, **sampling}, "num_epochs", middle),
+        seed=whole_number(block.get("seed", 1234), f"{outer}.seed"),
+        num_epochs=whole_number(sampling.get("num_epochs", 1000), f"{middle}.num_epochs"),
     )
 
 
 def _metrics(
     metrics: Block, where: str, rankings: Mapping[str, Ranking], functions: Functions
 ) -> tuple[dict[str, Difficulty], SequenceLengthCurriculum | None]:
-    _keys(metrics, where, optional=metrics)
-    _keys(rankings, "rankings", optional=metrics)
+    check_keys(metrics, where, optional=metrics)
+    check_keys(rankings, "rankings", optional=metrics)
     difficulties, lengths = {}, {}
     for name, metric in metrics.items():
         place = f"{where}.{name}"
-        _keys(metric, place, required=METRIC, optional=PATHS)
+        check_keys(metric, place, required=METRIC, optional=PATHS)
         pacing = pacing_from_deepspeed(metric, function=functions.get(name), name=place)
         if name in LENGTHS:
             lengths[name] = SequenceLengthCurriculum(pacing=pacing, mode=LENGTHS[name])
@@ -219,7 +229,7 @@ def _difficulty(metric: Block, pacing: Pacing, ranking: Ranking | None, where: s
     if ordered and ranking is None:
         by_value = metric["difficulty_type"] == "value"
         paths = PATHS if by_value else PATHS[:1]
-        _keys(metric, where, required=(*METRIC, *paths), optional=PATHS)
+        check_keys(metric, where, required=(*METRIC, *paths), optional=PATHS)
         ranking = ranking_from_deepspeed(*(metric[path] for path in paths))
     return Difficulty(
         ranking=ranking,
@@ -231,7 +241,7 @@ def _difficulty(metric: Block, pacing: Pacing, ranking: Ranking | None, where: s
 
 def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengthCurriculum:
     where = "curriculum_learning"
-    _keys(block, where, required=("enabled", "curriculum_type", *PACING))
+    check_keys(block, where, required=("enabled", "curriculum_type", *PACING))
     if block["curriculum_type"] != "seqlen":
         raise ValueError(
             f"{where}.curriculum_type={block['curriculum_type']!r}: must be 'seqlen', the only one there was"
@@ -239,41 +249,3 @@ def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengt
     return SequenceLengthCurriculum(
         pacing=pacing_from_deepspeed(block, function=function, name=where)
     )
-
-
-def _enabled(block: Block, where: str) -> bool:
-    _keys(block, where, required=("enabled",), optional=block)
-    if not isinstance(block["enabled"], bool):
-        raise ValueError(f"{where}.enabled={block['enabled']!r}: must be true or false")
-    return block["enabled"]
-
-
-def _keys(
-    block: Any, where: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()
-) -> None:
-    if not isinstance(block, Mapping):
-        raise ValueError(f"{where}={block!r}: must be an object of keys and values")
-    known = [*required, *optional]
-    for key in block:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}: {did_you_mean(str(key), known)}")
-    if missing := [key for key in required if key not in block]:
-        raise ValueError(f"{where}: needs {', '.join(missing)}")
-
-
-def _integer(block: Block, key: str, where: str) -> int:
-    return _whole(block[key], f"{where}.{key}")
-
-
-def _integers(block: Block, key: str, where: str) -> tuple[int, ...]:
-    if not isinstance(block[key], list | tuple):
-        raise ValueError(f"{where}.{key}={block[key]!r}: must be a list")
-    return tuple(_whole(value, f"{where}.{key}") for value in block[key])
-
-
-def _whole(value: Any, where: str) -> int:
-    """JSON tells no integers from other numbers, and 1e5 is read as a float."""
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not is_whole:
-        raise ValueError(f"{where}={value!r}: must be a whole number")
-    return int(value)

@@ -1,7 +1,7 @@
-"""Errors of configs: each names the field, its value, and what would do."""
+"""Errors of configs and of JSON from elsewhere: each names the field, its value, and what would do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -34,3 +34,40 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"choose one of {', '.join(map(repr, names))}"
+
+
+def check_keys(
+    block: Any, where: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()
+) -> None:
+    """Raises a ValueError unless ``block``, from JSON, is an object with all required keys and no unknown one."""
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{where}={block!r}: must be an object of keys and values")
+    known = [*required, *optional]
+    for key in block:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}: {did_you_mean(str(key), known)}")
+    if missing := [key for key in required if key not in block]:
+        raise ValueError(f"{where}: needs {', '.join(missing)}")
+
+
+def switch(block: Any, where: str) -> bool:
+    """Whether a block of JSON is ``enabled``, which it must say."""
+    check_keys(block, where, required=("enabled",), optional=block)
+    if not isinstance(block["enabled"], bool):
+        raise ValueError(f"{where}.enabled={block['enabled']!r}: must be true or false")
+    return block["enabled"]
+
+
+def whole_number(value: Any, where: str) -> int:
+    """A whole number of JSON, which tells no integers from other numbers: 1e5 is read as a float."""
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not is_whole:
+        raise ValueError(f"{where}={value!r}: must be a whole number")
+    return int(value)
+
+
+def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
+    """A list of them."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where}={value!r}: must be a list")
+    return tuple(whole_number(one, where) for one in value)

@@ -1,0 +1,103 @@
+"""Random-LTD as DeepSpeed's JSON configuration describes it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from effscale.ltd.schedule import RandomLTD, mslg
+from effscale.models.validation import check_keys, switch, whole_number, whole_numbers
+
+MODEL = ("model_mask_name", "model_type", "hidden_state_order")
+BATCH = ("global_batch_size", "micro_batch_size")
+REQUIRED = ("enabled", "random_ltd_layer_id", "random_ltd_schedule")
+OPTIONAL = (
+    "total_layer_num",
+    "random_ltd_layer_num",
+    *MODEL,
+    *BATCH,
+    "layer_token_lr_schedule",
+)
+
+
+def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
+    """Reads random-LTD out of a DeepSpeed configuration.
+
+    It is on if its own ``enabled`` says so, as in DeepSpeed. How the model's layers are called, masked and laid out
+    (``model_mask_name``, ``model_type``, ``hidden_state_order``) is the model's affair here, and what a batch holds the
+    batch's; both are passed over. ``layer_token_lr_schedule``, which DeepSpeed does not run, must be off: let
+    ``RandomLTD.tokens_per_batch`` count and ``ScheduleConfig(unit="tokens")`` follow.
+
+    Args:
+        config: The whole configuration, from ``json.load``.
+
+    Returns:
+        The technique, or None if it is off.
+
+    Raises:
+        ValueError: A key is unknown or missing, a value is out of range, or numbers contradict each other.
+
+    Example:
+        >>> ltd = random_ltd_from_deepspeed({"data_efficiency": {"data_routing": {"random_ltd": {
+        ...     "enabled": True, "random_ltd_layer_id": [1, 2, 3],
+        ...     "random_ltd_schedule": {"min_value": 128, "max_value": 2048, "schedule_type": "fixed_linear",
+        ...         "schedule_config": {"require_steps": 200_000, "seq_per_step": 16}}}}}})
+        >>> ltd.layers, ltd.pacing(1_667)
+        ((1, 2, 3), 144)
+    """
+    check_keys(config, "the configuration", required=("data_efficiency",), optional=config)
+    outer, middle = "data_efficiency", "data_efficiency.data_routing"
+    inner = f"{middle}.random_ltd"
+    check_keys(config[outer], outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
+    routing = config[outer].get("data_routing", {})
+    check_keys(routing, middle, optional=("enabled", "random_ltd"))
+    block = routing.get("random_ltd")
+    if block is None or not switch(block, inner):
+        return None
+    for where, above in ((outer, config[outer]), (middle, routing)):
+        if not above.get("enabled", True):
+            raise ValueError(
+                f"{where}.enabled is false and {inner}.enabled is true, by which DeepSpeed goes; let both say the same"
+            )
+    check_keys(block, inner, required=REQUIRED, optional=OPTIONAL)
+    learning_rate = block.get("layer_token_lr_schedule", {"enabled": False})
+    if switch(learning_rate, f"{inner}.layer_token_lr_schedule"):
+        raise ValueError(
+            f"{inner}.layer_token_lr_schedule.enabled is true: give the learning rate as a schedule by tokens, "
+            'ScheduleConfig(unit="tokens"), and count tokens by RandomLTD.tokens_per_batch'
+        )
+    layers = whole_numbers(block["random_ltd_layer_id"], f"{inner}.random_ltd_layer_id")
+    _agree(block, layers, inner)
+    return RandomLTD(
+        pacing=_pacing(block["random_ltd_schedule"], f"{inner}.random_ltd_schedule"), layers=layers
+    )
+
+
+def _pacing(schedule: Any, where: str) -> Any:
+    values = ("min_value", "max_value")
+    check_keys(schedule, where, required=(*values, "schedule_type", "schedule_config"))
+    if schedule["schedule_type"] != "fixed_linear":
+        raise ValueError(
+            f"{where}.schedule_type={schedule['schedule_type']!r}: must be 'fixed_linear', the only one there is"
+        )
+    steps, there = schedule["schedule_config"], f"{where}.schedule_config"
+    names = ("require_steps", "seq_per_step")
+    check_keys(steps, there, required=names)
+    return mslg(
+        **{name: whole_number(schedule[name], f"{where}.{name}") for name in values},
+        **{name: whole_number(steps[name], f"{there}.{name}") for name in names},
+    )
+
+
+def _agree(block: Mapping[str, Any], layers: tuple[int, ...], where: str) -> None:
+    """Checks the numbers of layers that the configuration says twice."""
+    if "random_ltd_layer_num" in block:
+        number = whole_number(block["random_ltd_layer_num"], f"{where}.random_ltd_layer_num")
+        if number != len(layers):
+            raise ValueError(
+                f"{where}.random_ltd_layer_num={number}: random_ltd_layer_id names {len(layers)} layers"
+            )
+    if "total_layer_num" in block:
+        total = whole_number(block["total_layer_num"], f"{where}.total_layer_num")
+        if outside := [layer for layer in layers if not 0 <= layer < total]:
+            raise ValueError(
+                f"{where}.random_ltd_layer_id names {outside}; total_layer_num={total} has layers 0 to {total - 1}"
+            )
