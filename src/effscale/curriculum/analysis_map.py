@@ -1,0 +1,148 @@
+"""The map of an analysis: what is computed of one shard, wherever that is."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from effscale.curriculum.analysis_rows import read_rows
+from effscale.curriculum.metrics import Batch, Metric
+
+SAMPLE = "sample"
+TOTAL = "total"
+Columns = dict[str, np.ndarray]
+
+
+class Shard(NamedTuple):
+    """A contiguous range of samples."""
+
+    index: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"shard {self.index} (samples {self.start} to {self.stop - 1})"
+
+
+MapFunction = Callable[[Shard], Columns]
+Runner = Callable[[MapFunction, Sequence[Shard]], Iterator[tuple[Shard, Columns]]]
+"""Applies a function to shards, anywhere and in any order, and yields each with its columns."""
+
+
+def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
+    """Cuts samples into shards; by default about 256, but of at least 1024 samples each.
+
+    >>> [str(shard) for shard in plan_shards(10, 6)]
+    ['shard 0 (samples 0 to 5)', 'shard 1 (samples 6 to 9)']
+    """
+    if shard_size is None:
+        shard_size = max(-(-num_samples // 256), 1024)
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: it must be at least 1.")
+    starts = range(0, num_samples, shard_size)
+    return [
+        Shard(index, start, min(start + shard_size, num_samples))
+        for index, start in enumerate(starts)
+    ]
+
+
+def map_metrics(
+    source: Any, metrics: Mapping[str, Metric], batch_size: int, shard: Shard
+) -> Columns:
+    """The samples of a shard, and their values by each metric.
+
+    Raises:
+        ValueError: A metric's values are not one finite number a row.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
+    for start, batch in _batches(source, batch_size, shard):
+        size = min(start + batch_size, shard.stop) - start
+        for name, metric in metrics.items():
+            values = _called(metric, f"metric {name!r}", batch, start, size)
+            parts[name].append(_checked(name, values, start, size))
+    columns = {SAMPLE: np.arange(shard.start, shard.stop, dtype=np.int64)}
+    for name, values in parts.items():
+        if len({part.dtype for part in values}) > 1:
+            raise ValueError(
+                f"metric {name!r} gives integers for some batches of {shard} and floating numbers "
+                "for others: it must give one kind."
+            )
+        columns[name] = np.concatenate(values)
+    return columns
+
+
+def map_total(
+    source: Any, function: Callable[[Batch], Any], batch_size: int, shard: Shard
+) -> Columns:
+    """The sum of a function's arrays over the batches of a shard.
+
+    Raises:
+        ValueError: The arrays are of different shapes, or not of finite numbers.
+    """
+    total = None
+    for start, batch in _batches(source, batch_size, shard):
+        size = min(start + batch_size, shard.stop) - start
+        part = _as_numbers(_called(function, "the function", batch, start, size), "the function")
+        if not np.isfinite(part).all():
+            raise ValueError(
+                f"the function gives numbers that are not finite for samples {start} to {start + size - 1}."
+            )
+        total = part if total is None else added(total, part)
+    assert total is not None  # a shard has at least one sample
+    return {TOTAL: total}
+
+
+def added(total: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Their sum; an error if a batch of another size has another shape."""
+    if total.shape != part.shape:
+        raise ValueError(
+            f"the function gives shape {total.shape} for some batches and {part.shape} for others: "
+            "it must not depend on the number of rows."
+        )
+    return total + part
+
+
+def _batches(source: Any, batch_size: int, shard: Shard) -> Iterator[tuple[int, Batch]]:
+    for start in range(shard.start, shard.stop, batch_size):
+        yield start, read_rows(source, start, min(start + batch_size, shard.stop))
+
+
+def _called(
+    function: Callable[[Batch], Any], what: str, batch: Batch, start: int, size: int
+) -> Any:
+    try:
+        return function(batch)
+    except Exception as error:
+        error.add_note(f"In {what} on samples {start} to {start + size - 1}.")
+        raise
+
+
+def _as_numbers(values: Any, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{what} gives values of type {array.dtype}, such as {array.ravel()[:1].tolist()}: "
+            "they must be integers or floating numbers of NumPy's own types."
+        )
+    if array.dtype.kind == "f":
+        # Adding zero makes -0.0 and 0.0 one value.
+        return array.astype(np.float64) + 0.0
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{what} gives {array.max()}: integers must be below 2**63.")
+    return array.astype(np.int64)
+
+
+def _checked(name: str, values: Any, start: int, size: int) -> np.ndarray:
+    what = f"metric {name!r} of samples {start} to {start + size - 1}"
+    array = np.asarray(values)
+    if array.shape != (size,):
+        raise ValueError(
+            f"{what} gives shape {array.shape}: it must be ({size},), one value a sample."
+        )
+    array = _as_numbers(array, what)
+    bad = np.flatnonzero(~np.isfinite(array))
+    if bad.size:
+        raise ValueError(
+            f"metric {name!r} of sample {start + bad[0]} is {array[bad[0]]}: it must be a finite number."
+        )
+    return array

@@ -1,0 +1,103 @@
+"""The reduce of an analysis: the values of all shards, sorted outside of memory by DuckDB."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from effscale.curriculum.analysis_map import SAMPLE
+from effscale.curriculum.index import PERCENTILES
+
+ROW_GROUP = 1 << 20
+
+
+def sort_metric(
+    shards: Sequence[pathlib.Path],
+    metric: str,
+    target: pathlib.Path,
+    *,
+    num_samples: int,
+    spill: pathlib.Path,
+    num_threads: int,
+    memory_limit: str,
+) -> dict[str, Any]:
+    """Writes the values of a metric with their samples, sorted, as one Parquet file.
+
+    DuckDB sorts and PyArrow writes: the file is then the same to the byte for any number of threads.
+
+    Args:
+        shards: Parquet files with a column ``sample`` and one named like the metric.
+        metric: The metric.
+        target: The file to write.
+        num_samples: How many samples the shards have.
+        spill: A folder for what does not fit into memory.
+        num_threads: Threads of the sort.
+        memory_limit: What the sort may use, as DuckDB writes it: ``"1GB"``.
+
+    Returns:
+        The metric's entry of ``index.json``.
+
+    Raises:
+        ValueError: Some shards hold integers and others floating numbers.
+    """
+    import duckdb
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str(pq.read_schema(path).field(metric).type) for path in shards}
+    if len(types) > 1:
+        raise ValueError(
+            f"metric {metric!r} gives integers for some samples and floating numbers for others: "
+            "it must give one kind."
+        )
+    # The smallest place that has at least p % of the samples up to it, in whole numbers.
+    places = [max(-(-num_samples * percent // 100), 1) - 1 for percent in PERCENTILES]
+    percentiles: list[int | float] = []
+    schema = pa.schema({"value": pa.type_for_alias(types.pop()), SAMPLE: pa.int64()})
+    config: dict[str, bool | float | int | list[str] | str] = {
+        "threads": num_threads,
+        "memory_limit": memory_limit,
+        "temp_directory": str(spill),
+    }
+    offset = 0
+    with (
+        duckdb.connect(config=config) as engine,
+        pq.ParquetWriter(
+            target,
+            schema,
+            compression="zstd",
+            use_dictionary=["value"],
+            column_encoding={SAMPLE: "DELTA_BINARY_PACKED"},
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        rows = engine.read_parquet([str(path) for path in shards])
+        rows = rows.project(f'"{metric}" AS value, {SAMPLE}').order(f"value, {SAMPLE}")
+        for table in _row_groups(rows.to_arrow_reader(ROW_GROUP)):
+            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+            while len(percentiles) < len(places) and places[len(percentiles)] < offset + len(table):
+                percentiles.append(table["value"][places[len(percentiles)] - offset].as_py())
+            offset += len(table)
+    if offset != num_samples:
+        raise RuntimeError(f"the shards of {metric!r} have {offset} samples and not {num_samples}.")
+    return {
+        "file": target.name,
+        "dtype": str(schema.field("value").type.to_pandas_dtype().__name__),
+        "min": percentiles[0],
+        "max": percentiles[-1],
+        "percentiles": percentiles,
+    }
+
+
+def _row_groups(batches: Iterable[Any]) -> Iterator[Any]:
+    """Cuts a stream of Arrow batches, of whatever sizes DuckDB makes them, into equal tables."""
+    import pyarrow as pa
+
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, ROW_GROUP)
+            waiting = table.slice(ROW_GROUP).to_batches()
+    if waiting:
+        yield pa.Table.from_batches(waiting)

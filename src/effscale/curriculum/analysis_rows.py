@@ -1,0 +1,107 @@
+"""Rows of any source as batches of arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from effscale.curriculum.metrics import NO_LABEL, Batch
+from effscale.data import PackedTokens
+from effscale.data.store import TOKENS
+
+
+def read_rows(source: Any, start: int, stop: int) -> Batch:
+    """Rows ``start`` to ``stop`` of a source, stacked.
+
+    A source is read whole ranges at a time if it is a `PackedTokens` or has a method
+    ``rows(start, stop)`` that returns a dict of arrays with one row each; otherwise row by row.
+    Rows of unequal length are padded at the end: ``labels`` with -100, which no loss counts, and the
+    rest with zeros. If they have ``input_ids`` and neither
+    ``attention_mask`` nor ``segment_ids``, the batch gets ``segment_ids``: 1, and 0 in the padding.
+
+    Raises:
+        ValueError: A row is no dict, has other fields than the first, or does not fit with it.
+    """
+    if isinstance(source, PackedTokens):
+        return _packed_rows(source, start, stop)
+    if hasattr(source, "rows"):
+        batch = source.rows(start, stop)
+        for key, values in batch.items():
+            if values.shape[:1] != (stop - start,):
+                raise ValueError(
+                    f"rows({start}, {stop}) has {key!r} of shape {values.shape}: "
+                    f"its first axis must be {stop - start}."
+                )
+        return batch
+    return _stack([source[index] for index in range(start, stop)], start)
+
+
+def _stack(rows: list[Any], start: int) -> Batch:
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or row.keys() != rows[0].keys():
+            found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"row {start + number} is {found}: rows must be dicts of the same fields."
+            )
+    fields = {key: [np.asarray(row[key]) for row in rows] for key in rows[0]}
+    if "input_ids" in fields and not {"attention_mask", "segment_ids"} & fields.keys():
+        fields["segment_ids"] = [np.ones(len(ids), np.int32) for ids in fields["input_ids"]]
+    batch = {}
+    for key, arrays in fields.items():
+        if len({array.shape for array in arrays}) > 1:
+            arrays = _padded(key, arrays, start)
+        batch[key] = np.stack(arrays)
+    return batch
+
+
+def _padded(key: str, arrays: list[np.ndarray], start: int) -> list[np.ndarray]:
+    for number, array in enumerate(arrays):
+        if array.ndim != arrays[0].ndim or array.shape[1:] != arrays[0].shape[1:]:
+            raise ValueError(
+                f"field {key!r} of row {start + number} has shape {array.shape} and that of row {start} "
+                f"{arrays[0].shape}: only the first axis may differ."
+            )
+    longest = max(len(array) for array in arrays)
+    rest = [(0, 0)] * (arrays[0].ndim - 1)
+    fill = NO_LABEL if key == "labels" else 0
+    return [
+        np.pad(array, [(0, longest - len(array)), *rest], constant_values=fill) for array in arrays
+    ]
+
+
+def _packed_rows(packed: PackedTokens, start: int, stop: int) -> Batch:
+    """What stacking ``packed[start] ... packed[stop - 1]`` gives, from one read of the file."""
+    store, length = packed.store, packed.length
+    first, last = start * length, min(stop * length, store.num_tokens - 1)
+    size = store.tokens.dtype.itemsize
+    # A plain read: pages of the memory map would count as this process's memory.
+    window = np.fromfile(
+        store.folder / TOKENS, store.tokens.dtype, count=last - first + 1, offset=first * size
+    ).astype(np.int32)
+    count = last - first
+    begins = np.zeros((stop - start, length), bool)
+    begins[:, 0] = True
+    weights = np.ones(count, np.float32)
+    if not packed.cross_document:
+        # The documents that begin at a label of these rows.
+        low, high = np.searchsorted(store.offsets, (first, last), side="right")
+        bounds = np.asarray(store.offsets[low:high]) - first
+        weights[bounds - 1] = 0
+        begins.ravel()[bounds[bounds < count]] = True
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    column = np.arange(length, dtype=np.int32)
+    positions = column - np.maximum.accumulate(np.where(begins, column, np.int32(0)), axis=1)
+    segments.ravel()[count:] = 0
+    positions.ravel()[count:] = 0
+
+    def rows(values: np.ndarray, fill: int) -> np.ndarray:
+        missing = (stop - start) * length - count
+        return np.pad(values, (0, missing), constant_values=fill).reshape(-1, length)
+
+    return {
+        "input_ids": rows(window[:-1], packed.pad_id),
+        "labels": rows(window[1:], packed.pad_id),
+        "loss_weights": rows(weights, 0),
+        "segment_ids": segments,
+        "positions": positions,
+    }

@@ -1,0 +1,110 @@
+"""Where the shards of an analysis are mapped on one machine: in this process or in others."""
+
+import collections
+import concurrent.futures
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+
+from effscale.curriculum.analysis_map import Columns, MapFunction, Runner, Shard
+
+MAX_TRIES = 3
+
+
+def local_runner(num_workers: int) -> Runner:
+    """Maps shards in ``num_workers`` processes, or in this one if 0."""
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers}: it must be at least 0.")
+    if num_workers == 0:
+        return lambda function, shards: ((shard, function(shard)) for shard in shards)
+    return lambda function, shards: _in_processes(function, shards, num_workers)
+
+
+def _in_processes(
+    function: MapFunction, shards: Sequence[Shard], num_workers: int
+) -> Iterator[tuple[Shard, Columns]]:
+    """Maps shards in processes; the shard of one that is killed is mapped again.
+
+    When a process dies its pool breaks, and any of the shards under way may be the reason. Those
+    are tried again after all others and one at a time, so that a shard that always kills its
+    process is found, and costs no other.
+    """
+    content = _pickled(function)
+    waiting = collections.deque(shards)
+    deaths: collections.Counter[Shard] = collections.Counter()
+    while waiting:
+        running: dict[concurrent.futures.Future[Columns], Shard] = {}
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(num_workers, len(waiting)),
+            # A fork would copy the threads' locks of JAX.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(content,),
+        )
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_workers:
+                    together = [*running.values(), waiting[0]]
+                    if running and any(deaths[shard] for shard in together):
+                        break
+                    running[pool.submit(_call, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    columns = future.result()
+                    yield running.pop(future), columns
+        except BrokenProcessPool:
+            waiting.extend(running.values())
+            for shard in running.values():
+                deaths[shard] += 1
+                if deaths[shard] == MAX_TRIES:
+                    raise RuntimeError(
+                        f"{shard} was given up: its process was killed {MAX_TRIES} times. If memory ran "
+                        "out, use fewer workers or a smaller batch_size. A script that starts processes "
+                        "must do so under `if __name__ == '__main__':`. With num_workers=0 the error "
+                        "shows in this process. Finished shards are kept."
+                    ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pickled(function: MapFunction) -> bytes:
+    try:
+        return pickle.dumps(function)
+    except Exception as error:
+        error.add_note(
+            "The source and the metrics must be picklable to be used in other processes: make them "
+            "functions or classes of a module, or use num_workers=0."
+        )
+        raise
+
+
+_content: bytes
+_function: MapFunction | None = None
+
+
+def _begin(content: bytes) -> None:
+    """What a worker does first: it takes the function, and watches the process that wants it."""
+    global _content
+    _content = content
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)  # the parent was killed, so nobody waits for the result
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _call(shard: Shard) -> Columns:
+    # Not before the first shard: an error here is reported, one in the initializer is not.
+    global _function
+    if _function is None:
+        _function = pickle.loads(_content)
+    return _function(shard)

@@ -1,0 +1,215 @@
+"""A difficulty index: the samples of a corpus in order of difficulty, in a folder that is written once.
+
+For each metric the folder holds ``<metric>.parquet``, with a row for each sample and two columns:
+
+- ``value``: the difficulty; int64, or double.
+- ``sample``: the position of the sample in the source; int64.
+
+sorted by (value, sample). ``index.json`` says how many samples there are, which source they are of
+(see `fingerprint`), of each metric its smallest and largest value and every fifth percentile, and the
+sizes and digests of the files. Any tool that reads Parquet reads the index.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from effscale.curriculum.fingerprint import fingerprint
+from effscale.curriculum.ranking import Ranking
+from effscale.data.store import manifest_digest
+from effscale.models.validation import did_you_mean
+
+INDEX = "index.json"
+FORMAT, VERSION = "effscale-difficulty-index", 1
+PERCENTILES = tuple(range(0, 101, 5))
+
+
+class CorruptIndexError(RuntimeError):
+    """A difficulty index is damaged: truncated, altered or incomplete.
+
+    Attributes:
+        file: The file at fault.
+    """
+
+    def __init__(self, file: pathlib.Path, expected: str, found: str):
+        super().__init__(
+            f"corrupt difficulty index: {str(file)!r}: expected {expected}, found {found}. "
+            "Delete the folder and analyze the corpus again."
+        )
+        self.file = file
+
+
+class DifficultyIndex:
+    """Read access to a difficulty index; `open` and `analyze` give one.
+
+    Attributes:
+        folder: Where it is.
+        manifest: The contents of ``index.json``.
+    """
+
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, verify: Literal["size", "full"] = "size"
+    ) -> "DifficultyIndex":
+        """Opens an index after checking it.
+
+        Args:
+            folder: The index's folder.
+            verify: ``"size"`` compares the files' sizes with ``index.json``; ``"full"`` reads them and
+                compares their digests too.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            CorruptIndexError: A file is missing, truncated or altered.
+        """
+        if verify not in ("size", "full"):
+            raise ValueError(f'verify={verify!r}: it must be "size" or "full".')
+        path = pathlib.Path(folder).absolute()
+        if not path.is_dir():
+            hint = "build one with analyze"
+            if shards_folder(path).is_dir():
+                hint = "an analysis was begun; run analyze again to finish it"
+            raise FileNotFoundError(f"no difficulty index at {str(path)!r}: {hint}.")
+        manifest = _read_manifest(path / INDEX)
+        for name, entry in manifest["files"].items():
+            if not (path / name).is_file():
+                raise CorruptIndexError(path / name, f"bytes {entry['bytes']}", "no file")
+            found = describe_file(path / name, digest=verify == "full")
+            for key, value in found.items():
+                if entry[key] != value:
+                    raise CorruptIndexError(path / name, f"{key} {entry[key]}", f"{value}")
+        return cls(path, manifest)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return tuple(self.manifest["metrics"])
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples are ranked."""
+        return self.manifest["num_samples"]
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the source that was analyzed."""
+        return self.manifest["source"]
+
+    def check_source(self, source: Any) -> None:
+        """Checks that a source is the one that was analyzed.
+
+        Raises:
+            ValueError: It is another.
+        """
+        found = fingerprint(source)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"the difficulty index {str(self.folder)!r} was built for {self.num_samples} samples "
+                f"with fingerprint {self.fingerprint}, and this source has {len(source)} samples with "
+                f"fingerprint {found}: give the source that was analyzed, or analyze this one."
+            )
+
+    def ranking(self, metric: str, source: Any = None) -> Ranking:
+        """The samples in order of difficulty; 16 bytes of memory a sample.
+
+        Args:
+            metric: The name of the metric.
+            source: What is to be trained on; if given, `check_source` is called with it.
+
+        Raises:
+            ValueError: There is no such metric, or the source is not the one that was analyzed.
+            CorruptIndexError: The file is damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        entry = self._entry(metric)
+        if source is not None:
+            self.check_source(source)
+        path = self.folder / entry["file"]
+        try:
+            table = pq.read_table(path, columns=["value", "sample"])
+        except (OSError, pa.ArrowException) as error:
+            raise CorruptIndexError(path, "a Parquet file", str(error)) from error
+        if len(table) != self.num_samples:
+            raise CorruptIndexError(path, f"{self.num_samples} rows", f"{len(table)}")
+        return Ranking(table["sample"].to_numpy(), table["value"].to_numpy())
+
+    def values(self, metric: str) -> Shaped[np.ndarray, " samples"]:
+        """The difficulty of sample 0, 1, ...; raises like `ranking`."""
+        ranking = self.ranking(metric)
+        values = np.empty_like(ranking.values)
+        values[ranking.samples] = ranking.values
+        return values
+
+    def percentiles(self, metric: str) -> dict[int, int | float]:
+        """The value at every fifth percentile, from 0 (the smallest) to 100 (the largest).
+
+        At percentile p that is the smallest value v such that at least p % of the samples are at most v.
+        """
+        return dict(zip(PERCENTILES, self._entry(metric)["percentiles"], strict=True))
+
+    def _entry(self, metric: str) -> dict[str, Any]:
+        if metric not in self.metrics:
+            raise ValueError(
+                f"no metric {metric!r} in the index: {did_you_mean(metric, self.metrics)}"
+            )
+        return self.manifest["metrics"][metric]
+
+    def __repr__(self) -> str:
+        return (
+            f"DifficultyIndex({str(self.folder)!r}, metrics={self.metrics}, "
+            f"num_samples={self.num_samples})"
+        )
+
+
+def shards_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where the finished shards are while the index of a folder is made."""
+    return folder.with_name(folder.name + ".shards")
+
+
+def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
+    """The size of a file, and its digest."""
+    facts: dict[str, Any] = {"bytes": path.stat().st_size}
+    if digest:
+        with open(path, "rb") as stream:
+            hashed = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
+        facts["blake2b"] = hashed.hexdigest()
+    return facts
+
+
+def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
+    """Writes ``index.json`` beside the files of an index."""
+    files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
+    manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}
+    manifest["digest"] = manifest_digest(manifest)
+    text = json.dumps(manifest, indent=2, allow_nan=False)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptIndexError(path, "a manifest", "no file") from None
+    except ValueError as error:
+        raise CorruptIndexError(path, "a manifest in JSON", f"{error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CorruptIndexError(path, f"format {FORMAT!r}", "another or none")
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {manifest.get('version')!r} and this effscale reads "
+            f"version {VERSION}: analyze the corpus again, or use the effscale that wrote it."
+        )
+    digest = manifest_digest(manifest)
+    if manifest.get("digest") != digest:
+        raise CorruptIndexError(path, f"digest {manifest.get('digest')}", digest)
+    return manifest

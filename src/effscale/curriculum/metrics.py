@@ -1,0 +1,195 @@
+r"""Difficulty metrics: functions from a batch of rows to one number a row.
+
+A batch is a mapping of arrays of shape ``[rows, length]``, with the keys of
+`effscale.data.PackedTokens` or those of padded rows (``attention_mask``). Any function from such a
+batch to an array of ``[rows]`` finite numbers is a metric; integers are kept as int64 and floating
+numbers as float64. (The original allows integers only.) To be computed in several processes it must
+be picklable: a function of a module, or an instance of a class of a module.
+
+The metrics here are those of "DeepSpeed Data Efficiency" (arXiv 2212.03597), section 3.1. Its
+truncation and reshape need no metric: see `effscale.curriculum.SequenceLengthCurriculum`.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer, Shaped
+
+Batch = Mapping[str, Shaped[np.ndarray, "rows *rest"]]
+Metric = Callable[[Batch], Any]
+
+NO_LABEL = -100  # a label outside of every vocabulary; no loss counts it
+
+
+def real_tokens(batch: Batch) -> Bool[np.ndarray, "rows length"]:
+    """Where a batch has tokens and no padding.
+
+    That is its ``attention_mask`` if it has one, else where ``segment_ids`` are above 0, else
+    everywhere.
+    """
+    if "attention_mask" in batch:
+        return batch["attention_mask"] != 0
+    if "segment_ids" in batch:
+        return batch["segment_ids"] > 0
+    return np.ones(batch["input_ids"].shape, bool)
+
+
+def sequence_length(batch: Batch) -> Int64[np.ndarray, " rows"]:
+    """Tokens in each row, without padding.
+
+    >>> ids = np.zeros((2, 4), np.int32)
+    >>> sequence_length({"input_ids": ids, "attention_mask": np.array([[1, 1, 1, 0], [1, 1, 1, 1]])})
+    array([3, 4])
+    """
+    return real_tokens(batch).sum(axis=1, dtype=np.int64)
+
+
+def _tokens(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that count and where they do, each ``[rows, length]`` or ``[rows, length + 1]``.
+
+    A row for next-token prediction of ``length`` is made of ``length + 1`` tokens: its inputs and
+    its last label. A padded row (one with an ``attention_mask``) is its real tokens alone, as its
+    labels may be anything.
+    """
+    ids, real = batch["input_ids"], real_tokens(batch)
+    if "labels" not in batch or "attention_mask" in batch:
+        return ids, real
+    # The last real position; in a row of padding alone nothing counts.
+    last = ids.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)[:, None]
+    label = np.take_along_axis(batch["labels"], last, axis=1)
+    counts = np.take_along_axis(real, last, axis=1)
+    return np.concatenate([ids, label], axis=1), np.concatenate([real, counts], axis=1)
+
+
+def _check_ids(ids: np.ndarray, real: np.ndarray, size: int, what: str) -> None:
+    if not ids.size or (ids.min() >= 0 and ids.max() < size):
+        return
+    wrong = real & ((ids < 0) | (ids >= size))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"token {ids[row, column]} in row {row} of the batch: {what} has ids from 0 to {size - 1}. "
+            "Give that of the tokenizer that made these tokens."
+        )
+
+
+class TokenCounts:
+    """How often each token occurs in a batch: what `count_vocabulary` adds up.
+
+    Rows for next-token prediction count all their ``length + 1`` tokens.
+
+    >>> TokenCounts(4)({"input_ids": np.array([[0, 1, 1]]), "labels": np.array([[1, 1, 3]])})
+    array([1, 2, 0, 1])
+    """
+
+    def __init__(self, vocab_size: int):
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size}: it must be at least 1.")
+        self.vocab_size = vocab_size
+
+    def __call__(self, batch: Batch) -> Int64[np.ndarray, " vocab"]:
+        """How often each token occurs in the batch."""
+        ids, real = _tokens(batch)
+        _check_ids(ids, real, self.vocab_size, f"a vocabulary of {self.vocab_size}")
+        return np.bincount(ids[real], minlength=self.vocab_size)
+
+
+class VocabularyRarity:
+    r"""How rare the words of a row are, summed over its tokens.
+
+    .. math:: r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)
+
+    where :math:`n_k` is how often token k occurs in the corpus. Computed in float64; a token's
+    share does not depend on what else is in the batch.
+
+    Source: arXiv 2212.03597, section 3.1, metric "voc".
+
+    >>> metric = VocabularyRarity(np.array([6, 2, 0]))
+    >>> metric({"input_ids": np.array([[0, 0], [2, 1]]), "labels": np.array([[0, 0], [1, 0]])})
+    array([1, 4])
+    """
+
+    def __init__(self, counts: Integer[np.ndarray, " vocab"]):
+        """Prepares the rarity of each token.
+
+        Args:
+            counts: How often each token occurs, from `count_vocabulary` or `effscale.data.token_counts`.
+
+        Raises:
+            ValueError: ``counts`` is empty or has a negative number.
+        """
+        if not counts.size or counts.min() < 0:
+            raise ValueError(
+                f"counts={counts!r}: it must hold a number of at least 0 for each token."
+            )
+        counts = np.maximum(counts.astype(np.float64), 1.0)
+        self.rarity = -np.log(counts / counts.sum())
+
+    @property
+    def digest(self) -> str:
+        """Tells metrics of different counts apart."""
+        return hashlib.blake2b(self.rarity.tobytes(), digest_size=16).hexdigest()
+
+    def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
+        """The rarity of each row."""
+        ids, real = _tokens(batch)
+        _check_ids(ids, real, len(self.rarity), "counts")
+        # Over the first axis NumPy adds one after the other. Over the last it adds in pairs, which
+        # depend on the length, so that padding would change the last bits of a sum.
+        rarity = self.rarity.take(ids.T, mode="clip")
+        if not real.all():
+            rarity *= real.T
+        return rarity.sum(axis=0).astype(np.int64)
+
+
+class LengthThenRarity:
+    r"""Orders by `sequence_length`, and rows of the same length by `VocabularyRarity`.
+
+    .. math:: \text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)
+
+    with L the ``max_length``.
+
+    Source: arXiv 2212.03597, section 3.1, metric "seqreo_voc".
+
+    >>> metric = LengthThenRarity(np.array([6, 2]), max_length=4)
+    >>> metric({"input_ids": np.array([[1, 1, 0, 0]]), "attention_mask": np.array([[1, 1, 0, 0]])})
+    array([202])
+    """
+
+    def __init__(self, counts: Integer[np.ndarray, " vocab"], max_length: int):
+        """Prepares the metric.
+
+        Args:
+            counts: As for `VocabularyRarity`.
+            max_length: The most tokens that a row can have.
+
+        Raises:
+            ValueError: ``counts`` is empty or has a negative number, ``max_length`` is below 1, or
+                all tokens are certain, so that there is no rarity.
+        """
+        self.rarity = VocabularyRarity(counts)
+        self.max_length = max_length
+        most = max_length * float(self.rarity.rarity.max())
+        if most <= 0:
+            raise ValueError(
+                f"max_length={max_length} and {len(counts)} counts: the length must be at least 1 "
+                "and the vocabulary at least 2."
+            )
+        self.coefficient = 10 ** (math.ceil(math.log10(most)) + 1)
+
+    @property
+    def digest(self) -> str:
+        """Tells metrics of different counts or lengths apart."""
+        return f"{self.rarity.digest}-{self.max_length}"
+
+    def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
+        """The rank of each row."""
+        lengths = sequence_length(batch)
+        if lengths.max(initial=0) > self.max_length:
+            raise ValueError(
+                f"a row of {lengths.max()} tokens: max_length={self.max_length} must be at least that."
+            )
+        return lengths * self.coefficient + self.rarity(batch)
