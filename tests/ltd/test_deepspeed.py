@@ -58,7 +58,9 @@ def test_off_is_off_and_contradictions_are_errors():
     assert random_ltd_from_deepspeed({"data_efficiency": {"enabled": True}}) is None
     config = copy.deepcopy(CONFIG)
     config["data_efficiency"]["data_routing"]["enabled"] = False
-    with pytest.raises(ValueError, match=r"data_routing\.enabled is false and .*random_ltd\.enabled"):
+    with pytest.raises(
+        ValueError, match=r"data_routing\.enabled is false and .*random_ltd\.enabled"
+    ):
         random_ltd_from_deepspeed(config)
 
 
