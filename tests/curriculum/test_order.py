@@ -237,6 +237,16 @@ def test_a_clusters_debt_is_kept():
     assert abs((drawn == 0).sum() - expected) < 2
 
 
+def test_where_draws_are_looked_for_first_does_not_matter(monkeypatch):
+    stage = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 9, 40))
+    clusters = Clusters(stage, 40, 0)
+    starts = [7 * i for i in range(40)]
+    expected = walk(GrowingOrder(clusters, starts), 500)
+    for margin in (1e-3, 0.3, 50.0):
+        monkeypatch.setattr("effscale.curriculum.order._MARGIN", margin)
+        np.testing.assert_array_equal(walk(GrowingOrder(clusters, starts), 500, 1), expected)
+
+
 def test_next_draws_says_what_came_before():
     clusters = Clusters(np.repeat(np.arange(3), [5, 3, 2]), 3, 0)
     opened, drawn = np.zeros(3), np.array([2, 1, 1])

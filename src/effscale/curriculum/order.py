@@ -8,6 +8,10 @@ from jaxtyping import Float64, Int64, Integer
 
 from effscale.curriculum.permutation import fold_in, permute
 
+# How far, in draws, from where they would be due on average the draws wanted are looked for first. It only decides how
+# often a search succeeds at once.
+_MARGIN = 2.0
+
 
 class Clusters:
     """Samples in groups that become available one after another.
@@ -84,8 +88,7 @@ def next_draws(
     """
     sizes = clusters.sizes[: len(drawn)]
     total = int(sizes.sum())
-    # Without the random part of the times, the draws wanted would be due from `low` to `high`; with it they are not far.
-    margin = 2 + 2 * math.sqrt(len(drawn))
+    margin = _MARGIN * (1 + math.sqrt(len(drawn)))
     while True:
         low = now + (skip - margin) / total
         high = now + (skip + count + margin) / total
