@@ -28,7 +28,15 @@ def anchors(path: pathlib.Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/architecture.md", "docs/generation.md", "docs/interop.md"]
+    "page",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/curriculum.md",
+        "docs/generation.md",
+        "docs/interop.md",
+        "docs/random_ltd.md",
+    ],
 )
 def test_the_examples_run_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
