@@ -4,7 +4,6 @@
 forward and backward pass up to the last norm, `step` a whole training step with a vocabulary of 512 and AdamW. Every r is
 timed in turn in one process. `gather` is what a dropping layer does without the layer itself: positions drawn, tokens taken
 out and put back in six layers, forward and backward.
-and put back six times, forward and backward.
 """
 
 import statistics

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -112,8 +111,8 @@ class RandomLTD:
         """
         dropping_layers(config, self.layers)
         if length is None:
-            images = isinstance(config.inputs, PatchInputs)
-            length = config.inputs.num_tokens if images else config.max_length
+            inputs = config.inputs
+            length = inputs.num_tokens if isinstance(inputs, PatchInputs) else config.max_length
         last = self.pacing(self.pacing.end)
         if length is not None and last != length:
             what = "never reaches the whole row" if last < length else "is longer than the row"
@@ -127,8 +126,8 @@ class RandomLTD:
                 :func:`effscale.training.next_token_loss`.
 
         Returns:
-            ``loss_fn(model, batch, key) -> Loss``. Tokens are dropped where there is a key, as with dropout, and the batch has
-            been through :meth:`shape_batch`; so evaluation sees all tokens.
+            ``loss_fn(model, batch, key) -> Loss``. Tokens are dropped where there is a key, as with dropout, and the
+            batch has been through :meth:`shape_batch`; so evaluation sees all tokens.
         """
 
         @functools.wraps(loss_fn)
@@ -156,20 +155,19 @@ class RandomLTD:
         """
         if self.pacing.clock == "steps":
             return stages(self.pacing, offset=0)
-        each = {"samples": (batch_size,), "tokens": (batch_size, length)}[self.pacing.clock]
-        if None in each:
+        by_tokens = self.pacing.clock == "tokens"
+        if batch_size is None or (by_tokens and length is None):
             raise ValueError(
                 f"clock={self.pacing.clock!r} needs batch_size, and with tokens length; "
                 f"given are batch_size={batch_size} and length={length}"
             )
-        return stages(self.pacing, cost=lambda kept: math.prod(each))
+        each = batch_size * (length or 1) if by_tokens else batch_size
+        return stages(self.pacing, cost=lambda kept: each)
 
     def shape_batch(self, batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
-        """The batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened."""
-        if "input_ids" in batch:
-            kept = min(
-                kept, batch["input_ids"].shape[1]
-            )  # one program, and not one for each greater number
+        """The batch with the number of tokens that dropping layers keep, or of all if a curriculum has left fewer."""
+        if "input_ids" in batch:  # one program for all numbers that drop nothing
+            kept = min(kept, batch["input_ids"].shape[1])
         return {**batch, KEPT: KeptTokens(kept)}
 
     def tokens_per_batch(self, config: TransformerConfig) -> Callable[[Any], int]:
@@ -189,7 +187,7 @@ class RandomLTD:
 
         def tokens(batch: Mapping[str, Any]) -> int:
             if isinstance(config.inputs, PatchInputs):
-                rows, length = count_tokens(batch), config.inputs.num_tokens
+                rows, length = count_tokens(batch), config.inputs.num_tokens  # it counts examples
             else:
                 rows, length = batch["input_ids"].shape
             kept = batch[KEPT].kept if KEPT in batch else length
