@@ -25,7 +25,7 @@ def curriculum_rows(
 
     At each step the samples that every difficulty allows are available, and all of them are equally likely. The samples
     that became available at the same step are a cluster; they are drawn without replacement, in a new random order after
-    each pass, and each batch holds the clusters in proportion to their sizes, as evenly as whole numbers allow. Where
+    each pass, and every stretch of rows holds the clusters in proportion to their sizes, but for a few rows. Where
     fewer samples are available than a batch holds, passes follow each other within it: batches keep their size, while
     DeepSpeed's shrink.
 
