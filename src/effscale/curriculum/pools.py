@@ -94,7 +94,7 @@ def growing_order(
         reach = ", ".join(f"{name} {limit.greatest}" for name, limit in limits.items())
         warnings.warn(
             f"{sizes[-1]} of {num_rows} samples are never drawn: they are harder than the greatest difficulty ({reach})",
-            stacklevel=4,
+            stacklevel=3,
         )
     # Stages at which nothing new becomes available are none.
     opens = np.flatnonzero(sizes[:-1])
