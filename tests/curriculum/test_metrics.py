@@ -86,6 +86,17 @@ def test_rarity_truncates_the_sum_and_not_its_terms():
     assert values.dtype == np.int64
 
 
+@pytest.mark.parametrize("length", range(10, 40, 3))
+def test_rarity_adds_one_token_after_the_other_whatever_the_padding(length):
+    metric = VocabularyRarity(np.array([1]))
+    metric.rarity = np.array([0.1])
+    total = 0.0
+    for _ in range(10):
+        total += 0.1
+    assert total < 1  # added in pairs it is 1
+    assert metric(padded([[0] * 10], length)).tolist() == [0]
+
+
 def test_rarity_takes_an_unseen_token_as_seen_once():
     assert VocabularyRarity(np.array([9, 0])).rarity[1] == pytest.approx(math.log(10))
 

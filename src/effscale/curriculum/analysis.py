@@ -221,6 +221,8 @@ def _mapped(
 def _plan(source: Any, batch_size: int, shard_size: int | None) -> list[Shard]:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+    if isinstance(source, TokenStore):
+        raise ValueError(f"{source!r} has no rows: give PackedTokens(store, length).")
     if len(source) == 0:
         raise ValueError("the source has no samples.")
     if len(source) == sys.maxsize:

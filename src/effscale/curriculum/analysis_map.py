@@ -125,8 +125,7 @@ def _as_numbers(values: Any, what: str) -> np.ndarray:
             "they must be integers or floating numbers of NumPy's own types."
         )
     if array.dtype.kind == "f":
-        # Adding zero makes -0.0 and 0.0 one value.
-        return array.astype(np.float64) + 0.0
+        return array.astype(np.float64)
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{what} gives {array.max()}: integers must be below 2**63.")
     return array.astype(np.int64)

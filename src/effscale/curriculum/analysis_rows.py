@@ -7,7 +7,6 @@ import numpy as np
 
 from effscale.curriculum.metrics import NO_LABEL, Batch
 from effscale.data import PackedTokens
-from effscale.data.store import TOKENS
 
 
 def read_rows(source: Any, start: int, stop: int) -> Batch:
@@ -76,7 +75,7 @@ def _packed_rows(packed: PackedTokens, start: int, stop: int) -> Batch:
     size = store.tokens.dtype.itemsize
     # A plain read: pages of the memory map would count as this process's memory.
     window = np.fromfile(
-        store.folder / TOKENS, store.tokens.dtype, count=last - first + 1, offset=first * size
+        store.tokens_path, store.tokens.dtype, count=last - first + 1, offset=first * size
     ).astype(np.int32)
     count = last - first
     begins = np.zeros((stop - start, length), bool)
