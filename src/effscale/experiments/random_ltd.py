@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from effscale.training import (
     ScheduleConfig,
     StagedStep,
     Stages,
+    TrainState,
+    by_tokens,
     make_train_step,
 )
 
@@ -74,14 +77,16 @@ class LearningRate:
 
     def build(self, total: int) -> Schedule:
         """The schedule of a run in which a layer consumes ``total`` tokens on average."""
-        return ScheduleConfig(
+        # In units of many tokens where their count is beyond int32, which JAX would refuse.
+        unit = math.ceil(total / 2**30)
+        schedule = ScheduleConfig(
             kind="linear",
             peak=self.peak,
-            warmup=int(self.warmup * total),
-            total=total,
+            warmup=int(self.warmup * total / unit),
+            total=total // unit,
             final=self.final,
-            unit="tokens",
-        ).build()
+        )
+        return by_tokens(schedule.build(), unit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,8 +163,8 @@ class Arm:
         optimizer: AdamWConfig,
         clip_norm: float,
         accumulate: int = 1,
-    ) -> tuple[StagedStep, optax.GradientTransformation]:
-        """The training step and the optimizer.
+    ) -> tuple[Callable[[TrainState, Any], Any], optax.GradientTransformation]:
+        """The training step, for :meth:`staged`, and the optimizer.
 
         Args:
             loss_fn: What is minimized; it takes ``run_group``.
@@ -178,8 +183,15 @@ class Arm:
             learning_rate=schedule,
             tokens_per_batch=ltd.tokens_per_batch(self.model),
         )
-        shape = (lambda batch, kept: batch) if self.name == "baseline" else ltd.shape_batch
-        return StagedStep(step, self.stages, shape), transform
+        return step, transform
+
+    def shape_batch(self, batch: Any, kept: int) -> Any:
+        """The batch as a step that keeps ``kept`` tokens wants it."""
+        return batch if self.name == "baseline" else self.ltd.shape_batch(batch, kept)
+
+    def staged(self, step: Callable[[TrainState, Any], Any]) -> StagedStep:
+        """The training step under the arm's schedule."""
+        return StagedStep(step, self.stages, self.shape_batch)
 
 
 def check_shared(config: Any) -> None:

