@@ -1,0 +1,260 @@
+"""Short sequences first, to stay stable at eight times the batch and four times the learning rate.
+
+A small GPT learns from one text with a small batch at the learning rate tuned for it, with a large batch at a large
+learning rate, and with the same large batch whose rows are short at first and grow. All see equally many tokens, in one
+order a seed. Logged are the signs of instability of the paper: how far the loss rises above its minimum, and the norm and the
+maximum of Adam's variance. Further learning rates of the large batch show where each way breaks.
+
+    python -m effscale.experiments.seqlen_curriculum
+    python -m effscale.experiments.seqlen_curriculum --learning-rate-factors 4 --seeds 5
+    python -m effscale.experiments.seqlen_curriculum --out runs/mine --resume
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import time
+
+from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.console import status
+from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.quickstart import ModelConfig
+from effscale.models.validation import check
+from effscale.parallel import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    vocab_size: int = 1024
+    """Size of the byte-level BPE that is trained on the corpus."""
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json, or its folder, to use instead of training one."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    length: int = 128
+    """Tokens in a full row, and positions of the model."""
+    tokens: int = 750_000
+    """Training tokens of each run."""
+    batch_size: int = 4
+    """Rows of the small batch, over all devices."""
+    batch_factor: int = 8
+    """Rows of the large batch, as a multiple."""
+    micro_batch: int | None = None
+    """Rows of the parts that a batch is cut into, to save memory; None takes it whole."""
+    learning_rate: float = 1e-3
+    """Peak of the small batch's learning rate: it rises by steps and falls by tokens, along a cosine to a tenth."""
+    learning_rate_factors: tuple[float, ...] = (4.0, 16.0)
+    """Peaks of the large batch's learning rate, as multiples. The figures are drawn of the first."""
+    warmup: int = 10
+    """Steps in which the learning rate rises, of each run."""
+    curriculum: float = 1.2
+    """Steps after which rows are whole, as a multiple of those that the large batch takes without a curriculum."""
+    min_length: int = 8
+    """Tokens in a row at the curriculum's first step."""
+    granularity: int | None = None
+    """Lengths are multiples of it, and each is a compilation; None makes about a dozen lengths."""
+    model: ModelConfig = ModelConfig(d_model=128)
+    """The model."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    threshold: float = 1.2
+    """A step is unstable if its loss is above the least before it by more than this factor."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out; -1 means the rest."""
+    evaluations: int = 16
+    """Evaluations in each run, about; each is followed by a checkpoint."""
+    eval_batches: int = 4
+    """Held-out batches of an evaluation, with the rows of the large batch: the same ones each time."""
+    seeds: int = 3
+    """Runs of each kind; seeds 0, 1, ... decide initial weights and the order of data."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/seqlen_curriculum/<time>."""
+    resume: bool = False
+    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+    cache: pathlib.Path | None = None
+    """Where prepared corpora are kept; by default the user's cache folder."""
+
+    def __post_init__(self):
+        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        for name in ("length", "batch_size", "warmup", "evaluations", "eval_batches", "seeds"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(self, self.batch_factor >= 2, "batch_factor", "at least 2")
+        part = self.micro_batch
+        divisor = f"a divisor of batch_size={self.batch_size}, or None"
+        check(
+            self,
+            part is None or (part >= 1 and self.batch_size % part == 0),
+            "micro_batch",
+            divisor,
+        )
+        least = (self.warmup + 1) * self.batch_size * self.batch_factor * self.length
+        enough = f"at least {least:,}, for the large batch to outlast its warmup"
+        check(self, self.tokens >= least, "tokens", enough)
+        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        factors = self.learning_rate_factors
+        wanted = "one or more different numbers above 0"
+        good = len(factors) >= 1 and len(set(factors)) == len(factors) and min(factors) > 0
+        check(self, good, "learning_rate_factors", wanted)
+        check(self, self.curriculum > 0, "curriculum", "above 0")
+        shorter = f"from 1 to below length={self.length}"
+        check(self, 1 <= self.min_length < self.length, "min_length", shorter)
+        step = self.granularity
+        check(self, step is None or step >= 1, "granularity", "at least 1, or None")
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+        check(self, self.threshold > 1, "threshold", "above 1")
+        resumable = not (self.resume and self.out is None)
+        check(self, resumable, "resume", "given with --out, the folder to go on with")
+        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
+
+
+PRESETS = {
+    "smoke": Config(
+        vocab_size=512,
+        length=64,
+        tokens=24_576,
+        batch_size=2,
+        learning_rate_factors=(4.0,),
+        warmup=4,
+        granularity=16,
+        model=ModelConfig(num_layers=2, d_model=64, num_heads=2),
+        evaluations=4,
+        eval_batches=1,
+        seeds=1,
+    ),
+    "default": Config(),
+    # Li et al., 2021: GPT-2 with 1558M parameters; batches of 512 rows at 1.5e-4, and of 4096 at 6e-4 with 64 to 1024 tokens a
+    # row over 45,000 steps, which is 1.2 times what 157B tokens make of such batches.
+    "paper": Config(
+        vocab_size=50257,
+        length=1024,
+        tokens=157_286_400_000,
+        batch_size=512,
+        micro_batch=64,
+        learning_rate=1.5e-4,
+        learning_rate_factors=(4.0,),
+        warmup=3000,
+        min_length=64,
+        model=ModelConfig(
+            num_layers=48, d_model=1600, num_heads=25, dropout=0.1, dtype="bfloat16", remat="full"
+        ),
+        evaluations=150,
+        eval_batches=2,
+    ),
+}
+
+FREE = ("learning_rate_factors", "threshold", "seeds", "out", "resume", "cache")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    figures: dict[str, float | int | None]
+    """Named as in ``results.json``, each begins with its arm; None where there is nothing to tell."""
+    seconds: float
+    """Time of this call."""
+    peak_memory_mb: float
+    """Greatest resident memory of the process."""
+    folder: str
+    """The run folder."""
+
+
+def run(config: Config) -> Result:
+    """Trains as ``config`` says and fills the run folder.
+
+    A run whose loss or gradient is not finite for ten steps ends there; that is a result.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+            another config.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.data import parse_mixture, prepare_mixture
+    from effscale.experiments import seqlen_curriculum_draw as draw
+    from effscale.experiments import seqlen_curriculum_report as report
+    from effscale.experiments.finetune import check_config
+    from effscale.experiments.finetune_report import markdown, show_rows
+    from effscale.experiments.seqlen_curriculum_arms import Training, make_arms
+    from effscale.training import RunFolder, check_unused
+
+    began = time.perf_counter()
+    # What cannot work is refused before anything is written.
+    arms = make_arms(config)
+    if config.resume:
+        check_config(RunFolder.create(config.out, resume=True), config, FREE)
+    elif config.out is not None:
+        check_unused(config.out)
+    sources, weights = parse_mixture(config.corpus)
+    with status("preparing the corpus") as progress:
+        corpora = prepare_mixture(
+            sources,
+            config.cache or cache_folder("corpora"),
+            vocab_size=None if config.tokenizer else config.vocab_size,
+            tokenizer=config.tokenizer,
+            validation_fraction=config.validation_fraction,
+            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
+        )
+    training = Training(config, corpora, weights)
+    folder = RunFolder.create(
+        config.out, name="seqlen_curriculum", config=config, resume=config.resume
+    )
+    try:
+        for arm in arms:
+            training.run(folder, arm)
+    except StoppedBySignal as stop:
+        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+    finally:
+        training.close()
+
+    runs = {arm.name: report.read(folder.path, arm, config) for arm in arms}
+    figures = report.figures(runs)
+    first = dict(itertools.islice(runs.items(), 3))
+    draw.training(folder.figures / "training.png", first)
+    draw.instability(folder.figures / "instability.png", first)
+    draw.validation(folder.figures / "validation.png", first)
+    if len(first) < len(runs):
+        draw.learning_rates(folder.figures / "learning_rates.png", runs, figures)
+    result = Result(
+        figures=figures,
+        seconds=time.perf_counter() - began,
+        peak_memory_mb=peak_memory(),
+        folder=str(folder.path),
+    )
+    named = figures | {
+        "seconds": result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+        "folder": result.folder,
+    }
+    folder.write_results(named)
+    tables = report.tables(runs, figures)
+    text = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in tables.items())
+    folder.write_report("seqlen_curriculum", named, text)
+    for title, rows in tables.items():
+        show_rows(title, rows)
+    print(f"run folder: {result.folder}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        name = "python -m effscale.experiments.seqlen_curriculum"
+        config = parse(PRESETS, __doc__ or "", argv, name=name)
+        keep_freed_memory()
+        run(config)
+
+
+if __name__ == "__main__":
+    main()
