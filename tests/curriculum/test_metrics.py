@@ -101,7 +101,9 @@ def test_rarity_takes_an_unseen_token_as_seen_once():
     assert VocabularyRarity(np.array([9, 0])).rarity[1] == pytest.approx(math.log(10))
 
 
-def test_rarity_of_a_row_of_padding_is_zero():
+def test_rarity_of_a_row_of_padding_or_of_nothing_is_zero():
+    nothing = np.zeros((2, 0), np.int32)
+    assert VocabularyRarity(COUNTS)({"input_ids": nothing, "labels": nothing}).tolist() == [0, 0]
     ids = np.array([[7, 7]])
     batch = {"input_ids": ids, "labels": ids, "segment_ids": np.zeros_like(ids)}
     assert VocabularyRarity(COUNTS)(batch).tolist() == [0]

@@ -55,7 +55,7 @@ def _tokens(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     labels may be anything.
     """
     ids, real = batch["input_ids"], real_tokens(batch)
-    if "labels" not in batch or "attention_mask" in batch:
+    if "labels" not in batch or "attention_mask" in batch or not ids.shape[1]:
         return ids, real
     # The last real position; in a row of padding alone nothing counts.
     last = ids.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)[:, None]
@@ -137,12 +137,12 @@ class VocabularyRarity:
         """The rarity of each row."""
         ids, real = _tokens(batch)
         _check_ids(ids, real, len(self.rarity), "counts")
-        # Over the first axis NumPy adds one after the other. Over the last it adds in pairs, which
-        # depend on the length, so that padding would change the last bits of a sum.
-        rarity = self.rarity.take(ids.T, mode="clip")
+        rarity = self.rarity.take(ids, mode="clip")
         if not real.all():
-            rarity *= real.T
-        return rarity.sum(axis=0).astype(np.int64)
+            rarity *= real
+        # One after the other. NumPy's sum adds in pairs, which depend on the shape of the batch, so
+        # that padding would change the last bits. (The slice and the sum are for rows of no tokens.)
+        return np.cumsum(rarity, axis=1)[:, -1:].sum(axis=1).astype(np.int64)
 
 
 class LengthThenRarity:
