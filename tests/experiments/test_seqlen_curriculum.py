@@ -1,0 +1,365 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effscale.curriculum.instability import LossRatioWriter
+from effscale.experiments import seqlen_curriculum_report as report
+from effscale.experiments.saved import config_from_json
+from effscale.experiments.seqlen_curriculum import PRESETS, Config, main
+from effscale.experiments.seqlen_curriculum_arms import (
+    Arm,
+    Training,
+    create_state,
+    make_arms,
+    make_step,
+)
+from effscale.models import num_params, preset
+from effscale.training import LinearPacing, Stages
+from effscale.training.serialize import to_json
+
+ARMS = ("small", "large_x4", "large_curriculum_x4")
+# By hand: 6144 tokens are 48 steps of 8 rows of 16, and 24 of 16 rows. The curriculum lasts 24 steps, from 8 to 16 tokens,
+# in fours: 8 + 8 (b + 1)/24 is 12 at step 11 and 16 at step 23. Those 23 steps take 16 (11 * 8 + 12 * 12) = 3712
+# tokens, and 10 more of 256 tokens take the other 2432.
+LENGTHS = [8] * 11 + [12] * 12 + [16] * 10
+STEPS = {"small": 48, "large_x4": 24, "large_curriculum_x4": len(LENGTHS)}
+
+
+@pytest.fixture(scope="module")
+def options(corpus, tmp_path_factory):
+    """Options of a run that takes seconds."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        *("--preset", "smoke", "--corpus", corpus, "--validation-fraction", "0.1"),
+        *("--cache", str(cache), "--vocab-size", "320", "--length", "16", "--tokens", "6144"),
+        *("--batch-size", "8", "--batch-factor", "2", "--curriculum", "1", "--min-length", "8"),
+        *("--granularity", "4", "--warmup", "3", "--model.d-model", "32"),
+        *("--learning-rate", "5e-3", "--evaluations", "6"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(options, tmp_path_factory):
+    """A finished run with two seeds."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    main([*options, "--seeds", "2", "--out", str(out)])
+    return out
+
+
+def records(folder, arm, seed=0):
+    lines = (folder / f"seed-{seed}" / arm / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def trained(folder, arm, seed=0):
+    return [r for r in records(folder, arm, seed) if "loss" in r]
+
+
+def test_each_arm_consumes_the_tokens_in_the_steps_counted_by_hand(folder):
+    rows = {"small": 8, "large_x4": 16, "large_curriculum_x4": 16}
+    results = json.loads((folder / "results.json").read_text())
+    for arm, steps in STEPS.items():
+        lengths = LENGTHS if "curriculum" in arm else [16] * steps
+        tokens = np.cumsum([rows[arm] * length for length in lengths])
+        for seed in (0, 1):
+            steps_of = trained(folder, arm, seed)
+            assert [r["step"] for r in steps_of] == list(range(1, steps + 1))
+            assert [r["tokens"] for r in steps_of] == tokens.tolist()
+        assert tokens[-2] < 6144 <= tokens[-1]
+        assert results[f"{arm}_steps"] == steps
+        assert results[f"{arm}_lengths"] == len(set(lengths))
+
+
+def test_the_learning_rate_rises_by_steps_and_falls_by_tokens(folder):
+    for arm, peak in (("small", 5e-3), ("large_x4", 2e-2), ("large_curriculum_x4", 2e-2)):
+        steps = trained(folder, arm)
+        before = np.array([0, *(r["tokens"] for r in steps)][: len(steps)], float)
+        origin = before[3]
+        share = np.clip((before - origin) / (6144 - origin), 0, 1)
+        expected = peak * (0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2)
+        expected[:3] = peak * np.arange(3) / 3
+        np.testing.assert_allclose([r["learning_rate"] for r in steps], expected, rtol=1e-4)
+
+
+def test_figures_are_those_of_the_records(folder):
+    results = json.loads((folder / "results.json").read_text())
+    for arm in ARMS:
+        ratios, largest, norms, last = [], [], [], []
+        for seed in (0, 1):
+            steps = trained(folder, arm, seed)
+            losses = [r["loss"] for r in steps]
+            ratio = [1.0] + [losses[i] / min(losses[:i]) for i in range(1, len(losses))]
+            np.testing.assert_allclose([r["loss_ratio"] for r in steps], ratio, rtol=1e-6)
+            ratios.append(ratio)
+            largest.append(max(r["variance_max"] for r in steps[3:]))
+            norms.append([r["variance_norm"] for r in steps[3:]])
+            evaluated = [r for r in records(folder, arm, seed) if "val_loss" in r]
+            assert evaluated[-1]["step"] == STEPS[arm]
+            assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"]  # it learned
+            last.append(evaluated[-1]["val_loss"])
+        expected = {
+            "val_loss": np.mean(last),
+            "val_loss_std": np.std(last, ddof=1),
+            "unstable_steps": np.mean([sum(r > 1.2 for r in ratio) for ratio in ratios]),
+            "greatest_loss_ratio": np.mean([max(ratio) for ratio in ratios]),
+            "variance_max": np.mean(largest),
+            "variance_norm": np.mean([max(norm) for norm in norms]),
+            "correlation_variance_norm": np.mean(
+                [np.corrcoef(r[3:], n)[0, 1] for r, n in zip(ratios, norms, strict=True)]
+            ),
+            "diverged": 0,
+        }
+        for name, value in expected.items():
+            assert results[f"{arm}_{name}"] == pytest.approx(value, rel=1e-6), (arm, name)
+        assert results[f"{arm}_seconds"] > 0
+    assert results["small_reached"] == 2
+    assert results["small_tokens_to_reach"] <= 6144
+
+
+def test_a_run_leaves_what_it_promises(folder):
+    for name in ("training", "instability", "validation"):
+        figure = folder / "figures" / f"{name}.png"
+        assert figure.read_bytes().startswith(b"\x89PNG")
+        assert figure.stat().st_size < 100_000
+    text = (folder / "report.md").read_text()
+    assert "| arm | rows x rate | seed 0 | seed 1 | mean | deviation |" in text
+    assert "| large_curriculum_x4 | 16 x 0.02 |" in text
+    assert json.loads((folder / "config.json").read_text())["versions"]["jax"]
+    assert len(list((folder / "tensorboard").rglob("events*"))) == 6
+    assert not list(folder.rglob("checkpoints"))
+
+
+def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
+    options, folder, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    write = LossRatioWriter.write
+
+    def stop_in_the_curriculum(writer, step, values, timing=None):
+        if step == 12 and values.get("tokens") == 16 * (11 * 8 + 12):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(writer, step, values, timing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossRatioWriter, "write", stop_in_the_curriculum)
+        with pytest.raises(SystemExit) as stop:
+            main([*options, "--out", str(out)])
+    assert stop.value.code == 0
+    error = capsys.readouterr().err
+    assert "stopped and saved seed-0/large_curriculum_x4 at step 13; go on with: --out" in error
+    assert not (out / "results.json").exists()
+    kept = (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns
+    main(["--out", str(out), "--resume"])
+    assert (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns == kept
+    for arm in ARMS:
+        name = f"seed-0/{arm}/metrics.jsonl"
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(
+    options, folder, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    compiled = []
+    close = Training.close
+    with pytest.MonkeyPatch.context() as patch:
+        count = lambda training: [s.num_compilations for s in training._staged.values()]
+        patch.setattr(Training, "close", lambda t: compiled.append(count(t)) or close(t))
+        main([*options, "--learning-rate-factors", "1e30", "4", "--out", str(out)])
+    # One program for the small batch, one for the large one and one a length, whatever the learning rate.
+    assert compiled == [[1, 1, 3]]
+    assert "seed-0/large_x1e+30 diverged at step" in capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    for arm in ("large_x1e+30", "large_curriculum_x1e+30"):
+        assert results[f"{arm}_diverged"] == 1
+        assert results[f"{arm}_val_loss"] is None
+        assert results[f"{arm}_tokens_to_reach"] is None
+        assert results[f"{arm}_unstable_steps"] >= 10
+        assert trained(out, arm)[-1]["skipped_in_row"] == 10
+    assert (out / "figures" / "learning_rates.png").is_file()
+    assert "| large_x1e+30 | 1 of 1 |" in (out / "report.md").read_text()
+    # The others are what they are without it.
+    for arm in ARMS:
+        assert records(out, arm) == records(folder, arm)
+
+
+def test_a_large_batch_is_the_small_ones_of_its_seed(options, corpus):
+    from effscale.data import parse_mixture, prepare_mixture
+    from effscale.experiments.cli import parse
+
+    config = parse(PRESETS, "", options)
+    sources, weights = parse_mixture(config.corpus)
+    corpora = prepare_mixture(
+        sources, config.cache, vocab_size=320, validation_fraction=0.1, seed=0
+    )
+    training = Training(config, corpora, weights)
+    small, large = iter(training.batches(8, seed=1)), iter(training.batches(16, seed=1))
+    for _ in range(3):
+        whole, parts = next(large), [next(small), next(small)]
+        for name, value in whole.items():
+            np.testing.assert_array_equal(value, np.concatenate([part[name] for part in parts]))
+    other = next(iter(training.batches(8, seed=2)))
+    assert not np.array_equal(other["input_ids"], parts[1]["input_ids"])
+    assert training.held_out[0]["input_ids"].shape == (16, 16)  # evaluation sees whole rows
+
+
+def made_up(losses, validation, **changes):
+    """A run of batches of 2 rows, of 4 tokens in its first three steps and 8 then."""
+    arm = Arm(
+        name="arm",
+        batch_size=2,
+        learning_rate=1.0,
+        factor=1.0,
+        lengths=Stages((0, 3), (4, 8)),
+        num_steps=6,
+    )
+    steps = [
+        {"step": i, "loss": loss, "variance_norm": float(i), "variance_max": 1.0, "grad_norm": 1.0}
+        for i, loss in enumerate(losses, 1)
+    ]
+    evaluated = [{"step": step, "val_loss": loss} for step, loss in validation.items()]
+    fields = {
+        "arm": arm,
+        "records": steps + evaluated,
+        "step_seconds": {4: 1.0, 8: 3.0},
+        "warmup": 1,
+        "threshold": 1.2,
+        "window": 16,
+    }
+    return report.Run(**fields | changes)
+
+
+def test_tokens_and_seconds_until_a_loss_is_reached():
+    reference = made_up([4.0] * 6, {2: 3.0, 6: 2.5})
+    one = made_up([4.0, 2.0, 3.0, 2.0, 1.0, 1.1], {2: 3.0, 4: 2.0, 6: 2.2})
+    named = one.figures(reference)
+    # Half way from step 2 to step 4: three steps of 2 * 4 tokens and of a second each.
+    assert (named["tokens_to_reach"], named["seconds_to_reach"]) == (24, 3)
+    assert (named["seconds"], named["reached"], named["val_loss"]) == (12, 1, 2.2)
+    assert named["unstable_steps"] == 1
+    assert named["greatest_loss_ratio"] == 1.5
+    assert named["greatest_val_loss_ratio"] == pytest.approx(1.1)
+    # Stretches of 16 tokens: two steps of 8; one of 8 and one of 16 that begins in it; then one of 16 each.
+    np.testing.assert_allclose(one.pooled_losses(), [3, (8 * 3 + 16 * 2) / 24, 1, 1.1])
+    assert named["greatest_pooled_loss_ratio"] == pytest.approx(1.1)
+    # After the warmup of one step; the maximum does not vary.
+    ratios = [0.5, 1.5, 1.0, 0.5, 1.1]
+    expected = np.corrcoef(ratios, [2, 3, 4, 5, 6])[0, 1]
+    assert named["correlation_variance_norm"] == pytest.approx(expected)
+    assert np.isnan(named["correlation_variance_max"])
+    never = reference.figures(one)
+    assert never["reached"] == 0
+    assert np.isnan(never["tokens_to_reach"])
+
+
+def test_a_run_that_ended_early_has_no_last_loss():
+    reference = made_up([4.0] * 6, {6: 2.5})
+    broken = made_up([4.0, 5.0, None], {2: 3.0})
+    named = broken.figures(reference)
+    assert named["diverged"] == 1
+    assert named["unstable_steps"] == 2  # that without a loss, too
+    assert named["greatest_loss_ratio"] == 1.25
+    assert np.isnan(named["val_loss"])
+    figures = report.figures({"small": [reference, reference], "other": [reference, broken]})
+    assert figures["other_diverged"] == 1
+    assert figures["other_val_loss"] == 2.5
+    nothing = report.figures({"small": [reference], "other": [broken]})
+    assert nothing["other_val_loss"] is None
+    assert nothing["other_tokens_to_reach"] is None
+
+
+def test_seconds_of_a_step_are_medians_and_missing_lengths_lie_between():
+    arm = dataclasses.replace(made_up([], {}).arm, lengths=Stages((0, 3, 4), (4, 6, 8)))
+    timing = [
+        {"step": step, "tokens_per_second": 2 * length / seconds}
+        for step, length, seconds in ((1, 4, 1.0), (2, 4, 9.0), (3, 4, 1.0), (5, 8, 2.0))
+    ]
+    assert report.step_seconds(arm, timing) == {4: 1.0, 6: 1.5, 8: 2.0}
+    assert report.step_seconds(arm, []) == {4: 0.0, 6: 0.0, 8: 0.0}
+
+
+def test_the_papers_setting_is_the_papers_and_can_be_lowered():
+    config = PRESETS["paper"]
+    assert num_params(config.model.build(config.vocab_size, config.length)) == num_params(
+        preset("gpt2-xl")
+    )
+    small, large, growing = make_arms(config)
+    assert (small.batch_size, small.num_steps) == (512, 300_000)
+    assert (large.batch_size, large.num_steps) == (4096, 37_500)
+    assert large.learning_rate == pytest.approx(6e-4)
+    theirs = LinearPacing(min_difficulty=64, max_difficulty=1024, total=45_000, difficulty_step=8)
+    coarse = max(np.diff(growing.lengths.values))  # theirs has 121 lengths
+    for step in range(0, 60_000, 500):
+        assert 0 <= theirs(step + 1) - growing.lengths(step) <= coarse
+    state = jax.eval_shape(lambda: create_state(config, config.vocab_size, 6e-4, 0))
+    batch = {
+        name: jax.ShapeDtypeStruct((growing.batch_size, growing.lengths(0)), jnp.int32)
+        for name in ("input_ids", "labels", "segment_ids", "positions")
+    }
+    step = make_step(config, growing.batch_size)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+    assert lowered.out_info[1]["variance_max"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0"], "Config.seeds=0: must be at least 1"),
+        (["--batch-factor", "1"], "Config.batch_factor=1: must be at least 2"),
+        (["--micro-batch", "3"], "Config.micro_batch=3: must be a divisor of batch_size=4"),
+        (["--tokens", "40000"], "Config.tokens=40000: must be at least 45,056"),
+        (["--learning-rate-factors", "4", "4"], "must be one or more different numbers above 0"),
+        (["--min-length", "128"], "Config.min_length=128: must be from 1 to below length=128"),
+        (["--threshold", "1"], "Config.threshold=1.0: must be above 1"),
+        (["--model.num-heads", "3"], "num_heads=3 does not divide d_model=128"),
+        (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
+        (["--resume"], "given with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+    ],
+)
+def test_a_wrong_option_is_answered_with_what_would_do(
+    words, message, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--corpus", corpus, "--cache", str(tmp_path / "cache")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("runs*"))
+
+
+def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for words, message in (
+        ([*options, "--out", str(folder)], "already holds a run"),
+        (
+            ["--out", str(folder), "--resume", "--curriculum", "2"],
+            "is of another config (curriculum: 1.0 there, 2.0 here)",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_comes_back_from_json(name):
+    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
+
+
+def test_help_is_quick_because_it_imports_little(shown_by_help):
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
+    text = shown_by_help("seqlen_curriculum", heavy)
+    for shown in ("smoke, default, paper", "--learning-rate-factors", "Training tokens of each"):
+        assert shown in text
