@@ -222,7 +222,7 @@ def quality_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) ->
 
 def loss_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
     """A heading and a row an arm: how far the loss rose above the least before."""
-    rows = [["arm", "diverged", "unstable steps", "loss ratio", "pooled", "validation"]]
+    rows = [["arm", "diverged", "unstable", "ratio", "pooled", "validation"]]
     for arm, each in runs.items():
         rows.append(
             [
@@ -257,7 +257,7 @@ def variance_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -
 
 def cost_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
     """A heading and a row an arm: what a run costs, and what reaching the small batch's last loss costs."""
-    rows = [["arm", "reached", "steps", "seconds", "tokens to reach", "seconds to reach"]]
+    rows = [["arm", "reached", "steps", "seconds", "at tokens", "at seconds"]]
     for arm, each in runs.items():
         tokens = named[f"{arm}_tokens_to_reach"]
         rows.append(
@@ -283,7 +283,7 @@ def tables(
         "Adam's variance and the gradient's norm after the warmup, the same way": variance_rows(
             runs, named
         ),
-        "What it costs to train, and to reach the small batch's loss": cost_rows(runs, named),
+        "What it costs to train, and when it reached the small batch's loss": cost_rows(runs, named),
     }
 
 
