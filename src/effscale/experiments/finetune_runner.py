@@ -176,7 +176,7 @@ class Runner:
         return evaluation_batches(self.problem.data.test, self.problem.recipe.batch_size)
 
 
-def once(folder: RunFolder, name: str, train: Callable[[], None]) -> None:
+def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
 
     Args:

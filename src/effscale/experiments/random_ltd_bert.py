@@ -16,7 +16,7 @@ a Hugging Face folder, ``seed-<n>/<arm>/model`` in the run folder.
 import dataclasses
 import pathlib
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
@@ -104,7 +104,7 @@ class Config:
     """Documents of the task, the largest ones: which of them is a passage from?"""
     passage: int = 32
     """Tokens of a passage."""
-    finetune: Recipe = Recipe(epochs=3, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
+    finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
     """How the task is learned; ``train`` and ``test`` passages of all classes together."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/random_ltd_bert/<time>."""
@@ -245,18 +245,18 @@ def run(config: Config) -> Result:
             arm.step.close()
 
     seeds = range(config.seeds)
-    runs = {
+    runs: dict[str, report.ArmRuns] = {
         name: report.ArmRuns.read([folder.path / arm.name_of(seed) for seed in seeds], arm.arm)
         for name, arm in pretraining.items()
     }
-    accuracies = {
+    accuracies: dict[str, Any] = {
         start: report.last_values(
             [folder.path / fine_tuning.name_of(start, seed) for seed in seeds], "test_accuracy"
         )
         for start in PRETRAINED
     }
     entropy = unigram_entropy([corpus.validation for corpus in corpora])
-    losses = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}
+    losses: dict[str, Any] = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}
     figures = {
         "unigram_entropy": entropy,
         "majority": passages.majority,
@@ -285,7 +285,7 @@ def run(config: Config) -> Result:
         after=("accuracy: which document?", accuracies),
     )
     folder.write_results(named)
-    percent = {name: 100 * values for name, values in accuracies.items()}
+    percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
         "Validation loss in nats a hidden token, all tokens kept": report.quality_rows(
             losses, decimals=3

@@ -163,13 +163,15 @@ def run(config: Config) -> Result:
         for runner in runners.values():
             runner.step.close()
 
-    runs = {
+    runs: dict[str, report.ArmRuns] = {
         name: report.ArmRuns.read(
             [folder.path / runner.name_of(seed) for seed in range(config.seeds)], runner.arm
         )
         for name, runner in runners.items()
     }
-    accuracies = {name: arm_runs.last("test_accuracy") for name, arm_runs in runs.items()}
+    accuracies: dict[str, Any] = {
+        name: arm_runs.last("test_accuracy") for name, arm_runs in runs.items()
+    }
     figures = {
         "majority": problem.data.majority,
         "test_size": len(problem.data.test),
@@ -197,7 +199,7 @@ def run(config: Config) -> Result:
         level=("most frequent label", problem.data.majority),
     )
     folder.write_results(named)
-    percent = {name: 100 * values for name, values in accuracies.items()}
+    percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
         "Test accuracy in percent, all tokens kept": report.quality_rows(percent, decimals=1),
         "What a run costs": report.cost_rows(figures),
