@@ -283,7 +283,9 @@ def tables(
         "Adam's variance and the gradient's norm after the warmup, the same way": variance_rows(
             runs, named
         ),
-        "What it costs to train, and when it reached the small batch's loss": cost_rows(runs, named),
+        "What it costs to train, and when it reached the small batch's loss": cost_rows(
+            runs, named
+        ),
     }
 
 
