@@ -79,11 +79,12 @@ def _pacing(schedule: Any, where: str) -> Any:
             f"{where}.schedule_type={schedule['schedule_type']!r}: must be 'fixed_linear', the only one there is"
         )
     steps, there = schedule["schedule_config"], f"{where}.schedule_config"
-    names = ("require_steps", "seq_per_step")
-    check_keys(steps, there, required=names)
+    check_keys(steps, there, required=("require_steps", "seq_per_step"))
     return mslg(
-        **{name: whole_number(schedule[name], f"{where}.{name}") for name in values},
-        **{name: whole_number(steps[name], f"{there}.{name}") for name in names},
+        min_value=whole_number(schedule["min_value"], f"{where}.min_value"),
+        max_value=whole_number(schedule["max_value"], f"{where}.max_value"),
+        require_steps=whole_number(steps["require_steps"], f"{there}.require_steps"),
+        seq_per_step=whole_number(steps["seq_per_step"], f"{there}.seq_per_step"),
     )
 
 
