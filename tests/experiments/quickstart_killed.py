@@ -4,7 +4,6 @@ MOMENT is ``step:N`` (before step N), ``write:N`` (while the checkpoint of step 
 arrays are written and its checksums are not), ``term:N`` (asked to stop, at step N) or ``sample`` (after the last step).
 """
 
-import functools
 import os
 import pathlib
 import signal
@@ -28,19 +27,24 @@ def main():
     at = int(number or 0)
     checkpoints = pathlib.Path(words[words.index("--out") + 1]) / "checkpoints"
 
-    def before_step(step, batch):
-        if step == at and kind == "step":
-            die()
-        if step == at and kind == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch
+    fit = effscale.training.fit
+
+    def fit_until(*arguments, before_step, **options):
+        def before(step, batch):
+            if step == at and kind == "step":
+                die()
+            if step == at and kind == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before_step(step, batch)
+
+        return fit(*arguments, before_step=before, **options)
 
     def watch():
         while not list(checkpoints.glob(f"step_{at:08d}.orbax-checkpoint-tmp/train")):
             time.sleep(0.0002)
         die()
 
-    effscale.training.fit = functools.partial(effscale.training.fit, before_step=before_step)
+    effscale.training.fit = fit_until
     if kind == "write":
         threading.Thread(target=watch, daemon=True).start()
     if kind == "manifest":

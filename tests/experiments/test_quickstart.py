@@ -106,6 +106,10 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--accumulate", "3"], "Config.accumulate=3: must be a divisor of batch_size=16"),
         (["--mesh.data", "3"], "describes 3 devices and there are 8"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
+        (["--technique", "lt"], "invalid choice 'lt'"),
+        (["--technique", "ltd", "--model.num-layers", "2"], "use a model of 3 layers or more"),
+        (["--technique", "cl", "--efficiency.min-length", "300"], "at most the length of a row"),
+        (["--technique", "cl", "--corpus", "stdlib", "text:a.txt"], "must be one source, whose"),
         (["--resume"], "given with --out"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
         (["--corpus", "text:/absent/*.txt"], "no file matches '/absent/*.txt'"),
@@ -159,3 +163,21 @@ def test_run_is_a_function_too(options, tmp_path):
     result = run(config)
     assert pathlib.Path(result.folder) == out
     assert result.num_compilations == 1
+
+
+def test_a_technique_trains_in_more_and_smaller_steps(options, tmp_path):
+    from effscale.experiments.cli import parse
+
+    out = tmp_path / "run"
+    words = ["--technique", "cl_ltd", "--steps", "12", "--samples", "the cat", "--out", str(out)]
+    words += ["--efficiency.min-length", "16", "--efficiency.min-kept", "16"]
+    words += ["--efficiency.granularity", "16", "--model.num-layers", "3"]
+    result = run(parse(PRESETS, "", [*options, *words]))
+    # Rows of 16 tokens until step 5 of 12, and of three layers one keeps 16 until step 8: 128, 208 and 256 tokens.
+    consumed = 4 * 128 + 4 * 208 + 7 * 256
+    assert result.tokens_seen == consumed >= 12 * 256 > consumed - 256
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 15
+    assert result.num_compilations == 3
+    model, _ = load(out)
+    assert model.config.num_layers == 3

@@ -2,17 +2,18 @@
 
 Tokenizer, packed data, training with checkpoints, evaluation, figures, generation: every part of the library that
 needs no technique, in one script to be read from top to bottom. The default corpus is the Python standard
-library of the running interpreter, so nothing is downloaded.
+library of the running interpreter, so nothing is downloaded. ``--technique`` trains with curriculum learning, random-LTD or both;
+the experiment ``data_efficiency`` compares them.
 
     python -m effscale.experiments.quickstart
     python -m effscale.experiments.quickstart --corpus 'text:books/*.txt' --steps 2000
+    python -m effscale.experiments.quickstart --technique cl_ltd
     python -m effscale.experiments.quickstart --out runs/mine --resume
 
 A finished or running folder gives its model back: ``model, tokenizer = load("runs/mine")``.
 """
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import time
@@ -20,17 +21,24 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import show_results, status
 from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.pretraining_plan import (
+    CURRICULA,
+    DataEfficiencyConfig,
+    Plan,
+    Technique,
+    check_technique,
+    make_plan,
+)
 from effscale.experiments.saved import config_from_json
 from effscale.models import Transformer, TransformerConfig, abstract, gpt2
 from effscale.models.config import Remat
 from effscale.models.validation import check
-from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch, shardings
-from effscale.training import AdamWConfig, Schedule, ScheduleConfig
+from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch
+from effscale.training import AdamWConfig, Schedule, ScheduleConfig, by_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,8 @@ class ModelConfig:
     """Type of activations and matrix products."""
     remat: Remat = "dots"
     """What the backward pass computes anew: none, dots (all but matrix products), full."""
+    init_std: float = 0.02
+    """Deviation of the initial weights."""
 
     def build(self, vocab_size: int, length: int) -> TransformerConfig:
         """The transformer's config."""
@@ -60,7 +70,9 @@ class ModelConfig:
             max_length=length,
             dropout=self.dropout,
         )
-        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat)
+        return dataclasses.replace(
+            config, dtype=self.dtype, remat=self.remat, init_std=self.init_std
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +97,20 @@ class Config:
     accumulate: int = 1
     """Micro-batches that a batch is cut into, to save memory."""
     steps: int = 500
-    """Batches to train on."""
+    """Batches to train on. A technique makes more and smaller ones of them, with as many tokens, averaged over the layers."""
+    technique: Technique = "none"
+    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers see some of
+    the tokens) or both."""
+    efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
+    """The schedules of the technique."""
     model: ModelConfig = ModelConfig()
     """The model."""
     learning_rate: float = 3e-3
-    """Peak of the schedule: a linear warmup, then a cosine to a tenth."""
+    """Peak of the schedule: a linear warmup, then a cosine."""
+    final_learning_rate: float | None = None
+    """End of the schedule; None takes a tenth of the peak."""
     warmup: int = 50
-    """Steps of warmup."""
+    """Steps of warmup, or the tokens of so many full batches with a technique."""
     optimizer: AdamWConfig = AdamWConfig()
     """AdamW."""
     clip_norm: float = 1.0
@@ -139,7 +158,14 @@ class Config:
             "accumulate",
             f"a divisor of batch_size={self.batch_size}",
         )
-        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
+        # An impossible model or technique is refused here.
+        model = self.model.build(self.vocab_size, self.length)
+        check_technique(
+            self.technique, self.efficiency, model, steps=self.steps, length=self.length
+        )
+        if self.technique in CURRICULA:
+            wanted = "one source, whose rows a curriculum orders"
+            check(self, len(self.corpus) == 1, "corpus", wanted)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
         check(
@@ -150,13 +176,28 @@ class Config:
         )
 
     def schedule(self) -> Schedule:
-        """The learning rate: a linear warmup, then a cosine to a tenth of the peak."""
-        return ScheduleConfig(
+        """The learning rate: a linear warmup, then a cosine; by tokens where a technique makes batches unequal."""
+        final = self.final_learning_rate
+        by_steps = ScheduleConfig(
             peak=self.learning_rate,
             warmup=self.warmup,
             total=self.steps,
-            final=self.learning_rate / 10,
+            final=self.learning_rate / 10 if final is None else final,
         ).build()
+        if self.technique == "none":
+            return by_steps
+        return by_tokens(by_steps, self.batch_size * self.length)
+
+    def plan(self, vocab_size: int) -> Plan:
+        """The shapes of the run and its number of steps."""
+        return make_plan(
+            self.technique,
+            self.efficiency,
+            self.model.build(vocab_size, self.length),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            length=self.length,
+        )
 
 
 PRESETS = {
@@ -214,9 +255,9 @@ class Result:
     train_loss: float
     """Mean training loss of the last 20 steps, in nats a token."""
     tokens_seen: int
-    """Training tokens, repetitions included."""
+    """Training tokens, repetitions included; with a technique, those that a layer processed on average."""
     tokens_per_second: float
-    """Median training speed; 0 if there were too few steps to tell."""
+    """Median training speed, in these tokens; 0 if there were too few steps to tell."""
     num_params: int
     """Numbers in the model."""
     num_compilations: int
@@ -245,31 +286,14 @@ def run(config: Config) -> Result:
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.data import (
-        make_dataset,
         parse_mixture,
         prepare_mixture,
         save_tokenizer,
         unigram_entropy,
     )
     from effscale.experiments.plotting import loss_curve, speed_curve
-    from effscale.training import (
-        Checkpoints,
-        ConsoleWriter,
-        JsonlWriter,
-        MultiWriter,
-        RunFolder,
-        ShapeBuckets,
-        TensorBoardWriter,
-        check_unused,
-        create_train_state,
-        evaluate,
-        fit,
-        make_eval_step,
-        make_train_step,
-        next_token_loss,
-        read_jsonl,
-        resume_or_start,
-    )
+    from effscale.experiments.pretraining import Pretraining
+    from effscale.training import RunFolder, check_unused, read_jsonl
 
     began = time.perf_counter()
     first = jax.process_index() == 0  # of several processes, the one that writes
@@ -295,97 +319,37 @@ def run(config: Config) -> Result:
             progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
         )
     tokenizer = corpora[0].tokenizer
-    rows = {
-        "batch_size": config.batch_size,
-        "length": config.length,
-        "process_index": part.index,
-        "process_count": part.count,
-    }
-    train_data = make_dataset([c.train for c in corpora], seed=config.seed, weights=weights, **rows)
     held_out = [c.validation for c in corpora]
-    val_data = make_dataset(held_out, shuffle=False, num_epochs=1, remainder="pad", **rows)
 
-    # Model, optimizer, step.
-    model_config = config.model.build(corpora[0].vocab_size, config.length)
-    schedule = config.schedule()
-    optimizer = config.optimizer.build(schedule)
-
-    def create() -> Any:
-        model = Transformer(model_config, rngs=nnx.Rngs(config.seed))
-        return create_train_state(model, optimizer, key=jax.random.key(config.seed))
-
-    train_step = ShapeBuckets(
-        make_train_step(
-            next_token_loss,
-            optimizer,
-            accumulate=config.accumulate,
-            clip_norm=config.clip_norm,
-            learning_rate=schedule,
-        ),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(make_eval_step(next_token_loss))
-    place = lambda batch: shard_batch(batch, mesh)
-
-    def validate(state: Any, batches: int | None = config.eval_batches) -> dict[str, float]:
-        means = evaluate(
-            state.model, eval_step, itertools.islice(val_data, batches), place_batch=place
-        )
-        return {"val_loss": means["loss"], "val_tokens_seen": int(state.tokens)}
+    # Model, optimizer, step and batches, as the technique has them.
+    training = Pretraining(config, corpora[0].vocab_size, mesh)
+    train_data = training.batches([c.train for c in corpora], seed=config.seed, weights=weights)
+    val_data = training.held_out(held_out)
+    validate = lambda state: training.validate(state, val_data, config.eval_batches)
 
     # The run: from the start, or from the last checkpoint.
     folder = RunFolder.create(config.out, name="quickstart", config=config, resume=config.resume)
     if first:
         save_tokenizer(tokenizer, folder.path)
-    iterator = iter(train_data)
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(
-            folder.checkpoints,
+    with jax.set_mesh(mesh):
+        trained = training.train(
+            train_data,
+            folder.path,
             config=config,
+            evaluate=validate,
+            tensorboard=folder.tensorboard,
             free_fields=FREE,
-            keep=config.keep,
-            every=config.checkpoint_every,
-        ) as checkpoints,
-    ):
-        layout = shardings(jax.eval_shape(create), mesh)
-        state, start = resume_or_start(
-            checkpoints, create, iterator, resume=config.resume, shardings=layout
         )
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
-        resume_step = start if config.resume else None
-        writer = MultiWriter(
-            [
-                JsonlWriter(folder.metrics_file, resume_step=resume_step),
-                TensorBoardWriter(folder.tensorboard, resume_step=resume_step),
-                ConsoleWriter(config.steps, start_step=start),
-            ]
-            if first
-            else []
-        )
-        try:
-            fitted = fit(
-                state,
-                train_step,
-                iterator,
-                num_steps=config.steps,
-                checkpoints=checkpoints,
-                writer=writer,
-                evaluate=validate,
-                eval_every=config.eval_every,
-                place_batch=place,
-            )
-        finally:
-            writer.close()
-        if fitted.stopped_reason == "signal":
+        state = trained.state
+        if trained.stopped_reason == "signal":
             raise StoppedBySignal(
-                f"stopped and saved at step {int(fitted.state.step)}; go on with: --out {folder.path} --resume"
+                f"stopped and saved at step {int(state.step)}; go on with: --out {folder.path} --resume"
             )
 
         # What came out.
-        state = fitted.state
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
         with status("evaluating on all that is held out"):
-            val_loss = validate(state, None)["val_loss"]
+            val_loss = training.validate(state, val_data)["val_loss"]
         with status("sampling"):
             texts = sample(state.model, tokenizer, config)
     records = read_jsonl(folder.metrics_file)
@@ -400,7 +364,7 @@ def run(config: Config) -> Result:
         tokens_seen=int(state.tokens),
         tokens_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
         num_params=num_params,
-        num_compilations=train_step.num_compilations,
+        num_compilations=len(trained.compilations),
         seconds=time.perf_counter() - began,
         peak_memory_mb=peak_memory(),
         folder=str(folder.path),

@@ -1,0 +1,83 @@
+"""The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from effscale.data import Corpus
+from effscale.experiments.cli import StoppedBySignal
+from effscale.experiments.finetune_runner import once
+from effscale.experiments.pretraining import Pretraining
+from effscale.experiments.quickstart import FREE
+from effscale.training import RunFolder, TrainState
+from effscale.training.serialize import write_json
+
+
+class Runner:
+    """Makes one run after another; what is compiled for a technique and part of the budget serves all seeds.
+
+    Args:
+        config: A ``data_efficiency.Config``.
+        corpus: The text.
+        mesh: Of devices.
+
+    Raises:
+        ValueError: If there is too little text.
+    """
+
+    def __init__(self, config: Any, corpus: Corpus, mesh: jax.sharding.Mesh):
+        self.corpus, self.mesh = corpus, mesh
+        self._trainings = {
+            (technique, fraction): Pretraining(
+                config.pretraining(technique, fraction), corpus.vocab_size, mesh
+            )
+            for technique in config.techniques
+            for fraction in config.fractions
+        }
+        for training in self._trainings.values():
+            training.batches([corpus.train], seed=0)
+        self._held_out = training.held_out([corpus.validation])
+
+    def run(self, folder: RunFolder, technique: str, fraction: float, seed: int) -> None:
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        name = run_name(technique, fraction, seed)
+        training = self._trainings[technique, fraction]
+        place = folder.path / name
+        config = dataclasses.replace(training.config, seed=seed, out=place, resume=True)
+
+        def measure(state: TrainState) -> dict[str, float]:
+            loss = training.validate(state, self._held_out, config.eval_batches)
+            return loss | training.plan.consumed(int(state.step))
+
+        def train() -> None:
+            with jax.set_mesh(self.mesh):
+                trained = training.train(
+                    training.batches([self.corpus.train], seed=seed),
+                    place,
+                    config=config,
+                    evaluate=measure,
+                    tensorboard=folder.tensorboard / name,
+                    free_fields=FREE,
+                    compile_first=True,
+                )
+                step = int(trained.state.step)
+                if trained.stopped_reason == "signal":
+                    raise StoppedBySignal(f"stopped and saved {name} at step {step}")
+                final = {
+                    "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
+                    "num_compilations": len(trained.compilations),
+                    "compilation_seconds": sum(c.seconds for c in trained.compilations),
+                }
+            write_json(place / "final.json", final)
+
+        once(folder, name, train)
+
+
+def run_name(technique: str, fraction: float, seed: int) -> str:
+    """A run's folder inside the run folder."""
+    return f"{technique}/fraction-{fraction:g}/seed-{seed}"

@@ -1,0 +1,227 @@
+"""A GPT's pretraining under a technique, as the experiments run it: ``quickstart`` once, ``data_efficiency`` many times."""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+
+from effscale.curriculum import Difficulty, Ranking, VocabularyRarity, curriculum_rows, rank
+from effscale.curriculum.analysis_rows import read_rows
+from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
+from effscale.models import Transformer
+from effscale.parallel import batch_shard, shard_batch, shardings
+from effscale.training import (
+    Checkpoints,
+    Compilation,
+    ConsoleWriter,
+    JsonlWriter,
+    MultiWriter,
+    StagedStep,
+    TensorBoardWriter,
+    TrainState,
+    count_tokens,
+    create_train_state,
+    evaluate,
+    fit,
+    make_eval_step,
+    make_train_step,
+    next_token_loss,
+    resume_or_start,
+)
+
+
+class Trained(NamedTuple):
+    """What a training left.
+
+    Attributes:
+        state: The last state.
+        stopped_reason: ``finished``, ``signal`` or ``data``, as ``fit`` says.
+        compilations: Those of the training step; runs of other seeds before this one are included.
+    """
+
+    state: TrainState
+    stopped_reason: str
+    compilations: list[Compilation]
+
+
+class Pretraining:
+    """A model, its optimizer and its steps under a technique; runs of several seeds share what is compiled.
+
+    Args:
+        config: A ``quickstart.Config``. Its seed, folder and corpus are not used here.
+        vocab_size: The tokenizer's.
+        mesh: Of devices.
+    """
+
+    def __init__(self, config: Any, vocab_size: int, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        self.plan = plan = config.plan(vocab_size)
+        self.schedule = config.schedule()
+        self.optimizer = config.optimizer.build(self.schedule)
+        ltd = plan.ltd
+        # A step under random-LTD counts the tokens that a layer processes on average: the learning rate follows them.
+        self.step = make_train_step(
+            next_token_loss if ltd is None else ltd.loss(next_token_loss),
+            self.optimizer,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_norm,
+            learning_rate=self.schedule,
+            tokens_per_batch=count_tokens if ltd is None else ltd.tokens_per_batch(plan.model),
+        )
+        self._staged = self._stage()
+        self._eval_step = jax.jit(make_eval_step(next_token_loss))
+        self._rankings: dict[pathlib.Path, Ranking] = {}
+
+    def create(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        model = Transformer(self.plan.model, rngs=nnx.Rngs(seed))
+        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+
+    def batches(
+        self, stores: Sequence[TokenStore], *, seed: int, weights: Sequence[float] | None = None
+    ) -> grain.IterDataset:
+        """Training batches without end, this process's part; under a curriculum, easy rows first.
+
+        Raises:
+            ValueError: There is too little text.
+        """
+        rows = self._rows()
+        if self.plan.curriculum is None:
+            return make_dataset(stores, seed=seed, weights=weights, **rows)
+        (store,) = stores  # the config has seen to that
+        packed = PackedTokens(store, rows.pop("length"))
+        if len(packed) < 100:
+            raise ValueError(
+                f"the corpus makes {len(packed)} rows of length={packed.length}, and a curriculum by percentiles "
+                "needs 100: use more text or shorter rows"
+            )
+        if store.folder not in self._rankings:
+            self._rankings[store.folder] = rank_by_rarity(packed)
+        difficulty = Difficulty(
+            ranking=self._rankings[store.folder],
+            pacing=self.config.efficiency.rarity(self.config.steps),
+            difficulty_type="percentile",
+        )
+        ordered = curriculum_rows(packed, difficulty, batch_size=self.config.batch_size, seed=seed)
+        return batch_rows(ordered, **rows)
+
+    def held_out(self, stores: Sequence[TokenStore]) -> grain.IterDataset:
+        """All held-out tokens, in batches of whole rows."""
+        return make_dataset(stores, shuffle=False, num_epochs=1, remainder="pad", **self._rows())
+
+    def validate(
+        self, state: TrainState, held_out: Iterable[Any], batches: int | None = None
+    ) -> dict[str, float]:
+        """The loss on the first ``batches`` held-out batches, on all tokens of whole rows; None takes all batches."""
+        means = evaluate(
+            state.model,
+            self._eval_step,
+            itertools.islice(held_out, batches),
+            place_batch=self._place,
+        )
+        return {"val_loss": means["loss"], "val_tokens_seen": int(state.tokens)}
+
+    def train(
+        self,
+        batches: Iterable[Any],
+        place: pathlib.Path,
+        *,
+        config: Any,
+        evaluate: Callable[[TrainState], dict[str, float]],
+        tensorboard: pathlib.Path,
+        free_fields: Sequence[str] = (),
+        compile_first: bool = False,
+    ) -> Trained:
+        """A run, from the start or, with ``config.resume``, from its last checkpoint.
+
+        Args:
+            batches: From ``batches``; their iterator's position is saved.
+            place: The folder of its metrics and checkpoints.
+            config: That of this run, as given to the constructor but for the seed.
+            evaluate: Called every ``config.eval_every`` steps and at the end.
+            tensorboard: The folder of its events.
+            free_fields: Of the config, which may change when a run goes on.
+            compile_first: Let the second step wait until all shapes are compiled, so that no compilation shares the machine
+                with steps whose time is taken.
+        """
+        first = jax.process_index() == 0  # of several processes, the one that writes
+        iterator = iter(batches)
+        create = lambda: self.create(config.seed)
+        with Checkpoints(
+            place / "checkpoints",
+            config=config,
+            free_fields=free_fields,
+            keep=config.keep,
+            every=config.checkpoint_every,
+        ) as checkpoints:
+            layout = shardings(jax.eval_shape(create), self.mesh)
+            state, start = resume_or_start(
+                checkpoints, create, iterator, resume=config.resume, shardings=layout
+            )
+            # A run that goes on leaves the shapes behind it out; another seed's run will need them.
+            staged = self._staged if start == 0 else self._stage()
+            resume_step = start if config.resume else None
+            writer = MultiWriter(
+                [
+                    JsonlWriter(place / "metrics.jsonl", resume_step=resume_step),
+                    TensorBoardWriter(tensorboard, resume_step=resume_step),
+                    ConsoleWriter(self.plan.num_steps, start_step=start),
+                ]
+                if first
+                else []
+            )
+
+            def before_step(step: int, batch: Any) -> Any:
+                if compile_first and step == start + 1:
+                    staged.wait()
+                return staged.before_step(step, batch)
+
+            try:
+                fitted = fit(
+                    state,
+                    staged,
+                    iterator,
+                    num_steps=self.plan.num_steps,
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    evaluate=evaluate,
+                    eval_every=config.eval_every,
+                    place_batch=self._place,
+                    before_step=before_step,
+                )
+            finally:
+                staged.close()
+                writer.close()
+        return Trained(fitted.state, fitted.stopped_reason, staged.compilations)
+
+    def _stage(self) -> StagedStep:
+        plan = self.plan
+        return StagedStep(self.step, plan.stages, plan.shape_batch, place_batch=self._place)
+
+    def _place(self, batch: Any) -> Any:
+        return shard_batch(batch, self.mesh)
+
+    def _rows(self) -> dict[str, Any]:
+        part = batch_shard(self.mesh)
+        return {
+            "batch_size": self.config.batch_size,
+            "length": self.config.length,
+            "process_index": part.index,
+            "process_count": part.count,
+        }
+
+
+def rank_by_rarity(rows: PackedTokens) -> Ranking:
+    """Rows from those of frequent tokens to those of rare ones.
+
+    A pass over the corpus in memory, seconds for tens of millions of tokens; ``effscale.curriculum.analyze`` is for more.
+    """
+    metric = VocabularyRarity(token_counts(rows.store))
+    starts = range(0, len(rows), 1024)
+    blocks = [read_rows(rows, start, min(start + 1024, len(rows))) for start in starts]
+    return rank(np.concatenate([metric(block) for block in blocks]))
