@@ -194,22 +194,22 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
     )
     assert arm.stages.values == (4, 8, 12, 16, 17)
     starts = arm.stages.starts
-    seconds = {4: 1.0, 8: 2.0, 16: 4.0, 17: 4.5}  # no step with 12 was timed
-
-    def timing(slow):
-        return [
-            {
-                "step": step + 1,
-                "tokens_per_second": arm.layer_tokens(kept) / (seconds[kept] * slow(step)),
-            }
-            for step in range(20)
-            if (kept := arm.stages(step)) in seconds
-        ]
-
-    waits = lambda step: 50.0 if step in starts else 1.0
-    runs = ArmRuns(arm=arm, records=[[], []], timing=[timing(waits), timing(lambda step: 1.0)])
-    assert runs.step_seconds() == pytest.approx({**seconds, 12: 3.0})
-    wanted = sum((seconds | {12: 3.0})[arm.stages(step)] for step in range(20))
+    seconds = {4: 1.0, 8: 2.0, 12: 3.0, 16: 4.0, 17: 5.0}
+    wait = lambda step: 50.0 if step in starts else 1.0
+    timing = [
+        {
+            "step": step + 1,
+            "tokens_per_second": arm.layer_tokens(kept) / (seconds[kept] * wait(step)),
+        }
+        for step in range(20)
+        if (kept := arm.stages(step)) != 12  # of these none was timed
+    ]
+    slow = [record | {"tokens_per_second": record["tokens_per_second"] / 9} for record in timing]
+    runs = ArmRuns(arm=arm, records=[[], [], []], timing=[timing, slow, timing])
+    # The only step with 16 is the first of its stage: 12 and 16 lie on the line from 8 to 17.
+    each = {4: 1.0, 8: 2.0, 12: 2 + 3 * 4 / 9, 16: 2 + 3 * 8 / 9, 17: 5.0}
+    assert runs.step_seconds() == pytest.approx(each)
+    wanted = sum(each[arm.stages(step)] for step in range(20))
     assert runs.seconds == pytest.approx(wanted)
     figures = cost_figures({"baseline": runs, "random_ltd": runs})
     assert figures["step_seconds_saved"] == 0.0

@@ -43,7 +43,7 @@ class HideTokens:
         >>> row = {"input_ids": np.array([5, 6, 7, 0]), "segment_ids": np.ones(4, int), "positions": np.arange(4)}
         >>> hide = HideTokens(vocab_size=50, end=0, hidden=0.4, seed=0)
         >>> hide(3, row)["labels"].tolist()
-        [-100, -100, 7, -100]
+        [-100, 6, -100, -100]
     """
 
     def __init__(self, *, vocab_size: int, end: int, hidden: float, seed: int):
