@@ -195,7 +195,7 @@ def run(config: Config) -> Result:
         folder.figures / "accuracy.png",
         runs,
         "part_test_accuracy",
-        label=f"accuracy on a part of the test set, {config.task}",
+        label=f"test accuracy (a part), {config.task}",
         level=("most frequent label", problem.data.majority),
     )
     folder.write_results(named)
@@ -228,7 +228,7 @@ class Runner:
         from effscale.training import make_eval_step
 
         self.problem, self.config = problem, config
-        model = classifier_config(problem.model.config, problem.data.num_classes)
+        model: Any = classifier_config(problem.model.config, problem.data.num_classes)
         self.arm = Arm(
             name=name,
             model=model,
