@@ -298,7 +298,7 @@ class Counting:
 
 def test_finished_shards_are_kept_and_damaged_or_foreign_ones_are_not(parts, tmp_path, monkeypatch):
     # So that the fingerprint does not read the rows that are counted.
-    monkeypatch.setattr(sys.modules["effscale.curriculum.fingerprint"], "SAMPLED_ROWS", 1)
+    monkeypatch.setattr(sys.modules["effscale.curriculum.digests"], "SAMPLED_ROWS", 1)
     folder, metrics = tmp_path / "index", {"token": parts.token}
     run = functools.partial(analyze, folder=folder, shard_size=10, batch_size=5)
     with pytest.raises(OSError, match="the disk is gone"):

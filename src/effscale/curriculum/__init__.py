@@ -3,44 +3,44 @@
 The parts are those of "DeepSpeed Data Efficiency" (arXiv 2212.03597) and of sequence-length warmup (arXiv 2108.06084).
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from effscale.curriculum.analysis import AnalysisProgress, accumulate, analyze, count_vocabulary
-from effscale.curriculum.deepspeed import (
-    DeepSpeedCurriculum,
-    curriculum_from_deepspeed,
-    pacing_from_deepspeed,
-)
-from effscale.curriculum.deepspeed_index import metric_from_deepspeed, ranking_from_deepspeed
-from effscale.curriculum.fingerprint import fingerprint
-from effscale.curriculum.index import CorruptIndexError, DifficultyIndex
-from effscale.curriculum.instability import (
-    LossRatioWriter,
-    loss_ratio,
-    unstable_steps,
-    variance_metrics,
-    with_metrics,
-)
-from effscale.curriculum.learning_rate import current_learning_rate, steps_then_tokens
-from effscale.curriculum.metrics import (
-    LengthThenRarity,
-    TokenCounts,
-    VocabularyRarity,
-    sequence_length,
-)
-from effscale.curriculum.pools import Difficulty
-from effscale.curriculum.ranking import Ranking, rank
-from effscale.curriculum.reference_loss import ReferenceLoss
-from effscale.curriculum.sequence_length import (
-    SequenceLengthCurriculum,
-    reshape,
-    reshaped_rows,
-    truncate,
-    truncate_padded,
-)
-
 if TYPE_CHECKING:
+    from effscale.curriculum.analysis import AnalysisProgress, accumulate, analyze, count_vocabulary
+    from effscale.curriculum.deepspeed import (
+        DeepSpeedCurriculum,
+        curriculum_from_deepspeed,
+        pacing_from_deepspeed,
+    )
+    from effscale.curriculum.deepspeed_index import metric_from_deepspeed, ranking_from_deepspeed
+    from effscale.curriculum.digests import fingerprint
+    from effscale.curriculum.index import CorruptIndexError, DifficultyIndex
+    from effscale.curriculum.instability import (
+        LossRatioWriter,
+        loss_ratio,
+        unstable_steps,
+        variance_metrics,
+        with_metrics,
+    )
+    from effscale.curriculum.learning_rate import current_learning_rate, steps_then_tokens
+    from effscale.curriculum.lengths import (
+        SequenceLengthCurriculum,
+        reshape,
+        reshaped_rows,
+        truncate,
+        truncate_padded,
+    )
     from effscale.curriculum.loss_driven import LossDrivenBatches
+    from effscale.curriculum.metrics import (
+        LengthThenRarity,
+        TokenCounts,
+        VocabularyRarity,
+        sequence_length,
+    )
+    from effscale.curriculum.pools import Difficulty
+    from effscale.curriculum.ranking import Ranking, rank
+    from effscale.curriculum.reference_loss import ReferenceLoss
     from effscale.curriculum.sampler import curriculum_rows
 
 __all__ = [
@@ -80,13 +80,46 @@ __all__ = [
     "with_metrics",
 ]
 
-# grain takes most of a second to import, and only these need it.
-_NEEDS_GRAIN = {"LossDrivenBatches": "loss_driven", "curriculum_rows": "sampler"}
+# Loaded when first asked for: processes that only map shards need neither JAX nor grain.
+_MODULES = {
+    "AnalysisProgress": "analysis",
+    "accumulate": "analysis",
+    "analyze": "analysis",
+    "count_vocabulary": "analysis",
+    "DeepSpeedCurriculum": "deepspeed",
+    "curriculum_from_deepspeed": "deepspeed",
+    "pacing_from_deepspeed": "deepspeed",
+    "metric_from_deepspeed": "deepspeed_index",
+    "ranking_from_deepspeed": "deepspeed_index",
+    "fingerprint": "digests",
+    "CorruptIndexError": "index",
+    "DifficultyIndex": "index",
+    "LossRatioWriter": "instability",
+    "loss_ratio": "instability",
+    "unstable_steps": "instability",
+    "variance_metrics": "instability",
+    "with_metrics": "instability",
+    "current_learning_rate": "learning_rate",
+    "steps_then_tokens": "learning_rate",
+    "SequenceLengthCurriculum": "lengths",
+    "reshape": "lengths",
+    "reshaped_rows": "lengths",
+    "truncate": "lengths",
+    "truncate_padded": "lengths",
+    "LossDrivenBatches": "loss_driven",
+    "LengthThenRarity": "metrics",
+    "TokenCounts": "metrics",
+    "VocabularyRarity": "metrics",
+    "sequence_length": "metrics",
+    "Difficulty": "pools",
+    "Ranking": "ranking",
+    "rank": "ranking",
+    "ReferenceLoss": "reference_loss",
+    "curriculum_rows": "sampler",
+}
 
 
 def __getattr__(name: str):
-    if name in _NEEDS_GRAIN:
-        import importlib
-
-        return getattr(importlib.import_module(f"{__name__}.{_NEEDS_GRAIN[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from effscale.curriculum.analysis_map import (
 from effscale.curriculum.analysis_reduce import sort_metric
 from effscale.curriculum.analysis_shards import ShardFolder
 from effscale.curriculum.analysis_workers import local_runner
-from effscale.curriculum.fingerprint import fingerprint, metric_digest
+from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
 from effscale.curriculum.metrics import Batch, Metric, TokenCounts
 from effscale.data import TokenStore, token_counts

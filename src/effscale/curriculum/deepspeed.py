@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from effscale.curriculum.deepspeed_index import ranking_from_deepspeed
+from effscale.curriculum.lengths import Mode, SequenceLengthCurriculum
 from effscale.curriculum.pools import Difficulty
 from effscale.curriculum.ranking import Ranking
-from effscale.curriculum.sequence_length import Mode, SequenceLengthCurriculum
 from effscale.models.validation import (
     check_keys,
     did_you_mean,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Shaped
 
-from effscale.curriculum.fingerprint import fingerprint
+from effscale.curriculum.digests import fingerprint
 from effscale.curriculum.ranking import Ranking
 from effscale.data.store import manifest_digest
 from effscale.models.validation import did_you_mean

@@ -16,7 +16,7 @@ from flax import nnx
 
 from effscale.curriculum.instability import LossRatioWriter, variance_metrics, with_metrics
 from effscale.curriculum.learning_rate import current_learning_rate, steps_then_tokens
-from effscale.curriculum.sequence_length import SequenceLengthCurriculum, truncate
+from effscale.curriculum.lengths import SequenceLengthCurriculum, truncate
 from effscale.data import Corpus, make_dataset
 from effscale.experiments.cli import StoppedBySignal
 from effscale.experiments.finetune_runner import once, writer_of_run

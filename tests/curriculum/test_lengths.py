@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.curriculum.sequence_length import (
+from effscale.curriculum.lengths import (
     SequenceLengthCurriculum,
     reshape,
     reshaped_rows,
