@@ -35,6 +35,17 @@ def test_no_warmup_starts_at_the_peak():
     assert float(ScheduleConfig(kind="linear", peak=1.0, total=10).build()(0)) == 1.0
 
 
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt"])
+def test_counts_of_billions_of_tokens(kind):
+    billions = ScheduleConfig(
+        kind=kind, peak=2.0, warmup=3 * 10**9, total=300 * 10**9, final=0.5, unit="tokens"
+    ).build()
+    ones = ScheduleConfig(kind=kind, peak=2.0, warmup=3, total=300, final=0.5).build()
+    for count in (0.0, 1.5, 3.0, 100.0, 300.0, 500.0):
+        value = jax.jit(billions)(jnp.float32(count * 1e9))
+        np.testing.assert_allclose(value, ones(jnp.float32(count)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

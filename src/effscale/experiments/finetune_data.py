@@ -130,7 +130,7 @@ def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path:
         f"{folder} does not hold {name}.gz of Fashion-MNIST. On Debian: apt-get install dataset-fashion-mnist; "
         "or, without root: apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion, "
         "then --fashion-mnist fashion/usr/share/datasets/fashion-mnist. The four files of "
-        "https://github.com/zalandoresearch/fashion-mnist do as well. Or leave it out: --tasks reviews digits"
+        "https://github.com/zalandoresearch/fashion-mnist do as well. Or take another task, such as digits"
     )
 
 

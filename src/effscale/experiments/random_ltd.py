@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from effscale.training import (
     StagedStep,
     Stages,
     TrainState,
-    by_tokens,
     make_train_step,
 )
 
@@ -77,16 +75,14 @@ class LearningRate:
 
     def build(self, total: int) -> Schedule:
         """The schedule of a run in which a layer consumes ``total`` tokens on average."""
-        # In units of many tokens where their count is beyond int32, which JAX would refuse.
-        unit = math.ceil(total / 2**30)
-        schedule = ScheduleConfig(
+        return ScheduleConfig(
             kind="linear",
             peak=self.peak,
-            warmup=int(self.warmup * total / unit),
-            total=total // unit,
+            warmup=int(self.warmup * total),
+            total=total,
             final=self.final,
-        )
-        return by_tokens(schedule.build(), unit)
+            unit="tokens",
+        ).build()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

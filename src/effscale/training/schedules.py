@@ -78,14 +78,12 @@ class ScheduleConfig:
     def build(self) -> Schedule:
         """The schedule; its function takes integers or floats, traced or not."""
 
+        warmup = float(self.warmup)  # billions of tokens do not fit into 32 bits
+
         def value(count: Any) -> jax.Array:
             count = jnp.asarray(count).astype(jnp.float32)
-            rising = (
-                jnp.minimum(count / max(self.warmup, 1), 1.0)
-                if self.warmup
-                else jnp.ones_like(count)
-            )
-            return jnp.where(count < self.warmup, self.peak * rising, self._decayed(count))
+            rising = jnp.minimum(count / warmup, 1.0) if warmup else jnp.ones_like(count)
+            return jnp.where(count < warmup, self.peak * rising, self._decayed(count))
 
         return Schedule(value, self.unit)
 
@@ -93,10 +91,11 @@ class ScheduleConfig:
         if self.kind == "constant":
             return jnp.full_like(count, self.peak)
         if self.kind == "inverse_sqrt":
-            start = max(self.warmup, 1)
+            start = float(max(self.warmup, 1))
             return jnp.maximum(self.peak * jnp.sqrt(start / jnp.maximum(count, start)), self.final)
         assert self.total is not None
-        progress = jnp.clip((count - self.warmup) / (self.total - self.warmup), 0.0, 1.0)
+        warmup, total = float(self.warmup), float(self.total)
+        progress = jnp.clip((count - warmup) / (total - warmup), 0.0, 1.0)
         shape = (
             1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         )
