@@ -222,7 +222,7 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
         (["--efficiency.min-length", "512"], "min_length=512: must be at most the length of a row"),
         (["--efficiency.min-kept", "257"], "min_kept=257: must be at most the length of a row"),
         (["--efficiency.curriculum", "1.2"], "curriculum=1.2: must be above 0, at most 1"),
-        (["--fractions", "1.0", "0.04"], "warmup=40: must be from 0 to below steps=16"),
+        (["--fractions", "1.0", "0.04"], "warmup=80: must be from 0 to below steps=16"),
         (["--evaluations", "500"], "evaluations=500: must be from 1 to steps=400"),
         (["--resume"], "given with --out"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),

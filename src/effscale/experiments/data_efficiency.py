@@ -59,11 +59,11 @@ class Config:
     """Steps of plain training on the whole budget, which is so many full batches."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=128, num_heads=4, remat="none")
     """The model."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak of the schedule at the whole budget: a linear warmup, then a cosine, both by layer-averaged tokens."""
     final_learning_rate: float | None = None
     """End of the schedule; None takes a tenth of the peak."""
-    warmup: int = 40
+    warmup: int = 80
     """Full batches of warmup, at every part of the budget."""
     optimizer: AdamWConfig = AdamWConfig()
     """AdamW."""

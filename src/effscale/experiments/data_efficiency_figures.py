@@ -31,6 +31,8 @@ def draw(folder: pathlib.Path, comparison: Comparison) -> None:
 
 def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
     """Validation loss over each cost on the whole budget, seeds as a band; ends of smaller budgets as marks."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = plt.subplots(1, 3, figsize=(11.0, 4.0), dpi=100, sharey=True)
     fractions = sorted({f for _, f in comparison.arms}, reverse=True)
     for name, panel in zip(COSTS, axes, strict=True):
@@ -49,6 +51,7 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
                 panel.plot(costs[-1], losses[:, -1].mean(), marker, color=color, ms=5)
         panel.axhline(comparison.target, color="#000000", ls=":", lw=1)
         panel.set(xlabel=LABELS[name])
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     for fraction, marker in zip(fractions[1:], MARKERS, strict=False):
         label = f"end of {100 * fraction:g} %"
         axes[0].plot([], [], marker, color="#888888", ms=5, label=label)

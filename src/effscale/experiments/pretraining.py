@@ -34,6 +34,8 @@ from effscale.training import (
     resume_or_start,
 )
 
+_EVAL_STEP = jax.jit(make_eval_step(next_token_loss))  # one for all, as no technique changes it
+
 
 class Trained(NamedTuple):
     """What a training left.
@@ -74,7 +76,6 @@ class Pretraining:
             tokens_per_batch=count_tokens if ltd is None else ltd.tokens_per_batch(plan.model),
         )
         self._staged = self._stage()
-        self._eval_step = jax.jit(make_eval_step(next_token_loss))
         self._rankings: dict[pathlib.Path, Ranking] = {}
 
     def create(self, seed: int) -> TrainState:
@@ -120,7 +121,7 @@ class Pretraining:
         """The loss on the first ``batches`` held-out batches, on all tokens of whole rows; None takes all batches."""
         means = evaluate(
             state.model,
-            self._eval_step,
+            _EVAL_STEP,
             itertools.islice(held_out, batches),
             place_batch=self._place,
         )
