@@ -74,6 +74,14 @@ def test_one_program_for_all_that_drops_nothing():
     assert len({jax.tree.structure(batch) for batch in batches}) == 1
 
 
+def test_rows_that_would_never_be_seen_whole_are_refused():
+    last = LTD.pacing(LTD.pacing.end)
+    with pytest.raises(
+        ValueError, match=f"ends at {last} kept tokens and the rows have {last + 1}"
+    ):
+        LTD.shape_batch(rows(seq=last + 1), 4)
+
+
 def test_dropping_needs_a_key_and_a_shaped_batch(tiny):
     model, loss = tiny("gpt2"), LTD.loss(next_token_loss)
     key, batch = jax.random.key(0), jax.tree.map(jnp.asarray, rows())

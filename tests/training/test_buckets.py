@@ -209,7 +209,7 @@ def test_close_gives_up_what_has_not_begun():
     threading.Timer(0.05, release.set).start()
     buckets.close()
     assert buckets.num_compilations == 1
-    with pytest.raises(RuntimeError, match="shutdown"):
+    with pytest.raises(RuntimeError, match="closed"):
         buckets.prepare(describe(4))
     # What was given up is compiled at the call.
     for size in (2, 3, 4):

@@ -129,6 +129,9 @@ def test_custom_functions_that_cannot_be_are_refused():
         CustomPacing(function=falls, min_difficulty=0, max_difficulty=8, total=30)
     with pytest.raises(ValueError, match="below min_difficulty=1"):
         CustomPacing(function=never, min_difficulty=1, max_difficulty=5, total=50)
+    halves = CustomPacing(function=lambda t: t / 2, min_difficulty=0, max_difficulty=5, total=10)
+    with pytest.raises(ValueError, match=r"function gives 1\.5 at 3"):
+        halves(3)
 
 
 def test_a_level_beyond_the_end_is_an_error():

@@ -44,6 +44,7 @@ def test_counts_of_billions_of_tokens(kind):
     for count in (0.0, 1.5, 3.0, 100.0, 300.0, 500.0):
         value = jax.jit(billions)(jnp.float32(count * 1e9))
         np.testing.assert_allclose(value, ones(jnp.float32(count)), rtol=1e-6)
+        np.testing.assert_allclose(billions(int(count * 1e9)), value, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A step under a schedule of shapes: same numbers as cropping by hand, one compilation a shape."""
 
+import subprocess
+import sys
 import threading
 
 import jax
@@ -11,7 +13,6 @@ from effscale.training import (
     Loss,
     StagedStep,
     Stages,
-    abstract,
     create_train_state,
     fit,
     make_train_step,
@@ -94,8 +95,44 @@ def test_a_resumed_run_compiles_only_what_is_to_come():
 
 
 def test_close_gives_up_what_has_not_begun():
-    staged = StagedStep(make_train_step(loss, OPTIMIZER), Stages((0, 2, 4), (2, 4, 8)), crop)
-    staged(state(), staged.before_step(0, next(batches(1))))
+    begun, go_on, traced = threading.Event(), threading.Event(), []
+
+    def step(total, batch):
+        rows = batch["x"].shape[0]
+        traced.append(rows)
+        if rows == 4:
+            begun.set()
+            assert go_on.wait(60)
+        return total + batch["x"].sum(), {}
+
+    staged = StagedStep(step, Stages((0, 2, 4), (2, 4, 8)), crop)
+    batch = next(batches(1))
+    staged(jnp.float32(0), staged.before_step(0, batch))
+    assert begun.wait(60)
+    threading.Timer(0.2, go_on.set).start()
     staged.close()
-    assert 1 <= staged.num_compilations <= 3
-    assert abstract(state()).model["w"].shape == (3, 1)
+    assert traced == [2, 4]
+    # A shape that was given up is compiled when it comes.
+    staged(jnp.float32(0), staged.before_step(4, batch))
+    assert traced == [2, 4, 8]
+
+
+def test_exit_does_not_wait_for_what_has_not_begun():
+    program = """
+import sys, time
+import jax.numpy as jnp
+from effscale.training import ShapeBuckets
+
+def slow(x):
+    print(x.shape[0], flush=True)
+    time.sleep(1)
+    return x
+
+buckets = ShapeBuckets(slow)
+for size in range(1, 9):
+    buckets.prepare(jnp.ones(size))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert len(done.stdout.split()) < 8

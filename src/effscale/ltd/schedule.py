@@ -165,9 +165,18 @@ class RandomLTD:
         return stages(self.pacing, cost=lambda kept: each)
 
     def shape_batch(self, batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
-        """The batch with the number of tokens that dropping layers keep, or of all if a curriculum has left fewer."""
-        if "input_ids" in batch:  # one program for all numbers that drop nothing
-            kept = min(kept, batch["input_ids"].shape[1])
+        """The batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened.
+
+        Raises:
+            ValueError: Rows are longer than what is kept in the end, so that no step would see whole ones.
+        """
+        if "input_ids" in batch:
+            length, last = batch["input_ids"].shape[1], self.pacing(self.pacing.end)
+            if length > last:
+                raise ValueError(
+                    f"RandomLTD.pacing ends at {last} kept tokens and the rows have {length}: let it end at the row's length"
+                )
+            kept = min(kept, length)  # one program, and not one for each greater number
         return {**batch, KEPT: KeptTokens(kept)}
 
     def tokens_per_batch(self, config: TransformerConfig) -> Callable[[Any], int]:

@@ -4,9 +4,11 @@ Curricula and token dropping change shapes while training. Their schedules yield
 ``ShapeBuckets`` compiles the next one in a background thread while the present one runs.
 """
 
+import collections
 import concurrent.futures
 import contextvars
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -77,7 +79,9 @@ class ShapeBuckets:
         self._on_compile = on_compile
         self._executables: dict[Any, concurrent.futures.Future[_Executable]] = {}
         self._lock = threading.Lock()
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="shape-buckets")
+        self._waiting: collections.deque[Callable[[], None]] = collections.deque()
+        self._worker: threading.Thread | None = None
+        self._closed = False
         self._carried: tuple[weakref.ref[Any], Any] | None = None
 
     @property
@@ -95,6 +99,10 @@ class ShapeBuckets:
         key = self._key(args)
         future: concurrent.futures.Future[_Executable] = concurrent.futures.Future()
         with self._lock:
+            if self._closed:
+                raise RuntimeError(
+                    "these buckets are closed: nothing is compiled in the background any more"
+                )
             if self._executables.setdefault(key, future) is not future:
                 return
         # The thread sees the same mesh and context variables, but holds no array alive.
@@ -105,11 +113,22 @@ class ShapeBuckets:
             with jax.set_mesh(mesh):
                 self._compile(future, described, background=True)
 
-        try:
-            self._worker.submit(context.run, work)
-        except RuntimeError:  # closed: let a call compile it
-            self._executables.pop(key)
-            raise
+        with self._lock:
+            self._waiting.append(functools.partial(context.run, work))
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="shape-buckets")
+                self._worker.start()
+
+    def _work(self) -> None:
+        """What the thread does: one compilation after another, until there is none."""
+        while True:
+            with self._lock:
+                # When Python exits it waits for this thread, but need not for what has not begun.
+                if not self._waiting or not threading.main_thread().is_alive():
+                    self._worker = None
+                    return
+                compile_next = self._waiting.popleft()
+            compile_next()
 
     def __call__(self, *args: Any) -> Any:
         """The function's value.
@@ -132,7 +151,11 @@ class ShapeBuckets:
 
     def close(self) -> None:
         """Give up what has not begun to compile, and wait for what has."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            self._closed, worker = True, self._worker
+            self._waiting.clear()
+        if worker is not None:
+            worker.join()
         for key in [key for key, future in self._executables.items() if not future.done()]:
             del self._executables[key]
 

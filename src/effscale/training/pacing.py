@@ -89,7 +89,8 @@ class RootPacing(Pacing):
     total: int
     """The count at which it ends, ``total_curriculum_step`` in DeepSpeed."""
     difficulty_step: int | None = None
-    """Granularity. Each level is a shape to compile where difficulty is a length; None makes about a dozen levels."""
+    """Granularity. Where difficulty is a length each level is a shape to compile, and None makes about a dozen at most;
+    where it is a percentile or a value nothing is compiled, and 1 is fine."""
     root_degree: int = 2
     """1 is linear; with a greater degree the difficulty rises faster at first."""
 
@@ -190,15 +191,17 @@ class DiscretePacing(Pacing):
 class CustomPacing(Pacing):
     """Any function that does not fall, up to a count from which on the difficulty is the greatest.
 
+    That it does not fall is checked at a thousand counts, as everywhere would take forever with tokens as the clock.
+
     >>> pacing = CustomPacing(function=lambda t: 8 * 2 ** (t // 100), min_difficulty=8, max_difficulty=64, total=300)
     >>> [pacing(t) for t in (0, 100, 250, 300, 9_999)]
     [8, 16, 32, 64, 64]
     """
 
     function: Callable[[int], int]
-    """Difficulty by count."""
+    """Difficulty by count, in whole numbers."""
     min_difficulty: int
-    """Where it starts."""
+    """A lower bound of its values."""
     max_difficulty: int
     """Where it ends; the function's greater values are taken for this one."""
     total: int
@@ -218,7 +221,6 @@ class CustomPacing(Pacing):
                 f"function={name} is {last} at total={self.total} and never reaches "
                 f"max_difficulty={self.max_difficulty}; use a greater total or a smaller max_difficulty"
             )
-        # A thousand places show whether it falls; everywhere would take forever with tokens as the clock.
         places = sorted({self.total * i // 1000 for i in range(1001)})
         values = [self.function(t) for t in places]
         for t, before, after in zip(places[1:], values[:-1], values[1:], strict=True):
@@ -236,4 +238,7 @@ class CustomPacing(Pacing):
         """The difficulty at count ``t``."""
         if t >= self.total:
             return self.max_difficulty
-        return min(int(self.function(t)), self.max_difficulty)
+        value = self.function(t)
+        if value != int(value):
+            raise ValueError(f"function gives {value} at {t}; a difficulty is a whole number")
+        return min(int(value), self.max_difficulty)

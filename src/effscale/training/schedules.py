@@ -77,11 +77,10 @@ class ScheduleConfig:
 
     def build(self) -> Schedule:
         """The schedule; its function takes integers or floats, traced or not."""
-
         warmup = float(self.warmup)  # billions of tokens do not fit into 32 bits
 
         def value(count: Any) -> jax.Array:
-            count = jnp.asarray(count).astype(jnp.float32)
+            count = jnp.asarray(count, jnp.float32)
             rising = jnp.minimum(count / warmup, 1.0) if warmup else jnp.ones_like(count)
             return jnp.where(count < warmup, self.peak * rising, self._decayed(count))
 
@@ -119,7 +118,7 @@ def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None
     if tokens_per_step < 1:
         raise ValueError(f"tokens_per_step={tokens_per_step} must be at least 1")
     return Schedule(
-        lambda tokens: schedule(jnp.asarray(tokens).astype(jnp.float32) / tokens_per_step), "tokens"
+        lambda tokens: schedule(jnp.asarray(tokens, jnp.float32) / tokens_per_step), "tokens"
     )
 
 

@@ -82,7 +82,7 @@ class StagedStep:
         self._buckets.wait()
 
     def close(self) -> None:
-        """Give up what has not begun to compile, and wait for what has."""
+        """Give up what has not begun to compile, and wait for what has; Python's exit does so too."""
         self._buckets.close()
 
     def _prepare(self, state: Any, step: int, batch: Any) -> None:
