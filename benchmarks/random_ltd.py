@@ -2,8 +2,10 @@
 
 8 layers, 256 wide, 4 heads, S = 512, batches of 8 rows, float32, AdamW; the 6 middle layers keep r tokens. `layers` is the
 forward and backward pass up to the last norm, `step` a whole training step with a vocabulary of 512 and AdamW. Every r is
-timed in turn in one process. `gather` is what a dropping layer does without the layer itself: positions drawn, tokens taken
-out and put back in six layers, forward and backward.
+timed in turn in one process. `schedule` is the papers' GPT recipe, scaled: from a sixteenth of the tokens to all of them after
+0.7 of 1,000 steps; each r takes its median step, and what is saved is of 1,000 steps without dropping. `gather` is what a
+dropping layer does without the layer itself: positions drawn, tokens taken out and put back in six layers, forward and
+backward.
 """
 
 import statistics
@@ -13,6 +15,7 @@ from harness import main, seconds, table
 
 LAYERS, WIDTH, HEADS, VOCAB, BATCH, LENGTH = 8, 256, 4, 512, 8, 512
 KEPT = (512, 128, 256, 384)
+SCHEDULE, STEPS = (512, 32, 64, 128, 192, 256, 320, 384, 448), 1000
 REPEATS = 9
 
 
@@ -31,6 +34,15 @@ def setup():
     model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
     ids = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     return model, {"input_ids": jax.numpy.asarray(ids[:, :-1]), "labels": ids[:, 1:]}
+
+
+def recipe():
+    """The schedule, of whose values SCHEDULE is the list."""
+    from effscale.ltd import mslg
+
+    return mslg(
+        min_value=LENGTH // 16, max_value=LENGTH, require_steps=round(0.7 * STEPS), seq_per_step=64
+    )
 
 
 def in_turn(functions: dict) -> dict[str, float]:
@@ -67,7 +79,7 @@ def layers() -> dict[str, float]:
 def step() -> dict[str, float]:
     import jax
 
-    from effscale.ltd import RandomLTD, mslg
+    from effscale.ltd import RandomLTD
     from effscale.training import (
         AdamWConfig,
         ShapeBuckets,
@@ -77,7 +89,7 @@ def step() -> dict[str, float]:
     )
 
     model, batch = setup()
-    ltd = RandomLTD(pacing=mslg(min_value=min(KEPT), max_value=LENGTH, require_steps=10))
+    ltd = RandomLTD(pacing=recipe())
     optimizer = AdamWConfig().build(1e-3)
     state = create_train_state(model, optimizer, key=jax.random.key(0))
     train_step = make_train_step(ltd.loss(next_token_loss), optimizer, clip_norm=1.0)
@@ -91,7 +103,7 @@ def step() -> dict[str, float]:
 
         return run
 
-    return in_turn({f"step_{kept}_ms": once(kept) for kept in KEPT})
+    return in_turn({f"step_{kept}_ms": once(kept) for kept in SCHEDULE})
 
 
 def gather() -> dict[str, float]:
@@ -120,7 +132,7 @@ def gather() -> dict[str, float]:
 def report(medians: dict[str, dict[str, float]]) -> str:
     import dataclasses
 
-    from effscale.ltd import training_flops
+    from effscale.ltd import RandomLTD, training_flops
     from effscale.models import gpt2
 
     config = gpt2(
@@ -144,6 +156,15 @@ def report(medians: dict[str, dict[str, float]]) -> str:
                 part, f"{kept / LENGTH:.2f}", f"{took:.1f}", f"{saved:.1%}", f"{theory:.1%}",
                 f"{saved / theory:.2f}", f"{medians['gather'][f'gather_{kept}_ms']:.2f}",
             ))  # fmt: skip
+    stages = RandomLTD(pacing=recipe()).stages()
+    took = stages.total(STEPS, lambda kept: medians["step"][f"step_{kept}_ms"])
+    flops = stages.total(STEPS, lambda kept: training_flops(config, LENGTH, kept=kept))
+    saved = 1 - took / (STEPS * medians["step"][f"step_{LENGTH}_ms"])
+    theory = 1 - flops / (STEPS * training_flops(config, LENGTH))
+    rows.append((
+        "schedule", "1/16 to 1", f"{took / STEPS:.1f}", f"{saved:.1%}", f"{theory:.1%}",
+        f"{saved / theory:.2f}", "",
+    ))  # fmt: skip
     return table(rows)
 
 

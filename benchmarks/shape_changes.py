@@ -1,0 +1,95 @@
+"""Whether a step waits where a curriculum or token dropping changes shapes.
+
+A GPT-2 shape (6 layers, 256 wide, 4 heads, vocabulary 8192, batches of 8 rows) is trained while its rows grow from 64 to 256
+tokens in seven lengths, and a part of its middle layers' tokens is dropped. The first step of each length is compared with the median of
+its length; ``jit`` is the same run through ``jax.jit``, which compiles when a shape first comes.
+"""
+
+import statistics
+import time
+
+from harness import main
+
+LAYERS, WIDTH, HEADS, VOCAB, BATCH, LENGTH, STEPS = 6, 256, 4, 8192, 8, 256, 60
+
+
+def run(background: bool) -> dict[str, float]:
+    import dataclasses
+
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from effscale.curriculum import SequenceLengthCurriculum
+    from effscale.experiments.host import keep_freed_memory
+    from effscale.ltd import RandomLTD, mslg
+    from effscale.models import Transformer, gpt2
+    from effscale.training import (
+        AdamWConfig,
+        LinearPacing,
+        StagedStep,
+        create_train_state,
+        make_train_step,
+        merge,
+        next_token_loss,
+    )
+
+    keep_freed_memory()  # as every experiment does
+    pacing = LinearPacing(
+        min_difficulty=64, max_difficulty=LENGTH, total=6 * STEPS, difficulty_step=32
+    )
+    curriculum = SequenceLengthCurriculum(pacing=pacing)
+    ltd = RandomLTD(
+        pacing=mslg(min_value=32, max_value=LENGTH, require_steps=8 * STEPS, seq_per_step=32)
+    )
+
+    def shape_batch(batch, value):
+        length, kept = value
+        return ltd.shape_batch(curriculum.shape_batch(batch, length), kept)
+
+    stages = merge(curriculum.stages(BATCH), ltd.stages(BATCH))
+    config = gpt2(
+        num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=LENGTH
+    )
+    model = Transformer(dataclasses.replace(config, remat="dots"), rngs=nnx.Rngs(0))
+    optimizer = AdamWConfig().build(1e-3)
+    state = create_train_state(model, optimizer, key=jax.random.key(0))
+    step = make_train_step(ltd.loss(next_token_loss), optimizer, clip_norm=1.0)
+    staged = StagedStep(step, stages, shape_batch)
+    jitted = jax.jit(step, donate_argnums=0)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
+    whole = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
+
+    times: dict[int, list[float]] = {}
+    for number in range(stages.starts[-1] + STEPS):
+        began = time.perf_counter()
+        batch = staged.before_step(number, whole)
+        state, metrics = (staged if background else jitted)(state, batch)
+        jax.block_until_ready((state, metrics))
+        times.setdefault(stages.index(number), []).append(time.perf_counter() - began)
+    ratios = [took[0] / statistics.median(took) for stage, took in times.items() if stage > 0]
+    compiled = staged.num_compilations if background else jitted._cache_size()
+    return {
+        "greatest_first_over_median": max(ratios),
+        "median_first_over_median": statistics.median(ratios),
+        "stages": len(stages.values),
+        "compilations": compiled,
+        "seconds": sum(map(sum, times.values())),
+    }
+
+
+def report(medians: dict[str, dict[str, float]]) -> str:
+    return "\n".join(
+        f"{name}: the first step of a shape takes up to {values['greatest_first_over_median']:.2f} x the median of its shape; "
+        f"{values['compilations']:.0f} compilations for {values['stages']:.0f} stages"
+        for name, values in medians.items()
+    )
+
+
+if __name__ == "__main__":
+    workers = {
+        "staged": lambda: run(True),
+        "jit": lambda: run(False),
+        "staged@newest": lambda: run(True),
+    }
+    main(workers, rounds=3, report=report)
