@@ -14,11 +14,11 @@ from effscale.experiments.finetune_batches import TrainingBatches
 from effscale.experiments.finetune_model import class_loss, classifier_config
 from effscale.experiments.random_ltd import Arm, Dropping, LearningRate
 from effscale.experiments.random_ltd_report import ArmRuns, cost_figures
-from effscale.experiments.random_ltd_vit import PRESETS, Config, main
+from effscale.experiments.random_ltd_vit import PRESETS, Config, Runner, main
 from effscale.experiments.saved import config_from_json
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, vit
-from effscale.training import AdamWConfig, create_train_state
+from effscale.training import AdamWConfig, StagedStep, create_train_state
 from effscale.training.serialize import to_json
 
 
@@ -55,12 +55,43 @@ def options(tmp_path_factory):
     ]
 
 
+class Watched:
+    """What the training steps of a run were given, and how many programs were ready for each."""
+
+    def __init__(self, patch):
+        self.batches, self.compiled, self.steps = {}, [], {}
+        before_step = StagedStep.before_step
+
+        def watch(staged, step, batch):
+            self.steps[id(staged)] = staged  # kept, so that no other one gets its id
+            self.batches.setdefault(id(staged), []).append(batch)
+            self.compiled.append((step, len(staged.stages.values), staged.num_compilations))
+            return before_step(staged, step, batch)
+
+        patch.setattr(StagedStep, "before_step", watch)
+
+
 @pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
-    """A finished run with two seeds: 30 steps on 10 tokens an image."""
+def watched(options, tmp_path_factory):
+    """A finished run with two seeds, 30 steps on 10 tokens an image, and what its steps were given."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    main([*options, "--seeds", "2", "--out", str(out)])
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        heads, create = {}, Runner._create
+
+        def keep_head(runner, seed):
+            state = create(runner, seed)
+            heads[runner.name_of(seed)] = jax.device_get(nnx.to_pure_dict(nnx.state(state.model)))
+            return state
+
+        patch.setattr(Runner, "_create", keep_head)
+        seen = Watched(patch)
+        main([*options, "--seeds", "2", "--out", str(out)])
+    return out, seen, heads
+
+
+@pytest.fixture(scope="module")
+def finished(watched):
+    return watched[0]
 
 
 def records(folder, name):
@@ -121,10 +152,28 @@ def test_a_run_leaves_what_it_promises(finished):
     assert not list(finished.rglob("checkpoints"))
 
 
-def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(finished):
+def test_no_step_but_the_first_shares_the_machine_with_a_compilation(watched):
+    _, seen, _ = watched
+    assert {stages for _, stages, _ in seen.compiled} == {1, 4}
+    assert len(seen.compiled) == 4 * 30
+    assert all(ready == stages for step, stages, ready in seen.compiled if step >= 1)
+
+
+def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(watched):
+    finished, seen, heads = watched
     first = [records(finished, f"seed-0/{arm}")[0] for arm in ("baseline", "random_ltd")]
-    assert first[0]["weight"] == first[1]["weight"]
     assert first[0]["loss"] != first[1]["loss"]
+    plain, dropping = seen.batches.values()
+    assert len(plain) == len(dropping) == 60
+    for one, other in zip(plain, dropping, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert not np.array_equal(plain[0]["images"], plain[30]["images"])  # of another seed
+    for seed in (0, 1):
+        arms = [heads[f"seed-{seed}/{arm}"] for arm in ("baseline", "random_ltd")]
+        jax.tree.map(np.testing.assert_array_equal, *arms)
+    kernels = [heads[f"seed-{seed}/baseline"]["heads"]["classes"] for seed in (0, 1)]
+    assert not np.array_equal(*(kernel["dense"]["kernel"] for kernel in kernels))
     # With nothing to drop the arms are one.
     model = classifier_config(small_vit(), 4)
     batch = {
@@ -164,6 +213,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         return step_of(batches)
 
     monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
+    seen = Watched(monkeypatch)
     for number, stop in enumerate(stops):  # in the baseline, then among random-LTD's stages
         next_batch.count, next_batch.stop = 0, stop - 12 * number
         words = [*options, "--out", str(out)] if number == 0 else ["--out", str(out), "--resume"]
@@ -176,10 +226,16 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
     assert not (out / "results.json").exists()
     next_batch.count = 100
     kept = (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns
-    main(["--out", str(out), "--resume"])
+    assert (out / "seed-0/random_ltd/seconds.json").is_file()
+    seen.steps.clear()
+    main(["--out", str(out), "--resume", "--seeds", "2"])
     assert (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns == kept
-    for arm in ("baseline", "random_ltd"):
-        assert records(out, f"seed-0/{arm}") == records(finished, f"seed-0/{arm}")
+    assert not list(out.rglob("seconds.json"))
+    for run in ("seed-0/baseline", "seed-0/random_ltd", "seed-1/baseline", "seed-1/random_ltd"):
+        assert records(out, run) == records(finished, run)
+    # What went on in the middle left shapes out, which the other seed's run did not have to compile at the call.
+    at_call = [[c.background for c in s.compilations].count(False) for s in seen.steps.values()]
+    assert at_call == [1, 1, 1]
 
 
 def test_seconds_are_medians_of_a_stage_times_its_steps():
@@ -193,21 +249,16 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
         num_steps=20,
     )
     assert arm.stages.values == (4, 8, 12, 16, 17)
-    starts = arm.stages.starts
-    seconds = {4: 1.0, 8: 2.0, 12: 3.0, 16: 4.0, 17: 5.0}
-    wait = lambda step: 50.0 if step in starts else 1.0
+    seconds = {4: 1.0, 8: 2.0, 16: 4.5, 17: 5.0}
     timing = [
-        {
-            "step": step + 1,
-            "tokens_per_second": arm.layer_tokens(kept) / (seconds[kept] * wait(step)),
-        }
+        {"step": step + 1, "tokens_per_second": arm.layer_tokens(kept) / seconds[kept]}
         for step in range(20)
         if (kept := arm.stages(step)) != 12  # of these none was timed
     ]
     slow = [record | {"tokens_per_second": record["tokens_per_second"] / 9} for record in timing]
     runs = ArmRuns(arm=arm, records=[[], [], []], timing=[timing, slow, timing])
-    # The only step with 16 is the first of its stage: 12 and 16 lie on the line from 8 to 17.
-    each = {4: 1.0, 8: 2.0, 12: 2 + 3 * 4 / 9, 16: 2 + 3 * 8 / 9, 17: 5.0}
+    # The first step of a stage is one like the others, here the only one with 16; 12 lies between 8 and 16.
+    each = {4: 1.0, 8: 2.0, 12: (2 + 4.5) / 2, 16: 4.5, 17: 5.0}
     assert runs.step_seconds() == pytest.approx(each)
     wanted = sum(each[arm.stages(step)] for step in range(20))
     assert runs.seconds == pytest.approx(wanted)

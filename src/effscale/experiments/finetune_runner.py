@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 import sys
@@ -27,6 +28,7 @@ from effscale.training import (
     RunFolder,
     ScheduleConfig,
     ShapeBuckets,
+    StagedStep,
     TensorBoardWriter,
     TrainState,
     create_train_state,
@@ -179,6 +181,9 @@ class Runner:
 def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
 
+    The ``seconds`` of its ``done.json`` are those of all calls that ended it or were asked to stop in it, compilations and
+    evaluations included; of a call that was killed nothing is known.
+
     Args:
         folder: The run folder.
         name: The run, which is also its own folder inside.
@@ -189,9 +194,16 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     if done.is_file():
         return
     print(name, file=sys.stderr)
+    earlier = place / "seconds.json"  # those of calls before this one
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else 0.0
     began = time.perf_counter()
-    train()
-    write_json(done, {"seconds": time.perf_counter() - began})
+    try:
+        train()
+    except StoppedBySignal:
+        write_json(earlier, before + time.perf_counter() - began)
+        raise
+    write_json(done, {"seconds": before + time.perf_counter() - began})
+    earlier.unlink(missing_ok=True)
     # Of no use to a finished run, and three times the model's size.
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
@@ -206,9 +218,12 @@ def train_to_end(
     num_steps: int,
     evaluate: Callable[[TrainState], Mapping[str, float]],
     every: int,
-    before_step: Callable[[int, Any], Any] | None = None,
+    restage: Callable[[], StagedStep] | None = None,
 ) -> TrainState:
     """Trains from the start, or from the run's checkpoint, with all files of the run in its own folder.
+
+    Where the step is a ``StagedStep``, the second one waits until all shapes are compiled, so that no compilation shares
+    the machine with steps whose time is taken.
 
     Args:
         folder: The run folder.
@@ -219,7 +234,8 @@ def train_to_end(
         num_steps: Steps of the whole run.
         evaluate: From a state to metrics.
         every: Steps between evaluations, and between checkpoints.
-        before_step: As in ``fit``.
+        restage: Makes another ``StagedStep`` like ``step``, for a run that goes on in the middle of its schedule. It leaves the
+            shapes behind it out, and ``step`` must have them for the run of another seed.
 
     Returns:
         The last state.
@@ -229,11 +245,22 @@ def train_to_end(
     """
     with Checkpoints(folder.path / name / "checkpoints", keep=1, every=every) as checkpoints:
         state, start = resume_or_start(checkpoints, create, batches)
+        another = restage() if restage is not None and start > 0 else None
+        stepped = step if another is None else another
+        staged = stepped if isinstance(stepped, StagedStep) else None
+
+        def before_step(number: int, batch: Any) -> Any:
+            if staged is None:
+                return batch
+            if number == start + 1:
+                staged.wait()
+            return staged.before_step(number, batch)
+
         writer = writer_of_run(folder, name, num_steps, start)
         try:
             fitted = fit(
                 state,
-                step,
+                stepped,
                 batches,
                 num_steps=num_steps,
                 checkpoints=checkpoints,
@@ -244,6 +271,8 @@ def train_to_end(
             )
         finally:
             writer.close()
+            if another is not None:
+                another.close()
     if fitted.stopped_reason == "signal":
         raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
     return fitted.state

@@ -67,7 +67,8 @@ class Pretraining:
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
         )
-        self.step = self.arm.staged(step)
+        self._restage = functools.partial(self.arm.staged, step)
+        self.step = self._restage()
         self.eval_step = jax.jit(make_eval_step(masked_token_loss))
 
     def name_of(self, seed: int) -> str:
@@ -92,7 +93,7 @@ class Pretraining:
                 num_steps=self.config.steps,
                 evaluate=self._evaluate,
                 every=self.config.eval_every,
-                before_step=self.step.before_step,
+                restage=self._restage,
             )
             save_pretrained(state.model, folder.path / name / "model", tokenizer=self.tokenizer)
 

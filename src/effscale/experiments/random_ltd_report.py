@@ -45,16 +45,13 @@ class ArmRuns:
     def step_seconds(self) -> dict[int, float]:
         """Seconds of a step by kept tokens: the median over all seeds' steps.
 
-        The first step of a stage may wait for a compilation, and is left out. A number of kept tokens of which no other step
-        was timed takes what lies between its neighbours' values.
+        No compilation is among them, as a run's second step waits for all, and its first is not timed. A number of kept tokens of
+        which no step was timed takes what lies between its neighbours' values.
         """
         times: dict[int, list[float]] = {kept: [] for kept in self.arm.stages.values}
         for timing in self.timing:
             for record in timing:
-                step = record["step"] - 1
-                if step in self.arm.stages.starts:
-                    continue
-                kept = self.arm.stages(step)
+                kept = self.arm.stages(record["step"] - 1)
                 speed = record["tokens_per_second"]
                 times[kept].append(self.arm.layer_tokens(kept) / speed)
         known = {kept: float(np.median(values)) for kept, values in times.items() if values}

@@ -243,7 +243,8 @@ class Runner:
             optimizer=config.optimizer,
             clip_norm=config.clip_norm,
         )
-        self.step = self.arm.staged(step)
+        self._restage = functools.partial(self.arm.staged, step)
+        self.step = self._restage()
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def name_of(self, seed: int) -> str:
@@ -269,7 +270,7 @@ class Runner:
                 num_steps=self.problem.steps,
                 evaluate=self._evaluate,
                 every=self.config.eval_every,
-                before_step=self.step.before_step,
+                restage=self._restage,
             ),
         )
 
