@@ -214,10 +214,9 @@ class Training:
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
         """
-        staged = self._stage(arm)
         for seed in range(self.config.seeds):
             name = f"seed-{seed}/{arm.name}"
-            once(folder, name, functools.partial(self._train, folder, name, arm, seed, staged))
+            once(folder, name, functools.partial(self._train, folder, name, arm, seed))
 
     def close(self) -> None:
         """Give up what is being compiled."""
@@ -228,19 +227,15 @@ class Training:
         """The arm's step; arms of equal shapes share it, as their learning rates are in the state."""
         key = arm.batch_size, arm.lengths
         if key not in self._staged:
-            # Rows are cut, not reshaped, as in the paper; only the curriculum has lengths to cut to.
-            step = make_step(self.config, arm.batch_size)
-            self._staged[key] = StagedStep(step, arm.lengths, truncate, place_batch=self._place)
+            self._staged[key] = self._restage(arm)
         return self._staged[key]
 
-    def _train(
-        self,
-        folder: RunFolder,
-        name: str,
-        arm: Arm,
-        seed: int,
-        staged: StagedStep,
-    ) -> None:
+    def _restage(self, arm: Arm) -> StagedStep:
+        # Rows are cut, not reshaped, as in the paper; only the curriculum has lengths to cut to.
+        step = make_step(self.config, arm.batch_size)
+        return StagedStep(step, arm.lengths, truncate, place_batch=self._place)
+
+    def _train(self, folder: RunFolder, name: str, arm: Arm, seed: int) -> None:
         create = functools.partial(
             create_state, self.config, self.vocab_size, arm.learning_rate, seed
         )
@@ -253,6 +248,8 @@ class Training:
         ):
             layout = shardings(jax.eval_shape(create), self.mesh)
             state, start = resume_or_start(checkpoints, create, batches, shardings=layout)
+            # A run that goes on leaves the shapes behind it out; another seed's run will need them.
+            staged = self._stage(arm) if start == 0 else self._restage(arm)
             writer = writer_of_run(folder, name, arm.num_steps, start)
             writer = LossRatioWriter(writer, read_jsonl(place / "metrics.jsonl"))
 
@@ -280,6 +277,8 @@ class Training:
                 return
             finally:
                 writer.close()
+                if start > 0:
+                    staged.close()
         if fitted.stopped_reason == "signal":
             raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
 
