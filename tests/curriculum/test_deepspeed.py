@@ -89,6 +89,10 @@ def test_custom_schedules_need_their_function_again():
     config = block("custom", 1, 4, total_curriculum_step=3)
     pacing = pacing_from_deepspeed(config, function=lambda step: 1 + step)
     assert [pacing(t) for t in (1, 2, 3, 4)] == [2, 3, 4, 4]
+    # Step 0 is none of DeepSpeed's: at 0 this function is below min_difficulty, and the other has no value.
+    from_one = pacing_from_deepspeed(config, function=lambda step: 2 * step - 1)
+    assert [from_one(t) for t in (0, 1, 2, 3)] == [1, 1, 3, 4]
+    assert pacing_from_deepspeed(config, function=lambda step: 5 - 4 // step)(0) == 1
     with pytest.raises(ValueError, match=r"voc\.schedule_type='custom': needs a function"):
         pacing_from_deepspeed(config, name="voc")
 
@@ -180,6 +184,15 @@ def test_reshaping_and_metrics_that_order_nothing():
     assert found.sequence_length.mode == "reshape"
     assert found.difficulties["seqlen"].clustering_type == "single_cluster"
     assert found.difficulties["seqlen"].ranking is None
+
+
+@pytest.mark.parametrize("name", ["seqlen_truncate", "seqlen_reshape"])
+def test_a_metric_of_lengths_that_also_clusters_is_refused(name):
+    config = whole(**{name: {**TRUNCATE, "clustering_type": "schedule_based"}})
+    with pytest.raises(
+        ValueError, match=rf"{name}\.clustering_type='schedule_based': must be 'sin"
+    ):
+        curriculum_from_deepspeed(config)
 
 
 def test_indexes_are_read_from_their_files(monkeypatch):

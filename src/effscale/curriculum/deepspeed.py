@@ -5,6 +5,7 @@ missing or contradictory is an error, where DeepSpeed passes over it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +66,8 @@ def curriculum_from_deepspeed(
 
     A curriculum is on if its own ``enabled`` says so, as in DeepSpeed. The switches above it, which DeepSpeed does not
     consult, may be left out; one that says otherwise is an error. Metrics called ``seqlen_truncate`` and
-    ``seqlen_reshape`` become the sequence-length curriculum. Of the others, those with
+    ``seqlen_reshape`` become the sequence-length curriculum, and must have ``clustering_type="single_cluster"``: ordering
+    samples as well takes a second metric, of another name. Of the others, those with
     ``clustering_type="single_cluster"`` leave the order of samples alone, whatever their name.
 
     ``data_cluster_path`` and ``num_workers`` have no counterpart: nothing is written, and reading ahead is safe.
@@ -118,7 +120,8 @@ def pacing_from_deepspeed(
     ``difficulty_step``, fall below ``min_difficulty``, ours do not; and from ``total_curriculum_step`` on ours are
     ``max_difficulty``, which DeepSpeed reaches later where it is no multiple of ``difficulty_step``. With
     ``fixed_discrete`` the first and last ``difficulty`` must be ``min_difficulty`` and ``max_difficulty``, and with
-    ``custom`` a ``total_curriculum_step`` says when the function has got there.
+    ``custom`` a ``total_curriculum_step`` says when the function has got there. The function is never asked for a step
+    below 1.
 
     Args:
         config: The block; only the keys of its schedule are looked at.
@@ -159,7 +162,12 @@ def pacing_from_deepspeed(
             raise ValueError(
                 f"{name}.schedule_type='custom': needs a function from steps to difficulties"
             )
-        return CustomPacing(function=function, min_difficulty=low, max_difficulty=high, total=total)
+        return CustomPacing(
+            function=functools.update_wrapper(functools.partial(_from_one, function), function),
+            min_difficulty=low,
+            max_difficulty=high,
+            total=total,
+        )
     step = whole_number(schedule["difficulty_step"], f"{where}.difficulty_step")
     if kind == "fixed_linear":
         return LinearPacing(
@@ -172,6 +180,11 @@ def pacing_from_deepspeed(
         difficulty_step=step,
         root_degree=whole_number(schedule["root_degree"], f"{where}.root_degree"),
     )
+
+
+def _from_one(function: Callable[[int], int], step: int) -> int:
+    """A function that counts steps from 1, as DeepSpeed's do, for a pacing that begins at 0."""
+    return function(max(step, 1))
 
 
 def _data_efficiency(
@@ -216,6 +229,11 @@ def _metrics(
         check_keys(metric, place, required=METRIC, optional=PATHS)
         pacing = pacing_from_deepspeed(metric, function=functions.get(name), name=place)
         if name in LENGTHS:
+            if metric["clustering_type"] != "single_cluster":
+                raise ValueError(
+                    f"{place}.clustering_type={metric['clustering_type']!r}: must be 'single_cluster', as {name} shapes "
+                    "batches and orders nothing; give what orders the samples as a metric of another name"
+                )
             lengths[name] = SequenceLengthCurriculum(pacing=pacing, mode=LENGTHS[name])
         else:
             difficulties[name] = _difficulty(metric, pacing, rankings.get(name), place)
