@@ -179,6 +179,22 @@ def test_the_digest_tells_corpora_apart(tmp_path):
     assert len(digests) == 3
 
 
+@pytest.mark.parametrize("length", [3, 200_000, 1_000_000])
+def test_corpora_of_equal_document_lengths_have_different_digests(tmp_path, length):
+    tokens = np.random.default_rng(0).integers(0, 9, length)
+    # Other tokens throughout, and other ones at the very beginning or end only.
+    corpora = {"a": tokens, "b": (tokens + 1) % 9, "c": tokens.copy(), "d": tokens.copy()}
+    corpora["c"][0], corpora["d"][-1] = (tokens[0] + 1) % 9, (tokens[-1] + 1) % 9
+    digests = set()
+    for name, items in corpora.items():
+        write_indexed(tmp_path / name, [items], "<u2")
+        corpus = MegatronTokens.open(tmp_path / name, vocab_size=9)
+        digests.add(corpus.manifest["digest"])
+        again = MegatronTokens.open(tmp_path / name, vocab_size=9)
+        assert again.manifest == corpus.manifest
+    assert len(digests) == 4
+
+
 def test_bad_arguments_and_corpora(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", [[1, 2], [9]], "<i4")
     with pytest.raises(ValueError, match="vocab_size=0"):
