@@ -254,6 +254,29 @@ def test_stages_are_the_lengths_step_by_step(mode, clock, total, multiple_of):
     assert expected[-1] == 24
 
 
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_the_tokens_of_all_processes_are_counted_as_each_cuts_its_rows(process_count):
+    curriculum = SequenceLengthCurriculum(
+        pacing=linear(3, 24, 900, clock="tokens"), mode="reshape", rows_multiple_of=2
+    )
+    found = curriculum.stages(batch_size=8, process_count=process_count)
+    parts = [packed_batch(8 // process_count, 24, seed)[0] for seed in range(process_count)]
+    consumed = 0
+    for step in range(40):
+        assert found(step) == curriculum.pacing(consumed), step
+        # What the processes give to the step together.
+        cut = [curriculum.shape_batch(part, found(step))["input_ids"] for part in parts]
+        consumed += sum(rows.size for rows in cut)
+    assert consumed > 900
+
+
+def test_a_batch_that_the_processes_cannot_share():
+    curriculum = SequenceLengthCurriculum(pacing=linear(3, 24))
+    for process_count in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"process_count={process_count}: .*batch_size=8"):
+            curriculum.stages(8, process_count=process_count)
+
+
 def test_other_pacings_give_lengths_too():
     discrete = DiscretePacing(difficulty=(4, 8, 16), max_step=(2, 3))
     custom = CustomPacing(function=lambda t: 4 + t, min_difficulty=4, max_difficulty=16, total=12)

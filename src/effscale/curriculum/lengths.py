@@ -50,7 +50,7 @@ class SequenceLengthCurriculum:
     """Lengths are rounded up to a multiple of it; the original does so with 8 for BERT."""
     rows_multiple_of: int = 2
     """``reshape`` makes a multiple of so many rows. The original's is 2; a batch that is sharded or accumulated needs a
-    multiple of its parts."""
+    multiple of its parts. With several processes it is counted in each."""
 
     def __post_init__(self):
         shortest, longest = self.pacing(0), self.pacing(self.pacing.end)
@@ -76,20 +76,30 @@ class SequenceLengthCurriculum:
                 f"let the pacing end at {length}, or pack rows of {longest}"
             )
 
-    def stages(self, batch_size: int) -> Stages[int]:
+    def stages(self, batch_size: int, *, process_count: int = 1) -> Stages[int]:
         """The length by training step.
 
         Args:
-            batch_size: Rows of a full-length batch. Only the clocks ``samples`` (rows read) and ``tokens`` (inputs trained
-                on) need it.
+            batch_size: Rows of a full-length batch over all processes. Only the clocks ``samples`` (rows read) and
+                ``tokens`` (inputs trained on) need it.
+            process_count: Processes among which a batch is divided, ``jax.process_count()``. Each reshapes its own rows, so
+                that under ``reshape`` the number of pieces depends on it, and so does which pieces a batch holds.
+
+        Raises:
+            ValueError: The rows of a batch cannot be divided equally among the processes.
         """
-        full = self.pacing(self.pacing.end)
+        if process_count < 1 or batch_size % process_count:
+            raise ValueError(
+                f"process_count={process_count}: must be a divisor of batch_size={batch_size}"
+            )
+        full, own_rows = self.pacing(self.pacing.end), batch_size // process_count
 
         def tokens(length: int) -> int:
             length = self._rounded(length)
             if self.mode == "truncate":
                 return batch_size * length
-            return length * reshaped_rows(batch_size, full, length, self.rows_multiple_of)
+            pieces = reshaped_rows(own_rows, full, length, self.rows_multiple_of)
+            return length * pieces * process_count
 
         cost = tokens if self.pacing.clock == "tokens" else lambda length: batch_size
         return stages(self.pacing, cost=cost).map(self._rounded)
