@@ -1,9 +1,13 @@
 """The analysis against a slow NumPy version, whatever the workers; and what happens when things go wrong."""
 
+import contextlib
+import errno
 import functools
 import json
+import os
 import pathlib
 import struct
+import subprocess
 import sys
 
 import grain
@@ -17,11 +21,11 @@ from effscale.curriculum.analysis import accumulate, analyze, count_vocabulary
 from effscale.curriculum.analysis_map import Shard, map_metrics, plan_shards
 from effscale.curriculum.analysis_reduce import sort_metric
 from effscale.curriculum.analysis_rows import read_rows
-from effscale.curriculum.analysis_shards import ShardFolder
+from effscale.curriculum.analysis_shards import MARKER, ShardFolder, claimed
 from effscale.curriculum.index import DifficultyIndex
 from effscale.curriculum.metrics import TokenCounts, VocabularyRarity, sequence_length
 from effscale.curriculum.ranking import check_ranking
-from effscale.data import MegatronTokens, PackedTokens, TokenStore, TokenStoreWriter
+from effscale.data import DiskFullError, MegatronTokens, PackedTokens, TokenStore, TokenStoreWriter
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +280,7 @@ def test_a_shard_that_always_kills_its_worker_is_named_and_the_others_are_kept(p
     with pytest.raises(FileNotFoundError, match="analysis was begun"):
         DifficultyIndex.open(tmp_path / "index")
     assert {"00001.parquet", "00002.parquet", "00003.parquet"} == {
-        path.name for path in (tmp_path / "index.shards").iterdir()
+        path.name for path in (tmp_path / ".index.analysis").glob("*.parquet")
     }
 
 
@@ -303,7 +307,7 @@ def test_finished_shards_are_kept_and_damaged_or_foreign_ones_are_not(parts, tmp
     run = functools.partial(analyze, folder=folder, shard_size=10, batch_size=5)
     with pytest.raises(OSError, match="the disk is gone"):
         run(Counting(broken=55), metrics)
-    shards = sorted((tmp_path / "index.shards").iterdir())
+    shards = sorted((tmp_path / ".index.analysis").glob("*.parquet"))
     assert [path.name for path in shards] == [f"{shard:05d}.parquet" for shard in range(5)]
     # One is damaged in the middle, one cut off.
     content = bytearray(shards[1].read_bytes())
@@ -329,6 +333,134 @@ def test_finished_shards_are_kept_and_damaged_or_foreign_ones_are_not(parts, tmp
         source = Counting()
         run(source, second, overwrite=True)
         assert source.read == set(range(100))
+
+
+def test_what_is_beside_an_index_stays(parts, tmp_path):
+    run = functools.partial(analyze, parts.Remainders(9), {"token": parts.token}, shard_size=4)
+    mine = [tmp_path / "train.shards", tmp_path / ".train.analysis"]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "00000.parquet").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"\.train\.analysis'.*something else"):
+        run(tmp_path / "train")
+    for folder in mine:
+        assert (folder / "00000.parquet").read_text() == "mine"
+    (tmp_path / ".other.analysis").write_text("a file")
+    with pytest.raises(FileExistsError, match="something else"):
+        run(tmp_path / "other")
+    # A folder of ours without its files, as after a crash at once, is taken.
+    (tmp_path / ".third.analysis").mkdir()
+    assert run(tmp_path / "third").num_samples == 9
+    assert not (tmp_path / ".third.analysis").exists()
+
+
+def test_shards_that_a_crash_left_beside_a_finished_index_are_removed(parts, tmp_path, monkeypatch):
+    # So that the fingerprint does not read the broken row.
+    monkeypatch.setattr(sys.modules["effscale.curriculum.digests"], "SAMPLED_ROWS", 1)
+    source, metrics, folder = parts.Remainders(9), {"token": parts.token}, tmp_path / "index"
+    with monkeypatch.context() as patch:
+        # Killed between the two; nothing is written or removed from then on.
+        patch.setattr(ShardFolder, "remove", lambda self: None)
+        analyze(source, metrics, folder)
+    assert (tmp_path / ".index.analysis" / "00000.parquet").exists()
+    # Shards of another analysis are none of this index, and stay.
+    with pytest.raises(OSError, match="the disk is gone"):
+        analyze(Counting(broken=55), metrics, folder, shard_size=10, overwrite=True)
+    analyze(source, metrics, folder)
+    assert len(list((tmp_path / ".index.analysis").glob("*.parquet"))) == 5
+    analyze(Counting(), metrics, folder, shard_size=10, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFolder, "remove", lambda self: None)
+        analyze(source, metrics, folder, overwrite=True)
+    analyze(source, metrics, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_a_second_process_is_refused_and_that_of_a_dead_one_is_taken_up(parts, tmp_path):
+    run = functools.partial(analyze, parts.Remainders(9), {"token": parts.token})
+    with claimed(tmp_path / ".index.analysis", {"metrics": {}}):
+        # A lock of another open file is one to this process too.
+        with pytest.raises(RuntimeError, match=rf"another process \(pid {os.getpid()} on "):
+            run(tmp_path / "index")
+        assert (tmp_path / ".index.analysis" / MARKER).exists()
+    assert run(tmp_path / "index").num_samples == 9
+    # One that is killed while it has the folder.
+    script = (
+        "import fcntl, os, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[1]); folder.mkdir()\n"
+        "fcntl.flock(os.open(folder / sys.argv[2], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)\n"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / ".second.analysis"), MARKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(RuntimeError, match="another process"):
+            run(tmp_path / "second")
+        process.kill()
+    assert run(tmp_path / "second").num_samples == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "second"]
+
+
+def test_a_full_disk_is_named_and_finished_shards_are_kept(parts, tmp_path, monkeypatch):
+    import duckdb
+
+    run = functools.partial(
+        analyze, parts.Remainders(9), {"token": parts.token}, tmp_path / "index", shard_size=3
+    )
+    shards = tmp_path / ".index.analysis"
+    write = pq.write_table
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_two(table, path, **options):
+        write(table, path, **options)
+        if "00002" in path.name:
+            raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", write_two)
+        with pytest.raises(DiskFullError, match=r"the disk is full.*00002\.parquet"):
+            run()
+    assert sorted(path.name for path in shards.iterdir()) == [
+        "00000.parquet",
+        "00001.parquet",
+        MARKER,
+    ]
+    for error in [
+        full,
+        duckdb.IOException('Could not write file "x": No space left on device'),
+        duckdb.OutOfMemoryException("set by the 'max_temp_directory_size' setting"),
+    ]:
+
+        def sort(*arguments, error=error, **options):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["effscale.curriculum.analysis"], "sort_metric", sort)
+            with pytest.raises(DiskFullError, match="the disk is full"):
+                run()
+        assert len(list(shards.glob("*.parquet"))) == 3
+    assert run().num_samples == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_nothing_is_left_of_an_analysis_that_finished_no_shard(parts, tmp_path):
+    with contextlib.suppress(ValueError):
+        analyze(parts.Remainders(9), {"m": lambda batch: 3}, tmp_path / "index")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_of_a_metric_without_a_digest_is_not_taken_for_another(parts, tmp_path):
+    run = functools.partial(analyze, parts.Remainders(9), folder=tmp_path / "index")
+    metrics = {"m": lambda batch: batch["input_ids"][:, 0]}
+    run(metrics)
+    with pytest.raises(FileExistsError, match=r"cannot be told: 'm' has no digest.*lambdas"):
+        run(metrics)
+    metrics["m"].digest = "first token"
+    assert run(metrics, overwrite=True).num_samples == run(metrics).num_samples == 9
 
 
 @pytest.mark.parametrize(

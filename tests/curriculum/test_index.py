@@ -146,6 +146,37 @@ def test_what_is_missing_or_damaged_is_named(index):
         DifficultyIndex.open(folder)
 
 
+def test_no_flipped_bit_of_the_values_changes_a_ranking_unseen(tmp_path):
+    import pyarrow.parquet as pq
+
+    source = [{"x": np.int64(value)} for value in (5, 3, 3, 9, 300, -7)]
+    folder = tmp_path / "index"
+    ranking = analyze(source, {"m": lambda batch: batch["x"]}, folder).ranking("m")
+    path = folder / "m.parquet"
+    content = path.read_bytes()
+    row_group = pq.read_metadata(path).row_group(0)
+    refused = 0
+    index = DifficultyIndex.open(folder)
+    columns = [row_group.column(number) for number in range(row_group.num_columns)]
+    # All of a column's pages, with their headers.
+    for column in columns:
+        start = min(
+            column.data_page_offset, column.dictionary_page_offset or column.data_page_offset
+        )
+        for bit in range(8 * start, 8 * (start + column.total_compressed_size)):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                found = index.ranking("m")
+            except CorruptIndexError:
+                refused += 1
+                continue
+            np.testing.assert_array_equal(found.samples, ranking.samples, err_msg=str(bit))
+            np.testing.assert_array_equal(found.values, ranking.values, err_msg=str(bit))
+    assert refused > 1000
+
+
 def test_a_file_with_fewer_rows_than_samples_is_refused(index):
     content = {key: index.manifest[key] for key in ("num_samples", "source", "metrics")}
     write_manifest(index.folder, {**content, "num_samples": 13})

@@ -9,7 +9,6 @@ import functools
 import os
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from effscale.curriculum.analysis_map import (
     plan_shards,
 )
 from effscale.curriculum.analysis_reduce import sort_metric
-from effscale.curriculum.analysis_shards import ShardFolder
+from effscale.curriculum.analysis_shards import claimed, full_disk_errors, remove_leftovers
 from effscale.curriculum.analysis_workers import local_runner
 from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
@@ -61,9 +60,12 @@ def analyze(
 ) -> DifficultyIndex:
     """Ranks the samples of a corpus by difficulty.
 
-    Finished shards are kept in a folder beside the index, named ``<folder>.shards``, until the index is
-    complete. After a crash the same call goes on from there. If the index is there already, of the same
-    source and metrics, it is opened.
+    Finished shards are kept in a folder beside the index, named ``.<folder>.analysis``, until the index
+    is complete. After a crash the same call goes on from there. If the index is there already, of the
+    same source and metrics, it is opened. Neither holds for metrics that have no digest (see
+    `metric_digest`), such as lambdas and closures: they are computed again, as they may have changed.
+
+    One process analyzes into a folder at a time. Another is refused, if the file system has locks.
 
     Args:
         source: Has ``len()`` and gives rows, dicts of arrays, by position: a `PackedTokens`, a
@@ -84,9 +86,11 @@ def analyze(
     Raises:
         ValueError: The source is empty, an argument is out of range, or a metric gives something
             else than one finite number a row.
-        FileExistsError: There is another index and ``overwrite`` is false.
-        RuntimeError: A shard's process was killed again and again.
-        DiskFullError: The disk is full.
+        FileExistsError: There is another index, or one of a metric without a digest, and
+            ``overwrite`` is false; or there is something else where finished shards go.
+        RuntimeError: A shard's process was killed again and again, or another process analyzes into
+            this folder.
+        DiskFullError: The disk is full. Finished shards are kept.
 
     Example:
         >>> import tempfile
@@ -108,30 +112,34 @@ def analyze(
         "metrics": {name: metric_digest(metric) for name, metric in metrics.items()},
     }
     if target.exists() and not overwrite:
-        return _existing(target, identity)
-    finished = ShardFolder(shards_folder(target), identity)
-    waiting = [shard for shard in shards if not finished.is_finished(shard)]
-    function = functools.partial(map_metrics, source, dict(metrics), batch_size)
-    for shard, columns in _mapped(
-        function, waiting, len(source), run or local_runner(num_workers), progress
-    ):
-        finished.write(shard, columns)
-    with atomic_folder(target, overwrite=overwrite) as temporary:
-        entries = {}
-        for name in metrics:
-            entry = sort_metric(
-                [finished.path(shard) for shard in shards],
-                name,
-                temporary / f"{name}.parquet",
-                num_samples=len(source),
-                spill=finished.folder / "spill",
-                num_threads=max(num_workers, 1),
-                memory_limit=memory_limit,
-            )
-            entries[name] = {**entry, "digest": identity["metrics"][name]}
-        content = {"num_samples": len(source), "source": identity["source"], "metrics": entries}
-        write_manifest(temporary, content)
-    shutil.rmtree(finished.folder)
+        index = _existing(target, identity)
+        remove_leftovers(shards_folder(target), identity)
+        return index
+    with claimed(shards_folder(target), identity) as finished:
+        if target.exists() and not overwrite:
+            return _existing(target, identity)  # another process has just finished it
+        waiting = [shard for shard in shards if not finished.is_finished(shard)]
+        function = functools.partial(map_metrics, source, dict(metrics), batch_size)
+        for shard, columns in _mapped(
+            function, waiting, len(source), run or local_runner(num_workers), progress
+        ):
+            finished.write(shard, columns)
+        with full_disk_errors(target), atomic_folder(target, overwrite=overwrite) as temporary:
+            entries = {}
+            for name in metrics:
+                entry = sort_metric(
+                    [finished.path(shard) for shard in shards],
+                    name,
+                    temporary / f"{name}.parquet",
+                    num_samples=len(source),
+                    spill=finished.folder / "spill",
+                    num_threads=max(num_workers, 1),
+                    memory_limit=memory_limit,
+                )
+                entries[name] = {**entry, "digest": identity["metrics"][name]}
+            content = {"num_samples": len(source), "source": identity["source"], "metrics": entries}
+            write_manifest(temporary, content)
+        finished.remove()
     return DifficultyIndex.open(target)
 
 
@@ -249,9 +257,16 @@ def _existing(target: pathlib.Path, identity: dict[str, Any]) -> DifficultyIndex
     if (target / INDEX).exists():
         index = DifficultyIndex.open(target)
         digests = {name: entry["digest"] for name, entry in index.manifest["metrics"].items()}
-        same = digests == identity["metrics"] and None not in digests.values()
-        if same and index.fingerprint == identity["source"]:
-            return index
+        if digests == identity["metrics"] and index.fingerprint == identity["source"]:
+            unknown = [name for name, digest in digests.items() if digest is None]
+            if not unknown:
+                return index
+            raise FileExistsError(
+                f"{str(target)!r} exists, of this source, and whether it is of these metrics cannot be "
+                f"told: {', '.join(map(repr, unknown))} has no digest, as lambdas and closures have none. "
+                "Open it with DifficultyIndex.open, pass overwrite=True to compute it again, or use a "
+                "function of a module or give it an attribute digest, a string."
+            )
     raise FileExistsError(
         f"{str(target)!r} exists and is not the index of this source and these metrics. Choose another "
         "folder, or pass overwrite=True to replace it."

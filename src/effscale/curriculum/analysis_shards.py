@@ -1,14 +1,22 @@
 """The files of finished shards, which a later run of the same analysis takes up."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+import shutil
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 from effscale.curriculum.analysis_map import Columns, Shard
+from effscale.data import DiskFullError
 from effscale.data.atomic import flush
 
 KEY = b"effscale"
+MARKER = "effscale-analysis.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardFolder:
@@ -18,12 +26,11 @@ class ShardFolder:
     says of which source and metrics it is.
 
     Args:
-        folder: Where the files are; it is made.
+        folder: Where the files are.
         identity: What the shards must be of, in plain values.
     """
 
     def __init__(self, folder: pathlib.Path, identity: dict[str, Any]):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.identity = folder, identity
 
     def path(self, shard: Shard) -> pathlib.Path:
@@ -38,9 +45,13 @@ class ShardFolder:
         table = pa.table(dict(columns)).replace_schema_metadata({KEY: self._label(shard)})
         path = self.path(shard)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        pq.write_table(table, temporary, write_page_checksum=True)
-        flush(temporary)
-        os.replace(temporary, path)
+        with full_disk_errors(path):
+            try:
+                pq.write_table(table, temporary, write_page_checksum=True)
+                flush(temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def is_finished(self, shard: Shard) -> bool:
         """Whether the shard is there, whole, and of this analysis."""
@@ -56,5 +67,138 @@ class ShardFolder:
         except (OSError, pa.ArrowException):
             return False
 
+    def remove(self) -> None:
+        """Removes the folder; last of all what marks it as ours."""
+        for path in self.folder.iterdir():
+            if path.name != MARKER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.folder / MARKER).unlink()
+        # Another process may have taken the folder between the two.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
     def _label(self, shard: Shard) -> bytes:
         return json.dumps({**self.identity, **shard._asdict()}, sort_keys=True).encode()
+
+
+@contextlib.contextmanager
+def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFolder]:
+    """Makes the folder of an analysis, or takes up one that is there, for this process alone.
+
+    A file marks the folder as ours and is locked. The system frees the lock of a process that dies.
+    Where the platform or the file system has no locks, nothing keeps two processes apart.
+
+    Raises:
+        FileExistsError: Something else is there.
+        RuntimeError: Another process has the folder.
+    """
+    with full_disk_errors(folder):
+        marker = _locked(folder)
+    try:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "identity": identity}
+        with full_disk_errors(folder):
+            (folder / MARKER).write_text(json.dumps(owner), encoding="utf-8")
+        shards = ShardFolder(folder, identity)
+        try:
+            yield shards
+        finally:
+            # Nothing is worth keeping if no shard was finished.
+            if folder.exists() and not any(folder.glob("*.parquet")):
+                shards.remove()
+    finally:
+        os.close(marker)
+
+
+def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Removes the shards of an index that is finished, if its process died before it did so."""
+    if _owner(folder / MARKER).get("identity") != identity:
+        return
+    # Whoever has the folder removes it, and where nothing can be written nothing is removed.
+    with contextlib.suppress(OSError, RuntimeError):
+        marker = _locked(folder)
+        try:
+            ShardFolder(folder, identity).remove()
+        finally:
+            os.close(marker)
+
+
+@contextlib.contextmanager
+def full_disk_errors(path: pathlib.Path) -> Iterator[None]:
+    """Makes errors of a full disk, those of DuckDB's too, `DiskFullError`.
+
+    Raises:
+        DiskFullError: The disk or a quota is full.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"the disk is full ({error}) while writing {str(path)!r}. Free some space and run it "
+            "again; finished shards are kept",
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    import duckdb
+
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    # DuckDB stops by itself when its files have filled nine tenths of the free space.
+    texts = (os.strerror(errno.ENOSPC), "max_temp_directory_size")
+    return isinstance(error, duckdb.Error) and any(text in str(error) for text in texts)
+
+
+def _locked(folder: pathlib.Path) -> int:
+    """The descriptor of the folder's marker, locked."""
+    path = folder / MARKER
+    while True:
+        if folder.exists() and not path.exists() and not _is_empty(folder):
+            raise FileExistsError(
+                f"{str(folder)!r} is where finished shards go, and something else is there: move it "
+                "away, or choose another folder for the index."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            marker = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # its owner has just removed it
+        try:
+            import fcntl
+
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(marker)
+            owner = _owner(path)
+            raise RuntimeError(
+                f"another process (pid {owner.get('pid')} on {owner.get('host')}) is at work in "
+                f"{str(folder)!r}: wait for it, or choose another folder for the index."
+            ) from None
+        except (ImportError, OSError):
+            pass  # no locks here
+        # The file that is locked may have been removed since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(marker), path.stat()):
+                return marker
+        os.close(marker)
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+
+
+def _owner(marker: pathlib.Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}

@@ -136,7 +136,9 @@ class DifficultyIndex:
             self.check_source(source)
         path = self.folder / entry["file"]
         try:
-            table = pq.read_table(path, columns=["value", "sample"])
+            table = pq.read_table(
+                path, columns=["value", "sample"], page_checksum_verification=True
+            )
         except (OSError, pa.ArrowException) as error:
             raise CorruptIndexError(path, "a Parquet file", str(error)) from error
         if len(table) != self.num_samples:
@@ -173,7 +175,7 @@ class DifficultyIndex:
 
 def shards_folder(folder: pathlib.Path) -> pathlib.Path:
     """Where the finished shards are while the index of a folder is made."""
-    return folder.with_name(folder.name + ".shards")
+    return folder.with_name(f".{folder.name}.analysis")
 
 
 def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
