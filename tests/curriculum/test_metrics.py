@@ -78,6 +78,18 @@ def test_rarity_of_rows_for_next_token_prediction_counts_the_last_label(rows):
     assert VocabularyRarity(COUNTS)(batch).tolist() == expected
 
 
+def test_a_last_label_of_minus_100_is_no_token():
+    # Rows that were shifted and padded with -100, and one without a label at all.
+    ids = np.array([[5, 4, 3], [1, 2, 0], [7, 7, 7]])
+    labels = np.array([[4, 3, -100], [2, 0, 6], [-100, -100, -100]])
+    rows = [[5, 4, 3], [1, 2, 0, 6], [7, 7, 7]]
+    for segments in ({}, {"segment_ids": np.ones_like(ids)}):
+        batch = {"input_ids": ids, "labels": labels, **segments}
+        assert VocabularyRarity(COUNTS)(batch).tolist() == [slow_rarity(row) for row in rows]
+        flat = [token for row in rows for token in row]
+        assert TokenCounts(8)(batch).tolist() == [flat.count(k) for k in range(8)]
+
+
 def test_rarity_truncates_the_sum_and_not_its_terms():
     # p = 1/2 each: 10 ln 2 = 6.93, while the terms truncate to 0.
     metric = VocabularyRarity(np.array([4, 4]))
@@ -187,6 +199,28 @@ def test_reference_loss_does_not_depend_on_the_batch(model):
     np.testing.assert_allclose(together, ReferenceLoss(model, rows=5)(batch), rtol=1e-5)
     with pytest.raises(ValueError, match="length=5"):
         ReferenceLoss(model, length=5)(batch)
+
+
+@pytest.mark.parametrize("length", [None, 9])
+def test_reference_loss_takes_rows_with_fields_of_any_rank(model, length):
+    ids = np.random.default_rng(2).integers(0, 31, (3, 6)).astype(np.int32)
+    batch = {"input_ids": ids, "labels": ids}
+    extra = {"index": np.arange(3, dtype=np.int32), "image": np.ones((3, 4, 2), np.float32)}
+    extra["of_tokens"] = np.ones((3, 6, 2), np.float32)
+    metric = ReferenceLoss(model, rows=2, length=length)
+    np.testing.assert_array_equal(metric({**batch, **extra}), metric(batch))
+    shapes = {}
+
+    def loss(model, batch):
+        shapes.update({key: values.shape for key, values in batch.items()})
+        return next_token_loss(model, batch)
+
+    ReferenceLoss(model, loss, rows=2, length=length)({**batch, **extra})
+    width = length or 6
+    assert shapes["index"] == (1,)
+    assert shapes["image"] == (1, 4, 2)
+    assert shapes["of_tokens"] == (1, width, 2)
+    assert shapes["labels"] == (1, width)
 
 
 def test_reference_losses_of_different_weights_have_different_digests(model):

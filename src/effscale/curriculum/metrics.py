@@ -51,8 +51,8 @@ def _tokens(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that count and where they do, each ``[rows, length]`` or ``[rows, length + 1]``.
 
     A row for next-token prediction of ``length`` is made of ``length + 1`` tokens: its inputs and
-    its last label. A padded row (one with an ``attention_mask``) is its real tokens alone, as its
-    labels may be anything.
+    its last label, unless that is -100. A padded row (one with an ``attention_mask``) is its real
+    tokens alone, as its labels may be anything; so rows for masked language modelling should have one.
     """
     ids, real = batch["input_ids"], real_tokens(batch)
     if "labels" not in batch or "attention_mask" in batch or not ids.shape[1]:
@@ -60,7 +60,7 @@ def _tokens(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     # The last real position; in a row of padding alone nothing counts.
     last = ids.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)[:, None]
     label = np.take_along_axis(batch["labels"], last, axis=1)
-    counts = np.take_along_axis(real, last, axis=1)
+    counts = np.take_along_axis(real, last, axis=1) & (label != NO_LABEL)
     return np.concatenate([ids, label], axis=1), np.concatenate([real, counts], axis=1)
 
 

@@ -41,7 +41,8 @@ class ReferenceLoss:
             loss: From ``(model, batch)`` to a `Loss`; a function of a module, to be picklable.
             rows: Rows in one call of the model.
             length: Pad all rows to so many tokens, so that rows of many lengths need one program;
-                None takes them as they come.
+                None takes them as they come. Fields whose first axis is not that of the tokens stay
+                as they are.
 
         Raises:
             ValueError: ``rows`` is below 1.
@@ -75,15 +76,14 @@ class ReferenceLoss:
         losses = np.zeros(count, np.float32)
         for start in range(0, count, self.rows):
             stop = min(start + self.rows, count)
-            padding = ((0, self.rows - (stop - start)), (0, extra))
-            chunk = {
-                key: np.pad(
-                    values[start:stop],
-                    padding,
-                    constant_values=NO_LABEL if key == "labels" else 0,
-                )
-                for key, values in batch.items()
-            }
+            missing = self.rows - (stop - start)
+            chunk = {}
+            for key, values in batch.items():
+                padding = [(0, missing), *[(0, 0)] * (values.ndim - 1)]
+                if values.shape[1:2] == (length,):
+                    padding[1] = (0, extra)
+                fill = NO_LABEL if key == "labels" else 0
+                chunk[key] = np.pad(values[start:stop], padding, constant_values=fill)
             losses[start:stop] = _row_losses(self.model, chunk, self.loss)[: stop - start]
         return losses
 
