@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -20,6 +21,7 @@ from effscale.experiments.seqlen_curriculum_arms import (
     make_step,
 )
 from effscale.models import num_params, preset
+from effscale.parallel import batch_sharding, shardings
 from effscale.training import LinearPacing, Stages
 from effscale.training.serialize import to_json
 
@@ -274,6 +276,25 @@ def test_a_run_that_ended_early_has_no_last_loss():
     assert nothing["other_tokens_to_reach"] is None
 
 
+def test_a_run_whose_last_updates_were_all_skipped_diverged_too():
+    reference = made_up([4.0] * 6, {6: 2.5})
+    broken = made_up([4.0, None, None, None, None, None], {2: 3.0})
+    assert len(broken.losses) == broken.arm.num_steps
+    assert broken.diverged
+    assert np.isnan(broken.last_loss)
+    assert not reference.diverged
+
+
+@pytest.mark.parametrize("granularity", [1, None, 16])
+def test_rows_become_whole_before_the_tokens_are_used_up(granularity):
+    config = dataclasses.replace(PRESETS["default"], granularity=granularity)
+    longest = dataclasses.replace(config, curriculum=1.88)  # 2 * 128 / (128 + 8)
+    for arm in make_arms(longest):
+        assert arm.lengths(arm.num_steps - 1) == 128
+    with pytest.raises(ValueError, match=r"Config.curriculum=3.0: must be less.*; 1.88 would do"):
+        make_arms(dataclasses.replace(config, curriculum=3.0))
+
+
 def test_seconds_of_a_step_are_medians_and_missing_lengths_lie_between():
     arm = dataclasses.replace(made_up([], {}).arm, lengths=Stages((0, 3, 4), (4, 6, 8)))
     timing = [
@@ -297,13 +318,25 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
     coarse = max(np.diff(growing.lengths.values))  # theirs has 121 lengths
     for step in range(0, 60_000, 500):
         assert 0 <= theirs(step + 1) - growing.lengths(step) <= coarse
-    state = jax.eval_shape(lambda: create_state(config, config.vocab_size, 6e-4, 0))
-    batch = {
-        name: jax.ShapeDtypeStruct((growing.batch_size, growing.lengths(0)), jnp.int32)
-        for name in ("input_ids", "labels", "segment_ids", "positions")
-    }
+    mesh = config.mesh.build(jax.devices())
     step = make_step(config, growing.batch_size)
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: create_state(config, config.vocab_size, 6e-4, 0))
+        layout = shardings(state, mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (growing.batch_size, growing.lengths(0)), jnp.int32, sharding=batch_sharding(mesh)
+            )
+            for name in ("input_ids", "labels", "segment_ids", "positions")
+        }
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        lowered = jitted.lower(jax.tree.map(place, state, layout), batch)
+    # A device holds an eighth of the model and of Adam's state, or little more.
+    held, whole = 0, 0
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(layout), strict=True):
+        held, whole = held + math.prod(sharding.shard_shape(leaf.shape)), whole + leaf.size
+    assert whole / 8 <= held < whole / 7
     assert lowered.out_info[1]["variance_max"].shape == ()
 
 
@@ -315,6 +348,7 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
         (["--micro-batch", "3"], "Config.micro_batch=3: must be a divisor of batch_size=4"),
         (["--tokens", "40000"], "Config.tokens=40000: must be at least 45,056"),
         (["--learning-rate-factors", "4", "4"], "must be one or more different numbers above 0"),
+        (["--curriculum", "3"], "Config.curriculum=3.0: must be less, as the tokens are used up"),
         (["--min-length", "128"], "Config.min_length=128: must be from 1 to below length=128"),
         (["--threshold", "1"], "Config.threshold=1.0: must be above 1"),
         (["--model.num-heads", "3"], "num_heads=3 does not divide d_model=128"),

@@ -3,7 +3,7 @@
 A small GPT learns from one text with a small batch at the learning rate tuned for it, with a large batch at a large
 learning rate, and with the same large batch whose rows are short at first and grow. All see equally many tokens, in one
 order a seed. Logged are the signs of instability of the paper: how far the loss rises above its minimum, and the norm and the
-maximum of Adam's variance. Further learning rates of the large batch show where each way breaks.
+maximum of Adam's variance; Adam has no weight decay. Further learning rates of the large batch show where each way breaks.
 
     python -m effscale.experiments.seqlen_curriculum
     python -m effscale.experiments.seqlen_curriculum --learning-rate-factors 4 --seeds 5
@@ -52,7 +52,7 @@ class Config:
     warmup: int = 10
     """Steps in which the learning rate rises, of each run."""
     curriculum: float = 1.2
-    """Steps after which rows are whole, as a multiple of those that the large batch takes without a curriculum."""
+    """Steps after which rows are whole, as a multiple of those that the large batch takes without a curriculum. They must become whole before the tokens are used up."""
     min_length: int = 8
     """Tokens in a row at the curriculum's first step."""
     granularity: int | None = None
@@ -127,7 +127,7 @@ PRESETS = {
     ),
     "default": Config(),
     # Li et al., 2021: GPT-2 with 1558M parameters; batches of 512 rows at 1.5e-4, and of 4096 at 6e-4 with 64 to 1024 tokens a
-    # row over 45,000 steps, which is 1.2 times what 157B tokens make of such batches.
+    # row over 45,000 steps, which is 1.2 times what 157B tokens make of such batches. Adam has no weight decay here either.
     "paper": Config(
         vocab_size=50257,
         length=1024,
@@ -141,6 +141,7 @@ PRESETS = {
         model=ModelConfig(
             num_layers=48, d_model=1600, num_heads=25, dropout=0.1, dtype="bfloat16", remat="full"
         ),
+        mesh=MeshConfig(fsdp=8),
         evaluations=150,
         eval_batches=2,
     ),

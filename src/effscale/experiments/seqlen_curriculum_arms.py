@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from effscale.data import Corpus, make_dataset
 from effscale.experiments.cli import StoppedBySignal
 from effscale.experiments.finetune_runner import once, writer_of_run
 from effscale.models import Transformer
+from effscale.models.validation import check
 from effscale.parallel import shard_batch, shardings
 from effscale.training import (
     Checkpoints,
@@ -73,6 +75,9 @@ class Arm:
 def make_arms(config: Any) -> list[Arm]:
     """The arms of a ``seqlen_curriculum.Config``: ``small``, then two for each multiple of the learning rate.
 
+    Raises:
+        ValueError: The tokens are used up before the curriculum's rows are whole.
+
     Example:
         >>> from effscale.experiments.seqlen_curriculum import PRESETS
         >>> for arm in make_arms(PRESETS["paper"]):
@@ -98,7 +103,16 @@ def make_arms(config: Any) -> list[Arm]:
     for factor in config.learning_rate_factors:
         plain = arm(f"large_x{factor:g}", large, factor, full)
         growing = curriculum(config, plain.num_steps).stages(large)
-        arms += [plain, arm(f"large_curriculum_x{factor:g}", large, factor, growing)]
+        grown = arm(f"large_curriculum_x{factor:g}", large, factor, growing)
+        # A line from the least length to the whole one has their mean as its own, and rounding lengths down only helps.
+        enough = math.floor(200 * config.length / (config.length + config.min_length)) / 100
+        check(
+            config,
+            growing.starts[-1] < grown.num_steps,
+            "curriculum",
+            f"less, as the tokens are used up before rows are whole; {enough:g} would do",
+        )
+        arms += [plain, grown]
     return arms
 
 
@@ -143,7 +157,7 @@ def scale_by_peak(peak: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: Any, peak: float) -> optax.GradientTransformation:
-    """Adam with the paper's decays; its rate warms up by steps and decays by tokens, from ``peak`` to a tenth."""
+    """Adam with the paper's decays, and no weight decay; its rate warms up by steps and decays by tokens, from ``peak`` to a tenth."""
     rate = steps_then_tokens(
         peak=1.0, warmup_steps=config.warmup, total_tokens=config.tokens, final=0.1
     )

@@ -51,8 +51,8 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended early, as its updates were skipped one after another."""
-        return len(self.losses) < self.arm.num_steps
+        """Whether it ended without its last evaluation, as its updates were skipped one after another."""
+        return self.arm.num_steps not in self.evaluations()[0]
 
     def steps(self, name: str) -> np.ndarray:
         """A metric at each step; NaN where it was not finite."""
