@@ -1,9 +1,11 @@
 """The experiment data_efficiency: what a run leaves, its figures against counts by hand, exact resume, wrong options."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,9 +13,12 @@ import pytest
 
 from effscale.experiments import data_efficiency_report as report
 from effscale.experiments.data_efficiency import PRESETS, main
+from effscale.experiments.data_efficiency_figures import draw
+from effscale.experiments.data_efficiency_runner import Runner
 from effscale.experiments.lab_book import MAX_FIGURE_BYTES
 from effscale.experiments.pretraining_plan import make_plan
 from effscale.experiments.saved import config_from_json
+from effscale.training import RunFolder, TrainingDivergedError
 
 PROGRAM = pathlib.Path(__file__).with_name("data_efficiency_killed.py")
 RUNS = [f"{t}/fraction-{f}/seed-0" for f in ("1", "0.5") for t in ("none", "cl_ltd")]
@@ -125,7 +130,7 @@ def arm(losses, shape_seconds, technique="none", steps=32):
         plan=plan,
         evaluations=evaluations,
         step_seconds=[shape_seconds] * len(losses),
-        final_loss=np.array([list(seed.values())[-1] for seed in losses]),
+        final_loss=np.array([list(seed.values())[-1] if seed else np.nan for seed in losses]),
         wall_seconds=np.ones(len(losses)),
         num_compilations=1,
         compilation_seconds=1.0,
@@ -150,6 +155,91 @@ def test_what_it_costs_to_reach_a_loss_is_interpolated():
     assert comparison.figures()["cl_ltd_seconds_to_baseline"] == shares["seconds"]
     equal = comparison.saved_at_equal_steps(both)
     assert equal["seconds"] == pytest.approx(1 - (11 * 0.1 + 11 * 0.2 + 10 * 0.5) / 16)
+
+
+def test_tokens_that_were_read_and_plain_training_on_less_are_compared_too():
+    times = {(32, 32): 0.1, (64, 32): 0.2, (64, 64): 0.5}
+    baseline = arm([{8: 6.0, 16: 5.0, 32: 4.0}], times)
+    half = arm([{4: 5.0, 12: 3.0}], times, steps=12)  # its higher learning rate alone is faster
+    both = arm([{8: 5.5, 24: 4.5, 40: 3.5}], times, "cl_ltd")
+    arms = {("none", 1.0): baseline, ("none", 0.5): half, ("cl_ltd", 1.0): both}
+    comparison = report.Comparison(arms=arms)
+    figures = comparison.figures()
+    assert figures["none_tokens_read_to_baseline"] == figures["none_seconds_to_baseline"] == 8 / 32
+    # At step 32, half of the way from 24 to 40; 11 steps of 32 tokens were cut from rows of 64.
+    assert figures["cl_ltd_tokens_read_to_baseline"] == pytest.approx(32 / 32)
+    trained = 11 * 32 + 21 * 64
+    assert figures["cl_ltd_tokens_trained_to_baseline"] == pytest.approx(trained / (32 * 64))
+    assert figures["cl_ltd_tokens_read_saved_at_equal_steps"] == 0
+    assert figures["cl_ltd_tokens_trained_saved_at_equal_steps"] == 1 - trained / (32 * 64)
+    assert not any(name.startswith("none") and "saved" in name for name in figures)
+    assert comparison.reach_rows()[2][:4] == ["none", "50 %", "25 %", "25 %"]
+
+
+@pytest.mark.parametrize("technique", ["none", "cl_ltd"])
+def test_an_arm_with_a_run_that_diverged_has_no_loss(technique, tmp_path):
+    times = {(32, 32): 0.1, (64, 32): 0.2, (64, 64): 0.5}
+    good = [{8: 6.0, 16: 4.0, 32: 3.0}, {8: 6.0, 16: 5.0, 32: 3.0}]
+    broken = dataclasses.replace(
+        arm([good[0], {8: 3.0}], times, technique), final_loss=np.array([3.0, np.nan])
+    )
+    other = "cl_ltd" if technique == "none" else "none"
+    fine = arm(good, times, other)
+    ended = arm([{}, {}], times, technique)  # both diverged before the first evaluation
+    comparison = report.Comparison(
+        arms={
+            (technique, 1.0): broken,
+            (technique, 0.5): ended,
+            (other, 1.0): fine,
+            (other, 0.5): fine,
+        }
+    )
+    figures = comparison.figures()
+    name = f"{technique}_100"
+    assert [figures[f"{name}_{what}"] for what in ("val_loss", "seconds", "diverged")] == [
+        *(None, None, 1)
+    ]
+    assert figures[f"{technique}_50_diverged"] == 2
+    assert figures[f"{other}_100_val_loss"] == 3.0
+    assert figures[f"{technique}_layer_tokens_to_baseline"] is None
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert comparison.loss_rows()[1][2:] == ["diverged", "1 of 2 seeds", "n/a", "n/a"]
+    assert comparison.reach_rows()[1][2:] == ["n/a"] * 5
+    draw(tmp_path, comparison)
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
+    runner = Runner.__new__(Runner)
+    runner.mesh = jax.make_mesh((1,), ("data",))
+    runner.corpus, runner._held_out = SimpleNamespace(train=None), None
+
+    def train(batches, place, **options):
+        place.mkdir(parents=True)  # as checkpoints do
+        raise TrainingDivergedError(7, 10, None, "")
+
+    config = PRESETS["smoke"].pretraining("none", 1.0)
+    batches = lambda stores, seed: None
+    training = SimpleNamespace(config=config, train=train, batches=batches)
+    runner._trainings = {("none", 1.0): training}
+    folder = RunFolder.create(tmp_path / "run")
+    runner.run(folder, "none", 1.0, 0)
+    assert "none/fraction-1/seed-0 diverged at step 7" in capsys.readouterr().err
+    place = folder.path / "none/fraction-1/seed-0"
+    final = json.loads((place / "final.json").read_text())
+    assert final == {"val_loss": None, "diverged": True}
+    training.train = None  # what is done is not made again
+    runner.run(folder, "none", 1.0, 0)
+
+
+def test_tables_fit_a_terminal_of_100_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    times = {(32, 32): 123.4, (64, 32): 123.4, (64, 64): 123.4}
+    arms = {(name, 1.0): arm([{8: 16.0, 32: 14.0}] * 2, times, name) for name in ("none", "cl_ltd")}
+    report.show(report.Comparison(arms=arms))
+    shown = capsys.readouterr().out
+    for heading in ("tokens read", "tokens trained", "layer tokens", "operations", "seconds"):
+        assert f" {heading} " in shown
 
 
 def test_seconds_of_a_step_are_medians_by_shape(tmp_path):

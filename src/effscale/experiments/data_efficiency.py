@@ -199,8 +199,8 @@ FREE = ("seeds", "mesh", "out", "resume", "cache")
 class Result:
     """What came out."""
 
-    figures: dict[str, float]
-    """Named as in ``results.json``; the report says what they are."""
+    figures: dict[str, float | int | None]
+    """Named as in ``results.json``; the report says what they are. None where there is nothing to tell."""
     seconds: float
     """Time of this call."""
     peak_memory_mb: float
@@ -211,6 +211,8 @@ class Result:
 
 def run(config: Config) -> Result:
     """Trains as ``config`` says and fills the run folder.
+
+    A run whose loss or gradient is not finite for ten steps ends there; that is a result, and the others are made.
 
     Args:
         config: What to do.

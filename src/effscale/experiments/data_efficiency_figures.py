@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.data_efficiency_report import COSTS, Comparison
+from effscale.experiments.data_efficiency_report import Comparison
 from effscale.experiments.plotting import COLORS, STYLE, pyplot
 
 LABELS = {
@@ -35,7 +35,7 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(11.0, 4.0), dpi=100, sharey=True)
     fractions = sorted({f for _, f in comparison.arms}, reverse=True)
-    for name, panel in zip(COSTS, axes, strict=True):
+    for name, panel in zip(LABELS, axes, strict=True):
         scale = 1e-6 if name == "layer_tokens" else 1.0
         for (technique, fraction), arm in comparison.arms.items():
             color = COLORS[_techniques(comparison).index(technique)]
@@ -46,21 +46,23 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
                 panel.fill_between(
                     costs, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0
                 )
-            else:
+            elif len(costs):
                 marker = MARKERS[(fractions.index(fraction) - 1) % len(MARKERS)]
                 panel.plot(costs[-1], losses[:, -1].mean(), marker, color=color, ms=5)
-        panel.axhline(comparison.target, color="#000000", ls=":", lw=1)
+        if not comparison.baseline.diverged:
+            panel.axhline(comparison.target, color="#000000", ls=":", lw=1)
         panel.set(xlabel=LABELS[name])
         panel.xaxis.set_major_locator(MaxNLocator(5))
     for fraction, marker in zip(fractions[1:], MARKERS, strict=False):
         label = f"end of {100 * fraction:g} %"
         axes[0].plot([], [], marker, color="#888888", ms=5, label=label)
     losses = np.concatenate([arm.losses().ravel() for arm in comparison.arms.values()])
-    low, high = losses.min(), losses.max()
-    # The first losses are far above the last ones, which are what is compared.
-    axes[0].set_ylim(
-        low - 0.05 * (high - low), comparison.target + 0.5 * (high - comparison.target)
-    )
+    if not comparison.baseline.diverged:
+        low, high = np.nanmin(losses), np.nanmax(losses)
+        # The first losses are far above the last ones, which are what is compared.
+        axes[0].set_ylim(
+            low - 0.05 * (high - low), comparison.target + 0.5 * (high - comparison.target)
+        )
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend(fontsize=8)
     _save(plt, figure, path)
@@ -88,7 +90,8 @@ def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
             color=COLORS[number],
             label=technique,
         )
-    panel.axhline(comparison.baseline.final_loss.mean(), color="#000000", ls=":", lw=1)
+    if not comparison.baseline.diverged:
+        panel.axhline(comparison.baseline.final_loss.mean(), color="#000000", ls=":", lw=1)
     panel.set_xticks(np.arange(len(fractions)), [f"{100 * f:g} %" for f in fractions])
     panel.set(xlabel="part of the budget", ylabel="loss at the end (nats per token)")
     panel.legend()

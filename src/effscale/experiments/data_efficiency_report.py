@@ -15,7 +15,14 @@ from effscale.experiments.plotting import Records
 from effscale.experiments.pretraining_plan import Plan, layer_tokens
 from effscale.training import read_jsonl
 
-COSTS = ("layer_tokens", "teraflops", "seconds")
+COSTS = {
+    "tokens_read": "tokens read",
+    "tokens_trained": "tokens trained",
+    "layer_tokens": "layer tokens",
+    "teraflops": "operations",
+    "seconds": "seconds",
+}
+"""What is compared, and its heading in a table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +31,9 @@ class Arm:
 
     Attributes:
         plan: The shapes and what they cost.
-        evaluations: Of each seed, the records of the evaluations; all seeds have them at the same steps.
+        evaluations: Of each seed, the records of the evaluations; seeds have them at the same steps, but for those that diverged.
         step_seconds: Of each seed, a step's seconds by its shape.
-        final_loss: Of each seed, the loss on all that is held out, after the last step.
+        final_loss: Of each seed, the loss on all that is held out, after the last step; NaN of a run that diverged.
         wall_seconds: Of each seed, the time of its run with all that belongs to it; of the first one with the compilations.
         num_compilations: Of the training step, for all seeds together.
         compilation_seconds: Their time.
@@ -41,13 +48,21 @@ class Arm:
     compilation_seconds: float
 
     @property
+    def diverged(self) -> int:
+        """Runs that diverged; if there are any, the arm has no mean loss."""
+        return int(np.isnan(self.final_loss).sum())
+
+    @property
     def steps(self) -> np.ndarray:
         """The steps of the evaluations."""
-        return np.array([r["step"] for r in self.evaluations[0]])
+        return np.array(sorted({r["step"] for records in self.evaluations for r in records}), int)
 
     def losses(self) -> np.ndarray:
-        """Validation losses of shape ``(seeds, evaluations)``."""
-        return np.array([[r["val_loss"] for r in records] for records in self.evaluations])
+        """Validation losses of shape ``(seeds, evaluations)``; NaN where a run had ended already."""
+        steps = self.steps.tolist()
+        found = [{r["step"]: r["val_loss"] for r in records} for records in self.evaluations]
+        each = [[losses.get(step) for step in steps] for losses in found]
+        return np.array(each, np.float64)  # None becomes NaN
 
     def seconds_at(self, step: int) -> np.ndarray:
         """Of each seed, the time of the first ``step`` training steps."""
@@ -72,7 +87,12 @@ class Arm:
         return self.cost_at(self.plan.num_steps, name)
 
     def cost_of_reaching(self, loss: float, name: str) -> float | None:
-        """What it cost until the mean validation loss fell to ``loss``, interpolated between evaluations; None: never."""
+        """What it cost until the mean validation loss fell to ``loss``, interpolated between evaluations.
+
+        None if it never did, or if a run diverged.
+        """
+        if self.diverged:
+            return None
         mean = self.losses().mean(axis=0)
         below = np.flatnonzero(mean <= loss)
         if not len(below):
@@ -98,7 +118,9 @@ class Comparison:
 
     @property
     def target(self) -> float:
-        """The baseline's mean loss at its last evaluation."""
+        """The baseline's mean loss at its last evaluation; NaN if a run of it diverged."""
+        if self.baseline.diverged:
+            return np.nan
         return float(self.baseline.losses()[:, -1].mean())
 
     def shares_to_baseline(self, arm: Arm) -> dict[str, float | None]:
@@ -109,24 +131,29 @@ class Comparison:
             shares[name] = None if cost is None else cost / self.baseline.cost(name)
         return shares
 
-    def saved_at_equal_steps(self, arm: Arm) -> dict[str, float]:
-        """The shares that an arm saves of the baseline's costs when both make as many steps as the baseline."""
+    def saved_at_equal_steps(self, arm: Arm) -> dict[str, float | None]:
+        """The shares that an arm saves of the baseline's costs when both make as many steps as the baseline.
+
+        None for the seconds where a run diverged.
+        """
         steps = min(self.baseline.plan.num_steps, arm.plan.num_steps)
         return {
-            name: 1 - arm.cost_at(steps, name) / self.baseline.cost_at(steps, name)
+            name: None
+            if name == "seconds" and (arm.diverged or self.baseline.diverged)
+            else 1 - arm.cost_at(steps, name) / self.baseline.cost_at(steps, name)
             for name in COSTS
         }
 
     def figures(self) -> dict[str, Any]:
-        """The named figures; None where the baseline's loss is never reached."""
+        """The named figures; None where the baseline's loss is never reached, and for what a run that diverged has not."""
         named: dict[str, Any] = {}
         for (technique, fraction), arm in self.arms.items():
             prefix = f"{technique}_{100 * fraction:g}_"
             seconds = arm.seconds_at(arm.plan.num_steps)
             for name, values in {"val_loss": arm.final_loss, "seconds": seconds}.items():
-                named[f"{prefix}{name}"] = float(values.mean())
-                named[f"{prefix}{name}_min"] = float(values.min())
-                named[f"{prefix}{name}_max"] = float(values.max())
+                for suffix, value in zip(("", "_min", "_max"), _range(values), strict=True):
+                    named[f"{prefix}{name}{suffix}"] = None if arm.diverged else value
+            named[f"{prefix}diverged"] = arm.diverged
             named[f"{prefix}wall_seconds"] = float(arm.wall_seconds.mean())
             named[f"{prefix}compilation_seconds"] = arm.compilation_seconds
             named[f"{prefix}compilations"] = arm.num_compilations
@@ -138,40 +165,45 @@ class Comparison:
             }
             named[f"{prefix}teraflops"] = arm.cost("teraflops")
         for technique in dict.fromkeys(technique for technique, _ in self.arms):
-            if technique == "none":
-                continue
             fractions = [f for t, f in self.arms if t == technique]
             shares = [self.shares_to_baseline(self.arms[technique, f]) for f in fractions]
-            saved = self.saved_at_equal_steps(self.arms[technique, 1.0])
             for name in COSTS:
                 reached = [share for s in shares if (share := s[name]) is not None]
                 named[f"{technique}_{name}_to_baseline"] = min(reached) if reached else None
-                named[f"{technique}_{name}_saved_at_equal_steps"] = saved[name]
+            if technique != "none":
+                saved = self.saved_at_equal_steps(self.arms[technique, 1.0])
+                named |= {f"{technique}_{n}_saved_at_equal_steps": saved[n] for n in COSTS}
         return named
 
     def loss_rows(self) -> list[list[str]]:
         """A heading and a row a technique and part of the budget: loss at the end and seconds, with their ranges."""
         rows = [["technique", "budget", "loss", "min..max", "seconds", "min..max"]]
         for (technique, fraction), arm in self.arms.items():
-            loss, seconds = arm.final_loss, arm.seconds_at(arm.plan.num_steps)
+            head = [technique, f"{100 * fraction:g} %"]
+            if arm.diverged:
+                seeds = f"{arm.diverged} of {len(arm.final_loss)} seeds"
+                rows.append([*head, "diverged", seeds, "n/a", "n/a"])
+                continue
+            loss, low, high = _range(arm.final_loss)
+            seconds, least, most = _range(arm.seconds_at(arm.plan.num_steps))
             rows.append(
                 [
-                    *(technique, f"{100 * fraction:g} %"),
-                    *(f"{loss.mean():.4f}", f"{loss.min():.4f}..{loss.max():.4f}"),
-                    *(f"{seconds.mean():.1f}", f"{seconds.min():.1f}..{seconds.max():.1f}"),
+                    *(*head, f"{loss:.4f}", f"{low:.4f}..{high:.4f}"),
+                    *(f"{seconds:.1f}", f"{least:.1f}..{most:.1f}"),
                 ]
             )
         return rows
 
     def cost_rows(self) -> list[list[str]]:
         """A heading and a row a technique and part of the budget: what a run takes, the same for every seed."""
-        rows = [["technique", "budget", "steps", "tokens read", "layer tokens", "teraflops"]]
+        counts = ("tokens_read", "tokens_trained", "layer_tokens")
+        rows = [["technique", "budget", "steps", *(COSTS[name] for name in counts), "teraflops"]]
         for (technique, fraction), arm in self.arms.items():
             consumed = arm.plan.consumed(arm.plan.num_steps)
             rows.append(
                 [
                     *(technique, f"{100 * fraction:g} %", f"{arm.plan.num_steps:,}"),
-                    *(f"{consumed['tokens_read']:,}", f"{consumed['layer_tokens']:,}"),
+                    *(f"{consumed[name]:,}" for name in counts),
                     f"{arm.cost('teraflops'):.3g}",
                 ]
             )
@@ -179,21 +211,21 @@ class Comparison:
 
     def reach_rows(self) -> list[list[str]]:
         """A heading and a row a technique and part of the budget: the shares of the baseline's costs to reach its loss."""
-        rows = [["technique", "budget", "layer tokens", "operations", "seconds"]]
+        rows = [["technique", "budget", *COSTS.values()]]
         for (technique, fraction), arm in self.arms.items():
             shares = self.shares_to_baseline(arm).values()
-            shown = ["n/a" if share is None else f"{100 * share:.0f} %" for share in shares]
+            shown = [_percent(share, 0) for share in shares]
             rows.append([technique, f"{100 * fraction:g} %", *shown])
         return rows
 
     def saving_rows(self) -> list[list[str]]:
         """A heading and a row a technique: the shares of the baseline's costs saved at equal steps."""
-        rows = [["technique", "steps", "layer tokens", "operations", "seconds"]]
+        rows = [["technique", "steps", *COSTS.values()]]
         steps = f"{self.baseline.plan.num_steps:,}"
         for (technique, fraction), arm in self.arms.items():
             if technique != "none" and fraction == 1.0:
                 saved = self.saved_at_equal_steps(arm).values()
-                rows.append([technique, steps, *(f"{100 * share:.1f} %" for share in saved)])
+                rows.append([technique, steps, *(_percent(share, 1) for share in saved)])
         return rows
 
 
@@ -219,11 +251,11 @@ def read(folder: pathlib.Path, config: Any, vocab_size: int) -> Comparison:
                 plan=plan,
                 evaluations=[[r for r in each if "val_loss" in r] for each in records],
                 step_seconds=[step_seconds(place / "timing.jsonl", plan) for place in places],
-                final_loss=np.array([each["val_loss"] for each in final]),
+                final_loss=np.array([each["val_loss"] for each in final], np.float64),
                 wall_seconds=np.array([each["seconds"] for each in done]),
-                # A run after a resume may have compiled anew.
-                num_compilations=max(each["num_compilations"] for each in final),
-                compilation_seconds=max(each["compilation_seconds"] for each in final),
+                # A run after a resume may have compiled anew; one that diverged does not say.
+                num_compilations=max(each.get("num_compilations", 0) for each in final),
+                compilation_seconds=max(each.get("compilation_seconds", 0.0) for each in final),
             )
     return Comparison(arms=arms)
 
@@ -249,6 +281,15 @@ def step_seconds(timing: pathlib.Path, plan: Plan) -> dict[tuple[int, int], floa
     return {shape: known.get(shape, between(shape)) for shape in tokens}
 
 
+def _range(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean, least and greatest."""
+    return float(values.mean()), float(values.min()), float(values.max())
+
+
+def _percent(share: float | None, decimals: int) -> str:
+    return "n/a" if share is None else f"{100 * share:.{decimals}f} %"
+
+
 def markdown(comparison: Comparison) -> str:
     """The tables of the report."""
     return "\n\n".join(
@@ -259,7 +300,7 @@ def markdown(comparison: Comparison) -> str:
             "What a run takes:",
             table(comparison.cost_rows()),
             f"What it takes to fall to the baseline's loss at its last evaluation ({comparison.target:.4f}), as shares of all that "
-            "the baseline took; n/a: not reached:",
+            "the baseline took; n/a: not reached, or a run diverged:",
             table(comparison.reach_rows()),
             "Saved by the schedules when as many steps are made as the baseline's:",
             table(comparison.saving_rows()),

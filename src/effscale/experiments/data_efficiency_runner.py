@@ -1,6 +1,7 @@
 """The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from effscale.experiments.cli import StoppedBySignal
 from effscale.experiments.finetune_runner import once
 from effscale.experiments.pretraining import Pretraining
 from effscale.experiments.quickstart import FREE
-from effscale.training import RunFolder, TrainState
+from effscale.training import RunFolder, TrainingDivergedError, TrainState
 from effscale.training.serialize import write_json
 
 
@@ -40,7 +41,7 @@ class Runner:
         self._held_out = training.held_out([corpus.validation])
 
     def run(self, folder: RunFolder, technique: str, fraction: float, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is; one that diverges is finished.
 
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
@@ -56,15 +57,20 @@ class Runner:
 
         def train() -> None:
             with jax.set_mesh(self.mesh):
-                trained = training.train(
-                    training.batches([self.corpus.train], seed=seed),
-                    place,
-                    config=config,
-                    evaluate=measure,
-                    tensorboard=folder.tensorboard / name,
-                    free_fields=FREE,
-                    compile_first=True,
-                )
+                try:
+                    trained = training.train(
+                        training.batches([self.corpus.train], seed=seed),
+                        place,
+                        config=config,
+                        evaluate=measure,
+                        tensorboard=folder.tensorboard / name,
+                        free_fields=FREE,
+                        compile_first=True,
+                    )
+                except TrainingDivergedError as error:  # a result, from which the other runs go on
+                    print(f"{name} diverged at step {error.step}", file=sys.stderr)
+                    write_json(place / "final.json", {"val_loss": None, "diverged": True})
+                    return
                 step = int(trained.state.step)
                 if trained.stopped_reason == "signal":
                     raise StoppedBySignal(f"stopped and saved {name} at step {step}")
