@@ -21,7 +21,7 @@ from effscale.experiments.random_ltd_bert_runner import Pretraining
 from effscale.experiments.saved import config_from_json
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import Transformer
-from effscale.training import create_train_state, masked_token_loss
+from effscale.training import StagedStep, create_train_state, masked_token_loss
 from effscale.training.serialize import to_json
 
 
@@ -53,10 +53,33 @@ def options(topics, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
+def watched(options, tmp_path_factory):
+    """A finished run, and by arm the batches and the initial state that it was given."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    main([*options, "--out", str(out)])
-    return out
+    batches, states = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        before_step, create = StagedStep.before_step, Pretraining._create
+
+        def watch(staged, step, batch):
+            assert step < 1 or staged.num_compilations == len(staged.stages.values)
+            batches.setdefault(id(staged), []).append(batch)
+            return before_step(staged, step, batch)
+
+        def keep(pretraining, seed):
+            state = create(pretraining, seed)
+            model = jax.device_get(nnx.to_pure_dict(nnx.state(state.model)))
+            states[pretraining.arm.name] = model
+            return state
+
+        patch.setattr(StagedStep, "before_step", watch)
+        patch.setattr(Pretraining, "_create", keep)
+        main([*options, "--out", str(out)])
+    return out, [*batches.values()], states
+
+
+@pytest.fixture(scope="module")
+def finished(watched):
+    return watched[0]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +173,7 @@ def test_held_out_rows_come_once_and_padding_asks_nothing(corpus):
 
 
 def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
-    config = Config(classes=3, passage=8, finetune=Recipe(batch_size=4, train=12, test=6))
+    config = Config(classes=3, passage=16, finetune=Recipe(batch_size=4, train=12, test=6))
     data = passages_data((corpus,), config)
     assert np.bincount(data.train.labels).tolist() == [4, 4, 4]
     assert np.bincount(data.test.labels).tolist() == [2, 2, 2]
@@ -163,11 +186,21 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
         for part in (data.train, data.test):
             rows = [ids for ids, n in zip(part.ids, part.labels, strict=True) if n == label]
             at = [
-                next(i for i in range(0, len(text), 8) if tuple(text[i : i + 8]) == row)
+                [i for i in range(0, len(text), 16) if tuple(text[i : i + 16]) == row]
                 for row in rows
             ]
-            places.append(at)
+            assert all(len(found) == 1 for found in at)  # no passage is there twice
+            places.append([found[0] for found in at])
         assert len(set(places[0])) == 4
+        assert len(set(places[1])) == 2
+        assert max(places[0]) < 3 / 4 * len(text) - 16 < min(places[1])
+    with pytest.raises(
+        ValueError, match=r"Config.finetune.train=8: equally many of classes=3 are 6, .*_size=8"
+    ):
+        passages_data(
+            (corpus,),
+            Config(classes=3, passage=8, finetune=Recipe(batch_size=8, train=8, test=6)),
+        )
     with pytest.raises(ValueError, match=r"Config.classes=99: must be at most the \d+ documents"):
         passages_data(
             (corpus,), Config(classes=99, finetune=Recipe(batch_size=4, train=99, test=99))
@@ -193,6 +226,16 @@ def test_a_run_counts_what_its_layers_see(finished):
     head = 16 * (16 * 16 + 16 * vocabulary)
     flops = sum(6 * 8 * (head + 2 * layer(16) + layer(r)) for r in kept)
     assert results["random_ltd_teraflops"] == pytest.approx(flops / 1e12)
+
+
+def test_arms_get_the_same_rows_hidden_tokens_and_weights(watched):
+    _, (plain, dropping), states = watched
+    assert len(plain) == len(dropping) == 12
+    for one, other in zip(plain, dropping, strict=True):
+        assert one.keys() == other.keys() >= {"input_ids", "labels"}
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert not np.array_equal(plain[0]["labels"], plain[1]["labels"])
+    jax.tree.map(np.testing.assert_array_equal, states["baseline"], states["random_ltd"])
 
 
 def test_a_run_leaves_what_it_promises(finished):

@@ -36,11 +36,11 @@ class Dropping:
     """The schedule of random-LTD; all layers but the first and the last drop tokens."""
 
     min_value: int
-    """Tokens of a row that are kept at first; in the end all are."""
+    """Tokens of a row that are kept at first; after ``share`` of the steps all are."""
     seq_per_step: int
     """Granularity of the number of kept tokens; each number is a program to compile."""
     share: float
-    """Share of the steps after which all tokens are kept."""
+    """Share of the steps after which all tokens are kept; with 1 that is after the last step, so in none."""
 
     def __post_init__(self):
         check(self, self.min_value >= 1, "min_value", "at least 1")

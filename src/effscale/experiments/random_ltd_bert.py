@@ -1,7 +1,7 @@
 """A small BERT learns to tell hidden tokens of real text, with and without random-LTD, in equally many steps; then both learn a task.
 
-All of its layers but the first and the last see a quarter of a row's tokens at first, and all of them at the end. Both arms get
-the same rows with the same tokens hidden. What a dropping layer keeps is drawn without regard to what is hidden, as in the
+All of its layers but the first and the last see a quarter of a row's tokens at first, and nearly all of them at the end: all would
+be kept after the last step. Both arms get the same rows with the same tokens hidden. What a dropping layer keeps is drawn without regard to what is hidden, as in the
 paper; a hidden token that it does not keep passes it by. Then each model, and one that was not pretrained, learns which document
 a passage comes from. What is asked: is the model as good, and what is saved?
 
@@ -87,7 +87,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     """The model."""
     ltd: Dropping = Dropping(min_value=32, seq_per_step=16, share=1.0)
-    """Random-LTD's schedule."""
+    """Random-LTD's schedule; with a share of 1 no step keeps all tokens."""
     learning_rate: float = 3e-3
     """Peak of the schedule: a linear warmup, then linearly to a tenth."""
     warmup: float = 0.1
@@ -202,6 +202,7 @@ def run(config: Config) -> Result:
             another config.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.data import parse_mixture, prepare_mixture, unigram_entropy

@@ -116,6 +116,12 @@ def passages_data(corpora: tuple[Corpus, ...], config: Any) -> Data:
         "train": (recipe.train or 0) // classes,
         "test": (recipe.test or 0) // classes,
     }
+    count = classes * wanted["train"]
+    if count < recipe.batch_size:
+        raise ValueError(
+            f"Config.finetune.train={recipe.train}: equally many of classes={classes} are {count}, and must be at least "
+            f"finetune.batch_size={recipe.batch_size}"
+        )
     documents = sorted(
         (
             (int(stop - start), number, int(start), corpus.train)

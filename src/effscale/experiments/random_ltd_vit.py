@@ -134,6 +134,7 @@ def run(config: Config) -> Result:
         FileNotFoundError: If Fashion-MNIST is not in its folder.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments import random_ltd_report as report
