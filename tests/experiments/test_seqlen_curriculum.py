@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from effscale.experiments.seqlen_curriculum_arms import (
 )
 from effscale.models import num_params, preset
 from effscale.parallel import batch_sharding, shardings
-from effscale.training import LinearPacing, Stages
+from effscale.training import LinearPacing, StagedStep, Stages
 from effscale.training.serialize import to_json
 
 ARMS = ("small", "large_x4", "large_curriculum_x4")
@@ -157,11 +158,24 @@ def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
     assert "stopped and saved seed-0/large_curriculum_x4 at step 13; go on with: --out" in error
     assert not (out / "results.json").exists()
     kept = (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns
-    main(["--out", str(out), "--resume"])
+    steps, before_step = {}, StagedStep.before_step
+
+    def keep(staged, step, batch):
+        steps[id(staged)] = staged
+        assert step in (0, 13) or staged.num_compilations >= len(
+            set(staged.stages.values[staged.stages.index(step) :])
+        )
+        return before_step(staged, step, batch)
+
+    monkeypatch.setattr(StagedStep, "before_step", keep)
+    main(["--out", str(out), "--resume", "--seeds", "2"])
     assert (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns == kept
-    for arm in ARMS:
-        name = f"seed-0/{arm}/metrics.jsonl"
+    for seed, arm in itertools.product((0, 1), ARMS):
+        name = f"seed-{seed}/{arm}/metrics.jsonl"
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+    # What went on in the middle left a length out, which the other seed's run did not have to compile at the call.
+    at_call = [[c.background for c in s.compilations].count(False) for s in steps.values()]
+    assert at_call == [1, 1, 1, 1]
 
 
 def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(
