@@ -1,5 +1,6 @@
 """What every test stands on: strict JAX, eight virtual CPU devices, a compilation cache that outlives the run."""
 
+import gc
 import os
 import pathlib
 
@@ -28,6 +29,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("effscale")
+
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Lets go of compiled programs when there are many: each is a few memory maps, and Linux gives a process 65,530."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -390,8 +390,8 @@ def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
     for words, message in (
         ([*options, "--out", str(folder)], "already holds a run"),
         (
-            ["--out", str(folder), "--resume", "--curriculum", "2"],
-            "is of another config (curriculum: 1.0 there, 2.0 here)",
+            ["--out", str(folder), "--resume", "--curriculum", "1.2"],
+            "is of another config (curriculum: 1.0 there, 1.2 here)",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
