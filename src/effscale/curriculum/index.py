@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 
 from effscale.curriculum.digests import fingerprint
 from effscale.curriculum.ranking import Ranking
-from effscale.data.store import manifest_digest
+from effscale.data.store import manifest_digest, read_manifest
 from effscale.models.validation import did_you_mean
 
 INDEX = "index.json"
@@ -78,7 +78,9 @@ class DifficultyIndex:
             if shards_folder(path).is_dir():
                 hint = "an analysis was begun; run analyze again to finish it"
             raise FileNotFoundError(f"no difficulty index at {str(path)!r}: {hint}.")
-        manifest = _read_manifest(path / INDEX)
+        manifest = read_manifest(
+            path / INDEX, FORMAT, VERSION, CorruptIndexError, "analyze the corpus again"
+        )
         for name, entry in manifest["files"].items():
             if not (path / name).is_file():
                 raise CorruptIndexError(path / name, f"bytes {entry['bytes']}", "no file")
@@ -195,23 +197,3 @@ def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
     manifest["digest"] = manifest_digest(manifest)
     text = json.dumps(manifest, indent=2, allow_nan=False)
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-
-
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptIndexError(path, "a manifest", "no file") from None
-    except ValueError as error:
-        raise CorruptIndexError(path, "a manifest in JSON", f"{error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptIndexError(path, f"format {FORMAT!r}", "another or none")
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{str(path)!r} has format version {manifest.get('version')!r} and this effscale reads "
-            f"version {VERSION}: analyze the corpus again, or use the effscale that wrote it."
-        )
-    digest = manifest_digest(manifest)
-    if manifest.get("digest") != digest:
-        raise CorruptIndexError(path, f"digest {manifest.get('digest')}", digest)
-    return manifest

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -81,7 +81,9 @@ class TokenStore:
             raise FileNotFoundError(
                 f"no token store at {str(path)!r}; build one with write_store or prepare_corpus."
             )
-        manifest = _read_manifest(path / MANIFEST)
+        manifest = read_manifest(
+            path / MANIFEST, FORMAT, VERSION, CorruptTokenStoreError, "build the store again"
+        )
         for name in (TOKENS, OFFSETS):
             _check_file(path / name, manifest["files"][name], verify)
         store = cls(path, manifest)
@@ -148,23 +150,38 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(
+    path: pathlib.Path,
+    kind: str,
+    version: int,
+    corrupt: Callable[[pathlib.Path, str, str], Exception],
+    again: str,
+) -> dict[str, Any]:
+    """The manifest of a folder that was written once, after checking it.
+
+    Args:
+        path: The file.
+        kind: The ``format`` that it must be of.
+        version: The ``version`` that is read.
+        corrupt: Makes the error of a damaged file, of the file, what was expected and what was found.
+        again: What would do about another version.
+    """
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CorruptTokenStoreError(path, "a manifest", "no file") from None
+        raise corrupt(path, "a manifest", "no file") from None
     except ValueError as error:
-        raise CorruptTokenStoreError(path, "a manifest in JSON", f"{error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CorruptTokenStoreError(path, f"format {FORMAT!r}", "another or none")
-    if manifest.get("version") != VERSION:
+        raise corrupt(path, "a manifest in JSON", f"{error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise corrupt(path, f"format {kind!r}", "another or none")
+    if manifest.get("version") != version:
         raise ValueError(
             f"{str(path)!r} has format version {manifest.get('version')!r} and this effscale reads "
-            f"version {VERSION}: build the store again, or use the effscale that wrote it."
+            f"version {version}: {again}, or use the effscale that wrote it."
         )
     digest = manifest_digest(manifest)
     if manifest.get("digest") != digest:
-        raise CorruptTokenStoreError(path, f"digest {manifest.get('digest')}", digest)
+        raise corrupt(path, f"digest {manifest.get('digest')}", digest)
     return manifest
 
 
