@@ -164,7 +164,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "git_revision": git_revision(),
-        "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()},
+        "machine": {"platform": platform.platform(), "cpu_count": _usable_cpus()},
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -172,6 +172,13 @@ def environment() -> dict[str, Any]:
             "processes": jax.process_count(),
         },
     }
+
+
+def _usable_cpus() -> int | None:
+    """Cores that this process may run on: fewer than the machine's where it is pinned."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def git_revision() -> str | None:
