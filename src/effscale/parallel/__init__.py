@@ -5,6 +5,12 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 ``python -m effscale.parallel.local_launch``.
 """
 
+from effscale.parallel.compressed import (
+    ErrorFeedback,
+    Residual,
+    compressed_mean,
+    init_error_feedback,
+)
 from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.placement import (
@@ -17,23 +23,32 @@ from effscale.parallel.placement import (
 )
 from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
 from effscale.parallel.startup import DistributedConfig, initialize
+from effscale.parallel.workers import PerWorker, per_worker, simulate_workers, worker_params
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
     "BatchShard",
     "DistributedConfig",
+    "ErrorFeedback",
     "MeshConfig",
+    "PerWorker",
+    "Residual",
     "Rules",
     "auto_batch_axes",
     "batch_shard",
     "batch_sharding",
+    "compressed_mean",
     "constrain",
     "current_rules",
+    "init_error_feedback",
     "initialize",
     "logical_spec",
+    "per_worker",
     "shard",
     "shard_batch",
     "shardings",
+    "simulate_workers",
     "use_rules",
+    "worker_params",
 ]

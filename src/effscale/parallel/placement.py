@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from effscale.parallel.rules import Rules, current_rules, logical_spec
+from effscale.parallel.workers import PerWorker
 
 Tree = TypeVar("Tree")
 
@@ -24,6 +25,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None)
     where the parameters lie. A statistic of fewer dimensions than ``axes`` has names (a factored second
     moment) is replicated. A value that is itself a pytree (a LoRA pair, a quantized tensor) is asked for
     ``partition(axes)``, a tree of axes like itself; without that method ``axes`` holds for each of its arrays.
+    The arrays in a `PerWorker` are divided over its axis first, and then as they would be without.
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` gives.
@@ -40,7 +42,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None)
     """
     rules = current_rules() if rules is None else rules
     found: list[NamedSharding] = []
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unit):
         try:
             found += [NamedSharding(mesh, spec) for spec in _specs(node, mesh, rules)]
         except ValueError as error:
@@ -158,6 +160,11 @@ def _is_variable(node: object) -> bool:
     return isinstance(node, nnx.Variable)
 
 
+def _is_unit(node: object) -> bool:
+    """What is divided as a whole: a node that says how, or what `_is_variable` finds."""
+    return isinstance(node, PerWorker | nnx.Variable) or hasattr(node, "partition_specs")
+
+
 def _is_axes(node: object) -> bool:
     # A weight may be a NamedTuple, so only a plain tuple of names is a leaf.
     return node is None or (
@@ -166,9 +173,16 @@ def _is_axes(node: object) -> bool:
 
 
 def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[PartitionSpec]:
-    """The specs of the arrays of one leaf: a variable with all that its value holds, or a bare array."""
+    """The specs of the arrays of one unit: a variable with all that its value holds, or a bare array."""
+    if isinstance(node, PerWorker):
+        inner = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), node.value)
+        parts = jax.tree.leaves(inner, is_leaf=_is_unit)
+        specs = [spec for part in parts for spec in _specs(part, mesh, rules)]
+        return [PartitionSpec(node.axis_name, *spec) for spec in specs]
     axes = node.get_metadata("axes", None) if isinstance(node, nnx.Variable) else None
     value = node.get_value() if isinstance(node, nnx.Variable) else node
+    if hasattr(value, "partition_specs"):
+        return value.partition_specs()
     arrays = jax.tree.leaves(value)
     partition = getattr(value, "partition", None)
     if axes is None:

@@ -158,7 +158,7 @@ def scale_by_token_schedule(
 
 
 def scale_by_learning_rate(
-    learning_rate: float | Callable[[Any], Any] | optax.GradientTransformation,
+    learning_rate: float | jax.Array | Callable[[Any], Any] | optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """The last link of an optimizer: a number, an optax schedule (counts updates), a ``Schedule`` by tokens, or the link itself."""
     if isinstance(learning_rate, optax.GradientTransformation):

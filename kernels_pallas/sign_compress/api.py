@@ -1,0 +1,99 @@
+"""The public functions of error-compensated sign compression."""
+
+from jaxtyping import Array, Float, Int, UInt8
+
+from kernels_pallas.sign_compress import reference
+
+
+def compress(
+    x: Float[Array, "servers 8 bytes"],
+    corrected: Float[Array, "servers 8 bytes"],
+    scale: Float[Array, ""],
+    *,
+    size: int,
+) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
+    r"""Add the error of the last time, and keep of the sum its signs.
+
+    With :math:`c` the sum of last time and :math:`s` the scale that went with its signs, the error is
+    :math:`e = c - s \, \mathrm{sg}(c)`, and
+
+    .. math:: c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1
+
+    The new scale depends on all of :math:`c'`, so the new error is known only after a pass over it. That is why
+    :math:`c'` is kept and not the error: x and c are read once, and c' is written once.
+
+    Args:
+        x: What to compress, of any floating type. A part for each server.
+        corrected: float32, :math:`c`; zeros at first.
+        scale: float32, :math:`s`; zero at first.
+        size: Elements from the first that count; the rest is padding, whose sum stays zero.
+
+    Returns:
+        The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
+
+    Example:
+        >>> x = jnp.linspace(-1.0, 1.0, 16).reshape(1, 8, 2)
+        >>> bits, corrected, squares = compress(x, jnp.zeros_like(x), jnp.float32(0), size=16)
+        >>> bits.tolist(), f"{squares:.3f}"
+        ([[15, 15]], '6.044')
+    """
+    _check_block("x", x, 3)
+    if x.shape != corrected.shape:
+        raise ValueError(f"corrected {corrected.shape} must be of the shape of x, {x.shape}")
+    if not 0 <= size <= x.size:
+        raise ValueError(f"size={size} must lie between 0 and the {x.size} elements of x")
+    return reference.compress(x, corrected, scale, size=size)
+
+
+def average(
+    bits: UInt8[Array, "workers bytes"],
+    scales: Float[Array, " workers"],
+    corrected: Float[Array, "8 bytes"],
+    scale: Float[Array, ""],
+    size: Int[Array, ""],
+) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
+    r"""What a server does: average what the workers sent, and compress the average in turn.
+
+    .. math:: d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')
+
+    Args:
+        bits: The signs that each worker sent for this server's part.
+        scales: float32, :math:`s_r`.
+        corrected: float32, the server's :math:`c`; zeros at first.
+        scale: float32, the server's :math:`s`; zero at first.
+        size: int32, elements of the part that count; the rest is padding. It may differ between servers.
+
+    Returns:
+        The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
+
+    Example:
+        >>> bits, zeros = jnp.array([[255], [15]], jnp.uint8), jnp.zeros((8, 1))
+        >>> sent, mean, _ = average(bits, jnp.array([1.0, 3.0]), zeros, jnp.float32(0), jnp.int32(8))
+        >>> sent.tolist(), mean[:, 0].tolist()
+        ([15], [-1.0, -1.0, -1.0, -1.0, 2.0, 2.0, 2.0, 2.0])
+    """
+    _check_block("corrected", corrected, 2)
+    if bits.shape != (scales.shape[0], corrected.shape[1]):
+        raise ValueError(
+            f"bits {bits.shape} must be [workers, bytes], here {(scales.shape[0], corrected.shape[1])}"
+        )
+    return reference.average(bits, scales, corrected, scale, size)
+
+
+def expand(
+    bits: UInt8[Array, "workers bytes"], scales: Float[Array, " workers"]
+) -> Float[Array, "workers 8 bytes"]:
+    """The numbers that bits and scales stand for, in float32.
+
+    Example:
+        >>> expand(jnp.array([[240]], jnp.uint8), jnp.array([0.5]))[0, :, 0].tolist()
+        [0.5, 0.5, 0.5, 0.5, -0.5, -0.5, -0.5, -0.5]
+    """
+    return reference.expand(bits, scales)
+
+
+def _check_block(name: str, x: Array, ndim: int) -> None:
+    if x.ndim != ndim or x.shape[-2] != 8:
+        raise ValueError(
+            f"{name} {x.shape} must have {ndim} dimensions, the last but one of size 8"
+        )

@@ -1,0 +1,87 @@
+"""When the warm-up of a 1-bit optimizer ends: after a number of steps, or when the variance has settled."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarianceRatio:
+    r"""End the warm-up when :math:`\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1` reaches a threshold.
+
+    Source: Tang et al., 1-bit Adam, 2021 (arXiv:2102.02888); DeepSpeed never shipped it.
+
+    >>> VarianceRatio(window=100, start=500).threshold
+    0.96
+    """
+
+    threshold: float = 0.96
+    """The ratio that ends the warm-up."""
+    window: int = 1000
+    """D, in steps; the paper takes 1 / (1 - b2)."""
+    start: int = 0
+    """Steps before which the ratio is not looked at: those in which the learning rate still rises."""
+
+    def __post_init__(self):
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must lie in (0, 1]")
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1; 1 / (1 - b2) is usual")
+        if self.start < 0:
+            raise ValueError(f"start={self.start} must not be negative")
+
+
+class RatioState(NamedTuple):
+    """The last ``window`` L1 norms of the variance, as a ring, and whether the ratio was reached."""
+
+    norms: jax.Array
+    reached: jax.Array
+
+
+def init_ratio(criterion: VarianceRatio | None) -> RatioState | None:
+    """The state before the first step."""
+    if criterion is None:
+        return None
+    return RatioState(jnp.zeros((criterion.window,), jnp.float32), jnp.zeros((), jnp.bool_))
+
+
+def watch_variance(
+    criterion: VarianceRatio | None, state: RatioState | None, count: jax.Array, nu: Any
+) -> RatioState | None:
+    """Look at the variance after the warm-up step number ``count`` + 1."""
+    if criterion is None or state is None:
+        return state
+    norms = [jnp.sum(jnp.abs(v), dtype=jnp.float32) for v in jax.tree.leaves(nu)]
+    norm = sum(norms, start=jnp.zeros((), jnp.float32))
+    place = count % criterion.window
+    seen = (count >= criterion.window) & (count >= criterion.start)
+    reached = seen & (state.norms[place] >= criterion.threshold * norm)
+    return RatioState(state.norms.at[place].set(norm), state.reached | reached)
+
+
+def is_frozen(freeze_step: Any, state: RatioState | None, count: jax.Array) -> jax.Array:
+    """Whether the step number ``count`` + 1 is past the warm-up."""
+    frozen = count >= freeze_step
+    return frozen if state is None else frozen | state.reached
+
+
+def check_freeze_step(freeze_step: Any) -> None:
+    """Raise a ``ValueError`` for a number that no run has."""
+    if isinstance(freeze_step, int | float) and (
+        freeze_step < 1 or freeze_step != int(freeze_step)
+    ):
+        raise ValueError(
+            f"freeze_step={freeze_step} must be a whole number of at least 1: the variance has to be learned before it "
+            "is frozen; 15 to 25 % of the steps are usual"
+        )
+
+
+def check_moments(b1: Any, b2: Any, eps: Any) -> None:
+    """Raise a ``ValueError`` for decays or an epsilon out of range."""
+    for name, value in (("b1", b1), ("b2", b2)):
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1)")
+    if isinstance(eps, int | float) and eps < 0:
+        raise ValueError(f"eps={eps} must not be negative")

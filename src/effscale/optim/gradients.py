@@ -1,0 +1,161 @@
+"""What the distributed optimizers do to gradients before anything else: check, average, clip, skip."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.parallel.workers import as_local, bound_axis_size, differs
+
+Clip = Literal["synchronised", "local"]
+"""By which norm the gradient of a worker is clipped once gradients are no longer averaged. ``synchronised``: the root mean
+square over workers of their norms, one number for all. ``local``: each worker's own, as DeepSpeed does."""
+
+
+def check_local(gradients: Any, axis_name: str | None) -> None:
+    """Raise if gradients are known to be the same on all workers, or if the axis is not bound."""
+    if axis_name is None:
+        return
+    if bound_axis_size(axis_name) is None:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: take the step within per_worker(step, {axis_name!r}), or leave "
+            "axis_name out to train on one worker"
+        )
+    leaves = jax.tree.leaves(gradients)
+    manual = axis_name in jax.sharding.get_abstract_mesh().manual_axes
+    if leaves and manual and not any(differs(g, axis_name) for g in leaves):
+        raise ValueError(
+            f"the gradients are the same on all workers along {axis_name!r}, so they were summed already and there is "
+            "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself"
+        )
+
+
+def mean(gradients: Any, axis_name: str | None) -> Any:
+    """The mean over workers, uncompressed."""
+    if axis_name is None:
+        return gradients
+    return jax.tree.map(lambda g: jax.lax.pmean(as_local(g, axis_name), axis_name), gradients)
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """Sum of squares of all entries, in float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return sum(squares, start=jnp.zeros((), jnp.float32))
+
+
+def mean_squared_norm(gradients: Any, axis_name: str | None) -> jax.Array:
+    """The mean over workers of `squared_norm`: finite only if all gradients of all workers are."""
+    square = squared_norm(gradients)
+    return square if axis_name is None else jax.lax.pmean(as_local(square, axis_name), axis_name)
+
+
+def clipped(gradients: Any, squared: jax.Array, clip_norm: float | None) -> Any:
+    """The gradients times what makes a norm of ``sqrt(squared)`` at most ``clip_norm``."""
+    if clip_norm is None:
+        return gradients
+    factor = clip_norm / jnp.maximum(jnp.sqrt(squared), clip_norm)
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
+
+
+def clipped_locally(
+    gradients: Any, axis_name: str | None, clip_norm: float | None, clip: Clip
+) -> Any:
+    """Clip the gradient of each worker, by the norm that `Clip` says."""
+    if clip_norm is None:
+        return gradients
+    by_all = clip == "synchronised"
+    squared = mean_squared_norm(gradients, axis_name) if by_all else squared_norm(gradients)
+    return clipped(gradients, squared, clip_norm)
+
+
+def check_clip(clip_norm: Any, clip: str) -> None:
+    """Raise a ``ValueError`` for options out of range."""
+    if isinstance(clip_norm, int | float) and clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive; None does not clip")
+    if clip not in get_args(Clip):
+        raise ValueError(f"clip={clip!r} is unknown; one of {', '.join(get_args(Clip))}")
+
+
+def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
+    """The uncompressed mean over workers, as the first link of any optimizer within `effscale.parallel.per_worker`.
+
+    What crosses the network is of the gradients' type.
+
+    >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del params, extra
+        check_local(updates, axis_name)
+        return mean(updates, axis_name), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class SkipState(NamedTuple):
+    """State of `skip_nonfinite`: updates skipped so far (int32), and the inner state."""
+
+    skipped: jax.Array
+    inner: Any
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Skip the update, on all workers, if any gradient of any worker is not finite.
+
+    Updates are then zero and the inner state (moments, counters, errors) stays bit for bit as it was. The decision
+    costs one number a worker on the network. Gradients so large that their squares overflow float32 count as not finite.
+
+    Args:
+        inner: Any optax transformation.
+        axis_name: The workers' axis; None on one worker.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return SkipState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        check_local(updates, axis_name)
+        finite = jnp.isfinite(mean_squared_norm(updates, axis_name))
+
+        def take() -> Any:
+            return inner.update(updates, state.inner, params, **extra)
+
+        def skip() -> Any:
+            return jax.tree.map(zeros_of_mean, updates), state.inner
+
+        new_updates, new_inner = jax.lax.cond(finite, take, skip)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return new_updates, SkipState(skipped, new_inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zeros_of_mean(x: Any) -> jax.Array:
+    """Zeros like an array, of a type that is the same on all workers."""
+    return jnp.zeros(jnp.shape(x), x.dtype)
+
+
+def moments_like(params: Any) -> Any:
+    """Zeros in at least float32: second moments that decay by 0.999 stand still in bfloat16."""
+    return jax.tree.map(
+        lambda p: jnp.zeros(jnp.shape(p), jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+
+
+def lerp(old: Any, new: Any, decay: Any) -> Any:
+    """``decay * old + (1 - decay) * new`` in the type of ``old``."""
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b.astype(a.dtype), old, new)
+
+
+def masked(tree: Any, mask: Any, params: Any) -> Any:
+    """The tree times a mask: None, a tree like it (or a function from the parameters to one) of arrays that broadcast."""
+    if mask is None:
+        return tree
+    if isinstance(mask, Callable):
+        mask = mask(params)
+    return jax.tree.map(lambda x, m: x * jnp.broadcast_to(m, x.shape).astype(x.dtype), tree, mask)

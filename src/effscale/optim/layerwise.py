@@ -1,0 +1,62 @@
+"""Norms layer by layer, also where like layers are stacked in one array."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from effscale.training.partition import named_leaves
+
+Stacked = Any
+"""How many leading dimensions of each array stack separate tensors: a tree of integers like the parameters, one integer for
+all, or None: one where the logical axes of an ``nnx.Variable`` begin with ``layers``, else none."""
+
+
+def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
+    """A tree of integers like the parameters; see `Stacked`."""
+    leaves, structure = jax.tree.flatten(params)
+    if isinstance(stacked, int):
+        dims = [stacked] * len(leaves)
+    elif stacked is None:
+        dims = [int((leaf.axes or (None,))[0] == "layers") for leaf in named_leaves(params)]
+    else:
+        dims = jax.tree.leaves(stacked)
+        if len(dims) != len(leaves):
+            raise ValueError(f"stacked has {len(dims)} entries for {len(leaves)} arrays")
+    for x, dim in zip(leaves, dims, strict=True):
+        if not 0 <= dim <= jnp.ndim(x):
+            raise ValueError(f"stacked={dim} for an array of shape {jnp.shape(x)}")
+    return jax.tree.unflatten(structure, dims)
+
+
+def layer_shape(x: Any, dims: int) -> tuple[int, ...]:
+    """The shape of one number a layer that broadcasts against the array."""
+    return (*jnp.shape(x)[:dims], *(1,) * (jnp.ndim(x) - dims))
+
+
+def norms(x: jax.Array, dims: int) -> jax.Array:
+    """The L2 norm of each layer, in float32, of `layer_shape`."""
+    axes = tuple(range(dims, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+
+
+class TrustRatio(NamedTuple):
+    """The bounds of LAMB's coefficient, DeepSpeed's names and values."""
+
+    max_coeff: Any = 10.0
+    min_coeff: Any = 0.01
+
+    def __call__(self, params: Any, update: Any, dims: int) -> jax.Array:
+        """Norm of the parameters by that of the update, within bounds; one where either is zero."""
+        p, u = norms(params, dims), norms(update, dims)
+        ratio = jnp.clip(p / jnp.where(u > 0, u, 1.0), self.min_coeff, self.max_coeff)
+        return jnp.where((p > 0) & (u > 0), ratio, 1.0)
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for bounds that no number lies in."""
+        low, high = self.min_coeff, self.max_coeff
+        numbers = isinstance(low, int | float) and isinstance(high, int | float)
+        if numbers and not 0 <= low <= high:
+            raise ValueError(
+                f"min_coeff={low} and max_coeff={high} must be ordered and not negative"
+            )

@@ -1,0 +1,222 @@
+"""1-bit Adam: Adam until its variance has settled, then momentum in one bit a number."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.optim import gradients as g_
+from effscale.optim.freezing import (
+    RatioState,
+    VarianceRatio,
+    check_freeze_step,
+    check_moments,
+    init_ratio,
+    is_frozen,
+    watch_variance,
+)
+from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
+from effscale.parallel.workers import PerWorker, per_worker_zeros
+from effscale.training.schedules import scale_by_learning_rate
+
+
+class OneBitAdamState(NamedTuple):
+    """State of `scale_by_onebit_adam`.
+
+    Attributes:
+        count: int32, updates made.
+        mu: The momentum, the same on all workers, in at least float32.
+        nu: The variance, likewise; it stays as it is once the warm-up is over.
+        ratio: What `VarianceRatio` has seen; None without it.
+        errors: Each worker's `ErrorFeedback`; None without an axis.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    ratio: RatioState | None
+    errors: PerWorker | None
+
+
+def scale_by_onebit_adam(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    freeze_step: int = 100_000,
+    variance_ratio: VarianceRatio | None = None,
+    exp_avg_mask: Any = None,
+    clip_norm: float | None = None,
+    clip: g_.Clip = "synchronised",
+    axis_name: str | None = None,
+    num_workers: int | None = None,
+    scales: Scales = "tensor",
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale by 1-bit Adam.
+
+    Warm-up, with :math:`g` the mean over workers:
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        u = m / (\sqrt v + \epsilon)
+
+    After it v stays, and the workers agree on the mean of their momenta in one bit a number:
+
+    .. math:: m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
+        u = m / (\sqrt v + \epsilon)
+
+    There is no bias correction in either stage, as in DeepSpeed, whose option for it does nothing.
+
+    Args:
+        b1: Decay of the momentum.
+        b2: Decay of the variance.
+        eps: Added to the root of the variance.
+        freeze_step: Updates of the warm-up; 15 to 25 % of a run are usual.
+        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        exp_avg_mask: What the momentum is multiplied by after each exchange: a tree like the parameters of arrays that
+            broadcast against them, or a function from parameters to such a tree. Zeros belong where the gradient is
+            always zero (positions that no row reaches): one bit cannot say zero.
+        clip_norm: Greatest norm of the gradient; None does not clip. In the warm-up that of the mean.
+        clip: After the warm-up, ``synchronised`` clips all workers by the root mean square of their norms, ``local``
+            each by its own.
+        axis_name: The workers' axis, with the update within `effscale.parallel.per_worker`. None trains on one worker: the
+            same two stages, nothing sent, nothing compressed. So does an axis of one worker.
+        num_workers: Only where no mesh says it (`effscale.parallel.simulate_workers`).
+        scales: One scale a ``tensor``, or one for the whole ``tree``.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Returns:
+        An optax transformation. Its ``init`` is called within ``jax.set_mesh(mesh)``, outside of the step.
+
+    Raises:
+        ValueError: An option is out of range; no such axis; or, in the update, gradients that were averaged already.
+
+    References:
+        Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021
+    """
+    check_moments(b1, b2, eps)
+    check_freeze_step(freeze_step)
+    g_.check_clip(clip_norm, clip)
+
+    def init(params: Any) -> Any:
+        errors = None
+        if axis_name is not None:
+            errors = per_worker_zeros(
+                lambda workers: init_error_feedback(params, workers, specs), axis_name, num_workers
+            )
+        return OneBitAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=g_.moments_like(params),
+            nu=g_.moments_like(params),
+            ratio=init_ratio(variance_ratio),
+            errors=errors,
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del extra
+        g_.check_local(updates, axis_name)
+
+        def warm_up() -> Any:
+            g = g_.mean(updates, axis_name)
+            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
+            mu = g_.lerp(state.mu, g, b1)
+            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
+            return (
+                mu,
+                nu,
+                watch_variance(variance_ratio, state.ratio, state.count, nu),
+                state.errors,
+            )
+
+        def compressed() -> Any:
+            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
+            mu, errors = g_.lerp(state.mu, g, b1), state.errors
+            if axis_name is not None:
+                assert errors is not None
+                mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
+                errors = PerWorker(new, axis_name)
+            return g_.masked(mu, exp_avg_mask, params), state.nu, state.ratio, errors
+
+        frozen = is_frozen(freeze_step, state.ratio, state.count)
+        mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
+        scaled = jax.tree.map(
+            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu, nu, updates
+        )
+        return scaled, OneBitAdamState(optax.safe_increment(state.count), mu, nu, ratio, errors)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def onebit_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    freeze_step: int = 100_000,
+    variance_ratio: VarianceRatio | None = None,
+    exp_avg_mask: Any = None,
+    clip_norm: float | None = None,
+    clip: g_.Clip = "synchronised",
+    axis_name: str | None = None,
+    num_workers: int | None = None,
+    scales: Scales = "tensor",
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""1-bit Adam with decoupled weight decay; `scale_by_onebit_adam` has the mathematics and the other options.
+
+    A step in which any worker has a gradient that is not finite is skipped by all, before it reaches the errors.
+
+    Args:
+        learning_rate: A number or a schedule (also one by tokens, `effscale.training.Schedule`).
+        b1: Decay of the momentum.
+        b2: Decay of the variance.
+        eps: Added to the root of the variance.
+        weight_decay: Added to the update as ``weight_decay * params``, before the learning rate.
+        mask: Which parameters decay, as in ``optax.adamw``.
+        freeze_step: Updates of the warm-up.
+        variance_ratio: Ends the warm-up earlier.
+        exp_avg_mask: What the momentum is multiplied by.
+        clip_norm: Greatest norm of the gradient.
+        clip: By which norm, after the warm-up.
+        axis_name: The workers' axis; None trains on one worker.
+        num_workers: Only where no mesh says it.
+        scales: One scale a ``tensor``, or one for the whole ``tree``.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Example:
+        >>> optimizer = onebit_adam(0.1, freeze_step=10)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(abs(params).max() < 0.2)
+        True
+
+    References:
+        Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021
+    """
+    links = [
+        scale_by_onebit_adam(
+            b1,
+            b2,
+            eps,
+            freeze_step=freeze_step,
+            variance_ratio=variance_ratio,
+            exp_avg_mask=exp_avg_mask,
+            clip_norm=clip_norm,
+            clip=clip,
+            axis_name=axis_name,
+            num_workers=num_workers,
+            scales=scales,
+            specs=specs,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    ]
+    return g_.skip_nonfinite(optax.chain(*links), axis_name)

@@ -1,0 +1,314 @@
+"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then followed from momentum in one bit a number."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.optim import gradients as g_
+from effscale.optim.freezing import (
+    RatioState,
+    VarianceRatio,
+    check_freeze_step,
+    check_moments,
+    init_ratio,
+    is_frozen,
+    watch_variance,
+)
+from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
+from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
+from effscale.parallel.workers import PerWorker, per_worker_zeros
+from effscale.training.schedules import scale_by_learning_rate
+
+
+class OneBitLambState(NamedTuple):
+    """State of `scale_by_onebit_lamb`; what is one number a layer broadcasts against the parameters.
+
+    Attributes:
+        count: int32, updates made.
+        mu: The momentum, the same on all workers.
+        nu: The variance of the warm-up.
+        nu_fresh: The variance of the gradients as the exchanged momentum tells them, after the warm-up.
+        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up.
+        last_factor: What the coefficient of each layer was multiplied by last.
+        scaling_coeff: What the momentum of each layer is multiplied by so that all are alike when they are exchanged.
+        compressing: Whether a compressed step was made.
+        ratio: What `VarianceRatio` has seen.
+        errors: Each worker's `ErrorFeedback`, of the scaled momenta.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    nu_fresh: Any
+    frozen_coeff: Any
+    last_factor: Any
+    scaling_coeff: Any
+    compressing: jax.Array
+    ratio: RatioState | None
+    errors: PerWorker | None
+
+
+def scale_by_onebit_lamb(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    freeze_step: int = 100_000,
+    max_coeff: float = 10.0,
+    min_coeff: float = 0.01,
+    coeff_beta: float = 0.9,
+    factor_max: float = 4.0,
+    factor_min: float = 0.5,
+    factor_threshold: float = 0.1,
+    variance_ratio: VarianceRatio | None = None,
+    exp_avg_mask: Any = None,
+    clip_norm: float | None = None,
+    clip: g_.Clip = "synchronised",
+    stacked: Stacked = None,
+    axis_name: str | None = None,
+    num_workers: int | None = None,
+    scales: Scales = "tree",
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale by 1-bit LAMB, weight decay included.
+
+    The warm-up is `effscale.optim.scale_by_lamb`, of the mean gradient, and follows each layer's coefficient,
+    :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where c is exactly 1). After it, with
+    :math:`a = \bar z / z` of the layers' root mean squares z of the momentum at the end of the warm-up:
+
+    .. math::
+        m' &= \mathrm{mean}_{1 \mathrm{bit}}\bigl(a (\beta_1 m + (1 - \beta_1) g_r)\bigr) / a \\
+        \hat g &= (m' - \beta_1 m) / (1 - \beta_1), \qquad \hat v \leftarrow \beta_2 \hat v + (1 - \beta_2) \hat g^2 \\
+        r &= \max \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
+        u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad \text{update} = \bar c \, r \, u
+
+    With weight decay r becomes :math:`r \rho + 1 - \rho`, :math:`\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)` of
+    the update without and with it. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
+    its last value. The product of coefficient and factor is not clipped. Nothing is corrected for bias.
+
+    Args:
+        b1: Decay of the momentum.
+        b2: Decay of the variances.
+        eps: Added to the roots of the variances.
+        weight_decay: :math:`\lambda`.
+        mask: Which parameters decay.
+        freeze_step: Updates of the warm-up.
+        max_coeff: Greatest coefficient of the warm-up.
+        min_coeff: Least coefficient of the warm-up.
+        coeff_beta: :math:`\beta_c`; the warm-up should have more than 1 / (1 - coeff_beta) steps.
+        factor_max: Greatest factor.
+        factor_min: Least factor.
+        factor_threshold: Greatest relative change of the factor in a step.
+        variance_ratio: Ends the warm-up earlier.
+        exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
+        clip_norm: Greatest norm of the gradient.
+        clip: By which norm, after the warm-up.
+        stacked: Leading dimensions that stack layers; see `Stacked`.
+        axis_name: The workers' axis; None trains on one worker.
+        num_workers: Only where no mesh says it.
+        scales: One scale for the whole ``tree``, as in the paper, or one a ``tensor``.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Returns:
+        An optax transformation, whose update needs the parameters.
+
+    Raises:
+        ValueError: As for `effscale.optim.scale_by_onebit_adam`.
+
+    References:
+        Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
+    """
+    check_moments(b1, b2, eps)
+    check_freeze_step(freeze_step)
+    g_.check_clip(clip_norm, clip)
+    _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
+    trust = TrustRatio(max_coeff, min_coeff)
+    trust.check()
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def init(params: Any) -> Any:
+        dims = stacked_dims(params, stacked)
+        errors = None
+        if axis_name is not None:
+            errors = per_worker_zeros(
+                lambda workers: init_error_feedback(params, workers, specs), axis_name, num_workers
+            )
+
+        def each(value: float) -> Any:
+            return jax.tree.map(
+                lambda p, d: jnp.full(layer_shape(p, d), value, jnp.float32), params, dims
+            )
+
+        return OneBitLambState(
+            count=jnp.zeros((), jnp.int32),
+            mu=g_.moments_like(params),
+            nu=g_.moments_like(params),
+            nu_fresh=g_.moments_like(params),
+            frozen_coeff=each(0.0),
+            last_factor=each(1.0),
+            scaling_coeff=each(1.0),
+            compressing=jnp.zeros((), jnp.bool_),
+            ratio=init_ratio(variance_ratio),
+            errors=errors,
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del extra
+        if params is None:
+            raise ValueError(
+                "LAMB needs the parameters: optimizer.update(gradients, state, params)"
+            )
+        g_.check_local(updates, axis_name)
+        dims = stacked_dims(params, stacked)
+
+        def decayed(u: Any) -> Any:
+            return decay.update(u, decay.init(params), params)[0]
+
+        def in_types(u: Any) -> Any:
+            return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
+
+        def warm_up() -> tuple[Any, OneBitLambState]:
+            g = g_.mean(updates, axis_name)
+            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
+            mu = g_.lerp(state.mu, g, b1)
+            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
+            u = decayed(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu))
+            coeff = jax.tree.map(trust, params, u, dims)
+            frozen = jax.tree.map(
+                lambda old, c: jnp.where(c == 1.0, old, coeff_beta * old + (1 - coeff_beta) * c),
+                state.frozen_coeff,
+                coeff,
+            )
+            ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
+            new = state._replace(mu=mu, nu=nu, frozen_coeff=frozen, ratio=ratio)
+            return in_types(jax.tree.map(jnp.multiply, coeff, u)), new
+
+        def compressed() -> tuple[Any, OneBitLambState]:
+            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
+            scaling = jax.lax.cond(
+                state.compressing,
+                lambda: state.scaling_coeff,
+                lambda: _scaling_coeff(state.mu, dims),
+            )
+            mu = jax.tree.map(jnp.multiply, g_.lerp(state.mu, g, b1), scaling)
+            errors = state.errors
+            if axis_name is not None:
+                assert errors is not None
+                mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
+                errors = PerWorker(new, axis_name)
+            mu = g_.masked(jax.tree.map(jnp.divide, mu, scaling), exp_avg_mask, params)
+
+            def fresh(v: Any, v_fresh: Any, m: Any, last: Any) -> Any:
+                gradient = (m - b1 * last) / (1 - b1)
+                start = jnp.where(state.compressing, v_fresh, v)
+                return b2 * start + (1 - b2) * jnp.square(gradient)
+
+            nu_fresh = jax.tree.map(fresh, state.nu, state.nu_fresh, mu, state.mu)
+            u0 = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, state.nu)
+            u = decayed(u0)
+
+            def factor(v: Any, v_fresh: Any, before: Any, after: Any, last: Any, d: int) -> Any:
+                quotient = (jnp.sqrt(v) + eps) / (jnp.sqrt(v_fresh) + eps)
+                r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True)
+                with_decay = norms(after, d)
+                rho = jnp.minimum(
+                    1.0, norms(before, d) / jnp.where(with_decay > 0, with_decay, 1.0)
+                )
+                r = jnp.where(jnp.asarray(weight_decay) > 0, r * rho + (1.0 - rho), r)
+                r = jnp.clip(r, factor_min, factor_max)
+                return jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
+
+            r = jax.tree.map(factor, state.nu, nu_fresh, u0, u, state.last_factor, dims)
+            out = jax.tree.map(lambda c, f, x: c * f * x, state.frozen_coeff, r, u)
+            new = state._replace(
+                mu=mu,
+                nu_fresh=nu_fresh,
+                last_factor=r,
+                scaling_coeff=scaling,
+                compressing=jnp.ones((), jnp.bool_),
+                errors=errors,
+            )
+            return in_types(out), new
+
+        frozen = is_frozen(freeze_step, state.ratio, state.count)
+        out, new = jax.lax.cond(frozen, compressed, warm_up)
+        return out, new._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scaling_coeff(mu: Any, dims: Any) -> Any:
+    """The mean over layers of the momentum's root mean square, by that of each layer."""
+
+    def root_mean_square(m: Any, d: int) -> Any:
+        return norms(m, d) / jnp.sqrt(jnp.float32(max(1, m[(0,) * d].size)))
+
+    z = jax.tree.map(root_mean_square, mu, dims)
+    layers = [jnp.ravel(x) for x in jax.tree.leaves(z)]
+    mean = jnp.mean(jnp.concatenate(layers)) if layers else jnp.float32(1.0)
+    # A layer without momentum needs no scaling, and has no root mean square to divide by.
+    return jax.tree.map(lambda x: jnp.where(x > 0, mean / jnp.where(x > 0, x, 1.0), 1.0), z)
+
+
+def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
+    def number(x: Any) -> bool:
+        return isinstance(x, int | float)
+
+    if number(beta) and not 0 <= beta < 1:
+        raise ValueError(f"coeff_beta={beta} must lie in [0, 1)")
+    if number(largest) and number(least) and not 0 < least <= largest:
+        raise ValueError(
+            f"factor_min={least} and factor_max={largest} must be ordered and positive"
+        )
+    if number(threshold) and not 0 <= threshold < 1:
+        raise ValueError(f"factor_threshold={threshold} must lie in [0, 1)")
+
+
+def onebit_lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    axis_name: str | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """1-bit LAMB; `scale_by_onebit_lamb` has the mathematics and all options.
+
+    A step in which any worker has a gradient that is not finite is skipped by all.
+
+    Args:
+        learning_rate: A number or a schedule.
+        b1: Decay of the momentum.
+        b2: Decay of the variances.
+        eps: Added to the roots of the variances.
+        weight_decay: Weight decay, within the coefficient's norm.
+        mask: Which parameters decay.
+        axis_name: The workers' axis; None trains on one worker.
+        **options: Those of `scale_by_onebit_lamb`.
+
+    Example:
+        >>> optimizer = onebit_lamb(0.02, freeze_step=20)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(abs(params).max() < 1.8)
+        True
+
+    References:
+        Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
+    """
+    transform = scale_by_onebit_lamb(
+        b1, b2, eps, weight_decay, mask, axis_name=axis_name, **options
+    )
+    chain = optax.chain(transform, scale_by_learning_rate(learning_rate))
+    return g_.skip_nonfinite(chain, axis_name)

@@ -1,0 +1,361 @@
+"""0/1 Adam: a variance that is updated ever more seldom, then steps in which the workers send nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effscale.optim import gradients as g_
+from effscale.optim.freezing import check_moments
+from effscale.optim.zero_one_policies import Policies, PolicyState, Round
+from effscale.parallel.compressed import (
+    ErrorFeedback,
+    Scales,
+    compressed_mean,
+    init_error_feedback,
+)
+from effscale.parallel.workers import PerWorker, as_local, per_worker_zeros
+from effscale.training.schedules import Schedule
+
+
+class OwnWay(NamedTuple):
+    """What a worker did by itself since the last synchronisation.
+
+    Attributes:
+        momentum: float32, the part of its momentum that comes from its own gradients.
+        moved: float32, the sum of learning rate times momentum; divided by the root of the variance it is how far the
+            worker went from the shared parameters.
+        errors: The worker's `ErrorFeedback`.
+    """
+
+    momentum: Any
+    moved: Any
+    errors: ErrorFeedback | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ZeroOneAdamState:
+    """State of `scale_by_zero_one_adam`.
+
+    Attributes:
+        count: int32, updates made.
+        mu: The momentum that the workers share; within local steps it only decays.
+        nu: The variance.
+        policy: The counters of both policies.
+        rates: float32, the sum of learning rates since the last synchronisation.
+        own: What each worker did by itself, a `PerWorker` of `OwnWay`. On one worker an `OwnWay` with ``moved`` only.
+        eps: float32, what is added to the root of the variance.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+    policy: PolicyState
+    rates: Any
+    own: Any
+    eps: Any
+
+    def local_params(self, params: Any) -> Any:
+        """The parameters where a worker stands, within `effscale.parallel.per_worker`."""
+        if not isinstance(self.own, PerWorker):
+            return params
+        moved, shared = self.own.value.moved, as_local(params, self.own.axis_name)
+        on_the_way = lambda: jax.tree.map(
+            lambda p, u, v: (p - u / (jnp.sqrt(v) + self.eps)).astype(p.dtype),
+            shared,
+            moved,
+            self.nu,
+        )
+        return jax.lax.cond(self.rates > 0, on_the_way, lambda: shared)
+
+
+def scale_by_zero_one_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    var_freeze_step: int = 100_000,
+    var_update_scaler: int = 16,
+    local_step_scaler: int = 32_678,
+    local_step_clipper: int = 16,
+    exp_avg_mask: Any = None,
+    clip_norm: float | None = None,
+    clip: g_.Clip = "synchronised",
+    axis_name: str | None = None,
+    num_workers: int | None = None,
+    scales: Scales = "tensor",
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale by 0/1 Adam, learning rate and weight decay included, as the first is a part of what is exchanged.
+
+    Up to ``var_freeze_step``: at the steps of the variance's policy (`Policies`) gradients are averaged in full and
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+
+    At the others gradients are averaged in one bit and v stays. That gradients are compressed here, and not the momentum
+    as in the paper, is DeepSpeed's way. Then v stays for good, and each worker r goes its own way until the next step of
+    the second policy:
+
+    .. math:: m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
+        x_r = x - u_r / (\sqrt v + \epsilon)
+
+    where all agree on :math:`\bar u`, the mean of u in one bit, and set :math:`x \leftarrow x - \bar u / (\sqrt v +
+    \epsilon)`, :math:`m \leftarrow \bar u / \sum \gamma`, :math:`u \leftarrow 0`. Nothing is corrected for bias.
+
+    The parameters x that this transformation updates are the shared ones: between synchronisations its updates are zero, and
+    evaluation and checkpoints see what all workers agreed on last. A worker's gradient has to be taken at
+    ``effscale.parallel.worker_params(params, opt_state)``, which is :math:`x_r`. On one worker there is nobody to wait
+    for, and each step updates the parameters.
+
+    Args:
+        learning_rate: A number or a schedule (also one by tokens).
+        b1: Decay of the momentum.
+        b2: Decay of the variance.
+        eps: Added to the root of the variance.
+        weight_decay: Decoupled. With several workers it acts when they synchronise, on the shared parameters, with
+            the sum of the learning rates; DeepSpeed mixes it into the momentum.
+        mask: Which parameters decay, as in ``optax.adamw``.
+        var_freeze_step: Updates of the first stage; the paper takes those in which the learning rate rises. More than
+            the run has: no local steps.
+        var_update_scaler: Updates of the variance after which their interval doubles, the paper's kappa.
+        local_step_scaler: Steps after which the interval of local steps doubles; see `halving_steps`.
+        local_step_clipper: The longest interval, the paper's H.
+        exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
+        clip_norm: Greatest norm of the gradient.
+        clip: By which norm, where gradients are not averaged.
+        axis_name: The workers' axis; None trains on one worker.
+        num_workers: Only where no mesh says it.
+        scales: One scale a ``tensor``, or one for the whole ``tree``.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Returns:
+        An optax transformation; follow it by ``optax.scale(-1)``.
+
+    Raises:
+        ValueError: As for `effscale.optim.scale_by_onebit_adam`; or the update gets no parameters though it has weight
+            decay.
+
+    References:
+        Lu et al., `0/1 Adam <https://arxiv.org/abs/2202.06009>`_, 2022
+    """
+    check_moments(b1, b2, eps)
+    g_.check_clip(clip_norm, clip)
+    policies = Policies(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
+    policies.check()
+
+    def init(params: Any) -> Any:
+        own: Any = OwnWay(None, g_.moments_like(params), None)
+        if axis_name is not None:
+            own = per_worker_zeros(
+                lambda workers: OwnWay(
+                    g_.moments_like(params),
+                    g_.moments_like(params),
+                    init_error_feedback(params, workers, specs),
+                ),
+                axis_name,
+                num_workers,
+            )
+        return ZeroOneAdamState(
+            count=jnp.zeros((), jnp.int32),
+            mu=g_.moments_like(params),
+            nu=g_.moments_like(params),
+            policy=policies.init(),
+            rates=jnp.zeros((), jnp.float32),
+            own=own,
+            eps=jnp.asarray(eps, jnp.float32),
+        )
+
+    def update(
+        updates: Any,
+        state: ZeroOneAdamState,
+        params: Any = None,
+        *,
+        tokens: Any = None,
+        **extra: Any,
+    ) -> Any:
+        del extra
+        g_.check_local(updates, axis_name)
+        rate = _rate(learning_rate, state.count, tokens)
+        alone = axis_name is None
+        own: OwnWay = state.own if alone else state.own.value
+
+        def average(tree: Any, errors: Any) -> tuple[Any, Any]:
+            if alone:
+                return tree, errors
+            return compressed_mean(tree, errors, axis_name, scales=scales, specs=specs)
+
+        def scaled(numerator: Any, nu: Any, decay_rate: Any) -> Any:
+            """Numerator / (sqrt(nu) + eps) + decay_rate * weight_decay * params, in the types of the updates."""
+            out = jax.tree.map(lambda x, v: x / (jnp.sqrt(v) + eps), numerator, nu)
+            out = jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
+            transform = optax.add_decayed_weights(decay_rate * weight_decay, mask)
+            if isinstance(weight_decay, int | float) and weight_decay == 0:
+                return out
+            return transform.update(out, transform.init(params), params)[0]
+
+        def rated(mu: Any) -> Any:
+            return jax.tree.map(lambda m: rate * m, mu)
+
+        def variance() -> Any:
+            g = g_.mean(updates, axis_name)
+            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
+            mu = g_.lerp(state.mu, g, b1)
+            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
+            return scaled(rated(mu), nu, rate), mu, nu, own, state.rates
+
+        def gradient() -> Any:
+            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
+            g, errors = average(g, own.errors)
+            mu = g_.lerp(state.mu, g_.masked(g, exp_avg_mask, params), b1)
+            return (
+                scaled(rated(mu), state.nu, rate),
+                mu,
+                state.nu,
+                own._replace(errors=errors),
+                state.rates,
+            )
+
+        def own_step() -> tuple[Any, OwnWay, Any]:
+            """The shared momentum, what the worker did, and the sum of rates, after one more step by itself."""
+            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
+            if alone:
+                mu = g_.masked(g_.lerp(state.mu, g, b1), exp_avg_mask, params)
+                moved = jax.tree.map(lambda u, m: u + rate * m, own.moved, mu)
+                return mu, own._replace(moved=moved), state.rates + rate
+            # The errors were those of gradients in the first stage; from here on they are those of `moved`.
+            first = state.count == policies.var_freeze_step
+            errors = jax.lax.cond(
+                first, lambda e: jax.tree.map(jnp.zeros_like, e), lambda e: e, own.errors
+            )
+            mu = jax.tree.map(lambda m: b1 * m, state.mu)
+            momentum = g_.masked(g_.lerp(own.momentum, g, b1), exp_avg_mask, params)
+            moved = jax.tree.map(lambda u, m, r: u + rate * (m + r), own.moved, mu, momentum)
+            return mu, OwnWay(momentum, moved, errors), state.rates + rate
+
+        def local() -> Any:
+            mu, after, rates = own_step()
+            if alone:
+                return scaled(rated(mu), state.nu, rate), mu, state.nu, after, rates
+            return jax.tree.map(g_.zeros_of_mean, updates), mu, state.nu, after, rates
+
+        def sync() -> Any:
+            mu, after, rates = own_step()
+            moved, errors = average(after.moved, after.errors)
+            moved = g_.masked(moved, exp_avg_mask, params)
+            out = scaled(rated(mu), state.nu, rate) if alone else scaled(moved, state.nu, rates)
+            mu = jax.tree.map(lambda u: u / rates, moved)
+            rest = jax.tree.map(jnp.zeros_like, after._replace(errors=None))
+            return out, mu, state.nu, rest._replace(errors=errors), jnp.zeros_like(rates)
+
+        kind, policy = policies.step(state.policy, state.count)
+        # Without a learning rate nobody moved, and the momentum cannot be told from the way.
+        kind = jnp.where(
+            (kind == int(Round.SYNC)) & (state.rates + rate <= 0), int(Round.LOCAL), kind
+        )
+        out, mu, nu, own_after, rates = jax.lax.switch(kind, [variance, gradient, local, sync])
+        return out, ZeroOneAdamState(
+            count=optax.safe_increment(state.count),
+            mu=mu,
+            nu=nu,
+            policy=policy,
+            rates=rates,
+            own=own_after if alone else PerWorker(own_after, axis_name),
+            eps=state.eps,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rate(learning_rate: Any, count: jax.Array, tokens: Any) -> jax.Array:
+    if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
+        if tokens is None:
+            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
+        return jnp.asarray(learning_rate(tokens), jnp.float32)
+    return jnp.asarray(
+        learning_rate(count) if callable(learning_rate) else learning_rate, jnp.float32
+    )
+
+
+def zero_one_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    var_freeze_step: int = 100_000,
+    var_update_scaler: int = 16,
+    local_step_scaler: int = 32_678,
+    local_step_clipper: int = 16,
+    exp_avg_mask: Any = None,
+    clip_norm: float | None = None,
+    clip: g_.Clip = "synchronised",
+    axis_name: str | None = None,
+    num_workers: int | None = None,
+    scales: Scales = "tensor",
+    specs: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """0/1 Adam; `scale_by_zero_one_adam` has the mathematics and the options.
+
+    A step in which any worker has a gradient that is not finite is skipped by all.
+
+    Args:
+        learning_rate: A number or a schedule.
+        b1: Decay of the momentum.
+        b2: Decay of the variance.
+        eps: Added to the root of the variance.
+        weight_decay: Decoupled weight decay.
+        mask: Which parameters decay.
+        var_freeze_step: Updates of the first stage.
+        var_update_scaler: Updates of the variance after which their interval doubles.
+        local_step_scaler: Steps after which the interval of local steps doubles.
+        local_step_clipper: The longest interval.
+        exp_avg_mask: What the momentum is multiplied by.
+        clip_norm: Greatest norm of the gradient.
+        clip: By which norm, where gradients are not averaged.
+        axis_name: The workers' axis; None trains on one worker.
+        num_workers: Only where no mesh says it.
+        scales: One scale a ``tensor``, or one for the whole ``tree``.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Example:
+        >>> optimizer = zero_one_adam(0.1, var_freeze_step=20, local_step_scaler=10)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(abs(params).max() < 0.2)
+        True
+
+    References:
+        Lu et al., `0/1 Adam <https://arxiv.org/abs/2202.06009>`_, 2022
+    """
+    transform = scale_by_zero_one_adam(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        var_freeze_step=var_freeze_step,
+        var_update_scaler=var_update_scaler,
+        local_step_scaler=local_step_scaler,
+        local_step_clipper=local_step_clipper,
+        exp_avg_mask=exp_avg_mask,
+        clip_norm=clip_norm,
+        clip=clip,
+        axis_name=axis_name,
+        num_workers=num_workers,
+        scales=scales,
+        specs=specs,
+    )
+    return g_.skip_nonfinite(optax.chain(transform, optax.scale(-1.0)), axis_name)

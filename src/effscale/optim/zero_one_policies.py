@@ -1,0 +1,113 @@
+"""When 0/1 Adam updates its variance and when its workers talk: two policies of counters."""
+
+import enum
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Round(enum.IntEnum):
+    """What a step of 0/1 Adam sends."""
+
+    VARIANCE = 0
+    """Gradients in full; the variance is updated."""
+    GRADIENT = 1
+    """Gradients in one bit."""
+    LOCAL = 2
+    """Nothing: each worker goes its own way."""
+    SYNC = 3
+    """What the workers did since the last time, in one bit."""
+
+
+class PolicyState(NamedTuple):
+    """Counters, all int32: the two intervals, and the events and steps since each was doubled."""
+
+    var_interval: Any
+    var_counter: Any
+    local_step_interval: Any
+    local_step_counter: Any
+
+
+class Policies(NamedTuple):
+    r"""The options of both policies, under DeepSpeed's names.
+
+    With t = 1, 2, ... the number of the step. Up to ``var_freeze_step``, the steps whose t is a multiple of the variance's
+    interval update the variance; the interval is 1 and doubles after every ``var_update_scaler`` of them. Later, the
+    steps whose t is a multiple of the local interval synchronise; it is 1 and doubles every ``local_step_scaler`` steps, up
+    to ``local_step_clipper``.
+    """
+
+    var_freeze_step: Any = 100_000
+    var_update_scaler: Any = 16
+    local_step_scaler: Any = 32_678
+    local_step_clipper: Any = 16
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for options out of range."""
+        for name, value in self._asdict().items():
+            least = 0 if name == "var_freeze_step" else 1
+            if isinstance(value, int | float) and (value < least or value != int(value)):
+                raise ValueError(f"{name}={value} must be a whole number of at least {least}")
+
+    def init(self) -> PolicyState:
+        """The counters before the first step."""
+        one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
+        return PolicyState(one, zero, one, zero)
+
+    def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
+        """The `Round` of the step after ``count`` others, and the counters after it."""
+        t = count + 1
+        first_stage = t <= self.var_freeze_step
+        variance = first_stage & (t % state.var_interval == 0)
+        sync = ~first_stage & (t % state.local_step_interval == 0)
+        kind = jnp.where(
+            first_stage,
+            jnp.where(variance, int(Round.VARIANCE), int(Round.GRADIENT)),
+            jnp.where(sync, int(Round.SYNC), int(Round.LOCAL)),
+        )
+        var_counter = state.var_counter + variance.astype(jnp.int32)
+        var_full = var_counter >= self.var_update_scaler
+        local_counter = state.local_step_counter + (~first_stage).astype(jnp.int32)
+        local_full = local_counter >= self.local_step_scaler
+        largest = 2**30  # doubling stays within int32
+        return kind, PolicyState(
+            var_interval=_doubled(state.var_interval, var_full, largest),
+            var_counter=jnp.where(var_full, 0, var_counter),
+            local_step_interval=_doubled(
+                state.local_step_interval, local_full, self.local_step_clipper
+            ),
+            local_step_counter=jnp.where(local_full, 0, local_counter),
+        )
+
+    def rounds(self, steps: int) -> np.ndarray:
+        """The `Round` of each of the first steps, int32.
+
+        >>> Policies(var_freeze_step=4, var_update_scaler=1, local_step_scaler=2, local_step_clipper=2).rounds(10).tolist()
+        [0, 0, 1, 0, 3, 3, 2, 3, 2, 3]
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+
+        def body(state: PolicyState, count: jax.Array) -> tuple[PolicyState, jax.Array]:
+            kind, state = self.step(state, count)
+            return state, kind
+
+        return np.asarray(jax.lax.scan(body, self.init(), jnp.arange(steps, dtype=jnp.int32))[1])
+
+
+def _doubled(interval: jax.Array, when: jax.Array, largest: Any) -> jax.Array:
+    return jnp.where(when, jnp.minimum(interval * 2, largest), interval)
+
+
+def halving_steps(decay: float, every: int) -> int:
+    """Steps in which a learning rate that is multiplied by ``decay`` each ``every`` steps halves: the paper's rule for ``local_step_scaler``.
+
+    >>> halving_steps(0.99, 520)
+    35863
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"decay={decay} must lie in (0, 1)")
+    return round(every * math.log(0.5) / math.log(decay))
