@@ -257,11 +257,11 @@ def run(config: Config) -> Result:
     )
     save_tokenizer(corpus.tokenizer, folder.path)
     try:
-        # All techniques of one seed after another, so that a machine that slows down slows all of them.
-        for seed in range(config.seeds):
-            for fraction in config.fractions:
-                for technique in config.techniques:
+        for fraction in config.fractions:
+            for technique in config.techniques:
+                for seed in range(config.seeds):
                     runner.run(folder, technique, fraction, seed)
+                runner.forget(technique, fraction)
     except StoppedBySignal as stop:
         raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
 

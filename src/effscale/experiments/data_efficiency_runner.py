@@ -1,6 +1,7 @@
 """The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
 
 import dataclasses
+import gc
 import sys
 from typing import Any
 
@@ -82,6 +83,15 @@ class Runner:
             write_json(place / "final.json", final)
 
         once(folder, name, train)
+
+    def forget(self, technique: str, fraction: float) -> None:
+        """Lets go of what was compiled, when all seeds are done.
+
+        A compiled step is hundreds of memory maps, of which Linux gives a process 65,530: too few for all techniques, parts
+        and shapes at once.
+        """
+        del self._trainings[technique, fraction]
+        gc.collect()
 
 
 def run_name(technique: str, fraction: float, seed: int) -> str:
