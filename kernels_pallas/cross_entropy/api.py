@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.cross_entropy import chunked
+from kernels_pallas.cross_entropy.chunked import Gradients
 from kernels_pallas.cross_entropy.reference import reference
 from kernels_pallas.manual_axes import vary, varying_axes
 
@@ -87,19 +88,10 @@ def cross_entropy(
     check_operands(hidden, vocab_weight, labels, weights, bias, z_loss)
     if weights is None:
         weights = jnp.ones(labels.shape, jnp.float32)
-    call = functools.partial(_on_device, implementation, float(z_loss))
-    axes = _shardable(token_axes, hidden.shape[0])
-    if not axes:
-        return call(hidden, vocab_weight, bias, labels, weights)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = {*axes, *(name for name in mesh.axis_names if mesh.shape[name] == 1)}
-
-    @jax.shard_map(in_specs=(P(axes), P(), P(), P(axes), P(axes)), out_specs=P(), axis_names=manual)
-    def on_each(*operands):
-        return jax.lax.psum(call(*operands), axes)
-
-    return on_each(hidden, vocab_weight, bias, labels, weights)
+    operands = (hidden, vocab_weight, bias, labels, weights)
+    return _on_device(
+        implementation, float(z_loss), _shardable(token_axes, hidden.shape[0]), operands
+    )
 
 
 def check_operands(
@@ -169,21 +161,45 @@ def _shardable(token_axes: Sequence[str], tokens: int) -> tuple[str, ...]:
     return axes
 
 
-def _on_device(implementation, z_loss, hidden, vocab_weight, bias, labels, weights):
+def _on_device(implementation, z_loss, axes, operands):
     """Apply the rule for ignored labels, then choose and run an implementation."""
+    hidden, vocab_weight, bias, labels, weights = operands
     if implementation == "reference":
         return reference(hidden, vocab_weight, bias, labels, weights, z_loss=z_loss)
-    if implementation is not None and (reason := why_not(implementation, hidden, vocab_weight)):
-        raise dispatch.Unsupported(
-            f"cross_entropy: implementation={implementation!r} cannot serve: {reason}."
-        )
     labels = labels.astype(jnp.int32)
     counted = (labels >= 0) & (labels < vocab_weight.shape[0])
     labels, weights = jnp.where(counted, labels, -1), jnp.where(counted, weights, 0.0)
     # Within a shard_map all operands take one type here, so that what follows need not know;
     # `vary` sums their gradients.
     operands = (hidden, vocab_weight, bias, labels, weights)
-    return _summed(implementation, z_loss, *vary(operands, varying_axes(operands)))
+    operands = vary(operands, varying_axes(operands))
+    return _summed(implementation, z_loss, axes, *operands)
+
+
+def _over_tokens(call, axes, operands, *, gradients):
+    """Call on each device's own tokens, and sum what belongs to all; `call` itself without axes.
+
+    The custom gradient is around this, as JAX cannot differentiate a shard_map within another.
+    """
+    if not axes:
+        return call(*operands)
+    mesh = jax.sharding.get_abstract_mesh()
+    single = {name for name in mesh.axis_names if mesh.shape[name] == 1}
+    manual = {*axes, *(single - set(mesh.manual_axes))}
+    in_specs = (P(axes), P(), P(), P(axes), P(axes))
+    of_gradients: Any = (P(axes), P(), P(), P(axes))
+    out_specs = (P(), Gradients(*of_gradients)) if gradients else P()
+
+    @jax.shard_map(in_specs=in_specs, out_specs=out_specs, axis_names=manual)
+    def on_each(*operands):
+        result = call(*vary(operands, axes))
+        if not gradients:
+            return jax.lax.psum(result, axes)
+        loss, (hidden, vocab_weight, bias, weights) = result
+        loss, vocab_weight, bias = jax.lax.psum((loss, vocab_weight, bias), axes)
+        return loss, Gradients(hidden, vocab_weight, bias, weights)
+
+    return on_each(*operands)
 
 
 def _functions(implementation, z_loss, hidden, vocab_weight, *, gradients: bool) -> dict[str, Any]:
@@ -222,22 +238,29 @@ def _function(name, z_loss, gradients, platform):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(implementation, z_loss, hidden, vocab_weight, bias, labels, weights):
-    operands = (hidden, vocab_weight, bias, labels, weights)
-    return dispatch.by_platform(
-        _functions(implementation, z_loss, *operands[:2], gradients=False), *operands
-    )
+def _run(implementation, z_loss, axes, operands, *, gradients):
+    def call(*operands):
+        # Within the shard_map over the tokens, if there is one: kernels can serve only there.
+        if implementation is not None and (reason := why_not(implementation, *operands[:2])):
+            raise dispatch.Unsupported(
+                f"cross_entropy: implementation={implementation!r} cannot serve: {reason}."
+            )
+        functions = _functions(implementation, z_loss, *operands[:2], gradients=gradients)
+        return dispatch.by_platform(functions, *operands)
+
+    return _over_tokens(call, axes, operands, gradients=gradients)
 
 
-def _summed_forward(implementation, z_loss, hidden, vocab_weight, bias, labels, weights):
-    operands = (hidden, vocab_weight, bias, labels, weights)
-    return dispatch.by_platform(
-        _functions(implementation, z_loss, *operands[:2], gradients=True), *operands
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(implementation, z_loss, axes, *operands):
+    return _run(implementation, z_loss, axes, operands, gradients=False)
 
 
-def _summed_backward(implementation, z_loss, gradients, cotangent):
+def _summed_forward(implementation, z_loss, axes, *operands):
+    return _run(implementation, z_loss, axes, operands, gradients=True)
+
+
+def _summed_backward(implementation, z_loss, axes, gradients, cotangent):
     def scaled(gradient):
         return (
             None

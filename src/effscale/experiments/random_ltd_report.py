@@ -182,7 +182,7 @@ def draw(
             axis.set_xlim(left=0)
             if level is not None:
                 axis.axhline(level[1], color=COLORS[-1], ls=":", lw=1, label=level[0])
-        axes[0].legend()
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
         if after is not None:
             for place, (name, values) in enumerate(after[1].items()):
                 color = COLORS[ARMS.index(name)] if name in ARMS else COLORS[3]

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from effscale.models.weights import take, transpose
+from effscale.parallel import constrain
 
 Axes = tuple[str | None, ...]
 
@@ -118,7 +119,11 @@ class Embedding(nnx.Module):
         self, ids: Int[Array, "*batch"], dtype: Any = jnp.float32
     ) -> Float[Array, "*batch width"]:
         """The rows ``ids``; an id out of range takes the nearest row."""
-        return take(self.embedding.get_value(), ids).astype(dtype)
+        table = self.embedding.get_value()
+        if jax.sharding.get_abstract_mesh().manual_axes and isinstance(table, jax.Array):
+            # XLA's partitioner dies of a table that is divided both ways where other axes are manual.
+            table = constrain(table, self.embedding.get_metadata("axes")[0], None)
+        return take(table, ids).astype(dtype)
 
     def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch num"]:
         """Logits over the table's rows: ``x E^T``."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effscale.parallel.compressed import Scales
+from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.workers import as_local, bound_axis_size, differs
 
 Clip = Literal["synchronised", "local"]
@@ -39,6 +41,17 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
     return jax.tree.map(lambda g: jax.lax.pmean(as_local(g, axis_name), axis_name), gradients)
 
 
+def bytes_sent(
+    gradients: Any, axis_name: str | None, scales: Scales, specs: Any
+) -> tuple[float, float]:
+    """Bytes that a device sends for the mean in full and in one bit a number; nothing where there is one worker."""
+    workers = 1 if axis_name is None else bound_axis_size(axis_name)
+    if workers is None or workers == 1:
+        return 0.0, 0.0
+    full = mean_bytes(gradients, workers, specs=specs)
+    return full, compressed_mean_bytes(gradients, workers, scales=scales, specs=specs)
+
+
 def squared_norm(tree: Any) -> jax.Array:
     """Sum of squares of all entries, in float32."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
@@ -51,7 +64,7 @@ def mean_squared_norm(gradients: Any, axis_name: str | None) -> jax.Array:
     return square if axis_name is None else jax.lax.pmean(as_local(square, axis_name), axis_name)
 
 
-def clipped(gradients: Any, squared: jax.Array, clip_norm: float | None) -> Any:
+def clipped(gradients: Any, squared: jax.Array, clip_norm: Any) -> Any:
     """The gradients times what makes a norm of ``sqrt(squared)`` at most ``clip_norm``."""
     if clip_norm is None:
         return gradients
@@ -59,9 +72,7 @@ def clipped(gradients: Any, squared: jax.Array, clip_norm: float | None) -> Any:
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), gradients)
 
 
-def clipped_locally(
-    gradients: Any, axis_name: str | None, clip_norm: float | None, clip: Clip
-) -> Any:
+def clipped_locally(gradients: Any, axis_name: str | None, clip_norm: Any, clip: Clip) -> Any:
     """Clip the gradient of each worker, by the norm that `Clip` says."""
     if clip_norm is None:
         return gradients
@@ -137,13 +148,15 @@ def skip_nonfinite(
 
 def zeros_of_mean(x: Any) -> jax.Array:
     """Zeros like an array, of a type that is the same on all workers."""
-    return jnp.zeros(jnp.shape(x), x.dtype)
+    sharding = jax.typeof(x).sharding  # of axes of type Explicit; empty for all others
+    divided = any(entry is not None for entry in sharding.spec)
+    return jnp.zeros(jnp.shape(x), x.dtype, device=sharding if divided else None)
 
 
 def moments_like(params: Any) -> Any:
     """Zeros in at least float32: second moments that decay by 0.999 stand still in bfloat16."""
     return jax.tree.map(
-        lambda p: jnp.zeros(jnp.shape(p), jnp.promote_types(p.dtype, jnp.float32)), params
+        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
     )
 
 

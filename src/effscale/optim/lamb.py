@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
@@ -22,14 +23,14 @@ class LambState(NamedTuple):
 
 
 def scale_by_lamb(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    max_coeff: float = 10.0,
-    min_coeff: float = 0.01,
+    max_coeff: ArrayLike = 10.0,
+    min_coeff: ArrayLike = 0.01,
     stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale by LAMB, weight decay included.
@@ -90,14 +91,14 @@ def scale_by_lamb(
 
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    max_coeff: float = 10.0,
-    min_coeff: float = 0.01,
+    max_coeff: ArrayLike = 10.0,
+    min_coeff: ArrayLike = 0.01,
     stacked: Stacked = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB with bounded coefficients; `scale_by_lamb` has the mathematics and the options.

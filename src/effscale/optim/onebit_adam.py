@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import (
@@ -31,6 +32,7 @@ class OneBitAdamState(NamedTuple):
         nu: The variance, likewise; it stays as it is once the warm-up is over.
         ratio: What `VarianceRatio` has seen; None without it.
         errors: Each worker's `ErrorFeedback`; None without an axis.
+        sent: float32, bytes that each worker's device sent in the last update, by formula.
     """
 
     count: Any
@@ -38,17 +40,18 @@ class OneBitAdamState(NamedTuple):
     nu: Any
     ratio: RatioState | None
     errors: PerWorker | None
+    sent: Any
 
 
 def scale_by_onebit_adam(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    freeze_step: int = 100_000,
+    freeze_step: ArrayLike = 100_000,
     variance_ratio: VarianceRatio | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: float | None = None,
+    clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,
@@ -112,6 +115,7 @@ def scale_by_onebit_adam(
             nu=g_.moments_like(params),
             ratio=init_ratio(variance_ratio),
             errors=errors,
+            sent=jnp.zeros((), jnp.float32),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -140,27 +144,30 @@ def scale_by_onebit_adam(
             return g_.masked(mu, exp_avg_mask, params), state.nu, state.ratio, errors
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
+        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
         mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
         scaled = jax.tree.map(
             lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu, nu, updates
         )
-        return scaled, OneBitAdamState(optax.safe_increment(state.count), mu, nu, ratio, errors)
+        count = optax.safe_increment(state.count)
+        sent = jnp.where(frozen, one_bit, full)
+        return scaled, OneBitAdamState(count, mu, nu, ratio, errors, sent)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def onebit_adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    freeze_step: int = 100_000,
+    freeze_step: ArrayLike = 100_000,
     variance_ratio: VarianceRatio | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: float | None = None,
+    clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,

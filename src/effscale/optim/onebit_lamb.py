@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import (
@@ -37,6 +38,7 @@ class OneBitLambState(NamedTuple):
         compressing: Whether a compressed step was made.
         ratio: What `VarianceRatio` has seen.
         errors: Each worker's `ErrorFeedback`, of the scaled momenta.
+        sent: float32, bytes that each worker's device sent in the last update, by formula.
     """
 
     count: Any
@@ -49,25 +51,26 @@ class OneBitLambState(NamedTuple):
     compressing: jax.Array
     ratio: RatioState | None
     errors: PerWorker | None
+    sent: Any
 
 
 def scale_by_onebit_lamb(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    freeze_step: int = 100_000,
-    max_coeff: float = 10.0,
-    min_coeff: float = 0.01,
-    coeff_beta: float = 0.9,
-    factor_max: float = 4.0,
-    factor_min: float = 0.5,
-    factor_threshold: float = 0.1,
+    freeze_step: ArrayLike = 100_000,
+    max_coeff: ArrayLike = 10.0,
+    min_coeff: ArrayLike = 0.01,
+    coeff_beta: ArrayLike = 0.9,
+    factor_max: ArrayLike = 4.0,
+    factor_min: ArrayLike = 0.5,
+    factor_threshold: ArrayLike = 0.1,
     variance_ratio: VarianceRatio | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: float | None = None,
+    clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
     stacked: Stacked = None,
     axis_name: str | None = None,
@@ -155,6 +158,7 @@ def scale_by_onebit_lamb(
             compressing=jnp.zeros((), jnp.bool_),
             ratio=init_ratio(variance_ratio),
             errors=errors,
+            sent=jnp.zeros((), jnp.float32),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -237,7 +241,10 @@ def scale_by_onebit_lamb(
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         out, new = jax.lax.cond(frozen, compressed, warm_up)
-        return out, new._replace(count=optax.safe_increment(state.count))
+        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
+        return out, new._replace(
+            count=optax.safe_increment(state.count), sent=jnp.where(frozen, one_bit, full)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -271,16 +278,30 @@ def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
 
 def onebit_lamb(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
+    freeze_step: ArrayLike = 100_000,
+    max_coeff: ArrayLike = 10.0,
+    min_coeff: ArrayLike = 0.01,
+    coeff_beta: ArrayLike = 0.9,
+    factor_max: ArrayLike = 4.0,
+    factor_min: ArrayLike = 0.5,
+    factor_threshold: ArrayLike = 0.1,
+    variance_ratio: VarianceRatio | None = None,
+    exp_avg_mask: Any = None,
+    clip_norm: ArrayLike | None = None,
+    clip: g_.Clip = "synchronised",
+    stacked: Stacked = None,
     axis_name: str | None = None,
-    **options: Any,
+    num_workers: int | None = None,
+    scales: Scales = "tree",
+    specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """1-bit LAMB; `scale_by_onebit_lamb` has the mathematics and all options.
+    """1-bit LAMB; `scale_by_onebit_lamb` has the mathematics and the options.
 
     A step in which any worker has a gradient that is not finite is skipped by all.
 
@@ -291,8 +312,22 @@ def onebit_lamb(
         eps: Added to the roots of the variances.
         weight_decay: Weight decay, within the coefficient's norm.
         mask: Which parameters decay.
+        freeze_step: Updates of the warm-up.
+        max_coeff: Greatest coefficient of the warm-up.
+        min_coeff: Least coefficient of the warm-up.
+        coeff_beta: Decay of the coefficient's average.
+        factor_max: Greatest factor.
+        factor_min: Least factor.
+        factor_threshold: Greatest relative change of the factor in a step.
+        variance_ratio: Ends the warm-up earlier.
+        exp_avg_mask: What the momentum is multiplied by.
+        clip_norm: Greatest norm of the gradient.
+        clip: By which norm, after the warm-up.
+        stacked: Leading dimensions that stack layers.
         axis_name: The workers' axis; None trains on one worker.
-        **options: Those of `scale_by_onebit_lamb`.
+        num_workers: Only where no mesh says it.
+        scales: One scale for the whole ``tree``, or one a ``tensor``.
+        specs: See `effscale.parallel.compressed_mean`.
 
     Example:
         >>> optimizer = onebit_lamb(0.02, freeze_step=20)
@@ -308,7 +343,27 @@ def onebit_lamb(
         Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
     """
     transform = scale_by_onebit_lamb(
-        b1, b2, eps, weight_decay, mask, axis_name=axis_name, **options
+        b1,
+        b2,
+        eps,
+        weight_decay,
+        mask,
+        freeze_step=freeze_step,
+        max_coeff=max_coeff,
+        min_coeff=min_coeff,
+        coeff_beta=coeff_beta,
+        factor_max=factor_max,
+        factor_min=factor_min,
+        factor_threshold=factor_threshold,
+        variance_ratio=variance_ratio,
+        exp_avg_mask=exp_avg_mask,
+        clip_norm=clip_norm,
+        clip=clip,
+        stacked=stacked,
+        axis_name=axis_name,
+        num_workers=num_workers,
+        scales=scales,
+        specs=specs,
     )
     chain = optax.chain(transform, scale_by_learning_rate(learning_rate))
     return g_.skip_nonfinite(chain, axis_name)

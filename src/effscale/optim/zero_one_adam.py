@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
@@ -49,6 +50,7 @@ class ZeroOneAdamState:
         rates: float32, the sum of learning rates since the last synchronisation.
         own: What each worker did by itself, a `PerWorker` of `OwnWay`. On one worker an `OwnWay` with ``moved`` only.
         eps: float32, what is added to the root of the variance.
+        sent: float32, bytes that each worker's device sent in the last update, by formula.
     """
 
     count: Any
@@ -58,6 +60,7 @@ class ZeroOneAdamState:
     rates: Any
     own: Any
     eps: Any
+    sent: Any
 
     def local_params(self, params: Any) -> Any:
         """The parameters where a worker stands, within `effscale.parallel.per_worker`."""
@@ -75,18 +78,18 @@ class ZeroOneAdamState:
 
 def scale_by_zero_one_adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    var_freeze_step: int = 100_000,
-    var_update_scaler: int = 16,
-    local_step_scaler: int = 32_678,
-    local_step_clipper: int = 16,
+    var_freeze_step: ArrayLike = 100_000,
+    var_update_scaler: ArrayLike = 16,
+    local_step_scaler: ArrayLike = 32_678,
+    local_step_clipper: ArrayLike = 16,
     exp_avg_mask: Any = None,
-    clip_norm: float | None = None,
+    clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,
@@ -170,19 +173,12 @@ def scale_by_zero_one_adam(
             rates=jnp.zeros((), jnp.float32),
             own=own,
             eps=jnp.asarray(eps, jnp.float32),
+            sent=jnp.zeros((), jnp.float32),
         )
 
-    def update(
-        updates: Any,
-        state: ZeroOneAdamState,
-        params: Any = None,
-        *,
-        tokens: Any = None,
-        **extra: Any,
-    ) -> Any:
-        del extra
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         g_.check_local(updates, axis_name)
-        rate = _rate(learning_rate, state.count, tokens)
+        rate = _rate(learning_rate, state.count, extra.get("tokens"))
         alone = axis_name is None
         own: OwnWay = state.own if alone else state.own.value
 
@@ -194,11 +190,10 @@ def scale_by_zero_one_adam(
         def scaled(numerator: Any, nu: Any, decay_rate: Any) -> Any:
             """Numerator / (sqrt(nu) + eps) + decay_rate * weight_decay * params, in the types of the updates."""
             out = jax.tree.map(lambda x, v: x / (jnp.sqrt(v) + eps), numerator, nu)
-            out = jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
-            transform = optax.add_decayed_weights(decay_rate * weight_decay, mask)
-            if isinstance(weight_decay, int | float) and weight_decay == 0:
-                return out
-            return transform.update(out, transform.init(params), params)[0]
+            if not (isinstance(weight_decay, int | float) and weight_decay == 0):
+                decay = optax.add_decayed_weights(decay_rate * weight_decay, mask)
+                out, _ = decay.update(out, decay.init(params), params)
+            return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
 
         def rated(mu: Any) -> Any:
             return jax.tree.map(lambda m: rate * m, mu)
@@ -259,6 +254,7 @@ def scale_by_zero_one_adam(
         kind = jnp.where(
             (kind == int(Round.SYNC)) & (state.rates + rate <= 0), int(Round.LOCAL), kind
         )
+        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
         out, mu, nu, own_after, rates = jax.lax.switch(kind, [variance, gradient, local, sync])
         return out, ZeroOneAdamState(
             count=optax.safe_increment(state.count),
@@ -268,6 +264,7 @@ def scale_by_zero_one_adam(
             rates=rates,
             own=own_after if alone else PerWorker(own_after, axis_name),
             eps=state.eps,
+            sent=jnp.asarray([full, one_bit, 0.0, one_bit], jnp.float32)[kind],
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -285,18 +282,18 @@ def _rate(learning_rate: Any, count: jax.Array, tokens: Any) -> jax.Array:
 
 def zero_one_adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    var_freeze_step: int = 100_000,
-    var_update_scaler: int = 16,
-    local_step_scaler: int = 32_678,
-    local_step_clipper: int = 16,
+    var_freeze_step: ArrayLike = 100_000,
+    var_update_scaler: ArrayLike = 16,
+    local_step_scaler: ArrayLike = 32_678,
+    local_step_clipper: ArrayLike = 16,
     exp_avg_mask: Any = None,
-    clip_norm: float | None = None,
+    clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,

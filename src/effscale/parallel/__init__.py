@@ -21,14 +21,22 @@ from effscale.parallel.placement import (
     shard_batch,
     shardings,
 )
+from effscale.parallel.resize import resize_workers
 from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
 from effscale.parallel.startup import DistributedConfig, initialize
+from effscale.parallel.traffic import (
+    Collective,
+    collectives,
+    compressed_mean_bytes,
+    mean_bytes,
+)
 from effscale.parallel.workers import PerWorker, per_worker, simulate_workers, worker_params
 
 __all__ = [
     "AXES",
     "DEFAULT_RULES",
     "BatchShard",
+    "Collective",
     "DistributedConfig",
     "ErrorFeedback",
     "MeshConfig",
@@ -38,13 +46,17 @@ __all__ = [
     "auto_batch_axes",
     "batch_shard",
     "batch_sharding",
+    "collectives",
     "compressed_mean",
+    "compressed_mean_bytes",
     "constrain",
     "current_rules",
     "init_error_feedback",
     "initialize",
     "logical_spec",
+    "mean_bytes",
     "per_worker",
+    "resize_workers",
     "shard",
     "shard_batch",
     "shardings",

@@ -73,7 +73,7 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
         num_workers: Workers that take part.
         specs: See `compressed_mean`.
     """
-    layouts = iter(_layouts(tree, num_workers, specs))
+    layouts = iter(tensor_layouts(tree, num_workers, specs))
     pairs = [_zeros(layout) for layout in layouts]
     worker, server = zip(*pairs, strict=True) if pairs else ((), ())
     structure = jax.tree.structure(tree)
@@ -141,7 +141,7 @@ def compressed_mean(
         )
     if num_workers == 1:  # the mean of one, of a type that says that all workers hold it
         return jax.lax.pmean(as_local(tree, axis_name), axis_name), errors
-    layouts = _layouts(tree, num_workers, specs)
+    layouts = tensor_layouts(tree, num_workers, specs)
     is_residual = lambda node: isinstance(node, Residual)
     structure = jax.tree.structure(tree)
     for name, side in (("worker", errors.worker), ("server", errors.server)):
@@ -183,7 +183,7 @@ def compressed_mean(
     )
 
 
-class _Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """How one tensor is cut: into shards over other mesh axes, and each shard into a part for each server."""
 
     shape: tuple[int, ...]
@@ -204,6 +204,7 @@ class _Layout(NamedTuple):
 
     @property
     def shard_spec(self) -> P:
+        """How [shards, ...] is divided."""
         return P(self.axes) if self.axes else P()
 
 
@@ -211,7 +212,8 @@ def _mesh() -> Any:
     return jax.sharding.get_abstract_mesh()
 
 
-def _layouts(tree: Any, num_workers: int, specs: Any) -> list[_Layout]:
+def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[TensorLayout]:
+    """The layout of each tensor, on the mesh in use."""
     leaves, mesh = jax.tree.leaves(tree), _mesh()
     if mesh.empty:
         flat = [P()] * len(leaves)
@@ -226,7 +228,7 @@ def _layouts(tree: Any, num_workers: int, specs: Any) -> list[_Layout]:
     ]
 
 
-def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> _Layout:
+def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> TensorLayout:
     shards, axes = 1, []
     for size, entry in zip(shape, spec, strict=False):
         for axis in entry if isinstance(entry, tuple) else (entry,):
@@ -239,10 +241,10 @@ def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> _La
     entries = tuple(spec)
     while entries and entries[-1] is None:  # two specs that mean the same are not equal
         entries = entries[:-1]
-    return _Layout(tuple(shape), P(*entries), tuple(axes), shards, num_workers)
+    return TensorLayout(tuple(shape), P(*entries), tuple(axes), shards, num_workers)
 
 
-def _zeros(layout: _Layout) -> tuple[Residual, Residual]:
+def _zeros(layout: TensorLayout) -> tuple[Residual, Residual]:
     def zeros(shape: tuple[int, ...], spec: P) -> Residual:
         return Residual(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32), spec)
 
@@ -252,7 +254,7 @@ def _zeros(layout: _Layout) -> tuple[Residual, Residual]:
     )
 
 
-def _check(layouts: list[_Layout], worker: list[Residual], server: list[Residual]) -> None:
+def _check(layouts: list[TensorLayout], worker: list[Residual], server: list[Residual]) -> None:
     for layout, at_worker, at_server in zip(layouts, worker, server, strict=True):
         expected = (layout.shape, (layout.shards, 8, layout.bytes))
         found = (jnp.shape(at_worker.corrected), jnp.shape(at_server.corrected))
@@ -267,7 +269,7 @@ def _check(layouts: list[_Layout], worker: list[Residual], server: list[Residual
 class _Exchange(NamedTuple):
     """The exchange as one device sees it: all arrays are its shards."""
 
-    layouts: list[_Layout]
+    layouts: list[TensorLayout]
     axis_name: str
     num_workers: int
     scales: Scales
@@ -316,12 +318,12 @@ class _Exchange(NamedTuple):
         ]
         return means, worker, server
 
-    def _blocks(self, layout: _Layout, x: Any) -> Any:
+    def _blocks(self, layout: TensorLayout, x: Any) -> Any:
         flat = jnp.ravel(x)
         padding = self.num_workers * 8 * layout.bytes - flat.size
         return jnp.pad(flat, (0, padding)).reshape(self.num_workers, 8, layout.bytes)
 
-    def _shard(self, layout: _Layout, blocks: Any) -> Any:
+    def _shard(self, layout: TensorLayout, blocks: Any) -> Any:
         shape = [
             size // math.prod(_mesh().shape[axis] for axis in _names(entry))
             for size, entry in zip(

@@ -64,10 +64,17 @@ def per_worker_zeros(
         )
     if num_workers is not None and num_workers != known:
         raise ValueError(f"num_workers={num_workers}, but the axis {axis_name!r} has {known}")
-    value = make(known)
-    if bound is None:
-        value = jax.tree.map(lambda x: jnp.zeros((known, *x.shape), x.dtype), value)
-    return PerWorker(value, axis_name)
+    if bound is not None:
+        return PerWorker(make(known), axis_name)
+
+    def all_workers() -> Any:
+        zeros = lambda x: jnp.zeros((known, *x.shape), x.dtype)
+        return jax.tree.map(zeros, jax.eval_shape(make, known))
+
+    if jax.sharding.get_abstract_mesh().shape.get(axis_name) is None:
+        return PerWorker(all_workers(), axis_name)
+    # Divided from birth: on one device there may be no room for what all workers keep.
+    return PerWorker(jax.jit(all_workers, out_shardings=P(axis_name))(), axis_name)
 
 
 def bound_axis_size(axis_name: str) -> int | None:
@@ -119,6 +126,13 @@ def worker_params(params: Any, opt_state: Any) -> Any:
     for axis_name in _axes(opt_state):
         params = as_local(params, axis_name)
     return params
+
+
+def sent_bytes(opt_state: Any) -> jax.Array:
+    """Bytes that each device sent in the last update: the sum of ``sent`` over the states that have it (float32)."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "sent"))
+    sent = [state.sent for state in states if hasattr(state, "sent")]
+    return sum(sent, start=jnp.zeros((), jnp.float32))
 
 
 def per_worker(step: Step, axis_name: str = "data") -> Step:

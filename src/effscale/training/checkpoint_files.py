@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from typing import Any
 
 import jax
 
+from effscale.parallel.resize import resize_workers
+from effscale.parallel.workers import is_per_worker
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition
@@ -157,13 +160,21 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
 def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
     """Read some of a checkpoint's items into trees like those given (arrays or their abstract form).
 
+    What was saved by another number of workers is handed over as `effscale.parallel.resize_workers` says.
+
     Raises:
         CheckpointError: The checkpoint holds other leaves than those asked for.
     """
     # Orbax takes a good half second to import; only who reads or writes pays for it.
     from orbax.checkpoint import v1 as ocp
 
-    check_structure(read_run(path)["leaves"], describe(items), path)
+    saved = read_run(path)["leaves"]
+    resized = {item for item, tree in items.items() if _workers_differ(tree, saved.get(item, {}))}
+    as_saved = {
+        item: _as_saved(tree, saved[item]) if item in resized else tree
+        for item, tree in items.items()
+    }
+    check_structure(saved, describe(as_saved), path)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def wanted(leaf: Any) -> Any:
@@ -175,9 +186,59 @@ def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     loaded = ocp.load_checkpointables(
-        str(path), {item: jax.tree.map(wanted, flat(tree)) for item, tree in items.items()}
+        str(path), {item: jax.tree.map(wanted, flat(tree)) for item, tree in as_saved.items()}
     )
-    return {item: unflat(tree, loaded[item]) for item, tree in items.items()}
+    found = {item: unflat(tree, loaded[item]) for item, tree in as_saved.items()}
+    for item in resized:
+        found[item] = _hand_over(found[item], items[item], path)
+    return found
+
+
+def _per_worker_leaves(tree: Any) -> list[bool]:
+    """For each leaf of the tree, whether it lies in a `PerWorker`."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_per_worker)
+    return [is_per_worker(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+
+def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
+    """Whether the first dimension of what is in a `PerWorker` is another one in the checkpoint."""
+    return any(
+        mine and leaf.name in saved and saved[leaf.name][0][:1] != list(leaf.leaf.shape[:1])
+        for leaf, mine in zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
+    )
+
+
+def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
+    """The abstract tree with what is in a `PerWorker` in the shapes of the checkpoint, whole on every device."""
+
+    def leaf_as_saved(leaf: Any, mine: bool) -> Any:
+        if not mine or leaf.name not in saved:
+            return leaf.leaf
+        sharding = getattr(leaf.leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding):
+            sharding = jax.NamedSharding(sharding.mesh, jax.P())
+        return jax.ShapeDtypeStruct(saved[leaf.name][0], leaf.leaf.dtype, sharding=sharding)
+
+    pairs = zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaf_as_saved(*pair) for pair in pairs])
+
+
+def _hand_over(loaded: Any, wanted: Any, path: pathlib.Path) -> Any:
+    """What another number of workers saved, for as many as are wanted."""
+    mine = _per_worker_leaves(wanted)
+    workers = {x.shape[0] for x, own in zip(jax.tree.leaves(wanted), mine, strict=True) if own}
+    (number,) = workers
+    resize = functools.partial(resize_workers, num_workers=number)
+    shapes = [
+        x.shape for x in jax.tree.leaves(jax.eval_shape(resize, loaded)) if hasattr(x, "shape")
+    ]
+    if shapes != [x.shape for x in jax.tree.leaves(wanted) if hasattr(x, "shape")]:
+        raise CheckpointError(
+            f"{path} was saved by another number of workers, on a mesh whose other axes divide the parameters differently; "
+            "resume on a mesh that differs along the workers' axis only"
+        )
+    places = jax.tree.map(lambda x: getattr(x, "sharding", None), wanted)
+    return jax.jit(resize, out_shardings=places)(loaded)
 
 
 def _newest(folder: str | os.PathLike[str], step: int | None) -> pathlib.Path:

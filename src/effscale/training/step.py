@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effscale.parallel.workers import as_local, sent_bytes, worker_params
 from effscale.training.loss import Loss, safe_weight
 from effscale.training.partition import Trainable, combine, partition
 from effscale.training.schedules import Schedule
@@ -36,6 +37,7 @@ def make_train_step(
     trainable: Trainable = None,
     learning_rate: Callable[[Any], Any] | None = None,
     tokens_per_batch: Callable[[Any], Any] = count_tokens,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     r"""A training step.
 
@@ -57,6 +59,11 @@ def make_train_step(
         trainable: Which leaves are trained, as given to ``create_train_state``.
         learning_rate: The schedule, only to be reported as a metric.
         tokens_per_batch: Tokens that a batch adds to the count.
+        axis_name: The workers' axis of an optimizer that averages over workers itself (`effscale.optim`), for a step
+            within `effscale.parallel.per_worker`. The optimizer gets each worker's own gradient, taken at
+            `effscale.parallel.worker_params` and scaled so that the mean over workers is the gradient of the whole
+            batch; ``grad_norm`` is then the root mean square of the workers' norms, dropout differs between them, and the
+            metric ``sent_bytes`` is what each device sent for the update.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the state
@@ -72,6 +79,11 @@ def make_train_step(
         raise ValueError(f"accumulate={accumulate} must be at least 1")
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive; None does not clip")
+    if clip_norm is not None and axis_name is not None:
+        raise ValueError(
+            f"clip_norm={clip_norm} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give "
+            "clip_norm to it"
+        )
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1); 0.999 is usual")
     optimizer = optax.with_extra_args_support(optimizer)
@@ -83,12 +95,24 @@ def make_train_step(
             )
         params, frozen = partition(state.model, trainable)
         key = jax.random.fold_in(state.key, state.step)
-        gradients, loss = _sum_of_gradients(loss_fn, params, frozen, batch, key, accumulate)
+        tokens, workers = tokens_per_batch(batch), 1.0
+        if axis_name is None:
+            gradients, loss = _sum_of_gradients(loss_fn, params, frozen, batch, key, accumulate)
+            norm = optax.tree.norm(gradients)
+        else:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            own = worker_params(params, state.opt_state), as_local(frozen, axis_name)
+            gradients, loss = _sum_of_gradients(loss_fn, *own, batch, key, accumulate, axis_name)
+            loss = jax.tree.map(lambda x: jax.lax.psum(as_local(x, axis_name), axis_name), loss)
+            tokens = jax.lax.psum(as_local(jnp.asarray(tokens), axis_name), axis_name)
+            workers = float(jax.lax.axis_size(axis_name))
+            square = jnp.square(optax.tree.norm(gradients))
+            norm = jnp.sqrt(jax.lax.psum(as_local(square, axis_name), axis_name) * workers)
 
         weight = safe_weight(loss.weight)
-        norm = optax.tree.norm(gradients) / weight
+        norm = norm / weight
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm) & (loss.weight > 0)
-        scale = 1.0 / weight
+        scale = workers / weight
         if clip_norm is not None:
             scale = scale * (clip_norm / jnp.maximum(norm, clip_norm))
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
@@ -97,8 +121,8 @@ def make_train_step(
             params, opt_state, ema = old
             # Optax mixes integer counts with floats, which strict dtype promotion would refuse.
             with jax.numpy_dtype_promotion("standard"):
-                tokens = state.tokens.to_float32()
-                updates, opt_state = optimizer.update(gradients, opt_state, params, tokens=tokens)
+                seen = state.tokens.to_float32()
+                updates, opt_state = optimizer.update(gradients, opt_state, params, tokens=seen)
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
 
@@ -110,11 +134,13 @@ def make_train_step(
             opt_state=opt_state,
             ema=ema,
             step=state.step + 1,
-            tokens=state.tokens.add(tokens_per_batch(batch)),
+            tokens=state.tokens.add(tokens),
             skipped=state.skipped + skip,
             skipped_in_row=(state.skipped_in_row + 1) * skip,
         )
         metrics = _metrics(new_state, loss, norm)
+        if axis_name is not None:
+            metrics["sent_bytes"] = sent_bytes(opt_state)
         if learning_rate is not None:
             by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
             count = state.tokens.to_float32() if by_tokens else state.step - state.skipped
@@ -125,7 +151,13 @@ def make_train_step(
 
 
 def _sum_of_gradients(
-    loss_fn: LossFunction, params: Any, frozen: Any, batch: Any, key: Any, accumulate: int
+    loss_fn: LossFunction,
+    params: Any,
+    frozen: Any,
+    batch: Any,
+    key: Any,
+    accumulate: int,
+    axis_name: str | None = None,
 ) -> tuple[Any, Loss]:
     """Gradient of the summed loss, in float32, and the sums."""
 
@@ -148,6 +180,8 @@ def _sum_of_gradients(
     keys = jax.random.split(key, accumulate)
     first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
+    if axis_name is not None:
+        zeros = as_local(zeros, axis_name)
 
     def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(*micro_batch)), None

@@ -1,0 +1,36 @@
+"""0/1 Adam's two policies, against the counts of DeepSpeed's code over whole schedules."""
+
+import numpy as np
+import pytest
+
+from effscale.optim import Policies, Round
+
+
+@pytest.mark.parametrize(
+    ("steps", "full", "one_bit"), [(152_000, 153, 74_168), (118_000, 153, 70_467)]
+)
+def test_bert_schedules(steps, full, one_bit):
+    """BERT-Large's and BERT-Base's; the counts of one-bit rounds are of both stages."""
+    rounds = Policies(var_freeze_step=12_500).rounds(steps)
+    counts = np.bincount(rounds, minlength=4)
+    assert counts[Round.VARIANCE] == full
+    assert counts[Round.GRADIENT] + counts[Round.SYNC] == one_bit
+    assert counts.sum() == steps
+
+
+def test_variance_steps():
+    """Sixteen at each interval, each a multiple of it."""
+    rounds = Policies().rounds(60)
+    t = 1 + np.nonzero(rounds == Round.VARIANCE)[0]
+    assert t.tolist() == [*range(1, 17), *range(18, 50, 2), 52, 56, 60]
+
+
+def test_local_steps_double_and_are_clipped():
+    rounds = Policies(var_freeze_step=0, local_step_scaler=8, local_step_clipper=3).rounds(40)
+    t = 1 + np.nonzero(rounds == Round.SYNC)[0]
+    assert t.tolist() == [*range(1, 9), *range(10, 17, 2), *range(18, 41, 3)]
+
+
+def test_no_steps():
+    with pytest.raises(ValueError, match="steps=0"):
+        Policies().rounds(0)
