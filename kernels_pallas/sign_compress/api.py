@@ -6,8 +6,8 @@ from kernels_pallas.sign_compress import reference
 
 
 def compress(
-    x: Float[Array, "servers 8 bytes"],
-    corrected: Float[Array, "servers 8 bytes"],
+    x: Float[Array, "servers rows bytes"],
+    corrected: Float[Array, "..."],
     scale: Float[Array, ""],
     *,
     size: int,
@@ -47,8 +47,8 @@ def compress(
 
 def average(
     bits: UInt8[Array, "workers bytes"],
-    scales: Float[Array, " workers"],
-    corrected: Float[Array, "8 bytes"],
+    scales: Float[Array, " any"],
+    corrected: Float[Array, "8 part"],
     scale: Float[Array, ""],
     size: Int[Array, ""],
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:

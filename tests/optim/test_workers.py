@@ -296,15 +296,8 @@ def test_variance_ratio_ends_the_warm_up():
 def test_uncompressed_mean():
     """Adam behind `mean_over_workers` is Adam on the whole batch."""
     optimizer = optax.chain(mean_over_workers("data"), optax.adam(0.01))
-
-    def step(params, state, batch):
-        own = jax.tree.map(lambda p: jax.lax.pcast(p, "data", to="varying"), params)
-        loss, gradients = jax.value_and_grad(loss_fn)(own, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, jax.lax.pmean(loss, "data")
-
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(MeshConfig().build()):
-        found = run(jax.jit(per_worker(step)), optimizer)
+        found = run(jax.jit(per_worker(step_of(optimizer))), optimizer)
     adam = optax.adam(0.01)
     params, state = start(), adam.init(start())
     with jax.numpy_dtype_promotion("standard"):

@@ -9,7 +9,7 @@ import optax
 
 from effscale.parallel.compressed import Scales
 from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
-from effscale.parallel.workers import as_local, bound_axis_size, differs
+from effscale.parallel.workers import PerWorker, as_local, bound_axis_size, differs
 
 Clip = Literal["synchronised", "local"]
 """By which norm the gradient of a worker is clipped once gradients are no longer averaged. ``synchronised``: the root mean
@@ -89,6 +89,18 @@ def check_clip(clip_norm: Any, clip: str) -> None:
         raise ValueError(f"clip={clip!r} is unknown; one of {', '.join(get_args(Clip))}")
 
 
+class MeanState(NamedTuple):
+    """State of `mean_over_workers`.
+
+    Attributes:
+        sent: float32, bytes that each worker's device sent in the last update, by formula.
+        axis: Nothing; it tells `effscale.parallel.worker_params` the axis.
+    """
+
+    sent: Any
+    axis: PerWorker
+
+
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
     """The uncompressed mean over workers, as the first link of any optimizer within `effscale.parallel.per_worker`.
 
@@ -97,12 +109,17 @@ def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
     >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
     """
 
+    def init(params: Any) -> Any:
+        del params
+        return MeanState(jnp.zeros((), jnp.float32), PerWorker((), axis_name))
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
         check_local(updates, axis_name)
-        return mean(updates, axis_name), state
+        sent, _ = bytes_sent(updates, axis_name, "tensor", None)
+        return mean(updates, axis_name), MeanState(jnp.float32(sent), state.axis)
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class SkipState(NamedTuple):

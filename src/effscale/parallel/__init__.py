@@ -30,7 +30,13 @@ from effscale.parallel.traffic import (
     compressed_mean_bytes,
     mean_bytes,
 )
-from effscale.parallel.workers import PerWorker, per_worker, simulate_workers, worker_params
+from effscale.parallel.workers import (
+    PerWorker,
+    per_worker,
+    sent_bytes,
+    simulate_workers,
+    worker_params,
+)
 
 __all__ = [
     "AXES",
@@ -57,6 +63,7 @@ __all__ = [
     "mean_bytes",
     "per_worker",
     "resize_workers",
+    "sent_bytes",
     "shard",
     "shard_batch",
     "shardings",

@@ -69,7 +69,7 @@ def per_worker_zeros(
 
     def all_workers() -> Any:
         zeros = lambda x: jnp.zeros((known, *x.shape), x.dtype)
-        return jax.tree.map(zeros, jax.eval_shape(make, known))
+        return jax.tree.map(zeros, jax.eval_shape(functools.partial(make, known)))
 
     if jax.sharding.get_abstract_mesh().shape.get(axis_name) is None:
         return PerWorker(all_workers(), axis_name)

@@ -1,0 +1,191 @@
+"""Seconds and bytes of training on hosts with a slow network between them, uncompressed and in one bit.
+
+    sudo python benchmarks/slow_network/run.py
+    sudo python benchmarks/slow_network/run.py --hosts 2 --rates 200mbit --steps 24 --out figures.json
+
+The schedule has the papers' shares of warm-up: one sixth for 1-bit LAMB (1,000 of 5,993 steps), 23 of 152 for 1-bit Adam, and
+12.5 of 152 for the first stage of 0/1 Adam. Optimizers without phases run a part of the steps, as all of theirs are alike.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+import harness
+import network
+
+SHARES = {"onebit_lamb": 1000 / 5993, "onebit_adam": 23 / 152, "zero_one_adam": 12.5 / 152}
+OPTIMIZERS = ("adam", "adam_bf16", "onebit_adam", "zero_one_adam", "lamb", "onebit_lamb")
+
+
+class Hosts:
+    """A process a host, which all get the same orders."""
+
+    def __init__(self, count: int):
+        self.count = count
+        script = str(pathlib.Path(__file__).with_name("host.py"))
+        self.processes = []
+        for i in range(count):
+            environment = {
+                **os.environ,
+                "EFFSCALE_COORDINATOR": f"{network.address(0)}:12355",
+                "EFFSCALE_NUM_PROCESSES": str(count),
+                "EFFSCALE_PROCESS_ID": str(i),
+                "JAX_PLATFORMS": "cpu",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                # With as many processes as cores, threads of one only take turns.
+                "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [*network.inside(i), sys.executable, script],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                )
+            )
+
+    def order(self, **order: Any) -> dict[str, Any]:
+        """The answer of host 0, with each step's seconds those of the slowest host."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+        answers = []
+        for process in self.processes:
+            assert process.stdout is not None
+            # gloo tells on standard output that it is connected.
+            line = next((line for line in process.stdout if line.startswith("{")), None)
+            if line is None:
+                raise RuntimeError("a host ended; its messages are above")
+            answers.append(json.loads(line))
+        slowest = [max(step) for step in zip(*(a["seconds"] for a in answers), strict=True)]
+        return answers[0] | {"seconds": slowest}
+
+    def close(self) -> None:
+        """Ends all of them."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def measure(
+    count: int, rates: list[str], steps: int, optimizers: list[str]
+) -> list[dict[str, Any]]:
+    """One record for each optimizer and rate."""
+    records = []
+    with network.hosts(count):
+        machines = Hosts(count)
+        try:
+            for name in optimizers:
+                warmup = max(2, round(steps * SHARES.get(name, 0.0)))
+                machines.order(optimizer=name, warmup=warmup, steps=1)
+                for rate in rates:
+                    network.limit(count, None if rate == "unlimited" else rate)
+                    run = steps if name in SHARES else max(4, steps // 6)
+                    answer = machines.order(optimizer=name, warmup=warmup, steps=run)
+                    record = summary(answer, steps) | {
+                        "hosts": count,
+                        "rate": rate,
+                        "optimizer": name,
+                    }
+                    records.append(record)
+                    print(json.dumps(record), file=sys.stderr, flush=True)
+                network.limit(count, None)
+        finally:
+            machines.close()
+    return records
+
+
+def summary(answer: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Medians of each phase, which the bytes by formula tell apart, and the whole schedule."""
+    phases: dict[float, list[int]] = {}
+    for i, sent in enumerate(answer["formula"]):
+        phases.setdefault(sent, []).append(i)
+    for sent, where in phases.items():
+        seen = statistics.median(answer["bytes"][i] for i in where)
+        if not 0.98 * sent <= seen <= 1.1 * sent + 20_000:
+            raise RuntimeError(f"{seen:,.0f} bytes left a host where the formula says {sent:,.0f}")
+    # Optimizers of one phase ran a part of the steps.
+    scale = steps / len(answer["seconds"])
+    return {
+        "phases": [
+            {
+                "formula_bytes": sent,
+                "steps": len(where),
+                "seconds": statistics.median(answer["seconds"][i] for i in where),
+                "bytes": statistics.median(answer["bytes"][i] for i in where),
+            }
+            for sent, where in sorted(phases.items(), reverse=True)
+        ],
+        "total_seconds": scale * sum(answer["seconds"]),
+        "total_bytes": scale * sum(answer["bytes"]),
+        "parameters": answer["parameters"],
+        "loss": answer["loss"],
+    }
+
+
+def show(records: list[dict[str, Any]]) -> str:
+    """The table."""
+    rows = [("hosts", "rate", "optimizer", "seconds a step, by phase", "end to end", "MB sent")]
+    for r in records:
+        phases = ", ".join(f"{p['seconds']:.3f} ({p['steps']})" for p in r["phases"])
+        rows.append(
+            (
+                str(r["hosts"]),
+                r["rate"],
+                r["optimizer"],
+                phases,
+                f"{r['total_seconds']:.1f}",
+                f"{r['total_bytes'] / 1e6:.1f}",
+            )
+        )
+    lines = [harness.table(rows), ""]
+    for hosts, rate in sorted({(r["hosts"], r["rate"]) for r in records}):
+        at = {r["optimizer"]: r for r in records if (r["hosts"], r["rate"]) == (hosts, rate)}
+        for fast, slow in (
+            ("onebit_lamb", "lamb"),
+            ("onebit_adam", "adam"),
+            ("onebit_adam", "adam_bf16"),
+            ("zero_one_adam", "onebit_adam"),
+        ):
+            if fast in at and slow in at:
+                time = at[slow]["total_seconds"] / at[fast]["total_seconds"]
+                volume = at[slow]["total_bytes"] / at[fast]["total_bytes"]
+                lines.append(
+                    f"{hosts} hosts, {rate}: {fast} is {time:.2f} x as fast end to end as {slow}, with {volume:.2f} x less volume"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "200mbit", "1gbit", "unlimited"])
+    parser.add_argument("--steps", type=int, default=60, help="of the schedule")
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the figures, as JSON")
+    args = parser.parse_args()
+    if reason := network.why_not():
+        print(f"slow_network is skipped: {reason}")
+        return
+    records = [r for n in args.hosts for r in measure(n, args.rates, args.steps, args.optimizers)]
+    if args.out:
+        args.out.write_text(json.dumps(records, indent=1))
+    print(show(records))
+
+
+if __name__ == "__main__":
+    main()
