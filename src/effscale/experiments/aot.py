@@ -3,20 +3,39 @@
 ``make aot`` runs ``python -m kernels_pallas.aot --programs ... effscale.experiments.aot``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from effscale.experiments import data_efficiency, quickstart
+from effscale.experiments import (
+    data_efficiency,
+    quickstart,
+    random_ltd,
+    random_ltd_bert,
+    random_ltd_vit,
+    seqlen_curriculum,
+    seqlen_curriculum_arms,
+)
+from effscale.experiments.finetune_model import class_loss, classifier_config
 from effscale.experiments.pretraining import Pretraining
-from effscale.parallel import MeshConfig, batch_sharding, shardings
+from effscale.models import Transformer, vit
+from effscale.models.config import PatchInputs
+from effscale.optim import onebit_adam
+from effscale.parallel import MeshConfig, batch_sharding, per_worker, shardings
+from effscale.training import (
+    create_train_state,
+    make_train_step,
+    masked_token_loss,
+    next_token_loss,
+)
 from kernels_pallas.aot import Program
 
 
 def programs() -> list[Program]:
-    """The ``paper`` presets on eight chips: the quickstart's in two layouts, data_efficiency's with short rows and dropped tokens."""
+    """The ``paper`` presets on eight chips: the quickstart's in two layouts, the others with short rows and dropped tokens."""
     layouts = {
         "data 8": MeshConfig(data=8),
         "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
@@ -38,7 +57,154 @@ def programs() -> list[Program]:
             lower=lambda devices: lower_train_step(both, paper.mesh, devices, (1152, 768)),
         )
     )
+    found += [
+        Program(
+            name=f"seqlen_curriculum paper, 4096 rows, {which} tokens, fsdp 8",
+            lower=lambda devices, place=place: lower_seqlen_curriculum(devices, place),
+        )
+        for which, place in (("64", 0), ("1024", -1))
+    ]
+    found += [
+        Program(name="random_ltd_vit paper, 32 tokens of 197, data 8", lower=lower_random_ltd_vit),
+        Program(
+            name="random_ltd_bert paper, 496 tokens of 512, data 8", lower=lower_random_ltd_bert
+        ),
+    ]
+    found.append(
+        Program(
+            name="1-bit Adam, quickstart's paper model, data 2, fsdp 2, tensor 2",
+            lower=lower_onebit_adam,
+        )
+    )
     return found
+
+
+def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The quickstart's step with 1-bit Adam between two workers of four devices each."""
+    config = quickstart.PRESETS["paper"]
+    optimizer = onebit_adam(1e-4, freeze_step=config.steps // 5, clip_norm=1.0, axis_name="data")
+    model = config.model.build(config.vocab_size, config.length)
+    step = make_train_step(
+        next_token_loss, optimizer, accumulate=config.accumulate, axis_name="data"
+    )
+    create = lambda: create_train_state(
+        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    shape = (config.batch_size, config.length)
+    batch = dict.fromkeys(
+        ("input_ids", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32)
+    )
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build(devices)
+    return lower_step(per_worker(step), create, batch, mesh)
+
+
+def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lowered:
+    """The step of seqlen_curriculum's large batch; ``place`` tells the length among the curriculum's."""
+    config = seqlen_curriculum.PRESETS["paper"]
+    _, _, arm = seqlen_curriculum_arms.make_arms(config)
+    shape = (arm.batch_size, arm.lengths.values[place])
+    batch = dict.fromkeys(
+        ("input_ids", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32)
+    )
+    return lower_step(
+        seqlen_curriculum_arms.make_step(config, arm.batch_size),
+        lambda: seqlen_curriculum_arms.create_state(
+            config, config.vocab_size, arm.learning_rate, 0
+        ),
+        batch,
+        config.mesh.build(devices),
+    )
+
+
+def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The step of random_ltd_vit with the fewest tokens kept, of a ViT-S of patch 16."""
+    config = random_ltd_vit.PRESETS["paper"]
+    recipe, size = config.recipe, config.image_size
+    trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=size)
+    assert isinstance(trunk.inputs, PatchInputs)
+    model = classifier_config(trunk, 10)
+    arm = random_ltd.Arm(
+        name="random_ltd",
+        model=model,
+        dropping=config.ltd,
+        length=trunk.inputs.num_tokens,
+        batch_size=recipe.batch_size,
+        num_steps=60_000 // recipe.batch_size * recipe.epochs,
+    )
+    step, optimizer = arm.build(
+        class_loss,
+        rate=random_ltd.LearningRate(peak=recipe.learning_rate, warmup=config.warmup),
+        optimizer=config.optimizer,
+        clip_norm=config.clip_norm,
+    )
+    rows = recipe.batch_size
+    batch = {
+        "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    create = lambda: create_train_state(
+        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    mesh = MeshConfig(data=8).build(devices)
+    return lower_step(step, create, batch, mesh, lambda b: arm.shape_batch(b, arm.stages.values[0]))
+
+
+def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The step of random_ltd_bert with the most tokens kept that are not all."""
+    config = random_ltd_bert.PRESETS["paper"]
+    model = config.model.build(config.vocab_size + 1, config.length)
+    arm = random_ltd.Arm(
+        name="random_ltd",
+        model=model,
+        dropping=config.ltd,
+        length=config.length,
+        batch_size=config.batch_size,
+        num_steps=config.steps,
+    )
+    step, optimizer = arm.build(
+        masked_token_loss,
+        rate=random_ltd.LearningRate(peak=config.learning_rate, warmup=config.warmup),
+        optimizer=config.optimizer,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+    )
+    shape = (config.batch_size, config.length)
+    batch = dict.fromkeys(
+        ("input_ids", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32)
+    )
+    create = lambda: create_train_state(
+        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    mesh = MeshConfig(data=8).build(devices)
+    return lower_step(
+        step, create, batch, mesh, lambda b: arm.shape_batch(b, arm.stages.values[-1])
+    )
+
+
+def lower_step(
+    step: Callable[..., Any],
+    create: Callable[[], Any],
+    batch: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    shape_batch: Callable[[Any], Any] = lambda batch: batch,
+) -> jax.stages.Lowered:
+    """A donated step, lowered for a mesh.
+
+    Args:
+        step: From state and batch to state and metrics.
+        create: Makes the state.
+        batch: Types of a batch's arrays, which are divided by rows.
+        mesh: The mesh.
+        shape_batch: What a stage of a technique does to the batch.
+    """
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(create)
+        layout = shardings(state, mesh)
+        rows = {name: place(x, batch_sharding(mesh)) for name, x in batch.items()}
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        return jitted.lower(jax.tree.map(place, state, layout), shape_batch(rows))
 
 
 def lower_train_step(
@@ -64,19 +230,12 @@ def lower_train_step(
     length, kept = shape or shapes[-1]
     if (length, kept) not in shapes:
         raise ValueError(f"shape={shape} is no stage's; they are {shapes}")
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: training.create(config.seed))
-        layout = shardings(state, mesh)
-        types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
-        types["loss_weights"] = jnp.float32
-        batch: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(
-                (config.batch_size, length), dtype, sharding=batch_sharding(mesh)
-            )
-            for name, dtype in types.items()
-        }
-        if training.plan.ltd is not None:
-            batch = training.plan.ltd.shape_batch(batch, kept)
-        jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(layout, None))
-        return jitted.lower(jax.tree.map(place, state, layout), batch)
+    types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
+    types["loss_weights"] = jnp.float32
+    batch = {
+        name: jax.ShapeDtypeStruct((config.batch_size, length), dtype)
+        for name, dtype in types.items()
+    }
+    ltd = training.plan.ltd
+    shape_batch = (lambda rows: rows) if ltd is None else (lambda rows: ltd.shape_batch(rows, kept))
+    return lower_step(training.step, lambda: training.create(config.seed), batch, mesh, shape_batch)
