@@ -1,5 +1,6 @@
 """Optimizers that send one bit a number, or nothing, as optax transformations: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
+from effscale.optim.deepspeed import optimizer_from_deepspeed
 from effscale.optim.freezing import VarianceRatio
 from effscale.optim.gradients import mean_over_workers, skip_nonfinite
 from effscale.optim.lamb import lamb, scale_by_lamb
@@ -17,6 +18,7 @@ __all__ = [
     "mean_over_workers",
     "onebit_adam",
     "onebit_lamb",
+    "optimizer_from_deepspeed",
     "scale_by_lamb",
     "scale_by_onebit_adam",
     "scale_by_onebit_lamb",

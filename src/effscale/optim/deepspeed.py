@@ -1,0 +1,88 @@
+"""DeepSpeed's configurations of its 1-bit optimizers, read into optax transformations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from effscale.models.validation import check_keys, did_you_mean
+from effscale.optim.onebit_adam import onebit_adam
+from effscale.optim.onebit_lamb import onebit_lamb
+from effscale.optim.zero_one_adam import zero_one_adam
+
+_SHARED = {"eps": 1e-8, "weight_decay": 0.0}
+_LAMB = ("max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
+_ZERO_ONE = ("var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
+_KINDS = {
+    "onebitadam": (onebit_adam, ("freeze_step",)),
+    "zerooneadam": (zero_one_adam, _ZERO_ONE),
+    "onebitlamb": (onebit_lamb, ("freeze_step", *_LAMB)),
+}
+# How DeepSpeed talks, and options that do nothing in it.
+_PASSED_OVER = (
+    "cuda_aware",
+    "comm_backend_name",
+    "bias_correction",
+    "eps_inside_sqrt",
+    "amsgrad",
+    "max_grad_norm",
+)
+
+
+def optimizer_from_deepspeed(
+    config: Mapping[str, Any], learning_rate: Any = None, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Reads a 1-bit optimizer out of a DeepSpeed configuration.
+
+    ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes ``clip_norm`` with
+    ``clip="local"``, which is what DeepSpeed's means after the warm-up. Options that do nothing in DeepSpeed
+    (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over. Everything else in the
+    configuration is none of this function's business.
+
+    Args:
+        config: The whole configuration, from ``json.load``.
+        learning_rate: A schedule in place of the ``lr`` of the configuration.
+        **options: Those that DeepSpeed does not have: ``axis_name``, ``mask``, ``exp_avg_mask``, ``specs``, ...
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: A key is unknown or missing, a value is out of range, or what DeepSpeed refuses is asked for.
+
+    Example:
+        >>> optimizer = optimizer_from_deepspeed({"gradient_clipping": 1.0, "optimizer": {
+        ...     "type": "OneBitAdam", "params": {"lr": 4e-4, "freeze_step": 23000, "weight_decay": 0.01}}})
+
+    References:
+        DeepSpeed's `tutorial <https://www.deepspeed.ai/tutorials/onebit-adam/>`_
+    """
+    check_keys(config, "the configuration", required=("optimizer",), optional=config)
+    block = config["optimizer"]
+    check_keys(block, "optimizer", required=("type",), optional=("params", "legacy_fusion"))
+    kind = str(block["type"]).lower()
+    if kind not in _KINDS:
+        names = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
+        raise ValueError(f"optimizer.type={block['type']!r}: {did_you_mean(block['type'], names)}")
+    maker, own = _KINDS[kind]
+    given = dict(block.get("params", {}))
+    check_keys(given, "optimizer.params", optional=("lr", "betas", *_SHARED, *own, *_PASSED_OVER))
+    if given.get("amsgrad"):
+        raise ValueError("optimizer.params.amsgrad=True: there is no AMSGrad of it; take it out")
+    if given.get("max_grad_norm"):
+        raise ValueError(
+            f"optimizer.params.max_grad_norm={given['max_grad_norm']!r}: use gradient_clipping, beside the optimizer"
+        )
+    b1, b2 = _betas(given.get("betas", (0.9, 0.999)))
+    taken = {key: given.get(key, default) for key, default in _SHARED.items()}
+    taken |= {key: given[key] for key in own if key in given}
+    if config.get("gradient_clipping"):
+        taken |= {"clip_norm": config["gradient_clipping"], "clip": "local"}
+    rate = given.get("lr", 1e-3) if learning_rate is None else learning_rate
+    return maker(rate, b1, b2, **(taken | options))
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"optimizer.params.betas={value!r}: must be two numbers")
+    return float(value[0]), float(value[1])
