@@ -35,6 +35,7 @@ def anchors(path: pathlib.Path) -> set[str]:
         "docs/curriculum.md",
         "docs/generation.md",
         "docs/interop.md",
+        "docs/onebit.md",
         "docs/random_ltd.md",
     ],
 )

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from effscale.parallel import MeshConfig, resize_workers
+from effscale.models import Transformer
+from effscale.parallel import MeshConfig, per_worker, resize_workers
 from effscale.parallel.local_launch import free_port, launch_local
-from effscale.training import make_train_step, next_token_loss
+from effscale.training import create_train_state, make_train_step, next_token_loss
 
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
 """Losses before the first exchange of signs shows, which is where the order of sums begins to matter."""
@@ -93,6 +95,19 @@ def test_micro_batches(name):
     expected, _ = gpt.curve(name, MeshConfig(data=2), jax.devices()[:2], stop=8)
     found, _ = gpt.curve(name, MeshConfig(data=2), jax.devices()[:2], stop=8, accumulate=2)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_an_optimizer_that_does_not_average_is_found_out():
+    """Its updates would differ between workers, and parameters with them."""
+    import optax
+
+    optimizer = optax.sgd(0.1)
+    step = per_worker(make_train_step(next_token_loss, optimizer, axis_name="data"))
+    create = lambda: create_train_state(
+        Transformer(gpt.CONFIG, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    with jax.set_mesh(MeshConfig().build()), pytest.raises(ValueError, match="does not average"):
+        jax.eval_shape(step, jax.eval_shape(create), gpt.batch(0))
 
 
 def test_clipping_belongs_to_the_optimizer():

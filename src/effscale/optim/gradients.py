@@ -1,6 +1,5 @@
 """What the distributed optimizers do to gradients before anything else: check, average, clip, skip."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -30,7 +29,8 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
     if leaves and manual and not any(differs(g, axis_name) for g in leaves):
         raise ValueError(
             f"the gradients are the same on all workers along {axis_name!r}, so they were summed already and there is "
-            "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself"
+            "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself. (Instead "
+            "of optax.MultiSteps use make_train_step(accumulate=).)"
         )
 
 
@@ -99,6 +99,16 @@ class MeanState(NamedTuple):
 
     sent: Any
     axis: PerWorker
+
+
+def check_workers(axis_name: str | None, num_workers: int | None, scales: str) -> None:
+    """Raise a ``ValueError`` for options of the exchange that do not go together."""
+    if axis_name is None and num_workers is not None:
+        raise ValueError(
+            f"num_workers={num_workers} without axis_name: name the workers' axis, or leave num_workers out"
+        )
+    if scales not in get_args(Scales):
+        raise ValueError(f"scales={scales!r} is unknown; one of {', '.join(get_args(Scales))}")
 
 
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
@@ -172,9 +182,24 @@ def zeros_of_mean(x: Any) -> jax.Array:
 
 def moments_like(params: Any) -> Any:
     """Zeros in at least float32: second moments that decay by 0.999 stand still in bfloat16."""
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda p: jnp.zeros_like(p, _at_least_float32(p.dtype)), params)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+
+
+def in_float32(tree: Any) -> Any:
+    """The tree in at least float32."""
+    return jax.tree.map(lambda x: x.astype(_at_least_float32(x.dtype)), tree)
+
+
+def where_known(mu: Any, nu: Any) -> Any:
+    """The momentum, and zero where the variance is zero.
+
+    One bit cannot say zero. What never had a gradient would be told plus or minus the scale, and divided by nothing but epsilon.
+    """
+    return jax.tree.map(lambda m, v: jnp.where(v > 0, m, jnp.zeros_like(m)), mu, nu)
 
 
 def lerp(old: Any, new: Any, decay: Any) -> Any:
@@ -186,6 +211,7 @@ def masked(tree: Any, mask: Any, params: Any) -> Any:
     """The tree times a mask: None, a tree like it (or a function from the parameters to one) of arrays that broadcast."""
     if mask is None:
         return tree
-    if isinstance(mask, Callable):
+    # A module is a tree, and may be called, too.
+    if callable(mask) and jax.tree.structure(mask) != jax.tree.structure(tree):
         mask = mask(params)
     return jax.tree.map(lambda x, m: x * jnp.broadcast_to(m, x.shape).astype(x.dtype), tree, mask)

@@ -76,7 +76,7 @@ def scale_by_lamb(
             state.nu, jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), updates), b2
         )
         u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-        u, _ = decay.update(u, decay.init(params), params)
+        u, _ = decay.update(u, decay.init(params), g_.in_float32(params))
         scaled = jax.tree.map(
             lambda p, x, dims, g: (ratio(p, x, dims) * x).astype(g.dtype),
             params,

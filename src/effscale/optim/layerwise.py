@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effscale.training.partition import named_leaves
+from effscale.training.partition import NamedLeaf, named_leaves
 
 Stacked = Any
 """How many leading dimensions of each array stack separate tensors: a tree of integers like the parameters, one integer for
-all, or None: one where the logical axes of an ``nnx.Variable`` begin with ``layers``, else none."""
+all, or None: those that the logical axes of an ``nnx.Variable`` do not name, and one that they name ``layers``; none of any
+other array."""
 
 
 def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
@@ -18,7 +19,7 @@ def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
     if isinstance(stacked, int):
         dims = [stacked] * len(leaves)
     elif stacked is None:
-        dims = [int((leaf.axes or (None,))[0] == "layers") for leaf in named_leaves(params)]
+        dims = [_unnamed(leaf) for leaf in named_leaves(params)]
     else:
         dims = jax.tree.leaves(stacked)
         if len(dims) != len(leaves):
@@ -27,6 +28,12 @@ def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
         if not 0 <= dim <= jnp.ndim(x):
             raise ValueError(f"stacked={dim} for an array of shape {jnp.shape(x)}")
     return jax.tree.unflatten(structure, dims)
+
+
+def _unnamed(leaf: NamedLeaf) -> int:
+    if leaf.axes is None:
+        return 0
+    return max(0, jnp.ndim(leaf.leaf) - len(leaf.axes)) + (leaf.axes[:1] == ("layers",))
 
 
 def layer_shape(x: Any, dims: int) -> tuple[int, ...]:

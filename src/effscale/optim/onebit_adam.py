@@ -80,7 +80,8 @@ def scale_by_onebit_adam(
         variance_ratio: Ends the warm-up earlier, once the variance has settled.
         exp_avg_mask: What the momentum is multiplied by after each exchange: a tree like the parameters of arrays that
             broadcast against them, or a function from parameters to such a tree. Zeros belong where the gradient is
-            always zero (positions that no row reaches): one bit cannot say zero.
+            always zero after the warm-up: one bit cannot say zero. (Where it was zero in the warm-up, too, as for positions
+            that no row reaches, the variance is zero, and the momentum is taken to be zero without a mask.)
         clip_norm: Greatest norm of the gradient; None does not clip. In the warm-up that of the mean.
         clip: After the warm-up, ``synchronised`` clips all workers by the root mean square of their norms, ``local``
             each by its own.
@@ -102,6 +103,7 @@ def scale_by_onebit_adam(
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
     g_.check_clip(clip_norm, clip)
+    g_.check_workers(axis_name, num_workers, scales)
 
     def init(params: Any) -> Any:
         errors = None
@@ -141,7 +143,8 @@ def scale_by_onebit_adam(
                 assert errors is not None
                 mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
                 errors = PerWorker(new, axis_name)
-            return g_.masked(mu, exp_avg_mask, params), state.nu, state.ratio, errors
+            mu = g_.where_known(g_.masked(mu, exp_avg_mask, params), state.nu)
+            return mu, state.nu, state.ratio, errors
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)

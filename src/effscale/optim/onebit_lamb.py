@@ -129,6 +129,7 @@ def scale_by_onebit_lamb(
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
     g_.check_clip(clip_norm, clip)
+    g_.check_workers(axis_name, num_workers, scales)
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
     trust = TrustRatio(max_coeff, min_coeff)
     trust.check()
@@ -171,7 +172,7 @@ def scale_by_onebit_lamb(
         dims = stacked_dims(params, stacked)
 
         def decayed(u: Any) -> Any:
-            return decay.update(u, decay.init(params), params)[0]
+            return decay.update(u, decay.init(params), g_.in_float32(params))[0]
 
         def in_types(u: Any) -> Any:
             return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
@@ -189,7 +190,15 @@ def scale_by_onebit_lamb(
                 coeff,
             )
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
-            new = state._replace(mu=mu, nu=nu, frozen_coeff=frozen, ratio=ratio)
+            new = state._replace(
+                mu=mu,
+                nu=nu,
+                frozen_coeff=frozen,
+                # Of compressed steps before, if freeze_step was raised since.
+                last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
+                compressing=jnp.zeros((), jnp.bool_),
+                ratio=ratio,
+            )
             return in_types(jax.tree.map(jnp.multiply, coeff, u)), new
 
         def compressed() -> tuple[Any, OneBitLambState]:
@@ -206,6 +215,7 @@ def scale_by_onebit_lamb(
                 mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
                 errors = PerWorker(new, axis_name)
             mu = g_.masked(jax.tree.map(jnp.divide, mu, scaling), exp_avg_mask, params)
+            mu = g_.where_known(mu, state.nu)
 
             def fresh(v: Any, v_fresh: Any, m: Any, last: Any) -> Any:
                 gradient = (m - b1 * last) / (1 - b1)
@@ -218,7 +228,7 @@ def scale_by_onebit_lamb(
 
             def factor(v: Any, v_fresh: Any, before: Any, after: Any, last: Any, d: int) -> Any:
                 quotient = (jnp.sqrt(v) + eps) / (jnp.sqrt(v_fresh) + eps)
-                r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True)
+                r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True, initial=0.0)
                 with_decay = norms(after, d)
                 rho = jnp.minimum(
                     1.0, norms(before, d) / jnp.where(with_decay > 0, with_decay, 1.0)

@@ -67,12 +67,14 @@ class ZeroOneAdamState:
         if not isinstance(self.own, PerWorker):
             return params
         moved, shared = self.own.value.moved, as_local(params, self.own.axis_name)
-        on_the_way = lambda: jax.tree.map(
-            lambda p, u, v: (p - u / (jnp.sqrt(v) + self.eps)).astype(p.dtype),
-            shared,
-            moved,
-            self.nu,
-        )
+        is_masked = lambda node: isinstance(node, optax.MaskedNode)
+
+        def local(u: Any, p: Any, v: Any) -> Any:
+            if is_masked(u):  # another optimizer's, by optax.masked or optax.partition
+                return p
+            return (p.astype(u.dtype) - u / (jnp.sqrt(v) + self.eps)).astype(p.dtype)
+
+        on_the_way = lambda: jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
         return jax.lax.cond(self.rates > 0, on_the_way, lambda: shared)
 
 
@@ -150,8 +152,13 @@ def scale_by_zero_one_adam(
     """
     check_moments(b1, b2, eps)
     g_.check_clip(clip_norm, clip)
+    g_.check_workers(axis_name, num_workers, scales)
     policies = Policies(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
     policies.check()
+    if isinstance(var_freeze_step, int | float) and var_freeze_step < 1:
+        raise ValueError(
+            f"var_freeze_step={var_freeze_step} must be at least 1: the variance has to be learned before it is frozen"
+        )
 
     def init(params: Any) -> Any:
         own: Any = OwnWay(None, g_.moments_like(params), None)
@@ -192,7 +199,7 @@ def scale_by_zero_one_adam(
             out = jax.tree.map(lambda x, v: x / (jnp.sqrt(v) + eps), numerator, nu)
             if not (isinstance(weight_decay, int | float) and weight_decay == 0):
                 decay = optax.add_decayed_weights(decay_rate * weight_decay, mask)
-                out, _ = decay.update(out, decay.init(params), params)
+                out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
             return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
 
         def rated(mu: Any) -> Any:
@@ -207,8 +214,9 @@ def scale_by_zero_one_adam(
 
         def gradient() -> Any:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            g, errors = average(g, own.errors)
-            mu = g_.lerp(state.mu, g_.masked(g, exp_avg_mask, params), b1)
+            g, errors = average(g_.in_float32(g), own.errors)
+            g = g_.where_known(g_.masked(g, exp_avg_mask, params), state.nu)
+            mu = g_.lerp(state.mu, g, b1)
             return (
                 scaled(rated(mu), state.nu, rate),
                 mu,
@@ -243,7 +251,7 @@ def scale_by_zero_one_adam(
         def sync() -> Any:
             mu, after, rates = own_step()
             moved, errors = average(after.moved, after.errors)
-            moved = g_.masked(moved, exp_avg_mask, params)
+            moved = g_.where_known(g_.masked(moved, exp_avg_mask, params), state.nu)
             out = scaled(rated(mu), state.nu, rate) if alone else scaled(moved, state.nu, rates)
             mu = jax.tree.map(lambda u: u / rates, moved)
             rest = jax.tree.map(jnp.zeros_like, after._replace(errors=None))

@@ -88,6 +88,7 @@ class Policies(NamedTuple):
         >>> Policies(var_freeze_step=4, var_update_scaler=1, local_step_scaler=2, local_step_clipper=2).rounds(10).tolist()
         [0, 0, 1, 0, 3, 3, 2, 3, 2, 3]
         """
+        self.check()
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
 

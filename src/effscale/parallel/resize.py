@@ -1,5 +1,6 @@
 """Another number of workers: what each kept for itself is handed over so that nothing is lost."""
 
+import math
 from typing import Any
 
 import jax
@@ -70,7 +71,8 @@ def _cut(worker: Residual, server: Residual, num_workers: int) -> jax.Array:
     """The servers' errors of each shard, without the padding, in parts for other servers."""
     size = worker.corrected[0].size // server.corrected.shape[1]
     shards = jnp.moveaxis(server.error, 1, 0)
-    flat = shards.reshape(shards.shape[0], -1)[:, :size]
+    number = shards.shape[0]
+    flat = shards.reshape(number, math.prod(shards.shape[1:]))[:, :size]
     width = -(-size // (8 * num_workers))
     padded = jnp.pad(flat, ((0, 0), (0, 8 * width * num_workers - size)))
-    return jnp.moveaxis(padded.reshape(-1, num_workers, 8, width), 0, 1)
+    return jnp.moveaxis(padded.reshape(number, num_workers, 8, width), 0, 1)

@@ -47,6 +47,8 @@ class Collective:
 def collectives(program: str) -> list[Collective]:
     """The collectives of a compiled program that involve more than one device.
 
+    One in a loop (micro-batches, a scan over layers) is told once. Between TPU slices XLA sends by the host, which is not told.
+
     Args:
         program: ``jax.jit(f).lower(...).compile().as_text()``.
 
@@ -62,7 +64,9 @@ def collectives(program: str) -> list[Collective]:
             continue
         devices = _devices(match["rest"], program)
         arrays = [(m["dtype"], m["dims"]) for m in _ARRAY.finditer(match["result"])]
-        if match["start"] and match["kind"] != "all-reduce":
+        if match["start"] and match["kind"] == "collective-permute":
+            arrays = arrays[1:2]  # operand, result, two counters
+        elif match["start"] and match["kind"] != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]  # operands come first, then results
         size = sum(_size(dtype, dims) for dtype, dims in arrays)
         if match["kind"] == "reduce-scatter":
@@ -117,6 +121,12 @@ def compressed_mean_bytes(
 
     With :math:`B` bytes of a server's part of all tensors and S scales of four bytes, :math:`2 (W - 1) (B + 4 S)`: about
     1/32 of what float32 takes.
+
+    Args:
+        tree: Arrays, or what has a shape and a dtype.
+        num_workers: Workers; one sends nothing.
+        scales: See `effscale.parallel.compressed_mean`.
+        specs: See `effscale.parallel.compressed_mean`.
 
     >>> compressed_mean_bytes(jnp.zeros(1000), 4)  # 32 bytes of signs for each server, and a scale
     216.0

@@ -201,9 +201,9 @@ def _per_worker_leaves(tree: Any) -> list[bool]:
 
 
 def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
-    """Whether the first dimension of what is in a `PerWorker` is another one in the checkpoint."""
+    """Whether what is in a `PerWorker` is of other shapes in the checkpoint."""
     return any(
-        mine and leaf.name in saved and saved[leaf.name][0][:1] != list(leaf.leaf.shape[:1])
+        mine and leaf.name in saved and saved[leaf.name][0] != list(leaf.leaf.shape)
         for leaf, mine in zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
     )
 
@@ -234,8 +234,8 @@ def _hand_over(loaded: Any, wanted: Any, path: pathlib.Path) -> Any:
     ]
     if shapes != [x.shape for x in jax.tree.leaves(wanted) if hasattr(x, "shape")]:
         raise CheckpointError(
-            f"{path} was saved by another number of workers, on a mesh whose other axes divide the parameters differently; "
-            "resume on a mesh that differs along the workers' axis only"
+            f"{path} was saved on a mesh whose axes beside the workers' divide the parameters differently; resume on a mesh "
+            "that differs along the workers' axis only"
         )
     places = jax.tree.map(lambda x: getattr(x, "sharding", None), wanted)
     return jax.jit(resize, out_shardings=places)(loaded)

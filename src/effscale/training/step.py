@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.parallel.workers import as_local, sent_bytes, worker_params
+from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
 from effscale.training.loss import Loss, safe_weight
 from effscale.training.partition import Trainable, combine, partition
 from effscale.training.schedules import Schedule
@@ -73,7 +73,7 @@ def make_train_step(
 
     Raises:
         ValueError: An option is out of range; or, while tracing, the batch is not a multiple of ``accumulate``,
-            or state and ``ema_decay`` disagree.
+            the optimizer does not average over the workers of ``axis_name``, or state and ``ema_decay`` disagree.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
@@ -101,8 +101,10 @@ def make_train_step(
             norm = optax.tree.norm(gradients)
         else:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            own = worker_params(params, state.opt_state), as_local(frozen, axis_name)
-            gradients, loss = _sum_of_gradients(loss_fn, *own, batch, key, accumulate, axis_name)
+            own, rest = as_local((worker_params(params, state.opt_state), frozen), axis_name)
+            gradients, loss = _sum_of_gradients(
+                loss_fn, own, rest, batch, key, accumulate, axis_name
+            )
             loss = jax.tree.map(lambda x: jax.lax.psum(as_local(x, axis_name), axis_name), loss)
             tokens = jax.lax.psum(as_local(jnp.asarray(tokens), axis_name), axis_name)
             workers = float(jax.lax.axis_size(axis_name))
@@ -123,6 +125,11 @@ def make_train_step(
             with jax.numpy_dtype_promotion("standard"):
                 seen = state.tokens.to_float32()
                 updates, opt_state = optimizer.update(gradients, opt_state, params, tokens=seen)
+            if axis_name and any(differs(u, axis_name) for u in jax.tree.leaves(updates)):
+                raise ValueError(
+                    f"the optimizer's updates differ between the workers along {axis_name!r}: it does not average; take one "
+                    "of effscale.optim with this axis_name, or put effscale.optim.mean_over_workers before it"
+                )
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
 
