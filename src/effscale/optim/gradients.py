@@ -150,6 +150,12 @@ def skip_nonfinite(
     Args:
         inner: Any optax transformation.
         axis_name: The workers' axis; None on one worker.
+
+    Example:
+        >>> optimizer = skip_nonfinite(optax.sgd(0.1))
+        >>> updates, state = optimizer.update(jnp.array([1.0, jnp.nan]), optimizer.init(jnp.zeros(2)))
+        >>> updates.tolist(), int(state.skipped)
+        ([0.0, 0.0], 1)
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -72,6 +72,11 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
         tree: Arrays like those to be averaged.
         num_workers: Workers that take part.
         specs: See `compressed_mean`.
+
+    Example:
+        >>> errors = init_error_feedback({"w": jnp.ones((3, 5))}, num_workers=4)
+        >>> errors.worker["w"].corrected.shape, errors.server["w"].corrected.shape
+        ((3, 5), (1, 8, 1))
     """
     layouts = iter(tensor_layouts(tree, num_workers, specs))
     pairs = [_zeros(layout) for layout in layouts]

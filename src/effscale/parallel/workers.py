@@ -118,6 +118,13 @@ def worker_params(params: Any, opt_state: Any) -> Any:
     Args:
         params: The parameters, as the optimizer knows them.
         opt_state: The optimizer's state.
+
+    Returns:
+        Parameters to differentiate at.
+
+    Example:
+        >>> worker_params({"w": jnp.ones(2)}, None)["w"].tolist()  # one worker, whose state holds no PerWorker
+        [1.0, 1.0]
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "local_params"))
     for state in states:
@@ -129,7 +136,12 @@ def worker_params(params: Any, opt_state: Any) -> Any:
 
 
 def sent_bytes(opt_state: Any) -> jax.Array:
-    """Bytes that each device sent in the last update: the sum of ``sent`` over the states that have it (float32)."""
+    """Bytes that each device sent in the last update: the sum of ``sent`` over the states that have it (float32).
+
+    Example:
+        >>> print(sent_bytes(None))
+        0.0
+    """
     states = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "sent"))
     sent = [state.sent for state in states if hasattr(state, "sent")]
     return sum(sent, start=jnp.zeros((), jnp.float32))
@@ -202,6 +214,14 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
 
     Returns:
         A function with the step's arguments and result.
+
+    Raises:
+        ValueError: The rows cannot be divided; or a result outside of a `PerWorker` differs between workers.
+
+    Example:
+        >>> step = simulate_workers(lambda scale, batch: jax.lax.pmean(scale * batch.sum(), "data"), 4)
+        >>> print(step(2.0, jnp.ones(8)))
+        4.0
     """
 
     @functools.wraps(step)
