@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -26,19 +25,10 @@ CONFIG = gpt2(num_layers=4, d_model=256, num_heads=4, vocab_size=VOCAB, max_leng
 COUNTER = pathlib.Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
-def in_bfloat16() -> optax.GradientTransformation:
-    """Gradients are sent in half the bytes, as DeepSpeed's fp16 does."""
-    cast = lambda dtype: optax.stateless(
-        lambda updates, _: jax.tree.map(lambda g: g.astype(dtype), updates)
-    )
-    return optax.chain(cast(jnp.bfloat16), mean_over_workers("data"), cast(jnp.float32))
-
-
 def optimizers(warmup: int) -> dict[str, Any]:
     """By name; ``warmup`` steps are uncompressed."""
     return {
         "adam": lambda: optax.chain(mean_over_workers("data"), optax.adam(RATE)),
-        "adam_bf16": lambda: optax.chain(in_bfloat16(), optax.adam(RATE)),
         "onebit_adam": lambda: onebit_adam(RATE, freeze_step=warmup, axis_name="data"),
         "zero_one_adam": lambda: zero_one_adam(
             RATE,

@@ -23,7 +23,7 @@ import harness
 import network
 
 SHARES = {"onebit_lamb": 1000 / 5993, "onebit_adam": 23 / 152, "zero_one_adam": 12.5 / 152}
-OPTIMIZERS = ("adam", "adam_bf16", "onebit_adam", "zero_one_adam", "lamb", "onebit_lamb")
+OPTIMIZERS = ("adam", "onebit_adam", "zero_one_adam", "lamb", "onebit_lamb")
 
 
 class Hosts:
@@ -155,7 +155,6 @@ def show(records: list[dict[str, Any]]) -> str:
         for fast, slow in (
             ("onebit_lamb", "lamb"),
             ("onebit_adam", "adam"),
-            ("onebit_adam", "adam_bf16"),
             ("zero_one_adam", "onebit_adam"),
         ):
             if fast in at and slow in at:

@@ -350,6 +350,23 @@ def test_bfloat16_parameters(name):
     assert bool(jnp.isfinite(loss))
 
 
+def test_bfloat16_gradients_on_a_mesh():
+    """XLA's CPU compiler dies of their all-reduce, if nothing is done about it."""
+    optimizer = onebit_adam(0.01, freeze_step=2, axis_name="data")
+
+    def step(params, state, batch):
+        own = worker_params(params, state)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.bfloat16), jax.grad(loss_fn)(own, batch))
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+        return params, state, state.skipped
+
+    with jax.set_mesh(MeshConfig().build()):
+        params, state, _ = run(jax.jit(per_worker(step)), optimizer, steps=4)
+    assert {x.dtype for x in jax.tree.leaves(state.inner[0].mu)} == {jnp.dtype(jnp.float32)}
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+
+
 def test_variance_ratio_ends_the_warm_up():
     criterion = VarianceRatio(threshold=0.96, window=5, start=10)
     optimizer = onebit_adam(0.0, b2=0.8, freeze_step=1000, variance_ratio=criterion)

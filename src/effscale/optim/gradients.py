@@ -35,10 +35,21 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
 
 
 def mean(gradients: Any, axis_name: str | None) -> Any:
-    """The mean over workers, uncompressed."""
+    """The mean over workers, uncompressed; on CPU in float32 at least."""
     if axis_name is None:
         return gradients
-    return jax.tree.map(lambda g: jax.lax.pmean(as_local(g, axis_name), axis_name), gradients)
+
+    def one(g: jax.Array) -> jax.Array:
+        g = as_local(g, axis_name)
+        if jnp.dtype(g.dtype).itemsize >= 4:
+            return jax.lax.pmean(g, axis_name)
+        # XLA's CPU compiler dies of a reduction in a narrow type here, and widens it elsewhere.
+        wide = lambda g: jax.lax.pmean(g.astype(jnp.float32), axis_name).astype(g.dtype)
+        return jax.lax.platform_dependent(
+            g, cpu=wide, default=lambda g: jax.lax.pmean(g, axis_name)
+        )
+
+    return jax.tree.map(one, gradients)
 
 
 def bytes_sent(
