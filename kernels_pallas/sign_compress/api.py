@@ -32,6 +32,7 @@ def compress(
         The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x = jnp.linspace(-1.0, 1.0, 16).reshape(1, 8, 2)
         >>> bits, corrected, squares = compress(x, jnp.zeros_like(x), jnp.float32(0), size=16)
         >>> bits.tolist(), f"{squares:.3f}"
@@ -67,6 +68,7 @@ def average(
         The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> bits, zeros = jnp.array([[255], [15]], jnp.uint8), jnp.zeros((8, 1))
         >>> sent, mean, _ = average(bits, jnp.array([1.0, 3.0]), zeros, jnp.float32(0), jnp.int32(8))
         >>> sent.tolist(), mean[:, 0].tolist()
@@ -86,6 +88,7 @@ def expand(
     """The numbers that bits and scales stand for, in float32.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> expand(jnp.array([[240]], jnp.uint8), jnp.array([0.5]))[0, :, 0].tolist()
         [0.5, 0.5, 0.5, 0.5, -0.5, -0.5, -0.5, -0.5]
     """
