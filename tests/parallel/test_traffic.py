@@ -94,6 +94,7 @@ def test_formula_of_the_papers(padded):
     ("line", "kind", "sent"),
     [
         ("%a = f32[4,2]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", 24.0),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups=mesh['data'=4,'tensor'=2] {'data'}, to_apply=%s", "all-reduce", 48.0),
         ("%a = f32[2]{0} reduce-scatter(%x), replica_groups={{0,1},{2,3}}", "reduce-scatter", 8.0),
         ("%a = bf16[6]{0} collective-permute(%x), source_target_pairs={{0,1}}", "collective-permute", 12.0),
         ("%a = (u8[2]{0}, u8[8]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}", "all-gather", 6.0),

@@ -89,6 +89,9 @@ def _devices(rest: str, program: str) -> int:
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]", rest):
         return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=([0-9]+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
     if "source_target_pairs=" in rest:
         return 2
     count = re.search(r"num_partitions=([0-9]+)", program)
