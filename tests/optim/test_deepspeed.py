@@ -26,8 +26,8 @@ BERT = {
 }
 
 
-def same(a, b):
-    """Whether two optimizers do the same for some steps."""
+def assert_same(a, b):
+    """Two optimizers do the same for some steps."""
     params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}
     found = []
     for optimizer in (a, b):
@@ -45,7 +45,7 @@ def with_optimizer(kind, **params):
 
 
 def test_onebit_adam():
-    same(
+    assert_same(
         optimizer_from_deepspeed(BERT),
         onebit_adam(4e-4, weight_decay=0.01, freeze_step=3, clip_norm=1.0, clip="local"),
     )
@@ -59,7 +59,7 @@ def test_zero_one_adam():
         1e-3, var_freeze_step=2, local_step_scaler=1, local_step_clipper=2, var_update_scaler=1,
         clip_norm=1.0, clip="local",
     )  # fmt: skip
-    same(optimizer_from_deepspeed(config), expected)
+    assert_same(optimizer_from_deepspeed(config), expected)
 
 
 def test_onebit_lamb():
@@ -70,12 +70,12 @@ def test_onebit_lamb():
         11e-3, 0.9, 0.99, weight_decay=0.01, max_coeff=0.3, min_coeff=0.01, freeze_step=3,
         clip_norm=1.0, clip="local",
     )  # fmt: skip
-    same(optimizer_from_deepspeed(config), expected)
+    assert_same(optimizer_from_deepspeed(config), expected)
 
 
 def test_a_schedule_takes_the_place_of_the_rate():
     schedule = optax.linear_schedule(0.0, 1e-3, 4)
-    same(
+    assert_same(
         optimizer_from_deepspeed(BERT, schedule, weight_decay=0.0),
         onebit_adam(schedule, freeze_step=3, clip_norm=1.0, clip="local"),
     )

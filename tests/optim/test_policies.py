@@ -18,6 +18,16 @@ def test_bert_schedules(steps, full, one_bit):
     assert counts.sum() == steps
 
 
+def test_volume_of_bert_large():
+    """Beside 1-bit Adam with 23,000 steps of warm-up, in half precision: 84.6 % less, in 49 % of the rounds."""
+    steps, bits = 152_000, {Round.VARIANCE: 16, Round.GRADIENT: 1, Round.LOCAL: 0, Round.SYNC: 1}
+    rounds = Policies(var_freeze_step=12_500).rounds(steps)
+    sent = sum(bits[Round(kind)] * int(number) for kind, number in enumerate(np.bincount(rounds)))
+    onebit_adam = 16 * 23_000 + (steps - 23_000)
+    assert round(1 - sent / onebit_adam, 3) == 0.846
+    assert round(np.mean(rounds == Round.LOCAL), 3) == 0.511
+
+
 def test_variance_steps():
     """Sixteen at each interval, each a multiple of it."""
     rounds = Policies().rounds(60)

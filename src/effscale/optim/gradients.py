@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.parallel.compressed import Scales
+from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
 from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
-from effscale.parallel.workers import PerWorker, as_local, bound_axis_size, differs
+from effscale.parallel.workers import (
+    PerWorker,
+    as_local,
+    bound_axis_size,
+    differs,
+    is_manual,
+    per_worker_zeros,
+)
 
 Clip = Literal["synchronised", "local"]
 """By which norm the gradient of a worker is clipped once gradients are no longer averaged. ``synchronised``: the root mean
@@ -25,8 +32,7 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
             "axis_name out to train on one worker"
         )
     leaves = jax.tree.leaves(gradients)
-    manual = axis_name in jax.sharding.get_abstract_mesh().manual_axes
-    if leaves and manual and not any(differs(g, axis_name) for g in leaves):
+    if leaves and is_manual(axis_name) and not any(differs(g, axis_name) for g in leaves):
         raise ValueError(
             f"the gradients are the same on all workers along {axis_name!r}, so they were summed already and there is "
             "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself. (Instead "
@@ -50,6 +56,37 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
         )
 
     return jax.tree.map(one, gradients)
+
+
+def averaged_moments(
+    gradients: Any, mu: Any, nu: Any, b1: Any, b2: Any, axis_name: str | None, clip_norm: Any
+) -> tuple[Any, Any]:
+    """Momentum and variance after a step of the warm-up, with the mean over workers, clipped by its own norm."""
+    g = mean(gradients, axis_name)
+    g = clipped(g, squared_norm(g), clip_norm)
+    squares = jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g)
+    return lerp(mu, g, b1), lerp(nu, squares, b2)
+
+
+def init_errors(
+    params: Any, axis_name: str | None, num_workers: int | None, specs: Any
+) -> PerWorker | None:
+    """Each worker's `ErrorFeedback`; None on one worker."""
+    if axis_name is None:
+        return None
+    make = lambda workers: init_error_feedback(params, workers, specs)
+    return per_worker_zeros(make, axis_name, num_workers)
+
+
+def agree(
+    tree: Any, errors: PerWorker | None, *, scales: Scales, specs: Any
+) -> tuple[Any, PerWorker | None]:
+    """The mean over workers in one bit a number; the tree itself on one worker."""
+    if errors is None:
+        return tree, None
+    axis_name = errors.axis_name
+    tree, new = compressed_mean(tree, errors.value, axis_name, scales=scales, specs=specs)
+    return tree, PerWorker(new, axis_name)
 
 
 def bytes_sent(

@@ -71,10 +71,7 @@ def scale_by_lamb(
             raise ValueError(
                 "LAMB needs the parameters: optimizer.update(gradients, state, params)"
             )
-        mu = g_.lerp(state.mu, updates, b1)
-        nu = g_.lerp(
-            state.nu, jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), updates), b2
-        )
+        mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, None, None)
         u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         u, _ = decay.update(u, decay.init(params), g_.in_float32(params))
         scaled = jax.tree.map(

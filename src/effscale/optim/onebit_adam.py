@@ -18,8 +18,8 @@ from effscale.optim.freezing import (
     is_frozen,
     watch_variance,
 )
-from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
-from effscale.parallel.workers import PerWorker, per_worker_zeros
+from effscale.parallel.compressed import Scales
+from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 
 
@@ -106,17 +106,12 @@ def scale_by_onebit_adam(
     g_.check_workers(axis_name, num_workers, scales)
 
     def init(params: Any) -> Any:
-        errors = None
-        if axis_name is not None:
-            errors = per_worker_zeros(
-                lambda workers: init_error_feedback(params, workers, specs), axis_name, num_workers
-            )
         return OneBitAdamState(
             count=jnp.zeros((), jnp.int32),
             mu=g_.moments_like(params),
             nu=g_.moments_like(params),
             ratio=init_ratio(variance_ratio),
-            errors=errors,
+            errors=g_.init_errors(params, axis_name, num_workers, specs),
             sent=jnp.zeros((), jnp.float32),
         )
 
@@ -125,24 +120,14 @@ def scale_by_onebit_adam(
         g_.check_local(updates, axis_name)
 
         def warm_up() -> Any:
-            g = g_.mean(updates, axis_name)
-            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
-            mu = g_.lerp(state.mu, g, b1)
-            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
-            return (
-                mu,
-                nu,
-                watch_variance(variance_ratio, state.ratio, state.count, nu),
-                state.errors,
-            )
+            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
+            ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
+            return mu, nu, ratio, state.errors
 
         def compressed() -> Any:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            mu, errors = g_.lerp(state.mu, g, b1), state.errors
-            if axis_name is not None:
-                assert errors is not None
-                mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
-                errors = PerWorker(new, axis_name)
+            mu = g_.lerp(state.mu, g, b1)
+            mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
             mu = g_.where_known(g_.masked(mu, exp_avg_mask, params), state.nu)
             return mu, state.nu, state.ratio, errors
 

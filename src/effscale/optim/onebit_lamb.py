@@ -19,8 +19,8 @@ from effscale.optim.freezing import (
     watch_variance,
 )
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
-from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
-from effscale.parallel.workers import PerWorker, per_worker_zeros
+from effscale.parallel.compressed import Scales
+from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 
 
@@ -137,11 +137,6 @@ def scale_by_onebit_lamb(
 
     def init(params: Any) -> Any:
         dims = stacked_dims(params, stacked)
-        errors = None
-        if axis_name is not None:
-            errors = per_worker_zeros(
-                lambda workers: init_error_feedback(params, workers, specs), axis_name, num_workers
-            )
 
         def each(value: float) -> Any:
             return jax.tree.map(
@@ -158,7 +153,7 @@ def scale_by_onebit_lamb(
             scaling_coeff=each(1.0),
             compressing=jnp.zeros((), jnp.bool_),
             ratio=init_ratio(variance_ratio),
-            errors=errors,
+            errors=g_.init_errors(params, axis_name, num_workers, specs),
             sent=jnp.zeros((), jnp.float32),
         )
 
@@ -178,10 +173,7 @@ def scale_by_onebit_lamb(
             return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
-            g = g_.mean(updates, axis_name)
-            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
-            mu = g_.lerp(state.mu, g, b1)
-            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
+            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
             u = decayed(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu))
             coeff = jax.tree.map(trust, params, u, dims)
             frozen = jax.tree.map(
@@ -209,11 +201,7 @@ def scale_by_onebit_lamb(
                 lambda: _scaling_coeff(state.mu, dims),
             )
             mu = jax.tree.map(jnp.multiply, g_.lerp(state.mu, g, b1), scaling)
-            errors = state.errors
-            if axis_name is not None:
-                assert errors is not None
-                mu, new = compressed_mean(mu, errors.value, axis_name, scales=scales, specs=specs)
-                errors = PerWorker(new, axis_name)
+            mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
             mu = g_.masked(jax.tree.map(jnp.divide, mu, scaling), exp_avg_mask, params)
             mu = g_.where_known(mu, state.nu)
 

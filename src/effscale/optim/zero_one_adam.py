@@ -19,7 +19,7 @@ from effscale.parallel.compressed import (
     init_error_feedback,
 )
 from effscale.parallel.workers import PerWorker, as_local, per_worker_zeros
-from effscale.training.schedules import Schedule
+from effscale.training.schedules import value_at
 
 
 class OwnWay(NamedTuple):
@@ -185,7 +185,7 @@ def scale_by_zero_one_adam(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         g_.check_local(updates, axis_name)
-        rate = _rate(learning_rate, state.count, extra.get("tokens"))
+        rate = value_at(learning_rate, state.count, extra.get("tokens"))
         alone = axis_name is None
         own: OwnWay = state.own if alone else state.own.value
 
@@ -206,10 +206,7 @@ def scale_by_zero_one_adam(
             return jax.tree.map(lambda m: rate * m, mu)
 
         def variance() -> Any:
-            g = g_.mean(updates, axis_name)
-            g = g_.clipped(g, g_.squared_norm(g), clip_norm)
-            mu = g_.lerp(state.mu, g, b1)
-            nu = g_.lerp(state.nu, jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g), b2)
+            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
             return scaled(rated(mu), nu, rate), mu, nu, own, state.rates
 
         def gradient() -> Any:
@@ -276,16 +273,6 @@ def scale_by_zero_one_adam(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _rate(learning_rate: Any, count: jax.Array, tokens: Any) -> jax.Array:
-    if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
-        if tokens is None:
-            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
-        return jnp.asarray(learning_rate(tokens), jnp.float32)
-    return jnp.asarray(
-        learning_rate(count) if callable(learning_rate) else learning_rate, jnp.float32
-    )
 
 
 def zero_one_adam(

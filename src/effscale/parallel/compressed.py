@@ -78,8 +78,7 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
         >>> errors.worker["w"].corrected.shape, errors.server["w"].corrected.shape
         ((3, 5), (1, 8, 1))
     """
-    layouts = iter(tensor_layouts(tree, num_workers, specs))
-    pairs = [_zeros(layout) for layout in layouts]
+    pairs = [_zeros(layout) for layout in tensor_layouts(tree, num_workers, specs)]
     worker, server = zip(*pairs, strict=True) if pairs else ((), ())
     structure = jax.tree.structure(tree)
     return ErrorFeedback(
@@ -157,15 +156,7 @@ def compressed_mean(
     server = jax.tree.leaves(errors.server, is_leaf=is_residual)
     _check(layouts, worker, server)
 
-    shard_axes = (
-        tuple(
-            name
-            for name, kind in zip(_mesh().axis_names, _mesh().axis_types, strict=True)
-            if kind == jax.sharding.AxisType.Auto
-        )
-        if not _mesh().empty
-        else ()
-    )
+    shard_axes = () if _mesh().empty else tuple(_mesh().auto_axes)
 
     def exchange(xs: Any, worker: Any, server: Any) -> Any:
         return _Exchange(layouts, axis_name, num_workers, scales, shard_axes)(xs, worker, server)

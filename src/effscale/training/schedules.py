@@ -122,6 +122,22 @@ def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None
     )
 
 
+def value_at(schedule: float | jax.Array | Callable[[Any], Any], count: Any, tokens: Any) -> Any:
+    """A learning rate in float32: a number, or a schedule's value at the updates made or, by its unit, the tokens seen.
+
+    Raises:
+        ValueError: A schedule by tokens, and ``tokens`` is None.
+
+    >>> float(value_at(by_tokens(lambda tokens: tokens / 10), 3, jnp.float32(5.0)))
+    0.5
+    """
+    if isinstance(schedule, Schedule) and schedule.unit == "tokens":
+        if tokens is None:
+            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
+        return jnp.asarray(schedule(tokens), jnp.float32)
+    return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
+
+
 def scale_by_token_schedule(
     schedule: Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
@@ -149,9 +165,7 @@ def scale_by_token_schedule(
         updates: Any, state: Any, params: Any = None, *, tokens: Any = None, **extra: Any
     ) -> Any:
         del params, extra
-        if tokens is None:
-            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
-        rate = -jnp.asarray(schedule(tokens), jnp.float32)
+        rate = -value_at(Schedule(schedule, "tokens"), None, tokens)
         return jax.tree.map(lambda u: u * rate.astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

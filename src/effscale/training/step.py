@@ -95,21 +95,20 @@ def make_train_step(
             )
         params, frozen = partition(state.model, trainable)
         key = jax.random.fold_in(state.key, state.step)
-        tokens, workers = tokens_per_batch(batch), 1.0
-        if axis_name is None:
-            gradients, loss = _sum_of_gradients(loss_fn, params, frozen, batch, key, accumulate)
-            norm = optax.tree.norm(gradients)
-        else:
+        tokens, workers = tokens_per_batch(batch), 1
+        if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            own, rest = as_local((worker_params(params, state.opt_state), frozen), axis_name)
-            gradients, loss = _sum_of_gradients(
-                loss_fn, own, rest, batch, key, accumulate, axis_name
-            )
-            loss = jax.tree.map(lambda x: jax.lax.psum(as_local(x, axis_name), axis_name), loss)
-            tokens = jax.lax.psum(as_local(jnp.asarray(tokens), axis_name), axis_name)
-            workers = float(jax.lax.axis_size(axis_name))
-            square = jnp.square(optax.tree.norm(gradients))
-            norm = jnp.sqrt(jax.lax.psum(as_local(square, axis_name), axis_name) * workers)
+            at = worker_params(params, state.opt_state)
+            at, rest = as_local((at, frozen), axis_name)
+        else:
+            at, rest = params, frozen
+        gradients, loss = _sum_of_gradients(loss_fn, at, rest, batch, key, accumulate, axis_name)
+        norm = optax.tree.norm(gradients)
+        if axis_name is not None:
+            total = lambda x: jax.lax.psum(as_local(jnp.asarray(x), axis_name), axis_name)
+            loss, tokens = jax.tree.map(total, (loss, tokens))
+            workers = jax.lax.axis_size(axis_name)
+            norm = jnp.sqrt(total(jnp.square(norm)) * workers)
 
         weight = safe_weight(loss.weight)
         norm = norm / weight
