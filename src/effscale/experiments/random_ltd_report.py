@@ -182,7 +182,7 @@ def draw(
             axis.set_xlim(left=0)
             if level is not None:
                 axis.axhline(level[1], color=COLORS[-1], ls=":", lw=1, label=level[0])
-        axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=3)
         if after is not None:
             for place, (name, values) in enumerate(after[1].items()):
                 color = COLORS[ARMS.index(name)] if name in ARMS else COLORS[3]
@@ -191,7 +191,7 @@ def draw(
             names = [name.replace("_", "-") for name in after[1]]
             axes[2].set_xticks(range(len(names)), names)
             axes[2].set(ylabel=after[0], xlim=(-0.6, len(names) - 0.4))
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0, 1, 0.93))  # the legend is above
         figure.savefig(path)
         plt.close(figure)
     with Image.open(path) as image:  # 64 colours are enough, and half the bytes
