@@ -21,7 +21,7 @@ from typing import Any
 
 from kernels_pallas.aot_targets import TARGETS
 
-OWN_PROGRAMS = ("kernels_pallas.cross_entropy.aot",)
+OWN_PROGRAMS = ("kernels_pallas.cross_entropy.aot", "kernels_pallas.sign_compress.aot")
 
 _COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

@@ -1,8 +1,14 @@
 """The public functions of error-compensated sign compression."""
 
+from typing import Any, Literal
+
 from jaxtyping import Array, Float, Int, UInt8
 
+from kernels_pallas import dispatch
 from kernels_pallas.sign_compress import reference
+
+Implementation = Literal["reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "tpu", "gpu")
 
 
 def compress(
@@ -11,6 +17,7 @@ def compress(
     scale: Float[Array, ""],
     *,
     size: int,
+    implementation: Implementation | None = None,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
     r"""Add the error of the last time, and keep of the sum its signs.
 
@@ -27,6 +34,8 @@ def compress(
         corrected: float32, :math:`c`; zeros at first.
         scale: float32, :math:`s`; zero at first.
         size: Elements from the first that count; the rest is padding, whose sum stays zero.
+        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve
+            on the platform the program is lowered for.
 
     Returns:
         The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
@@ -43,7 +52,11 @@ def compress(
         raise ValueError(f"corrected {corrected.shape} must be of the shape of x, {x.shape}")
     if not 0 <= size <= x.size:
         raise ValueError(f"size={size} must lie between 0 and the {x.size} elements of x")
-    return reference.compress(x, corrected, scale, size=size)
+
+    def call(module: Any) -> Any:
+        return lambda *operands: module.compress(*operands, size=size)
+
+    return _run("compress", implementation, call, (x, corrected, scale))
 
 
 def average(
@@ -52,6 +65,8 @@ def average(
     corrected: Float[Array, "8 part"],
     scale: Float[Array, ""],
     size: Int[Array, ""],
+    *,
+    implementation: Implementation | None = None,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
     r"""What a server does: average what the workers sent, and compress the average in turn.
 
@@ -63,6 +78,7 @@ def average(
         corrected: float32, the server's :math:`c`; zeros at first.
         scale: float32, the server's :math:`s`; zero at first.
         size: int32, elements of the part that count; the rest is padding. It may differ between servers.
+        implementation: As for `compress`.
 
     Returns:
         The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
@@ -79,7 +95,57 @@ def average(
         raise ValueError(
             f"bits {bits.shape} must be [workers, bytes], here {(scales.shape[0], corrected.shape[1])}"
         )
-    return reference.average(bits, scales, corrected, scale, size)
+    operands = (bits, scales, corrected, scale, size)
+    return _run("average", implementation, lambda module: module.average, operands)
+
+
+def why_not(name: str, workers: int, width: int) -> str | None:
+    """The reason why an implementation cannot serve so many workers and bytes here, or None if it can."""
+    if name not in ("tpu", "gpu"):
+        return None
+    if axes := dispatch.auto_partitioned():
+        return (
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            "jax.shard_map over all of them"
+        )
+    if workers == 0 or width == 0:
+        return f"{workers} parts of {width} bytes are empty"
+    if name == "tpu":
+        from kernels_pallas.sign_compress import tpu
+
+        return tpu.why_not(workers)
+    from kernels_pallas.sign_compress import gpu
+
+    return gpu.why_not(width)
+
+
+def _run(op: str, implementation: str | None, call: Any, operands: Any) -> Any:
+    """The op by a named implementation, or by the best one of the platform that the program is lowered for."""
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    workers, width = operands[0].shape[0], operands[0].shape[-1]
+    if implementation is not None and (reason := why_not(implementation, workers, width)):
+        raise dispatch.Unsupported(
+            f"{op}: implementation={implementation!r} cannot serve: {reason}."
+        )
+    functions = {"default": call(_module(implementation or "reference"))}
+    if implementation is None and why_not("tpu", workers, width) is None:
+        functions["tpu"] = call(_module("tpu"))
+    hopper = implementation is None and dispatch.hopper_in_use()
+    if hopper and why_not("gpu", workers, width) is None:
+        functions["cuda"] = call(_module("gpu"))
+    return dispatch.by_platform(functions, *operands)
+
+
+def _module(name: str) -> Any:
+    if name == "reference":
+        return reference
+    if name == "tpu":
+        from kernels_pallas.sign_compress import tpu
+
+        return tpu
+    from kernels_pallas.sign_compress import gpu
+
+    return gpu
 
 
 def expand(

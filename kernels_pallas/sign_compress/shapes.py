@@ -1,0 +1,114 @@
+"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+
+class Compressed(NamedTuple):
+    """Arguments of `compress`, or their types."""
+
+    x: Float[Array, "workers 8 bytes"]
+    corrected: Float[Array, "workers 8 bytes"]
+    scale: Float[Array, ""]
+
+
+class Averaged(NamedTuple):
+    """Arguments of `average`, or their types."""
+
+    bits: UInt8[Array, "workers bytes"]
+    scales: Float[Array, " workers"]
+    corrected: Float[Array, "8 bytes"]
+    scale: Float[Array, ""]
+    size: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A tensor of one worker: so many bytes of signs for each of so many servers."""
+
+    name: str
+    workers: int
+    bytes: int
+    size: int
+    """Elements that count."""
+    dtype: str = "float32"
+    """Of `x`."""
+    tags: frozenset[str] = frozenset()
+    """Who runs it: "test", "bench", "aot"."""
+
+    def compressed(self, key: Array) -> Compressed:
+        """Random arguments of `compress`; some of the sums are zero."""
+        keys = jax.random.split(key, 2)
+        block = (self.workers, 8, self.bytes)
+        x = jax.random.normal(keys[0], block).astype(self.dtype)
+        zero = jnp.arange(x.size).reshape(block) % 7 == 3
+        last = jax.random.normal(keys[1], block)
+        exact = jnp.float32(0.5) - x.astype(jnp.float32)  # positive here: the error is this - 0.5
+        last = jnp.where(zero & (exact >= 0), exact, last)
+        return Compressed(x, last, jnp.float32(0.5))
+
+    def averaged(self, key: Array, server: int = 0) -> Averaged:
+        """Random arguments of `average`, at one of the servers."""
+        keys = jax.random.split(key, 3)
+        part = 8 * self.bytes
+        return Averaged(
+            bits=jax.random.bits(keys[0], (self.workers, self.bytes), jnp.uint8),
+            scales=jax.random.uniform(keys[1], (self.workers,), minval=0.1, maxval=2.0),
+            corrected=jax.random.normal(keys[2], (8, self.bytes)),
+            scale=jnp.float32(0.7),
+            size=jnp.int32(min(max(self.size - server * part, 0), part)),
+        )
+
+    def abstract(self, sharding: Any = None) -> tuple[Compressed, Averaged]:
+        """Types of both functions' arguments, for compilation without memory."""
+
+        def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        block = (self.workers, 8, self.bytes)
+        compressed = Compressed(array(*block, dtype=self.dtype), array(*block), array())
+        averaged = Averaged(
+            bits=array(self.workers, self.bytes, dtype=jnp.uint8),
+            scales=array(self.workers),
+            corrected=array(8, self.bytes),
+            scale=array(),
+            size=array(dtype=jnp.int32),
+        )
+        return compressed, averaged
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes that `compress` and `average` cannot do without: each operand read once, each result written once."""
+        part, itemsize = 8 * self.bytes, jnp.dtype(self.dtype).itemsize
+        compressed = self.workers * (part * (itemsize + 4 + 4) + self.bytes)
+        averaged = self.workers * self.bytes + part * (4 + 4) + self.bytes
+        return compressed, averaged
+
+
+def _tags(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+SHAPES = (
+    Shape(name="tiny", workers=3, bytes=4, size=81, tags=_tags("test")),
+    Shape(name="edges", workers=4, bytes=1300, size=41_000, tags=_tags("test")),
+    Shape(
+        name="edges-bf16", workers=5, bytes=1168, size=46_000, dtype="bfloat16", tags=_tags("test")
+    ),
+    Shape(name="tiles", workers=2, bytes=2048, size=32_768, tags=_tags("test")),
+    Shape(name="16M", workers=4, bytes=2**19, size=2**24, tags=_tags("bench", "aot")),
+    Shape(
+        name="16M-bf16", workers=4, bytes=2**19, size=2**24, dtype="bfloat16", tags=_tags("bench")
+    ),
+    # BERT-Large's word embeddings among 64 workers, and a GPT's of 1.5 billion in all among 256.
+    Shape(name="bert-large-words", workers=64, bytes=61_056, size=30_522 * 1024, tags=_tags("aot")),
+    Shape(name="gpt2-1.5b-mlp", workers=256, bytes=240_000, size=491_520_000, tags=_tags("aot")),
+)
+
+
+def with_tag(tag: str) -> tuple[Shape, ...]:
+    """The shapes that carry a tag."""
+    return tuple(shape for shape in SHAPES if tag in shape.tags)

@@ -1,0 +1,168 @@
+"""The Pallas kernels, interpreted on the CPU, against the jnp form, which has NumPy as its own oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import sign_compress
+from kernels_pallas.dispatch import Unsupported
+from kernels_pallas.sign_compress import gpu, reference, tpu
+from kernels_pallas.sign_compress.shapes import SHAPES, Shape, with_tag
+
+SMALL = with_tag("test")
+BY_NAME = {shape.name: shape for shape in SHAPES}
+needs_gpu_interpreter = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; jax 0.12 has",
+)
+named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
+
+
+def check(found, expected):
+    """Bits to the bit; sums as float32 allows, since compilers may fuse and order them."""
+    for (bits, corrected, squares), (bits_, corrected_, squares_) in zip(
+        found, expected, strict=True
+    ):
+        near = np.abs(np.asarray(corrected_)) < 1e-6
+        np.testing.assert_allclose(corrected, corrected_, rtol=1e-6, atol=1e-6)
+        assert bits.dtype == jnp.uint8
+        differing = np.bitwise_xor(np.asarray(bits), np.asarray(bits_))
+        undecided = np.packbits(near, axis=-2)[..., 0, :]
+        assert not (differing & ~undecided).any()
+        np.testing.assert_allclose(squares, squares_, rtol=1e-5)
+
+
+def both(module, shape, key, **options):
+    """What `compress` and, at the first and last server, `average` give."""
+    compress = jax.jit(functools.partial(module.compress, size=shape.size, **options))
+    average = jax.jit(functools.partial(module.average, **options))
+    places = (0, shape.workers - 1)
+    return [
+        compress(*shape.compressed(key)),
+        *(average(*shape.averaged(key, server=place)) for place in places),
+    ]
+
+
+@named(SMALL)
+def test_tpu_kernels(shape, getkey):
+    key = getkey()
+    check(both(tpu, shape, key, interpret=True), both(reference, shape, key))
+
+
+def test_tpu_kernels_over_several_tiles(getkey, monkeypatch):
+    monkeypatch.setattr(tpu, "_TILE_BYTES", 2**16)
+    shape, key = BY_NAME["edges"], getkey()
+    assert tpu._tile(shape.workers, shape.bytes) < shape.bytes // 2
+    check(both(tpu, shape, key, interpret=True), both(reference, shape, key))
+
+
+@named([BY_NAME["tiny"], BY_NAME["edges-bf16"]])
+def test_tpu_kernels_with_the_memories_of_a_tpu(shape, getkey):
+    """This interpreter starts memory as NaN and refuses reads out of bounds."""
+    key, interpret = getkey(), pltpu.InterpretParams()
+    check(both(tpu, shape, key, interpret=interpret), both(reference, shape, key))
+
+
+def test_workers_of_a_vmap_have_kernels_of_their_own(getkey):
+    shape = BY_NAME["tiny"]
+    workers = [shape.compressed(key) for key in jax.random.split(getkey(), 3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *workers)
+    call = functools.partial(tpu.compress, size=shape.size, interpret=True)
+    found = jax.jit(jax.vmap(call))(*stacked)
+    for i, one in enumerate(workers):
+        expected = reference.compress(*one, size=shape.size)
+        check([jax.tree.map(lambda x, i=i: x[i], found)], [expected])
+
+
+def test_kernels_serve_within_a_shard_map(getkey):
+    shape = BY_NAME["tiny"]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    workers = [shape.compressed(key) for key in jax.random.split(getkey(), 2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *workers)
+
+    def one(operands):
+        operands = jax.tree.map(lambda x: x[0], operands)
+        found = sign_compress.compress(*operands, size=shape.size, implementation="tpu")
+        return jax.tree.map(lambda x: x[None], found)
+
+    run = jax.shard_map(one, in_specs=P("data"), out_specs=P("data"))
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+        found = jax.jit(run)(stacked)
+    for i, one_worker in enumerate(workers):
+        expected = reference.compress(*one_worker, size=shape.size)
+        check([jax.tree.map(lambda x, i=i: x[i], found)], [expected])
+
+
+@needs_gpu_interpreter
+@named([BY_NAME["edges-bf16"], BY_NAME["tiles"]])
+def test_gpu_kernels(shape, getkey):
+    key, interpret = getkey(), plgpu.InterpretGPUParams()
+    check(both(gpu, shape, key, interpret=interpret), both(reference, shape, key))
+
+
+def lowered_for(platform, name="tiles", implementation=None, device_kind=None):
+    shape = BY_NAME[name]
+    compressed, averaged = shape.abstract()
+
+    def run(compressed, averaged):
+        return (
+            sign_compress.compress(*compressed, size=shape.size, implementation=implementation),
+            sign_compress.average(*averaged, implementation=implementation),
+        )
+
+    def lower():
+        traced = jax.jit(run).trace(compressed, averaged)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    if device_kind is None:
+        return lower()
+    device = jax.sharding.AbstractDevice(device_kind, None, platform)
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return lower()
+
+
+def test_each_platform_gets_its_own_kernels_from_one_host():
+    assert "custom_call" not in lowered_for("cpu")
+    assert lowered_for("tpu").count("@tpu_custom_call") == 2
+    assert "mosaic_gpu" in lowered_for("cuda", device_kind="NVIDIA H100 80GB HBM3")
+    assert "mosaic_gpu" not in lowered_for("cuda", device_kind="NVIDIA A100-SXM4-80GB")
+    assert "mosaic_gpu" not in lowered_for("cuda", "tiny", device_kind="NVIDIA H100 80GB HBM3")
+
+
+def test_a_name_is_taken_at_its_word():
+    assert "tpu_custom_call" not in lowered_for("tpu", implementation="reference")
+    with pytest.raises(ValueError, match="interpret mode"):
+        lowered_for("cpu", implementation="tpu")
+
+
+def test_a_named_kernel_that_cannot_serve_says_why():
+    many = Shape(name="many", workers=1024, bytes=16, size=1)
+    with pytest.raises(Unsupported, match="'tpu' cannot serve: a tile of 1024 workers"):
+        jax.eval_shape(
+            functools.partial(sign_compress.compress, size=1, implementation="tpu"),
+            *many.abstract()[0],
+        )
+    with pytest.raises(Unsupported, match="'gpu' cannot serve: rows of 1300 bytes"):
+        lowered_for("cuda", "edges", implementation="gpu")
+    with pytest.raises(Unsupported, match="rows of 4 bytes of signs: it takes at least 512"):
+        lowered_for("cuda", "tiny", implementation="gpu")
+
+
+def test_bytes_moved_are_those_of_the_operands_and_results():
+    for shape in SHAPES:
+        compressed, averaged = shape.abstract()
+        size = lambda tree: sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim > 1
+        )
+        sent = jax.eval_shape(functools.partial(reference.compress, size=shape.size), *compressed)
+        mean = jax.eval_shape(reference.average, *averaged)
+        moved = size(compressed) + size(sent), size(averaged) + size(mean) + mean[0].size
+        assert shape.moved() == moved
