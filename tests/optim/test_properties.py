@@ -204,3 +204,11 @@ def test_shardings_are_stable(name):
         updates, new = jax.jit(optimizer.update)(params, state, params)
         assert jax.typeof(updates) == jax.typeof(params)
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+
+
+def test_a_fresh_state_can_be_donated(name):
+    """Which an array that is there twice cannot."""
+    workers = [{}] if name == "lamb" else [{}, {"axis_name": "data", "num_workers": 2}]
+    for options in workers:
+        state = build(name, **options).init(parabola()[0])
+        jax.block_until_ready(jax.jit(lambda state: state, donate_argnums=0)(state))

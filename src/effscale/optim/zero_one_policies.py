@@ -54,8 +54,8 @@ class Policies(NamedTuple):
 
     def init(self) -> PolicyState:
         """The counters before the first step."""
-        one, zero = jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)
-        return PolicyState(one, zero, one, zero)
+        # An array of its own for each: a state that is donated must hold none twice.
+        return PolicyState(*(jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0)))
 
     def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
         """The `Round` of the step after ``count`` others, and the counters after it."""

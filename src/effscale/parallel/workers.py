@@ -162,8 +162,8 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
         A function with the step's arguments and result, for `jax.jit`.
 
     Raises:
-        ValueError: While tracing: no such axis in the mesh; or a result that differs between workers outside of a
-            `PerWorker`.
+        ValueError: While tracing: no such axis in the mesh; rows that cannot be divided; or a result that differs between
+            workers outside of a `PerWorker`.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -182,6 +182,8 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
                 f"{tuple(mesh.shape) if not mesh.empty else 'none'}: call the step within jax.set_mesh(mesh)"
             )
         *state, batch = args
+        for x in jax.tree.leaves(batch):
+            _check_rows(x, mesh.shape[axis_name])
         parts: list[_Parts] = []
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
@@ -244,7 +246,17 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
             axis_name=axis_name,
             axis_size=num_workers,
         )
-        shared, own = run(state, jax.tree.map(lambda x: _divided(x, num_workers), batch))
+        batch = jax.tree.map(lambda x: _divided(x, num_workers), batch)
+        try:
+            shared, own = run(state, batch)
+        except ValueError as error:
+            # vmap knows only after the step that a result differs, and not which.
+            if "out_axes is None" not in str(error):
+                raise
+            raise ValueError(
+                f"a result of the step differs between the workers along {axis_name!r}: take its mean, "
+                f"jax.lax.pmean(x, {axis_name!r}), or return it in a PerWorker"
+            ) from error
         return parts[-1].merge(shared, own)
 
     return wrapped  # type: ignore[return-value]
@@ -253,9 +265,13 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
 def _divided(x: Any, parts: int) -> Any:
     if not jnp.ndim(x):
         return x
-    if x.shape[0] % parts:
-        raise ValueError(f"a batch of {x.shape[0]} rows cannot be divided among {parts} workers")
+    _check_rows(x, parts)
     return jnp.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:]))
+
+
+def _check_rows(x: Any, parts: int) -> None:
+    if jnp.ndim(x) and x.shape[0] % parts:
+        raise ValueError(f"a batch of {x.shape[0]} rows cannot be divided among {parts} workers")
 
 
 def _axes(tree: Any) -> set[str]:
