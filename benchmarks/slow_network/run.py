@@ -4,7 +4,8 @@
     sudo python benchmarks/slow_network/run.py --hosts 2 --rates 200mbit --steps 24 --out figures.json
 
 The schedule has the papers' shares of warm-up: one sixth for 1-bit LAMB (1,000 of 5,993 steps), 23 of 152 for 1-bit Adam, and
-12.5 of 152 for the first stage of 0/1 Adam. Optimizers without phases run a part of the steps, as all of theirs are alike.
+12.5 of 152 for the first stage of 0/1 Adam, whose interval between exchanges doubles each 32.678 of 152. Optimizers
+without phases run a part of the steps, as all of theirs are alike.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import harness
 import network
 
 SHARES = {"onebit_lamb": 1000 / 5993, "onebit_adam": 23 / 152, "zero_one_adam": 12.5 / 152}
-OPTIMIZERS = ("adam", "onebit_adam", "zero_one_adam", "lamb", "onebit_lamb")
+SCALER = 32.678 / 152
+OPTIMIZERS = ("adam", "adam_bfloat16", "onebit_adam", "zero_one_adam", "lamb", "onebit_lamb")
 
 
 class Hosts:
@@ -87,12 +89,16 @@ def measure(
         machines = Hosts(count)
         try:
             for name in optimizers:
-                warmup = max(2, round(steps * SHARES.get(name, 0.0)))
-                machines.order(optimizer=name, warmup=warmup, steps=1)
+                order = {
+                    "optimizer": name,
+                    "warmup": max(2, round(steps * SHARES.get(name, 0.0))),
+                    "scaler": max(1, round(steps * SCALER)),
+                }
+                machines.order(**order, steps=1)
                 for rate in rates:
                     network.limit(count, None if rate == "unlimited" else rate)
                     run = steps if name in SHARES else max(4, steps // 6)
-                    answer = machines.order(optimizer=name, warmup=warmup, steps=run)
+                    answer = machines.order(**order, steps=run)
                     record = summary(answer, steps) | {
                         "hosts": count,
                         "rate": rate,
@@ -155,6 +161,7 @@ def show(records: list[dict[str, Any]]) -> str:
         for fast, slow in (
             ("onebit_lamb", "lamb"),
             ("onebit_adam", "adam"),
+            ("onebit_adam", "adam_bfloat16"),
             ("zero_one_adam", "onebit_adam"),
         ):
             if fast in at and slow in at:
