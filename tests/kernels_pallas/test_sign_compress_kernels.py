@@ -82,7 +82,7 @@ def test_workers_of_a_vmap_have_kernels_of_their_own(getkey):
 
 
 def test_kernels_serve_within_a_shard_map(getkey):
-    shape = BY_NAME["tiny"]
+    shape = BY_NAME["tiles"]
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     workers = [shape.compressed(key) for key in jax.random.split(getkey(), 2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *workers)
