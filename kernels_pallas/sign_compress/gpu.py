@@ -48,7 +48,7 @@ def _zeros(dtype: Any) -> Any:
     return plgpu.layout_cast(jnp.full((_TILE,), 0, dtype), layout)
 
 
-def _new_error(corrected: Any, scale: Any) -> Any:
+def _error(corrected: Any, scale: Any) -> Any:
     return corrected - jnp.where(corrected >= 0, scale, -scale)
 
 
@@ -65,7 +65,7 @@ def _compress_kernel(
         # Position row * width + column is below size; as rows, since the product may not fit into 32 bits.
         end = jnp.where(row < whole, width, jnp.where(row == whole, rest, 0))
         x = _load(x_ref, (server, k), first).astype(jnp.float32)
-        new = x + _new_error(_load(corrected_ref, (server, k), first), scale)
+        new = x + _error(_load(corrected_ref, (server, k), first), scale)
         new = jnp.where(columns < end, new, 0.0)
         new_ref[server, k, pl.ds(first, _TILE)] = new
         byte = byte + jnp.where(new >= 0, 1 << (7 - k), 0)
@@ -126,7 +126,7 @@ def _average_kernel(
     totals = jax.lax.fori_loop(0, workers, add, (_zeros(jnp.float32),) * 8)
     byte, squares = _zeros(jnp.int32), _zeros(jnp.float32)
     for k, total in enumerate(totals):
-        new = total / workers + _new_error(_load(corrected_ref, (k,), first), scale)
+        new = total / workers + _error(_load(corrected_ref, (k,), first), scale)
         new = jnp.where(columns + k * width < size, new, 0.0)
         new_ref[k, pl.ds(first, _TILE)] = new
         byte = byte + jnp.where(new >= 0, 1 << (7 - k), 0)

@@ -51,12 +51,12 @@ def _add_squares(squares_ref: Any, corrected: Array) -> None:
         squares_ref[...] += squares[:, start : start + _LANES]
 
 
-def _new_error(corrected: Array, scale: Array) -> Array:
+def _error(corrected: Array, scale: Array) -> Array:
     return corrected - jnp.where(corrected >= 0, scale, -scale)
 
 
 def _in_place(corrected: int, interpret: Any) -> dict[int, int]:
-    """The new error takes the place of operand `corrected`. The interpreters would give it the shape of whole tiles."""
+    """The new sum takes the place of the old one, `corrected`. The interpreters would give it the shape of whole tiles."""
     return {} if interpret else {corrected: 1}
 
 
@@ -76,7 +76,7 @@ def _compress_kernel(
     # Position row * width + column is below size; as rows, since the product may not fit into 32 bits.
     whole, rest = divmod(size, width)
     counts = (column < width) & ((row < whole) | ((row == whole) & (column < rest)))
-    new = x_ref[...].astype(jnp.float32) + _new_error(corrected_ref[...], scale_ref[0])
+    new = x_ref[...].astype(jnp.float32) + _error(corrected_ref[...], scale_ref[0])
     new = jnp.where(counts, new, 0.0)
     new_ref[...] = new
     bits_ref[...] = _signs(new).astype(bits_ref.dtype)
@@ -152,7 +152,7 @@ def _average_kernel(
         return total + jnp.where(positive, scale, -scale)
 
     total = jax.lax.fori_loop(0, workers, add, jnp.zeros(shape, jnp.float32))
-    new = total / workers + _new_error(corrected_ref[...], scale_ref[0])
+    new = total / workers + _error(corrected_ref[...], scale_ref[0])
     counts = (column < width) & (row * width + column < size_ref[0])
     new = jnp.where(counts, new, 0.0)
     new_ref[...] = new

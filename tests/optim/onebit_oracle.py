@@ -100,8 +100,9 @@ class ZeroOneAdam:
     """With local parameters written out: self.local[worker] is where a worker stands."""
 
     def __init__(self, params, workers, *, lr, b1=0.9, b2=0.999, eps=1e-8, var_freeze_step=4, var_update_scaler=1,
-                 local_step_scaler=1, local_step_clipper=2):  # fmt: skip
-        self.workers = workers
+                 local_step_scaler=1, local_step_clipper=2, wd=0.0, mask=None):  # fmt: skip
+        self.workers, self.wd = workers, wd
+        self.mask = [np.ones_like(x) for x in params] if mask is None else mask
         self.local = [[x.copy() for x in params] for _ in range(workers)]
         self.m = [[np.zeros_like(x) for x in params] for _ in range(workers)]
         self.u = [[np.zeros_like(x) for x in params] for _ in range(workers)]
@@ -117,6 +118,9 @@ class ZeroOneAdam:
     def denominators(self):
         return [np.sqrt(v) + self.eps for v in self.v]
 
+    def masked(self, tree):
+        return [x * k for x, k in zip(tree, self.mask, strict=True)]
+
     def step(self, gradients):
         self.t += 1
         lr = self.lr(self.t - 1)
@@ -130,12 +134,12 @@ class ZeroOneAdam:
                 if self.var_counter == self.kappa:
                     self.var_counter, self.var_interval = 0, self.var_interval * 2
             else:
-                g = self.exchange(gradients)
+                g = self.masked(self.exchange(gradients))
                 self.rounds.append(1)
             for r in range(self.workers):
                 self.m[r] = [b1 * m + (1 - b1) * x for m, x in zip(self.m[r], g, strict=True)]
                 self.local[r] = [
-                    p - lr * m / d
+                    p - lr * m / d - lr * self.wd * p
                     for p, m, d in zip(self.local[r], self.m[r], self.denominators(), strict=True)
                 ]
             if self.t == self.var_freeze_step:
@@ -143,7 +147,8 @@ class ZeroOneAdam:
             return
         self.lrs += lr
         for r, g in enumerate(gradients):
-            self.m[r] = [b1 * m + (1 - b1) * x for m, x in zip(self.m[r], g, strict=True)]
+            after = [b1 * m + (1 - b1) * x for m, x in zip(self.m[r], g, strict=True)]
+            self.m[r] = self.masked(after)
             moves = [lr * m / d for m, d in zip(self.m[r], self.denominators(), strict=True)]
             self.local[r] = [p - x for p, x in zip(self.local[r], moves, strict=True)]
             self.u[r] = [u - x for u, x in zip(self.u[r], moves, strict=True)]
@@ -151,12 +156,13 @@ class ZeroOneAdam:
             scaled = [
                 [u * d for u, d in zip(us, self.denominators(), strict=True)] for us in self.u
             ]
-            agreed = self.exchange(scaled)
+            agreed = self.masked(self.exchange(scaled))
             for r in range(self.workers):
                 back = [p - u for p, u in zip(self.local[r], self.u[r], strict=True)]
                 self.m[r] = [-x / self.lrs for x in agreed]
                 self.local[r] = [
-                    p + x / d for p, x, d in zip(back, agreed, self.denominators(), strict=True)
+                    p + x / d - self.lrs * self.wd * p
+                    for p, x, d in zip(back, agreed, self.denominators(), strict=True)
                 ]
                 self.u[r] = [np.zeros_like(x) for x in agreed]
             self.lrs = 0.0

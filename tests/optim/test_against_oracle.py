@@ -82,7 +82,10 @@ def test_onebit_adam(workers, weight_decay):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_zero_one_adam(workers):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_zero_one_adam(workers, weight_decay):
+    masks = [np.ones(s) for s in SHAPES]
+    masks[0][2] = 0.0
     rate = lambda t: 0.02 / (1 + 0.1 * jnp.asarray(t, jnp.float32))
     expected = oracle.ZeroOneAdam(
         [p.astype(np.float64) for p in start()],
@@ -91,10 +94,14 @@ def test_zero_one_adam(workers):
         var_freeze_step=6,
         local_step_scaler=3,
         local_step_clipper=4,
+        wd=weight_decay,
+        mask=masks,
     )
     optimizer = zero_one_adam(
         rate,
+        weight_decay=weight_decay,
         var_freeze_step=6,
+        exp_avg_mask=[jnp.asarray(m) for m in masks],
         var_update_scaler=1,
         local_step_scaler=3,
         local_step_clipper=4,

@@ -41,6 +41,15 @@ def test_local_steps_double_and_are_clipped():
     assert t.tolist() == [*range(1, 9), *range(10, 17, 2), *range(18, 41, 3)]
 
 
+def test_local_steps_that_have_begun_go_on_under_a_later_freeze_step():
+    early, late = (Policies(step, 1, 4, 2) for step in (2, 8))
+    state, kinds = early.init(), []
+    for count in range(10):
+        kind, state = (early if count < 3 else late).step(state, count)
+        kinds.append(int(kind))
+    assert kinds == early.rounds(10).tolist()
+
+
 def test_no_steps():
     with pytest.raises(ValueError, match="steps=0"):
         Policies().rounds(0)

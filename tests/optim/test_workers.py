@@ -59,11 +59,20 @@ def loss_fn(params, batch):
 
 def step_of(optimizer):
     """A plain optax loop's step; `worker_params` and the mean of the loss are what distribution adds."""
+    alone = alone_step_of(optimizer)
 
+    def step(params, state, batch):
+        params, state, loss = alone(params, state, batch)
+        return params, state, jax.lax.pmean(loss, "data")
+
+    return step
+
+
+def alone_step_of(optimizer):
     def step(params, state, batch):
         loss, gradients = jax.value_and_grad(loss_fn)(worker_params(params, state), batch)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, jax.lax.pmean(loss, "data")
+        return optax.apply_updates(params, updates), state, loss
 
     return step
 
@@ -94,14 +103,7 @@ def test_a_mesh_is_what_simulated_workers_are(make):
 def test_one_worker_needs_no_mesh(make):
     """Without an axis the same program runs, and what it does is what one worker of a mesh does."""
     alone = make()
-
-    @jax.jit
-    def step(params, state, batch):
-        loss, gradients = jax.value_and_grad(loss_fn)(worker_params(params, state), batch)
-        updates, state = alone.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    expected = run(step, alone)
+    expected = run(jax.jit(alone_step_of(alone)), alone)
     optimizer = make(axis_name="data")
     with jax.set_mesh(MeshConfig().build(jax.devices()[:1])):
         found = run(jax.jit(per_worker(step_of(optimizer))), optimizer, steps=8)
@@ -282,6 +284,47 @@ def test_rows_that_never_had_a_gradient_stay_without_a_mask():
     before, after = rows_after(None, late=0)
     np.testing.assert_array_equal(after[3:], start()["kernel"][3:])
     assert (after[:3] != before[:3]).all()
+
+
+def test_a_gradient_that_comes_after_the_variance_is_frozen_moves_nothing(make):
+    """Where the variance is zero there is no step size; and what is sent for the others must not suffer."""
+    alone, among_two = make(), make(axis_name="data", num_workers=2)
+    for optimizer, step in (
+        (alone, alone_step_of(alone)),
+        (among_two, simulate_workers(step_of(among_two), 2)),
+    ):
+        params, state, step = start(), optimizer.init(start()), jax.jit(step)
+        for i, batch in enumerate(batches(12)):
+            batch["x"] = batch["x"].at[:, 3:].set(batch["x"][:, 3:] if i >= 6 else 0.0)
+            params, state, _ = step(params, state, batch)
+        moved = np.abs(params["kernel"] - start()["kernel"])
+        np.testing.assert_array_equal(moved[3:], 0.0)
+        assert (moved[:3] > 0).all()
+        assert moved.max() < 3.0
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_what_does_not_move_has_no_say_in_the_factor_of_a_layer(late):
+    """Rows that never had a gradient, or have none any more and a mask, change nothing for the others."""
+    rng = np.random.default_rng(4)
+    gradients = rng.normal(size=(12, 6, 3)).astype(np.float32)
+    gradients[2:] *= 2.0
+
+    def factors(rows, mask=None):
+        optimizer = onebit_lamb(0.01, 0.9, 0.9, freeze_step=2, exp_avg_mask=mask)
+        params = jnp.ones((rows, 3))
+        state, seen = optimizer.init(params), []
+        for i, g in enumerate(gradients):
+            g = np.where((np.arange(6)[:, None] < 3) | (i < late), g, 0.0)[:rows]
+            updates, state = optimizer.update(jnp.asarray(g), state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(float(state.inner[0].last_factor.reshape(())))
+        return seen
+
+    mask = jnp.zeros((6, 1)).at[:3].set(1.0) if late else None
+    expected = factors(3)
+    assert min(expected) < 0.9
+    np.testing.assert_allclose(factors(6, mask), expected, rtol=1e-5)
 
 
 def test_layers_of_a_stack_are_layers():

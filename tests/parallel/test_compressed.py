@@ -241,6 +241,11 @@ def test_bad_input(unchecked):
         simulate_workers(mean_step(), 2)(zeros(x, 2), jnp.ones((3, 4)))
     with pytest.raises(ValueError, match="a result of the step differs between the workers"):
         simulate_workers(lambda x: x.sum(), 2)(x)
+    with (
+        jax.set_mesh(MeshConfig(fsdp=2, tensor=4).build()),
+        pytest.raises(ValueError, match=r"shape \(4, 3\) cannot be divided"),
+    ):
+        init_error_feedback(jnp.ones((4, 3)), 1, P(("fsdp", "tensor")))
     with jax.set_mesh(MeshConfig().build(jax.devices()[:2])):
         with pytest.raises(ValueError, match="3 rows cannot be divided among 2"):
             per_worker(lambda x: x)(jnp.ones((3, 4)))

@@ -87,7 +87,7 @@ def scale_by_onebit_lamb(
     .. math::
         m' &= \mathrm{mean}_{1 \mathrm{bit}}\bigl(a (\beta_1 m + (1 - \beta_1) g_r)\bigr) / a \\
         \hat g &= (m' - \beta_1 m) / (1 - \beta_1), \qquad \hat v \leftarrow \beta_2 \hat v + (1 - \beta_2) \hat g^2 \\
-        r &= \max \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
+        r &= \max_{v > 0} \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
         u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad \text{update} = \bar c \, r \, u
 
     With weight decay r becomes :math:`r \rho + 1 - \rho`, :math:`\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)` of
@@ -202,6 +202,9 @@ def scale_by_onebit_lamb(
             )
             mu = jax.tree.map(jnp.multiply, g_.lerp(state.mu, g, b1), scaling)
             mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
+            # What never had a gradient, or is masked, does not move, and has no say in the factor.
+            known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
+            moves = g_.masked(known, exp_avg_mask, params)
             mu = g_.masked(jax.tree.map(jnp.divide, mu, scaling), exp_avg_mask, params)
             mu = g_.where_known(mu, state.nu)
 
@@ -214,9 +217,13 @@ def scale_by_onebit_lamb(
             u0 = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, state.nu)
             u = decayed(u0)
 
-            def factor(v: Any, v_fresh: Any, before: Any, after: Any, last: Any, d: int) -> Any:
+            def factor(
+                v: Any, v_fresh: Any, moves: Any, before: Any, after: Any, last: Any, d: int
+            ) -> Any:
                 quotient = (jnp.sqrt(v) + eps) / (jnp.sqrt(v_fresh) + eps)
+                quotient = jnp.where(moves != 0, quotient, 0.0)
                 r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True, initial=0.0)
+                r = jnp.where(r > 0, r, 1.0)  # a layer that does not move
                 with_decay = norms(after, d)
                 rho = jnp.minimum(
                     1.0, norms(before, d) / jnp.where(with_decay > 0, with_decay, 1.0)
@@ -225,7 +232,7 @@ def scale_by_onebit_lamb(
                 r = jnp.clip(r, factor_min, factor_max)
                 return jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
 
-            r = jax.tree.map(factor, state.nu, nu_fresh, u0, u, state.last_factor, dims)
+            r = jax.tree.map(factor, state.nu, nu_fresh, moves, u0, u, state.last_factor, dims)
             out = jax.tree.map(lambda c, f, x: c * f * x, state.frozen_coeff, r, u)
             new = state._replace(
                 mu=mu,

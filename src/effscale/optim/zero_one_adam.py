@@ -202,6 +202,10 @@ def scale_by_zero_one_adam(
                 out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
             return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
 
+        def moving(tree: Any) -> Any:
+            """The tree, and zero where the mask or a variance that was never learned says that nothing moves."""
+            return g_.where_known(g_.masked(tree, exp_avg_mask, params), state.nu)
+
         def rated(mu: Any) -> Any:
             return jax.tree.map(lambda m: rate * m, mu)
 
@@ -212,7 +216,7 @@ def scale_by_zero_one_adam(
         def gradient() -> Any:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
             g, errors = average(g_.in_float32(g), own.errors)
-            g = g_.where_known(g_.masked(g, exp_avg_mask, params), state.nu)
+            g = moving(g)
             mu = g_.lerp(state.mu, g, b1)
             return (
                 scaled(rated(mu), state.nu, rate),
@@ -226,16 +230,18 @@ def scale_by_zero_one_adam(
             """The shared momentum, what the worker did, and the sum of rates, after one more step by itself."""
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
             if alone:
-                mu = g_.masked(g_.lerp(state.mu, g, b1), exp_avg_mask, params)
+                mu = moving(g_.lerp(state.mu, g, b1))
                 moved = jax.tree.map(lambda u, m: u + rate * m, own.moved, mu)
                 return mu, own._replace(moved=moved), state.rates + rate
             # The errors were those of gradients in the first stage; from here on they are those of `moved`.
-            first = state.count == policies.var_freeze_step
             errors = jax.lax.cond(
-                first, lambda e: jax.tree.map(jnp.zeros_like, e), lambda e: e, own.errors
+                state.policy.local,
+                lambda e: e,
+                lambda e: jax.tree.map(jnp.zeros_like, e),
+                own.errors,
             )
-            mu = jax.tree.map(lambda m: b1 * m, state.mu)
-            momentum = g_.masked(g_.lerp(own.momentum, g, b1), exp_avg_mask, params)
+            mu = moving(jax.tree.map(lambda m: b1 * m, state.mu))
+            momentum = moving(g_.lerp(own.momentum, g, b1))
             moved = jax.tree.map(lambda u, m, r: u + rate * (m + r), own.moved, mu, momentum)
             return mu, OwnWay(momentum, moved, errors), state.rates + rate
 
@@ -248,7 +254,7 @@ def scale_by_zero_one_adam(
         def sync() -> Any:
             mu, after, rates = own_step()
             moved, errors = average(after.moved, after.errors)
-            moved = g_.where_known(g_.masked(moved, exp_avg_mask, params), state.nu)
+            moved = moving(moved)
             out = scaled(rated(mu), state.nu, rate) if alone else scaled(moved, state.nu, rates)
             mu = jax.tree.map(lambda u: u / rates, moved)
             rest = jax.tree.map(jnp.zeros_like, after._replace(errors=None))
@@ -268,7 +274,7 @@ def scale_by_zero_one_adam(
             policy=policy,
             rates=rates,
             own=own_after if alone else PerWorker(own_after, axis_name),
-            eps=state.eps,
+            eps=jnp.asarray(eps, jnp.float32),
             sent=jnp.asarray([full, one_bit, 0.0, one_bit], jnp.float32)[kind],
         )
 

@@ -23,12 +23,13 @@ class Round(enum.IntEnum):
 
 
 class PolicyState(NamedTuple):
-    """Counters, all int32: the two intervals, and the events and steps since each was doubled."""
+    """The two intervals, and the events and steps since each was doubled, all int32; and whether local steps have begun."""
 
     var_interval: Any
     var_counter: Any
     local_step_interval: Any
     local_step_counter: Any
+    local: Any
 
 
 class Policies(NamedTuple):
@@ -55,12 +56,14 @@ class Policies(NamedTuple):
     def init(self) -> PolicyState:
         """The counters before the first step."""
         # An array of its own for each: a state that is donated must hold none twice.
-        return PolicyState(*(jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0)))
+        counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0))
+        return PolicyState(*counters, local=jnp.zeros((), jnp.bool_))
 
     def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
         """The `Round` of the step after ``count`` others, and the counters after it."""
         t = count + 1
-        first_stage = t <= self.var_freeze_step
+        # There is no way back, also where a run goes on with a later var_freeze_step.
+        first_stage = (t <= self.var_freeze_step) & ~state.local
         variance = first_stage & (t % state.var_interval == 0)
         sync = ~first_stage & (t % state.local_step_interval == 0)
         kind = jnp.where(
@@ -80,6 +83,7 @@ class Policies(NamedTuple):
                 state.local_step_interval, local_full, self.local_step_clipper
             ),
             local_step_counter=jnp.where(local_full, 0, local_counter),
+            local=~first_stage,
         )
 
     def rounds(self, steps: int) -> np.ndarray:

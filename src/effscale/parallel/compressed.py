@@ -227,13 +227,12 @@ def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[Tenso
 def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> TensorLayout:
     shards, axes = 1, []
     for size, entry in zip(shape, spec, strict=False):
-        for axis in entry if isinstance(entry, tuple) else (entry,):
-            if axis is None:
-                continue
-            axes.append(axis)
-            shards *= mesh.shape[axis]
-            if size % mesh.shape[axis]:
-                raise ValueError(f"an array of shape {shape} cannot be divided as {spec} says")
+        names = _names(entry)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ValueError(f"an array of shape {shape} cannot be divided as {spec} says")
+        axes.extend(names)
+        shards *= parts
     entries = tuple(spec)
     while entries and entries[-1] is None:  # two specs that mean the same are not equal
         entries = entries[:-1]

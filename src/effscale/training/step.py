@@ -146,7 +146,8 @@ def make_train_step(
         )
         metrics = _metrics(new_state, loss, norm)
         if axis_name is not None:
-            metrics["sent_bytes"] = sent_bytes(opt_state)
+            # The state of a step that is skipped is that of the step before it.
+            metrics["sent_bytes"] = jnp.where(finite, sent_bytes(opt_state), 0.0)
         if learning_rate is not None:
             by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
             count = state.tokens.to_float32() if by_tokens else state.step - state.skipped
