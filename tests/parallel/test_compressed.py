@@ -146,11 +146,12 @@ def test_shard_map_is_vmap(trees, scales):
     assert len({shard.tobytes() for shard in shards}) == 1, "all ranks hold the same bits"
 
 
-def test_other_axes_compress_their_shards(trees):
-    """Two workers, and parameters divided over fsdp and tensor: only bytes cross, and each shard stays where it lies."""
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
+@pytest.mark.parametrize(("other", "name"), [("fsdp", "embed"), ("expert", "experts")])
+def test_other_axes_compress_their_shards(trees, other, name):
+    """Two workers, and parameters divided over two other axes: only bytes cross, and each shard stays where it lies."""
+    mesh = MeshConfig(**{"data": 2, other: 2, "tensor": 2}).build()
     params = {
-        "kernel": nnx.Param(trees["kernel"][0], axes=("embed", "mlp")),
+        "kernel": nnx.Param(trees["kernel"][0], axes=(name, "mlp")),
         "bias": nnx.Param(trees["bias"][0], axes=("mlp",)),
         "norm": nnx.Param(trees["bias"][0][:6]),
     }
@@ -158,10 +159,10 @@ def test_other_axes_compress_their_shards(trees):
         errors = per_worker_zeros(lambda w: init_error_feedback(params, w), "data")
         places = shardings(errors, mesh)
         assert places.value.worker["kernel"].get_value().corrected.spec == P(
-            "data", "fsdp", "tensor"
+            "data", other, "tensor"
         )
         assert places.value.server["kernel"].get_value().corrected.spec == P(
-            "data", ("fsdp", "tensor")
+            "data", (other, "tensor")
         )
         errors = jax.device_put(errors, places)
         params = jax.device_put(params, shardings(params, mesh))
