@@ -3,6 +3,7 @@
 ``make aot`` runs ``python -m kernels_pallas.aot --programs ... effscale.experiments.aot``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from flax import nnx
 
 from effscale.experiments import (
     data_efficiency,
+    onebit,
+    onebit_runner,
     quickstart,
     random_ltd,
     random_ltd_bert,
@@ -69,14 +72,38 @@ def programs() -> list[Program]:
         Program(
             name="random_ltd_bert paper, 496 tokens of 512, data 8", lower=lower_random_ltd_bert
         ),
-    ]
-    found.append(
         Program(
             name="1-bit Adam, quickstart's paper model, data 2, fsdp 2, tensor 2",
             lower=lower_onebit_adam,
-        )
-    )
+        ),
+        Program(
+            name="onebit paper, bert, onebit_adam, 8 workers",
+            lower=functools.partial(lower_onebit, "bert", "onebit_adam"),
+        ),
+    ]
     return found
+
+
+def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
+    types["loss_weights"] = jnp.float32
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
+
+
+def lower_onebit(
+    task: str, name: onebit.OptimizerName, devices: Sequence[Any]
+) -> jax.stages.Lowered:
+    """The step of the experiment onebit with a worker on each device, and each with its rows of the paper's 64 workers."""
+    config = onebit.PRESETS["paper"]
+    step, optimizer = onebit_runner.make_step(config, task, name)
+    model = onebit_runner.model_config(config, task, config.vocab_size)
+    create = lambda: create_train_state(
+        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    plan = getattr(config, task)
+    batch = _packed_rows((plan.batch_size // config.workers * len(devices), plan.length))
+    mesh = MeshConfig(data=len(devices)).build(devices)
+    return lower_step(per_worker(step), create, batch, mesh)
 
 
 def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
@@ -230,12 +257,7 @@ def lower_train_step(
     length, kept = shape or shapes[-1]
     if (length, kept) not in shapes:
         raise ValueError(f"shape={shape} is no stage's; they are {shapes}")
-    types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
-    types["loss_weights"] = jnp.float32
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, length), dtype)
-        for name, dtype in types.items()
-    }
+    batch = _packed_rows((config.batch_size, length))
     ltd = training.plan.ltd
     shape_batch = (lambda rows: rows) if ltd is None else (lambda rows: ltd.shape_batch(rows, kept))
     return lower_step(training.step, lambda: training.create(config.seed), batch, mesh, shape_batch)

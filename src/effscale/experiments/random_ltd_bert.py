@@ -207,9 +207,10 @@ def run(config: Config) -> Result:
     # Importing what only a run needs here keeps --help quick.
     from effscale.data import parse_mixture, prepare_mixture, unigram_entropy
     from effscale.experiments import random_ltd_report as report
+    from effscale.experiments.finetune_passages import FineTuning
     from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.random_ltd_bert_data import passages_data
-    from effscale.experiments.random_ltd_bert_runner import PRETRAINED, FineTuning, Pretraining
+    from effscale.experiments.random_ltd_bert_runner import Pretraining
     from effscale.training import RunFolder, check_unused
 
     began = time.perf_counter()
@@ -237,8 +238,9 @@ def run(config: Config) -> Result:
         for seed in range(config.seeds):
             for arm in pretraining.values():
                 arm.run(folder, seed)
-            for start in PRETRAINED:
-                fine_tuning.run(folder, start, seed)
+            for name in ARMS:
+                fine_tuning.run(folder, f"seed-{seed}/{name}", seed)
+            fine_tuning.run(folder, f"seed-{seed}/scratch", seed, like=f"seed-{seed}/{ARMS[0]}")
     except StoppedBySignal as stop:
         raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
     finally:
@@ -252,9 +254,9 @@ def run(config: Config) -> Result:
     }
     accuracies: dict[str, Any] = {
         start: report.last_values(
-            [folder.path / fine_tuning.name_of(start, seed) for seed in seeds], "test_accuracy"
+            [folder.path / f"seed-{seed}/{start}/passages" for seed in seeds], "test_accuracy"
         )
-        for start in PRETRAINED
+        for start in (*ARMS, "scratch")
     }
     entropy = unigram_entropy([corpus.validation for corpus in corpora])
     losses: dict[str, Any] = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}

@@ -1,34 +1,26 @@
-"""The runs of the experiment ``random_ltd_bert``: pretraining by arm and seed, and fine-tuning of what came out."""
+"""The runs of the experiment ``random_ltd_bert``: pretraining, by arm and seed."""
 
 import functools
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
 
 from effscale.data import Corpus
-from effscale.experiments.finetune_batches import TrainingBatches, evaluation_batches
-from effscale.experiments.finetune_data import Data
-from effscale.experiments.finetune_model import class_loss, classifier, make_step
 from effscale.experiments.finetune_runner import once, train_to_end
-from effscale.experiments.random_ltd import ARMS, Arm, ArmName, LearningRate
+from effscale.experiments.random_ltd import Arm, ArmName, LearningRate
 from effscale.experiments.random_ltd_bert_data import hidden_rows, with_mask
-from effscale.interop import load_pretrained, save_pretrained
+from effscale.interop import save_pretrained
 from effscale.models import Transformer
 from effscale.training import (
     RunFolder,
-    ScheduleConfig,
-    ShapeBuckets,
     TrainState,
     create_train_state,
     evaluate,
     make_eval_step,
     masked_token_loss,
 )
-
-Start = Literal["baseline", "random_ltd", "scratch"]
-PRETRAINED: tuple[Start, ...] = (*ARMS, "scratch")
 
 
 class Pretraining:
@@ -124,68 +116,3 @@ class Pretraining:
         if int(state.step) == self.config.steps:
             values["val_loss"] = loss(None)
         return values
-
-
-class FineTuning:
-    """Fine-tuning on passages, compiled once for all.
-
-    Args:
-        config: A ``random_ltd_bert.Config``.
-        data: The passages.
-    """
-
-    def __init__(self, config: Any, data: Data):
-        self.config, self.data, self.recipe = config, data, config.finetune
-        self.per_epoch = len(data.train) // self.recipe.batch_size
-        self.steps = self.per_epoch * self.recipe.epochs
-        schedule = ScheduleConfig(
-            kind="linear",
-            peak=self.recipe.learning_rate,
-            warmup=int(config.warmup * self.steps),
-            total=self.steps,
-        ).build()
-        self.optimizer, step = make_step(
-            config.optimizer, schedule, clip_norm=config.clip_norm, dropout=True
-        )
-        self.step = ShapeBuckets(step, donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(class_loss))
-
-    def name_of(self, start: Start, seed: int) -> str:
-        """The run's name, its folder inside the run folder."""
-        return f"seed-{seed}/{start}/passages"
-
-    def run(self, folder: RunFolder, start: Start, seed: int) -> None:
-        """Fine-tunes what an arm's pretraining left, or the same model without any.
-
-        Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        """
-        name = self.name_of(start, seed)
-        batches = TrainingBatches(self.data.train, batch_size=self.recipe.batch_size, seed=seed)
-        once(
-            folder,
-            name,
-            lambda: train_to_end(
-                folder,
-                name,
-                self.step,
-                batches,
-                create=functools.partial(self._create, folder, start, seed),
-                num_steps=self.steps,
-                evaluate=self._evaluate,
-                every=self.per_epoch,
-            ),
-        )
-
-    def _create(self, folder: RunFolder, start: Start, seed: int) -> TrainState:
-        arm = ARMS[0] if start == "scratch" else start
-        model = load_pretrained(folder.path / f"seed-{seed}" / arm / "model")
-        if start == "scratch":
-            model = Transformer(model.config, rngs=nnx.Rngs(seed))
-        model = classifier(model, self.data.num_classes, seed)
-        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
-
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
-        batches = evaluation_batches(self.data.test, self.recipe.batch_size)
-        means = evaluate(state.model, self.eval_step, batches, prefix="test_")
-        return {name: means[name] for name in ("test_loss", "test_accuracy")}

@@ -1,0 +1,190 @@
+"""The optimizers that the experiment ``onebit`` compares, on one schedule, and what each sends."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+import optax
+
+from effscale.models.validation import check
+from effscale.optim import (
+    Policies,
+    Round,
+    lamb,
+    mean_over_workers,
+    onebit_adam,
+    onebit_lamb,
+    scale_by_onebit_adam,
+    zero_one_adam,
+)
+from effscale.optim import gradients as g_
+from effscale.parallel import PerWorker
+from effscale.training import Schedule, ScheduleConfig
+from effscale.training.schedules import scale_by_learning_rate
+
+AXIS = "data"
+
+OptimizerName = Literal["adam", "onebit_adam", "zero_one_adam", "naive", "lamb", "onebit_lamb"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+TWINS: dict[OptimizerName, OptimizerName] = {
+    "onebit_adam": "adam",
+    "zero_one_adam": "adam",
+    "naive": "adam",
+    "onebit_lamb": "lamb",
+}
+"""The uncompressed optimizer that each is to equal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stages:
+    """When compression begins, as shares of a run's steps; the defaults are the papers' for BERT-Large."""
+
+    onebit_adam: float = 23 / 152
+    """Share of 1-bit Adam's steps that are uncompressed: 23,000 of 152,000."""
+    onebit_lamb: float = 1000 / 5993
+    """Share of 1-bit LAMB's: 1,000 of 5,993."""
+    zero_one_adam: float = 12.5 / 152
+    """Share in which 0/1 Adam still updates its variance: the warmup of the learning rate, 12,500 of 152,000."""
+    var_update_scaler: int = 16
+    """Updates of 0/1 Adam's variance after which their interval doubles."""
+    local_step_scaler: float = 32.678 / 152
+    """Share of the steps after which 0/1 Adam's interval between exchanges doubles: 32,678 of 152,000."""
+    local_step_clipper: int = 16
+    """The longest such interval."""
+
+    def __post_init__(self):
+        for name in ("onebit_adam", "onebit_lamb", "zero_one_adam", "local_step_scaler"):
+            check(self, 0 < getattr(self, name) < 1, name, "between 0 and 1")
+        for name in ("var_update_scaler", "local_step_clipper"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+
+    def of(self, name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam"], steps: int) -> int:
+        """The steps of the first stage."""
+        return max(1, round(getattr(self, name) * steps))
+
+    def policies(self, steps: int) -> Policies:
+        """Those of 0/1 Adam."""
+        return Policies(
+            var_freeze_step=self.of("zero_one_adam", steps),
+            var_update_scaler=self.var_update_scaler,
+            local_step_scaler=max(1, round(self.local_step_scaler * steps)),
+            local_step_clipper=self.local_step_clipper,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments:
+    """What all optimizers share."""
+
+    b1: float = 0.9
+    """Decay of the momentum."""
+    b2: float = 0.98
+    """Decay of the variance. It is learned in the first stage only, so a short run needs less than the papers' 0.999."""
+    weight_decay: float = 0.01
+    """Decoupled; within the norm of LAMB's coefficient."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            check(self, 0 <= getattr(self, name) < 1, name, "from 0 to below 1")
+        check(self, self.weight_decay >= 0, "weight_decay", "at least 0")
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+
+
+def learning_rate(peak: float, steps: int, stages: Stages) -> Schedule:
+    """Up in the first stage of 0/1 Adam, then down along a line to a tenth."""
+    warmup = stages.of("zero_one_adam", steps)
+    return ScheduleConfig(
+        kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=peak / 10
+    ).build()
+
+
+def build(
+    name: OptimizerName,
+    rate: Schedule,
+    *,
+    moments: Moments,
+    stages: Stages,
+    steps: int,
+    workers: int | None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for a step of the workers along `AXIS`.
+
+    Args:
+        name: Which.
+        rate: The learning rate.
+        moments: The numbers that all share.
+        stages: When compression begins.
+        steps: Of the run.
+        workers: How many, where no mesh says it.
+    """
+    b1, b2, decay, clip = moments.b1, moments.b2, moments.weight_decay, moments.clip_norm
+    shared: Any = {
+        "weight_decay": decay,
+        "clip_norm": clip,
+        "axis_name": AXIS,
+        "num_workers": workers,
+    }
+    if name == "adam":  # the same code, which never freezes: no bias correction here either
+        return onebit_adam(rate, b1, b2, freeze_step=steps + 1, **shared)
+    if name == "onebit_adam":
+        return onebit_adam(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
+    if name == "zero_one_adam":
+        return zero_one_adam(rate, b1, b2, **stages.policies(steps)._asdict(), **shared)
+    if name == "onebit_lamb":
+        return onebit_lamb(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
+    if name == "lamb":
+        plain = optax.chain(
+            mean_over_workers(AXIS),
+            optax.clip_by_global_norm(clip),
+            lamb(rate, b1, b2, weight_decay=decay),
+        )
+    else:
+        plain = optax.chain(
+            onebit_gradients(clip, workers),
+            scale_by_onebit_adam(b1, b2, freeze_step=steps + 1),
+            optax.add_decayed_weights(decay),
+            scale_by_learning_rate(rate),
+        )
+    return g_.skip_nonfinite(plain, AXIS)
+
+
+class OneBitGradientsState(NamedTuple):
+    """State of `onebit_gradients`: each worker's errors, and the bytes that its device sent in the last update."""
+
+    errors: PerWorker | None
+    sent: Any
+
+
+def onebit_gradients(
+    clip_norm: float, workers: int | None
+) -> optax.GradientTransformationExtraArgs:
+    """The mean of the gradients in one bit a number, with error feedback: for SGD, and not for Adam.
+
+    Adam's variance is the square of what it gets. Of signs with one scale a tensor it learns the same number for all elements.
+
+    Source: Tang et al., "1-bit Adam", 2021.
+    """
+
+    def init(params: Any) -> Any:
+        errors = g_.init_errors(params, AXIS, workers, None)
+        return OneBitGradientsState(errors, jnp.zeros((), jnp.float32))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del params, extra
+        g_.check_local(updates, AXIS)
+        _, sent = g_.bytes_sent(updates, AXIS, "tensor", None)
+        clipped = g_.clipped_locally(updates, AXIS, clip_norm, "synchronised")
+        mean, errors = g_.agree(clipped, state.errors, scales="tensor", specs=None)
+        return mean, OneBitGradientsState(errors, jnp.float32(sent))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rounds(name: OptimizerName, stages: Stages, steps: int) -> int:
+    """Steps of a run in which more than a few single numbers are sent."""
+    if name != "zero_one_adam":
+        return steps
+    return int((stages.policies(steps).rounds(steps) != Round.LOCAL).sum())
