@@ -31,7 +31,7 @@ OPTIMIZERS = {
     "onebit_adam": lambda: onebit_adam(3e-3, freeze_step=6, clip_norm=1.0, axis_name="data"),
     "onebit_lamb": lambda: onebit_lamb(3e-2, freeze_step=6, weight_decay=0.01, axis_name="data"),
     "zero_one_adam": lambda: zero_one_adam(
-        3e-3, var_freeze_step=6, var_update_scaler=2, local_step_scaler=2, local_step_clipper=2, axis_name="data"
+        1e-3, var_freeze_step=6, var_update_scaler=2, local_step_scaler=2, local_step_clipper=2, axis_name="data"
     ),
 }  # fmt: skip
 
