@@ -55,10 +55,7 @@ def average(
     size: Int[Array, ""],
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
     """See `kernels_pallas.sign_compress.average`."""
-
-    def sent(worker: Any) -> Any:
-        return jnp.where(unpack(bits[worker]), scales[worker], -scales[worker])
-
+    sent = lambda worker: _expanded(bits[worker], scales[worker])
     # One worker after the other: of a reduction over workers XLA's CPU compiler makes scalar code, forty times slower.
     workers = bits.shape[0]
     total = jax.lax.fori_loop(
@@ -74,5 +71,8 @@ def expand(
     bits: UInt8[Array, "workers bytes"], scales: Float[Array, " workers"]
 ) -> Float[Array, "workers 8 bytes"]:
     """See `kernels_pallas.sign_compress.expand`."""
-    scales = scales[:, None, None]
-    return jnp.where(unpack(bits), scales, -scales)
+    return _expanded(bits, scales[:, None, None])
+
+
+def _expanded(bits: UInt8[Array, "*batch bytes"], scale: Float[Array, "..."]) -> Any:
+    return jnp.where(unpack(bits), scale, -scale)

@@ -22,6 +22,7 @@ from effscale.experiments import quickstart
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.prepared import check_folder
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
 from effscale.models.validation import check
@@ -231,17 +232,13 @@ def run(config: Config) -> Result:
     from effscale.experiments import data_efficiency_report as report
     from effscale.experiments.data_efficiency_figures import draw
     from effscale.experiments.data_efficiency_runner import Runner
-    from effscale.experiments.finetune import check_config
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     mesh = config.mesh.build()
     # What cannot work is refused before the corpus is prepared, and before anything is written.
     shard_batch(np.zeros(config.batch_size, np.int8), mesh)
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
+    check_folder(config, FREE)
     with status("preparing the corpus") as progress:
         corpus = prepare_corpus(
             parse_source(config.corpus),

@@ -14,12 +14,12 @@ Models and reviews are installed by ``make assets``; Fashion-MNIST by Debian's p
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.host import peak_memory
+from effscale.experiments.prepared import check_folder
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
 
@@ -166,16 +166,13 @@ def run(config: Config) -> Result:
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments import finetune_report, finetune_torch
     from effscale.experiments.finetune_runner import Runner, prepare
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # What cannot work is refused before anything is written.
     if config.torch:
         finetune_torch.require()
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
+    check_folder(config, FREE)
     with status("reading data and models"):
         problems = [prepare(task, config.recipe(task), config) for task in config.tasks]
     folder = RunFolder.create(config.out, name="finetune", config=config, resume=config.resume)
@@ -223,21 +220,6 @@ def run(config: Config) -> Result:
     finetune_report.show_rows("test accuracy in percent", rows)
     print(f"run folder: {result.folder}")
     return result
-
-
-def check_config(folder: Any, config: Any, free: Sequence[str]) -> None:
-    """Raises a ValueError if a run folder is of another config; fields in ``free`` may differ."""
-    from effscale.training.serialize import differences, to_json
-
-    found = [
-        f"{name}: {there!r} there, {here!r} here"
-        for name, (there, here) in differences(folder.config(), to_json(config)).items()
-        if name.partition(".")[0] not in free
-    ]
-    if found:
-        raise ValueError(
-            f"{folder.path} is of another config ({'; '.join(found)}); resume with the saved values, or start a new run folder"
-        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,10 +19,11 @@ from typing import Literal
 
 from effscale.experiments import quickstart, random_ltd_bert
 from effscale.experiments.cli import StoppedBySignal, messages, parse
-from effscale.experiments.console import status
-from effscale.experiments.finetune import Recipe, check_config
-from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.finetune import Recipe
+from effscale.experiments.host import keep_freed_memory, peak_memory
 from effscale.experiments.onebit_optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
+from effscale.experiments.prepared import check_folder, prepared_corpora
+from effscale.experiments.random_ltd import check_shared
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
 
@@ -131,8 +132,8 @@ class Config:
         ]
         wanted = f"with what they are compared with, {', '.join(dict.fromkeys(missing))}"
         check(self, not missing, "optimizers", wanted)
-        for name in ("seeds", "eval_every", "eval_batches", "passage"):
-            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check_shared(self)
+        check(self, self.passage >= 1, "passage", "at least 1")
         check(self, self.workers >= 2, "workers", "at least 2, as one sends nothing")
         for task in self.tasks:
             plan = getattr(self, task)
@@ -148,10 +149,6 @@ class Config:
             count = getattr(self.finetune, name)
             each = f"a number of passages, at least classes={self.classes}"
             check(self.finetune, count is not None and count >= self.classes, name, each)
-        check(self, 0 <= self.warmup < 1, "warmup", "from 0 to below 1")
-        check(self, self.clip_norm > 0, "clip_norm", "above 0")
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "given with --out, the folder to go on with")
 
 
 PRESETS = {
@@ -258,29 +255,18 @@ def run(config: Config) -> Result:
             ``optimizers`` the rest goes on without it.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import parse_mixture, prepare_mixture, unigram_entropy
+    from effscale.data import unigram_entropy
     from effscale.experiments import onebit_report as report
     from effscale.experiments.finetune_passages import FineTuning
     from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.onebit_runner import Pretraining
     from effscale.experiments.random_ltd_bert_data import passages_data
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # What cannot work is refused before anything is written.
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
-    sources, weights = parse_mixture(config.corpus)
-    with status("preparing the corpus") as progress:
-        corpora = prepare_mixture(
-            sources,
-            config.cache or cache_folder("corpora"),
-            vocab_size=config.vocab_size,
-            validation_fraction=config.validation_fraction,
-            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
-        )
+    check_folder(config, FREE)
+    corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
     folder = RunFolder.create(config.out, name="onebit", config=config, resume=config.resume)
     try:

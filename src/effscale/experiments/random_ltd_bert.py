@@ -19,9 +19,9 @@ import time
 from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
-from effscale.experiments.console import status
-from effscale.experiments.finetune import Recipe, check_config
-from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.finetune import Recipe
+from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.random_ltd import ARMS, Dropping, check_shared
 from effscale.models import LMHead, NormConfig, TransformerConfig, bert
 from effscale.models.config import Remat
@@ -205,29 +205,18 @@ def run(config: Config) -> Result:
         TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import parse_mixture, prepare_mixture, unigram_entropy
+    from effscale.data import unigram_entropy
     from effscale.experiments import random_ltd_report as report
     from effscale.experiments.finetune_passages import FineTuning
     from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.random_ltd_bert_data import passages_data
     from effscale.experiments.random_ltd_bert_runner import Pretraining
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # What cannot work is refused before anything is written.
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
-    sources, weights = parse_mixture(config.corpus)
-    with status("preparing the corpus") as progress:
-        corpora = prepare_mixture(
-            sources,
-            config.cache or cache_folder("corpora"),
-            vocab_size=config.vocab_size,
-            validation_fraction=config.validation_fraction,
-            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
-        )
+    check_folder(config, FREE)
+    corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
     pretraining = {arm: Pretraining(arm, config, corpora, weights) for arm in ARMS}
     fine_tuning = FineTuning(config, passages)

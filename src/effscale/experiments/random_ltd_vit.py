@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.finetune import Recipe, check_config
+from effscale.experiments.finetune import Recipe
 from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.prepared import check_folder
 from effscale.experiments.random_ltd import (
     ARMS,
     Arm,
@@ -140,14 +141,11 @@ def run(config: Config) -> Result:
     from effscale.experiments import random_ltd_report as report
     from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.finetune_runner import prepare
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # What cannot work is refused before anything is written.
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
+    check_folder(config, FREE)
     with status("reading data and model"):
         problem = prepare(config.task, config.recipe, config)
         runners = {name: Runner(name, problem, config) for name in ARMS}

@@ -16,8 +16,8 @@ import pathlib
 import time
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
-from effscale.experiments.console import status
-from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.quickstart import ModelConfig
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
@@ -182,31 +182,17 @@ def run(config: Config) -> Result:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import parse_mixture, prepare_mixture
     from effscale.experiments import seqlen_curriculum_draw as draw
     from effscale.experiments import seqlen_curriculum_report as report
-    from effscale.experiments.finetune import check_config
     from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.seqlen_curriculum_arms import Training, make_arms
-    from effscale.training import RunFolder, check_unused
+    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # What cannot work is refused before anything is written.
     arms = make_arms(config)
-    if config.resume:
-        check_config(RunFolder.create(config.out, resume=True), config, FREE)
-    elif config.out is not None:
-        check_unused(config.out)
-    sources, weights = parse_mixture(config.corpus)
-    with status("preparing the corpus") as progress:
-        corpora = prepare_mixture(
-            sources,
-            config.cache or cache_folder("corpora"),
-            vocab_size=None if config.tokenizer else config.vocab_size,
-            tokenizer=config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
-        )
+    check_folder(config, FREE)
+    corpora, weights = prepared_corpora(config, tokenizer=config.tokenizer)
     training = Training(config, corpora, weights)
     folder = RunFolder.create(
         config.out, name="seqlen_curriculum", config=config, resume=config.resume
