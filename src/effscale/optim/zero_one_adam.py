@@ -74,8 +74,16 @@ class ZeroOneAdamState:
                 return p
             return (p.astype(u.dtype) - u / (jnp.sqrt(v) + self.eps)).astype(p.dtype)
 
-        on_the_way = lambda: jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
-        return jax.lax.cond(self.rates > 0, on_the_way, lambda: shared)
+        return jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
+
+
+def _select(condition: Any, these: Any, others: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), these, others)
+
+
+def _where(condition: Any, tree: Any) -> Any:
+    """The tree, and zeros where the condition does not hold."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
 
 
 def scale_by_zero_one_adam(
@@ -186,94 +194,82 @@ def scale_by_zero_one_adam(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         g_.check_local(updates, axis_name)
         rate = value_at(learning_rate, state.count, extra.get("tokens"))
-        alone = axis_name is None
-        own: OwnWay = state.own if alone else state.own.value
-
-        def average(tree: Any, errors: Any) -> tuple[Any, Any]:
-            if alone:
-                return tree, errors
-            return compressed_mean(tree, errors, axis_name, scales=scales, specs=specs)
-
-        def scaled(numerator: Any, nu: Any, decay_rate: Any) -> Any:
-            """Numerator / (sqrt(nu) + eps) + decay_rate * weight_decay * params, in the types of the updates."""
-            out = jax.tree.map(lambda x, v: x / (jnp.sqrt(v) + eps), numerator, nu)
-            if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-                decay = optax.add_decayed_weights(decay_rate * weight_decay, mask)
-                out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
-            return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
+        kind, policy = policies.step(state.policy, state.count)
+        # Without a learning rate nobody moved, and the momentum cannot be told from the way.
+        stuck = (kind == int(Round.SYNC)) & (state.rates + rate <= 0)
+        kind = jnp.where(stuck, int(Round.LOCAL), kind)
+        variance, local, sync = (kind == int(r) for r in (Round.VARIANCE, Round.LOCAL, Round.SYNC))
+        first_stage = ~(local | sync)
+        rates = jnp.where(first_stage, 0.0, state.rates + rate)
+        g = g_.clipped_locally(g_.in_float32(updates), axis_name, clip_norm, clip)
 
         def moving(tree: Any) -> Any:
             """The tree, and zero where the mask or a variance that was never learned says that nothing moves."""
             return g_.where_known(g_.masked(tree, exp_avg_mask, params), state.nu)
 
-        def rated(mu: Any) -> Any:
-            return jax.tree.map(lambda m: rate * m, mu)
+        def learned(g: Any) -> Any:
+            """The variance, with the square of an average in a step of its policy."""
+            keep, gain = jnp.where(variance, b2, 1.0), jnp.where(variance, 1 - b2, 0.0)
+            return jax.tree.map(lambda v, x: keep * v + gain * jnp.square(x), state.nu, g)
 
-        def variance() -> Any:
-            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
-            return scaled(rated(mu), nu, rate), mu, nu, own, state.rates
+        def scaled(way: Any, mu: Any, nu: Any) -> Any:
+            """The way along mu / (sqrt(nu) + eps) + weight_decay * params, in the types of the updates."""
+            out = jax.tree.map(lambda m, v: way * m / (jnp.sqrt(v) + eps), mu, nu)
+            if not (isinstance(weight_decay, int | float) and weight_decay == 0):
+                decay = optax.add_decayed_weights(way * weight_decay, mask)
+                out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
+            return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
 
-        def gradient() -> Any:
-            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            g, errors = average(g_.in_float32(g), own.errors)
-            g = moving(g)
-            mu = g_.lerp(state.mu, g, b1)
-            return (
-                scaled(rated(mu), state.nu, rate),
-                mu,
-                state.nu,
-                own._replace(errors=errors),
-                state.rates,
-            )
+        def alone() -> Any:
+            g_moving = _select(variance, g, moving(g))
+            mu = g_.lerp(state.mu, g_moving, b1)
+            mu = _select(first_stage, mu, moving(mu))
+            nu = learned(g)
+            moved = jax.tree.map(lambda u, m: u + rate * m, state.own.moved, mu)
+            out = scaled(rate, mu, nu)
+            mu = jax.tree.map(lambda m, u: jnp.where(sync, u / rates, m), mu, moved)
+            return out, mu, nu, state.own._replace(moved=_where(local, moved))
 
-        def own_step() -> tuple[Any, OwnWay, Any]:
-            """The shared momentum, what the worker did, and the sum of rates, after one more step by itself."""
-            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            if alone:
-                mu = moving(g_.lerp(state.mu, g, b1))
-                moved = jax.tree.map(lambda u, m: u + rate * m, own.moved, mu)
-                return mu, own._replace(moved=moved), state.rates + rate
+        def together() -> Any:
+            own: OwnWay = state.own.value
+            momentum = g_.lerp(own.momentum, g, b1)
+            ahead = moving(jax.tree.map(lambda m, r: b1 * m + r, state.mu, momentum))
+            moved = jax.tree.map(lambda u, m: u + rate * m, own.moved, ahead)
             # The errors were those of gradients in the first stage; from here on they are those of `moved`.
-            errors = jax.lax.cond(
-                state.policy.local,
-                lambda e: e,
-                lambda e: jax.tree.map(jnp.zeros_like, e),
-                own.errors,
-            )
-            mu = moving(jax.tree.map(lambda m: b1 * m, state.mu))
-            momentum = moving(g_.lerp(own.momentum, g, b1))
-            moved = jax.tree.map(lambda u, m, r: u + rate * (m + r), own.moved, mu, momentum)
-            return mu, OwnWay(momentum, moved, errors), state.rates + rate
+            errors = _where(first_stage | state.policy.local, own.errors)
 
-        def local() -> Any:
-            mu, after, rates = own_step()
-            if alone:
-                return scaled(rated(mu), state.nu, rate), mu, state.nu, after, rates
-            return jax.tree.map(g_.zeros_of_mean, updates), mu, state.nu, after, rates
+            def in_full() -> Any:
+                mean = g_.in_float32(g_.mean(updates, axis_name))
+                return g_.clipped(mean, g_.squared_norm(mean), clip_norm), errors
 
-        def sync() -> Any:
-            mu, after, rates = own_step()
-            moved, errors = average(after.moved, after.errors)
-            moved = moving(moved)
-            out = scaled(rated(mu), state.nu, rate) if alone else scaled(moved, state.nu, rates)
-            mu = jax.tree.map(lambda u: u / rates, moved)
-            rest = jax.tree.map(jnp.zeros_like, after._replace(errors=None))
-            return out, mu, state.nu, rest._replace(errors=errors), jnp.zeros_like(rates)
+            def in_one_bit() -> Any:
+                tree = _select(first_stage, g, moved)
+                return compressed_mean(tree, errors, axis_name, scales=scales, specs=specs)
 
-        kind, policy = policies.step(state.policy, state.count)
-        # Without a learning rate nobody moved, and the momentum cannot be told from the way.
-        kind = jnp.where(
-            (kind == int(Round.SYNC)) & (state.rates + rate <= 0), int(Round.LOCAL), kind
-        )
+            def not_at_all() -> Any:
+                return jax.tree.map(g_.zeros_of_mean, state.mu), errors
+
+            # All else is done in any round: what a conditional hands through it copies.
+            which = jnp.array([0, 1, 2, 1])[kind]
+            mean, errors = jax.lax.switch(which, [in_full, in_one_bit, not_at_all])
+            mean = _select(variance, mean, moving(mean))
+            keep = jnp.where(sync, 0.0, b1)
+            gain = jnp.where(first_stage, 1 - b1, jnp.where(sync, 1 / rates, 0.0))
+            mu = jax.tree.map(lambda m, x: keep * m + gain * x, state.mu, mean)
+            nu = learned(mean)
+            way = jnp.where(first_stage, rate, jnp.where(sync, rates, 0.0))
+            after = OwnWay(*_where(local, (momentum, moved)), errors)
+            return scaled(way, mu, nu), mu, nu, PerWorker(after, axis_name)
+
+        out, mu, nu, own = alone() if axis_name is None else together()
         full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
-        out, mu, nu, own_after, rates = jax.lax.switch(kind, [variance, gradient, local, sync])
         return out, ZeroOneAdamState(
             count=optax.safe_increment(state.count),
             mu=mu,
             nu=nu,
             policy=policy,
-            rates=rates,
-            own=own_after if alone else PerWorker(own_after, axis_name),
+            rates=jnp.where(local, rates, 0.0),
+            own=own,
             eps=jnp.asarray(eps, jnp.float32),
             sent=jnp.asarray([full, one_bit, 0.0, one_bit], jnp.float32)[kind],
         )
