@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from effscale.experiments.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import lamb, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.optim.gradients import MeanState
@@ -125,6 +126,7 @@ class Trainer:
 
 def main() -> None:
     """Answers orders until there are no more."""
+    keep_freed_memory()
     initialize()
     with jax.numpy_dtype_promotion("standard"):
         trainer = Trainer()
