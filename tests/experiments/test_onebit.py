@@ -96,7 +96,7 @@ def quadratic_step(optimizer):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends_between_simulated_workers(name):
-    rate = learning_rate(0.2, 60, Stages())
+    rate = learning_rate(0.2, 0.1, 60, Stages())
     optimizer = build(
         name, rate, moments=Moments(weight_decay=0.0), stages=Stages(), steps=60, workers=4
     )
@@ -130,7 +130,7 @@ def test_stages_are_the_shares_of_the_papers():
     # 153 rounds in full and 74,168 in one bit, of 152,000.
     assert rounds("zero_one_adam", stages, 152_000) == 153 + 74_168
     assert rounds("onebit_adam", stages, 100) == 100
-    rate = learning_rate(1.0, 152, stages)
+    rate = learning_rate(1.0, 0.1, 152, stages)
     assert [round(float(rate(t)), 3) for t in (0, 6, 12, 152)] == [0.0, 0.5, 1.0, 0.1]
 
 

@@ -229,7 +229,7 @@ def test_local_steps_without_a_learning_rate():
 
 
 def test_clipping():
-    """In the warm-up by the norm of the mean; later by all workers' norms, or by each one's own."""
+    """By the norms of all workers, in the warm-up and later; or by that of the mean and later by each one's own."""
     gradients = {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
     params = {"w": jnp.zeros(2)}
 
@@ -247,11 +247,13 @@ def test_clipping():
             _, state, _ = simulate_workers(step, 2)(params, state, gradients)
         return state.inner[0]
 
-    warm = momentum(5, 1).mu["w"]
-    np.testing.assert_allclose(warm, np.array([1.5, 0.5]) / np.sqrt(2.5), rtol=1e-6)
     root = np.sqrt((9 + 1) / 2)
+    warm = momentum(5, 1).mu["w"]
+    np.testing.assert_allclose(warm, np.array([1.5, 0.5]) / root, rtol=1e-6)
     sent = momentum(1, 2).errors.value.worker["w"].corrected
     np.testing.assert_allclose(sent, np.array([[3.0, 0.0], [0.0, 1.0]]) / root, rtol=1e-6)
+    warm = momentum(5, 1, clip="local").mu["w"]
+    np.testing.assert_allclose(warm, np.array([1.5, 0.5]) / np.sqrt(2.5), rtol=1e-6)
     sent = momentum(1, 2, clip="local").errors.value.worker["w"].corrected
     np.testing.assert_allclose(sent, np.array([[1.0, 0.0], [0.0, 1.0]]), rtol=1e-6)
 

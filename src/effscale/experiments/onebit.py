@@ -5,7 +5,7 @@ and Adam on gradients in one bit beside them, which the papers say fails. Then e
 learns which document a passage comes from. What is asked: is the model as good, and how much was sent for it?
 
     python -m effscale.experiments.onebit
-    python -m effscale.experiments.onebit --tasks gpt --optimizers adam onebit_adam --gpt.steps 2000
+    python -m effscale.experiments.onebit --tasks gpt --optimizers adam onebit_adam --gpt.steps 1000
     python -m effscale.experiments.onebit --out runs/mine --resume
 
 The workers are simulated on one device, with the collectives that as many devices would have. The default corpus is the Python
@@ -46,12 +46,15 @@ class Pretrain:
     """Peak of the learning rate for all but LAMB's."""
     lamb_rate: float
     """That for LAMB's."""
+    final: float = 0.0
+    """Share of its peak at which the learning rate ends."""
 
     def __post_init__(self):
         for name in ("steps", "length", "batch_size", "accumulate"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("adam_rate", "lamb_rate"):
             check(self, getattr(self, name) > 0, name, "above 0")
+        check(self, 0 <= self.final <= 1, "final", "from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class Config:
     """Workers that a batch is divided among."""
     gpt: PretrainGPT = PretrainGPT(steps=500, adam_rate=2e-3, lamb_rate=3e-2)
     """The GPT."""
-    bert: PretrainBERT = PretrainBERT(steps=500, adam_rate=1e-3, lamb_rate=1e-2)
+    bert: PretrainBERT = PretrainBERT(steps=2000, adam_rate=1e-3, lamb_rate=1e-2)
     """The BERT."""
     stages: Stages = Stages()
     """When compression begins."""
@@ -189,6 +192,7 @@ PRESETS = {
             batch_size=512,
             adam_rate=1.5e-4,
             lamb_rate=1e-2,
+            final=1 / 15,
             model=quickstart.ModelConfig(
                 num_layers=12,
                 d_model=768,
@@ -203,6 +207,7 @@ PRESETS = {
             batch_size=4096,
             adam_rate=4e-4,
             lamb_rate=11e-3 / 4,
+            final=1 / 15,
             model=random_ltd_bert.ModelConfig(
                 num_layers=24,
                 d_model=1024,

@@ -10,8 +10,6 @@ from effscale.models.validation import check
 from effscale.optim import (
     Policies,
     Round,
-    lamb,
-    mean_over_workers,
     onebit_adam,
     onebit_lamb,
     scale_by_onebit_adam,
@@ -84,7 +82,7 @@ class Moments:
     weight_decay: float = 0.01
     """Decoupled; within the norm of LAMB's coefficient."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Greatest root mean square of the workers' gradient norms."""
 
     def __post_init__(self):
         for name in ("b1", "b2"):
@@ -93,11 +91,11 @@ class Moments:
         check(self, self.clip_norm > 0, "clip_norm", "above 0")
 
 
-def learning_rate(peak: float, steps: int, stages: Stages) -> Schedule:
-    """Up in the first stage of 0/1 Adam, then down along a line to a tenth."""
+def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
+    """Up in the first stage of 0/1 Adam, then down along a line to ``final`` of the peak."""
     warmup = stages.of("zero_one_adam", steps)
     return ScheduleConfig(
-        kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=peak / 10
+        kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=final * peak
     ).build()
 
 
@@ -127,28 +125,24 @@ def build(
         "axis_name": AXIS,
         "num_workers": workers,
     }
-    if name == "adam":  # the same code, which never freezes: no bias correction here either
-        return onebit_adam(rate, b1, b2, freeze_step=steps + 1, **shared)
+    never = steps + 1  # frozen: the uncompressed twins are the same code
+    if name == "adam":
+        return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_adam":
         return onebit_adam(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
     if name == "zero_one_adam":
         return zero_one_adam(rate, b1, b2, **stages.policies(steps)._asdict(), **shared)
+    if name == "lamb":
+        return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_lamb":
         return onebit_lamb(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
-    if name == "lamb":
-        plain = optax.chain(
-            mean_over_workers(AXIS),
-            optax.clip_by_global_norm(clip),
-            lamb(rate, b1, b2, weight_decay=decay),
-        )
-    else:
-        plain = optax.chain(
-            onebit_gradients(clip, workers),
-            scale_by_onebit_adam(b1, b2, freeze_step=steps + 1),
-            optax.add_decayed_weights(decay),
-            scale_by_learning_rate(rate),
-        )
-    return g_.skip_nonfinite(plain, AXIS)
+    naive = optax.chain(
+        onebit_gradients(clip, workers),
+        scale_by_onebit_adam(b1, b2, freeze_step=never),
+        optax.add_decayed_weights(decay),
+        scale_by_learning_rate(rate),
+    )
+    return g_.skip_nonfinite(naive, AXIS)
 
 
 class OneBitGradientsState(NamedTuple):

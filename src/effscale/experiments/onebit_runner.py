@@ -57,7 +57,7 @@ def make_step(
     """
     plan = getattr(config, task)
     peak = plan.lamb_rate if name in ("lamb", "onebit_lamb") else plan.adam_rate
-    rate = learning_rate(peak, plan.steps, config.stages)
+    rate = learning_rate(peak, plan.final, plan.steps, config.stages)
     optimizer = build(
         name,
         rate,

@@ -35,7 +35,7 @@ def optimizer_from_deepspeed(
     """Reads a 1-bit optimizer out of a DeepSpeed configuration.
 
     ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes ``clip_norm`` with
-    ``clip="local"``, which is what DeepSpeed's means after the warm-up. Options that do nothing in DeepSpeed
+    ``clip="local"``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
     (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over. Everything else in the
     configuration is none of this function's business.
 

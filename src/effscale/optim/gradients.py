@@ -18,8 +18,10 @@ from effscale.parallel.workers import (
 )
 
 Clip = Literal["synchronised", "local"]
-"""By which norm the gradient of a worker is clipped once gradients are no longer averaged. ``synchronised``: the root mean
-square over workers of their norms, one number for all. ``local``: each worker's own, as DeepSpeed does."""
+"""By which norm gradients are clipped. ``synchronised``: the root mean square over workers of their norms, one number for all,
+also where gradients are averaged; so nothing changes when that ends. It is more than the norm of the mean, up to the root of
+the number of workers where noise decides. ``local``: as in DeepSpeed the norm of the mean, and once gradients are no longer
+averaged each worker's own: where that is more and binds, the steps become smaller from then on."""
 
 
 def check_local(gradients: Any, axis_name: str | None) -> None:
@@ -59,11 +61,17 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
 
 
 def averaged_moments(
-    gradients: Any, mu: Any, nu: Any, b1: Any, b2: Any, axis_name: str | None, clip_norm: Any
+    gradients: Any,
+    mu: Any,
+    nu: Any,
+    b1: Any,
+    b2: Any,
+    axis_name: str | None,
+    clip_norm: Any,
+    clip: Clip = "synchronised",
 ) -> tuple[Any, Any]:
-    """Momentum and variance after a step of the warm-up, with the mean over workers, clipped by its own norm."""
-    g = mean(gradients, axis_name)
-    g = clipped(g, squared_norm(g), clip_norm)
+    """Momentum and variance after a step of the warm-up, with the mean over workers."""
+    g = clipped_mean(gradients, axis_name, clip_norm, clip)
     squares = jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g)
     return lerp(mu, g, b1), lerp(nu, squares, b2)
 
@@ -127,6 +135,16 @@ def clipped_locally(gradients: Any, axis_name: str | None, clip_norm: Any, clip:
     by_all = clip == "synchronised"
     squared = mean_squared_norm(gradients, axis_name) if by_all else squared_norm(gradients)
     return clipped(gradients, squared, clip_norm)
+
+
+def clipped_mean(gradients: Any, axis_name: str | None, clip_norm: Any, clip: Clip) -> Any:
+    """The mean over workers, uncompressed, clipped by the norm that `Clip` says."""
+    g = mean(gradients, axis_name)
+    if clip_norm is None:
+        return g
+    by_all = clip == "synchronised"
+    squared = mean_squared_norm(gradients, axis_name) if by_all else squared_norm(g)
+    return clipped(g, squared, clip_norm)
 
 
 def check_clip(clip_norm: Any, clip: str) -> None:

@@ -82,9 +82,9 @@ def scale_by_onebit_adam(
             broadcast against them, or a function from parameters to such a tree. Zeros belong where the gradient is
             always zero after the warm-up: one bit cannot say zero. (Where it was zero in the warm-up, too, as for positions
             that no row reaches, the variance is zero, and the momentum is taken to be zero without a mask.)
-        clip_norm: Greatest norm of the gradient; None does not clip. In the warm-up that of the mean.
-        clip: After the warm-up, ``synchronised`` clips all workers by the root mean square of their norms, ``local``
-            each by its own.
+        clip_norm: Greatest norm of the gradient; None does not clip.
+        clip: Which norm: ``synchronised``, the root mean square of all workers' norms. ``local``, that of the mean in the
+            warm-up, and each worker's own after it.
         axis_name: The workers' axis, with the update within `effscale.parallel.per_worker`. None trains on one worker: the
             same two stages, nothing sent, nothing compressed. So does an axis of one worker.
         num_workers: Only where no mesh says it (`effscale.parallel.simulate_workers`).
@@ -120,7 +120,9 @@ def scale_by_onebit_adam(
         g_.check_local(updates, axis_name)
 
         def warm_up() -> Any:
-            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
+            mu, nu = g_.averaged_moments(
+                updates, state.mu, state.nu, b1, b2, axis_name, clip_norm, clip
+            )
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
             return mu, nu, ratio, state.errors
 
@@ -177,7 +179,7 @@ def onebit_adam(
         variance_ratio: Ends the warm-up earlier.
         exp_avg_mask: What the momentum is multiplied by.
         clip_norm: Greatest norm of the gradient.
-        clip: By which norm, after the warm-up.
+        clip: By which norm; see `scale_by_onebit_adam`.
         axis_name: The workers' axis; None trains on one worker.
         num_workers: Only where no mesh says it.
         scales: One scale a ``tensor``, or one for the whole ``tree``.

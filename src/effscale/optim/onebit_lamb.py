@@ -110,7 +110,7 @@ def scale_by_onebit_lamb(
         variance_ratio: Ends the warm-up earlier.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
         clip_norm: Greatest norm of the gradient.
-        clip: By which norm, after the warm-up.
+        clip: By which norm; see `scale_by_onebit_adam`.
         stacked: Leading dimensions that stack layers; see `Stacked`.
         axis_name: The workers' axis; None trains on one worker.
         num_workers: Only where no mesh says it.
@@ -173,7 +173,9 @@ def scale_by_onebit_lamb(
             return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
-            mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, axis_name, clip_norm)
+            mu, nu = g_.averaged_moments(
+                updates, state.mu, state.nu, b1, b2, axis_name, clip_norm, clip
+            )
             u = decayed(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu))
             coeff = jax.tree.map(trust, params, u, dims)
             frozen = jax.tree.map(
@@ -327,7 +329,7 @@ def onebit_lamb(
         variance_ratio: Ends the warm-up earlier.
         exp_avg_mask: What the momentum is multiplied by.
         clip_norm: Greatest norm of the gradient.
-        clip: By which norm, after the warm-up.
+        clip: By which norm; see `scale_by_onebit_adam`.
         stacked: Leading dimensions that stack layers.
         axis_name: The workers' axis; None trains on one worker.
         num_workers: Only where no mesh says it.

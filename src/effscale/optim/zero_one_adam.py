@@ -142,7 +142,7 @@ def scale_by_zero_one_adam(
         local_step_clipper: The longest interval, the paper's H.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
         clip_norm: Greatest norm of the gradient.
-        clip: By which norm, where gradients are not averaged.
+        clip: By which norm; see `effscale.optim.scale_by_onebit_adam`.
         axis_name: The workers' axis; None trains on one worker.
         num_workers: Only where no mesh says it.
         scales: One scale a ``tensor``, or one for the whole ``tree``.
@@ -239,8 +239,7 @@ def scale_by_zero_one_adam(
             errors = _where(first_stage | state.policy.local, own.errors)
 
             def in_full() -> Any:
-                mean = g_.in_float32(g_.mean(updates, axis_name))
-                return g_.clipped(mean, g_.squared_norm(mean), clip_norm), errors
+                return g_.in_float32(g_.clipped_mean(updates, axis_name, clip_norm, clip)), errors
 
             def in_one_bit() -> Any:
                 tree = _select(first_stage, g, moved)
@@ -314,7 +313,7 @@ def zero_one_adam(
         local_step_clipper: The longest interval.
         exp_avg_mask: What the momentum is multiplied by.
         clip_norm: Greatest norm of the gradient.
-        clip: By which norm, where gradients are not averaged.
+        clip: By which norm; see `effscale.optim.scale_by_onebit_adam`.
         axis_name: The workers' axis; None trains on one worker.
         num_workers: Only where no mesh says it.
         scales: One scale a ``tensor``, or one for the whole ``tree``.
