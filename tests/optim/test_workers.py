@@ -217,6 +217,42 @@ def test_parameters_stay_between_synchronisations():
     assert moved == [True] * 4 + [False, True] + [False, True] + [False] * 3 + [True]
 
 
+def test_zero_one_adam_without_an_epsilon():
+    """Before the first step the variance is zero, and so is the way: 0 / 0 must not be where gradients are taken."""
+    optimizer = zero_one_adam(0.05, eps=0.0, var_freeze_step=2, axis_name="data", num_workers=2)
+    params, state, _ = run(jax.jit(simulate_workers(step_of(optimizer), 2)), optimizer, steps=6)
+    assert int(state.skipped) == 0
+    assert bool((params["kernel"] != start()["kernel"]).all())
+
+
+@pytest.mark.parametrize("axis_name", [None, "data"])
+def test_a_local_step_leaves_the_variance_alone(axis_name):
+    """Also if the gradient's square overflows, which only `skip_nonfinite` around the transformation would refuse."""
+    optimizer = scale_by_zero_one_adam(
+        0.1, var_freeze_step=1, local_step_scaler=1, local_step_clipper=8, axis_name=axis_name,
+        num_workers=axis_name and 2,
+    )  # fmt: skip
+
+    def step(state, batch):
+        return optimizer.update({"w": batch[0]}, state, {"w": jnp.zeros(2)})[1]
+
+    step = simulate_workers(step, 2) if axis_name else step
+    state = optimizer.init({"w": jnp.zeros(2)})
+    for size in (1.0, 1.0, 1e20):
+        learned, state = state.nu["w"], step(state, jnp.full((2, 2), size))
+    assert float(learned[0]) > 0
+    np.testing.assert_array_equal(state.nu["w"], learned)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_onebit_lamb_that_never_freezes_is_lamb(decay):
+    never = onebit_lamb(0.1, weight_decay=decay, freeze_step=100, axis_name="data", num_workers=2)
+    plain = optax.chain(mean_over_workers("data"), lamb(0.1, weight_decay=decay))
+    one, _, _ = run(jax.jit(simulate_workers(step_of(never), 2)), never, steps=5)
+    two, _, _ = run(jax.jit(simulate_workers(step_of(plain), 2)), plain, steps=5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, two)
+
+
 def test_local_steps_without_a_learning_rate():
     """Where the rate is zero for a whole interval DeepSpeed divides zero by zero."""
     optimizer = zero_one_adam(

@@ -43,22 +43,26 @@ class Stages:
     onebit_lamb: float = 1000 / 5993
     """Share of 1-bit LAMB's: 1,000 of 5,993."""
     zero_one_adam: float = 12.5 / 152
-    """Share in which 0/1 Adam still updates its variance: the warmup of the learning rate, 12,500 of 152,000."""
+    """Share in which 0/1 Adam still updates its variance: 12,500 of 152,000, as long as the learning rate rises."""
     var_update_scaler: int = 16
     """Updates of 0/1 Adam's variance after which their interval doubles."""
     local_step_scaler: float = 32.678 / 152
     """Share of the steps after which 0/1 Adam's interval between exchanges doubles: 32,678 of 152,000."""
     local_step_clipper: int = 16
     """The longest such interval."""
+    rising: float = 12.5 / 152
+    """Share in which the learning rate rises, for all optimizers."""
 
     def __post_init__(self):
-        for name in ("onebit_adam", "onebit_lamb", "zero_one_adam", "local_step_scaler"):
+        for name in ("onebit_adam", "onebit_lamb", "zero_one_adam", "local_step_scaler", "rising"):
             check(self, 0 < getattr(self, name) < 1, name, "between 0 and 1")
         for name in ("var_update_scaler", "local_step_clipper"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
 
-    def of(self, name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam"], steps: int) -> int:
-        """The steps of the first stage."""
+    def of(
+        self, name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam", "rising"], steps: int
+    ) -> int:
+        """The steps of a stage."""
         return max(1, round(getattr(self, name) * steps))
 
     def policies(self, steps: int) -> Policies:
@@ -92,8 +96,8 @@ class Moments:
 
 
 def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
-    """Up in the first stage of 0/1 Adam, then down along a line to ``final`` of the peak."""
-    warmup = stages.of("zero_one_adam", steps)
+    """Up to the peak, then down along a line to ``final`` of it."""
+    warmup = stages.of("rising", steps)
     return ScheduleConfig(
         kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=final * peak
     ).build()
@@ -125,7 +129,7 @@ def build(
         "axis_name": AXIS,
         "num_workers": workers,
     }
-    never = steps + 1  # frozen: the uncompressed twins are the same code
+    never = steps + 1  # The uncompressed twins are the same code, which never freezes.
     if name == "adam":
         return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_adam":

@@ -68,12 +68,11 @@ def averaged_moments(
     b2: Any,
     axis_name: str | None,
     clip_norm: Any,
-    clip: Clip = "synchronised",
+    clip: Clip,
 ) -> tuple[Any, Any]:
     """Momentum and variance after a step of the warm-up, with the mean over workers."""
     g = clipped_mean(gradients, axis_name, clip_norm, clip)
-    squares = jax.tree.map(lambda x: jnp.square(x.astype(jnp.float32)), g)
-    return lerp(mu, g, b1), lerp(nu, squares, b2)
+    return lerp(mu, g, b1), lerp(nu, jax.tree.map(jnp.square, g), b2)
 
 
 def init_errors(
@@ -138,8 +137,8 @@ def clipped_locally(gradients: Any, axis_name: str | None, clip_norm: Any, clip:
 
 
 def clipped_mean(gradients: Any, axis_name: str | None, clip_norm: Any, clip: Clip) -> Any:
-    """The mean over workers, uncompressed, clipped by the norm that `Clip` says."""
-    g = mean(gradients, axis_name)
+    """The mean over workers, uncompressed, in float32 at least, clipped by the norm that `Clip` says."""
+    g = in_float32(mean(gradients, axis_name))
     if clip_norm is None:
         return g
     by_all = clip == "synchronised"

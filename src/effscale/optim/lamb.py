@@ -71,7 +71,9 @@ def scale_by_lamb(
             raise ValueError(
                 "LAMB needs the parameters: optimizer.update(gradients, state, params)"
             )
-        mu, nu = g_.averaged_moments(updates, state.mu, state.nu, b1, b2, None, None)
+        mu, nu = g_.averaged_moments(
+            updates, state.mu, state.nu, b1, b2, None, None, "synchronised"
+        )
         u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         u, _ = decay.update(u, decay.init(params), g_.in_float32(params))
         scaled = jax.tree.map(

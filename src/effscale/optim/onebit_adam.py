@@ -79,12 +79,12 @@ def scale_by_onebit_adam(
         freeze_step: Updates of the warm-up; 15 to 25 % of a run are usual.
         variance_ratio: Ends the warm-up earlier, once the variance has settled.
         exp_avg_mask: What the momentum is multiplied by after each exchange: a tree like the parameters of arrays that
-            broadcast against them, or a function from parameters to such a tree. Zeros belong where the gradient is
+            broadcast against them, or a function from parameters to such a tree, of zeros and ones. Zeros belong where the gradient is
             always zero after the warm-up: one bit cannot say zero. (Where it was zero in the warm-up, too, as for positions
             that no row reaches, the variance is zero, and the momentum is taken to be zero without a mask.)
         clip_norm: Greatest norm of the gradient; None does not clip.
-        clip: Which norm: ``synchronised``, the root mean square of all workers' norms. ``local``, that of the mean in the
-            warm-up, and each worker's own after it.
+        clip: Which norm: ``synchronised``, the root mean square of all workers' norms, up to the root of their number times
+            that of the mean. ``local``, that of the mean in the warm-up, and each worker's own after it.
         axis_name: The workers' axis, with the update within `effscale.parallel.per_worker`. None trains on one worker: the
             same two stages, nothing sent, nothing compressed. So does an axis of one worker.
         num_workers: Only where no mesh says it (`effscale.parallel.simulate_workers`).

@@ -72,9 +72,14 @@ class ZeroOneAdamState:
         def local(u: Any, p: Any, v: Any) -> Any:
             if is_masked(u):  # another optimizer's, by optax.masked or optax.partition
                 return p
-            return (p.astype(u.dtype) - u / (jnp.sqrt(v) + self.eps)).astype(p.dtype)
+            return (p.astype(u.dtype) - _normalised(u, v, self.eps)).astype(p.dtype)
 
         return jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
+
+
+def _normalised(x: Any, v: Any, eps: Any) -> Any:
+    """By the root of the variance. Where nothing was learned yet, x is zero and stays so, also without an epsilon."""
+    return x / jnp.where(v > 0, jnp.sqrt(v) + eps, 1.0)
 
 
 def _select(condition: Any, these: Any, others: Any) -> Any:
@@ -201,33 +206,39 @@ def scale_by_zero_one_adam(
         variance, local, sync = (kind == int(r) for r in (Round.VARIANCE, Round.LOCAL, Round.SYNC))
         first_stage = ~(local | sync)
         rates = jnp.where(first_stage, 0.0, state.rates + rate)
-        g = g_.clipped_locally(g_.in_float32(updates), axis_name, clip_norm, clip)
+        # What is divided by outside of a synchronisation is of no use, but must not be zero.
+        since = jnp.where(sync, rates, 1.0)
+
+        def wide(tree: Any) -> Any:
+            return jax.tree.map(lambda x, m: x.astype(m.dtype), tree, state.mu)
+
+        g = g_.clipped_locally(wide(updates), axis_name, clip_norm, clip)
 
         def moving(tree: Any) -> Any:
             """The tree, and zero where the mask or a variance that was never learned says that nothing moves."""
             return g_.where_known(g_.masked(tree, exp_avg_mask, params), state.nu)
 
         def learned(g: Any) -> Any:
-            """The variance, with the square of an average in a step of its policy."""
-            keep, gain = jnp.where(variance, b2, 1.0), jnp.where(variance, 1 - b2, 0.0)
-            return jax.tree.map(lambda v, x: keep * v + gain * jnp.square(x), state.nu, g)
+            """The variance, with the squares of averages in a step of its policy."""
+            squares = jax.tree.map(jnp.square, g)
+            return _select(variance, g_.lerp(state.nu, squares, b2), state.nu)
 
         def scaled(way: Any, mu: Any, nu: Any) -> Any:
             """The way along mu / (sqrt(nu) + eps) + weight_decay * params, in the types of the updates."""
-            out = jax.tree.map(lambda m, v: way * m / (jnp.sqrt(v) + eps), mu, nu)
+            out = jax.tree.map(lambda m, v: _normalised(way * m, v, eps), mu, nu)
             if not (isinstance(weight_decay, int | float) and weight_decay == 0):
                 decay = optax.add_decayed_weights(way * weight_decay, mask)
                 out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
             return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
 
         def alone() -> Any:
-            g_moving = _select(variance, g, moving(g))
-            mu = g_.lerp(state.mu, g_moving, b1)
+            one_bit = first_stage & ~variance
+            mu = g_.lerp(state.mu, _select(one_bit, moving(g), g), b1)
             mu = _select(first_stage, mu, moving(mu))
             nu = learned(g)
             moved = jax.tree.map(lambda u, m: u + rate * m, state.own.moved, mu)
             out = scaled(rate, mu, nu)
-            mu = jax.tree.map(lambda m, u: jnp.where(sync, u / rates, m), mu, moved)
+            mu = jax.tree.map(lambda m, u: jnp.where(sync, u / since, m), mu, moved)
             return out, mu, nu, state.own._replace(moved=_where(local, moved))
 
         def together() -> Any:
@@ -239,7 +250,7 @@ def scale_by_zero_one_adam(
             errors = _where(first_stage | state.policy.local, own.errors)
 
             def in_full() -> Any:
-                return g_.in_float32(g_.clipped_mean(updates, axis_name, clip_norm, clip)), errors
+                return wide(g_.clipped_mean(updates, axis_name, clip_norm, clip)), errors
 
             def in_one_bit() -> Any:
                 tree = _select(first_stage, g, moved)
@@ -248,12 +259,12 @@ def scale_by_zero_one_adam(
             def not_at_all() -> Any:
                 return jax.tree.map(g_.zeros_of_mean, state.mu), errors
 
-            # All else is done in any round: what a conditional hands through it copies.
+            # All else is done in any round: what a conditional hands through, XLA copies.
             which = jnp.array([0, 1, 2, 1])[kind]
             mean, errors = jax.lax.switch(which, [in_full, in_one_bit, not_at_all])
             mean = _select(variance, mean, moving(mean))
             keep = jnp.where(sync, 0.0, b1)
-            gain = jnp.where(first_stage, 1 - b1, jnp.where(sync, 1 / rates, 0.0))
+            gain = jnp.where(first_stage, 1 - b1, jnp.where(sync, 1 / since, 0.0))
             mu = jax.tree.map(lambda m, x: keep * m + gain * x, state.mu, mean)
             nu = learned(mean)
             way = jnp.where(first_stage, rate, jnp.where(sync, rates, 0.0))
