@@ -183,7 +183,7 @@ PRESETS = {
     "default": Config(),
     # The papers' BERT-Large at 128 tokens, in 152,000 batches of 4,096 rows, and a GPT-2 of 117M parameters, which the 0/1 Adam paper
     # pretrained, too; its numbers here are Megatron's. 64 workers. 1-bit LAMB's own batches have 65,536 rows, at a rate of 11e-3; here its
-    # rate is less by the root of how much smaller they are, and its coefficient's bound is not their 0.3. What `make aot` compiles of it is the step on a mesh, per_worker's.
+    # rate is less by the root of how much smaller they are, and its coefficient's bound is not their 0.3. The norm that is clipped is that of a worker's rows, not of all. What `make aot` compiles of it is the step on a mesh, per_worker's.
     "paper": Config(
         workers=64,
         gpt=PretrainGPT(

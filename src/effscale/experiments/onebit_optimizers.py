@@ -87,12 +87,15 @@ class Moments:
     """Decoupled; within the norm of LAMB's coefficient."""
     clip_norm: float = 1.0
     """Greatest root mean square of the workers' gradient norms."""
+    factor_max: float = 4.0
+    """Greatest factor of 1-bit LAMB's frozen coefficient, DeepSpeed's; 1 lets no step grow beyond it."""
 
     def __post_init__(self):
         for name in ("b1", "b2"):
             check(self, 0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         check(self, self.weight_decay >= 0, "weight_decay", "at least 0")
         check(self, self.clip_norm > 0, "clip_norm", "above 0")
+        check(self, self.factor_max >= 0.5, "factor_max", "at least 0.5, the least factor")
 
 
 def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
@@ -139,7 +142,8 @@ def build(
     if name == "lamb":
         return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_lamb":
-        return onebit_lamb(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
+        freeze, largest = stages.of(name, steps), moments.factor_max
+        return onebit_lamb(rate, b1, b2, freeze_step=freeze, factor_max=largest, **shared)
     naive = optax.chain(
         onebit_gradients(clip, workers),
         scale_by_onebit_adam(b1, b2, freeze_step=never),
