@@ -241,7 +241,7 @@ def scale_by_zero_one_adam(
             mu = jax.tree.map(lambda m, u: jnp.where(sync, u / since, m), mu, moved)
             return out, mu, nu, state.own._replace(moved=_where(local, moved))
 
-        def together() -> Any:
+        def together(axis_name: str) -> Any:
             own: OwnWay = state.own.value
             momentum = g_.lerp(own.momentum, g, b1)
             ahead = moving(jax.tree.map(lambda m, r: b1 * m + r, state.mu, momentum))
@@ -268,10 +268,10 @@ def scale_by_zero_one_adam(
             mu = jax.tree.map(lambda m, x: keep * m + gain * x, state.mu, mean)
             nu = learned(mean)
             way = jnp.where(first_stage, rate, jnp.where(sync, rates, 0.0))
-            after = OwnWay(*_where(local, (momentum, moved)), errors)
+            after = OwnWay(_where(local, momentum), _where(local, moved), errors)
             return scaled(way, mu, nu), mu, nu, PerWorker(after, axis_name)
 
-        out, mu, nu, own = alone() if axis_name is None else together()
+        out, mu, nu, own = alone() if axis_name is None else together(axis_name)
         full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
         return out, ZeroOneAdamState(
             count=optax.safe_increment(state.count),
