@@ -217,7 +217,7 @@ PRESETS = {
                 remat="full",
             ),
         ),
-        moments=Moments(b2=0.999),
+        moments=Moments(b2=0.999, factor_max=4.0),
         vocab_size=30522,
         eval_every=5000,
         passage=128,

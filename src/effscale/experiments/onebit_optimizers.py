@@ -87,8 +87,8 @@ class Moments:
     """Decoupled; within the norm of LAMB's coefficient."""
     clip_norm: float = 1.0
     """Greatest root mean square of the workers' gradient norms."""
-    factor_max: float = 4.0
-    """Greatest factor of 1-bit LAMB's frozen coefficient, DeepSpeed's; 1 lets no step grow beyond it."""
+    factor_max: float = 1.0
+    """Greatest factor of 1-bit LAMB's frozen coefficient. DeepSpeed's is 4, for b2 = 0.999; with this one steps grow until they diverge."""
 
     def __post_init__(self):
         for name in ("b1", "b2"):
