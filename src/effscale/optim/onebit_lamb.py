@@ -104,7 +104,8 @@ def scale_by_onebit_lamb(
         max_coeff: Greatest coefficient of the warm-up.
         min_coeff: Least coefficient of the warm-up.
         coeff_beta: :math:`\beta_c`; the warm-up should have more than 1 / (1 - coeff_beta) steps.
-        factor_max: Greatest factor.
+        factor_max: Greatest factor. It goes by the one number of a layer whose fresh variance fell most, so with a ``b2`` well
+            below 0.999 it grows and grows: give 1 then.
         factor_min: Least factor.
         factor_threshold: Greatest relative change of the factor in a step.
         variance_ratio: Ends the warm-up earlier.
@@ -323,7 +324,7 @@ def onebit_lamb(
         max_coeff: Greatest coefficient of the warm-up.
         min_coeff: Least coefficient of the warm-up.
         coeff_beta: Decay of the coefficient's average.
-        factor_max: Greatest factor.
+        factor_max: Greatest factor; see `scale_by_onebit_lamb`.
         factor_min: Least factor.
         factor_threshold: Greatest relative change of the factor in a step.
         variance_ratio: Ends the warm-up earlier.
