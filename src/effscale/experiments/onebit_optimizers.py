@@ -50,17 +50,25 @@ class Stages:
     """Share of the steps after which 0/1 Adam's interval between exchanges doubles: 32,678 of 152,000."""
     local_step_clipper: int = 16
     """The longest such interval."""
-    rising: float = 12.5 / 152
+    rate_warmup: float = 12.5 / 152
     """Share in which the learning rate rises, for all optimizers."""
 
     def __post_init__(self):
-        for name in ("onebit_adam", "onebit_lamb", "zero_one_adam", "local_step_scaler", "rising"):
+        for name in (
+            "onebit_adam",
+            "onebit_lamb",
+            "zero_one_adam",
+            "local_step_scaler",
+            "rate_warmup",
+        ):
             check(self, 0 < getattr(self, name) < 1, name, "between 0 and 1")
         for name in ("var_update_scaler", "local_step_clipper"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
 
     def of(
-        self, name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam", "rising"], steps: int
+        self,
+        name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam", "rate_warmup"],
+        steps: int,
     ) -> int:
         """The steps of a stage."""
         return max(1, round(getattr(self, name) * steps))
@@ -88,7 +96,7 @@ class Moments:
     clip_norm: float = 1.0
     """Greatest root mean square of the workers' gradient norms."""
     factor_max: float = 1.0
-    """Greatest factor of 1-bit LAMB's frozen coefficient. DeepSpeed's is 4, for b2 = 0.999; with this one steps grow until they diverge."""
+    """Greatest factor of 1-bit LAMB's frozen coefficient. DeepSpeed's is 4, for b2 = 0.999; with this b2 it grows until the loss does."""
 
     def __post_init__(self):
         for name in ("b1", "b2"):
@@ -100,7 +108,7 @@ class Moments:
 
 def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
     """Up to the peak, then down along a line to ``final`` of it."""
-    warmup = stages.of("rising", steps)
+    warmup = stages.of("rate_warmup", steps)
     return ScheduleConfig(
         kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=final * peak
     ).build()

@@ -60,19 +60,9 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
     return jax.tree.map(one, gradients)
 
 
-def averaged_moments(
-    gradients: Any,
-    mu: Any,
-    nu: Any,
-    b1: Any,
-    b2: Any,
-    axis_name: str | None,
-    clip_norm: Any,
-    clip: Clip,
-) -> tuple[Any, Any]:
-    """Momentum and variance after a step of the warm-up, with the mean over workers."""
-    g = clipped_mean(gradients, axis_name, clip_norm, clip)
-    return lerp(mu, g, b1), lerp(nu, jax.tree.map(jnp.square, g), b2)
+def averaged_moments(mean: Any, mu: Any, nu: Any, b1: Any, b2: Any) -> tuple[Any, Any]:
+    """Momentum and variance after a step of the warm-up, from the mean gradient in float32 at least."""
+    return lerp(mu, mean, b1), lerp(nu, jax.tree.map(jnp.square, mean), b2)
 
 
 def init_errors(

@@ -71,9 +71,7 @@ def scale_by_lamb(
             raise ValueError(
                 "LAMB needs the parameters: optimizer.update(gradients, state, params)"
             )
-        mu, nu = g_.averaged_moments(
-            updates, state.mu, state.nu, b1, b2, None, None, "synchronised"
-        )
+        mu, nu = g_.averaged_moments(g_.in_float32(updates), state.mu, state.nu, b1, b2)
         u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         u, _ = decay.update(u, decay.init(params), g_.in_float32(params))
         scaled = jax.tree.map(

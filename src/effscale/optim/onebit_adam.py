@@ -120,9 +120,8 @@ def scale_by_onebit_adam(
         g_.check_local(updates, axis_name)
 
         def warm_up() -> Any:
-            mu, nu = g_.averaged_moments(
-                updates, state.mu, state.nu, b1, b2, axis_name, clip_norm, clip
-            )
+            mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
+            mu, nu = g_.averaged_moments(mean, state.mu, state.nu, b1, b2)
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
             return mu, nu, ratio, state.errors
 

@@ -174,9 +174,8 @@ def scale_by_onebit_lamb(
             return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
-            mu, nu = g_.averaged_moments(
-                updates, state.mu, state.nu, b1, b2, axis_name, clip_norm, clip
-            )
+            mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
+            mu, nu = g_.averaged_moments(mean, state.mu, state.nu, b1, b2)
             u = decayed(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu))
             coeff = jax.tree.map(trust, params, u, dims)
             frozen = jax.tree.map(

@@ -206,7 +206,7 @@ def scale_by_zero_one_adam(
         variance, local, sync = (kind == int(r) for r in (Round.VARIANCE, Round.LOCAL, Round.SYNC))
         first_stage = ~(local | sync)
         rates = jnp.where(first_stage, 0.0, state.rates + rate)
-        # What is divided by outside of a synchronisation is of no use, but must not be zero.
+        # Outside of a synchronisation the quotient is not used, and must not be 0 / 0.
         since = jnp.where(sync, rates, 1.0)
 
         def wide(tree: Any) -> Any:
