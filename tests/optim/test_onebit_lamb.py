@@ -1,0 +1,63 @@
+"""LAMB and 1-bit LAMB: one layer, a stack of them, and rows that do not move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from regression import run, step_of
+
+from effscale.optim import lamb, mean_over_workers, onebit_lamb
+from effscale.parallel import simulate_workers
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_onebit_lamb_that_never_freezes_is_lamb(decay):
+    never = onebit_lamb(0.1, weight_decay=decay, freeze_step=100, axis_name="data", num_workers=2)
+    plain = optax.chain(mean_over_workers("data"), lamb(0.1, weight_decay=decay))
+    one, _, _ = run(jax.jit(simulate_workers(step_of(never), 2)), never, steps=5)
+    two, _, _ = run(jax.jit(simulate_workers(step_of(plain), 2)), plain, steps=5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, two)
+
+
+def test_layers_of_a_stack_are_layers():
+    """Both LAMBs treat a stack of layers, as the library's models have it, as they treat the layers one by one."""
+    rng = np.random.default_rng(3)
+    layers = [jnp.asarray(rng.normal(size=(4, 3)) * (1 + i), jnp.float32) for i in range(3)]
+    gradients = [jnp.asarray(rng.normal(size=(4, 3)) / (1 + i), jnp.float32) for i in range(3)]
+    stack = lambda xs: {"kernel": nnx.Param(jnp.stack(xs), axes=("embed", "mlp"))}
+    for make in (lamb, lambda rate: onebit_lamb(rate, freeze_step=2)):
+        optimizer = make(0.01)
+        alone, stacked = layers, stack(layers)
+        state, stacked_state = optimizer.init(alone), optimizer.init(stacked)
+        for _ in range(5):
+            updates, state = optimizer.update(gradients, state, alone)
+            alone = optax.apply_updates(alone, updates)
+            updates, stacked_state = optimizer.update(stack(gradients), stacked_state, stacked)
+            stacked = optax.apply_updates(stacked, updates)
+        np.testing.assert_allclose(stacked["kernel"].get_value(), jnp.stack(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_what_does_not_move_has_no_say_in_the_factor_of_a_layer(late):
+    """Rows that never had a gradient, or have none any more and a mask, change nothing for the others."""
+    rng = np.random.default_rng(4)
+    gradients = rng.normal(size=(12, 6, 3)).astype(np.float32)
+    gradients[2:] *= 2.0
+
+    def factors(rows, mask=None):
+        optimizer = onebit_lamb(0.01, 0.9, 0.9, freeze_step=2, exp_avg_mask=mask)
+        params = jnp.ones((rows, 3))
+        state, seen = optimizer.init(params), []
+        for i, g in enumerate(gradients):
+            g = np.where((np.arange(6)[:, None] < 3) | (i < late), g, 0.0)[:rows]
+            updates, state = optimizer.update(jnp.asarray(g), state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(float(state.inner[0].last_factor.reshape(())))
+        return seen
+
+    mask = jnp.zeros((6, 1)).at[:3].set(1.0) if late else None
+    expected = factors(3)
+    assert min(expected) < 0.9
+    np.testing.assert_allclose(factors(6, mask), expected, rtol=1e-5)

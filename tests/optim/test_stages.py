@@ -1,0 +1,67 @@
+"""When the variance freezes, and the options that say so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from regression import batches, start, step_of
+
+from effscale.optim import VarianceRatio, onebit_adam, onebit_lamb, zero_one_adam
+from effscale.parallel import simulate_workers
+
+
+def test_variance_stays_once_frozen():
+    optimizer = onebit_adam(0.01, freeze_step=3, axis_name="data", num_workers=2)
+    step = jax.jit(simulate_workers(step_of(optimizer), 2))
+    params, state = start(), optimizer.init(start())
+    variances, moments = [], []
+    for batch in batches(6):
+        params, state, _ = step(params, state, batch)
+        variances.append(state.inner[0].nu)
+        moments.append(state.inner[0].mu)
+    for later in variances[3:]:
+        jax.tree.map(np.testing.assert_array_equal, later, variances[2])
+    assert all(m["kernel"].any() for m in moments), "the momentum goes on over the switch"
+
+
+def test_variance_ratio_ends_the_warm_up():
+    criterion = VarianceRatio(threshold=0.96, window=5, start=10)
+    optimizer = onebit_adam(0.0, b2=0.8, freeze_step=1000, variance_ratio=criterion)
+    params = {"w": jnp.ones(4)}
+    state = optimizer.init(params)
+    frozen_at = None
+    update = jax.jit(optimizer.update)
+    for t in range(1, 41):
+        _, new = update({"w": jnp.ones(4)}, state, params)
+        if frozen_at is None and bool(new.inner[0].ratio.reached):
+            frozen_at = t
+        if frozen_at is not None and t > frozen_at:
+            np.testing.assert_array_equal(new.inner[0].nu["w"], state.inner[0].nu["w"])
+        state = new
+    # (1 - 0.8^(t-5)) / (1 - 0.8^t) reaches 0.96 at t = 19 for a constant gradient.
+    ratios = [(1 - 0.8 ** (t - 5)) / (1 - 0.8**t) for t in range(1, 41)]
+    assert frozen_at == 1 + next(i for i, r in enumerate(ratios) if i >= 10 and r >= 0.96)
+
+
+@pytest.mark.parametrize(
+    ("maker", "options", "message"),
+    [
+        (onebit_adam, {"b1": 1.0}, "b1=1.0"),
+        (onebit_adam, {"b2": -0.1}, "b2=-0.1"),
+        (onebit_adam, {"eps": -1.0}, "eps=-1.0"),
+        (onebit_adam, {"freeze_step": 0}, "freeze_step=0"),
+        (onebit_adam, {"clip_norm": 0.0}, "clip_norm=0.0"),
+        (onebit_lamb, {"freeze_step": -3}, "freeze_step=-3"),
+        (onebit_lamb, {"coeff_beta": 1.0}, "coeff_beta=1.0"),
+        (onebit_lamb, {"factor_min": 5.0}, "factor_min=5.0"),
+        (onebit_lamb, {"factor_threshold": 1.5}, "factor_threshold=1.5"),
+        (onebit_lamb, {"min_coeff": 11.0}, "min_coeff=11.0"),
+        (zero_one_adam, {"var_update_scaler": 0}, "var_update_scaler=0"),
+        (zero_one_adam, {"local_step_clipper": 0}, "local_step_clipper=0"),
+        (zero_one_adam, {"var_freeze_step": 0}, "var_freeze_step=0"),
+        (onebit_adam, {"num_workers": 2}, "num_workers=2 without axis_name"),
+    ],
+)
+def test_options_out_of_range(maker, options, message):
+    with pytest.raises(ValueError, match=message):
+        maker(0.1, **options)

@@ -1,0 +1,58 @@
+"""Elements that no gradient reaches: one bit cannot say zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from regression import MAKERS, alone_step_of, batches, start, step_of
+
+from effscale.optim import onebit_adam
+from effscale.parallel import simulate_workers
+
+
+def rows_after(mask, late):
+    """The kernel after 3 and after 8 steps; its last rows get gradients in the first ``late`` steps only."""
+    optimizer = onebit_adam(0.01, freeze_step=2, exp_avg_mask=mask, axis_name="data", num_workers=2)
+    step = jax.jit(simulate_workers(step_of(optimizer), 2))
+    params, state, seen = start(), optimizer.init(start()), []
+    for i, batch in enumerate(batches(8)):
+        batch["x"] = batch["x"].at[:, 3:].set(batch["x"][:, 3:] if i < late else 0.0)
+        params, state, _ = step(params, state, batch)
+        seen.append(np.asarray(params["kernel"]))
+    return seen[2], seen[7]
+
+
+def test_a_mask_keeps_rows_that_no_gradient_reaches_any_more():
+    """One bit cannot say zero: without a mask such rows wander."""
+    mask = {"kernel": jnp.zeros((6, 1)).at[:3].set(1.0), "bias": jnp.float32(1)}
+    for given in (mask, lambda params: mask):
+        before, after = rows_after(given, late=2)
+        np.testing.assert_array_equal(after[3:], before[3:])
+        assert (after[:3] != before[:3]).all()
+    before, after = rows_after(None, late=2)
+    assert (after[3:] != before[3:]).all()
+
+
+def test_rows_that_never_had_a_gradient_stay_without_a_mask():
+    """DeepSpeed divides the scale that their signs stand for by epsilon."""
+    before, after = rows_after(None, late=0)
+    np.testing.assert_array_equal(after[3:], start()["kernel"][3:])
+    assert (after[:3] != before[:3]).all()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_gradient_that_comes_after_the_variance_is_frozen_moves_nothing(make):
+    """Where the variance is zero there is no step size; and what is sent for the others must not suffer."""
+    alone, among_two = make(), make(axis_name="data", num_workers=2)
+    for optimizer, step in (
+        (alone, alone_step_of(alone)),
+        (among_two, simulate_workers(step_of(among_two), 2)),
+    ):
+        params, state, step = start(), optimizer.init(start()), jax.jit(step)
+        for i, batch in enumerate(batches(12)):
+            batch["x"] = batch["x"].at[:, 3:].set(batch["x"][:, 3:] if i >= 6 else 0.0)
+            params, state, _ = step(params, state, batch)
+        moved = np.abs(params["kernel"] - start()["kernel"])
+        np.testing.assert_array_equal(moved[3:], 0.0)
+        assert (moved[:3] > 0).all()
+        assert moved.max() < 3.0
