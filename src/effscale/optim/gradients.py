@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.parallel.compressed import Scales, compressed_mean, init_error_feedback
+from effscale.parallel.compressed import compressed_mean
+from effscale.parallel.error_feedback import init_error_feedback
+from effscale.parallel.exchange import Scales
 from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.workers import (
     PerWorker,

@@ -19,7 +19,7 @@ from effscale.optim.freezing import (
     watch_variance,
 )
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
-from effscale.parallel.compressed import Scales
+from effscale.parallel.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 

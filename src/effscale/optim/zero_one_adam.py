@@ -12,12 +12,9 @@ from jax.typing import ArrayLike
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
 from effscale.optim.zero_one_policies import Policies, PolicyState, Round
-from effscale.parallel.compressed import (
-    ErrorFeedback,
-    Scales,
-    compressed_mean,
-    init_error_feedback,
-)
+from effscale.parallel.compressed import compressed_mean
+from effscale.parallel.error_feedback import ErrorFeedback, init_error_feedback
+from effscale.parallel.exchange import Scales
 from effscale.parallel.workers import PerWorker, as_local, per_worker_zeros
 from effscale.training.schedules import value_at
 

@@ -5,13 +5,9 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 ``python -m effscale.parallel.local_launch``.
 """
 
-from effscale.parallel.compressed import (
-    ErrorFeedback,
-    Residual,
-    compressed_mean,
-    init_error_feedback,
-)
+from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.constraint import auto_batch_axes, constrain
+from effscale.parallel.error_feedback import ErrorFeedback, Residual, init_error_feedback
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.placement import (
     BatchShard,

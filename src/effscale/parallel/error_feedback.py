@@ -1,0 +1,96 @@
+"""What the signs of the 1-bit mean left out, kept by workers and servers for the next time."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from effscale.parallel.tensor_layout import TensorLayout, tensor_layouts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """What is left of a tensor after its signs were sent, kept as the numbers whose signs they were.
+
+    Attributes:
+        corrected: float32, the numbers: values and last error in sum.
+        scale: float32 scalar, what the signs were multiplied by.
+        spec: How ``corrected`` is divided over the mesh axes other than the workers'.
+    """
+
+    corrected: Any
+    scale: Any
+    spec: P = dataclasses.field(default=P(), metadata={"static": True})
+
+    @property
+    def error(self) -> jax.Array:
+        """``corrected - scale * sign(corrected)``, which is added the next time; in a server's padding it means nothing."""
+        scale = jnp.expand_dims(self.scale, range(self.scale.ndim, self.corrected.ndim))
+        return self.corrected - jnp.where(self.corrected >= 0, scale, -scale)
+
+    def partition_specs(self) -> list[P]:
+        """How each array is divided, for `effscale.parallel.shardings`."""
+        return [self.spec, P()]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ErrorFeedback:
+    """The errors that a worker keeps: of all it sends, and of the part that it is the server of.
+
+    Attributes:
+        worker: The tree with a `Residual` of the same shape in the place of each tensor.
+        server: The same with the worker's part: [shards, 8, bytes], padded.
+    """
+
+    worker: Any
+    server: Any
+
+
+def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> ErrorFeedback:
+    """One worker's errors before the first mean: zeros.
+
+    Args:
+        tree: Arrays like those to be averaged.
+        num_workers: Workers that take part.
+        specs: See `effscale.parallel.compressed_mean`.
+
+    Example:
+        >>> errors = init_error_feedback({"w": jnp.ones((3, 5))}, num_workers=4)
+        >>> errors.worker["w"].corrected.shape, errors.server["w"].corrected.shape
+        ((3, 5), (1, 8, 1))
+    """
+    pairs = [_zeros(layout) for layout in tensor_layouts(tree, num_workers, specs)]
+    worker, server = zip(*pairs, strict=True) if pairs else ((), ())
+    structure = jax.tree.structure(tree)
+    return ErrorFeedback(
+        jax.tree.unflatten(structure, worker), jax.tree.unflatten(structure, server)
+    )
+
+
+def _zeros(layout: TensorLayout) -> tuple[Residual, Residual]:
+    def zeros(shape: tuple[int, ...], spec: P) -> Residual:
+        return Residual(jnp.zeros(shape, jnp.float32), jnp.zeros((), jnp.float32), spec)
+
+    return (
+        zeros(layout.shape, layout.spec),
+        zeros((layout.shards, 8, layout.bytes), layout.shard_spec),
+    )
+
+
+def check_errors(
+    layouts: list[TensorLayout], worker: list[Residual], server: list[Residual]
+) -> None:
+    """Raise a ``ValueError`` for errors of another tree or of another number of workers."""
+    for layout, at_worker, at_server in zip(layouts, worker, server, strict=True):
+        expected = (layout.shape, (layout.shards, 8, layout.bytes))
+        found = (jnp.shape(at_worker.corrected), jnp.shape(at_server.corrected))
+        if found != expected:
+            raise ValueError(
+                f"errors of shapes {found} for an array of shape {layout.shape} in {layout.shards} shards among "
+                f"{layout.servers} workers, which needs {expected}: they are those of another tree or another number "
+                "of workers"
+            )

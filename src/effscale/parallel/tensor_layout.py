@@ -1,0 +1,71 @@
+"""How a tensor is cut for the 1-bit mean: into shards over mesh axes, and each shard into a part for each server."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from effscale.parallel.placement import shardings
+
+
+class TensorLayout(NamedTuple):
+    """How one tensor is cut: into shards over other mesh axes, and each shard into a part for each server."""
+
+    shape: tuple[int, ...]
+    spec: P
+    axes: tuple[str, ...]
+    shards: int
+    servers: int
+
+    @property
+    def size(self) -> int:
+        """Elements of a shard."""
+        return math.prod(self.shape) // self.shards
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a server's part of a shard."""
+        return -(-self.size // (8 * self.servers))
+
+    @property
+    def shard_spec(self) -> P:
+        """How [shards, ...] is divided."""
+        return P(self.axes) if self.axes else P()
+
+
+def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[TensorLayout]:
+    """The layout of each tensor, on the mesh in use."""
+    leaves, mesh = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        flat = [P()] * len(leaves)
+    elif specs is None:
+        flat = [sharding.spec for sharding in jax.tree.leaves(shardings(tree, mesh))]
+    else:
+        flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
+        if len(flat) != len(leaves):
+            raise ValueError(f"specs has {len(flat)} entries for {len(leaves)} arrays")
+    return [
+        _layout(jnp.shape(x), spec, mesh, num_workers) for x, spec in zip(leaves, flat, strict=True)
+    ]
+
+
+def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> TensorLayout:
+    shards, axes = 1, []
+    for size, entry in zip(shape, spec, strict=False):
+        names = axis_names(entry)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            raise ValueError(f"an array of shape {shape} cannot be divided as {spec} says")
+        axes.extend(names)
+        shards *= parts
+    entries = tuple(spec)
+    while entries and entries[-1] is None:  # two specs that mean the same are not equal
+        entries = entries[:-1]
+    return TensorLayout(tuple(shape), P(*entries), tuple(axes), shards, num_workers)
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `jax.P` names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
