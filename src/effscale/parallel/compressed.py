@@ -59,6 +59,7 @@ def compressed_mean(
             number of workers.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from effscale.parallel import PerWorker, init_error_feedback, simulate_workers
         >>> def step(errors, x):
         ...     mean, errors_ = compressed_mean(x, errors.value, "data")
