@@ -17,6 +17,7 @@ from effscale.experiments.data_efficiency_figures import draw
 from effscale.experiments.data_efficiency_runner import Runner
 from effscale.experiments.lab_book import MAX_FIGURE_BYTES
 from effscale.experiments.pretraining_plan import make_plan
+from effscale.experiments.results import show_rows
 from effscale.experiments.saved import config_from_json
 from effscale.training import RunFolder, TrainingDivergedError
 
@@ -66,7 +67,7 @@ def test_a_run_leaves_what_it_promises(whole):
     report_text = (folder / "report.md").read_text()
     for shown in ("| cl_ltd | 50 % |", "![curves](figures/curves.png)"):
         assert shown in report_text
-    assert "saved at equal steps" in done.stdout
+    assert "Saved by the schedules" in done.stdout
     for name in ("curves", "budgets"):
         content = (folder / "figures" / f"{name}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
@@ -236,7 +237,8 @@ def test_tables_fit_a_terminal_of_100_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     times = {(32, 32): 123.4, (64, 32): 123.4, (64, 64): 123.4}
     arms = {(name, 1.0): arm([{8: 16.0, 32: 14.0}] * 2, times, name) for name in ("none", "cl_ltd")}
-    report.show(report.Comparison(arms=arms))
+    for title, rows in report.tables(report.Comparison(arms=arms)).items():
+        show_rows(title, rows, left=2)
     shown = capsys.readouterr().out
     for heading in ("tokens read", "tokens trained", "layer tokens", "operations", "seconds"):
         assert f" {heading} " in shown

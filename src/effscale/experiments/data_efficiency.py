@@ -21,10 +21,11 @@ import numpy as np
 from effscale.experiments import quickstart
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.host import cache_folder, keep_freed_memory
 from effscale.experiments.prepared import check_folder
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
+from effscale.experiments.results import Result, finish
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import AdamWConfig
@@ -196,20 +197,6 @@ PRESETS = {
 FREE = ("seeds", "mesh", "out", "resume", "cache")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float | int | None]
-    """Named as in ``results.json``; the report says what they are. None where there is nothing to tell."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Trains as ``config`` says and fills the run folder.
 
@@ -264,23 +251,9 @@ def run(config: Config) -> Result:
 
     comparison = report.read(folder.path, config, corpus.vocab_size)
     figures = comparison.figures()
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
     draw(folder.figures, comparison)
-    folder.write_results(named)
-    folder.write_report("data_efficiency", named, report.markdown(comparison))
-    report.show(comparison)
-    print(f"run folder: {result.folder}")
-    return result
+    tables = report.tables(comparison)
+    return finish(folder, "data_efficiency", figures, tables, began=began, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:

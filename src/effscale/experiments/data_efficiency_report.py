@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.data_efficiency_runner import run_name
-from effscale.experiments.finetune_report import markdown as table
-from effscale.experiments.finetune_report import show_rows
 from effscale.experiments.plotting import Records
 from effscale.experiments.pretraining_plan import Plan, layer_tokens
 from effscale.training import read_jsonl
@@ -290,27 +288,16 @@ def _percent(share: float | None, decimals: int) -> str:
     return "n/a" if share is None else f"{100 * share:.{decimals}f} %"
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables of the report."""
-    return "\n\n".join(
-        [
-            "Loss on all held-out tokens at the end, in nats a token, and seconds of training steps, without compilations and "
-            "evaluations; mean and range over seeds:",
-            table(comparison.loss_rows()),
-            "What a run takes:",
-            table(comparison.cost_rows()),
-            f"What it takes to fall to the baseline's loss at its last evaluation ({comparison.target:.4f}), as shares of all that "
-            "the baseline took; n/a: not reached, or a run diverged:",
-            table(comparison.reach_rows()),
-            "Saved by the schedules when as many steps are made as the baseline's:",
-            table(comparison.saving_rows()),
-        ]
+def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
+    """The tables of the report, by title."""
+    reached = (
+        f"Shares of the baseline's costs that it takes to fall to its loss at its last evaluation ({comparison.target:.4f}); "
+        "n/a: not reached, or a run diverged"
     )
-
-
-def show(comparison: Comparison) -> None:
-    """Prints the tables."""
-    show_rows("loss at the end, seconds of training steps", comparison.loss_rows())
-    show_rows("what a run takes", comparison.cost_rows())
-    show_rows("shares of the baseline's costs to reach its loss", comparison.reach_rows())
-    show_rows("saved at equal steps", comparison.saving_rows())
+    return {
+        "Loss on all held-out tokens at the end, in nats a token, and seconds of training steps, without compilations and "
+        "evaluations; mean and range over seeds": comparison.loss_rows(),
+        "What a run takes": comparison.cost_rows(),
+        reached: comparison.reach_rows(),
+        "Saved by the schedules when as many steps are made as the baseline's": comparison.saving_rows(),
+    }

@@ -18,8 +18,8 @@ from typing import Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.host import peak_memory
 from effscale.experiments.prepared import check_folder
+from effscale.experiments.results import Result, finish
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
 
@@ -133,20 +133,6 @@ PRESETS = {
 FREE = ("tasks", "seeds", "torch", "fashion_mnist", "out", "resume")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float]
-    """Named as in ``results.json``, each begins with its task."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Fine-tunes as ``config`` says and fills the run folder.
 
@@ -201,25 +187,10 @@ def run(config: Config) -> Result:
         for task, comparison in comparisons.items()
         for name, value in comparison.figures().items()
     }
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
     finetune_report.draw(folder.figures / "accuracy.png", comparisons)
-    folder.write_results(named)
     rows = finetune_report.accuracy_rows(comparisons)
-    text = "Test accuracy after the last epoch, in percent:\n\n" + finetune_report.markdown(rows)
-    folder.write_report("finetune", named, text)
-    finetune_report.show_rows("test accuracy in percent", rows)
-    print(f"run folder: {result.folder}")
-    return result
+    tables = {"Test accuracy after the last epoch, in percent": rows}
+    return finish(folder, "finetune", figures, tables, began=began, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:

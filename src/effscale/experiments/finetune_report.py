@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effscale.experiments.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.results import deviation
 from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
@@ -76,11 +77,6 @@ def read_comparison(
     )
 
 
-def deviation(values: np.ndarray) -> float:
-    """The sample's standard deviation; 0 for a single value."""
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
 def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
     """A heading and a row a task and backend: the accuracy of each seed in percent, mean and deviation."""
     seeds = max(len(runs) for c in comparisons.values() for runs in c.records.values())
@@ -91,33 +87,6 @@ def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
             numbers = [*percent, percent.mean(), deviation(percent)]
             rows.append([task, backend, *(f"{number:.1f}" for number in numbers)])
     return rows
-
-
-def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
-    """A table, its first ``left`` columns to the left.
-
-    Example:
-        >>> print(markdown([["task", "by", "mean"], ["digits", "torch", "97.0"]]))
-        | task | by | mean |
-        |---|---|---:|
-        | digits | torch | 97.0 |
-    """
-    rule = "|" + "---|" * left + "---:|" * (len(rows[0]) - left)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def show_rows(title: str, rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
-    """Prints the table, its first ``left`` columns to the left."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if i < left else "right")
-    for row in rows[1:]:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:

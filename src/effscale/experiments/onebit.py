@@ -20,10 +20,11 @@ from typing import Literal
 from effscale.experiments import quickstart, random_ltd_bert
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.finetune import Recipe
-from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.onebit_optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
 from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.random_ltd import check_shared
+from effscale.experiments.results import Result, finish
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
 
@@ -228,20 +229,6 @@ PRESETS = {
 FREE = ("tasks", "optimizers", "seeds", "out", "resume", "cache")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float | int]
-    """Named as in ``results.json``, each begins with its task."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Pretrains and fine-tunes as ``config`` says and fills the run folder.
 
@@ -263,7 +250,6 @@ def run(config: Config) -> Result:
     from effscale.data import unigram_entropy
     from effscale.experiments import onebit_report as report
     from effscale.experiments.finetune_passages import FineTuning
-    from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.onebit_runner import Pretraining
     from effscale.experiments.random_ltd_bert_data import passages_data
     from effscale.training import RunFolder
@@ -297,27 +283,10 @@ def run(config: Config) -> Result:
     for task, found in runs.items():
         figures |= report.figures(task, found)
     report.draw(folder.figures / "onebit.png", runs, majority=passages.majority)
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
-    folder.write_results(named)
     tables = {
         title: rows for task, found in runs.items() for title, rows in report.tables(task, found)
     }
-    text = "\n\n".join(f"{title}:\n\n{markdown(rows, left=1)}" for title, rows in tables.items())
-    folder.write_report("onebit", named, text)
-    for title, rows in tables.items():
-        show_rows(title, rows, left=1)
-    print(f"run folder: {result.folder}")
-    return result
+    return finish(folder, "onebit", figures, tables, began=began)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.finetune_report import deviation
 from effscale.experiments.onebit_optimizers import TWINS, rounds
 from effscale.experiments.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.results import deviation
 from effscale.training import read_jsonl
 
 

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.finetune import Recipe
-from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.random_ltd import ARMS, Dropping, check_shared
+from effscale.experiments.results import Result, finish
 from effscale.models import LMHead, NormConfig, TransformerConfig, bert
 from effscale.models.config import Remat
 from effscale.models.validation import check
@@ -174,20 +175,6 @@ PRESETS = {
 FREE = ("seeds", "out", "resume", "cache")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float | int]
-    """Named as in ``results.json``."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Pretrains and fine-tunes as ``config`` says and fills the run folder.
 
@@ -208,7 +195,6 @@ def run(config: Config) -> Result:
     from effscale.data import unigram_entropy
     from effscale.experiments import random_ltd_report as report
     from effscale.experiments.finetune_passages import FineTuning
-    from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.random_ltd_bert_data import passages_data
     from effscale.experiments.random_ltd_bert_runner import Pretraining
     from effscale.training import RunFolder
@@ -258,17 +244,6 @@ def run(config: Config) -> Result:
         **report.quality_figures(accuracies, "accuracy"),
         **report.cost_figures(runs),
     }
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
     report.draw(
         folder.figures / "loss.png",
         runs,
@@ -276,7 +251,6 @@ def run(config: Config) -> Result:
         label="loss on a part of the held-out text",
         after=("accuracy: which document?", accuracies),
     )
-    folder.write_results(named)
     percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
         "Validation loss in nats a hidden token, all tokens kept": report.quality_rows(
@@ -285,12 +259,7 @@ def run(config: Config) -> Result:
         "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
         "What pretraining costs": report.cost_rows(figures),
     }
-    text = "\n\n".join(f"{title}:\n\n{markdown(rows, left=1)}" for title, rows in tables.items())
-    folder.write_report("random_ltd_bert", named, text)
-    for title, rows in tables.items():
-        show_rows(title, rows, left=1)
-    print(f"run folder: {result.folder}")
-    return result
+    return finish(folder, "random_ltd_bert", figures, tables, began=began)
 
 
 def main(argv: list[str] | None = None) -> None:

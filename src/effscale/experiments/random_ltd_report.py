@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.finetune_report import deviation
 from effscale.experiments.plotting import COLORS, STYLE, Records, pyplot, series
 from effscale.experiments.random_ltd import ARMS, Arm
+from effscale.experiments.results import deviation
 from effscale.training import read_jsonl
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.finetune import Recipe
-from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.prepared import check_folder
 from effscale.experiments.random_ltd import (
     ARMS,
@@ -30,6 +30,7 @@ from effscale.experiments.random_ltd import (
     LearningRate,
     check_shared,
 )
+from effscale.experiments.results import Result, finish
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
 
@@ -105,20 +106,6 @@ PRESETS = {
 FREE = ("seeds", "fashion_mnist", "out", "resume")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float | int]
-    """Named as in ``results.json``."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Fine-tunes as ``config`` says and fills the run folder.
 
@@ -139,7 +126,6 @@ def run(config: Config) -> Result:
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments import random_ltd_report as report
-    from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.finetune_runner import prepare
     from effscale.training import RunFolder
 
@@ -179,17 +165,6 @@ def run(config: Config) -> Result:
         **report.quality_figures(accuracies, "accuracy"),
         **report.cost_figures(runs),
     }
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
     report.draw(
         folder.figures / "accuracy.png",
         runs,
@@ -197,18 +172,12 @@ def run(config: Config) -> Result:
         label=f"test accuracy (a part), {config.task}",
         level=("most frequent label", problem.data.majority),
     )
-    folder.write_results(named)
     percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
         "Test accuracy in percent, all tokens kept": report.quality_rows(percent, decimals=1),
         "What a run costs": report.cost_rows(figures),
     }
-    text = "\n\n".join(f"{title}:\n\n{markdown(rows, left=1)}" for title, rows in tables.items())
-    folder.write_report("random_ltd_vit", named, text)
-    for title, rows in tables.items():
-        show_rows(title, rows, left=1)
-    print(f"run folder: {result.folder}")
-    return result
+    return finish(folder, "random_ltd_vit", figures, tables, began=began)
 
 
 class Runner:

@@ -16,9 +16,10 @@ import pathlib
 import time
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
-from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.quickstart import ModelConfig
+from effscale.experiments.results import Result, finish
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
 
@@ -150,20 +151,6 @@ PRESETS = {
 FREE = ("learning_rate_factors", "threshold", "seeds", "out", "resume", "cache")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What came out."""
-
-    figures: dict[str, float | int | None]
-    """Named as in ``results.json``, each begins with its arm; None where there is nothing to tell."""
-    seconds: float
-    """Time of this call."""
-    peak_memory_mb: float
-    """Greatest resident memory of the process."""
-    folder: str
-    """The run folder."""
-
-
 def run(config: Config) -> Result:
     """Trains as ``config`` says and fills the run folder.
 
@@ -184,7 +171,6 @@ def run(config: Config) -> Result:
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments import seqlen_curriculum_draw as draw
     from effscale.experiments import seqlen_curriculum_report as report
-    from effscale.experiments.finetune_report import markdown, show_rows
     from effscale.experiments.seqlen_curriculum_arms import Training, make_arms
     from effscale.training import RunFolder
 
@@ -213,25 +199,8 @@ def run(config: Config) -> Result:
     draw.validation(folder.figures / "validation.png", first)
     if len(first) < len(runs):
         draw.learning_rates(folder.figures / "learning_rates.png", runs, figures)
-    result = Result(
-        figures=figures,
-        seconds=time.perf_counter() - began,
-        peak_memory_mb=peak_memory(),
-        folder=str(folder.path),
-    )
-    named = figures | {
-        "seconds": result.seconds,
-        "peak_memory_mb": result.peak_memory_mb,
-        "folder": result.folder,
-    }
-    folder.write_results(named)
     tables = report.tables(runs, figures)
-    text = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in tables.items())
-    folder.write_report("seqlen_curriculum", named, text)
-    for title, rows in tables.items():
-        show_rows(title, rows)
-    print(f"run folder: {result.folder}")
-    return result
+    return finish(folder, "seqlen_curriculum", figures, tables, began=began, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:
