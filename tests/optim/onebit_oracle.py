@@ -100,8 +100,8 @@ class ZeroOneAdam:
     """With local parameters written out: self.local[worker] is where a worker stands."""
 
     def __init__(self, params, workers, *, lr, b1=0.9, b2=0.999, eps=1e-8, var_freeze_step=4, var_update_scaler=1,
-                 local_step_scaler=1, local_step_clipper=2, wd=0.0, mask=None):  # fmt: skip
-        self.workers, self.wd = workers, wd
+                 local_step_scaler=1, local_step_clipper=2, wd=0.0, mask=None, var_decay="update"):  # fmt: skip
+        self.workers, self.wd, self.var_decay = workers, wd, var_decay
         self.mask = [np.ones_like(x) for x in params] if mask is None else mask
         self.local = [[x.copy() for x in params] for _ in range(workers)]
         self.m = [[np.zeros_like(x) for x in params] for _ in range(workers)]
@@ -128,7 +128,8 @@ class ZeroOneAdam:
         if self.t <= self.var_freeze_step:
             if self.t % self.var_interval == 0:
                 g = mean(gradients)
-                self.v = [b2 * v + (1 - b2) * x**2 for v, x in zip(self.v, g, strict=True)]
+                d = b2 if self.var_decay == "update" else b2**self.var_interval
+                self.v = [d * v + (1 - d) * x**2 for v, x in zip(self.v, g, strict=True)]
                 self.var_counter += 1
                 self.rounds.append(0)
                 if self.var_counter == self.kappa:

@@ -82,8 +82,8 @@ def test_onebit_adam(workers, weight_decay):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_zero_one_adam(workers, weight_decay):
+@pytest.mark.parametrize(("weight_decay", "var_decay"), [(0.0, "update"), (0.1, "step")])
+def test_zero_one_adam(workers, weight_decay, var_decay):
     masks = [np.ones(s) for s in SHAPES]
     masks[0][2] = 0.0
     rate = lambda t: 0.02 / (1 + 0.1 * jnp.asarray(t, jnp.float32))
@@ -96,6 +96,7 @@ def test_zero_one_adam(workers, weight_decay):
         local_step_clipper=4,
         wd=weight_decay,
         mask=masks,
+        var_decay=var_decay,
     )
     optimizer = zero_one_adam(
         rate,
@@ -103,6 +104,7 @@ def test_zero_one_adam(workers, weight_decay):
         var_freeze_step=6,
         exp_avg_mask=[jnp.asarray(m) for m in masks],
         var_update_scaler=1,
+        var_decay=var_decay,
         local_step_scaler=3,
         local_step_clipper=4,
         axis_name="data",

@@ -86,7 +86,7 @@ class Config:
     """Workers that a batch is divided among."""
     gpt: PretrainGPT = PretrainGPT(steps=500, adam_rate=2e-3, lamb_rate=3e-2)
     """The GPT."""
-    bert: PretrainBERT = PretrainBERT(steps=2000, adam_rate=1e-3, lamb_rate=1e-2)
+    bert: PretrainBERT = PretrainBERT(steps=2000, adam_rate=1e-3, lamb_rate=5e-3)
     """The BERT."""
     stages: Stages = Stages()
     """When compression begins."""

@@ -46,6 +46,8 @@ class Stages:
     """Share in which 0/1 Adam still updates its variance: 12,500 of 152,000, as long as the learning rate rises."""
     var_update_scaler: int = 16
     """Updates of 0/1 Adam's variance after which their interval doubles."""
+    var_decay: Literal["update", "step"] = "update"
+    """Whether 0/1 Adam's b2 acts once an update of the variance, as in the paper, or once a step between two."""
     local_step_scaler: float = 32.678 / 152
     """Share of the steps after which 0/1 Adam's interval between exchanges doubles: 32,678 of 152,000."""
     local_step_clipper: int = 16
@@ -146,7 +148,8 @@ def build(
     if name == "onebit_adam":
         return onebit_adam(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
     if name == "zero_one_adam":
-        return zero_one_adam(rate, b1, b2, **stages.policies(steps)._asdict(), **shared)
+        policies = stages.policies(steps)._asdict()
+        return zero_one_adam(rate, b1, b2, var_decay=stages.var_decay, **policies, **shared)
     if name == "lamb":
         return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_lamb":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from effscale.parallel.error_feedback import ErrorFeedback, init_error_feedback
 from effscale.parallel.exchange import Scales
 from effscale.parallel.workers import PerWorker, as_local, per_worker_zeros
 from effscale.training.schedules import value_at
+
+VarDecay = Literal["update", "step"]
+"""What the variance decays by ``b2`` in. ``update``: each of its updates, as in the paper. ``step``: each step, so by b2 to the power
+of the interval in an update; then the variance is as old as Adam's, and learned from fewer gradients."""
 
 
 class OwnWay(NamedTuple):
@@ -98,6 +102,7 @@ def scale_by_zero_one_adam(
     *,
     var_freeze_step: ArrayLike = 100_000,
     var_update_scaler: ArrayLike = 16,
+    var_decay: VarDecay = "update",
     local_step_scaler: ArrayLike = 32_678,
     local_step_clipper: ArrayLike = 16,
     exp_avg_mask: Any = None,
@@ -140,6 +145,9 @@ def scale_by_zero_one_adam(
         var_freeze_step: Updates of the first stage; the paper takes those in which the learning rate rises. More than
             the run has: no local steps.
         var_update_scaler: Updates of the variance after which their interval doubles, the paper's kappa.
+        var_decay: Whether b2 acts once an ``update`` of the variance, as in the paper, or once a ``step`` between two. The first
+            keeps gradients for 1 / (1 - b2) updates, which are ever further apart: a run that learns fast at first is then
+            scaled by how large its gradients once were.
         local_step_scaler: Steps after which the interval of local steps doubles; see `halving_steps`.
         local_step_clipper: The longest interval, the paper's H.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
@@ -165,6 +173,10 @@ def scale_by_zero_one_adam(
     g_.check_workers(axis_name, num_workers, scales)
     policies = Policies(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
     policies.check()
+    if var_decay not in get_args(VarDecay):
+        raise ValueError(
+            f"var_decay={var_decay!r} is unknown; one of {', '.join(get_args(VarDecay))}"
+        )
     if isinstance(var_freeze_step, int | float) and var_freeze_step < 1:
         raise ValueError(
             f"var_freeze_step={var_freeze_step} must be at least 1: the variance has to be learned before it is frozen"
@@ -217,8 +229,13 @@ def scale_by_zero_one_adam(
 
         def learned(g: Any) -> Any:
             """The variance, with the squares of averages in a step of its policy."""
-            squares = jax.tree.map(jnp.square, g)
-            return _select(variance, g_.lerp(state.nu, squares, b2), state.nu)
+
+            def one(v: Any, x: Any) -> Any:
+                every = state.policy.var_interval.astype(v.dtype)
+                decay = b2 if var_decay == "update" else b2**every
+                return jnp.where(variance, g_.lerp(v, jnp.square(x), decay), v)
+
+            return jax.tree.map(one, state.nu, g)
 
         def scaled(way: Any, mu: Any, nu: Any) -> Any:
             """The way along mu / (sqrt(nu) + eps) + weight_decay * params, in the types of the updates."""
@@ -294,6 +311,7 @@ def zero_one_adam(
     *,
     var_freeze_step: ArrayLike = 100_000,
     var_update_scaler: ArrayLike = 16,
+    var_decay: VarDecay = "update",
     local_step_scaler: ArrayLike = 32_678,
     local_step_clipper: ArrayLike = 16,
     exp_avg_mask: Any = None,
@@ -317,6 +335,7 @@ def zero_one_adam(
         mask: Which parameters decay.
         var_freeze_step: Updates of the first stage.
         var_update_scaler: Updates of the variance after which their interval doubles.
+        var_decay: Whether b2 acts once an ``update`` of the variance or once a ``step``.
         local_step_scaler: Steps after which the interval of local steps doubles.
         local_step_clipper: The longest interval.
         exp_avg_mask: What the momentum is multiplied by.
@@ -349,6 +368,7 @@ def zero_one_adam(
         mask,
         var_freeze_step=var_freeze_step,
         var_update_scaler=var_update_scaler,
+        var_decay=var_decay,
         local_step_scaler=local_step_scaler,
         local_step_clipper=local_step_clipper,
         exp_avg_mask=exp_avg_mask,
