@@ -29,7 +29,9 @@ def run_kernel(function, operands, z_loss, with_bias, **options):
     hidden, weight, bias, labels, weights = operands
     weights = jnp.where(labels >= 0, weights, 0.0)
     function = functools.partial(function, z_loss=z_loss, **options)
-    return jax.jit(function)(hidden, weight, bias if with_bias else None, labels, weights)
+    operands = (hidden, weight, bias if with_bias else None, labels, weights)
+    # An interpreter calls back into Python, and may hang when other work is dispatched meanwhile.
+    return jax.block_until_ready(jax.jit(function)(*jax.block_until_ready(operands)))
 
 
 def check(function, shape, key, z_loss, with_bias, **options):

@@ -40,14 +40,16 @@ def check(found, expected):
 
 
 def both(module, shape, key, **options):
-    """What `compress` and, at the first and last server, `average` give."""
+    """What `compress` and, at the first and last server, `average` give.
+
+    Each call is waited for: an interpreter calls back into Python, and hung when other work was dispatched meanwhile.
+    """
     compress = jax.jit(functools.partial(module.compress, size=shape.size, **options))
     average = jax.jit(functools.partial(module.average, **options))
-    places = (0, shape.workers - 1)
-    return [
-        compress(*shape.compressed(key)),
-        *(average(*shape.averaged(key, server=place)) for place in places),
-    ]
+    calls = [(compress, shape.compressed(key))]
+    calls += [(average, shape.averaged(key, server=place)) for place in (0, shape.workers - 1)]
+    jax.block_until_ready([operands for _, operands in calls])
+    return [jax.block_until_ready(call(*operands)) for call, operands in calls]
 
 
 @named(SMALL)
@@ -85,7 +87,7 @@ def test_kernels_serve_within_a_shard_map(getkey):
     shape = BY_NAME["tiles"]
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     workers = [shape.compressed(key) for key in jax.random.split(getkey(), 2)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *workers)
+    stacked = jax.block_until_ready(jax.tree.map(lambda *x: jnp.stack(x), *workers))
 
     def one(operands):
         operands = jax.tree.map(lambda x: x[0], operands)
@@ -94,7 +96,7 @@ def test_kernels_serve_within_a_shard_map(getkey):
 
     run = jax.shard_map(one, in_specs=P("data"), out_specs=P("data"))
     with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
-        found = jax.jit(run)(stacked)
+        found = jax.block_until_ready(jax.jit(run)(stacked))
     for i, one_worker in enumerate(workers):
         expected = reference.compress(*one_worker, size=shape.size)
         check([jax.tree.map(lambda x, i=i: x[i], found)], [expected])
