@@ -146,8 +146,7 @@ def scale_by_zero_one_adam(
             the run has: no local steps.
         var_update_scaler: Updates of the variance after which their interval doubles, the paper's kappa.
         var_decay: Whether b2 acts once an ``update`` of the variance, as in the paper, or once a ``step`` between two. The first
-            keeps gradients for 1 / (1 - b2) updates, which are ever further apart: a run that learns fast at first is then
-            scaled by how large its gradients once were.
+            keeps gradients for 1 / (1 - b2) updates, which are ever further apart, so those of the start for long.
         local_step_scaler: Steps after which the interval of local steps doubles; see `halving_steps`.
         local_step_clipper: The longest interval, the paper's H.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
