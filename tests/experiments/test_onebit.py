@@ -45,7 +45,7 @@ def options(corpus, tmp_path_factory):
         *("--gpt.steps", "12", "--gpt.model.d-model", "16", "--gpt.model.num-layers", "1"),
         *("--bert.steps", "12", "--bert.model.d-model", "16", "--bert.model.num-layers", "1"),
         *("--finetune.train", "16", "--finetune.test", "8", "--eval-every", "6"),
-        *("--finetune.batch-size", "4", "--stages.var-update-scaler", "1"),
+        *("--finetune.batch-size", "4", "--gpt.stages.var-update-scaler", "1"),
     ]
 
 
@@ -238,7 +238,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--workers", "1"], "Config.workers=1: must be at least 2, as one sends nothing"),
         (["--workers", "3"], "PretrainGPT.batch_size=8: must be a multiple of workers x"),
         (["--gpt.adam-rate", "0"], "PretrainGPT.adam_rate=0.0: must be above 0"),
-        (["--stages.onebit-adam", "1"], "Stages.onebit_adam=1.0: must be between 0 and 1"),
+        (["--gpt.stages.onebit-adam", "1"], "Stages.onebit_adam=1.0: must be between 0 and 1"),
         (["--moments.b2", "1"], "Moments.b2=1.0: must be from 0 to below 1"),
         (["--resume"], "Config.resume=True: must be given with --out"),
     ],

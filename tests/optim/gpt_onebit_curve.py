@@ -67,7 +67,8 @@ def curve(name, config, devices=None, *, stop=STEPS, folder=None, accumulate=1):
             state, metrics = step_fn(state, shard_batch(mine, mesh))
             losses.append(float(metrics["loss"]))
         if folder is not None:
-            checkpoints.save(stop, state, force=True)
+            if start < stop:
+                checkpoints.save(stop, state, force=True)
             checkpoints.close()
     return losses, state
 

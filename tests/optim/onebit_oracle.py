@@ -110,7 +110,7 @@ class ZeroOneAdam:
         self.lr, self.b1, self.b2, self.eps = lr, b1, b2, eps
         self.var_freeze_step, self.kappa = var_freeze_step, var_update_scaler
         self.scaler, self.clipper = local_step_scaler, local_step_clipper
-        self.t, self.var_interval, self.var_counter = 0, 1, 0
+        self.t, self.var_interval, self.var_counter, self.last_var_update = 0, 1, 0, 0
         self.local_interval, self.local_counter, self.lrs = 1, 0, 0.0
         self.exchange = Exchange([x.shape for x in params], workers)
         self.rounds = []
@@ -128,7 +128,8 @@ class ZeroOneAdam:
         if self.t <= self.var_freeze_step:
             if self.t % self.var_interval == 0:
                 g = mean(gradients)
-                d = b2 if self.var_decay == "update" else b2**self.var_interval
+                d = b2 if self.var_decay == "update" else b2 ** (self.t - self.last_var_update)
+                self.last_var_update = self.t
                 self.v = [d * v + (1 - d) * x**2 for v, x in zip(self.v, g, strict=True)]
                 self.var_counter += 1
                 self.rounds.append(0)

@@ -73,6 +73,11 @@ def test_onebit_lamb():
     assert_same(optimizer_from_deepspeed(config), expected)
 
 
+def test_without_params():
+    config = {"optimizer": {"type": "OneBitAdam", "params": None}}
+    assert_same(optimizer_from_deepspeed(config), onebit_adam(1e-3))
+
+
 def test_a_schedule_takes_the_place_of_the_rate():
     schedule = optax.linear_schedule(0.0, 1e-3, 4)
     assert_same(
@@ -92,6 +97,10 @@ def test_a_schedule_takes_the_place_of_the_rate():
         (with_optimizer("OneBitAdam", betas=0.9), "betas=0.9: must be two numbers"),
         (with_optimizer("OneBitAdam", betas=[0.9, 1.0]), "b2=1.0"),
         (with_optimizer("ZeroOneAdam", freeze_step=1), "unknown key 'freeze_step'"),
+        (with_optimizer("OneBitAdam", freeze_step="100"), "freeze_step='100': must be a whole"),
+        (with_optimizer("OneBitAdam", eps="tiny"), "eps='tiny': must be a number"),
+        (with_optimizer("OneBitAdam", lr=None), "lr=None: must be a number"),
+        ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params=\[1\]"),
     ],
 )
 def test_bad_input(config, message):

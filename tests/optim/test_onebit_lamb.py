@@ -39,6 +39,31 @@ def test_layers_of_a_stack_are_layers():
         np.testing.assert_allclose(stacked["kernel"].get_value(), jnp.stack(alone), rtol=1e-5)
 
 
+@pytest.mark.parametrize("bounds", [{"max_coeff": 1.0}, {"min_coeff": 1.0}])
+def test_a_coefficient_that_its_bound_makes_one_is_followed(bounds):
+    """DeepSpeed takes an exact one for a norm of zero, does not follow it, and multiplies by zero after the freeze."""
+    optimizer = onebit_lamb(0.01, freeze_step=3, **bounds)
+    params = {"w": jnp.full(4, 50.0 if "max_coeff" in bounds else 1e-3)}
+    state = optimizer.init(params)
+    for t in range(6):
+        updates, state = optimizer.update({"w": jnp.ones(4)}, state, params)
+        assert (updates["w"] != 0).all(), t
+        params = optax.apply_updates(params, updates)
+    expected = 1 - 0.9**3  # the average of ones, from zero
+    np.testing.assert_allclose(state.inner[0].frozen_coeff["w"], expected, rtol=1e-6)
+
+
+def test_a_layer_without_a_coefficient_has_one():
+    """A bias of zeros after a warm-up in which the rate was zero: it had no norm to divide yet."""
+    optimizer = onebit_lamb(lambda t: jnp.where(t < 2, 0.0, 0.1), freeze_step=2)
+    params = {"bias": jnp.zeros(3), "kernel": jnp.ones(3)}
+    state = optimizer.init(params)
+    for _ in range(4):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all((params[k] != start).all() for k, start in (("bias", 0.0), ("kernel", 1.0)))
+
+
 @pytest.mark.parametrize("late", [0, 2])
 def test_what_does_not_move_has_no_say_in_the_factor_of_a_layer(late):
     """Rows that never had a gradient, or have none any more and a mask, change nothing for the others."""

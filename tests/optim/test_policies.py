@@ -1,5 +1,6 @@
 """0/1 Adam's two policies, against the counts of DeepSpeed's code over whole schedules."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,6 +34,25 @@ def test_variance_steps():
     rounds = Policies().rounds(60)
     t = 1 + np.nonzero(rounds == Round.VARIANCE)[0]
     assert t.tolist() == [*range(1, 17), *range(18, 50, 2), 52, 56, 60]
+
+
+def test_age_of_the_variance():
+    """An update sees the steps since the last one, also where the interval has just doubled and they are fewer."""
+    policies, state, ages = Policies(var_freeze_step=40, var_update_scaler=3), Policies().init(), {}
+    for count in range(40):
+        kind, new = policies.step(state, count)
+        if int(kind) == Round.VARIANCE:
+            ages[count + 1] = int(state.var_age)
+        state = new
+    assert list(ages) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40]
+    assert ages == {t: t - before for before, t in zip([0, *ages], ages, strict=False)}
+
+
+def test_whole_numbers_that_are_floats():
+    """As JSON has them."""
+    with jax.numpy_dtype_promotion("standard"):
+        floats = Policies(4.0, 1.0, 2.0, 2.0).rounds(10)
+    np.testing.assert_array_equal(floats, Policies(4, 1, 2, 2).rounds(10))
 
 
 def test_local_steps_double_and_are_clipped():

@@ -7,7 +7,7 @@ import pytest
 from regression import batches, start, step_of
 
 from effscale.optim import VarianceRatio, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.parallel import simulate_workers
+from effscale.parallel import Residual, simulate_workers
 
 
 def test_variance_stays_once_frozen():
@@ -43,6 +43,33 @@ def test_variance_ratio_ends_the_warm_up():
     assert frozen_at == 1 + next(i for i, r in enumerate(ratios) if i >= 10 and r >= 0.96)
 
 
+def test_a_variance_of_zero_has_not_settled():
+    """Gradients that are zero at first, as of a part that is trained later, do not end the warm-up."""
+    optimizer = onebit_adam(0.1, variance_ratio=VarianceRatio(window=3))
+    params = {"w": jnp.ones(4)}
+    state = optimizer.init(params)
+    for t in range(8):
+        _, state = optimizer.update({"w": jnp.full(4, float(t >= 6))}, state, params)
+    assert not state.inner[0].ratio.reached
+    assert (state.inner[0].nu["w"] > 0).all()
+
+
+@pytest.mark.parametrize("maker", [onebit_adam, onebit_lamb])
+def test_a_later_freeze_step_begins_anew(maker):
+    """Errors of the compressed steps before are of momenta of then, in 1-bit LAMB scaled by numbers of then."""
+    early, late = (maker(0.01, freeze_step=k, axis_name="data", num_workers=2) for k in (2, 5))
+    params, state = start(), early.init(start())
+    seen = []
+    for i, batch in enumerate(batches(6)):
+        step = simulate_workers(step_of(early if i < 4 else late), 2)
+        params, state, _ = step(params, state, batch)
+        residuals = jax.tree.leaves(
+            state.inner[0].errors, is_leaf=lambda node: isinstance(node, Residual)
+        )
+        seen.append(max(float(jnp.abs(residual.error).max()) for residual in residuals))
+    assert [bool(error) for error in seen] == [False, False, True, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("maker", "options", "message"),
     [
@@ -60,6 +87,11 @@ def test_variance_ratio_ends_the_warm_up():
         (zero_one_adam, {"local_step_clipper": 0}, "local_step_clipper=0"),
         (zero_one_adam, {"var_freeze_step": 0}, "var_freeze_step=0"),
         (onebit_adam, {"num_workers": 2}, "num_workers=2 without axis_name"),
+        (onebit_adam, {"b2": np.float32(1.5)}, "b2=1.5"),
+        (onebit_adam, {"freeze_step": np.int64(0)}, "freeze_step=0"),
+        (onebit_adam, {"freeze_step": 2.5}, "freeze_step=2.5"),
+        (onebit_adam, {"clip_norm": float("nan")}, "clip_norm=nan"),
+        (onebit_lamb, {"factor_min": 0.0}, "factor_min=0.0"),
     ],
 )
 def test_options_out_of_range(maker, options, message):

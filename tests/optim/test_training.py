@@ -72,8 +72,12 @@ def test_resume_is_bit_for_bit(name, reference, tmp_path):
 
 def test_another_number_of_workers_goes_on(name, reference, tmp_path):
     """Saved by eight workers after compressed steps, read by four: the mean of what they kept is kept."""
-    gpt.curve(name, MeshConfig(), stop=9, folder=tmp_path)
-    losses, _ = gpt.curve(name, MeshConfig(data=4), jax.devices()[:4], folder=tmp_path)
+    four = MeshConfig(data=4), jax.devices()[:4]
+    _, saved = gpt.curve(name, MeshConfig(), stop=9, folder=tmp_path)
+    _, read = gpt.curve(name, *four, stop=9, folder=tmp_path)
+    expected = owed(jax.device_get(saved.opt_state))
+    np.testing.assert_allclose(owed(jax.device_get(read.opt_state)), expected, rtol=1e-4, atol=1e-9)
+    losses, _ = gpt.curve(name, *four, folder=tmp_path)
     # Four workers' signs are noisier than eight's; where they start from is the same.
     np.testing.assert_allclose(losses[0], reference[0][9], rtol=0.1)
     assert max(losses) < reference[0][0]
@@ -117,28 +121,30 @@ def test_clipping_belongs_to_the_optimizer():
         make_train_step(next_token_loss, optimizer, clip_norm=1.0, axis_name="data")
 
 
-def test_nothing_is_lost_when_workers_change(reference):
+def owed(opt_state):
     """What the exchange owes: the mean error of the workers and the errors of the servers."""
+    inner = opt_state.inner[0]
+    errors = inner.errors.value if hasattr(inner, "errors") else inner.own.value.errors
+    parts = []
+    residual = lambda node: hasattr(node, "corrected")
+    for worker, server in zip(
+        jax.tree.leaves(errors.worker, is_leaf=residual),
+        jax.tree.leaves(errors.server, is_leaf=residual),
+        strict=True,
+    ):
+        size = worker.corrected[0].size
+        flat = jnp.moveaxis(server.error, 1, 0).reshape(-1)[:size]
+        parts.append(jnp.mean(worker.error, 0).reshape(-1) + flat)
+    found = np.concatenate(jax.device_get(parts))
+    assert np.abs(found).max() > 0
+    return found
 
-    def owed(state):
-        inner = state.inner[0]
-        errors = inner.errors.value if hasattr(inner, "errors") else inner.own.value.errors
-        parts = []
-        residual = lambda node: hasattr(node, "corrected")
-        for worker, server in zip(
-            jax.tree.leaves(errors.worker, is_leaf=residual),
-            jax.tree.leaves(errors.server, is_leaf=residual),
-            strict=True,
-        ):
-            size = worker.corrected[0].size
-            flat = jnp.moveaxis(server.error, 1, 0).reshape(-1)[:size]
-            parts.append(jnp.mean(worker.error, 0).reshape(-1) + flat)
-        return np.concatenate(parts)
 
+def test_nothing_is_lost_when_workers_change(reference):
     state = jax.device_get(reference[1].opt_state)
-    before = owed(state)
-    assert np.abs(before).max() > 0
-    np.testing.assert_allclose(owed(resize_workers(state, 3)), before, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(owed(resize_workers(state, 3)), owed(state), rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="num_workers=0"):
+        resize_workers(state, 0)
 
 
 def test_a_step_that_is_skipped_sent_nothing():

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from regression import MAKERS, alone_step_of, batches, loss_fn, run, start, step_of
 
-from effscale.optim import mean_over_workers, onebit_adam
+from effscale.optim import mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import MeshConfig, per_worker, simulate_workers, worker_params
 
 
@@ -63,6 +63,27 @@ def test_fsdp_and_tensor_axes(make):
             jax.tree.map(close, found[0], expected[0])
     assert losses[12][1] < losses[2][1]
     np.testing.assert_allclose(*losses[12], rtol=0.1)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_injected_hyperparameters_of_workers(name):
+    """The learning rate sits in the state, and what decides shapes is static."""
+    maker = {
+        "onebit_adam": onebit_adam,
+        "onebit_lamb": onebit_lamb,
+        "zero_one_adam": zero_one_adam,
+    }[name]
+    options = {"learning_rate": 0.01, "axis_name": "data", "num_workers": 2}
+    plain = maker(**options)
+    injected = optax.inject_hyperparams(maker, static_args="num_workers")(**options)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, found = (
+            run(jax.jit(simulate_workers(step_of(optimizer), 2)), optimizer, steps=3)
+            for optimizer in (plain, injected)
+        )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found[0], expected[0])
+    np.testing.assert_allclose(found[1].hyperparams["learning_rate"], 0.01)
 
 
 def test_gradients_that_were_summed_are_refused(make):

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from effscale.parallel import (
@@ -19,7 +20,7 @@ from effscale.parallel import (
     shardings,
     simulate_workers,
 )
-from effscale.parallel.workers import per_worker_zeros
+from effscale.parallel.worker_zeros import per_worker_zeros
 
 
 def mean_step(scales="tensor"):
@@ -164,7 +165,9 @@ def test_other_axes_compress_their_shards(trees, other, name):
         assert places.value.server["kernel"].get_value().corrected.spec == P(
             "data", (other, "tensor")
         )
-        errors = jax.device_put(errors, places)
+        assert errors.value.worker["kernel"].get_value().corrected.sharding == (
+            places.value.worker["kernel"].get_value().corrected
+        ), "divided from birth"
         params = jax.device_put(params, shardings(params, mesh))
         rows = jnp.array([[1.0], [2.0]])
 
@@ -252,3 +255,23 @@ def test_bad_input(unchecked):
             per_worker(lambda x: x)(jnp.ones((3, 4)))
         with pytest.raises(ValueError, match="result differs between the workers along 'data'"):
             per_worker(lambda x: x.sum())(x)
+
+
+def test_meshes_and_specs_that_do_not_fit():
+    """Each answer names the axis, where JAX's would be of its insides."""
+    x = jnp.ones((2, 4))
+    with jax.set_mesh(MeshConfig().build(jax.devices()[:2])):
+        with pytest.raises(ValueError, match="simulate_workers outside of"):
+            simulate_workers(mean_step(), 2)(zeros(x, 2), x)
+        with pytest.raises(ValueError, match=r"names 'tensr'.*in use: data"):
+            init_error_feedback(x, 2, P("tensr"))
+
+        def step(errors, x):
+            return compressed_mean(x, errors.value, "data", specs=P(None, "data"))
+
+        with pytest.raises(ValueError, match="over the workers' axis 'data'"):
+            per_worker(step)(zeros(x, 2), x)
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    explicit = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=kinds)
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match="'tensor' is of type Explicit"):
+        per_worker(mean_step())(zeros(x, 2), x)

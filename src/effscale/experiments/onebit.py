@@ -49,6 +49,8 @@ class Pretrain:
     """That for LAMB's."""
     final: float = 0.0
     """Share of its peak at which the learning rate ends."""
+    stages: Stages = Stages()
+    """When compression begins."""
 
     def __post_init__(self):
         for name in ("steps", "length", "batch_size", "accumulate"):
@@ -86,10 +88,13 @@ class Config:
     """Workers that a batch is divided among."""
     gpt: PretrainGPT = PretrainGPT(steps=500, adam_rate=2e-3, lamb_rate=3e-2)
     """The GPT."""
-    bert: PretrainBERT = PretrainBERT(steps=2000, adam_rate=1e-3, lamb_rate=5e-3)
-    """The BERT."""
-    stages: Stages = Stages()
-    """When compression begins."""
+    bert: PretrainBERT = PretrainBERT(
+        steps=2000,
+        adam_rate=5e-4,
+        lamb_rate=5e-3,
+        stages=Stages(zero_one_adam=23 / 152, var_decay="step", local_step_clipper=2),
+    )
+    """The BERT, at half of its best rates and with 0/1 Adam's stages as it needs them; why is on the experiment's page."""
     moments: Moments = Moments()
     """What all optimizers share."""
     corpus: tuple[str, ...] = ("stdlib",)

@@ -58,11 +58,11 @@ def read(folder: pathlib.Path, task: str, config: Any) -> dict[str, Runs]:
         if name == "scratch":
             found[name] = Runs(records=None, accuracies=accuracies)
         else:
-            steps = getattr(config, task).steps
+            plan = getattr(config, task)
             found[name] = Runs(
                 records=metrics(name),
                 accuracies=accuracies,
-                rounds=rounds(name, config.stages, steps),
+                rounds=rounds(name, plan.stages, plan.steps),
             )
     return found
 

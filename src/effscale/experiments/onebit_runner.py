@@ -57,12 +57,12 @@ def make_step(
     """
     plan = getattr(config, task)
     peak = plan.lamb_rate if name in ("lamb", "onebit_lamb") else plan.adam_rate
-    rate = learning_rate(peak, plan.final, plan.steps, config.stages)
+    rate = learning_rate(peak, plan.final, plan.steps, plan.stages)
     optimizer = build(
         name,
         rate,
         moments=config.moments,
-        stages=config.stages,
+        stages=plan.stages,
         steps=plan.steps,
         workers=workers,
     )

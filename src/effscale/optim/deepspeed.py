@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from effscale.models.validation import check_keys, did_you_mean
+from effscale.models.validation import check_keys, did_you_mean, whole_number
 from effscale.optim.onebit_adam import onebit_adam
 from effscale.optim.onebit_lamb import onebit_lamb
 from effscale.optim.zero_one_adam import zero_one_adam
@@ -13,6 +13,7 @@ from effscale.optim.zero_one_adam import zero_one_adam
 _SHARED = {"eps": 1e-8, "weight_decay": 0.0}
 _LAMB = ("max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
 _ZERO_ONE = ("var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper")
+_COUNTS = ("freeze_step", *_ZERO_ONE)
 _KINDS = {
     "onebitadam": (onebit_adam, ("freeze_step",)),
     "zerooneadam": (zero_one_adam, _ZERO_ONE),
@@ -65,7 +66,7 @@ def optimizer_from_deepspeed(
         names = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
         raise ValueError(f"optimizer.type={block['type']!r}: {did_you_mean(block['type'], names)}")
     maker, own = _KINDS[kind]
-    given = dict(block.get("params", {}))
+    given = block.get("params") or {}
     check_keys(given, "optimizer.params", optional=("lr", "betas", *_SHARED, *own, *_PASSED_OVER))
     if given.get("amsgrad"):
         raise ValueError("optimizer.params.amsgrad=True: there is no AMSGrad of it; take it out")
@@ -74,15 +75,28 @@ def optimizer_from_deepspeed(
             f"optimizer.params.max_grad_norm={given['max_grad_norm']!r}: use gradient_clipping, beside the optimizer"
         )
     b1, b2 = _betas(given.get("betas", (0.9, 0.999)))
-    taken = {key: given.get(key, default) for key, default in _SHARED.items()}
-    taken |= {key: given[key] for key in own if key in given}
+    chosen = {key: given[key] for key in own if key in given}
+    chosen |= {key: given.get(key, default) for key, default in _SHARED.items()}
+    taken: dict[str, Any] = {
+        key: (whole_number if key in _COUNTS else _number)(value, f"optimizer.params.{key}")
+        for key, value in chosen.items()
+    }
     if config.get("gradient_clipping"):
-        taken |= {"clip_norm": config["gradient_clipping"], "clip": "local"}
-    rate = given.get("lr", 1e-3) if learning_rate is None else learning_rate
-    return maker(rate, b1, b2, **(taken | options))
+        clip_norm = _number(config["gradient_clipping"], "gradient_clipping")
+        taken |= {"clip_norm": clip_norm, "clip": "local"}
+    if learning_rate is None:
+        learning_rate = _number(given.get("lr", 1e-3), "optimizer.params.lr")
+    return maker(learning_rate, b1, b2, **(taken | options))
 
 
 def _betas(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"optimizer.params.betas={value!r}: must be two numbers")
-    return float(value[0]), float(value[1])
+    b1, b2 = (float(_number(one, "optimizer.params.betas")) for one in value)
+    return b1, b2
+
+
+def _number(value: Any, where: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where}={value!r}: must be a number")
+    return value

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effscale.optim.options import check_count, check_number
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarianceRatio:
@@ -56,7 +58,8 @@ def watch_variance(
     norms = [jnp.sum(jnp.abs(v), dtype=jnp.float32) for v in jax.tree.leaves(nu)]
     norm = sum(norms, start=jnp.zeros((), jnp.float32))
     place = count % criterion.window
-    seen = (count >= criterion.window) & (count >= criterion.start)
+    # A variance of zero, before any gradient, has not settled.
+    seen = (count >= criterion.window) & (count >= criterion.start) & (norm > 0)
     reached = seen & (state.norms[place] >= criterion.threshold * norm)
     return RatioState(state.norms.at[place].set(norm), state.reached | reached)
 
@@ -69,19 +72,12 @@ def is_frozen(freeze_step: Any, state: RatioState | None, count: jax.Array) -> j
 
 def check_freeze_step(freeze_step: Any) -> None:
     """Raise a ``ValueError`` for a number that no run has."""
-    if isinstance(freeze_step, int | float) and (
-        freeze_step < 1 or freeze_step != int(freeze_step)
-    ):
-        raise ValueError(
-            f"freeze_step={freeze_step} must be a whole number of at least 1: the variance has to be learned before it "
-            "is frozen; 15 to 25 % of the steps are usual"
-        )
+    why = ": the variance has to be learned before it is frozen; 15 to 25 % of the steps are usual"
+    check_count("freeze_step", freeze_step, 1, why)
 
 
 def check_moments(b1: Any, b2: Any, eps: Any) -> None:
     """Raise a ``ValueError`` for decays or an epsilon out of range."""
     for name, value in (("b1", b1), ("b2", b2)):
-        if isinstance(value, int | float) and not 0 <= value < 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1)")
-    if isinstance(eps, int | float) and eps < 0:
-        raise ValueError(f"eps={eps} must not be negative")
+        check_number(name, value, lambda b: 0 <= b < 1, "lie in [0, 1)")
+    check_number("eps", eps, lambda e: e >= 0, "not be negative")

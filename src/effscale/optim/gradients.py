@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effscale.optim.options import check_number
 from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.error_feedback import init_error_feedback
 from effscale.parallel.exchange import Scales
 from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
+from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import (
     PerWorker,
     as_local,
     bound_axis_size,
     differs,
     is_manual,
-    per_worker_zeros,
 )
 
 Clip = Literal["synchronised", "local"]
@@ -140,8 +141,7 @@ def clipped_mean(gradients: Any, axis_name: str | None, clip_norm: Any, clip: Cl
 
 def check_clip(clip_norm: Any, clip: str) -> None:
     """Raise a ``ValueError`` for options out of range."""
-    if isinstance(clip_norm, int | float) and clip_norm <= 0:
-        raise ValueError(f"clip_norm={clip_norm} must be positive; None does not clip")
+    check_number("clip_norm", clip_norm, lambda c: c > 0, "be positive; None does not clip")
     if clip not in get_args(Clip):
         raise ValueError(f"clip={clip!r} is unknown; one of {', '.join(get_args(Clip))}")
 
@@ -171,7 +171,7 @@ def check_workers(axis_name: str | None, num_workers: int | None, scales: str) -
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
     """The uncompressed mean over workers, as the first link of any optimizer within `effscale.parallel.per_worker`.
 
-    What crosses the network is of the gradients' type.
+    What crosses the network is of the gradients' type; on CPU it is float32 where that type is narrower.
 
     >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
     """
@@ -257,12 +257,22 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(_at_least_float32(x.dtype)), tree)
 
 
+def in_types_of(gradients: Any, updates: Any) -> Any:
+    """The updates in the gradients' types, as optax has it."""
+    return jax.tree.map(lambda g, u: u.astype(g.dtype), gradients, updates)
+
+
 def where_known(mu: Any, nu: Any) -> Any:
     """The momentum, and zero where the variance is zero.
 
     One bit cannot say zero. What never had a gradient would be told plus or minus the scale, and divided by nothing but epsilon.
     """
     return jax.tree.map(lambda m, v: jnp.where(v > 0, m, jnp.zeros_like(m)), mu, nu)
+
+
+def normalised(mu: Any, nu: Any, eps: Any) -> Any:
+    """Momentum by the root of the variance, of an array. Zero by zero is zero, also without an epsilon: there was no gradient."""
+    return mu / jnp.where(nu > 0, jnp.sqrt(nu) + eps, 1.0)
 
 
 def lerp(old: Any, new: Any, decay: Any) -> Any:

@@ -15,11 +15,50 @@ from effscale.training.schedules import scale_by_learning_rate
 
 
 class LambState(NamedTuple):
-    """State of `scale_by_lamb`: updates made (int32), momentum and variance in at least float32."""
+    """State of `scale_by_lamb`: momentum and variance in at least float32."""
 
-    count: Any
     mu: Any
     nu: Any
+
+
+class Lamb(NamedTuple):
+    """The options of LAMB's mathematics, which the warm-up of 1-bit LAMB shares."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    weight_decay: Any
+    mask: Any
+    trust: TrustRatio
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for options out of range."""
+        check_moments(self.b1, self.b2, self.eps)
+        self.trust.check()
+
+    def direction(self, mu: Any, nu: Any, params: Any) -> tuple[Any, Any]:
+        """Momentum by the root of the variance, without and with weight decay."""
+        u = jax.tree.map(lambda m, v: g_.normalised(m, v, self.eps), mu, nu)
+        decay = optax.add_decayed_weights(self.weight_decay, self.mask)
+        return u, decay.update(u, decay.init(params), g_.in_float32(params))[0]
+
+    def step(self, mean: Any, mu: Any, nu: Any, params: Any, dims: Any) -> "LambStep":
+        """From the mean gradient, the last moments, the parameters and how many dimensions stack layers."""
+        mu, nu = g_.averaged_moments(mean, mu, nu, self.b1, self.b2)
+        _, u = self.direction(mu, nu, params)
+        coeff = jax.tree.map(self.trust, params, u, dims)
+        defined = jax.tree.map(self.trust.defined, params, u, dims)
+        return LambStep(mu, nu, coeff, defined, jax.tree.map(jnp.multiply, coeff, u))
+
+
+class LambStep(NamedTuple):
+    """What `Lamb.step` finds: the moments; each layer's coefficient, and whether it is the quotient of two norms; the update."""
+
+    mu: Any
+    nu: Any
+    coeff: Any
+    defined: Any
+    update: Any
 
 
 def scale_by_lamb(
@@ -57,13 +96,11 @@ def scale_by_lamb(
     References:
         You et al., `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, 2020
     """
-    check_moments(b1, b2, eps)
-    ratio = TrustRatio(max_coeff, min_coeff)
-    ratio.check()
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
+    lamb.check()
 
     def init(params: Any) -> Any:
-        return LambState(jnp.zeros((), jnp.int32), g_.moments_like(params), g_.moments_like(params))
+        return LambState(g_.moments_like(params), g_.moments_like(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
@@ -71,17 +108,9 @@ def scale_by_lamb(
             raise ValueError(
                 "LAMB needs the parameters: optimizer.update(gradients, state, params)"
             )
-        mu, nu = g_.averaged_moments(g_.in_float32(updates), state.mu, state.nu, b1, b2)
-        u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-        u, _ = decay.update(u, decay.init(params), g_.in_float32(params))
-        scaled = jax.tree.map(
-            lambda p, x, dims, g: (ratio(p, x, dims) * x).astype(g.dtype),
-            params,
-            u,
-            stacked_dims(params, stacked),
-            updates,
-        )
-        return scaled, LambState(optax.safe_increment(state.count), mu, nu)
+        dims = stacked_dims(params, stacked)
+        step = lamb.step(g_.in_float32(updates), state.mu, state.nu, params, dims)
+        return g_.in_types_of(updates, step.update), LambState(step.mu, step.nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

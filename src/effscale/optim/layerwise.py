@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effscale.optim.options import check_bounds
 from effscale.training.partition import NamedLeaf, named_leaves
 
 Stacked = Any
@@ -54,16 +55,16 @@ class TrustRatio(NamedTuple):
     min_coeff: Any = 0.01
 
     def __call__(self, params: Any, update: Any, dims: int) -> jax.Array:
-        """Norm of the parameters by that of the update, within bounds; one where either is zero."""
+        """Norm of the parameters by that of the update, within bounds; one where it is not `defined`."""
         p, u = norms(params, dims), norms(update, dims)
         ratio = jnp.clip(p / jnp.where(u > 0, u, 1.0), self.min_coeff, self.max_coeff)
-        return jnp.where((p > 0) & (u > 0), ratio, 1.0)
+        return jnp.where(self.defined(params, update, dims), ratio, 1.0)
+
+    def defined(self, params: Any, update: Any, dims: int) -> jax.Array:
+        """Whether neither norm is zero."""
+        return (norms(params, dims) > 0) & (norms(update, dims) > 0)
 
     def check(self) -> None:
         """Raise a ``ValueError`` for bounds that no number lies in."""
-        low, high = self.min_coeff, self.max_coeff
-        numbers = isinstance(low, int | float) and isinstance(high, int | float)
-        if numbers and not 0 <= low <= high:
-            raise ValueError(
-                f"min_coeff={low} and max_coeff={high} must be ordered and not negative"
-            )
+        low, high = ("min_coeff", self.min_coeff), ("max_coeff", self.max_coeff)
+        check_bounds(low, high, 0.0, "be ordered and not negative")

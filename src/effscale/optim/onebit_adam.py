@@ -123,11 +123,12 @@ def scale_by_onebit_adam(
             mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
             mu, nu = g_.averaged_moments(mean, state.mu, state.nu, b1, b2)
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
-            return mu, nu, ratio, state.errors
+            # Errors of compressed steps before, if freeze_step was raised since, are of a momentum of then.
+            return mu, nu, ratio, jax.tree.map(jnp.zeros_like, state.errors)
 
         def compressed() -> Any:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            mu = g_.lerp(state.mu, g, b1)
+            mu = g_.where_known(g_.lerp(state.mu, g, b1), state.nu)
             mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
             mu = g_.where_known(g_.masked(mu, exp_avg_mask, params), state.nu)
             return mu, state.nu, state.ratio, errors
@@ -135,12 +136,10 @@ def scale_by_onebit_adam(
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
         mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
-        scaled = jax.tree.map(
-            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu, nu, updates
-        )
+        scaled = jax.tree.map(lambda m, v: g_.normalised(m, v, eps), mu, nu)
         count = optax.safe_increment(state.count)
         sent = jnp.where(frozen, one_bit, full)
-        return scaled, OneBitAdamState(count, mu, nu, ratio, errors, sent)
+        return g_.in_types_of(updates, scaled), OneBitAdamState(count, mu, nu, ratio, errors, sent)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

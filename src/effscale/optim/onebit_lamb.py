@@ -13,12 +13,13 @@ from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
     check_freeze_step,
-    check_moments,
     init_ratio,
     is_frozen,
     watch_variance,
 )
+from effscale.optim.lamb import Lamb
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
+from effscale.optim.options import check_bounds, check_number
 from effscale.parallel.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
@@ -32,7 +33,7 @@ class OneBitLambState(NamedTuple):
         mu: The momentum, the same on all workers.
         nu: The variance of the warm-up.
         nu_fresh: The variance of the gradients as the exchanged momentum tells them, after the warm-up.
-        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up.
+        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up; 0 where it had none yet.
         last_factor: What the coefficient of each layer was multiplied by last.
         scaling_coeff: What the momentum of each layer is multiplied by so that all are alike when they are exchanged.
         compressing: Whether a compressed step was made.
@@ -81,7 +82,7 @@ def scale_by_onebit_lamb(
     r"""Scale by 1-bit LAMB, weight decay included.
 
     The warm-up is `effscale.optim.scale_by_lamb`, of the mean gradient, and follows each layer's coefficient,
-    :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where c is exactly 1). After it, with
+    :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where a norm is zero; a layer where one always was has 1). After it, with
     :math:`a = \bar z / z` of the layers' root mean squares z of the momentum at the end of the warm-up:
 
     .. math::
@@ -127,14 +128,12 @@ def scale_by_onebit_lamb(
     References:
         Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
     """
-    check_moments(b1, b2, eps)
+    lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
+    lamb.check()
     check_freeze_step(freeze_step)
     g_.check_clip(clip_norm, clip)
     g_.check_workers(axis_name, num_workers, scales)
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
-    trust = TrustRatio(max_coeff, min_coeff)
-    trust.check()
-    decay = optax.add_decayed_weights(weight_decay, mask)
 
     def init(params: Any) -> Any:
         dims = stacked_dims(params, stacked)
@@ -167,33 +166,26 @@ def scale_by_onebit_lamb(
         g_.check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
 
-        def decayed(u: Any) -> Any:
-            return decay.update(u, decay.init(params), g_.in_float32(params))[0]
-
-        def in_types(u: Any) -> Any:
-            return jax.tree.map(lambda x, g: x.astype(g.dtype), u, updates)
-
         def warm_up() -> tuple[Any, OneBitLambState]:
             mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
-            mu, nu = g_.averaged_moments(mean, state.mu, state.nu, b1, b2)
-            u = decayed(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu))
-            coeff = jax.tree.map(trust, params, u, dims)
+            step = lamb.step(mean, state.mu, state.nu, params, dims)
             frozen = jax.tree.map(
-                lambda old, c: jnp.where(c == 1.0, old, coeff_beta * old + (1 - coeff_beta) * c),
+                lambda old, c, defined: jnp.where(defined, g_.lerp(old, c, coeff_beta), old),
                 state.frozen_coeff,
-                coeff,
+                step.coeff,
+                step.defined,
             )
-            ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
             new = state._replace(
-                mu=mu,
-                nu=nu,
+                mu=step.mu,
+                nu=step.nu,
                 frozen_coeff=frozen,
-                # Of compressed steps before, if freeze_step was raised since.
+                # Of compressed steps before, if freeze_step was raised since; the errors are of momenta scaled then.
                 last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
                 compressing=jnp.zeros((), jnp.bool_),
-                ratio=ratio,
+                errors=jax.tree.map(jnp.zeros_like, state.errors),
+                ratio=watch_variance(variance_ratio, state.ratio, state.count, step.nu),
             )
-            return in_types(jax.tree.map(jnp.multiply, coeff, u)), new
+            return g_.in_types_of(updates, step.update), new
 
         def compressed() -> tuple[Any, OneBitLambState]:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
@@ -202,13 +194,13 @@ def scale_by_onebit_lamb(
                 lambda: state.scaling_coeff,
                 lambda: _scaling_coeff(state.mu, dims),
             )
-            mu = jax.tree.map(jnp.multiply, g_.lerp(state.mu, g, b1), scaling)
+            mu = g_.where_known(g_.lerp(state.mu, g, b1), state.nu)
+            mu = jax.tree.map(jnp.multiply, mu, scaling)
             mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
             # What never had a gradient, or is masked, does not move, and has no say in the factor.
             known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
             moves = g_.masked(known, exp_avg_mask, params)
-            mu = g_.masked(jax.tree.map(jnp.divide, mu, scaling), exp_avg_mask, params)
-            mu = g_.where_known(mu, state.nu)
+            mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
 
             def fresh(v: Any, v_fresh: Any, m: Any, last: Any) -> Any:
                 gradient = (m - b1 * last) / (1 - b1)
@@ -216,14 +208,15 @@ def scale_by_onebit_lamb(
                 return b2 * start + (1 - b2) * jnp.square(gradient)
 
             nu_fresh = jax.tree.map(fresh, state.nu, state.nu_fresh, mu, state.mu)
-            u0 = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, state.nu)
-            u = decayed(u0)
+            u0, u = lamb.direction(mu, state.nu, params)
 
             def factor(
                 v: Any, v_fresh: Any, moves: Any, before: Any, after: Any, last: Any, d: int
             ) -> Any:
-                quotient = (jnp.sqrt(v) + eps) / (jnp.sqrt(v_fresh) + eps)
-                quotient = jnp.where(moves != 0, quotient, 0.0)
+                root, root_fresh = (
+                    jnp.where(moves != 0, jnp.sqrt(x) + eps, 1.0) for x in (v, v_fresh)
+                )
+                quotient = jnp.where(moves != 0, root / root_fresh, 0.0)
                 r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True, initial=0.0)
                 r = jnp.where(r > 0, r, 1.0)  # a layer that does not move
                 with_decay = norms(after, d)
@@ -235,7 +228,8 @@ def scale_by_onebit_lamb(
                 return jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
 
             r = jax.tree.map(factor, state.nu, nu_fresh, moves, u0, u, state.last_factor, dims)
-            out = jax.tree.map(lambda c, f, x: c * f * x, state.frozen_coeff, r, u)
+            coeff = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
+            out = jax.tree.map(lambda c, f, x: c * f * x, coeff, r, u)
             new = state._replace(
                 mu=mu,
                 nu_fresh=nu_fresh,
@@ -244,7 +238,7 @@ def scale_by_onebit_lamb(
                 compressing=jnp.ones((), jnp.bool_),
                 errors=errors,
             )
-            return in_types(out), new
+            return g_.in_types_of(updates, out), new
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         out, new = jax.lax.cond(frozen, compressed, warm_up)
@@ -270,17 +264,10 @@ def _scaling_coeff(mu: Any, dims: Any) -> Any:
 
 
 def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
-    def number(x: Any) -> bool:
-        return isinstance(x, int | float)
-
-    if number(beta) and not 0 <= beta < 1:
-        raise ValueError(f"coeff_beta={beta} must lie in [0, 1)")
-    if number(largest) and number(least) and not 0 < least <= largest:
-        raise ValueError(
-            f"factor_min={least} and factor_max={largest} must be ordered and positive"
-        )
-    if number(threshold) and not 0 <= threshold < 1:
-        raise ValueError(f"factor_threshold={threshold} must lie in [0, 1)")
+    check_number("coeff_beta", beta, lambda x: 0 <= x < 1, "lie in [0, 1)")
+    check_number("factor_min", least, lambda x: x > 0, "be positive")
+    check_bounds(("factor_min", least), ("factor_max", largest), 0.0, "be ordered")
+    check_number("factor_threshold", threshold, lambda x: 0 <= x < 1, "lie in [0, 1)")
 
 
 def onebit_lamb(

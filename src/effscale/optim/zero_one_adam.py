@@ -11,16 +11,18 @@ from jax.typing import ArrayLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
+from effscale.optim.options import check_count
 from effscale.optim.zero_one_policies import Policies, PolicyState, Round
 from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.error_feedback import ErrorFeedback, init_error_feedback
 from effscale.parallel.exchange import Scales
-from effscale.parallel.workers import PerWorker, as_local, per_worker_zeros
+from effscale.parallel.worker_zeros import per_worker_zeros
+from effscale.parallel.workers import PerWorker, as_local
 from effscale.training.schedules import value_at
 
 VarDecay = Literal["update", "step"]
-"""What the variance decays by ``b2`` in. ``update``: each of its updates, as in the paper. ``step``: each step, so by b2 to the power
-of the interval in an update; then the variance is as old as Adam's, and learned from fewer gradients."""
+"""What the variance decays by ``b2`` in. ``update``: each of its updates, as in the paper. ``step``: each step, so in an update by b2
+to the power of the steps since the last; then the variance is as old as Adam's, and learned from fewer gradients."""
 
 
 class OwnWay(NamedTuple):
@@ -73,14 +75,9 @@ class ZeroOneAdamState:
         def local(u: Any, p: Any, v: Any) -> Any:
             if is_masked(u):  # another optimizer's, by optax.masked or optax.partition
                 return p
-            return (p.astype(u.dtype) - _normalised(u, v, self.eps)).astype(p.dtype)
+            return (p.astype(u.dtype) - g_.normalised(u, v, self.eps)).astype(p.dtype)
 
         return jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
-
-
-def _normalised(x: Any, v: Any, eps: Any) -> Any:
-    """By the root of the variance. Where nothing was learned yet, x is zero and stays so, also without an epsilon."""
-    return x / jnp.where(v > 0, jnp.sqrt(v) + eps, 1.0)
 
 
 def _select(condition: Any, these: Any, others: Any) -> Any:
@@ -176,10 +173,9 @@ def scale_by_zero_one_adam(
         raise ValueError(
             f"var_decay={var_decay!r} is unknown; one of {', '.join(get_args(VarDecay))}"
         )
-    if isinstance(var_freeze_step, int | float) and var_freeze_step < 1:
-        raise ValueError(
-            f"var_freeze_step={var_freeze_step} must be at least 1: the variance has to be learned before it is frozen"
-        )
+    check_count(
+        "var_freeze_step", var_freeze_step, 1, ": the variance is learned before it is frozen"
+    )
 
     def init(params: Any) -> Any:
         own: Any = OwnWay(None, g_.moments_like(params), None)
@@ -230,19 +226,18 @@ def scale_by_zero_one_adam(
             """The variance, with the squares of averages in a step of its policy."""
 
             def one(v: Any, x: Any) -> Any:
-                every = state.policy.var_interval.astype(v.dtype)
-                decay = b2 if var_decay == "update" else b2**every
+                decay = b2 if var_decay == "update" else b2 ** state.policy.var_age.astype(v.dtype)
                 return jnp.where(variance, g_.lerp(v, jnp.square(x), decay), v)
 
             return jax.tree.map(one, state.nu, g)
 
         def scaled(way: Any, mu: Any, nu: Any) -> Any:
             """The way along mu / (sqrt(nu) + eps) + weight_decay * params, in the types of the updates."""
-            out = jax.tree.map(lambda m, v: _normalised(way * m, v, eps), mu, nu)
+            out = jax.tree.map(lambda m, v: g_.normalised(way * m, v, eps), mu, nu)
             if not (isinstance(weight_decay, int | float) and weight_decay == 0):
                 decay = optax.add_decayed_weights(way * weight_decay, mask)
                 out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
-            return jax.tree.map(lambda x, g: x.astype(g.dtype), out, updates)
+            return g_.in_types_of(updates, out)
 
         def alone() -> Any:
             one_bit = first_stage & ~variance
@@ -266,7 +261,7 @@ def scale_by_zero_one_adam(
                 return wide(g_.clipped_mean(updates, axis_name, clip_norm, clip)), errors
 
             def in_one_bit() -> Any:
-                tree = _select(first_stage, g, moved)
+                tree = _select(first_stage, g_.where_known(g, state.nu), moved)
                 return compressed_mean(tree, errors, axis_name, scales=scales, specs=specs)
 
             def not_at_all() -> Any:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effscale.optim.options import check_count
+
 
 class Round(enum.IntEnum):
     """What a step of 0/1 Adam sends."""
@@ -23,12 +25,15 @@ class Round(enum.IntEnum):
 
 
 class PolicyState(NamedTuple):
-    """The two intervals, and the events and steps since each was doubled, all int32; and whether local steps have begun."""
+    """The two intervals, and the events and steps since each was doubled; the steps since the variance's last update, this one
+    included; all int32. And whether local steps have begun.
+    """
 
     var_interval: Any
     var_counter: Any
     local_step_interval: Any
     local_step_counter: Any
+    var_age: Any
     local: Any
 
 
@@ -49,14 +54,12 @@ class Policies(NamedTuple):
     def check(self) -> None:
         """Raise a ``ValueError`` for options out of range."""
         for name, value in self._asdict().items():
-            least = 0 if name == "var_freeze_step" else 1
-            if isinstance(value, int | float) and (value < least or value != int(value)):
-                raise ValueError(f"{name}={value} must be a whole number of at least {least}")
+            check_count(name, value, 0 if name == "var_freeze_step" else 1)
 
     def init(self) -> PolicyState:
         """The counters before the first step."""
         # An array of its own for each: a state that is donated must hold none twice.
-        counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0))
+        counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0, 1))
         return PolicyState(*counters, local=jnp.zeros((), jnp.bool_))
 
     def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
@@ -83,6 +86,7 @@ class Policies(NamedTuple):
                 state.local_step_interval, local_full, self.local_step_clipper
             ),
             local_step_counter=jnp.where(local_full, 0, local_counter),
+            var_age=jnp.where(variance, 1, state.var_age + 1),
             local=~first_stage,
         )
 
@@ -104,7 +108,8 @@ class Policies(NamedTuple):
 
 
 def _doubled(interval: jax.Array, when: jax.Array, largest: Any) -> jax.Array:
-    return jnp.where(when, jnp.minimum(interval * 2, largest), interval)
+    doubled = jnp.minimum(interval * 2, largest).astype(interval.dtype)
+    return jnp.where(when, doubled, interval)
 
 
 def halving_steps(decay: float, every: int) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from effscale.parallel.error_feedback import ErrorFeedback, Residual, check_errors
 from effscale.parallel.exchange import Exchange, Scales
 from effscale.parallel.tensor_layout import tensor_layouts
-from effscale.parallel.workers import as_local, bound_axis_size
+from effscale.parallel.workers import as_local, bound_axis_size, is_manual
 
 
 def compressed_mean(
@@ -44,7 +44,8 @@ def compressed_mean(
     Args:
         tree: Arrays, different on each worker: momenta, gradients.
         errors: From `init_error_feedback` or the last call. With other axes than the workers' in the mesh its arrays
-            must be divided as `Residual.spec` says, as `effscale.parallel.shardings` does.
+            should be divided as `Residual.spec` says, as `effscale.parallel.shardings` does: undivided ones are correct
+            and take more memory.
         axis_name: The workers' axis, bound by `per_worker` or `simulate_workers` (or `jax.shard_map`, `jax.vmap`).
         scales: How many scales there are.
         specs: A tree of `jax.P` like ``tree``: how each array is divided over the other axes. By default the logical
@@ -55,8 +56,9 @@ def compressed_mean(
         tree itself: nothing is compressed.
 
     Raises:
-        ValueError: The axis is not bound, ``scales`` is unknown, or the errors are those of another tree or of another
-            number of workers.
+        ValueError: The axis is not bound, ``scales`` is unknown, the mesh has other axes of type Explicit, ``specs`` names
+            an axis that arrays cannot be divided over, or the errors are those of another tree or of another number of
+            workers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,7 +81,15 @@ def compressed_mean(
         )
     if num_workers == 1:  # the mean of one, of a type that says that all workers hold it
         return jax.lax.pmean(as_local(tree, axis_name), axis_name), errors
+    mesh = jax.sharding.get_abstract_mesh()
+    _check_mesh(mesh, axis_name)
     layouts = tensor_layouts(tree, num_workers, specs)
+    for layout in layouts:
+        if axis_name in layout.axes:
+            raise ValueError(
+                f"specs: {layout.spec} for an array of shape {layout.shape} divides it over the workers' axis "
+                f"{axis_name!r}: each worker holds all of it, or its shard over other axes"
+            )
     is_residual = lambda node: isinstance(node, Residual)
     structure = jax.tree.structure(tree)
     for name, side in (("worker", errors.worker), ("server", errors.server)):
@@ -90,7 +100,6 @@ def compressed_mean(
     server = jax.tree.leaves(errors.server, is_leaf=is_residual)
     check_errors(layouts, worker, server)
 
-    mesh = jax.sharding.get_abstract_mesh()
     shard_axes = () if mesh.empty else tuple(mesh.auto_axes)
 
     def exchange(xs: Any, worker: Any, server: Any) -> Any:
@@ -112,3 +121,20 @@ def compressed_mean(
     return jax.tree.unflatten(structure, means), ErrorFeedback(
         jax.tree.unflatten(structure, worker), jax.tree.unflatten(structure, server)
     )
+
+
+def _check_mesh(mesh: Any, axis_name: str) -> None:
+    """Raise a ``ValueError`` for a mesh in use whose other axes the exchange cannot be divided over."""
+    if mesh.empty:
+        return
+    if not is_manual(axis_name):
+        raise ValueError(
+            f"the axis {axis_name!r} is a jax.vmap's, and a mesh is in use: call simulate_workers outside of jax.set_mesh, "
+            "or run the step by per_worker"
+        )
+    explicit = [name for name in mesh.explicit_axes if mesh.shape[name] > 1]
+    if explicit:
+        raise ValueError(
+            f"the mesh's axis {explicit[0]!r} is of type Explicit: make it Auto, as MeshConfig does; the 1-bit mean divides "
+            "arrays over it by itself"
+        )

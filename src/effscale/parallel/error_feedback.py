@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from effscale.parallel.tensor_layout import TensorLayout, tensor_layouts
+from kernels_pallas.sign_compress.reference import quantized
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,7 @@ class Residual:
     def error(self) -> jax.Array:
         """``corrected - scale * sign(corrected)``, which is added the next time; in a server's padding it means nothing."""
         scale = jnp.expand_dims(self.scale, range(self.scale.ndim, self.corrected.ndim))
-        return self.corrected - jnp.where(self.corrected >= 0, scale, -scale)
+        return self.corrected - quantized(self.corrected, scale)
 
     def partition_specs(self) -> list[P]:
         """How each array is divided, for `effscale.parallel.shardings`."""

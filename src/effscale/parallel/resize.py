@@ -19,12 +19,17 @@ def resize_workers(tree: Any, num_workers: int) -> Any:
 
     Args:
         tree: A state between steps: the arrays of a `PerWorker` have the workers as their first dimension.
-        num_workers: Workers from now on.
+        num_workers: Workers from now on. One sends nothing, so it never gets at what is owed.
+
+    Raises:
+        ValueError: ``num_workers`` is less than 1.
 
     Example:
         >>> resize_workers(PerWorker(jnp.array([[1.0], [3.0]]), "data"), 3).value.tolist()
         [[2.0], [2.0], [2.0]]
     """
+    if num_workers < 1:
+        raise ValueError(f"num_workers={num_workers} must be at least 1")
 
     def share(x: Any) -> Any:
         mean = jnp.mean(x, axis=0, keepdims=True)

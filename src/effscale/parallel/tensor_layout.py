@@ -55,6 +55,11 @@ def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> Ten
     shards, axes = 1, []
     for size, entry in zip(shape, spec, strict=False):
         names = axis_names(entry)
+        if unknown := [name for name in names if name not in mesh.shape]:
+            raise ValueError(
+                f"specs: {spec} for an array of shape {shape} names {unknown[0]!r}, which is no axis of the mesh in use: "
+                f"{', '.join(mesh.shape)}"
+            )
         parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
             raise ValueError(f"an array of shape {shape} cannot be divided as {spec} says")

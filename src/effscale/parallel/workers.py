@@ -37,46 +37,6 @@ def is_per_worker(node: object) -> bool:
     return isinstance(node, PerWorker)
 
 
-def per_worker_zeros(
-    make: Callable[[int], Any], axis_name: str, num_workers: int | None = None
-) -> PerWorker:
-    """Zeros for each worker, where the axis is bound (`jax.shard_map`, `jax.vmap`) and where it is not.
-
-    Args:
-        make: From the number of workers to one worker's zeros.
-        axis_name: The workers' axis.
-        num_workers: How many there are, where neither a bound axis nor the mesh in use (`jax.set_mesh`) says it.
-
-    Raises:
-        ValueError: Nobody says how many workers there are, or two differ.
-    """
-    bound = bound_axis_size(axis_name)
-    known = bound
-    if known is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        known = None if mesh.empty else mesh.shape.get(axis_name)
-    if known is None:
-        known = num_workers
-    if known is None:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not an axis of the mesh in use: enter jax.set_mesh(mesh) around the optimizer's "
-            "init, or give num_workers"
-        )
-    if num_workers is not None and num_workers != known:
-        raise ValueError(f"num_workers={num_workers}, but the axis {axis_name!r} has {known}")
-    if bound is not None:
-        return PerWorker(make(known), axis_name)
-
-    def all_workers() -> Any:
-        zeros = lambda x: jnp.zeros((known, *x.shape), x.dtype)
-        return jax.tree.map(zeros, jax.eval_shape(functools.partial(make, known)))
-
-    if jax.sharding.get_abstract_mesh().shape.get(axis_name) is None:
-        return PerWorker(all_workers(), axis_name)
-    # Divided from birth: on one device there may be no room for what all workers keep.
-    return PerWorker(jax.jit(all_workers, out_shardings=P(axis_name))(), axis_name)
-
-
 def bound_axis_size(axis_name: str) -> int | None:
     """Workers along a bound axis; None where the axis is not bound."""
     try:
@@ -137,6 +97,9 @@ def worker_params(params: Any, opt_state: Any) -> Any:
 
 def sent_bytes(opt_state: Any) -> jax.Array:
     """Bytes that each device sent in the last update: the sum of ``sent`` over the states that have it (float32).
+
+    A skipped update leaves the state as it was, so this is of the update before it; the metric of
+    ``make_train_step(axis_name=)`` is zero then.
 
     Example:
         >>> print(sent_bytes(None))
