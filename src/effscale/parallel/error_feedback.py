@@ -30,7 +30,8 @@ class Residual:
     def error(self) -> jax.Array:
         """``corrected - scale * sign(corrected)``, which is added the next time; in a server's padding it means nothing."""
         scale = jnp.expand_dims(self.scale, range(self.scale.ndim, self.corrected.ndim))
-        return self.corrected - quantized(self.corrected, scale)
+        corrected = jnp.asarray(self.corrected)  # which may be on the host
+        return corrected - quantized(corrected, scale)
 
     def partition_specs(self) -> list[P]:
         """How each array is divided, for `effscale.parallel.shardings`."""
