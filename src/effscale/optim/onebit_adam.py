@@ -123,8 +123,7 @@ def scale_by_onebit_adam(
             mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
             mu, nu = g_.averaged_moments(mean, state.mu, state.nu, b1, b2)
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
-            # Errors of compressed steps before, if freeze_step was raised since, are of a momentum of then.
-            return mu, nu, ratio, jax.tree.map(jnp.zeros_like, state.errors)
+            return mu, nu, ratio, state.errors
 
         def compressed() -> Any:
             g = g_.clipped_locally(updates, axis_name, clip_norm, clip)

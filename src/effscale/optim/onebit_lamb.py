@@ -179,10 +179,9 @@ def scale_by_onebit_lamb(
                 mu=step.mu,
                 nu=step.nu,
                 frozen_coeff=frozen,
-                # Of compressed steps before, if freeze_step was raised since; the errors are of momenta scaled then.
+                # Of compressed steps before, if freeze_step was raised since.
                 last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
                 compressing=jnp.zeros((), jnp.bool_),
-                errors=jax.tree.map(jnp.zeros_like, state.errors),
                 ratio=watch_variance(variance_ratio, state.ratio, state.count, step.nu),
             )
             return g_.in_types_of(updates, step.update), new
@@ -196,7 +195,11 @@ def scale_by_onebit_lamb(
             )
             mu = g_.where_known(g_.lerp(state.mu, g, b1), state.nu)
             mu = jax.tree.map(jnp.multiply, mu, scaling)
-            mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
+            # Errors of compressed steps before a second warm-up are of momenta that were scaled otherwise.
+            errors = jax.tree.map(
+                lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
+            )
+            mu, errors = g_.agree(mu, errors, scales=scales, specs=specs)
             # What never had a gradient, or is masked, does not move, and has no say in the factor.
             known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
             moves = g_.masked(known, exp_avg_mask, params)
