@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, generate, left_pad
+from effscale.generation.generating import checked_key
 from effscale.models import Transformer, bert, bloom, gpt2, gptj, llama, neox, opt, vit
 
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "vocab_size": 40}
@@ -152,6 +153,15 @@ def test_bfloat16_generates(gpt):
         ),
         ({"prompt": [[1, 2]], "attention_mask": [[1]]}, r"must be that of the prompt, \(1, 2\)"),
         ({"prompt": [1, 2]}, r"prompt of shape \(2,\)"),
+        ({"prompt": [[2**32 + 5]]}, r"token id 4294967301 is outside the model's vocabulary of 40"),
+        ({"prompt": [[-1, 2]]}, r"token id -1 is outside the model's vocabulary of 40"),
+        ({"prompt": [[1.7]]}, r"prompt must be an array of integers"),
+        ({"prompt": [[True]]}, r"prompt must be an array of integers"),
+        ({"prompt": [["a"]]}, r"prompt must be an array of integers"),
+        ({"prompt": [[2**70]]}, r"prompt must be an array of integers"),
+        ({"prompt": [[1], [1, 2]]}, r"left_pad makes one from lists of different lengths"),
+        ({"prompt": np.zeros((0, 3), np.int32)}, r"prompt of shape \(0, 3\): .* both at least 1"),
+        ({"prompt": [[]]}, r"prompt of shape \(1, 0\)"),
         ({"prompt": [[1] * 30]}, r"has 32 positions; at most 2 new tokens fit"),
     ],
 )
@@ -160,9 +170,46 @@ def test_bad_input_is_named(gpt, arguments, message):
         generate(gpt, config=SamplingConfig(max_new_tokens=5, temperature=0.0), **arguments)
 
 
+@pytest.mark.parametrize("name", ["pad_id", "stop_ids"])
+def test_ids_of_the_config_must_be_in_the_vocabulary(gpt, name):
+    with pytest.raises(ValueError, match=rf"{name}.* 40 is outside the model's vocabulary of 40"):
+        generate(gpt, [[1]], SamplingConfig(temperature=0.0, **{name: 40}))
+
+
 def test_sampling_without_a_key_is_an_error(gpt):
     with pytest.raises(ValueError, match="sampling needs a key"):
         generate(gpt, [[1]], SamplingConfig(max_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "key", [3, np.uint32(3), "key", jax.random.split(jax.random.key(0))], ids=str
+)
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match=r"must be one PRNG key; use jax\.random\.key"):
+        checked_key(key, SamplingConfig())
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_both_kinds_will_do(make):
+    key = make(7)
+    assert checked_key(key, SamplingConfig()) is key
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_with_logits_that_are_not_finite_is_an_error(gpt, bad, temperature):
+    config = SamplingConfig(max_new_tokens=4, temperature=temperature)
+    broken = nnx.clone(gpt)
+    table = broken.embed.tokens.embedding
+    table[...] = table[...].at[7].set(bad)  # the head is tied: one logit of every row is bad
+    with pytest.raises(ValueError, match=r"logits are NaN or infinite in row 0 .*dtype='float32'"):
+        generate(broken, [[1, 2], [3, 4]], config, key=jax.random.key(0))
+
+
+def test_generate_can_be_traced(gpt):
+    config = SamplingConfig(max_new_tokens=3, temperature=0.0)
+    tokens = jax.eval_shape(lambda model: generate(model, [[1, 2]], config).tokens, gpt)
+    assert tokens.shape == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +229,22 @@ def test_left_pad():
     tokens, mask = left_pad([[1, 2, 3], [4]], pad_id=9)
     assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
-    with pytest.raises(ValueError, match="no row may be empty"):
-        left_pad([[1], []])
+    rows = [np.array([1, 2, 3]), jnp.array([4])]
+    assert left_pad(rows, pad_id=9)[0].tolist() == tokens.tolist()
+    assert left_pad(np.array([[1, 2], [3, 4]]))[0].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "pad_id", "message"),
+    [
+        ([], 0, "at least one row"),
+        ([[1], []], 0, r"row 1 is \[\]: must be a list of integers, not empty"),
+        ([[1.7]], 0, r"row 0 is \[1\.7\]: must be a list of integers"),
+        ([[1], 2], 0, r"row 1 is 2: must be a list of integers"),
+        ([[1], [2**32 + 5]], 0, r"row 1: token id 4294967301 is outside int32"),
+        ([[1]], 1.7, r"pad_id is 1\.7: must be an integer"),
+    ],
+)
+def test_rows_that_cannot_be_padded_are_named(rows, pad_id, message):
+    with pytest.raises(ValueError, match=message):
+        left_pad(rows, pad_id)

@@ -1,5 +1,9 @@
 """The filters and draws of sampling, against NumPy and against frequencies."""
 
+import dataclasses
+import math
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -10,6 +14,15 @@ import pytest
 from effscale.generation import SamplingConfig, choose, keep_top_k, keep_top_p, penalize
 
 LOGITS = np.array([[1.0, 3.0, 2.0, -1.0, 0.0], [0.5, 0.4, 0.3, 0.2, 4.0]], np.float32)
+
+
+def unchecked(**given):
+    """What a user meets, for whom no type checker stands before a config's own checks."""
+    config = object.__new__(SamplingConfig)
+    for field in dataclasses.fields(SamplingConfig):
+        object.__setattr__(config, field.name, given.get(field.name, field.default))
+    config.__post_init__()
+    return config
 
 
 def softmax(x):
@@ -33,6 +46,23 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(seed, p):
     wanted = set(order[: int(np.searchsorted(totals, p)) + 1].tolist()) if p < 1 else set(range(7))
     kept = set(np.flatnonzero(np.isfinite(keep_top_p(jnp.asarray(logits), p))[0]).tolist())
     assert kept == wanted
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000], ids=["uniform", "many ties", "no ties"])
+def test_top_p_keeps_what_transformers_keeps(levels):
+    torch = pytest.importorskip("torch", reason="the oracle is transformers")
+    from transformers import TopPLogitsWarper
+
+    logits = np.random.default_rng(levels).permutation(40)[:10].reshape(1, 10) % levels / 8
+    logits = np.concatenate([logits, logits[:, ::-1]]).astype(np.float32)
+    for p in (0.05, 0.33, 0.5, 0.77, 0.999):
+        wanted = TopPLogitsWarper(p)(None, torch.tensor(logits)).numpy()
+        np.testing.assert_array_equal(keep_top_p(jnp.asarray(logits), p), wanted, err_msg=f"p={p}")
+        if levels == 1:
+            assert (
+                np.isfinite(wanted).sum(1).tolist()
+                == [{0.05: 1, 0.33: 4, 0.5: 5, 0.77: 8}.get(p, 10)] * 2
+            )
 
 
 def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones():
@@ -78,8 +108,31 @@ def test_greedy_takes_the_largest(config):
         ("top_p", 1.5),
         ("repetition_penalty", 0.0),
         ("pad_id", -1),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("max_new_tokens", 8.0),
+        ("pad_id", None),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", 1e-9),
+        ("temperature", "hot"),
+        ("repetition_penalty", math.inf),
+        ("stop_ids", 1.5),
+        ("stop_ids", (1, 2.5)),
+        ("stop_ids", [[1], [2, 3]]),
+        ("stop_ids", "eos"),
     ],
 )
 def test_impossible_values_name_the_field(field, value):
-    with pytest.raises(ValueError, match=rf"SamplingConfig\.{field}={value!r}: must be"):
-        SamplingConfig(**{field: value})
+    with pytest.raises(
+        ValueError, match=rf"SamplingConfig\.{field}={re.escape(repr(value))}: must be"
+    ):
+        unchecked(**{field: value})
+
+
+@pytest.mark.parametrize("given", [3, np.int64(3), [3], (3,), np.array([3])], ids=repr)
+def test_stop_ids_may_be_one_id_or_any_list_of_them(given):
+    config = unchecked(stop_ids=given, top_k=np.int32(4), temperature=np.float64(0.5))
+    assert config == SamplingConfig(stop_ids=(3,), top_k=4, temperature=0.5)
+    assert hash(config) == hash(SamplingConfig(stop_ids=(3,), top_k=4, temperature=0.5))
+    assert type(config.temperature) is float

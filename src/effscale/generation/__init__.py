@@ -1,6 +1,8 @@
 """Text from a trained model: an explicit cache, sampling, one compiled loop."""
 
-from effscale.generation.decoding import Generated, generate, left_pad
+from effscale.generation.decoding import Generated
+from effscale.generation.generating import generate
+from effscale.generation.prompts import left_pad
 from effscale.generation.sampling import SamplingConfig, choose, keep_top_k, keep_top_p, penalize
 
 __all__ = [

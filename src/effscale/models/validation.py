@@ -1,6 +1,8 @@
 """Errors of configs and of JSON from elsewhere: each names the field, its value, and what would do."""
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +22,16 @@ def choice(config: Any, field: str, names: Iterable[str]) -> None:
         raise ValueError(
             f"{type(config).__name__}.{field}={value!r}: {did_you_mean(str(value), names)}"
         )
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, Python's or NumPy's; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number, Python's or NumPy's; True and False are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
