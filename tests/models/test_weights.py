@@ -222,6 +222,6 @@ def test_map_weights_keeps_logical_axes_and_shares_the_rest(tiny):
 def test_map_weights_that_match_nothing(tiny):
     with pytest.raises(
         ValueError,
-        match=r"where='qurey' matches no parameter of Transformer; the paths look like embed",
+        match=r"where='qurey' matches no parameter; did you mean 'query'\?",
     ):
         map_weights(tiny("gpt2"), pack, "qurey")

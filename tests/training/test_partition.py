@@ -89,6 +89,12 @@ def test_nothing_to_train_is_an_error(model):
         partition(model, "lora")
 
 
+def test_an_alternative_that_trains_nothing_is_an_error(model):
+    # `kernel.q` holds integers, which are never trained.
+    with pytest.raises(ValueError, match=r"the alternative 'kernel\\\\.q' matches no parameter"):
+        partition(model, r"value|kernel\.q")
+
+
 def test_decay_goes_by_axes_then_by_name(toy, model):
     names = lambda mask, tree: [
         leaf.name

@@ -5,7 +5,6 @@ pytree with the members of :class:`Weight` (a LoRA pair, a packed integer tensor
 Techniques are then functions from a model to a model that swap leaves; see :func:`map_weights`.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from effscale.models.name_patterns import name_search
 
 Model = TypeVar("Model")
 
@@ -106,7 +107,8 @@ def map_weights(
         The new model. Arrays that were not chosen are shared with the old one.
 
     Raises:
-        ValueError: If no parameter matches.
+        ValueError: If no parameter matches, or none matches one of the expression's alternatives (``value`` of
+            ``"query|value"``).
 
     Example:
         >>> from flax import nnx
@@ -114,17 +116,20 @@ def map_weights(
         >>> layer = Dense(4, 8, rngs=nnx.Rngs(0))
         >>> halved = map_weights(layer, lambda w: w / 2)
     """
-    chosen = (lambda path: re.search(where, path) is not None) if isinstance(where, str) else where
     graphdef, state = nnx.split(model)
+    flat = [
+        (".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)
+    ]
+    names = [name for name, _, _ in flat]
+    chosen = name_search(where, names, option="where") if isinstance(where, str) else where
     leaves, hits = [], 0
-    for path, variable in nnx.to_flat_state(state):
-        if chosen(".".join(map(str, path))):
+    for name, path, variable in flat:
+        if chosen(name):
             hits += 1
             variable = variable.replace(function(variable.get_value()))
         leaves.append((path, variable))
     if not hits:
-        known = ", ".join(".".join(map(str, path)) for path, _ in leaves[:4])
         raise ValueError(
-            f"where={where!r} matches no parameter of {type(model).__name__}; the paths look like {known}, ..."
+            f"where={where!r} matches no parameter of {type(model).__name__}; the paths look like {', '.join(names[:4])}, ..."
         )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effscale.models.name_patterns import name_search
+
 Trainable = str | Callable[[str], bool] | None
 """Which leaves are trained: a regular expression searched in the name, a predicate on the name, or None for all."""
 
@@ -84,14 +86,15 @@ def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
         trainable: A regular expression (``re.search``), a predicate on the name, or None for everything.
 
     Raises:
-        ValueError: Nothing at all would be trained.
+        ValueError: Nothing at all would be trained, or nothing by one of the pattern's alternatives (``head`` of
+            ``"embed|head"``).
     """
+    leaves = named_leaves(tree)
     if isinstance(trainable, str):
-        pattern = re.compile(trainable)
-        accept = lambda name: pattern.search(name) is not None
+        names = [leaf.name for leaf in leaves if _is_inexact(leaf.leaf)]
+        accept = name_search(trainable, names, option="trainable")
     else:
         accept = trainable or (lambda name: True)
-    leaves = named_leaves(tree)
     mask = [bool(_is_inexact(leaf.leaf) and accept(leaf.name)) for leaf in leaves]
     if not any(mask):
         names = ", ".join(leaf.name for leaf in leaves[:8])

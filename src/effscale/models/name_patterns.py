@@ -1,0 +1,70 @@
+"""Choosing parameters by a regular expression that is searched in their names."""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+# What a bar may hide in: an escape, a class of characters, a group.
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]", re.DOTALL)
+
+
+def name_search(pattern: str, names: Sequence[str], *, option: str) -> Callable[[str], bool]:
+    """A predicate: whether ``pattern`` is found in a name.
+
+    An alternative that is found in no name would choose nothing without a word, so it is an error.
+
+    Args:
+        pattern: A regular expression, for ``re.search``.
+        names: All names that there are to choose from.
+        option: What the user calls the pattern, for the error.
+
+    Raises:
+        ValueError: If the pattern is no regular expression, or one of its alternatives is found in no name.
+
+    Example:
+        >>> chosen = name_search("query|head", ["query.kernel", "query.bias", "head.bias"], option="where")
+        >>> chosen("query.kernel")
+        True
+    """
+    try:
+        whole = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from None
+    for part in alternatives(pattern):
+        try:
+            search = re.compile(part, whole.flags).search
+        except re.error:  # it refers to a group of another alternative
+            continue
+        if not any(map(search, names)):
+            which = "" if part == pattern else f": the alternative {part!r}"
+            raise ValueError(
+                f"{option}={pattern!r}{which} matches no parameter; {_hint(part, names)}"
+            )
+    return lambda name: whole.search(name) is not None
+
+
+def alternatives(pattern: str) -> list[str]:
+    """What stands between the outermost bars of a regular expression.
+
+    Example:
+        >>> alternatives("query|(key|value)[|]kernel")
+        ['query', '(key|value)[|]kernel']
+    """
+    parts, depth, start = [], 0, 0
+    for token in _TOKEN.finditer(pattern):
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
+        if token[0] == "|" and depth == 0:
+            parts.append(pattern[start : token.start()])
+            start = token.end()
+    return [*parts, pattern[start:]]
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    """Names near to the words of a pattern; without any, one name for each last part."""
+    words = re.findall(r"\w{2,}", re.sub(r"\\.", " ", pattern))
+    known = sorted({part for name in names for part in name.split(".")})
+    near = {n: None for word in words for n in difflib.get_close_matches(word, known) if n != word}
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    examples = {name.rpartition(".")[2]: name for name in reversed(names)}.values()
+    return f"names are like: {', '.join(list(examples)[:8]) or '(there are none)'}"
