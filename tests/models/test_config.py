@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from functools import partial
 
 import jax
@@ -39,6 +40,7 @@ BLOCK = BlockConfig(attention=ATTENTION, feed_forward=MLP)
 GROUP = Group(blocks=(BLOCK,), repeat=2)
 TEXT = TokenInputs(vocab_size=9)
 MODEL = TransformerConfig(d_model=8, groups=(GROUP,), inputs=TEXT, positions=None)
+SMALL = {"num_layers": 1, "d_model": 8, "num_heads": 2}
 replace = dataclasses.replace
 
 
@@ -65,7 +67,7 @@ def unchecked(config, **changes):
         (lambda: AttentionConfig(num_heads=8, num_kv_heads=0), r"num_kv_heads=0: must be a divisor"),
         (lambda: AttentionConfig(num_heads=8, head_dim=0), r"head_dim=0: must be at least 1"),
         (lambda: AttentionConfig(num_heads=8, dropout=1.0), r"AttentionConfig\.dropout=1\.0: must be in \[0, 1\)"),
-        (lambda: AttentionConfig(num_heads=8, scale=0.0), r"AttentionConfig\.scale=0\.0: must be above 0, or None"),
+        (lambda: AttentionConfig(num_heads=8, scale=0.0), r"AttentionConfig\.scale=0\.0: must be above 0 and finite, or None"),
         (lambda: MLPConfig(d_ff=0), r"MLPConfig\.d_ff=0: must be at least 1"),
         (lambda: unchecked(MLP, activation="gelu_tan"), r"activation='gelu_tan': did you mean 'gelu_tanh'"),
         (lambda: unchecked(MLP, activation="zzz"), r"activation='zzz': choose one of 'gelu', .*'silu'"),
@@ -112,7 +114,17 @@ def unchecked(config, **changes):
         (lambda: unchecked(ClassHead(num_classes=2), pool="frist"), r"ClassHead\.pool='frist': did you mean 'first'"),
         (lambda: ClassHead(num_classes=2, dropout=1.0), r"ClassHead\.dropout=1\.0: must be in \[0, 1\)"),
         (lambda: opt(num_layers=1, d_model=8, num_heads=2, d_ff=0), r"MLPConfig\.d_ff=0"),
-        (lambda: gpt2(num_layers=0, d_model=8, num_heads=2), r"Group\.repeat=0"),
+        (lambda: gpt2(num_layers=0, d_model=8, num_heads=2), r"^num_layers=0: must be at least 1"),
+        (lambda: bert(num_layers=1, d_model=0, num_heads=2), r"^d_model=0: must be at least 1"),
+        (lambda: neox(num_layers=1, d_model=8, num_heads=0), r"^num_heads=0: must be at least 1"),
+        (lambda: gpt2(**SMALL, max_length=0), r"^max_length=0: must be at least 1"),
+        (lambda: gpt2(**SMALL, embed_dropout=1.0), r"^embed_dropout=1\.0: must be in \[0, 1\)"),
+        (lambda: llama(**SMALL, d_ff=8, attention_dropout=-0.5), r"^attention_dropout=-0\.5: must be in"),
+        (lambda: llama(**SMALL, d_ff=8, rotary_base=math.inf), r"^rotary_base=inf: must be above 0"),
+        (lambda: gptj(**SMALL, rotary_dim=3), r"^rotary_dim=3: must be an even number"),
+        (lambda: neox(**SMALL, rotary_fraction=math.nan), r"^rotary_fraction=nan: must be above 0, at most 1"),
+        (lambda: neox(**SMALL, rotary_fraction=0.25), r"^rotary_fraction=0\.25: must make an even number .* of the 4 .* not 1"),
+        (lambda: replace(MODEL, init_std=math.inf), r"init_std=inf: must be above 0, and finite"),
         (lambda: gpt2(num_layers=1, d_model=8, num_heads=3), r"num_heads=3 does not divide d_model=8; choose one of \[1, 2, 4, 8\]"),
     ],
 )  # fmt: skip
@@ -141,9 +153,6 @@ def test_layers_of_their_own_scales():
     config = gpt2(**size, scale_by_layer=True)
     assert config.num_layers == 3
     assert all(group.repeat == 1 for group in config.groups)
-
-
-SMALL = {"num_layers": 1, "d_model": 8, "num_heads": 2}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 
 from effscale.curriculum.order import Clusters, next_draws
 from effscale.curriculum.ranking import Ranking, check_ranking
+from effscale.data.seeds import check_seed
 
 
 class LossDrivenBatches(grain.IterDataset):
@@ -100,7 +101,6 @@ class LossDrivenBatches(grain.IterDataset):
                 f"the number of samples, {num}",
             ),
             (window < 1, f"window={window}: it must be at least 1"),
-            (seed < 0, f"seed={seed}: it must not be negative"),
             (
                 not 0 <= process_index < process_count,
                 f"process_index={process_index}: it must be from 0 to process_count-1={process_count - 1}",
@@ -110,6 +110,7 @@ class LossDrivenBatches(grain.IterDataset):
                 f"batch_size={batch_size}: it must be a multiple of process_count={process_count}",
             ),
         ]
+        check_seed(seed)
         for wrong, message in faults:
             if wrong:
                 raise ValueError(message)

@@ -8,6 +8,7 @@ import grain
 
 from effscale.curriculum.order import GrowingOrder
 from effscale.curriculum.pools import Difficulty, growing_order
+from effscale.data.seeds import check_seed
 
 __all__ = ["CurriculumRows", "Difficulty", "curriculum_rows"]
 
@@ -78,8 +79,7 @@ def curriculum_rows(
     }.items():
         if value < 1:
             raise ValueError(f"{name}={value}: it must be at least 1.")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: it must not be negative.")
+    check_seed(seed)
     if not difficulties:
         raise ValueError("difficulties={}: give at least one.")
     if not 0 < len(rows) < sys.maxsize:

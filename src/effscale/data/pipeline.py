@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 from effscale.data.packing import PackedTokens
+from effscale.data.seeds import check_seed
 from effscale.data.store import TokenStore
 
 
@@ -48,8 +49,7 @@ def packed_rows(
         raise ValueError(f"weights={list(weights)}: each must be finite and above 0.")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs={num_epochs}: it must be at least 1, or None for no end.")
-    if seed < 0:
-        raise ValueError(f"seed={seed}: it must not be negative.")
+    check_seed(seed)
     components, sizes = [], []
     for index, store in enumerate(stores):
         rows = PackedTokens(

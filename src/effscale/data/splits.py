@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from effscale.data.seeds import check_seed
+
 
 def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
     """A number in [0, 1) that is uniform over texts and the same on every machine.
@@ -15,7 +17,7 @@ def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
         purpose: Up to 16 bytes; another purpose gives an independent number.
     """
     digest = hashlib.blake2b(
-        text.encode(), digest_size=8, salt=seed.to_bytes(16, "little"), person=purpose
+        text.encode(), digest_size=8, salt=int(seed).to_bytes(16, "little"), person=purpose
     )
     return (int.from_bytes(digest.digest(), "little") >> 11) / 2**53
 
@@ -49,7 +51,8 @@ class Splits:
         total = sum(self.fractions.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"fractions={dict(self.fractions)}: they sum to {total}, not 1.")
-        if not 0 <= self.seed < 2**64:
+        check_seed(self.seed)
+        if self.seed >= 2**64:
             raise ValueError(f"seed={self.seed}: it must be from 0 to 2**64-1.")
 
     def assign(self, text: str) -> str:

@@ -26,7 +26,7 @@ from effscale.experiments.prepared import check_folder
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import AdamWConfig
 
@@ -87,6 +87,8 @@ class Config:
     """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
+        check_finite(self)
+        check(self, self.steps >= 1, "steps", "at least 1")
         for name in ("techniques", "fractions"):
             values = getattr(self, name)
             check(self, len(set(values)) == len(values), name, "different values")

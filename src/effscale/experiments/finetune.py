@@ -20,7 +20,7 @@ from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.prepared import check_folder
 from effscale.experiments.results import Result, finish
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
 
 Task = Literal["reviews", "digits", "fashion"]
@@ -42,6 +42,7 @@ class Recipe:
     """Test examples; None takes all."""
 
     def __post_init__(self):
+        check_finite(self)
         check(self, self.epochs >= 1, "epochs", "at least 1")
         check(self, self.batch_size >= 1, "batch_size", "at least 1")
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
@@ -92,6 +93,7 @@ class Config:
     """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
 
     def __post_init__(self):
+        check_finite(self)
         check(self, len(self.tasks) >= 1, "tasks", "at least one task")
         check(self, len(set(self.tasks)) == len(self.tasks), "tasks", "different tasks")
         check(self, self.seeds >= 1, "seeds", "at least 1")

@@ -25,7 +25,7 @@ from effscale.experiments.onebit_optimizers import OPTIMIZERS, TWINS, Moments, O
 from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.random_ltd import check_shared
 from effscale.experiments.results import Result, finish
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
 
 Task = Literal["gpt", "bert"]
@@ -53,6 +53,7 @@ class Pretrain:
     """When compression begins."""
 
     def __post_init__(self):
+        check_finite(self)
         for name in ("steps", "length", "batch_size", "accumulate"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("adam_rate", "lamb_rate"):
@@ -142,6 +143,7 @@ class Config:
         wanted = f"with what they are compared with, {', '.join(dict.fromkeys(missing))}"
         check(self, not missing, "optimizers", wanted)
         check_shared(self)
+        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
         check(self, self.passage >= 1, "passage", "at least 1")
         check(self, self.workers >= 2, "workers", "at least 2, as one sends nothing")
         for task in self.tasks:

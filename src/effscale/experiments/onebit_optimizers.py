@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import optax
 
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.optim import (
     Policies,
     Round,
@@ -101,6 +101,7 @@ class Moments:
     """Greatest factor of 1-bit LAMB's frozen coefficient. DeepSpeed's is 4, for b2 = 0.999; with this b2 it grows until the loss does."""
 
     def __post_init__(self):
+        check_finite(self)
         for name in ("b1", "b2"):
             check(self, 0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         check(self, self.weight_decay >= 0, "weight_decay", "at least 0")

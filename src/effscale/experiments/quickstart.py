@@ -36,7 +36,7 @@ from effscale.experiments.pretraining_plan import (
 from effscale.experiments.saved import config_from_json
 from effscale.models import Transformer, TransformerConfig, abstract, gpt2
 from effscale.models.config import Remat
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite, is_integer
 from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch
 from effscale.training import AdamWConfig, Schedule, ScheduleConfig, by_tokens
 
@@ -139,7 +139,11 @@ class Config:
     """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
+        check_finite(self)
         check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+        check(self, is_integer(self.seed) and self.seed >= 0, "seed", "an integer, 0 or above")
         for name in (
             "length",
             "batch_size",

@@ -15,7 +15,7 @@ from effscale.ltd import (
     training_flops,
 )
 from effscale.models import TransformerConfig
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.training import (
     AdamWConfig,
     Loss,
@@ -43,6 +43,7 @@ class Dropping:
     """Share of the steps after which all tokens are kept; with 1 that is after the last step, so in none."""
 
     def __post_init__(self):
+        check_finite(self)
         check(self, self.min_value >= 1, "min_value", "at least 1")
         check(self, self.seq_per_step >= 1, "seq_per_step", "at least 1")
         check(self, 0 < self.share <= 1, "share", "above 0 and at most 1")
@@ -192,6 +193,7 @@ class Arm:
 
 def check_shared(config: Any) -> None:
     """Checks the fields that both configs have."""
+    check_finite(config)
     check(config, config.seeds >= 1, "seeds", "at least 1")
     check(config, 0 <= config.warmup < 1, "warmup", "from 0 to below 1")
     check(config, config.clip_norm > 0, "clip_norm", "above 0")

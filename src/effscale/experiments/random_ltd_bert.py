@@ -116,6 +116,7 @@ class Config:
 
     def __post_init__(self):
         check_shared(self)
+        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
         check(self, len(self.corpus) >= 1, "corpus", "at least one source")
         for name in ("length", "batch_size", "accumulate", "steps", "passage"):
             check(self, getattr(self, name) >= 1, name, "at least 1")

@@ -20,7 +20,7 @@ from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.prepared import check_folder, prepared_corpora
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 from effscale.parallel import MeshConfig
 
 
@@ -80,7 +80,9 @@ class Config:
     """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
+        check_finite(self)
         check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
         for name in ("length", "batch_size", "warmup", "evaluations", "eval_batches", "seeds"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         check(self, self.batch_factor >= 2, "batch_factor", "at least 2")

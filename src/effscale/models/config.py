@@ -6,6 +6,7 @@ place of :class:`MLPConfig`) only needs the same ``build``.
 """
 
 import dataclasses
+import math
 import typing
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -57,7 +58,7 @@ class Rotary:
             "dim",
             "an even number above 0, or None",
         )
-        check(self, self.base > 0, "base", "above 0")
+        check(self, 0 < self.base < math.inf, "base", "above 0, and finite")
         if isinstance(self.scaling, YarnScaling):
             check(self, self.base > 1, "base", "above 1 with YarnScaling")
 
@@ -85,7 +86,7 @@ class NormConfig:
 
     def __post_init__(self):
         choice(self, "kind", ("layer", "rms"))
-        check(self, self.epsilon > 0, "epsilon", "above 0")
+        check(self, 0 < self.epsilon < math.inf, "epsilon", "above 0, and finite")
 
     def build(self, width: int) -> "LayerNorm | RMSNorm":
         """The module, over ``width`` features."""
@@ -122,7 +123,8 @@ class AttentionConfig:
             f"a divisor of num_heads={self.num_heads}",
         )
         check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
-        check(self, self.scale is None or self.scale > 0, "scale", "above 0, or None")
+        fits = self.scale is None or 0 < self.scale < math.inf
+        check(self, fits, "scale", "above 0 and finite, or None")
         check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property
@@ -309,7 +311,7 @@ class TransformerConfig:
         choice(self, "dtype", ("float32", "bfloat16", "float16"))
         choice(self, "remat", typing.get_args(Remat))
         choice(self, "pooler_activation", tuple(ACTIVATIONS))
-        check(self, self.init_std > 0, "init_std", "above 0")
+        check(self, 0 < self.init_std < math.inf, "init_std", "above 0, and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
         if isinstance(self.positions, Rotary):
             check(

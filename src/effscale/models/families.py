@@ -4,7 +4,11 @@ A function a family, with the arguments that its members differ in; whatever els
 Dropouts that are None are as ``dropout``.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, ParamSpec
 
 from effscale.models.config import (
     Activation,
@@ -23,11 +27,47 @@ from effscale.models.config import (
 from effscale.models.heads import ClassHead, HeadConfig, LMHead
 from effscale.models.rotary_scaling import RotaryScaling
 
+Arguments = ParamSpec("Arguments")
+Limit = tuple[Callable[[Any], bool], str]
+
+_SIZE: Limit = (lambda size: size >= 1, "at least 1")
+_RATE: Limit = (lambda rate: 0 <= rate < 1, "in [0, 1)")
+# Arguments that become fields of other names, whose errors would speak of what the user did not write.
+_LIMITS: dict[str, Limit] = {
+    "num_layers": _SIZE,
+    "d_model": _SIZE,
+    "num_heads": _SIZE,
+    "max_length": _SIZE,
+    "dropout": _RATE,
+    "attention_dropout": _RATE,
+    "embed_dropout": _RATE,
+    "rotary_dim": (lambda dim: dim >= 2 and dim % 2 == 0, "an even number above 0, or None"),
+    "rotary_fraction": (lambda fraction: 0 < fraction <= 1, "above 0, at most 1"),
+    "rotary_base": (lambda base: 0 < base < math.inf, "above 0"),
+}
+
+
+def _family(
+    build: Callable[Arguments, TransformerConfig],
+) -> Callable[Arguments, TransformerConfig]:
+    """A family's function that refuses impossible values under the names of its own arguments."""
+
+    @functools.wraps(build)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> TransformerConfig:
+        for name, (holds, wanted) in _LIMITS.items():
+            value: Any = kwargs.get(name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name}={value!r}: must be {wanted}")
+        return build(*args, **kwargs)
+
+    return checked
+
 
 def _or(rate: float | None, default: float) -> float:
     return default if rate is None else rate
 
 
+@_family
 def gpt2(
     *,
     num_layers: int,
@@ -82,6 +122,7 @@ def gpt2(
     )
 
 
+@_family
 def opt(
     *,
     num_layers: int,
@@ -127,6 +168,7 @@ def opt(
     )
 
 
+@_family
 def bloom(
     *,
     num_layers: int,
@@ -158,6 +200,7 @@ def bloom(
     )
 
 
+@_family
 def gptj(
     *,
     num_layers: int,
@@ -197,6 +240,7 @@ def gptj(
     )
 
 
+@_family
 def neox(
     *,
     num_layers: int,
@@ -220,10 +264,17 @@ def neox(
     Source: Black et al., "GPT-NeoX-20B", 2022, section 2.
     """
     norm = NormConfig(epsilon=epsilon)
+    attention = AttentionConfig(
+        num_heads=num_heads, bias=bias, dropout=_or(attention_dropout, dropout)
+    )
+    rotary_dim = int(attention.width(d_model) * rotary_fraction)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(
+            f"rotary_fraction={rotary_fraction!r}: must make an even number above 0 of the {d_model // num_heads} "
+            f"dimensions of a head, not {rotary_dim}"
+        )
     block = BlockConfig(
-        attention=AttentionConfig(
-            num_heads=num_heads, bias=bias, dropout=_or(attention_dropout, dropout)
-        ),
+        attention=attention,
         feed_forward=MLPConfig(d_ff=4 * d_model if d_ff is None else d_ff, activation=activation),
         norm=norm,
         residual="parallel" if parallel else "pre",
@@ -233,16 +284,13 @@ def neox(
         d_model=d_model,
         groups=(Group(blocks=(block,), repeat=num_layers),),
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
-        positions=Rotary(
-            dim=int(d_model // num_heads * rotary_fraction),
-            base=rotary_base,
-            scaling=rotary_scaling,
-        ),
+        positions=Rotary(dim=rotary_dim, base=rotary_base, scaling=rotary_scaling),
         heads=(LMHead(tied=tied),),
         final_norm=norm,
     )
 
 
+@_family
 def llama(
     *,
     num_layers: int,
@@ -286,6 +334,7 @@ def llama(
     )
 
 
+@_family
 def bert(
     *,
     num_layers: int,
@@ -340,6 +389,7 @@ def bert_pretraining_heads(
     )
 
 
+@_family
 def vit(
     *,
     num_layers: int,

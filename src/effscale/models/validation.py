@@ -1,5 +1,6 @@
 """Errors of configs and of JSON from elsewhere: each names the field, its value, and what would do."""
 
+import dataclasses
 import difflib
 import math
 import numbers
@@ -22,6 +23,15 @@ def choice(config: Any, field: str, names: Iterable[str]) -> None:
         raise ValueError(
             f"{type(config).__name__}.{field}={value!r}: {did_you_mean(str(value), names)}"
         )
+
+
+def check_finite(config: Any) -> None:
+    """Raises a ValueError that names the field if a number of a dataclass is NaN or infinite."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(x) for x in numbers if isinstance(x, float))
+        check(config, finite, field.name, "finite")
 
 
 def is_integer(value: Any) -> bool:
