@@ -61,10 +61,10 @@ def alternatives(pattern: str) -> list[str]:
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
     """Names near to the words of a pattern; without any, one name for each last part."""
-    words = re.findall(r"\w{2,}", re.sub(r"\\.", " ", pattern))
     known = sorted({part for name in names for part in name.split(".")})
-    near = {n: None for word in words for n in difflib.get_close_matches(word, known) if n != word}
+    words = set(re.findall(r"\w{2,}", re.sub(r"\\.", " ", pattern))) - set(known)
+    near = {name for word in words for name in difflib.get_close_matches(word, known)}
     if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
+        return f"did you mean {' or '.join(map(repr, sorted(near)))}?"
     examples = {name.rpartition(".")[2]: name for name in reversed(names)}.values()
     return f"names are like: {', '.join(list(examples)[:8]) or '(there are none)'}"

@@ -29,8 +29,8 @@ def check_finite(config: Any) -> None:
     """Raises a ValueError that names the field if a number of a dataclass is NaN or infinite."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(math.isfinite(x) for x in numbers if isinstance(x, float))
+        values = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(x) for x in values if isinstance(x, float))
         check(config, finite, field.name, "finite")
 
 
