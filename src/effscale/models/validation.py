@@ -1,6 +1,8 @@
 """Errors of configs and of JSON from elsewhere: each names the field, its value, and what would do."""
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +13,21 @@ def check(config: Any, holds: bool, field: str, wanted: str) -> None:
         raise ValueError(
             f"{type(config).__name__}.{field}={getattr(config, field)!r}: must be {wanted}"
         )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number, of Python or NumPy, that a float can hold; a bool is none.
+
+    Example:
+        >>> is_finite(3), is_finite(float("inf")), is_finite("3"), is_finite(None)
+        (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def choice(config: Any, field: str, names: Iterable[str]) -> None:
