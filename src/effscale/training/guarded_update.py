@@ -64,8 +64,8 @@ def by_branch(
 ) -> tuple[Any, jax.Array]:
     """``update_if`` as control flow, for CPU.
 
-    A branch lets XLA update the moments in place. It computes the update twice, first only to look at it: on CPU that takes
-    a fifth of the time of keeping both states to choose from, and none of the memory.
+    A branch lets XLA update the moments in place. The update is computed twice, the first time only to look at it: with
+    AdamW that took a third of the time, and less than half of the memory, of keeping both states to choose from.
     """
     condition = jax.lax.cond(
         condition, lambda old: check(update(old), old), lambda old: jnp.zeros((), bool), old
