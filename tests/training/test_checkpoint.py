@@ -1,5 +1,6 @@
 import dataclasses
 import logging
+import pathlib
 import resource
 
 import jax
@@ -13,12 +14,14 @@ from effscale.training import (
     AdamWConfig,
     CheckpointError,
     Checkpoints,
+    RunFolder,
     abstract,
     create_train_state,
     ema_model,
     make_train_step,
     read_checkpoint_config,
     restore_model,
+    resume_or_start,
 )
 from effscale.training.checkpoint_files import step_folder
 
@@ -162,7 +165,7 @@ def test_if_all_are_damaged_the_run_does_not_start_over(toy, tmp_path):
     for step in (1, 2, 3):
         truncate(data_files(tmp_path, step)[-1])
     with pytest.raises(
-        CheckpointError, match=r"step 3: .*step 2: .*step 1: .*move the folder away"
+        CheckpointError, match=r"step 3: .*step 2: .*step 1: .*to start afresh, .*move this one"
     ):
         Checkpoints(tmp_path).restore(fresh(toy))
 
@@ -174,7 +177,86 @@ def test_a_step_can_be_chosen(toy, tmp_path):
         Checkpoints(tmp_path).restore(fresh(toy), step=5)
 
 
-def test_unfinished_ones_are_passed_over_then_deleted(toy, tmp_path, caplog):
+def test_a_step_of_another_run_is_never_overwritten(toy, tmp_path):
+    save_three(toy, tmp_path)
+    another = Checkpoints(tmp_path)
+    for step in (
+        2,
+        3,
+    ):  # a checkpoint of step 2 would be taken for an older one than that of step 3
+        with pytest.raises(
+            CheckpointError, match=rf"holds the checkpoint.* step {step} is not .*another folder"
+        ):
+            another.save(step, fresh(toy, seed=9), force=True)
+    assert Checkpoints(tmp_path).steps == [1, 2, 3]
+    equal(Checkpoints(tmp_path).restore(fresh(toy)).state, fresh(toy, seed=3))
+    # Later steps can be added.
+    assert another.save(4, fresh(toy, seed=4), force=True)
+    another.close()
+    equal(Checkpoints(tmp_path).restore(fresh(toy)).state, fresh(toy, seed=4))
+
+
+def test_a_run_can_go_back_while_it_is_under_way(toy, tmp_path):
+    with Checkpoints(tmp_path, every=1, keep=9) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, fresh(toy, seed=step))
+        assert checkpoints.restore(fresh(toy), step=1).step == 1
+        assert checkpoints.save(2, fresh(toy, seed=9))
+    assert checkpoints.steps == [1, 2]
+    equal(Checkpoints(tmp_path).restore(fresh(toy)).state, fresh(toy, seed=9))
+    assert sorted(path.name for path in (tmp_path / "set_aside").iterdir()) == [
+        "step_00000002.0",
+        "step_00000003.0",
+    ]
+
+
+def test_where_all_manifests_are_lost_nothing_is_deleted_and_the_run_stops(toy, tmp_path):
+    save_three(toy, tmp_path)
+    for step in (1, 2, 3):
+        (step_folder(tmp_path, step) / "manifest.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    create = lambda: fresh(toy)
+    for read in (
+        lambda: resume_or_start(Checkpoints(tmp_path), create),
+        lambda: resume_or_start(Checkpoints(tmp_path), create, resume=False),
+        lambda: restore_model(tmp_path, create().model),
+    ):
+        with pytest.raises(CheckpointError, match=r"step_00000003 .*manifest|already holds"):
+            read()
+    with pytest.raises(
+        FileNotFoundError, match=r"step 2 .one without its manifest.*there are none"
+    ):
+        Checkpoints(tmp_path).restore(create(), step=2)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_that_cannot_be_deleted_does_not_stop_the_run(toy, tmp_path, caplog, monkeypatch):
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("effscale.training.checkpoint.delete_checkpoint", refuse)
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, every=1, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, fresh(toy, seed=step))
+    assert "step 1 could not be deleted: not yours" in caplog.text
+    equal(Checkpoints(tmp_path).restore(fresh(toy)).state, fresh(toy, seed=2))
+
+
+def test_urls_are_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (
+        lambda: Checkpoints("gs://bucket/run"),
+        lambda: Checkpoints(pathlib.Path("gs://bucket/run")),
+        lambda: RunFolder.create("s3://bucket/run"),
+        lambda: RunFolder.create(name="a", root="s3://bucket/run"),
+        lambda: restore_model("hdfs://host/run", fresh(toy).model),
+    ):
+        with pytest.raises(ValueError, match=r"'\w+://?\w+/run' is a URL.*local folders only"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_ones_are_passed_over_then_put_aside_or_deleted(toy, tmp_path, caplog):
     save_three(toy, tmp_path)
     (step_folder(tmp_path, 3) / "manifest.json").unlink()
     (tmp_path / "step_00000004.orbax-checkpoint-tmp" / "model").mkdir(parents=True)
@@ -185,11 +267,14 @@ def test_unfinished_ones_are_passed_over_then_deleted(toy, tmp_path, caplog):
     assert len(list(tmp_path.iterdir())) == 4  # reading changes nothing
     checkpoints.save(5, fresh(toy))
     checkpoints.close()
+    # Arrays without checksums may be all that is left of something, and are not deleted.
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "set_aside",
         "step_00000001",
         "step_00000002",
         "step_00000005",
     ]
+    assert [path.name for path in (tmp_path / "set_aside").iterdir()] == ["step_00000003.0"]
 
 
 def test_another_config_is_refused_by_field(toy, tmp_path):

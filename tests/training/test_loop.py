@@ -115,7 +115,7 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
     checkpoints = Checkpoints(tmp_path, every=2)
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(
-        TrainingDivergedError, match=r"step 8: the last 3 updates.*step 6 in .*What to try"
+        TrainingDivergedError, match=r"step 8: the last 3 updates.*step 4 in .*step=4.*What to try"
     ) as caught:
         fit(
             fresh(toy),
@@ -128,10 +128,11 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
         )
     writer.close()
     # Step 8 is a multiple of the interval too, but the run stops before it would be saved.
+    # Step 6 was saved after the first of the skipped updates.
     assert (caught.value.step, caught.value.skipped_in_row, caught.value.last_checkpoint) == (
         8,
         3,
-        6,
+        4,
     )
     assert str(tmp_path) in str(caught.value)
     assert [record["skipped"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [
@@ -146,9 +147,34 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
     ]
 
 
+def test_checkpoints_from_before_the_skips_stay_and_can_be_gone_back_to(toy, tmp_path):
+    step_fn, create = step_of(toy), lambda: fresh(toy)
+    batches = lambda good: Positioned([toy.batch_of(8)] * good + [empty_batch(toy)] * (40 - good))
+
+    def go_on(data, max_skipped, num_steps=40, **options):
+        with Checkpoints(tmp_path, every=3, keep=3) as checkpoints:
+            state, start = resume_or_start(checkpoints, create, data, **options)
+            data.batches = itertools.islice(data.batches, start, None)
+            options = {"num_steps": num_steps, "max_skipped_in_row": max_skipped}
+            return start, fit(state, step_fn, data, checkpoints=checkpoints, **options)
+
+    with pytest.raises(TrainingDivergedError, match="last checkpoint from before them is step 12"):
+        go_on(batches(12), 10)
+    assert Checkpoints(tmp_path).steps == [6, 9, 12, 21]
+    # The newest one goes on as if nothing had been, and the good ones outlive that too.
+    with pytest.raises(TrainingDivergedError, match=r"step 32: .* step 12 in"):
+        go_on(batches(12), 20)
+    assert Checkpoints(tmp_path).steps == [6, 9, 12, 30]
+    # Back to before the skips, with other data.
+    start, result = go_on(batches(40), 10, num_steps=16, step=12)
+    assert (start, int(result.state.step), int(result.state.skipped)) == (12, 16, 0)
+    assert Checkpoints(tmp_path).steps == [12, 15, 16]
+    assert [path.name for path in (tmp_path / "set_aside").iterdir()] == ["step_00000030.0"]
+
+
 def test_without_checkpoints_divergence_says_so(toy):
     batches = itertools.repeat(empty_batch(toy))
-    with pytest.raises(TrainingDivergedError, match="no checkpoint was written"):
+    with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
         fit(fresh(toy), step_of(toy), batches, num_steps=10, max_skipped_in_row=2)
 
 
@@ -240,8 +266,20 @@ def test_resume_or_start_with_shardings(toy, tmp_path):
             leaf.sharding.device_set == set(jax.devices()) for leaf in jax.tree.leaves(tree)
         } == {True}
     jax.tree.map(np.testing.assert_array_equal, again.model, state.model)
-    _, start = resume_or_start(checkpoints, create, resume=False)
-    assert start == 0
+
+
+def test_a_start_afresh_wants_a_folder_without_checkpoints(toy, tmp_path):
+    create = lambda: fresh(toy)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, create(), force=True)
+    with pytest.raises(CheckpointError, match=r"resume=False .*choose another folder, or resume"):
+        resume_or_start(Checkpoints(tmp_path), create, resume=False)
+    with pytest.raises(ValueError, match=r"step=5 .*resume=False"):
+        resume_or_start(Checkpoints(tmp_path), create, resume=False, step=5)
+    # A loop that does not ask is told at its start, and not at its first save.
+    with pytest.raises(CheckpointError, match=r"holds the checkpoint of step 5, .* so step 1 "):
+        fit(create(), step_of(toy), toy.batches(), num_steps=9, checkpoints=Checkpoints(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.parametrize("name", ["log_every", "eval_every", "max_skipped_in_row"])

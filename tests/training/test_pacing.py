@@ -97,6 +97,14 @@ def test_a_custom_function_is_latched_and_bounded():
         (lambda: linear(8, 4, 10), "max_difficulty=4"),
         (lambda: linear(-1, 4, 10), "min_difficulty=-1"),
         (lambda: linear(1, 4, 0), "total=0"),
+        (lambda: linear(1, 4, math.inf), "total=inf"),
+        (lambda: linear(1, math.nan, 10), "max_difficulty=nan: .* at least min_difficulty=1"),
+        (lambda: DiscretePacing(difficulty=(1, math.inf), max_step=(3,)), "difficulty=.*finite"),
+        (lambda: DiscretePacing(difficulty=(1, 2), max_step=(math.inf,)), "max_step=.*finite"),
+        (
+            lambda: CustomPacing(function=int, min_difficulty=0, max_difficulty=1, total=math.inf),
+            "total=inf",
+        ),
         (lambda: linear(1, 4, 10, step=0), "difficulty_step=0"),
         (lambda: rooted(1, 4, 10, degree=0), "root_degree=0"),
         (

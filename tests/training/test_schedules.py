@@ -1,4 +1,5 @@
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,13 @@ def test_counts_of_billions_of_tokens(kind):
         ({"kind": "cosine"}, "total=None"),
         ({"kind": "linear", "warmup": 10, "total": 10}, "total=10.*warmup=10"),
         ({"kind": "constant", "peak": -1.0}, "peak=-1.0"),
+        ({"kind": "constant", "peak": float("inf")}, "peak=inf.*finite"),
+        ({"kind": "constant", "peak": float("nan")}, "peak=nan"),
+        ({"kind": "constant", "peak": "abc"}, "peak='abc'"),
+        ({"kind": "constant", "final": float("nan")}, "final=nan"),
         ({"kind": "constant", "warmup": -1}, "warmup=-1"),
+        ({"kind": "constant", "warmup": float("inf")}, "warmup=inf"),
+        ({"kind": "linear", "total": float("inf")}, "total=inf"),
         ({"kind": "constant", "peak": 0.1, "final": 0.2}, "final=0.2.*peak=0.1"),
         ({"kind": "constant", "unit": "epochs"}, "unit='epochs'.*tokens"),
     ],
@@ -67,11 +74,26 @@ def test_bad_schedules(fields, message, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("b1", 1.0), ("b2", -0.1), ("eps", 0.0), ("weight_decay", -1.0)]
+    ("field", "value"),
+    [
+        ("b1", 1.0),
+        ("b2", -0.1),
+        ("eps", 0.0),
+        ("weight_decay", -1.0),
+        *((field, float("nan")) for field in ("b1", "b2", "eps", "weight_decay")),
+        *((field, float("inf")) for field in ("eps", "weight_decay")),
+    ],
 )
 def test_bad_adamw(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
         AdamWConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), np.float64("inf"), "abc", None])
+def test_bad_learning_rates(value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"learning_rate={re.escape(repr(value))}"):
+        AdamWConfig().build(value)
 
 
 def test_steps_in_tokens_keep_the_schedule_when_batches_shrink():

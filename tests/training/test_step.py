@@ -3,6 +3,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -12,6 +13,7 @@ from effscale.training import (
     AdamWConfig,
     Loss,
     ScheduleConfig,
+    by_tokens,
     create_train_state,
     ema_model,
     evaluate,
@@ -20,6 +22,7 @@ from effscale.training import (
     named_leaves,
 )
 
+guarded_update = importlib.import_module("effscale.training.guarded_update")
 step_module = importlib.import_module("effscale.training.step")
 
 
@@ -104,11 +107,17 @@ def test_clipping(toy):
         ("loss", "by_branch"),
         ("gradient", "by_branch"),
         ("weight", "by_branch"),
+        ("update", "by_branch"),
         ("gradient", "by_selection"),
+        ("update", "by_selection"),
     ],
 )
 def test_bad_updates_are_skipped_bit_for_bit(toy, poison, form, monkeypatch):
-    monkeypatch.setattr(step_module, "update_if", getattr(step_module, form))
+    sound = lambda new, old: ~guarded_update.loses_finite(new, old)
+    update_if = lambda condition, update, old, axis_name: getattr(guarded_update, form)(
+        condition, update, sound, old
+    )
+    monkeypatch.setattr(step_module, "update_if", update_if)
 
     def loss_fn(model, batch, key):
         loss = toy.loss_fn(model, batch, None)
@@ -120,9 +129,15 @@ def test_bad_updates_are_skipped_bit_for_bit(toy, poison, form, monkeypatch):
             return dataclasses.replace(
                 loss, total=loss.total + jnp.sqrt(jnp.maximum(1 - bad, 0) + 0 * table.sum())
             )
-        return dataclasses.replace(loss, weight=loss.weight * (1 - bad))
+        if poison == "weight":
+            return dataclasses.replace(loss, weight=loss.weight * (1 - bad))
+        return loss
 
-    optimizer = AdamWConfig().build(1e-2)
+    # For the poison "update" loss and gradient are fine, and the learning rate overflows at the two bad batches.
+    overflows = lambda tokens: jnp.where(
+        (tokens > 0) & (tokens < 3 * 4 * toy.LENGTH), jnp.inf, 1e-2
+    )
+    optimizer = AdamWConfig().build(by_tokens(overflows) if poison == "update" else 1e-2)
     step = jax.jit(make_train_step(loss_fn, optimizer, ema_decay=0.5))
     good = toy.batch_of(4) | {"bad": np.zeros(4, np.float32)}
     bad = good | {"bad": np.ones(4, np.float32)}
@@ -151,8 +166,8 @@ def test_accelerators_select_where_the_cpu_branches(toy):
         p: traced.lower(lowering_platforms=(p,)).as_text().count("stablehlo.case")
         for p in ("cpu", "cuda", "tpu")
     }
-    # The constant choices of the platform itself are in all three.
-    assert branches["cpu"] == branches["cuda"] + 1 == branches["tpu"] + 1
+    # The constant choices of the platform itself are in all three; on CPU there is a branch to look and one to write.
+    assert branches["cpu"] == branches["cuda"] + 2 == branches["tpu"] + 2
 
 
 def test_frozen_leaves_stay_and_have_no_optimizer_state(toy):
@@ -271,10 +286,16 @@ def test_evaluation_is_the_mean_over_all_tokens(toy):
     [
         ({"accumulate": 0}, "accumulate=0"),
         ({"clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"clip_norm": float("inf")}, "clip_norm=inf"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan"),
+        ({"clip_norm": "abc"}, "clip_norm='abc'"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"ema_decay": "abc"}, "ema_decay='abc'"),
     ],
 )
-def test_bad_options(toy, options, message):
+def test_bad_options(toy, options, message, monkeypatch):
+    # Without the run-time type check of the test suite, as users run it: that would refuse a string first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         make_train_step(toy.loss_fn, optax.sgd(1.0), **options)
 

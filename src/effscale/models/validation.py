@@ -16,6 +16,21 @@ def check(config: Any, holds: bool, field: str, wanted: str) -> None:
         )
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number, of Python or NumPy, that a float can hold; a bool is none.
+
+    Example:
+        >>> is_finite(3), is_finite(float("inf")), is_finite("3"), is_finite(None)
+        (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def choice(config: Any, field: str, names: Iterable[str]) -> None:
     """Raises a ValueError with the near names unless the field's value is one of ``names``."""
     value = getattr(config, field)

@@ -16,22 +16,32 @@ import jax
 import numpy as np
 
 from effscale.training.checkpoint_files import (
+    TEMPORARY,
     JsonItem,
+    cannot_be_verified,
+    delete_checkpoint,
     describe,
     finished_steps,
     flat,
     items_of,
+    leftovers,
     load_items,
+    no_such_step,
     read_run,
     step_folder,
-    unfinished,
+    without_manifest,
 )
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
+from effscale.training.paths import local_path
+from effscale.training.retention import last_good, superseded
 from effscale.training.serialize import differences, to_json
 from effscale.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+
+_START_AFRESH = "to start afresh, choose another folder or move this one away"
 
 
 class Restored(NamedTuple):
@@ -48,14 +58,18 @@ class Checkpoints:
     A checkpoint holds the whole ``TrainState``, the position of the data iterator and the config. It counts from the moment
     its checksums are written, which is last; older ones are deleted only then. So a crash, a kill or a full disk at any
     moment leaves the previous one. ``restore`` verifies the checksums and falls back to the next older checkpoint.
+    A checkpoint that this run neither restored nor saved is never overwritten.
 
     Args:
-        folder: Where they lie; made when first needed.
+        folder: Where they lie, on a local disk; made when first needed.
         config: The run's config (dataclass or mapping). It is saved, and a checkpoint of another one is refused.
         free_fields: Dotted names of config fields that may change between runs, such as ``num_steps``.
-        keep: How many to keep.
+        keep: How many to keep. One more is kept while updates are being skipped, so that the ``keep`` from before stay.
         every: ``save`` acts on multiples of this step; None leaves only ``force=True``.
         asynchronous: Write in a background thread. Errors then surface at the next ``save``, ``check`` or ``wait``.
+
+    Raises:
+        ValueError: An option is out of range, or ``folder`` is a URL.
 
     >>> checkpoints = Checkpoints("runs/example/checkpoints", every=500)  # doctest: +SKIP
     """
@@ -76,7 +90,7 @@ class Checkpoints:
             raise ValueError(
                 f"every={every} must be at least 1; None saves only at the end and when stopped"
             )
-        self.folder = pathlib.Path(folder).resolve()
+        self.folder = local_path(folder)
         self.config = None if config is None else json.loads(json.dumps(to_json(config)))
         self.free_fields = tuple(free_fields)
         self.keep, self.every, self.asynchronous = keep, every, asynchronous
@@ -98,6 +112,16 @@ class Checkpoints:
         """Step of the newest finished checkpoint."""
         return self.steps[-1] if self.steps else None
 
+    @property
+    def last_good(self) -> int | None:
+        """Step of the newest finished checkpoint that was not saved amid skipped updates."""
+        return last_good(self.folder)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the folder holds no checkpoint, not even one that cannot be verified."""
+        return not (self.steps or without_manifest(self.folder))
+
     def save(
         self, step: int, state: TrainState, data_iterator: Any = None, *, force: bool = False
     ) -> bool:
@@ -115,7 +139,8 @@ class Checkpoints:
             Whether a checkpoint is being written.
 
         Raises:
-            CheckpointError: This save failed, or a previous one did in the background.
+            CheckpointError: This save failed, a previous one did in the background, or the folder holds checkpoints of this
+                step or later ones that are not this run's.
         """
         self.check()
         if step in self._saved or not (
@@ -123,12 +148,13 @@ class Checkpoints:
         ):
             return False
         self.wait()
-        self.clean()
+        self.clean(step)
         path = step_folder(self.folder, step)
         items = items_of(state)
         run = {
             "format": 1,
             "step": step,
+            "skipped_in_row": int(state.skipped_in_row),
             "config": self.config,
             "processes": jax.process_count(),
             "leaves": describe(items),
@@ -161,22 +187,23 @@ class Checkpoints:
             abstract_state: A state of the wanted structure: arrays or ``jax.ShapeDtypeStruct``. The shardings in it
                 say where the arrays go; they may be of another mesh than the one saved from.
             data_iterator: Set to the saved position.
-            step: Read this one only. Newer ones are set aside when the run saves again.
+            step: Read this one only. Newer ones are moved to ``set_aside/`` when the run saves again.
 
         Returns:
             The state with its step, or None if nothing has been saved.
 
         Raises:
-            CheckpointError: The checkpoint is of another config or model, or all of them are damaged.
+            CheckpointError: The checkpoint is of another config or model, or all are damaged or have lost their manifests.
             FileNotFoundError: There is no checkpoint of ``step``.
         """
         self.wait()
         steps = self.steps
         if step is not None and step not in steps:
-            raise FileNotFoundError(
-                f"{self.folder} holds no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}"
-            )
-        for left in unfinished(self.folder):
+            raise FileNotFoundError(no_such_step(self.folder, step))
+        lost = without_manifest(self.folder)
+        if lost and not steps:
+            raise CheckpointError(f"{cannot_be_verified(self.folder, lost)}; {_START_AFRESH}")
+        for left in [*leftovers(self.folder), *lost]:
             logger.warning("%s was not finished and is passed over", left)
         skipped: list[tuple[int, str]] = []
         for candidate in [step] if step is not None else reversed(steps):
@@ -187,7 +214,7 @@ class Checkpoints:
                 state = _state_of(load_items(path, items_of(abstract_state)))
                 if data_iterator is not None:
                     data_iterator.set_state(_read_iterator(path))
-                self._start, self._saved = candidate, {candidate}
+                self._start, self._saved, self._cleaned = candidate, {candidate}, False
                 return Restored(state, candidate, skipped)
             skipped.append((candidate, problem))
             logger.warning(
@@ -198,7 +225,7 @@ class Checkpoints:
         if skipped:
             listed = "; ".join(f"step {number}: {reason}" for number, reason in skipped)
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used ({listed}); move the folder away to start afresh"
+                f"no checkpoint in {self.folder} can be used ({listed}); {_START_AFRESH}"
             )
         return None
 
@@ -216,22 +243,36 @@ class Checkpoints:
             _barrier("effscale_checkpoint_written")  # process 0 alone writes the checksums
         self.check()
 
-    def clean(self) -> None:
-        """Delete what a killed run left half-written, and set aside checkpoints newer than the one restored.
+    def clean(self, step: int) -> None:
+        """Make room for checkpoints from ``step`` on.
 
-        Called before the first save: until then the folder is only read, so a run can be looked at while it goes on.
+        What a killed run left half-written is deleted. Checkpoints newer than the one restored, and those without a
+        manifest, are moved to ``set_aside/``. Called before the first save: until then the folder is only read, so a run
+        can be looked at while it goes on.
+
+        Raises:
+            CheckpointError: There are checkpoints of ``step`` or later that this run neither restored nor saved.
         """
+        past = self._newer_than_restored() if not self._cleaned else []
+        others = [s for s in self.steps if s >= step and s not in {*self._saved, *past}]
+        if others:
+            raise CheckpointError(
+                f"{self.folder} already holds {_listed(others)}, which this run was not resumed from, so step {step} is not "
+                "saved there; resume from them (resume_or_start, or Checkpoints.restore), or choose another folder"
+            )
         if self._cleaned:
             return
         self._cleaned = True
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in unfinished(self.folder):
+            for left in leftovers(self.folder):
                 logger.warning("deleting %s, which was not finished", left)
                 shutil.rmtree(left)
-            start = self._start
-            for newer in [] if start is None else [step for step in self.steps if step > start]:
-                self._set_aside(newer)
+            for newer in past:
+                path = step_folder(self.folder, newer)
+                self._set_aside(path, f"the run goes on from step {self._start}")
+            for lost in without_manifest(self.folder):
+                self._set_aside(lost, f"it has no {MANIFEST} and cannot be verified")
         _barrier("effscale_checkpoints_clean")
 
     def close(self) -> None:
@@ -253,13 +294,15 @@ class Checkpoints:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def _set_aside(self, step: int) -> None:
-        source = step_folder(self.folder, step)
+    def _newer_than_restored(self) -> list[int]:
+        return [step for step in self.steps if self._start is not None and step > self._start]
+
+    def _set_aside(self, source: pathlib.Path, reason: str) -> None:
         number = 0
         while (target := self.folder / "set_aside" / f"{source.name}.{number}").exists():
             number += 1
         target.parent.mkdir(exist_ok=True)
-        logger.warning("moving %s to %s: the run goes on from step %s", source, target, self._start)
+        logger.warning("moving %s to %s: %s", source, target, reason)
         source.rename(target)
 
     def _finish(self, step: int, response: Any) -> None:
@@ -267,20 +310,28 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(step_folder(self.folder, step))
-                for old in self.steps[: -self.keep]:
-                    path = step_folder(self.folder, old)
-                    (path / MANIFEST).unlink()  # first: a half-deleted checkpoint must not count
-                    shutil.rmtree(path)
         except Exception as error:
             self._saved.discard(step)
             self._error = self._failure(step, error)
             self._error.__cause__ = error
+            return
+        if jax.process_index() == 0:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Keep what is to be kept; that something cannot be deleted is no reason to stop a run."""
+        for old in superseded(self.folder, self.keep):
+            try:
+                delete_checkpoint(step_folder(self.folder, old))
+            except OSError as error:
+                logger.warning("the checkpoint of step %d could not be deleted: %s", old, error)
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         """Take away what was half-written, and say what happened."""
         path = step_folder(self.folder, step)
         if jax.process_index() == 0:
-            for left in self.folder.glob(f"{path.name}*"):
+            unfinished = [] if (path / MANIFEST).exists() else [path]
+            for left in [*unfinished, *self.folder.glob(f"{path.name}{TEMPORARY}*")]:
                 shutil.rmtree(left, ignore_errors=True)
         try:
             free = f"{shutil.disk_usage(self.folder).free / 2**20:.0f} MiB are free there"
@@ -315,6 +366,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} is of another config ({listed}); resume with the saved values, or start a new run folder"
             )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    kind = "the checkpoint of step" if len(steps) == 1 else "the checkpoints of steps"
+    return f"{kind} {', '.join(map(str, steps))}"
 
 
 def _state_of(items: dict[str, Any]) -> TrainState:

@@ -5,7 +5,7 @@
     checkpoints/step_00000300/
         model/  train/  ema/       arrays (Orbax), each leaf under its dotted name
         iterator/process_0-of-1.json   position in the data
-        run/run.json               step, config, name, shape and type of every leaf
+        run/run.json               step, config, updates skipped in a row; name, shape and type of every leaf
         manifest.json              checksums, written last
 """
 
@@ -16,7 +16,8 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +27,14 @@ from effscale.parallel.workers import is_per_worker
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition
+from effscale.training.paths import local_path
 from effscale.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"
-_STEP = re.compile(r"step_(\d+)$")
+DELETED = ".deleted"
+_STEP = re.compile(r"step_(\d{8,})$")
 
 
 def step_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -41,26 +44,38 @@ def step_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 def finished_steps(folder: pathlib.Path) -> list[int]:
     """Steps of the checkpoints that were written to the end, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = [(_STEP.match(entry.name), entry) for entry in folder.iterdir()]
-    return sorted(
-        int(match[1]) for match, entry in matches if match and (entry / MANIFEST).exists()
-    )
+    return [step for step, path in _steps(folder) if (path / MANIFEST).exists()]
 
 
-def unfinished(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What a run that was killed while writing has left."""
+def without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoints that cannot be verified: the run was killed just before the end of a save, or the manifest was lost."""
+    return [path for _, path in _steps(folder) if not (path / MANIFEST).exists()]
+
+
+def leftovers(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What a run that was killed has left half-written or half-deleted; it can be deleted."""
     if not folder.is_dir():
         return []
     return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.is_dir()
-        and (
-            TEMPORARY in entry.name or (_STEP.match(entry.name) and not (entry / MANIFEST).exists())
-        )
+        if entry.is_dir() and (TEMPORARY in entry.name or entry.name.endswith(DELETED))
     )
+
+
+def delete_checkpoint(path: pathlib.Path) -> None:
+    """Delete a checkpoint, so that one of which only half is deleted never counts."""
+    doomed = path.with_name(path.name + DELETED)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _steps(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """Step and folder of all checkpoints, ascending."""
+    if not folder.is_dir():
+        return []
+    found = [(_STEP.match(entry.name), entry) for entry in folder.iterdir()]
+    return sorted((int(match[1]), entry) for match, entry in found if match and entry.is_dir())
 
 
 class JsonItem:
@@ -153,8 +168,15 @@ def check_structure(
 
 
 def read_run(path: pathlib.Path) -> dict[str, Any]:
-    """``run.json`` of one checkpoint."""
-    return json.loads((path / "run" / "run.json").read_text(encoding="utf-8"))
+    """``run.json`` of one checkpoint.
+
+    Raises:
+        OSError, ValueError: It cannot be read, as of a checkpoint that is damaged.
+    """
+    run = json.loads((path / "run" / "run.json").read_text(encoding="utf-8"))
+    if not isinstance(run, dict):
+        raise ValueError(f"{path}: run.json holds no object")
+    return run
 
 
 def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,18 +263,34 @@ def _hand_over(loaded: Any, wanted: Any, path: pathlib.Path) -> Any:
     return jax.jit(resize, out_shardings=places)(loaded)
 
 
+def cannot_be_verified(folder: pathlib.Path, lost: Sequence[pathlib.Path]) -> str:
+    """What to say of a folder in which no checkpoint has its manifest."""
+    return (
+        f"{folder} holds {', '.join(path.name for path in lost)} but the manifest.json of none: they cannot be verified, and "
+        "are left as they are"
+    )
+
+
+def no_such_step(folder: pathlib.Path, step: int) -> str:
+    """What to say where there is no checkpoint of a step."""
+    there = ", ".join(map(str, finished_steps(folder))) or "none"
+    lost = " (one without its manifest.json, which cannot be verified)"
+    unverified = lost if step_folder(folder, step).is_dir() else ""
+    return f"{folder} holds no checkpoint of step {step}{unverified}; there are {there}"
+
+
 def _newest(folder: str | os.PathLike[str], step: int | None) -> pathlib.Path:
     """The newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
-    root = pathlib.Path(folder).resolve()
+    root = local_path(folder)
     if (root / "checkpoints").is_dir():
         root = root / "checkpoints"
     steps = finished_steps(root)
     if not steps:
+        if lost := without_manifest(root):
+            raise CheckpointError(cannot_be_verified(root, lost))
         raise FileNotFoundError(f"{root} holds no checkpoint")
     if step is not None and step not in steps:
-        raise FileNotFoundError(
-            f"{root} holds no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
-        )
+        raise FileNotFoundError(no_such_step(root, step))
     problems = []
     for candidate in [step] if step is not None else reversed(steps):
         path = step_folder(root, candidate)

@@ -11,7 +11,7 @@ class TrainingDivergedError(RuntimeError):
     Attributes:
         step: The step at which the run was stopped.
         skipped_in_row: How many updates in a row had been skipped by then.
-        last_checkpoint: Step of the newest checkpoint, or None.
+        last_checkpoint: Step of the newest checkpoint from before the skipped updates, or None.
     """
 
     def __init__(
@@ -19,13 +19,15 @@ class TrainingDivergedError(RuntimeError):
     ):
         self.step, self.skipped_in_row, self.last_checkpoint = step, skipped_in_row, last_checkpoint
         saved = (
-            "no checkpoint was written"
+            "there is no checkpoint from before them"
             if last_checkpoint is None
-            else f"the last good checkpoint is step {last_checkpoint}{f' in {where}' if where else ''}"
+            else f"the last checkpoint from before them is step {last_checkpoint}{f' in {where}' if where else ''}: to go back to "
+            f"it, give step={last_checkpoint} to resume_or_start (or Checkpoints.restore), or move the newer step_* folders away "
+            "and resume"
         )
         super().__init__(
-            f"step {step}: the last {skipped_in_row} updates were skipped, because loss or gradient was not finite "
-            f"or the batch had no weight; {saved}. What to try: a lower peak learning rate or a longer warmup, "
+            f"step {step}: the last {skipped_in_row} updates were skipped, because the loss, the gradient or the update was not "
+            f"finite or the batch had no weight; {saved}. What to try: a lower peak learning rate or a longer warmup, "
             "clip_norm=1.0 (or lower), float32 instead of bfloat16 in the layer that overflows, and a look at the "
             "batches of these steps (labels out of range, rows that are padding only)."
         )

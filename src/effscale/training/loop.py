@@ -11,7 +11,7 @@ import jax
 
 from effscale.training.checkpoint import Checkpoints
 from effscale.training.counter import Counter
-from effscale.training.errors import TrainingDivergedError
+from effscale.training.errors import CheckpointError, TrainingDivergedError
 from effscale.training.metrics import MetricsWriter
 from effscale.training.signals import StopSignal
 from effscale.training.state import TrainState
@@ -82,7 +82,7 @@ def fit(
         "eval_every": 1 if eval_every is None else eval_every,
         "max_skipped_in_row": max_skipped_in_row,
     }.items():
-        if value < 1:
+        if not value >= 1:
             raise ValueError(f"{name}={value} must be at least 1")
     step = int(state.step)
     if step > num_steps:
@@ -95,7 +95,7 @@ def fit(
         state,
     )
     if checkpoints is not None:
-        checkpoints.clean()
+        checkpoints.clean(step + 1)
 
     reason = "finished"
     # However the run ends, what is being written is written to the end: Python's exit would cut it short.
@@ -150,15 +150,20 @@ def resume_or_start(
     data_iterator: Any = None,
     *,
     resume: bool = True,
+    step: int | None = None,
     shardings: TrainState | None = None,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state, or a new one; the data iterator is set to match.
+
+    The newest one continues a run exactly, even where it was saved amid skipped updates. To go back to before them, choose
+    the ``step`` that `TrainingDivergedError` names.
 
     Args:
         checkpoints: Where to look.
         create: Makes a new state; to resume, only its shapes are taken, and nothing is computed.
         data_iterator: Its position is restored.
-        resume: False always starts anew.
+        resume: False always starts afresh, and wants a folder without checkpoints.
+        step: The checkpoint to resume from in place of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
         shardings: A state of shardings (``effscale.parallel.shardings``); None leaves everything on the first device,
             or where ``create`` puts it.
 
@@ -166,15 +171,23 @@ def resume_or_start(
         The state and its step.
 
     Raises:
-        CheckpointError: The checkpoints are of another config, or all damaged.
+        CheckpointError: The checkpoints are of another config, or all damaged; or there are some and ``resume`` is False.
+        FileNotFoundError: There is no checkpoint of ``step``.
+        ValueError: A ``step`` is given and ``resume`` is False.
     """
+    if step is not None and not resume:
+        raise ValueError(f"step={step} is a checkpoint to resume from, but resume=False")
     checkpoints.wait()
-    if resume and checkpoints.latest is not None:
+    if not resume and not checkpoints.is_empty:
+        raise CheckpointError(
+            f"{checkpoints.folder} already holds checkpoints, and resume=False starts afresh; choose another folder, or resume"
+        )
+    if resume and (step is not None or not checkpoints.is_empty):
         wanted = jax.eval_shape(create)
         if shardings is not None:
             place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             wanted = jax.tree.map(place, wanted, shardings)
-        restored = checkpoints.restore(wanted, data_iterator)
+        restored = checkpoints.restore(wanted, data_iterator, step)
         assert restored is not None
         logger.info("resuming from step %d of %s", restored.step, checkpoints.folder)
         return restored.state, restored.step
@@ -255,7 +268,7 @@ class _Log:
         last = where = None
         if self._checkpoints is not None:
             self._checkpoints.wait()
-            last, where = self._checkpoints.latest, str(self._checkpoints.folder)
+            last, where = self._checkpoints.last_good, str(self._checkpoints.folder)
         raise TrainingDivergedError(step, skipped, last, where or "")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 from effscale.training.serialize import write_json
 
@@ -35,26 +36,59 @@ def write_manifest(folder: pathlib.Path) -> None:
 
 
 def verify_manifest(folder: pathlib.Path) -> str | None:
-    """What is wrong with a folder, or None if it is as it was written.
+    """What is wrong with a folder, or None if it is as it was written. Never raises, whatever the manifest holds.
 
     Sizes are compared first, so that a truncated file is found without reading the others.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = _read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the checkpoint was not finished"
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    for name, entry in files.items():
-        try:
-            if digest(folder / name) != entry["blake2b"]:
+    try:
+        for name, (size, _) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        for name, (_, expected) in files.items():
+            if digest(folder / name) != expected:
                 return f"{name} has changed since it was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error})"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
     return None
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file, by its name relative to the folder.
+
+    Raises:
+        ValueError: The file is no manifest.
+    """
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    files = _part(json.loads(text, object_pairs_hook=_without_duplicates), "files", dict)
+    if not files:
+        raise ValueError("it lists no file")
+    for name in files:
+        if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
+            raise ValueError(f"{name!r} is outside of the folder")
+    return {
+        name: (_part(entry, "bytes", int), _part(entry, "blake2b", str))
+        for name, entry in files.items()
+    }
+
+
+def _part(block: Any, key: str, kind: type) -> Any:
+    if not isinstance(block, dict) or not isinstance(block.get(key), kind):
+        raise ValueError(f"it has no {key!r} where one belongs")
+    return block[key]
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two equal names, `json` would drop the first, and that file would go unchecked."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice in it")
+    return found

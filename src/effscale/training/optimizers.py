@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from effscale.models.validation import check, is_finite
 from effscale.training.partition import decay_mask
 from effscale.training.schedules import scale_by_learning_rate
 
@@ -30,14 +31,12 @@ class AdamWConfig:
 
     def __post_init__(self):
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps} must be positive; 1e-8 is usual")
-        if self.weight_decay < 0:
-            raise ValueError(
-                f"weight_decay={self.weight_decay} must not be negative; 0 turns it off"
-            )
+            value = getattr(self, name)
+            check(self, is_finite(value) and 0 <= value < 1, name, "a number in [0, 1)")
+        eps, decay = self.eps, self.weight_decay
+        check(self, is_finite(eps) and eps > 0, "eps", "positive and finite; 1e-8 is usual")
+        wanted = "finite and not negative; 0 turns it off"
+        check(self, is_finite(decay) and decay >= 0, "weight_decay", wanted)
 
     def build(
         self,
@@ -53,6 +52,9 @@ class AdamWConfig:
 
         Returns:
             An optax transformation that takes extra arguments.
+
+        Raises:
+            ValueError: ``learning_rate`` is a number that is not finite, or nothing of the above.
         """
         return optax.chain(
             optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),

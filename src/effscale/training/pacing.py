@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
-from effscale.models.validation import check
+from effscale.models.validation import check, is_finite
 
 Clock = Literal["steps", "samples", "tokens"]
 NUM_LEVELS = 12
@@ -65,6 +65,12 @@ class Pacing:
             yield level
 
 
+def _check_at_least(config: Pacing, least: int, field: str, name_of_least: str = "") -> None:
+    value = getattr(config, field)
+    wanted = f"a finite number, at least {name_of_least}{least}"
+    check(config, is_finite(value) and value >= least, field, wanted)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootPacing(Pacing):
     r"""From the smallest to the greatest difficulty along a root.
@@ -96,13 +102,12 @@ class RootPacing(Pacing):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, self.min_difficulty >= 0, "min_difficulty", "at least 0")
-        greatest = f"at least min_difficulty={self.min_difficulty}"
-        check(self, self.max_difficulty >= self.min_difficulty, "max_difficulty", greatest)
-        check(self, self.total >= 1, "total", "at least 1")
-        step = self.difficulty_step
-        check(self, step is None or step >= 1, "difficulty_step", "at least 1, or None")
-        check(self, self.root_degree >= 1, "root_degree", "at least 1")
+        _check_at_least(self, 0, "min_difficulty")
+        _check_at_least(self, self.min_difficulty, "max_difficulty", "min_difficulty=")
+        _check_at_least(self, 1, "total")
+        if self.difficulty_step is not None:
+            _check_at_least(self, 1, "difficulty_step")
+        _check_at_least(self, 1, "root_degree")
 
     @property
     def end(self) -> int:
@@ -161,11 +166,12 @@ class DiscretePacing(Pacing):
         rising = lambda numbers: list(numbers) == sorted(set(numbers))
         check(self, len(self.difficulty) >= 1, "difficulty", "at least one number")
         check(self, rising(self.difficulty), "difficulty", "rising numbers")
-        check(self, self.difficulty[0] >= 0, "difficulty", "numbers from 0")
+        from_zero = lambda numbers: all(is_finite(number) and number >= 0 for number in numbers)
+        check(self, from_zero(self.difficulty), "difficulty", "finite numbers from 0")
         wanted = f"one number for each difficulty but the last, {len(self.difficulty) - 1}"
         check(self, len(self.max_step) == len(self.difficulty) - 1, "max_step", wanted)
         check(self, rising(self.max_step), "max_step", "rising numbers")
-        check(self, all(count >= 0 for count in self.max_step), "max_step", "numbers from 0")
+        check(self, from_zero(self.max_step), "max_step", "finite numbers from 0")
 
     @property
     def min_difficulty(self) -> int:
@@ -209,7 +215,7 @@ class CustomPacing(Pacing):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, self.total >= 0, "total", "at least 0")
+        _check_at_least(self, 0, "total")
         name = getattr(self.function, "__name__", repr(self.function))
         first, last = self.function(0), self.function(self.total)
         if first < self.min_difficulty:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effscale.training.paths import local_path
 from effscale.training.serialize import to_json, write_atomic, write_json
 
 _PACKAGES = ("effscale", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -54,15 +55,15 @@ class RunFolder:
         Raises:
             FileExistsError: The folder holds something and ``resume`` is not set.
             FileNotFoundError: ``resume`` is set and there is no such folder.
-            ValueError: Neither ``path`` nor ``name`` is given, or ``resume`` without ``path``.
+            ValueError: Neither ``path`` nor ``name`` is given, ``resume`` without ``path``, or a path that is a URL.
         """
         if path is None:
             if resume:
                 raise ValueError("resume=True needs the path of the run to go on with")
             if name is None:
                 raise ValueError("give the path of the run folder, or the name of the experiment")
-            path = _unused(pathlib.Path(root) / name)
-        folder = cls(pathlib.Path(path).resolve())
+            path = _unused(local_path(root) / name)
+        folder = cls(local_path(path))
         if resume:
             if not folder.path.is_dir():
                 raise FileNotFoundError(
@@ -145,7 +146,7 @@ def check_unused(path: str | os.PathLike[str]) -> None:
 
     ``RunFolder.create`` asks this itself; a run that prepares for long may want the answer first.
     """
-    folder = pathlib.Path(path).resolve()
+    folder = local_path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} already holds a run; choose another folder, or resume to go on with it"

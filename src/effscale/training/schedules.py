@@ -6,7 +6,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from effscale.models.validation import check, is_finite
 
 Unit = Literal["steps", "tokens"]
 Kind = Literal["constant", "linear", "cosine", "inverse_sqrt"]
@@ -61,19 +64,17 @@ class ScheduleConfig:
             raise ValueError(f"kind={self.kind!r} is unknown; one of {', '.join(get_args(Kind))}")
         if self.unit not in get_args(Unit):
             raise ValueError(f"unit={self.unit!r} is unknown; one of {', '.join(get_args(Unit))}")
-        if self.peak < 0:
-            raise ValueError(f"peak={self.peak} must not be negative")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup} must not be negative; 0 means no warmup")
-        if not 0 <= self.final <= self.peak:
-            raise ValueError(f"final={self.final} must lie between 0 and peak={self.peak}")
+        peak, warmup, total, final = self.peak, self.warmup, self.total, self.final
+        check(self, is_finite(peak) and peak >= 0, "peak", "finite and not negative")
+        wanted = "finite and not negative; 0 means no warmup"
+        check(self, is_finite(warmup) and warmup >= 0, "warmup", wanted)
+        check(self, is_finite(final) and 0 <= final <= peak, "final", f"between 0 and peak={peak}")
         if self.kind in ("linear", "cosine"):
-            if self.total is None:
-                raise ValueError(
-                    f"total=None: kind={self.kind!r} needs the count at which the decay ends"
-                )
-            if self.total <= self.warmup:
-                raise ValueError(f"total={self.total} must be greater than warmup={self.warmup}")
+            wanted = f"the count at which the decay ends, as kind={self.kind!r} has one"
+            check(self, total is not None, "total", wanted)
+            wanted = f"finite and greater than warmup={warmup}"
+            ends = total is not None and is_finite(total) and total > warmup
+            check(self, ends, "total", wanted)
 
     def build(self) -> Schedule:
         """The schedule; its function takes integers or floats, traced or not."""
@@ -115,8 +116,8 @@ def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None
     """
     if tokens_per_step is None:
         return Schedule(schedule, "tokens")
-    if tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step={tokens_per_step} must be at least 1")
+    if not is_finite(tokens_per_step) or tokens_per_step < 1:
+        raise ValueError(f"tokens_per_step={tokens_per_step!r} must be at least 1 and finite")
     return Schedule(
         lambda tokens: schedule(jnp.asarray(tokens, jnp.float32) / tokens_per_step), "tokens"
     )
@@ -174,9 +175,18 @@ def scale_by_token_schedule(
 def scale_by_learning_rate(
     learning_rate: float | jax.Array | Callable[[Any], Any] | optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """The last link of an optimizer: a number, an optax schedule (counts updates), a ``Schedule`` by tokens, or the link itself."""
+    """The last link of an optimizer: a number, an optax schedule (counts updates), a ``Schedule`` by tokens, or the link itself.
+
+    Raises:
+        ValueError: A number that is not finite, or nothing of these.
+    """
     if isinstance(learning_rate, optax.GradientTransformation):
         return learning_rate
+    is_array = isinstance(learning_rate, jax.Array | np.ndarray)
+    if not (is_array or callable(learning_rate) or is_finite(learning_rate)):
+        raise ValueError(
+            f"learning_rate={learning_rate!r} must be a finite number, a schedule or an optax transformation"
+        )
     if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
         return scale_by_token_schedule(learning_rate.function)
     return optax.scale_by_learning_rate(learning_rate)

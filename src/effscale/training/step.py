@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effscale.models.validation import is_finite
 from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
+from effscale.training.guarded_update import update_if
 from effscale.training.loss import Loss, safe_weight
 from effscale.training.partition import Trainable, combine, partition
 from effscale.training.schedules import Schedule
@@ -45,9 +47,10 @@ def make_train_step(
     :math:`\nabla \sum_m L_m / \sum_m w_m` over micro-batches m with sums :math:`L_m` and weights :math:`w_m`,
     which differs from the mean of the micro-batches' means as soon as they hold unequal numbers of tokens.
 
-    If the loss or the gradient is not finite, or the batch has no weight, the update is skipped: model, optimizer
-    state and average stay bit for bit as they were. ``step`` and ``tokens`` count on, as the batch is consumed. The
-    decision is taken from values that are the same on every device.
+    The update is skipped if the loss or the gradient is not finite, if the batch has no weight, or if the update would
+    make any number of the model or the optimizer state infinite or NaN, as an overflowing learning rate does. Model,
+    optimizer state and average then stay bit for bit as they were, on every device alike; ``step`` and ``tokens`` count on,
+    as the batch is consumed.
 
     Args:
         loss_fn: ``loss_fn(model, batch, key) -> Loss``.
@@ -75,17 +78,19 @@ def make_train_step(
         ValueError: An option is out of range; or, while tracing, the batch is not a multiple of ``accumulate``,
             the optimizer does not average over the workers of ``axis_name``, or state and ``ema_decay`` disagree.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"clip_norm={clip_norm} must be positive; None does not clip")
+    if not is_finite(accumulate) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r} must be at least 1")
+    if clip_norm is not None and not (is_finite(clip_norm) and clip_norm > 0):
+        raise ValueError(
+            f"clip_norm={clip_norm!r} must be a positive, finite number; None does not clip"
+        )
     if clip_norm is not None and axis_name is not None:
         raise ValueError(
             f"clip_norm={clip_norm} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give "
             "clip_norm to it"
         )
-    if ema_decay is not None and not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1); 0.999 is usual")
+    if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
+        raise ValueError(f"ema_decay={ema_decay!r} must lie in [0, 1); 0.999 is usual")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -132,8 +137,9 @@ def make_train_step(
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
 
-        new_params, opt_state, ema = update_if(finite, update, (params, state.opt_state, state.ema))
-        skip = (~finite).astype(jnp.int32)
+        old = params, state.opt_state, state.ema
+        (new_params, opt_state, ema), made = update_if(finite, update, old, axis_name)
+        skip = (~made).astype(jnp.int32)
         new_state = dataclasses.replace(
             state,
             model=combine(new_params, frozen),
@@ -147,7 +153,7 @@ def make_train_step(
         metrics = _metrics(new_state, loss, norm)
         if axis_name is not None:
             # The state of a step that is skipped is that of the step before it.
-            metrics["sent_bytes"] = jnp.where(finite, sent_bytes(opt_state), 0.0)
+            metrics["sent_bytes"] = jnp.where(made, sent_bytes(opt_state), 0.0)
         if learning_rate is not None:
             by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
             count = state.tokens.to_float32() if by_tokens else state.step - state.skipped
@@ -208,30 +214,6 @@ def split_batch(x: Any, accumulate: int) -> jax.Array:
             f"use a batch that is a multiple of {accumulate}"
         )
     return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // accumulate, accumulate, *x.shape[1:])), 1, 0)
-
-
-def update_if(condition: jax.Array, update: Callable[[Any], Any], old: Any) -> Any:
-    """``update(old)`` where the condition holds, else ``old``, bit for bit.
-
-    On CPU a branch lets XLA update the moments in place, where selecting between new and old costs twice the
-    optimizer's time; on accelerators the selection fuses into the update, and a branch would wait for the host.
-    """
-    return jax.lax.platform_dependent(
-        condition,
-        old,
-        cpu=lambda condition, old: by_branch(condition, update, old),
-        default=lambda condition, old: by_selection(condition, update, old),
-    )
-
-
-def by_branch(condition: jax.Array, update: Callable[[Any], Any], old: Any) -> Any:
-    """``update_if`` as control flow."""
-    return jax.lax.cond(condition, update, lambda kept: kept, old)
-
-
-def by_selection(condition: jax.Array, update: Callable[[Any], Any], old: Any) -> Any:
-    """``update_if`` element by element."""
-    return jax.tree.map(lambda new, kept: jnp.where(condition, new, kept), update(old), old)
 
 
 def _average(ema: Any, params: Any, decay: float) -> Any:

@@ -1,0 +1,27 @@
+"""Paths of folders that a run writes to."""
+
+import os
+import pathlib
+import re
+
+# pathlib makes "gs:/bucket" of "gs://bucket", so one slash is enough; a single letter is a drive of Windows.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a file or folder on this machine.
+
+    Raises:
+        ValueError: ``path`` is a URL, as of a bucket, which `pathlib` would take for a relative folder.
+
+    >>> local_path("gs://bucket/run")
+    Traceback (most recent call last):
+    ...
+    ValueError: 'gs://bucket/run' is a URL, and runs are written to local folders only: give a local path, and copy the folder afterwards or mount the bucket
+    """
+    if _URL.match(os.fspath(path)):
+        raise ValueError(
+            f"{os.fspath(path)!r} is a URL, and runs are written to local folders only: give a local path, and copy the "
+            "folder afterwards or mount the bucket"
+        )
+    return pathlib.Path(path).resolve()

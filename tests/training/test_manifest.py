@@ -1,0 +1,59 @@
+import json
+import random
+import re
+
+import pytest
+
+from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("model/0", "model/1", "run.json"):
+        (tmp_path / name).write_text(f"content of {name}")
+    write_manifest(tmp_path)
+    assert verify_manifest(tmp_path) is None
+    return tmp_path
+
+
+def test_any_flipped_bit_of_a_manifest_is_found_and_none_crashes(folder):
+    whole = (folder / MANIFEST).read_bytes()
+    flips = [(place, bit) for place in range(len(whole)) for bit in range(8)]
+    for place, bit in random.Random(0).sample(flips, 300):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        (folder / MANIFEST).write_bytes(damaged)
+        assert isinstance(verify_manifest(folder), str), bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "cannot be read"),
+        ("[]", "no 'files'"),
+        ('{"files": []}', "no 'files'"),
+        ('{"files": {}}', "lists no file"),
+        ('{"files": {"run.json": 3}}', "no 'bytes'"),
+        ('{"files": {"run.json": {"bytes": "3", "blake2b": ""}}}', "no 'bytes'"),
+        ('{"files": {"run.json": {"bytes": 19}}}', "no 'blake2b'"),
+        ('{"files": {"../run.json": {"bytes": 19, "blake2b": ""}}}', "outside of the folder"),
+        ('{"files": {"/run.json": {"bytes": 19, "blake2b": ""}}}', "outside of the folder"),
+        (
+            '{"files": {"' + 5000 * "a" + '": {"bytes": 19, "blake2b": ""}}}',
+            "cannot be read|missing",
+        ),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_what_is_no_manifest_is_unsound(folder, text, reason):
+    (folder / MANIFEST).write_text(text)
+    assert re.search(reason, verify_manifest(folder))
+
+
+def test_a_name_that_became_another_leaves_no_file_unchecked(folder):
+    """With model/0 renamed to model/1 in the manifest, nothing would vouch for model/0."""
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace("model/0", "model/1"))
+    assert len(json.loads((folder / MANIFEST).read_text())["files"]) == 2
+    assert "twice" in verify_manifest(folder)
