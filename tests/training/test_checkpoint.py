@@ -2,6 +2,8 @@ import dataclasses
 import logging
 import pathlib
 import resource
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +230,23 @@ def test_where_all_manifests_are_lost_nothing_is_deleted_and_the_run_stops(toy, 
     ):
         Checkpoints(tmp_path).restore(create(), step=2)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_killed_before_its_first_manifest_starts_again(toy, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("effscale.training.checkpoint.write_manifest", killed)
+        patch.setattr("threading.excepthook", lambda arguments: None)
+        Checkpoints(tmp_path).save(1, fresh(toy), force=True)
+        while any(thread.name == "checkpoint-1" for thread in threading.enumerate()):
+            time.sleep(0.01)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000001.writing"]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(fresh(toy)) is None
+        checkpoints.save(1, fresh(toy), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_one_that_cannot_be_deleted_does_not_stop_the_run(toy, tmp_path, caplog, monkeypatch):

@@ -54,11 +54,6 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value is a finite real number, Python's or NumPy's; True and False are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A hint that names the choices nearest to ``name``, or all where none is near.
 

@@ -19,6 +19,7 @@ from effscale.training.checkpoint_files import (
     TEMPORARY,
     JsonItem,
     cannot_be_verified,
+    delete,
     delete_checkpoint,
     describe,
     finished_steps,
@@ -30,6 +31,7 @@ from effscale.training.checkpoint_files import (
     read_run,
     step_folder,
     without_manifest,
+    writing_mark,
 )
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
@@ -166,6 +168,8 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp  # slow to import, see load_items
 
         try:
+            if jax.process_index() == 0:
+                writing_mark(path).touch()
             response = ocp.save_checkpointables_async(str(path), content)
         except Exception as error:
             raise self._failure(step, error) from error
@@ -246,8 +250,8 @@ class Checkpoints:
     def clean(self, step: int) -> None:
         """Make room for checkpoints from ``step`` on.
 
-        What a killed run left half-written is deleted. Checkpoints newer than the one restored, and those without a
-        manifest, are moved to ``set_aside/``. Called before the first save: until then the folder is only read, so a run
+        What a killed run left half-written is deleted. Checkpoints newer than the one restored, and those whose
+        manifest is lost, are moved to ``set_aside/``. Called before the first save: until then the folder is only read, so a run
         can be looked at while it goes on.
 
         Raises:
@@ -267,7 +271,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in leftovers(self.folder):
                 logger.warning("deleting %s, which was not finished", left)
-                shutil.rmtree(left)
+                delete(left)
             for newer in past:
                 path = step_folder(self.folder, newer)
                 self._set_aside(path, f"the run goes on from step {self._start}")
@@ -309,7 +313,9 @@ class Checkpoints:
         try:
             response.result()
             if jax.process_index() == 0:
-                write_manifest(step_folder(self.folder, step))
+                path = step_folder(self.folder, step)
+                write_manifest(path)
+                writing_mark(path).unlink()
         except Exception as error:
             self._saved.discard(step)
             self._error = self._failure(step, error)
@@ -333,6 +339,8 @@ class Checkpoints:
             unfinished = [] if (path / MANIFEST).exists() else [path]
             for left in [*unfinished, *self.folder.glob(f"{path.name}{TEMPORARY}*")]:
                 shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                writing_mark(path).unlink()
         try:
             free = f"{shutil.disk_usage(self.folder).free / 2**20:.0f} MiB are free there"
         except OSError as unknown:

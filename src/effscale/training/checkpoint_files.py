@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 TEMPORARY = ".orbax-checkpoint-tmp"
 DELETED = ".deleted"
+WRITING = ".writing"
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
@@ -47,20 +48,34 @@ def finished_steps(folder: pathlib.Path) -> list[int]:
     return [step for step, path in _steps(folder) if (path / MANIFEST).exists()]
 
 
+def writing_mark(path: pathlib.Path) -> pathlib.Path:
+    """The file that stands beside a checkpoint from before it is written until its manifest is."""
+    return path.with_name(path.name + WRITING)
+
+
 def without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Checkpoints that cannot be verified: the run was killed just before the end of a save, or the manifest was lost."""
-    return [path for _, path in _steps(folder) if not (path / MANIFEST).exists()]
+    """Checkpoints that were written to the end and cannot be verified, as their manifest is lost."""
+    return [path for path in _without_manifest(folder) if not writing_mark(path).exists()]
 
 
 def leftovers(folder: pathlib.Path) -> list[pathlib.Path]:
     """What a run that was killed has left half-written or half-deleted; it can be deleted."""
     if not folder.is_dir():
         return []
+    killed = [path for path in _without_manifest(folder) if writing_mark(path).exists()]
     return sorted(
         entry
         for entry in folder.iterdir()
-        if entry.is_dir() and (TEMPORARY in entry.name or entry.name.endswith(DELETED))
+        if TEMPORARY in entry.name or entry.name.endswith((DELETED, WRITING)) or entry in killed
     )
+
+
+def delete(path: pathlib.Path) -> None:
+    """Delete a folder with all that is in it, or a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def delete_checkpoint(path: pathlib.Path) -> None:
@@ -68,6 +83,10 @@ def delete_checkpoint(path: pathlib.Path) -> None:
     doomed = path.with_name(path.name + DELETED)
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for _, path in _steps(folder) if not (path / MANIFEST).exists()]
 
 
 def _steps(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
