@@ -113,6 +113,9 @@ def unchecked(config, **changes):
         (lambda: ClassHead(num_classes=2, dropout=1.0), r"ClassHead\.dropout=1\.0: must be in \[0, 1\)"),
         (lambda: opt(num_layers=1, d_model=8, num_heads=2, d_ff=0), r"MLPConfig\.d_ff=0"),
         (lambda: gpt2(num_layers=0, d_model=8, num_heads=2), r"Group\.repeat=0"),
+        # Not all the divisors of a width of any size: that would take a minute here, and hours for a larger one.
+        (lambda: replace(MODEL, d_model=10**9 + 1), r"num_heads=2 .* choose one of \[1, 7, 11, 13, 19\] or give head_dim"),
+        (lambda: gpt2(num_layers=1, d_model=10**18 + 9, num_heads=10**9), r"num_heads=1000000000 does not .*; give head_dim"),
         (lambda: gpt2(num_layers=1, d_model=8, num_heads=3), r"num_heads=3 does not divide d_model=8; choose one of \[1, 2, 4, 8\]"),
     ],
 )  # fmt: skip
