@@ -82,6 +82,9 @@ def train_tokenizer(
 def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """Loads a ``tokenizer.json``, or the one in a folder.
 
+    Truncation and padding that were switched on when the file was saved are switched off: they are settings of the program
+    that saved it, and would cut every text.
+
     Args:
         path: The file, or a folder such as a downloaded model's.
 
@@ -100,13 +103,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
             "(transformers writes it with save_pretrained on a fast tokenizer)."
         )
     try:
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     # The library raises bare Exception for whatever it cannot read.
     except Exception as error:
         raise ValueError(
             f"{str(file)!r} is not a tokenizer.json that tokenizers {tokenizers.__version__} "
             f"can read: {error}"
         ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]) -> pathlib.Path:
