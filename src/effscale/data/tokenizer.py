@@ -93,10 +93,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         ValueError: The file is not a tokenizer.
     """
     place = pathlib.Path(path)
-    file = place / "tokenizer.json" if place.is_dir() else place
-    if not file.is_file():
+    # Those of os.path, unlike pathlib's, know no name that is too long for the file system.
+    file = place / "tokenizer.json" if os.path.isdir(place) else place
+    if not os.path.isfile(file):
         folder = file.parent
-        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        there = sorted(e.name for e in folder.iterdir()) if os.path.isdir(folder) else []
         hint = f"the folder holds {there[:10]}" if there else "the folder is absent or empty"
         raise FileNotFoundError(
             f"no tokenizer at {str(file)!r}: {hint}. Give a tokenizer.json or a folder with one "

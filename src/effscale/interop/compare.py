@@ -10,6 +10,7 @@ import numpy as np
 
 from effscale.interop.describe import describe
 from effscale.interop.families.family import named_class
+from effscale.interop.foreign import reading
 from effscale.interop.load import load_pretrained
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError
@@ -124,7 +125,8 @@ def torch_outputs(
     family, described = describe(model.config)
     fields = dict(open_source(folder).fields)
     fields.pop("model_type", None)
-    config = transformers.AutoConfig.for_model(family.model_type, **fields)
+    with reading(f"transformers cannot read the config.json in {str(folder)!r}", Exception):
+        config = transformers.AutoConfig.for_model(family.model_type, **fields)
     name = named_class(fields) or described["architectures"][0]
     kind = getattr(transformers, name, None)
     if kind is None:
