@@ -187,7 +187,7 @@ def _resolve_repeats(
             warnings.warn(
                 f"{repeat} and {original} should be one, but their values differ: the former is loaded, with which "
                 "transformers computes",
-                stacklevel=4,
+                stacklevel=5,
             )
             exchanged = {repeat: original, original: repeat}
             tensors = Renamed(tensors, lambda name, e=exchanged: e.get(name, name))
@@ -195,7 +195,7 @@ def _resolve_repeats(
         else:
             warnings.warn(
                 f"config.json ties {repeat} to {original}, but their values differ: both are loaded",
-                stacklevel=4,
+                stacklevel=5,
             )
             heads = tuple(
                 dataclasses.replace(head, tied=False) if isinstance(head, LMHead) else head
