@@ -40,7 +40,17 @@ def test_save_and_load_by_file_or_folder(tokenizer, tmp_path):
     assert save_tokenizer(tokenizer, tmp_path / "x.json") == tmp_path / "x.json"
 
 
+def test_a_file_saved_with_truncation_and_padding_encodes_whole_texts(tokenizer, tmp_path):
+    saved = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    saved.enable_truncation(2)
+    saved.enable_padding(length=3)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
+
+
 def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        load_tokenizer(tmp_path / ("x" * 5000))
     with pytest.raises(FileNotFoundError, match="absent or empty"):
         load_tokenizer(tmp_path / "nowhere" / "tokenizer.json")
     (tmp_path / "vocab.json").write_text("{}")

@@ -67,6 +67,7 @@ def test_every_config_is_read_as_transformers_reads_it(model_type, data, hf):
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
 # Names of older versions, and the fields of today that say the same.
 OLDER = {
     "neox-rotary": (
@@ -95,6 +96,31 @@ OLDER = {
         "llama",
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "llama-yarn-beside": (
+        "llama",
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 8}, "original_max_position_embeddings": 16},
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 16}},
+    ),
+    "llama3-beside": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3"} | LLAMA3, "original_max_position_embeddings": 16},
+        {"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 16} | LLAMA3},
+    ),
+    "neox-yarn-beside": (
+        "gpt_neox",
+        {"rope_scaling": YARN, "original_max_position_embeddings": 16, "rotary_pct": 1.0},
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}},
+    ),
+    "llama-linear-beside": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "original_max_position_embeddings": 16},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "llama-yarn-null": (
+        "llama",
+        {"rope_parameters": YARN | {"truncate": None, "original_max_position_embeddings": 16}},
+        {"rope_parameters": YARN | {"truncate": False, "original_max_position_embeddings": 16}},
     ),
     "bloom-width": ("bloom", {"n_embed": 16}, {"hidden_size": 16}),
     "bloom-counts": ("bloom", {"num_hidden_layers": 3, "num_attention_heads": 4}, {"n_layer": 3, "n_head": 4}),
@@ -144,8 +170,8 @@ REFUSED = {
     "heads": ("gpt2", {"n_head": 3}, "num_heads=3 does not divide d_model=8"),
     "key-heads": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value|num_kv_heads=3"),
     "no-heads": ("bert", {"num_attention_heads": 0}, "num_heads=0: must be at least 1"),
-    "text": ("gpt2", {"n_embd": "wide"}, "wrong type"),
-    "null": ("opt", {"hidden_size": None}, "wrong type"),
+    "text": ("gpt2", {"n_embd": "wide"}, "n_embd='wide': must be a whole number"),
+    "null": ("opt", {"hidden_size": None}, "hidden_size=null: must be a whole number"),
 } | {f"llama-{kind}": ("llama", {"rope_scaling": {"type": kind, "factor": 2.0}}, f"'{kind}'") for kind in ROPES}  # fmt: skip
 
 

@@ -1,3 +1,5 @@
+import contextlib
+import math
 import pathlib
 import struct
 import sys
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.interop import FolderError
+from effscale.interop import FolderError, load_tokenizer
 from effscale.interop.gguf_files import FREQUENCIES, GGUFFile, gguf_config
 from effscale.interop.gguf_header import read_header
+from effscale.interop.source import open_source
 from effscale.interop.tensors import Tensors
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -215,10 +218,11 @@ def test_llama_3_s_factors_become_its_rule(tmp_path, factor):
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"expert_count": 8}, "mixture of experts"),
-        ({"block_count": None}, r"llama\.block_count is None"),
-        ({"block_count": 1.5}, r"llama\.block_count is 1\.5"),
-        ({"attention.head_count": 0}, r"llama\.attention\.head_count is 0"),
-        ({"rope.freq_base": "high"}, r"llama\.rope\.freq_base is 'high'"),
+        ({"block_count": None}, r"has no llama\.block_count: must be a whole number from 1"),
+        ({"block_count": 1.5}, r"llama\.block_count=1\.5: must be a whole number from 1"),
+        ({"attention.head_count": 0}, r"llama\.attention\.head_count=0: must be"),
+        ({"rope.freq_base": "high"}, r"llama\.rope\.freq_base='high': must be a finite number"),
+        ({"rope.freq_base": 0.0}, r"llama\.rope\.freq_base is 0\.0, and should be above 0"),
         (
             {"tensors": {"output.weight": np.zeros((8, 32), np.float32)}},
             r"lacks token_embd\.weight",
@@ -232,6 +236,45 @@ def test_llama_3_s_factors_become_its_rule(tmp_path, factor):
 def test_what_is_no_llama_of_ours_is_refused(tmp_path, settings, message):
     path = write(tmp_path / "a.gguf", **settings)
     with pytest.raises(FolderError, match=message):
+        gguf_config(path)
+
+
+KEYS = (
+    *("block_count", "embedding_length", "attention.head_count", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "expert_count", "rope.freq_base", "rope.scaling.type"),
+    *("rope.dimension_count", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("split.count", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.model", "tokenizer.ggml.pre"),
+    *("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"),
+    *("tokenizer.ggml.bos_token_id", "tokenizer.ggml.add_bos_token"),
+)
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_any_type_is_read_or_refused(tmp_path, key):
+    for value in (True, 7, 2**32 - 1, 2.5, math.nan, "text", [1, 2], ["a", "b"], [0.5], [True]):
+        path = write(tmp_path / "a.gguf", **TOKENIZER | {key: value})
+        for read in (open_source, load_tokenizer):
+            with contextlib.suppress(FolderError):
+                assert read(path) is not None
+
+
+def test_no_more_layers_than_tensors(tmp_path):
+    path = write(tmp_path / "a.gguf", block_count=2_000_000_000)
+    with pytest.raises(FolderError, match=r"num_hidden_layers=2000000000, and there are 1 tensors"):
+        open_source(path)
+
+
+def test_no_more_frequencies_than_the_tensor_of_their_factors(tmp_path):
+    tensors = {
+        "token_embd.weight": np.zeros((8, 32), np.float32),
+        FREQUENCIES: np.ones(4, np.float32),
+    }
+    path = write(tmp_path / "a.gguf", tensors=tensors, **{"rope.dimension_count": 2**31 - 2})
+    with pytest.raises(FolderError, match=r"rope_freqs\.weight has the shape \[4\]"):
         gguf_config(path)
 
 

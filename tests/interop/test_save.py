@@ -142,10 +142,10 @@ def test_two_processes_save_one_folder(folder, out):
 
 def test_sources_that_are_refused(folder):
     change(folder, num_hidden_layers=50_000)
-    with pytest.raises(FolderError, match="50000 layers"):
+    with pytest.raises(FolderError, match="num_hidden_layers=50000, and there are"):
         load_pretrained(folder)
     change(folder, num_hidden_layers=2, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(FolderError, match=r"quantized .gptq."):
+    with pytest.raises(FolderError, match=r"quantized \('gptq'\)"):
         load_pretrained(folder)
     (folder / "config.json").unlink()
     (folder / "a.gguf").touch()

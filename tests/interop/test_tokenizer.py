@@ -121,6 +121,110 @@ def test_word_piece(word_piece, settings, tmp_path, auto):
     assert ours.encode("The fox", "the dog").type_ids == pair["token_type_ids"]
 
 
+OPT = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True} | {
+    f"{role}_token": {"__type": "AddedToken", "content": "</s>", "normalized": True}
+    for role in ("bos", "eos", "unk")
+}  # fmt: skip
+LISTED = {"additional_special_tokens": ["[X1]", "<x2>"]}
+NEW = {"content": "[X1]", "lstrip": True, "normalized": False, "special": True}
+MASK = {"content": "[MASK]", "lstrip": True, "normalized": True}
+SPECIAL = "</s> a <s> b <pad> <unk> c [X1] <x2>  <|endoftext|> [MASK]. x<x2>y [x1] [cls]"
+# tokenizer_config.json, special_tokens_map.json, added_tokens.json; `first` stands for the first free id.
+BESIDE = {
+    "gpt2": [
+        [{"add_prefix_space": True}],
+        [OPT],
+        [OPT, {"bos_token": "</s>", "pad_token": "<pad>"}],
+        [{"add_bos_token": True, "add_eos_token": True}],
+        [LISTED],
+        [{}, LISTED],
+        [{"extra_special_tokens": {"image_token": "[X1]"}, "audio_token": "<x2>"}],
+        [{"pad_token": "[X1]"}, {}, {"[X1]": "first", "<x2>": "second"}],
+        [{"added_tokens_decoder": {"first": NEW}}, {"pad_token": "not read then"}],
+    ],
+    "bert": [
+        [LISTED],
+        [LISTED | {"do_lower_case": False}],
+        [{}, LISTED],
+        [{}, {"mask_token": MASK}],
+        [{}, {}, {"[X1]": "first"}],
+        [{"cls_token": "[SEP]", "sep_token": "[CLS]", "pad_token": "[X1]"}],
+        [{"added_tokens_decoder": {"first": NEW}}],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [(k, i) for k in BESIDE for i in range(len(BESIDE[k]))]
+)
+def test_settings_beside_a_vocabulary(kind, number, byte_level, word_piece, tmp_path, auto):
+    original = word_piece if kind == "bert" else byte_level[1]
+    for path in original.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config(tmp_path, kind, 400)
+    size = load_tokenizer(tmp_path).get_vocab_size(with_added_tokens=False)
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    for name, fields in zip(names, BESIDE[kind][number], strict=False):
+        text = json.dumps(fields).replace('"first":', f'"{size}":')
+        text = text.replace('"first"', str(size)).replace('"second"', str(size + 1))
+        (tmp_path / name).write_text(text)
+    ours, theirs = load_tokenizer(tmp_path), auto(tmp_path)
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in (*TEXTS, SPECIAL):
+        check(ours, theirs, text)
+        pair = theirs(text, "the dog", return_token_type_ids=True)
+        assert ours.encode(text, "the dog").ids == pair["input_ids"]
+        assert ours.encode(text, "the dog").type_ids == pair["token_type_ids"]
+
+
+def test_truncation_and_padding_of_the_file_are_off(byte_level, tmp_path, auto):
+    tokenizer = data.load_tokenizer(byte_level[0])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=5, pad_token="<|endoftext|>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config(tmp_path, "gpt2", 320)
+    assert len(tokenizer.encode(TEXTS[0]).ids) == 5
+    theirs = auto(tmp_path)
+    for ours in (load_tokenizer(tmp_path), data.load_tokenizer(tmp_path)):
+        for text in TEXTS:
+            check(ours, theirs, text)
+
+
+@pytest.mark.parametrize("settings", [{"add_prefix_space": True}, LISTED])
+def test_settings_beside_a_tokenizer_json(settings, byte_level, tmp_path, auto):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level[0] / "tokenizer.json").read_bytes())
+    config(tmp_path, "gpt2", 400)
+    settings = settings | {"tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_tokenizer(tmp_path), auto(tmp_path)
+    assert ours.get_vocab() == theirs.get_vocab()
+    for text in (*TEXTS, SPECIAL):
+        check(ours, theirs, text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer_class": "RobertaTokenizer"}, "names a 'RobertaTokenizer'.* AutoTokenizer"),
+        ({"add_prefix_space": "yes"}, "add_prefix_space='yes': must be true or false"),
+        ({"bos_token": 5}, "has the token 5: must be a string or an object"),
+        ({"pad_token": {"lstrip": True}}, "has no content: must be a string"),
+        ({"additional_special_tokens": "<x>"}, "has special tokens '<x>': must be a list"),
+        ({"added_tokens_decoder": {"one": NEW}}, "cannot be read: invalid literal"),
+        (
+            {"added_tokens_decoder": {"9": NEW}},
+            r"gives '\[X1\]' the id 9, but the next free one is",
+        ),
+    ],
+)
+def test_settings_that_are_refused(settings, message, byte_level, tmp_path):
+    for path in byte_level[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(FolderError, match=message):
+        load_tokenizer(tmp_path)
+
+
 def test_a_text_before_all_else_in_opt(byte_level, tmp_path, auto):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((byte_level[1] / name).read_bytes())

@@ -73,7 +73,6 @@ def unchecked(config, **changes):
         (lambda: unchecked(MLP, activation="zzz"), r"activation='zzz': choose one of 'gelu', .*'silu'"),
         (lambda: unchecked(BLOCK, residual="paralel"), r"BlockConfig\.residual='paralel': did you mean 'parallel'"),
         (lambda: replace(BLOCK, dropout=-0.1), r"BlockConfig\.dropout=-0\.1: must be in"),
-        (lambda: Group(blocks=(BLOCK,), repeat=0), r"Group\.repeat=0: must be at least 1"),
         (lambda: Group(blocks=(), repeat=1), r"Group\.blocks=\(\): must be at least one block"),
         (lambda: TokenInputs(vocab_size=0), r"TokenInputs\.vocab_size=0: must be at least 1"),
         (lambda: replace(TEXT, d_embed=0), r"TokenInputs\.d_embed=0: must be at least 1"),
@@ -125,6 +124,9 @@ def unchecked(config, **changes):
         (lambda: neox(**SMALL, rotary_fraction=math.nan), r"^rotary_fraction=nan: must be above 0, at most 1"),
         (lambda: neox(**SMALL, rotary_fraction=0.25), r"^rotary_fraction=0\.25: must make an even number .* of the 4 .* not 1"),
         (lambda: replace(MODEL, init_std=math.inf), r"init_std=inf: must be above 0, and finite"),
+        # Not all the divisors of a width of any size: that would take a minute here, and hours for a larger one.
+        (lambda: replace(MODEL, d_model=10**9 + 1), r"num_heads=2 .* choose one of \[1, 7, 11, 13, 19\] or give head_dim"),
+        (lambda: gpt2(num_layers=1, d_model=10**18 + 9, num_heads=10**9), r"num_heads=1000000000 does not .*; give head_dim"),
         (lambda: gpt2(num_layers=1, d_model=8, num_heads=3), r"num_heads=3 does not divide d_model=8; choose one of \[1, 2, 4, 8\]"),
     ],
 )  # fmt: skip

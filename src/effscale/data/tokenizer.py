@@ -82,6 +82,9 @@ def train_tokenizer(
 def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """Loads a ``tokenizer.json``, or the one in a folder.
 
+    Truncation and padding that were switched on when the file was saved are switched off: they are settings of the program
+    that saved it, and would cut every text.
+
     Args:
         path: The file, or a folder such as a downloaded model's.
 
@@ -90,23 +93,27 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         ValueError: The file is not a tokenizer.
     """
     place = pathlib.Path(path)
-    file = place / "tokenizer.json" if place.is_dir() else place
-    if not file.is_file():
+    # Those of os.path, unlike pathlib's, know no name that is too long for the file system.
+    file = place / "tokenizer.json" if os.path.isdir(place) else place
+    if not os.path.isfile(file):
         folder = file.parent
-        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        there = sorted(e.name for e in folder.iterdir()) if os.path.isdir(folder) else []
         hint = f"the folder holds {there[:10]}" if there else "the folder is absent or empty"
         raise FileNotFoundError(
             f"no tokenizer at {str(file)!r}: {hint}. Give a tokenizer.json or a folder with one "
             "(transformers writes it with save_pretrained on a fast tokenizer)."
         )
     try:
-        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     # The library raises bare Exception for whatever it cannot read.
     except Exception as error:
         raise ValueError(
             f"{str(file)!r} is not a tokenizer.json that tokenizers {tokenizers.__version__} "
             f"can read: {error}"
         ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]) -> pathlib.Path:

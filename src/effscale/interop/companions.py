@@ -12,6 +12,7 @@ import tokenizers
 
 from effscale.data import save_tokenizer, separator_id
 from effscale.interop.folder import read_json
+from effscale.interop.foreign import Fields, shown
 from effscale.interop.gguf_files import gguf_config
 from effscale.interop.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.source import gguf_path
@@ -28,7 +29,8 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 STALE = (
     "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
     "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
-    "rotary_emb_base", "partial_rotary_factor", "transformers_version", "_name_or_path",
+    "rotary_emb_base", "partial_rotary_factor", "original_max_position_embeddings", "transformers_version",
+    "_name_or_path",
 )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ class Companions:
             self.tokenizer = tokenizer or _tokenizer_of(gguf)
         elif self.like is not None:
             inherited = dict(read_json(self.like, "config.json"))
+        _check_inherited(inherited)
         if self.is_new:
             inherited = {name: value for name, value in inherited.items() if name not in SPECIAL}
         if inherited.get("model_type", fields["model_type"]) != fields["model_type"]:
@@ -83,7 +86,7 @@ class Companions:
             end = self.config["eos_token_id"]
             first = end[0] if isinstance(end, list) else end
             settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-            if first is not None:
+            if first is not None and first >= 0:
                 settings["eos_token"] = self.tokenizer.id_to_token(first)
             write_json(folder / "tokenizer_config.json", settings)
         if self.is_new and (folder / "generation_config.json").is_file():
@@ -103,6 +106,21 @@ def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, 
     if names and len(names) == len(fields.get("id2label", {})):
         merged |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
     return merged
+
+
+def _check_inherited(inherited: Mapping[str, Any]) -> None:
+    """Refuses values of another kind in those fields of another ``config.json`` that are more than copied."""
+    given = Fields("the config.json of like", inherited)
+    names = given.block("id2label", Fields("", {}))
+    for label in names.values:
+        names.text(label)
+        if not label.isdecimal():
+            raise FolderError(f"{names.where} has {shown(label)}: must be the number of a class")
+    for name in SPECIAL:
+        value = inherited.get(name)
+        for one in value if isinstance(value, list) and value else [value]:
+            # -1 stands for none in some.
+            Fields(given.where, {name: one}).whole(name, None, least=-1)
 
 
 def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effscale.interop.describe import describe
+from effscale.interop.families.family import named_class
+from effscale.interop.foreign import reading
 from effscale.interop.load import load_pretrained
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError
@@ -48,7 +49,7 @@ def compare(
         FolderError: If the folder cannot be loaded, here or there.
         ImportError: If torch or transformers is not installed.
     """
-    if not pathlib.Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise FolderError(
             f"{str(folder)!r} is no folder, which transformers needs; convert it first"
         )
@@ -124,8 +125,9 @@ def torch_outputs(
     family, described = describe(model.config)
     fields = dict(open_source(folder).fields)
     fields.pop("model_type", None)
-    config = transformers.AutoConfig.for_model(family.model_type, **fields)
-    name = (fields.get("architectures") or described["architectures"])[0]
+    with reading(f"transformers cannot read the config.json in {str(folder)!r}", Exception):
+        config = transformers.AutoConfig.for_model(family.model_type, **fields)
+    name = named_class(fields) or described["architectures"][0]
     kind = getattr(transformers, name, None)
     if kind is None:
         raise FolderError(f"transformers {transformers.__version__} has no class {name!r}")

@@ -110,9 +110,10 @@ def checked_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
         FolderError: It does not exist, or is a file.
     """
     path = pathlib.Path(folder)
-    if path.is_dir():
+    # Those of os.path, unlike pathlib's, know no name that is too long for the file system.
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise FolderError(f"{str(path)!r} is a file: give the folder that it lies in.")
     raise FolderError(
         f"there is no folder {str(path)!r} here. Nothing is downloaded from a hub: give a folder on "
@@ -134,7 +135,7 @@ def _open_indexed(folder: pathlib.Path, index: str) -> Tensors:
     outside = [name for name in files if not _stays_inside(name)]
     if outside:
         raise FolderError(f"{where!r} names files outside its folder, refused: {_listed(outside)}.")
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in files if not os.path.isfile(folder / name)]
     if missing:
         raise FolderError(
             f"{len(missing)} of the {len(files)} files that {where!r} names are not there: "

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from effscale.interop.foreign import Fields
 from effscale.interop.tensors import FolderError, what_it_is
 
 VERSIONS = (2, 3)
@@ -72,6 +73,11 @@ class Header:
     path: pathlib.Path
     metadata: Mapping[str, Any]
     entries: Mapping[str, Entry]
+
+    @property
+    def fields(self) -> Fields:
+        """The metadata, to be read by kind."""
+        return Fields(repr(str(self.path)), self.metadata)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

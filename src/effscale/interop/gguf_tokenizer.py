@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 
+from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.gguf_files import GGUFFile
 from effscale.interop.tensors import FolderError
+
+GGML = "tokenizer.ggml."
+"""What the keys of a tokenizer begin with."""
 
 CONTROL, USER_DEFINED = 3, 4
 """Types of tokens that are found in a text before it is split; control tokens do not come out as text again."""
@@ -56,29 +60,34 @@ def gguf_tokenizer(file: GGUFFile | str | os.PathLike[str]) -> tokenizers.Tokeni
         FolderError: It has no tokenizer, one of another kind (SentencePiece), or one that splits texts in a way not known here.
     """
     file = file if isinstance(file, GGUFFile) else GGUFFile(file)
-    path, metadata = str(file.header.path), file.header.metadata
-    ggml = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    tokens, merges = ggml.get("tokens"), ggml.get("merges")
-    if ggml.get("model") != "gpt2" or not isinstance(tokens, list) or not isinstance(merges, list):
+    with reading(f"the tokenizer of {str(file.header.path)!r} cannot be read", Exception):
+        return _tokenizer(str(file.header.path), file.header.fields)
+
+
+def _tokenizer(path: str, fields: Fields) -> tokenizers.Tokenizer:
+    kind = fields.text(f"{GGML}model", None)
+    if kind != "gpt2":
         raise FolderError(
-            f"{path!r} has a tokenizer of the kind {ggml.get('model')!r}, and of GGUF files only byte-level BPE ('gpt2') "
+            f"{path!r} has a tokenizer of the kind {shown(kind)}, and of GGUF files only byte-level BPE ('gpt2') "
             "is read; load the tokenizer from the model's Hugging Face folder."
         )
-    split = ggml.get("pre")
+    split = fields.text(f"{GGML}pre", None)
     if split not in SPLITS:
         raise FolderError(
-            f"{path!r} splits texts by the rule {split!r}, and known are {', '.join(SPLITS)}; load the tokenizer "
+            f"{path!r} splits texts by the rule {shown(split)}, and known are {', '.join(SPLITS)}; load the tokenizer "
             "from the model's Hugging Face folder."
         )
+    tokens, merges = fields.strings(f"{GGML}tokens"), fields.strings(f"{GGML}merges")
     tokenizer = tokenizers.Tokenizer(_model(path, tokens, merges, whole_words=split == "llama-bpe"))
     tokenizer.pre_tokenizer = SPLITS[split]()
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, tokens, ggml.get("token_type", ()))
-    _add_ends(tokenizer, path, tokens, ggml, begins=split == "llama-bpe")
+    types = fields.values.get(f"{GGML}token_type", np.zeros(0, np.int32))
+    if not isinstance(types, np.ndarray):
+        raise FolderError(
+            f"{path!r} has {GGML}token_type={shown(types)}: must be a list of numbers."
+        )
+    _add_tokens(tokenizer, tokens, types)
+    _add_ends(tokenizer, path, tokens, fields, begins=split == "llama-bpe")
     return tokenizer
 
 
@@ -97,7 +106,7 @@ def _model(
     return tokenizers.models.BPE(vocab, pairs, ignore_merges=whole_words)
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: list[str], types: Any) -> None:
+def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: list[str], types: np.ndarray) -> None:
     for kind, add in (
         (CONTROL, tokenizer.add_special_tokens),
         (USER_DEFINED, tokenizer.add_tokens),
@@ -115,18 +124,18 @@ def _add_ends(
     tokenizer: tokenizers.Tokenizer,
     path: str,
     tokens: list[str],
-    ggml: Mapping[str, Any],
+    fields: Fields,
     *,
     begins: bool,
 ) -> None:
     """Has texts begin and end with a token where the file says so; without a word, Llama 3's begin with one."""
     template, special = ["$A"], []
     for name, default in (("bos", begins), ("eos", False)):
-        if not ggml.get(f"add_{name}_token", default):
+        if not fields.flag(f"{GGML}add_{name}_token", default):
             continue
-        index = ggml.get(f"{name}_token_id", -1)
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise FolderError(f"{path!r}: {name}_token_id={index!r} is not one of its tokens.")
+        index = fields.whole(f"{GGML}{name}_token_id")
+        if index >= len(tokens):
+            raise FolderError(f"{path!r}: {name}_token_id={index} is not one of its tokens.")
         special.append((tokens[index], index))
         template.insert(0 if name == "bos" else 2, tokens[index])
     if special:

@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
+import functools
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from effscale.interop.foreign import Fields, shown
+from effscale.interop.peft_patterns import matcher
 from effscale.interop.tensors import FolderError
 
 # Fields that, when set, make the adapter something else than x W + s (x A) B.
@@ -34,7 +36,8 @@ class Scaling:
         rank: Of a pair.
         alpha: The scale is ``alpha / rank``, or with ``root`` ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         root: Which of both.
-        ranks: Other ranks, by a module's path or a regular expression that its end matches.
+        ranks: Other ranks, by a module's path or a regular expression that its end matches
+            (:mod:`effscale.interop.peft_patterns`).
         alphas: Other alphas, likewise.
     """
 
@@ -57,10 +60,10 @@ def other_kind(fields: Mapping[str, Any]) -> list[str]:
     """What says that the adapter is not one of LoRA pairs and nothing else."""
     wrong = []
     if fields.get("peft_type") != "LORA":
-        wrong.append(f"peft_type={fields.get('peft_type')!r}: only LORA is taken")
+        wrong.append(f"peft_type={shown(fields.get('peft_type'))}: only LORA is taken")
     for name, kind in OTHER_KINDS.items():
         if fields.get(name):
-            wrong.append(f"{name}={fields[name]!r}: {kind} is not taken")
+            wrong.append(f"{name}={shown(fields[name])}: {kind} is not taken")
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         wrong.append(
@@ -76,23 +79,14 @@ def read_scaling(fields: Mapping[str, Any]) -> Scaling:
     Raises:
         FolderError: If a field makes no sense.
     """
-    found = {
-        "rank": fields.get("r", 8),
-        "alpha": fields.get("lora_alpha", 8),
-        "ranks": fields.get("rank_pattern") or {},
-        "alphas": fields.get("alpha_pattern") or {},
-    }
-    for name, key, fits, what in (
-        ("rank", "r", _is_rank, "a whole number above 0"),
-        ("alpha", "lora_alpha", _is_number, "a number"),
-        ("ranks", "rank_pattern", _patterns(_is_rank), "ranks by regular expressions"),
-        ("alphas", "alpha_pattern", _patterns(_is_number), "numbers by regular expressions"),
-    ):
-        if not fits(found[name]):
-            raise FolderError(
-                f"adapter_config.json has {key}={found[name]!r}, which must be {what}"
-            )
-    return Scaling(root=bool(fields.get("use_rslora")), **found)
+    given = Fields("adapter_config.json", {"r": 8, "lora_alpha": 8, **fields})
+    return Scaling(
+        rank=given.whole("r", least=1),
+        alpha=given.number("lora_alpha"),
+        root=given.flag("use_rslora", False),
+        ranks=_patterns(given, "rank_pattern", functools.partial(Fields.whole, least=1)),
+        alphas=_patterns(given, "alpha_pattern", Fields.number),
+    )
 
 
 def write_scaling(pairs: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
@@ -150,33 +144,26 @@ def _alpha(scale: float, divisor: int | float) -> int | float:
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return patterns.get(name, default)
+    # In the order of the file, as in PEFT: the first that matches counts.
+    return next((v for pattern, v in patterns.items() if _matcher(pattern)(name)), default)
+
+
+_matcher = functools.lru_cache(maxsize=1024)(matcher)
+
+
+def _patterns(given: Fields, key: str, read: Callable[[Fields, str], Any]) -> Mapping[str, Any]:
+    """The values of a pattern field, after compiling each of the patterns."""
+    block = given.block(key, Fields(key, {}))
+    for pattern in block.values:
+        try:
+            _matcher(pattern)
+        except ValueError as error:
+            raise FolderError(
+                f"adapter_config.json has {key}={{{shown(pattern)}: ...}}, and such a regular expression is not "
+                f"taken: {error}; name the modules instead"
+            ) from error
+    return {pattern: read(block, pattern) for pattern in block.values}
 
 
 def _most_common(values: Iterable[Any]) -> Any:
     return collections.Counter(values).most_common(1)[0][0]
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _patterns(fits: Any) -> Any:
-    def check(value: Any) -> bool:
-        if not isinstance(value, dict) or not all(map(fits, value.values())):
-            return False
-        try:
-            for pattern in value:
-                re.compile(pattern)
-        except re.error:
-            return False
-        return True
-
-    return check

@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from effscale.interop.families import FAMILIES, Family
+from effscale.interop.families.family import named_class
 from effscale.interop.families.llama import GGUF_TABLE, LLAMA
 from effscale.interop.folder import open_tensors, read_json
+from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.gguf_files import GGUFFile, gguf_config
 from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, Renamed, TensorInfo, Tensors
 from effscale.models import LMHead, TransformerConfig
+
+LAYERS = ("num_hidden_layers", "n_layer")
+"""Names of the number of layers in ``config.json``."""
 
 # How the names of a family's classes end, after the family's own: others begin alike, such as GPTNeoXJapanese.
 CLASSES = r"(For[A-Z]\w*|Model|LMHeadModel|DoubleHeadsModel)"
@@ -53,12 +58,20 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         FolderError: If it is not a model of one of the families, or is damaged.
     """
     place = pathlib.Path(path)
-    gguf = gguf_path(place)
-    if gguf is not None:
-        file = GGUFFile(gguf)
-        fields = gguf_config(file)
-        config = LLAMA.config(fields, {})
-        return Source(gguf, LLAMA, fields, config, GGUF_TABLE, file, frozenset(file.infos))
+    with reading(f"{shown(str(place))} cannot be loaded"):
+        gguf = gguf_path(place)
+        return _open_folder(place) if gguf is None else _open_gguf(gguf)
+
+
+def _open_gguf(path: pathlib.Path) -> Source:
+    file = GGUFFile(path)
+    fields = gguf_config(file)
+    check_layers(str(path), fields, len(file.infos))
+    config = LLAMA.config(fields, {})
+    return Source(path, LLAMA, fields, config, GGUF_TABLE, file, frozenset(file.infos))
+
+
+def _open_folder(place: pathlib.Path) -> Source:
     fields = read_config(place)
     files = open_tensors(place)
     family = identify(fields, files.infos)
@@ -69,15 +82,23 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
     }
     fields = dict(fields) | {"add_pooling_layer": "pooler.dense.weight" in infos}
+    check_layers("config.json", {**family.defaults, **fields}, len(infos))
     config = family.config(fields, infos)
-    if config.num_layers > len(infos):
-        # Said before the plan of so many layers is made.
-        raise FolderError(
-            f"config.json tells of {config.num_layers} layers, and there are {len(infos)} tensors in all"
-        )
     tensors, infos, config = _resolve_repeats(family, tensors, infos, config)
     rules = family.trunk + family.heads
     return Source(place, family, fields, config, rules, tensors, frozenset(infos))
+
+
+def check_layers(where: str, fields: Mapping[str, Any], tensors: int) -> None:
+    """Refuses more layers than there are tensors, before anything of their number is made.
+
+    Other sizes need no such bound: until the tensors were compared with them there is only arithmetic with shapes.
+    """
+    for name in LAYERS:
+        if Fields(where, fields).whole(name, 0) > tensors:
+            raise FolderError(
+                f"{where} has {name}={shown(fields[name])}, and there are {tensors} tensors in all"
+            )
 
 
 def read_config(place: pathlib.Path) -> dict[str, Any]:
@@ -86,7 +107,7 @@ def read_config(place: pathlib.Path) -> dict[str, Any]:
     Raises:
         FolderError: If it is not there, or tells of weights that are packed in a way of its own.
     """
-    if place.is_dir() and not (place / "config.json").is_file():
+    if os.path.isdir(place) and not (place / "config.json").is_file():
         files = sorted(path.name for path in place.glob("*.gguf"))
         if files:
             raise FolderError(
@@ -101,7 +122,7 @@ def read_config(place: pathlib.Path) -> dict[str, Any]:
     if packed:
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise FolderError(
-            f"the weights in {str(place)!r} are quantized ({method}), which is not taken: load them in transformers, "
+            f"the weights in {str(place)!r} are quantized ({shown(method)}), which is not taken: load them in transformers, "
             "dequantize() and save them"
         )
     return fields
@@ -111,7 +132,7 @@ def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
     """The GGUF file that a path names, or that is all a folder without ``config.json`` has to load; None without one."""
     if path.suffix == ".gguf":
         return path
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not os.path.isdir(path) or (path / "config.json").is_file():
         return None
     files = sorted(path.glob("*.gguf"))
     return files[0] if len(files) == 1 else None
@@ -120,15 +141,15 @@ def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
 def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
     """The family of a folder: by its config, or, where an old one tells nothing, by its tensors."""
     named = fields.get("model_type")
-    architecture = (fields.get("architectures") or [None])[0]
-    if named is not None or architecture is not None:
+    architecture = named_class(fields)
+    if named is not None or architecture:
         for family in FAMILIES.values():
             if named == family.model_type:
                 return family
-            if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", str(architecture)):
+            if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", architecture):
                 return family
         raise FolderError(
-            f"config.json names the architecture {architecture or named!r} (model_type {named!r}); "
+            f"config.json names the architecture {shown(architecture or named)} (model_type {shown(named)}); "
             f"effscale has {', '.join(FAMILIES)}"
         )
 
@@ -166,7 +187,7 @@ def _resolve_repeats(
             warnings.warn(
                 f"{repeat} and {original} should be one, but their values differ: the former is loaded, with which "
                 "transformers computes",
-                stacklevel=4,
+                stacklevel=5,
             )
             exchanged = {repeat: original, original: repeat}
             tensors = Renamed(tensors, lambda name, e=exchanged: e.get(name, name))
@@ -174,7 +195,7 @@ def _resolve_repeats(
         else:
             warnings.warn(
                 f"config.json ties {repeat} to {original}, but their values differ: both are loaded",
-                stacklevel=4,
+                stacklevel=5,
             )
             heads = tuple(
                 dataclasses.replace(head, tied=False) if isinstance(head, LMHead) else head

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from effscale.interop.families.family import named_class
 from effscale.interop.load import check_tensors
 from effscale.interop.plan import parameters, plan
 from effscale.interop.source import Source, open_source
@@ -32,7 +33,7 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
     config, block = source.config, source.config.blocks[0]
     rows = {
         "family": source.family.model_type,
-        "architecture": ", ".join(source.fields.get("architectures") or ["not named"]),
+        "architecture": named_class(source.fields) or "not named",
         "parameters": f"{num_params(config):,}",
         "stored as": _types(source),
         "layers": str(config.num_layers),

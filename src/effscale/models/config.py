@@ -137,9 +137,13 @@ class AttentionConfig:
         if self.head_dim is not None:
             return self.head_dim
         if d_model % self.num_heads:
+            # Only those nearby: finding all divisors of a very large width would not end.
+            near = min(self.num_heads, d_model)
+            fits = [n for n in range(max(1, near - 64), near + 65) if d_model % n == 0]
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide d_model={d_model}; "
-                f"choose one of {[n for n in range(1, d_model + 1) if d_model % n == 0][:12]} or give head_dim"
+                + (f"choose one of {fits} or " if fits else "")
+                + "give head_dim"
             )
         return d_model // self.num_heads
 

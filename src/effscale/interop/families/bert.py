@@ -9,7 +9,9 @@ from effscale.interop.families.family import (
     Json,
     activation,
     check_classifiers,
+    classifier_dropout,
     common,
+    named_class,
     part,
     refuse,
     their_activation,
@@ -58,8 +60,7 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
     if "cls.seq_relationship.weight" in tensors:
         heads.append(ClassHead(name="nsp", num_classes=2, pool="pooled"))
     if "classifier.weight" in tensors:
-        rate = fields.get("classifier_dropout")
-        architecture = str((fields.get("architectures") or [""])[0])
+        architecture = named_class(fields)
         # Some old files of a class without a pooler have one nevertheless.
         each_token = architecture.endswith("ForTokenClassification") or not has_pooler(tensors)
         choice = "choice" if architecture.endswith("ForMultipleChoice") else "classes"
@@ -68,7 +69,7 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
                 name="token_classes" if each_token else choice,
                 num_classes=tensors["classifier.weight"].shape[0],
                 pool="none" if each_token else "pooled",
-                dropout=float(fields["hidden_dropout_prob"] if rate is None else rate),
+                dropout=classifier_dropout(fields, "hidden_dropout_prob"),
             )
         )
     if "qa_outputs.weight" in tensors:
@@ -92,8 +93,8 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         vocab_size=fields["vocab_size"],
         max_length=fields["max_position_embeddings"],
         type_vocab_size=fields["type_vocab_size"],
-        dropout=float(fields["hidden_dropout_prob"]),
-        attention_dropout=float(fields["attention_probs_dropout_prob"]),
+        dropout=fields["hidden_dropout_prob"],
+        attention_dropout=fields["attention_probs_dropout_prob"],
         activation=activation(fields["hidden_act"]),
         epsilon=fields["layer_norm_eps"],
         pooler=fields["add_pooling_layer"],

@@ -11,16 +11,20 @@ from effscale.models import TransformerConfig, bloom
 def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
     """Our config; configs of old have other names for the sizes."""
     config = bloom(
-        num_layers=fields.get("num_hidden_layers", fields["n_layer"]),
-        d_model=fields.get("n_embed", fields["hidden_size"]),
-        num_heads=fields.get("num_attention_heads", fields["n_head"]),
+        num_layers=_older(fields, "num_hidden_layers", "n_layer"),
+        d_model=_older(fields, "n_embed", "hidden_size"),
+        num_heads=_older(fields, "num_attention_heads", "n_head"),
         vocab_size=fields["vocab_size"],
         normed_residual=fields["apply_residual_connection_post_layernorm"],
-        dropout=float(fields["hidden_dropout"]),
-        attention_dropout=float(fields["attention_dropout"]),
+        dropout=fields["hidden_dropout"],
+        attention_dropout=fields["attention_dropout"],
         epsilon=fields["layer_norm_epsilon"],
     )
     return with_heads(config, heads)
+
+
+def _older(fields: Json, older: str, name: str) -> int:
+    return fields[name] if fields[older] is None else fields[older]
 
 
 def to_hf(config: TransformerConfig) -> dict[str, Any]:
@@ -58,6 +62,9 @@ BLOOM = Family(
         "n_layer": 2,
         "hidden_size": 64,
         "n_head": 8,
+        "num_hidden_layers": None,
+        "n_embed": None,
+        "num_attention_heads": None,
         "vocab_size": 250880,
         "apply_residual_connection_post_layernorm": False,
         "hidden_dropout": 0.0,

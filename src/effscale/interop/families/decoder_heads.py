@@ -2,7 +2,13 @@
 
 from collections.abc import Mapping
 
-from effscale.interop.families.family import Heads, Json, check_classifiers
+from effscale.interop.families.family import (
+    Heads,
+    Json,
+    check_classifiers,
+    classifier_dropout,
+    named_class,
+)
 from effscale.interop.table import Rule, linear, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, LMHead
@@ -20,7 +26,7 @@ CLASSIFIER = linear("classifier", "heads.token_classes.dense")
 
 def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = False) -> Heads:
     """The heads that the file has; where it has none, the next-token head, unless config.json names the bare trunk."""
-    architecture = (fields.get("architectures") or [""])[0]
+    architecture = named_class(fields)
     if "v_head.weight" in tensors:
         return (ClassHead(name="value", num_classes=1, pool="none", bias=False),)
     for name in ("score", "classifier"):
@@ -32,7 +38,7 @@ def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = Fal
                     num_classes=tensors[f"{name}.weight"].shape[0],
                     pool="none" if each_token else "last",
                     bias=f"{name}.bias" in tensors,
-                    dropout=classifier_dropout(fields) if each_token else 0.0,
+                    dropout=classifier_dropout(fields, "hidden_dropout") if each_token else 0.0,
                 ),
             )
     if "qa_outputs.weight" in tensors:
@@ -40,14 +46,6 @@ def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = Fal
     if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
         return ()
     return (LMHead(tied=bool(fields["tie_word_embeddings"]), bias=lm_bias),)
-
-
-def classifier_dropout(fields: Json) -> float:
-    """Dropout before a class of a token: the first of these fields that is there."""
-    for name in ("classifier_dropout", "hidden_dropout"):
-        if fields.get(name) is not None:
-            return float(fields[name])
-    return 0.1
 
 
 def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: bool = True):

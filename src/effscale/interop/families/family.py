@@ -1,11 +1,11 @@
 """What the loader and the writer need to know of a family of models."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.plan import Slot
 from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, TensorInfo
@@ -34,7 +34,8 @@ class Family:
         ignored: Regular expressions of names that hold nothing to load, such as buffers of masks.
         in_memory: Modules of the table that have another name in memory, from transformers 5 on, and that name.
         aliases: Substitutions (pattern, replacement) from the names in files of old to the table's.
-        defaults: Fields of ``config.json`` that may be absent, with what they then are.
+        defaults: Fields of ``config.json`` that may be absent, with what they then are; their types are the fields'
+            types, and None stands for a whole number that need not be given.
         from_hf: The config, from ``config.json`` with defaults filled in and the heads.
         to_hf: The fields of ``config.json``, from a config.
         find_heads: The heads, from ``config.json`` and the tensors by their canonical names.
@@ -101,17 +102,9 @@ class Family:
         """Our config, from ``config.json`` and the tensors by their canonical names."""
         fields = {**self.defaults, **fields}
         for name, default in self.defaults.items():
-            fields[name] = checked(name, fields[name], default)
-        try:
+            fields[name] = checked(fields, name, default)
+        with reading("config.json describes a model that cannot be"):
             return self.from_hf(fields, self.find_heads(fields, tensors))
-        except KeyError as missing:
-            raise FolderError(f"config.json has no field {missing}") from None
-        except TypeError as error:
-            raise FolderError(f"config.json has a field of the wrong type: {error}") from error
-        except FolderError:
-            raise
-        except ValueError as error:
-            raise FolderError(f"config.json describes a model that cannot be: {error}") from error
 
 
 def _renamed(name: str, old: str, new: str) -> str:
@@ -131,23 +124,41 @@ def part(value: Any, kind: type[Part]) -> Part:
     return value
 
 
-def checked(name: str, value: Any, default: Any) -> Any:
-    """A field's value, if it is of the kind that its default is; a number that is null is the default.
+def checked(fields: Json, name: str, default: Any) -> Any:
+    """A field's value, if it is of the kind that its default is; a number with a point that is null is the default.
 
     Raises:
         FolderError: If it is of another kind.
     """
-    if default is None or (value is None and isinstance(default, float)):
-        return default if value is None else value
-    kinds = (int, float) if isinstance(default, float) else type(default)
+    typed = Fields("config.json", fields)
     if name in ("image_size", "patch_size"):
-        kinds = (int, list)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise FolderError(
-            f"config.json has {name}={json.dumps(value)}, which is of the wrong type: it should be of type "
-            f"{type(default).__name__}"
-        )
-    return value
+        return square(fields, name)
+    match default:
+        case bool():
+            return typed.flag(name)
+        case float():
+            return typed.number(name, default)
+        case str():
+            return typed.text(name)
+    return typed.whole(name, *(() if isinstance(default, int) else (None,)))
+
+
+def square(fields: Json, name: str) -> int:
+    """A size in pixels, as one number or as two that are the same."""
+    given = fields[name]
+    pair = given if isinstance(given, list) and len(given) == 2 else [given]
+    sizes = {Fields("config.json", {name: size}).whole(name) for size in pair}
+    if len(sizes) != 1:
+        raise FolderError(f"config.json has {name}={shown(given)}; effscale takes squares only")
+    return sizes.pop()
+
+
+def named_class(fields: Json) -> str:
+    """The class in transformers that ``config.json`` names; an empty string where it names none."""
+    names = fields.get("architectures") or [None]
+    if not isinstance(names, list) or not isinstance(names[0], str | None):
+        raise FolderError(f"config.json has architectures={shown(names)}: must be a list of names")
+    return names[0] or ""
 
 
 def with_heads(config: TransformerConfig, heads: Heads) -> TransformerConfig:
@@ -177,6 +188,12 @@ def labels(config: TransformerConfig) -> dict[str, Any]:
     return fields
 
 
+def classifier_dropout(fields: Json, otherwise: str) -> float:
+    """Dropout before a classifier, or the one of another name where there is none of its own."""
+    typed = Fields("config.json", fields)
+    return typed.number("classifier_dropout", typed.number(otherwise, 0.1))
+
+
 def check_classifiers(heads: Heads, **wanted: tuple[str, bool]) -> None:
     """Raises unless each classifier takes the vector, and has the bias or none, that the family's of this name does."""
     for head in heads:
@@ -195,7 +212,7 @@ def refuse(fields: Json, **only: Any) -> None:
         given = fields.get(name, value)
         if given is not None and given != value:
             raise FolderError(
-                f"config.json has {name}={given!r}, and effscale computes only {name}={value!r}"
+                f"config.json has {name}={shown(given)}, and effscale computes only {name}={value!r}"
             )
 
 
@@ -226,7 +243,7 @@ def activation(name: str) -> Any:
     """Our name of an activation."""
     if name not in ACTIVATIONS:
         raise FolderError(
-            f"config.json asks for the activation {name!r}; effscale has {', '.join(ACTIVATIONS)}"
+            f"config.json asks for the activation {shown(name)}; effscale has {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 

@@ -29,9 +29,9 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         rotary_dim=fields["rotary_dim"],
         d_ff=fields["n_inner"],
         vocab_size=fields["vocab_size"],
-        dropout=float(fields["resid_pdrop"]),
-        attention_dropout=float(fields["attn_pdrop"]),
-        embed_dropout=float(fields["embd_pdrop"]),
+        dropout=fields["resid_pdrop"],
+        attention_dropout=fields["attn_pdrop"],
+        embed_dropout=fields["embd_pdrop"],
         activation=activation(fields["activation_function"]),
         epsilon=fields["layer_norm_epsilon"],
     )

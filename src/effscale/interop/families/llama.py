@@ -34,11 +34,11 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         head_dim=fields["head_dim"],
         d_ff=fields["intermediate_size"],
         vocab_size=fields["vocab_size"],
-        rotary_base=float(rotary["rope_theta"]),
+        rotary_base=rotary["rope_theta"],
         rotary_scaling=rope.scaling(rotary),
         bias=fields["attention_bias"],
         mlp_bias=fields["mlp_bias"],
-        attention_dropout=float(fields["attention_dropout"] or 0.0),
+        attention_dropout=fields["attention_dropout"],
         activation=activation(fields["hidden_act"]),
         epsilon=fields["rms_norm_eps"],
     )

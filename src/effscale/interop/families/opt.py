@@ -33,8 +33,8 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         bias=fields["enable_bias"],
         norm_affine=fields["layer_norm_elementwise_affine"],
         activation=activation(fields["activation_function"]),
-        dropout=float(fields["dropout"]),
-        attention_dropout=float(fields["attention_dropout"]),
+        dropout=fields["dropout"],
+        attention_dropout=fields["attention_dropout"],
     )
     return with_heads(config, heads)
 

@@ -4,11 +4,14 @@ import math
 from typing import Any
 
 from effscale.interop.families.family import Json
+from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
 from effscale.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from effscale.models.config import RotaryScaling
 
+LLAMA3 = ("low_freq_factor", "high_freq_factor")
 YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+ORIGINAL = "original_max_position_embeddings"
 
 
 def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, default: float) -> Json:
@@ -20,42 +23,49 @@ def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, defaul
         fraction: The older name of the share of a head that rotates.
         default: That share, where nothing tells it.
     """
-    longest = fields.get("max_position_embeddings") or 2048
-    found = dict(fields.get("rope_scaling") or fields.get("rope_parameters") or {})
-    found.setdefault("rope_type", found.pop("type", "default"))
-    for name, older, otherwise in (
-        ("rope_theta", theta, 10000.0),
-        ("partial_rotary_factor", fraction, default),
-    ):
-        if found.get(name) is None:
-            found[name] = otherwise if fields.get(older) is None else fields[older]
-    found.setdefault("original_max_position_embeddings", longest)
-    if found.get("factor") is None:
-        found["factor"] = longest / found["original_max_position_embeddings"]
-    return found
+    top = Fields("config.json", fields)
+    longest = top.whole("max_position_embeddings", 2048, least=1)
+    # Whichever of the two is there and not empty, as in transformers.
+    found = top.block(
+        "rope_scaling" if fields.get("rope_scaling") else "rope_parameters",
+        Fields("config.json", {}),
+    )
+    kind = found.text("rope_type", found.text("type", "default"))
+    original = found.whole(ORIGINAL, longest, least=1)
+    if kind in ("llama3", "yarn"):
+        # The one beside rope_parameters, where there is one, counts more than the one within.
+        original = top.whole(ORIGINAL, original, least=1)
+    return {
+        "rope_type": kind,
+        "rope_theta": found.number("rope_theta", top.number(theta, 10000.0)),
+        "partial_rotary_factor": found.number(
+            "partial_rotary_factor", top.number(fraction, default)
+        ),
+        ORIGINAL: original,
+        "factor": found.number("factor", longest / original),
+        **{name: found.number(name, None) for name in (*LLAMA3, *YARN[:-1])},
+        "truncate": found.flag("truncate", "truncate" not in found.values),
+    }
 
 
 def scaling(found: Json) -> RotaryScaling | None:
     """How frequencies are stretched for longer texts."""
-    kind, original = found["rope_type"], found["original_max_position_embeddings"]
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return LinearScaling(factor=float(found["factor"]))
-    if kind == "llama3":
-        return Llama3Scaling(
-            factor=float(found["factor"]),
-            low_freq_factor=float(found["low_freq_factor"]),
-            high_freq_factor=float(found["high_freq_factor"]),
-            original_max_length=original,
-        )
-    if kind == "yarn":
-        given = {name: found[name] for name in YARN if found.get(name) is not None}
-        # Whole numbers are often written without a point.
-        given |= {name: float(value) for name, value in given.items() if name != "truncate"}
-        return YarnScaling(factor=float(found["factor"]), original_max_length=original, **given)
+    kind = found["rope_type"]
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(factor=found["factor"])
+        case "llama3":
+            given = {name: Fields("config.json", found).number(name) for name in LLAMA3}
+            return Llama3Scaling(
+                factor=found["factor"], original_max_length=found[ORIGINAL], **given
+            )
+        case "yarn":
+            given = {name: found[name] for name in YARN if found[name] is not None}
+            return YarnScaling(factor=found["factor"], original_max_length=found[ORIGINAL], **given)
     raise FolderError(
-        f"config.json has rope_type={kind!r}; effscale has default, linear, llama3 and yarn"
+        f"config.json has rope_type={shown(kind)}; effscale has default, linear, llama3 and yarn"
     )
 
 

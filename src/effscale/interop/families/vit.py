@@ -16,7 +16,7 @@ from effscale.interop.families.family import (
     with_heads,
 )
 from effscale.interop.table import Rule, linear, norm, rows
-from effscale.interop.tensors import FolderError, TensorInfo
+from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, MLPConfig, PatchInputs, TransformerConfig, vit
 
 
@@ -36,29 +36,19 @@ def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
         d_model=fields["hidden_size"],
         num_heads=fields["num_attention_heads"],
         d_ff=fields["intermediate_size"],
-        image_size=square(fields, "image_size"),
-        patch_size=square(fields, "patch_size"),
+        image_size=fields["image_size"],
+        patch_size=fields["patch_size"],
         channels=fields["num_channels"],
         num_classes=None,
         qkv_bias=fields["qkv_bias"],
-        dropout=float(fields["hidden_dropout_prob"]),
-        attention_dropout=float(fields["attention_probs_dropout_prob"]),
+        dropout=fields["hidden_dropout_prob"],
+        attention_dropout=fields["attention_probs_dropout_prob"],
         activation=activation(fields["hidden_act"]),
         epsilon=fields["layer_norm_eps"],
         pooler=fields["add_pooling_layer"],
         pooler_activation=activation(fields["pooler_act"]),
     )
     return with_heads(config, heads)
-
-
-def square(fields: Json, name: str) -> int:
-    """A size in pixels, of squares only."""
-    given = fields[name]
-    if isinstance(given, int):
-        return given
-    if len(set(given)) != 1:
-        raise FolderError(f"config.json has {name}={given}; effscale takes squares only")
-    return given[0]
 
 
 def to_hf(config: TransformerConfig) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Values from files of others: checked where they are read, with errors that name the file, the field and the value."""
+
+import contextlib
+import dataclasses
+import reprlib
+import sys
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+from effscale.interop.tensors import FolderError
+
+UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
+"""What Python raises, beside a ValueError, over a value of another kind than code expects."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+LIMIT = 2**31
+"""Whole numbers lie below this: no size of a model comes near it, and shapes of such sizes can still be computed with."""
+
+
+@contextlib.contextmanager
+def reading(what: str, *also: type[Exception]) -> Generator[None]:
+    """The guard around a reader: whatever a strange value makes Python raise becomes one error.
+
+    The readers check what they can foresee and name the field; this is for the rest.
+
+    Args:
+        what: What is read, as the beginning of a sentence.
+        also: Further errors, where a library raises its own.
+
+    Raises:
+        FolderError: In place of any error that a value of another kind can cause.
+
+    Example:
+        >>> with reading("'model/config.json' cannot be read"):
+        ...     {}["hidden_size"]
+        Traceback (most recent call last):
+        ...
+        effscale.interop.tensors.FolderError: 'model/config.json' cannot be read: KeyError: 'hidden_size'
+    """
+    try:
+        yield
+    except FolderError:
+        raise
+    except ValueError as error:
+        raise FolderError(f"{what}: {error}") from error
+    except (*UNFORESEEN, *also) as error:
+        raise FolderError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """The fields of a JSON object, or of another file's header, by name and kind.
+
+    A field that is absent or null is the default. Without a default it is an error, as is a value of another kind.
+
+    Attributes:
+        where: The file, for errors.
+        values: The fields.
+
+    Example:
+        >>> fields = Fields("config.json", {"n_embd": 8.0, "n_head": "two"})
+        >>> fields.whole("n_embd")
+        8
+        >>> fields.whole("n_head")
+        Traceback (most recent call last):
+        ...
+        effscale.interop.tensors.FolderError: config.json has n_head='two': must be a whole number from 0 to 2147483647
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+    def whole(self, name: str, default: Any = ..., *, least: int = 0) -> Any:
+        """A whole number; JSON tells no integers from other numbers, so 8.0 is one."""
+        fits = lambda v: _is_number(v) and least <= v < LIMIT and v == int(v)
+        return self._read(name, default, fits, int, f"a whole number from {least} to {LIMIT - 1}")
+
+    def number(self, name: str, default: Any = ...) -> Any:
+        """A finite number, as a float."""
+        return self._read(name, default, _is_number, float, "a finite number")
+
+    def flag(self, name: str, default: Any = ...) -> Any:
+        """True or false."""
+        return self._read(name, default, lambda v: isinstance(v, bool), bool, "true or false")
+
+    def text(self, name: str, default: Any = ...) -> Any:
+        """A string."""
+        return self._read(name, default, lambda v: isinstance(v, str), str, "a string")
+
+    def strings(self, name: str, default: Any = ...) -> Any:
+        """A list of strings."""
+        fits = lambda v: isinstance(v, list) and all(isinstance(part, str) for part in v)
+        return self._read(name, default, fits, list, "a list of strings")
+
+    def block(self, name: str, default: Any = ...) -> Any:
+        """An object, with fields of its own."""
+        inner = lambda values: Fields(f"{self.where}, in {name},", values)
+        return self._read(name, default, lambda v: isinstance(v, dict), inner, "an object")
+
+    def _read(
+        self,
+        name: str,
+        default: Any,
+        fits: Callable[[Any], bool],
+        convert: Callable[[Any], Any],
+        wanted: str,
+    ) -> Any:
+        value = self.values.get(name)
+        if value is None and default is not ...:
+            return default
+        if name not in self.values:
+            raise FolderError(f"{self.where} has no {name}: must be {wanted}")
+        if value is None or not fits(value):
+            given = "null" if value is None else shown(value)
+            raise FolderError(f"{self.where} has {name}={given}: must be {wanted}")
+        return convert(value)
+
+
+def shown(value: Any) -> str:
+    """A value for an error, shortened: a file of others can hold one of any length."""
+    return _SHORT.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    # A comparison never overflows, as the conversion of a long integer does; with not-a-number it is false.
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest

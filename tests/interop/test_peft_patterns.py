@@ -1,0 +1,47 @@
+"""Regular expressions of adapters: the same answers as by `re`, as PEFT asks it, and no waiting."""
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from effscale.interop.peft_patterns import MAX_LENGTH, matcher
+
+PARTS = (
+    *("a", "b", "1", "_", "-", ".", r"\.", r"\d", r"\w", r"\S", "[ab]", "[^a.]", "[a-c_]"),
+    *("a*", "b+", ".*", ".+?", r"\d+", "a?", "a{2}", "b{1,2}", "a{0,}", "[ab]{2,}"),
+    *("^", "$", "|", "(a|b)", "(?:a|)", "(ab)?", "(?:a.*|b)??", "(a(b|1)?)"),
+)
+patterns = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
+names = st.text("ab1._", max_size=8)
+
+
+@given(patterns, names)
+@example(r"layers\.(1|2)\.(self_attn|mlp)\..*_proj", "model.layers.2.mlp.up_proj")
+@example("q_proj|v_proj", "model.layers.2.self_attn.v_proj")
+@example("proj", "model.q_proj")
+@example("^q_proj", "model.q_proj")
+def test_answers_are_those_of_re(pattern, name):
+    assert matcher(pattern)(name) == bool(re.match(rf"(.*\.)?({pattern})$", name))
+
+
+REFUSED = [
+    *("(", ")", "a)", "*", "a**", "^*", "[", "[]", "[z-a]", "[a--b]", "a{", "a{3,2}", "a++", "\\"),
+    *("(a+)+b", "(a|b){2}", "(?=a)", "(?<!a)b", "(?P<x>a)", r"(a)\1", r"\b", "(?i)a"),
+    *("(" * 51 + ")" * 51, "x" * (MAX_LENGTH + 1)),
+]
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_what_is_no_pattern_or_could_take_long_is_refused(pattern):
+    with pytest.raises(ValueError, match=r".+"):
+        matcher(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [".*" * 400 + "x", "(?:" * 50 + "a" + ")?" * 50, "a?" * 400 + "a" * 100, "(.*|.+|a)" * 50],
+)
+def test_what_re_would_never_finish_is_answered(pattern):
+    assert not matcher(f"^{pattern}b")("a." * 40)
