@@ -591,12 +591,18 @@ def test_the_index_is_documented_parquet(parts, tmp_path):
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
         "index.json",
         "token.parquet",
+        "token.samples.npy",
+        "token.values.npy",
     ]
     schema = pq.read_schema(tmp_path / "index" / "token.parquet")
     assert [(field.name, str(field.type)) for field in schema] == [
         ("value", "int64"),
         ("sample", "int64"),
     ]
+    table = pq.read_table(tmp_path / "index" / "token.parquet")
+    for column in table.column_names:
+        array = np.load(tmp_path / "index" / f"token.{column}s.npy")
+        np.testing.assert_array_equal(array, table[column].to_numpy())
     manifest = json.loads((tmp_path / "index" / "index.json").read_text())
     assert manifest["num_samples"] == 30
     assert manifest["metrics"]["token"]["min"] == 7
