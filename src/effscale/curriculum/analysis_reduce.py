@@ -84,7 +84,7 @@ def sort_metric(
             table = table.cast(schema)
             writer.write_table(table, row_group_size=ROW_GROUP)
             for name, stream in arrays.items():
-                stream.write(np.ascontiguousarray(table[name].to_numpy()))
+                stream.write(np.ascontiguousarray(table[name].to_numpy()).data)
             while len(percentiles) < len(places) and places[len(percentiles)] < offset + len(table):
                 percentiles.append(table["value"][places[len(percentiles)] - offset].as_py())
             offset += len(table)

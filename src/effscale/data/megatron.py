@@ -260,9 +260,9 @@ class MegatronTokens(TokenStore):
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "tokenizer_digest": self.manifest["tokenizer"],
-            "verify": "size" if self._verify == "size" else "once",
         }
-        return functools.partial(MegatronTokens.open, self.folder, **known), ()
+        open_again = functools.partial(MegatronTokens.open, verify=self._verify_again, **known)
+        return open_again, (self.folder,)
 
 
 def _existing(prefix: str | os.PathLike[str], suffix: str) -> pathlib.Path:

@@ -154,9 +154,12 @@ class TokenStore:
         )
 
     def __reduce__(self):
-        # A worker process need not read again what its parent has read in full.
-        again = "size" if self._verify == "size" else "once"
-        return functools.partial(TokenStore.open, self.folder, verify=again), ()
+        return functools.partial(TokenStore.open, self.folder, verify=self._verify_again), ()
+
+    @property
+    def _verify_again(self) -> Verify:
+        """How a worker process verifies: it need not read again what its parent has read in full."""
+        return "size" if self._verify == "size" else "once"
 
     def _check_content(self, name: str) -> None:
         """Compares a file with its digest, and tokens with the vocabulary, in one reading."""

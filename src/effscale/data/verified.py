@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from effscale.data.cache import cache_folder, request_key
 
@@ -21,7 +21,7 @@ MIN_BYTES = 1 << 24
 
 
 def verify_once(
-    path: pathlib.Path, check: Callable[[], object], promises: dict[str, str | int]
+    path: pathlib.Path, check: Callable[[], object], promises: Mapping[str, str | int]
 ) -> None:
     """Runs a check of a file, unless it has passed on this machine and the file is the same since.
 
@@ -46,12 +46,12 @@ def verify_once(
                 mark.touch()
 
 
-def _mark(path: pathlib.Path, promises: dict[str, str | int]) -> pathlib.Path | None:
+def _mark(path: pathlib.Path, promises: Mapping[str, str | int]) -> pathlib.Path | None:
     try:
         folder = cache_folder("verified")
     except RuntimeError:  # a user without a home
         return None
     stat = path.stat()
     state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    request = {"path": os.path.realpath(path), "state": state, "promises": promises}
+    request = {"path": os.path.realpath(path), "state": state, "promises": dict(promises)}
     return folder / request_key(request)
