@@ -10,6 +10,7 @@ repeated with another ``--gigabytes``.
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import resource
@@ -89,9 +90,12 @@ def build(folder: pathlib.Path, vocab_size: int) -> None:
 
 
 def read(folder: str, length: int, rows: int) -> None:
-    """Times random rows and full verification, in a process of its own."""
+    """Times the first open, which verifies all checksums, a later one and random rows, in a process of its own."""
     from effscale.data import PackedTokens, TokenStore
 
+    began = time.perf_counter()
+    TokenStore.open(folder)
+    verified = time.perf_counter() - began
     began = time.perf_counter()
     store = TokenStore.open(folder)
     opened = time.perf_counter() - began
@@ -101,15 +105,13 @@ def read(folder: str, length: int, rows: int) -> None:
     for index in order:
         packed[index]
     elapsed = time.perf_counter() - began
-    began = time.perf_counter()
-    TokenStore.open(folder, verify="full")
     print(
         json.dumps(
             {
                 "open_ms": round(opened * 1e3, 2),
                 "random_rows_per_second": round(rows / elapsed),
                 "tokens_per_second_read": round(rows * length / elapsed),
-                "verify_seconds": round(time.perf_counter() - began, 2),
+                "verify_seconds": round(verified, 2),
             }
         )
     )
@@ -138,6 +140,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="effscale-", dir=options.folder) as name:
         folder = pathlib.Path(name)
+        os.environ["XDG_CACHE_HOME"] = name  # that the store was verified is remembered there
         began = time.perf_counter()
         write_corpus(folder, int(options.gigabytes * 1e9))
         size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))

@@ -23,7 +23,12 @@ from effscale.curriculum.analysis_reduce import sort_metric
 from effscale.curriculum.analysis_rows import read_rows
 from effscale.curriculum.analysis_shards import MARKER, ShardFolder, claimed
 from effscale.curriculum.index import DifficultyIndex
-from effscale.curriculum.metrics import TokenCounts, VocabularyRarity, sequence_length
+from effscale.curriculum.metrics import (
+    LengthThenRarity,
+    TokenCounts,
+    VocabularyRarity,
+    sequence_length,
+)
 from effscale.curriculum.ranking import check_ranking
 from effscale.data import DiskFullError, MegatronTokens, PackedTokens, TokenStore, TokenStoreWriter
 
@@ -586,17 +591,61 @@ def test_a_sum_whose_shape_depends_on_the_batch_is_refused(parts):
         accumulate(parts.Remainders(10), lambda batch: [np.nan])
 
 
+@pytest.mark.parametrize("more", [{}, {"kind": 3}, {"labels": None}])
+def test_tokens_of_any_name_and_unequal_length(more):
+    """Padding does not count, and neither name nor batch matters."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 9, 1 + i % 5) for i in range(12)]
+    extra = lambda ids: {key: ids if value is None else value for key, value in more.items()}
+    known = [{"input_ids": ids, **extra(ids)} for ids in texts]
+    own = [{"tokens": ids, **extra(ids)} for ids in texts]
+    expected = count_vocabulary(known, 9)
+    counts = count_vocabulary(own, 9, field="tokens", batch_size=5)
+    np.testing.assert_array_equal(counts, expected)
+    for batch_size in (4, 12):
+        batch = read_rows(own, 0, batch_size)
+        lengths = [len(ids) for ids in texts[:batch_size]]
+        assert sequence_length(batch, field="tokens").tolist() == lengths
+        for known_metric, metric in [
+            (VocabularyRarity(counts), VocabularyRarity(counts, field="tokens")),
+            (LengthThenRarity(counts, 5), LengthThenRarity(counts, 5, field="tokens")),
+        ]:
+            wanted = known_metric(read_rows(known, 0, batch_size))
+            np.testing.assert_array_equal(metric(batch), wanted)
+            assert metric.digest != known_metric.digest
+    with pytest.raises(ValueError, match=r"no 'input_ids', but 'tokens'.*field="):
+        VocabularyRarity(counts)(batch)
+
+
+def test_fields_whose_lengths_disagree_have_no_common_padding():
+    rows = [{"question": np.ones(i + 1), "answer": np.ones(3 - i)} for i in range(3)]
+    assert read_rows(rows, 0, 3).keys() == {"question", "answer"}
+
+
+def test_an_unknown_option_of_counting_is_refused(tmp_path):
+    with TokenStoreWriter(tmp_path / "store", vocab_size=9) as writer:
+        writer.add_document([1, 2])
+    with pytest.raises(TypeError, match="nonsense"):
+        count_vocabulary(TokenStore.open(tmp_path / "store"), 9, nonsense=1)
+
+
 def test_the_index_is_documented_parquet(parts, tmp_path):
     analyze(parts.Remainders(30), {"token": parts.token}, tmp_path / "index")
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
         "index.json",
         "token.parquet",
+        "token.samples.npy",
+        "token.values.npy",
     ]
     schema = pq.read_schema(tmp_path / "index" / "token.parquet")
     assert [(field.name, str(field.type)) for field in schema] == [
         ("value", "int64"),
         ("sample", "int64"),
     ]
+    table = pq.read_table(tmp_path / "index" / "token.parquet")
+    for column in table.column_names:
+        array = np.load(tmp_path / "index" / f"token.{column}s.npy")
+        np.testing.assert_array_equal(array, table[column].to_numpy())
     manifest = json.loads((tmp_path / "index" / "index.json").read_text())
     assert manifest["num_samples"] == 30
     assert manifest["metrics"]["token"]["min"] == 7

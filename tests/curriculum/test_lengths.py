@@ -183,9 +183,9 @@ def test_lengths_that_the_rows_do_not_have(cut, length):
     batch, _ = packed_batch(2, 10)
     with pytest.raises(ValueError, match=f"length={length}: must be from 1 to the rows' 10 tokens"):
         cut(batch, length)
-    with pytest.raises(ValueError, match="only image"):
+    with pytest.raises(ValueError, match=r"it has image \(2, 3, 3\)"):
         cut({"image": np.zeros((2, 3, 3))}, length)
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"it has input_ids \(2, 3, 3\)"):
         cut({"input_ids": np.zeros((2, 3, 3))}, length)
 
 
@@ -315,3 +315,21 @@ def test_a_run_counts_the_tokens_it_trains_on_and_compiles_once_a_length(mode):
     assert expected[-1] == stages.total(9, lambda length: rows(length) * length)
     assert step.num_compilations == len(stages.values)
     assert seen == [(4, 16)]  # evaluation sees whole rows
+
+
+@pytest.mark.parametrize("mode", ["truncate", "reshape"])
+def test_tokens_may_have_any_name(mode):
+    pacing = LinearPacing(min_difficulty=4, max_difficulty=12, total=6, difficulty_step=4)
+    ids = np.arange(48).reshape(4, 12)
+    known = SequenceLengthCurriculum(pacing=pacing, mode=mode)
+    own = SequenceLengthCurriculum(pacing=pacing, mode=mode, field="tokens")
+    expected = known.shape_batch({"input_ids": ids, "kind": np.arange(4)}, 8)
+    found = own.shape_batch({"tokens": ids, "kind": np.arange(4)}, 8)
+    np.testing.assert_array_equal(found["tokens"], expected["input_ids"])
+    np.testing.assert_array_equal(found["kind"], expected["kind"])
+    padded = truncate_padded({"tokens": ids, "attention_mask": ids % 12 < 5}, field="tokens")
+    np.testing.assert_array_equal(padded["tokens"], ids[:, :8])
+    with pytest.raises(ValueError, match=r"needs input_ids.*it has tokens \(4, 12\).*field="):
+        known.shape_batch({"tokens": ids}, 8)
+    with pytest.raises(ValueError, match="ends at 12 and the rows have 11 tokens"):
+        own.shape_batch({"tokens": ids[:, 1:]}, 8)

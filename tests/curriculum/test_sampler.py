@@ -1,8 +1,13 @@
+import errno
+import hashlib
 import itertools
 import json
+import os
 import pickle
 import re
 import sys
+import tempfile
+import tracemalloc
 
 import grain
 import hypothesis
@@ -10,10 +15,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from effscale.curriculum import ranking, shared_table
+from effscale.curriculum.loss_driven import LossDrivenBatches
 from effscale.curriculum.pools import growing_order
 from effscale.curriculum.ranking import Ranking, rank
 from effscale.curriculum.sampler import Difficulty, curriculum_rows
-from effscale.data import batch_rows
+from effscale.data import DiskFullError, batch_rows
 from effscale.training.pacing import CustomPacing, DiscretePacing, LinearPacing, RootPacing
 
 RNG = np.random.default_rng(0)
@@ -336,6 +343,93 @@ def test_step_a_million_is_reached_at_once():
     assert np.bincount(far, minlength=60).max() <= 6
     assert np.bincount(far, minlength=60).min() >= 2
     np.testing.assert_array_equal(ids(rows, start + 100, start + 140), far[100:140])
+
+
+# The table of the samples.
+
+
+def test_the_order_does_not_change_with_versions_or_blocks(monkeypatch):
+    """Runs are resumed with later versions."""
+    rng = np.random.default_rng(5000)
+    both = {
+        "rarity": Difficulty(
+            ranking=rank(rng.random(5000)),
+            pacing=RootPacing(min_difficulty=10, max_difficulty=50, total=200, difficulty_step=1),
+            difficulty_type="percentile",
+        ),
+        "length": Difficulty(
+            ranking=rank(rng.integers(1, 2049, 5000)),
+            pacing=LinearPacing(
+                min_difficulty=900, max_difficulty=2000, total=200, difficulty_step=64
+            ),
+        ),
+    }
+    places = [start + i for start in (0, 1600, 6368, 32 * 10**6) for i in range(640)]
+    for block in (97, 1 << 20):
+        monkeypatch.setattr(ranking, "BLOCK", block)
+        with pytest.warns(UserWarning, match="never drawn"):
+            rows = curriculum_rows(range(5000), both, batch_size=32, seed=5)
+        drawn = np.array([rows[i] for i in places], "<i8")
+        assert hashlib.blake2b(drawn, digest_size=8).hexdigest() == "3a02705fbb5644eb"
+        driven = LossDrivenBatches(
+            range(5000), both["length"].ranking,
+            batch_size=6, target_loss=1.0, min_difficulty=2, max_difficulty=9,
+        )  # fmt: skip
+        samples = driven.clusters.samples.astype("<i8")
+        assert hashlib.blake2b(samples, digest_size=8).hexdigest() == "0c72edab1aecbb0e"
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """A curriculum of so many samples that its table is a file, whose folder is the other value."""
+    monkeypatch.setattr(shared_table, "MAX_PICKLED_BYTES", 10_000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ranking, "BLOCK", 1 << 12)
+    difficulty = Difficulty(
+        ranking=rank(np.random.default_rng(0).random(100_000)),
+        pacing=linear(1, 20, 40),
+        difficulty_type="percentile",
+    )
+    return lambda: curriculum_rows(range(100_000), difficulty, batch_size=32), tmp_path
+
+
+def test_processes_share_a_large_table(large, monkeypatch):
+    build, folder = large
+    rows = build()
+    (file,) = folder.iterdir()
+    assert file.stat().st_size == 4 * 100_000
+    pickled = pickle.dumps(rows._source)
+    assert len(pickled) < 10_000
+    np.testing.assert_array_equal(ids(pickle.loads(pickled), 0, 500), ids(rows, 0, 500))
+    monkeypatch.setattr(shared_table, "MAX_PICKLED_BYTES", 1 << 20)
+    np.testing.assert_array_equal(ids(build(), 0, 500), ids(rows, 0, 500))
+    del rows
+    assert not list(folder.iterdir())
+    with pytest.raises(FileNotFoundError, match="call curriculum_rows in this process"):
+        pickle.loads(pickled)
+
+
+def test_setting_up_takes_about_a_byte_per_sample(large):
+    build, _ = large
+    tracemalloc.start()
+    try:
+        build()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 100_000
+
+
+def test_a_disk_without_room_for_the_table_is_said(large, monkeypatch):
+    build, folder = large
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DiskFullError, match=r"0\.0 GB.*set TMPDIR"):
+        build()
+    assert not list(folder.iterdir())
 
 
 # Bad input.

@@ -88,7 +88,7 @@ def test_a_damaged_corpus_is_built_again_and_said(books, tmp_path, caplog, name)
     assert len(visible) == 2
 
 
-def test_a_silent_alteration_is_found_by_full_verification(books, tmp_path, monkeypatch):
+def test_a_silent_alteration_is_found(books, tmp_path, monkeypatch):
     options = {"vocab_size": 280, "validation_fraction": 0.2}
     first = prepare_corpus(books, tmp_path / "cache", **options)
     expected = first.train.tokens.tolist()
@@ -96,7 +96,7 @@ def test_a_silent_alteration_is_found_by_full_verification(books, tmp_path, monk
     data[4] ^= 1
     (first.folder / "train" / "tokens.bin").write_bytes(data)
     calls = counted(monkeypatch)
-    again = prepare_corpus(books, tmp_path / "cache", verify="full", **options)
+    again = prepare_corpus(books, tmp_path / "cache", **options)
     assert len(calls) == 1
     assert again.train.tokens.tolist() == expected
 
@@ -142,11 +142,12 @@ def test_empty_splits_and_corpora_are_errors(tmp_path, tokenizer):
         ValueError, match=r"1 documents, and none of them fell to (train|validation)"
     ):
         prepare_corpus(one, tmp_path / "c", tokenizer=tokenizer)
-    (tmp_path / "bad.jsonl").write_text("{")
-    nothing = JsonLines(paths=tmp_path / "bad.jsonl", on_error="skip")
-    with pytest.raises(ValueError, match="has no documents"):
+    (tmp_path / "notes.jsonl").write_text('{"text": "a note"}\n{"text": "another"}\n{')
+    nothing = JsonLines(paths=tmp_path / "notes.jsonl", field="txt", on_error="skip")
+    why = r"3 documents skipped \(2 missing_field, 1 bad_json\), e\.g\. .*notes\.jsonl:1: .*'txt'"
+    with pytest.raises(ValueError, match=f"has no documents: {why}"):
         prepare_corpus(nothing, tmp_path / "c", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="no text to train"):
+    with pytest.raises(ValueError, match=f"no text to train.*{why}"):
         prepare_corpus(nothing, tmp_path / "c", vocab_size=300)
     with pytest.raises(ValueError, match="at least one source"):
         prepare_corpus([], tmp_path / "c", vocab_size=300)

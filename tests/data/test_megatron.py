@@ -201,9 +201,13 @@ def test_bad_arguments_and_corpora(tmp_path):
         MegatronTokens.open(prefix, vocab_size=0)
     with pytest.raises(ValueError, match="eos_id=9"):
         MegatronTokens.open(prefix, vocab_size=9, eos_id=9)
-    MegatronTokens.open(prefix, vocab_size=9)
-    with pytest.raises(CorruptIndexedDataError, match="tokens: expected ids below 9, found 9"):
-        MegatronTokens.open(prefix, vocab_size=9, verify="full")
+    MegatronTokens.open(prefix, vocab_size=9, verify="size")
+    for verify in ("once", "full"):
+        with pytest.raises(
+            CorruptIndexedDataError, match="expected ids below vocab_size=9, found 9"
+        ):
+            MegatronTokens.open(prefix, vocab_size=9, verify=verify)
+    MegatronTokens.open(prefix, vocab_size=10)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.idx.*without its"):
         MegatronTokens.open(tmp_path / "nowhere", vocab_size=9)
     write_indexed(tmp_path / "analysis", [[1], [2]], documents=[0])

@@ -13,6 +13,7 @@ from effscale.training import (
     AdamWConfig,
     Checkpoints,
     DiscretePacing,
+    Loss,
     ScheduleConfig,
     StagedStep,
     create_train_state,
@@ -80,6 +81,41 @@ def test_rows_that_would_never_be_seen_whole_are_refused():
         ValueError, match=f"ends at {last} kept tokens and the rows have {last + 1}"
     ):
         LTD.shape_batch(rows(seq=last + 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "message"),
+    [
+        ({}, {"tokens": (4, 16)}, r"needs input_ids .* it has tokens \(4, 16\).*field="),
+        ({"field": "tokens"}, {"tokens": (4, 16)}, "ends at 12 kept tokens and the rows have 16"),
+        ({"field": "tokens"}, {"tokens": (4, 12)}, None),
+        ({}, {"images": (4, 8, 8, 3), "labels": (4,)}, None),
+        ({"field": None}, {"pixels": (4, 8, 8, 3)}, None),
+    ],
+)
+def test_rows_of_any_name_are_checked(options, batch, message):
+    ltd = RandomLTD(pacing=LTD.pacing, **options)
+    batch = {name: np.zeros(shape, np.int32) for name, shape in batch.items()}
+    if message is None:
+        assert ltd.shape_batch(batch, 4)["kept_tokens"] == KeptTokens(4)
+    else:
+        with pytest.raises(ValueError, match=message):
+            ltd.shape_batch(batch, 4)
+
+
+def test_tokens_of_another_name_are_counted():
+    ltd = RandomLTD(pacing=LTD.pacing, field="tokens")
+    batch = ltd.shape_batch({"tokens": np.zeros((4, 12), np.int32)}, 4)
+    assert ltd.tokens_per_batch(config())(batch) == 4 * (12 + 4) // 2
+
+
+def test_a_model_of_ones_own_is_told_the_way():
+    zero = Loss(jnp.float32(0), jnp.float32(1))
+    loss = LTD.loss(lambda params, batch, key, run_group=None: zero)
+    batch, key = LTD.shape_batch(rows(), 4), jax.random.key(0)
+    with pytest.raises(TypeError, match=r"is a dict.*sample_kept, take_tokens and put_tokens"):
+        loss({"kernel": jnp.ones(2)}, batch, key)
+    assert loss({"kernel": jnp.ones(2)}, batch, None) is zero
 
 
 def test_dropping_needs_a_key_and_a_shaped_batch(tiny):

@@ -187,21 +187,44 @@ def accumulate(
     return total
 
 
-def count_vocabulary(source: Any, vocab_size: int, **options: Any) -> Int64[np.ndarray, " vocab"]:
+def count_vocabulary(
+    source: Any,
+    vocab_size: int,
+    *,
+    field: str = "input_ids",
+    num_workers: int = 0,
+    batch_size: int = 256,
+    shard_size: int | None = None,
+    progress: Callable[[AnalysisProgress], object] | None = None,
+    run: Runner | None = None,
+) -> Int64[np.ndarray, " vocab"]:
     """How often each token occurs in a corpus.
 
     Args:
-        source: A `TokenStore`, or rows as for `analyze`. Rows for next-token prediction count their
-            ``length + 1`` tokens, so that the first token of all but one row of a `PackedTokens` is
-            counted twice, as `VocabularyRarity` sees it twice.
+        source: Rows as for `analyze`, or a `TokenStore`, which is counted in this process, whatever the keyword
+            arguments. Rows for next-token prediction count their ``length + 1`` tokens, so that the first token of
+            all but one row of a `PackedTokens` is counted twice, as `VocabularyRarity` sees it twice.
         vocab_size: Every id is below it.
-        **options: As for `accumulate`.
+        field: The name of the tokens in a row.
+        num_workers: As for `analyze`.
+        batch_size: As for `analyze`.
+        shard_size: As for `analyze`.
+        progress: As for `analyze`.
+        run: As for `analyze`.
 
     Raises:
         ValueError: The source is empty or has an id that is not below ``vocab_size``.
     """
     if not isinstance(source, TokenStore):
-        return accumulate(source, TokenCounts(vocab_size), **options)
+        return accumulate(
+            source,
+            TokenCounts(vocab_size, field=field),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            progress=progress,
+            run=run,
+        )
     counts = token_counts(source)
     if counts[vocab_size:].any():
         raise ValueError(

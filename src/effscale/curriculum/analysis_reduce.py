@@ -1,8 +1,11 @@
 """The reduce of an analysis: the values of all shards, sorted outside of memory by DuckDB."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from effscale.curriculum.analysis_map import SAMPLE
 from effscale.curriculum.index import PERCENTILES
@@ -20,14 +23,14 @@ def sort_metric(
     num_threads: int,
     memory_limit: str,
 ) -> dict[str, Any]:
-    """Writes the values of a metric with their samples, sorted, as one Parquet file.
+    """Writes the values of a metric with their samples, sorted, as a Parquet file and as two arrays.
 
     DuckDB sorts and PyArrow writes: the file is then the same to the byte for any number of threads.
 
     Args:
         shards: Parquet files with a column ``sample`` and one named like the metric.
         metric: The metric.
-        target: The file to write.
+        target: The Parquet file to write. The arrays go beside it.
         num_samples: How many samples the shards have.
         spill: A folder for what does not fit into memory.
         num_threads: Threads of the sort.
@@ -69,11 +72,19 @@ def sort_metric(
             column_encoding={SAMPLE: "DELTA_BINARY_PACKED"},
             write_page_checksum=True,
         ) as writer,
+        contextlib.ExitStack() as stack,
     ):
+        arrays = {
+            name: stack.enter_context(_array(target, name, schema.field(name).type, num_samples))
+            for name in schema.names
+        }
         rows = engine.read_parquet([str(path) for path in shards])
         rows = rows.project(f'"{metric}" AS value, {SAMPLE}').order(f"value, {SAMPLE}")
         for table in _row_groups(rows.to_arrow_reader(ROW_GROUP)):
-            writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
+            table = table.cast(schema)
+            writer.write_table(table, row_group_size=ROW_GROUP)
+            for name, stream in arrays.items():
+                stream.write(np.ascontiguousarray(table[name].to_numpy()).data)
             while len(percentiles) < len(places) and places[len(percentiles)] < offset + len(table):
                 percentiles.append(table["value"][places[len(percentiles)] - offset].as_py())
             offset += len(table)
@@ -81,11 +92,22 @@ def sort_metric(
         raise RuntimeError(f"the shards of {metric!r} have {offset} samples and not {num_samples}.")
     return {
         "file": target.name,
+        **{f"{name}s": pathlib.Path(stream.name).name for name, stream in arrays.items()},
         "dtype": str(schema.field("value").type.to_pandas_dtype().__name__),
         "min": percentiles[0],
         "max": percentiles[-1],
         "percentiles": percentiles,
     }
+
+
+def _array(target: pathlib.Path, name: str, kind: Any, length: int) -> IO[bytes]:
+    """A new ``.npy`` file of a column, whose numbers are to be written behind its header."""
+    # Not `open_memmap`: where the disk is full, writing to it kills the process.
+    stream = open(target.with_name(f"{target.stem}.{name}s.npy"), "wb")  # noqa: SIM115
+    dtype = np.dtype(kind.to_pandas_dtype())
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream
 
 
 def _row_groups(batches: Iterable[Any]) -> Iterator[Any]:

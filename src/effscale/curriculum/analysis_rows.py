@@ -15,8 +15,9 @@ def read_rows(source: Any, start: int, stop: int) -> Batch:
     A source is read whole ranges at a time if it is a `PackedTokens` or has a method
     ``rows(start, stop)`` that returns a dict of arrays with one row each; otherwise row by row.
     Rows of unequal length are padded at the end: ``labels`` with -100, which no loss counts, and the
-    rest with zeros. If they have ``input_ids`` and neither
-    ``attention_mask`` nor ``segment_ids``, the batch gets ``segment_ids``: 1, and 0 in the padding.
+    rest with zeros. If they have neither ``attention_mask`` nor ``segment_ids``, the batch gets
+    ``segment_ids``: 1, and 0 in the padding. The length of a row is that of ``input_ids``, or else of all
+    fields whose lengths differ between rows. If these disagree, there are no ``segment_ids``.
 
     Raises:
         ValueError: A row is no dict, has other fields than the first, or does not fit with it.
@@ -43,8 +44,13 @@ def _stack(rows: list[Any], start: int) -> Batch:
                 f"row {start + number} is {found}: rows must be dicts of the same fields."
             )
     fields = {key: [np.asarray(row[key]) for row in rows] for key in rows[0]}
-    if "input_ids" in fields and not {"attention_mask", "segment_ids"} & fields.keys():
-        fields["segment_ids"] = [np.ones(len(ids), np.int32) for ids in fields["input_ids"]]
+    if not {"attention_mask", "segment_ids"} & fields.keys():
+        shapes = {key: tuple(x.shape[:1] for x in arrays) for key, arrays in fields.items()}
+        lengths = {shape for shape in shapes.values() if len(set(shape)) > 1}
+        if "input_ids" in shapes:
+            lengths = {shapes["input_ids"]}
+        if len(lengths) == 1:
+            fields["segment_ids"] = [np.ones(shape, np.int32) for shape in lengths.pop()]
     batch = {}
     for key, arrays in fields.items():
         if len({array.shape for array in arrays}) > 1:

@@ -5,27 +5,30 @@ For each metric the folder holds ``<metric>.parquet``, with a row for each sampl
 - ``value``: the difficulty; int64, or double.
 - ``sample``: the position of the sample in the source; int64.
 
-sorted by (value, sample). ``index.json`` says how many samples there are, which source they are of
-(see `fingerprint`), of each metric its smallest and largest value and every fifth percentile, and the
-sizes and digests of the files. Any tool that reads Parquet reads the index.
+sorted by (value, sample). Any tool that reads Parquet reads it. ``<metric>.values.npy`` and ``<metric>.samples.npy`` are
+the same columns as NumPy arrays, which training maps into memory. ``index.json`` says how many samples there are, which
+source they are of (see `fingerprint`), of each metric its smallest and largest value and every fifth percentile, and the
+sizes and digests of the files.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from effscale.curriculum.digests import fingerprint
 from effscale.curriculum.ranking import Ranking
-from effscale.data.store import manifest_digest, read_manifest
+from effscale.data.store import Verify, check_verify, manifest_digest, read_manifest
+from effscale.data.verified import verify_once
 from effscale.models.validation import did_you_mean
 
 INDEX = "index.json"
-FORMAT, VERSION = "effscale-difficulty-index", 1
+FORMAT, VERSION = "effscale-difficulty-index", 2
 PERCENTILES = tuple(range(0, 101, 5))
 
 
@@ -52,26 +55,24 @@ class DifficultyIndex:
         manifest: The contents of ``index.json``.
     """
 
-    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any], verify: Verify = "once"):
+        self.folder, self.manifest, self._verify = folder, manifest, verify
 
     @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, verify: Literal["size", "full"] = "size"
-    ) -> "DifficultyIndex":
+    def open(cls, folder: str | os.PathLike[str], *, verify: Verify = "once") -> "DifficultyIndex":
         """Opens an index after checking it.
 
         Args:
             folder: The index's folder.
-            verify: ``"size"`` compares the files' sizes with ``index.json``; ``"full"`` reads them and
-                compares their digests too.
+            verify: ``"once"`` compares the files' sizes with ``index.json`` now, and the digests of a metric's files when
+                it is used, unless this machine has done that since they last changed. ``"size"`` never compares
+                digests, ``"full"`` those of all files now.
 
         Raises:
             FileNotFoundError: There is no such folder.
             CorruptIndexError: A file is missing, truncated or altered.
         """
-        if verify not in ("size", "full"):
-            raise ValueError(f'verify={verify!r}: it must be "size" or "full".')
+        check_verify(verify)
         path = pathlib.Path(folder).absolute()
         if not path.is_dir():
             hint = "build one with analyze"
@@ -79,16 +80,16 @@ class DifficultyIndex:
                 hint = "an analysis was begun; run analyze again to finish it"
             raise FileNotFoundError(f"no difficulty index at {str(path)!r}: {hint}.")
         manifest = read_manifest(
-            path / INDEX, FORMAT, VERSION, CorruptIndexError, "analyze the corpus again"
+            path / INDEX,
+            FORMAT,
+            VERSION,
+            CorruptIndexError,
+            "analyze the corpus again (with overwrite=True)",
         )
-        for name, entry in manifest["files"].items():
-            if not (path / name).is_file():
-                raise CorruptIndexError(path / name, f"bytes {entry['bytes']}", "no file")
-            found = describe_file(path / name, digest=verify == "full")
-            for key, value in found.items():
-                if entry[key] != value:
-                    raise CorruptIndexError(path / name, f"{key} {entry[key]}", f"{value}")
-        return cls(path, manifest)
+        index = cls(path, manifest, verify)
+        for name in manifest["files"]:
+            index._check_file(name, digest=verify == "full")
+        return index
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ class DifficultyIndex:
             )
 
     def ranking(self, metric: str, source: Any = None) -> Ranking:
-        """The samples in order of difficulty; 16 bytes of memory a sample.
+        """The samples in order of difficulty, memory-mapped.
 
         Args:
             metric: The name of the metric.
@@ -130,22 +131,10 @@ class DifficultyIndex:
             ValueError: There is no such metric, or the source is not the one that was analyzed.
             CorruptIndexError: The file is damaged.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         entry = self._entry(metric)
         if source is not None:
             self.check_source(source)
-        path = self.folder / entry["file"]
-        try:
-            table = pq.read_table(
-                path, columns=["value", "sample"], page_checksum_verification=True
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise CorruptIndexError(path, "a Parquet file", str(error)) from error
-        if len(table) != self.num_samples:
-            raise CorruptIndexError(path, f"{self.num_samples} rows", f"{len(table)}")
-        return Ranking(table["sample"].to_numpy(), table["value"].to_numpy())
+        return Ranking(self._map(entry["samples"]), self._map(entry["values"]))
 
     def values(self, metric: str) -> Shaped[np.ndarray, " samples"]:
         """The difficulty of sample 0, 1, ...; raises like `ranking`."""
@@ -160,6 +149,24 @@ class DifficultyIndex:
         At percentile p that is the smallest value v such that at least p % of the samples are at most v.
         """
         return dict(zip(PERCENTILES, self._entry(metric)["percentiles"], strict=True))
+
+    def _map(self, name: str) -> Shaped[np.ndarray, " samples"]:
+        path = self.folder / name
+        if self._verify != "size":
+            promises = {"blake2b": self.manifest["files"][name]["blake2b"]}
+            verify_once(path, functools.partial(self._check_file, name, digest=True), promises)
+        array = np.asarray(np.load(path, mmap_mode="r"))
+        if array.shape != (self.num_samples,):
+            raise CorruptIndexError(path, f"{self.num_samples} rows", f"shape {array.shape}")
+        return array
+
+    def _check_file(self, name: str, *, digest: bool) -> None:
+        path, entry = self.folder / name, self.manifest["files"][name]
+        if not path.is_file():
+            raise CorruptIndexError(path, f"bytes {entry['bytes']}", "no file")
+        for key, value in describe_file(path, digest=digest).items():
+            if entry[key] != value:
+                raise CorruptIndexError(path, f"{key} {entry[key]}", f"{value}")
 
     def _entry(self, metric: str) -> dict[str, Any]:
         if metric not in self.metrics:
@@ -192,7 +199,8 @@ def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
 
 def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
     """Writes ``index.json`` beside the files of an index."""
-    files = {path.name: describe_file(path) for path in sorted(folder.glob("*.parquet"))}
+    paths = sorted(path for path in folder.iterdir() if path.name != INDEX)
+    files = {path.name: describe_file(path) for path in paths}
     manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}
     manifest["digest"] = manifest_digest(manifest)
     text = json.dumps(manifest, indent=2, allow_nan=False)

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from effscale.models.validation import check
 from effscale.training import Pacing, Stages, stages
+from effscale.training.rows import token_shape
 
 Mode = Literal["truncate", "reshape"]
 
@@ -51,6 +52,8 @@ class SequenceLengthCurriculum:
     rows_multiple_of: int = 2
     """``reshape`` makes a multiple of so many rows. The original's is 2; a batch that is sharded or accumulated needs a
     multiple of its parts. With several processes it is counted in each."""
+    field: str = "input_ids"
+    """The name of the tokens in a batch. What has their shape is cut as they are."""
 
     def __post_init__(self):
         shortest, longest = self.pacing(0), self.pacing(self.pacing.end)
@@ -106,40 +109,43 @@ class SequenceLengthCurriculum:
 
     def shape_batch(self, batch: Mapping[str, Any], length: int) -> dict[str, Any]:
         """The batch as a stage wants it; give it and ``stages`` to :class:`effscale.training.StagedStep`."""
-        self.check(_shape(batch)[1])
+        self.check(token_shape(batch, self.field)[1])
         if self.mode == "truncate":
-            return truncate(batch, length)
-        return reshape(batch, length, rows_multiple_of=self.rows_multiple_of)
+            return truncate(batch, length, field=self.field)
+        return reshape(batch, length, rows_multiple_of=self.rows_multiple_of, field=self.field)
 
     def _rounded(self, length: int) -> int:
         return -(-length // self.multiple_of) * self.multiple_of
 
 
-def truncate(batch: Mapping[str, Any], length: int) -> dict[str, Any]:
+def truncate(batch: Mapping[str, Any], length: int, *, field: str = "input_ids") -> dict[str, Any]:
     """The first ``length`` tokens of each row, with their labels; the rest is discarded.
 
-    What has the shape ``(rows, seq)`` of ``input_ids`` is cut, by a view; all else passes. As ``labels`` are shifted
+    What has the shape ``(rows, seq)`` of the tokens is cut, by a view; all else passes. As ``labels`` are shifted
     already, the last input keeps its label, the first token beyond the cut.
 
     Args:
-        batch: With ``input_ids`` of shape ``(rows, seq)``.
+        batch: With tokens of shape ``(rows, seq)``.
         length: From 1 to ``seq``.
+        field: The name of the tokens.
 
     Returns:
         The batch with rows of ``length``.
 
     Raises:
-        ValueError: ``length`` is out of range, or there are no ``input_ids`` of two dimensions.
+        ValueError: ``length`` is out of range, or there are no such tokens of two dimensions.
 
     Source: Li et al., "The Stability-Efficiency Dilemma", 2021, section 4; ``seqtru`` of "DeepSpeed Data Efficiency".
     """
-    shape = _shape(batch)
+    shape = token_shape(batch, field)
     _check_length(length, shape[1])
     per_token = lambda x: getattr(x, "shape", None) == shape
     return {name: x[:, :length] if per_token(x) else x for name, x in batch.items()}
 
 
-def reshape(batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2) -> dict[str, Any]:
+def reshape(
+    batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2, field: str = "input_ids"
+) -> dict[str, Any]:
     r"""Each row cut into pieces of ``length`` tokens, so that a step has about as many tokens as at full length.
 
     With its last label a row is :math:`W` tokens, and a piece takes :math:`c = \text{length} + 1` of them, the last one
@@ -153,9 +159,10 @@ def reshape(batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2)
     another shape and a leading dimension of ``rows`` repeat the row's entry for each of its pieces; all else passes.
 
     Args:
-        batch: Of NumPy arrays, with ``input_ids`` of shape ``(rows, seq)``.
+        batch: Of NumPy arrays, with tokens of shape ``(rows, seq)``.
         length: From 1 to ``seq``.
         rows_multiple_of: See above. If there are fewer rows than that, they stay as they are.
+        field: The name of the tokens.
 
     Returns:
         A batch of ``reshaped_rows(rows, seq, length, rows_multiple_of)`` rows of ``length``.
@@ -170,7 +177,7 @@ def reshape(batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2)
 
     Source: ``seqres`` of Li et al., "DeepSpeed Data Efficiency", 2022, as Megatron-DeepSpeed lays it out.
     """
-    rows, width = shape = _shape(batch)
+    rows, width = shape = token_shape(batch, field)
     _check_length(length, width)
     if length == width:
         return dict(batch)
@@ -204,7 +211,11 @@ def reshaped_rows(rows: int, seq: int, length: int, rows_multiple_of: int = 2) -
 
 
 def truncate_padded(
-    batch: Mapping[str, Any], length: int | None = None, multiple_of: int = 8
+    batch: Mapping[str, Any],
+    length: int | None = None,
+    multiple_of: int = 8,
+    *,
+    field: str = "input_ids",
 ) -> dict[str, Any]:
     """Padded rows, as BERT has them, cut at a length that is rounded up to a multiple.
 
@@ -214,9 +225,10 @@ def truncate_padded(
     choose ``multiple_of`` so that there are few.
 
     Args:
-        batch: With ``input_ids`` of shape ``(rows, seq)`` and, for ``length=None``, ``attention_mask`` likewise.
+        batch: With tokens of shape ``(rows, seq)`` and, for ``length=None``, ``attention_mask`` likewise.
         length: Where to cut, before rounding; None: see above.
         multiple_of: The cut is at the next multiple, at most at ``seq``.
+        field: The name of the tokens.
 
     Returns:
         As ``truncate``.
@@ -231,7 +243,7 @@ def truncate_padded(
 
     Source: ``seqtru`` and ``seqreo`` for BERT of Li et al., "DeepSpeed Data Efficiency", 2022.
     """
-    shape = _shape(batch)
+    shape = token_shape(batch, field)
     if multiple_of < 1:
         raise ValueError(f"multiple_of={multiple_of} must be at least 1")
     if length is None:
@@ -241,7 +253,7 @@ def truncate_padded(
             )
         length = _longest(np.asarray(batch["attention_mask"]))
     _check_length(length, shape[1])
-    return truncate(batch, min(-(-length // multiple_of) * multiple_of, shape[1]))
+    return truncate(batch, min(-(-length // multiple_of) * multiple_of, shape[1]), field=field)
 
 
 def _longest(mask: np.ndarray) -> int:
@@ -260,16 +272,6 @@ def _from_zero(positions: np.ndarray) -> np.ndarray:
         np.logical_and.accumulate(follows, axis=1), ((0, 0), (1, 0)), constant_values=True
     )
     return np.where(first, positions - positions[:, :1], positions)
-
-
-def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
-    shape = getattr(batch.get("input_ids"), "shape", ())
-    if len(shape) != 2:
-        found = (
-            f"shape {shape}" if "input_ids" in batch else f"only {', '.join(batch) or 'nothing'}"
-        )
-        raise ValueError(f"a batch needs input_ids of shape (rows, seq); it has {found}")
-    return shape
 
 
 def _check_length(length: int, width: int) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from effscale.curriculum.order import Clusters, next_draws
-from effscale.curriculum.ranking import Ranking, check_ranking
+from effscale.curriculum.ranking import Ranking, check_ranking, raise_stages
 from effscale.data.seeds import check_seed
 
 
@@ -120,9 +120,10 @@ class LossDrivenBatches(grain.IterDataset):
         local = batch_size // process_count
         self.local = slice(process_index * local, (process_index + 1) * local)
         num_clusters = max_difficulty - min_difficulty + 1
-        percentile = np.arange(num) // (num // max_difficulty) + 1
-        stage = np.empty(num, np.int64)
-        stage[ranking.samples] = np.clip(percentile - min_difficulty, 0, num_clusters - 1)
+        part = num // max_difficulty
+        stage = np.zeros(num, np.min_scalar_type(num_clusters))
+        bounds = [0, *(part * difficulty for difficulty in range(min_difficulty, max_difficulty))]
+        raise_stages(stage, ranking.samples, bounds)
         self.clusters = Clusters(stage, num_clusters, seed)
 
     def __iter__(self) -> "LossDrivenIterator":

@@ -1,7 +1,8 @@
 r"""Difficulty metrics: functions from a batch of rows to one number a row.
 
 A batch is a mapping of arrays of shape ``[rows, length]``, with the keys of
-`effscale.data.PackedTokens` or those of padded rows (``attention_mask``). Any function from such a
+`effscale.data.PackedTokens` or those of padded rows (``attention_mask``). Where tokens have another name than
+``input_ids``, metrics take it as ``field``. Any function from such a
 batch to an array of ``[rows]`` finite numbers is a metric; integers are kept as int64 and floating
 numbers as float64. (The original allows integers only.) To be computed in several processes it must
 be picklable: a function of a module, or an instance of a class of a module.
@@ -24,7 +25,21 @@ Metric = Callable[[Batch], Any]
 NO_LABEL = -100  # a label outside of every vocabulary; no loss counts it
 
 
-def real_tokens(batch: Batch) -> Bool[np.ndarray, "rows length"]:
+def tokens_of(batch: Batch, field: str) -> Integer[np.ndarray, "rows length"]:
+    """The tokens of a batch, as they are.
+
+    Raises:
+        ValueError: There are none of this name.
+    """
+    if field not in batch:
+        raise ValueError(
+            f"a batch has no {field!r}, but {', '.join(map(repr, batch)) or 'nothing'}: give the name of its tokens as "
+            'field="..."'
+        )
+    return batch[field]
+
+
+def real_tokens(batch: Batch, field: str = "input_ids") -> Bool[np.ndarray, "rows length"]:
     """Where a batch has tokens and no padding.
 
     That is its ``attention_mask`` if it has one, else where ``segment_ids`` are above 0, else
@@ -34,27 +49,27 @@ def real_tokens(batch: Batch) -> Bool[np.ndarray, "rows length"]:
         return batch["attention_mask"] != 0
     if "segment_ids" in batch:
         return batch["segment_ids"] > 0
-    return np.ones(batch["input_ids"].shape, bool)
+    return np.ones(tokens_of(batch, field).shape, bool)
 
 
-def sequence_length(batch: Batch) -> Int64[np.ndarray, " rows"]:
-    """Tokens in each row, without padding.
+def sequence_length(batch: Batch, *, field: str = "input_ids") -> Int64[np.ndarray, " rows"]:
+    """Tokens in each row, without padding. As a metric of other ``field``: ``functools.partial(sequence_length, field="text")``.
 
     >>> ids = np.zeros((2, 4), np.int32)
     >>> sequence_length({"input_ids": ids, "attention_mask": np.array([[1, 1, 1, 0], [1, 1, 1, 1]])})
     array([3, 4])
     """
-    return real_tokens(batch).sum(axis=1, dtype=np.int64)
+    return real_tokens(batch, field).sum(axis=1, dtype=np.int64)
 
 
-def _tokens(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(batch: Batch, field: str) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that count and where they do, each ``[rows, length]`` or ``[rows, length + 1]``.
 
     A row for next-token prediction of ``length`` is made of ``length + 1`` tokens: its inputs and
     its last label, unless that is -100. A padded row (one with an ``attention_mask``) is its real
     tokens alone, as its labels may be anything; so rows for masked language modelling should have one.
     """
-    ids, real = batch["input_ids"], real_tokens(batch)
+    ids, real = tokens_of(batch, field), real_tokens(batch, field)
     if "labels" not in batch or "attention_mask" in batch or not ids.shape[1]:
         return ids, real
     # The last real position; in a row of padding alone nothing counts.
@@ -85,14 +100,14 @@ class TokenCounts:
     array([1, 2, 0, 1])
     """
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, *, field: str = "input_ids"):
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: it must be at least 1.")
-        self.vocab_size = vocab_size
+        self.vocab_size, self.field = vocab_size, field
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " vocab"]:
         """How often each token occurs in the batch."""
-        ids, real = _tokens(batch)
+        ids, real = _tokens(batch, self.field)
         _check_ids(ids, real, self.vocab_size, f"a vocabulary of {self.vocab_size}")
         return np.bincount(ids[real], minlength=self.vocab_size)
 
@@ -112,11 +127,12 @@ class VocabularyRarity:
     array([1, 4])
     """
 
-    def __init__(self, counts: Integer[np.ndarray, " vocab"]):
+    def __init__(self, counts: Integer[np.ndarray, " vocab"], *, field: str = "input_ids"):
         """Prepares the rarity of each token.
 
         Args:
             counts: How often each token occurs, from `count_vocabulary` or `effscale.data.token_counts`.
+            field: The name of the tokens in a row.
 
         Raises:
             ValueError: ``counts`` is empty or has a negative number.
@@ -126,16 +142,17 @@ class VocabularyRarity:
                 f"counts={counts!r}: it must hold a number of at least 0 for each token."
             )
         counts = np.maximum(counts.astype(np.float64), 1.0)
-        self.rarity = -np.log(counts / counts.sum())
+        self.rarity, self.field = -np.log(counts / counts.sum()), field
 
     @property
     def digest(self) -> str:
-        """Tells metrics of different counts apart."""
-        return hashlib.blake2b(self.rarity.tobytes(), digest_size=16).hexdigest()
+        """Tells metrics of different counts or fields apart."""
+        content = self.rarity.tobytes() + self.field.encode()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
         """The rarity of each row."""
-        ids, real = _tokens(batch)
+        ids, real = _tokens(batch, self.field)
         _check_ids(ids, real, len(self.rarity), "counts")
         rarity = self.rarity.take(ids, mode="clip")
         if not real.all():
@@ -159,18 +176,21 @@ class LengthThenRarity:
     array([202])
     """
 
-    def __init__(self, counts: Integer[np.ndarray, " vocab"], max_length: int):
+    def __init__(
+        self, counts: Integer[np.ndarray, " vocab"], max_length: int, *, field: str = "input_ids"
+    ):
         """Prepares the metric.
 
         Args:
             counts: As for `VocabularyRarity`.
             max_length: The most tokens that a row can have.
+            field: The name of the tokens in a row.
 
         Raises:
             ValueError: ``counts`` is empty or has a negative number, ``max_length`` is below 1, or
                 all tokens are certain, so that there is no rarity.
         """
-        self.rarity = VocabularyRarity(counts)
+        self.rarity = VocabularyRarity(counts, field=field)
         self.max_length = max_length
         most = max_length * float(self.rarity.rarity.max())
         if most <= 0:
@@ -187,7 +207,7 @@ class LengthThenRarity:
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
         """The rank of each row."""
-        lengths = sequence_length(batch)
+        lengths = sequence_length(batch, field=self.rarity.field)
         if lengths.max(initial=0) > self.max_length:
             raise ValueError(
                 f"a row of {lengths.max()} tokens: max_length={self.max_length} must be at least that."

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
 from effscale.curriculum.permutation import fold_in, permute
+from effscale.curriculum.ranking import blocks
+from effscale.curriculum.shared_table import SharedTable
 
 # How far, in draws, from where they would be due on average the draws wanted are looked for first. It only decides how
 # often a search succeeds at once.
@@ -17,7 +19,10 @@ class Clusters:
     """Samples in groups that become available one after another.
 
     Each cluster is an endless stream: all of its samples once in random order, again in another order, and so on. Any
-    place of a stream is computed at once, from the seed.
+    place of a stream is computed at once, from the seed. The ids of the samples are in a table that worker processes share.
+
+    Attributes:
+        sizes: How many samples each cluster has.
     """
 
     def __init__(self, stage: Integer[np.ndarray, " n"], num_stages: int, seed: int):
@@ -28,16 +33,31 @@ class Clusters:
             num_stages: How many clusters there are.
             seed: Decides the order in each cluster and between them.
         """
-        sizes = np.bincount(stage, minlength=num_stages)[:num_stages]
-        # A stable sort of 16-bit numbers takes a time that is linear in their count.
-        order = np.argsort(stage.astype(np.min_scalar_type(num_stages + 1)), kind="stable")
-        self.samples = order[: sizes.sum()].astype(np.min_scalar_type(len(stage)))
-        self.sizes = sizes.astype(np.int64)
+        self.sizes = count_stages(stage, num_stages)[:num_stages]
         self._starts = np.cumsum(self.sizes) - self.sizes
+        self._table = SharedTable(int(self.sizes.sum()), np.min_scalar_type(len(stage)))
+        self._fill(stage)
         first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64)
         number = np.arange(num_stages)
         self._order_keys = fold_in(np.full(num_stages, first), number)
         self._time_keys = fold_in(np.full(num_stages, second), number)
+
+    @property
+    def samples(self) -> Integer[np.ndarray, " m"]:
+        """The ids of all samples, cluster after cluster, rising in each."""
+        return self._table.values
+
+    def _fill(self, stage: Integer[np.ndarray, " n"]) -> None:
+        """A stable sort by stage, block by block: each continues its clusters where the one before it stopped."""
+        ends = self._starts.copy()
+        for block in blocks(len(stage)):
+            # NumPy sorts 8 and 16-bit numbers in a time that is linear in their count.
+            order = np.argsort(stage[block], kind="stable")
+            counts = np.bincount(stage[block], minlength=len(ends))[: len(ends)]
+            order = order[: counts.sum()]
+            places = np.arange(len(order)) + np.repeat(ends - np.cumsum(counts) + counts, counts)
+            self.samples[places] = order + block.start
+            ends += counts
 
     def sample(
         self, cluster: Int64[np.ndarray, " m"], draw: Int64[np.ndarray, " m"]
@@ -60,6 +80,17 @@ class Clusters:
         """
         bits = fold_in(self._time_keys[cluster], draw) >> np.uint64(11)
         return opened + (draw + bits * 2.0**-53) / self.sizes[cluster]
+
+
+def count_stages(
+    stage: Integer[np.ndarray, " n"], num_stages: int
+) -> Int64[np.ndarray, " at_least_num_stages"]:
+    """How many samples each stage has; at least ``num_stages`` numbers, more if greater stages occur."""
+    counts = np.zeros(num_stages, np.int64)
+    for block in blocks(len(stage)):
+        here = np.bincount(stage[block], minlength=len(counts))
+        counts = np.pad(counts, (0, len(here) - len(counts))) + here
+    return counts
 
 
 def next_draws(

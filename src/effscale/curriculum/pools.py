@@ -1,15 +1,15 @@
 """Which samples are available when."""
 
+import bisect
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Integer
 
-from effscale.curriculum.order import Clusters, GrowingOrder
-from effscale.curriculum.ranking import Ranking, check_ranking
+from effscale.curriculum.order import Clusters, GrowingOrder, count_stages
+from effscale.curriculum.ranking import Ranking, blocks, check_ranking, raise_stages
 from effscale.models.validation import check, choice
 from effscale.training.pacing import Pacing
 from effscale.training.stages import Stages, merge, stages
@@ -58,7 +58,8 @@ class Difficulty:
         assert self.ranking is not None
         samples, values = self.ranking
         if self.difficulty_type == "value":
-            return int(np.searchsorted(values, difficulty, side="right"))
+            # NumPy's search would convert all values first, where they are of another type.
+            return bisect.bisect_right(values, difficulty, key=lambda value: value.item())
         if difficulty >= self.greatest:
             return len(samples)
         return len(samples) // self.greatest * difficulty
@@ -83,11 +84,13 @@ def growing_order(
             for name, difficulty in limits.items()
         )
     )
-    stage = np.zeros(num_rows, np.int32)
+    # For each sample the first stage at which it is allowed, and the number of stages if there is none.
+    stage = np.zeros(num_rows, np.min_scalar_type(len(merged.values)))
     for i, difficulty in enumerate(limits.values()):
-        levels = [values[i] for values in merged.values]
-        np.maximum(stage, _first_allowed(difficulty, levels), out=stage)
-    sizes = np.bincount(stage, minlength=len(merged.values) + 1)
+        assert difficulty.ranking is not None
+        allowed = [difficulty.num_allowed(values[i]) for values in merged.values]
+        raise_stages(stage, difficulty.ranking.samples, [0, *allowed])
+    sizes = count_stages(stage, len(merged.values) + 1)
     if not sizes[0]:
         raise ValueError(_nothing_at_first(limits, merged.values[0]))
     if sizes[-1]:
@@ -98,9 +101,11 @@ def growing_order(
         )
     # Stages at which nothing new becomes available are none.
     opens = np.flatnonzero(sizes[:-1])
-    number = np.full(len(sizes), len(opens), np.int32)
+    number = np.full(len(sizes), len(opens), stage.dtype)
     number[opens] = np.arange(len(opens))
-    clusters = Clusters(number[stage], len(opens), seed)
+    for block in blocks(num_rows):
+        stage[block] = number[stage[block]]
+    clusters = Clusters(stage, len(opens), seed)
     return GrowingOrder(clusters, [merged.starts[k] * batch_size for k in opens])
 
 
@@ -118,16 +123,6 @@ def _stages(
         raise ValueError(f"the pacing of {name!r} counts tokens: give tokens_per_row.")
     consumed = batch_size * (tokens_per_row or 1) if clock == "tokens" else batch_size
     return stages(difficulty.pacing, cost=lambda _: consumed)
-
-
-def _first_allowed(difficulty: Difficulty, levels: list[int]) -> Integer[np.ndarray, " n"]:
-    """For each sample the first stage at which it is allowed, and the number of stages if there is none."""
-    assert difficulty.ranking is not None
-    samples = difficulty.ranking.samples
-    bounds = [0, *(difficulty.num_allowed(level) for level in levels), len(samples)]
-    stage = np.empty(len(samples), np.int32)
-    stage[samples] = np.repeat(np.arange(len(levels) + 1, dtype=np.int32), np.diff(bounds))
-    return stage
 
 
 def _nothing_at_first(limits: Mapping[str, Difficulty], firsts: Sequence[int]) -> str:

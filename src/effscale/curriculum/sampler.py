@@ -34,7 +34,8 @@ def curriculum_rows(
     do not talk, a run resumes at any step at once (`get_state` of the iterator is a number), and reading ahead is safe.
     Element ``i`` belongs to global batch ``i // batch_size``. The result is a `grain.MapDataset` that composes as any: with
     ``map``, `effscale.data.batch_rows`, or ``mix`` (where ``batch_size`` is the number of rows that a batch takes from this
-    component). Apply ``random_map`` to the result, not to ``rows``, for another augmentation at each visit of a sample.
+    component). Worker processes share the table of the samples, which is a temporary file where it is large. Apply
+    ``random_map`` to the result, not to ``rows``, for another augmentation at each visit of a sample.
 
     Args:
         rows: The samples by id: a data set with a length, such as `effscale.data.PackedTokens` or a `grain.MapDataset`

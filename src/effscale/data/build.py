@@ -98,7 +98,8 @@ def write_splits(
             )
             if progress is not None:
                 progress(done)
-    return {name: TokenStore.open(folder) for name, folder in folders.items()}
+    # What was written a moment ago is still in memory, and reading it would say little of the disk.
+    return {name: TokenStore.open(folder, verify="size") for name, folder in folders.items()}
 
 
 def write_store(

@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 
@@ -18,7 +18,7 @@ from effscale.data.cache import lock, request_key
 from effscale.data.corpus_tokenizer import corpus_tokenizer
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.splits import Splits
-from effscale.data.store import CorruptTokenStoreError, TokenStore
+from effscale.data.store import CorruptTokenStoreError, TokenStore, Verify
 from effscale.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -70,7 +70,7 @@ def prepare_corpus(
     sample_characters: int = SAMPLE_CHARACTERS,
     eos_token: str | None = None,
     parse_special_tokens: bool = False,
-    verify: Literal["size", "full"] = "size",
+    verify: Verify = "once",
     progress: Callable[[Progress], object] | None = None,
 ) -> Corpus:
     """Trains or loads a tokenizer and writes token stores of the documents, or reopens them.
@@ -133,7 +133,7 @@ def prepare_corpus(
                 metadata={"sources": [source.spec() for source in sources]},
                 progress=progress,
             )
-            _check_sizes(stores, splits, sources)
+            _check_sizes(stores, splits, sources, skipped)
             save_tokenizer(chosen, work)
             content = {"request": request, "skipped": skipped.as_dict()}
             (work / _REQUEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -207,23 +207,26 @@ def _read(sources: tuple[Source, ...], skipped: SkipReport) -> Iterator[Document
 
 
 def _check_sizes(
-    stores: dict[str, TokenStore], splits: Splits, sources: tuple[Source, ...]
+    stores: dict[str, TokenStore],
+    splits: Splits,
+    sources: tuple[Source, ...],
+    skipped: SkipReport,
 ) -> None:
     counts = {name: store.num_documents for name, store in stores.items()}
     total = sum(counts.values())
     specs = ", ".join(source.spec() for source in sources)
     if not total:
-        raise ValueError(f"the corpus {specs} has no documents.")
+        raise ValueError(f"the corpus {specs} has no documents: {skipped}.")
     for name, count in counts.items():
         if not count and splits.fractions[name] > 0:
             raise ValueError(
                 f"the corpus {specs} has {total} documents, and none of them fell to {name} "
-                f"(fraction {splits.fractions[name]:g}). Use more documents (TextFiles has a "
+                f"(fraction {splits.fractions[name]:g}); {skipped}. Use more documents (TextFiles has a "
                 "separator for files with several), another fraction or another seed."
             )
 
 
-def _open(target: pathlib.Path, verify: Literal["size", "full"]) -> Corpus:
+def _open(target: pathlib.Path, verify: Verify) -> Corpus:
     content = json.loads((target / _REQUEST).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(target)
     stores = {

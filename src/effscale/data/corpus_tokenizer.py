@@ -3,12 +3,11 @@
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
 
 import tokenizers
 
 from effscale.data.cache import lock, request_key
-from effscale.data.documents import Source
+from effscale.data.documents import SkipReport, Source
 from effscale.data.sampling import sample_texts
 from effscale.data.splits import Splits
 from effscale.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -31,7 +30,7 @@ def corpus_tokenizer(
     source.
 
     Raises:
-        ValueError: Both or neither of ``vocab_size`` and ``tokenizer`` are given.
+        ValueError: Both or neither of ``vocab_size`` and ``tokenizer`` are given, or there are no training documents.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(
@@ -59,9 +58,8 @@ def corpus_tokenizer(
                 return load_tokenizer(file)
             except ValueError as error:
                 logger.warning("%s is damaged and is trained again: %s", file, error)
-        trained = train_tokenizer(
-            _training_texts(sources, splits, sample_characters), vocab_size=vocab_size
-        )
+        texts = _training_texts(sources, splits, sample_characters)
+        trained = train_tokenizer(texts, vocab_size=vocab_size)
         if trained.get_vocab_size() < vocab_size:
             logger.warning(
                 "the text gives only %d of the %d tokens asked for; the vocabulary has %d",
@@ -74,13 +72,20 @@ def corpus_tokenizer(
 
 def _training_texts(
     sources: tuple[Source, ...], splits: Splits, sample_characters: int
-) -> Iterator[str]:
+) -> list[str]:
+    texts, skipped = [], SkipReport()
     for source in sources:
         training = (
             document
-            for document in source.documents(log=False)
+            for document in source.documents(skipped, log=False)
             if splits.assign(document.text) == "train"
         )
-        yield from sample_texts(
+        texts += sample_texts(
             training, max_characters=max(1, sample_characters // len(sources)), seed=splits.seed
         )
+    if not texts:
+        specs = ", ".join(source.spec() for source in sources)
+        raise ValueError(
+            f"no text to train a tokenizer on: {specs} has no documents for training; {skipped}."
+        )
+    return texts

@@ -56,6 +56,8 @@ class SkipReport:
     >>> report.add("empty", "notes.txt", "the file is empty")
     >>> report.total, dict(report.counts), report.examples
     (1, {'empty': 1}, ['notes.txt: the file is empty'])
+    >>> print(report)
+    1 documents skipped (1 empty), e.g. notes.txt: the file is empty
     """
 
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -66,6 +68,12 @@ class SkipReport:
     def total(self) -> int:
         """The number of documents left out."""
         return self.counts.total()
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "no documents skipped"
+        counts = ", ".join(f"{n} {reason}" for reason, n in self.counts.most_common())
+        return f"{self.total} documents skipped ({counts}), e.g. {'; '.join(self.examples)}"
 
     def add(self, reason: Reason, where: str, detail: str) -> None:
         """Counts one document that was left out."""
@@ -117,12 +125,7 @@ class Source(abc.ABC):
             yield from self._read(skipped)
         finally:
             if skipped.total and log:
-                counts = ", ".join(f"{n} {reason}" for reason, n in skipped.counts.most_common())
-                examples = "; ".join(skipped.examples)
-                logger.warning(
-                    "%s: %d documents skipped (%s), e.g. %s",
-                    self.spec(), skipped.total, counts, examples,
-                )  # fmt: skip
+                logger.warning("%s: %s", self.spec(), skipped)
             if report is not None:
                 report.merge(skipped)
 

@@ -11,12 +11,13 @@ import hashlib
 import os
 import pathlib
 import struct
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from effscale.data.store import TokenStore, manifest_digest
+from effscale.data.store import TokenStore, Verify, check_verify, manifest_digest
+from effscale.data.verified import verify_once
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
@@ -156,8 +157,9 @@ class MegatronTokens(TokenStore):
         vocab_size: int,
         eos_id: int | None,
         tokenizer_digest: str | None,
+        verify: Verify = "once",
     ):
-        self.folder = prefix  # what messages name
+        self.folder, self._verify = prefix, verify  # the prefix is what messages name
         self.tokens, bounds, documents = read_indexed(prefix)
         index = _existing(prefix, ".idx")
         if documents[-1] != len(bounds) - 1:
@@ -196,7 +198,7 @@ class MegatronTokens(TokenStore):
         vocab_size: int,
         eos_id: int | None = None,
         tokenizer_digest: str | None = None,
-        verify: Literal["size", "full"] = "size",
+        verify: Verify = "once",
     ) -> "MegatronTokens":
         """Opens a corpus after checking it.
 
@@ -205,16 +207,17 @@ class MegatronTokens(TokenStore):
             vocab_size: Every id is below it. The files do not say it.
             eos_id: The token at the end of each document, if ``--append-eod`` put one there.
             tokenizer_digest: From `tokenizer_digest`, to tell corpora of different tokenizers apart.
-            verify: ``"size"`` compares the files with one another; ``"full"`` also reads all tokens and checks that they
-                fit the vocabulary.
+            verify: ``"full"`` reads all tokens, as fast as the disk gives them, and checks that they are in the
+                vocabulary. ``"once"`` does so unless this machine has done it since the file last changed. ``"size"`` only
+                compares the files with one another. The format has no checksums, so changes within the
+                vocabulary are not found.
 
         Raises:
             FileNotFoundError: One of the files is missing.
             CorruptIndexedDataError: A file is truncated or altered, or holds ids outside of the vocabulary.
             ValueError: An argument is out of range.
         """
-        if verify not in ("size", "full"):
-            raise ValueError(f'verify={verify!r}: it must be "size" or "full".')
+        check_verify(verify)
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: it must be at least 1.")
         if eos_id is not None and not 0 <= eos_id < vocab_size:
@@ -222,20 +225,32 @@ class MegatronTokens(TokenStore):
                 f"eos_id={eos_id}: it must be from 0 to vocab_size-1={vocab_size - 1}."
             )
         path = pathlib.Path(prefix).absolute()
-        corpus = cls(path, vocab_size=vocab_size, eos_id=eos_id, tokenizer_digest=tokenizer_digest)
-        if verify == "full":
-            for chunk in corpus.chunks():
-                for token in (chunk.min(), chunk.max()):
-                    if not 0 <= token < vocab_size:
-                        raise CorruptIndexedDataError(
-                            corpus.tokens_path, "tokens", f"ids below {vocab_size}", token
-                        )
+        corpus = cls(
+            path,
+            vocab_size=vocab_size,
+            eos_id=eos_id,
+            tokenizer_digest=tokenizer_digest,
+            verify=verify,
+        )
+        if verify == "once":
+            promises = {"vocab_size": vocab_size, "dtype": corpus.tokens.dtype.str}
+            verify_once(corpus.tokens_path, corpus._check_ids, promises)
+        elif verify == "full":
+            corpus._check_ids()
         return corpus
 
     @property
     def tokens_path(self) -> pathlib.Path:
         """The file of the tokens."""
         return _existing(self.folder, ".bin")
+
+    def _check_ids(self) -> None:
+        for chunk in self.chunks():
+            for token in (chunk.min(), chunk.max()):
+                if not 0 <= token < self.vocab_size:
+                    raise CorruptIndexedDataError(
+                        self.tokens_path, "tokens", f"ids below vocab_size={self.vocab_size}", token
+                    )
 
     def __repr__(self) -> str:
         return super().__repr__().replace("TokenStore", "MegatronTokens", 1)
@@ -246,7 +261,8 @@ class MegatronTokens(TokenStore):
             "eos_id": self.eos_id,
             "tokenizer_digest": self.manifest["tokenizer"],
         }
-        return functools.partial(MegatronTokens.open, self.folder, **known), ()
+        open_again = functools.partial(MegatronTokens.open, verify=self._verify_again, **known)
+        return open_again, (self.folder,)
 
 
 def _existing(prefix: str | os.PathLike[str], suffix: str) -> pathlib.Path:

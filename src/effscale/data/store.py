@@ -5,19 +5,26 @@ The folder holds ``tokens.bin`` (all ids, little-endian uint16, or uint32 for mo
 ``manifest.json`` (counts, the tokenizer's digest, where the text came from, sizes and digests).
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Integer
 
+from effscale.data.verified import verify_once
+
 TOKENS, OFFSETS, MANIFEST = "tokens.bin", "offsets.bin", "manifest.json"
 FORMAT, VERSION = "effscale-token-store", 1
 OFFSET_DTYPE = np.dtype("<i8")
+READ_BYTES = 1 << 22
+
+Verify = Literal["once", "size", "full"]
+"""How a folder is checked when it is opened: contents ``"once"`` per machine, sizes only, or contents each time."""
 
 
 class CorruptTokenStoreError(RuntimeError):
@@ -40,7 +47,7 @@ class CorruptTokenStoreError(RuntimeError):
 class TokenStore:
     """Read access to a token store; `open` is the way to make one.
 
-    It can be pickled (for data-loading processes): only the folder's name travels.
+    It can be pickled (for data-loading processes): only the folder's name travels, and how it is verified.
 
     Attributes:
         folder: Where it is.
@@ -54,28 +61,27 @@ class TokenStore:
     tokens: Integer[np.ndarray, " tokens"]
     offsets: Integer[np.ndarray, " boundaries"]
 
-    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any], verify: Verify = "once"):
+        self.folder, self.manifest, self._verify = folder, manifest, verify
         self.tokens = _map(folder / TOKENS, np.dtype(manifest["dtype"]))
         self.offsets = _map(folder / OFFSETS, OFFSET_DTYPE)
 
     @classmethod
-    def open(
-        cls, folder: str | os.PathLike[str], *, verify: Literal["size", "full"] = "size"
-    ) -> "TokenStore":
+    def open(cls, folder: str | os.PathLike[str], *, verify: Verify = "once") -> "TokenStore":
         """Opens a store after checking it.
 
         Args:
             folder: The store's folder.
-            verify: ``"size"`` compares the files' sizes with the manifest, at no cost; ``"full"``
-                reads the files and compares their digests too (about 1 GB/s).
+            verify: ``"full"`` reads the files, at about 1 GB/s, compares their digests with the manifest and checks
+                that all ids are in the vocabulary. ``"once"`` does so unless this machine has done it since the files
+                last changed, so that later opens cost nothing; see `effscale.data.verified`. ``"size"`` compares only
+                the files' sizes.
 
         Raises:
             FileNotFoundError: There is no such folder.
             CorruptTokenStoreError: A file is missing, truncated or altered.
         """
-        if verify not in ("size", "full"):
-            raise ValueError(f'verify={verify!r}: it must be "size" or "full".')
+        check_verify(verify)
         path = pathlib.Path(folder).absolute()
         if not path.is_dir():
             raise FileNotFoundError(
@@ -85,13 +91,20 @@ class TokenStore:
             path / MANIFEST, FORMAT, VERSION, CorruptTokenStoreError, "build the store again"
         )
         for name in (TOKENS, OFFSETS):
-            _check_file(path / name, manifest["files"][name], verify)
-        store = cls(path, manifest)
+            _check_size(path / name, manifest["files"][name]["bytes"])
+        store = cls(path, manifest, verify)
         first, last = int(store.offsets[0]), int(store.offsets[-1])
         if (first, last) != (0, store.num_tokens):
             raise CorruptTokenStoreError(
                 path / OFFSETS, f"offsets from 0 to {store.num_tokens}", f"{first} to {last}"
             )
+        for name in (TOKENS, OFFSETS):
+            check = functools.partial(store._check_content, name)
+            if verify == "once":
+                promises = {"digest": manifest["digest"], "file": name}
+                verify_once(path / name, check, promises)
+            elif verify == "full":
+                check()
         return store
 
     @property
@@ -141,7 +154,32 @@ class TokenStore:
         )
 
     def __reduce__(self):
-        return (TokenStore.open, (self.folder,))
+        return functools.partial(TokenStore.open, self.folder, verify=self._verify_again), ()
+
+    @property
+    def _verify_again(self) -> Verify:
+        """How a worker process verifies: it need not read again what its parent has read in full."""
+        return "size" if self._verify == "size" else "once"
+
+    def _check_content(self, name: str) -> None:
+        """Compares a file with its digest, and tokens with the vocabulary, in one reading."""
+        path, digest, largest = self.folder / name, hashlib.blake2b(digest_size=16), 0
+        with open(path, "rb") as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+                if name == TOKENS:
+                    largest = max(largest, int(np.frombuffer(block, self.tokens.dtype).max()))
+        expected = self.manifest["files"][name]["blake2b"]
+        if digest.hexdigest() != expected:
+            raise CorruptTokenStoreError(path, f"blake2b {expected}", digest.hexdigest())
+        if largest >= self.vocab_size:
+            raise CorruptTokenStoreError(path, f"ids below {self.vocab_size}", f"{largest}")
+
+
+def check_verify(verify: Verify) -> None:
+    """Raises a ValueError for another way to verify."""
+    if verify not in get_args(Verify):
+        raise ValueError(f'verify={verify!r}: it must be "once", "size" or "full".')
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -185,20 +223,13 @@ def read_manifest(
     return manifest
 
 
-def _check_file(path: pathlib.Path, entry: dict[str, Any], verify: str) -> None:
+def _check_size(path: pathlib.Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise CorruptTokenStoreError(path, f"{entry['bytes']} bytes", "no file") from None
-    if size != entry["bytes"]:
-        raise CorruptTokenStoreError(path, f"{entry['bytes']} bytes", f"{size} bytes")
-    if verify == "full":
-        with open(path, "rb") as stream:
-            digest = hashlib.file_digest(
-                stream, lambda: hashlib.blake2b(digest_size=16)
-            ).hexdigest()
-        if digest != entry["blake2b"]:
-            raise CorruptTokenStoreError(path, f"blake2b {entry['blake2b']}", digest)
+        raise CorruptTokenStoreError(path, f"{expected} bytes", "no file") from None
+    if size != expected:
+        raise CorruptTokenStoreError(path, f"{expected} bytes", f"{size} bytes")
 
 
 def _map(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:

@@ -1,16 +1,10 @@
 """The machine that an experiment runs on: its memory and its cache folder."""
 
 import ctypes
-import os
-import pathlib
 import resource
 import sys
 
-
-def cache_folder(name: str) -> pathlib.Path:
-    """``name`` in the user's cache folder, by the XDG rule."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "effscale" / name
+from effscale.data.cache import cache_folder as cache_folder
 
 
 def peak_memory() -> float:

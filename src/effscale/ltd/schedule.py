@@ -15,6 +15,7 @@ from effscale.ltd.runner import token_dropping
 from effscale.models import PatchInputs, TransformerConfig
 from effscale.models.validation import check
 from effscale.training import Clock, LinearPacing, Loss, Pacing, Stages, count_tokens, stages
+from effscale.training.rows import token_shape
 
 KEPT = "kept_tokens"
 
@@ -94,6 +95,9 @@ class RandomLTD:
     """Kept tokens by count, such as :func:`mslg`."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers that drop tokens, counted from 0; None: all but the first and the last."""
+    field: str | None = "input_ids"
+    """The name of the tokens in a batch, whose length is checked. None: batches have no tokens, as those of images.
+    (Batches with ``images``, which effscale's image models take, need no None.)"""
 
     def __post_init__(self):
         check(self, self.pacing(0) >= 1, "pacing", "of at least 1 token")
@@ -119,7 +123,10 @@ class RandomLTD:
             raise ValueError(f"pacing ends at {last} kept tokens and {what} of {length}")
 
     def loss(self, loss_fn: Callable[..., Loss]) -> Callable[..., Loss]:
-        """The loss with tokens dropped where a batch says so.
+        """The loss of one of effscale's models, with tokens dropped where a batch says so.
+
+        The layers of another model drop tokens by :func:`effscale.ltd.sample_kept`, :func:`effscale.ltd.take_tokens` and
+        :func:`effscale.ltd.put_tokens`; docs/random_ltd.md has an example.
 
         Args:
             loss_fn: ``loss_fn(model, batch, key, *, run_group) -> Loss``, such as
@@ -127,7 +134,8 @@ class RandomLTD:
 
         Returns:
             ``loss_fn(model, batch, key) -> Loss``. Tokens are dropped where there is a key, as with dropout, and the
-            batch has been through :meth:`shape_batch`; so evaluation sees all tokens.
+            batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It raises a TypeError for a model that
+            is none of effscale's.
         """
 
         @functools.wraps(loss_fn)
@@ -136,8 +144,15 @@ class RandomLTD:
         ) -> Loss:
             plain = {name: value for name, value in batch.items() if name != KEPT}
             if key is not None and KEPT in batch:
+                config = getattr(model, "config", None)
+                if not isinstance(config, TransformerConfig):
+                    raise TypeError(
+                        f"RandomLTD.loss runs the layers of effscale's models, and this model is a {type(model).__name__}. "
+                        f"Give your own loss instead: it reads batch[{KEPT!r}].kept, and its layers drop tokens by "
+                        "sample_kept, take_tokens and put_tokens (docs/random_ltd.md, Your own model)."
+                    )
                 options["run_group"] = token_dropping(
-                    model.config, kept=batch[KEPT].kept, key=key, layers=self.layers
+                    config, kept=batch[KEPT].kept, key=key, layers=self.layers
                 )
             return loss_fn(model, plain, key, **options)
 
@@ -168,10 +183,11 @@ class RandomLTD:
         """The batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened.
 
         Raises:
-            ValueError: Rows are longer than what is kept in the end, so that no step would see whole ones.
+            ValueError: Rows are longer than what is kept in the end, so that no step would see whole ones; or there
+                are no tokens of the name ``field``.
         """
-        if "input_ids" in batch:
-            length, last = batch["input_ids"].shape[1], self.pacing(self.pacing.end)
+        if self.field is not None and "images" not in batch:
+            length, last = token_shape(batch, self.field)[1], self.pacing(self.pacing.end)
             if length > last:
                 raise ValueError(
                     f"RandomLTD.pacing ends at {last} kept tokens and the rows have {length}: let it end at the row's length"
@@ -198,7 +214,7 @@ class RandomLTD:
             if isinstance(config.inputs, PatchInputs):
                 rows, length = count_tokens(batch), config.inputs.num_tokens  # it counts examples
             else:
-                rows, length = batch["input_ids"].shape
+                rows, length = token_shape(batch, self.field or "input_ids")
             kept = batch[KEPT].kept if KEPT in batch else length
             return rows * layer_token_average(length, kept, config.num_layers, dropping)
 
