@@ -257,7 +257,8 @@ def zeros_of_mean(x: Any) -> jax.Array:
 
 def moments_like(params: Any, dtype: DTypeLike | None = None) -> Any:
     """Zeros in at least float32, in which second moments that decay by 0.999 do not stand still; or in a given type."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype or _at_least_float32(p.dtype)), params)
+    type_of = lambda p: _at_least_float32(p.dtype) if dtype is None else dtype
+    return jax.tree.map(lambda p: jnp.zeros_like(p, type_of(p)), params)
 
 
 def check_mu_dtype(mu_dtype: DTypeLike | None) -> None:
