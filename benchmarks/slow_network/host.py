@@ -18,8 +18,14 @@ from flax import nnx
 
 from effscale.experiments.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
-from effscale.optim import lamb, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.optim.gradients import MeanState
+from effscale.optim import (
+    MeanOverWorkersState,
+    lamb,
+    mean_over_workers,
+    onebit_adam,
+    onebit_lamb,
+    zero_one_adam,
+)
 from effscale.parallel import MeshConfig, initialize, per_worker, shard_batch, shardings
 from effscale.parallel.workers import gather
 from effscale.training import create_train_state, make_train_step, next_token_loss
@@ -50,7 +56,7 @@ def bfloat16_mean(axis_name: str) -> optax.GradientTransformation:
         mean = jax.lax.bitcast_convert_type(gather(bits, axis_name), jnp.bfloat16)
         sent = 2 * (workers - 1) / workers * 2 * flat.size
         mean = unravel(mean.reshape(-1)[: flat.size].astype(flat.dtype))
-        return mean, MeanState(jnp.float32(sent), state.axis)
+        return mean, MeanOverWorkersState(jnp.float32(sent), state.axis)
 
     return optax.GradientTransformation(exact.init, update)
 

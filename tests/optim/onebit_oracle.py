@@ -67,13 +67,15 @@ def mean(gradients):
 
 class OneBitAdam:
     def __init__(
-        self, params, workers, *, lr, b1=0.9, b2=0.999, eps=1e-8, wd=0.0, freeze_step=3, mask=None
-    ):
+        self, params, workers, *, lr, b1=0.9, b2=0.999, eps=1e-8, wd=0.0, freeze_step=3, mask=None,
+        bias_correction=False,
+    ):  # fmt: skip
         self.p = [x.copy() for x in params]
         self.m = [np.zeros_like(x) for x in params]
         self.v = [np.zeros_like(x) for x in params]
         self.o = (lr, b1, b2, eps, wd)
         self.freeze_step, self.mask, self.t = freeze_step, mask, 0
+        self.bias_correction = bias_correction
         self.exchange = Exchange([x.shape for x in params], workers)
 
     def step(self, gradients):
@@ -90,8 +92,11 @@ class OneBitAdam:
             self.m = self.exchange(local)
             if self.mask is not None:
                 self.m = [m * k for m, k in zip(self.m, self.mask, strict=True)]
+        of_m, of_v = 1.0, 1.0
+        if self.bias_correction:
+            of_m, of_v = 1 - b1**self.t, 1 - b2 ** min(self.t, self.freeze_step)
         self.p = [
-            p - lr * (m / (np.sqrt(v) + eps) + wd * p)
+            p - lr * (m / of_m / (np.sqrt(v / of_v) + eps) + wd * p)
             for p, m, v in zip(self.p, self.m, self.v, strict=True)
         ]
 
@@ -100,7 +105,9 @@ class ZeroOneAdam:
     """With local parameters written out: self.local[worker] is where a worker stands."""
 
     def __init__(self, params, workers, *, lr, b1=0.9, b2=0.999, eps=1e-8, var_freeze_step=4, var_update_scaler=1,
-                 local_step_scaler=1, local_step_clipper=2, wd=0.0, mask=None, var_decay="update"):  # fmt: skip
+                 local_step_scaler=1, local_step_clipper=2, wd=0.0, mask=None, var_decay="update",
+                 bias_correction=False):  # fmt: skip
+        self.bias_correction, self.left_of_v = bias_correction, 1.0
         self.workers, self.wd, self.var_decay = workers, wd, var_decay
         self.mask = [np.ones_like(x) for x in params] if mask is None else mask
         self.local = [[x.copy() for x in params] for _ in range(workers)]
@@ -131,6 +138,7 @@ class ZeroOneAdam:
                 d = b2 if self.var_decay == "update" else b2 ** (self.t - self.last_var_update)
                 self.last_var_update = self.t
                 self.v = [d * v + (1 - d) * x**2 for v, x in zip(self.v, g, strict=True)]
+                self.left_of_v *= d
                 self.var_counter += 1
                 self.rounds.append(0)
                 if self.var_counter == self.kappa:
@@ -138,13 +146,18 @@ class ZeroOneAdam:
             else:
                 g = self.masked(self.exchange(gradients))
                 self.rounds.append(1)
+            of_m, of_v = 1.0, 1.0
+            if self.bias_correction:
+                of_m, of_v = 1 - b1**self.t, 1 - self.left_of_v
             for r in range(self.workers):
                 self.m[r] = [b1 * m + (1 - b1) * x for m, x in zip(self.m[r], g, strict=True)]
                 self.local[r] = [
-                    p - lr * m / d - lr * self.wd * p
-                    for p, m, d in zip(self.local[r], self.m[r], self.denominators(), strict=True)
+                    p - lr * m / of_m / (np.sqrt(v / of_v) + self.eps) - lr * self.wd * p
+                    for p, m, v in zip(self.local[r], self.m[r], self.v, strict=True)
                 ]
             if self.t == self.var_freeze_step:
+                self.m = [[m / of_m for m in own] for own in self.m]
+                self.v = [v / of_v for v in self.v]
                 self.exchange = Exchange([x.shape for x in self.v], self.workers)
             return
         self.lrs += lr

@@ -60,16 +60,18 @@ def assert_params(found, expected, step):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_onebit_adam(workers, weight_decay):
+@pytest.mark.parametrize(("weight_decay", "bias_correction"), [(0.0, False), (0.1, True)])
+def test_onebit_adam(workers, weight_decay, bias_correction):
     masks = [np.ones(s) for s in SHAPES]
     masks[0][2] = 0.0
     expected = oracle.OneBitAdam(
-        [p.astype(np.float64) for p in start()], workers, lr=0.02, wd=weight_decay, mask=masks
-    )
+        [p.astype(np.float64) for p in start()], workers, lr=0.02, wd=weight_decay, mask=masks,
+        bias_correction=bias_correction,
+    )  # fmt: skip
     optimizer = onebit_adam(
         0.02,
         weight_decay=weight_decay,
+        bias_correction=bias_correction,
         freeze_step=3,
         exp_avg_mask=[jnp.asarray(m) for m in masks],
         axis_name="data",
@@ -81,9 +83,16 @@ def test_onebit_adam(workers, weight_decay):
         assert_params(params, expected.p, i)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize(("weight_decay", "var_decay"), [(0.0, "update"), (0.1, "step")])
-def test_zero_one_adam(workers, weight_decay, var_decay):
+@pytest.mark.parametrize(
+    ("workers", "weight_decay", "var_decay", "bias_correction"),
+    [
+        *((workers, 0.0, "update", False) for workers in (1, 2, 4)),
+        *((workers, 0.1, "step", False) for workers in (1, 2, 4)),
+        (2, 0.0, "update", True),
+        (1, 0.1, "step", True),
+    ],
+)
+def test_zero_one_adam(workers, weight_decay, var_decay, bias_correction):
     masks = [np.ones(s) for s in SHAPES]
     masks[0][2] = 0.0
     rate = lambda t: 0.02 / (1 + 0.1 * jnp.asarray(t, jnp.float32))
@@ -97,6 +106,7 @@ def test_zero_one_adam(workers, weight_decay, var_decay):
         wd=weight_decay,
         mask=masks,
         var_decay=var_decay,
+        bias_correction=bias_correction,
     )
     optimizer = zero_one_adam(
         rate,
@@ -105,6 +115,7 @@ def test_zero_one_adam(workers, weight_decay, var_decay):
         exp_avg_mask=[jnp.asarray(m) for m in masks],
         var_update_scaler=1,
         var_decay=var_decay,
+        bias_correction=bias_correction,
         local_step_scaler=3,
         local_step_clipper=4,
         axis_name="data",

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effscale import optim
+from effscale.parallel import MeshConfig, PerWorker, shardings
 
 DECAYING = optax.exponential_decay(1.0, 1000, 0.6)
 OPTIMIZERS = {
@@ -127,6 +128,114 @@ def test_map_params(name):
     assert any(changed)
     # Counters are no parameters; LAMB alone has none.
     assert all(changed) == (name == "lamb")
+
+
+@pytest.mark.parametrize("axis_name", [None, "data"])
+def test_map_params_lays_a_state_out(name, axis_name):
+    """It maps over arrays shaped like the parameters and over no others, and `shardings` knows where those lie."""
+    params = {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}
+    specs = {"w": P("fsdp", "tensor"), "b": P("tensor")}
+    axis = {} if name == "lamb" else {"axis_name": axis_name}
+    shapes = []
+
+    def place(x, spec):
+        shapes.append((x.shape, spec))
+        return NamedSharding(mesh, spec)
+
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
+    optimizer = build(name, **axis)
+    with jax.set_mesh(mesh):
+        state = optimizer.init(params)
+    places = optax.tree.map_params(
+        optimizer, place, state, specs, transform_non_params=lambda part: shardings(part, mesh)
+    )
+    assert set(shapes) <= {((8, 6), specs["w"]), ((6,), specs["b"])}
+    placed = jax.device_put(state, places)
+    assert optax.tree.get(placed, "nu")["w"].sharding.spec == specs["w"]
+    is_own = lambda node: isinstance(node, PerWorker)
+    own = jax.tree.leaves(list(filter(is_own, jax.tree.leaves(placed, is_leaf=is_own))))
+    assert bool(own) == bool(axis.get("axis_name"))
+    assert all(x.sharding.spec[0] == "data" for x in own)
+
+
+def test_a_part_without_parameters(name):
+    """As `optax.partition` makes where no parameter has a label: nothing happens, also with workers."""
+    axis = {} if name == "lamb" else {"axis_name": "data", "num_workers": 2}
+    optimizer = optax.partition({"a": build(name, **axis), "b": optax.sgd(0.1)}, {"w": "b"})
+    params = {"w": jnp.ones(2)}
+    updates, _ = jax.vmap(
+        lambda g, s: optimizer.update(g, s, params), axis_name="data", in_axes=(0, None)
+    )({"w": jnp.ones((2, 2))}, optimizer.init(params))
+    np.testing.assert_allclose(updates["w"], -0.1)
+
+
+def test_what_scales_has_no_rate_and_no_decay():
+    """In optax a ``scale_by_`` is a link of a chain, followed by weight decay and learning rate."""
+    for name in optim.__all__:
+        if name.startswith("scale_by_"):
+            assert not {"learning_rate", "weight_decay"} & set(
+                inspect.signature(getattr(optim, name)).parameters
+            )
+
+
+def test_states_are_public_named_tuples(name):
+    """So that a checkpoint can be looked at by `optax.tree.get` and a state changed by ``_replace``."""
+    state = build(name).init(jnp.ones(2))
+    nodes, found = [state], set()
+    while nodes:
+        node = nodes.pop()
+        if type(node).__module__.startswith("effscale"):
+            found.add(type(node).__name__)
+            assert isinstance(node, tuple)
+        nodes += node if isinstance(node, tuple) else []
+    assert found
+    assert found <= set(optim.__all__)
+    assert optax.tree.get(state, "nu").shape == (2,)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_parameters_are_asked_for_where_they_count(name, weight_decay):
+    optimizer = build(name, weight_decay=weight_decay)
+    params = jnp.array([1.0, 2.0])
+    state = optimizer.init(params)
+    if weight_decay or "lamb" in name:
+        with pytest.raises(ValueError, match="param"):
+            optimizer.update(params, state)
+        return
+    jax.tree.map(
+        np.testing.assert_array_equal, optimizer.update(params, state), optimizer.update(params, state, params)
+    )  # fmt: skip
+    stages = {"freeze_step": 1} if name == "onebit_adam" else {"var_freeze_step": 1}
+    optimizer = build(name, **stages, exp_avg_mask=lambda p: jnp.ones_like(p))
+    with pytest.raises(ValueError, match="exp_avg_mask is a function of the parameters"):
+        optimizer.update(params, state)
+
+
+def test_a_momentum_in_half_precision(name):
+    """It is kept in bfloat16, and what happens is what happens in float32, up to its rounding."""
+    stages = {
+        "onebit_adam": {"freeze_step": 4},
+        "onebit_lamb": {"freeze_step": 4},
+        "zero_one_adam": {"var_freeze_step": 4, "local_step_scaler": 2, "local_step_clipper": 2},
+        "lamb": {},
+    }[name]
+    start, _, function = mixed()
+    start = jax.tree.map(lambda x: x + 1.0, start)
+    ends = []
+    for dtype in (None, "bfloat16"):
+        optimizer = build(name, learning_rate=0.01, mu_dtype=dtype, **stages)
+        params, state = start, optimizer.init(start)
+        step = jax.jit(step_of(optimizer, function))
+        for _ in range(12):
+            params, state = step(params, state)
+        types = {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "mu"))}
+        assert types == {jnp.dtype(dtype or "float32")}
+        ends.append(params)
+    for a, b, s in zip(*map(jax.tree.leaves, (*ends, start)), strict=True):
+        assert (a != b).any()
+        np.testing.assert_allclose(a - s, b - s, rtol=0.05, atol=1e-4)
+    with pytest.raises(ValueError, match="mu_dtype='int8'"):
+        build(name, mu_dtype="int8")
 
 
 def test_injected_hyperparams(name):

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from regression import batches, start, step_of
+from regression import alone_step_of, batches, run, start, step_of
 
 from effscale.optim import VarianceRatio, onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim.gradients import check_axis
 from effscale.parallel import simulate_workers
 
 
@@ -54,6 +56,20 @@ def test_a_variance_of_zero_has_not_settled():
     assert (state.inner[0].nu["w"] > 0).all()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("maker", [onebit_adam, zero_one_adam])
+def test_a_corrected_warm_up_is_adam(maker, workers):
+    """On one worker and on several, whose gradients are averaged in full then."""
+    axis = {"axis_name": "data", "num_workers": workers} if workers > 1 else {}
+    adam, optimizer = optax.adam(3e-2), maker(3e-2, bias_correction=True, **axis)
+    step = simulate_workers(step_of(optimizer), 2) if axis else alone_step_of(optimizer)
+    found = run(jax.jit(step), optimizer)[0]
+    with jax.numpy_dtype_promotion("standard"):
+        expected = run(jax.jit(alone_step_of(adam)), adam)[0]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6 * workers**4)
+    jax.tree.map(close, found, expected)
+
+
 def test_a_later_freeze_step_begins_anew():
     """Errors of 1-bit LAMB's compressed steps before are of momenta that were scaled by numbers of then."""
     early, late = (
@@ -99,3 +115,8 @@ def test_a_later_freeze_step_begins_anew():
 def test_options_out_of_range(maker, options, message):
     with pytest.raises(ValueError, match=message):
         maker(0.1, **options)
+
+
+def test_several_axes_of_workers_are_refused():
+    with pytest.raises(ValueError, match=r"axis_name=\('data', 'fsdp'\) must be the name of one"):
+        check_axis(("data", "fsdp"))

@@ -7,7 +7,7 @@ import optax
 import pytest
 from regression import MAKERS, alone_step_of, batches, start, step_of
 
-from effscale.optim import lamb, onebit_adam
+from effscale.optim import lamb, onebit_adam, params_without_variance
 from effscale.parallel import simulate_workers
 
 
@@ -93,9 +93,11 @@ def test_a_gradient_that_comes_after_the_variance_is_frozen_moves_nothing(make):
         (among_two, simulate_workers(step_of(among_two), 2)),
     ):
         params, state, step = start(), optimizer.init(start()), jax.jit(step)
+        assert params_without_variance(state) == 6 * 8 + 8
         for i, batch in enumerate(batches(12)):
             batch["x"] = batch["x"].at[:, 3:].set(batch["x"][:, 3:] if i >= 6 else 0.0)
             params, state, _ = step(params, state, batch)
+            assert params_without_variance(state) == 3 * 8
         moved = np.abs(params["kernel"] - start()["kernel"])
         np.testing.assert_array_equal(moved[3:], 0.0)
         assert (moved[:3] > 0).all()

@@ -9,7 +9,15 @@ from jax.sharding import PartitionSpec as P
 from regression import MAKERS, alone_step_of, batches, loss_fn, run, start, step_of
 
 from effscale.optim import mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.parallel import MeshConfig, per_worker, simulate_workers, worker_params
+from effscale.parallel import (
+    MeshConfig,
+    per_worker,
+    simulate_workers,
+    stack_workers,
+    unstack_workers,
+    worker_params,
+    worker_specs,
+)
 
 
 @pytest.fixture(params=MAKERS)
@@ -30,6 +38,24 @@ def test_a_mesh_is_what_simulated_workers_are(make):
     for x in jax.tree.leaves(found[0]):
         copies = {np.asarray(shard.data).tobytes() for shard in x.addressable_shards}
         assert len(copies) == 1, "all ranks hold the same bits"
+
+
+def test_a_shard_map_of_ones_own():
+    """With the specs of the state it does what `per_worker` does."""
+    optimizer = MAKERS["zero_one_adam"](axis_name="data")
+
+    def body(params, state, batch):
+        params, state, loss = step_of(optimizer)(params, unstack_workers(state), batch)
+        return params, stack_workers(state), loss
+
+    with jax.set_mesh(MeshConfig().build(jax.devices()[:2])):
+        specs = worker_specs(optimizer.init(start()))
+        own = jax.shard_map(
+            body, in_specs=(P(), specs, P("data")), out_specs=(P(), specs, P()), axis_names={"data"}
+        )
+        found = run(jax.jit(own), optimizer)
+        expected = run(jax.jit(per_worker(step_of(optimizer))), optimizer)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_one_worker_needs_no_mesh(make):
@@ -133,6 +159,18 @@ def test_nonfinite_gradients_are_skipped_by_all(make):
     assert int(skipped.skipped) == 1
     on, _, _ = step(after, skipped, next(batches(1)))
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(on))
+
+
+def test_skipping_can_be_left_to_others(make):
+    """Without it the same happens where gradients are finite, and nothing is kept back where they are not."""
+    bare, optimizer = make(skip_nonfinite=False), make()
+    state, skipping = bare.init(start()), optimizer.init(start())
+    assert jax.tree.structure(skipping.inner) == jax.tree.structure(state)
+    found, state = bare.update(start(), state, start())
+    expected, _ = optimizer.update(start(), skipping, start())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    poisoned, _ = bare.update(jax.tree.map(lambda x: x * jnp.nan, start()), state, start())
+    assert all(bool(jnp.isnan(x).all()) for x in jax.tree.leaves(poisoned))
 
 
 def test_clipping():

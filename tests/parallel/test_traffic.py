@@ -12,6 +12,7 @@ from effscale.parallel import (
     compressed_mean_bytes,
     mean_bytes,
     per_worker,
+    sent_bytes,
     worker_params,
 )
 
@@ -33,7 +34,7 @@ def program(optimizer, workers):
         states = [state]
         for _ in range(4):
             states.append(step(PARAMS, states[-1], batch)[1])
-    return text, [float(s.inner[0].sent) for s in states[1:]]
+    return text, [float(sent_bytes(s)) for s in states[1:]]
 
 
 def sent_by_branch(text):

@@ -37,8 +37,8 @@ def optimizer_from_deepspeed(
 
     ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes ``clip_norm`` with
     ``clip="local"``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
-    (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over. Everything else in the
-    configuration is none of this function's business.
+    (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over; for bias correction give
+    ``bias_correction=True`` among the options. Everything else in the configuration is none of this function's business.
 
     Args:
         config: The whole configuration, from ``json.load``.

@@ -5,8 +5,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from effscale.optim.options import check_number
+from effscale.optim.params_like import unlike_params
 from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.error_feedback import init_error_feedback
 from effscale.parallel.exchange import Scales
@@ -68,14 +70,12 @@ def averaged_moments(mean: Any, mu: Any, nu: Any, b1: Any, b2: Any) -> tuple[Any
     return lerp(mu, mean, b1), lerp(nu, jax.tree.map(jnp.square, mean), b2)
 
 
-def init_errors(
-    params: Any, axis_name: str | None, num_workers: int | None, specs: Any
-) -> PerWorker | None:
-    """Each worker's `ErrorFeedback`; None on one worker."""
+def init_errors(params: Any, axis_name: str | None, num_workers: int | None, specs: Any) -> Any:
+    """Each worker's `ErrorFeedback`, in a `PerWorker`; None on one worker."""
     if axis_name is None:
         return None
     make = lambda workers: init_error_feedback(params, workers, specs)
-    return per_worker_zeros(make, axis_name, num_workers)
+    return unlike_params(params, lambda: per_worker_zeros(make, axis_name, num_workers))
 
 
 def agree(
@@ -146,7 +146,7 @@ def check_clip(clip_norm: Any, clip: str) -> None:
         raise ValueError(f"clip={clip!r} is unknown; one of {', '.join(get_args(Clip))}")
 
 
-class MeanState(NamedTuple):
+class MeanOverWorkersState(NamedTuple):
     """State of `mean_over_workers`.
 
     Attributes:
@@ -158,8 +158,18 @@ class MeanState(NamedTuple):
     axis: PerWorker
 
 
+def check_axis(axis_name: Any) -> None:
+    """Raise a ``ValueError`` unless the workers lie along one named axis, or there is one worker."""
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise ValueError(
+            f"axis_name={axis_name!r} must be the name of one mesh axis. The compiler averages over all other axes, in full; "
+            "to compress over several, give the mesh one axis of their product"
+        )
+
+
 def check_workers(axis_name: str | None, num_workers: int | None, scales: str) -> None:
     """Raise a ``ValueError`` for options of the exchange that do not go together."""
+    check_axis(axis_name)
     if axis_name is None and num_workers is not None:
         raise ValueError(
             f"num_workers={num_workers} without axis_name: name the workers' axis, or leave num_workers out"
@@ -175,21 +185,22 @@ def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
 
     >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
     """
+    check_axis(axis_name)
 
     def init(params: Any) -> Any:
         del params
-        return MeanState(jnp.zeros((), jnp.float32), PerWorker((), axis_name))
+        return MeanOverWorkersState(jnp.zeros((), jnp.float32), PerWorker((), axis_name))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
         check_local(updates, axis_name)
         sent, _ = bytes_sent(updates, axis_name, "tensor", None)
-        return mean(updates, axis_name), MeanState(jnp.float32(sent), state.axis)
+        return mean(updates, axis_name), MeanOverWorkersState(jnp.float32(sent), state.axis)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class SkipState(NamedTuple):
+class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite`: updates skipped so far (int32), and the inner state."""
 
     skipped: jax.Array
@@ -214,10 +225,11 @@ def skip_nonfinite(
         >>> updates.tolist(), int(state.skipped)
         ([0.0, 0.0], 1)
     """
+    check_axis(axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        return SkipState(jnp.zeros((), jnp.int32), inner.init(params))
+        return SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         check_local(updates, axis_name)
@@ -231,7 +243,7 @@ def skip_nonfinite(
 
         new_updates, new_inner = jax.lax.cond(finite, take, skip)
         skipped = state.skipped + (~finite).astype(jnp.int32)
-        return new_updates, SkipState(skipped, new_inner)
+        return new_updates, SkipNonfiniteState(skipped, new_inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -243,9 +255,16 @@ def zeros_of_mean(x: Any) -> jax.Array:
     return jnp.zeros(jnp.shape(x), x.dtype, device=sharding if divided else None)
 
 
-def moments_like(params: Any) -> Any:
-    """Zeros in at least float32: second moments that decay by 0.999 stand still in bfloat16."""
-    return jax.tree.map(lambda p: jnp.zeros_like(p, _at_least_float32(p.dtype)), params)
+def moments_like(params: Any, dtype: DTypeLike | None = None) -> Any:
+    """Zeros in at least float32, in which second moments that decay by 0.999 do not stand still; or in a given type."""
+    type_of = lambda p: _at_least_float32(p.dtype) if dtype is None else dtype
+    return jax.tree.map(lambda p: jnp.zeros_like(p, type_of(p)), params)
+
+
+def check_mu_dtype(mu_dtype: DTypeLike | None) -> None:
+    """Raise a ``ValueError`` for a type in which no momentum can be kept."""
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise ValueError(f"mu_dtype={mu_dtype!r} must be a floating-point type, or None")
 
 
 def _at_least_float32(dtype: Any) -> Any:
@@ -257,9 +276,31 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(_at_least_float32(x.dtype)), tree)
 
 
-def in_types_of(gradients: Any, updates: Any) -> Any:
-    """The updates in the gradients' types, as optax has it."""
-    return jax.tree.map(lambda g, u: u.astype(g.dtype), gradients, updates)
+def in_types_of(like: Any, tree: Any) -> Any:
+    """The tree in the types of another."""
+    return jax.tree.map(lambda a, x: x.astype(a.dtype), like, tree)
+
+
+def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+    """``1 - decay**count``: what an average that began at zero is divided by after ``count`` updates, as in Adam."""
+    return 1 - decay ** count.astype(jnp.float32)
+
+
+def corrected(moments: Any, correction: Any) -> Any:
+    """The moments divided by their `bias_correction`."""
+    return jax.tree.map(lambda m: m / correction.astype(m.dtype), moments)
+
+
+def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``, which does not ask for the parameters where the decay is known to be zero."""
+    if is_zero(weight_decay):
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def is_zero(weight_decay: Any) -> bool:
+    """Whether a weight decay is known to be zero; one that is injected never is."""
+    return isinstance(weight_decay, int | float) and weight_decay == 0
 
 
 def where_known(mu: Any, nu: Any) -> Any:
@@ -284,7 +325,12 @@ def masked(tree: Any, mask: Any, params: Any) -> Any:
     """The tree times a mask: None, a tree like it (or a function from the parameters to one) of arrays that broadcast."""
     if mask is None:
         return tree
-    # A module is a tree, and may be called, too.
-    if callable(mask) and jax.tree.structure(mask) != jax.tree.structure(tree):
+    structure = jax.tree.structure(mask)
+    # A module is a tree, and may be called, too; a function is a leaf.
+    if callable(mask) and (structure.num_nodes == 1 or structure != jax.tree.structure(tree)):
+        if params is None:
+            raise ValueError(
+                "exp_avg_mask is a function of the parameters: optimizer.update(gradients, state, params)"
+            )
         mask = mask(params)
     return jax.tree.map(lambda x, m: x * jnp.broadcast_to(m, x.shape).astype(x.dtype), tree, mask)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
@@ -15,7 +15,7 @@ from effscale.training.schedules import scale_by_learning_rate
 
 
 class LambState(NamedTuple):
-    """State of `scale_by_lamb`: momentum and variance in at least float32."""
+    """State of `lamb`: momentum and variance, the latter in at least float32."""
 
     mu: Any
     nu: Any
@@ -51,6 +51,12 @@ class Lamb(NamedTuple):
         return LambStep(mu, nu, coeff, defined, jax.tree.map(jnp.multiply, coeff, u))
 
 
+def check_params(params: Any) -> None:
+    """Raise a ``ValueError`` for an update without the parameters."""
+    if params is None:
+        raise ValueError("LAMB needs the parameters: optimizer.update(gradients, state, params)")
+
+
 class LambStep(NamedTuple):
     """What `Lamb.step` finds: the moments; each layer's coefficient, and whether it is the quotient of two norms; the update."""
 
@@ -59,60 +65,6 @@ class LambStep(NamedTuple):
     coeff: Any
     defined: Any
     update: Any
-
-
-def scale_by_lamb(
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[Any], Any] | None = None,
-    *,
-    max_coeff: ArrayLike = 10.0,
-    min_coeff: ArrayLike = 0.01,
-    stacked: Stacked = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scale by LAMB, weight decay included.
-
-    .. math:: u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
-        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad \text{update} = c \, u
-
-    with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``: no bias correction, and a
-    bounded coefficient.
-
-    Args:
-        b1: Decay of the momentum.
-        b2: Decay of the variance.
-        eps: Added to the root of the variance.
-        weight_decay: :math:`\lambda`; it counts in the norm of the update.
-        mask: Which parameters decay.
-        max_coeff: Greatest coefficient.
-        min_coeff: Least coefficient.
-        stacked: Leading dimensions that stack layers, each of which has a coefficient; see `Stacked`.
-
-    Returns:
-        An optax transformation, whose update needs the parameters.
-
-    References:
-        You et al., `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, 2020
-    """
-    lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
-    lamb.check()
-
-    def init(params: Any) -> Any:
-        return LambState(g_.moments_like(params), g_.moments_like(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        del extra
-        if params is None:
-            raise ValueError(
-                "LAMB needs the parameters: optimizer.update(gradients, state, params)"
-            )
-        dims = stacked_dims(params, stacked)
-        step = lamb.step(g_.in_float32(updates), state.mu, state.nu, params, dims)
-        return g_.in_types_of(updates, step.update), LambState(step.mu, step.nu)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def lamb(
@@ -126,19 +78,31 @@ def lamb(
     max_coeff: ArrayLike = 10.0,
     min_coeff: ArrayLike = 0.01,
     stacked: Stacked = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """LAMB with bounded coefficients; `scale_by_lamb` has the mathematics and the options.
+    r"""LAMB with bounded coefficients.
+
+    .. math:: u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
+        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u
+
+    with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``: no bias correction, and a
+    bounded coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
+    :math:`u` by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
 
     Args:
         learning_rate: A number or a schedule.
         b1: Decay of the momentum.
         b2: Decay of the variance.
         eps: Added to the root of the variance.
-        weight_decay: Weight decay, within the coefficient's norm.
+        weight_decay: :math:`\lambda`; it counts in the norm of the update.
         mask: Which parameters decay.
         max_coeff: Greatest coefficient.
         min_coeff: Least coefficient.
-        stacked: Leading dimensions that stack layers.
+        stacked: Leading dimensions that stack layers, each of which has a coefficient; see `Stacked`.
+        mu_dtype: The type in which the momentum is kept; None for at least float32.
+
+    Returns:
+        An optax transformation, whose update needs the parameters.
 
     Example:
         >>> optimizer = lamb(0.1)
@@ -146,17 +110,25 @@ def lamb(
         >>> updates, _ = optimizer.update(jnp.array([1.0, 1.0]), optimizer.init(params), params)
         >>> [round(float(u), 4) for u in updates]  # a tenth of the parameters' length, whatever the gradient's
         [-0.3536, -0.3536]
+
+    References:
+        You et al., `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, 2020
     """
-    return optax.chain(
-        scale_by_lamb(
-            b1,
-            b2,
-            eps,
-            weight_decay,
-            mask,
-            max_coeff=max_coeff,
-            min_coeff=min_coeff,
-            stacked=stacked,
-        ),
-        scale_by_learning_rate(learning_rate),
-    )
+    rule = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
+    rule.check()
+    g_.check_mu_dtype(mu_dtype)
+
+    def init(params: Any) -> Any:
+        return LambState(g_.moments_like(params, mu_dtype), g_.moments_like(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        del extra
+        check_params(params)
+        dims = stacked_dims(params, stacked)
+        mu = g_.in_types_of(state.nu, state.mu)
+        step = rule.step(g_.in_float32(updates), mu, state.nu, params, dims)
+        new = LambState(g_.in_types_of(state.mu, step.mu), step.nu)
+        return g_.in_types_of(updates, step.update), new
+
+    core = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(core, scale_by_learning_rate(learning_rate))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from effscale.optim import gradients as g_
 from effscale.optim.freezing import (
@@ -17,20 +17,21 @@ from effscale.optim.freezing import (
     is_frozen,
     watch_variance,
 )
-from effscale.optim.lamb import Lamb
+from effscale.optim.lamb import Lamb, check_params
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
 from effscale.optim.options import check_bounds, check_number
+from effscale.optim.params_like import unlike_params
 from effscale.parallel.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 
 
 class OneBitLambState(NamedTuple):
-    """State of `scale_by_onebit_lamb`; what is one number a layer broadcasts against the parameters.
+    """State of `onebit_lamb`; what is one number a layer broadcasts against the parameters.
 
     Attributes:
         count: int32, updates made.
-        mu: The momentum, the same on all workers.
+        mu: The momentum, the same on all workers, in ``mu_dtype``.
         nu: The variance of the warm-up.
         nu_fresh: The variance of the gradients as the exchanged momentum tells them, after the warm-up.
         frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up; 0 where it had none yet.
@@ -55,7 +56,8 @@ class OneBitLambState(NamedTuple):
     sent: Any
 
 
-def scale_by_onebit_lamb(
+def onebit_lamb(
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -70,6 +72,7 @@ def scale_by_onebit_lamb(
     factor_min: ArrayLike = 0.5,
     factor_threshold: ArrayLike = 0.1,
     variance_ratio: VarianceRatio | None = None,
+    mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
     clip_norm: ArrayLike | None = None,
     clip: g_.Clip = "synchronised",
@@ -78,10 +81,11 @@ def scale_by_onebit_lamb(
     num_workers: int | None = None,
     scales: Scales = "tree",
     specs: Any = None,
+    skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale by 1-bit LAMB, weight decay included.
+    r"""1-bit LAMB.
 
-    The warm-up is `effscale.optim.scale_by_lamb`, of the mean gradient, and follows each layer's coefficient,
+    The warm-up is `effscale.optim.lamb`, of the mean gradient, and follows each layer's coefficient,
     :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where a norm is zero; a layer where one always was has 1). After it, with
     :math:`a = \bar z / z` of the layers' root mean squares z of the momentum at the end of the warm-up:
 
@@ -89,13 +93,16 @@ def scale_by_onebit_lamb(
         m' &= \mathrm{mean}_{1 \mathrm{bit}}\bigl(a (\beta_1 m + (1 - \beta_1) g_r)\bigr) / a \\
         \hat g &= (m' - \beta_1 m) / (1 - \beta_1), \qquad \hat v \leftarrow \beta_2 \hat v + (1 - \beta_2) \hat g^2 \\
         r &= \max_{v > 0} \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
-        u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad \text{update} = \bar c \, r \, u
+        u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad p \leftarrow p - \gamma \bar c \, r \, u
 
     With weight decay r becomes :math:`r \rho + 1 - \rho`, :math:`\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)` of
     the update without and with it. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
-    its last value. The product of coefficient and factor is not clipped. Nothing is corrected for bias.
+    its last value. The product of coefficient and factor is not clipped. Nothing is corrected for bias, which a coefficient
+    within its bounds would undo (see `effscale.optim.lamb`). There is no ``scale_by_onebit_lamb``, as coefficient and factor
+    count the weight decay in.
 
     Args:
+        learning_rate: A number or a schedule.
         b1: Decay of the momentum.
         b2: Decay of the variances.
         eps: Added to the roots of the variances.
@@ -110,6 +117,7 @@ def scale_by_onebit_lamb(
         factor_min: Least factor.
         factor_threshold: Greatest relative change of the factor in a step.
         variance_ratio: Ends the warm-up earlier.
+        mu_dtype: As for `effscale.optim.scale_by_onebit_adam`.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
         clip_norm: Greatest norm of the gradient.
         clip: By which norm; see `scale_by_onebit_adam`.
@@ -118,12 +126,24 @@ def scale_by_onebit_lamb(
         num_workers: Only where no mesh says it.
         scales: One scale for the whole ``tree``, as in the paper, or one a ``tensor``.
         specs: See `effscale.parallel.compressed_mean`.
+        skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all; see
+            `effscale.optim.skip_nonfinite`.
 
     Returns:
         An optax transformation, whose update needs the parameters.
 
     Raises:
         ValueError: As for `effscale.optim.scale_by_onebit_adam`.
+
+    Example:
+        >>> optimizer = onebit_lamb(0.02, freeze_step=20)
+        >>> params = jnp.array([1.0, -2.0])
+        >>> state = optimizer.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(abs(params).max() < 1.8)
+        True
 
     References:
         Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
@@ -133,19 +153,19 @@ def scale_by_onebit_lamb(
     check_freeze_step(freeze_step)
     g_.check_clip(clip_norm, clip)
     g_.check_workers(axis_name, num_workers, scales)
+    g_.check_mu_dtype(mu_dtype)
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
 
     def init(params: Any) -> Any:
         dims = stacked_dims(params, stacked)
 
         def each(value: float) -> Any:
-            return jax.tree.map(
-                lambda p, d: jnp.full(layer_shape(p, d), value, jnp.float32), params, dims
-            )
+            full = lambda p, d: jnp.full(layer_shape(p, d), value, jnp.float32)
+            return unlike_params(params, lambda: jax.tree.map(full, params, dims))
 
         return OneBitLambState(
             count=jnp.zeros((), jnp.int32),
-            mu=g_.moments_like(params),
+            mu=g_.moments_like(params, mu_dtype),
             nu=g_.moments_like(params),
             nu_fresh=g_.moments_like(params),
             frozen_coeff=each(0.0),
@@ -159,16 +179,16 @@ def scale_by_onebit_lamb(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
-        if params is None:
-            raise ValueError(
-                "LAMB needs the parameters: optimizer.update(gradients, state, params)"
-            )
+        check_params(params)
+        if not jax.tree.leaves(updates):
+            return updates, state
         g_.check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
+        last_mu = g_.in_types_of(state.nu, state.mu)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
             mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
-            step = lamb.step(mean, state.mu, state.nu, params, dims)
+            step = lamb.step(mean, last_mu, state.nu, params, dims)
             frozen = jax.tree.map(
                 lambda old, c, defined: jnp.where(defined, g_.lerp(old, c, coeff_beta), old),
                 state.frozen_coeff,
@@ -176,7 +196,7 @@ def scale_by_onebit_lamb(
                 step.defined,
             )
             new = state._replace(
-                mu=step.mu,
+                mu=g_.in_types_of(state.mu, step.mu),
                 nu=step.nu,
                 frozen_coeff=frozen,
                 # Of compressed steps before, if freeze_step was raised since.
@@ -191,9 +211,9 @@ def scale_by_onebit_lamb(
             scaling = jax.lax.cond(
                 state.compressing,
                 lambda: state.scaling_coeff,
-                lambda: _scaling_coeff(state.mu, dims),
+                lambda: _scaling_coeff(last_mu, dims),
             )
-            mu = g_.where_known(g_.lerp(state.mu, g, b1), state.nu)
+            mu = g_.where_known(g_.lerp(last_mu, g, b1), state.nu)
             mu = jax.tree.map(jnp.multiply, mu, scaling)
             # Errors of compressed steps before a second warm-up are of momenta that were scaled otherwise.
             errors = jax.tree.map(
@@ -210,7 +230,7 @@ def scale_by_onebit_lamb(
                 start = jnp.where(state.compressing, v_fresh, v)
                 return b2 * start + (1 - b2) * jnp.square(gradient)
 
-            nu_fresh = jax.tree.map(fresh, state.nu, state.nu_fresh, mu, state.mu)
+            nu_fresh = jax.tree.map(fresh, state.nu, state.nu_fresh, mu, last_mu)
             u0, u = lamb.direction(mu, state.nu, params)
 
             def factor(
@@ -234,7 +254,7 @@ def scale_by_onebit_lamb(
             coeff = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
             out = jax.tree.map(lambda c, f, x: c * f * x, coeff, r, u)
             new = state._replace(
-                mu=mu,
+                mu=g_.in_types_of(state.mu, mu),
                 nu_fresh=nu_fresh,
                 last_factor=r,
                 scaling_coeff=scaling,
@@ -250,7 +270,9 @@ def scale_by_onebit_lamb(
             count=optax.safe_increment(state.count), sent=jnp.where(frozen, one_bit, full)
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    core = optax.GradientTransformationExtraArgs(init, update)
+    optimizer = optax.chain(core, scale_by_learning_rate(learning_rate))
+    return g_.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
 
 
 def _scaling_coeff(mu: Any, dims: Any) -> Any:
@@ -271,96 +293,3 @@ def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
     check_number("factor_min", least, lambda x: x > 0, "be positive")
     check_bounds(("factor_min", least), ("factor_max", largest), 0.0, "be ordered")
     check_number("factor_threshold", threshold, lambda x: 0 <= x < 1, "lie in [0, 1)")
-
-
-def onebit_lamb(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: float | jax.Array = 0.0,
-    mask: Any | Callable[[Any], Any] | None = None,
-    *,
-    freeze_step: ArrayLike = 100_000,
-    max_coeff: ArrayLike = 10.0,
-    min_coeff: ArrayLike = 0.01,
-    coeff_beta: ArrayLike = 0.9,
-    factor_max: ArrayLike = 4.0,
-    factor_min: ArrayLike = 0.5,
-    factor_threshold: ArrayLike = 0.1,
-    variance_ratio: VarianceRatio | None = None,
-    exp_avg_mask: Any = None,
-    clip_norm: ArrayLike | None = None,
-    clip: g_.Clip = "synchronised",
-    stacked: Stacked = None,
-    axis_name: str | None = None,
-    num_workers: int | None = None,
-    scales: Scales = "tree",
-    specs: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    """1-bit LAMB; `scale_by_onebit_lamb` has the mathematics and the options.
-
-    A step in which any worker has a gradient that is not finite is skipped by all.
-
-    Args:
-        learning_rate: A number or a schedule.
-        b1: Decay of the momentum.
-        b2: Decay of the variances.
-        eps: Added to the roots of the variances.
-        weight_decay: Weight decay, within the coefficient's norm.
-        mask: Which parameters decay.
-        freeze_step: Updates of the warm-up.
-        max_coeff: Greatest coefficient of the warm-up.
-        min_coeff: Least coefficient of the warm-up.
-        coeff_beta: Decay of the coefficient's average.
-        factor_max: Greatest factor; see `scale_by_onebit_lamb`.
-        factor_min: Least factor.
-        factor_threshold: Greatest relative change of the factor in a step.
-        variance_ratio: Ends the warm-up earlier.
-        exp_avg_mask: What the momentum is multiplied by.
-        clip_norm: Greatest norm of the gradient.
-        clip: By which norm; see `scale_by_onebit_adam`.
-        stacked: Leading dimensions that stack layers.
-        axis_name: The workers' axis; None trains on one worker.
-        num_workers: Only where no mesh says it.
-        scales: One scale for the whole ``tree``, or one a ``tensor``.
-        specs: See `effscale.parallel.compressed_mean`.
-
-    Example:
-        >>> optimizer = onebit_lamb(0.02, freeze_step=20)
-        >>> params = jnp.array([1.0, -2.0])
-        >>> state = optimizer.init(params)
-        >>> for _ in range(60):
-        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
-        ...     params = optax.apply_updates(params, updates)
-        >>> bool(abs(params).max() < 1.8)
-        True
-
-    References:
-        Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
-    """
-    transform = scale_by_onebit_lamb(
-        b1,
-        b2,
-        eps,
-        weight_decay,
-        mask,
-        freeze_step=freeze_step,
-        max_coeff=max_coeff,
-        min_coeff=min_coeff,
-        coeff_beta=coeff_beta,
-        factor_max=factor_max,
-        factor_min=factor_min,
-        factor_threshold=factor_threshold,
-        variance_ratio=variance_ratio,
-        exp_avg_mask=exp_avg_mask,
-        clip_norm=clip_norm,
-        clip=clip,
-        stacked=stacked,
-        axis_name=axis_name,
-        num_workers=num_workers,
-        scales=scales,
-        specs=specs,
-    )
-    chain = optax.chain(transform, scale_by_learning_rate(learning_rate))
-    return g_.skip_nonfinite(chain, axis_name)

@@ -26,6 +26,7 @@ from effscale.parallel.traffic import (
     compressed_mean_bytes,
     mean_bytes,
 )
+from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
 from effscale.parallel.workers import (
     PerWorker,
     per_worker,
@@ -64,6 +65,9 @@ __all__ = [
     "shard_batch",
     "shardings",
     "simulate_workers",
+    "stack_workers",
+    "unstack_workers",
     "use_rules",
     "worker_params",
+    "worker_specs",
 ]

@@ -1,0 +1,25 @@
+"""Which parts of an optimizer's state `optax.tree.map_params` takes for copies of the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def unlike_params(params: Any, make: Callable[[], Any]) -> Any:
+    """A part of a state that is a tree like the parameters, of arrays that are not shaped like them.
+
+    `optax.tree.map_params` initialises the state once more, with a placeholder that holds no arrays. Wherever the placeholder
+    comes back it maps over a copy of the parameters; where a single array stands, the whole part is passed to
+    ``transform_non_params``. So without parameters this part is an empty array.
+
+    Args:
+        params: The parameters.
+        make: Makes the part.
+
+    Example:
+        >>> unlike_params({"w": jnp.ones(3)}, lambda: {"w": jnp.zeros(1)})["w"].shape, unlike_params((), tuple).shape
+        ((1,), (0,))
+    """
+    return make() if jax.tree.leaves(params) else jnp.zeros((0,), jnp.float32)
