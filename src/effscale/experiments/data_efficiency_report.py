@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.data_efficiency_runner import run_name
+from effscale.experiments.data_efficiency_search import Found
 from effscale.experiments.plotting import Records
 from effscale.experiments.pretraining_plan import Plan, layer_tokens
 from effscale.training import read_jsonl
@@ -34,7 +35,6 @@ class Arm:
         final_loss: Of each seed, the loss on all that is held out, after the last step; NaN of a run that diverged.
         wall_seconds: Of each seed, the time of its run with all that belongs to it; of the first one with the compilations.
         num_compilations: Of the training step, for all seeds together.
-        compilation_seconds: Their time.
     """
 
     plan: Plan
@@ -43,7 +43,6 @@ class Arm:
     final_loss: np.ndarray
     wall_seconds: np.ndarray
     num_compilations: int
-    compilation_seconds: float
 
     @property
     def diverged(self) -> int:
@@ -105,9 +104,10 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All runs, by technique and part of the budget."""
+    """All runs, by technique and part of the budget, and what the search for each technique found."""
 
     arms: Mapping[tuple[str, float], Arm]
+    found: Mapping[str, Found] = dataclasses.field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm:
@@ -153,7 +153,6 @@ class Comparison:
                     named[f"{prefix}{name}{suffix}"] = None if arm.diverged else value
             named[f"{prefix}diverged"] = arm.diverged
             named[f"{prefix}wall_seconds"] = float(arm.wall_seconds.mean())
-            named[f"{prefix}compilation_seconds"] = arm.compilation_seconds
             named[f"{prefix}compilations"] = arm.num_compilations
             named[f"{prefix}steps"] = arm.plan.num_steps
             consumed = arm.plan.consumed(arm.plan.num_steps)
@@ -227,13 +226,16 @@ class Comparison:
         return rows
 
 
-def read(folder: pathlib.Path, config: Any, vocab_size: int) -> Comparison:
+def read(
+    folder: pathlib.Path, config: Any, vocab_size: int, found: Mapping[str, Found]
+) -> Comparison:
     """The comparison from the runs in a run folder.
 
     Args:
         folder: The run folder.
         config: A ``data_efficiency.Config``.
         vocab_size: The tokenizer's.
+        found: By technique, what the search found.
     """
     arms = {}
     for technique in config.techniques:
@@ -251,11 +253,10 @@ def read(folder: pathlib.Path, config: Any, vocab_size: int) -> Comparison:
                 step_seconds=[step_seconds(place / "timing.jsonl", plan) for place in places],
                 final_loss=np.array([each["val_loss"] for each in final], np.float64),
                 wall_seconds=np.array([each["seconds"] for each in done]),
-                # A run after a resume may have compiled anew; one that diverged does not say.
+                # A run after a resume may have compiled again; one that diverged does not say.
                 num_compilations=max(each.get("num_compilations", 0) for each in final),
-                compilation_seconds=max(each.get("compilation_seconds", 0.0) for each in final),
             )
-    return Comparison(arms=arms)
+    return Comparison(arms=arms, found=found)
 
 
 def step_seconds(timing: pathlib.Path, plan: Plan) -> dict[tuple[int, int], float]:
