@@ -102,7 +102,11 @@ def steps_then_tokens(
             raise ValueError("a decay by tokens needs optimizer.update(..., tokens=tokens_seen)")
         tokens = jnp.asarray(tokens).astype(jnp.float32)
         origin = jnp.where(state.count <= warmup_steps, tokens, state.origin)
-        warmup = peak * state.count.astype(jnp.float32) / jnp.maximum(warmup_steps, 1).astype(jnp.float32)
+        warmup = (
+            peak
+            * state.count.astype(jnp.float32)
+            / jnp.maximum(warmup_steps, 1).astype(jnp.float32)
+        )
         rate = jnp.where(state.count < warmup_steps, warmup, decayed(tokens, origin))
         rate = rate.astype(jnp.float32)
         updates = jax.tree.map(lambda u: u * -rate.astype(u.dtype), updates)

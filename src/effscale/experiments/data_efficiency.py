@@ -24,12 +24,12 @@ import numpy as np
 from effscale.experiments import quickstart
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.data_efficiency_search import Point, Search
 from effscale.experiments.host import cache_folder, keep_freed_memory
 from effscale.experiments.prepared import check_folder
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
+from effscale.experiments.search import Point, Search
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import AdamWConfig

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.data_efficiency_runner import run_name
-from effscale.experiments.data_efficiency_search import Found
 from effscale.experiments.plotting import Records
 from effscale.experiments.pretraining_plan import Plan, layer_tokens
+from effscale.experiments.search import Found
 from effscale.training import read_jsonl
 
 COSTS = {

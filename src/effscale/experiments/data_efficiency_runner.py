@@ -10,11 +10,11 @@ import jax
 
 from effscale.data import Corpus
 from effscale.experiments.cli import StoppedBySignal
-from effscale.experiments.data_efficiency_search import Found, Point
 from effscale.experiments.finetune_runner import once
 from effscale.experiments.pretraining import Pretraining
 from effscale.experiments.pretraining_plan import Technique
 from effscale.experiments.quickstart import FREE
+from effscale.experiments.search import Found, Point
 from effscale.training import RunFolder, TrainingDivergedError, TrainState
 from effscale.training.serialize import write_json
 

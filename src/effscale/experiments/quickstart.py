@@ -168,9 +168,7 @@ class Config:
             wanted = "one source, whose rows a curriculum orders"
             check(self, len(self.corpus) == 1, "corpus", wanted)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
-        check(
-            self, 0 < self.learning_rate < float("inf"), "learning_rate", "above 0, and finite"
-        )
+        check(self, 0 < self.learning_rate < float("inf"), "learning_rate", "above 0, and finite")
         final = self.final_learning_rate
         check(
             self,
