@@ -274,7 +274,8 @@ def run(config: Config) -> Result:
     figures = comparison.figures()
     draw(folder.figures, comparison)
     tables = report.tables(comparison)
-    return finish(folder, "data_efficiency", figures, tables, began=began, left=2)
+    seeds = comparison.seeds()
+    return finish(folder, "data_efficiency", figures, tables, seeds=seeds, began=began, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:
