@@ -19,9 +19,13 @@ from effscale.experiments.lab_book import MAX_FIGURE_BYTES
 from effscale.experiments.pretraining_plan import make_plan
 from effscale.experiments.results import show_rows
 from effscale.experiments.saved import config_from_json
+from effscale.experiments.search import Point
 from effscale.training import RunFolder, TrainingDivergedError
 
 PROGRAM = pathlib.Path(__file__).with_name("data_efficiency_killed.py")
+SEARCHED = [
+    f"search/{t}/rate-{r}_warmup-4" for t in ("none", "cl_ltd") for r in ("0.01", "0.00667")
+]
 RUNS = [f"{t}/fraction-{f}/seed-0" for f in ("1", "0.5") for t in ("none", "cl_ltd")]
 
 
@@ -52,10 +56,17 @@ def records(folder, run):
 def test_a_run_leaves_what_it_promises(whole):
     folder, done = whole
     results = json.loads((folder / "results.json").read_text())
-    numbers = {name: value for name, value in results.items() if name != "folder"}
+    assert pathlib.Path(results.pop("folder")) == folder
+    seeds, tables = results.pop("seeds"), results.pop("tables")
+    numbers = results
     for name, value in numbers.items():
-        reaching = name.endswith("_to_baseline") and value is None
+        reaching = name.endswith(("_to_baseline", "_saved")) and value is None
         assert reaching or np.isfinite(value), name
+    assert seeds["cl_ltd_50_val_loss"] == [numbers["cl_ltd_50_val_loss"]]
+    assert numbers["cl_ltd_50_difference"] == pytest.approx(
+        numbers["cl_ltd_50_val_loss"] - numbers["none_50_val_loss"]
+    )
+    assert [table["title"][:4] for table in tables] == ["What", "Loss", "What", "Shar", "Save"]
     for arm in ("none_100", "none_50", "cl_ltd_100", "cl_ltd_50"):
         assert numbers[f"{arm}_val_loss_min"] <= numbers[f"{arm}_val_loss"]
         assert numbers[f"{arm}_val_loss"] <= numbers[f"{arm}_val_loss_max"]
@@ -112,11 +123,11 @@ def test_what_is_read_is_what_is_compared(whole):
     results = json.loads((folder / "results.json").read_text())
     final = json.loads((folder / RUNS[3] / "final.json").read_text())
     assert results["cl_ltd_50_val_loss"] == final["val_loss"]
-    # The learning rate is divided by the part of the budget, and goes by tokens.
-    for run, peak in ((RUNS[0], 1e-2), (RUNS[1], 1e-2), (RUNS[2], 2e-2), (RUNS[3], 2e-2)):
+    # On half of the budget the peak is the same, and comes after half of the steps.
+    for run, warmup in ((RUNS[0], 4), (RUNS[1], 4), (RUNS[2], 2), (RUNS[3], 2)):
         rates = [r["learning_rate"] for r in records(folder, run) if "loss" in r]
-        assert 0.9 * peak < max(rates) <= 1.001 * peak
-        assert rates[-1] < 0.3 * peak
+        assert max(rates) == rates[warmup]
+        assert rates[-1] < 0.3 * max(rates)
 
 
 def arm(losses, shape_seconds, technique="none", steps=32):
@@ -134,7 +145,6 @@ def arm(losses, shape_seconds, technique="none", steps=32):
         final_loss=np.array([list(seed.values())[-1] if seed else np.nan for seed in losses]),
         wall_seconds=np.ones(len(losses)),
         num_compilations=1,
-        compilation_seconds=1.0,
     )
 
 
@@ -204,15 +214,32 @@ def test_an_arm_with_a_run_that_diverged_has_no_loss(technique, tmp_path):
     assert figures[f"{other}_100_val_loss"] == 3.0
     assert figures[f"{technique}_layer_tokens_to_baseline"] is None
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-    assert comparison.loss_rows()[1][2:] == ["diverged", "1 of 2 seeds", "n/a", "n/a"]
+    row = ["diverged", "1 of 2 seeds", "n/a", "n/a"]
+    assert comparison.loss_rows()[1][2:] == row
     assert comparison.reach_rows()[1][2:] == ["n/a"] * 5
     draw(tmp_path, comparison)
     assert (tmp_path / "curves.png").is_file()
 
 
+def test_the_better_of_the_searched_pairs_is_taken(whole):
+    folder, _ = whole
+    results = json.loads((folder / "results.json").read_text())
+    for technique in ("none", "cl_ltd"):
+        places = [folder / run for run in SEARCHED if f"/{technique}/" in run]
+        losses = [json.loads((p / "final.json").read_text())["val_loss"] for p in places]
+        rate = (1e-2, 6.67e-3)[int(np.argmin(losses))]
+        assert results[f"{technique}_learning_rate"] == rate
+        assert results[f"{technique}_search_runs"] == 2
+        peaks = [
+            max(r["learning_rate"] for r in records(folder, run) if "learning_rate" in r)
+            for run in (*(p.relative_to(folder) for p in places), f"{technique}/fraction-1/seed-0")
+        ]
+        np.testing.assert_allclose(peaks, [1e-2, 6.67e-3, rate], rtol=1e-5)
+
+
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
     runner = Runner.__new__(Runner)
-    runner.mesh = jax.make_mesh((1,), ("data",))
+    runner.config, runner.mesh = PRESETS["smoke"], jax.make_mesh((1,), ("data",))
     runner.corpus, runner._held_out = SimpleNamespace(train=None), None
 
     def train(batches, place, **options):
@@ -224,13 +251,13 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
     training = SimpleNamespace(config=config, train=train, batches=batches)
     runner._trainings = {("none", 1.0): training}
     folder = RunFolder.create(tmp_path / "run")
-    runner.run(folder, "none", 1.0, 0)
+    runner.run(folder, "none", 1.0, 0, Point(1e-3, 4))
     assert "none/fraction-1/seed-0 diverged at step 7" in capsys.readouterr().err
     place = folder.path / "none/fraction-1/seed-0"
     final = json.loads((place / "final.json").read_text())
     assert final == {"val_loss": None, "diverged": True}
     training.train = None  # what is done is not made again
-    runner.run(folder, "none", 1.0, 0)
+    runner.run(folder, "none", 1.0, 0, Point(1e-3, 4))
 
 
 def test_tables_fit_a_terminal_of_100_columns(monkeypatch, capsys):
@@ -261,7 +288,7 @@ def test_seconds_of_a_step_are_medians_by_shape(tmp_path):
 def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     out = tmp_path / "run"
     folder, _ = whole
-    done = start(PROGRAM, "kill:1:15", *small, "--out", out)
+    done = start(PROGRAM, "kill:5:15", *small, "--out", out)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (out / RUNS[0] / "done.json").is_file()
     before = (out / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns
@@ -274,11 +301,11 @@ def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     assert not (out / "results.json").exists()
     done = start("-m", "effscale.experiments.data_efficiency", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
-    for run in RUNS:
+    for run in (*SEARCHED, *RUNS):
         ours, theirs = ((place / run / "metrics.jsonl").read_bytes() for place in (out, folder))
         assert ours == theirs
     assert (out / RUNS[0] / "metrics.jsonl").stat().st_mtime_ns == before
-    timed = ("seconds", "peak_memory_mb", "compilation", "folder", "to_baseline", "saved_at")
+    timed = ("seconds", "peak_memory_mb", "compilation", "folder", "to_baseline", "saved", "tables")
     results = [json.loads((place / "results.json").read_text()) for place in (out, folder)]
     for name in results[0]:
         if not any(part in name for part in timed):
@@ -314,7 +341,9 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
         (["--efficiency.min-length", "512"], "min_length=512: must be at most the length of a row"),
         (["--efficiency.min-kept", "257"], "min_kept=257: must be at most the length of a row"),
         (["--efficiency.curriculum", "1.2"], "curriculum=1.2: must be above 0, at most 1"),
-        (["--fractions", "1.0", "0.04"], "warmup=80: must be from 0 to below steps=16"),
+        (["--warmup", "400"], "warmup=400: must be from 0 to below steps=400"),
+        (["--search.seed", "2"], "Search.seed=2: must be at least seeds=3"),
+        (["--search.learning-rate-factor", "1"], "learning_rate_factor=1.0: must be above 1"),
         (["--evaluations", "500"], "evaluations=500: must be from 1 to steps=400"),
         (["--resume"], "given with --out"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),

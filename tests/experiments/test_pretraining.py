@@ -142,12 +142,38 @@ def test_rows_of_frequent_tokens_come_first(prepared):
     assert not np.array_equal(next(iter(again))["input_ids"], next(batches)["input_ids"])
 
 
-def test_the_learning_rate_goes_by_tokens_where_batches_differ():
-    plain, short = config("none").schedule(), config("cl").schedule()
-    assert (plain.unit, short.unit) == ("steps", "tokens")
-    for step in (0, 1, 3, 4, 17, 39, 40):
-        np.testing.assert_allclose(plain(step), short(step * 8 * 32), rtol=1e-5)
-    assert float(config("none", final_learning_rate=1e-6).schedule()(40)) == pytest.approx(1e-6)
+def slow_rate(run, plan, step):
+    """The learning rate of a step: up along a line by steps, then down along a cosine by layer-averaged tokens."""
+    peak, final = run.learning_rate, run.learning_rate / 10
+    if step <= run.warmup:
+        return peak * step / run.warmup
+    tokens = lambda count: plan.consumed(count)["layer_tokens"]
+    begin, end = tokens(run.warmup), run.steps * run.batch_size * run.length
+    return (
+        final
+        + (peak - final) * (1 + math.cos(math.pi * (tokens(step) - begin) / (end - begin))) / 2
+    )
+
+
+@pytest.mark.parametrize("technique", ["none", "cl", "ltd", "cl_ltd"])
+def test_every_technique_warms_up_in_as_many_steps(technique, prepared):
+    run = config(technique)
+    plan, schedule, params = run.plan(prepared.vocab_size), run.schedule(), {"w": jnp.ones(1)}
+    state = schedule.init(params)
+    for step in range(plan.num_steps):
+        tokens = jnp.float32(plan.consumed(step)["layer_tokens"])
+        updates, state = schedule.update(params, state, tokens=tokens)
+        assert -float(updates["w"][0]) == pytest.approx(slow_rate(run, plan, step), rel=1e-4)
+
+
+def test_one_compiled_step_serves_every_learning_rate_and_warmup():
+    leaves = [jax.tree.leaves(run.schedule().init(None)) for run in (config("ltd"), config("none"))]
+    assert [x.dtype for x in leaves[0]] == [x.dtype for x in leaves[1]]
+    update = jax.jit(lambda state: config("ltd").schedule().update(1.0, state, tokens=0.0)[1])
+    rate = lambda run: float(update(update(run.schedule().init(None))).inner_state.learning_rate)
+    slow = dataclasses.replace(config("ltd"), learning_rate=1e-3, warmup=10)
+    assert rate(slow) == pytest.approx(1e-3 / 10, rel=1e-5)
+    assert rate(config("ltd")) == pytest.approx(1e-2 / 4, rel=1e-5)
 
 
 class Breaking:
@@ -212,8 +238,8 @@ def test_steps_count_and_cost_as_planned(trained):
     assert [r["step"] for r in records] == list(range(1, plan.num_steps + 1))
     for record in records:
         assert record["tokens"] == plan.consumed(record["step"])["layer_tokens"]
-        before = plan.consumed(record["step"] - 1)["layer_tokens"]
-        assert record["learning_rate"] == pytest.approx(float(training.schedule(before)), rel=1e-5)
+        rate = slow_rate(training.config, plan, record["step"] - 1)
+        assert record["learning_rate"] == pytest.approx(rate, rel=1e-4)
     # Documents begin in rows, and what precedes a beginning has no weight: not more labels than inputs.
     weights = [r["weight"] for r in records]
     assert all(

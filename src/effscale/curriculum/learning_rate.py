@@ -27,11 +27,11 @@ class StepsThenTokensState(NamedTuple):
 
 def steps_then_tokens(
     *,
-    peak: float,
-    warmup_steps: int,
-    total_tokens: int,
+    peak: float | jax.Array,
+    warmup_steps: int | jax.Array,
+    total_tokens: int | float | jax.Array,
     kind: Decay = "cosine",
-    final: float = 0.0,
+    final: float | jax.Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply updates by minus a learning rate that warms up by steps and decays by tokens.
 
@@ -48,6 +48,9 @@ def steps_then_tokens(
     With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would last too long, and a decay
     by steps would come too early. The token count at the end of the warmup is noted when it is reached, so it is right for
     any schedule of lengths.
+
+    The numbers may be scalar arrays, so ``optax.inject_hyperparams(steps_then_tokens, static_args="kind")`` keeps them in
+    the optimizer's state: one compiled step then serves every peak and warmup of a search.
 
     Args:
         peak: The rate at the end of the warmup.
@@ -71,23 +74,21 @@ def steps_then_tokens(
     """
     if kind not in get_args(Decay):
         raise ValueError(f"kind={kind!r} is unknown; one of {', '.join(get_args(Decay))}")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} must not be negative; 0 means no warmup")
-    if total_tokens < 1:
-        raise ValueError(f"total_tokens={total_tokens} must be at least 1")
-    total = float(total_tokens)  # as an integer it may not fit into 32 bits
-    # Over the share of the decay; it checks peak and final.
-    shape = ScheduleConfig(
-        kind="linear" if kind == "inverse_sqrt" else kind, peak=peak, total=1, final=final
-    ).build()
+    if not any(isinstance(x, jax.Array) for x in (peak, warmup_steps, total_tokens, final)):
+        _check(peak, warmup_steps, total_tokens, final)
+        total_tokens = float(total_tokens)  # as an integer it may not fit into 32 bits
 
     def decayed(tokens: jax.Array, origin: jax.Array) -> jax.Array:
         if kind == "inverse_sqrt":
             start = jnp.maximum(origin, 1.0)
             value = jnp.maximum(peak * jnp.sqrt(start / jnp.maximum(tokens, start)), final)
         else:
-            value = shape((tokens - origin) / jnp.maximum(total - origin, 1.0))
-        return jnp.where(tokens > total, final, value)
+            progress = (tokens - origin) / jnp.maximum(total_tokens - origin, 1.0)
+            progress = jnp.clip(progress, 0.0, 1.0)
+            cosine = kind == "cosine"
+            shape = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if cosine else 1.0 - progress
+            value = final + (peak - final) * shape
+        return jnp.where(tokens > total_tokens, final, value)
 
     def init(params: Any) -> StepsThenTokensState:
         del params
@@ -101,13 +102,25 @@ def steps_then_tokens(
             raise ValueError("a decay by tokens needs optimizer.update(..., tokens=tokens_seen)")
         tokens = jnp.asarray(tokens).astype(jnp.float32)
         origin = jnp.where(state.count <= warmup_steps, tokens, state.origin)
-        warmup = peak * state.count.astype(jnp.float32) / max(warmup_steps, 1)
+        warmup = (
+            peak
+            * state.count.astype(jnp.float32)
+            / jnp.maximum(warmup_steps, 1).astype(jnp.float32)
+        )
         rate = jnp.where(state.count < warmup_steps, warmup, decayed(tokens, origin))
         rate = rate.astype(jnp.float32)
         updates = jax.tree.map(lambda u: u * -rate.astype(u.dtype), updates)
         return updates, StepsThenTokensState(state.count + 1, origin, rate)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(peak: Any, warmup_steps: Any, total_tokens: Any, final: Any) -> None:
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must not be negative; 0 means no warmup")
+    if total_tokens < 1:
+        raise ValueError(f"total_tokens={total_tokens} must be at least 1")
+    ScheduleConfig(peak=peak, total=1, final=final)  # it checks these two
 
 
 def current_learning_rate(opt_state: Any) -> dict[str, jax.Array]:

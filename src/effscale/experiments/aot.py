@@ -260,4 +260,4 @@ def lower_train_step(
     batch = _packed_rows((config.batch_size, length))
     ltd = training.plan.ltd
     shape_batch = (lambda rows: rows) if ltd is None else (lambda rows: ltd.shape_batch(rows, kept))
-    return lower_step(training.step, lambda: training.create(config.seed), batch, mesh, shape_batch)
+    return lower_step(training.step, lambda: training.create(config), batch, mesh, shape_batch)

@@ -5,6 +5,9 @@ tokens: those that a layer processes, averaged over the layers. So a technique t
 tokens makes more steps of the same budget. Validation is on all tokens of whole rows. What is compared is the loss at the end,
 and the data, operations and time that each needs to reach the loss of plain training.
 
+Every technique gets the same care: its learning rate warms up by steps, and a search by the same rule, with a seed that is not
+compared, finds its peak and the length of its warmup.
+
     python -m effscale.experiments.data_efficiency
     python -m effscale.experiments.data_efficiency --techniques none ltd --fractions 1.0 0.67 --seeds 5
     python -m effscale.experiments.data_efficiency --out runs/mine --resume
@@ -26,6 +29,7 @@ from effscale.experiments.prepared import check_folder
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
+from effscale.experiments.search import Point, Search
 from effscale.models.validation import check, check_finite
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import AdamWConfig
@@ -38,7 +42,7 @@ class Config:
     techniques: tuple[Technique, ...] = ("none", "cl", "ltd", "cl_ltd")
     """What is compared; none, plain training, must be among them."""
     fractions: tuple[float, ...] = (1.0, 0.67, 0.5)
-    """Parts of the budget of tokens; the learning rate is divided by them. 1 must be among them."""
+    """Parts of the budget of tokens; 1 must be among them."""
     seeds: int = 3
     """Runs of each; seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are dropped."""
     efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
@@ -62,11 +66,13 @@ class Config:
     model: ModelConfig = ModelConfig(num_layers=6, d_model=128, num_heads=4, remat="none")
     """The model."""
     learning_rate: float = 3e-3
-    """Peak of the schedule at the whole budget: a linear warmup, then a cosine, both by layer-averaged tokens."""
+    """Peak of the schedule, where the search starts: a linear warmup by steps, then a cosine by layer-averaged tokens."""
     final_learning_rate: float | None = None
     """End of the schedule; None takes a tenth of the peak."""
-    warmup: int = 80
-    """Full batches of warmup, at every part of the budget."""
+    warmup: int = 120
+    """Steps of the warmup, where the search starts; on a part of the budget, that part of what it finds."""
+    search: Search = Search()
+    """How each technique's learning rate and warmup are searched for, on the whole budget."""
     optimizer: AdamWConfig = AdamWConfig()
     """AdamW."""
     clip_norm: float = 1.0
@@ -98,6 +104,8 @@ class Config:
         )
         check(self, 1.0 in self.fractions, "fractions", "1.0 and others to compare with it")
         check(self, self.seeds >= 1, "seeds", "at least 1")
+        compared = f"at least seeds={self.seeds}, so that no compared run has it"
+        check(self.search, self.search.seed >= self.seeds, "seed", compared)
         check(
             self,
             1 <= self.evaluations <= self.steps,
@@ -110,10 +118,20 @@ class Config:
             for fraction in self.fractions:
                 self.pretraining(technique, fraction)  # an impossible run is refused here
 
+    @property
+    def start(self) -> Point:
+        """Where the search begins."""
+        return Point(self.learning_rate, self.warmup)
+
     def pretraining(
-        self, technique: Technique, fraction: float, seed: int = 0
+        self,
+        technique: Technique,
+        fraction: float,
+        seed: int = 0,
+        point: Point | None = None,
     ) -> quickstart.Config:
-        """The config of one run."""
+        """The config of one run; ``point`` None takes the start of the search."""
+        point = point or self.start
         shared = {
             name: getattr(self, name)
             for name in (
@@ -129,7 +147,6 @@ class Config:
                     "batch_size",
                     "accumulate",
                     "final_learning_rate",
-                    "warmup",
                     "optimizer",
                     "clip_norm",
                 ),
@@ -140,7 +157,8 @@ class Config:
             corpus=(self.corpus,),
             technique=technique,
             steps=round(self.steps * fraction),
-            learning_rate=self.learning_rate / fraction,
+            learning_rate=point.learning_rate,
+            warmup=round(point.warmup * fraction),
             eval_every=self.steps // self.evaluations,
             keep=1,
             samples=(),
@@ -159,6 +177,7 @@ PRESETS = {
         batch_size=4,
         steps=32,
         warmup=4,
+        search=Search(points=2),
         model=ModelConfig(num_layers=3, d_model=32, num_heads=2, remat="none"),
         evaluations=4,
         eval_batches=2,
@@ -181,6 +200,7 @@ PRESETS = {
         steps=286_102,
         warmup=2861,
         learning_rate=2e-4,
+        search=Search(points=1),
         final_learning_rate=1e-6,
         model=ModelConfig(
             num_layers=24,
@@ -243,19 +263,21 @@ def run(config: Config) -> Result:
     )
     save_tokenizer(corpus.tokenizer, folder.path)
     try:
+        found = {technique: runner.search(folder, technique) for technique in config.techniques}
         for fraction in config.fractions:
             for technique in config.techniques:
                 for seed in range(config.seeds):
-                    runner.run(folder, technique, fraction, seed)
+                    runner.run(folder, technique, fraction, seed, found[technique].best)
                 runner.forget(technique, fraction)
     except StoppedBySignal as stop:
         raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
 
-    comparison = report.read(folder.path, config, corpus.vocab_size)
+    comparison = report.read(folder.path, config, corpus.vocab_size, found)
     figures = comparison.figures()
     draw(folder.figures, comparison)
     tables = report.tables(comparison)
-    return finish(folder, "data_efficiency", figures, tables, began=began, left=2)
+    seeds = comparison.seeds()
+    return finish(folder, "data_efficiency", figures, tables, seeds=seeds, began=began, left=2)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 
 from effscale.experiments.data_efficiency_runner import run_name
 from effscale.experiments.plotting import Records
-from effscale.experiments.pretraining_plan import Plan, layer_tokens
+from effscale.experiments.pretraining_plan import Plan, Technique, layer_tokens
+from effscale.experiments.results import deviation
+from effscale.experiments.search import Found
 from effscale.training import read_jsonl
 
 COSTS = {
@@ -34,7 +36,6 @@ class Arm:
         final_loss: Of each seed, the loss on all that is held out, after the last step; NaN of a run that diverged.
         wall_seconds: Of each seed, the time of its run with all that belongs to it; of the first one with the compilations.
         num_compilations: Of the training step, for all seeds together.
-        compilation_seconds: Their time.
     """
 
     plan: Plan
@@ -43,7 +44,6 @@ class Arm:
     final_loss: np.ndarray
     wall_seconds: np.ndarray
     num_compilations: int
-    compilation_seconds: float
 
     @property
     def diverged(self) -> int:
@@ -105,9 +105,10 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All runs, by technique and part of the budget."""
+    """All runs, by technique and part of the budget, and what the search for each technique found."""
 
     arms: Mapping[tuple[str, float], Arm]
+    found: Mapping[Technique, Found] = dataclasses.field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm:
@@ -142,18 +143,41 @@ class Comparison:
             for name in COSTS
         }
 
+    def difference(self, technique: str, fraction: float) -> np.ndarray:
+        """Of each seed, the loss at the end less plain training's on the same part of the budget; NaN where one diverged."""
+        plain = self.arms["none", fraction]
+        return self.arms[technique, fraction].final_loss - plain.final_loss
+
+    def seeds(self) -> dict[str, list[float | None]]:
+        """The loss at the end of each seed, by arm; None of a run that diverged."""
+        return {
+            f"{_prefix(technique, fraction)}val_loss": [
+                None if np.isnan(loss) else float(loss) for loss in arm.final_loss
+            ]
+            for (technique, fraction), arm in self.arms.items()
+        }
+
     def figures(self) -> dict[str, Any]:
         """The named figures; None where the baseline's loss is never reached, and for what a run that diverged has not."""
         named: dict[str, Any] = {}
+        for technique, found in self.found.items():
+            named[f"{technique}_learning_rate"] = found.best.learning_rate
+            named[f"{technique}_warmup"] = found.best.warmup
+            named[f"{technique}_search_runs"] = len(found.losses)
+            named[f"{technique}_search_settled"] = int(found.settled)
         for (technique, fraction), arm in self.arms.items():
-            prefix = f"{technique}_{100 * fraction:g}_"
+            prefix = _prefix(technique, fraction)
             seconds = arm.seconds_at(arm.plan.num_steps)
             for name, values in {"val_loss": arm.final_loss, "seconds": seconds}.items():
                 for suffix, value in zip(("", "_min", "_max"), _range(values), strict=True):
                     named[f"{prefix}{name}{suffix}"] = None if arm.diverged else value
+            if technique != "none":
+                difference = self.difference(technique, fraction)
+                broken = bool(np.isnan(difference).any())
+                named[f"{prefix}difference"] = None if broken else float(difference.mean())
+                named[f"{prefix}difference_std"] = None if broken else deviation(difference)
             named[f"{prefix}diverged"] = arm.diverged
             named[f"{prefix}wall_seconds"] = float(arm.wall_seconds.mean())
-            named[f"{prefix}compilation_seconds"] = arm.compilation_seconds
             named[f"{prefix}compilations"] = arm.num_compilations
             named[f"{prefix}steps"] = arm.plan.num_steps
             consumed = arm.plan.consumed(arm.plan.num_steps)
@@ -167,15 +191,32 @@ class Comparison:
             shares = [self.shares_to_baseline(self.arms[technique, f]) for f in fractions]
             for name in COSTS:
                 reached = [share for s in shares if (share := s[name]) is not None]
-                named[f"{technique}_{name}_to_baseline"] = min(reached) if reached else None
+                least = min(reached) if reached else None
+                named[f"{technique}_{name}_to_baseline"] = least
+                named[f"{technique}_{name}_saved"] = None if least is None else 1 - least
             if technique != "none":
                 saved = self.saved_at_equal_steps(self.arms[technique, 1.0])
                 named |= {f"{technique}_{n}_saved_at_equal_steps": saved[n] for n in COSTS}
         return named
 
+    def search_rows(self) -> list[list[str]]:
+        """A heading and a row a technique: what the search found."""
+        rows = [["technique", "learning rate", "warmup", "loss", "runs", "neighbours"]]
+        for technique, found in self.found.items():
+            loss = found.losses.get(found.best)
+            rows.append(
+                [
+                    *(technique, f"{found.best.learning_rate:g}", f"{found.best.warmup} steps"),
+                    *("n/a" if loss is None else f"{loss:.4f}", f"{len(found.losses)}"),
+                    "all worse" if found.settled else "not all tried",
+                ]
+            )
+        return rows
+
     def loss_rows(self) -> list[list[str]]:
-        """A heading and a row a technique and part of the budget: loss at the end and seconds, with their ranges."""
-        rows = [["technique", "budget", "loss", "min..max", "seconds", "min..max"]]
+        """A heading and a row a technique and part of the budget: loss at the end, and what it differs from plain training's."""
+        heading = ["technique", "budget", "loss", "min..max", "less plain training's", "+-"]
+        rows = [heading]
         for (technique, fraction), arm in self.arms.items():
             head = [technique, f"{100 * fraction:g} %"]
             if arm.diverged:
@@ -183,19 +224,20 @@ class Comparison:
                 rows.append([*head, "diverged", seeds, "n/a", "n/a"])
                 continue
             loss, low, high = _range(arm.final_loss)
-            seconds, least, most = _range(arm.seconds_at(arm.plan.num_steps))
-            rows.append(
-                [
-                    *(*head, f"{loss:.4f}", f"{low:.4f}..{high:.4f}"),
-                    *(f"{seconds:.1f}", f"{least:.1f}..{most:.1f}"),
-                ]
-            )
+            difference = self.difference(technique, fraction)
+            against = ["", ""]
+            if technique != "none":
+                broken = np.isnan(difference).any()
+                spread = f"{deviation(difference):.4f}"
+                against = ["n/a", "n/a"] if broken else [f"{difference.mean():+.4f}", spread]
+            rows.append([*head, f"{loss:.4f}", f"{low:.4f}..{high:.4f}", *against])
         return rows
 
     def cost_rows(self) -> list[list[str]]:
         """A heading and a row a technique and part of the budget: what a run takes, the same for every seed."""
         counts = ("tokens_read", "tokens_trained", "layer_tokens")
-        rows = [["technique", "budget", "steps", *(COSTS[name] for name in counts), "teraflops"]]
+        headings = [*(COSTS[name] for name in counts), "teraflops", "seconds"]
+        rows = [["technique", "budget", "steps", *headings]]
         for (technique, fraction), arm in self.arms.items():
             consumed = arm.plan.consumed(arm.plan.num_steps)
             rows.append(
@@ -203,6 +245,7 @@ class Comparison:
                     *(technique, f"{100 * fraction:g} %", f"{arm.plan.num_steps:,}"),
                     *(f"{consumed[name]:,}" for name in counts),
                     f"{arm.cost('teraflops'):.3g}",
+                    "n/a" if arm.diverged else f"{arm.cost('seconds'):.0f}",
                 ]
             )
         return rows
@@ -227,13 +270,16 @@ class Comparison:
         return rows
 
 
-def read(folder: pathlib.Path, config: Any, vocab_size: int) -> Comparison:
+def read(
+    folder: pathlib.Path, config: Any, vocab_size: int, found: Mapping[Technique, Found]
+) -> Comparison:
     """The comparison from the runs in a run folder.
 
     Args:
         folder: The run folder.
         config: A ``data_efficiency.Config``.
         vocab_size: The tokenizer's.
+        found: By technique, what the search found.
     """
     arms = {}
     for technique in config.techniques:
@@ -251,11 +297,10 @@ def read(folder: pathlib.Path, config: Any, vocab_size: int) -> Comparison:
                 step_seconds=[step_seconds(place / "timing.jsonl", plan) for place in places],
                 final_loss=np.array([each["val_loss"] for each in final], np.float64),
                 wall_seconds=np.array([each["seconds"] for each in done]),
-                # A run after a resume may have compiled anew; one that diverged does not say.
+                # A run after a resume may have compiled again; one that diverged does not say.
                 num_compilations=max(each.get("num_compilations", 0) for each in final),
-                compilation_seconds=max(each.get("compilation_seconds", 0.0) for each in final),
             )
-    return Comparison(arms=arms)
+    return Comparison(arms=arms, found=found)
 
 
 def step_seconds(timing: pathlib.Path, plan: Plan) -> dict[tuple[int, int], float]:
@@ -279,6 +324,10 @@ def step_seconds(timing: pathlib.Path, plan: Plan) -> dict[tuple[int, int], floa
     return {shape: known.get(shape, between(shape)) for shape in tokens}
 
 
+def _prefix(technique: str, fraction: float) -> str:
+    return f"{technique}_{100 * fraction:g}_"
+
+
 def _range(values: np.ndarray) -> tuple[float, float, float]:
     """Mean, least and greatest."""
     return float(values.mean()), float(values.min()), float(values.max())
@@ -295,9 +344,10 @@ def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
         "n/a: not reached, or a run diverged"
     )
     return {
-        "Loss on all held-out tokens at the end, in nats a token, and seconds of training steps, without compilations and "
-        "evaluations; mean and range over seeds": comparison.loss_rows(),
-        "What a run takes": comparison.cost_rows(),
+        "What the search found: the learning rate and the warmup of the lowest loss on the whole budget": comparison.search_rows(),
+        "Loss on all held-out tokens at the end, in nats per token: mean and range over seeds, and the difference from plain "
+        "training on as much of the budget, seed by seed, with its standard deviation": comparison.loss_rows(),
+        "What a run takes; seconds are of training steps, without compilations and evaluations": comparison.cost_rows(),
         reached: comparison.reach_rows(),
         "Saved by the schedules when as many steps are made as the baseline's": comparison.saving_rows(),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import sys
 from typing import Any
 
@@ -11,7 +12,9 @@ from effscale.data import Corpus
 from effscale.experiments.cli import StoppedBySignal
 from effscale.experiments.finetune_runner import once
 from effscale.experiments.pretraining import Pretraining
+from effscale.experiments.pretraining_plan import Technique
 from effscale.experiments.quickstart import FREE
+from effscale.experiments.search import Found, Point
 from effscale.training import RunFolder, TrainingDivergedError, TrainState
 from effscale.training.serialize import write_json
 
@@ -29,7 +32,7 @@ class Runner:
     """
 
     def __init__(self, config: Any, corpus: Corpus, mesh: jax.sharding.Mesh):
-        self.corpus, self.mesh = corpus, mesh
+        self.config, self.corpus, self.mesh = config, corpus, mesh
         self._trainings = {
             (technique, fraction): Pretraining(
                 config.pretraining(technique, fraction), corpus.vocab_size, mesh
@@ -41,16 +44,47 @@ class Runner:
             training.batches([corpus.train], seed=0)
         self._held_out = training.held_out([corpus.validation])
 
-    def run(self, folder: RunFolder, technique: str, fraction: float, seed: int) -> None:
+    def search(self, folder: RunFolder, technique: Technique) -> Found:
+        """Searches for a technique's learning rate and warmup on the whole budget; finished runs are not made again.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+
+        def loss_of(point: Point) -> float:
+            name = search_name(technique, point)
+            self._once(folder, name, technique, 1.0, self.config.search.seed, point)
+            loss = json.loads((folder.path / name / "final.json").read_text())["val_loss"]
+            return float("inf") if loss is None else loss
+
+        search, start = self.config.search, self.config.start
+        if search.points == 1:
+            return Found(best=start, losses={}, settled=False)
+        return search.climb(start, self.config.steps, loss_of)
+
+    def run(
+        self, folder: RunFolder, technique: Technique, fraction: float, seed: int, point: Point
+    ) -> None:
         """Makes a run, goes on with one that was stopped, or leaves a finished one as it is; one that diverges is finished.
 
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
         """
-        name = run_name(technique, fraction, seed)
+        self._once(folder, run_name(technique, fraction, seed), technique, fraction, seed, point)
+
+    def _once(
+        self,
+        folder: RunFolder,
+        name: str,
+        technique: Technique,
+        fraction: float,
+        seed: int,
+        point: Point,
+    ) -> None:
         training = self._trainings[technique, fraction]
         place = folder.path / name
-        config = dataclasses.replace(training.config, seed=seed, out=place, resume=True)
+        config = self.config.pretraining(technique, fraction, seed, point)
+        config = dataclasses.replace(config, out=place, resume=True)
 
         def measure(state: TrainState) -> dict[str, float]:
             loss = training.validate(state, self._held_out, config.eval_batches)
@@ -78,7 +112,6 @@ class Runner:
                 final = {
                     "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
                     "num_compilations": len(trained.compilations),
-                    "compilation_seconds": sum(c.seconds for c in trained.compilations),
                 }
             write_json(place / "final.json", final)
 
@@ -97,3 +130,8 @@ class Runner:
 def run_name(technique: str, fraction: float, seed: int) -> str:
     """A run's folder inside the run folder."""
     return f"{technique}/fraction-{fraction:g}/seed-{seed}"
+
+
+def search_name(technique: str, point: Point) -> str:
+    """The folder of a run of the search."""
+    return f"search/{technique}/rate-{point.learning_rate:g}_warmup-{point.warmup}"

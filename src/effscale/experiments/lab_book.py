@@ -1,27 +1,42 @@
-"""Puts what a run measured into its page of the lab book.
+"""Puts what a run measured into its page of the lab book, and keeps the numbers of the pages in line with it.
 
     python -m effscale.experiments.lab_book runs/quickstart/20260101-120000 experiments/quickstart
+    python -m effscale.experiments.lab_book
 
-Copies the run's figures beside the page and writes its table, machine and versions between the page's two marks; the
-rest of the page is written by hand.
+The first form copies the run's figures, ``results.json`` and ``config.json`` beside the page. Both then write the tables,
+machine and versions between each page's two marks, and every marked number of the pages. A number is marked by a comment
+behind it, which names the experiment, the figure of its ``results.json`` and the format::
+
+    a loss of 3.90<!-- data_efficiency ltd_100_val_loss .2f -->, for 39 %<!-- data_efficiency ltd_teraflops_saved .0% --> less
+
+The format is Python's; one that ends in ``%`` leaves a space before the sign. Pages are written by hand but for these.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from effscale.experiments.cli import messages
-from effscale.training.serialize import write_atomic
+from effscale.experiments.results import titled
+from effscale.models.validation import did_you_mean
+from effscale.training.serialize import write_atomic, write_json
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+MARKED = re.compile(
+    r"[-+\d.,]+(?: %)?(?P<mark><!-- (?P<experiment>\w+) (?P<name>\w+) (?P<format>\S+) -->)"
+)
 MAX_FIGURE_BYTES = 100_000
 
+# Of a run's config.json, what is of the machine and not of the question.
+PRIVATE = ("out", "resume", "cache")
 
-def fill(run: pathlib.Path, page: pathlib.Path) -> None:
-    """Copies figures and writes the measured part of ``page / "README.md"``.
+
+def keep(run: pathlib.Path, page: pathlib.Path) -> None:
+    """Copies a run's figures, ``results.json`` and ``config.json`` to ``page``, without the paths of the machine.
 
     Args:
         run: A finished run folder.
@@ -29,54 +44,100 @@ def fill(run: pathlib.Path, page: pathlib.Path) -> None:
 
     Raises:
         FileNotFoundError: If the run has no ``results.json`` or there is no page.
-        ValueError: If the page lacks the marks, or a figure is too large to be kept in the repository.
+        ValueError: If a figure is too large to be kept in the repository.
     """
     for file in (run / "results.json", page / "README.md"):
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; a finished run and a page are needed")
-    text = (page / "README.md").read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{page / 'README.md'} needs the lines {BEGIN} and {END}")
     for figure in sorted((run / "figures").glob("*.png")):
         if figure.stat().st_size > MAX_FIGURE_BYTES:
             raise ValueError(f"{figure} has more than {MAX_FIGURE_BYTES:,} bytes; draw it smaller")
         shutil.copyfile(figure, page / figure.name)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    write_atomic(page / "README.md", f"{head}{BEGIN}\n{measured(results, config)}\n{END}{tail}")
+    results, config = _read(run / "results.json"), _read(run / "config.json")
+    results.pop("folder", None)
+    for name in PRIVATE:
+        config["config"].pop(name, None)
+    write_json(page / "results.json", results)
+    write_json(page / "config.json", config)
+
+
+def rendered(page: pathlib.Path, lab_book: pathlib.Path) -> str:
+    """A page's text with what was measured in its places.
+
+    Args:
+        page: A Markdown file.
+        lab_book: The folder of the experiments' pages and results.
+
+    Raises:
+        ValueError: If a number is marked with a figure that there is not.
+    """
+    text = page.read_text(encoding="utf-8")
+    results = page.with_name("results.json")
+    if results.is_file():
+        head, begin, rest = text.partition(BEGIN)
+        _, end, tail = rest.partition(END)
+        if not (begin and end):
+            raise ValueError(f"{page} needs the lines {BEGIN} and {END}")
+        table = measured(_read(results), _read(page.with_name("config.json")))
+        text = f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+    def number(match: re.Match[str]) -> str:
+        file = lab_book / match["experiment"] / "results.json"
+        found = _read(file) if file.is_file() else {}
+        if not isinstance(found.get(match["name"]), int | float):
+            near = did_you_mean(match["name"], found)
+            raise ValueError(f"{page}: {file} has no figure {match['name']!r}; {near}")
+        return shown(found[match["name"]], match["format"]) + match["mark"]
+
+    return MARKED.sub(number, text)
 
 
 def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The table of results with the machine and the versions, in Markdown.
+    """The tables of a run, or where it has none its named figures, with machine and versions, in Markdown.
 
     Example:
         >>> machine = {"platform": "Linux-x86_64", "cpu_count": 2}
         >>> devices = {"kind": "cpu", "count": 1, "processes": 1}
         >>> config = {"machine": machine, "devices": devices, "versions": {"jax": "0.10.2"}}
-        >>> print(measured({"val_loss": 3.99243, "folder": "runs/x"}, config))
+        >>> print(measured({"val_loss": 3.99243}, config))
         | figure | value |
         |---|---:|
         | val_loss | 3.992 |
         <BLANKLINE>
         Machine: CPU cores 2; devices 1 x cpu; processes 1. Versions: jax 0.10.2.
     """
-    rows = [
-        f"| {name} | {_shown(value)} |"
-        for name, value in results.items()
-        if isinstance(value, int | float)
-    ]
+    numbers = {name: value for name, value in results.items() if isinstance(value, int | float)}
+    rows = [f"| {name} | {_number(value)} |" for name, value in numbers.items()]
+    tables = [titled(**table) for table in results.get("tables", ())]
+    tables = tables or ["\n".join(["| figure | value |", "|---|---:|", *rows])]
     devices, versions = config["devices"], config["versions"]
-    return (
-        "| figure | value |\n|---|---:|\n"
-        + "\n".join(rows)
-        + f"\n\nMachine: CPU cores {config['machine']['cpu_count']}; devices {devices['count']} x {devices['kind']}; "
+    machine = (
+        f"Machine: CPU cores {config['machine']['cpu_count']}; devices {devices['count']} x {devices['kind']}; "
         f"processes {devices['processes']}. Versions: {', '.join(f'{name} {version}' for name, version in versions.items() if version)}."
     )
+    return "\n\n".join([*tables, machine])
 
 
-def _shown(value: float) -> str:
+def shown(value: float, form: str) -> str:
+    """A number as a page shows it.
+
+    >>> shown(0.3912, ".0%"), shown(3.9018, ".2f"), shown(-0.0214, "+.3f"), shown(819200, ",d")
+    ('39 %', '3.90', '-0.021', '819,200')
+    """
+    return format(value, form).replace("%", " %")
+
+
+def pages(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The repository's pages, in which numbers may be marked."""
+    for pattern in ("*.md", "docs/*.md", "experiments/**/*.md"):
+        yield from sorted(root.glob(pattern))
+
+
+def _read(file: pathlib.Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _number(value: float) -> str:
     if isinstance(value, int) or abs(value) >= 1e4:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -85,13 +146,29 @@ def _shown(value: float) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see ``--help``."""
     parser = argparse.ArgumentParser(
-        prog="python -m effscale.experiments.lab_book", description=(__doc__ or "").splitlines()[0]
+        prog="python -m effscale.experiments.lab_book",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
-    parser.add_argument("page", type=pathlib.Path, help="folder of the lab book, with a README.md")
+    parser.add_argument("run", type=pathlib.Path, nargs="?", help="folder of a finished run")
+    parser.add_argument(
+        "page", type=pathlib.Path, nargs="?", help="folder of the lab book, with a README.md"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.run is not None and arguments.page is None:
+        parser.error("a run needs the folder of its page")
     with messages():
-        fill(arguments.run, arguments.page)
+        if arguments.run is not None:
+            keep(arguments.run, arguments.page)
+        book = pathlib.Path("experiments") if arguments.page is None else arguments.page.parent
+        if not book.is_dir():
+            raise FileNotFoundError(
+                f"{book.resolve()} does not exist; call this at the repository's root"
+            )
+        for page in pages(book.resolve().parent):
+            text = rendered(page, book)
+            if text != page.read_text(encoding="utf-8"):
+                write_atomic(page, text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from effscale.curriculum import Difficulty, Ranking, VocabularyRarity, curriculum_rows, rank
+from effscale.curriculum import (
+    Difficulty,
+    Ranking,
+    VocabularyRarity,
+    current_learning_rate,
+    curriculum_rows,
+    rank,
+    with_metrics,
+)
 from effscale.curriculum.analysis_rows import read_rows
 from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
 from effscale.models import Transformer
@@ -52,7 +60,7 @@ class Trained(NamedTuple):
 
 
 class Pretraining:
-    """A model, its optimizer and its steps under a technique; runs of several seeds share what is compiled.
+    """A model and its steps under a technique; runs of several seeds and learning rates share what is compiled.
 
     Args:
         config: A ``quickstart.Config``. Its seed, folder and corpus are not used here.
@@ -63,25 +71,28 @@ class Pretraining:
     def __init__(self, config: Any, vocab_size: int, mesh: jax.sharding.Mesh):
         self.config, self.mesh = config, mesh
         self.plan = plan = config.plan(vocab_size)
-        self.schedule = config.schedule()
-        self.optimizer = config.optimizer.build(self.schedule)
         ltd = plan.ltd
         # A step under random-LTD counts the tokens that a layer processes on average: the learning rate follows them.
-        self.step = make_train_step(
+        step = make_train_step(
             next_token_loss if ltd is None else ltd.loss(next_token_loss),
-            self.optimizer,
+            config.optimizer.build(config.schedule()),
             accumulate=config.accumulate,
             clip_norm=config.clip_norm,
-            learning_rate=self.schedule,
             tokens_per_batch=count_tokens if ltd is None else ltd.tokens_per_batch(plan.model),
         )
+        self.step = with_metrics(step, lambda state: current_learning_rate(state.opt_state))
         self._staged = self._stage()
         self._rankings: dict[pathlib.Path, Ranking] = {}
 
-    def create(self, seed: int) -> TrainState:
-        """The state before the first step."""
-        model = Transformer(self.plan.model, rngs=nnx.Rngs(seed))
-        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+    def create(self, config: Any) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            config: The run's, which may have another seed, learning rate and warmup than the constructor's.
+        """
+        model = Transformer(self.plan.model, rngs=nnx.Rngs(config.seed))
+        optimizer = config.optimizer.build(config.schedule())
+        return create_train_state(model, optimizer, key=jax.random.key(config.seed))
 
     def batches(
         self, stores: Sequence[TokenStore], *, seed: int, weights: Sequence[float] | None = None
@@ -143,7 +154,7 @@ class Pretraining:
         Args:
             batches: From ``batches``; their iterator's position is saved.
             place: The folder of its metrics and checkpoints.
-            config: That of this run, as given to the constructor but for the seed.
+            config: That of this run, as given to the constructor but for the seed, the learning rate and the warmup.
             evaluate: Called every ``config.eval_every`` steps and at the end.
             tensorboard: The folder of its events.
             free_fields: Of the config, which may change when a run goes on.
@@ -152,7 +163,7 @@ class Pretraining:
         """
         first = jax.process_index() == 0  # of several processes, the one that writes
         iterator = iter(batches)
-        create = lambda: self.create(config.seed)
+        create = lambda: self.create(config)
         with Checkpoints(
             place / "checkpoints",
             config=config,

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import show_results, status
@@ -38,7 +39,7 @@ from effscale.models import Transformer, TransformerConfig, abstract, gpt2
 from effscale.models.config import Remat
 from effscale.models.validation import check, check_finite, is_integer
 from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch
-from effscale.training import AdamWConfig, Schedule, ScheduleConfig, by_tokens
+from effscale.training import AdamWConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,11 @@ class Config:
     model: ModelConfig = ModelConfig()
     """The model."""
     learning_rate: float = 3e-3
-    """Peak of the schedule: a linear warmup, then a cosine."""
+    """Peak of the schedule: a linear warmup by steps, then a cosine by tokens."""
     final_learning_rate: float | None = None
     """End of the schedule; None takes a tenth of the peak."""
     warmup: int = 50
-    """Steps of warmup, or the tokens of so many full batches with a technique."""
+    """Steps of warmup, whatever a technique makes of their batches."""
     optimizer: AdamWConfig = AdamWConfig()
     """AdamW."""
     clip_norm: float = 1.0
@@ -171,7 +172,14 @@ class Config:
             wanted = "one source, whose rows a curriculum orders"
             check(self, len(self.corpus) == 1, "corpus", wanted)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
-        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        check(self, 0 < self.learning_rate < float("inf"), "learning_rate", "above 0, and finite")
+        final = self.final_learning_rate
+        check(
+            self,
+            final is None or 0 <= final <= self.learning_rate,
+            "final_learning_rate",
+            f"from 0 to learning_rate={self.learning_rate}, or None",
+        )
         check(
             self,
             not (self.resume and self.out is None),
@@ -179,18 +187,20 @@ class Config:
             "given with --out, the folder to go on with",
         )
 
-    def schedule(self) -> Schedule:
-        """The learning rate: a linear warmup, then a cosine; by tokens where a technique makes batches unequal."""
+    def schedule(self) -> optax.GradientTransformationExtraArgs:
+        """The learning rate, the optimizer's last link: it warms up by steps and decays by layer-averaged tokens.
+
+        Its numbers are a part of the optimizer's state, so that one compiled step serves all of them.
+        """
+        from effscale.curriculum import steps_then_tokens
+
         final = self.final_learning_rate
-        by_steps = ScheduleConfig(
+        return optax.inject_hyperparams(steps_then_tokens, static_args="kind")(
             peak=self.learning_rate,
-            warmup=self.warmup,
-            total=self.steps,
+            warmup_steps=self.warmup,
+            total_tokens=float(self.steps * self.batch_size * self.length),
             final=self.learning_rate / 10 if final is None else final,
-        ).build()
-        if self.technique == "none":
-            return by_steps
-        return by_tokens(by_steps, self.batch_size * self.length)
+        )
 
     def plan(self, vocab_size: int) -> Plan:
         """The shapes of the run and its number of steps."""

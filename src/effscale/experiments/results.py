@@ -31,9 +31,13 @@ def finish(
     tables: Mapping[str, Sequence[Sequence[str]]],
     *,
     began: float,
+    seeds: Mapping[str, Sequence[float | None]] | None = None,
     left: int = 1,
 ) -> Result:
     """Writes ``results.json`` and the report, and prints the tables. Figures to show there have to be drawn already.
+
+    ``results.json`` holds the named figures and, under ``seeds`` and ``tables``, those of each seed and what is printed; a page
+    of the lab book is made of it.
 
     Args:
         folder: The run folder.
@@ -41,6 +45,7 @@ def finish(
         figures: The named figures.
         tables: By title, each a heading and rows.
         began: ``time.perf_counter()`` at the start of the call.
+        seeds: Of named figures, the value of each seed.
         left: Columns of the tables that hold words, and are set to the left.
     """
     result = Result(
@@ -49,15 +54,14 @@ def finish(
         peak_memory_mb=peak_memory(),
         folder=str(folder.path),
     )
-    named = {
-        **figures,
+    call = {
         "seconds": result.seconds,
         "peak_memory_mb": result.peak_memory_mb,
         "folder": result.folder,
     }
-    folder.write_results(named)
-    text = "\n\n".join(f"{title}:\n\n{markdown(rows, left=left)}" for title, rows in tables.items())
-    folder.write_report(name, named, text)
+    shown = [{"title": title, "left": left, "rows": rows} for title, rows in tables.items()]
+    folder.write_results({**figures, **call, "seeds": seeds or {}, "tables": shown})
+    folder.write_report(name, call, "\n\n".join(titled(**table) for table in shown))
     for title, rows in tables.items():
         show_rows(title, rows, left=left)
     print(f"run folder: {result.folder}")
@@ -81,6 +85,11 @@ def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
     rule = "|" + "---|" * left + "---:|" * (len(rows[0]) - left)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def titled(title: str, rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table of ``results.json`` under its title, in Markdown."""
+    return f"{title}:\n\n{markdown(rows, left=left)}"
 
 
 def show_rows(title: str, rows: Sequence[Sequence[str]], *, left: int = 2) -> None:

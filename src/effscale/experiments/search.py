@@ -1,0 +1,92 @@
+"""The search for each technique's learning rate and warmup, by one rule for all."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from effscale.models.validation import check
+
+
+class Point(NamedTuple):
+    """What is searched for.
+
+    Attributes:
+        learning_rate: The peak of the schedule.
+        warmup: Steps until the peak.
+    """
+
+    learning_rate: float
+    warmup: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """A walk over a grid of learning rates and warmups, with runs on the whole budget.
+
+    It starts at the config's own pair, tries the four neighbours, moves to the best and goes on until a pair is better than
+    all its neighbours. So what it finds lies at no edge, unless ``points`` end it before.
+    """
+
+    learning_rate_factor: float = 1.5
+    """What one learning rate of the grid is to the next."""
+    warmup_factor: float = 2.0
+    """What one warmup of the grid is to the next."""
+    points: int = 16
+    """Most runs of a technique; 1 takes the config's own pair for all techniques."""
+    seed: int = 1000
+    """The seed of these runs, which none of the compared runs has."""
+
+    def __post_init__(self):
+        for name in ("learning_rate_factor", "warmup_factor"):
+            check(self, 1 < getattr(self, name) < float("inf"), name, "above 1")
+        check(self, self.points >= 1, "points", "at least 1")
+        check(self, self.seed >= 0, "seed", "at least 0")
+
+    def climb(self, start: Point, steps: int, loss_of: Callable[[Point], float]) -> "Found":
+        """Searches for the pair of the lowest loss.
+
+        Args:
+            start: Where to begin.
+            steps: Those of the run; a warmup stays below them.
+            loss_of: Makes a run and gives its loss, infinite if it diverged. It is called once for each pair.
+
+        Example:
+            >>> search = Search(learning_rate_factor=2.0)
+            >>> found = search.climb(Point(1.0, 8), 100, lambda p: abs(p.learning_rate - 4) + abs(p.warmup - 16))
+            >>> found.best, len(found.losses), found.settled
+            (Point(learning_rate=4.0, warmup=16), 13, True)
+        """
+
+        def point(place: tuple[int, int]) -> Point:
+            rate = start.learning_rate * self.learning_rate_factor ** place[0]
+            warmup = round(start.warmup * self.warmup_factor ** place[1])
+            return Point(float(f"{rate:.3g}"), min(max(warmup, 1), steps - 1))
+
+        best, losses = (0, 0), {start: loss_of(start)}
+        while True:
+            here = losses[point(best)]
+            around = [(best[0] + i, best[1] + j) for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+            for place in around:
+                if point(place) not in losses and len(losses) < self.points:
+                    losses[point(place)] = loss_of(point(place))
+            next_best = min(around, key=lambda place: losses.get(point(place), float("inf")))
+            settled = all(point(place) in losses for place in around)
+            if losses.get(point(next_best), float("inf")) >= here or not settled:
+                best_point = min(losses, key=lambda each: losses[each])
+                return Found(best=best_point, losses=losses, settled=settled)
+            best = next_best
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        best: The pair of the lowest loss.
+        losses: Of every pair that was tried, in that order.
+        settled: Whether all neighbours of the best pair were tried.
+    """
+
+    best: Point
+    losses: dict[Point, float]
+    settled: bool
