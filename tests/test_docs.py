@@ -8,6 +8,7 @@ import pytest
 
 import effscale
 from effscale.data.sources import standard_library
+from effscale.experiments.lab_book import rendered
 from effscale.models.validation import did_you_mean
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -68,6 +69,28 @@ def test_links_lead_somewhere(page):
         assert there.exists(), f"{NAME(page)} links to {target}, which does not exist"
         if anchor:
             assert anchor in anchors(there), did_you_mean(anchor, anchors(there))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAME)
+def test_what_was_measured_is_what_was_committed(page):
+    assert text_of(page) == rendered(page, ROOT / "experiments"), (
+        f"{NAME(page)} is not what its results say; `python -m effscale.experiments.lab_book` writes it"
+    )
+
+
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("experiments/*/README.md")), ids=lambda path: path.parent.name
+)
+def test_conclusions_have_no_number_of_their_own(page):
+    text = text_of(page)
+    if not page.with_name("results.json").is_file():
+        assert "Its results will be committed with its next run." in text
+        return
+    assert {"results.json", "config.json"} <= {path.name for path in page.parent.iterdir()}
+    said = re.search(r"^## Answer\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    assert said, f"{NAME(page)} has no section 'Answer'"
+    by_hand = re.findall(r"\d+\.\d+(?! ?%?<!--|\.?\d)|\d+ %(?!<!--)", said[1])
+    assert not by_hand, f"{NAME(page)}: mark these numbers with the figure they are: {by_hand}"
 
 
 def test_pages_name_no_place_outside_the_repository():

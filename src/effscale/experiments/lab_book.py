@@ -118,7 +118,7 @@ def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "\n\n".join([*tables, machine])
 
 
-def shown(value: float, form: str) -> str:
+def shown(value: float | int, form: str) -> str:
     """A number as a page shows it.
 
     >>> shown(0.3912, ".0%"), shown(3.9018, ".2f"), shown(-0.0214, "+.3f"), shown(819200, ",d")
@@ -137,7 +137,7 @@ def _read(file: pathlib.Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _number(value: float) -> str:
+def _number(value: float | int) -> str:
     if isinstance(value, int) or abs(value) >= 1e4:
         return f"{value:,.0f}"
     return f"{value:.4g}"

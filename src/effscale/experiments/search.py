@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-from effscale.models.validation import check
+from effscale.models.validation import check, check_finite
 
 
 class Point(NamedTuple):
@@ -37,8 +37,9 @@ class Search:
     """The seed of these runs, which none of the compared runs has."""
 
     def __post_init__(self):
+        check_finite(self)
         for name in ("learning_rate_factor", "warmup_factor"):
-            check(self, 1 < getattr(self, name) < float("inf"), name, "above 1")
+            check(self, getattr(self, name) > 1, name, "above 1")
         check(self, self.points >= 1, "points", "at least 1")
         check(self, self.seed >= 0, "seed", "at least 0")
 
