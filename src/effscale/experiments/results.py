@@ -33,7 +33,7 @@ def finish(
     began: float,
     left: int = 1,
 ) -> Result:
-    """Writes ``results.json`` and the report, and prints the tables. Figures to show there have to be drawn already.
+    """Writes ``results.json`` and the report, prints the tables, and closes the run folder. Figures to show there have to be drawn already.
 
     Args:
         folder: The run folder.
@@ -61,6 +61,7 @@ def finish(
     for title, rows in tables.items():
         show_rows(title, rows, left=left)
     print(f"run folder: {result.folder}")
+    folder.close()
     return result
 
 
