@@ -23,7 +23,7 @@ def test_holds_code_and_prose_but_no_tests(library):
     assert not any("/test/" in source or "site-packages" in source for source in sources)
     assert "stdlib/pydoc_data/topics.py" not in sources
     assert sum(len(document.text) for document in documents) > 8_000_000
-    assert set(report.counts) <= {"empty"}
+    assert not report.counts  # its empty files are nothing to warn of
 
 
 def test_is_the_same_each_time(library):

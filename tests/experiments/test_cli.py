@@ -2,8 +2,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 from typing import Literal
 
+import jax
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.quickstart import PRESETS, Config
 from effscale.experiments.saved import config_from_json
 from effscale.models import preset
+from effscale.training import CheckpointError, Checkpoints, create_train_state
 from effscale.training.serialize import to_json
 
 
@@ -108,8 +112,47 @@ def test_own_errors_become_messages_and_others_keep_their_traceback(monkeypatch,
         preset("gpt-2")
 
 
-def test_a_stopped_run_ends_well(capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_ends_with_the_status_of_its_signal(capsys, number, status):
     with pytest.raises(SystemExit) as stop, messages():
-        raise StoppedBySignal("saved; go on with --resume")
-    assert stop.value.code == 0
+        raise StoppedBySignal("saved; go on with --resume", number)
+    assert stop.value.code == status
     assert capsys.readouterr().err == "saved; go on with --resume\n"
+
+
+def test_ctrl_c_outside_of_training_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stop, messages():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert "interrupted; go on from what was saved with: --out FOLDER" in capsys.readouterr().err
+
+
+def test_a_failed_write_shows_no_traceback_of_orbax(tmp_path, caplog):
+    resource = pytest.importorskip("resource")
+    key = jax.random.key(0)
+    state = create_train_state({"kernel": jax.random.normal(key, 50_000)}, optax.sgd(0.1), key=key)
+
+    def fail(folder):
+        checkpoints = Checkpoints(folder, asynchronous=False)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as if the disk were full
+        try:
+            with pytest.raises(CheckpointError, match="could not be written"):
+                checkpoints.save(1, state, force=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    fail(tmp_path / "a")
+    assert "Traceback" in caplog.text  # what is kept from the user of an experiment
+    caplog.clear()
+    with messages():
+        fail(tmp_path / "b")
+    assert "Traceback" not in caplog.text
+
+
+def test_a_folder_without_config_is_not_resumed_by_the_default_preset(tmp_path, capsys):
+    for folder, message in ((tmp_path, "no config.json"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(SystemExit) as stop:
+            parse(PRESETS, "", ["--out", str(folder), "--resume"])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

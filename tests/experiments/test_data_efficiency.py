@@ -296,7 +296,7 @@ def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     done = start(PROGRAM, "done:0:0", "--out", out, "--resume")
     assert done.returncode == -signal.SIGKILL, done.stderr
     done = start(PROGRAM, "term:1:5", "--out", out, "--resume")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert f"stopped and saved {RUNS[2]} at step 6; go on with: --out {out} --resume" in done.stderr
     assert not (out / "results.json").exists()
     done = start("-m", "effscale.experiments.data_efficiency", "--out", out, "--resume")

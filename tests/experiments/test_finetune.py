@@ -172,7 +172,7 @@ def test_killed_and_stopped_a_run_goes_on_as_if_nothing_had_been(
     assert status == -signal.SIGKILL, error
     assert (mine / "done.json").exists()
     status, error = go("torch", "term:25", "--out", out, "--resume")
-    assert status == 0, error
+    assert status == 128 + signal.SIGTERM, error
     assert "stopped and saved fashion/seed-0/torch at step 26" in error
     status, error = go("torch", "none:0", "--out", out, "--resume")
     assert status == 0, error

@@ -43,15 +43,18 @@ def test_explicit_flags(calls):
     assert args == ("10.0.0.1:1234", 2, 1)
     assert kwargs["cluster_detection_method"] == "deactivate"
     assert kwargs["initialization_timeout"] == 7
+    assert kwargs["heartbeat_timeout_seconds"] == 30
 
 
 def test_the_environment_stands_in_and_flags_win(calls, monkeypatch):
     monkeypatch.setenv("EFFSCALE_COORDINATOR", "host:1")
     monkeypatch.setenv("EFFSCALE_NUM_PROCESSES", "4")
     monkeypatch.setenv("EFFSCALE_PROCESS_ID", "3")
+    monkeypatch.setenv("EFFSCALE_HEARTBEAT_TIMEOUT", "12")
     initialize()
-    initialize(DistributedConfig(process_id=0))
+    initialize(DistributedConfig(process_id=0, heartbeat_timeout=5))
     assert [args for args, _ in calls] == [("host:1", 4, 3), ("host:1", 4, 0)]
+    assert [kwargs["heartbeat_timeout_seconds"] for _, kwargs in calls] == [12, 5]
 
 
 def test_a_part_of_the_flags():
@@ -82,6 +85,7 @@ def test_a_process_id_of_the_environment_out_of_range(monkeypatch):
         ({"process_id": -1}, "process_id is -1: give 0 or more"),
         ({"process_id": 2, "num_processes": 2}, "process_id is 2 of num_processes=2: give 0 to 1"),
         ({"timeout": 0}, "timeout is 0: give seconds"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout is 0: give seconds"),
     ],
 )
 def test_impossible_fields(fields, message):

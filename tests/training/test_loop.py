@@ -195,7 +195,7 @@ def test_a_signal_saves_and_ends(toy, tmp_path, number):
         checkpoints=checkpoints,
         before_step=before_step,
     )
-    assert result.stopped_reason == "signal"
+    assert (result.stopped_reason, result.signal) == ("signal", number)
     assert int(result.state.step) == checkpoints.latest == 4
     assert signal.getsignal(number) is previous
     # The run goes on from there as if nothing had been.
@@ -213,6 +213,29 @@ def test_a_second_interrupt_is_not_waited_for():
         assert stop.should_stop(1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_after_the_last_step_stops_the_run_as_well(toy, tmp_path):
+    def evaluate(state):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"val_loss": 0.0}
+
+    checkpoints = Checkpoints(tmp_path)
+    result = fit(
+        fresh(toy),
+        step_of(toy),
+        toy.batches(),
+        num_steps=2,
+        checkpoints=checkpoints,
+        evaluate=evaluate,
+    )
+    assert (result.stopped_reason, result.signal) == ("signal", signal.SIGINT)
+    assert checkpoints.latest == 2
+
+
+def test_a_signal_that_came_too_late_is_raised_again():
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import pathlib
 import platform
@@ -7,6 +8,7 @@ import re
 import jax
 import pytest
 
+from effscale.locks import LockedError, ProcessLock
 from effscale.training import RunFolder
 from effscale.training.serialize import differences, to_json, write_atomic
 
@@ -101,3 +103,61 @@ def test_differences_are_named():
         "d": (1, "(absent)"),
         "e": ("(absent)", 1),
     }
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", config={"seed": 0})
+    again = RunFolder.create(tmp_path / "run", resume=True)  # by the same process
+    again.close()
+    other = ProcessLock(tmp_path / "run" / ".lock", "working")  # no other process would get it
+    with pytest.raises(LockedError):
+        other.acquire()
+    folder.close()
+    other.acquire()
+    before = folder.config_file.read_bytes()
+    with pytest.raises(LockedError, match=r"another process \(pid .*is writing .*/run; wait"):
+        RunFolder.create(tmp_path / "run", data={"text": {}}, resume=True)
+    other.release()
+    assert folder.config_file.read_bytes() == before
+    (tmp_path / "new").mkdir()
+    other = ProcessLock(tmp_path / "new" / ".lock", "working")
+    other.acquire()
+    with pytest.raises(LockedError, match=r"is writing .*/new; wait"):
+        RunFolder.create(tmp_path / "new", config={"seed": 1})
+    other.release()
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == [".lock"]
+    with RunFolder.create(tmp_path / "new", config={"seed": 1}) as new:  # a lock alone is no run
+        assert new.config() == {"seed": 1}
+
+
+def test_a_folder_without_its_config_is_not_resumed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"no config\.json.*without --resume.*another --out"
+    ):
+        RunFolder.create(tmp_path, resume=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        RunFolder.create(tmp_path, data={}, resume=True).config()
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, caplog):
+    data = {"tokenizer": {"digest": "a"}, "text": {"train": {"documents": 3, "digest": "b"}}}
+    resume = functools.partial(RunFolder.create, tmp_path / "run", resume=True)
+    RunFolder.create(tmp_path / "run", config={"seed": 0}, data=data).close()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    changed = {**data, "text": {"train": {"documents": 4, "digest": "c"}}}
+    message = r"text\.train\.digest: 'b' there, 'c' here; text\.train\.documents: 3 there, 4 here\); restore"
+    with pytest.raises(ValueError, match=message):
+        resume(data=changed)
+    resume(data=data).close()
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    resume(data={"task": {"digest": "d"}}).close()  # another part of the run
+    with pytest.raises(ValueError, match=r"task\.digest: 'd' there"):
+        resume(data={"task": {"digest": "e"}})
+    with pytest.raises(ValueError, match=r"text\.train"):
+        resume(data=changed)
+    # A run from before digests were kept.
+    RunFolder.create(tmp_path / "old", config={}).close()
+    RunFolder.create(tmp_path / "old", data=data, resume=True).close()
+    assert "keeps no digests of its data" in caplog.text

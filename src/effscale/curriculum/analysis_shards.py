@@ -13,6 +13,7 @@ from typing import Any
 from effscale.curriculum.analysis_map import Columns, Shard
 from effscale.data import DiskFullError
 from effscale.data.atomic import flush
+from effscale.locks import LockedError, ProcessLock
 
 KEY = b"effscale"
 MARKER = "effscale-analysis.json"
@@ -85,15 +86,14 @@ class ShardFolder:
 def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFolder]:
     """Makes the folder of an analysis, or takes up one that is there, for this process alone.
 
-    A file marks the folder as ours and is locked. The system frees the lock of a process that dies.
-    Where the platform or the file system has no locks, nothing keeps two processes apart.
+    A file marks the folder as ours and is locked, see `effscale.locks`.
 
     Raises:
         FileExistsError: Something else is there.
-        RuntimeError: Another process has the folder.
+        LockedError: Another process has the folder.
     """
     with full_disk_errors(folder):
-        marker = _locked(folder)
+        lock = _locked(folder)
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "identity": identity}
         with full_disk_errors(folder):
@@ -106,7 +106,7 @@ def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFol
             if folder.exists() and not any(folder.glob("*.parquet")):
                 shards.remove()
     finally:
-        os.close(marker)
+        lock.release()
 
 
 def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -115,11 +115,11 @@ def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
         return
     # Whoever has the folder removes it, and where nothing can be written nothing is removed.
     with contextlib.suppress(OSError, RuntimeError):
-        marker = _locked(folder)
+        lock = _locked(folder)
         try:
             ShardFolder(folder, identity).remove()
         finally:
-            os.close(marker)
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -153,8 +153,8 @@ def _is_full(error: Exception) -> bool:
     return isinstance(error, duckdb.Error) and any(text in str(error) for text in texts)
 
 
-def _locked(folder: pathlib.Path) -> int:
-    """The descriptor of the folder's marker, locked."""
+def _locked(folder: pathlib.Path) -> ProcessLock:
+    """The lock of the folder's marker, held."""
     path = folder / MARKER
     while True:
         if folder.exists() and not path.exists() and not _is_empty(folder):
@@ -163,28 +163,18 @@ def _locked(folder: pathlib.Path) -> int:
                 "away, or choose another folder for the index."
             )
         folder.mkdir(parents=True, exist_ok=True)
+        lock = ProcessLock(path, f"at work in {str(folder)!r}")
         try:
-            marker = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            lock.acquire()
         except FileNotFoundError:
             continue  # its owner has just removed it
-        try:
-            import fcntl
-
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(marker)
-            owner = _owner(path)
-            raise RuntimeError(
-                f"another process (pid {owner.get('pid')} on {owner.get('host')}) is at work in "
-                f"{str(folder)!r}: wait for it, or choose another folder for the index."
+        except LockedError as error:
+            if not path.exists():
+                continue
+            raise LockedError(
+                f"{error}: wait for it, or choose another folder for the index."
             ) from None
-        except (ImportError, OSError):
-            pass  # no locks here
-        # The file that is locked may have been removed since it was opened.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(marker), path.stat()):
-                return marker
-        os.close(marker)
+        return lock
 
 
 def _is_empty(folder: pathlib.Path) -> bool:

@@ -14,7 +14,7 @@ import tokenizers
 
 from effscale.data.atomic import atomic_folder
 from effscale.data.build import Progress, write_splits
-from effscale.data.cache import lock, request_key
+from effscale.data.cache import request_key
 from effscale.data.corpus_tokenizer import corpus_tokenizer
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.splits import Splits
@@ -25,6 +25,7 @@ from effscale.data.tokenizer import (
     separator_id,
     tokenizer_digest,
 )
+from effscale.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def prepare_corpus(
         "parse_special_tokens": parse_special_tokens,
     }
     target = folder / f"corpus-{request_key(request)}"
-    with lock(target):
+    with locked(target, f"building {target}"):
         if target.exists():
             try:
                 return _open(target, verify)

@@ -6,11 +6,12 @@ import pathlib
 
 import tokenizers
 
-from effscale.data.cache import lock, request_key
+from effscale.data.cache import request_key
 from effscale.data.documents import SkipReport, Source
 from effscale.data.sampling import sample_texts
 from effscale.data.splits import Splits
 from effscale.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from effscale.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def corpus_tokenizer(
         }
     )
     file = folder / f"tokenizer-{key}.json"
-    with lock(file):
+    with locked(file, f"training {file}"):
         if file.exists():
             try:
                 return load_tokenizer(file)

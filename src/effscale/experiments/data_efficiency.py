@@ -22,10 +22,10 @@ import time
 import numpy as np
 
 from effscale.experiments import quickstart
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.host import cache_folder, keep_freed_memory
-from effscale.experiments.prepared import check_folder
+from effscale.experiments.prepared import check_folder, corpus_digests, resumable
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
@@ -259,18 +259,20 @@ def run(config: Config) -> Result:
         )
     runner = Runner(config, corpus, mesh)
     folder = RunFolder.create(
-        config.out, name="data_efficiency", config=config, resume=config.resume
+        config.out,
+        name="data_efficiency",
+        config=config,
+        data=corpus_digests([corpus]),
+        resume=config.resume,
     )
     save_tokenizer(corpus.tokenizer, folder.path)
-    try:
+    with resumable(folder):
         found = {technique: runner.search(folder, technique) for technique in config.techniques}
         for fraction in config.fractions:
             for technique in config.techniques:
                 for seed in range(config.seeds):
                     runner.run(folder, technique, fraction, seed, found[technique].best)
                 runner.forget(technique, fraction)
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
 
     comparison = report.read(folder.path, config, corpus.vocab_size, found)
     figures = comparison.figures()

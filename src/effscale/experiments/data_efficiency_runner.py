@@ -108,7 +108,8 @@ class Runner:
                     return
                 step = int(trained.state.step)
                 if trained.stopped_reason == "signal":
-                    raise StoppedBySignal(f"stopped and saved {name} at step {step}")
+                    message = f"stopped and saved {name} at step {step}"
+                    raise StoppedBySignal(message, trained.signal)
                 final = {
                     "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
                     "num_compilations": len(trained.compilations),

@@ -16,9 +16,9 @@ import pathlib
 import time
 from typing import Literal
 
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.prepared import check_folder
+from effscale.experiments.prepared import check_folder, resumable
 from effscale.experiments.results import Result, finish
 from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
@@ -163,11 +163,17 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     with status("reading data and models"):
         problems = [prepare(task, config.recipe(task), config) for task in config.tasks]
-    folder = RunFolder.create(config.out, name="finetune", config=config, resume=config.resume)
+    folder = RunFolder.create(
+        config.out,
+        name="finetune",
+        config=config,
+        data={problem.task: problem.digests() for problem in problems},
+        resume=config.resume,
+    )
 
     backends = finetune_report.BACKENDS if config.torch else finetune_report.BACKENDS[:1]
     comparisons = {}
-    try:
+    with resumable(folder):
         for problem in problems:
             runner = Runner(problem, config, folder)
             for seed in range(config.seeds):
@@ -181,8 +187,6 @@ def run(config: Config) -> Result:
                 majority=problem.data.majority,
                 per_epoch=problem.per_epoch,
             )
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
 
     figures = {
         f"{task}_{name}": value

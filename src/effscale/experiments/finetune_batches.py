@@ -4,8 +4,9 @@ Batches are NumPy arrays in a fixed order, so that another library can be given 
 """
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ class Texts:
             mask[i, : len(self.ids[row])] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def arrays(self) -> list[np.ndarray]:
+        """All that makes up the examples."""
+        return [*(np.array(ids) for ids in self.ids), self.labels]
+
 
 @dataclasses.dataclass(frozen=True)
 class Images:
@@ -84,6 +89,10 @@ class Images:
         grey = (height @ pixels @ width.T)[..., None]
         return {"images": (grey - MEAN) / DEVIATION}
 
+    def arrays(self) -> list[np.ndarray]:
+        """All that makes up the examples."""
+        return [self.pixels, self.labels]
+
 
 def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """What each of ``new`` samples takes from each of ``old`` ones by linear interpolation.
@@ -99,6 +108,20 @@ def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 Examples = Texts | Images
+
+
+def digest(arrays: Iterable[Any]) -> str:
+    """A digest of arrays, of their shapes and types, too.
+
+    Example:
+        >>> digest([np.zeros(2)]) == digest([np.zeros(2)]), digest([np.zeros(2)]) == digest([np.zeros((2, 1))])
+        (True, False)
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for array in map(np.ascontiguousarray, arrays):
+        found.update(f"{array.shape} {array.dtype}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def batch_of(examples: Examples, rows: Int[np.ndarray, "rows"], size: int) -> Batch:

@@ -14,7 +14,7 @@ import jax
 
 from effscale.experiments import assets, finetune_data, finetune_torch
 from effscale.experiments.cli import StoppedBySignal
-from effscale.experiments.finetune_batches import Batch, TrainingBatches, evaluation_batches
+from effscale.experiments.finetune_batches import Batch, TrainingBatches, digest, evaluation_batches
 from effscale.experiments.finetune_data import Data
 from effscale.experiments.finetune_model import class_loss, classifier, make_step
 from effscale.interop import load_pretrained, load_tokenizer
@@ -67,6 +67,14 @@ class Problem:
     def steps(self) -> int:
         """Steps of a run."""
         return self.per_epoch * self.recipe.epochs
+
+    def digests(self) -> dict[str, Any]:
+        """What identifies the examples and the pretrained model, for `RunFolder.create`."""
+        return {
+            "train": {"examples": len(self.data.train), "digest": digest(self.data.train.arrays())},
+            "test": {"examples": len(self.data.test), "digest": digest(self.data.test.arrays())},
+            "model": {"digest": digest(jax.device_get(jax.tree.leaves(self.model)))},
+        }
 
 
 def prepare(task: str, recipe: Any, config: Any) -> Problem:
@@ -166,9 +174,11 @@ class Runner:
         file = self.folder.path / name / "checkpoints" / "last.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
         writer_of = functools.partial(writer_of_run, self.folder, name, problem.steps)
-        step = finetune_torch.train(twin, batches, self._test, writer_of=writer_of, checkpoint=file)
-        if step < problem.steps:
-            raise StoppedBySignal(f"stopped and saved {name} at step {step}")
+        signal = finetune_torch.train(
+            twin, batches, self._test, writer_of=writer_of, checkpoint=file
+        )
+        if signal is not None:
+            raise StoppedBySignal(f"stopped and saved {name} at step {batches.step}", signal)
 
     def _create(self, seed: int) -> TrainState:
         model = classifier(self.problem.model, self.problem.data.num_classes, seed)
@@ -274,7 +284,8 @@ def train_to_end(
             if another is not None:
                 another.close()
     if fitted.stopped_reason == "signal":
-        raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
+        reached = int(fitted.state.step)
+        raise StoppedBySignal(f"stopped and saved {name} at step {reached}", fitted.signal)
     return fitted.state
 
 

@@ -79,7 +79,7 @@ def train(
     *,
     writer_of: Callable[[int], MetricsWriter],
     checkpoint: pathlib.Path,
-) -> int:
+) -> int | None:
     """Trains, and writes the records that ``effscale.training.fit`` writes for ours.
 
     After SIGTERM or Ctrl-C it saves and ends early.
@@ -92,7 +92,7 @@ def train(
         checkpoint: A file written after each epoch; where there is one, the run goes on from it.
 
     Returns:
-        The step after which it ended.
+        The signal that ended it before all was done, or None.
     """
     import torch
 
@@ -130,12 +130,12 @@ def train(
                 if batches.step % batches.per_epoch == 0 or batches.step == len(twin.rates):
                     writer.write(step + 1, evaluate(model, evaluation()))
                     save()
-                elif stop.should_stop(step):
+                if stop.should_stop(step):
                     save()
-                    break
+                    return stop.received
     finally:
         writer.close()
-    return batches.step
+    return None
 
 
 def logits(model: Any, batch: Batch) -> Any:

@@ -18,11 +18,16 @@ import time
 from typing import Literal
 
 from effscale.experiments import quickstart, random_ltd_bert
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.finetune import Recipe
 from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.onebit_optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
-from effscale.experiments.prepared import check_folder, prepared_corpora
+from effscale.experiments.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
 from effscale.experiments.random_ltd import check_shared
 from effscale.experiments.results import Result, finish
 from effscale.models.validation import check, check_finite
@@ -266,8 +271,14 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
-    folder = RunFolder.create(config.out, name="onebit", config=config, resume=config.resume)
-    try:
+    folder = RunFolder.create(
+        config.out,
+        name="onebit",
+        config=config,
+        data=corpus_digests(corpora),
+        resume=config.resume,
+    )
+    with resumable(folder):
         for task in config.tasks:
             fine_tuning = FineTuning(config, passages)
             for name in config.optimizers:
@@ -278,8 +289,6 @@ def run(config: Config) -> Result:
             for seed in range(config.seeds):
                 like = f"{task}/seed-{seed}/{config.optimizers[0]}"
                 fine_tuning.run(folder, f"{task}/seed-{seed}/scratch", seed, like=like)
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
 
     runs = {task: report.read(folder.path, task, config) for task in config.tasks}
     figures: dict[str, float | int] = {

@@ -52,7 +52,7 @@ def loss_curve(
 
     Args:
         path: The PNG to write.
-        records: Of ``metrics.jsonl``: ``loss``, ``val_loss`` and ``tokens``.
+        records: Of ``metrics.jsonl``: ``loss``, ``part_val_loss`` and ``tokens``.
         title: Above the figure.
         levels: Horizontal lines by name, in nats a token.
     """
@@ -62,8 +62,9 @@ def loss_curve(
         tokens, loss = series(records, "loss", "tokens")
         axes.plot(tokens / 1e6, loss, color=COLORS[0], alpha=0.25, linewidth=0.8)
         axes.plot(tokens / 1e6, smooth(loss, 10), color=COLORS[0], label="training")
-        tokens, loss = series(records, "val_loss", "val_tokens_seen")
-        axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label="validation")
+        tokens, loss = series(records, "part_val_loss", "val_tokens_seen")
+        label = "a part of the held-out text"
+        axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label=label)
         for color, (name, level) in zip(COLORS[2:], (levels or {}).items(), strict=False):
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
         axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title)

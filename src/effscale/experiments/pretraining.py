@@ -52,11 +52,13 @@ class Trained(NamedTuple):
         state: The last state.
         stopped_reason: ``finished``, ``signal`` or ``data``, as ``fit`` says.
         compilations: Those of the training step; runs of other seeds before this one are included.
+        signal: The signal, where that is the reason.
     """
 
     state: TrainState
     stopped_reason: str
     compilations: list[Compilation]
+    signal: int | None
 
 
 class Pretraining:
@@ -209,7 +211,7 @@ class Pretraining:
             finally:
                 staged.close()
                 writer.close()
-        return Trained(fitted.state, fitted.stopped_reason, staged.compilations)
+        return Trained(fitted.state, fitted.stopped_reason, staged.compilations, fitted.signal)
 
     def _stage(self) -> StagedStep:
         plan = self.plan

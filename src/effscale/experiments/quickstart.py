@@ -16,6 +16,7 @@ A finished or running folder gives its model back: ``model, tokenizer = load("ru
 import dataclasses
 import os
 import pathlib
+import signal
 import time
 from typing import Any, Literal
 
@@ -25,7 +26,13 @@ import optax
 
 from effscale.experiments.cli import StoppedBySignal, messages, parse
 from effscale.experiments.console import show_results, status
-from effscale.experiments.host import cache_folder, keep_freed_memory, peak_memory
+from effscale.experiments.host import keep_freed_memory, peak_memory
+from effscale.experiments.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
 from effscale.experiments.pretraining_plan import (
     CURRICULA,
     DataEfficiencyConfig,
@@ -84,7 +91,7 @@ class Config:
     """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
     on_error: Literal["raise", "skip"] | None = None
     """What a document that cannot be used (unreadable, empty, not UTF-8) is: an error, or a counted skip; None leaves it to
-    the source, which raises except for the standard library's empty files."""
+    the source, which raises except for the standard library's."""
     vocab_size: int = 2048
     """Size of the byte-level BPE that is trained on the corpus."""
     tokenizer: pathlib.Path | None = None
@@ -119,7 +126,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out; -1 means the rest."""
     eval_every: int = 125
-    """Steps between evaluations on a part of the held-out documents; the last one takes all."""
+    """Steps between evaluations on a part of the held-out text, whose loss is part_val_loss; at the end, val_loss is that on all of it."""
     eval_batches: int = 6
     """Batches in that part."""
     checkpoint_every: int = 125
@@ -299,15 +306,10 @@ def run(config: Config) -> Result:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import (
-        parse_mixture,
-        prepare_mixture,
-        save_tokenizer,
-        unigram_entropy,
-    )
+    from effscale.data import save_tokenizer, unigram_entropy
     from effscale.experiments.plotting import loss_curve, speed_curve
     from effscale.experiments.pretraining import Pretraining
-    from effscale.training import RunFolder, check_unused, read_jsonl
+    from effscale.training import RunFolder, read_jsonl
 
     began = time.perf_counter()
     first = jax.process_index() == 0  # of several processes, the one that writes
@@ -315,23 +317,12 @@ def run(config: Config) -> Result:
     part = batch_shard(mesh)
     # What cannot work is refused before the corpus is prepared.
     shard_batch(np.zeros(config.batch_size // part.count, np.int8), mesh)
-    if config.resume:
-        RunFolder.create(config.out, resume=True)  # it has to be there
-    elif first and config.out is not None:
-        check_unused(config.out)
+    check_folder(config, FREE)
 
     # Corpus: a tokenizer, and token stores for training and validation.
-    sources, weights = parse_mixture(config.corpus, on_error=config.on_error)
-    with status("preparing the corpus") as progress:
-        corpora = prepare_mixture(
-            sources,
-            config.cache or cache_folder("corpora"),
-            vocab_size=None if config.tokenizer else config.vocab_size,
-            tokenizer=config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            seed=config.seed,
-            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
-        )
+    corpora, weights = prepared_corpora(
+        config, tokenizer=config.tokenizer, seed=config.seed, on_error=config.on_error
+    )
     tokenizer = corpora[0].tokenizer
     held_out = [c.validation for c in corpora]
 
@@ -339,13 +330,22 @@ def run(config: Config) -> Result:
     training = Pretraining(config, corpora[0].vocab_size, mesh)
     train_data = training.batches([c.train for c in corpora], seed=config.seed, weights=weights)
     val_data = training.held_out(held_out)
-    validate = lambda state: training.validate(state, val_data, config.eval_batches)
+
+    def validate(state: Any) -> dict[str, float]:
+        means = training.validate(state, val_data, config.eval_batches)
+        return {"part_val_loss": means["val_loss"], "val_tokens_seen": means["val_tokens_seen"]}
 
     # The run: from the start, or from the last checkpoint.
-    folder = RunFolder.create(config.out, name="quickstart", config=config, resume=config.resume)
-    if first:
-        save_tokenizer(tokenizer, folder.path)
-    with jax.set_mesh(mesh):
+    folder = RunFolder.create(
+        config.out,
+        name="quickstart",
+        config=config,
+        data=corpus_digests(corpora),
+        resume=config.resume,
+    )
+    with resumable(folder), jax.set_mesh(mesh):
+        if first:
+            save_tokenizer(tokenizer, folder.path)
         trained = training.train(
             train_data,
             folder.path,
@@ -356,9 +356,7 @@ def run(config: Config) -> Result:
         )
         state = trained.state
         if trained.stopped_reason == "signal":
-            raise StoppedBySignal(
-                f"stopped and saved at step {int(state.step)}; go on with: --out {folder.path} --resume"
-            )
+            raise StoppedBySignal(f"stopped and saved at step {int(state.step)}", trained.signal)
 
         # What came out.
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
@@ -397,6 +395,7 @@ def run(config: Config) -> Result:
             "quickstart", dataclasses.asdict(result), f"Samples of the trained model:\n\n{quoted}"
         )
         show_results("quickstart", result, texts)
+    folder.close()
     return result
 
 
@@ -449,7 +448,9 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(
             PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.quickstart"
         )
-        initialize()
+        if initialize():
+            # Until training installs its own handler, JAX's would swallow the signal.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         keep_freed_memory()
         run(config)
 

@@ -18,10 +18,15 @@ import pathlib
 import time
 from typing import Any, Literal
 
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.finetune import Recipe
 from effscale.experiments.host import keep_freed_memory
-from effscale.experiments.prepared import check_folder, prepared_corpora
+from effscale.experiments.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
 from effscale.experiments.random_ltd import ARMS, Dropping, check_shared
 from effscale.experiments.results import Result, finish
 from effscale.models import LMHead, NormConfig, TransformerConfig, bert
@@ -208,17 +213,20 @@ def run(config: Config) -> Result:
     pretraining = {arm: Pretraining(arm, config, corpora, weights) for arm in ARMS}
     fine_tuning = FineTuning(config, passages)
     folder = RunFolder.create(
-        config.out, name="random_ltd_bert", config=config, resume=config.resume
+        config.out,
+        name="random_ltd_bert",
+        config=config,
+        data=corpus_digests(corpora),
+        resume=config.resume,
     )
     try:
-        for seed in range(config.seeds):
-            for arm in pretraining.values():
-                arm.run(folder, seed)
-            for name in ARMS:
-                fine_tuning.run(folder, f"seed-{seed}/{name}", seed)
-            fine_tuning.run(folder, f"seed-{seed}/scratch", seed, like=f"seed-{seed}/{ARMS[0]}")
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+        with resumable(folder):
+            for seed in range(config.seeds):
+                for arm in pretraining.values():
+                    arm.run(folder, seed)
+                for name in ARMS:
+                    fine_tuning.run(folder, f"seed-{seed}/{name}", seed)
+                fine_tuning.run(folder, f"seed-{seed}/scratch", seed, like=f"seed-{seed}/{ARMS[0]}")
     finally:
         for arm in pretraining.values():
             arm.step.close()

@@ -17,11 +17,11 @@ import pathlib
 import time
 from typing import Any, Literal
 
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.console import status
 from effscale.experiments.finetune import Recipe
 from effscale.experiments.host import keep_freed_memory
-from effscale.experiments.prepared import check_folder
+from effscale.experiments.prepared import check_folder, resumable
 from effscale.experiments.random_ltd import (
     ARMS,
     Arm,
@@ -136,14 +136,17 @@ def run(config: Config) -> Result:
         problem = prepare(config.task, config.recipe, config)
         runners = {name: Runner(name, problem, config) for name in ARMS}
     folder = RunFolder.create(
-        config.out, name="random_ltd_vit", config=config, resume=config.resume
+        config.out,
+        name="random_ltd_vit",
+        config=config,
+        data={config.task: problem.digests()},
+        resume=config.resume,
     )
     try:
-        for seed in range(config.seeds):
-            for runner in runners.values():
-                runner.run(folder, seed)
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+        with resumable(folder):
+            for seed in range(config.seeds):
+                for runner in runners.values():
+                    runner.run(folder, seed)
     finally:
         for runner in runners.values():
             runner.step.close()

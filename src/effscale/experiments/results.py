@@ -34,7 +34,7 @@ def finish(
     seeds: Mapping[str, Sequence[float | None]] | None = None,
     left: int = 1,
 ) -> Result:
-    """Writes ``results.json`` and the report, and prints the tables. Figures to show there have to be drawn already.
+    """Writes ``results.json`` and the report, prints the tables, and closes the run folder. Figures to show there have to be drawn already.
 
     ``results.json`` holds the named figures and, under ``seeds`` and ``tables``, those of each seed and what is printed; a page
     of the lab book is made of it.
@@ -65,6 +65,7 @@ def finish(
     for title, rows in tables.items():
         show_rows(title, rows, left=left)
     print(f"run folder: {result.folder}")
+    folder.close()
     return result
 
 

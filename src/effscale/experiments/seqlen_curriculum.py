@@ -15,9 +15,14 @@ import itertools
 import pathlib
 import time
 
-from effscale.experiments.cli import StoppedBySignal, messages, parse
+from effscale.experiments.cli import messages, parse
 from effscale.experiments.host import keep_freed_memory
-from effscale.experiments.prepared import check_folder, prepared_corpora
+from effscale.experiments.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
 from effscale.experiments.quickstart import ModelConfig
 from effscale.experiments.results import Result, finish
 from effscale.models.validation import check, check_finite
@@ -183,13 +188,16 @@ def run(config: Config) -> Result:
     corpora, weights = prepared_corpora(config, tokenizer=config.tokenizer)
     training = Training(config, corpora, weights)
     folder = RunFolder.create(
-        config.out, name="seqlen_curriculum", config=config, resume=config.resume
+        config.out,
+        name="seqlen_curriculum",
+        config=config,
+        data=corpus_digests(corpora),
+        resume=config.resume,
     )
     try:
-        for arm in arms:
-            training.run(folder, arm)
-    except StoppedBySignal as stop:
-        raise StoppedBySignal(f"{stop}; go on with: --out {folder.path} --resume") from None
+        with resumable(folder):
+            for arm in arms:
+                training.run(folder, arm)
     finally:
         training.close()
 

@@ -294,7 +294,8 @@ class Training:
                 if start > 0:
                     staged.close()
         if fitted.stopped_reason == "signal":
-            raise StoppedBySignal(f"stopped and saved {name} at step {int(fitted.state.step)}")
+            step = int(fitted.state.step)
+            raise StoppedBySignal(f"stopped and saved {name} at step {step}", fitted.signal)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         means = evaluate(state.model, self.eval_step, self.held_out, place_batch=self._place)

@@ -9,6 +9,7 @@ from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.error_feedback import ErrorFeedback, Residual, init_error_feedback
 from effscale.parallel.mesh import AXES, MeshConfig
+from effscale.parallel.peers import ending_together, on_first
 from effscale.parallel.placement import (
     BatchShard,
     batch_shard,
@@ -54,10 +55,12 @@ __all__ = [
     "compressed_mean_bytes",
     "constrain",
     "current_rules",
+    "ending_together",
     "init_error_feedback",
     "initialize",
     "logical_spec",
     "mean_bytes",
+    "on_first",
     "per_worker",
     "resize_workers",
     "sent_bytes",

@@ -5,6 +5,7 @@ each with four virtual CPU devices. The program has to call `effscale.parallel.i
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -13,9 +14,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 
-from effscale.parallel.startup import VARIABLES
+from effscale.parallel.peers import LOST_PEER
+from effscale.parallel.startup import HEARTBEAT_VARIABLE, VARIABLES
+
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Exit statuses of a process that was asked to stop, and saved; the others are saving, too."""
+
+SECONDS_TO_SAVE = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +41,16 @@ class ProcessResult:
 
 
 class LaunchError(RuntimeError):
-    """A process failed, or time ran out; the message holds the end of its output."""
+    """A process failed, or time ran out; the message holds the end of its output.
 
-    def __init__(self, message: str, results: list[ProcessResult]):
+    Attributes:
+        results: What became of the processes.
+        status: What a shell would call the exit status of the process that failed; 1 if time ran out.
+    """
+
+    def __init__(self, message: str, results: list[ProcessResult], status: int = 1):
         super().__init__(message)
-        self.results = results
+        self.results, self.status = results, status
 
 
 def launch_local(
@@ -48,11 +61,13 @@ def launch_local(
     platform: str = "cpu",
     env: Mapping[str, str] | None = None,
     timeout: int | float | None = None,
+    heartbeat_timeout: int | None = None,
     echo: bool = False,
 ) -> list[ProcessResult]:
     """Run a command in several processes that find each other through `initialize`.
 
-    When one fails the others are ended at once: they would wait for it in a collective.
+    When one fails the others are ended at once: they would wait for it in a collective. SIGTERM and Ctrl-C are handed on to the processes, and
+    what they need to save is waited for; a second Ctrl-C ends them at once.
 
     Args:
         argv: the command, such as ``[sys.executable, "train.py"]``.
@@ -61,6 +76,7 @@ def launch_local(
         platform: JAX_PLATFORMS of the processes.
         env: further environment variables.
         timeout: seconds after which all are ended.
+        heartbeat_timeout: as in `DistributedConfig`, for a process that hangs; None leaves it as it is.
         echo: repeat their output line by line, marked with the process number, while they run.
 
     Returns:
@@ -75,6 +91,7 @@ def launch_local(
     for name, number in (
         ("num_processes", num_processes),
         ("devices_per_process", devices_per_process),
+        ("heartbeat_timeout", 1 if heartbeat_timeout is None else heartbeat_timeout),
     ):
         if number < 1:
             raise ValueError(f"launch_local got {name}={number}: give 1 or more")
@@ -89,22 +106,30 @@ def launch_local(
         VARIABLES["coordinator"]: address,
         VARIABLES["num_processes"]: str(num_processes),
     }
+    if heartbeat_timeout is not None:
+        common[HEARTBEAT_VARIABLE] = str(heartbeat_timeout)
     children: list[_Child] = []
     try:
-        for process_id in range(num_processes):
-            own = {**common, VARIABLES["process_id"]: str(process_id)}
-            children.append(_Child(argv, own, process_id, echo))
-        first_failed = _wait(children, timeout)
+        with _signals_handed_on(children):
+            for process_id in range(num_processes):
+                own = {**common, VARIABLES["process_id"]: str(process_id)}
+                children.append(_Child(argv, own, process_id, echo))
+            first_failed = _wait(children, timeout)
     finally:
         for child in children:
             child.end()
     results = [child.result() for child in children]
     if first_failed is not None:
         result = results[first_failed.process_id]
+        code = result.returncode
+        how = f"ended with status {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        others = "" if num_processes == 1 or code in STOPPED else ", and the others were ended"
         raise LaunchError(
-            f"process {result.process_id} of {num_processes} ended with status {result.returncode}: "
-            f"{' '.join(argv)}\n{_tail(result)}",
+            f"process {result.process_id} of {num_processes} {how}{others}: {' '.join(argv)}\n{_tail(result)}",
             results,
+            status=128 - code if code < 0 else code,
         )
     if any(result.returncode for result in results):
         tails = "\n".join(f"[{result.process_id}] {_tail(result)}" for result in results)
@@ -175,14 +200,46 @@ class _Child:
 
 
 def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
-    """Wait until all are done, one has failed (it is returned) or time is over."""
+    """Wait until all are done, one has failed (the first to fail is returned) or time is over."""
     until = None if timeout is None else time.monotonic() + timeout
+    stopped = None
     while until is None or time.monotonic() < until:
-        failed = next((child for child in children if child.process.poll()), None)
-        if failed is not None or all(child.process.poll() == 0 for child in children):
-            return failed
+        codes = [child.process.poll() for child in children]
+        failed = [child for child, code in zip(children, codes, strict=True) if code]
+        if failed and all(code in (None, 0, *STOPPED) for code in codes):
+            stopped = stopped or time.monotonic()
+            if None not in codes or time.monotonic() - stopped > SECONDS_TO_SAVE:
+                return failed[0]
+        elif failed:
+            # What ended because another one was gone is not the one to name.
+            return min(failed, key=lambda c: c.process.poll() in (LOST_PEER, -signal.SIGABRT))
+        elif None not in codes:
+            return None
         time.sleep(0.02)
     return None
+
+
+@contextlib.contextmanager
+def _signals_handed_on(children: Sequence[_Child]) -> Iterator[None]:
+    """Hand SIGTERM and SIGINT on to the processes, which are in sessions of their own; a second SIGINT is a KeyboardInterrupt here."""
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(number)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _tail(result: ProcessResult, lines: int = 20) -> str:
@@ -190,7 +247,7 @@ def _tail(result: ProcessResult, lines: int = 20) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status, that of the process that failed."""
     parser = argparse.ArgumentParser(
         prog="python -m effscale.parallel.local_launch",
         description="Run a command in several JAX processes on this machine.",
@@ -201,6 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS (default cpu)")
     parser.add_argument("--timeout", type=float, help="seconds after which all are ended")
+    parser.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        help="seconds without a sign of life after which a process counts as gone (default 30)",
+    )
     parser.add_argument("command", nargs="+", help="the command, after --")
     options = parser.parse_args(arguments)
     try:
@@ -210,13 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.devices,
             platform=options.platform,
             timeout=options.timeout,
+            heartbeat_timeout=options.heartbeat_timeout,
             echo=True,
         )
     except ValueError as error:
         parser.error(str(error))
     except LaunchError as error:
         print(str(error).splitlines()[0], file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 

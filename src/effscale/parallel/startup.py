@@ -7,12 +7,19 @@ from collections.abc import Mapping
 
 import jax
 
+from effscale.parallel.peers import watch_peers
+
 VARIABLES = {
     "coordinator": "EFFSCALE_COORDINATOR",
     "num_processes": "EFFSCALE_NUM_PROCESSES",
     "process_id": "EFFSCALE_PROCESS_ID",
 }
 """Environment variables that stand in for fields of `DistributedConfig` which are None."""
+
+HEARTBEAT_VARIABLE = "EFFSCALE_HEARTBEAT_TIMEOUT"
+"""The same for its ``heartbeat_timeout``."""
+
+HEARTBEAT_TIMEOUT = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,9 @@ class DistributedConfig:
     local_device_ids: tuple[int, ...] | None = None
     """The accelerators of this machine that this process uses; None: JAX's choice."""
     timeout: int = 300
-    """Seconds to wait for the other processes."""
+    """Seconds to wait for the other processes at the start."""
+    heartbeat_timeout: int | None = None
+    """Seconds without a sign of life after which a process counts as gone and the others end; None: 30. The same on all processes."""
 
     def __post_init__(self):
         """Check each field on its own."""
@@ -53,14 +62,18 @@ class DistributedConfig:
             raise ValueError(
                 f"DistributedConfig.timeout is {self.timeout}: give seconds, 1 or more"
             )
+        if self.heartbeat_timeout is not None and self.heartbeat_timeout < 1:
+            raise ValueError(
+                f"DistributedConfig.heartbeat_timeout is {self.heartbeat_timeout}: give seconds, 1 or more"
+            )
 
 
 def initialize(config: DistributedConfig | None = None) -> bool:
     """Join the other processes of this run, if there are any. Call it before anything asks for a device.
 
-    The fields of `config` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``
-    and ``EFFSCALE_PROCESS_ID``, then what JAX finds in the environment of SLURM, Open MPI, Kubernetes (an
-    indexed Job) or a TPU slice. A second call does nothing.
+    The fields of `config` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``,
+    ``EFFSCALE_PROCESS_ID`` and ``EFFSCALE_HEARTBEAT_TIMEOUT``, then what JAX finds in the environment of SLURM, Open MPI, Kubernetes (an
+    indexed Job) or a TPU slice. A second call does nothing. What happens when a process is lost later on is up to `ending_together`.
 
     Args:
         config: explicit settings.
@@ -85,6 +98,10 @@ def initialize(config: DistributedConfig | None = None) -> bool:
             f"DistributedConfig, or {', '.join(VARIABLES[name] for name in missing)}), or none under a scheduler "
             "that JAX knows"
         )
+    timeouts = {
+        "initialization_timeout": config.timeout,
+        "heartbeat_timeout_seconds": config.heartbeat_timeout or HEARTBEAT_TIMEOUT,
+    }
     if given:
         jax.distributed.initialize(
             config.coordinator,
@@ -92,8 +109,9 @@ def initialize(config: DistributedConfig | None = None) -> bool:
             config.process_id,
             local_device_ids=config.local_device_ids,
             cluster_detection_method="deactivate",
-            initialization_timeout=config.timeout,
+            **timeouts,
         )
+        watch_peers()
         return True
     found = config.cluster or cluster_found(os.environ)
     if found in (None, "deactivate"):
@@ -102,7 +120,7 @@ def initialize(config: DistributedConfig | None = None) -> bool:
         jax.distributed.initialize(
             local_device_ids=config.local_device_ids,
             cluster_detection_method=config.cluster,
-            initialization_timeout=config.timeout,
+            **timeouts,
         )
     except ValueError as error:
         if found == "TPU machine":
@@ -111,6 +129,7 @@ def initialize(config: DistributedConfig | None = None) -> bool:
             f"{found} seems to have started this process beside others, but JAX cannot tell how to reach them ({error}): "
             "give coordinator, num_processes and process_id, or cluster='deactivate' to run alone"
         ) from error
+    watch_peers()
     return jax.process_count() > 1
 
 
@@ -145,11 +164,12 @@ def cluster_found(environment: Mapping[str, str]) -> str | None:
 def _with_environment(
     config: DistributedConfig, environment: Mapping[str, str]
 ) -> DistributedConfig:
-    texts = {name: environment.get(variable, "") for name, variable in VARIABLES.items()}
-    for name in ("num_processes", "process_id"):
+    variables = VARIABLES | {"heartbeat_timeout": HEARTBEAT_VARIABLE}
+    texts = {name: environment.get(variable, "") for name, variable in variables.items()}
+    for name in ("num_processes", "process_id", "heartbeat_timeout"):
         if texts[name] and not texts[name].isdecimal():
             raise ValueError(
-                f"the environment variable {VARIABLES[name]} is {texts[name]!r}: give an integer"
+                f"the environment variable {variables[name]} is {texts[name]!r}: give an integer"
             )
 
     def number(name: str, own: int | None) -> int | None:
@@ -160,4 +180,5 @@ def _with_environment(
         coordinator=config.coordinator or texts["coordinator"] or None,
         num_processes=number("num_processes", config.num_processes),
         process_id=number("process_id", config.process_id),
+        heartbeat_timeout=number("heartbeat_timeout", config.heartbeat_timeout),
     )

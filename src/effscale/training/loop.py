@@ -26,11 +26,13 @@ class FitResult(NamedTuple):
         state: The last state.
         history: The records written: ``{"step": ..., "loss": ...}``.
         stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: saved, resume to go on) or ``data`` (it ended).
+        signal: Number of the signal, or None.
     """
 
     state: TrainState
     history: list[dict[str, Any]]
     stopped_reason: str
+    signal: int | None = None
 
 
 def fit(
@@ -67,7 +69,7 @@ def fit(
         max_skipped_in_row: Stop when that many updates in a row have been skipped.
         place_batch: Host batch to device batch, for instance sharding it over a mesh.
         before_step: ``before_step(step, batch) -> batch``, on the host, where a curriculum crops the batch.
-        sync_every: With several processes, how often they agree whether to stop.
+        sync_every: With several processes, how often they agree whether to stop; after the last step they do in any case.
 
     Returns:
         The final state, the records and why it ended.
@@ -130,7 +132,8 @@ def fit(
                     log.catch_up()
                     log.flush()  # records up to here must outlive whatever the checkpoint outlives
                     checkpoints.save(step, state, data_iterator)
-            if stop.should_stop(step) and step < num_steps:
+            # After the last step, too: the caller would go on to evaluate what it was asked to leave.
+            if stop.should_stop(step, last=step == num_steps):
                 reason = "signal"
                 logger.warning("a signal asks to stop: saving at step %d", step)
                 break
@@ -141,7 +144,7 @@ def fit(
         if checkpoints is not None:
             checkpoints.save(step, state, data_iterator, force=True)
             checkpoints.wait()
-    return FitResult(state, log.history, reason)
+    return FitResult(state, log.history, reason, stop.received if reason == "signal" else None)
 
 
 def resume_or_start(

@@ -15,10 +15,14 @@ logger = logging.getLogger(__name__)
 class StopSignal:
     """Within this context SIGTERM and SIGINT ask the run to save and end; a second SIGINT interrupts at once.
 
+    No signal is lost: one that came too late for ``should_stop`` is raised again when the context ends, for whoever handles signals there.
     Handlers can be set in the main thread only; elsewhere the signals keep their meaning.
 
     Args:
         sync_every: With several processes, they compare notes each that many steps, so that all stop at one step.
+
+    Attributes:
+        received: The signal, once there was one; where ``should_stop`` has answered yes, the same on every process.
     """
 
     def __init__(self, *, sync_every: int = 16):
@@ -26,6 +30,7 @@ class StopSignal:
             raise ValueError(f"sync_every={sync_every} must be at least 1")
         self.sync_every = sync_every
         self.received: int | None = None
+        self._heeded = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -38,19 +43,27 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if exception[0] is None and self.received is not None and not self._heeded:
+            signal.raise_signal(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to stop after ``step``; the same answer on every process."""
-        if jax.process_count() == 1:
-            return self.received is not None
-        if step % self.sync_every:
-            return False
-        from jax.experimental import multihost_utils
+    def should_stop(self, step: int, *, last: bool = False) -> bool:
+        """Whether to stop after ``step``; the same answer on every process.
 
-        flags = multihost_utils.process_allgather(np.array(self.received is not None))
-        return bool(flags.any())
+        Args:
+            step: The step.
+            last: There is no further step, so that the processes compare notes whatever ``sync_every`` says.
+        """
+        if jax.process_count() > 1:
+            if step % self.sync_every and not last:
+                return False
+            from jax.experimental import multihost_utils
+
+            numbers = multihost_utils.process_allgather(np.array(self.received or 0, np.int32))
+            self.received = int(numbers.max()) or None
+        self._heeded = self.received is not None
+        return self._heeded

@@ -22,11 +22,11 @@ class StandardLibrary(Source):
     """The source files of the running interpreter's library and the topics of its ``help()``.
 
     Each source file outside the test folders is a document, and so is each topic of
-    ``pydoc_data.topics``, which is English prose. The content differs a little between Python
-    versions.
+    ``pydoc_data.topics``, which is English prose. Empty files, as some ``__init__.py`` are, do not
+    count as documents. The content differs a little between Python versions.
 
     Attributes:
-        on_error: Skips by default: the library holds a few empty ``__init__.py`` files.
+        on_error: Skips by default, as nobody can mend the library.
 
     >>> first = next(StandardLibrary().documents())
     >>> first.source
@@ -46,7 +46,8 @@ class StandardLibrary(Source):
             except OSError as error:
                 self._fault(skipped, "unreadable", where, f"cannot be read ({error})")
             else:
-                yield from self._accept(skipped, text, where)
+                if text and not text.isspace():
+                    yield from self._accept(skipped, text, where)
         try:
             from pydoc_data import topics
         except ImportError as error:

@@ -1,0 +1,251 @@
+"""What the processes of one run owe each other: to agree on a failure, and to end when one of them is gone."""
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+LOST_PEER = 75
+"""Exit status of a process that ended because another one is gone: EX_TEMPFAIL, try again."""
+
+_ENDED = "effscale/ended"  # in the coordinator's key-value store: who was the first to go, and how
+_PLACES = "effscale/places/"  # the same: pid and host of each process
+_BROKEN = (
+    "Gloo ",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "coordination service",
+    "CoordinationService",
+    "heartbeat",
+    "Socket closed",
+    "Barrier timed out",
+)
+
+
+def on_first(function: Callable[[], T]) -> T | None:
+    """Calls a function on process 0; what it raises there is raised on every process.
+
+    Args:
+        function: What to do, such as writing a file that all processes share.
+
+    Returns:
+        The function's value on process 0, None on the others.
+
+    Raises:
+        RuntimeError: On the other processes, where the function failed; with the message of the error of process 0.
+    """
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental import multihost_utils
+
+    value, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            value = function()
+        except Exception as error:
+            failure = error
+    text = "" if failure is None else f"{failure}" or type(failure).__name__
+    message = np.frombuffer(text.encode()[:4096].ljust(4096, b"\0"), np.uint8)
+    message = bytes(np.asarray(multihost_utils.broadcast_one_to_all(message))).rstrip(b"\0")
+    if failure is not None:
+        raise failure
+    if message:
+        raise RuntimeError(message.decode(errors="replace"))
+    return value
+
+
+@contextlib.contextmanager
+def ending_together(advice: str = "start all processes again") -> Iterator[None]:
+    """Within this context, the failure of one process ends them all, at once and with a message that says why.
+
+    Without it, a process that fails waits for the others in JAX's shutdown, and they wait for it in a collective. A process that loses another one
+    prints which one is gone, as far as that can be told, and ends with status 75 (`LOST_PEER`). One that fails by itself prints its traceback, tells
+    the others, and ends with status 1, or with that of its ``SystemExit``. An exit status of 0, or above 128 (stopped by a signal), ends a process in
+    the usual way: the others are doing the same. Nothing changes in a run of a single process.
+
+    A process that hangs, or whose machine is cut off, is noticed by JAX after ``DistributedConfig.heartbeat_timeout``. JAX then ends the others itself,
+    with a message of its own that lists the processes ("tasks") that are gone.
+
+    Args:
+        advice: What to do when a process is gone; it ends the message.
+
+    Example:
+        >>> with ending_together("start all processes again; the run goes on from its last checkpoint"):
+        ...     pass  # train
+    """
+    _watch.advice = advice
+    try:
+        yield
+    except SystemExit as stop:
+        if _several() and stop.code and not (isinstance(stop.code, int) and stop.code > 128):
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            _fail(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    except BaseException as error:
+        if _several():
+            if is_broken_connection(error):
+                _watch.stop()
+                _end(_loss())
+            traceback.print_exc()
+            _fail(1)
+        raise
+    finally:
+        _watch.advice = None
+
+
+def is_broken_connection(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is a failure to reach the other processes of this run.
+
+    >>> is_broken_connection(ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
+    True
+    """
+    while error is not None:
+        if any(words in str(error) for words in _BROKEN):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def watch_peers() -> None:
+    """Tells the coordinator where this process runs, and listens for the failures of others; `initialize` calls it."""
+    state = _state()
+    if state.client is None or state.num_processes == 1:
+        return
+    place = f"pid {os.getpid()} on {socket.gethostname()}"
+    state.client.key_value_set(f"{_PLACES}{state.process_id}", place)
+    _watch.start()
+
+
+class _Watch:
+    """A thread that asks the coordinator now and then whether a process has failed.
+
+    A collective that waits for another process does not notice that; and when the coordinator ends, JAX ends all others with a stack of C++ functions.
+
+    Attributes:
+        advice: What to do then; None outside of `ending_together`, where nothing is done.
+    """
+
+    def __init__(self):
+        self.advice: str | None = None
+        self._stopped = threading.Event()
+
+    @property
+    def seconds(self) -> float:
+        """Time between two questions; the coordinator gets at most 200 a second."""
+        return max(1.0, _state().num_processes / 200)
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="effscale-peers", daemon=True).start()
+        atexit.register(
+            self.stop
+        )  # before JAX's own shutdown, as the last one registered is called first
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self.seconds):
+            text = _told()
+            if text and self.advice is not None and not self._stopped.is_set():
+                _end(text)
+
+
+_watch = _Watch()
+
+
+def _loss() -> str:
+    """Which process is gone, in words; tells the others, too."""
+    state = _state()
+    several, me = state.num_processes, state.process_id
+    coordinator = f"process 0 of {several}, the coordinator, is gone, see its output"
+    if several == 2 and me == 1:
+        return coordinator  # without asking it: JAX is about to end this process
+    try:
+        places = state.client.key_value_dir_get(_PLACES)
+    except Exception:
+        return coordinator
+    known = {int(key.rpartition("/")[2]): place for key, place in places}
+    gone = [i for i in range(several) if several == 2 and i != me] or [
+        i for i, place in known.items() if _is_dead(place)
+    ]
+    named = " and ".join(
+        f"process {i} of {several} ({known.get(i, 'place unknown')})" for i in gone
+    )
+    return _tell(f"{named or f'one of the {several - 1} other processes'} is gone, see its output")
+
+
+def _is_dead(place: str) -> bool:
+    """Whether the process of a place was on this host and has ended."""
+    _, pid, _, host = place.split(" ", 3)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _told() -> str | None:
+    """What the first process to fail has said, if one has failed and the coordinator can be asked."""
+    try:
+        return _state().client.key_value_try_get(_ENDED)
+    except Exception:
+        return None
+
+
+def _tell(text: str) -> str:
+    """Says what has happened unless another process was first; returns what the first one said."""
+    with contextlib.suppress(Exception):
+        _state().client.key_value_set(_ENDED, text)
+    return _told() or text
+
+
+def _fail(status: int) -> NoReturn:
+    """Ends this process, whose own error has been shown, and lets the others know."""
+    _watch.stop()
+    state = _state()
+    _tell(f"process {state.process_id} of {state.num_processes} failed, see its output")
+    _leave(status)
+
+
+def _end(text: str) -> NoReturn:
+    """Ends this process because of another one."""
+    print(f"error: {text}; {_watch.advice}", file=sys.stderr)
+    _leave(LOST_PEER)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends this process without the barrier at which JAX's shutdown would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _state().process_id == 0:
+        time.sleep(
+            2 * _watch.seconds
+        )  # what has been told goes with the coordinator: let the others ask
+    os._exit(status)
+
+
+def _several() -> bool:
+    # Not jax.process_count(): that would start the backend, which waits for the other processes.
+    return jax.distributed.is_initialized() and _state().num_processes > 1
+
+
+def _state() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state

@@ -1,0 +1,85 @@
+"""What every experiment refuses before it writes into the folder of a run."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from effscale.experiments.cli import parse
+from effscale.experiments.prepared import corpus_digests, prepared_corpora
+from effscale.locks import ProcessLock
+from effscale.training import RunFolder
+
+ROWS = ["--batch-size", "8"]
+PASSAGES = ["--passage", "8", "--finetune.train", "16", "--finetune.test", "16"]
+EXPERIMENTS = {
+    "quickstart": ROWS,
+    "data_efficiency": ROWS,
+    "onebit": PASSAGES,
+    "random_ltd_bert": [*ROWS, *PASSAGES],
+    "seqlen_curriculum": ROWS,
+}
+
+
+@pytest.fixture(scope="module")
+def texts(corpus, tmp_path_factory):
+    """A folder with a text, the same with a line more, and a cache."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = pathlib.Path(corpus.removeprefix("jsonl:")).read_text()
+    more = json.dumps({"text": "one more sailor. " * 30}) + "\n"
+    (folder / "then.jsonl").write_text(lines)
+    (folder / "now.jsonl").write_text(lines + more)
+    return folder
+
+
+@pytest.fixture
+def begun(texts, tmp_path):
+    """``begun(name)`` begins a run on the text of then, without training; the words that resume it, and its folder."""
+
+    def begin(name):
+        experiment = importlib.import_module(f"effscale.experiments.{name}")
+
+        def config(file):
+            words = ["--preset", "smoke", "--corpus", f"jsonl:{texts / file}", *EXPERIMENTS[name]]
+            words += ["--cache", str(texts / "cache"), "--vocab-size", "320"]
+            return parse(experiment.PRESETS, "", [*words, "--out", str(tmp_path / "run")])
+
+        then, _ = prepared_corpora(config("then.jsonl"))
+        data = json.loads(json.dumps(corpus_digests(then)).replace("then.jsonl", "now.jsonl"))
+        RunFolder.create(tmp_path / "run", config=config("now.jsonl"), data=data).close()
+        return experiment, ["--out", str(tmp_path / "run"), "--resume"], tmp_path / "run"
+
+    return begin
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_run_does_not_go_on_with_another_corpus(begun, name, capsys):
+    experiment, words, out = begun(name)
+    before = content(out)
+    with pytest.raises(SystemExit) as stop:
+        experiment.main(words)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"error: {out} holds a run that learns from other data" in message
+    assert "tokenizer.digest: " in message
+    assert "now.jsonl#text.train.documents: " in message or "validation.documents: " in message
+    assert "restore the files that it was started with, or start a new run" in message
+    assert content(out) == before
+
+
+def test_two_processes_do_not_resume_one_run(begun, capsys):
+    experiment, words, out = begun("quickstart")
+    before = content(out)
+    other = ProcessLock(out / ".lock", "writing")
+    other.acquire()
+    with pytest.raises(SystemExit) as stop:
+        experiment.main(words)
+    other.release()
+    assert stop.value.code == 2
+    assert f"is writing {out}; wait for it to end" in capsys.readouterr().err
+    assert content(out) == before
