@@ -216,10 +216,12 @@ def test_a_part_of_the_parameters(name):
     assert bool(jnp.isfinite(loss))
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_bfloat16_parameters(name):
+@pytest.mark.parametrize(
+    ("name", "mu_dtype"), [*((name, None) for name in MAKERS), ("zero_one_adam", "bfloat16")]
+)
+def test_bfloat16_parameters(name, mu_dtype):
     """Under strict promotion, with weight decay, on two workers."""
-    optimizer = MAKERS[name](axis_name="data", num_workers=2, weight_decay=0.1)
+    optimizer = MAKERS[name](axis_name="data", num_workers=2, weight_decay=0.1, mu_dtype=mu_dtype)
     step = jax.jit(simulate_workers(step_of(optimizer), 2))
     to_bfloat16 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     params = to_bfloat16(start())
