@@ -52,7 +52,7 @@ class Config:
     ltd: Dropping = Dropping(min_value=8, seq_per_step=8, share=0.8)
     """Random-LTD's schedule."""
     warmup: float = 0.1
-    """Share of the layer tokens in which the learning rate rises; then it falls linearly to 0."""
+    """Share of the steps in which the learning rate rises; then it falls linearly by layer tokens to 0."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
     """AdamW."""
     clip_norm: float = 1.0
@@ -205,12 +205,10 @@ class Runner:
             batch_size=config.recipe.batch_size,
             num_steps=problem.steps,
         )
-        step, self.optimizer = self.arm.build(
-            class_loss,
-            rate=LearningRate(peak=config.recipe.learning_rate, warmup=config.warmup),
-            optimizer=config.optimizer,
-            clip_norm=config.clip_norm,
-        )
+        warmup = round(config.warmup * problem.steps)
+        rate = LearningRate(peak=config.recipe.learning_rate, warmup=warmup)
+        self.optimizer = self.arm.optimizer(rate, config.optimizer)
+        step = self.arm.train_step(class_loss, self.optimizer, clip_norm=config.clip_norm)
         self._restage = functools.partial(self.arm.staged, step)
         self.step = self._restage()
         self.eval_step = jax.jit(make_eval_step(class_loss))
