@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from effscale.data import parse_source, prepare_corpus
 from effscale.experiments.finetune import Recipe
 from effscale.experiments.finetune_batches import TrainingBatches
-from effscale.experiments.random_ltd import Arm, LearningRate
-from effscale.experiments.random_ltd_bert import PRESETS, Config, main
+from effscale.experiments.random_ltd import ARMS, Arm
+from effscale.experiments.random_ltd_bert import PRESETS, Config, Early, main
 from effscale.experiments.random_ltd_bert_data import HideTokens, hidden_rows, passages_data
 from effscale.experiments.random_ltd_bert_runner import Pretraining
 from effscale.experiments.saved import config_from_json
+from effscale.experiments.search import Point
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import Transformer
-from effscale.training import StagedStep, create_train_state, masked_token_loss
+from effscale.training import (
+    RunFolder,
+    StagedStep,
+    TrainingDivergedError,
+    create_train_state,
+    masked_token_loss,
+)
 from effscale.training.serialize import to_json
 
 
@@ -49,12 +56,13 @@ def options(topics, tmp_path_factory):
         *("--steps", "12", "--ltd.min-value", "4", "--ltd.seq-per-step", "6"),
         *("--finetune.train", "64", "--finetune.test", "32", "--finetune.epochs", "3"),
         *("--finetune.learning-rate", "2e-2", "--model.d-model", "16"),
+        *("--warmup", "0.25", "--learning-rate", "3e-3", "--early.steps", "6"),
     ]
 
 
 @pytest.fixture(scope="module")
 def watched(options, tmp_path_factory):
-    """A finished run, and by arm the batches and the initial state that it was given."""
+    """A finished run, and by arm the batches and the initial weights of all its runs."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     batches, states = {}, {}
     with pytest.MonkeyPatch.context() as patch:
@@ -65,10 +73,10 @@ def watched(options, tmp_path_factory):
             batches.setdefault(id(staged), []).append(batch)
             return before_step(staged, step, batch)
 
-        def keep(pretraining, seed):
-            state = create(pretraining, seed)
+        def keep(pretraining, seed, point):
+            state = create(pretraining, seed, point)
             model = jax.device_get(nnx.to_pure_dict(nnx.state(state.model)))
-            states[pretraining.arm.name] = model
+            states.setdefault(pretraining.arm.name, []).append(model)
             return state
 
         patch.setattr(StagedStep, "before_step", watch)
@@ -230,12 +238,101 @@ def test_a_run_counts_what_its_layers_see(finished):
 
 def test_arms_get_the_same_rows_hidden_tokens_and_weights(watched):
     _, (plain, dropping), states = watched
-    assert len(plain) == len(dropping) == 12
+    assert len(plain) == len(dropping) == 2 * 12 + 12 + 2 * 6  # search, compared run, first steps
     for one, other in zip(plain, dropping, strict=True):
         assert one.keys() == other.keys() >= {"input_ids", "labels"}
         assert all(np.array_equal(one[name], other[name]) for name in one)
     assert not np.array_equal(plain[0]["labels"], plain[1]["labels"])
+    assert not np.array_equal(
+        plain[0]["labels"], plain[24]["labels"]
+    )  # the search has its own seed
     jax.tree.map(np.testing.assert_array_equal, states["baseline"], states["random_ltd"])
+
+
+def test_both_arms_warm_up_in_the_same_steps_and_then_follow_the_layer_tokens(finished):
+    results = json.loads((finished / "results.json").read_text())
+    found = {a: (results[f"{a}_learning_rate"], results[f"{a}_warmup_steps"]) for a in ARMS}
+    runs = {
+        **{f"search/{arm}/rate-{r:g}_warmup-3": (r, 3) for arm in ARMS for r in (3e-3, 1.5e-3)},
+        **{f"seed-0/{arm}": found[arm] for arm in ARMS},
+        **{f"early/seed-{seed}/{arm}": (3e-3, 3) for arm in ARMS for seed in (0, 1)},
+    }
+    assert {
+        path.parent.relative_to(finished).as_posix() for path in finished.rglob("done.json")
+    } - {f"seed-0/{start}/passages" for start in (*ARMS, "scratch")} == runs.keys()
+    for name, (peak, warmup) in runs.items():
+        steps = [r for r in records(finished, name) if "loss" in r]
+        assert len(steps) == (6 if name.startswith("early") else 12)
+        arm = "random_ltd" if name.endswith("random_ltd") or "/random_ltd/" in name else "baseline"
+        tokens = np.array([0] + [r["tokens"] for r in steps])[:-1]
+        origin, total = tokens[warmup], results[f"{arm}_layer_tokens"]
+        decay = 1 - 0.9 * (tokens - origin) / (total - origin)
+        count = np.arange(len(steps))
+        wanted = peak * np.where(count < warmup, count / warmup, decay)
+        np.testing.assert_allclose([r["learning_rate"] for r in steps], wanted, rtol=1e-4)
+
+
+def test_each_arm_takes_the_best_pair_of_its_search(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for arm in ARMS:
+        losses = {
+            rate: records(finished, f"search/{arm}/rate-{rate:g}_warmup-3")[-1]["val_loss"]
+            for rate in (3e-3, 1.5e-3)
+        }
+        assert results[f"{arm}_learning_rate"] == min(losses, key=losses.__getitem__)
+        assert (results[f"{arm}_search_runs"], results[f"{arm}_search_settled"]) == (2, 0)
+    report = (finished / "report.md").read_text()
+    assert "| arm | learning rate | warm-up steps | loss | runs | settled |" in report
+    assert "| learning rate | warm-up steps | baseline | random_ltd |" in report
+
+
+def test_the_first_steps_are_reported_of_every_seed(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for arm in ARMS:
+        each = [records(finished, f"early/seed-{seed}/{arm}")[-1] for seed in (0, 1)]
+        losses = [record["part_val_loss"] for record in each]
+        assert results[f"{arm}_early_val_loss"] == pytest.approx(np.mean(losses))
+        assert results[f"{arm}_early_val_loss_std"] == pytest.approx(np.std(losses, ddof=1))
+        above = sum(loss >= results["unigram_entropy"] for loss in losses)
+        assert results[f"{arm}_early_not_below_entropy"] == above
+    assert "The first 6 steps at 0.003" in (finished / "report.md").read_text()
+
+
+def test_an_arm_is_searched_by_itself_and_a_run_that_diverges_is_a_result(
+    corpus, tmp_path, monkeypatch
+):
+    best = {"baseline": Point(1e-3, 20), "random_ltd": Point(2e-3, 40)}
+    made = []
+
+    def train(pretraining, folder, name, seed, point, steps):
+        made.append((name, seed, steps))
+        (folder.path / name).mkdir(parents=True)
+        goal = best[pretraining.arm.name]
+        if point.learning_rate > goal.learning_rate:
+            raise TrainingDivergedError(7, 10, None)
+        loss = abs(np.log2(point.learning_rate / goal.learning_rate))
+        loss += abs(np.log2(point.warmup / goal.warmup))
+        record = {"step": steps, "val_loss": float(loss), "part_val_loss": float(loss)}
+        (folder.path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+    monkeypatch.setattr(Pretraining, "_train", train)
+    config = Config(steps=200, early=Early(steps=50, learning_rate=2e-3))
+    folder = RunFolder.create(tmp_path / "run", name="random_ltd_bert", config=config)
+    found = {}
+    for arm in ARMS:
+        pretraining = Pretraining(arm, config, (corpus,), None)
+        found[arm] = pretraining.search(folder)
+        count = len(made)
+        assert pretraining.search(folder) == found[arm]  # finished runs are not made again
+        assert len(made) == count <= config.search.points * len(found)
+        at_high_rate = pretraining.early(folder, 3)
+        assert at_high_rate == (np.inf if arm == "baseline" else 1.0)
+        assert made[-1] == (f"early/seed-3/{arm}", 3, 50)
+        pretraining.step.close()
+    assert {arm: each.best for arm, each in found.items()} == best
+    assert all(each.settled for each in found.values())
+    assert found["baseline"].losses[Point(2e-3, 20)] == np.inf
+    assert {(seed, steps) for name, seed, steps in made if "search" in name} == {(1000, 200)}
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -273,7 +370,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
 ):
     out, call = tmp_path / "run", Pretraining.run
 
-    def run(self, folder, seed):
+    def run(self, folder, seed, point):
         # Asked to stop in the middle of random-LTD's stages, then in the first fine-tuning.
         before = self.step.before_step
 
@@ -283,12 +380,12 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             return before(step, batch)
 
         monkeypatch.setattr(self.step, "before_step", before_step)
-        call(self, folder, seed)
+        call(self, folder, seed, point)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "run", run)
         with pytest.raises(SystemExit) as stopped:
-            main([*options, "--out", str(out)])
+            main([*options, "--early.seeds", "0", "--out", str(out)])
     assert stopped.value.code == 0
     error = capsys.readouterr().err
     assert "stopped and saved seed-0/random_ltd at step 8; go on with: --out" in error
@@ -313,6 +410,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         *(f"{start}/passages" for start in ("baseline", "random_ltd", "scratch")),
     ):
         assert records(out, f"seed-0/{name}") == records(finished, f"seed-0/{name}")
+    assert not any("early" in name for name in json.loads((out / "results.json").read_text()))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +429,9 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--ltd.min-value", "17"], "Dropping.min_value=17: must be at most the 16 tokens"),
         (["--model.num-layers", "2"], "use a model of 3 layers or more"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
+        (["--learning-rate", "inf"], "Config.learning_rate=inf: must be above 0, and finite"),
+        (["--early.steps", "13"], "Early.steps=13: must be at most the steps=12 of a whole run"),
+        (["--search.seed", "0"], "Search.seed=0: must be at least seeds=1"),
         (["--resume"], "given with --out"),
     ],
 )
@@ -362,10 +463,10 @@ def test_the_papers_setting_can_be_lowered(kept):
     )
     assert (arm.stages.values[0], arm.stages.values[-1]) == (128, 496)
     assert 0.63 < arm.total_layer_tokens / (config.steps * 1024 * 512) < 0.65  # published: 64.2 %
-    step, optimizer = arm.build(
+    optimizer = arm.optimizer(config.rate(config.start), config.optimizer)
+    step = arm.train_step(
         masked_token_loss,
-        rate=LearningRate(peak=config.learning_rate, warmup=config.warmup),
-        optimizer=config.optimizer,
+        optimizer,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate,
     )

@@ -121,15 +121,13 @@ def test_a_run_counts_what_its_layers_see(finished):
     assert results["random_ltd_teraflops"] == pytest.approx(sum(map(flops, kept)) / 1e12)
 
 
-def test_the_learning_rate_follows_the_layer_tokens(finished):
+def test_both_arms_warm_up_in_the_same_steps_and_then_follow_the_layer_tokens(finished):
     for arm in ("baseline", "random_ltd"):
         steps = [r for r in records(finished, f"seed-0/{arm}") if "loss" in r]
         tokens = np.array([0] + [r["tokens"] for r in steps])
-        total, before = tokens[-1], tokens[:-1]
-        warmup = int(0.1 * total)
-        wanted = np.where(
-            before < warmup, before / warmup, 1 - (before - warmup) / (total - warmup)
-        )
+        total, before, count = tokens[-1], tokens[:-1], np.arange(30)
+        decay = 1 - (before - before[3]) / (total - before[3])
+        wanted = np.where(count < 3, count / 3, decay)
         rates = [r["learning_rate"] for r in steps]
         np.testing.assert_allclose(rates, 1e-2 * wanted, rtol=1e-4)
 
@@ -185,13 +183,8 @@ def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(wat
     for name in ("baseline", "random_ltd"):
         dropping = Dropping(min_value=17, seq_per_step=1, share=1.0)
         arm = Arm(name=name, model=model, dropping=dropping, length=17, batch_size=4, num_steps=2)
-        train_step, optimizer = arm.build(
-            class_loss,
-            rate=LearningRate(peak=1e-3, warmup=0.0),
-            optimizer=AdamWConfig(),
-            clip_norm=1.0,
-        )
-        step = arm.staged(train_step)
+        optimizer = arm.optimizer(LearningRate(peak=1e-3, warmup=0), AdamWConfig())
+        step = arm.staged(arm.train_step(class_loss, optimizer, clip_norm=1.0))
         trained = Transformer(model, rngs=nnx.Rngs(0))
         state = create_train_state(trained, optimizer, key=jax.random.key(0))
         for number in range(2):
@@ -336,12 +329,9 @@ def test_the_papers_setting_can_be_lowered():
         num_steps=steps,
     )
     assert (arm.stages.values[0], arm.stages.values[-1]) == (32, 197)
-    step, optimizer = arm.build(
-        class_loss,
-        rate=LearningRate(peak=recipe.learning_rate, warmup=config.warmup),
-        optimizer=config.optimizer,
-        clip_norm=config.clip_norm,
-    )
+    rate = LearningRate(peak=recipe.learning_rate, warmup=round(config.warmup * steps))
+    optimizer = arm.optimizer(rate, config.optimizer)
+    step = arm.train_step(class_loss, optimizer, clip_norm=config.clip_norm)
     size = config.image_size
     batch = {
         "images": jax.ShapeDtypeStruct((recipe.batch_size, size, size, 3), jnp.float32),

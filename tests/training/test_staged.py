@@ -83,6 +83,16 @@ def test_later_shapes_are_compiled_after_the_first_step_in_order_and_off_the_mai
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
+def test_a_number_in_the_state_does_not_make_a_shape_compile_twice():
+    """Such as one that ``optax.inject_hyperparams`` keeps there: its type is weak."""
+    state = jnp.asarray(0)
+    assert state.weak_type
+    staged = StagedStep(lambda n, batch: (n + 1, batch["x"].sum()), Stages((0, 1), (2, 4)), crop)
+    for step, batch in enumerate(batches(2)):
+        state, _ = staged(state, staged.before_step(step, batch))
+    assert (int(state), staged.num_compilations) == (2, 2)
+
+
 def test_a_resumed_run_compiles_only_what_is_to_come():
     staged = StagedStep(make_train_step(loss, OPTIMIZER), Stages((0, 2, 4), (2, 4, 8)), crop)
     batch = next(batches(1))

@@ -158,12 +158,10 @@ def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
         batch_size=recipe.batch_size,
         num_steps=60_000 // recipe.batch_size * recipe.epochs,
     )
-    step, optimizer = arm.build(
-        class_loss,
-        rate=random_ltd.LearningRate(peak=recipe.learning_rate, warmup=config.warmup),
-        optimizer=config.optimizer,
-        clip_norm=config.clip_norm,
-    )
+    warmup = round(config.warmup * arm.num_steps)
+    rate = random_ltd.LearningRate(peak=recipe.learning_rate, warmup=warmup)
+    optimizer = arm.optimizer(rate, config.optimizer)
+    step = arm.train_step(class_loss, optimizer, clip_norm=config.clip_norm)
     rows = recipe.batch_size
     batch = {
         "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32),
@@ -189,10 +187,10 @@ def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
         batch_size=config.batch_size,
         num_steps=config.steps,
     )
-    step, optimizer = arm.build(
+    optimizer = arm.optimizer(config.rate(config.start), config.optimizer)
+    step = arm.train_step(
         masked_token_loss,
-        rate=random_ltd.LearningRate(peak=config.learning_rate, warmup=config.warmup),
-        optimizer=config.optimizer,
+        optimizer,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate,
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import optax
 
+from effscale.curriculum import current_learning_rate, steps_then_tokens, with_metrics
 from effscale.ltd import (
     RandomLTD,
     dropping_layers,
@@ -19,8 +20,6 @@ from effscale.models.validation import check, check_finite
 from effscale.training import (
     AdamWConfig,
     Loss,
-    Schedule,
-    ScheduleConfig,
     StagedStep,
     Stages,
     TrainState,
@@ -62,28 +61,31 @@ class Dropping:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """A LayerToken learning rate: a linear warmup and a linear decay by the tokens that a layer consumes on average.
+    """A linear warmup by steps, then a linear decay by the tokens that a layer consumes on average.
 
-    At equal steps random-LTD consumes fewer of them, and consumes them later; so its rate rises and falls later.
+    Both arms warm up alike. Counted in layer tokens the warmup would take more steps with random-LTD, whose first steps
+    consume few of them; the arms would then differ by more than the tokens that are dropped.
     """
 
     peak: float
     """Greatest rate."""
-    warmup: float
-    """Share of the run's layer tokens in which it rises."""
+    warmup: int
+    """Steps in which it rises."""
     final: float = 0.0
     """Rate at the end."""
 
-    def build(self, total: int) -> Schedule:
-        """The schedule of a run in which a layer consumes ``total`` tokens on average."""
-        return ScheduleConfig(
+    def build(self, total: int) -> optax.GradientTransformationExtraArgs:
+        """The last link of the optimizer of a run in which a layer consumes ``total`` tokens on average.
+
+        Its numbers are a part of the optimizer's state, so that one compiled step serves all of them.
+        """
+        return optax.inject_hyperparams(steps_then_tokens, static_args="kind")(
             kind="linear",
             peak=self.peak,
-            warmup=int(self.warmup * total),
-            total=total,
+            warmup_steps=self.warmup,
+            total_tokens=float(total),
             final=self.final,
-            unit="tokens",
-        ).build()
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,35 +154,36 @@ class Arm:
         """Operations of a run."""
         return self.stages.total(self.num_steps, self.flops)
 
-    def build(
+    def optimizer(
+        self, rate: LearningRate, adamw: AdamWConfig
+    ) -> optax.GradientTransformationExtraArgs:
+        """AdamW under a learning rate that decays by this arm's layer tokens."""
+        return adamw.build(rate.build(self.total_layer_tokens))
+
+    def train_step(
         self,
         loss_fn: Callable[..., Loss],
+        optimizer: optax.GradientTransformation,
         *,
-        rate: LearningRate,
-        optimizer: AdamWConfig,
         clip_norm: float,
         accumulate: int = 1,
-    ) -> tuple[Callable[[TrainState, Any], Any], optax.GradientTransformation]:
-        """The training step, for :meth:`staged`, and the optimizer.
+    ) -> Callable[[TrainState, Any], Any]:
+        """The training step, for :meth:`staged`. It reports the learning rate.
 
         Args:
             loss_fn: What is minimized; it takes ``run_group``.
-            rate: The learning rate.
-            optimizer: AdamW's numbers.
+            optimizer: From :meth:`optimizer`. A state that was made with another learning rate keeps its own.
             clip_norm: Greatest norm of the gradient.
             accumulate: Micro-batches of a batch.
         """
-        ltd, schedule = self.ltd, rate.build(self.total_layer_tokens)
-        transform = optimizer.build(schedule)
         step = make_train_step(
-            ltd.loss(loss_fn),
-            transform,
+            self.ltd.loss(loss_fn),
+            optimizer,
             accumulate=accumulate,
             clip_norm=clip_norm,
-            learning_rate=schedule,
-            tokens_per_batch=ltd.tokens_per_batch(self.model),
+            tokens_per_batch=self.ltd.tokens_per_batch(self.model),
         )
-        return step, transform
+        return with_metrics(step, lambda state: current_learning_rate(state.opt_state))
 
     def shape_batch(self, batch: Any, kept: int) -> Any:
         """The batch as a step that keeps ``kept`` tokens wants it."""

@@ -5,6 +5,10 @@ be kept after the last step. Both arms get the same rows with the same tokens hi
 paper; a hidden token that it does not keep passes it by. Then each model, and one that was not pretrained, learns which document
 a passage comes from. What is asked: is the model as good, and what is saved?
 
+Both arms get the same care: the learning rate warms up by steps, and a search by the same rule, with a seed that is not
+compared, finds each arm's peak and warmup. Finally both arms make the first steps of a run at a high learning rate, over more
+seeds, to see whether one is more stable than the other.
+
     python -m effscale.experiments.random_ltd_bert
     python -m effscale.experiments.random_ltd_bert --corpus 'text:books/*.txt' --classes 6 --steps 2000
     python -m effscale.experiments.random_ltd_bert --out runs/mine --resume
@@ -18,6 +22,8 @@ import pathlib
 import time
 from typing import Any, Literal
 
+import numpy as np
+
 from effscale.experiments.cli import messages, parse
 from effscale.experiments.finetune import Recipe
 from effscale.experiments.host import keep_freed_memory
@@ -27,8 +33,9 @@ from effscale.experiments.prepared import (
     prepared_corpora,
     resumable,
 )
-from effscale.experiments.random_ltd import ARMS, Dropping, check_shared
+from effscale.experiments.random_ltd import ARMS, Dropping, LearningRate, check_shared
 from effscale.experiments.results import Result, finish
+from effscale.experiments.search import Found, Point, Search
 from effscale.models import LMHead, NormConfig, TransformerConfig, bert
 from effscale.models.config import Remat
 from effscale.models.validation import check
@@ -69,6 +76,24 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Early:
+    """The first steps of runs at a high learning rate, by both arms."""
+
+    seeds: int = 8
+    """Runs of each arm, of seeds 0, 1, ...; 0 makes none."""
+    steps: int = 200
+    """Steps of each; the schedule is that of a whole run, cut off here."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+
+    def __post_init__(self):
+        check(self, self.seeds >= 0, "seeds", "at least 0")
+        check(self, self.steps >= 1, "steps", "at least 1")
+        finite = 0 < self.learning_rate < float("inf")
+        check(self, finite, "learning_rate", "above 0, and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What the run does; every field is an option of the command line."""
 
@@ -94,10 +119,14 @@ class Config:
     """The model."""
     ltd: Dropping = Dropping(min_value=32, seq_per_step=16, share=1.0)
     """Random-LTD's schedule; with a share of 1 no step keeps all tokens."""
-    learning_rate: float = 3e-3
-    """Peak of the schedule: a linear warmup, then linearly to a tenth."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule, where the search starts: a linear warmup by steps, then linearly by layer tokens to a tenth."""
     warmup: float = 0.1
-    """Share of the layer tokens in which the learning rate rises; of the steps, in fine-tuning."""
+    """Share of the steps in which the learning rate rises, where the search starts; fine-tuning takes it as it is."""
+    search: Search = Search(learning_rate_factor=2.0, points=10)
+    """How each arm's learning rate and warmup are searched for."""
+    early: Early = Early()
+    """The first steps at a high learning rate."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
     """AdamW."""
     clip_norm: float = 1.0
@@ -128,7 +157,12 @@ class Config:
         divisor = f"a divisor of batch_size={self.batch_size}"
         check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
         check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
-        check(self, self.learning_rate > 0, "learning_rate", "above 0")
+        finite = 0 < self.learning_rate < float("inf")
+        check(self, finite, "learning_rate", "above 0, and finite")
+        compared = f"at least seeds={self.seeds}, so that no compared run has it"
+        check(self.search, self.search.seed >= self.seeds, "seed", compared)
+        within = self.early.seeds == 0 or self.early.steps <= self.steps
+        check(self.early, within, "steps", f"at most the steps={self.steps} of a whole run")
         check(self, self.classes >= 2, "classes", "at least 2")
         row = f"at most the {self.length} tokens of a row"
         check(self, self.passage <= self.length, "passage", row)
@@ -140,6 +174,18 @@ class Config:
         model = self.model.build(self.vocab_size, self.length)
         self.ltd.build(self.length, self.steps).check(model)
 
+    @property
+    def start(self) -> Point:
+        """Where the search begins."""
+        return Point(self.learning_rate, round(self.warmup * self.steps))
+
+    @staticmethod
+    def rate(point: Point) -> LearningRate:
+        """The learning rate with a peak and a warmup."""
+        return LearningRate(
+            peak=point.learning_rate, warmup=point.warmup, final=point.learning_rate / 10
+        )
+
 
 PRESETS = {
     "smoke": Config(
@@ -150,6 +196,8 @@ PRESETS = {
         steps=16,
         model=ModelConfig(num_layers=3, d_model=32, num_heads=2),
         ltd=Dropping(min_value=16, seq_per_step=16, share=1.0),
+        search=Search(learning_rate_factor=2.0, points=2),
+        early=Early(seeds=2, steps=8),
         eval_every=8,
         eval_batches=2,
         classes=4,
@@ -170,6 +218,8 @@ PRESETS = {
         ltd=Dropping(min_value=128, seq_per_step=16, share=1.0),
         learning_rate=1e-4,
         warmup=0.005,
+        search=Search(points=1),
+        early=Early(seeds=0),
         optimizer=AdamWConfig(b2=0.999, weight_decay=0.01),
         eval_every=10_000,
         eval_batches=20,
@@ -195,10 +245,12 @@ def run(config: Config) -> Result:
             another config.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
+        TrainingDivergedError: If loss or gradient of a compared run is not finite for ten steps; with ``resume`` it is so
+            again. In the search and in the first steps at a high learning rate that is a result.
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.data import unigram_entropy
+    from effscale.experiments import random_ltd_bert_report as bert_report
     from effscale.experiments import random_ltd_report as report
     from effscale.experiments.finetune_passages import FineTuning
     from effscale.experiments.random_ltd_bert_data import passages_data
@@ -219,14 +271,20 @@ def run(config: Config) -> Result:
         data=corpus_digests(corpora),
         resume=config.resume,
     )
+    found: dict[str, Found] = {}
+    early_losses: dict[str, list[float]] = {}
     try:
         with resumable(folder):
+            for name, arm in pretraining.items():
+                found[name] = arm.search(folder)
             for seed in range(config.seeds):
-                for arm in pretraining.values():
-                    arm.run(folder, seed)
+                for name, arm in pretraining.items():
+                    arm.run(folder, seed, found[name].best)
                 for name in ARMS:
                     fine_tuning.run(folder, f"seed-{seed}/{name}", seed)
                 fine_tuning.run(folder, f"seed-{seed}/scratch", seed, like=f"seed-{seed}/{ARMS[0]}")
+            for name, arm in pretraining.items():
+                early_losses[name] = [arm.early(folder, seed) for seed in range(config.early.seeds)]
     finally:
         for arm in pretraining.values():
             arm.step.close()
@@ -244,6 +302,8 @@ def run(config: Config) -> Result:
     }
     entropy = unigram_entropy([corpus.validation for corpus in corpora])
     losses: dict[str, Any] = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}
+    early: dict[str, Any] = {name: np.array(each) for name, each in early_losses.items()}
+    costs = report.cost_figures(runs)
     figures = {
         "unigram_entropy": entropy,
         "majority": passages.majority,
@@ -251,7 +311,9 @@ def run(config: Config) -> Result:
         "steps": config.steps,
         **report.quality_figures(losses, "val_loss"),
         **report.quality_figures(accuracies, "accuracy"),
-        **report.cost_figures(runs),
+        **bert_report.early_figures(early, entropy),
+        **bert_report.search_figures(found),
+        **costs,
     }
     report.draw(
         folder.figures / "loss.png",
@@ -266,9 +328,19 @@ def run(config: Config) -> Result:
             losses, decimals=3
         ),
         "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
-        "What pretraining costs": report.cost_rows(figures),
+        "What pretraining costs": report.cost_rows(costs),
+        "Search": bert_report.search_rows(found),
     }
-    return finish(folder, "random_ltd_bert", figures, tables, began=began)
+    if config.search.points > 1:
+        tables["Loss of every run of the search"] = bert_report.tried_rows(found)
+    if config.early.seeds:
+        first = f"The first {config.early.steps} steps at {config.early.learning_rate:g}"
+        title = f"{first}: loss then on a part of the held-out text"
+        tables[title] = bert_report.early_rows(early, entropy)
+    seeds_of = {f"{name}_val_loss": each.tolist() for name, each in losses.items()}
+    seeds_of |= {f"{name}_accuracy": each.tolist() for name, each in accuracies.items()}
+    seeds_of |= {f"{name}_early_loss": each.tolist() for name, each in early.items()}
+    return finish(folder, "random_ltd_bert", figures, tables, seeds=seeds_of, began=began)
 
 
 def main(argv: list[str] | None = None) -> None:

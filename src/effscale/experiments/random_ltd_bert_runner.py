@@ -1,30 +1,37 @@
-"""The runs of the experiment ``random_ltd_bert``: pretraining, by arm and seed."""
+"""The runs of the experiment ``random_ltd_bert``: an arm's search, its pretraining by seed, and first steps at a high rate."""
 
 import functools
 import itertools
+import math
+import sys
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from effscale.data import Corpus
 from effscale.experiments.finetune_runner import once, train_to_end
-from effscale.experiments.random_ltd import Arm, ArmName, LearningRate
+from effscale.experiments.random_ltd import Arm, ArmName
 from effscale.experiments.random_ltd_bert_data import hidden_rows, with_mask
+from effscale.experiments.search import Found, Point
 from effscale.interop import save_pretrained
 from effscale.models import Transformer
 from effscale.training import (
     RunFolder,
+    TrainingDivergedError,
     TrainState,
     create_train_state,
     evaluate,
     make_eval_step,
     masked_token_loss,
+    read_jsonl,
 )
+from effscale.training.serialize import write_json
 
 
 class Pretraining:
-    """An arm's pretraining, compiled once for all seeds.
+    """An arm's pretraining, compiled once for all seeds and learning rates.
 
     Args:
         name: The arm.
@@ -51,11 +58,9 @@ class Pretraining:
             batch_size=config.batch_size,
             num_steps=config.steps,
         )
-        peak = config.learning_rate
-        step, self.optimizer = self.arm.build(
+        step = self.arm.train_step(
             masked_token_loss,
-            rate=LearningRate(peak=peak, warmup=config.warmup, final=peak / 10),
-            optimizer=config.optimizer,
+            self._optimizer(config.start),
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
         )
@@ -67,29 +72,79 @@ class Pretraining:
         """The run's name, its folder inside the run folder."""
         return f"seed-{seed}/{self.arm.name}"
 
-    def run(self, folder: RunFolder, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+    def search(self, folder: RunFolder) -> Found:
+        """Searches for the arm's learning rate and warmup; finished runs are not made again.
 
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
         """
+
+        def loss_of(point: Point) -> float:
+            name = f"search/{self.arm.name}/{point.name}"
+            seed, steps = self.config.search.seed, self.config.steps
+            return self._last_loss(folder, name, seed, point, steps, "val_loss")
+
+        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
+
+    def run(self, folder: RunFolder, seed: int, point: Point) -> None:
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            TrainingDivergedError: If loss or gradient is not finite for ten steps.
+        """
         name = self.name_of(seed)
 
         def train() -> None:
-            state = train_to_end(
-                folder,
-                name,
-                self.step,
-                iter(self._rows(seed, validation=False)),
-                create=functools.partial(self._create, seed),
-                num_steps=self.config.steps,
-                evaluate=self._evaluate,
-                every=self.config.eval_every,
-                restage=self._restage,
-            )
+            state = self._train(folder, name, seed, point, self.config.steps)
             save_pretrained(state.model, folder.path / name / "model", tokenizer=self.tokenizer)
 
         once(folder, name, train)
+
+    def early(self, folder: RunFolder, seed: int) -> float:
+        """The loss on a part of the held-out text after the first steps at a high learning rate; infinite if they diverge.
+
+        The warmup is the config's, in as many steps for both arms.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        early, name = self.config.early, f"early/seed-{seed}/{self.arm.name}"
+        point = self.config.start._replace(learning_rate=early.learning_rate)
+        return self._last_loss(folder, name, seed, point, early.steps, "part_val_loss")
+
+    def _last_loss(
+        self, folder: RunFolder, name: str, seed: int, point: Point, steps: int, metric: str
+    ) -> float:
+        place = folder.path / name
+
+        def train() -> None:
+            try:
+                self._train(folder, name, seed, point, steps)
+            except TrainingDivergedError as error:  # a result, from which the other runs go on
+                print(f"{name} diverged at step {error.step}", file=sys.stderr)
+                write_json(place / "diverged.json", {"step": error.step})
+
+        once(folder, name, train)
+        if (place / "diverged.json").is_file():
+            return math.inf
+        loss = read_jsonl(place / "metrics.jsonl")[-1][metric]
+        return math.inf if loss is None else loss  # None is what was not finite
+
+    def _train(
+        self, folder: RunFolder, name: str, seed: int, point: Point, steps: int
+    ) -> TrainState:
+        return train_to_end(
+            folder,
+            name,
+            self.step,
+            iter(self._rows(seed, validation=False)),
+            create=functools.partial(self._create, seed, point),
+            num_steps=steps,
+            evaluate=self._evaluate,
+            every=self.config.eval_every,
+            restage=self._restage,
+        )
 
     def _rows(self, seed: int, *, validation: bool) -> Any:
         return hidden_rows(
@@ -102,9 +157,12 @@ class Pretraining:
             seed=seed,
         )
 
-    def _create(self, seed: int) -> TrainState:
+    def _optimizer(self, point: Point) -> optax.GradientTransformation:
+        return self.arm.optimizer(self.config.rate(point), self.config.optimizer)
+
+    def _create(self, seed: int, point: Point) -> TrainState:
         model = Transformer(self.model_config, rngs=nnx.Rngs(seed))
-        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+        return create_train_state(model, self._optimizer(point), key=jax.random.key(seed))
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         def loss(batches: int | None) -> float:

@@ -52,7 +52,7 @@ class Config:
     ltd: Dropping = Dropping(min_value=8, seq_per_step=8, share=0.8)
     """Random-LTD's schedule."""
     warmup: float = 0.1
-    """Share of the layer tokens in which the learning rate rises; then it falls linearly to 0."""
+    """Share of the steps in which the learning rate rises; then it falls linearly by layer tokens to 0."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
     """AdamW."""
     clip_norm: float = 1.0
@@ -180,7 +180,8 @@ def run(config: Config) -> Result:
         "Test accuracy in percent, all tokens kept": report.quality_rows(percent, decimals=1),
         "What a run costs": report.cost_rows(figures),
     }
-    return finish(folder, "random_ltd_vit", figures, tables, began=began)
+    seeds = {f"{name}_accuracy": each.tolist() for name, each in accuracies.items()}
+    return finish(folder, "random_ltd_vit", figures, tables, seeds=seeds, began=began)
 
 
 class Runner:
@@ -208,12 +209,10 @@ class Runner:
             batch_size=config.recipe.batch_size,
             num_steps=problem.steps,
         )
-        step, self.optimizer = self.arm.build(
-            class_loss,
-            rate=LearningRate(peak=config.recipe.learning_rate, warmup=config.warmup),
-            optimizer=config.optimizer,
-            clip_norm=config.clip_norm,
-        )
+        warmup = round(config.warmup * problem.steps)
+        rate = LearningRate(peak=config.recipe.learning_rate, warmup=warmup)
+        self.optimizer = self.arm.optimizer(rate, config.optimizer)
+        step = self.arm.train_step(class_loss, self.optimizer, clip_norm=config.clip_norm)
         self._restage = functools.partial(self.arm.staged, step)
         self.step = self._restage()
         self.eval_step = jax.jit(make_eval_step(class_loss))

@@ -18,6 +18,11 @@ class Point(NamedTuple):
     learning_rate: float
     warmup: int
 
+    @property
+    def name(self) -> str:
+        """Of a run's folder, such as ``rate-0.001_warmup-60``."""
+        return f"rate-{self.learning_rate:g}_warmup-{self.warmup}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
@@ -49,7 +54,8 @@ class Search:
         Args:
             start: Where to begin.
             steps: Those of the run; a warmup stays below them.
-            loss_of: Makes a run and gives its loss, infinite if it diverged. It is called once for each pair.
+            loss_of: Makes a run and gives its loss, infinite if it diverged. It is called once for each pair, and never if
+                there is but one.
 
         Example:
             >>> search = Search(learning_rate_factor=2.0)
@@ -59,10 +65,14 @@ class Search:
         """
 
         def point(place: tuple[int, int]) -> Point:
+            if place == (0, 0):
+                return start  # as it was given, whatever rounding makes of it
             rate = start.learning_rate * self.learning_rate_factor ** place[0]
             warmup = round(start.warmup * self.warmup_factor ** place[1])
             return Point(float(f"{rate:.3g}"), min(max(warmup, 1), steps - 1))
 
+        if self.points == 1:
+            return Found(best=start, losses={}, settled=False)
         best, losses = (0, 0), {start: loss_of(start)}
         while True:
             here = losses[point(best)]

@@ -93,7 +93,10 @@ def abstract(tree: Any) -> Any:
     def describe(x: Any) -> Any:
         if not hasattr(x, "dtype"):
             return x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+        # A weak type is a part of what a step is compiled for, such as that of a number in an optimizer's state.
+        weak = bool(getattr(x, "weak_type", False))
+        sharding = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
 
     return jax.tree.map(describe, tree)
 
