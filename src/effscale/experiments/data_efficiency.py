@@ -65,11 +65,11 @@ class Config:
     """Steps of plain training on the whole budget, which is so many full batches."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=128, num_heads=4, remat="none")
     """The model."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4.5e-3
     """Peak of the schedule, where the search starts: a linear warmup by steps, then a cosine by layer-averaged tokens."""
     final_learning_rate: float | None = None
     """End of the schedule; None takes a tenth of the peak."""
-    warmup: int = 120
+    warmup: int = 160
     """Steps of the warmup, where the search starts; on a part of the budget, that part of what it finds."""
     search: Search = Search()
     """How each technique's learning rate and warmup are searched for, on the whole budget."""

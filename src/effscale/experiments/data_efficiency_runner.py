@@ -52,15 +52,12 @@ class Runner:
         """
 
         def loss_of(point: Point) -> float:
-            name = search_name(technique, point)
+            name = f"search/{technique}/{point.name}"
             self._once(folder, name, technique, 1.0, self.config.search.seed, point)
             loss = json.loads((folder.path / name / "final.json").read_text())["val_loss"]
             return float("inf") if loss is None else loss
 
-        search, start = self.config.search, self.config.start
-        if search.points == 1:
-            return Found(best=start, losses={}, settled=False)
-        return search.climb(start, self.config.steps, loss_of)
+        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
 
     def run(
         self, folder: RunFolder, technique: Technique, fraction: float, seed: int, point: Point
@@ -131,8 +128,3 @@ class Runner:
 def run_name(technique: str, fraction: float, seed: int) -> str:
     """A run's folder inside the run folder."""
     return f"{technique}/fraction-{fraction:g}/seed-{seed}"
-
-
-def search_name(technique: str, point: Point) -> str:
-    """The folder of a run of the search."""
-    return f"search/{technique}/rate-{point.learning_rate:g}_warmup-{point.warmup}"
