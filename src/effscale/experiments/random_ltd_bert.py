@@ -337,9 +337,8 @@ def run(config: Config) -> Result:
         first = f"The first {config.early.steps} steps at {config.early.learning_rate:g}"
         title = f"{first}: loss then on a part of the held-out text"
         tables[title] = bert_report.early_rows(early, entropy)
-    seeds_of = {f"{name}_val_loss": each.tolist() for name, each in losses.items()}
-    seeds_of |= {f"{name}_accuracy": each.tolist() for name, each in accuracies.items()}
-    seeds_of |= {f"{name}_early_loss": each.tolist() for name, each in early.items()}
+    each = {"val_loss": losses, "accuracy": accuracies, "early_val_loss": early}
+    seeds_of = bert_report.each_seed(each)
     return finish(folder, "random_ltd_bert", figures, tables, seeds=seeds_of, began=began)
 
 
