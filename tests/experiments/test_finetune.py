@@ -196,7 +196,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
     monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
     with pytest.raises(SystemExit) as stop:
         main([*options, "--out", str(out)])
-    assert stop.value.code == 0
+    assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert f"stopped and saved fashion/seed-0/effscale at step 23; go on with: --out {out}" in error
     assert not (out / "results.json").exists()
@@ -339,7 +339,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
 
 
 def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in compared.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("[!.]*")}
     for words, message in (
         ([*options, "--out", str(compared)], "already holds a run"),
         (
@@ -351,7 +351,7 @@ def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
             main(words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in compared.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in compared.rglob("[!.]*")} == before
 
 
 def test_run_is_a_function_too_and_compiles_once_for_all_seeds(options, tmp_path, monkeypatch):

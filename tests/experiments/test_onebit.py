@@ -214,7 +214,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         patch.setattr(TrainingBatches, "__next__", next_batch)
         with pytest.raises(SystemExit) as stopped:
             main([*words, "--out", str(out)])
-    assert stopped.value.code == 0
+    assert stopped.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "stopped and saved gpt/seed-0/adam/passages at step 3; go on with: --out" in error
     with monkeypatch.context() as patch:

@@ -386,7 +386,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         patch.setattr(Pretraining, "run", run)
         with pytest.raises(SystemExit) as stopped:
             main([*options, "--early.seeds", "0", "--out", str(out)])
-    assert stopped.value.code == 0
+    assert stopped.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "stopped and saved seed-0/random_ltd at step 8; go on with: --out" in error
 

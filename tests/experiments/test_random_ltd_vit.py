@@ -212,7 +212,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         words = [*options, "--out", str(out)] if number == 0 else ["--out", str(out), "--resume"]
         with pytest.raises(SystemExit) as stopped:
             main(words)
-        assert stopped.value.code == 0
+        assert stopped.value.code == 128 + signal.SIGTERM
         error = capsys.readouterr().err
         assert f"; go on with: --out {out}" in error
     assert "stopped and saved seed-0/random_ltd at step 10" in error
@@ -298,7 +298,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
 
 
 def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")}
     for words, message in (
         ([*options, "--out", str(finished)], "already holds a run"),
         (
@@ -310,7 +310,7 @@ def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
             main(words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")} == before
 
 
 def test_the_papers_setting_can_be_lowered():

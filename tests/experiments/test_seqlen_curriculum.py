@@ -153,7 +153,7 @@ def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
         patch.setattr(LossRatioWriter, "write", stop_in_the_curriculum)
         with pytest.raises(SystemExit) as stop:
             main([*options, "--out", str(out)])
-    assert stop.value.code == 0
+    assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "stopped and saved seed-0/large_curriculum_x4 at step 13; go on with: --out" in error
     assert not (out / "results.json").exists()
@@ -386,7 +386,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
 
 
 def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
     for words, message in (
         ([*options, "--out", str(folder)], "already holds a run"),
         (
@@ -398,7 +398,7 @@ def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
             main(words)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("name", PRESETS)
