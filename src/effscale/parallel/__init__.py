@@ -26,13 +26,8 @@ from effscale.parallel.traffic import (
     compressed_mean_bytes,
     mean_bytes,
 )
-from effscale.parallel.workers import (
-    PerWorker,
-    per_worker,
-    sent_bytes,
-    simulate_workers,
-    worker_params,
-)
+from effscale.parallel.worker_steps import per_worker, simulate_workers
+from effscale.parallel.workers import PerWorker, sent_bytes, worker_params
 
 __all__ = [
     "AXES",
