@@ -58,6 +58,7 @@ def settled(function: Callable[..., Any], axis_name: str | None) -> Callable[...
         axis_name: The workers' axis; with None the function is returned as it is.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def body(scale, x):
         ...     return settled(lambda s, x: s + jnp.zeros_like(x[0]), "data")(scale, x)
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -102,7 +103,7 @@ def _replay(closed: Any, args: list[Any], axis_name: str) -> list[Any]:
 
     for equation in jaxpr.eqns:
         operands, name = [read(v) for v in equation.invars], equation.primitive.name
-        if name == "pvary":
+        if name == "pvary" and equation.params["axes"] == (axis_name,):
             results = operands
         elif name in ("jit", "pjit"):
             results = _replay(equation.params["jaxpr"], operands, axis_name)
