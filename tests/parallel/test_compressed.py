@@ -159,14 +159,10 @@ def test_other_axes_compress_their_shards(trees, other, name):
     with jax.set_mesh(mesh):
         errors = per_worker_zeros(lambda w: init_error_feedback(params, w), "data")
         places = shardings(errors, mesh)
-        assert places.value.worker["kernel"].get_value().corrected.spec == P(
-            "data", other, "tensor"
-        )
-        assert places.value.server["kernel"].get_value().corrected.spec == P(
-            "data", (other, "tensor")
-        )
-        assert errors.value.worker["kernel"].get_value().corrected.sharding == (
-            places.value.worker["kernel"].get_value().corrected
+        assert places.value.worker["kernel"].corrected.spec == P("data", other, "tensor")
+        assert places.value.server["kernel"].corrected.spec == P("data", (other, "tensor"))
+        assert errors.value.worker["kernel"].corrected.sharding == (
+            places.value.worker["kernel"].corrected
         ), "divided from birth"
         params = jax.device_put(params, shardings(params, mesh))
         rows = jnp.array([[1.0], [2.0]])

@@ -1,5 +1,6 @@
 """What the distributed optimizers do to gradients before anything else: check, average, clip, skip."""
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,6 +13,8 @@ from effscale.optim.params_like import unlike_params
 from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.error_feedback import init_error_feedback
 from effscale.parallel.exchange import Scales
+from effscale.parallel.shared_values import settled
+from effscale.parallel.tensor_layout import check_real
 from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import (
@@ -19,7 +22,7 @@ from effscale.parallel.workers import (
     as_local,
     bound_axis_size,
     differs,
-    is_manual,
+    has_types,
 )
 
 Clip = Literal["synchronised", "local"]
@@ -39,7 +42,7 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
             "axis_name out to train on one worker"
         )
     leaves = jax.tree.leaves(gradients)
-    if leaves and is_manual(axis_name) and not any(differs(g, axis_name) for g in leaves):
+    if leaves and has_types(axis_name) and not any(differs(g, axis_name) for g in leaves):
         raise ValueError(
             f"the gradients are the same on all workers along {axis_name!r}, so they were summed already and there is "
             "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself. (Instead "
@@ -236,7 +239,8 @@ def skip_nonfinite(
         finite = jnp.isfinite(mean_squared_norm(updates, axis_name))
 
         def take() -> Any:
-            return inner.update(updates, state.inner, params, **extra)
+            step = settled(functools.partial(inner.update, **extra), axis_name)
+            return step(updates, state.inner, params)
 
         def skip() -> Any:
             return jax.tree.map(zeros_of_mean, updates), state.inner
@@ -257,6 +261,7 @@ def zeros_of_mean(x: Any) -> jax.Array:
 
 def moments_like(params: Any, dtype: DTypeLike | None = None) -> Any:
     """Zeros in at least float32, in which second moments that decay by 0.999 do not stand still; or in a given type."""
+    check_real(params)
     type_of = lambda p: _at_least_float32(p.dtype) if dtype is None else dtype
     return jax.tree.map(lambda p: jnp.zeros_like(p, type_of(p)), params)
 

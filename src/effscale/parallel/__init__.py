@@ -28,13 +28,8 @@ from effscale.parallel.traffic import (
     mean_bytes,
 )
 from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
-from effscale.parallel.workers import (
-    PerWorker,
-    per_worker,
-    sent_bytes,
-    simulate_workers,
-    worker_params,
-)
+from effscale.parallel.worker_steps import per_worker, simulate_workers
+from effscale.parallel.workers import PerWorker, sent_bytes, worker_params
 
 __all__ = [
     "AXES",

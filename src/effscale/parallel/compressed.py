@@ -13,10 +13,10 @@ from typing import Any, get_args
 import jax
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel.error_feedback import ErrorFeedback, Residual, check_errors
+from effscale.parallel.error_feedback import ErrorFeedback, Residual, check_errors, structure_of
 from effscale.parallel.exchange import Exchange, Scales
-from effscale.parallel.tensor_layout import tensor_layouts
-from effscale.parallel.workers import as_local, bound_axis_size, is_manual
+from effscale.parallel.tensor_layout import check_real, tensor_layouts
+from effscale.parallel.workers import as_local, bound_axis_size, has_types, is_manual
 
 
 def compressed_mean(
@@ -81,6 +81,7 @@ def compressed_mean(
         )
     if num_workers == 1:  # the mean of one, of a type that says that all workers hold it
         return jax.lax.pmean(as_local(tree, axis_name), axis_name), errors
+    check_real(tree)
     mesh = jax.sharding.get_abstract_mesh()
     _check_mesh(mesh, axis_name)
     layouts = tensor_layouts(tree, num_workers, specs)
@@ -91,7 +92,7 @@ def compressed_mean(
                 f"{axis_name!r}: each worker holds all of it, or its shard over other axes"
             )
     is_residual = lambda node: isinstance(node, Residual)
-    structure = jax.tree.structure(tree)
+    structure = structure_of(tree)
     for name, side in (("worker", errors.worker), ("server", errors.server)):
         if jax.tree.structure(side, is_leaf=is_residual) != structure:
             raise ValueError(f"errors.{name} was made for a tree of another structure")
@@ -116,9 +117,10 @@ def compressed_mean(
             in_specs=(specs_of_x, specs_of_worker, specs_of_server),
             out_specs=(specs_of_x, specs_of_worker, specs_of_server),
             axis_names=set(shard_axes),
+            check_vma=has_types(axis_name),  # as in the shard_map around it
         )
     means, worker, server = exchange(xs, worker, server)
-    return jax.tree.unflatten(structure, means), ErrorFeedback(
+    return jax.tree.unflatten(jax.tree.structure(tree), means), ErrorFeedback(
         jax.tree.unflatten(structure, worker), jax.tree.unflatten(structure, server)
     )
 

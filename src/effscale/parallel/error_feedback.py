@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel.tensor_layout import TensorLayout, tensor_layouts
+from effscale.parallel.tensor_layout import TensorLayout, check_real, tensor_layouts
 from kernels_pallas.sign_compress.reference import quantized
 
 
@@ -65,12 +66,22 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
         >>> errors.worker["w"].corrected.shape, errors.server["w"].corrected.shape
         ((3, 5), (1, 8, 1))
     """
+    check_real(tree)
     pairs = [_zeros(layout) for layout in tensor_layouts(tree, num_workers, specs)]
     worker, server = zip(*pairs, strict=True) if pairs else ((), ())
-    structure = jax.tree.structure(tree)
+    structure = structure_of(tree)
     return ErrorFeedback(
         jax.tree.unflatten(structure, worker), jax.tree.unflatten(structure, server)
     )
+
+
+def structure_of(tree: Any) -> Any:
+    """The structure of a tree's errors: without the ``nnx.Variable`` around an array.
+
+    ``nnx.Optimizer`` puts each leaf of a state into a variable of its own, and takes it out again; it does not find its way back to
+    a `Residual` that sits in one.
+    """
+    return jax.tree.structure(nnx.as_pure(tree))
 
 
 def _zeros(layout: TensorLayout) -> tuple[Residual, Residual]:
@@ -93,6 +104,7 @@ def check_errors(
         if found != expected:
             raise ValueError(
                 f"errors of shapes {found} for an array of shape {layout.shape} in {layout.shards} shards among "
-                f"{layout.servers} workers, which needs {expected}: they are those of another tree or another number "
-                "of workers"
+                f"{layout.servers} workers, which needs {expected}: they are those of another tree, another number "
+                "of workers or another division over mesh axes (an nnx.Optimizer drops the axes of its variables: give the "
+                "transformation specs=)"
             )

@@ -35,6 +35,21 @@ class TensorLayout(NamedTuple):
         return P(self.axes) if self.axes else P()
 
 
+def check_real(tree: Any) -> None:
+    """Raise a ``ValueError`` for arrays of a type whose numbers one bit and one scale cannot stand for."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            advice = (
+                "train its real and imaginary part as two arrays, as optax.contrib.split_real_and_imaginary(optimizer) does"
+                if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+                else "leave it out of what is trained (optax.partition, or make_train_step(trainable=))"
+            )
+            raise ValueError(
+                f"the array{jax.tree_util.keystr(path)} is of type {jnp.result_type(x)}, and only real floating-point numbers "
+                f"can be trained or sent in one bit each: {advice}"
+            )
+
+
 def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[TensorLayout]:
     """The layout of each tensor, on the mesh in use."""
     leaves, mesh = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh()

@@ -1,14 +1,17 @@
 """The training step: a pure function from a state and a batch to the next state and its metrics."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from effscale.models.validation import is_finite
+from effscale.parallel.shared_values import settled
 from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
 from effscale.training.guarded_update import update_if
 from effscale.training.loss import Loss, safe_weight
@@ -128,7 +131,8 @@ def make_train_step(
             # Optax mixes integer counts with floats, which strict dtype promotion would refuse.
             with jax.numpy_dtype_promotion("standard"):
                 seen = state.tokens.to_float32()
-                updates, opt_state = optimizer.update(gradients, opt_state, params, tokens=seen)
+                take = settled(functools.partial(optimizer.update, tokens=seen), axis_name)
+                updates, opt_state = take(gradients, opt_state, params)
             if axis_name and any(differs(u, axis_name) for u in jax.tree.leaves(updates)):
                 raise ValueError(
                     f"the optimizer's updates differ between the workers along {axis_name!r}: it does not average; take one "
@@ -175,7 +179,16 @@ def _sum_of_gradients(
     """Gradient of the summed loss, in float32, and the sums."""
 
     def total(params: Any, batch: Any, key: Any) -> tuple[jax.Array, Loss]:
-        loss = loss_fn(combine(params, frozen), batch, key)
+        model = combine(params, frozen)
+        changing = _changing_variables(model)
+        before = jax.tree.leaves(changing)
+        loss = loss_fn(model, batch, key)
+        if any(x is not y for x, y in zip(jax.tree.leaves(changing), before, strict=True)):
+            raise ValueError(
+                "loss_fn changed running statistics or random streams of the model in place, and a step that is traced "
+                "loses such changes: use nnx.BatchNorm with use_running_average=True, and give dropout streams of the key "
+                "that loss_fn gets, rngs=nnx.Rngs(key)"
+            )
         if not isinstance(loss, Loss):
             raise TypeError(
                 f"loss_fn returned {type(loss).__name__}; it must return Loss(total, weight, metrics)"
@@ -200,6 +213,11 @@ def _sum_of_gradients(
         return jax.tree.map(jnp.add, sums, gradient(*micro_batch)), None
 
     return jax.lax.scan(add, zeros, (micro_batches, keys))[0]
+
+
+def _changing_variables(model: Any) -> list[nnx.Variable]:
+    variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return [v for v in variables if isinstance(v, nnx.BatchStat | nnx.RngState)]
 
 
 def split_batch(x: Any, accumulate: int) -> jax.Array:

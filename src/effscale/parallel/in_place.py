@@ -1,0 +1,36 @@
+"""Changes in place that would be lost: a step that is traced works on copies of what it is given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def refusing_lost_changes(step: Callable[..., Any], runner: str) -> Callable[..., Any]:
+    """The step, which raises if it replaces arrays of its arguments in place and does not return them.
+
+    ``nnx.Optimizer.update`` and ``nnx.BatchNorm`` do so. The arguments within `jax.shard_map` or `jax.vmap` are copies, so without
+    this a step that relies on it would do nothing, and say nothing.
+
+    Args:
+        step: A function of trees, such as ``nnx`` modules.
+        runner: The function that runs the step, for the message.
+
+    Raises:
+        ValueError: While tracing: a change would be lost.
+    """
+
+    def run(*args: Any) -> Any:
+        before = dict(jax.tree_util.tree_leaves_with_path(args))
+        out = step(*args)
+        kept = {id(x) for x in [*before.values(), *jax.tree.leaves(out)]}
+        for path, x in jax.tree_util.tree_leaves_with_path(args):
+            if path in before and id(x) not in kept:
+                raise ValueError(
+                    f"the step changed its argument{jax.tree_util.keystr(path)} in place, and the change would be lost: "
+                    f"{runner} gives the step copies. Return what it changes, such as the nnx module and its optimizer, and "
+                    "go on with what is returned: `model, optimizer, loss = step(model, optimizer, batch)`"
+                )
+        return out
+
+    return run

@@ -1,0 +1,218 @@
+"""Steps that each worker along a mesh axis takes by itself.
+
+A technique that decides what crosses the network needs the gradient of each worker, where the compiler would hand it the
+sum over all. So its step runs in a `jax.shard_map` over one mesh axis, the workers' axis; the compiler keeps all others.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from effscale.parallel.in_place import refusing_lost_changes
+from effscale.parallel.shared_values import settled
+from effscale.parallel.workers import as_local, differs, is_per_worker
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def per_worker(step: Step, axis_name: str = "data") -> Step:
+    """Run a step on each worker along a mesh axis: its own rows of the batch, its own gradient.
+
+    The last argument of the step is the batch: its arrays are divided by their first dimension (scalars are not).
+    All other arguments, and the result, are the same on all workers but for what sits in a `PerWorker`.
+
+    Each worker gets copies of the arguments. A step that changes them in place, as ``nnx.Optimizer.update`` does, must return
+    what it changed.
+
+    Args:
+        step: ``step(*state, batch) -> tree``.
+        axis_name: The workers' axis, of the mesh in use (`jax.set_mesh`). Over its other axes the compiler divides the
+            work as it does without.
+
+    Returns:
+        A function with the step's arguments and result, for `jax.jit`.
+
+    Raises:
+        ValueError: While tracing: no such axis in the mesh; rows that cannot be divided; a state of another number of
+            workers; a result that differs between workers outside of a `PerWorker`; or an argument that is changed in
+            place and not returned.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> step = per_worker(lambda scale, batch: jax.lax.pmean(scale * batch.sum(), "data"))
+        >>> with jax.set_mesh(mesh):
+        ...     print(jax.jit(step)(2.0, jnp.ones(4)))
+        8.0
+    """
+
+    @functools.wraps(step)
+    def wrapped(*args: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or axis_name not in mesh.shape:
+            raise ValueError(
+                f"per_worker needs a mesh with the axis {axis_name!r}, and the one in use has "
+                f"{tuple(mesh.shape) if not mesh.empty else 'none'}: call the step within jax.set_mesh(mesh)"
+            )
+        *state, batch = args
+        _check_workers(state, batch, axis_name, mesh.shape[axis_name])
+        parts: list[_Parts] = []
+
+        def one(state: Any, batch: Any) -> Any:
+            state = _map_per_worker(lambda x: x[0], state, axis_name)
+            return refusing_lost_changes(step, "per_worker")(*state, batch)
+
+        def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
+            out = settled(one, axis_name)(state, batch)
+            _check_shared(out, axis_name)
+            out = _map_per_worker(lambda x: as_local(x, axis_name)[None], out, axis_name)
+            parts.append(_Parts.of(out, axis_name))
+            return parts[-1].split(out)
+
+        rows = jax.tree.map(lambda x: P(axis_name) if jnp.ndim(x) else P(), batch)
+        run = jax.shard_map(
+            body,
+            in_specs=(_by_kind(state, axis_name, P(axis_name), P()), rows),
+            out_specs=(P(), P(axis_name)),
+            axis_names={axis_name},
+        )
+        shared, own = run(state, batch)
+        return parts[-1].merge(shared, own)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> Step:
+    """`per_worker` on one device: the workers are a `jax.vmap`, with the same collectives.
+
+    Args:
+        step: As for `per_worker`.
+        num_workers: Workers; the rows of a batch are divided among them.
+        axis_name: The name by which the step knows the axis.
+
+    Returns:
+        A function with the step's arguments and result.
+
+    Raises:
+        ValueError: As for `per_worker`.
+
+    Example:
+        >>> step = simulate_workers(lambda scale, batch: jax.lax.pmean(scale * batch.sum(), "data"), 4)
+        >>> print(step(2.0, jnp.ones(8)))
+        4.0
+    """
+
+    @functools.wraps(step)
+    def wrapped(*args: Any) -> Any:
+        *state, batch = args
+        _check_workers(state, batch, axis_name, num_workers)
+        parts: list[_Parts] = []
+
+        def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
+            out = refusing_lost_changes(step, "simulate_workers")(*state, batch)
+            parts.append(_Parts.of(out, axis_name))
+            return parts[-1].split(out)
+
+        run = jax.vmap(
+            body,
+            in_axes=(
+                _by_kind(state, axis_name, 0, None),
+                jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, batch),
+            ),
+            out_axes=(None, 0),
+            axis_name=axis_name,
+            axis_size=num_workers,
+        )
+        batch = jax.tree.map(lambda x: _divided(x, num_workers), batch)
+        try:
+            shared, own = run(state, batch)
+        except ValueError as error:
+            # vmap knows only after the step that a result differs, and not which.
+            if "out_axes is None" not in str(error):
+                raise
+            raise ValueError(
+                f"a result of the step differs between the workers along {axis_name!r}: take its mean, "
+                f"jax.lax.pmean(x, {axis_name!r}), or return it in a PerWorker"
+            ) from error
+        return parts[-1].merge(shared, own)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _divided(x: Any, parts: int) -> Any:
+    return jnp.reshape(x, (parts, x.shape[0] // parts, *x.shape[1:])) if jnp.ndim(x) else x
+
+
+def _check_workers(state: Any, batch: Any, axis_name: str, num_workers: int) -> None:
+    """Raise a ``ValueError`` for rows that cannot be divided among the workers, or a state of another number of them."""
+    for x in jax.tree.leaves(batch):
+        if jnp.ndim(x) and x.shape[0] % num_workers:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows cannot be divided among {num_workers} workers"
+            )
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: _mine(node, axis_name))
+    for x in jax.tree.leaves([node for node in nodes if _mine(node, axis_name)]):
+        if jnp.shape(x)[:1] != (num_workers,):
+            held = f"of {x.shape[0]} workers" if jnp.ndim(x) else "without a dimension for workers"
+            raise ValueError(
+                f"the state is one {held}, and the axis {axis_name!r} has {num_workers}: carry it over with "
+                f"effscale.parallel.resize_workers(state, {num_workers}), or initialise it for this axis"
+            )
+
+
+def _mine(node: Any, axis_name: str) -> bool:
+    return is_per_worker(node) and node.axis_name == axis_name
+
+
+def _map_per_worker(function: Callable[[Any], Any], tree: Any, axis_name: str) -> Any:
+    def visit(node: Any) -> Any:
+        return jax.tree.map(function, node) if _mine(node, axis_name) else node
+
+    return jax.tree.map(visit, tree, is_leaf=lambda node: _mine(node, axis_name))
+
+
+def _by_kind(tree: Any, axis_name: str, own: Any, shared: Any) -> Any:
+    """The tree with ``own`` for each array in a `PerWorker` of the axis, and ``shared`` for each other."""
+
+    def visit(node: Any) -> list[Any]:
+        if _mine(node, axis_name):
+            return [own] * len(jax.tree.leaves(node))
+        return [shared]
+
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: _mine(node, axis_name))
+    kinds = [kind for node in nodes for kind in visit(node)]
+    return jax.tree.unflatten(jax.tree.structure(tree), kinds)
+
+
+class _Parts(NamedTuple):
+    """How to put a tree together from what all workers share and what is each one's own."""
+
+    structure: Any
+    own: list[bool]
+
+    @classmethod
+    def of(cls, tree: Any, axis_name: str) -> "_Parts":
+        own = jax.tree.leaves(_by_kind(tree, axis_name, True, False))
+        return cls(jax.tree.structure(tree), own)
+
+    def split(self, tree: Any) -> tuple[list[Any], list[Any]]:
+        pairs = list(zip(jax.tree.leaves(tree), self.own, strict=True))
+        return [x for x, own in pairs if not own], [x for x, own in pairs if own]
+
+    def merge(self, shared: list[Any], own: list[Any]) -> Any:
+        take_shared, take_own = iter(shared), iter(own)
+        leaves = [next(take_own if mine else take_shared) for mine in self.own]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def _check_shared(tree: Any, axis_name: str) -> None:
+    kinds = jax.tree.leaves(_by_kind(tree, axis_name, True, False))
+    for (path, x), own in zip(jax.tree_util.tree_leaves_with_path(tree), kinds, strict=True):
+        if not own and differs(x, axis_name):
+            raise ValueError(
+                f"the step's result{jax.tree_util.keystr(path)} differs between the workers along {axis_name!r}: take "
+                f"its mean, jax.lax.pmean(x, {axis_name!r}), or return it in a PerWorker"
+            )
