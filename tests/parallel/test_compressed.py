@@ -177,17 +177,15 @@ def test_other_axes_compress_their_shards(trees, other, name):
     for name, x in params.items():
         value, mean = np.asarray(x.get_value()), np.asarray(out[name].get_value())
         feedback = after.value
-        left = np.asarray(feedback.worker[name].get_value().error).mean(0)
-        server = feedback.server[name].get_value()
+        left = np.asarray(feedback.worker[name].error).mean(0)
+        server = feedback.server[name]
         server = np.where(server.corrected == 0, 0.0, server.error)  # not the padding
         assert (
             np.sign(mean).ravel().tolist()
             == np.sign(np.where(value == 0, 1, value)).ravel().tolist()
         )
         scale = np.sqrt((value**2).mean())
-        np.testing.assert_allclose(
-            feedback.worker[name].get_value().scale, [scale, 2 * scale], rtol=1e-5
-        )
+        np.testing.assert_allclose(feedback.worker[name].scale, [scale, 2 * scale], rtol=1e-5)
         # What is missing in the mean is in the errors, shard by shard.
         np.testing.assert_allclose((mean + left).sum() + server.sum(), 1.5 * value.sum(), rtol=1e-3)
     kinds = collectives(compiled.as_text())
@@ -233,7 +231,7 @@ def test_bad_input(unchecked):
         compressed_mean(x, init_error_feedback(x, 2), "data")
     with pytest.raises(ValueError, match="scales='row'"):
         compressed_mean(x, init_error_feedback(x, 2), "data", scales="row")
-    with pytest.raises(ValueError, match="another tree or another number"):
+    with pytest.raises(ValueError, match="another tree, another number"):
         simulate_workers(mean_step(), 2)(zeros(jnp.ones((2, 99)), 2), x)
     with pytest.raises(ValueError, match="another structure"):
         simulate_workers(mean_step(), 2)(zeros([x], 2), x)
