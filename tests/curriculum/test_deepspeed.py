@@ -106,7 +106,7 @@ def test_custom_schedules_need_their_function_again():
         ({"min_difficulty": 1.5}, "voc.min_difficulty=1.5: must be a whole number"),
         ({"min_difficulty": True}, "voc.min_difficulty=True"),
         ({"min_difficulty": float("inf")}, "voc.min_difficulty=inf"),
-        ({"max_difficulty": 0}, "max_difficulty=0: must be at least min_difficulty=1"),
+        ({"max_difficulty": 0}, "max_difficulty=0: must be a finite number, at least min_difficulty=1"),
         (
             block("fixed_discrete", 1, 5, difficulty=[1, 2], max_step=[3]),
             r"voc.schedule_config.difficulty=\[1, 2\]: must go from min_difficulty=1 to max_difficulty=5",

@@ -183,7 +183,7 @@ def test_tokens_that_were_read_and_plain_training_on_less_are_compared_too():
     assert figures["cl_ltd_tokens_trained_to_baseline"] == pytest.approx(trained / (32 * 64))
     assert figures["cl_ltd_tokens_read_saved_at_equal_steps"] == 0
     assert figures["cl_ltd_tokens_trained_saved_at_equal_steps"] == 1 - trained / (32 * 64)
-    assert not any(name.startswith("none") and "saved" in name for name in figures)
+    assert not any(name.startswith("none") and "saved_at" in name for name in figures)
     assert comparison.reach_rows()[2][:4] == ["none", "50 %", "25 %", "25 %"]
 
 

@@ -169,7 +169,9 @@ def test_every_technique_warms_up_in_as_many_steps(technique, prepared):
 def test_one_compiled_step_serves_every_learning_rate_and_warmup():
     leaves = [jax.tree.leaves(run.schedule().init(None)) for run in (config("ltd"), config("none"))]
     assert [x.dtype for x in leaves[0]] == [x.dtype for x in leaves[1]]
-    update = jax.jit(lambda state: config("ltd").schedule().update(1.0, state, tokens=0.0)[1])
+    update = jax.jit(
+        lambda state: config("ltd").schedule().update(jnp.ones(1), state, tokens=0.0)[1]
+    )
     rate = lambda run: float(update(update(run.schedule().init(None))).inner_state.learning_rate)
     slow = dataclasses.replace(config("ltd"), learning_rate=1e-3, warmup=10)
     assert rate(slow) == pytest.approx(1e-3 / 10, rel=1e-5)

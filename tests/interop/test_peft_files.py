@@ -64,7 +64,7 @@ def build(name):
     return random_leaves(abstract(config))
 
 
-def adapted(model, where=r"kernel$|tokens\.embedding", rank=2, **options):
+def adapted(model, where=r"(kernel|tokens\.embedding)$", rank=2, **options):
     """The model with pairs of random numbers."""
     model = add_lora(model, **{"rank": rank, "key": jax.random.key(0), "where": where} | options)
     random = lambda w: LoRA(w.base, *random_leaves((w.a, w.b), 1), w.scale)

@@ -123,7 +123,9 @@ def test_clipping_belongs_to_the_optimizer():
 
 def owed(opt_state):
     """What the exchange owes: the mean error of the workers and the errors of the servers."""
-    inner = opt_state.inner[0]
+    inner = opt_state.inner
+    if not hasattr(inner, "own"):
+        inner = inner[0]
     errors = inner.errors.value if hasattr(inner, "errors") else inner.own.value.errors
     parts = []
     residual = lambda node: hasattr(node, "corrected")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from effscale.parallel.workers import PerWorker, simulate_workers
+from effscale.parallel import PerWorker, simulate_workers
 from effscale.training.guarded_update import by_branch, by_selection, loses_finite, update_if
 
 LARGE = 3e38

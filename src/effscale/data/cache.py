@@ -2,16 +2,8 @@
 
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
-
-
-def cache_folder(name: str) -> pathlib.Path:
-    """``name`` in the user's cache folder, by the XDG rule."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "effscale" / name
 
 
 def request_key(request: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 
-from effscale.data.cache import cache_folder, request_key
+from effscale.data.cache import request_key
+from effscale.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from effscale.experiments import focus_vit
-from effscale.experiments.host import cache_folder
 from effscale.locks import locked
+from effscale.user_cache import cache_folder
 
 
 class MissingAssetError(ImportError):

@@ -24,7 +24,7 @@ import numpy as np
 from effscale.experiments import quickstart
 from effscale.experiments.cli import messages, parse
 from effscale.experiments.console import status
-from effscale.experiments.host import cache_folder, keep_freed_memory
+from effscale.experiments.host import keep_freed_memory
 from effscale.experiments.prepared import check_folder, corpus_digests, resumable
 from effscale.experiments.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.quickstart import ModelConfig
@@ -33,6 +33,7 @@ from effscale.experiments.search import Point, Search
 from effscale.models.validation import check, check_finite
 from effscale.parallel import MeshConfig, shard_batch
 from effscale.training import AdamWConfig
+from effscale.user_cache import cache_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,8 @@
-"""The machine that an experiment runs on: its memory and its cache folder."""
+"""The machine that an experiment runs on: its memory."""
 
 import ctypes
 import resource
 import sys
-
-from effscale.data.cache import cache_folder as cache_folder
 
 
 def peak_memory() -> float:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from effscale.experiments.cli import StoppedBySignal
 from effscale.experiments.console import status
-from effscale.experiments.host import cache_folder
+from effscale.user_cache import cache_folder
 
 
 def check_folder(config: Any, free: Sequence[str]) -> None:
