@@ -64,7 +64,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
     remat: Remat = "dots"
-    """What the backward pass computes anew: none, dots (all but matrix products), full."""
+    """What the backward pass computes again: none, dots (all but matrix products), full."""
     init_std: float = 0.02
     """Deviation of the initial weights."""
 

@@ -57,7 +57,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products."""
     remat: Remat = "none"
-    """What the backward pass computes anew: none, dots (all but matrix products), full."""
+    """What the backward pass computes again: none, dots (all but matrix products), full."""
 
     def build(self, vocab_size: int, length: int) -> TransformerConfig:
         """The transformer's config, with a head for hidden tokens."""
