@@ -66,7 +66,7 @@ def _chunk(hidden: Array, vocab_weight: Array, target: int | None) -> int:
     return chunk_size(hidden.shape[0], target)
 
 
-def _split(values: Array, chunk: int, fill: int = 0) -> Array:
+def split_tokens(values: Array, chunk: int, fill: int = 0) -> Array:
     """[tokens, ...] as [chunks, chunk, ...]; a chunk takes every `chunks`-th token.
 
     The stride matters where a mesh shards the tokens: each chunk then lies on all the devices
@@ -141,7 +141,11 @@ def chunked_loss(
         losses = token_losses(logits, labels, jax.nn.logsumexp(logits, axis=1), z_loss)
         return None, jnp.sum(weights * losses)
 
-    inputs = _split(hidden, chunk), _split(labels, chunk, fill=-1), _split(weights, chunk)
+    inputs = (
+        split_tokens(hidden, chunk),
+        split_tokens(labels, chunk, fill=-1),
+        split_tokens(weights, chunk),
+    )
     return jnp.sum(jax.lax.scan(step, None, inputs)[1])
 
 
@@ -186,7 +190,11 @@ def chunked_loss_and_gradients(
             d_bias = d_bias + scale @ direction.astype(jnp.float32)
         return (d_weight, d_bias), (d_hidden.astype(dtype), losses)
 
-    inputs = _split(hidden, chunk), _split(labels, chunk, fill=-1), _split(weights, chunk)
+    inputs = (
+        split_tokens(hidden, chunk),
+        split_tokens(labels, chunk, fill=-1),
+        split_tokens(weights, chunk),
+    )
     zeros = (
         jnp.zeros(weight.shape, jnp.float32),
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.generation import SamplingConfig, generate, left_pad
+from effscale.generation import SamplingConfig, decode, generate, left_pad
 from effscale.generation.generating import checked_key
-from effscale.models import Transformer, bert, bloom, gpt2, gptj, llama, neox, opt, vit
+from effscale.models import Transformer, bert, bloom, gpt2, gptj, llama, neox, opt, unroll, vit
 
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "vocab_size": 40}
 MODELS = {
@@ -210,6 +210,51 @@ def test_generate_can_be_traced(gpt):
     config = SamplingConfig(max_new_tokens=3, temperature=0.0)
     tokens = jax.eval_shape(lambda model: generate(model, [[1, 2]], config).tokens, gpt)
     assert tokens.shape == (1, 5)
+
+
+def test_log_probabilities_are_those_of_a_full_pass_at_the_temperature(gpt):
+    tokens, mask = left_pad(PROMPTS)
+    config = SamplingConfig(max_new_tokens=6, temperature=0.7, top_k=5, stop_ids=range(20))
+    ask = lambda **options: generate(
+        gpt, tokens, config, attention_mask=mask, key=jax.random.key(3), **options
+    )
+    out, plain = ask(log_probs=True), ask()
+    assert plain.log_probs is None
+    np.testing.assert_array_equal(plain.tokens, out.tokens)
+    assert len(set(out.num_new.tolist())) > 1  # rows of different lengths
+    whole = jax.nn.log_softmax(gpt(out.tokens, attention_mask=out.mask) / 0.7)
+    for row, prompt in enumerate(PROMPTS):
+        new, width = int(out.num_new[row]), tokens.shape[1]
+        answer = out.tokens[row, width : width + new]
+        wanted = whole[row, width - 1 : width - 1 + new][jnp.arange(new), answer]
+        np.testing.assert_allclose(out.log_probs[row, :new], wanted, atol=1e-5, err_msg=str(prompt))
+        assert not out.log_probs[row, new:].any()
+
+
+def test_decode_is_part_of_a_compiled_loop_and_a_prepared_model_is_not_copied(gpt):
+    config = SamplingConfig(max_new_tokens=3, temperature=0.0)
+    prompt = jnp.array([[1, 2], [3, 4]])
+
+    @jax.jit
+    def twice(model, prompt):
+        first = decode(model, prompt, config).tokens
+        return decode(model, first, config).tokens
+
+    ready = unroll(gpt)
+    assert unroll(ready) is ready
+    once = generate(gpt, prompt, config).tokens
+    np.testing.assert_array_equal(twice(ready, prompt), generate(gpt, once, config).tokens)
+    stacked, prepared = (
+        decode.lower(model, prompt, config).compile().memory_analysis().temp_size_in_bytes
+        for model in (gpt, ready)
+    )
+    copied = sum(a.nbytes for a in jax.tree.leaves(gpt.groups))
+    assert stacked - prepared > 0.9 * copied
+
+
+def test_decode_needs_a_key_to_sample(gpt):
+    with pytest.raises(ValueError, match="sampling needs a key"):
+        decode(gpt, jnp.array([[1]]), SamplingConfig(max_new_tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,23 @@
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from effscale.interop.families import FAMILIES
 from effscale.interop.families.llama import GGUF_TABLE, LLAMA
-from effscale.interop.plan import parameters, plan
+from effscale.interop.pieces import Pieces
+from effscale.interop.plan import parameters, plan, their_shapes
+from effscale.interop.save import part
 from effscale.interop.table import Rule, conv1d, fused_by_head, fused_conv1d, linear, sizes
 from effscale.models import MLPConfig, abstract, gpt2
+from effscale.parallel import MeshConfig
 from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases, example
 
 AXES = {"h": 3, "g": 1, "t": 2}
@@ -79,16 +86,16 @@ def test_a_plan_fills_every_layer_of_every_parameter_once_and_leads_back(model_t
     leaves, axes = parameters(abstract(case.config)), sizes(case.config)
     slots = plan(case.family.rules, case.config, leaves)
     assert len({slot.name for slot in slots}) == len(slots)
-    filled = sorted((leaf, -1 if s.index is None else s.index) for s in slots for leaf in s.leaves)
+    filled = sorted((leaf, s.index) for s in slots for leaf in s.leaves)
     wanted = [
-        (name, layer)
+        (name, index)
         for name, leaf in leaves.items()
-        for layer in (range(leaf.shape[0]) if name.startswith("groups.") else [-1])
+        for index in ([(i,) for i in range(leaf.shape[0])] if name.startswith("groups.") else [()])
     ]
     assert filled == sorted(wanted)
     random = np.random.default_rng(0)
     for slot in slots:
-        shapes = [leaves[leaf].shape[0 if slot.index is None else 1 :] for leaf in slot.leaves]
+        shapes = [leaves[leaf].shape[len(slot.index) :] for leaf in slot.leaves]
         ours = [random.normal(size=shape).astype(np.float32) for shape in shapes]
         theirs = slot.rule.to_theirs(ours, axes)
         assert theirs.shape == slot.rule.their_shape(shapes, axes)
@@ -102,7 +109,7 @@ def test_layers_are_counted_through_all_groups():
     slots = plan(case.family.rules, case.config, parameters(abstract(case.config)))
     found = {slot.name: slot.leaves for slot in slots if "c_proj.bias" in slot.name}
     assert found["h.2.attn.c_proj.bias"] == ("groups.2.blocks.0.attention.out.bias",)
-    assert [slot.index for slot in slots if slot.name.startswith("h.")] == [0] * 3 * 12
+    assert [slot.index for slot in slots if slot.name.startswith("h.")] == [(0,)] * 3 * 12
 
 
 def test_a_parameter_without_a_row():
@@ -170,3 +177,35 @@ def test_every_row_is_used_by_some_model():
 def test_spaces_name_every_class():
     assert [pair[0] for pair in CLASSES] == [f for f, names in ARCHITECTURES.items() for _ in names]
     assert set(DECODERS) < set(FAMILIES)
+
+
+def test_experts_with_a_tensor_each_fill_one_stacked_parameter():
+    """Mixtral's files: ``experts.K.w1.weight`` of each layer."""
+    config = gpt2(num_layers=3, d_model=8, num_heads=2, vocab_size=5, max_length=4)
+    rules = [
+        Rule("layers.{}.experts.{}.w1.weight", "feed_forward.up", "o i -> i o"),
+        Rule("layers.{}.gate.weight", "feed_forward.router", "e i -> i e"),
+    ]
+    leaf = lambda *shape: nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+    path = "groups.0.blocks.0.feed_forward"
+    leaves = {f"{path}.up": leaf(3, 2, 4, 6), f"{path}.router": leaf(3, 4, 2)}
+    slots = plan(rules, config, leaves)
+    shapes = their_shapes(slots, leaves, {})
+    assert shapes["layers.2.experts.1.w1.weight"] == (6, 4)
+    assert shapes["layers.2.gate.weight"] == (2, 4)
+    assert len(slots) == len(shapes) == 3 * 2 + 3
+
+    random = np.random.default_rng(0)
+    theirs = {name: random.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    mesh = MeshConfig(data=2, expert=2, fsdp=2).build()
+    places = {None: None, "divided": NamedSharding(mesh, PartitionSpec(None, "expert", "fsdp"))}
+    for sharding in places.values():
+        pieces = Pieces((3, 2, 4, 6), np.dtype("float32"), sharding)
+        for slot in slots:
+            if len(slot.index) == 2:
+                pieces.put(slot.index, *slot.rule.to_ours(theirs[slot.name], {}))
+        stacked = pieces.finish()
+        for slot in slots:
+            if len(slot.index) == 2:
+                back = slot.rule.to_theirs([np.asarray(part(stacked, slot.index))], {})
+                np.testing.assert_array_equal(back, theirs[slot.name])

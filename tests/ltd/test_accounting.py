@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from effscale.ltd import RandomLTD, layer_token_average, mslg, training_flops
-from effscale.models import LMHead, preset, vit
+from effscale.models import LMHead, MLPConfig, preset, vit
 from effscale.training import LinearPacing, merge, stages
 
 GPT = {"num_layers": 24, "num_ltd_layers": 22}
@@ -131,14 +131,30 @@ def test_operations_when_tokens_are_dropped():
     assert training_flops(config, 1024, kept=256, layers=(5,)) == one
 
 
-def test_unknown_feed_forwards_are_an_error(tiny):
+class Other:
+    def build(self, d_model, *, std, out_std, rngs):
+        raise NotImplementedError
+
+
+class Counted(Other):
+    def multiplications(self, d_model):
+        return 10 * d_model
+
+
+def with_feed_forward(feed_forward):
     config = preset("gpt2")
-
-    class Other:
-        def build(self, d_model, *, std, out_std, rngs):
-            raise NotImplementedError
-
-    block = dataclasses.replace(config.blocks[0], feed_forward=Other())
+    block = dataclasses.replace(config.blocks[0], feed_forward=feed_forward)
     group = dataclasses.replace(config.groups[0], blocks=(block,))
-    with pytest.raises(ValueError, match="feed_forward is a Other"):
-        training_flops(dataclasses.replace(config, groups=(group,)), 1024)
+    return dataclasses.replace(config, groups=(group,))
+
+
+def test_a_feed_forward_of_ones_own_says_its_operations():
+    mine, theirs = (
+        training_flops(with_feed_forward(f), 1024) for f in (Counted(), MLPConfig(d_ff=3072))
+    )
+    assert theirs - mine == 3 * 2 * 1024 * 12 * (2 * 768 * 3072 - 10 * 768)
+
+
+def test_unknown_feed_forwards_are_an_error():
+    with pytest.raises(ValueError, match=r"feed_forward is a Other, .* multiplications\(d_model\)"):
+        training_flops(with_feed_forward(Other()), 1024)

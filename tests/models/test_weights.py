@@ -1,7 +1,7 @@
 """The weight protocol, shown on a packed weight that this file defines."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effscale.generation import SamplingConfig, generate
 from effscale.models import (
+    ACTIVATIONS,
+    Affine,
     Dense,
     Embedding,
+    LoRA,
     Weight,
     add_lora,
     dense,
+    finish,
     map_weights,
+    matmul,
+    matmuls,
     merge_lora,
     take,
     transpose,
     unmerge_lora,
 )
 from effscale.parallel import MeshConfig, shardings
+from effscale.training import next_token_loss
 
 
 @jax.tree_util.register_dataclass
@@ -43,16 +51,16 @@ class Int8:
 
     @property
     def T(self):
-        return Int8(self.codes.mT, self.step.mT, self.compute)
+        return type(self)(self.codes.mT, self.step.mT, self.compute)
 
     def astype(self, dtype):
-        return Int8(self.codes, self.step, jnp.dtype(dtype))
+        return type(self)(self.codes, self.step, jnp.dtype(dtype))
 
     def dense(self):
         return (self.codes.astype(jnp.float32) * self.step).astype(self.compute)
 
-    def __rmatmul__(self, x):
-        return x @ self.dense()
+    def matmul(self, x, bias, activation):
+        return finish(x @ self.dense(), bias, activation)
 
     def take(self, indices):
         rows = jnp.take(self.codes, indices.reshape(-1), axis=0).astype(jnp.float32)
@@ -65,6 +73,40 @@ class Int8:
 
     def partition(self, axes):
         return Int8(axes, (None, axes[1]), self.compute)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Dot(Int8):
+    """The same, never made dense. Where its step is of columns the input's rows become codes and a step, too."""
+
+    prepared: ClassVar[list] = []  # shapes of the inputs turned into codes
+
+    @property
+    def input_form(self):
+        return None if self.step.shape[-1] == 1 else "int8 per row"
+
+    def prepare(self, x):
+        self.prepared.append(x.shape)
+        step = jnp.abs(x).max(-1, keepdims=True) / 127
+        return jnp.round(x / step).astype(jnp.int8), step
+
+    def matmul(self, x, bias, activation):
+        if self.input_form is None:  # a transposed table
+            y = (x * self.step.mT) @ self.codes.astype(x.dtype)
+        else:
+            codes, step = x
+            sums = jax.lax.dot(codes, self.codes, preferred_element_type=jnp.int32)
+            y = sums.astype(self.dtype) * step * self.step
+        return finish(y, bias, activation)
+
+    def dense(self):
+        raise AssertionError("made dense")
+
+
+def pack_dot(weight):
+    packed = pack(weight)
+    return Int8Dot(packed.codes, packed.step)
 
 
 def pack(weight):
@@ -104,6 +146,72 @@ def test_dense_layer(getkey):
     np.testing.assert_allclose(packed(x), exact(x), atol=1e-7)
     assert packed(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert isinstance(layer.kernel.get_value(), jax.Array)  # the original is as it was
+
+
+def test_projections_of_one_input_prepare_it_once(getkey):
+    keys = [getkey() for _ in range(4)]
+    x = jax.random.normal(keys[0], (2, 3, 4))
+    query, value = (jax.random.normal(key, (4, 6)) for key in keys[1:3])
+    bias = jax.random.normal(keys[3], (6,))
+    affines = (query, None, None), (value, bias, "silu")
+    pack_affine = lambda weight, *rest: Affine(pack_dot(weight), *rest)
+    Int8Dot.prepared.clear()
+    found = matmuls(x, *(pack_affine(*affine) for affine in affines))
+    assert Int8Dot.prepared == [(6, 4)]
+    for y, (weight, *rest) in zip(found, affines, strict=True):
+        np.testing.assert_array_equal(y, matmul(x, pack_dot(weight), *rest))
+        np.testing.assert_allclose(y, matmul(x, weight, *rest), atol=0.1)
+    Int8Dot.prepared.clear()
+    mixed = matmuls(x, Affine(pack(query)), Affine(value, bias, "silu"))  # no form in common
+    np.testing.assert_array_equal(mixed[0], matmul(x, pack(query)))
+    np.testing.assert_array_equal(
+        mixed[1], ACTIVATIONS["silu"](x.reshape(6, 4) @ value + bias[None]).reshape(2, 3, 6)
+    )
+    assert not Int8Dot.prepared
+
+
+def test_an_epilogue_reaches_the_weights_own_product(tiny, tokens):
+    """A gated and a plain feed-forward hand activation and bias over; attention and a gated one share their input."""
+    for name, products in (("llama", 4), ("gpt2", 4)):
+        model = map_weights(tiny(name), pack_dot)
+        Int8Dot.prepared.clear()
+        logits = run.__wrapped__(model, tokens(model.config))
+        head = 0 if name == "gpt2" else 1  # llama's is not tied: a dense layer
+        assert len(Int8Dot.prepared) == products + head
+        plain = tiny(name)(tokens(model.config))
+        assert float(jnp.abs(logits - plain).max()) < 0.3 * float(jnp.abs(plain).max())
+
+
+def test_loss_and_generation_never_make_a_packed_table_dense(tiny, tokens):
+    """The table is the tied head's weight, too."""
+    model, table = tiny("gpt2"), r"tokens\.embedding"
+    ids = tokens(model.config)
+    batch = {"input_ids": ids, "labels": jnp.roll(ids, -1, 1).at[:, 0].set(-100)}
+    packed, exact = (map_weights(model, f, table) for f in (pack_dot, rounded))
+    scale = exact.final_norm.scale.get_value()
+
+    @jax.jit
+    def loss(scale, model):
+        model = map_weights(model, lambda _: scale, r"final_norm\.scale")
+        return next_token_loss(model, batch, z_loss=1e-3).total
+
+    for found, wanted in zip(
+        *(jax.value_and_grad(loss)(scale, m) for m in (packed, exact)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    config = SamplingConfig(max_new_tokens=3, temperature=0.0)
+    found, wanted = (generate(m, ids, config).tokens for m in (packed, exact))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_lora_keeps_every_leading_axis():
+    pair = LoRA(jnp.ones((3, 4, 6)), jnp.ones((3, 4, 2)), jnp.ones((3, 2, 6)), 1.0)
+    parts = pair.partition(("experts", "embed", "mlp"))
+    assert parts.base == ("experts", "embed", "mlp")
+    assert parts.a == ("experts", "embed", None)
+    assert parts.b == ("experts", None, "mlp")
+    x = jnp.ones((3, 5, 4))
+    np.testing.assert_allclose(jax.vmap(matmul)(x, pair), x @ pair.dense(), rtol=1e-6)
 
 
 def test_embedding_and_tied_logits(getkey):

@@ -21,12 +21,13 @@ def test_onebit_lamb_that_never_freezes_is_lamb(decay):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, two)
 
 
-def test_layers_of_a_stack_are_layers():
-    """Both LAMBs treat a stack of layers, as the library's models have it, as they treat the layers one by one."""
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("experts", "embed", "mlp")])
+def test_layers_and_experts_of_a_stack_are_layers(axes):
+    """Both LAMBs treat a stack of layers or experts, as the library's models have it, as they treat them one by one."""
     rng = np.random.default_rng(3)
     layers = [jnp.asarray(rng.normal(size=(4, 3)) * (1 + i), jnp.float32) for i in range(3)]
     gradients = [jnp.asarray(rng.normal(size=(4, 3)) / (1 + i), jnp.float32) for i in range(3)]
-    stack = lambda xs: {"kernel": nnx.Param(jnp.stack(xs), axes=("embed", "mlp"))}
+    stack = lambda xs: {"kernel": nnx.Param(jnp.stack(xs), axes=axes)}
     for make in (lamb, lambda rate: onebit_lamb(rate, freeze_step=2)):
         optimizer = make(0.01)
         alone, stacked = layers, stack(layers)

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+from effscale.optim.layerwise import stacked_dims
 from effscale.training import combine, decay_mask, named_leaves, partition, trainable_mask
 
 
@@ -112,6 +113,22 @@ def test_decay_goes_by_axes_then_by_name(toy, model):
     assert names(decay_mask(model), model) == ["kernel.q", "kernel.a", "value.kernel"]
 
 
-def test_layers_do_not_count_as_an_axis():
-    bias = {"bias": nnx.Param(jnp.ones((3, 2)), axes=("layers", "mlp"))}
-    assert jax.tree.leaves(decay_mask(bias)) == [False]
+@pytest.mark.parametrize(
+    ("axes", "decays", "stacked"),
+    [
+        (("layers", "mlp"), False, 1),
+        (("experts", "mlp"), False, 1),
+        (("experts", "embed", "mlp"), True, 1),
+        (("layers", "experts", "mlp"), False, 2),
+        (("layers", "experts", "embed", "mlp"), True, 2),
+        (("embed", "experts"), True, 0),  # a router
+        (("experts",), False, 0),  # its bias
+        (("layers", "experts"), False, 1),
+    ],
+)
+def test_layers_and_experts_stack_tensors_and_are_no_axes_of_theirs(axes, decays, stacked):
+    """Weight decay leaves the experts' biases alone, and LAMB takes each expert for a layer."""
+    shape = tuple(range(2, 2 + len(axes)))
+    params = {"p": nnx.Param(jnp.ones(shape), axes=axes)}
+    assert jax.tree.leaves(decay_mask(params)) == [decays]
+    assert jax.tree.leaves(stacked_dims(params)) == [stacked]

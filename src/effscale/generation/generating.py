@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from effscale.generation.decoding import Generated, decode
+from effscale.generation.decoding import NO_KEY, Generated, decode
 from effscale.generation.prompts import check_ids, integers
 from effscale.generation.sampling import SamplingConfig
 from effscale.models import TokenInputs, Transformer
@@ -19,19 +19,22 @@ def generate(
     *,
     attention_mask: Any = None,
     key: PRNGKeyArray | None = None,
+    log_probs: bool = False,
 ) -> Generated:
-    """Continues each row of ``prompt``.
+    """Continues each row of ``prompt``, after checking it, and checks what comes out.
 
     Args:
-        model: A causal model with a head named ``lm``.
+        model: A causal model with a head named ``lm``. For many calls give ``effscale.models.unroll(model)``, made once; see
+            :func:`decode`.
         prompt: Token ids of shape ``(batch, seq)``, padded on the left; :func:`left_pad` makes one from lists.
         config: Length, filters and stop tokens.
         attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
         key: For sampling; may be left out only when greedy. The same key gives the same tokens, and a row's tokens
             do not depend on the other rows.
+        log_probs: Whether to return the new tokens' log-probabilities.
 
     Returns:
-        Tokens of shape ``(batch, seq + max_new_tokens)``, their mask, and each answer's length.
+        Tokens of shape ``(batch, seq + max_new_tokens)``, their mask, and each answer's length; see :class:`Generated`.
 
     Raises:
         ValueError: If the model is not causal or has no ``lm`` head; the prompt is not an array of integers, holds an
@@ -51,11 +54,12 @@ def generate(
     config = SamplingConfig() if config is None else config
     tokens = _checked_prompt(model, prompt, config)
     mask = _checked_mask(attention_mask, tokens)
-    generated, failed_row = decode(model, tokens, mask, checked_key(key, config), config)
+    key = checked_key(key, config)
+    generated = decode(model, tokens, config, attention_mask=mask, key=key, log_probs=log_probs)
     # Inside a jit of the caller's there is no value to look at yet.
-    if not isinstance(failed_row, jax.core.Tracer) and int(failed_row) >= 0:
+    if not isinstance(generated.failed, jax.core.Tracer) and generated.failed.any():
         raise ValueError(
-            f"the model's logits are NaN or infinite in row {int(failed_row)} of the prompt; check its weights, and "
+            f"the model's logits are NaN or infinite in row {int(generated.failed.argmax())} of the prompt; check its weights, and "
             f"that its activations fit dtype={model.config.dtype!r}"
         )
     return generated
@@ -105,9 +109,7 @@ def checked_key(key: Any, config: SamplingConfig) -> PRNGKeyArray:
     """The key, or an error that says what a key is; any will do where nothing is drawn."""
     if key is None:
         if not config.greedy:
-            raise ValueError(
-                "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
-            )
+            raise ValueError(NO_KEY)
         return jax.random.key(0)
     try:
         single = jax.random.key_data(key).ndim == 1

@@ -27,12 +27,12 @@ class Pair:
 
 
 def stack(
-    pairs: Mapping[int | None, Pair], shape: Sequence[int]
+    pairs: Mapping[tuple[int, ...], Pair], shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """A, B and scale of a weight of ours, from the pairs of its layers.
 
     Args:
-        pairs: By the number of the layer in the stack; with None as the number where there is no stack.
+        pairs: By the place in the stack: number of the layer, and of the expert; empty where there is no stack.
         shape: Of the weight.
 
     Raises:
@@ -44,9 +44,9 @@ def stack(
     *layers, d_in, d_out = shape
     a, b = np.zeros((*layers, d_in, rank), dtype), np.zeros((*layers, rank, d_out), dtype)
     for index, pair in pairs.items():
-        place, own = () if index is None else index, pair.a.shape[1]
-        a[place][:, :own] = pair.a
-        b[place][:own] = _rescaled(pair, scale)
+        own = pair.a.shape[1]
+        a[index][:, :own] = pair.a
+        b[index][:own] = _rescaled(pair, scale)
     return a, b, scale
 
 
@@ -69,7 +69,7 @@ def join(
     Raises:
         ValueError: If the scales cannot be brought to one without rounding.
     """
-    layer = () if module.slot.index is None else module.slot.index
+    layer = module.slot.index
     parts: dict[str, Pair] = {}
     for leaf in module.slot.leaves:
         if leaf in held:

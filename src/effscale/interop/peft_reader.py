@@ -60,9 +60,9 @@ class AdapterReader:
                 self.wrong.append(f"{path}: there is no such module in this model")
         self._check_twins(heads)
 
-    def by_leaf(self) -> dict[str, dict[int | None, Pair]]:
-        """The pairs by our parameters, and there by layer."""
-        found: dict[str, dict[int | None, Pair]] = {}
+    def by_leaf(self) -> dict[str, dict[tuple[int, ...], Pair]]:
+        """The pairs by our parameters, and there by layer and expert."""
+        found: dict[str, dict[tuple[int, ...], Pair]] = {}
         for module, pair in self.pairs.items():
             for leaf, b in zip(module.slot.leaves, pair.b, strict=True):
                 one = dataclasses.replace(pair, b=(b,))
@@ -133,9 +133,7 @@ class AdapterReader:
         if slot is None:
             return False
         held = [on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
-        ours = slot.rule.to_theirs(
-            held if slot.index is None else [array[slot.index] for array in held], self.modules.axes
-        )
+        ours = slot.rule.to_theirs([array[slot.index] for array in held], self.modules.axes)
         theirs = self.tensors.read(name)
         # Either may have been rounded to the type that it is held in.
         return np.array_equal(theirs.astype(ours.dtype), ours) or np.array_equal(

@@ -33,14 +33,15 @@ class Pieces:
             part: _aligned(tuple(stop - start for start, stop in part), dtype) for part in parts
         }
 
-    def put(self, layer: int | None, array: np.ndarray) -> None:
-        """Writes one layer, or, with None, all of it."""
+    def put(self, place: tuple[int, ...], array: np.ndarray) -> None:
+        """Writes the part at ``place`` of the leading dimensions (layer, expert), or, with ``()``, all of it."""
         for key, buffer in self.buffers.items():
-            index = tuple(slice(*bounds) for bounds in key)
-            if layer is None:
-                buffer[...] = array[index]
-            elif index[0].start <= layer < index[0].stop:
-                buffer[layer - index[0].start] = array[index[1:]]
+            starts = tuple(start for start, _ in key[: len(place)])
+            here = [start <= i < stop for i, (start, stop) in zip(place, key, strict=False)]
+            if all(here):
+                index = tuple(slice(*bounds) for bounds in key[len(place) :])
+                at = tuple(i - start for i, start in zip(place, starts, strict=True))
+                buffer[at] = array[index]
 
     def finish(self) -> jax.Array:
         """The array."""

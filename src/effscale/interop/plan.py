@@ -15,16 +15,16 @@ class Slot:
     """A tensor of theirs and where it goes.
 
     Attributes:
-        name: Its canonical name, with the number of its layer.
+        name: Its canonical name, with the numbers of its layer and expert.
         rule: The row of the table.
         leaves: Paths of the parameters that it fills.
-        index: Which of their stacked layers it is; None outside the layers.
+        index: Which of their stacked layers it is, and which expert of the layer; empty outside the layers.
     """
 
     name: str
     rule: Rule
     leaves: tuple[str, ...]
-    index: int | None
+    index: tuple[int, ...]
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -33,12 +33,12 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
-def blocks(config: TransformerConfig) -> Iterator[tuple[str, int]]:
+def blocks(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """For each layer, the path of its block and its place in the stack."""
     for g, group in enumerate(config.groups):
         for index in range(group.repeat):
             for b in range(len(group.blocks)):
-                yield f"groups.{g}.blocks.{b}", index
+                yield f"groups.{g}.blocks.{b}", (index,)
 
 
 def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, Any]) -> list[Slot]:
@@ -54,11 +54,19 @@ def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, 
     """
     slots: list[Slot] = []
     for rule in rules:
-        places = blocks(config) if rule.in_layer else [("", None)]
+        places = blocks(config) if rule.in_layer else [("", ())]
         for layer, (block, index) in enumerate(places):
             paths = tuple(f"{block}.{part}" if block else part for part in rule.parts)
-            if all(path in leaves for path in paths):
-                slots.append(Slot(rule.theirs.format(layer), rule, paths, index))
+            if not all(path in leaves for path in paths):
+                continue
+            if rule.in_expert:
+                experts = leaves[paths[0]].get_value().shape[1]
+                numbers = [(expert,) for expert in range(experts)]
+            else:
+                numbers = [()]
+            for number in numbers:
+                name = rule.theirs.format(layer, *number)
+                slots.append(Slot(name, rule, paths, (*index, *number)))
     left = set(leaves) - {leaf for slot in slots for leaf in slot.leaves}
     if left:
         raise ValueError(f"the family's table has no place for the parameters {sorted(left)}")
@@ -72,7 +80,7 @@ def their_shapes(
     known: dict[Any, tuple[int, ...]] = {}  # layers are alike
     shapes: dict[str, tuple[int, ...]] = {}
     for slot in slots:
-        stacked = 0 if slot.index is None else 1
+        stacked = len(slot.index)
         ours = tuple(tuple(leaves[leaf].get_value().shape[stacked:]) for leaf in slot.leaves)
         if (slot.rule, ours) not in known:
             known[slot.rule, ours] = slot.rule.their_shape(ours, axes)

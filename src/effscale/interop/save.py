@@ -84,7 +84,7 @@ def their_tensors(
     repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
     for slot in slots:
         weights = [leaves[leaf].get_value() for leaf in slot.leaves]
-        ours = [on_host(w if slot.index is None else layer(w, slot.index)) for w in weights]
+        ours = [on_host(part(w, slot.index) if slot.index else w) for w in weights]
         tensor = slot.rule.to_theirs(ours, axes)
         if dtype is not None:
             tensor = convert(slot.name, tensor, dtype)
@@ -103,6 +103,9 @@ def on_host(weight: Any) -> np.ndarray:
 
 
 @jax.jit
-def layer(weight: Any, index: Any) -> Any:
-    """One layer of a stacked weight: a small array of its own, whose copy on the host is not kept by the model's."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), weight)
+def part(weight: Any, index: tuple[Any, ...]) -> Any:
+    """One layer or expert of a stacked weight: a small array of its own, whose copy on the host is not kept by the model's."""
+    for i in index:
+        take = lambda x, i=i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        weight = jax.tree.map(take, weight)
+    return weight

@@ -63,7 +63,7 @@ def mapping(folder: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
     for slot in slots:
         info = source.tensors.infos.get(slot.name)
         known = "missing" if info is None else f"{list(info.shape)} {info.dtype.name}"
-        where = "" if slot.index is None else f"[{slot.index}]"
+        where = f"[{', '.join(map(str, slot.index))}]" if slot.index else ""
         ours = ", ".join(leaf + where for leaf in slot.leaves)
         rows.append((slot.name, known, ours, slot.rule.layout or "as it is"))
     return rows

@@ -23,7 +23,8 @@ class Rule:
     """A tensor of theirs and the parameter of ours that holds it, or several that it holds fused.
 
     Attributes:
-        theirs: Its name in the file, without the prefix of the trunk; ``{}`` stands for the number of the layer.
+        theirs: Its name in the file, without the prefix of the trunk; ``{}`` stands for the number of the layer, and a second
+            one for the number of the expert, where each expert has a tensor of its own and ours are stacked.
         ours: Path of the parameter; in a layer, below the block. Several where theirs is fused: the layout's right side
             then begins with their axis ``n``.
         layout: An einops pattern from theirs to ours; None: the same.
@@ -42,6 +43,11 @@ class Rule:
     def in_layer(self) -> bool:
         """Whether there is one for each layer."""
         return "{}" in self.theirs
+
+    @property
+    def in_expert(self) -> bool:
+        """Whether there is one for each expert of each layer."""
+        return self.theirs.count("{}") == 2
 
     def to_ours(self, tensor: Any, axes: Mapping[str, int]) -> tuple[Any, ...]:
         """Our arrays, one for each of ``ours``, from their tensor."""

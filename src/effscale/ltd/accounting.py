@@ -1,7 +1,7 @@
 """What a training step costs when layers drop tokens: layer tokens and floating-point operations."""
 
 from effscale.ltd.layers import dropping_layers
-from effscale.models import BlockConfig, LMHead, MLPConfig, PatchInputs, TransformerConfig
+from effscale.models import BlockConfig, LMHead, PatchInputs, TransformerConfig
 from effscale.models.attention import CAUSAL_BLOCKS, MIN_CAUSAL_BLOCK
 
 
@@ -44,7 +44,8 @@ def training_flops(
     memory are not counted.
 
     Args:
-        config: The model's; its feed-forwards must be :class:`effscale.models.MLPConfig`.
+        config: The model's. A feed-forward config of your own needs the method ``multiplications(d_model)`` that
+            :class:`effscale.models.MLPConfig` has: those of one token's forward pass.
         length: Tokens of a row.
         kept: Tokens that dropping layers keep; None: no layer drops.
         layers: Numbers of the layers that drop tokens; None: all but the first and the last.
@@ -53,7 +54,7 @@ def training_flops(
         Operations.
 
     Raises:
-        ValueError: The feed-forward is another; or see :func:`effscale.ltd.dropping_layers`.
+        ValueError: A feed-forward's operations are not known; or see :func:`effscale.ltd.dropping_layers`.
 
     Example:
         >>> from effscale.models import preset
@@ -73,15 +74,16 @@ def training_flops(
 def _layer(block: BlockConfig, d_model: int, tokens: int, causal: bool) -> int:
     """Multiplications of a layer's forward pass."""
     attention, feed_forward = block.attention, block.feed_forward
-    if not isinstance(feed_forward, MLPConfig):
+    counted = getattr(feed_forward, "multiplications", None)
+    if counted is None:
         raise ValueError(
-            f"feed_forward is a {type(feed_forward).__name__}; only MLPConfig's operations are known"
+            f"feed_forward is a {type(feed_forward).__name__}, whose operations are not known: give it a method "
+            "multiplications(d_model), those of one token's forward pass"
         )
     width = attention.width(d_model)
     projections = 2 * d_model * width * (attention.num_heads + attention.kv_heads)
-    mlp = (3 if feed_forward.gated else 2) * d_model * feed_forward.d_ff
     scores_and_mixing = 2 * attention.num_heads * width * _scores(tokens, causal)
-    return tokens * (projections + mlp) + scores_and_mixing
+    return tokens * (projections + counted(d_model)) + scores_and_mixing
 
 
 def _scores(tokens: int, causal: bool) -> int:

@@ -1,5 +1,6 @@
 """One Transformer, built from small modules; every family is a config of it."""
 
+from effscale.models.activations import ACTIVATIONS
 from effscale.models.block import Block, BlockGroup
 from effscale.models.cache import KVCache, empty_cache, grow_cache
 from effscale.models.config import (
@@ -30,7 +31,7 @@ from effscale.models.families import (
 )
 from effscale.models.heads import ClassHead, HeadConfig, LMHead
 from effscale.models.image_size import resize_images
-from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMSNorm, dropout
+from effscale.models.layers import Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 from effscale.models.presets import PRESETS, abstract, num_params, preset
@@ -41,11 +42,22 @@ from effscale.models.rotary_scaling import (
     YarnScaling,
 )
 from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group, unroll
-from effscale.models.weights import Weight, dense, map_weights, take, transpose
+from effscale.models.weights import (
+    Affine,
+    Weight,
+    dense,
+    finish,
+    map_weights,
+    matmul,
+    matmuls,
+    take,
+    transpose,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "PRESETS",
+    "Affine",
     "Alibi",
     "AttentionConfig",
     "Block",
@@ -88,12 +100,15 @@ __all__ = [
     "dense",
     "dropout",
     "empty_cache",
+    "finish",
     "gpt2",
     "gptj",
     "grow_cache",
     "is_adapter",
     "llama",
     "map_weights",
+    "matmul",
+    "matmuls",
     "merge_lora",
     "neox",
     "num_params",

@@ -10,6 +10,7 @@ from effscale.models.config import Alibi, AttentionConfig, Positions, Rotary
 from effscale.models.context import Context
 from effscale.models.layers import Dense, dropout
 from effscale.models.positions import alibi_slopes, rotate
+from effscale.models.weights import matmuls
 from effscale.parallel import constrain
 
 LayerCache = tuple[
@@ -82,7 +83,8 @@ class Attention(nnx.Module):
             The output and the updated cache.
         """
         split = lambda y: rearrange(y, "b s (h d) -> b h s d", d=self.head_dim)
-        query, keys, values = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        projections = (self.query.affine(), self.key.affine(), self.value.affine())
+        query, keys, values = map(split, matmuls(x, *projections))
         if isinstance(self.positions, Rotary) and context.angles is not None:
             query, keys = (rotate(y, context.angles, self.positions) for y in (query, keys))
         query = constrain(query, "batch", "heads_act", "seq", None) * self.scale

@@ -10,7 +10,8 @@ import math
 import typing
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from effscale.models.layers import ACTIVATIONS, Activation, LayerNorm, RMSNorm
+from effscale.models.activations import ACTIVATIONS, Activation
+from effscale.models.layers import LayerNorm, RMSNorm
 from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
 from effscale.models.validation import check, choice
 
@@ -177,6 +178,10 @@ class MLPConfig:
     def __post_init__(self):
         check(self, self.d_ff >= 1, "d_ff", "at least 1")
         choice(self, "activation", tuple(ACTIVATIONS))
+
+    def multiplications(self, d_model: int) -> int:
+        """Multiplications of one token's forward pass."""
+        return (3 if self.gated else 2) * d_model * self.d_ff
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
         """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from effscale.models.activations import Activation
 from effscale.models.config import NormConfig, TokenInputs, TransformerConfig
 from effscale.models.inputs import TokenEmbedding
-from effscale.models.layers import ACTIVATIONS, Activation, Dense, dropout
+from effscale.models.layers import Dense, dropout
 from effscale.models.validation import check, choice
-from effscale.models.weights import transpose
+from effscale.models.weights import matmul, transpose
 
 Pool = Literal["first", "pooled", "last", "mean", "none"]
 
@@ -83,7 +84,7 @@ class VocabularyHead(nnx.Module):
             bias or None.
         """
         if self.transform is not None and self.norm is not None and self.activation is not None:
-            hidden = self.norm(ACTIVATIONS[self.activation](self.transform(hidden)))
+            hidden = self.norm(self.transform(hidden, self.activation))
         bias = None if self.bias is None else self.bias.get_value()
         if self.project is not None:
             return hidden, transpose(self.project.kernel.get_value()), bias
@@ -93,10 +94,7 @@ class VocabularyHead(nnx.Module):
         """Logits of ``(batch, seq, width)`` hidden states; ``embed`` holds a tied head's table."""
         del pooled, valid, key
         x, weight, bias = self.linear(hidden, embed)
-        logits = x.reshape(-1, x.shape[-1]) @ transpose(weight.astype(x.dtype))
-        if bias is not None:
-            logits = logits + bias.astype(x.dtype)[None]
-        return logits.reshape(*x.shape[:-1], logits.shape[-1])
+        return matmul(x, transpose(weight), bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from effscale.models.weights import dense, is_kernel, map_weights, take, transpose
+from effscale.models.activations import Activation
+from effscale.models.weights import (
+    dense,
+    finish,
+    is_kernel,
+    map_weights,
+    matmul,
+    take,
+    transpose,
+)
 
 Model = TypeVar("Model")
 
@@ -52,8 +61,11 @@ class LoRA:
         """The transpose: ``W'^T = W^T + s B^T A^T``."""
         return LoRA(transpose(self.base), self.b.mT, self.a.mT, self.scale)
 
-    def __rmatmul__(self, x: Array) -> Array:
-        return x @ self.base + (x @ self.a) @ self.b * self.scale
+    def matmul(
+        self, x: Array, bias: Array | None, activation: Activation | None
+    ) -> Float[Array, "rows d_out"]:
+        """``activation(x W' + b)``, without ``W'`` itself."""
+        return finish(matmul(x, self.base) + (x @ self.a) @ self.b * self.scale, bias, activation)
 
     def astype(self, dtype: Any) -> "LoRA":
         """The same pair computing in ``dtype``."""
@@ -73,7 +85,8 @@ class LoRA:
     def partition(self, axes: tuple[str | None, ...]) -> "LoRA":
         """Logical axes of each part, from those of the dense weight."""
         base = self.base.partition(axes) if hasattr(self.base, "partition") else axes
-        return LoRA(base, (axes[0], None), (None, axes[1]), self.scale)  # pyrefly: ignore[bad-argument-type]
+        *stack, d_in, d_out = axes
+        return LoRA(base, (*stack, d_in, None), (*stack, None, d_out), self.scale)  # pyrefly: ignore[bad-argument-type]
 
 
 def _add(base: Array, update: Array) -> Array:

@@ -4,7 +4,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models.config import MLPConfig
-from effscale.models.layers import ACTIVATIONS, Dense
+from effscale.models.layers import Dense
+from effscale.models.weights import matmuls
 from effscale.parallel import constrain
 
 
@@ -27,6 +28,9 @@ class MLP(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
         """The output, and an empty report."""
         del key
-        act = ACTIVATIONS[self.activation]
-        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        if self.gate is None:
+            inner = self.up(x, self.activation)
+        else:
+            gate, up = matmuls(x, self.gate.affine(self.activation), self.up.affine())
+            inner = gate * up
         return self.down(constrain(inner, "batch", "seq", "mlp_act")), {}

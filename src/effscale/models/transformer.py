@@ -16,7 +16,7 @@ from effscale.models.cache import KVCache
 from effscale.models.config import TokenInputs, TransformerConfig
 from effscale.models.context import Context, angles_of, build_context, positions_of
 from effscale.models.inputs import PatchEmbedding, TokenEmbedding
-from effscale.models.layers import ACTIVATIONS, Dense
+from effscale.models.layers import Dense
 from effscale.parallel import constrain
 
 RunGroup = Callable[..., tuple[Array, Any, Any]]
@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
         """
         pooled = None
         if self.pooler is not None:
-            pooled = ACTIVATIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+            pooled = self.pooler(hidden[:, 0], self.config.pooler_activation)
 
         def key_of(name: str) -> PRNGKeyArray | None:
             # By the name: apart from the layers' keys, and the same whichever heads stand beside it.
@@ -296,8 +296,11 @@ class Transformer(nnx.Module):
 def unroll(model: Transformer) -> Transformer:
     """The same model with every layer a group of its own: longer to compile, and no loop around small steps.
 
-    Decoding token by token gains from it, since weights and cache of a layer are then arrays of their own.
+    Decoding token by token gains from it, since weights and cache of a layer are then arrays of their own. A model that is
+    unrolled already comes back as it is.
     """
+    if all(group.repeat == 1 for group in model.config.groups):
+        return model
     groups, layers = [], []
     for group, stacked in zip(model.config.groups, model.groups, strict=True):
         for index in range(group.repeat):

@@ -10,8 +10,8 @@ from effscale.training.partition import NamedLeaf, named_leaves
 
 Stacked = Any
 """How many leading dimensions of each array stack separate tensors: a tree of integers like the parameters, one integer for
-all, or None: those that the logical axes of an ``nnx.Variable`` do not name, and one that they name ``layers``; none of any
-other array."""
+all, or None: those that the logical axes of an ``nnx.Variable`` do not name, and the leading ones that they name ``layers``
+and ``experts``; none of any other array."""
 
 
 def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
@@ -34,7 +34,7 @@ def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
 def _unnamed(leaf: NamedLeaf) -> int:
     if leaf.axes is None:
         return 0
-    return max(0, jnp.ndim(leaf.leaf) - len(leaf.axes)) + (leaf.axes[:1] == ("layers",))
+    return max(0, jnp.ndim(leaf.leaf) - len(leaf.axes)) + leaf.stacked
 
 
 def layer_shape(x: Any, dims: int) -> tuple[int, ...]:

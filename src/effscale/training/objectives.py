@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from effscale.models import RunGroup, Transformer, dense, run_group
+from effscale.models import RunGroup, Transformer, run_group
 from effscale.parallel import auto_batch_axes
 from effscale.training.loss import Loss
-from kernels_pallas import cross_entropy
+from effscale.training.vocabulary import vocabulary_cross_entropy
 
 
 def next_token_loss(
@@ -113,9 +113,9 @@ def _vocabulary_loss(
     labels = labels.reshape(-1)
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.reshape(-1)
     weights = jnp.where((labels >= 0) & (labels < weight.shape[0]), weights, 0.0)
-    total = cross_entropy(
+    total = vocabulary_cross_entropy(
         x.reshape(-1, x.shape[-1]),
-        dense(weight),
+        weight,
         labels,
         weights=weights,
         bias=bias,

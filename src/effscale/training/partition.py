@@ -27,6 +27,13 @@ class NamedLeaf(NamedTuple):
     variable: str
     axes: tuple[str | None, ...] | None
 
+    @property
+    def stacked(self) -> int:
+        """How many of the leading logical axes stack separate tensors: ``layers``, and ``experts`` before others."""
+        axes = self.axes or ()
+        layers = int(axes[:1] == ("layers",))
+        return layers + (axes[layers : layers + 1] == ("experts",) and len(axes) > layers + 1)
+
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
@@ -131,8 +138,8 @@ def decay_mask(params: Any, *, include: str | None = None, exclude: str | None =
     """A tree of bools: True where weight decay applies, which is on matrices and not on biases or norm scales.
 
     The number of dimensions does not tell them apart, as a bias of a stacked group is a matrix. So a leaf decays if
-    its Variable's ``axes`` metadata names at least two axes besides ``layers``; without that metadata, if the last
-    part of the Variable's name is ``kernel`` or ``embedding``.
+    its Variable's ``axes`` metadata names at least two axes after those that stack layers and experts; without that
+    metadata, if the last part of the Variable's name is ``kernel`` or ``embedding``.
 
     Args:
         params: The trained part of a model.
@@ -150,7 +157,7 @@ def decay_mask(params: Any, *, include: str | None = None, exclude: str | None =
         if include is not None and re.search(include, leaf.name):
             return True
         if leaf.axes is not None:
-            return sum(axis != "layers" for axis in leaf.axes) >= 2
+            return len(leaf.axes) - leaf.stacked >= 2
         return leaf.variable.rpartition(".")[2] in ("kernel", "embedding")
 
     return map_named(decays, params)

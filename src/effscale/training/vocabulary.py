@@ -1,0 +1,66 @@
+"""Cross entropy under any weight of a head over the vocabulary, without all logits at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effscale.models import Weight, matmul, transpose
+from kernels_pallas import cross_entropy
+from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens, token_losses
+
+# Tokens whose logits exist at a time.
+CHUNK = 512
+
+
+def vocabulary_cross_entropy(
+    hidden: Float[Array, "tokens width"],
+    weight: Any,
+    labels: Int[Array, "tokens"],
+    *,
+    weights: Float[Array, "tokens"],
+    bias: Float[Array, "vocab"] | None,
+    z_loss: float,
+    token_axes: Sequence[str],
+) -> Float[Array, ""]:
+    """`kernels_pallas.cross_entropy`, also for a weight that is no array: its own ``matmul`` then makes the logits.
+
+    Such a weight (packed, or a LoRA pair) is never made dense. Its logits have the type of ``hidden`` before they are summed in
+    float32, and the backward pass computes them a second time.
+
+    Args:
+        hidden: What the head's weight is applied to.
+        weight: Any weight of shape ``(vocab, width)``.
+        labels: In ``[0, vocab)``; another one does not count if its weight is 0.
+        weights: Of each token.
+        bias: Of the logits, or None.
+        z_loss: Coefficient of the squared log normalizer.
+        token_axes: Mesh axes that shard the tokens; the logits of other weights are divided by the compiler alone.
+    """
+    if not isinstance(weight, Weight):
+        return cross_entropy(
+            hidden,
+            weight,
+            labels,
+            weights=weights,
+            bias=bias,
+            z_loss=z_loss,
+            token_axes=token_axes,
+        )
+    project = transpose(weight)
+
+    @jax.checkpoint
+    def sum_of_chunk(inputs: tuple[Array, Array, Array]) -> Array:
+        hidden, labels, weights = inputs
+        logits = matmul(hidden, project).astype(jnp.float32)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)[None]
+        losses = token_losses(logits, labels, jax.nn.logsumexp(logits, axis=1), z_loss)
+        return jnp.sum(weights * losses)
+
+    chunk = chunk_size(hidden.shape[0], CHUNK)
+    labels = jnp.where((labels >= 0) & (labels < weight.shape[0]), labels, -1)
+    chunks = tuple(split_tokens(x, chunk) for x in (hidden, labels, weights))
+    return jax.lax.map(sum_of_chunk, chunks).sum()
