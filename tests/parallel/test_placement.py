@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effscale.parallel import (
@@ -15,8 +15,11 @@ from effscale.parallel import (
     DEFAULT_RULES,
     BatchShard,
     MeshConfig,
+    Placement,
     batch_shard,
     batch_sharding,
+    constrain,
+    current_rules,
     shard,
     shard_batch,
     shardings,
@@ -48,8 +51,8 @@ def make(key=None):
     return Net(rngs=nnx.Rngs(jax.random.key(0) if key is None else key))
 
 
-def specs(tree, mesh, rules=None):
-    found = shardings(tree, mesh, rules)
+def specs(tree, mesh):
+    found = shardings(tree, mesh)
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     return {
         jax.tree_util.keystr(path).removesuffix(".value"): s.spec
@@ -141,11 +144,40 @@ def test_an_abstract_mesh_does():
     )
 
 
-def test_rules_are_an_argument_or_the_context(mesh):
+def test_the_rules_are_those_in_force_or_of_a_placement(mesh):
     rules = DEFAULT_RULES | {"embed": None}
-    assert specs(make(), mesh, rules)[".first.kernel"] == P(None, "tensor")
     with use_rules(rules):
         assert specs(make(), mesh)[".first.kernel"] == P(None, "tensor")
+    placement = Placement(mesh, rules)
+    assert placement.shardings(make()).first.kernel.get_value().spec == P(None, "tensor")
+    with use_rules(DEFAULT_RULES | {"embed": "data"}), placement.in_force():  # its own win
+        assert specs(make(), mesh)[".first.kernel"] == P(None, "tensor")
+        assert jax.sharding.get_mesh() == mesh
+    assert current_rules() == DEFAULT_RULES
+
+
+def test_a_placement_lays_out_and_traces_by_one_table(mesh):
+    """From birth, by batches and inside the program; and from one layout to another by one call."""
+    rules = {"batch": "data", "embed": None, "mlp": ("fsdp", "tensor")}
+    wide = Placement(mesh, DEFAULT_RULES | rules | {"mlp_act": ("fsdp", "tensor")})
+    narrow = Placement(mesh)
+    born = narrow.init(make, jax.random.key(0))
+    assert born.first.kernel[...].sharding.spec == P("fsdp", "tensor")
+    moved = wide.shard(born)
+    assert moved.first.kernel[...].sharding.spec == P(None, ("fsdp", "tensor"))
+    np.testing.assert_array_equal(moved.first.kernel[...], born.first.kernel[...])
+    again = narrow.shard(moved)
+    assert again.first.kernel[...].sharding == born.first.kernel[...].sharding
+
+    batch = wide.shard_batch(np.ones((8, 8), np.float32))
+    assert batch.sharding == wide.batch_sharding() == NamedSharding(mesh, P("data"))
+    assert narrow.batch_sharding().spec == P(("data", "fsdp"))
+    assert wide.batch_shard() == (0, 1)
+    activations = jax.jit(lambda net, x: constrain(x @ net.first.kernel[...], "batch", "mlp_act"))
+    with wide.in_force():
+        assert activations(moved, batch).sharding.spec == P("data", ("fsdp", "tensor"))
+    with narrow.in_force():
+        assert activations(again, batch).sharding.spec == P(("data", "fsdp"), "tensor")
 
 
 def test_a_misspelt_axis_names_the_parameter(mesh):

@@ -8,6 +8,7 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.error_feedback import ErrorFeedback, Residual, init_error_feedback
+from effscale.parallel.layout import Placement
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.peers import ending_together, on_first
 from effscale.parallel.placement import (
@@ -40,6 +41,7 @@ __all__ = [
     "ErrorFeedback",
     "MeshConfig",
     "PerWorker",
+    "Placement",
     "Residual",
     "Rules",
     "auto_batch_axes",

@@ -17,8 +17,8 @@ from effscale.parallel.workers import PerWorker
 Tree = TypeVar("Tree")
 
 
-def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> Tree:
-    """The sharding of every array in a tree of modules, optimizer states and bare arrays.
+def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
+    """The sharding of every array in a tree of modules, optimizer states and bare arrays, by the rules in force.
 
     An `nnx.Variable` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided
     by the rules; every other array is replicated. Optimizer states keep the metadata, so their moments lie
@@ -30,7 +30,6 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None)
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` gives.
         mesh: the mesh.
-        rules: the table; that of `use_rules` by default.
 
     Returns:
         The same tree with a `NamedSharding` in the place of every array: what `jax.jit` takes as
@@ -40,7 +39,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None)
     Raises:
         ValueError: a name without a rule, or a ``partition`` that does not match its weight.
     """
-    rules = current_rules() if rules is None else rules
+    rules = current_rules()
     found: list[NamedSharding] = []
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unit):
         try:
@@ -50,20 +49,20 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh, rules: Rules | None = None)
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
-def shard(tree: Tree, mesh: Mesh, rules: Rules | None = None) -> Tree:
-    """Lay a tree of arrays out on a mesh, as `shardings` says.
+def shard(tree: Tree, mesh: Mesh) -> Tree:
+    """Lay a tree of arrays out on a mesh, as `shardings` says, however it lies now.
 
     With several processes each must hold the same values of every array that is not yet a global one.
     """
-    places = shardings(tree, mesh, rules)
+    places = shardings(tree, mesh)
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
     return jax.tree.map(_place_of_many, tree, places)
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules | None = None) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of an array whose first dimension is the batch."""
-    axes = _batch_axes(mesh, rules)
+    axes = _batch_axes(mesh)
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
@@ -74,7 +73,7 @@ class BatchShard(NamedTuple):
     count: int
 
 
-def batch_shard(mesh: Mesh, rules: Rules | None = None) -> BatchShard:
+def batch_shard(mesh: Mesh) -> BatchShard:
     """Which part of every global batch this process has to load.
 
     Processes that hold the same rows (a ``tensor`` axis that spans them) get the same index, so this is what
@@ -83,8 +82,8 @@ def batch_shard(mesh: Mesh, rules: Rules | None = None) -> BatchShard:
     Raises:
         ValueError: the rows of two processes overlap without being the same.
     """
-    sharding = batch_sharding(mesh, rules)
-    ways = _batch_ways(mesh, rules)
+    sharding = batch_sharding(mesh)
+    ways = _batch_ways(mesh)
     rows: dict[int, set[int]] = {}
     for device, (index, *_) in sharding.devices_indices_map((ways,)).items():
         rows.setdefault(device.process_index, set()).add(index.start or 0)
@@ -102,14 +101,13 @@ def batch_shard(mesh: Mesh, rules: Rules | None = None) -> BatchShard:
     return BatchShard(parts.index(tuple(sorted(mine))), len(parts))
 
 
-def shard_batch(batch: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree:
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Make global arrays of the rows that this process has loaded.
 
     Args:
         batch: a tree of numpy arrays whose first dimension is the batch: the rows of `batch_shard`. With one
             process that is the whole batch. Scalars are replicated.
         mesh: the mesh.
-        rules: the table; that of `use_rules` by default.
 
     Returns:
         The same tree of `jax.Array`, divided as `batch_sharding` says.
@@ -117,20 +115,20 @@ def shard_batch(batch: PyTree, mesh: Mesh, rules: Rules | None = None) -> PyTree
     Raises:
         ValueError: arrays of different numbers of rows, or rows that the mesh cannot divide.
     """
-    count = batch_shard(mesh, rules).count
+    count = batch_shard(mesh).count
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     rows = {jax.tree_util.keystr(path): np.shape(x)[0] for path, x in leaves if np.ndim(x)}
     if len(set(rows.values())) > 1:
         raise ValueError(f"the arrays of a batch differ in their number of rows: {rows}")
-    ways = _batch_ways(mesh, rules)
+    ways = _batch_ways(mesh)
     for local in set(rows.values()):
         if local * count % ways:
             raise ValueError(
                 f"a global batch of {local * count} rows cannot be divided over {ways} devices "
-                f"({_product(mesh, rules)}): make the batch size a multiple of {ways}, or the mesh smaller along "
+                f"({_product(mesh)}): make the batch size a multiple of {ways}, or the mesh smaller along "
                 "these axes"
             )
-    divided, whole = batch_sharding(mesh, rules), NamedSharding(mesh, PartitionSpec())
+    divided, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def place(x):
         sharding = divided if np.ndim(x) else whole
@@ -219,14 +217,13 @@ def _spec(
     return logical_spec(names, shape, mesh, rules)
 
 
-def _batch_axes(mesh: Mesh | AbstractMesh, rules: Rules | None) -> tuple[str, ...]:
-    rules = current_rules() if rules is None else rules
-    return tuple(axis for axis in rules.lookup("batch") if mesh.shape.get(axis, 1) > 1)
+def _batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(axis for axis in current_rules().lookup("batch") if mesh.shape.get(axis, 1) > 1)
 
 
-def _batch_ways(mesh: Mesh | AbstractMesh, rules: Rules | None) -> int:
-    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh, rules))
+def _batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
 
 
-def _product(mesh: Mesh, rules: Rules | None) -> str:
-    return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _batch_axes(mesh, rules))
+def _product(mesh: Mesh) -> str:
+    return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in _batch_axes(mesh))

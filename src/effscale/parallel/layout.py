@@ -1,0 +1,97 @@
+"""A mesh with the rules by which things are divided over it, as one object."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
+
+from effscale.parallel.placement import (
+    BatchShard,
+    batch_shard,
+    batch_sharding,
+    shard,
+    shard_batch,
+    shardings,
+)
+from effscale.parallel.rules import DEFAULT_RULES, Rules, use_rules
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and a table of rules, by which arrays are placed and functions traced alike.
+
+    Everything that has a part in a layout takes it from here, so that a model is never laid out by one table and traced by another.
+    With several placements, a model goes from one to the other by one call: from the layout in which it trains, for instance,
+    to one in which it generates.
+
+    Attributes:
+        mesh: Of all devices that take part.
+        rules: Logical axis names to mesh axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
+        >>> from effscale.parallel import DEFAULT_RULES, MeshConfig, Placement
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> mesh = MeshConfig(fsdp=-1, data=1).build()
+        >>> training = Placement(mesh)
+        >>> generating = Placement(mesh, DEFAULT_RULES | {"embed": None, "mlp": "fsdp", "mlp_act": "fsdp"})
+        >>> model = training.init(lambda: Transformer(tiny, rngs=nnx.Rngs(0)))
+        >>> copy = generating.shard(model)  # from one layout to the other
+        >>> with generating.in_force():
+        ...     logits = jax.jit(lambda model, ids: model(ids))(copy, jnp.zeros((8, 4), jnp.int32))
+        >>> logits.shape
+        (8, 4, 50)
+    """
+
+    mesh: Mesh
+    rules: Rules = DEFAULT_RULES
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator["Placement"]:
+        """Make mesh and rules those of this thread inside the ``with`` block, as `jax.set_mesh` and `use_rules` do."""
+        with jax.set_mesh(self.mesh), use_rules(self.rules):
+            yield self
+
+    def shardings(self, tree: Tree) -> Tree:
+        """See `effscale.parallel.shardings`."""
+        with use_rules(self.rules):
+            return shardings(tree, self.mesh)
+
+    def shard(self, tree: Tree) -> Tree:
+        """See `effscale.parallel.shard`."""
+        with use_rules(self.rules):
+            return shard(tree, self.mesh)
+
+    def init(self, create: Callable[..., Tree], *args: Any) -> Tree:
+        """What ``create(*args)`` makes, divided from birth: nothing is ever whole on one device.
+
+        Args:
+            create: A function of arrays that JAX can trace, such as one that makes a model or a train state.
+            *args: Its arguments.
+        """
+        with self.in_force():
+            places = shardings(jax.eval_shape(create, *args), self.mesh)
+            return jax.jit(create, out_shardings=places)(*args)
+
+    def batch_sharding(self) -> NamedSharding:
+        """See `effscale.parallel.batch_sharding`."""
+        with use_rules(self.rules):
+            return batch_sharding(self.mesh)
+
+    def batch_shard(self) -> BatchShard:
+        """See `effscale.parallel.batch_shard`."""
+        with use_rules(self.rules):
+            return batch_shard(self.mesh)
+
+    def shard_batch(self, batch: PyTree) -> PyTree:
+        """See `effscale.parallel.shard_batch`."""
+        with use_rules(self.rules):
+            return shard_batch(batch, self.mesh)
