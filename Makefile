@@ -91,7 +91,7 @@ notebooks: $(DEV)
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
 docs: $(VENV)/.with-docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict  # quiet, it would not see what strict is to refuse
 	@echo "the pages are in site/"
 
 clean:
