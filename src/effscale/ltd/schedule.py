@@ -133,9 +133,9 @@ class RandomLTD:
                 :func:`effscale.training.next_token_loss`.
 
         Returns:
-            ``loss_fn(model, batch, key) -> Loss``, which passes ``frozen`` on if it is given. Tokens are dropped where there is a key, as with dropout, and the
-            batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It raises a TypeError for a model that
-            is none of effscale's.
+            ``loss_fn(model, batch, key) -> Loss``; a fourth argument (``frozen``) is passed on. Tokens are dropped where there
+            is a key, as with dropout, and the batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It
+            raises a TypeError for a model that is none of effscale's.
         """
 
         @functools.wraps(loss_fn)

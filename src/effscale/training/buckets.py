@@ -46,9 +46,9 @@ class _Executable(NamedTuple):
 class ShapeBuckets:
     """A function with one executable for each signature of its arguments.
 
-    The signature is the tree structure, shapes, types and shardings of all arguments, keyword arguments included. An unknown one is compiled at
-    the call; one given to ``prepare`` before is ready, or waited for. Where the function returns an argument's successor
-    (a training state), that output keeps the argument's shardings, so that no second compilation follows.
+    The signature is the tree structure, shapes, types and shardings of all arguments, keyword arguments included. An unknown
+    one is compiled at the call; one given to ``prepare`` before is ready, or waited for. Where the function returns an
+    argument's successor (a training state), that output keeps the argument's shardings, so that no second compilation follows.
 
     Args:
         function: A pure function of pytrees, not jitted.
@@ -164,11 +164,11 @@ class ShapeBuckets:
     def _executable(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Executable:
         future = self._executables.get(key)
         if future is None:
+            _check_not_donated_twice(self.donate_argnums, args, kwargs)
             mine: concurrent.futures.Future[_Executable] = concurrent.futures.Future()
             with self._lock:
                 future = self._executables.setdefault(key, mine)
             if future is mine:
-                _check_not_donated_twice(self.donate_argnums, args, kwargs)
                 self._compile(mine, *_described(args, kwargs), background=False)
         return future.result()
 

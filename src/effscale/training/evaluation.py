@@ -53,10 +53,11 @@ def evaluate(
     given = {} if frozen is None else {"frozen": frozen}
 
     def add_up() -> None:
-        # In float64: float32 sums would lose the small addends of a long evaluation.
+        # In Python floats and float64: float32 sums would lose the small addends of a long evaluation.
         for loss in jax.device_get(pending):
             for name, value in {"loss": loss.total, "weight": loss.weight, **loss.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+                wide = np.asarray(value, np.float64) if np.ndim(value) else float(value)
+                sums[name] = sums.get(name, 0.0) + wide
         pending.clear()
 
     for batch in batches:
@@ -68,7 +69,7 @@ def evaluate(
         raise ValueError(
             "evaluation saw no batch with weight; the data set may be smaller than one batch"
         )
-    weight = float(sums.pop("weight"))
+    weight = sums.pop("weight")
     return {prefix + "weight": weight} | {
-        prefix + name: (value / weight).tolist() for name, value in sums.items()
+        prefix + name: np.asarray(value / weight).tolist() for name, value in sums.items()
     }
