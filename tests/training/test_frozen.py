@@ -260,6 +260,13 @@ def test_where_it_must_not_be(toy):
         fit(state, frozen={"teacher": model_of(toy, 9), "temperature": 2.0}, **options)
 
 
+def test_it_is_given_by_its_name_only(toy):
+    """As a third positional argument ``per_worker`` would take it for the batch, and divide it."""
+    step = simulate_workers(make_train_step(distillation, SGD, axis_name="data"), 8)
+    with pytest.raises(TypeError, match="positional arguments"):
+        step(state_of(toy), batches(toy)[0], model_of(toy, 9).embedding)
+
+
 def test_a_teacher_that_would_be_deleted_with_the_state_is_named(toy):
     state = state_of(toy)
     buckets = ShapeBuckets(make_train_step(distillation, SGD), donate_argnums=0)

@@ -11,12 +11,12 @@ from effscale.training.step import LossFunction, frozen_argument
 
 
 def make_eval_step(loss_fn: LossFunction) -> Callable[..., Loss]:
-    """``eval_step(model, batch, frozen=None) -> Loss``: the sums of a batch.
+    """``eval_step(model, batch, *, frozen=None) -> Loss``: the sums of a batch.
 
     The loss gets ``key=None`` (no dropout), and ``frozen`` as its fourth argument if it is given.
     """
 
-    def eval_step(model: Any, batch: Any, frozen: Any = None) -> Loss:
+    def eval_step(model: Any, batch: Any, *, frozen: Any = None) -> Loss:
         return loss_fn(model, batch, None, *frozen_argument(frozen)).in_float32()
 
     return eval_step

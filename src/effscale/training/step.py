@@ -84,7 +84,7 @@ def make_train_step(
             metric ``sent_bytes`` is what each device sent for the update.
 
     Returns:
-        ``step(state, batch, frozen=None) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the
+        ``step(state, batch, *, frozen=None) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the
         state donated. ``frozen`` is any pytree that the loss reads and nothing trains, such as a teacher or a reference
         model: the loss gets it whole as its fourth argument, for each micro-batch and on each worker. As an argument of
         the compiled program it is neither copied nor built in as a constant. Metrics: ``loss`` (mean), ``grad_norm``
@@ -110,7 +110,9 @@ def make_train_step(
         raise ValueError(f"ema_decay={ema_decay!r} must lie in [0, 1); 0.999 is usual")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def train_step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Any, *, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(
                 f"ema_decay={ema_decay} but the state was created with ema={state.ema is not None}; give both or none"
