@@ -219,3 +219,8 @@ def test_names_that_are_taken():
     step = with_metrics(lambda state, batch: (state, {"loss": 1}), lambda state: {"loss": 2})
     with pytest.raises(ValueError, match="reports loss already"):
         step(None, None)
+
+
+def test_what_is_frozen_is_passed_on():
+    step = with_metrics(lambda state, batch, frozen: (frozen, {}), lambda state: {"more": state})
+    assert step(1, 2, frozen=3) == (3, {"more": 3})

@@ -118,6 +118,12 @@ def test_a_model_of_ones_own_is_told_the_way():
     assert loss({"kernel": jnp.ones(2)}, batch, None) is zero
 
 
+def test_what_is_frozen_is_passed_on():
+    zero = Loss(jnp.float32(0), jnp.float32(1))
+    loss = LTD.loss(lambda model, batch, key, teacher: {"teacher": zero}[teacher])
+    assert loss(None, rows(), None, "teacher") is zero
+
+
 def test_dropping_needs_a_key_and_a_shaped_batch(tiny):
     model, loss = tiny("gpt2"), LTD.loss(next_token_loss)
     key, batch = jax.random.key(0), jax.tree.map(jnp.asarray, rows())

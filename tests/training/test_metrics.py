@@ -3,6 +3,8 @@ import json
 import math
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -64,12 +66,24 @@ def test_speed_is_kept_apart_and_values_without_a_number_are_null(tmp_path):
     }
 
 
+def test_metrics_that_are_arrays_are_lists(tmp_path):
+    """From a step as they are, too: arrays on the device and on the host, of any number of dimensions."""
+    loads = np.array([[0.1, 0.9], [np.nan, 2.0]], np.float32)
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.write(1, {"loads": jnp.asarray(loads), "first": loads[0], "loss": jnp.float32(0.1)})
+    writer.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loads": [[0.1, 0.9], [None, 2.0]], "first": [0.1, 0.9], "loss": 0.1}
+    ]
+
+
 def test_tensorboard_events_can_be_read_back(tmp_path):
     from tensorboardX import proto
     from tensorboardX.record_writer import masked_crc32c  # noqa: F401, the reader below relies on this framing
 
     writer = TensorBoardWriter(tmp_path, resume_step=4)
-    writer.write(5, {"loss": 0.25}, {"tokens_per_second": 100.0})
+    loads = np.array([0.5, 0.125], np.float32)
+    writer.write(5, {"loss": 0.25, "loads": loads}, {"tokens_per_second": 100.0})
     writer.close()
     (file,) = tmp_path.iterdir()
     content, events = file.read_bytes(), []
@@ -82,14 +96,20 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
         for event in events
         for value in event.summary.value
     }
-    assert scalars == {"loss": (5, 0.25), "tokens_per_second": (5, 100.0)}
+    assert scalars == {
+        "loss": (5, 0.25),
+        "loads/0": (5, 0.5),
+        "loads/1": (5, 0.125),
+        "tokens_per_second": (5, 100.0),
+    }
 
 
 def test_without_a_terminal_lines_come_now_and_then():
     out = io.StringIO()
     writer = ConsoleWriter(100, every_seconds=3600.0, console=Console(file=out, width=200))
     for step in range(1, 101):
-        writer.write(step, {"loss": 2.0, "grad_norm": 1.0}, {"tokens_per_second": 12345.0})
+        metrics = {"loss": 2.0, "grad_norm": 1.0, "aux_loss": 0.25, "expert_loss": [0.5, 0.5]}
+        writer.write(step, metrics, {"tokens_per_second": 12345.0})
         if step == 50:
             writer.write(step, {"val_loss": 1.5})
     writer.close()
@@ -100,6 +120,7 @@ def test_without_a_terminal_lines_come_now_and_then():
     assert "left" in lines[0]
     assert "val_loss 1.5000" in lines[2]  # the last evaluation stays in sight
     assert "grad_norm" not in out.getvalue()
+    assert "expert_loss" not in out.getvalue()  # an array has no place on a line
 
 
 def test_on_a_terminal_there_is_a_bar():

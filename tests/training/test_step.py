@@ -14,12 +14,14 @@ from effscale.training import (
     Loss,
     ScheduleConfig,
     by_tokens,
+    count_tokens,
     create_train_state,
     ema_model,
     evaluate,
     make_eval_step,
     make_train_step,
     named_leaves,
+    split_batch,
 )
 
 guarded_update = importlib.import_module("effscale.training.guarded_update")
@@ -72,6 +74,26 @@ def test_accumulation_is_the_true_mean(toy, accumulate):
     np.testing.assert_allclose(
         metrics["accuracy"], sums.metrics["accuracy"] / sums.weight, rtol=1e-6
     )
+
+
+def test_scalars_of_a_batch_go_to_every_micro_batch(toy):
+    """Arrays of no dimensions, keys and numbers alike; an array of one number has a row."""
+    key = jax.random.key(7)
+
+    def loss_fn(model, batch, _):
+        total = (batch["x"] * model["w"]).sum() * batch["half"] * batch["number"]
+        return Loss(total + 0.0 * jax.random.normal(batch["key"]), jnp.float32(batch["x"].size))
+
+    batch = {"half": np.float32(0.5), "key": key, "number": 2.0, "x": jnp.arange(8.0)}
+    state = create_train_state({"w": jnp.float32(1.0)}, optax.sgd(1.0), key=key)
+    new, metrics = make_train_step(loss_fn, optax.sgd(1.0), accumulate=4)(state, batch)
+    assert (metrics["loss"], new.model["w"]) == (3.5, 1.0 - 3.5)
+    assert int(new.tokens) == count_tokens(batch) == 8
+    assert split_batch(key, 4).shape == split_batch(2.0, 4).shape == (4,)
+    with pytest.raises(ValueError, match="1 rows"):
+        split_batch(np.ones(1), 4)
+    with pytest.raises(ValueError, match="no array with rows"):
+        count_tokens({"number": 2.0})
 
 
 def test_micro_batches_get_keys_of_their_own(toy):

@@ -97,13 +97,13 @@ def variance_metrics(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def with_metrics(
-    step: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
+    step: Callable[..., tuple[Any, Mapping[str, Any]]],
     function: Callable[[Any], Mapping[str, Any]],
-) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """A training step that reports more.
 
     Args:
-        step: ``step(state, batch) -> (state, metrics)``, not jitted.
+        step: ``step(state, batch) -> (state, metrics)``, not jitted; keyword arguments (``frozen``) are passed on to it.
         function: From the new state to further metrics; it is traced together with the step.
 
     Returns:
@@ -116,8 +116,8 @@ def with_metrics(
     """
 
     @functools.wraps(step)
-    def reporting(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-        state, metrics = step(state, batch)
+    def reporting(state: Any, batch: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = step(state, batch, **kwargs)
         more = function(state)
         if taken := metrics.keys() & more.keys():
             raise ValueError(

@@ -133,14 +133,18 @@ class RandomLTD:
                 :func:`effscale.training.next_token_loss`.
 
         Returns:
-            ``loss_fn(model, batch, key) -> Loss``. Tokens are dropped where there is a key, as with dropout, and the
-            batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It raises a TypeError for a model that
-            is none of effscale's.
+            ``loss_fn(model, batch, key) -> Loss``; a fourth argument (``frozen``) is passed on. Tokens are dropped where there
+            is a key, as with dropout, and the batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It
+            raises a TypeError for a model that is none of effscale's.
         """
 
         @functools.wraps(loss_fn)
         def with_dropping(
-            model: Any, batch: Mapping[str, Any], key: PRNGKeyArray | None = None, **options: Any
+            model: Any,
+            batch: Mapping[str, Any],
+            key: PRNGKeyArray | None = None,
+            *frozen: Any,
+            **options: Any,
         ) -> Loss:
             plain = {name: value for name, value in batch.items() if name != KEPT}
             if key is not None and KEPT in batch:
@@ -154,7 +158,7 @@ class RandomLTD:
                 options["run_group"] = token_dropping(
                     config, kept=batch[KEPT].kept, key=key, layers=self.layers
                 )
-            return loss_fn(model, plain, key, **options)
+            return loss_fn(model, plain, key, *frozen, **options)
 
         return with_dropping
 

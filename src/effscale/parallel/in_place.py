@@ -20,11 +20,12 @@ def refusing_lost_changes(step: Callable[..., Any], runner: str) -> Callable[...
         ValueError: While tracing: a change would be lost.
     """
 
-    def run(*args: Any) -> Any:
-        before = dict(jax.tree_util.tree_leaves_with_path(args))
-        out = step(*args)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path
+        before = dict([*leaves(args), *leaves(kwargs)])
+        out = step(*args, **kwargs)
         kept = {id(x) for x in [*before.values(), *jax.tree.leaves(out)]}
-        for path, x in jax.tree_util.tree_leaves_with_path(args):
+        for path, x in [*leaves(args), *leaves(kwargs)]:
             if path in before and id(x) not in kept:
                 raise ValueError(
                     f"the step changed its argument{jax.tree_util.keystr(path)} in place, and the change would be lost: "

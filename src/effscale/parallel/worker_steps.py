@@ -22,14 +22,15 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 def per_worker(step: Step, axis_name: str = "data") -> Step:
     """Run a step on each worker along a mesh axis: its own rows of the batch, its own gradient.
 
-    The last argument of the step is the batch: its arrays are divided by their first dimension (scalars are not).
-    All other arguments, and the result, are the same on all workers but for what sits in a `PerWorker`.
+    The last positional argument of the step is the batch: its arrays are divided by their first dimension (scalars are
+    not). All other arguments, keyword arguments such as ``frozen`` among them, and the result are the same on all workers
+    but for what sits in a `PerWorker`.
 
     Each worker gets copies of the arguments. A step that changes them in place, as ``nnx.Optimizer.update`` does, must return
     what it changed.
 
     Args:
-        step: ``step(*state, batch) -> tree``.
+        step: ``step(*state, batch, **shared) -> tree``.
         axis_name: The workers' axis, of the mesh in use (`jax.set_mesh`). Over its other axes the compiler divides the
             work as it does without.
 
@@ -50,20 +51,22 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
     """
 
     @functools.wraps(step)
-    def wrapped(*args: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or axis_name not in mesh.shape:
             raise ValueError(
                 f"per_worker needs a mesh with the axis {axis_name!r}, and the one in use has "
                 f"{tuple(mesh.shape) if not mesh.empty else 'none'}: call the step within jax.set_mesh(mesh)"
             )
-        *state, batch = args
+        *positional, batch = args
+        state = (positional, kwargs)
         _check_workers(state, batch, axis_name, mesh.shape[axis_name])
         parts: list[_Parts] = []
 
         def one(state: Any, batch: Any) -> Any:
             state = _map_per_worker(lambda x: x[0], state, axis_name)
-            return refusing_lost_changes(step, "per_worker")(*state, batch)
+            positional, kwargs = state
+            return refusing_lost_changes(step, "per_worker")(*positional, batch, **kwargs)
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
             out = settled(one, axis_name)(state, batch)
@@ -106,13 +109,15 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
     """
 
     @functools.wraps(step)
-    def wrapped(*args: Any) -> Any:
-        *state, batch = args
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        *positional, batch = args
+        state = (positional, kwargs)
         _check_workers(state, batch, axis_name, num_workers)
         parts: list[_Parts] = []
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
-            out = refusing_lost_changes(step, "simulate_workers")(*state, batch)
+            positional, kwargs = state
+            out = refusing_lost_changes(step, "simulate_workers")(*positional, batch, **kwargs)
             parts.append(_Parts.of(out, axis_name))
             return parts[-1].split(out)
 

@@ -7,6 +7,7 @@ from effscale.training.console import ConsoleWriter
 from effscale.training.counter import Counter
 from effscale.training.errors import CheckpointError, TrainingDivergedError
 from effscale.training.evaluation import evaluate, make_eval_step
+from effscale.training.items import HasItems
 from effscale.training.loop import FitResult, fit, resume_or_start
 from effscale.training.loss import Loss
 from effscale.training.metrics import (
@@ -45,7 +46,13 @@ from effscale.training.schedules import (
 )
 from effscale.training.staged import StagedStep
 from effscale.training.stages import Stages, merge, stages
-from effscale.training.state import TrainState, abstract, create_train_state, ema_model
+from effscale.training.state import (
+    CountsSteps,
+    TrainState,
+    abstract,
+    create_train_state,
+    ema_model,
+)
 from effscale.training.step import count_tokens, make_train_step, split_batch
 
 __all__ = [
@@ -56,9 +63,11 @@ __all__ = [
     "Compilation",
     "ConsoleWriter",
     "Counter",
+    "CountsSteps",
     "CustomPacing",
     "DiscretePacing",
     "FitResult",
+    "HasItems",
     "JsonlWriter",
     "LinearPacing",
     "Loss",

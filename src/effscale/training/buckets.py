@@ -46,9 +46,9 @@ class _Executable(NamedTuple):
 class ShapeBuckets:
     """A function with one executable for each signature of its arguments.
 
-    The signature is the tree structure, shapes, types and shardings of all arguments. An unknown one is compiled at
-    the call; one given to ``prepare`` before is ready, or waited for. Where the function returns an argument's successor
-    (a training state), that output keeps the argument's shardings, so that no second compilation follows.
+    The signature is the tree structure, shapes, types and shardings of all arguments, keyword arguments included. An unknown
+    one is compiled at the call; one given to ``prepare`` before is ready, or waited for. Where the function returns an
+    argument's successor (a training state), that output keeps the argument's shardings, so that no second compilation follows.
 
     Args:
         function: A pure function of pytrees, not jitted.
@@ -89,14 +89,15 @@ class ShapeBuckets:
         """Number of executables compiled so far."""
         return len(self.compilations)
 
-    def prepare(self, *args: Any) -> None:
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile for these arguments in the background, unless that is done or under way.
 
         Args:
             *args: Arguments as in a call, or ``jax.ShapeDtypeStruct`` in place of arrays. On a mesh these must carry
                 the shardings of the later call.
+            **kwargs: Keyword arguments, likewise.
         """
-        key = self._key(args)
+        key = self._key(args, kwargs)
         future: concurrent.futures.Future[_Executable] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
@@ -106,12 +107,12 @@ class ShapeBuckets:
             if self._executables.setdefault(key, future) is not future:
                 return
         # The thread sees the same mesh and context variables, but holds no array alive.
-        described = jax.tree.map(_describe_leaf, args, is_leaf=_is_described)
+        described = _described(args, kwargs)
         mesh, context = jax.sharding.get_mesh(), contextvars.copy_context()
 
         def work() -> None:
             with jax.set_mesh(mesh):
-                self._compile(future, described, background=True)
+                self._compile(future, *described, background=True)
 
         with self._lock:
             self._waiting.append(functools.partial(context.run, work))
@@ -130,15 +131,16 @@ class ShapeBuckets:
                 compile_next = self._waiting.popleft()
             compile_next()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value.
 
         Raises:
+            ValueError: An array of a donated argument is part of another argument, which would be deleted with it.
             Exception: Whatever tracing or compiling raised, in the background or here.
         """
-        key = self._key(args)
-        executable = self._executable(key, args)
-        out = executable.compiled(*args)
+        key = self._key(args, kwargs)
+        executable = self._executable(key, args, kwargs)
+        out = executable.compiled(*args, **kwargs)
         if executable.carries:
             first = out[0] if isinstance(out, tuple) else out
             self._carried = (weakref.ref(first), key[1])
@@ -159,18 +161,18 @@ class ShapeBuckets:
         for key in [key for key, future in self._executables.items() if not future.done()]:
             del self._executables[key]
 
-    def _executable(self, key: Any, args: tuple[Any, ...]) -> _Executable:
+    def _executable(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Executable:
         future = self._executables.get(key)
         if future is None:
+            _check_not_donated_twice(self.donate_argnums, args, kwargs)
             mine: concurrent.futures.Future[_Executable] = concurrent.futures.Future()
             with self._lock:
                 future = self._executables.setdefault(key, mine)
             if future is mine:
-                described = jax.tree.map(_describe_leaf, args, is_leaf=_is_described)
-                self._compile(mine, described, background=False)
+                self._compile(mine, *_described(args, kwargs), background=False)
         return future.result()
 
-    def _key(self, args: tuple[Any, ...]) -> Any:
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What an executable is looked up by: the mesh, then one part an argument."""
         parts: list[Any] = [jax.sharding.get_abstract_mesh()]
         for position, arg in enumerate(args):
@@ -178,14 +180,19 @@ class ShapeBuckets:
                 parts.append(self._carried[1])
             else:
                 parts.append(_signature(arg))
+        parts += [(name, _signature(kwargs[name])) for name in sorted(kwargs)]
         return tuple(parts)
 
     def _compile(
-        self, future: concurrent.futures.Future[_Executable], args: Any, background: bool
+        self,
+        future: concurrent.futures.Future[_Executable],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        background: bool,
     ) -> None:
         start = time.perf_counter()
         try:
-            executable = self._build(args)
+            executable = self._build(args, kwargs)
         except BaseException as error:
             future.set_exception(error)
             return
@@ -199,9 +206,9 @@ class ShapeBuckets:
         if self._on_compile is not None:
             self._on_compile(record)
 
-    def _build(self, args: tuple[Any, ...]) -> _Executable:
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Executable:
         jitted = jax.jit(self.function, donate_argnums=self.donate_argnums)
-        traced = jitted.trace(*args)
+        traced = jitted.trace(*args, **kwargs)
         out = traced.out_info
         outputs = out if isinstance(out, tuple) else (out,)
         pinned: list[Any] = [None] * len(outputs)
@@ -220,14 +227,14 @@ class ShapeBuckets:
             shardings = tuple(pinned) if isinstance(out, tuple) else pinned[0]
             traced = jax.jit(
                 self.function, donate_argnums=self.donate_argnums, out_shardings=shardings
-            ).trace(*args)
+            ).trace(*args, **kwargs)
         return _Executable(traced.lower().compile(), carries)
 
     def _name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def _words(self, args: tuple[Any, ...]) -> str:
-        """The arguments that are not donated, as these are what changes between buckets."""
+        """The positional arguments that are not donated, as these are what changes between buckets."""
         kept = [
             arg for position, arg in enumerate(args) if position not in self.donate_argnums
         ] or args
@@ -282,6 +289,26 @@ def _signature(tree: Any) -> Any:
 def _shapes(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(x.shape, x.dtype, bool(getattr(x, "weak_type", False))) for x in leaves]
+
+
+def _check_not_donated_twice(
+    donate_argnums: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Name an array that would be deleted while another argument needs it; JAX gives its number among all leaves."""
+    donated = [args[position] for position in donate_argnums]
+    mine = {id(x) for x in jax.tree.leaves(donated) if isinstance(x, jax.Array)}
+    others = {str(i): arg for i, arg in enumerate(args) if i not in donate_argnums} | kwargs
+    for name, tree in others.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if id(x) in mine:
+                raise ValueError(
+                    f"argument {name}{jax.tree_util.keystr(path)} is also an array of an argument that is donated, and would "
+                    "be deleted: give a copy, jax.tree.map(jnp.copy, ...)"
+                )
+
+
+def _described(*trees: Any) -> Any:
+    return jax.tree.map(_describe_leaf, trees, is_leaf=_is_described)
 
 
 def _describe_leaf(x: Any) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -24,7 +23,6 @@ from effscale.training.checkpoint_files import (
     describe,
     finished_steps,
     flat,
-    items_of,
     leftovers,
     load_items,
     no_such_step,
@@ -34,11 +32,11 @@ from effscale.training.checkpoint_files import (
     writing_mark,
 )
 from effscale.training.errors import CheckpointError
+from effscale.training.items import items_of, state_of
 from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
 from effscale.training.paths import local_path
 from effscale.training.retention import last_good, superseded
 from effscale.training.serialize import differences, to_json
-from effscale.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ _START_AFRESH = "to start afresh, choose another folder or move this one away"
 class Restored(NamedTuple):
     """A state read back, the step it was saved at, and (step, reason) of damaged checkpoints passed over."""
 
-    state: TrainState
+    state: Any
     step: int
     skipped: list[tuple[int, str]]
 
@@ -57,7 +55,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
-    A checkpoint holds the whole ``TrainState``, the position of the data iterator and the config. It counts from the moment
+    A checkpoint holds the whole state, the position of the data iterator and the config. The state is a ``TrainState`` or any
+    other pytree; its parts are saved side by side under their names (`effscale.training.HasItems`). It counts from the moment
     its checksums are written, which is last; older ones are deleted only then. So a crash, a kill or a full disk at any
     moment leaves the previous one. ``restore`` verifies the checksums and falls back to the next older checkpoint.
     A checkpoint that this run neither restored nor saved is never overwritten.
@@ -125,7 +124,7 @@ class Checkpoints:
         return not (self.steps or without_manifest(self.folder))
 
     def save(
-        self, step: int, state: TrainState, data_iterator: Any = None, *, force: bool = False
+        self, step: int, state: Any, data_iterator: Any = None, *, force: bool = False
     ) -> bool:
         """Save, if ``step`` is a multiple of ``every`` or ``force`` is set, and this step is not saved yet.
 
@@ -133,7 +132,8 @@ class Checkpoints:
 
         Args:
             step: Batches consumed by ``state``.
-            state: The training state.
+            state: The training state: any pytree. Its ``skipped_in_row``, if it has one, says whether it was saved amid
+                skipped updates.
             data_iterator: Anything with ``get_state`` and ``set_state``, such as a grain iterator.
             force: Save whatever ``every`` says.
 
@@ -156,7 +156,7 @@ class Checkpoints:
         run = {
             "format": 1,
             "step": step,
-            "skipped_in_row": int(state.skipped_in_row),
+            "skipped_in_row": int(getattr(state, "skipped_in_row", 0)),
             "config": self.config,
             "processes": jax.process_count(),
             "leaves": describe(items),
@@ -183,7 +183,7 @@ class Checkpoints:
         return True
 
     def restore(
-        self, abstract_state: TrainState, data_iterator: Any = None, step: int | None = None
+        self, abstract_state: Any, data_iterator: Any = None, step: int | None = None
     ) -> Restored | None:
         """Read the newest sound checkpoint.
 
@@ -215,7 +215,8 @@ class Checkpoints:
             problem = _on_first_process(lambda path=path: verify_manifest(path))
             if problem is None:
                 self._check_config(path)
-                state = _state_of(load_items(path, items_of(abstract_state)))
+                items = load_items(path, items_of(abstract_state))
+                state = state_of(abstract_state, items)
                 if data_iterator is not None:
                     data_iterator.set_state(_read_iterator(path))
                 self._start, self._saved, self._cleaned = candidate, {candidate}, False
@@ -379,10 +380,6 @@ class Checkpoints:
 def _listed(steps: Sequence[int]) -> str:
     kind = "the checkpoint of step" if len(steps) == 1 else "the checkpoints of steps"
     return f"{kind} {', '.join(map(str, steps))}"
-
-
-def _state_of(items: dict[str, Any]) -> TrainState:
-    return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
 
 
 def _barrier(name: str) -> None:

@@ -3,13 +3,12 @@
 ::
 
     checkpoints/step_00000300/
-        model/  train/  ema/       arrays (Orbax), each leaf under its dotted name
+        model/  train/  ema/       the items of the state: arrays (Orbax), each leaf under its dotted name
         iterator/process_0-of-1.json   position in the data
         run/run.json               step, config, updates skipped in a row; name, shape and type of every leaf
         manifest.json              checksums, written last
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -28,7 +27,6 @@ from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition
 from effscale.training.paths import local_path
-from effscale.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +137,6 @@ def unflat(tree: Any, values: Mapping[str, Any]) -> Any:
         for leaf in named_leaves(tree)
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-
-def items_of(state: TrainState) -> dict[str, Any]:
-    """The parts that are saved side by side, so that the model can be read alone."""
-    items = {"model": state.model, "train": dataclasses.replace(state, model=None, ema=None)}
-    return items if state.ema is None else items | {"ema": state.ema}
 
 
 def describe(items: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -341,6 +333,7 @@ def restore_model(
     *,
     step: int | None = None,
     ema: bool = False,
+    item: str = "model",
 ) -> tuple[Any, int]:
     """Read a model alone, as for generation, while the run may still be going on.
 
@@ -349,6 +342,8 @@ def restore_model(
         abstract_model: The module, or its abstract form as from ``jax.eval_shape``; shardings in it are obeyed.
         step: The checkpoint; None takes the newest sound one.
         ema: Take the moving average in place of the trained leaves.
+        item: Where the model lies in a state of your own: the name of its field, or ``field.model`` where the field is a
+            ``TrainState``.
 
     Returns:
         The module and its step.
@@ -360,10 +355,11 @@ def restore_model(
     path = _newest(folder, step)
     run = read_run(path)
     if not ema:
-        return load_items(path, {"model": abstract_model})["model"], run["step"]
-    names = run["leaves"].get("ema")
+        return load_items(path, {item: abstract_model})[item], run["step"]
+    average = f"{item.removesuffix('model')}ema"
+    names = run["leaves"].get(average)
     if names is None:
         raise CheckpointError(f"{path} holds no moving average; restore with ema=False")
     averaged, _ = partition(abstract_model, lambda name: name in names)
-    items = load_items(path, {"model": abstract_model, "ema": averaged})
-    return combine(items["ema"], items["model"]), run["step"]
+    items = load_items(path, {item: abstract_model, average: averaged})
+    return combine(items[average], items[item]), run["step"]

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from effscale.training.metrics import Values
 
 
@@ -63,14 +65,17 @@ class ConsoleWriter:
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Show the step, its loss (and the last evaluation's) and the speed."""
         self._shown |= {
-            name: value for name, value in values.items() if name.endswith("loss")
+            name: value
+            for name, value in values.items()
+            if name.endswith("loss") and np.ndim(value) == 0
         } | dict(timing or {})
         text = _text(self._shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        evaluated = any(name != "loss" and name.endswith("loss") for name in values)
+        # A step has a loss, beside which others (an auxiliary one) say nothing of an evaluation.
+        evaluated = "loss" not in values and any(name.endswith("loss") for name in values)
         if evaluated or step >= self.num_steps or now - self._last_line >= self.every_seconds:
             self._last_line = now
             left = self._seconds_left(step, now)

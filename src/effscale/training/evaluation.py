@@ -4,55 +4,64 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from effscale.training.loss import Loss
-from effscale.training.step import LossFunction
+from effscale.training.step import LossFunction, frozen_argument
 
 
-def make_eval_step(loss_fn: LossFunction) -> Callable[[Any, Any], Loss]:
-    """``eval_step(model, batch) -> Loss``: the sums of a batch, with ``key=None`` given to the loss (no dropout)."""
+def make_eval_step(loss_fn: LossFunction) -> Callable[..., Loss]:
+    """``eval_step(model, batch, *, frozen=None) -> Loss``: the sums of a batch.
 
-    def eval_step(model: Any, batch: Any) -> Loss:
-        return loss_fn(model, batch, None).in_float32()
+    The loss gets ``key=None`` (no dropout), and ``frozen`` as its fourth argument if it is given.
+    """
+
+    def eval_step(model: Any, batch: Any, *, frozen: Any = None) -> Loss:
+        return loss_fn(model, batch, None, *frozen_argument(frozen)).in_float32()
 
     return eval_step
 
 
 def evaluate(
     model: Any,
-    eval_step: Callable[[Any, Any], Loss],
+    eval_step: Callable[..., Loss],
     batches: Iterable[Any],
     *,
+    frozen: Any = None,
     place_batch: Callable[[Any], Any] | None = None,
     prefix: str = "",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Mean loss and metrics over all batches, weighted by what each batch holds.
 
     Args:
         model: The module.
         eval_step: From ``make_eval_step``, jitted.
         batches: Host batches; the last one may be smaller, or padded with rows of zero weight.
+        frozen: What the loss reads and nothing trains, such as a teacher, already on the devices.
         place_batch: Puts a host batch on the devices.
         prefix: Put before each name, as in ``val_``.
 
     Returns:
-        ``loss``, ``weight`` and the means of ``Loss.metrics``, as Python floats.
+        ``loss``, ``weight`` and the means of ``Loss.metrics``, as Python floats; of a metric that is an array, as a
+        (nested) list of them.
 
     Raises:
         ValueError: There was no batch, or the batches had no weight.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     pending: list[Loss] = []
+    given = {} if frozen is None else {"frozen": frozen}
 
     def add_up() -> None:
-        # In Python floats: float32 sums would lose the small addends of a long evaluation.
+        # In Python floats and float64: float32 sums would lose the small addends of a long evaluation.
         for loss in jax.device_get(pending):
             for name, value in {"loss": loss.total, "weight": loss.weight, **loss.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                wide = np.asarray(value, np.float64) if np.ndim(value) else float(value)
+                sums[name] = sums.get(name, 0.0) + wide
         pending.clear()
 
     for batch in batches:
-        pending.append(eval_step(model, place_batch(batch) if place_batch else batch))
+        pending.append(eval_step(model, place_batch(batch) if place_batch else batch, **given))
         if len(pending) == 16:  # the device is kept busy while few results wait
             add_up()
     add_up()
@@ -62,5 +71,5 @@ def evaluate(
         )
     weight = sums.pop("weight")
     return {prefix + "weight": weight} | {
-        prefix + name: value / weight for name, value in sums.items()
+        prefix + name: np.asarray(value / weight).tolist() for name, value in sums.items()
     }

@@ -2,21 +2,23 @@
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from effscale.training.checkpoint import Checkpoints
-from effscale.training.counter import Counter
 from effscale.training.errors import CheckpointError, TrainingDivergedError
-from effscale.training.metrics import MetricsWriter
+from effscale.training.metrics import MetricsWriter, plain
+from effscale.training.on_device import check_on_device
 from effscale.training.signals import StopSignal
-from effscale.training.state import TrainState
+from effscale.training.state import CountsSteps
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=CountsSteps)
+T = TypeVar("T")
 
 
 class FitResult(NamedTuple):
@@ -29,21 +31,22 @@ class FitResult(NamedTuple):
         signal: Number of the signal, or None.
     """
 
-    state: TrainState
+    state: Any
     history: list[dict[str, Any]]
     stopped_reason: str
     signal: int | None = None
 
 
 def fit(
-    state: TrainState,
-    step_fn: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
+    state: S,
+    step_fn: Callable[..., tuple[S, Mapping[str, Any]]],
     data_iterator: Iterator[Any],
     *,
     num_steps: int,
+    frozen: Any = None,
     checkpoints: Checkpoints | None = None,
     writer: MetricsWriter | None = None,
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    evaluate: Callable[[S], Mapping[str, Any]] | None = None,
     eval_every: int | None = None,
     log_every: int = 1,
     max_skipped_in_row: int = 10,
@@ -57,10 +60,15 @@ def fit(
     no step waits for the host. A run resumed from a checkpoint writes the same records as one that never stopped.
 
     Args:
-        state: Where to start; its ``step`` says how many batches have been consumed.
-        step_fn: From ``make_train_step``, through ``ShapeBuckets`` or ``jax.jit``; it may donate the state.
+        state: Where to start: a ``TrainState``, or any pytree whose ``step`` says how many batches have been consumed
+            (`effscale.training.CountsSteps`).
+        step_fn: ``step_fn(state, batch) -> (state, metrics)``, which adds one to ``step``: from ``make_train_step``, through
+            ``ShapeBuckets`` or ``jax.jit``, or of your own. It may donate the state.
         data_iterator: Batches; with ``checkpoints`` its position is saved through ``get_state``.
         num_steps: Steps of the whole run, those before a resume included.
+        frozen: What the step reads and does not change, such as a teacher or a reference model: any pytree, already on the
+            devices. The step is then called as ``step_fn(state, batch, frozen=frozen)``. It is in no checkpoint, so give it
+            again to resume.
         checkpoints: Saves by its own ``every``, when stopped by a signal, and at the end.
         writer: Takes metrics; used on process 0 only.
         evaluate: ``evaluate(state) -> metrics``; called each ``eval_every`` steps and at the end.
@@ -77,7 +85,7 @@ def fit(
     Raises:
         TrainingDivergedError: ``max_skipped_in_row`` updates in a row were skipped.
         CheckpointError: A checkpoint could not be written.
-        ValueError: An option is out of range.
+        ValueError: An option is out of range, or ``frozen`` is not where the state is.
     """
     for name, value in {
         "log_every": log_every,
@@ -89,6 +97,7 @@ def fit(
     step = int(state.step)
     if step > num_steps:
         raise ValueError(f"num_steps={num_steps}, but the state has already made {step} steps")
+    given = {} if frozen is None else {"frozen": check_on_device(frozen, state)}
     log = _Log(
         writer if jax.process_index() == 0 else None,
         log_every,
@@ -116,7 +125,7 @@ def fit(
                 batch = before_step(step, batch)
             if place_batch is not None:
                 batch = place_batch(batch)
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, batch, **given)
             step += 1
             log.late(step, metrics)
 
@@ -124,7 +133,7 @@ def fit(
             due = step == num_steps or (eval_every is not None and step % eval_every == 0)
             if evaluate is not None and due:
                 log.catch_up()
-                log.write(step, evaluate(state))
+                log.write(step, plain(evaluate(state)))
                 log.restart_clock()
             if checkpoints is not None:
                 checkpoints.check()
@@ -139,7 +148,7 @@ def fit(
                 break
         log.catch_up()
         if evaluate is not None and reason == "data" and (eval_every is None or step % eval_every):
-            log.write(step, evaluate(state))
+            log.write(step, plain(evaluate(state)))
         log.flush()
         if checkpoints is not None:
             checkpoints.save(step, state, data_iterator, force=True)
@@ -149,13 +158,13 @@ def fit(
 
 def resume_or_start(
     checkpoints: Checkpoints,
-    create: Callable[[], TrainState],
+    create: Callable[[], T],
     data_iterator: Any = None,
     *,
     resume: bool = True,
     step: int | None = None,
-    shardings: TrainState | None = None,
-) -> tuple[TrainState, int]:
+    shardings: Any = None,
+) -> tuple[T, int]:
     """The newest checkpoint's state, or a new one; the data iterator is set to match.
 
     The newest one continues a run exactly, even where it was saved amid skipped updates. To go back to before them, choose
@@ -163,7 +172,8 @@ def resume_or_start(
 
     Args:
         checkpoints: Where to look.
-        create: Makes a new state; to resume, only its shapes are taken, and nothing is computed.
+        create: Makes a new state, a ``TrainState`` or any other pytree; to resume, only its shapes are taken, and nothing is
+            computed.
         data_iterator: Its position is restored.
         resume: False always starts afresh, and wants a folder without checkpoints.
         step: The checkpoint to resume from in place of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
@@ -171,7 +181,7 @@ def resume_or_start(
             or where ``create`` puts it.
 
     Returns:
-        The state and its step.
+        The state and its step; of a new state without ``step``, 0.
 
     Raises:
         CheckpointError: The checkpoints are of another config, or all damaged; or there are some and ``resume`` is False.
@@ -195,7 +205,7 @@ def resume_or_start(
         logger.info("resuming from step %d of %s", restored.step, checkpoints.folder)
         return restored.state, restored.step
     state = create() if shardings is None else jax.jit(create, out_shardings=shardings)()
-    return state, int(state.step)
+    return state, int(getattr(state, "step", 0))
 
 
 class _Log:
@@ -207,13 +217,13 @@ class _Log:
         log_every: int,
         max_skipped_in_row: int,
         checkpoints: Checkpoints | None,
-        state: TrainState,
+        state: CountsSteps,
     ):
         self.history: list[dict[str, Any]] = []
         self._writer, self._log_every, self._checkpoints = writer, log_every, checkpoints
         self._max_skipped = max_skipped_in_row
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
-        self._tokens = int(state.tokens)
+        self._tokens = int(getattr(state, "tokens", 0))
         self._clock: tuple[float, int] | None = None
 
     def late(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -229,10 +239,10 @@ class _Log:
             self._handle(*previous)
 
     def _handle(self, step: int, metrics: Mapping[str, Any]) -> None:
-        values = {name: _number(value) for name, value in jax.device_get(dict(metrics)).items()}
+        values = plain(jax.device_get(dict(metrics)))  # one transfer for all of them
         self._tokens = int(values.get("tokens", self._tokens))
         if step % self._log_every == 0:
-            self.write(step, values, self._timing())
+            self.write(step, values, self._timing() if "tokens" in values else None)
         skipped = int(values.get("skipped_in_row", 0))
         if skipped:
             logger.warning(
@@ -242,7 +252,7 @@ class _Log:
             self._diverged(step, skipped)
 
     def write(
-        self, step: int, values: Mapping[str, float], timing: Mapping[str, float] | None = None
+        self, step: int, values: Mapping[str, Any], timing: Mapping[str, float] | None = None
     ) -> None:
         """Write a record at once."""
         self.history.append({"step": step, **values})
@@ -273,17 +283,3 @@ class _Log:
             self._checkpoints.wait()
             last, where = self._checkpoints.last_good, str(self._checkpoints.folder)
         raise TrainingDivergedError(step, skipped, last, where or "")
-
-
-def _number(value: Any) -> float | int:
-    """A metric as a Python number; float32 values are rounded to what float32 tells apart, to keep records short."""
-    if isinstance(value, Counter):
-        return int(value)
-    number = value.item() if hasattr(value, "item") else value
-    if (
-        isinstance(number, float)
-        and math.isfinite(number)
-        and getattr(value, "dtype", None) == "float32"
-    ):
-        return float(str(value))
-    return number

@@ -19,7 +19,8 @@ class Loss:
     Attributes:
         total: Scalar, the weighted sum of the loss.
         weight: Scalar, the sum of the weights.
-        metrics: Further scalars, each a weighted SUM like ``total``; they are reported divided by ``weight``.
+        metrics: Further scalars or arrays, each a weighted SUM like ``total``; they are reported divided by ``weight``,
+            an array entry by entry (the loads of experts, say).
 
     >>> loss = Loss(jnp.float32(6.0), jnp.float32(3.0), {"accuracy": jnp.float32(1.5)})
     >>> float(loss.mean()), float(loss.means()["accuracy"])

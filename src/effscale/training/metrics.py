@@ -1,15 +1,40 @@
-"""Writers of metrics: to a JSONL file, to TensorBoard, to several at once."""
+"""Metrics as plain numbers, and their writers: to a JSONL file, to TensorBoard, to several at once."""
 
 import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Protocol, runtime_checkable
 
+import jax
+
+from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
 
-Values = Mapping[str, float | int]
+Values = Mapping[str, Any]
+"""Metrics by name: numbers, and arrays of them (``fit`` gives nested lists)."""
+
+
+def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as Python numbers, arrays as (nested) lists of them; waits for the device."""
+    return {name: _plain(jax.device_get(value)) for name, value in metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Float32 values are rounded to what float32 tells apart, to keep records short."""
+    if isinstance(value, Counter):
+        return int(value)
+    if getattr(value, "ndim", 0):
+        return [_plain(entry) for entry in value]
+    number = value.item() if hasattr(value, "item") else value
+    if (
+        isinstance(number, float)
+        and math.isfinite(number)
+        and getattr(value, "dtype", None) == "float32"
+    ):
+        return float(str(value))
+    return number
 
 
 @runtime_checkable
@@ -27,7 +52,7 @@ class MetricsWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line: ``{"step": 10, "loss": 2.3}``.
+    """One JSON object a line: ``{"step": 10, "loss": 2.3}``; a metric that is an array is a list.
 
     Values that a clock measured go to a second file, ``timing.jsonl`` beside it, so that two runs with the same numbers
     give the same bytes. A resumed run first cuts records beyond the restored step off, and any half-written last line.
@@ -88,8 +113,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(step: int, values: Values) -> str:
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    finite = {name: _finite(value) for name, value in plain(values).items()}
     return json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return value if math.isfinite(value) else None
 
 
 def _repair(path: pathlib.Path, resume_step: int | None) -> None:
@@ -114,6 +145,9 @@ def _step_of(line: str) -> int | float:
 class TensorBoardWriter:
     """Scalars as TensorBoard events, through tensorboardX.
 
+    Each entry of a metric that is an array is a scalar of its own, ``load/0``, ``load/1``, ...: a curve per expert, and not a
+    histogram that forgets which is which. TensorBoard shows them in one section.
+
     Args:
         folder: Where the event files go.
         resume_step: Step from which the run goes on: TensorBoard hides later events of the files before.
@@ -127,8 +161,9 @@ class TensorBoardWriter:
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Add each value as a scalar."""
-        for name, value in {**values, **(timing or {})}.items():
-            self._writer.add_scalar(name, value, step)
+        for metric, value in plain({**values, **(timing or {})}).items():
+            for name, entry in _entries(metric, value):
+                self._writer.add_scalar(name, entry, step)
 
     def flush(self) -> None:
         """Bring the events to disk."""
@@ -137,6 +172,14 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, list):
+        yield name, value
+        return
+    for index, entry in enumerate(value):
+        yield from _entries(f"{name}/{index}", entry)
 
 
 class MultiWriter:

@@ -40,7 +40,7 @@ class StagedStep:
 
     def __init__(
         self,
-        step: Callable[[Any, Any], tuple[Any, Any]],
+        step: Callable[..., tuple[Any, Any]],
         stages: Stages[Any],
         shape_batch: Callable[[Any, Any], Any],
         *,
@@ -59,11 +59,11 @@ class StagedStep:
             self._coming = step, batch
         return self._shape_batch(batch, self.stages(step))
 
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """The step itself; for ``fit(step_fn=...)``."""
-        out = self._buckets(state, batch)
+    def __call__(self, state: Any, batch: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The step itself; for ``fit(step_fn=...)``. Keyword arguments (``frozen``) are the same in every stage."""
+        out = self._buckets(state, batch, **kwargs)
         if not self._prepared and self._coming is not None:
-            self._prepare(out[0], *self._coming)
+            self._prepare(out[0], *self._coming, kwargs)
             self._prepared, self._coming = True, None
         return out
 
@@ -85,9 +85,9 @@ class StagedStep:
         """Give up what has not begun to compile, and wait for what has; Python's exit does so too."""
         self._buckets.close()
 
-    def _prepare(self, state: Any, step: int, batch: Any) -> None:
+    def _prepare(self, state: Any, step: int, batch: Any, kwargs: dict[str, Any]) -> None:
         described = abstract(state)
         for value in self.stages.values[self.stages.index(step) + 1 :]:
             shaped = self._shape_batch(batch, value)
             placed = shaped if self._place_batch is None else self._place_batch(shaped)
-            self._buckets.prepare(described, abstract(placed))
+            self._buckets.prepare(described, abstract(placed), **kwargs)

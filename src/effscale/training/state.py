@@ -1,7 +1,8 @@
 """The state of a training run as one pytree."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,25 @@ from effscale.training.counter import Counter
 from effscale.training.partition import Trainable, combine, partition
 
 
+@runtime_checkable
+class CountsSteps(Protocol):
+    """What ``fit`` asks of a state: any pytree with ``step``, the batches that it has consumed.
+
+    Two more are used where a state has them: ``tokens``, for the speed, and ``skipped_in_row``, by which checkpoints tell what
+    was saved amid skipped updates. Both may be properties.
+    """
+
+    @property
+    def step(self) -> Any:
+        """An integer, or an integer scalar array."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step reads and writes.
+    """All that a training step reads and writes, for one model.
+
+    A state of your own (several models, phases) is any pytree with ``step``; a ``TrainState`` may be a part of it.
 
     Attributes:
         model: The whole module, frozen leaves included.
@@ -36,6 +52,15 @@ class TrainState:
     ema: Any
     skipped: Any
     skipped_in_row: Any
+
+    def to_items(self) -> dict[str, Any]:
+        """The named items of a checkpoint: the model and its average lie apart, so that they can be read alone."""
+        items = {"model": self.model, "train": dataclasses.replace(self, model=None, ema=None)}
+        return items if self.ema is None else items | {"ema": self.ema}
+
+    def with_items(self, items: Mapping[str, Any]) -> "TrainState":
+        """The state that has these items; the inverse of ``to_items``."""
+        return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
 
 
 def create_train_state(

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -19,17 +20,27 @@ from effscale.training.partition import Trainable, combine, partition
 from effscale.training.schedules import Schedule
 from effscale.training.state import TrainState
 
-LossFunction = Callable[[Any, Any, Any], Loss]
-"""``loss_fn(model, batch, key) -> Loss``; evaluation passes ``key=None``, which means no dropout."""
+LossFunction = Callable[..., Loss]
+"""``loss_fn(model, batch, key) -> Loss``, or ``loss_fn(model, batch, key, frozen)`` where the step is given ``frozen``.
+
+Evaluation passes ``key=None``, which means no dropout.
+"""
 
 Metrics = dict[str, Any]
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: the size of ``input_ids``, padding included, or else the number of examples."""
+    """Tokens of a batch: the size of ``input_ids``, padding included, or else the number of examples.
+
+    Raises:
+        ValueError: The batch holds scalars only, so it has no examples to count.
+    """
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return batch["input_ids"].size
-    return jax.tree.leaves(batch)[0].shape[0]
+    rows = [np.shape(x)[0] for x in jax.tree.leaves(batch) if np.ndim(x)]
+    if not rows:
+        raise ValueError("the batch has no array with rows, so its examples cannot be counted")
+    return rows[0]
 
 
 def make_train_step(
@@ -43,7 +54,7 @@ def make_train_step(
     learning_rate: Callable[[Any], Any] | None = None,
     tokens_per_batch: Callable[[Any], Any] = count_tokens,
     axis_name: str | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     r"""A training step.
 
     The gradient is that of the mean over the whole batch,
@@ -56,10 +67,11 @@ def make_train_step(
     as the batch is consumed.
 
     Args:
-        loss_fn: ``loss_fn(model, batch, key) -> Loss``.
+        loss_fn: ``loss_fn(model, batch, key) -> Loss``; it gets a fourth argument where the step is given ``frozen``.
         optimizer: Any optax transformation. Its update gets ``tokens=`` (float32, tokens seen before this step).
         accumulate: Number of micro-batches; the leading dimension of the batch must be a multiple. Micro-batch m
-            holds rows m, m + accumulate, ..., so that each spans all devices that the batch is sharded over.
+            holds rows m, m + accumulate, ..., so that each spans all devices that the batch is sharded over. Scalars of
+            the batch go to every micro-batch.
         clip_norm: Greatest global norm of the gradient; None does not clip.
         ema_decay: Rate of the moving average, for a state made with ``ema=True``.
         trainable: Which leaves are trained, as given to ``create_train_state``.
@@ -72,10 +84,12 @@ def make_train_step(
             metric ``sent_bytes`` is what each device sent for the update.
 
     Returns:
-        ``step(state, batch) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the state
-        donated. Metrics: ``loss`` (mean), ``grad_norm`` (before clipping), ``weight``, ``tokens`` (a ``Counter``),
-        ``skipped`` (updates skipped in all), ``skipped_in_row``, the means of ``Loss.metrics``, and
-        ``learning_rate`` if a schedule is given.
+        ``step(state, batch, *, frozen=None) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the
+        state donated. ``frozen`` is any pytree that the loss reads and nothing trains, such as a teacher or a reference
+        model: the loss gets it whole as its fourth argument, for each micro-batch and on each worker. As an argument of
+        the compiled program it is neither copied nor built in as a constant. Metrics: ``loss`` (mean), ``grad_norm``
+        (before clipping), ``weight``, ``tokens`` (a ``Counter``), ``skipped`` (updates skipped in all),
+        ``skipped_in_row``, the means of ``Loss.metrics``, and ``learning_rate`` if a schedule is given.
 
     Raises:
         ValueError: An option is out of range; or, while tracing, the batch is not a multiple of ``accumulate``,
@@ -96,21 +110,25 @@ def make_train_step(
         raise ValueError(f"ema_decay={ema_decay!r} must lie in [0, 1); 0.999 is usual")
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Any, *, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(
                 f"ema_decay={ema_decay} but the state was created with ema={state.ema is not None}; give both or none"
             )
-        params, frozen = partition(state.model, trainable)
+        params, untrained = partition(state.model, trainable)
         key = jax.random.fold_in(state.key, state.step)
         tokens, workers = tokens_per_batch(batch), 1
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
             at = worker_params(params, state.opt_state)
-            at, rest = as_local((at, frozen), axis_name)
+            at, rest, frozen = as_local((at, untrained, frozen), axis_name)
         else:
-            at, rest = params, frozen
-        gradients, loss = _sum_of_gradients(loss_fn, at, rest, batch, key, accumulate, axis_name)
+            at, rest = params, untrained
+        gradients, loss = _sum_of_gradients(
+            loss_fn, at, rest, batch, key, frozen, accumulate, axis_name
+        )
         norm = optax.tree.norm(gradients)
         if axis_name is not None:
             total = lambda x: jax.lax.psum(as_local(jnp.asarray(x), axis_name), axis_name)
@@ -146,7 +164,7 @@ def make_train_step(
         skip = (~made).astype(jnp.int32)
         new_state = dataclasses.replace(
             state,
-            model=combine(new_params, frozen),
+            model=combine(new_params, untrained),
             opt_state=opt_state,
             ema=ema,
             step=state.step + 1,
@@ -170,19 +188,21 @@ def make_train_step(
 def _sum_of_gradients(
     loss_fn: LossFunction,
     params: Any,
-    frozen: Any,
+    untrained: Any,
     batch: Any,
     key: Any,
+    frozen: Any,
     accumulate: int,
     axis_name: str | None = None,
 ) -> tuple[Any, Loss]:
     """Gradient of the summed loss, in float32, and the sums."""
+    given = frozen_argument(frozen)
 
     def total(params: Any, batch: Any, key: Any) -> tuple[jax.Array, Loss]:
-        model = combine(params, frozen)
+        model = combine(params, untrained)
         changing = _changing_variables(model)
         before = jax.tree.leaves(changing)
-        loss = loss_fn(model, batch, key)
+        loss = loss_fn(model, batch, key, *given)
         if any(x is not y for x, y in zip(jax.tree.leaves(changing), before, strict=True)):
             raise ValueError(
                 "loss_fn changed running statistics or random streams of the model in place, and a step that is traced "
@@ -215,6 +235,11 @@ def _sum_of_gradients(
     return jax.lax.scan(add, zeros, (micro_batches, keys))[0]
 
 
+def frozen_argument(frozen: Any) -> tuple[Any, ...]:
+    """The fourth argument of a loss function, which is there only if something is given."""
+    return () if frozen is None else (frozen,)
+
+
 def _changing_variables(model: Any) -> list[nnx.Variable]:
     variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return [v for v in variables if isinstance(v, nnx.BatchStat | nnx.RngState)]
@@ -224,8 +249,11 @@ def split_batch(x: Any, accumulate: int) -> jax.Array:
     """[batch, ...] to [accumulate, batch / accumulate, ...], each micro-batch with rows of every device.
 
     The batch is cut with ``accumulate`` as the minor axis: a sharded leading dimension stays sharded in place, and
-    no row moves between devices.
+    no row moves between devices. A scalar (a coefficient or a key, of no dimensions) has no rows to cut: each micro-batch
+    gets it, as [accumulate].
     """
+    if not np.ndim(x):
+        return jnp.broadcast_to(x, (accumulate,))
     if x.shape[0] % accumulate:
         raise ValueError(
             f"a batch of {x.shape[0]} rows cannot be cut into accumulate={accumulate} micro-batches; "
