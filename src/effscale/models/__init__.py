@@ -34,13 +34,21 @@ from effscale.models.layers import ACTIVATIONS, Dense, Embedding, LayerNorm, RMS
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 from effscale.models.presets import PRESETS, abstract, num_params, preset
+from effscale.models.reports import aux_loss, by_layer, report_means
 from effscale.models.rotary_scaling import (
     LinearScaling,
     Llama3Scaling,
     RotaryScaling,
     YarnScaling,
 )
-from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group, unroll
+from effscale.models.stacking import (
+    merge_groups,
+    replace_layers,
+    split_groups,
+    take_layers,
+    unroll,
+)
+from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group
 from effscale.models.weights import Weight, dense, map_weights, take, transpose
 
 __all__ = [
@@ -81,10 +89,12 @@ __all__ = [
     "abstract",
     "add_lora",
     "alibi_slopes",
+    "aux_loss",
     "bert",
     "bert_pretraining_heads",
     "bloom",
     "build_context",
+    "by_layer",
     "dense",
     "dropout",
     "empty_cache",
@@ -94,6 +104,7 @@ __all__ = [
     "is_adapter",
     "llama",
     "map_weights",
+    "merge_groups",
     "merge_lora",
     "neox",
     "num_params",
@@ -101,11 +112,15 @@ __all__ = [
     "positions_of",
     "positions_within",
     "preset",
+    "replace_layers",
+    "report_means",
     "resize_images",
     "rotary_angles",
     "rotate",
     "run_group",
+    "split_groups",
     "take",
+    "take_layers",
     "transpose",
     "unmerge_lora",
     "unroll",

@@ -1,9 +1,11 @@
 """The usual feed-forward of a block."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models.config import MLPConfig
+from effscale.models.context import Context
 from effscale.models.layers import ACTIVATIONS, Dense
 from effscale.parallel import constrain
 
@@ -23,10 +25,18 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "batch seq d_model"],
+        context: Context,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """The output, and an empty report."""
+        """The output, and a report of what was asked for."""
         del key
         act = ACTIVATIONS[self.activation]
-        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(constrain(inner, "batch", "seq", "mlp_act")), {}
+        if self.gate is None:
+            inner = act(checkpoint_name(self.up(x), "feed_forward_up"))
+        else:
+            inner = act(checkpoint_name(self.gate(x), "feed_forward_gate"))
+            inner = inner * checkpoint_name(self.up(x), "feed_forward_up")
+        inner = checkpoint_name(constrain(inner, "batch", "seq", "mlp_act"), "feed_forward_inner")
+        return self.down(inner), context.captured(feed_forward_inner=inner)
