@@ -79,6 +79,15 @@ def test_layers_are_in_the_order_in_which_they_run(tiny, tokens):
     assert by_layer(dropped(model), "layer_in").tolist() == [6, 3, 3, 3, 6]
 
 
+def test_scores_that_nobody_asked_for_are_not_held_whole(tiny, tokens):
+    """Queries of a long causal row go in blocks, each against the keys up to its end."""
+    model = tiny("gpt2", positions=None)
+    ids = tokens(model.config, 2, 128)
+    text = lambda c: jax.jit(lambda m: m.encode(ids, capture=c)).lower(model).as_text()
+    assert "x128x128xf32" not in text(())
+    assert "x128x128xf32" in text(SCORES)
+
+
 def test_unknown_points_are_refused_with_the_list(tiny, tokens):
     model = tiny("gpt2")
     ids = tokens(model.config, 1, 4)

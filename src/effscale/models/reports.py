@@ -37,7 +37,7 @@ def by_layer(reports: Any, name: str) -> Shaped[Array, "layers *entry"]:
     stretches = []
     for blocks in reports:
         # The blocks of a group take turns, so a layer's number runs fastest over the blocks.
-        if found := [block[name] for block in blocks if name in block]:
+        if found := [block[name] for block in blocks or () if name in block]:
             stretches.append(jnp.stack(found, 1).reshape(-1, *found[0].shape[1:]))
     if not stretches:
         names = sorted({entry for _, _, entry, _ in _entries(reports)})
@@ -86,6 +86,6 @@ def report_means(reports: Any) -> dict[str, Float[Array, "*entry"]]:
 def _entries(reports: Any) -> Iterator[tuple[int, int, str, Array]]:
     """Group, block, name and value of each entry."""
     for group, blocks in enumerate(reports):
-        for block, report in enumerate(blocks):
+        for block, report in enumerate(blocks or ()):
             for name, value in report.items():
                 yield group, block, name, value

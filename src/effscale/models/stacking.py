@@ -162,7 +162,7 @@ def _layers_of(model: Transformer) -> list[_Layer]:
 
 
 def _check_numbers(layers: Sequence[int], count: int, name: str = "layers") -> None:
-    if not layers:
+    if not len(layers):
         raise ValueError(f"{name}=[]: name at least one layer")
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(
