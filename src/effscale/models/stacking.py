@@ -54,7 +54,7 @@ def take_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
 
     Example:
         >>> from flax import nnx
-        >>> from effscale.models import gpt2
+        >>> from effscale.models import Transformer, gpt2, take_layers
         >>> config = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=50, max_length=8)
         >>> student = take_layers(Transformer(config, rngs=nnx.Rngs(0)), [1, 3, 5])
         >>> student.config.num_layers
@@ -83,7 +83,7 @@ def replace_layers(model: Transformer, layers: Sequence[int], source: Transforme
 
     Example:
         >>> from flax import nnx
-        >>> from effscale.models import gpt2
+        >>> from effscale.models import Transformer, gpt2, replace_layers, take_layers
         >>> config = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=50, max_length=8)
         >>> model = Transformer(config, rngs=nnx.Rngs(0))
         >>> same = replace_layers(model, [1, 3], take_layers(model, [1, 3]))
@@ -119,7 +119,7 @@ def split_groups(model: Transformer, at: Iterable[int]) -> Transformer:
 
     Example:
         >>> from flax import nnx
-        >>> from effscale.models import gpt2
+        >>> from effscale.models import Transformer, gpt2, merge_groups, split_groups
         >>> config = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=50, max_length=8)
         >>> model = split_groups(Transformer(config, rngs=nnx.Rngs(0)), [2, 3])  # layers 0 and 1; 2; 3 to 5
         >>> [group.repeat for group in model.config.groups]
