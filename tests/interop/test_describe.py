@@ -33,6 +33,7 @@ from effscale.models import (
     llama,
     neox,
     opt,
+    take_layers,
     unroll,
     vit,
 )
@@ -242,6 +243,14 @@ def test_models_by_layer_are_written_as_stacked_ones(name, tmp_path):
     configs = [(tmp_path / n / "config.json").read_text() for n in ("by layer", "stacked")]
     assert configs[0] == configs[1]
     assert bits_of(load_pretrained(tmp_path / "by layer")) == bits_of(model)
+
+
+def test_a_model_of_taken_layers_is_written_and_read(tmp_path):
+    student = take_layers(Transformer(MADE_HERE["gpt2"], rngs=nnx.Rngs(0)), [1])
+    save_pretrained(student, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config.num_layers == 1
+    assert bits_of(loaded) == bits_of(student)
 
 
 def test_pairs_of_like_layers_are_written_as_single_ones(tmp_path):

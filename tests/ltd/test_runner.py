@@ -92,8 +92,8 @@ def test_layers_are_numbers_and_not_digits_of_names(tiny, tokens, loops):
 class CountingMLP(MLP):
     """Reports how many tokens it saw."""
 
-    def __call__(self, x, key=None):
-        y, _ = super().__call__(x, key)
+    def __call__(self, x, context, key=None):
+        y, _ = super().__call__(x, context, key)
         return y, {"tokens": jnp.int32(x.shape[1]), "sum": x.sum((0, 1))}
 
 

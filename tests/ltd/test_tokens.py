@@ -78,6 +78,7 @@ def test_a_context_keeps_what_each_token_is():
                 a, b = int(KEPT[row, q]), int(KEPT[row, k])
                 sees = a >= b and valid[row, b] and segments[row, a] == segments[row, b]
                 assert mask[row, 0, q, k] == sees
+    np.testing.assert_array_equal(found.real, at(valid))
     for name in ("positions", "key_positions"):
         np.testing.assert_array_equal(getattr(found, name), at(positions))
     angles = at(positions)[..., None] * np.array([1.0, 0.01])
@@ -90,6 +91,7 @@ def test_a_context_without_masks_has_none():
     found = take_context(context, KEPT)
     assert found.allowed(0, 3, 3) is None
     assert found.angles is None
+    assert found.real is None
     np.testing.assert_array_equal(found.positions, KEPT)
 
 

@@ -70,8 +70,9 @@ def test_layer(causal, kind, kv_heads, scale, getkey):
         seq, kind=positions_kind, head_dim=HEAD, causal=causal,
         valid=jnp.asarray(mask), positions=jnp.asarray(positions), segments=jnp.asarray(segments),
     )  # fmt: skip
-    found, cache = jax.jit(lambda layer, x, c: layer(x, c))(layer, x, context)
+    found, cache, report = jax.jit(lambda layer, x, c: layer(x, c))(layer, x, context)
     assert cache is None
+    assert report == {}
 
     heads = lambda part: np.asarray(part(x), np.float64).reshape(batch, seq, -1, HEAD)
     q, k, v = heads(layer.query), heads(layer.key), heads(layer.value)

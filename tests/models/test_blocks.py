@@ -53,7 +53,7 @@ def test_arrangements(residual, getkey):
     @jax.jit
     def by_hand(block, x):
         attend = lambda y: block.attention(y, context)[0]
-        feed = lambda y: block.feed_forward(y)[0]
+        feed = lambda y: block.feed_forward(y, context)[0]
         one, two = block.attention_norm, block.feed_forward_norm
         if residual == "pre":
             x = x + attend(one(x))
@@ -170,11 +170,32 @@ def test_remat_changes_no_gradient_and_computes_more(repeat, tiny, tokens):
         return compiled(model), compiled.as_text().count(" exponential(")
 
     plain, exponentials = gradient("none")
-    for remat in ("full", "dots", "dots_no_batch"):
+    for remat in ("full", "dots", "dots_no_batch", ("attention_mixed", "feed_forward_inner")):
         found, recomputed = gradient(remat)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
         assert recomputed > exponentials, remat  # the softmax is there a second time
+
+
+def products(model, ids):
+    loss = lambda model: jax.nn.logsumexp(model(ids), -1).sum()
+    return jax.jit(jax.grad(loss)).lower(model).as_text().count("stablehlo.dot_general")
+
+
+@pytest.mark.parametrize(
+    ("kept", "saved"),
+    [
+        (("query", "key", "value"), 3),
+        (("attention_out",), 1),
+        (("feed_forward_up", "feed_forward_gate"), 2),
+        (("layer_in",), 0),  # a layer's input is kept anyway
+    ],
+)
+def test_points_that_are_kept_are_not_computed_again(kept, saved, tiny, tokens):
+    gated = block_config(feed_forward=MLPConfig(d_ff=20, gated=True))
+    model = lambda remat: tiny(config_of(Group(blocks=(gated,), repeat=2), remat=remat))
+    ids = tokens(model("full").config, 2, 5)
+    assert products(model("full"), ids) - products(model(kept), ids) == saved
 
 
 def test_bfloat16(decoder, tiny, tokens):
@@ -204,7 +225,7 @@ class Doubler(nnx.Module):
     def __init__(self, d_model, rngs):
         self.inner = Dense(d_model, d_model, rngs=rngs)
 
-    def __call__(self, x, key=None):
+    def __call__(self, x, context, key=None):
         return 2 * self.inner(x), {
             "load": jnp.abs(x).sum(),
             "dropped": jnp.zeros(3) if key is None else jnp.ones(3),

@@ -87,6 +87,8 @@ def unchecked(config, **changes):
         (lambda: replace(MODEL, groups=()), r"TransformerConfig\.groups=\(\): must be at least one group"),
         (lambda: unchecked(MODEL, dtype="bf16"), r"TransformerConfig\.dtype='bf16': did you mean 'bfloat16'"),
         (lambda: unchecked(MODEL, remat="al"), r"TransformerConfig\.remat='al': choose one of 'none', 'full'"),
+        (lambda: unchecked(MODEL, remat=("query", "mlp")), r"remat=\('query', 'mlp'\): 'mlp' is no point .* 'layer_in', .* 'feed_forward_up'"),
+        (lambda: unchecked(MODEL, remat=["query"]), r"remat=\['query'\]: must be a policy's name or a tuple of points"),
         (lambda: unchecked(MODEL, pooler_activation="tanhh"), r"TransformerConfig\.pooler_activation='tanhh': did you mean 'tanh'"),
         (lambda: replace(MODEL, init_std=0.0), r"TransformerConfig\.init_std=0\.0: must be above 0"),
         (lambda: replace(MODEL, d_model=9), r"num_heads=2 does not divide d_model=9; choose one of \[1, 3, 9\]"),

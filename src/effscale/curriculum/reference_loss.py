@@ -91,6 +91,8 @@ class ReferenceLoss:
 @functools.partial(jax.jit, static_argnames="loss")
 def _row_losses(model: Any, batch: Any, loss: Callable[..., Loss]) -> Float32[Array, " rows"]:
     def one(row):
-        return loss(model, {key: values[None] for key, values in row.items()}).mean()
+        found = loss(model, {key: values[None] for key, values in row.items()})
+        # How hard a row is, without what layers add to balance their experts.
+        return found.means().get("task_loss", found.mean())
 
     return jax.vmap(one)(batch).astype(np.float32)

@@ -11,7 +11,14 @@ from flax import nnx
 
 from effscale.models import ClassHead, PatchInputs, Transformer, TransformerConfig
 from effscale.models.transformer import RunGroup, run_group
-from effscale.training import AdamWConfig, Loss, Schedule, TrainState, make_train_step
+from effscale.training import (
+    AdamWConfig,
+    Loss,
+    Schedule,
+    TrainState,
+    add_reports,
+    make_train_step,
+)
 
 
 def classifier_config(config: TransformerConfig, num_classes: int) -> TransformerConfig:
@@ -47,12 +54,14 @@ def class_loss(
     """
     inputs = batch["images"] if "images" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
-    outputs = model(inputs, attention_mask=mask, key=key, run_group=run_group)
+    encoded = model.encode(inputs, attention_mask=mask, key=key, run_group=run_group)
+    outputs = model.outputs(encoded.hidden, None if mask is None else mask.astype(bool), key)
     logits = outputs["classes"].astype(jnp.float32)
     labels, weights = batch["labels"], batch["weights"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return Loss((losses * weights).sum(), weights.sum(), {"accuracy": (right * weights).sum()})
+    loss = Loss((losses * weights).sum(), weights.sum(), {"accuracy": (right * weights).sum()})
+    return add_reports(loss, encoded.reports)
 
 
 def make_step(

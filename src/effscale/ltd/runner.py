@@ -30,8 +30,8 @@ def token_dropping(
 
     Kept tokens attend to one another only, under the mask and with the positions that they have in the whole row. No
     token is special: the class token may be dropped, and padding is kept as often as what is not. The gradient is that of
-    the formula. Where a row has at most ``kept`` tokens the model runs as it always does. What feed-forwards report must have
-    one shape whatever the number of tokens.
+    the formula. Where a row has at most ``kept`` tokens the model runs as it always does. What feed-forwards report,
+    and what is captured, must have one shape whatever the number of tokens.
 
     Args:
         config: The model's.

@@ -62,11 +62,13 @@ def take_context(context: Context, kept: Int[Array, "batch kept"]) -> Context:
         return jax.tree.map(lambda x: take_tokens(x, kept), value)
 
     positions, segments = take(context.positions), take(context.segments)
+    valid = take(context.valid)
     return dataclasses.replace(
         context,
         positions=positions,
         key_positions=positions,
-        key_valid=take(context.key_valid),
+        valid=valid,
+        key_valid=valid,
         segments=segments,
         key_segments=segments,
         angles=take(context.angles),

@@ -35,13 +35,21 @@ from effscale.models.layers import Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 from effscale.models.presets import PRESETS, abstract, num_params, preset
+from effscale.models.reports import aux_loss, by_layer, report_means
 from effscale.models.rotary_scaling import (
     LinearScaling,
     Llama3Scaling,
     RotaryScaling,
     YarnScaling,
 )
-from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group, unroll
+from effscale.models.stacking import (
+    merge_groups,
+    replace_layers,
+    split_groups,
+    take_layers,
+    unroll,
+)
+from effscale.models.transformer import Encoded, RunGroup, Transformer, run_group
 from effscale.models.weights import (
     Affine,
     Weight,
@@ -93,10 +101,12 @@ __all__ = [
     "abstract",
     "add_lora",
     "alibi_slopes",
+    "aux_loss",
     "bert",
     "bert_pretraining_heads",
     "bloom",
     "build_context",
+    "by_layer",
     "dense",
     "dropout",
     "empty_cache",
@@ -109,6 +119,7 @@ __all__ = [
     "map_weights",
     "matmul",
     "matmuls",
+    "merge_groups",
     "merge_lora",
     "neox",
     "num_params",
@@ -116,11 +127,15 @@ __all__ = [
     "positions_of",
     "positions_within",
     "preset",
+    "replace_layers",
+    "report_means",
     "resize_images",
     "rotary_angles",
     "rotate",
     "run_group",
+    "split_groups",
     "take",
+    "take_layers",
     "transpose",
     "unmerge_lora",
     "unroll",

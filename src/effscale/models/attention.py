@@ -1,9 +1,12 @@
 """Multi-head attention with grouped queries, rotary or ALiBi positions, masks and a cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models.config import Alibi, AttentionConfig, Positions, Rotary
@@ -70,7 +73,7 @@ class Attention(nnx.Module):
         context: Context,
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, dict[str, Any]]:
         """Attends within ``x``, or, with a cache, from ``x`` to the cache after writing ``x`` into it.
 
         Args:
@@ -80,7 +83,7 @@ class Attention(nnx.Module):
             key: For dropout; None: no dropout.
 
         Returns:
-            The output and the updated cache.
+            The output, the updated cache, and a report of the points that the context asks for.
         """
         split = lambda y: rearrange(y, "b s (h d) -> b h s d", d=self.head_dim)
         projections = (self.query.affine(), self.key.affine(), self.value.affine())
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
         if isinstance(self.positions, Rotary) and context.angles is not None:
             query, keys = (rotate(y, context.angles, self.positions) for y in (query, keys))
         query = constrain(query, "batch", "heads_act", "seq", None) * self.scale
+        query, keys, values = map(checkpoint_name, (query, keys, values), ("query", "key", "value"))
         if cache is not None:
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
                 old, new.astype(old.dtype), context.start, axis=2
@@ -96,7 +100,15 @@ class Attention(nnx.Module):
             keys, values = (c.astype(x.dtype) for c in cache)
         slopes = alibi_slopes(self.config.num_heads) if isinstance(self.positions, Alibi) else None
         y = self._blocks(query, keys, values, context, slopes, key)
-        return self.out(rearrange(y, "b h s d -> b s (h d)")), cache
+        y = checkpoint_name(rearrange(y, "b h s d -> b s (h d)"), "attention_mixed")
+        report = context.captured(
+            query=query,
+            key=keys,
+            value=values,
+            attention_mixed=y,
+            attention_scores=lambda: attention_scores(query, keys),
+        )
+        return self.out(y), cache, report
 
     def _blocks(self, query, keys, values, context: Context, slopes, key) -> Array:
         seq = query.shape[2]
@@ -164,3 +176,12 @@ def softmax_attention(
         "bhqk,bhkd->bhqd", grouped(weights), values, preferred_element_type=jnp.float32
     )
     return (apart(mixed) / total).astype(query.dtype)
+
+
+def attention_scores(
+    query: Float[Array, "batch heads seq head_dim"],
+    keys: Float[Array, "batch kv_heads keys head_dim"],
+) -> Float[Array, "batch heads seq keys"]:
+    """All scores ``q k^T`` of a scaled query in float32, before ALiBi's bias, masks and softmax."""
+    keys = jnp.repeat(keys, query.shape[1] // keys.shape[1], axis=1)
+    return jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)

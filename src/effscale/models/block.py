@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models.attention import Attention, LayerCache
@@ -44,38 +45,48 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Report]:
-        """The stream after this layer, the layer's updated cache, and what the feed-forward reports."""
+        """The stream after this layer, the layer's updated cache, and what its parts report."""
         keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
         drop = partial(dropout, rate=self.dropout)
 
+        report: Report = {}
+
+        def point(name, y):
+            y = checkpoint_name(y, name)
+            report.update(context.captured(**{name: y}))
+            return y
+
         def attend(y):
-            y, new_cache = self.attention(y, context, cache, keys[0])
-            return drop(y, key=keys[1]), new_cache
+            y = point("attention_in", y)
+            y, new_cache, found = self.attention(y, context, cache, keys[0])
+            report.update(found)
+            return drop(point("attention_out", y), key=keys[1]), new_cache
 
         def feed(y):
-            y, report = self.feed_forward(y, keys[2])
-            return drop(y, key=keys[3]), report
+            y, found = self.feed_forward(point("feed_forward_in", y), context, keys[2])
+            report.update(found)
+            return drop(point("feed_forward_out", y), key=keys[3])
 
+        x = point("layer_in", x)
         norm_1 = self.attention_norm
         norm_2 = norm_1 if self.feed_forward_norm is None else self.feed_forward_norm
         if self.residual == "post":
             y, cache = attend(x)
             x = norm_1(x + y)
-            y, report = feed(x)
-            x = norm_2(x + y)
+            x = norm_2(x + feed(x))
         elif self.residual in ("parallel", "parallel_shared"):
             normed = norm_1(x)
             y, cache = attend(normed)
-            z, report = feed(normed if norm_2 is norm_1 else norm_2(x))
+            z = feed(normed if norm_2 is norm_1 else norm_2(x))
             x = x + y + z
         else:
             normed = norm_1(x)
             y, cache = attend(normed)
             x = (normed if self.residual == "pre_normed" else x) + y
             normed = norm_2(x)
-            y, report = feed(normed)
-            x = (normed if self.residual == "pre_normed" else x) + y
-        return constrain(x, "batch", "seq", "embed_act"), cache, report
+            x = (normed if self.residual == "pre_normed" else x) + feed(normed)
+        x = point("layer_out", constrain(x, "batch", "seq", "embed_act"))
+        return x, cache, report
 
 
 class BlockGroup(nnx.Module):
@@ -181,26 +192,26 @@ class BlockGroup(nnx.Module):
         )
 
 
-def rematerialize(function: Any, remat: Remat, *, prevent_cse: bool = True) -> Any:
-    """``function`` with a backward pass that computes anew what the policy does not keep.
+def rematerialize(
+    function: Any, remat: Remat | tuple[str, ...], *, prevent_cse: bool = True
+) -> Any:
+    """``function`` with a backward pass that computes again what the policy does not keep.
 
     Args:
         function: Any function of arrays.
-        remat: The policy; see :class:`TransformerConfig`.
+        remat: The policy, or the points that are kept; see :class:`TransformerConfig`.
         prevent_cse: Whether to keep the compiler from merging both computations again, which inside a scan it
             cannot do anyway.
     """
     policies = jax.checkpoint_policies
     if remat == "none":
         return function
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_saveable,
-        "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
-    }[remat]
+    if isinstance(remat, tuple):
+        policy = policies.save_only_these_names(*remat)
+    else:
+        policy = {
+            "full": policies.nothing_saveable,
+            "dots": policies.dots_saveable,
+            "dots_no_batch": policies.dots_with_no_batch_dims_saveable,
+        }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
-
-
-def unstack(blocks: Any, index: int) -> Any:
-    """Layer ``index`` of stacked modules or arrays, still with a leading dimension, of 1."""
-    return jax.tree.map(lambda a: jnp.asarray(a[index : index + 1]), blocks)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from effscale.models.activations import ACTIVATIONS, Activation
 from effscale.models.layers import LayerNorm, RMSNorm
+from effscale.models.points import POINTS, check_points
 from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
 from effscale.models.validation import check, choice
 
@@ -153,8 +154,12 @@ class AttentionConfig:
 class FeedForwardConfig(Protocol):
     """The place of a block's feed-forward: anything with this ``build`` may stand there.
 
-    The built module maps ``(x, key)`` to ``(y, report)``: ``x`` and ``y`` of shape ``(batch, seq, d_model)``,
-    ``key`` a PRNG key or None, ``report`` a dict of arrays (losses, loads) that the model hands on, stacked over layers.
+    The built module maps ``(x, context, key)`` to ``(y, report)``: ``x`` and ``y`` of shape ``(batch, seq, d_model)``;
+    ``context`` the :class:`effscale.models.Context` of these tokens, which says what is padding and whether there is a
+    cache; ``key`` a PRNG key in training, else None; ``report`` a dict of arrays that the model hands on, stacked over
+    layers. Objectives add its entry ``aux_loss``, a scalar, to the loss; its other scalars and vectors become metrics.
+
+    A config may name points of its module in an attribute ``points``; see :mod:`effscale.models.points`.
     """
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> Any:
@@ -182,6 +187,12 @@ class MLPConfig:
     def multiplications(self, d_model: int) -> int:
         """Multiplications of one token's forward pass."""
         return (3 if self.gated else 2) * d_model * self.d_ff
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """The outputs of the first projections, and what the last one reads."""
+        first = ("feed_forward_gate",) if self.gated else ()
+        return (*first, "feed_forward_up", "feed_forward_inner")
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
         """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
@@ -306,9 +317,10 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of activations and products. Parameters keep their own (float32 as made); softmax, norms and loss are in
     float32."""
-    remat: Remat = "none"
-    """What the backward pass computes anew to save memory: nothing, everything in a layer, all but matrix products,
-    or all but the products without a batch dimension."""
+    remat: Remat | tuple[str, ...] = "none"
+    """What the backward pass computes again to save memory: nothing (``none``), everything in a layer (``full``), all but
+    matrix products (``dots``), or all but the products without a batch dimension (``dots_no_batch``). A tuple names the
+    points of a layer that are kept, such as ``("query", "key", "value", "attention_mixed")``; see :attr:`points`."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
@@ -318,7 +330,13 @@ class TransformerConfig:
         check(self, self.d_model >= 1, "d_model", "at least 1")
         check(self, len(self.groups) >= 1, "groups", "at least one group")
         choice(self, "dtype", ("float32", "bfloat16", "float16"))
-        choice(self, "remat", typing.get_args(Remat))
+        if isinstance(self.remat, str):
+            choice(self, "remat", typing.get_args(Remat))
+        else:
+            check(
+                self, isinstance(self.remat, tuple), "remat", "a policy's name or a tuple of points"
+            )
+            check_points(self.remat, self.points, f"TransformerConfig.remat={self.remat!r}")
         choice(self, "pooler_activation", tuple(ACTIVATIONS))
         check(self, 0 < self.init_std < math.inf, "init_std", "above 0, and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
@@ -366,6 +384,12 @@ class TransformerConfig:
     def num_layers(self) -> int:
         """Layers in all."""
         return sum(len(group.blocks) * group.repeat for group in self.groups)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points of its layers, those that feed-forwards bring included."""
+        own = (name for b in self.blocks for name in getattr(b.feed_forward, "points", ()))
+        return tuple(dict.fromkeys((*POINTS, *own)))
 
     @property
     def hidden_width(self) -> int:

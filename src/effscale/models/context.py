@@ -6,6 +6,8 @@ positions, mask and segments of the tokens it kept.
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,13 @@ class Context:
     """Positions and masks of the queries (``seq``) and of the keys they may see (``keys``).
 
     ``rows`` is the batch, or 1 where all rows agree. Without a cache, keys are the queries' own tokens; with one,
-    they are its slots, and ``start`` is the slot of the first query.
+    they are its slots, and ``start`` is the slot of the first query. ``valid`` is of the queries, and None where no mask
+    was given; ``capture`` holds the points that the caller of the model asked for.
     """
 
     positions: Int[Array, "rows seq"]
     key_positions: Int[Array, "rows keys"]
+    valid: Bool[Array, "batch seq"] | None
     key_valid: Bool[Array, "batch keys"] | None
     segments: Int[Array, "batch seq"] | None
     key_segments: Int[Array, "batch keys"] | None
@@ -34,6 +38,34 @@ class Context:
     angles: Angles | None
     causal: bool = dataclasses.field(metadata={"static": True})
     cached: bool = dataclasses.field(metadata={"static": True})
+    capture: tuple[tuple[str, Callable[[Array], Any] | None], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+    @property
+    def real(self) -> Bool[Array, "batch seq"] | None:
+        """Which queries are real tokens, as routing must know; None: all.
+
+        Padding is what the mask says, and in packed rows segment 0, as :mod:`effscale.data` packs them.
+        """
+        if self.segments is None:
+            return self.valid
+        packed = self.segments != 0
+        return packed if self.valid is None else packed & self.valid
+
+    def captured(self, **points: Array | Callable[[], Array]) -> dict[str, Any]:
+        """Those of the arrays that the caller asked for, for a module's report.
+
+        Args:
+            points: What stands at each point; a function of no arguments is called only if it was asked for.
+        """
+        found = {}
+        for name, function in self.capture:
+            if name in points:
+                value = points[name]
+                value = value() if callable(value) else value
+                found[name] = value if function is None else function(value)
+        return found
 
     def allowed(
         self, first: int, last: int, keys: int
@@ -112,6 +144,7 @@ def build_context(
     return Context(
         positions=positions,
         key_positions=positions,
+        valid=valid,
         key_valid=valid,
         segments=segments,
         key_segments=segments,

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from effscale.models.activations import Activation
-from effscale.models.weights import Affine, matmul, take, transpose
+from effscale.models.weights import Affine, matmul, matmuls, take, transpose
 from effscale.parallel import constrain
 
 Axes = tuple[str | None, ...]
@@ -49,15 +49,19 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out), axes=axes[-1:]) if bias else None
 
     def __call__(
-        self, x: Float[Array, "*batch d_in"], activation: Activation | None = None
+        self,
+        x: Float[Array, "*batch d_in"],
+        activation: Activation | None = None,
+        *,
+        point: str | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """The product, in the type of ``x``, and then the activation."""
-        return matmul(x, *self.affine(activation))
+        """The product, in the type of ``x``, and then the activation; ``point`` names what stands before it."""
+        return matmuls(x, self.affine(activation, point=point))[0]
 
-    def affine(self, activation: Activation | None = None) -> Affine:
-        """The layer's weight and bias, with the activation that follows, for :func:`effscale.models.matmuls`."""
+    def affine(self, activation: Activation | None = None, *, point: str | None = None) -> Affine:
+        """The layer's weight and bias, with what follows, for :func:`effscale.models.matmuls`."""
         bias = None if self.bias is None else self.bias.get_value()
-        return Affine(self.kernel.get_value(), bias, activation)
+        return Affine(self.kernel.get_value(), bias, activation, point)
 
 
 class Embedding(nnx.Module):

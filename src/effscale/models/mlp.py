@@ -1,9 +1,11 @@
 """The usual feed-forward of a block."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models.config import MLPConfig
+from effscale.models.context import Context
 from effscale.models.layers import Dense
 from effscale.models.weights import matmuls
 from effscale.parallel import constrain
@@ -24,13 +26,21 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "batch seq d_model"],
+        context: Context,
+        key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """The output, and an empty report."""
+        """The output, and a report of what was asked for."""
         del key
         if self.gate is None:
-            inner = self.up(x, self.activation)
+            inner = self.up(x, self.activation, point="feed_forward_up")
         else:
-            gate, up = matmuls(x, self.gate.affine(self.activation), self.up.affine())
+            gate, up = matmuls(
+                x,
+                self.gate.affine(self.activation, point="feed_forward_gate"),
+                self.up.affine(point="feed_forward_up"),
+            )
             inner = gate * up
-        return self.down(constrain(inner, "batch", "seq", "mlp_act")), {}
+        inner = checkpoint_name(constrain(inner, "batch", "seq", "mlp_act"), "feed_forward_inner")
+        return self.down(inner), context.captured(feed_forward_inner=inner)

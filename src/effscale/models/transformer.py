@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effscale.models.block import BlockGroup, unstack
+from effscale.models.block import BlockGroup
 from effscale.models.cache import KVCache
 from effscale.models.config import TokenInputs, TransformerConfig
 from effscale.models.context import Context, angles_of, build_context, positions_of
 from effscale.models.inputs import PatchEmbedding, TokenEmbedding
 from effscale.models.layers import Dense
+from effscale.models.points import Capture, captures
+from effscale.models.reports import AUX_LOSS, aux_loss
 from effscale.parallel import constrain
 
 RunGroup = Callable[..., tuple[Array, Any, Any]]
@@ -40,11 +43,13 @@ class Encoded:
         hidden: The residual stream after the final norm, at the embedding's width where that is another.
         cache: The updated cache, where one was given.
         reports: For each group, for each block, what its feed-forward reported, with a leading layer dimension.
+        captured: In the same way what ``capture`` asked for; :func:`effscale.models.by_layer` puts layers in one array.
     """
 
     hidden: Float[Array, "batch seq d_model"]
     cache: KVCache | None
     reports: tuple[Any, ...]
+    captured: tuple[Any, ...] = ()
 
 
 class Transformer(nnx.Module):
@@ -97,15 +102,15 @@ class Transformer(nnx.Module):
         key: PRNGKeyArray | None = None,
         run_group: RunGroup = run_group,
     ) -> Any:
-        """The model's outputs.
+        """The model's outputs, without what its layers report: with a ``key``, a dropped ``aux_loss`` is a warning.
 
         Args:
             inputs: Token ids, or images with values as the model was trained on.
             attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
             positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side,
                 and anew in each segment.
-            segment_ids: For packed rows: a token sees only those of its own number. Give ``positions`` that begin
-                anew in each segment as well.
+            segment_ids: For packed rows: a token sees only those of its own number; 0 is padding. By default positions
+                count from 0 in each segment.
             type_ids: Kind of each token, for models that have kinds; by default 0.
             key: Turns dropout on.
             run_group: How a group of layers is run; see :meth:`encode`.
@@ -127,6 +132,12 @@ class Transformer(nnx.Module):
             key=key,
             run_group=run_group,
         )
+        if key is not None and aux_loss(encoded.reports) is not None:
+            warnings.warn(
+                f"model(...) returns outputs alone and drops the {AUX_LOSS} that its feed-forwards report. To train, use an "
+                "objective of effscale.training, or encode(...), outputs(...) and effscale.training.add_reports",
+                stacklevel=2,
+            )
         valid = None if attention_mask is None else attention_mask.astype(bool)
         return self.outputs(encoded.hidden, valid, key)
 
@@ -173,6 +184,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
         run_group: RunGroup = run_group,
+        capture: Capture = (),
     ) -> Encoded:
         """Everything up to the heads.
 
@@ -187,12 +199,16 @@ class Transformer(nnx.Module):
             key: Turns dropout on.
             run_group: How a group of layers is run: ``(index, group, x, context, cache, key)`` to
                 ``(x, cache, reports)``. The place where techniques that drop tokens or layers step in.
+            capture: Points of each layer whose arrays come out as ``captured``, such as ``("layer_in", "attention_scores")``;
+                or a mapping from each to a function of the array, such as its range. The names are ``config.points``, and
+                ``attention_scores``: ``q k^T``, scaled, before bias, masks and softmax.
 
         Returns:
-            Hidden states, updated cache and reports.
+            Hidden states, updated cache, reports, and what was captured.
 
         Raises:
-            ValueError: As in :meth:`__call__`; or if ``inputs`` are more tokens than the cache has slots.
+            ValueError: As in :meth:`__call__`; or if ``inputs`` are more tokens than the cache has slots, or ``capture``
+                names no point.
         """
         config = self.config
         seq = self._length(inputs)
@@ -217,6 +233,8 @@ class Transformer(nnx.Module):
                     "segment_ids cannot be given together with a cache: a cached row is one segment"
                 )
             cache, context = self._advance(cache, inputs.shape[0], seq, valid, positions)
+        if capture:
+            context = dataclasses.replace(context, capture=captures(capture, config.points))
         keys = (
             (None,) * (1 + len(self.groups))
             if key is None
@@ -237,7 +255,8 @@ class Transformer(nnx.Module):
             x = self.embed.project_out(x)
         if cache is not None:
             cache = dataclasses.replace(cache, layers=tuple(layers))
-        return Encoded(x, cache, tuple(reports))
+        names = {name for name, _ in context.capture}
+        return Encoded(x, cache, *_apart(tuple(reports), names))
 
     def _length(self, inputs: Array) -> int:
         config = self.config
@@ -278,6 +297,7 @@ class Transformer(nnx.Module):
         context = Context(
             positions=positions,
             key_positions=cache.positions,
+            valid=valid,
             key_valid=cache.valid,
             segments=None,
             key_segments=None,
@@ -293,22 +313,12 @@ class Transformer(nnx.Module):
         return cache, context
 
 
-def unroll(model: Transformer) -> Transformer:
-    """The same model with every layer a group of its own: longer to compile, and no loop around small steps.
-
-    Decoding token by token gains from it, since weights and cache of a layer are then arrays of their own. A model that is
-    unrolled already comes back as it is.
-    """
-    if all(group.repeat == 1 for group in model.config.groups):
-        return model
-    groups, layers = [], []
-    for group, stacked in zip(model.config.groups, model.groups, strict=True):
-        for index in range(group.repeat):
-            layer = unstack(stacked, index)
-            layer.repeat = 1
-            layers.append(layer)
-            groups.append(dataclasses.replace(group, repeat=1))
-    flat = nnx.merge(*nnx.split(model))  # a copy: the caller's model stays as it is
-    flat.groups = nnx.List(layers)
-    flat.config = dataclasses.replace(model.config, groups=tuple(groups))
-    return flat
+def _apart(reports: tuple[Any, ...], names: set[str]) -> tuple[Any, ...]:
+    """Reports without the entries ``names``, and these entries."""
+    if not names:
+        return reports, ()
+    pick = lambda wanted: tuple(
+        tuple({n: v for n, v in block.items() if (n in names) == wanted} for block in blocks)
+        for blocks in reports
+    )
+    return pick(False), pick(True)

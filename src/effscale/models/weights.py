@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from effscale.models.activations import ACTIVATIONS, Activation
@@ -90,11 +91,14 @@ class Affine(NamedTuple):
         weight: Any weight of shape ``(in, out)``.
         bias: ``(out,)``; None adds nothing.
         activation: A name of :data:`effscale.models.ACTIVATIONS`; None applies none.
+        point: Name of the value before the activation, which the backward pass can keep instead of computing it again (see
+            :mod:`effscale.models.points`). Of a weight that is no array it is the value after it.
     """
 
     weight: Any
     bias: Array | None = None
     activation: Activation | None = None
+    point: str | None = None
 
 
 def matmul(
@@ -142,15 +146,20 @@ def matmuls(
     rows = lambda: x.reshape(-1, x.shape[-1])
     shared = _prepared(rows, [affine.weight for affine in affines])
     results = []
-    for weight, bias, activation in affines:
+    for weight, bias, activation, point in affines:
         weight, bias = cast(weight), cast(bias)
         if _is_array(weight):
             y = finish(rows() @ weight, bias, None).reshape(*lead, -1)
-            results.append(finish(y, None, activation))
+            results.append(finish(_named(y, point), None, activation))
         else:
             x_form = rows() if shared is None else shared
-            results.append(weight.matmul(x_form, bias, activation).reshape(*lead, -1))
+            y = weight.matmul(x_form, bias, activation).reshape(*lead, -1)
+            results.append(_named(y, point))
     return tuple(results)
+
+
+def _named(y: Array, point: str | None) -> Array:
+    return y if point is None else checkpoint_name(y, point)
 
 
 def _prepared(rows: Callable[[], Array], weights: list[Any]) -> Any:

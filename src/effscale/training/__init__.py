@@ -17,7 +17,7 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
-from effscale.training.objectives import masked_token_loss, next_token_loss
+from effscale.training.objectives import add_reports, masked_token_loss, next_token_loss
 from effscale.training.optimizers import AdamWConfig
 from effscale.training.pacing import (
     Clock,
@@ -87,6 +87,7 @@ __all__ = [
     "TrainState",
     "TrainingDivergedError",
     "abstract",
+    "add_reports",
     "by_tokens",
     "check_unused",
     "combine",

@@ -1,11 +1,12 @@
 """What a language model is trained for, as functions to :class:`effscale.training.Loss`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from effscale.models import RunGroup, Transformer, run_group
+from effscale.models import RunGroup, Transformer, aux_loss, report_means, run_group
 from effscale.parallel import auto_batch_axes
 from effscale.training.loss import Loss
 from effscale.training.vocabulary import vocabulary_cross_entropy
@@ -45,14 +46,16 @@ def next_token_loss(
         >>> float(loss.weight)
         8.0
     """
-    hidden = model.encode(
+    encoded = model.encode(
         batch["input_ids"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         key=key,
         run_group=run_group,
-    ).hidden
-    return _vocabulary_loss(model, "lm", hidden, batch["labels"], batch.get("loss_weights"), z_loss)
+    )
+    weights = batch.get("loss_weights")
+    loss = _vocabulary_loss(model, "lm", encoded.hidden, batch["labels"], weights, z_loss)
+    return add_reports(loss, encoded.reports)
 
 
 def masked_token_loss(
@@ -88,7 +91,7 @@ def masked_token_loss(
         >>> float(loss.weight)
         2.0
     """
-    hidden = model.encode(
+    encoded = model.encode(
         batch["input_ids"],
         attention_mask=batch.get("attention_mask"),
         positions=batch.get("positions"),
@@ -96,8 +99,55 @@ def masked_token_loss(
         type_ids=batch.get("type_ids"),
         key=key,
         run_group=run_group,
-    ).hidden
-    return _vocabulary_loss(model, "mlm", hidden, batch["labels"], batch.get("loss_weights"), 0.0)
+    )
+    weights = batch.get("loss_weights")
+    loss = _vocabulary_loss(model, "mlm", encoded.hidden, batch["labels"], weights, 0.0)
+    return add_reports(loss, encoded.reports)
+
+
+def add_reports(loss: Loss, reports: Any) -> Loss:
+    r"""A loss with what the model's layers report: their auxiliary loss is added, the rest become metrics.
+
+    .. math:: \frac{L}{w} \to \frac{L}{w} + \sum_l a_l
+
+    The auxiliary losses :math:`a_l` come with their coefficients from the layers. They are means over the tokens that a layer
+    sees, so the sum :math:`L` grows by :math:`w \sum_l a_l`, and micro-batches count by their weights. The objectives of this
+    module do that already; a loss of your own ends in a call of this function.
+
+    Args:
+        loss: The task's.
+        reports: Of :meth:`effscale.models.Transformer.encode`.
+
+    Returns:
+        The loss. Where layers report an ``aux_loss``, its metrics hold that sum as ``aux_loss`` and the loss without it, from
+        which a perplexity follows, as ``task_loss``. Other scalars and vectors are metrics under their names, as
+        :func:`effscale.models.report_means` has them. Without reports it is ``loss`` itself.
+
+    Raises:
+        ValueError: A report has the name of a metric that ``loss`` has already; see :func:`effscale.models.aux_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> reports = (({"aux_loss": jnp.array([0.1, 0.2]), "load": jnp.array([[3.0, 1.0], [2.0, 2.0]])},),)
+        >>> loss = add_reports(Loss(jnp.float32(6.0), jnp.float32(3.0)), reports)
+        >>> round(float(loss.mean()), 3), float(loss.means()["task_loss"]), loss.means()["load"].tolist()
+        (2.3, 2.0, [2.5, 1.5])
+    """
+    means, extra = report_means(reports), aux_loss(reports)
+    weight = jnp.asarray(loss.weight, jnp.float32)
+    total = loss.total
+    metrics = {name: weight * mean for name, mean in means.items()}
+    if extra is not None:
+        total = jnp.asarray(total, jnp.float32)
+        metrics |= {"task_loss": total, "aux_loss": weight * extra}
+        total = total + weight * extra
+    if not metrics:
+        return loss
+    if taken := metrics.keys() & loss.metrics.keys():
+        raise ValueError(
+            f"layers report {sorted(taken)}, which the loss has as metrics already; rename them"
+        )
+    return Loss(total, loss.weight, {**loss.metrics, **metrics})
 
 
 def _vocabulary_loss(
