@@ -127,7 +127,9 @@ def decode(
         )
 
     def body(carry: _Carry) -> _Carry:
-        encoded = model.encode(carry.token[:, None], cache=carry.cache)
+        # What fills rows that have ended is padding: a router leaves it out.
+        going = ~carry.finished[:, None]
+        encoded = model.encode(carry.token[:, None], attention_mask=going, cache=carry.cache)
         return append(carry._replace(cache=encoded.cache), encoded.hidden[:, -1])
 
     ends = _stages(length, config.max_new_tokens)
