@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Residual = Literal["pre", "pre_normed", "post", "parallel", "parallel_shared"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
+AttentionImplementation = Literal["blocks", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,6 +305,10 @@ class TransformerConfig:
     remat: Remat = "none"
     """What the backward pass computes anew to save memory: nothing, everything in a layer, all but matrix products,
     or all but the products without a batch dimension."""
+    attention_implementation: AttentionImplementation | None = None
+    """How attention is computed: ``blocks`` of queries with their scores in float32, anywhere; ``splash``, JAX's fused kernel
+    for TPUs; ``cudnn``, for Hopper GPUs; None: ``splash`` in programs for TPUs where it can serve, otherwise ``blocks``.
+    A name that cannot serve is an error. With a cache it is always ``blocks``."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
@@ -314,6 +319,8 @@ class TransformerConfig:
         check(self, len(self.groups) >= 1, "groups", "at least one group")
         choice(self, "dtype", ("float32", "bfloat16", "float16"))
         choice(self, "remat", typing.get_args(Remat))
+        if self.attention_implementation is not None:
+            choice(self, "attention_implementation", typing.get_args(AttentionImplementation))
         choice(self, "pooler_activation", tuple(ACTIVATIONS))
         check(self, 0 < self.init_std < math.inf, "init_std", "above 0, and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
