@@ -75,7 +75,7 @@ def attention(
         <https://arxiv.org/abs/2108.12409>`_ (ALiBi).
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
-    _check_operands(query, keys, values, segments, alibi)
+    check_operands(query, keys, values, segments, alibi)
     plain = fallback or functools.partial(reference, causal=causal, segments=segments, alibi=alibi)
     if implementation == "reference":
         return reference(query, keys, values, causal=causal, segments=segments, alibi=alibi)
@@ -129,7 +129,8 @@ def why_not(
     return tpu.why_not(query, wide) if name == "splash" else gpu.why_not(query, wide, segments)
 
 
-def _check_operands(query: Any, keys: Any, values: Any, segments: Any, alibi: Alibi | None) -> None:
+def check_operands(query: Any, keys: Any, values: Any, segments: Any, alibi: Alibi | None) -> None:
+    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
     batch, heads, seq, width = query.shape
     if keys.shape != values.shape or keys.shape[::2] != (batch, seq) or keys.shape[3] != width:
         raise ValueError(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import kernels_pallas
 from kernels_pallas import aot
-from kernels_pallas.attention import Alibi, gpu, tpu
+from kernels_pallas.attention import Alibi, api, gpu, tpu
 from kernels_pallas.attention.alibi import MAX_POSITION, with_features
 from kernels_pallas.attention.shapes import Operands, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported
@@ -254,25 +254,30 @@ def test_a_jax_that_has_moved_them(implementation, module, name, monkeypatch):
     owner._missing.cache_clear()
 
 
-def test_operands_that_do_not_fit():
-    query, keys, values, *_ = TINY.abstract()
-    run = lambda *operands, **options: jax.eval_shape(
-        lambda *operands: kernels_pallas.attention(*operands, **options), *operands
-    )
-    shorter = jax.ShapeDtypeStruct((2, 2, 64, 8), jnp.float32)
-    with pytest.raises(ValueError, match=r"keys \(2, 2, 64, 8\).*alike but for the heads"):
-        run(query, shorter, shorter)
-    three = jax.ShapeDtypeStruct((2, 3, 128, 8), jnp.float32)
-    with pytest.raises(ValueError, match="3 key heads must divide the 4 query heads"):
-        run(query, three, three)
-    half = jax.ShapeDtypeStruct(keys.shape, jnp.bfloat16)
+MISFITS = {
+    "length": ({"keys": (2, 2, 64, 8), "values": (2, 2, 64, 8)}, r"keys \(2, 2, 64, 8\).*but for the heads"),
+    "values": ({"values": (2, 4, 128, 8)}, r"values \(2, 4, 128, 8\) must be"),
+    "groups": ({"keys": (2, 3, 128, 8), "values": (2, 3, 128, 8)}, "3 key heads must divide the 4"),
+    "segments": ({"segments": (1, 128)}, r"segments \(1, 128\) must be \(2, 128\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_operands_that_do_not_fit(name):
+    shapes, message = MISFITS[name]
+    changed = {field: jax.ShapeDtypeStruct(shape, "float32") for field, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        api.check_operands(*TINY.abstract()._replace(**changed)[:4], None)
+
+
+def test_types_and_slopes_that_do_not_fit():
+    operands = TINY.abstract()
+    half = dataclasses.replace(TINY, dtype="bfloat16").abstract().keys
     with pytest.raises(ValueError, match="of one type, not float32, bfloat16 and float32"):
-        run(query, half, values)
+        api.check_operands(operands.query, half, operands.values, None, None)
     alibi = Alibi(np.ones(2, np.float32), jnp.arange(128)[None])
     with pytest.raises(ValueError, match=r"slopes \(2,\) must be one for each of 4 heads"):
-        run(query, keys, values, alibi=alibi)
-    with pytest.raises(ValueError, match=r"'spalsh' is not one of .*Did you mean 'splash'"):
-        run(query, keys, values, implementation="spalsh")
+        api.check_operands(*operands[:4], alibi)
 
 
 class Compiled:

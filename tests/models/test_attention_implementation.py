@@ -156,10 +156,3 @@ def test_a_config_that_was_saved_before_there_was_the_field():
     assert differences(saved, to_json(GPT2)) == {}
     other = dataclasses.replace(GPT2, attention_implementation="blocks")
     assert list(differences(saved, to_json(other))) == ["attention_implementation"]
-
-
-def test_a_misspelt_name():
-    with pytest.raises(
-        ValueError, match=r"attention_implementation='splsh': did you mean 'splash'"
-    ):
-        dataclasses.replace(GPT2, attention_implementation="splsh")
