@@ -206,16 +206,16 @@ def test_a_name_that_cannot_serve_says_why(name):
 
 
 def test_meshes_that_a_kernel_cannot_serve():
-    devices = {"axis_shapes": (2,), "axis_names": ("data",), "devices": jax.devices()[:2]}
+    of_two = functools.partial(jax.make_mesh, (2,), ("data",), devices=jax.devices()[:2])
     shape = dataclasses.replace(TINY, batch=4)
     run = lambda operands: call(shape, operands, implementation="splash")
     operands = shape.abstract()
     with (
-        jax.set_mesh(jax.make_mesh(**devices, axis_types=(AxisType.Explicit,))),
+        jax.set_mesh(of_two(axis_types=(AxisType.Explicit,))),
         pytest.raises(Unsupported, match=r"\{'data': 2\} has axes of Explicit type"),
     ):
         jax.eval_shape(run, operands)
-    mesh = jax.make_mesh(**devices, axis_types=(AxisType.Auto,))
+    mesh = of_two(axis_types=(AxisType.Auto,))
     checked = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     with pytest.raises(Unsupported, match=r"checked jax\.shard_map over all mesh axes"):
         jax.eval_shape(checked, operands)
