@@ -98,8 +98,7 @@ def attention(
             )
         return run(tpu if implementation == "splash" else gpu)(query, keys, values)
     platform = dispatch.mesh_platform()
-    unfit = platform not in ("tpu", None) or why_not("splash", query, keys, values, segments, alibi)
-    if unfit:
+    if platform not in ("tpu", None) or why_not("splash", query, keys, values, segments, alibi):
         return plain(query, keys, values)
     if platform == "tpu":
         return run(tpu)(query, keys, values)
@@ -115,6 +114,8 @@ def why_not(
         return None
     if 0 in query.shape:
         return f"the query {query.shape} is empty"
+    if not query.dtype == keys.dtype == values.dtype:
+        return f"query, keys and values are of several types, {query.dtype}, {keys.dtype}, {values.dtype}"
     if alibi is not None and query.shape[2] > MAX_POSITION:
         return f"ALiBi is exact to {MAX_POSITION} positions, and seq={query.shape[2]}"
     mesh = jax.sharding.get_abstract_mesh()
@@ -139,10 +140,6 @@ def check_operands(query: Any, keys: Any, values: Any, segments: Any, alibi: Ali
         )
     if keys.shape[1] == 0 or heads % keys.shape[1]:
         raise ValueError(f"{keys.shape[1]} key heads must divide the {heads} query heads")
-    if not query.dtype == keys.dtype == values.dtype:
-        raise ValueError(
-            f"query, keys and values must be of one type, not {query.dtype}, {keys.dtype} and {values.dtype}"
-        )
     if segments is not None and segments.shape != (batch, seq):
         raise ValueError(f"segments {segments.shape} must be {(batch, seq)} here")
     if alibi is not None and alibi.slopes.shape != (heads,):
