@@ -84,7 +84,8 @@ bench: $(DEV)
 # Compiles for v5e, v6e and H100 on this machine, which needs none of them.
 aot: $(AOT_VENV)/.with-aot
 	$(AOT_VENV)/bin/python -m kernels_pallas.aot \
-		--programs kernels_pallas.cross_entropy.aot effscale.experiments.aot $(ARGS)
+		--programs kernels_pallas.attention.aot kernels_pallas.cross_entropy.aot \
+		effscale.experiments.aot effscale.experiments.aot_attention $(ARGS)
 
 # Runs every notebook and keeps what it shows.
 notebooks: $(DEV)

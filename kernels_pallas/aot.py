@@ -21,12 +21,16 @@ from typing import Any
 
 from kernels_pallas.aot_targets import TARGETS
 
-OWN_PROGRAMS = ("kernels_pallas.cross_entropy.aot", "kernels_pallas.sign_compress.aot")
+OWN_PROGRAMS = (
+    "kernels_pallas.attention.aot",
+    "kernels_pallas.cross_entropy.aot",
+    "kernels_pallas.sign_compress.aot",
+)
 
 _COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*)"')
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*|__cudnn\$fmha[^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,9 @@ class Program:
     """From the target's devices to a `jax.stages.Lowered`, for as many of them as it likes."""
     flops: float | None = None
     """Floating-point operations over all devices, if known; XLA counts a loop's body once."""
-    targets: tuple[str, ...] = tuple(TARGETS)
+    targets: tuple[str, ...] = ("v5e", "v6e", "h100")
+    without: str | None = None
+    """A regular expression that finds nothing in the compiled program, or it counts as failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,9 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
         return Row(target=target, program=program.name, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    if program.without and (found := re.search(program.without, text)):
+        error = f"the compiled program holds {found[0]}"
+        return Row(target=target, program=program.name, error=error)
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,

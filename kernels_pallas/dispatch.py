@@ -45,6 +45,14 @@ def auto_partitioned() -> tuple[str, ...]:
     return tuple(name for name in others if within or mesh.shape[name] > 1)
 
 
+def mesh_platform() -> str | None:
+    """The platform of the mesh in use: cpu, tpu or cuda. None without one: the program may be lowered for any."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return None
+    return "cuda" if device.platform == "gpu" else device.platform
+
+
 def hopper_in_use() -> bool:
     """Whether the GPU of the mesh in use, or else of this process, is a Hopper (H100, H200)."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -217,7 +217,12 @@ def test_unlike_layers():
 def test_how_a_model_is_trained_does_not_matter():
     config = gpt2(**TEXT)
     other = dataclasses.replace(
-        config, remat="full", init_std=0.5, dtype="bfloat16", scale_residual_init=False
+        config,
+        remat="full",
+        init_std=0.5,
+        dtype="bfloat16",
+        scale_residual_init=False,
+        attention_implementation="blocks",
     )
     assert describe(other)[1] == describe(config)[1]
 

@@ -86,6 +86,7 @@ def unchecked(config, **changes):
         (lambda: replace(MODEL, d_model=0), r"TransformerConfig\.d_model=0: must be at least 1"),
         (lambda: replace(MODEL, groups=()), r"TransformerConfig\.groups=\(\): must be at least one group"),
         (lambda: unchecked(MODEL, dtype="bf16"), r"TransformerConfig\.dtype='bf16': did you mean 'bfloat16'"),
+        (lambda: unchecked(MODEL, attention_implementation="splsh"), r"attention_implementation='splsh': did you mean 'splash'"),
         (lambda: unchecked(MODEL, remat="al"), r"TransformerConfig\.remat='al': choose one of 'none', 'full'"),
         (lambda: unchecked(MODEL, remat=("query", "mlp")), r"remat=\('query', 'mlp'\): 'mlp' is no point .* 'layer_in', .* 'feed_forward_up'"),
         (lambda: unchecked(MODEL, remat=["query"]), r"remat=\['query'\]: must be a policy's name or a tuple of points"),

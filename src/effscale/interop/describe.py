@@ -14,7 +14,7 @@ from effscale.models import MLPConfig, TransformerConfig
 # Differences in an error.
 SHOWN = 5
 # How a model trains and computes, not what it is.
-FREE = ("dtype", "remat", "init_std", "scale_residual_init", "groups")
+FREE = ("dtype", "remat", "attention_implementation", "init_std", "scale_residual_init", "groups")
 
 
 def describe(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:

@@ -1,20 +1,31 @@
 """Multi-head attention with grouped queries, rotary or ALiBi positions, masks and a cache."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effscale.models.config import Alibi, AttentionConfig, Positions, Rotary
+from effscale.models.config import (
+    Alibi,
+    AttentionConfig,
+    AttentionImplementation,
+    Positions,
+    Rotary,
+)
 from effscale.models.context import Context
 from effscale.models.layers import Dense, dropout
 from effscale.models.positions import alibi_slopes, rotate
 from effscale.models.weights import matmuls
-from effscale.parallel import constrain
+from effscale.parallel import constrain, current_rules
+from kernels_pallas import attention
+from kernels_pallas.attention import Alibi as AlibiBias
+from kernels_pallas.dispatch import Unsupported
 
 LayerCache = tuple[
     Float[Array, "batch kv_heads keys head_dim"], Float[Array, "batch kv_heads keys head_dim"]
@@ -36,6 +47,7 @@ class Attention(nnx.Module):
         std: Standard deviation of the initial input projections.
         out_std: The same of the output projection.
         rngs: Source of the initial values.
+        implementation: See :class:`TransformerConfig`.
     """
 
     def __init__(
@@ -47,6 +59,7 @@ class Attention(nnx.Module):
         std: float,
         out_std: float,
         rngs: nnx.Rngs,
+        implementation: AttentionImplementation | None = None,
     ):
         width = config.width(d_model)
         inner = {"bias": config.bias, "std": std, "rngs": rngs}
@@ -64,6 +77,7 @@ class Attention(nnx.Module):
         )
         self.config = config
         self.positions = positions
+        self.implementation = implementation
         self.head_dim = width
         self.scale = width**-0.5 if config.scale is None else config.scale
 
@@ -99,7 +113,7 @@ class Attention(nnx.Module):
             cache = (write(cache[0], keys), write(cache[1], values))
             keys, values = (c.astype(x.dtype) for c in cache)
         slopes = alibi_slopes(self.config.num_heads) if isinstance(self.positions, Alibi) else None
-        y = self._blocks(query, keys, values, context, slopes, key)
+        y = self._mix(query, keys, values, context, slopes, key)
         y = checkpoint_name(rearrange(y, "b h s d -> b s (h d)"), "attention_mixed")
         report = context.captured(
             query=query,
@@ -110,37 +124,91 @@ class Attention(nnx.Module):
         )
         return self.out(y), cache, report
 
-    def _blocks(self, query, keys, values, context: Context, slopes, key) -> Array:
-        seq = query.shape[2]
-        count = (
-            CAUSAL_BLOCKS
-            if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0
-            else 1
-        )
-        if seq < CAUSAL_BLOCKS * MIN_CAUSAL_BLOCK:
-            count = 1
-        outputs = []
-        for i in range(count):
-            first, last = i * seq // count, (i + 1) * seq // count
-            end = last if count > 1 else keys.shape[2]
-            bias = None
-            if slopes is not None:
-                # Relative to the query it would differ by a constant a row, which softmax does not see.
-                bias = jnp.asarray(slopes)[None, :, None, None] * context.key_positions[
-                    :, None, None, :end
-                ].astype(jnp.float32)
-            outputs.append(
-                softmax_attention(
-                    query[:, :, first:last],
-                    keys[:, :, :end],
-                    values[:, :, :end],
-                    allowed=context.allowed(first, last, end),
-                    bias=bias,
-                    rate=self.config.dropout,
-                    key=None if key is None else jax.random.fold_in(key, i),
-                )
+    def _mix(self, query, keys, values, context: Context, slopes, key) -> Array:
+        """By a fused kernel where the program is for a platform that has one and it can serve; else in blocks."""
+        rate = self.config.dropout
+        blocks = partial(in_blocks, context=context, slopes=slopes, rate=rate, key=key)
+        if context.cached or self.implementation == "blocks":
+            return blocks(query, keys, values)
+        rules, reason = current_rules(), None
+        if key is not None and rate > 0:
+            reason = f"kernels drop no attention weights, and the layer's dropout is {rate}"
+        elif axes := rules.lookup("seq"):
+            reason = f"kernels take whole sequences, and the rules divide them over {axes}"
+        if reason is not None and self.implementation is None:
+            return blocks(query, keys, values)
+        if reason is not None:
+            raise Unsupported(
+                f"attention_implementation={self.implementation!r} cannot serve: {reason}. None or 'blocks' can"
             )
-        return outputs[0] if count == 1 else jnp.concatenate(outputs, 2)
+        return attention(
+            query,
+            keys,
+            values,
+            causal=context.causal,
+            segments=with_padding(context.segments, context.key_valid),
+            alibi=None if slopes is None else AlibiBias(slopes, context.key_positions),
+            row_axes=rules.lookup("batch"),
+            head_axes=rules.lookup("heads_act"),
+            implementation=self.implementation,
+            fallback=blocks,
+        )
+
+
+def in_blocks(
+    query: Float[Array, "batch heads seq head_dim"],
+    keys: Float[Array, "batch kv_heads keys head_dim"],
+    values: Float[Array, "batch kv_heads keys head_dim"],
+    context: Context,
+    *,
+    slopes: Float[np.ndarray, "heads"] | None = None,
+    rate: float = 0.0,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "batch heads seq head_dim"]:
+    """Attention with scores in float32, of a causal sequence in :data:`CAUSAL_BLOCKS` blocks of queries."""
+    seq = query.shape[2]
+    count = (
+        CAUSAL_BLOCKS if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0 else 1
+    )
+    if seq < CAUSAL_BLOCKS * MIN_CAUSAL_BLOCK:
+        count = 1
+    outputs = []
+    for i in range(count):
+        first, last = i * seq // count, (i + 1) * seq // count
+        end = last if count > 1 else keys.shape[2]
+        bias = None
+        if slopes is not None:
+            # Relative to the query it would differ by a constant a row, which softmax does not see.
+            bias = jnp.asarray(slopes)[None, :, None, None] * context.key_positions[
+                :, None, None, :end
+            ].astype(jnp.float32)
+        outputs.append(
+            softmax_attention(
+                query[:, :, first:last],
+                keys[:, :, :end],
+                values[:, :, :end],
+                allowed=context.allowed(first, last, end),
+                bias=bias,
+                rate=rate,
+                key=None if key is None else jax.random.fold_in(key, i),
+            )
+        )
+    return outputs[0] if count == 1 else jnp.concatenate(outputs, 2)
+
+
+def with_padding(
+    segments: Int[Array, "batch seq"] | None, valid: Bool[Array, "batch seq"] | None
+) -> Int[Array, "batch seq"] | None:
+    """Segments in which padding is one of its own, so that no real token sees it.
+
+    Example:
+        >>> with_padding(jnp.array([[1, 2, 2]]), jnp.array([[True, True, False]])).tolist()
+        [[1, 2, -2147483648]]
+    """
+    if valid is None:
+        return segments
+    real = jnp.zeros_like(valid, jnp.int32) if segments is None else segments
+    return jnp.where(valid, real, jnp.iinfo(jnp.int32).min)
 
 
 def softmax_attention(

@@ -29,7 +29,11 @@ class Block(nnx.Module):
         parts = {"std": std, "out_std": out_std, "rngs": rngs}
         self.attention_norm = config.norm.build(model.d_model)
         self.attention = Attention(
-            config.attention, model.d_model, positions=model.positions, **parts
+            config.attention,
+            model.d_model,
+            positions=model.positions,
+            implementation=model.attention_implementation,
+            **parts,
         )
         self.feed_forward_norm = (
             None if config.residual == "parallel_shared" else config.norm.build(model.d_model)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Residual = Literal["pre", "pre_normed", "post", "parallel", "parallel_shared"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
+AttentionImplementation = Literal["blocks", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,6 +322,10 @@ class TransformerConfig:
     """What the backward pass computes again to save memory: nothing (``none``), everything in a layer (``full``), all but
     matrix products (``dots``), or all but the products without a batch dimension (``dots_no_batch``). A tuple names the
     points of a layer that are kept, such as ``("query", "key", "value", "attention_mixed")``; see :attr:`points`."""
+    attention_implementation: AttentionImplementation | None = None
+    """How attention is computed: ``blocks`` of queries with their scores in float32, anywhere; ``splash``, JAX's fused kernel
+    for TPUs; ``cudnn``, for Hopper GPUs; None: ``splash`` in programs for TPUs where it can serve, otherwise ``blocks``.
+    A name that cannot serve is an error. With a cache it is always ``blocks``."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
@@ -337,6 +342,8 @@ class TransformerConfig:
                 self, isinstance(self.remat, tuple), "remat", "a policy's name or a tuple of points"
             )
             check_points(self.remat, self.points, f"TransformerConfig.remat={self.remat!r}")
+        if self.attention_implementation is not None:
+            choice(self, "attention_implementation", typing.get_args(AttentionImplementation))
         choice(self, "pooler_activation", tuple(ACTIVATIONS))
         check(self, 0 < self.init_std < math.inf, "init_std", "above 0, and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}

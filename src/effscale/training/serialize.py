@@ -45,6 +45,9 @@ def to_json(value: Any) -> Any:
 def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """The fields, by dotted name, in which two JSON values differ.
 
+    A field that one of them lacks and the other has as None is the same in both: most fields that were added later, to
+    configs that had been saved without them, mean by None that all is as before.
+
     >>> differences({"model": {"layers": 2}, "seed": 0}, {"model": {"layers": 3}, "seed": 0})
     {'model.layers': (2, 3)}
     """
@@ -52,7 +55,9 @@ def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[An
         found: dict[str, tuple[Any, Any]] = {}
         for key in sorted(first.keys() | second.keys()):
             name = f"{prefix}.{key}" if prefix else key
-            found |= differences(first.get(key, "(absent)"), second.get(key, "(absent)"), name)
+            values = first.get(key, "(absent)"), second.get(key, "(absent)")
+            if None not in values or "(absent)" not in values:
+                found |= differences(*values, name)
         return found
     return {} if first == second else {prefix: (first, second)}
 
