@@ -52,8 +52,8 @@ def attention(
             that does not divide it is left out, and its devices then do the same work.
         head_axes: The same for the heads.
         implementation: "reference" (plain jnp, all scores), "splash" (TPU), "cudnn" (Hopper GPUs) or None: splash where
-            the program is lowered for a TPU and it can serve, and `fallback` otherwise. cuDNN is taken only by its name,
-            as it has not run on a GPU yet.
+            it can serve and the mesh in use is of TPUs or, without a mesh, this process has TPUs and lowers the program
+            for them; `fallback` otherwise. cuDNN is taken only by its name, as it has not run on a GPU yet.
         fallback: From query, keys and values to the output, in place of "reference" where no kernel serves.
 
     Returns:
@@ -98,6 +98,9 @@ def attention(
             )
         return run(tpu if implementation == "splash" else gpu)(query, keys, values)
     platform = dispatch.mesh_platform()
+    if platform is None and jax.default_backend() != "tpu":
+        # Without a mesh of TPUs and without a TPU here, the fallback alone: it can be differentiated as often as one likes.
+        platform = jax.default_backend()
     if platform not in ("tpu", None) or why_not("splash", query, keys, values, segments, alibi):
         return plain(query, keys, values)
     if platform == "tpu":

@@ -169,8 +169,12 @@ def test_the_private_parts_of_jax_are_where_they_were():
     assert found == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 
 
-def test_none_takes_splash_in_programs_for_tpus_and_nothing_else():
+def test_none_takes_splash_in_programs_for_tpus_and_nothing_else(monkeypatch):
     shape = dataclasses.replace(TINY, dtype="bfloat16", packed=False)
+    # Where this process has no TPU, and no mesh says that the program is for some, there is no kernel to be seen.
+    traced = jax.jit(functools.partial(call, shape)).trace(shape.abstract())
+    assert "pallas_call" not in str(traced.jaxpr)
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
     assert kernels(lowered("tpu", shape))
     assert not kernels(lowered("cpu", shape))
     assert not kernels(lowered("cuda", shape))

@@ -85,8 +85,9 @@ def program(config, tiny, *arguments, **options):
     return lowered, model
 
 
-def test_a_cpu_computes_the_blocks(tiny):
+def test_a_cpu_computes_the_blocks(tiny, monkeypatch):
     """Bit for bit and in the same memory, where the program might be for a TPU as well."""
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
     ids = packed(2)[0]
     results, memory = [], []
     for name in (None, "blocks"):
@@ -101,15 +102,17 @@ def test_a_cpu_computes_the_blocks(tiny):
     assert memory[0] == memory[1]
 
 
-@pytest.mark.parametrize("seq", [96, 128])
-def test_a_program_that_no_kernel_serves_is_the_blocks_alone(seq, tiny):
-    """Of a length that no kernel takes, or under a mesh of CPUs: the same program to the letter."""
+@pytest.mark.parametrize(("seq", "where"), [(96, "tpu"), (128, "mesh"), (128, "cpu")])
+def test_a_program_that_no_kernel_serves_is_the_blocks_alone(seq, where, tiny, monkeypatch):
+    """Of a length that no kernel takes, under a mesh of CPUs, or without a TPU here: the same program to the letter."""
+    if where == "tpu":
+        monkeypatch.setattr("jax.default_backend", lambda: "tpu")
     ids = packed(2)[0][:, :seq]
     texts = []
     for name in (None, "blocks"):
         config = dataclasses.replace(GPT2, attention_implementation=name)
         mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
-        with jax.set_mesh(mesh) if seq == 128 else contextlib.nullcontext():
+        with jax.set_mesh(mesh) if where == "mesh" else contextlib.nullcontext():
             texts.append(program(config, tiny, ids)[0].as_text())
     assert texts[0] == texts[1]
 
