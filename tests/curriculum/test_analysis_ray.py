@@ -8,6 +8,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow  # starting a cluster takes most of it
 def test_ray_makes_the_same_index():
     pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
     program = pathlib.Path(__file__).parent / "ray_analysis.py"

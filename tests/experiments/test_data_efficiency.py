@@ -285,6 +285,7 @@ def test_seconds_of_a_step_are_medians_by_shape(tmp_path):
     assert set(report.step_seconds(tmp_path / "none.jsonl", plan).values()) == {0.0}
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     out = tmp_path / "run"
     folder, _ = whole

@@ -151,6 +151,7 @@ def test_a_resume_adds_seeds_and_leaves_the_finished_ones(options, tmp_path):
     assert "seed 1" in (out / "report.md").read_text()
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_killed_and_stopped_a_run_goes_on_as_if_nothing_had_been(
     start, options, compared, tmp_path
 ):
@@ -386,6 +387,7 @@ def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsy
     assert "pip install 'effscale[torch]', or go without it" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the other tests run smaller ones
 def test_smoke(start, tmp_path):
     """The preset smoke, on the real models."""
     pytest.importorskip("onnx", reason="onnx is not installed")

@@ -185,6 +185,7 @@ def test_a_run_leaves_what_it_promises(finished, task):
     assert load_pretrained(out / f"{task}/seed-0/{compressed}/model").config.heads[0].name == head
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
     options, finished, tmp_path, monkeypatch, capsys
 ):

@@ -219,7 +219,11 @@ def trained(prepared, tmp_path_factory):
     return train(prepared, tmp_path_factory.mktemp("pretraining"), "cl_ltd")
 
 
-@pytest.mark.parametrize("technique", ["none", "cl", "ltd", "cl_ltd"])
+@pytest.mark.parametrize(
+    "technique",
+    # The last one has the parts of the others.
+    [*(pytest.param(t, marks=pytest.mark.slow) for t in ("none", "cl", "ltd")), "cl_ltd"],
+)
 def test_a_run_that_breaks_off_goes_on_exactly(technique, prepared, trained, tmp_path):
     whole = (
         trained[2] if technique == "cl_ltd" else train(prepared, tmp_path / "whole", technique)[2]

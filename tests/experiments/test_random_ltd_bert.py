@@ -365,6 +365,7 @@ def test_the_pretrained_model_is_a_folder_with_its_tokenizer(finished):
     assert logits.shape == (1, 3, mask + 1)
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
     options, finished, tmp_path, monkeypatch, capsys
 ):

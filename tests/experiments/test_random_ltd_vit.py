@@ -193,6 +193,7 @@ def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(wat
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
     options, finished, tmp_path, monkeypatch, capsys
 ):
@@ -360,6 +361,7 @@ def test_help_is_quick_because_it_imports_little(shown_by_help):
         assert shown in text
 
 
+@pytest.mark.slow  # the other tests run smaller ones
 def test_smoke(start, tmp_path):
     """The preset smoke, on the real model."""
     pytest.importorskip("onnx", reason="onnx is not installed")

@@ -138,6 +138,7 @@ def test_a_run_leaves_what_it_promises(folder):
     assert not list(folder.rglob("checkpoints"))
 
 
+@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
 def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
     options, folder, tmp_path, monkeypatch, capsys
 ):

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.models import LoRA, add_lora, dense, is_adapter, merge_lora, unmerge_lora, unroll
+from effscale.models import (
+    LoRA,
+    add_lora,
+    dense,
+    is_adapter,
+    matmul,
+    merge_lora,
+    unmerge_lora,
+    unroll,
+)
 from effscale.training.partition import named_leaves
 
 EVERY_MATRIX = r"kernel$|tokens\.embedding$"
@@ -49,13 +58,15 @@ def test_it_is_the_papers_equation(getkey):
     w, a, b, x = (jax.random.normal(getkey(), shape) for shape in ((4, 6), (4, 2), (2, 6), (3, 4)))
     pair = LoRA(w, a, b, 0.5)
     full = np.asarray(w) + 0.5 * np.asarray(a) @ np.asarray(b)
-    np.testing.assert_allclose(x @ pair, np.asarray(x) @ full, atol=1e-5)
+    np.testing.assert_allclose(matmul(x, pair), np.asarray(x) @ full, atol=1e-5)
     np.testing.assert_allclose(pair.dense(), full, atol=1e-5)
-    np.testing.assert_allclose(jnp.ones((2, 6)) @ pair.T, np.ones((2, 6)) @ full.T, atol=1e-5)
+    np.testing.assert_allclose(
+        matmul(jnp.ones((2, 6)), pair.T), np.ones((2, 6)) @ full.T, atol=1e-5
+    )
     np.testing.assert_allclose(dense(pair.T), full.T, atol=1e-5)
     np.testing.assert_allclose(pair.take(jnp.array([[2, 0]])), full[np.array([[2, 0]])], atol=1e-5)
     assert (pair.shape, pair.dtype) == ((4, 6), jnp.float32)
-    assert (x.astype(jnp.bfloat16) @ pair.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert matmul(x.astype(jnp.bfloat16), pair).dtype == jnp.bfloat16
 
 
 def test_a_pair_of_another_type_than_its_base(getkey):

@@ -12,6 +12,7 @@ from flax import nnx
 from effscale.parallel import (
     DEFAULT_RULES,
     MeshConfig,
+    Placement,
     batch_shard,
     constrain,
     initialize,
@@ -88,7 +89,7 @@ def placed_right(config: MeshConfig) -> bool:
     mesh = config.build()
     tree = {"model": Net(rngs=nnx.Rngs(0)), "key": jax.random.key(1), "host": np.arange(8.0)}
     placed = shard(tree, mesh)
-    again = shard(placed, mesh, DEFAULT_RULES | {"embed": None})
+    again = Placement(mesh, DEFAULT_RULES | {"embed": None}).shard(placed)
     same = jax.tree.map(lambda a, b: jax.jit(jnp.array_equal)(a, b), placed, again)
     up = placed["model"].blocks.up[...]
     mine = [
