@@ -104,7 +104,7 @@ class Config:
     """Rows in a batch, over all devices."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, to save memory."""
-    steps: int = 500
+    steps: int = 240
     """Batches to train on. A technique makes more and smaller ones of them, with as many tokens, averaged over the layers."""
     technique: Technique = "none"
     """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers see some of
@@ -117,7 +117,7 @@ class Config:
     """Peak of the schedule: a linear warmup by steps, then a cosine by tokens."""
     final_learning_rate: float | None = None
     """End of the schedule; None takes a tenth of the peak."""
-    warmup: int = 50
+    warmup: int = 30
     """Steps of warmup, whatever a technique makes of their batches."""
     optimizer: AdamWConfig = AdamWConfig()
     """AdamW."""
@@ -125,11 +125,11 @@ class Config:
     """Greatest norm of the gradient."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out; -1 means the rest."""
-    eval_every: int = 125
+    eval_every: int = 60
     """Steps between evaluations on a part of the held-out text, whose loss is part_val_loss; at the end, val_loss is that on all of it."""
     eval_batches: int = 6
     """Batches in that part."""
-    checkpoint_every: int = 125
+    checkpoint_every: int = 60
     """Steps between checkpoints."""
     keep: int = 3
     """Checkpoints to keep."""
