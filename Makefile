@@ -24,7 +24,7 @@ ASSETS := $(if $(filter-out 0,$(TORCH)),$(VENV)/.with-assets)
 BENCHMARKS = $(shell grep -l '^if __name__' benchmarks/*.py)
 
 # .installing holds the id of the make that installs. When that make is gone, it was cut short, and a half-made
-# environment can look whole to pip; so it is made anew.
+# environment can look whole to pip; so it is made again.
 define check-venv
 ifneq ($(wildcard $(1)/.installing),)
 ifneq ($$(shell kill -0 $$$$(cat $(1)/.installing) 2>/dev/null && echo alive),)
@@ -120,7 +120,7 @@ $(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
 	@touch $@ $(VENV)/.with-dev $(VENV)/.with-demo
 
 # Each by itself: what the registry does not give, or gives with another hash, is named, and its tests skip. The stamp
-# waits until all are there. Cut short, this harms nothing else, and pip begins a half-made package anew.
+# waits until all are there. Cut short, this harms nothing else, and pip starts a half-made package over.
 $(VENV)/.with-assets: assets-requirements.txt | $(DEV)
 	@echo "installing trained models and labelled texts into $(VENV) ..."
 	@missing=; grep -v '^#' $< > $(VENV)/.assets; while read -r line; do \

@@ -163,13 +163,12 @@ def chunked_loss_and_gradients(
     """The loss and its gradients in one pass, the gradients in their operands' types.
 
     Args:
-        hidden: As in `kernels_pallas.cross_entropy`, and so `vocab_weight`, `bias`, `weights` and
-            `z_loss`.
-        vocab_weight: See there.
-        bias: See there.
+        hidden: Final hidden states.
+        vocab_weight: The output projection in the layout of an embedding table.
+        bias: Bias of the logits, or None.
         labels: In [0, vocab), or negative for a token that does not count and whose weight is 0.
-        weights: See there.
-        z_loss: See there.
+        weights: Weight of each token.
+        z_loss: Coefficient of the squared log normalizer.
         chunk_tokens: Tokens in a chunk; None chooses one for CPUs.
         tile: What turns a chunk's logits into losses and gradients; None is `softmax_tile`.
     """

@@ -134,7 +134,7 @@ def test_of_hidden_tokens_four_in_five_are_masked_and_one_in_ten_stays():
     masked, stays = (shown == 200)[asked].mean(), (shown == ids)[asked].mean()
     assert masked == pytest.approx(0.8, abs=0.01)
     assert stays == pytest.approx(0.1 + 0.1 / 200, abs=0.01)
-    # Every place is hidden as often as any other, and anew at each place of the stream.
+    # Every position is hidden as often as any other, and each row hides different ones.
     assert abs(asked.mean(0) - 0.15).max() < 0.12
     assert not np.array_equal(asked[0], asked[1])
     other = HideTokens(vocab_size=200, end=0, hidden=0.15, seed=1)(0, row)

@@ -186,13 +186,13 @@ def test_sampling_without_a_key_is_an_error(gpt):
 )
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(ValueError, match=r"must be one PRNG key; use jax\.random\.key"):
-        checked_key(key, SamplingConfig())
+        checked_key(key)
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_keys_of_both_kinds_will_do(make):
     key = make(7)
-    assert checked_key(key, SamplingConfig()) is key
+    assert checked_key(key) is key
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

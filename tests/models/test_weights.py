@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from effscale.generation import SamplingConfig, generate
 from effscale.models import (
@@ -28,7 +29,7 @@ from effscale.models import (
     transpose,
     unmerge_lora,
 )
-from effscale.parallel import MeshConfig, shardings
+from effscale.parallel import MeshConfig, shard, shardings
 from effscale.training import next_token_loss
 
 
@@ -87,6 +88,7 @@ class Int8Dot(Int8):
         return None if self.step.shape[-1] == 1 else "int8 per row"
 
     def prepare(self, x):
+        assert self.dtype == x.dtype
         self.prepared.append(x.shape)
         step = jnp.abs(x).max(-1, keepdims=True) / 127
         return jnp.round(x / step).astype(jnp.int8), step
@@ -97,7 +99,7 @@ class Int8Dot(Int8):
         else:
             codes, step = x
             sums = jax.lax.dot(codes, self.codes, preferred_element_type=jnp.int32)
-            y = sums.astype(self.dtype) * step * self.step
+            y = sums.astype(self.dtype) * step * self.step.astype(self.dtype)
         return finish(y, bias, activation)
 
     def dense(self):
@@ -158,6 +160,8 @@ def test_projections_of_one_input_prepare_it_once(getkey):
     Int8Dot.prepared.clear()
     found = matmuls(x, *(pack_affine(*affine) for affine in affines))
     assert Int8Dot.prepared == [(6, 4)]
+    in_bfloat16 = matmuls(x.astype(jnp.bfloat16), *(pack_affine(*affine) for affine in affines))
+    assert {y.dtype for y in in_bfloat16} == {jnp.dtype("bfloat16")}
     for y, (weight, *rest) in zip(found, affines, strict=True):
         np.testing.assert_array_equal(y, matmul(x, pack_dot(weight), *rest))
         np.testing.assert_allclose(y, matmul(x, weight, *rest), atol=0.1)
@@ -202,6 +206,20 @@ def test_loss_and_generation_never_make_a_packed_table_dense(tiny, tokens):
     config = SamplingConfig(max_new_tokens=3, temperature=0.0)
     found, wanted = (generate(m, ids, config).tokens for m in (packed, exact))
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_divided_packed_table_is_looked_up_where_other_axes_are_manual(getkey):
+    """As in per_worker: every array of the table is made whole first, since XLA's partitioner can die of a divided one."""
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
+    table = map_weights(Embedding(8, 4, rngs=nnx.Rngs(0)), pack_dot, "embedding")
+    ids = jax.random.randint(getkey(), (4, 3), 0, 8)
+    with jax.set_mesh(mesh):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "axis_names": {"data"}}
+        look_up = jax.jit(jax.shard_map(lambda table, ids: table(ids), **specs))
+        placed = shard(table, mesh)
+        assert str(look_up.trace(placed, ids).jaxpr).count(" sharding_constraint[") == 2
+        found = look_up(placed, ids)
+    np.testing.assert_array_equal(found, table(ids))
 
 
 def test_lora_keeps_every_leading_axis():

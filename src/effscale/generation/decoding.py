@@ -15,8 +15,6 @@ from effscale.models import Transformer, empty_cache, grow_cache, matmul, transp
 STAGES = 4
 STAGE_TOKENS = 32
 
-NO_KEY = "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
-
 
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
 @jax.tree_util.register_dataclass
@@ -55,8 +53,8 @@ def decode(
     Nothing goes to the host, so it can be part of a compiled loop, such as that of reinforcement learning. Token ids must lie
     in the vocabulary, and padding on the left.
 
-    The layers are run one by one, each with arrays of its own. For that the layers of a stacked model are copied at each call;
-    ``effscale.models.unroll(model)`` does so once, and then nothing is copied.
+    Decoding needs each layer's weights as separate arrays, so a stacked model is copied at each call. To copy it only once, give
+    ``effscale.models.unroll(model)``.
 
     Args:
         model: A causal model with a head named ``lm``.
@@ -84,7 +82,9 @@ def decode(
     """
     if key is None:
         if not config.greedy:
-            raise ValueError(NO_KEY)
+            raise ValueError(
+                "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
+            )
         key = jax.random.key(0)  # nothing is drawn
     mask = jnp.ones(prompt.shape) if attention_mask is None else attention_mask
     mask = mask.astype(bool)
@@ -103,14 +103,14 @@ def decode(
         logits = next_logits(hidden)
         # One reduction tells: a maximum is NaN if any logit is, and minus infinity only if all are.
         failed = ~carry.finished & ~jnp.isfinite(logits.max(-1))
-        scores = logits
+        raw = logits
         if carry.seen is not None:
             logits = penalize(logits, carry.seen, config.repetition_penalty)
         token = choose(logits, config, jax.random.fold_in(key, carry.step))
-        told = carry.log_probs
-        if told is not None:
-            one = jnp.where(carry.finished, 0.0, _log_prob(scores, token, config))
-            told = jax.lax.dynamic_update_slice_in_dim(told, one[:, None], carry.step, 1)
+        log_probs = carry.log_probs
+        if log_probs is not None:
+            new = jnp.where(carry.finished, 0.0, _log_prob(raw, token, config))
+            log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, new[:, None], carry.step, 1)
         token = jnp.where(carry.finished, config.pad_id, token)
         return _Carry(
             step=carry.step + 1,
@@ -123,13 +123,13 @@ def decode(
             num_new=carry.num_new + (~carry.finished).astype(jnp.int32),
             seen=None if carry.seen is None else carry.seen.at[rows, token].set(True),
             token=token,
-            log_probs=told,
+            log_probs=log_probs,
         )
 
     def body(carry: _Carry) -> _Carry:
-        # What fills rows that have ended is padding: a router leaves it out.
-        going = ~carry.finished[:, None]
-        encoded = model.encode(carry.token[:, None], attention_mask=going, cache=carry.cache)
+        # The tokens of finished rows are padding, which routers ignore.
+        unfinished = ~carry.finished[:, None]
+        encoded = model.encode(carry.token[:, None], attention_mask=unfinished, cache=carry.cache)
         return append(carry._replace(cache=encoded.cache), encoded.hidden[:, -1])
 
     ends = _stages(length, config.max_new_tokens)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from effscale.generation.decoding import NO_KEY, Generated, decode
+from effscale.generation.decoding import Generated, decode
 from effscale.generation.prompts import check_ids, integers
 from effscale.generation.sampling import SamplingConfig
 from effscale.models import TokenInputs, Transformer
@@ -24,7 +24,7 @@ def generate(
     """Continues each row of ``prompt``, after checking it, and checks what comes out.
 
     Args:
-        model: A causal model with a head named ``lm``. For many calls give ``effscale.models.unroll(model)``, made once; see
+        model: A causal model with a head named ``lm``. If you call this often, give ``effscale.models.unroll(model)``; see
             :func:`decode`.
         prompt: Token ids of shape ``(batch, seq)``, padded on the left; :func:`left_pad` makes one from lists.
         config: Length, filters and stop tokens.
@@ -54,8 +54,9 @@ def generate(
     config = SamplingConfig() if config is None else config
     tokens = _checked_prompt(model, prompt, config)
     mask = _checked_mask(attention_mask, tokens)
-    key = checked_key(key, config)
-    generated = decode(model, tokens, config, attention_mask=mask, key=key, log_probs=log_probs)
+    generated = decode(
+        model, tokens, config, attention_mask=mask, key=checked_key(key), log_probs=log_probs
+    )
     # Inside a jit of the caller's there is no value to look at yet.
     if not isinstance(generated.failed, jax.core.Tracer) and generated.failed.any():
         raise ValueError(
@@ -105,12 +106,10 @@ def _checked_mask(attention_mask: Any, tokens: np.ndarray) -> np.ndarray:
     return mask
 
 
-def checked_key(key: Any, config: SamplingConfig) -> PRNGKeyArray:
-    """The key, or an error that says what a key is; any will do where nothing is drawn."""
+def checked_key(key: Any) -> PRNGKeyArray | None:
+    """The key, or an error that says what a key is; None stays None."""
     if key is None:
-        if not config.greedy:
-            raise ValueError(NO_KEY)
-        return jax.random.key(0)
+        return None
     try:
         single = jax.random.key_data(key).ndim == 1
     except TypeError:

@@ -40,8 +40,8 @@ def training_flops(
     Counted are matrix products, a multiplication and an addition as two: projections, feed-forward, attention scores and
     mixing, the embedding of patches, the projections of a narrower embedding, and heads over the vocabulary at every
     token. The backward pass counts twice the forward pass. Causal attention counts the scores that the model computes,
-    masked ones included. Softmax, norms, activations, products on one vector a row, and what is computed anew to save
-    memory are not counted.
+    masked ones included. Softmax, norms, activations, products on one vector per row, and what is computed again to
+    save memory are not counted.
 
     Args:
         config: The model's. A feed-forward config of your own needs the method ``multiplications(d_model)`` that

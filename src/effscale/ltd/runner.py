@@ -24,7 +24,7 @@ def token_dropping(
 ) -> RunGroup:
     r"""Random layerwise token dropping: the way to run a model's layers on ``kept`` tokens each.
 
-    A layer :math:`f` with kept positions :math:`K`, drawn anew for each layer and row, maps the stream :math:`h` to
+    A layer :math:`f` with kept positions :math:`K`, drawn independently for each layer and row, maps the stream :math:`h` to
 
     .. math:: h'_K = f(h_K), \qquad h'_i = h_i \quad (i \notin K).
 

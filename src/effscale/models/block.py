@@ -148,9 +148,9 @@ class BlockGroup(nnx.Module):
 
         Args:
             run_block: ``(block, x, cache, key, input)`` to ``(x, cache, report)``, as :class:`Block` itself with a context.
-            x: As in :meth:`__call__`, and so the next two; the cache is of the layers that are run.
-            cache: See there.
-            key: See there. A layer's own key does not depend on the stretch.
+            x: The residual stream.
+            cache: Keys and values of the layers that are run, in order; or None.
+            key: For dropout; None: no dropout. A layer's own key does not depend on the stretch.
             start: The first repetition.
             stop: The one after the last; None: all that follow.
             inputs: For each block what ``run_block`` gets as ``input``: arrays with a leading dimension over the

@@ -101,7 +101,7 @@ def positions_of(attention_mask: Bool[Array, "batch seq"]) -> Int[Array, "batch 
 
 
 def positions_within(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """Positions that begin anew with each run of equal numbers, as packed rows want them.
+    """Positions that count from 0 in each run of equal numbers, as packed rows want them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,7 +131,7 @@ def build_context(
         head_dim: Width of a head, for rotary angles.
         causal: Whether a token sees only those before it.
         valid: True at real tokens, False at padding.
-        positions: Where each token stands; by default counted anew in each segment, or over ``valid``, or from 0.
+        positions: Where each token stands; by default counted from 0 in each segment, or over ``valid``, or over the whole row.
         segments: Tokens see only those of their own number.
 
     Returns:

@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
             inputs: Token ids, or images with values as the model was trained on.
             attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
             positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side,
-                and anew in each segment.
+                and from 0 in each segment.
             segment_ids: For packed rows: a token sees only those of its own number; 0 is padding. By default positions
                 count from 0 in each segment.
             type_ids: Kind of each token, for models that have kinds; by default 0.
@@ -189,11 +189,11 @@ class Transformer(nnx.Module):
         """Everything up to the heads.
 
         Args:
-            inputs: As in :meth:`__call__`, and so the next four.
-            attention_mask: See there.
-            positions: See there.
-            segment_ids: See there; not together with a cache.
-            type_ids: See there.
+            inputs: As in :meth:`__call__`.
+            attention_mask: As in :meth:`__call__`.
+            positions: As in :meth:`__call__`.
+            segment_ids: As in :meth:`__call__`; not together with a cache.
+            type_ids: As in :meth:`__call__`.
             cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow, and ``attention_mask``
                 is of these only. It must have room for them: a full one overwrites its last slots.
             key: Turns dropout on.

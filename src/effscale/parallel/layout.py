@@ -1,4 +1,4 @@
-"""A mesh with the rules by which things are divided over it, as one object."""
+"""A mesh and its sharding rules as one object."""
 
 import contextlib
 import dataclasses
@@ -24,15 +24,14 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and a table of rules, by which arrays are placed and functions traced alike.
+    """A mesh and a table of sharding rules, used both to place arrays and to trace functions.
 
-    Everything that has a part in a layout takes it from here, so that a model is never laid out by one table and traced by another.
-    With several placements, a model goes from one to the other by one call: from the layout in which it trains, for instance,
-    to one in which it generates.
+    Because both come from one object, a model cannot be placed by one table and traced by another. :meth:`shard` also moves a model
+    from the layout of one placement to that of another, for example from training to generation.
 
     Attributes:
-        mesh: Of all devices that take part.
-        rules: Logical axis names to mesh axes.
+        mesh: The mesh of all devices that take part.
+        rules: The table from logical axis names to mesh axes.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Cross entropy under any weight of a head over the vocabulary, without all logits at once."""
+"""Cross entropy over the vocabulary for any head weight, never holding all logits at once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,10 +25,10 @@ def vocabulary_cross_entropy(
     z_loss: float,
     token_axes: Sequence[str],
 ) -> Float[Array, ""]:
-    """`kernels_pallas.cross_entropy`, also for a weight that is no array: its own ``matmul`` then makes the logits.
+    """`kernels_pallas.cross_entropy`, extended to structured weights, whose own ``matmul`` computes the logits.
 
-    Such a weight (packed, or a LoRA pair) is never made dense. Its logits have the type of ``hidden`` before they are summed in
-    float32, and the backward pass computes them a second time.
+    A structured weight (packed, or a LoRA pair) is never made dense. Its logits are computed in the type of ``hidden``, summed in
+    float32, and computed again in the backward pass.
 
     Args:
         hidden: What the head's weight is applied to.
@@ -37,7 +37,7 @@ def vocabulary_cross_entropy(
         weights: Of each token.
         bias: Of the logits, or None.
         z_loss: Coefficient of the squared log normalizer.
-        token_axes: Mesh axes that shard the tokens; the logits of other weights are divided by the compiler alone.
+        token_axes: Mesh axes that shard the tokens. Only plain arrays use them; for structured weights the compiler decides.
     """
     if not isinstance(weight, Weight):
         return cross_entropy(
