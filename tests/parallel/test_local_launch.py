@@ -51,7 +51,7 @@ def test_the_process_that_others_have_lost_is_the_one_that_is_named(tmp_path, dy
     code = (
         "import os, pathlib, sys, time\n"
         f"gone = pathlib.Path({str(tmp_path)!r}, 'gone')\n"
-        f"if os.environ['EFFSCALE_PROCESS_ID'] == '1': gone.touch(); {dying}\n"
+        f"if os.environ['EFFSCALE_PROCESS_ID'] == '1': gone.touch(); time.sleep(0.3); {dying}\n"
         "while not gone.exists(): time.sleep(0.001)\n"
         f"sys.exit({LOST_PEER})"
     )

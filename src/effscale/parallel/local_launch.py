@@ -23,7 +23,13 @@ from effscale.parallel.startup import HEARTBEAT_VARIABLE, VARIABLES
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 """Exit statuses of a process that was asked to stop, and saved; the others are saving, too."""
 
+AFTER_A_LOSS = (LOST_PEER, -signal.SIGABRT)
+"""Exit statuses of a process that ended because another one was gone."""
+
 SECONDS_TO_SAVE = 60
+
+SECONDS_TO_END = 2
+"""How long the process that the others have lost may take to end itself: they can notice its end before it is over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,19 +208,23 @@ class _Child:
 def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
     """Wait until all are done, one has failed (the first to fail is returned) or time is over."""
     until = None if timeout is None else time.monotonic() + timeout
-    stopped = None
+    first_seen = None
     while until is None or time.monotonic() < until:
         codes = [child.process.poll() for child in children]
-        failed = [child for child, code in zip(children, codes, strict=True) if code]
-        if failed and all(code in (None, 0, *STOPPED) for code in codes):
-            stopped = stopped or time.monotonic()
-            if None not in codes or time.monotonic() - stopped > SECONDS_TO_SAVE:
-                return failed[0]
-        elif failed:
-            # What ended because another one was gone is not the one to name.
-            return min(failed, key=lambda c: c.process.poll() in (LOST_PEER, -signal.SIGABRT))
-        elif None not in codes:
+        failed = [(child, code) for child, code in zip(children, codes, strict=True) if code]
+        if not failed and None not in codes:
             return None
+        if failed:
+            first_seen = first_seen or time.monotonic()
+            # What ended because another one was gone is not the one to name.
+            guilty = [(child, code) for child, code in failed if code not in AFTER_A_LOSS]
+            seconds = 0
+            if not guilty:
+                seconds = SECONDS_TO_END
+            elif all(code in STOPPED for _, code in guilty):
+                seconds = SECONDS_TO_SAVE
+            if None not in codes or time.monotonic() - first_seen > seconds:
+                return (guilty or failed)[0][0]
         time.sleep(0.02)
     return None
 
