@@ -66,16 +66,24 @@ def close(found, expected, atol=2e-5):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(case, tiny, tokens, loops):
+def test_values(case, tiny, tokens, loops):
     model, given = tiny(case.split()[0]), CASES[case]
     inputs = noise(2, 12, 12, 3) if case == "vit" else tokens(2, SEQ)
+    found = dropped(model, inputs, kept=4, **given)
+    close(found, loops(model, inputs, kept=4, key=KEY, **given))
+    plain = model.encode(inputs, **given).hidden
+    assert (jnp.abs(found - plain).max(-1) > 1e-3).mean() > 0.5
+
+
+@pytest.mark.parametrize("case", ["llama packed", "bert right"])
+def test_gradients(case, tiny, tokens, loops):
+    model, given = tiny(case.split()[0]), CASES[case]
+    inputs = tokens(2, SEQ)
     found = with_gradient(dropped, kept=4, **given)(model, inputs)
     close(found, with_gradient(loops, kept=4, key=KEY, **given)(model, inputs))
-    plain = model.encode(inputs, **given).hidden
-    assert (jnp.abs(found[1] - plain).max(-1) > 1e-3).mean() > 0.5
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_recomputed_layers_keep_the_same_tokens(remat, tiny, tokens):
     ids = tokens(2, SEQ)
     expected = with_gradient(dropped, kept=4)(tiny("gpt2"), ids)

@@ -158,8 +158,14 @@ def test_the_program_does_not_grow_with_depth():
     assert program(4) == program(12) > 100
 
 
-@pytest.mark.parametrize("repeat", [1, 3])
-def test_remat_changes_no_gradient_and_computes_more(repeat, tiny, tokens):
+@pytest.mark.parametrize(
+    ("repeat", "policies"),
+    [
+        (1, ("full",)),
+        (3, ("full", "dots", "dots_no_batch", ("attention_mixed", "feed_forward_inner"))),
+    ],
+)
+def test_remat_changes_no_gradient_and_computes_more(repeat, policies, tiny, tokens):
     group = Group(blocks=(block_config(),), repeat=repeat)
 
     def gradient(remat):
@@ -170,7 +176,7 @@ def test_remat_changes_no_gradient_and_computes_more(repeat, tiny, tokens):
         return compiled(model), compiled.as_text().count(" exponential(")
 
     plain, exponentials = gradient("none")
-    for remat in ("full", "dots", "dots_no_batch", ("attention_mixed", "feed_forward_inner")):
+    for remat in policies:
         found, recomputed = gradient(remat)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
@@ -198,8 +204,9 @@ def test_points_that_are_kept_are_not_computed_again(kept, saved, tiny, tokens):
     assert products(model("full"), ids) - products(model(kept), ids) == saved
 
 
-def test_bfloat16(decoder, tiny, tokens):
-    check_compute_type(decoder, "bfloat16", tiny, tokens)
+@pytest.mark.parametrize("name", ["gpt2", "bloom-odd", "llama"])
+def test_bfloat16(name, tiny, tokens):
+    check_compute_type(name, "bfloat16", tiny, tokens)
 
 
 def test_float16(tiny, tokens):

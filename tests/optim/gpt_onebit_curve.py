@@ -1,5 +1,6 @@
 """Train a tiny GPT with a 1-bit optimizer on one mesh and give its loss curve; run by the tests in several processes, too."""
 
+import functools
 import json
 import sys
 
@@ -43,8 +44,9 @@ def batch(step):
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "loss_weights": weights}
 
 
-def curve(name, config, devices=None, *, stop=STEPS, folder=None, accumulate=1):
-    """Losses from the newest checkpoint in ``folder`` (or the start) up to ``stop``, and the last state."""
+@functools.cache
+def program(name, config, devices, accumulate):
+    """The mesh, what creates the state, and the compiled step, the same for every curve that has them."""
     mesh = config.build(devices)
     optimizer = OPTIMIZERS[name]()
     create = lambda: create_train_state(
@@ -53,10 +55,16 @@ def curve(name, config, devices=None, *, stop=STEPS, folder=None, accumulate=1):
     step_fn = per_worker(
         make_train_step(next_token_loss, optimizer, accumulate=accumulate, axis_name="data")
     )
+    return mesh, create, jax.jit(step_fn, donate_argnums=0)
+
+
+def curve(name, config, devices=None, *, stop=STEPS, folder=None, accumulate=1):
+    """Losses from the newest checkpoint in ``folder`` (or the start) up to ``stop``, and the last state."""
+    devices = tuple(devices or jax.devices())
+    mesh, create, step_fn = program(name, config, devices, accumulate)
     part, losses = batch_shard(mesh), []
     with jax.set_mesh(mesh):
         layout = shardings(jax.eval_shape(create), mesh)
-        step_fn = jax.jit(step_fn, donate_argnums=0)
         if folder is None:
             state, start = jax.jit(create, out_shardings=layout)(), 0
         else:

@@ -1,5 +1,6 @@
 """The optimizers in the library's own step: meshes, processes, micro-batches, checkpoints."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -20,10 +21,12 @@ from effscale.training import create_train_state, make_train_step, next_token_lo
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
 """Losses before the first exchange of signs shows, which is where the order of sums begins to matter."""
 
+TWO, FOUR = ((MeshConfig(data=n), jax.devices()[:n]) for n in (2, 4))
+
 SCRIPT = pathlib.Path(__file__).with_name("gpt_onebit_curve.py")
 
 
-# What crosses the network is one code for all three; 0/1 Adam, which has all of it, stands for them.
+# What crosses the network, and micro-batches, are one code for all three; 0/1 Adam, which has all of it, stands for them.
 ONE = [
     pytest.param(name, marks=() if name == "zero_one_adam" else pytest.mark.slow)
     for name in gpt.OPTIMIZERS
@@ -37,8 +40,8 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def reference(name):
-    """Eight workers on eight devices."""
-    losses, state = gpt.curve(name, MeshConfig())
+    """Four workers on four devices."""
+    losses, state = gpt.curve(name, *FOUR)
     assert losses[-1] < losses[0] - 0.2
     for x in jax.tree.leaves(state.model):
         copies = {np.asarray(shard.data).tobytes() for shard in x.addressable_shards}
@@ -46,30 +49,37 @@ def reference(name):
     return losses, state
 
 
-@pytest.mark.parametrize("name", ONE, indirect=True)
-def test_two_processes(name, reference):
+@functools.cache
+def losses_of_two(name):
+    """Two workers on two devices of this process."""
+    return gpt.curve(name, *TWO)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpt.OPTIMIZERS)
+def test_two_processes(name):
+    """The exchange alone, between processes: tests/parallel/test_curves.py."""
     try:
         free_port()
     except OSError as error:
         pytest.skip(f"processes cannot meet: no socket on the loopback interface ({error})")
-    command = [sys.executable, str(SCRIPT), name, json.dumps({"data": 8})]
-    results = launch_local(command, 2, devices_per_process=4, timeout=300)
+    command = [sys.executable, str(SCRIPT), name, json.dumps({"data": 2})]
     lines = [
         next(line for line in result.stdout.splitlines() if line.startswith('{"losses"'))
-        for result in results
+        for result in launch_local(command, 2, timeout=300)
     ]
     assert lines[0] == lines[1], "both processes see the same, to the last digit"
-    losses = json.loads(lines[0])["losses"]
-    np.testing.assert_allclose(losses[: EXACT[name]], reference[0][: EXACT[name]], rtol=1e-5)
+    losses, expected = json.loads(lines[0])["losses"], losses_of_two(name)
+    np.testing.assert_allclose(losses[: EXACT[name]], expected[: EXACT[name]], rtol=1e-5)
     # Sums in another order differ in the last bit, which turns the sign of a number near zero.
-    np.testing.assert_allclose(losses, reference[0], rtol=0.1)
+    np.testing.assert_allclose(losses, expected, rtol=0.1)
 
 
 def test_resume_is_bit_for_bit(name, reference, tmp_path):
     """In the warm-up, in the middle of compressed steps and, for 0/1 Adam, between two synchronisations."""
-    losses, _ = gpt.curve(name, MeshConfig(), stop=5, folder=tmp_path)
-    losses += gpt.curve(name, MeshConfig(), stop=9, folder=tmp_path)[0]
-    more, state = gpt.curve(name, MeshConfig(), folder=tmp_path)
+    losses, _ = gpt.curve(name, *FOUR, stop=5, folder=tmp_path)
+    losses += gpt.curve(name, *FOUR, stop=9, folder=tmp_path)[0]
+    more, state = gpt.curve(name, *FOUR, folder=tmp_path)
     assert losses + more == reference[0]
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -80,36 +90,32 @@ def test_resume_is_bit_for_bit(name, reference, tmp_path):
 
 @pytest.mark.parametrize("name", ONE, indirect=True)
 def test_another_number_of_workers_goes_on(name, reference, tmp_path):
-    """Saved by eight workers after compressed steps, read by four: the mean of what they kept is kept."""
-    four = MeshConfig(data=4), jax.devices()[:4]
-    _, saved = gpt.curve(name, MeshConfig(), stop=9, folder=tmp_path)
-    _, read = gpt.curve(name, *four, stop=9, folder=tmp_path)
+    """Saved by four workers after compressed steps, read by two: the mean of what they kept is kept."""
+    _, saved = gpt.curve(name, *FOUR, stop=9, folder=tmp_path)
+    _, read = gpt.curve(name, *TWO, stop=9, folder=tmp_path)
     expected = owed(jax.device_get(saved.opt_state))
     np.testing.assert_allclose(owed(jax.device_get(read.opt_state)), expected, rtol=1e-4, atol=1e-9)
-    losses, _ = gpt.curve(name, *four, folder=tmp_path)
-    # Four workers' signs are noisier than eight's; where they start from is the same.
+    losses, _ = gpt.curve(name, *TWO, folder=tmp_path)
+    # Two workers' signs are noisier than four's; where they start from is the same.
     np.testing.assert_allclose(losses[0], reference[0][9], rtol=0.1)
     assert max(losses) < reference[0][0]
 
 
-@pytest.mark.parametrize("name", ONE, indirect=True)
-@pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=["data2-fsdp2-tensor2"]
-)
-def test_other_axes(name, sizes):
+@pytest.mark.parametrize("name", ONE)
+def test_other_axes(name):
     """In the warm-up the curve is that of two devices; after it servers have other parts, and it falls as well."""
-    expected, _ = gpt.curve(name, MeshConfig(data=2), jax.devices()[:2])
-    found, state = gpt.curve(name, MeshConfig(**sizes))
+    expected = losses_of_two(name)
+    found, state = gpt.curve(name, MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(found[: EXACT[name]], expected[: EXACT[name]], rtol=1e-4)
     assert found[-1] < found[0] - 0.2
     kernels = [x for x in jax.tree.leaves(state.model) if x.ndim > 2]
     assert any("tensor" in str(x.sharding.spec) for x in kernels)
 
 
+@pytest.mark.parametrize("name", ONE)
 def test_micro_batches(name):
-    expected, _ = gpt.curve(name, MeshConfig(data=2), jax.devices()[:2], stop=8)
-    found, _ = gpt.curve(name, MeshConfig(data=2), jax.devices()[:2], stop=8, accumulate=2)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    found, _ = gpt.curve(name, *TWO, stop=8, accumulate=2)
+    np.testing.assert_allclose(found, losses_of_two(name)[:8], rtol=1e-3)
 
 
 def test_an_optimizer_that_does_not_average_is_found_out():
