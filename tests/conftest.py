@@ -12,8 +12,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
-        # Emitters that compile faster, in the JAX that still has them: 1.5 s and not 4.2 s for a small GPT's training step.
-        *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+        # The older emitters of JAX 0.10 compile in less than half of the time (1.5 s and not 4.2 s for a small GPT's
+        # training step). They round otherwise, so tests of exact numbers, marked so, do without.
+        "--xla_cpu_use_fusion_emitters=false"
+        if "EFFSCALE_QUICK_EMITTERS" in os.environ and version("jaxlib").startswith("0.10.")
+        else "",
     ]
 )
 

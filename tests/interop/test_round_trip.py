@@ -30,7 +30,10 @@ from tests.interop.spaces import ARCHITECTURES, CLASSES, cases, example
 # A case takes a second, so that one that fails is shown as it is and not made smaller.
 several = settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
 # Random bits are often no number, of which the loader warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*not a number:UserWarning")
+pytestmark = [
+    pytest.mark.exact,
+    pytest.mark.filterwarnings("ignore:.*not a number:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from effscale.models import ACTIVATIONS
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 hf = pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
 
+pytestmark = pytest.mark.exact
+
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_and_its_slope(name):

@@ -85,6 +85,7 @@ def program(config, tiny, *arguments, **options):
     return lowered, model
 
 
+@pytest.mark.exact
 def test_a_cpu_computes_the_blocks(tiny, monkeypatch):
     """Bit for bit and in the same memory, where the program might be for a TPU as well."""
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")

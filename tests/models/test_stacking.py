@@ -23,6 +23,8 @@ from effscale.models import (
 )
 from effscale.training import create_train_state, make_train_step, named_leaves, next_token_loss
 
+pytestmark = pytest.mark.exact
+
 run = jax.jit(lambda model, ids: model.encode(ids).hidden)
 
 

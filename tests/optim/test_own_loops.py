@@ -17,6 +17,7 @@ def on_arrays(function, tree):
     return jax.tree.map(one, tree, is_leaf=is_mine)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("name", MAKERS)
 def test_loops_without_types(name):
     """Where types do not say what differs they are no proof that gradients were summed."""
