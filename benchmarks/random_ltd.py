@@ -24,7 +24,7 @@ def setup():
     import numpy as np
     from flax import nnx
 
-    from effscale.experiments.host import keep_freed_memory
+    from effscale.experiments.shared.host import keep_freed_memory
     from effscale.models import Transformer, gpt2
 
     keep_freed_memory()  # as every experiment does

@@ -16,7 +16,7 @@ def effscale() -> dict[str, float]:
     import numpy as np
     from flax import nnx
 
-    from effscale.experiments.host import keep_freed_memory
+    from effscale.experiments.shared.host import keep_freed_memory
     from effscale.models import Transformer, gpt2
     from effscale.training import (
         AdamWConfig,

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from effscale.experiments.host import keep_freed_memory
+from effscale.experiments.shared.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import (
     MeanOverWorkersState,

@@ -10,7 +10,8 @@ import sys
 import time
 
 import effscale.training
-from effscale.experiments import data_efficiency, finetune_runner
+from effscale.experiments import data_efficiency
+from effscale.experiments.finetune import runs as finetune_runner
 
 
 def main():

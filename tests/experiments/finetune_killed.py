@@ -9,7 +9,9 @@ import signal
 import sys
 import time
 
-from effscale.experiments import finetune, finetune_batches, finetune_runner
+from effscale.experiments import finetune
+from effscale.experiments.finetune import runs as finetune_runner
+from effscale.experiments.shared.classifier import batches as finetune_batches
 
 
 def main():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from effscale.experiments import assets, focus_vit
+from effscale.experiments.shared import assets, focus_vit
 
 # Of the class token of image 0 and patch 99 of image 1, as onnxruntime 1.32 computes them from the ONNX file itself.
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.experiments.cli import StoppedBySignal, messages, parse
-from effscale.experiments.quickstart import PRESETS, Config
-from effscale.experiments.saved import config_from_json
+from effscale.experiments.quickstart.config import PRESETS, Config
+from effscale.experiments.shared.cli import StoppedBySignal, messages, parse
+from effscale.experiments.shared.saved import config_from_json
 from effscale.models import preset
 from effscale.training import CheckpointError, Checkpoints, create_train_state
 from effscale.training.serialize import to_json

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from effscale.experiments import data_efficiency_report as report
-from effscale.experiments.data_efficiency import PRESETS, main
-from effscale.experiments.data_efficiency_figures import draw
-from effscale.experiments.data_efficiency_runner import Runner
+from effscale.experiments.data_efficiency import report
+from effscale.experiments.data_efficiency.config import PRESETS
+from effscale.experiments.data_efficiency.experiment import main
+from effscale.experiments.data_efficiency.figures import draw
+from effscale.experiments.data_efficiency.runs import Runner
 from effscale.experiments.lab_book import MAX_FIGURE_BYTES
-from effscale.experiments.pretraining_plan import make_plan
-from effscale.experiments.results import show_rows
-from effscale.experiments.saved import config_from_json
-from effscale.experiments.search import Point
+from effscale.experiments.shared.pretraining_plan import make_plan
+from effscale.experiments.shared.results import show_rows
+from effscale.experiments.shared.saved import config_from_json
+from effscale.experiments.shared.search import Point
 from effscale.training import RunFolder, TrainingDivergedError
 
 PROGRAM = pathlib.Path(__file__).with_name("data_efficiency_killed.py")

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.experiments import assets, finetune_data
-from effscale.experiments.finetune import PRESETS, Config, main, run
-from effscale.experiments.finetune_batches import TrainingBatches
-from effscale.experiments.finetune_model import class_loss, classifier, classifier_config, make_step
-from effscale.experiments.saved import config_from_json
+from effscale.experiments.finetune.config import PRESETS, Config
+from effscale.experiments.finetune.experiment import main, run
+from effscale.experiments.shared import assets
+from effscale.experiments.shared.classifier import data as finetune_data
+from effscale.experiments.shared.classifier.batches import TrainingBatches
+from effscale.experiments.shared.classifier.model import (
+    class_loss,
+    classifier,
+    classifier_config,
+    make_step,
+)
+from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, bert, vit
 from effscale.training import ScheduleConfig, create_train_state
@@ -356,8 +363,8 @@ def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
 
 
 def test_run_is_a_function_too_and_compiles_once_for_all_seeds(options, tmp_path, monkeypatch):
-    from effscale.experiments.cli import parse
-    from effscale.experiments.finetune_runner import Runner
+    from effscale.experiments.finetune.runs import Runner
+    from effscale.experiments.shared.cli import parse
 
     runners = []
     init = Runner.__init__

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.experiments import assets, finetune_data
-from effscale.experiments.finetune_batches import (
+from effscale.experiments.shared import assets
+from effscale.experiments.shared.classifier import data as finetune_data
+from effscale.experiments.shared.classifier.batches import (
     DEVIATION,
     MEAN,
     Images,

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from effscale.experiments.aot import lower_onebit
-from effscale.experiments.finetune_batches import TrainingBatches
-from effscale.experiments.onebit import PRESETS, Config, main
-from effscale.experiments.onebit_optimizers import (
+from effscale.experiments.onebit.config import PRESETS, Config
+from effscale.experiments.onebit.experiment import main
+from effscale.experiments.onebit.optimizers import (
     AXIS,
     OPTIMIZERS,
     TWINS,
@@ -24,8 +24,9 @@ from effscale.experiments.onebit_optimizers import (
     onebit_gradients,
     rounds,
 )
-from effscale.experiments.onebit_runner import Pretraining
-from effscale.experiments.saved import config_from_json
+from effscale.experiments.onebit.runs import Pretraining
+from effscale.experiments.shared.classifier.batches import TrainingBatches
+from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import load_pretrained
 from effscale.optim import Round
 from effscale.parallel import simulate_workers, worker_params

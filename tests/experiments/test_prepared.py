@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from effscale.experiments.cli import parse
-from effscale.experiments.prepared import corpus_digests, prepared_corpora
+from effscale.experiments.shared.cli import parse
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.locks import ProcessLock
 from effscale.training import RunFolder
 

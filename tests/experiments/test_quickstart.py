@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.experiments.quickstart import PRESETS, Config, load, main, run, sample
-from effscale.experiments.saved import config_from_json
+from effscale.experiments.quickstart.config import PRESETS, Config
+from effscale.experiments.quickstart.experiment import load, main, run, sample
+from effscale.experiments.shared.saved import config_from_json
 from effscale.training import CheckpointError
 
 KEYS = {"val_loss", "unigram_entropy", "tokens_seen", "tokens_per_second", "num_params"}
@@ -156,7 +157,7 @@ def test_the_paper_preset_is_gpt2():
 
 
 def test_run_is_a_function_too(options, tmp_path):
-    from effscale.experiments.cli import parse
+    from effscale.experiments.shared.cli import parse
 
     out = tmp_path / "run"
     config = parse(PRESETS, "", [*options, "--steps", "5", "--samples", "--out", str(out)])
@@ -166,7 +167,7 @@ def test_run_is_a_function_too(options, tmp_path):
 
 
 def test_a_technique_trains_in_more_and_smaller_steps(options, tmp_path):
-    from effscale.experiments.cli import parse
+    from effscale.experiments.shared.cli import parse
 
     out = tmp_path / "run"
     words = ["--technique", "cl_ltd", "--steps", "12", "--samples", "the cat", "--out", str(out)]

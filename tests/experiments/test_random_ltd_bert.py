@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale.data import parse_source, prepare_corpus
-from effscale.experiments.finetune import Recipe
-from effscale.experiments.finetune_batches import TrainingBatches
-from effscale.experiments.random_ltd import ARMS, Arm
-from effscale.experiments.random_ltd_bert import PRESETS, Config, Early, main
-from effscale.experiments.random_ltd_bert_data import HideTokens, hidden_rows, passages_data
-from effscale.experiments.random_ltd_bert_runner import Pretraining
-from effscale.experiments.saved import config_from_json
-from effscale.experiments.search import Point
+from effscale.experiments.random_ltd_bert.config import PRESETS, Config, Early
+from effscale.experiments.random_ltd_bert.experiment import main
+from effscale.experiments.random_ltd_bert.runs import Pretraining
+from effscale.experiments.shared.classifier.batches import TrainingBatches
+from effscale.experiments.shared.classifier.recipe import Recipe
+from effscale.experiments.shared.masked_text import HideTokens, hidden_rows, passages_data
+from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
+from effscale.experiments.shared.saved import config_from_json
+from effscale.experiments.shared.search import Point
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import Transformer
 from effscale.training import (

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.experiments import assets
-from effscale.experiments.finetune_batches import TrainingBatches
-from effscale.experiments.finetune_model import class_loss, classifier_config
-from effscale.experiments.random_ltd import Arm, Dropping, LearningRate
-from effscale.experiments.random_ltd_report import ArmRuns, cost_figures
-from effscale.experiments.random_ltd_vit import PRESETS, Config, Runner, main
-from effscale.experiments.saved import config_from_json
+from effscale.experiments.random_ltd_vit.config import PRESETS, Config
+from effscale.experiments.random_ltd_vit.experiment import main
+from effscale.experiments.random_ltd_vit.runs import Runner
+from effscale.experiments.shared import assets
+from effscale.experiments.shared.classifier.batches import TrainingBatches
+from effscale.experiments.shared.classifier.model import class_loss, classifier_config
+from effscale.experiments.shared.random_ltd.arms import Arm, Dropping, LearningRate
+from effscale.experiments.shared.random_ltd.report import ArmRuns, cost_figures
+from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, vit
 from effscale.training import AdamWConfig, StagedStep, create_train_state

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from effscale.experiments.search import Point, Search
+from effscale.experiments.shared.search import Point, Search
 
 
 def bowl(best: Point):

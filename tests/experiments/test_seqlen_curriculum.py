@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 
 from effscale.curriculum.instability import LossRatioWriter
-from effscale.experiments import seqlen_curriculum_report as report
-from effscale.experiments.saved import config_from_json
-from effscale.experiments.seqlen_curriculum import PRESETS, Config, main
-from effscale.experiments.seqlen_curriculum_arms import (
+from effscale.experiments.seqlen_curriculum import report
+from effscale.experiments.seqlen_curriculum.arms import (
     Arm,
     Training,
     create_state,
     make_arms,
     make_step,
 )
+from effscale.experiments.seqlen_curriculum.config import PRESETS, Config
+from effscale.experiments.seqlen_curriculum.experiment import main
+from effscale.experiments.shared.saved import config_from_json
 from effscale.models import num_params, preset
 from effscale.parallel import batch_sharding, shardings
 from effscale.training import LinearPacing, StagedStep, Stages
@@ -203,7 +204,7 @@ def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(folder)
 
 def test_a_large_batch_is_the_small_ones_of_its_seed(options, corpus):
     from effscale.data import parse_mixture, prepare_mixture
-    from effscale.experiments.cli import parse
+    from effscale.experiments.shared.cli import parse
 
     config = parse(PRESETS, "", options)
     sources, weights = parse_mixture(config.corpus)

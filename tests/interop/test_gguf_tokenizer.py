@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from effscale.data import train_tokenizer
-from effscale.experiments import assets
+from effscale.experiments.shared import assets
 from effscale.interop import FolderError
 from effscale.interop.gguf_files import GGUFFile
 from effscale.interop.gguf_tokenizer import SPLITS, gguf_tokenizer

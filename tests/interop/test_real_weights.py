@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from effscale.experiments import assets
+from effscale.experiments.shared import assets
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import load_pretrained, load_tokenizer
 

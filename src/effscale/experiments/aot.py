@@ -14,16 +14,17 @@ from flax import nnx
 from effscale.experiments import (
     data_efficiency,
     onebit,
-    onebit_runner,
     quickstart,
-    random_ltd,
     random_ltd_bert,
     random_ltd_vit,
     seqlen_curriculum,
-    seqlen_curriculum_arms,
 )
-from effscale.experiments.finetune_model import class_loss, classifier_config
-from effscale.experiments.pretraining import Pretraining
+from effscale.experiments.onebit import runs as onebit_runner
+from effscale.experiments.onebit.optimizers import OptimizerName
+from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
+from effscale.experiments.shared.classifier.model import class_loss, classifier_config
+from effscale.experiments.shared.pretraining import Pretraining
+from effscale.experiments.shared.random_ltd import arms as random_ltd
 from effscale.models import Transformer, vit
 from effscale.models.config import PatchInputs
 from effscale.optim import onebit_adam
@@ -90,9 +91,7 @@ def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
 
-def lower_onebit(
-    task: str, name: onebit.OptimizerName, devices: Sequence[Any]
-) -> jax.stages.Lowered:
+def lower_onebit(task: str, name: OptimizerName, devices: Sequence[Any]) -> jax.stages.Lowered:
     """The step of the experiment onebit with a worker on each device, and each with its rows of the paper's 64 workers."""
     config = onebit.PRESETS["paper"]
     step, optimizer = onebit_runner.make_step(config, task, name)

@@ -20,8 +20,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from effscale.experiments.cli import messages
-from effscale.experiments.results import titled
+from effscale.experiments.shared.cli import messages
+from effscale.experiments.shared.results import titled
 from effscale.models.validation import did_you_mean
 from effscale.training.serialize import write_atomic, write_json
 

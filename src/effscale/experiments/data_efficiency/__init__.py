@@ -1,0 +1,6 @@
+"""A GPT is pretrained with less data: curriculum learning, random-LTD, and both, against plain training."""
+
+from effscale.experiments.data_efficiency.config import PRESETS, Config
+from effscale.experiments.data_efficiency.experiment import main, run
+
+__all__ = ["PRESETS", "Config", "main", "run"]

@@ -1,0 +1,130 @@
+"""The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
+
+import dataclasses
+import gc
+import json
+import sys
+
+import jax
+
+from effscale.data import Corpus
+from effscale.experiments.data_efficiency.config import Config
+from effscale.experiments.quickstart.config import FREE
+from effscale.experiments.shared.cli import StoppedBySignal
+from effscale.experiments.shared.pretraining import Pretraining
+from effscale.experiments.shared.pretraining_plan import Technique
+from effscale.experiments.shared.runs import once
+from effscale.experiments.shared.search import Found, Point
+from effscale.training import RunFolder, TrainingDivergedError, TrainState
+from effscale.training.serialize import write_json
+
+
+class Runner:
+    """Makes one run after another; what is compiled for a technique and part of the budget serves all seeds.
+
+    Args:
+        config: What the experiment was told.
+        corpus: The text.
+        mesh: Of devices.
+
+    Raises:
+        ValueError: If there is too little text.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh):
+        self.config, self.corpus, self.mesh = config, corpus, mesh
+        self._trainings = {
+            (technique, fraction): Pretraining(
+                config.pretraining(technique, fraction), corpus.vocab_size, mesh
+            )
+            for technique in config.techniques
+            for fraction in config.fractions
+        }
+        for training in self._trainings.values():
+            training.batches([corpus.train], seed=0)
+        self._held_out = training.held_out([corpus.validation])
+
+    def search(self, folder: RunFolder, technique: Technique) -> Found:
+        """Searches for a technique's learning rate and warmup on the whole budget; finished runs are not made again.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+
+        def loss_of(point: Point) -> float:
+            name = f"search/{technique}/{point.name}"
+            self._once(folder, name, technique, 1.0, self.config.search.seed, point)
+            loss = json.loads((folder.path / name / "final.json").read_text())["val_loss"]
+            return float("inf") if loss is None else loss
+
+        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
+
+    def run(
+        self, folder: RunFolder, technique: Technique, fraction: float, seed: int, point: Point
+    ) -> None:
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is; one that diverges is finished.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        self._once(folder, run_name(technique, fraction, seed), technique, fraction, seed, point)
+
+    def _once(
+        self,
+        folder: RunFolder,
+        name: str,
+        technique: Technique,
+        fraction: float,
+        seed: int,
+        point: Point,
+    ) -> None:
+        training = self._trainings[technique, fraction]
+        place = folder.path / name
+        config = self.config.pretraining(technique, fraction, seed, point)
+        config = dataclasses.replace(config, out=place, resume=True)
+
+        def measure(state: TrainState) -> dict[str, float]:
+            loss = training.validate(state, self._held_out, config.eval_batches)
+            return loss | training.plan.consumed(int(state.step))
+
+        def train() -> None:
+            with jax.set_mesh(self.mesh):
+                try:
+                    trained = training.train(
+                        training.batches([self.corpus.train], seed=seed),
+                        place,
+                        config=config,
+                        evaluate=measure,
+                        tensorboard=folder.tensorboard / name,
+                        free_fields=FREE,
+                        compile_first=True,
+                    )
+                except TrainingDivergedError as error:  # a result, from which the other runs go on
+                    print(f"{name} diverged at step {error.step}", file=sys.stderr)
+                    write_json(place / "final.json", {"val_loss": None, "diverged": True})
+                    return
+                step = int(trained.state.step)
+                if trained.stopped_reason == "signal":
+                    message = f"stopped and saved {name} at step {step}"
+                    raise StoppedBySignal(message, trained.signal)
+                final = {
+                    "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
+                    "num_compilations": len(trained.compilations),
+                }
+            write_json(place / "final.json", final)
+
+        once(folder, name, train)
+
+    def forget(self, technique: Technique, fraction: float) -> None:
+        """Lets go of what was compiled, when all seeds are done.
+
+        A compiled step is hundreds of memory maps, of which Linux gives a process 65,530: too few for all techniques, parts
+        and shapes at once.
+        """
+        del self._trainings[technique, fraction]
+        gc.collect()
+
+
+def run_name(technique: Technique, fraction: float, seed: int) -> str:
+    """A run's folder inside the run folder."""
+    return f"{technique}/fraction-{fraction:g}/seed-{seed}"

@@ -1,0 +1,135 @@
+"""What runs of the experiment ``finetune`` showed: accuracies over seeds, a table, a figure."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.results import deviation
+from effscale.training import read_jsonl
+
+BACKENDS = ("effscale", "torch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A task's runs, one a backend and seed.
+
+    Attributes:
+        records: For each backend that ran, each seed's metrics.
+        test_size: Test examples.
+        majority: Accuracy of the most frequent label.
+        per_epoch: Steps of an epoch.
+    """
+
+    records: Mapping[str, Sequence[Records]]
+    test_size: int
+    majority: float
+    per_epoch: int
+
+    def accuracies(self, backend: str) -> np.ndarray:
+        """The last test accuracy of each seed."""
+        return np.array([series(r, "test_accuracy")[1][-1] for r in self.records[backend]])
+
+    def loss_gaps(self) -> np.ndarray:
+        """``|loss - torch's loss|`` of each seed and training step."""
+        ours, theirs = (
+            np.array([series(r, "loss")[1] for r in self.records[backend]]) for backend in BACKENDS
+        )
+        return np.abs(ours - theirs)
+
+    def figures(self) -> dict[str, float]:
+        """The named figures."""
+        named: dict[str, float] = {"majority": self.majority, "test_size": self.test_size}
+        for backend in self.records:
+            values = self.accuracies(backend)
+            prefix = "" if backend == "effscale" else "torch_"
+            named[f"{prefix}accuracy"] = float(values.mean())
+            named[f"{prefix}accuracy_std"] = deviation(values)
+        if "torch" in self.records:
+            difference = self.accuracies("effscale") - self.accuracies("torch")
+            named["accuracy_difference"] = float(difference.mean())
+            named["accuracy_difference_std"] = deviation(difference)
+            gaps = self.loss_gaps()
+            named["loss_gap_first_step"] = float(gaps[:, 0].max())
+            named["loss_gap_first_epoch"] = float(np.median(gaps[:, : self.per_epoch]))
+        return named
+
+
+def read_comparison(
+    folder: pathlib.Path,
+    backends: Sequence[str],
+    seeds: int,
+    *,
+    test_size: int,
+    majority: float,
+    per_epoch: int,
+) -> Comparison:
+    """The comparison from the metrics under ``folder/seed-<n>/<backend>``."""
+    read = lambda backend, seed: read_jsonl(folder / f"seed-{seed}" / backend / "metrics.jsonl")
+    return Comparison(
+        records={b: [read(b, seed) for seed in range(seeds)] for b in backends},
+        test_size=test_size,
+        majority=majority,
+        per_epoch=per_epoch,
+    )
+
+
+def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
+    """A heading and a row a task and backend: the accuracy of each seed in percent, mean and deviation."""
+    seeds = max(len(runs) for c in comparisons.values() for runs in c.records.values())
+    rows = [["task", "by", *(f"seed {seed}" for seed in range(seeds)), "mean", "deviation"]]
+    for task, comparison in comparisons.items():
+        for backend in comparison.records:
+            percent = 100 * comparison.accuracies(backend)
+            numbers = [*percent, percent.mean(), deviation(percent)]
+            rows.append([task, backend, *(f"{number:.1f}" for number in numbers)])
+    return rows
+
+
+def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
+    """Test accuracy over epochs, each seed a line; below, where there is a twin, how far the losses are apart.
+
+    Args:
+        path: The PNG to write.
+        comparisons: By task.
+    """
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image  # matplotlib's own dependency
+
+    plt = pyplot()
+    twin = any("torch" in c.records for c in comparisons.values())
+    rows, columns = 2 if twin else 1, len(comparisons)
+    with plt.rc_context(STYLE):
+        size = (3.4 * columns + 0.4, 2.7 * rows + 0.3)
+        figure, axes = plt.subplots(rows, columns, figsize=size, dpi=100, squeeze=False)
+        for column, (task, comparison) in enumerate(comparisons.items()):
+            top = axes[0][column]
+            for color, style, backend in zip(COLORS, ("-", "--"), BACKENDS, strict=False):
+                for seed, records in enumerate(comparison.records.get(backend, ())):
+                    steps, accuracy = series(records, "test_accuracy")
+                    label = backend if seed == 0 else None
+                    epochs = steps / comparison.per_epoch
+                    top.plot(epochs, accuracy, style, color=color, marker=".", lw=1.2, label=label)
+            top.axhline(comparison.majority, color=COLORS[-1], ls=":", lw=1)
+            top.set(title=f"{task} ({comparison.test_size} test examples)", xlabel="epoch")
+            top.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if column == 0:
+                top.set_ylabel("test accuracy")
+                top.legend()
+            if twin:
+                bottom = axes[1][column]
+                for gaps in comparison.loss_gaps():
+                    epochs = (1 + np.arange(len(gaps))) / comparison.per_epoch
+                    # A difference of exactly nothing has no place on a logarithmic axis.
+                    bottom.semilogy(epochs, np.maximum(gaps, 1e-8), color=COLORS[2], lw=0.7)
+                bottom.set(xlabel="epoch", ylim=(1e-8, 10))
+                if column == 0:
+                    bottom.set_ylabel("|training loss - torch's|")
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
+        image.quantize(64).save(path, optimize=True)

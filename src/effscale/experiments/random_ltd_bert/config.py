@@ -1,0 +1,167 @@
+"""What the experiment ``random_ltd_bert`` can be told, and its presets."""
+
+import dataclasses
+import pathlib
+
+from effscale.experiments.shared.bert import ModelConfig
+from effscale.experiments.shared.classifier.recipe import Recipe
+from effscale.experiments.shared.random_ltd.arms import Dropping, LearningRate, check_shared
+from effscale.experiments.shared.search import Point, Search
+from effscale.models.validation import check
+from effscale.training import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Early:
+    """The first steps of runs at a high learning rate, by both arms."""
+
+    seeds: int = 8
+    """Runs of each arm, of seeds 0, 1, ...; 0 makes none."""
+    steps: int = 200
+    """Steps of each; the schedule is that of a whole run, cut off here."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule."""
+
+    def __post_init__(self):
+        check(self, self.seeds >= 0, "seeds", "at least 0")
+        check(self, self.steps >= 1, "steps", "at least 1")
+        finite = 0 < self.learning_rate < float("inf")
+        check(self, finite, "learning_rate", "above 0, and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    seeds: int = 3
+    """Runs of each arm; seeds 0, 1, ... decide initial weights, the order of rows, the tokens hidden and those kept."""
+    vocab_size: int = 512
+    """Size of the byte-level BPE that is trained on the corpus; the mask token comes on top."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    length: int = 128
+    """Tokens in a row, and positions of the model."""
+    batch_size: int = 16
+    """Rows in a batch."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+    steps: int = 600
+    """Batches to pretrain on."""
+    hidden: float = 0.15
+    """Share of the tokens to be told: 80 percent of them masked, 10 percent replaced, 10 percent left."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    ltd: Dropping = Dropping(min_value=32, seq_per_step=16, share=1.0)
+    """Random-LTD's schedule; with a share of 1 no step keeps all tokens."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule, where the search starts: a linear warmup by steps, then linearly by layer tokens to a tenth."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises, where the search starts; fine-tuning takes it as it is."""
+    search: Search = Search(learning_rate_factor=2.0, points=10)
+    """How each arm's learning rate and warmup are searched for."""
+    early: Early = Early()
+    """The first steps at a high learning rate."""
+    optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    eval_every: int = 100
+    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
+    eval_batches: int = 20
+    """Batches in that part."""
+    classes: int = 20
+    """Documents of the task, the largest ones: which of them is a passage from?"""
+    passage: int = 32
+    """Tokens of a passage."""
+    finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
+    """How the task is learned; ``train`` and ``test`` passages of all classes together."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/random_ltd_bert/<time>."""
+    resume: bool = False
+    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+    cache: pathlib.Path | None = None
+    """Where prepared corpora are kept; by default the user's cache folder."""
+
+    def __post_init__(self):
+        check_shared(self)
+        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
+        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        for name in ("length", "batch_size", "accumulate", "steps", "passage"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        divisor = f"a divisor of batch_size={self.batch_size}"
+        check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
+        check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
+        finite = 0 < self.learning_rate < float("inf")
+        check(self, finite, "learning_rate", "above 0, and finite")
+        compared = f"at least seeds={self.seeds}, so that no compared run has it"
+        check(self.search, self.search.seed >= self.seeds, "seed", compared)
+        within = self.early.seeds == 0 or self.early.steps <= self.steps
+        check(self.early, within, "steps", f"at most the steps={self.steps} of a whole run")
+        check(self, self.classes >= 2, "classes", "at least 2")
+        row = f"at most the {self.length} tokens of a row"
+        check(self, self.passage <= self.length, "passage", row)
+        for name in ("train", "test"):
+            count = getattr(self.finetune, name)
+            each = f"a number of passages, at least classes={self.classes}"
+            check(self.finetune, count is not None and count >= self.classes, name, each)
+        # An impossible model or schedule is refused here.
+        model = self.model.build(self.vocab_size, self.length)
+        self.ltd.build(self.length, self.steps).check(model)
+
+    @property
+    def start(self) -> Point:
+        """Where the search begins."""
+        return Point(self.learning_rate, round(self.warmup * self.steps))
+
+    @staticmethod
+    def rate(point: Point) -> LearningRate:
+        """The learning rate with a peak and a warmup."""
+        return LearningRate(
+            peak=point.learning_rate, warmup=point.warmup, final=point.learning_rate / 10
+        )
+
+
+PRESETS = {
+    "smoke": Config(
+        seeds=1,
+        vocab_size=512,
+        length=64,
+        batch_size=8,
+        steps=16,
+        model=ModelConfig(num_layers=3, d_model=32, num_heads=2),
+        ltd=Dropping(min_value=16, seq_per_step=16, share=1.0),
+        search=Search(learning_rate_factor=2.0, points=2),
+        early=Early(seeds=2, steps=8),
+        eval_every=8,
+        eval_batches=2,
+        classes=4,
+        finetune=Recipe(epochs=2, batch_size=16, learning_rate=5e-3, train=128, test=64),
+    ),
+    "default": Config(),
+    # Li et al., 2022: BERT-large, batches of 1024 rows, 2M steps with 10,000 of warmup, 128 to 512 tokens over all steps;
+    # the task's numbers are Devlin et al.'s, 2018, appendix A.3.
+    "paper": Config(
+        vocab_size=30522,
+        length=512,
+        batch_size=1024,
+        accumulate=16,
+        steps=2_000_000,
+        model=ModelConfig(
+            num_layers=24, d_model=1024, num_heads=16, dropout=0.1, dtype="bfloat16", remat="full"
+        ),
+        ltd=Dropping(min_value=128, seq_per_step=16, share=1.0),
+        learning_rate=1e-4,
+        warmup=0.005,
+        search=Search(points=1),
+        early=Early(seeds=0),
+        optimizer=AdamWConfig(b2=0.999, weight_decay=0.01),
+        eval_every=10_000,
+        eval_batches=20,
+        passage=512,
+        finetune=Recipe(epochs=3, batch_size=32, learning_rate=5e-5, train=1000, test=1000),
+    ),
+}
+
+FREE = ("seeds", "out", "resume", "cache")

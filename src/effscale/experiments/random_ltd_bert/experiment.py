@@ -1,0 +1,160 @@
+"""A small BERT learns to tell hidden tokens of real text, with and without random-LTD, in equally many steps; then both learn a task.
+
+All of its layers but the first and the last see a quarter of a row's tokens at first, and nearly all of them at the end: all would
+be kept after the last step. Both arms get the same rows with the same tokens hidden. What a dropping layer keeps is drawn without regard to what is hidden, as in the
+paper; a hidden token that it does not keep passes it by. Then each model, and one that was not pretrained, learns which document
+a passage comes from. What is asked: is the model as good, and what is saved?
+
+Both arms get the same care: the learning rate warms up by steps, and a search by the same rule, with a seed that is not
+compared, finds each arm's peak and warmup. Finally both arms make the first steps of a run at a high learning rate, over more
+seeds, to see whether one is more stable than the other.
+
+    python -m effscale.experiments.random_ltd_bert
+    python -m effscale.experiments.random_ltd_bert --corpus 'text:books/*.txt' --classes 6 --steps 2000
+    python -m effscale.experiments.random_ltd_bert --out runs/mine --resume
+
+The default corpus is the Python standard library of the running interpreter, so nothing is downloaded. Each pretrained model is
+a Hugging Face folder, ``seed-<n>/<arm>/model`` in the run folder.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from effscale.experiments.random_ltd_bert.config import FREE, PRESETS, Config
+from effscale.experiments.shared.cli import messages, parse
+from effscale.experiments.shared.host import keep_freed_memory
+from effscale.experiments.shared.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
+from effscale.experiments.shared.random_ltd.arms import ARMS
+from effscale.experiments.shared.results import Result, finish
+from effscale.experiments.shared.search import Found
+
+
+def run(config: Config) -> Result:
+    """Pretrains and fine-tunes as ``config`` says and fills the run folder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+            another config.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        TrainingDivergedError: If loss or gradient of a compared run is not finite for ten steps; with ``resume`` it is so
+            again. In the search and in the first steps at a high learning rate that is a result.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.data import unigram_entropy
+    from effscale.experiments.random_ltd_bert import report as bert_report
+    from effscale.experiments.random_ltd_bert.runs import Pretraining
+    from effscale.experiments.shared.classifier.passages import FineTuning
+    from effscale.experiments.shared.masked_text import passages_data
+    from effscale.experiments.shared.random_ltd import report
+    from effscale.training import RunFolder
+
+    began = time.perf_counter()
+    # What cannot work is refused before anything is written.
+    check_folder(config, FREE)
+    corpora, weights = prepared_corpora(config)
+    passages = passages_data(corpora, config)
+    pretraining = {arm: Pretraining(arm, config, corpora, weights) for arm in ARMS}
+    fine_tuning = FineTuning(config, passages)
+    folder = RunFolder.create(
+        config.out,
+        name="random_ltd_bert",
+        config=config,
+        data=corpus_digests(corpora),
+        resume=config.resume,
+    )
+    found: dict[str, Found] = {}
+    early_losses: dict[str, list[float]] = {}
+    try:
+        with resumable(folder):
+            for name, arm in pretraining.items():
+                found[name] = arm.search(folder)
+            for seed in range(config.seeds):
+                for name, arm in pretraining.items():
+                    arm.run(folder, seed, found[name].best)
+                for name in ARMS:
+                    fine_tuning.run(folder, f"seed-{seed}/{name}", seed)
+                fine_tuning.run(folder, f"seed-{seed}/scratch", seed, like=f"seed-{seed}/{ARMS[0]}")
+            for name, arm in pretraining.items():
+                early_losses[name] = [arm.early(folder, seed) for seed in range(config.early.seeds)]
+    finally:
+        for arm in pretraining.values():
+            arm.step.close()
+
+    seeds = range(config.seeds)
+    runs: dict[str, report.ArmRuns] = {
+        name: report.ArmRuns.read([folder.path / arm.name_of(seed) for seed in seeds], arm.arm)
+        for name, arm in pretraining.items()
+    }
+    accuracies: dict[str, Any] = {
+        start: report.last_values(
+            [folder.path / f"seed-{seed}/{start}/passages" for seed in seeds], "test_accuracy"
+        )
+        for start in (*ARMS, "scratch")
+    }
+    entropy = unigram_entropy([corpus.validation for corpus in corpora])
+    losses: dict[str, Any] = {name: arm_runs.last("val_loss") for name, arm_runs in runs.items()}
+    early: dict[str, Any] = {name: np.array(each) for name, each in early_losses.items()}
+    costs = report.cost_figures(runs)
+    figures = {
+        "unigram_entropy": entropy,
+        "majority": passages.majority,
+        "test_size": len(passages.test),
+        "steps": config.steps,
+        **report.quality_figures(losses, "val_loss"),
+        **report.quality_figures(accuracies, "accuracy"),
+        **bert_report.early_figures(early, entropy),
+        **bert_report.search_figures(found),
+        **costs,
+    }
+    report.draw(
+        folder.figures / "loss.png",
+        runs,
+        "part_val_loss",
+        label="loss on a part of the held-out text",
+        after=("accuracy: which document?", accuracies),
+    )
+    percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
+    tables = {
+        "Validation loss in nats a hidden token, all tokens kept": report.quality_rows(
+            losses, decimals=3
+        ),
+        "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
+        "What pretraining costs": report.cost_rows(costs),
+        "Search": bert_report.search_rows(found),
+    }
+    if config.search.points > 1:
+        tables["Loss of every run of the search"] = bert_report.tried_rows(found)
+    if config.early.seeds:
+        first = f"The first {config.early.steps} steps at {config.early.learning_rate:g}"
+        title = f"{first}: loss then on a part of the held-out text"
+        tables[title] = bert_report.early_rows(early, entropy)
+    each = {"val_loss": losses, "accuracy": accuracies, "early_val_loss": early}
+    seeds_of = bert_report.each_seed(each)
+    return finish(folder, "random_ltd_bert", figures, tables, seeds=seeds_of, began=began)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        name = "python -m effscale.experiments.random_ltd_bert"
+        config = parse(PRESETS, __doc__ or "", argv, name=name)
+        keep_freed_memory()
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the experiment ``random_ltd_vit`` can be told, and its presets."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from effscale.experiments.shared.classifier.recipe import Recipe
+from effscale.experiments.shared.random_ltd.arms import (
+    Dropping,
+    check_shared,
+)
+from effscale.models.validation import check
+from effscale.training import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the run does; every field is an option of the command line."""
+
+    task: Literal["fashion", "digits"] = "fashion"
+    """What is learned: Fashion-MNIST, or scikit-learn's digits."""
+    seeds: int = 3
+    """Runs of each arm; seeds 0, 1, ... decide the head's initial weights, the order of images and the tokens kept."""
+    fashion: Recipe = Recipe(epochs=1, learning_rate=3e-5, train=1600, test=1000)
+    """Fashion-MNIST; there are 60,000 and 10,000."""
+    digits: Recipe = Recipe(epochs=1, learning_rate=3e-5, test=500)
+    """Digits; there are 1,797 in all, the test examples included."""
+    image_size: int = 98
+    """Height and width to which images are resized, a multiple of the ViT's patch of 14: 98 make 50 tokens."""
+    ltd: Dropping = Dropping(min_value=8, seq_per_step=8, share=0.8)
+    """Random-LTD's schedule."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; then it falls linearly by layer tokens to 0."""
+    optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    eval_every: int = 25
+    """Steps between evaluations on a part of the test images, and between checkpoints; at the end all are taken, too."""
+    eval_batches: int = 12
+    """Batches in that part."""
+    image_model: pathlib.Path | None = None
+    """Folder of a ViT to use instead; its images should be normalized by ImageNet's mean and deviation."""
+    fashion_mnist: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
+    """Folder of Fashion-MNIST's four files."""
+    out: pathlib.Path | None = None
+    """Folder of the run; by default runs/random_ltd_vit/<time>."""
+    resume: bool = False
+    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+
+    def __post_init__(self):
+        check_shared(self)
+        check(self, self.image_size >= 1, "image_size", "at least 1")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The task's."""
+        return getattr(self, self.task)
+
+
+PRESETS = {
+    "smoke": Config(
+        task="digits",
+        seeds=1,
+        digits=Recipe(epochs=1, batch_size=8, learning_rate=3e-5, train=64, test=32),
+        image_size=42,
+        ltd=Dropping(min_value=4, seq_per_step=4, share=0.75),
+        eval_every=4,
+        eval_batches=2,
+    ),
+    "default": Config(),
+    # Li et al., 2022: a ViT with 197 tokens, batches of 128, 32 to 197 tokens over 3910 steps, which are 10 of 13 epochs of
+    # CIFAR. Theirs is SGD with 1e-4; the rate here is AdamW's.
+    "paper": Config(
+        fashion=Recipe(epochs=13, batch_size=128, learning_rate=5e-5),
+        digits=Recipe(epochs=500, batch_size=128, learning_rate=5e-5, test=500),
+        image_size=224,
+        ltd=Dropping(min_value=32, seq_per_step=8, share=10 / 13),
+        eval_every=468,
+        eval_batches=10,
+    ),
+}
+
+FREE = ("seeds", "fashion_mnist", "out", "resume")

@@ -1,0 +1,114 @@
+"""A trained ViT is fine-tuned on images with and without random-LTD, by one recipe, in equally many steps.
+
+All of its layers but the first and the last see a part of an image's tokens at first, and all of them after most of the
+steps. Both arms get the same images in the same order. What is asked: is the accuracy the same, and what is saved?
+
+    python -m effscale.experiments.random_ltd_vit
+    python -m effscale.experiments.random_ltd_vit --task digits --seeds 5
+    python -m effscale.experiments.random_ltd_vit --out runs/mine --resume
+
+The model is installed by ``make assets``; Fashion-MNIST by Debian's package dataset-fashion-mnist.
+"""
+
+import time
+from typing import Any
+
+from effscale.experiments.random_ltd_vit.config import FREE, PRESETS, Config
+from effscale.experiments.shared.cli import messages, parse
+from effscale.experiments.shared.console import status
+from effscale.experiments.shared.host import keep_freed_memory
+from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.random_ltd.arms import ARMS
+from effscale.experiments.shared.results import Result, finish
+
+
+def run(config: Config) -> Result:
+    """Fine-tunes as ``config`` says and fills the run folder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: If parts of the config do not fit each other, the data or the model; or ``resume`` is set and the
+            folder is of another config.
+        ImportError: If a package with the model or the digits is not installed.
+        FileNotFoundError: If Fashion-MNIST is not in its folder.
+        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
+    """
+    # Importing what only a run needs here keeps --help quick.
+    from effscale.experiments.random_ltd_vit.runs import Runner
+    from effscale.experiments.shared.classifier.problem import prepare
+    from effscale.experiments.shared.random_ltd import report
+    from effscale.training import RunFolder
+
+    began = time.perf_counter()
+    # What cannot work is refused before anything is written.
+    check_folder(config, FREE)
+    with status("reading data and model"):
+        problem = prepare(config.task, config.recipe, config)
+        runners = {name: Runner(name, problem, config) for name in ARMS}
+    folder = RunFolder.create(
+        config.out,
+        name="random_ltd_vit",
+        config=config,
+        data={config.task: problem.digests()},
+        resume=config.resume,
+    )
+    try:
+        with resumable(folder):
+            for seed in range(config.seeds):
+                for runner in runners.values():
+                    runner.run(folder, seed)
+    finally:
+        for runner in runners.values():
+            runner.step.close()
+
+    runs: dict[str, report.ArmRuns] = {
+        name: report.ArmRuns.read(
+            [folder.path / runner.name_of(seed) for seed in range(config.seeds)], runner.arm
+        )
+        for name, runner in runners.items()
+    }
+    accuracies: dict[str, Any] = {
+        name: arm_runs.last("test_accuracy") for name, arm_runs in runs.items()
+    }
+    figures = {
+        "majority": problem.data.majority,
+        "test_size": len(problem.data.test),
+        "tokens": runners["baseline"].arm.length,
+        "steps": problem.steps,
+        **report.quality_figures(accuracies, "accuracy"),
+        **report.cost_figures(runs),
+    }
+    report.draw(
+        folder.figures / "accuracy.png",
+        runs,
+        "part_test_accuracy",
+        label=f"test accuracy (a part), {config.task}",
+        level=("most frequent label", problem.data.majority),
+    )
+    percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
+    tables = {
+        "Test accuracy in percent, all tokens kept": report.quality_rows(percent, decimals=1),
+        "What a run costs": report.cost_rows(figures),
+    }
+    seeds = {f"{name}_accuracy": each.tolist() for name, each in accuracies.items()}
+    return finish(folder, "random_ltd_vit", figures, tables, seeds=seeds, began=began)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        name = "python -m effscale.experiments.random_ltd_vit"
+        config = parse(PRESETS, __doc__ or "", argv, name=name)
+        keep_freed_memory()
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

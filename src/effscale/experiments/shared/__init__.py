@@ -1,0 +1,1 @@
+"""What several experiments use: configs, data, models, runs, results and plots."""

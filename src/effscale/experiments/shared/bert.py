@@ -1,0 +1,40 @@
+"""The BERT that several experiments pretrain."""
+
+import dataclasses
+from typing import Literal
+
+from effscale.models import LMHead, NormConfig, TransformerConfig, bert
+from effscale.models.config import Remat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A BERT of any size; its vocabulary is the tokenizer's and the mask token."""
+
+    num_layers: int = 6
+    """Layers; random-LTD needs 3."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products."""
+    remat: Remat = "none"
+    """What the backward pass computes again: none, dots (all but matrix products), full."""
+
+    def build(self, vocab_size: int, length: int) -> TransformerConfig:
+        """The transformer's config, with a head for hidden tokens."""
+        head = LMHead(name="mlm", bias=True, transform="gelu", norm=NormConfig(epsilon=1e-12))
+        config = bert(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            vocab_size=vocab_size,
+            max_length=length,
+            dropout=self.dropout,
+            pooler=False,
+            heads=(head,),
+        )
+        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat)

@@ -1,0 +1,91 @@
+"""Fine-tuning of pretrained models on passages, for experiments that ask what their pretraining is worth."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from effscale.experiments.shared.classifier.batches import TrainingBatches, evaluation_batches
+from effscale.experiments.shared.classifier.data import Data
+from effscale.experiments.shared.classifier.model import class_loss, classifier, make_step
+from effscale.experiments.shared.runs import once, train_to_end
+from effscale.interop import load_pretrained
+from effscale.models import Transformer
+from effscale.training import (
+    RunFolder,
+    ScheduleConfig,
+    ShapeBuckets,
+    TrainState,
+    create_train_state,
+    evaluate,
+    make_eval_step,
+)
+
+
+class FineTuning:
+    """Fine-tuning of models of one shape, compiled once for all.
+
+    Args:
+        config: With ``finetune`` (a `Recipe`), ``optimizer``, ``warmup`` and ``clip_norm``.
+        data: The passages.
+    """
+
+    def __init__(self, config: Any, data: Data):
+        self.config, self.data, self.recipe = config, data, config.finetune
+        self.per_epoch = len(data.train) // self.recipe.batch_size
+        self.steps = self.per_epoch * self.recipe.epochs
+        schedule = ScheduleConfig(
+            kind="linear",
+            peak=self.recipe.learning_rate,
+            warmup=int(config.warmup * self.steps),
+            total=self.steps,
+        ).build()
+        self.optimizer, step = make_step(
+            config.optimizer, schedule, clip_norm=config.clip_norm, dropout=True
+        )
+        self.step = ShapeBuckets(step, donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(class_loss))
+
+    def run(self, folder: RunFolder, parent: str, seed: int, *, like: str | None = None) -> None:
+        """Makes the run ``<parent>/passages``, goes on with it, or leaves a finished one as it is.
+
+        Args:
+            folder: The run folder.
+            parent: The pretraining whose model is taken.
+            seed: Of the new head and the order of passages.
+            like: A pretraining of whose shape a model of random weights is made, in place of a pretrained one.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        name = f"{parent}/passages"
+        model = folder.path / (parent if like is None else like) / "model"
+        batches = TrainingBatches(self.data.train, batch_size=self.recipe.batch_size, seed=seed)
+        once(
+            folder,
+            name,
+            lambda: train_to_end(
+                folder,
+                name,
+                self.step,
+                batches,
+                create=functools.partial(self._create, model, seed, fresh=like is not None),
+                num_steps=self.steps,
+                evaluate=self._evaluate,
+                every=self.per_epoch,
+            ),
+        )
+
+    def _create(self, folder: pathlib.Path, seed: int, *, fresh: bool) -> TrainState:
+        model = load_pretrained(folder)
+        if fresh:
+            model = Transformer(model.config, rngs=nnx.Rngs(seed))
+        model = classifier(model, self.data.num_classes, seed)
+        return create_train_state(model, self.optimizer, key=jax.random.key(seed))
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        batches = evaluation_batches(self.data.test, self.recipe.batch_size)
+        means = evaluate(state.model, self.eval_step, batches, prefix="test_")
+        return {name: means[name] for name in ("test_loss", "test_accuracy")}

@@ -1,0 +1,84 @@
+"""A task to fine-tune for: its examples, its pretrained model and its recipe."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from effscale.experiments.shared import assets
+from effscale.experiments.shared.classifier import data as examples
+from effscale.experiments.shared.classifier.batches import (
+    digest,
+)
+from effscale.experiments.shared.classifier.data import Data
+from effscale.experiments.shared.classifier.recipe import Recipe
+from effscale.interop import load_pretrained, load_tokenizer
+from effscale.models import TokenInputs, Transformer, resize_images
+from effscale.models.validation import check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A task with its data and its pretrained model.
+
+    Attributes:
+        task: Its name.
+        recipe: How it is learned.
+        data: The examples.
+        folder: The pretrained model's.
+        model: That model, with images of the wanted size; its heads are not used.
+    """
+
+    task: str
+    recipe: Recipe
+    data: Data
+    folder: pathlib.Path
+    model: Transformer
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return len(self.data.train) // self.recipe.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run."""
+        return self.per_epoch * self.recipe.epochs
+
+    def digests(self) -> dict[str, Any]:
+        """What identifies the examples and the pretrained model, for `RunFolder.create`."""
+        return {
+            "train": {"examples": len(self.data.train), "digest": digest(self.data.train.arrays())},
+            "test": {"examples": len(self.data.test), "digest": digest(self.data.test.arrays())},
+            "model": {"digest": digest(jax.device_get(jax.tree.leaves(self.model)))},
+        }
+
+
+def prepare(task: str, recipe: Recipe, config: Any) -> Problem:
+    """Reads a task's data and model.
+
+    Args:
+        task: ``reviews``, ``digits`` or ``fashion``.
+        recipe: How it is learned.
+        config: With ``max_length``, ``image_size``, ``text_model``, ``image_model`` and ``fashion_mnist``, as far as the task wants them.
+    """
+    sizes = (recipe.train, recipe.test)
+    if task == "reviews":
+        folder = config.text_model or assets.minilm_folder()
+        data = examples.reviews_data(load_tokenizer(folder), config.max_length, *sizes)
+        model = load_pretrained(folder)
+        if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
+            raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+        longest = model.config.max_length or config.max_length
+        check(config, config.max_length <= longest, "max_length", f"at most the model's {longest}")
+    else:
+        if task == "digits":
+            data = examples.digits_data(config.image_size, *sizes)
+        else:
+            data = examples.fashion_data(config.fashion_mnist, config.image_size, *sizes)
+        folder = config.image_model or assets.focus_vit_folder()
+        model = resize_images(load_pretrained(folder), config.image_size)
+    wanted = f"at most the {len(data.train)} training examples"
+    check(recipe, recipe.batch_size <= len(data.train), "batch_size", wanted)
+    return Problem(task=task, recipe=recipe, data=data, folder=folder, model=model)

@@ -1,0 +1,182 @@
+"""The command line of an experiment: a preset, then any field of its config."""
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar
+
+from effscale.experiments.shared.saved import config_from_json
+from effscale.models.validation import did_you_mean
+from effscale.parallel import ending_together
+from effscale.parallel.peers import is_broken_connection
+
+Config = TypeVar("Config")
+
+
+EXIT_STATUS = """Exit status: 0 if all is done, 2 after an error message, 143 if SIGTERM and 130 if Ctrl-C stopped the run, 75 if another
+process of the run is gone. A run that is stopped while it trains saves first; --out FOLDER --resume goes on with it. A second Ctrl-C does not wait."""
+
+
+class StoppedBySignal(Exception):
+    """A run was asked to stop, saved and can go on; the message says how.
+
+    Attributes:
+        status: The exit status of the program: 128 and the signal's number, as if the signal had ended it.
+    """
+
+    def __init__(self, message: str, signal_number: int | None):
+        super().__init__(message)
+        self.signal = signal_number or signal.SIGTERM
+        self.status = 128 + self.signal
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[None]:
+    """Ends the program with a message in place of a traceback where the message is all that a user needs.
+
+    That is so for an error that this library raised itself, because it says what is wrong and what would do (exit status 2),
+    for a run that was stopped (exit status 130 or 143), and for one of several processes that has lost another one (see `ending_together`). An error
+    from anywhere else keeps its traceback, and with ``EFFSCALE_TRACEBACK=1`` in the environment so does every one.
+    """
+    keep_tracebacks = bool(os.environ.get("EFFSCALE_TRACEBACK"))
+    with (
+        contextlib.nullcontext() if keep_tracebacks else _without_orbax_tracebacks(),
+        ending_together("start all processes again, with --out FOLDER --resume to go on"),
+    ):
+        try:
+            yield
+        except StoppedBySignal as stop:
+            print(stop, file=sys.stderr)
+            raise SystemExit(stop.status) from None
+        except KeyboardInterrupt:
+            if keep_tracebacks:
+                raise
+            print(
+                "interrupted; go on from what was saved with: --out FOLDER --resume",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + signal.SIGINT) from None
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            known = _raised_here(error) and not is_broken_connection(error)
+            if keep_tracebacks or not known:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _without_orbax_tracebacks() -> Iterator[None]:
+    """Keeps Orbax from logging the traceback of each thread in which a write failed: the failure comes as a CheckpointError, too."""
+
+    def accept(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(accept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(accept)
+
+
+def parse(
+    presets: Mapping[str, Config],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    name: str | None = None,
+) -> Config:
+    """The config that a command line asks for.
+
+    ``--preset NAME`` chooses where to start from; every other option replaces a field. Nested fields are written with dots:
+    ``--model.num-layers 8``. Without a preset, ``--out FOLDER --resume`` starts from the config of that run, and everything
+    else from ``default``.
+
+    Args:
+        presets: Configs of one class by name; ``default`` must be there.
+        description: Shown by ``--help``.
+        argv: The words of the command line; None takes the program's.
+        name: How the program is called, for ``--help``.
+
+    Returns:
+        The config.
+
+    Raises:
+        SystemExit: On ``--help``, and on a wrong option (status 2), after saying what would do.
+    """
+    import tyro  # tyro takes a while, and only the command line needs it
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen, words = _take(words, "--preset")
+    if chosen is not None and chosen not in presets:
+        _refuse(f"--preset {chosen!r}: {did_you_mean(chosen, presets)}")
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], ["--preset"], cutoff=0.85)
+        if near and word not in near:
+            _refuse(f"unrecognized option {word}: perhaps you meant --preset NAME")
+    config = presets[chosen or "default"]
+    if chosen is None and "--resume" in words:
+        config = _saved(config, _take(words, "--out")[0])
+    shown = "\n\n".join(
+        [
+            description.strip(),
+            f"--preset NAME starts from one of: {', '.join(presets)}.",
+            EXIT_STATUS,
+        ]
+    )
+    try:
+        return tyro.cli(type(config), default=config, args=words, description=shown, prog=name)
+    except ValueError as error:  # a config that refuses its values
+        _refuse(str(error))
+
+
+def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value that ``option`` has last in the words (None without it), and the words without it."""
+    value, rest, coming = None, [], iter(words)
+    for word in coming:
+        if word == option:
+            value = next(coming, "")
+        elif word.startswith(option + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _saved(default: Config, folder: str | None) -> Config:
+    """The config of the run in ``folder``; without a folder the default, whose check reports that."""
+    if not folder:
+        return default
+    from effscale.training.run_folder import check_resumable
+
+    file = pathlib.Path(folder) / "config.json"
+    try:
+        check_resumable(folder)
+        values = json.loads(file.read_text(encoding="utf-8"))["config"]
+        return config_from_json(type(default), values)
+    except FileNotFoundError as error:
+        _refuse(str(error))
+    except (ValueError, KeyError, TypeError) as error:
+        _refuse(f"{file} cannot be resumed from: {error}")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame of an error's traceback is this library's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    package = (
+        "" if frame is None else frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    )
+    return package in ("effscale", "kernels_pallas", "__main__")

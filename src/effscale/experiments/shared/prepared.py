@@ -1,0 +1,127 @@
+"""What experiments do around their runs: see that the folder will do, prepare the corpora, and say how to go on after a stop."""
+
+import contextlib
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from effscale.experiments.shared.cli import StoppedBySignal
+from effscale.experiments.shared.console import status
+from effscale.user_cache import cache_folder
+
+
+def check_folder(config: Any, free: Sequence[str]) -> None:
+    """Checks that ``config.out`` is unused or, with ``config.resume``, holds a run of the same config that no process is writing.
+
+    Args:
+        config: An experiment's.
+        free: Fields that may differ.
+
+    Raises:
+        ValueError: The folder is of another config.
+        FileExistsError: It holds a run, and this one is not to go on with it.
+        FileNotFoundError: There is no run to go on with.
+        LockedError: Another process is writing it.
+    """
+    from effscale.parallel import on_first
+    from effscale.training import RunFolder, check_unused
+    from effscale.training.serialize import differences, to_json
+
+    if not config.resume:
+        if config.out is not None:
+            on_first(lambda: check_unused(config.out))
+        return
+    with RunFolder.create(config.out, resume=True) as folder:
+        saved = folder.config()
+    found = [
+        f"{name}: {there!r} there, {here!r} here"
+        for name, (there, here) in differences(saved, to_json(config)).items()
+        if name.partition(".")[0] not in free
+    ]
+    if found:
+        raise ValueError(
+            f"{folder.path} is of another config ({'; '.join(found)}); resume with the saved values, or start a new run folder"
+        )
+
+
+@contextlib.contextmanager
+def resumable(folder: Any) -> Iterator[None]:
+    """Within this context, a stop by a signal says how to go on; when the block fails, the run folder is free for another process.
+
+    Args:
+        folder: The ``RunFolder``.
+    """
+    try:
+        yield
+    except StoppedBySignal as stop:
+        folder.close()
+        message = f"{stop}; go on with: --out {folder.path} --resume"
+        raise StoppedBySignal(message, stop.signal) from None
+    except BaseException:
+        folder.close()
+        raise
+
+
+def prepared_corpora(
+    config: Any,
+    *,
+    tokenizer: pathlib.Path | None = None,
+    seed: int = 0,
+    on_error: Literal["raise", "skip"] | None = None,
+) -> tuple[Any, Any]:
+    """The corpora that ``config.corpus`` names and their weights, from the cache if they are there.
+
+    Args:
+        config: An experiment's, with ``corpus``, ``cache``, ``vocab_size`` and ``validation_fraction``.
+        tokenizer: A file, or its folder, in place of one that is trained to ``vocab_size``.
+        seed: Decides which documents are held out.
+        on_error: What a document that cannot be used is; None leaves it to the source.
+    """
+    from effscale.data import parse_mixture, prepare_mixture
+
+    sources, weights = parse_mixture(config.corpus, on_error=on_error)
+    with status("preparing the corpus") as progress:
+        corpora = prepare_mixture(
+            sources,
+            config.cache or cache_folder("corpora"),
+            vocab_size=None if tokenizer else config.vocab_size,
+            tokenizer=tokenizer,
+            validation_fraction=config.validation_fraction,
+            seed=seed,
+            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
+        )
+    return corpora, weights
+
+
+def corpus_digests(corpora: Sequence[Any]) -> dict[str, Any]:
+    """What identifies the text of a run and its tokenizer, for `RunFolder.create`.
+
+    Args:
+        corpora: The ``effscale.data.Corpus`` objects.
+    """
+    from effscale.data.tokenizer import tokenizer_digest
+
+    def digests(store: Any) -> dict[str, Any]:
+        files = store.manifest["files"]
+        content = "".join(files[name]["blake2b"] for name in sorted(files))
+        return {
+            "documents": store.num_documents,
+            "tokens": store.num_tokens,
+            "digest": hashlib.blake2b(content.encode(), digest_size=16).hexdigest(),
+        }
+
+    tokenizer = corpora[0].tokenizer
+    found: dict[str, Any] = {
+        "tokenizer": {
+            "vocab_size": tokenizer.get_vocab_size(),
+            "digest": tokenizer_digest(tokenizer),
+        }
+    }
+    for corpus in corpora:
+        source = ", ".join(corpus.train.manifest["metadata"]["sources"])
+        found[source] = {
+            "train": digests(corpus.train),
+            "validation": digests(corpus.validation),
+        }
+    return found

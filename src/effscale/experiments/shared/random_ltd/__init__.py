@@ -1,0 +1,1 @@
+"""Two arms that differ in random-LTD alone, and how they are compared."""

@@ -1,0 +1,106 @@
+"""What an experiment ends with: named figures and tables, in the run folder and on the screen."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from effscale.experiments.shared.host import peak_memory
+from effscale.training import RunFolder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out."""
+
+    figures: Mapping[str, float | int | None]
+    """Named as in ``results.json``; the experiment's page says what they are. None where there is nothing to tell."""
+    seconds: float
+    """Time of this call."""
+    peak_memory_mb: float
+    """Greatest resident memory of the process."""
+    folder: str
+    """The run folder."""
+
+
+def finish(
+    folder: RunFolder,
+    name: str,
+    figures: Mapping[str, float | int | None],
+    tables: Mapping[str, Sequence[Sequence[str]]],
+    *,
+    began: float,
+    seeds: Mapping[str, Sequence[float | None]] | None = None,
+    left: int = 1,
+) -> Result:
+    """Writes ``results.json`` and the report, prints the tables, and closes the run folder. Figures to show there have to be drawn already.
+
+    ``results.json`` holds the named figures and, under ``seeds`` and ``tables``, those of each seed and what is printed; a page
+    of the lab book is made of it.
+
+    Args:
+        folder: The run folder.
+        name: The experiment.
+        figures: The named figures.
+        tables: By title, each a heading and rows.
+        began: ``time.perf_counter()`` at the start of the call.
+        seeds: Of named figures, the value of each seed.
+        left: Columns of the tables that hold words, and are set to the left.
+    """
+    result = Result(
+        figures=figures,
+        seconds=time.perf_counter() - began,
+        peak_memory_mb=peak_memory(),
+        folder=str(folder.path),
+    )
+    call = {
+        "seconds": result.seconds,
+        "peak_memory_mb": result.peak_memory_mb,
+        "folder": result.folder,
+    }
+    shown = [{"title": title, "left": left, "rows": rows} for title, rows in tables.items()]
+    folder.write_results({**figures, **call, "seeds": seeds or {}, "tables": shown})
+    folder.write_report(name, call, "\n\n".join(titled(**table) for table in shown))
+    for title, rows in tables.items():
+        show_rows(title, rows, left=left)
+    print(f"run folder: {result.folder}")
+    folder.close()
+    return result
+
+
+def deviation(values: np.ndarray) -> float:
+    """The sample's standard deviation; 0 for a single value."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
+    """A table, its first ``left`` columns to the left.
+
+    Example:
+        >>> print(markdown([["task", "by", "mean"], ["digits", "torch", "97.0"]]))
+        | task | by | mean |
+        |---|---|---:|
+        | digits | torch | 97.0 |
+    """
+    rule = "|" + "---|" * left + "---:|" * (len(rows[0]) - left)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def titled(title: str, rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table of ``results.json`` under its title, in Markdown."""
+    return f"{title}:\n\n{markdown(rows, left=left)}"
+
+
+def show_rows(title: str, rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
+    """Prints the table, its first ``left`` columns to the left."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if i < left else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,135 @@
+"""Runs inside a run folder: each made once, continued after a stop, with all of its files in a folder of its own."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from effscale.experiments.shared.cli import StoppedBySignal
+from effscale.training import (
+    Checkpoints,
+    ConsoleWriter,
+    JsonlWriter,
+    MultiWriter,
+    RunFolder,
+    StagedStep,
+    TensorBoardWriter,
+    TrainState,
+    fit,
+    resume_or_start,
+)
+from effscale.training.serialize import write_json
+
+
+def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
+    """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
+
+    The ``seconds`` of its ``done.json`` are those of all calls that ended it or were asked to stop in it, compilations and
+    evaluations included; of a call that was killed nothing is known.
+
+    Args:
+        folder: The run folder.
+        name: The run, which is also its own folder inside.
+        train: Makes it, or goes on with it from its checkpoint.
+    """
+    place = folder.path / name
+    done = place / "done.json"
+    if done.is_file():
+        return
+    print(name, file=sys.stderr)
+    earlier = place / "seconds.json"  # those of calls before this one
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else 0.0
+    began = time.perf_counter()
+    try:
+        train()
+    except StoppedBySignal:
+        write_json(earlier, before + time.perf_counter() - began)
+        raise
+    write_json(done, {"seconds": before + time.perf_counter() - began})
+    earlier.unlink(missing_ok=True)
+    # Of no use to a finished run, and three times the model's size.
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+
+def train_to_end(
+    folder: RunFolder,
+    name: str,
+    step: Callable[[TrainState, Any], Any],
+    batches: Any,
+    *,
+    create: Callable[[], TrainState],
+    num_steps: int,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    every: int,
+    restage: Callable[[], StagedStep] | None = None,
+) -> TrainState:
+    """Trains from the start, or from the run's checkpoint, with all files of the run in its own folder.
+
+    Where the step is a ``StagedStep``, the second one waits until all shapes are compiled, so that no compilation shares
+    the machine with steps whose time is taken.
+
+    Args:
+        folder: The run folder.
+        name: The run.
+        step: The training step.
+        batches: An iterator whose position can be saved.
+        create: Makes the state before the first step.
+        num_steps: Steps of the whole run.
+        evaluate: From a state to metrics.
+        every: Steps between evaluations, and between checkpoints.
+        restage: Makes another ``StagedStep`` like ``step``, for a run that goes on in the middle of its schedule. It leaves the
+            shapes behind it out, and ``step`` must have them for the run of another seed.
+
+    Returns:
+        The last state.
+
+    Raises:
+        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+    """
+    with Checkpoints(folder.path / name / "checkpoints", keep=1, every=every) as checkpoints:
+        state, start = resume_or_start(checkpoints, create, batches)
+        another = restage() if restage is not None and start > 0 else None
+        stepped = step if another is None else another
+        staged = stepped if isinstance(stepped, StagedStep) else None
+
+        def before_step(number: int, batch: Any) -> Any:
+            if staged is None:
+                return batch
+            if number == start + 1:
+                staged.wait()
+            return staged.before_step(number, batch)
+
+        writer = writer_of_run(folder, name, num_steps, start)
+        try:
+            fitted = fit(
+                state,
+                stepped,
+                batches,
+                num_steps=num_steps,
+                checkpoints=checkpoints,
+                writer=writer,
+                evaluate=evaluate,
+                eval_every=every,
+                before_step=before_step,
+            )
+        finally:
+            writer.close()
+            if another is not None:
+                another.close()
+    if fitted.stopped_reason == "signal":
+        reached = int(fitted.state.step)
+        raise StoppedBySignal(f"stopped and saved {name} at step {reached}", fitted.signal)
+    return fitted.state
+
+
+def writer_of_run(folder: RunFolder, name: str, num_steps: int, start: int) -> MultiWriter:
+    """The metrics of a run that goes on from the step ``start``."""
+    return MultiWriter(
+        [
+            JsonlWriter(folder.path / name / "metrics.jsonl", resume_step=start),
+            TensorBoardWriter(folder.tensorboard / name, resume_step=start),
+            ConsoleWriter(num_steps, start_step=start),
+        ]
+    )
