@@ -4,16 +4,13 @@ from effscale.models.activations import ACTIVATIONS
 from effscale.models.block import Block, BlockGroup
 from effscale.models.cache import KVCache, empty_cache, grow_cache
 from effscale.models.config import (
-    Alibi,
     AttentionConfig,
     BlockConfig,
     FeedForwardConfig,
     Group,
-    LearnedPositions,
-    MLPConfig,
+    HeadConfig,
     NormConfig,
     PatchInputs,
-    Rotary,
     TokenInputs,
     TransformerConfig,
 )
@@ -29,11 +26,19 @@ from effscale.models.families import (
     opt,
     vit,
 )
-from effscale.models.heads import ClassHead, HeadConfig, LMHead
+from effscale.models.heads import ClassHead, LMHead
 from effscale.models.image_size import resize_images
 from effscale.models.layers import Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
-from effscale.models.positions import alibi_slopes, rotary_angles, rotate
+from effscale.models.mlp import MLPConfig
+from effscale.models.positions import (
+    Alibi,
+    LearnedPositions,
+    Rotary,
+    alibi_slopes,
+    rotary_angles,
+    rotate,
+)
 from effscale.models.presets import PRESETS, abstract, num_params, preset
 from effscale.models.reports import aux_loss, by_layer, report_means
 from effscale.models.rotary_scaling import (

@@ -11,16 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effscale.models.config import (
-    Alibi,
-    AttentionConfig,
-    AttentionImplementation,
-    Positions,
-    Rotary,
-)
+from effscale.models.config import AttentionConfig, AttentionImplementation
 from effscale.models.context import Context
 from effscale.models.layers import Dense, dropout
-from effscale.models.positions import alibi_slopes, rotate
+from effscale.models.positions import Alibi, Positions, Rotary, alibi_slopes, rotate
 from effscale.models.weights import matmuls
 from effscale.parallel import constrain, current_rules
 from kernels_pallas import attention

@@ -2,7 +2,7 @@
 
 :class:`TransformerConfig` holds the parts; :mod:`effscale.models.families` writes it for each family and
 :mod:`effscale.models.presets` for each published size. A part that a technique brings (a mixture of experts in
-place of :class:`MLPConfig`) only needs the same ``build``.
+place of :class:`effscale.models.MLPConfig`) only needs the same ``build``.
 """
 
 import dataclasses
@@ -13,65 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from effscale.models.activations import ACTIVATIONS, Activation
 from effscale.models.layers import LayerNorm, RMSNorm
 from effscale.models.points import POINTS, check_points
-from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
+from effscale.models.positions import Alibi, LearnedPositions, Positions, Rotary
 from effscale.models.validation import check, choice
 
 if TYPE_CHECKING:
     from flax import nnx
 
-    from effscale.models.heads import HeadConfig
-    from effscale.models.mlp import MLP
-
 Residual = Literal["pre", "pre_normed", "post", "parallel", "parallel_shared"]
 Remat = Literal["none", "full", "dots", "dots_no_batch"]
 AttentionImplementation = Literal["blocks", "splash", "cudnn"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LearnedPositions:
-    """A trained vector for each position, added to the token's."""
-
-    num: int
-    """Positions that exist; a longer sequence is an error."""
-    offset: int = 0
-    """Rows before that of position 0 (OPT: 2)."""
-
-    def __post_init__(self):
-        check(self, self.num >= 1, "num", "at least 1")
-        check(self, self.offset >= 0, "offset", "0 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """Rotates pairs of each query and key by an angle that grows with the position (Su et al., 2021)."""
-
-    dim: int | None = None
-    """Leading dimensions of each head that rotate; None: all."""
-    base: float = 10000.0
-    """Pair ``i`` turns by ``base^(-2i/dim)`` a position."""
-    interleaved: bool = False
-    """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
-    scaling: RotaryScaling | None = None
-    """How the frequencies were changed for longer sequences: linear, Llama 3's, YaRN; None: not at all."""
-
-    def __post_init__(self):
-        check(
-            self,
-            self.dim is None or (self.dim > 0 and self.dim % 2 == 0),
-            "dim",
-            "an even number above 0, or None",
-        )
-        check(self, 0 < self.base < math.inf, "base", "above 0, and finite")
-        if isinstance(self.scaling, YarnScaling):
-            check(self, self.base > 1, "base", "above 1 with YarnScaling")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Alibi:
-    """A bias on the scores that falls with distance, by a slope for each head (Press et al., 2021)."""
-
-
-Positions = LearnedPositions | Rotary | Alibi | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,38 +118,18 @@ class FeedForwardConfig(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLPConfig:
-    """The usual feed-forward: two projections around an activation, or three when gated."""
-
-    d_ff: int
-    """Inner width."""
-    activation: Activation = "gelu_tanh"
-    """Which activation; the four tanh variants differ as published models do."""
-    gated: bool = False
-    """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
-    bias: bool = True
-    """Biases of the projections."""
-
-    def __post_init__(self):
-        check(self, self.d_ff >= 1, "d_ff", "at least 1")
-        choice(self, "activation", tuple(ACTIVATIONS))
-
-    def multiplications(self, d_model: int) -> int:
-        """Multiplications of one token's forward pass."""
-        return (3 if self.gated else 2) * d_model * self.d_ff
+@runtime_checkable
+class HeadConfig(Protocol):
+    """A head: a name for its output, and a ``build``."""
 
     @property
-    def points(self) -> tuple[str, ...]:
-        """The outputs of the first projections, and what the last one reads."""
-        first = ("feed_forward_gate",) if self.gated else ()
-        return (*first, "feed_forward_up", "feed_forward_inner")
+    def name(self) -> str:
+        """Key of the output."""
+        ...
 
-    def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
-        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
-        from effscale.models.mlp import MLP
-
-        return MLP(self, d_model, std=std, out_std=out_std, rngs=rngs)
+    def build(self, config: "TransformerConfig", *, rngs: "nnx.Rngs") -> Any:
+        """The module; it maps ``(hidden, pooled, embed, valid, key)`` to the output."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,7 +235,7 @@ class TransformerConfig:
     """What comes in."""
     positions: Positions
     """How the model knows where a token stands; None: not at all."""
-    heads: "tuple[HeadConfig, ...]" = ()
+    heads: tuple[HeadConfig, ...] = ()
     """What comes out; none: hidden states."""
     causal: bool = True
     """Whether a token sees only those before it."""

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from effscale.models.config import Positions, Rotary
-from effscale.models.positions import Angles, rotary_angles
+from effscale.models.positions import Angles, Positions, Rotary, rotary_angles
 
 
 @jax.tree_util.register_dataclass

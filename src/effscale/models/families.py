@@ -12,19 +12,18 @@ from typing import Any, ParamSpec
 
 from effscale.models.config import (
     Activation,
-    Alibi,
     AttentionConfig,
     BlockConfig,
     Group,
-    LearnedPositions,
-    MLPConfig,
+    HeadConfig,
     NormConfig,
     PatchInputs,
-    Rotary,
     TokenInputs,
     TransformerConfig,
 )
-from effscale.models.heads import ClassHead, HeadConfig, LMHead
+from effscale.models.heads import ClassHead, LMHead
+from effscale.models.mlp import MLPConfig
+from effscale.models.positions import Alibi, LearnedPositions, Rotary
 from effscale.models.rotary_scaling import RotaryScaling
 
 Arguments = ParamSpec("Arguments")

@@ -1,7 +1,7 @@
 """What comes out of a model: vocabulary logits, masked-word logits, classes, values."""
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,20 +15,6 @@ from effscale.models.validation import check, choice
 from effscale.models.weights import matmul, transpose
 
 Pool = Literal["first", "pooled", "last", "mean", "none"]
-
-
-@runtime_checkable
-class HeadConfig(Protocol):
-    """A head: a name for its output, and a ``build``."""
-
-    @property
-    def name(self) -> str:
-        """Key of the output."""
-        ...
-
-    def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> Any:
-        """The module; it maps ``(hidden, pooled, embed, valid, key)`` to the output."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effscale.models.attention import Attention
-from effscale.models.config import LearnedPositions, PatchInputs
+from effscale.models.config import PatchInputs
+from effscale.models.positions import LearnedPositions
 from effscale.models.transformer import Transformer
 from effscale.models.weights import dense
 

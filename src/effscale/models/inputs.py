@@ -6,8 +6,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from effscale.models.config import LearnedPositions, PatchInputs, TokenInputs, TransformerConfig
+from effscale.models.config import PatchInputs, TokenInputs, TransformerConfig
 from effscale.models.layers import Dense, Embedding, dropout
+from effscale.models.positions import LearnedPositions
 
 
 def _position_table(config: TransformerConfig, rngs: nnx.Rngs) -> Embedding | None:

@@ -1,14 +1,49 @@
 """The usual feed-forward of a block."""
 
+import dataclasses
+
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from effscale.models.config import MLPConfig
+from effscale.models.activations import ACTIVATIONS, Activation
 from effscale.models.context import Context
 from effscale.models.layers import Dense
+from effscale.models.validation import check, choice
 from effscale.models.weights import matmuls
 from effscale.parallel import constrain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """The usual feed-forward: two projections around an activation, or three when gated."""
+
+    d_ff: int
+    """Inner width."""
+    activation: Activation = "gelu_tanh"
+    """Which activation; the four tanh variants differ as published models do."""
+    gated: bool = False
+    """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
+    bias: bool = True
+    """Biases of the projections."""
+
+    def __post_init__(self):
+        check(self, self.d_ff >= 1, "d_ff", "at least 1")
+        choice(self, "activation", tuple(ACTIVATIONS))
+
+    def multiplications(self, d_model: int) -> int:
+        """Multiplications of one token's forward pass."""
+        return (3 if self.gated else 2) * d_model * self.d_ff
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """The outputs of the first projections, and what the last one reads."""
+        first = ("feed_forward_gate",) if self.gated else ()
+        return (*first, "feed_forward_up", "feed_forward_inner")
+
+    def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
+        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        return MLP(self, d_model, std=std, out_std=out_std, rngs=rngs)
 
 
 class MLP(nnx.Module):

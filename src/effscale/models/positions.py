@@ -1,13 +1,61 @@
 """Where tokens stand: rotary angles and ALiBi slopes."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from effscale.models.config import Rotary
-from effscale.models.rotary_scaling import RotaryScaling
+from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
+from effscale.models.validation import check
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A trained vector for each position, added to the token's."""
+
+    num: int
+    """Positions that exist; a longer sequence is an error."""
+    offset: int = 0
+    """Rows before that of position 0 (OPT: 2)."""
+
+    def __post_init__(self):
+        check(self, self.num >= 1, "num", "at least 1")
+        check(self, self.offset >= 0, "offset", "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotates pairs of each query and key by an angle that grows with the position (Su et al., 2021)."""
+
+    dim: int | None = None
+    """Leading dimensions of each head that rotate; None: all."""
+    base: float = 10000.0
+    """Pair ``i`` turns by ``base^(-2i/dim)`` a position."""
+    interleaved: bool = False
+    """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
+    scaling: RotaryScaling | None = None
+    """How the frequencies were changed for longer sequences: linear, Llama 3's, YaRN; None: not at all."""
+
+    def __post_init__(self):
+        check(
+            self,
+            self.dim is None or (self.dim > 0 and self.dim % 2 == 0),
+            "dim",
+            "an even number above 0, or None",
+        )
+        check(self, 0 < self.base < math.inf, "base", "above 0, and finite")
+        if isinstance(self.scaling, YarnScaling):
+            check(self, self.base > 1, "base", "above 1 with YarnScaling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alibi:
+    """A bias on the scores that falls with distance, by a slope for each head (Press et al., 2021)."""
+
+
+Positions = LearnedPositions | Rotary | Alibi | None
 
 Angles = tuple[Float[Array, "rows seq pairs"], Float[Array, "rows seq pairs"]]
 

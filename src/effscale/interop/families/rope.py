@@ -7,7 +7,7 @@ from effscale.interop.families.family import Json
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
 from effscale.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling
-from effscale.models.config import RotaryScaling
+from effscale.models.rotary_scaling import RotaryScaling
 
 LLAMA3 = ("low_freq_factor", "high_freq_factor")
 YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
