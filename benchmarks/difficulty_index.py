@@ -35,7 +35,7 @@ def write_store(folder: pathlib.Path, num_tokens: int) -> None:
 
 
 def index(num_tokens: int) -> dict[str, float]:
-    from effscale.curriculum.analysis import analyze, count_vocabulary
+    from effscale.curriculum.analysis.analyze import analyze, count_vocabulary
     from effscale.curriculum.metrics import VocabularyRarity
     from effscale.data import PackedTokens, TokenStore
 

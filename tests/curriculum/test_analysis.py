@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from effscale.curriculum.analysis import accumulate, analyze, count_vocabulary
-from effscale.curriculum.analysis_map import Shard, map_metrics, plan_shards
-from effscale.curriculum.analysis_reduce import sort_metric
-from effscale.curriculum.analysis_rows import read_rows
-from effscale.curriculum.analysis_shards import MARKER, ShardFolder, claimed
+from effscale.curriculum.analysis.analyze import accumulate, analyze, count_vocabulary
+from effscale.curriculum.analysis.map import Shard, map_metrics, plan_shards
+from effscale.curriculum.analysis.reduce import sort_metric
+from effscale.curriculum.analysis.rows import read_rows
+from effscale.curriculum.analysis.shards import MARKER, ShardFolder, claimed
 from effscale.curriculum.index import DifficultyIndex
 from effscale.curriculum.metrics import (
     LengthThenRarity,
@@ -444,7 +444,7 @@ def test_a_full_disk_is_named_and_finished_shards_are_kept(parts, tmp_path, monk
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["effscale.curriculum.analysis"], "sort_metric", sort)
+            patch.setattr(sys.modules["effscale.curriculum.analysis.analyze"], "sort_metric", sort)
             with pytest.raises(DiskFullError, match="the disk is full"):
                 run()
         assert len(list(shards.glob("*.parquet"))) == 3

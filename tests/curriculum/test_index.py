@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from effscale.curriculum.analysis import analyze
+from effscale.curriculum.analysis.analyze import analyze
 from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import CorruptIndexError, DifficultyIndex, write_manifest
 from effscale.curriculum.metrics import LengthThenRarity, VocabularyRarity, sequence_length

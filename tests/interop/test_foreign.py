@@ -14,7 +14,7 @@ from effscale.interop import FolderError, load_adapter, load_pretrained, load_to
 from effscale.interop.companions import Companions
 from effscale.interop.families import FAMILIES
 from effscale.interop.foreign import Fields, reading
-from effscale.interop.peft_config import other_kind, read_scaling
+from effscale.interop.peft.config import other_kind, read_scaling
 from effscale.interop.plan import parameters, plan, their_shapes
 from effscale.interop.source import identify, open_source
 from effscale.interop.summary import summarize

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale.interop import FolderError, load_tokenizer
-from effscale.interop.gguf_files import FREQUENCIES, GGUFFile, gguf_config
-from effscale.interop.gguf_header import read_header
+from effscale.interop.files.gguf import FREQUENCIES, GGUFFile, gguf_config
+from effscale.interop.files.gguf_header import read_header
 from effscale.interop.source import open_source
 from effscale.interop.tensors import Tensors
 

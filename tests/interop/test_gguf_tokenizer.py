@@ -9,8 +9,8 @@ import pytest
 from effscale.data import train_tokenizer
 from effscale.experiments.shared import assets
 from effscale.interop import FolderError
-from effscale.interop.gguf_files import GGUFFile
-from effscale.interop.gguf_tokenizer import SPLITS, gguf_tokenizer
+from effscale.interop.files.gguf import GGUFFile
+from effscale.interop.files.gguf_tokenizer import SPLITS, gguf_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from effscale.interop.files.megatron import MegatronBloom
 from effscale.interop.folder import open_tensors
-from effscale.interop.megatron import MegatronBloom
 from effscale.interop.tensors import FolderError, Tensors
 
 torch = pytest.importorskip("torch", reason="Megatron's files are PyTorch's")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from effscale.interop import FolderError, load_adapter, save_adapter
 from effscale.interop.families import FAMILIES
-from effscale.interop.peft_config import read_scaling, targets, write_scaling
+from effscale.interop.peft.config import read_scaling, targets, write_scaling
 from effscale.models import (
     ClassHead,
     LoRA,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from effscale.interop.peft_patterns import MAX_LENGTH, matcher
+from effscale.interop.peft.patterns import MAX_LENGTH, matcher
 
 PARTS = (
     *("a", "b", "1", "_", "-", ".", r"\.", r"\d", r"\w", r"\S", "[ab]", "[^a.]", "[a-c_]"),

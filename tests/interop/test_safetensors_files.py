@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from effscale.interop.safetensors_files import CHECKSUMS, SafetensorsFile
+from effscale.interop.files.safetensors import CHECKSUMS, SafetensorsFile
+from effscale.interop.files.writer import write_tensors
 from effscale.interop.tensors import FolderError, Renamed, Tensors
-from effscale.interop.writer import write_tensors
 
 ARRAYS = {
     "wte": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),

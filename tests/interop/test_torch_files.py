@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from effscale.interop.files.torch import RESIDENT_PART, TorchFile
 from effscale.interop.tensors import FolderError, Tensors
-from effscale.interop.torch_files import RESIDENT_PART, TorchFile
 
 torch = pytest.importorskip("torch", reason="these tests write files with PyTorch")
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from effscale.data import DiskFullError
-from effscale.interop import writer
+from effscale.interop.files import writer
+from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.folder import open_tensors
 from effscale.interop.tensors import FolderError
-from effscale.interop.writer import parse_size, write_tensors
 
 INDEX = "model.safetensors.index.json"
 ARRAYS = {
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
 KILLED = """
 import os, pathlib, shutil, signal, sys
 import numpy as np
-from effscale.interop.writer import write_tensors
+from effscale.interop.files.writer import write_tensors
 
 root, *limits = sys.argv[1:]
 OLD = {f"t{i}": np.full(4, i, np.int8) for i in range(6)}

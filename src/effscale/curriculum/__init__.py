@@ -7,7 +7,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from effscale.curriculum.analysis import AnalysisProgress, accumulate, analyze, count_vocabulary
+    from effscale.curriculum.analysis.analyze import (
+        AnalysisProgress,
+        accumulate,
+        analyze,
+        count_vocabulary,
+    )
     from effscale.curriculum.deepspeed import (
         DeepSpeedCurriculum,
         curriculum_from_deepspeed,
@@ -82,10 +87,10 @@ __all__ = [
 
 # Loaded when first asked for: processes that only map shards need neither JAX nor grain.
 _MODULES = {
-    "AnalysisProgress": "analysis",
-    "accumulate": "analysis",
-    "analyze": "analysis",
-    "count_vocabulary": "analysis",
+    "AnalysisProgress": "analysis.analyze",
+    "accumulate": "analysis.analyze",
+    "analyze": "analysis.analyze",
+    "count_vocabulary": "analysis.analyze",
     "DeepSpeedCurriculum": "deepspeed",
     "curriculum_from_deepspeed": "deepspeed",
     "pacing_from_deepspeed": "deepspeed",

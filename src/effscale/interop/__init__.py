@@ -1,7 +1,7 @@
 """PyTorch and Hugging Face model folders, in and out."""
 
 from effscale.interop.load import load_pretrained
-from effscale.interop.peft import load_adapter, save_adapter
+from effscale.interop.peft.adapters import load_adapter, save_adapter
 from effscale.interop.save import save_pretrained
 from effscale.interop.tensors import FolderError
 from effscale.interop.tokenizer import load_tokenizer

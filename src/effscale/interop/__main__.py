@@ -56,9 +56,9 @@ def convert(
         dtype: Type of the numbers; by default each tensor keeps its own.
         max_shard_size: Bytes in a file at most, such as 500MB.
     """
+    from effscale.interop.files.writer import parse_size
     from effscale.interop.load import load_pretrained
     from effscale.interop.save import save_pretrained
-    from effscale.interop.writer import parse_size
 
     parse_size(max_shard_size)
     if out.exists() and not out.is_dir():

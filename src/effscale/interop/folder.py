@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from effscale.interop.megatron import MegatronBloom
-from effscale.interop.safetensors_files import SafetensorsFile
+from effscale.interop.files.megatron import MegatronBloom
+from effscale.interop.files.safetensors import SafetensorsFile
+from effscale.interop.files.torch import TorchFile
 from effscale.interop.shards import Shards
 from effscale.interop.tensors import FolderError, Tensors
-from effscale.interop.torch_files import TorchFile
 
 NAMES = (
     "model.safetensors",
@@ -29,7 +29,7 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     """Opens the weights of a model folder, without reading them.
 
     Taken is the first of `NAMES` that is there; else Megatron-DeepSpeed's layer files
-    (`effscale.interop.megatron`); else the only other ``*.safetensors`` file, or the only other
+    (`effscale.interop.files.megatron`); else the only other ``*.safetensors`` file, or the only other
     ``*.bin`` file.
 
     Args:

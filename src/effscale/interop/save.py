@@ -14,10 +14,10 @@ from jax.experimental import multihost_utils
 
 from effscale.interop.companions import Companions
 from effscale.interop.describe import describe
+from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
 from effscale.interop.plan import parameters, plan
 from effscale.interop.table import sizes
-from effscale.interop.writer import parse_size, write_tensors
 from effscale.models import LMHead, Transformer, dense
 
 

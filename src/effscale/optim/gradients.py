@@ -10,12 +10,12 @@ from jax.typing import DTypeLike
 
 from effscale.optim.options import check_number
 from effscale.optim.params_like import unlike_params
-from effscale.parallel.compressed import compressed_mean
-from effscale.parallel.error_feedback import init_error_feedback
-from effscale.parallel.exchange import Scales
+from effscale.parallel.onebit.error_feedback import init_error_feedback
+from effscale.parallel.onebit.exchange import Scales
+from effscale.parallel.onebit.layout import check_real
+from effscale.parallel.onebit.mean import compressed_mean
+from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.shared_values import settled
-from effscale.parallel.tensor_layout import check_real
-from effscale.parallel.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import (
     PerWorker,

@@ -18,7 +18,7 @@ from effscale.optim.freezing import (
     is_frozen,
     watch_variance,
 )
-from effscale.parallel.exchange import Scales
+from effscale.parallel.onebit.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 

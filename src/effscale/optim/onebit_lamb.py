@@ -21,7 +21,7 @@ from effscale.optim.lamb import Lamb, check_params
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
 from effscale.optim.options import check_bounds, check_number
 from effscale.optim.params_like import unlike_params
-from effscale.parallel.exchange import Scales
+from effscale.parallel.onebit.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
 

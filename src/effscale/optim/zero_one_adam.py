@@ -13,9 +13,9 @@ from effscale.optim.freezing import check_moments
 from effscale.optim.options import check_count
 from effscale.optim.params_like import unlike_params
 from effscale.optim.zero_one_policies import Policies, PolicyState, Round
-from effscale.parallel.compressed import compressed_mean
-from effscale.parallel.error_feedback import ErrorFeedback, init_error_feedback
-from effscale.parallel.exchange import Scales
+from effscale.parallel.onebit.error_feedback import ErrorFeedback, init_error_feedback
+from effscale.parallel.onebit.exchange import Scales
+from effscale.parallel.onebit.mean import compressed_mean
 from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import PerWorker, as_local
 from effscale.training.schedules import value_at

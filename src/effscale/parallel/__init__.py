@@ -5,11 +5,18 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 ``python -m effscale.parallel.local_launch``.
 """
 
-from effscale.parallel.compressed import compressed_mean
 from effscale.parallel.constraint import auto_batch_axes, constrain
-from effscale.parallel.error_feedback import ErrorFeedback, Residual, init_error_feedback
 from effscale.parallel.layout import Placement
 from effscale.parallel.mesh import AXES, MeshConfig
+from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, init_error_feedback
+from effscale.parallel.onebit.mean import compressed_mean
+from effscale.parallel.onebit.resize import resize_workers
+from effscale.parallel.onebit.traffic import (
+    Collective,
+    collectives,
+    compressed_mean_bytes,
+    mean_bytes,
+)
 from effscale.parallel.peers import ending_together, on_first
 from effscale.parallel.placement import (
     BatchShard,
@@ -19,15 +26,8 @@ from effscale.parallel.placement import (
     shard_batch,
     shardings,
 )
-from effscale.parallel.resize import resize_workers
 from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
 from effscale.parallel.startup import DistributedConfig, initialize
-from effscale.parallel.traffic import (
-    Collective,
-    collectives,
-    compressed_mean_bytes,
-    mean_bytes,
-)
 from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
 from effscale.parallel.worker_steps import per_worker, simulate_workers
 from effscale.parallel.workers import PerWorker, sent_bytes, worker_params

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from effscale.parallel.resize import resize_workers
+from effscale.parallel.onebit.resize import resize_workers
 from effscale.parallel.workers import is_per_worker
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest

@@ -19,7 +19,7 @@ from effscale.curriculum import (
     rank,
     with_metrics,
 )
-from effscale.curriculum.analysis_rows import read_rows
+from effscale.curriculum.analysis.rows import read_rows
 from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
 from effscale.models import Transformer
 from effscale.parallel import batch_shard, shard_batch, shardings

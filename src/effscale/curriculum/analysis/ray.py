@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from effscale.curriculum.analysis_map import Columns, MapFunction, Shard
-from effscale.curriculum.analysis_workers import MAX_TRIES
+from effscale.curriculum.analysis.map import Columns, MapFunction, Shard
+from effscale.curriculum.analysis.workers import MAX_TRIES
 
 PREFIX = "column:"  # a metric may have the name of an argument of NumPy's
 

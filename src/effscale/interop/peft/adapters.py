@@ -11,17 +11,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from effscale.interop.companions import write_json
+from effscale.interop.files.safetensors import SafetensorsFile
+from effscale.interop.files.torch import TorchFile
+from effscale.interop.files.writer import write_tensors
 from effscale.interop.folder import checked_folder, read_json
-from effscale.interop.peft_config import other_kind, read_scaling, targets, write_scaling
-from effscale.interop.peft_modules import Modules, keys, modules_of
-from effscale.interop.peft_pairs import join, stack
-from effscale.interop.peft_reader import AdapterReader
+from effscale.interop.peft.config import other_kind, read_scaling, targets, write_scaling
+from effscale.interop.peft.modules import Modules, keys, modules_of
+from effscale.interop.peft.pairs import join, stack
+from effscale.interop.peft.reader import AdapterReader
 from effscale.interop.plan import parameters
-from effscale.interop.safetensors_files import SafetensorsFile
 from effscale.interop.save import on_host
 from effscale.interop.tensors import FolderError, Tensors
-from effscale.interop.torch_files import TorchFile
-from effscale.interop.writer import write_tensors
 from effscale.models import LMHead, LoRA, Transformer
 from effscale.parallel import shardings
 

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from effscale.curriculum.analysis_map import Columns, Shard
+from effscale.curriculum.analysis.map import Columns, Shard
 from effscale.data import DiskFullError
 from effscale.data.atomic import flush
 from effscale.locks import LockedError, ProcessLock

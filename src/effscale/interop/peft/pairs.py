@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from effscale.interop.peft_modules import Module
+from effscale.interop.peft.modules import Module
 
 
 @dataclasses.dataclass(frozen=True)

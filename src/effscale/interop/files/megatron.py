@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from effscale.interop.files.torch import TorchFile
 from effscale.interop.tensors import FolderError, TensorInfo
-from effscale.interop.torch_files import TorchFile
 
 FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 

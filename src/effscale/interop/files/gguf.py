@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from effscale.interop.files.gguf_header import Header, import_gguf, read_header
 from effscale.interop.foreign import reading, shown
-from effscale.interop.gguf_header import Header, import_gguf, read_header
 from effscale.interop.tensors import FolderError, TensorInfo
 
 FREQUENCIES = "rope_freqs.weight"

@@ -13,9 +13,14 @@ from typing import Any, get_args
 import jax
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel.error_feedback import ErrorFeedback, Residual, check_errors, structure_of
-from effscale.parallel.exchange import Exchange, Scales
-from effscale.parallel.tensor_layout import check_real, tensor_layouts
+from effscale.parallel.onebit.error_feedback import (
+    ErrorFeedback,
+    Residual,
+    check_errors,
+    structure_of,
+)
+from effscale.parallel.onebit.exchange import Exchange, Scales
+from effscale.parallel.onebit.layout import check_real, tensor_layouts
 from effscale.parallel.workers import as_local, bound_axis_size, has_types, is_manual
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effscale.parallel.exchange import Scales
-from effscale.parallel.tensor_layout import tensor_layouts
+from effscale.parallel.onebit.exchange import Scales
+from effscale.parallel.onebit.layout import tensor_layouts
 
 _KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 _LINE = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)$")

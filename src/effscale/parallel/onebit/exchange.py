@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effscale.parallel.error_feedback import Residual
-from effscale.parallel.tensor_layout import TensorLayout, axis_names
+from effscale.parallel.onebit.error_feedback import Residual
+from effscale.parallel.onebit.layout import TensorLayout, axis_names
 from effscale.parallel.workers import gather
 from kernels_pallas import sign_compress
 from kernels_pallas.manual_axes import vary

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from effscale.curriculum.analysis_map import (
+from effscale.curriculum.analysis.map import (
     SAMPLE,
     TOTAL,
     Columns,
@@ -28,9 +28,9 @@ from effscale.curriculum.analysis_map import (
     map_total,
     plan_shards,
 )
-from effscale.curriculum.analysis_reduce import sort_metric
-from effscale.curriculum.analysis_shards import claimed, full_disk_errors, remove_leftovers
-from effscale.curriculum.analysis_workers import local_runner
+from effscale.curriculum.analysis.reduce import sort_metric
+from effscale.curriculum.analysis.shards import claimed, full_disk_errors, remove_leftovers
+from effscale.curriculum.analysis.workers import local_runner
 from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
 from effscale.curriculum.metrics import Batch, Metric, TokenCounts
@@ -81,7 +81,7 @@ def analyze(
         overwrite: Replace an index of another source or other metrics.
         progress: Called when shards are finished.
         run: Where shards are mapped instead of in local processes, such as
-            `effscale.curriculum.analysis_ray.ray_runner`.
+            `effscale.curriculum.analysis.ray.ray_runner`.
 
     Raises:
         ValueError: The source is empty, an argument is out of range, or a metric gives something

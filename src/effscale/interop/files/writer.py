@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from effscale.data.atomic import atomic_folder, flush
-from effscale.interop.safetensors_files import CHECKSUMS, CODES, checksum
+from effscale.interop.files.safetensors import CHECKSUMS, CODES, checksum
 from effscale.interop.tensors import FolderError
 
 SINGLE = "model.safetensors"
@@ -49,7 +49,7 @@ def write_tensors(
     that format, so a folder that holds them is refused. Anything else in the folder is left alone.
 
     The bytes of a file depend on the tensors only. Each file carries checksums in its metadata
-    (`effscale.interop.safetensors_files.SafetensorsFile`), which other readers ignore.
+    (`effscale.interop.files.safetensors.SafetensorsFile`), which other readers ignore.
 
     Args:
         folder: Where to; made if it does not exist.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effscale.curriculum.analysis_rows import read_rows
+from effscale.curriculum.analysis.rows import read_rows
 from effscale.curriculum.metrics import Batch, Metric
 
 SAMPLE = "sample"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from effscale.curriculum.analysis_map import Columns, MapFunction, Runner, Shard
+from effscale.curriculum.analysis.map import Columns, MapFunction, Runner, Shard
 
 MAX_TRIES = 3
 

@@ -48,7 +48,7 @@ class SafetensorsFile:
     a map count as resident memory until it is closed, and a file cut short while it is mapped
     kills the process.
 
-    The files that `effscale.interop.writer` makes carry a checksum of every tensor (its name, type,
+    The files that `effscale.interop.files.writer` makes carry a checksum of every tensor (its name, type,
     shape and data), so any damage to them is noticed. Files of others carry none: damage to
     their header is noticed unless it happens to be a valid header again, and a flipped bit in
     their data cannot be known from the file.

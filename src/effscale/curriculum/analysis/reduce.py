@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from effscale.curriculum.analysis_map import SAMPLE
+from effscale.curriculum.analysis.map import SAMPLE
 from effscale.curriculum.index import PERCENTILES
 
 ROW_GROUP = 1 << 20

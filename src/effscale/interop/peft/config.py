@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from effscale.interop.foreign import Fields, shown
-from effscale.interop.peft_patterns import matcher
+from effscale.interop.peft.patterns import matcher
 from effscale.interop.tensors import FolderError
 
 # Fields that, when set, make the adapter something else than x W + s (x A) B.
@@ -37,7 +37,7 @@ class Scaling:
         alpha: The scale is ``alpha / rank``, or with ``root`` ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         root: Which of both.
         ranks: Other ranks, by a module's path or a regular expression that its end matches
-            (:mod:`effscale.interop.peft_patterns`).
+            (:mod:`effscale.interop.peft.patterns`).
         alphas: Other alphas, likewise.
     """
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel.tensor_layout import TensorLayout, check_real, tensor_layouts
+from effscale.parallel.onebit.layout import TensorLayout, check_real, tensor_layouts
 from kernels_pallas.sign_compress.reference import quantized
 
 

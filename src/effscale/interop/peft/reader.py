@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from effscale.interop.load import FLOATS, has_nan
-from effscale.interop.peft_config import Scaling
-from effscale.interop.peft_modules import Module, Modules, keys
-from effscale.interop.peft_pairs import Pair
+from effscale.interop.peft.config import Scaling
+from effscale.interop.peft.modules import Module, Modules, keys
+from effscale.interop.peft.pairs import Pair
 from effscale.interop.save import on_host
 from effscale.interop.tensors import Tensors
 

@@ -7,8 +7,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 
+from effscale.interop.files.gguf import GGUFFile
 from effscale.interop.foreign import Fields, reading, shown
-from effscale.interop.gguf_files import GGUFFile
 from effscale.interop.tensors import FolderError
 
 GGML = "tokenizer.ggml."

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effscale.parallel.error_feedback import ErrorFeedback, Residual
+from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual
 from effscale.parallel.workers import PerWorker, is_per_worker
 
 

@@ -1,0 +1,1 @@
+"""Files of weights: reading and writing them, without running what they hold."""

@@ -1,0 +1,1 @@
+"""LoRA adapters from and to PEFT's folders."""
