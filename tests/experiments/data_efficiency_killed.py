@@ -9,9 +9,8 @@ import signal
 import sys
 import time
 
-import effscale.training
 from effscale.experiments import data_efficiency
-from effscale.experiments.finetune import runs as finetune_runner
+from effscale.experiments.shared import runs
 
 
 def main():
@@ -23,7 +22,7 @@ def main():
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
-    fit, write = effscale.training.fit, finetune_runner.write_json
+    fit, write = runs.fit, runs.write_json
 
     def fit_until(*arguments, before_step, **options):
         begun.append(True)
@@ -38,8 +37,8 @@ def main():
 
         return fit(*arguments, before_step=before, **options)
 
-    effscale.training.fit = fit_until
-    finetune_runner.write_json = lambda *arguments: (
+    runs.fit = fit_until
+    runs.write_json = lambda *arguments: (
         die() if kind == "done" and len(begun) - 1 == int(run) else write(*arguments)
     )
     data_efficiency.main(words)

@@ -10,8 +10,9 @@ import sys
 import time
 
 from effscale.experiments import finetune
-from effscale.experiments.finetune import runs as finetune_runner
-from effscale.experiments.shared.classifier import batches as finetune_batches
+from effscale.experiments.finetune import runs as finetune_runs
+from effscale.experiments.shared import runs
+from effscale.experiments.shared.classifier import batches as training_batches
 
 
 def main():
@@ -23,7 +24,7 @@ def main():
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
-    step_of = finetune_batches.TrainingBatches.__next__
+    step_of = training_batches.TrainingBatches.__next__
 
     def next_batch(batches):
         if running[-1] == backend and batches.step == int(number):
@@ -33,16 +34,16 @@ def main():
                 os.kill(os.getpid(), signal.SIGTERM)
         return step_of(batches)
 
-    run = finetune_runner.Runner.run
-    write = finetune_runner.write_json
+    run = finetune_runs.Runner.run
+    write = runs.write_json
 
     def run_one(runner, name, seed):
         running.append(name)
         run(runner, name, seed)
 
-    finetune_batches.TrainingBatches.__next__ = next_batch
-    finetune_runner.Runner.run = run_one
-    finetune_runner.write_json = lambda *arguments: (
+    training_batches.TrainingBatches.__next__ = next_batch
+    finetune_runs.Runner.run = run_one
+    runs.write_json = lambda *arguments: (
         die() if kind == "done" and running[-1] == backend else write(*arguments)
     )
     finetune.main(words)

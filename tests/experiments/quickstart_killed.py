@@ -54,7 +54,7 @@ def main():
             die() if folder.name.endswith(f"{at:08d}") else write(folder)
         )
     if kind == "sample":
-        quickstart.sample = lambda *_: die()
+        quickstart.experiment.sample = lambda *_: die()
     quickstart.main(words)
 
 

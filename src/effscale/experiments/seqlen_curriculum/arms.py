@@ -20,13 +20,11 @@ from effscale.curriculum.learning_rate import current_learning_rate, steps_then_
 from effscale.curriculum.lengths import SequenceLengthCurriculum, truncate
 from effscale.data import Corpus, make_dataset
 from effscale.experiments.seqlen_curriculum.config import Config
-from effscale.experiments.shared.cli import StoppedBySignal
-from effscale.experiments.shared.runs import once, writer_of_run
+from effscale.experiments.shared.runs import once, train_to_end
 from effscale.models import Transformer
 from effscale.models.validation import check
 from effscale.parallel import shard_batch, shardings
 from effscale.training import (
-    Checkpoints,
     LinearPacing,
     RunFolder,
     StagedStep,
@@ -35,12 +33,10 @@ from effscale.training import (
     TrainState,
     create_train_state,
     evaluate,
-    fit,
     make_eval_step,
     make_train_step,
     next_token_loss,
     read_jsonl,
-    resume_or_start,
 )
 
 
@@ -254,49 +250,25 @@ class Training:
         create = functools.partial(
             create_state, self.config, self.vocab_size, arm.learning_rate, seed
         )
-        batches = iter(self.batches(arm.batch_size, seed))
-        every = arm.eval_every(self.config.evaluations)
-        place = folder.path / name
-        with (
-            jax.set_mesh(self.mesh),
-            Checkpoints(place / "checkpoints", keep=1, every=every) as checkpoints,
-        ):
-            layout = shardings(jax.eval_shape(create), self.mesh)
-            state, start = resume_or_start(checkpoints, create, batches, shardings=layout)
-            # A run that goes on leaves the shapes behind it out; another seed's run will need them.
-            staged = self._stage(arm) if start == 0 else self._restage(arm)
-            writer = writer_of_run(folder, name, arm.num_steps, start)
-            writer = LossRatioWriter(writer, read_jsonl(place / "metrics.jsonl"))
-
-            def before_step(step: int, batch: Any) -> Any:
-                # No compilation may share the machine with steps whose time is taken.
-                if step == start + 1:
-                    staged.wait()
-                return staged.before_step(step, batch)
-
+        metrics = folder.path / name / "metrics.jsonl"
+        with jax.set_mesh(self.mesh):
             try:
-                fitted = fit(
-                    state,
-                    staged,
-                    batches,
+                train_to_end(
+                    folder,
+                    name,
+                    self._stage(arm),
+                    iter(self.batches(arm.batch_size, seed)),
+                    create=create,
                     num_steps=arm.num_steps,
-                    checkpoints=checkpoints,
-                    writer=writer,
                     evaluate=self._evaluate,
-                    eval_every=every,
+                    every=arm.eval_every(self.config.evaluations),
+                    restage=functools.partial(self._restage, arm),
+                    wrap_writer=lambda writer: LossRatioWriter(writer, read_jsonl(metrics)),
+                    layout=shardings(jax.eval_shape(create), self.mesh),
                     place_batch=self._place,
-                    before_step=before_step,
                 )
             except TrainingDivergedError as error:  # a result: its records end before the last step
                 print(f"{name} diverged at step {error.step}", file=sys.stderr)
-                return
-            finally:
-                writer.close()
-                if start > 0:
-                    staged.close()
-        if fitted.stopped_reason == "signal":
-            step = int(fitted.state.step)
-            raise StoppedBySignal(f"stopped and saved {name} at step {step}", fitted.signal)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         means = evaluate(state.model, self.eval_step, self.held_out, place_batch=self._place)

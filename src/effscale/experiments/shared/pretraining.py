@@ -21,6 +21,7 @@ from effscale.curriculum import (
 )
 from effscale.curriculum.analysis.rows import read_rows
 from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
+from effscale.experiments.shared.runs import run_to_end
 from effscale.models import Transformer
 from effscale.parallel import batch_shard, shard_batch, shardings
 from effscale.training import (
@@ -35,11 +36,9 @@ from effscale.training import (
     count_tokens,
     create_train_state,
     evaluate,
-    fit,
     make_eval_step,
     make_train_step,
     next_token_loss,
-    resume_or_start,
 )
 
 _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))  # one for all, as no technique changes it
@@ -166,6 +165,23 @@ class Pretraining:
         first = jax.process_index() == 0  # of several processes, the one that writes
         iterator = iter(batches)
         create = lambda: self.create(config)
+        staged = [self._staged]
+
+        def restage() -> StagedStep:
+            staged.append(self._stage())
+            return staged[-1]
+
+        def writer_of(start: int) -> MultiWriter:
+            if not first:
+                return MultiWriter([])
+            resume_step = start if config.resume else None
+            writers = [
+                JsonlWriter(place / "metrics.jsonl", resume_step=resume_step),
+                TensorBoardWriter(tensorboard, resume_step=resume_step),
+                ConsoleWriter(self.plan.num_steps, start_step=start),
+            ]
+            return MultiWriter(writers)
+
         with Checkpoints(
             place / "checkpoints",
             config=config,
@@ -173,45 +189,26 @@ class Pretraining:
             keep=config.keep,
             every=config.checkpoint_every,
         ) as checkpoints:
-            layout = shardings(jax.eval_shape(create), self.mesh)
-            state, start = resume_or_start(
-                checkpoints, create, iterator, resume=config.resume, shardings=layout
-            )
-            # A run that goes on leaves the shapes behind it out; another seed's run will need them.
-            staged = self._staged if start == 0 else self._stage()
-            resume_step = start if config.resume else None
-            writer = MultiWriter(
-                [
-                    JsonlWriter(place / "metrics.jsonl", resume_step=resume_step),
-                    TensorBoardWriter(tensorboard, resume_step=resume_step),
-                    ConsoleWriter(self.plan.num_steps, start_step=start),
-                ]
-                if first
-                else []
-            )
-
-            def before_step(step: int, batch: Any) -> Any:
-                if compile_first and step == start + 1:
-                    staged.wait()
-                return staged.before_step(step, batch)
-
             try:
-                fitted = fit(
-                    state,
-                    staged,
+                fitted = run_to_end(
+                    self._staged,
                     iterator,
+                    checkpoints,
+                    writer_of=writer_of,
+                    create=create,
                     num_steps=self.plan.num_steps,
-                    checkpoints=checkpoints,
-                    writer=writer,
                     evaluate=evaluate,
                     eval_every=config.eval_every,
+                    resume=config.resume,
+                    restage=restage,
+                    compile_first=compile_first,
+                    layout=shardings(jax.eval_shape(create), self.mesh),
                     place_batch=self._place,
-                    before_step=before_step,
                 )
             finally:
-                staged.close()
-                writer.close()
-        return Trained(fitted.state, fitted.stopped_reason, staged.compilations, fitted.signal)
+                staged[-1].close()
+        compilations = staged[-1].compilations
+        return Trained(fitted.state, fitted.stopped_reason, compilations, fitted.signal)
 
     def _stage(self) -> StagedStep:
         plan = self.plan

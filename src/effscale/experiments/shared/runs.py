@@ -11,7 +11,9 @@ from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,
+    FitResult,
     JsonlWriter,
+    MetricsWriter,
     MultiWriter,
     RunFolder,
     StagedStep,
@@ -64,11 +66,11 @@ def train_to_end(
     evaluate: Callable[[TrainState], Mapping[str, float]],
     every: int,
     restage: Callable[[], StagedStep] | None = None,
+    wrap_writer: Callable[[MetricsWriter], MetricsWriter] = lambda writer: writer,
+    layout: Any = None,
+    place_batch: Callable[[Any], Any] | None = None,
 ) -> TrainState:
-    """Trains from the start, or from the run's checkpoint, with all files of the run in its own folder.
-
-    Where the step is a ``StagedStep``, the second one waits until all shapes are compiled, so that no compilation shares
-    the machine with steps whose time is taken.
+    """Trains one of the runs of a run folder, from the start or from its checkpoint, with all of its files in a folder of its own.
 
     Args:
         folder: The run folder.
@@ -79,8 +81,10 @@ def train_to_end(
         num_steps: Steps of the whole run.
         evaluate: From a state to metrics.
         every: Steps between evaluations, and between checkpoints.
-        restage: Makes another ``StagedStep`` like ``step``, for a run that goes on in the middle of its schedule. It leaves the
-            shapes behind it out, and ``step`` must have them for the run of another seed.
+        restage: As in `run_to_end`.
+        wrap_writer: What is put around the writer of metrics.
+        layout: Shardings of the state; None leaves it on one device.
+        place_batch: Puts a batch on the devices.
 
     Returns:
         The last state.
@@ -88,40 +92,95 @@ def train_to_end(
     Raises:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
-    with Checkpoints(folder.path / name / "checkpoints", keep=1, every=every) as checkpoints:
-        state, start = resume_or_start(checkpoints, create, batches)
-        another = restage() if restage is not None and start > 0 else None
-        stepped = step if another is None else another
-        staged = stepped if isinstance(stepped, StagedStep) else None
-
-        def before_step(number: int, batch: Any) -> Any:
-            if staged is None:
-                return batch
-            if number == start + 1:
-                staged.wait()
-            return staged.before_step(number, batch)
-
-        writer = writer_of_run(folder, name, num_steps, start)
-        try:
-            fitted = fit(
-                state,
-                stepped,
-                batches,
-                num_steps=num_steps,
-                checkpoints=checkpoints,
-                writer=writer,
-                evaluate=evaluate,
-                eval_every=every,
-                before_step=before_step,
-            )
-        finally:
-            writer.close()
-            if another is not None:
-                another.close()
+    place = folder.path / name
+    with Checkpoints(place / "checkpoints", keep=1, every=every) as checkpoints:
+        fitted = run_to_end(
+            step,
+            batches,
+            checkpoints,
+            writer_of=lambda start: wrap_writer(writer_of_run(folder, name, num_steps, start)),
+            create=create,
+            num_steps=num_steps,
+            evaluate=evaluate,
+            eval_every=every,
+            restage=restage,
+            layout=layout,
+            place_batch=place_batch,
+        )
     if fitted.stopped_reason == "signal":
         reached = int(fitted.state.step)
         raise StoppedBySignal(f"stopped and saved {name} at step {reached}", fitted.signal)
     return fitted.state
+
+
+def run_to_end(
+    step: Callable[[TrainState, Any], Any],
+    batches: Any,
+    checkpoints: Checkpoints,
+    *,
+    writer_of: Callable[[int], MetricsWriter],
+    create: Callable[[], TrainState],
+    num_steps: int,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    eval_every: int,
+    resume: bool = True,
+    restage: Callable[[], StagedStep] | None = None,
+    compile_first: bool = True,
+    layout: Any = None,
+    place_batch: Callable[[Any], Any] | None = None,
+) -> FitResult:
+    """Trains from the start, or from the newest checkpoint: the loop of every experiment.
+
+    Args:
+        step: The training step.
+        batches: An iterator whose position can be saved.
+        checkpoints: The run's.
+        writer_of: Makes the writer of metrics, from the step that the run begins with; it is closed here.
+        create: Makes the state before the first step.
+        num_steps: Steps of the whole run.
+        evaluate: From a state to metrics.
+        eval_every: Steps between evaluations.
+        resume: As in `resume_or_start`.
+        restage: Makes another ``StagedStep`` like ``step``, for a run that continues in the middle of its schedule. It leaves out the
+            shapes behind it, which ``step`` must have for the run of another seed.
+        compile_first: Where the step is a ``StagedStep``, let the second step wait until all shapes are compiled, so that no compilation
+            shares the machine with steps whose time is taken.
+        layout: Shardings of the state; None leaves it on one device.
+        place_batch: Puts a batch on the devices.
+
+    Returns:
+        What `fit` returns; a signal is left to the caller.
+    """
+    state, start = resume_or_start(checkpoints, create, batches, resume=resume, shardings=layout)
+    another = restage() if restage is not None and start > 0 else None
+    stepped = step if another is None else another
+    staged = stepped if isinstance(stepped, StagedStep) else None
+
+    def before_step(number: int, batch: Any) -> Any:
+        if staged is None:
+            return batch
+        if compile_first and number == start + 1:
+            staged.wait()
+        return staged.before_step(number, batch)
+
+    writer = writer_of(start)
+    try:
+        return fit(
+            state,
+            stepped,
+            batches,
+            num_steps=num_steps,
+            checkpoints=checkpoints,
+            writer=writer,
+            evaluate=evaluate,
+            eval_every=eval_every,
+            place_batch=place_batch,
+            before_step=before_step,
+        )
+    finally:
+        writer.close()
+        if another is not None:
+            another.close()
 
 
 def writer_of_run(folder: RunFolder, name: str, num_steps: int, start: int) -> MultiWriter:
