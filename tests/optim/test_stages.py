@@ -8,7 +8,7 @@ import pytest
 from regression import alone_step_of, batches, run, start, step_of
 
 from effscale.optim import VarianceRatio, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.optim.gradients import check_axis
+from effscale.optim.averaging import check_axis
 from effscale.parallel import simulate_workers
 
 

@@ -1,17 +1,13 @@
 """Optimizers that send one bit a number, or nothing, as optax transformations: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
+from effscale.optim.averaging import MeanOverWorkersState, mean_over_workers
 from effscale.optim.deepspeed import optimizer_from_deepspeed
 from effscale.optim.diagnostics import params_without_variance
 from effscale.optim.freezing import RatioState, VarianceRatio
-from effscale.optim.gradients import (
-    MeanOverWorkersState,
-    SkipNonfiniteState,
-    mean_over_workers,
-    skip_nonfinite,
-)
 from effscale.optim.lamb import LambState, lamb
 from effscale.optim.onebit_adam import OneBitAdamState, onebit_adam, scale_by_onebit_adam
 from effscale.optim.onebit_lamb import OneBitLambState, onebit_lamb
+from effscale.optim.skipping import SkipNonfiniteState, skip_nonfinite
 from effscale.optim.zero_one_adam import OwnWay, ZeroOneAdamState, zero_one_adam
 from effscale.optim.zero_one_policies import Policies, PolicyState, Round, halving_steps
 

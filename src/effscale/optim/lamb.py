@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import gradients as g_
 from effscale.optim.freezing import check_moments
 from effscale.optim.layerwise import Stacked, TrustRatio, stacked_dims
+from effscale.optim.moments import averaged_moments, check_mu_dtype, moments_like, normalised
+from effscale.optim.precision import in_float32, in_types_of
 from effscale.training.schedules import scale_by_learning_rate
 
 
@@ -38,13 +39,13 @@ class Lamb(NamedTuple):
 
     def direction(self, mu: Any, nu: Any, params: Any) -> tuple[Any, Any]:
         """Momentum by the root of the variance, without and with weight decay."""
-        u = jax.tree.map(lambda m, v: g_.normalised(m, v, self.eps), mu, nu)
+        u = jax.tree.map(lambda m, v: normalised(m, v, self.eps), mu, nu)
         decay = optax.add_decayed_weights(self.weight_decay, self.mask)
-        return u, decay.update(u, decay.init(params), g_.in_float32(params))[0]
+        return u, decay.update(u, decay.init(params), in_float32(params))[0]
 
     def step(self, mean: Any, mu: Any, nu: Any, params: Any, dims: Any) -> "LambStep":
         """From the mean gradient, the last moments, the parameters and how many dimensions stack layers."""
-        mu, nu = g_.averaged_moments(mean, mu, nu, self.b1, self.b2)
+        mu, nu = averaged_moments(mean, mu, nu, self.b1, self.b2)
         _, u = self.direction(mu, nu, params)
         coeff = jax.tree.map(self.trust, params, u, dims)
         defined = jax.tree.map(self.trust.defined, params, u, dims)
@@ -116,19 +117,19 @@ def lamb(
     """
     rule = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
     rule.check()
-    g_.check_mu_dtype(mu_dtype)
+    check_mu_dtype(mu_dtype)
 
     def init(params: Any) -> Any:
-        return LambState(g_.moments_like(params, mu_dtype), g_.moments_like(params))
+        return LambState(moments_like(params, mu_dtype), moments_like(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del extra
         check_params(params)
         dims = stacked_dims(params, stacked)
-        mu = g_.in_types_of(state.nu, state.mu)
-        step = rule.step(g_.in_float32(updates), mu, state.nu, params, dims)
-        new = LambState(g_.in_types_of(state.mu, step.mu), step.nu)
-        return g_.in_types_of(updates, step.update), new
+        mu = in_types_of(state.nu, state.mu)
+        step = rule.step(in_float32(updates), mu, state.nu, params, dims)
+        new = LambState(in_types_of(state.mu, step.mu), step.nu)
+        return in_types_of(updates, step.update), new
 
     core = optax.GradientTransformationExtraArgs(init, update)
     return optax.chain(core, scale_by_learning_rate(learning_rate))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import gradients as g_
+from effscale.optim import moments, skipping
+from effscale.optim.averaging import agree, bytes_sent, check_local, check_workers, init_errors
+from effscale.optim.clipping import Clip, check_clip, clipped_locally, clipped_mean
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
@@ -18,6 +20,18 @@ from effscale.optim.freezing import (
     is_frozen,
     watch_variance,
 )
+from effscale.optim.moments import (
+    averaged_moments,
+    check_mu_dtype,
+    corrected,
+    lerp,
+    masked,
+    moments_like,
+    normalised,
+    where_known,
+)
+from effscale.optim.precision import in_types_of
+from effscale.optim.weight_decay import decayed_weights
 from effscale.parallel.onebit.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
@@ -56,7 +70,7 @@ def scale_by_onebit_adam(
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
     clip_norm: ArrayLike | None = None,
-    clip: g_.Clip = "synchronised",
+    clip: Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,
     scales: Scales = "tensor",
@@ -113,17 +127,17 @@ def scale_by_onebit_adam(
     """
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
-    g_.check_clip(clip_norm, clip)
-    g_.check_workers(axis_name, num_workers, scales)
-    g_.check_mu_dtype(mu_dtype)
+    check_clip(clip_norm, clip)
+    check_workers(axis_name, num_workers, scales)
+    check_mu_dtype(mu_dtype)
 
     def init(params: Any) -> Any:
         return OneBitAdamState(
             count=jnp.zeros((), jnp.int32),
-            mu=g_.moments_like(params, mu_dtype),
-            nu=g_.moments_like(params),
+            mu=moments_like(params, mu_dtype),
+            nu=moments_like(params),
             ratio=init_ratio(variance_ratio),
-            errors=g_.init_errors(params, axis_name, num_workers, specs),
+            errors=init_errors(params, axis_name, num_workers, specs),
             sent=jnp.zeros((), jnp.float32),
             nu_count=jnp.zeros((), jnp.int32) if bias_correction else None,
         )
@@ -132,28 +146,28 @@ def scale_by_onebit_adam(
         del extra
         if not jax.tree.leaves(updates):
             return updates, state
-        g_.check_local(updates, axis_name)
-        last_mu = g_.in_types_of(state.nu, state.mu)
+        check_local(updates, axis_name)
+        last_mu = in_types_of(state.nu, state.mu)
 
         def warm_up() -> Any:
-            mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
-            mu, nu = g_.averaged_moments(mean, last_mu, state.nu, b1, b2)
+            mean = clipped_mean(updates, axis_name, clip_norm, clip)
+            mu, nu = averaged_moments(mean, last_mu, state.nu, b1, b2)
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
             return mu, nu, ratio, state.errors
 
         def compressed() -> Any:
-            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
-            mu = g_.where_known(g_.lerp(last_mu, g, b1), state.nu)
-            mu, errors = g_.agree(mu, state.errors, scales=scales, specs=specs)
-            mu = g_.where_known(g_.masked(mu, exp_avg_mask, params), state.nu)
+            g = clipped_locally(updates, axis_name, clip_norm, clip)
+            mu = where_known(lerp(last_mu, g, b1), state.nu)
+            mu, errors = agree(mu, state.errors, scales=scales, specs=specs)
+            mu = where_known(masked(mu, exp_avg_mask, params), state.nu)
             return mu, state.nu, state.ratio, errors
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
-        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
+        full, one_bit = bytes_sent(updates, axis_name, scales, specs)
         mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
         new = OneBitAdamState(
             count=optax.safe_increment(state.count),
-            mu=g_.in_types_of(state.mu, mu),
+            mu=in_types_of(state.mu, mu),
             nu=nu,
             ratio=ratio,
             errors=errors,
@@ -162,10 +176,10 @@ def scale_by_onebit_adam(
         )
         if bias_correction:
             new = new._replace(nu_count=jnp.where(frozen, state.nu_count, state.nu_count + 1))
-            mu = g_.corrected(mu, g_.bias_correction(b1, new.count))
-            nu = g_.corrected(nu, g_.bias_correction(b2, new.nu_count))
-        scaled = jax.tree.map(lambda m, v: g_.normalised(m, v, eps), mu, nu)
-        return g_.in_types_of(updates, scaled), new
+            mu = corrected(mu, moments.bias_correction(b1, new.count))
+            nu = corrected(nu, moments.bias_correction(b2, new.nu_count))
+        scaled = jax.tree.map(lambda m, v: normalised(m, v, eps), mu, nu)
+        return in_types_of(updates, scaled), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -184,7 +198,7 @@ def onebit_adam(
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
     clip_norm: ArrayLike | None = None,
-    clip: g_.Clip = "synchronised",
+    clip: Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,
     scales: Scales = "tensor",
@@ -253,8 +267,8 @@ def onebit_adam(
             scales=scales,
             specs=specs,
         ),
-        g_.decayed_weights(weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     ]
     optimizer = optax.chain(*links)
-    return g_.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import gradients as g_
+from effscale.optim import skipping
+from effscale.optim.averaging import agree, bytes_sent, check_local, check_workers, init_errors
+from effscale.optim.clipping import Clip, check_clip, clipped_locally, clipped_mean
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
@@ -19,8 +21,10 @@ from effscale.optim.freezing import (
 )
 from effscale.optim.lamb import Lamb, check_params
 from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
+from effscale.optim.moments import check_mu_dtype, lerp, masked, moments_like, where_known
 from effscale.optim.options import check_bounds, check_number
 from effscale.optim.params_like import unlike_params
+from effscale.optim.precision import in_types_of
 from effscale.parallel.onebit.exchange import Scales
 from effscale.parallel.workers import PerWorker
 from effscale.training.schedules import scale_by_learning_rate
@@ -75,7 +79,7 @@ def onebit_lamb(
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
     clip_norm: ArrayLike | None = None,
-    clip: g_.Clip = "synchronised",
+    clip: Clip = "synchronised",
     stacked: Stacked = None,
     axis_name: str | None = None,
     num_workers: int | None = None,
@@ -151,9 +155,9 @@ def onebit_lamb(
     lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
     lamb.check()
     check_freeze_step(freeze_step)
-    g_.check_clip(clip_norm, clip)
-    g_.check_workers(axis_name, num_workers, scales)
-    g_.check_mu_dtype(mu_dtype)
+    check_clip(clip_norm, clip)
+    check_workers(axis_name, num_workers, scales)
+    check_mu_dtype(mu_dtype)
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
 
     def init(params: Any) -> Any:
@@ -165,15 +169,15 @@ def onebit_lamb(
 
         return OneBitLambState(
             count=jnp.zeros((), jnp.int32),
-            mu=g_.moments_like(params, mu_dtype),
-            nu=g_.moments_like(params),
-            nu_fresh=g_.moments_like(params),
+            mu=moments_like(params, mu_dtype),
+            nu=moments_like(params),
+            nu_fresh=moments_like(params),
             frozen_coeff=each(0.0),
             last_factor=each(1.0),
             scaling_coeff=each(1.0),
             compressing=jnp.zeros((), jnp.bool_),
             ratio=init_ratio(variance_ratio),
-            errors=g_.init_errors(params, axis_name, num_workers, specs),
+            errors=init_errors(params, axis_name, num_workers, specs),
             sent=jnp.zeros((), jnp.float32),
         )
 
@@ -182,21 +186,21 @@ def onebit_lamb(
         check_params(params)
         if not jax.tree.leaves(updates):
             return updates, state
-        g_.check_local(updates, axis_name)
+        check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
-        last_mu = g_.in_types_of(state.nu, state.mu)
+        last_mu = in_types_of(state.nu, state.mu)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
-            mean = g_.clipped_mean(updates, axis_name, clip_norm, clip)
+            mean = clipped_mean(updates, axis_name, clip_norm, clip)
             step = lamb.step(mean, last_mu, state.nu, params, dims)
             frozen = jax.tree.map(
-                lambda old, c, defined: jnp.where(defined, g_.lerp(old, c, coeff_beta), old),
+                lambda old, c, defined: jnp.where(defined, lerp(old, c, coeff_beta), old),
                 state.frozen_coeff,
                 step.coeff,
                 step.defined,
             )
             new = state._replace(
-                mu=g_.in_types_of(state.mu, step.mu),
+                mu=in_types_of(state.mu, step.mu),
                 nu=step.nu,
                 frozen_coeff=frozen,
                 # Of compressed steps before, if freeze_step was raised since.
@@ -204,25 +208,25 @@ def onebit_lamb(
                 compressing=jnp.zeros((), jnp.bool_),
                 ratio=watch_variance(variance_ratio, state.ratio, state.count, step.nu),
             )
-            return g_.in_types_of(updates, step.update), new
+            return in_types_of(updates, step.update), new
 
         def compressed() -> tuple[Any, OneBitLambState]:
-            g = g_.clipped_locally(updates, axis_name, clip_norm, clip)
+            g = clipped_locally(updates, axis_name, clip_norm, clip)
             scaling = jax.lax.cond(
                 state.compressing,
                 lambda: state.scaling_coeff,
                 lambda: _scaling_coeff(last_mu, dims),
             )
-            mu = g_.where_known(g_.lerp(last_mu, g, b1), state.nu)
+            mu = where_known(lerp(last_mu, g, b1), state.nu)
             mu = jax.tree.map(jnp.multiply, mu, scaling)
             # Errors of compressed steps before a second warm-up are of momenta that were scaled otherwise.
             errors = jax.tree.map(
                 lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
             )
-            mu, errors = g_.agree(mu, errors, scales=scales, specs=specs)
+            mu, errors = agree(mu, errors, scales=scales, specs=specs)
             # What never had a gradient, or is masked, does not move, and has no say in the factor.
             known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
-            moves = g_.masked(known, exp_avg_mask, params)
+            moves = masked(known, exp_avg_mask, params)
             mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
 
             def fresh(v: Any, v_fresh: Any, m: Any, last: Any) -> Any:
@@ -254,25 +258,25 @@ def onebit_lamb(
             coeff = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
             out = jax.tree.map(lambda c, f, x: c * f * x, coeff, r, u)
             new = state._replace(
-                mu=g_.in_types_of(state.mu, mu),
+                mu=in_types_of(state.mu, mu),
                 nu_fresh=nu_fresh,
                 last_factor=r,
                 scaling_coeff=scaling,
                 compressing=jnp.ones((), jnp.bool_),
                 errors=errors,
             )
-            return g_.in_types_of(updates, out), new
+            return in_types_of(updates, out), new
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         out, new = jax.lax.cond(frozen, compressed, warm_up)
-        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
+        full, one_bit = bytes_sent(updates, axis_name, scales, specs)
         return out, new._replace(
             count=optax.safe_increment(state.count), sent=jnp.where(frozen, one_bit, full)
         )
 
     core = optax.GradientTransformationExtraArgs(init, update)
     optimizer = optax.chain(core, scale_by_learning_rate(learning_rate))
-    return g_.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
 
 
 def _scaling_coeff(mu: Any, dims: Any) -> Any:

@@ -8,10 +8,23 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import gradients as g_
+from effscale.optim import moments, skipping
+from effscale.optim.averaging import bytes_sent, check_local, check_workers
+from effscale.optim.clipping import Clip, check_clip, clipped_locally, clipped_mean
 from effscale.optim.freezing import check_moments
+from effscale.optim.moments import (
+    check_mu_dtype,
+    corrected,
+    lerp,
+    masked,
+    moments_like,
+    normalised,
+    where_known,
+)
 from effscale.optim.options import check_count
 from effscale.optim.params_like import unlike_params
+from effscale.optim.precision import in_float32, in_types_of, zeros_of_mean
+from effscale.optim.weight_decay import is_zero
 from effscale.optim.zero_one_policies import Policies, PolicyState, Round
 from effscale.parallel.onebit.error_feedback import ErrorFeedback, init_error_feedback
 from effscale.parallel.onebit.exchange import Scales
@@ -75,7 +88,7 @@ class ZeroOneAdamState(NamedTuple):
         def local(u: Any, p: Any, v: Any) -> Any:
             if is_masked(u):  # another optimizer's, by optax.masked or optax.partition
                 return p
-            return (p.astype(u.dtype) - g_.normalised(u, v, self.eps)).astype(p.dtype)
+            return (p.astype(u.dtype) - normalised(u, v, self.eps)).astype(p.dtype)
 
         return jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
 
@@ -106,7 +119,7 @@ def zero_one_adam(
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
     clip_norm: ArrayLike | None = None,
-    clip: g_.Clip = "synchronised",
+    clip: Clip = "synchronised",
     axis_name: str | None = None,
     num_workers: int | None = None,
     scales: Scales = "tensor",
@@ -189,9 +202,9 @@ def zero_one_adam(
         Lu et al., `0/1 Adam <https://arxiv.org/abs/2202.06009>`_, 2022
     """
     check_moments(b1, b2, eps)
-    g_.check_clip(clip_norm, clip)
-    g_.check_workers(axis_name, num_workers, scales)
-    g_.check_mu_dtype(mu_dtype)
+    check_clip(clip_norm, clip)
+    check_workers(axis_name, num_workers, scales)
+    check_mu_dtype(mu_dtype)
     policies = Policies(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
     policies.check()
     if var_decay not in get_args(VarDecay):
@@ -204,16 +217,16 @@ def zero_one_adam(
 
     def init(params: Any) -> Any:
         def each(workers: int) -> OwnWay:
-            momentum, moved = g_.moments_like(params, mu_dtype), g_.moments_like(params)
+            momentum, moved = moments_like(params, mu_dtype), moments_like(params)
             return OwnWay(momentum, moved, init_error_feedback(params, workers, specs))
 
-        own: Any = OwnWay(None, g_.moments_like(params), None)
+        own: Any = OwnWay(None, moments_like(params), None)
         if axis_name is not None:
             own = unlike_params(params, lambda: per_worker_zeros(each, axis_name, num_workers))
         return ZeroOneAdamState(
             count=jnp.zeros((), jnp.int32),
-            mu=g_.moments_like(params, mu_dtype),
-            nu=g_.moments_like(params),
+            mu=moments_like(params, mu_dtype),
+            nu=moments_like(params),
             policy=policies.init(),
             rates=jnp.zeros((), jnp.float32),
             own=own,
@@ -225,7 +238,7 @@ def zero_one_adam(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not jax.tree.leaves(updates):
             return updates, state
-        g_.check_local(updates, axis_name)
+        check_local(updates, axis_name)
         rate = value_at(learning_rate, state.count, extra.get("tokens"))
         kind, policy = policies.step(state.policy, state.count)
         # Without a learning rate nobody moved, and the momentum cannot be told from the way.
@@ -236,7 +249,7 @@ def zero_one_adam(
         rates = jnp.where(first_stage, 0.0, state.rates + rate)
         # Outside of a synchronisation the quotient is not used, and must not be 0 / 0.
         since = jnp.where(sync, rates, 1.0)
-        wide = lambda tree: g_.in_types_of(state.nu, tree)
+        wide = lambda tree: in_types_of(state.nu, tree)
         count, nu_count = optax.safe_increment(state.count), state.nu_count
         if bias_correction:
             decays = 1 if var_decay == "update" else state.policy.var_age
@@ -246,40 +259,40 @@ def zero_one_adam(
             """The moments after so many steps and decays of the variance, corrected for their start at zero where ``when`` holds."""
             if not bias_correction:
                 return mu, nu
-            of_mu = jnp.where(when, g_.bias_correction(b1, count), 1.0)
-            of_nu = jnp.where(when, g_.bias_correction(b2, nu_count), 1.0)
-            return g_.corrected(mu, of_mu), g_.corrected(nu, of_nu)
+            of_mu = jnp.where(when, moments.bias_correction(b1, count), 1.0)
+            of_nu = jnp.where(when, moments.bias_correction(b2, nu_count), 1.0)
+            return corrected(mu, of_mu), corrected(nu, of_nu)
 
         # In the first stage only what moves the parameters is corrected, and with its end the moments themselves, for good.
         ended = ~first_stage & ~state.policy.local
         last_mu, last_nu = unbiased(ended, wide(state.mu), state.nu, state.count, state.nu_count)
-        g = g_.clipped_locally(wide(updates), axis_name, clip_norm, clip)
+        g = clipped_locally(wide(updates), axis_name, clip_norm, clip)
 
         def moving(tree: Any) -> Any:
             """The tree, and zero where the mask or a variance that was never learned says that nothing moves."""
-            return g_.where_known(g_.masked(tree, exp_avg_mask, params), last_nu)
+            return where_known(masked(tree, exp_avg_mask, params), last_nu)
 
         def learned(g: Any) -> Any:
             """The variance, with the squares of averages in a step of its policy."""
 
             def one(v: Any, x: Any) -> Any:
                 decay = b2 if var_decay == "update" else b2 ** state.policy.var_age.astype(v.dtype)
-                return jnp.where(variance, g_.lerp(v, jnp.square(x), decay), v)
+                return jnp.where(variance, lerp(v, jnp.square(x), decay), v)
 
             return jax.tree.map(one, last_nu, g)
 
         def moves(way: Any, mu: Any, nu: Any) -> Any:
             """Minus the way along mu / (sqrt(nu) + eps) + weight_decay * params, in the types of the updates."""
             mu, nu = unbiased(first_stage, mu, nu, count, nu_count)
-            out = jax.tree.map(lambda m, v: g_.normalised(way * m, v, eps), mu, nu)
-            if not g_.is_zero(weight_decay):
+            out = jax.tree.map(lambda m, v: normalised(way * m, v, eps), mu, nu)
+            if not is_zero(weight_decay):
                 decay = optax.add_decayed_weights(way * weight_decay, mask)
-                out, _ = decay.update(out, decay.init(params), g_.in_float32(params))
-            return jax.tree.map(jnp.negative, g_.in_types_of(updates, out))
+                out, _ = decay.update(out, decay.init(params), in_float32(params))
+            return jax.tree.map(jnp.negative, in_types_of(updates, out))
 
         def alone() -> Any:
             one_bit = first_stage & ~variance
-            mu = g_.lerp(last_mu, _select(one_bit, moving(g), g), b1)
+            mu = lerp(last_mu, _select(one_bit, moving(g), g), b1)
             mu = _select(first_stage, mu, moving(mu))
             nu = learned(g)
             moved = jax.tree.map(lambda u, m: u + rate * m, state.own.moved, mu)
@@ -289,21 +302,21 @@ def zero_one_adam(
 
         def together(axis_name: str) -> Any:
             own: OwnWay = state.own.value
-            momentum = g_.lerp(wide(own.momentum), g, b1)
+            momentum = lerp(wide(own.momentum), g, b1)
             ahead = moving(jax.tree.map(lambda m, r: b1 * m + r, last_mu, momentum))
             moved = jax.tree.map(lambda u, m: u + rate * m, own.moved, ahead)
             # The errors were those of gradients in the first stage; from here on they are those of `moved`.
             errors = _where(first_stage | state.policy.local, own.errors)
 
             def in_full() -> Any:
-                return wide(g_.clipped_mean(updates, axis_name, clip_norm, clip)), errors
+                return wide(clipped_mean(updates, axis_name, clip_norm, clip)), errors
 
             def in_one_bit() -> Any:
-                tree = _select(first_stage, g_.where_known(g, last_nu), moved)
+                tree = _select(first_stage, where_known(g, last_nu), moved)
                 return compressed_mean(tree, errors, axis_name, scales=scales, specs=specs)
 
             def not_at_all() -> Any:
-                return jax.tree.map(g_.zeros_of_mean, last_nu), errors
+                return jax.tree.map(zeros_of_mean, last_nu), errors
 
             # All else is done in any round: what a conditional hands through, XLA copies.
             which = jnp.array([0, 1, 2, 1])[kind]
@@ -314,15 +327,15 @@ def zero_one_adam(
             mu = jax.tree.map(lambda m, x: keep * m + gain * x, last_mu, mean)
             nu = learned(mean)
             way = jnp.where(first_stage, rate, jnp.where(sync, rates, 0.0))
-            momentum = g_.in_types_of(own.momentum, _where(local, momentum))
+            momentum = in_types_of(own.momentum, _where(local, momentum))
             after = OwnWay(momentum, _where(local, moved), errors)
             return moves(way, mu, nu), mu, nu, PerWorker(after, axis_name)
 
         out, mu, nu, own = alone() if axis_name is None else together(axis_name)
-        full, one_bit = g_.bytes_sent(updates, axis_name, scales, specs)
+        full, one_bit = bytes_sent(updates, axis_name, scales, specs)
         return out, ZeroOneAdamState(
             count=count,
-            mu=g_.in_types_of(state.mu, mu),
+            mu=in_types_of(state.mu, mu),
             nu=nu,
             policy=policy,
             rates=jnp.where(local, rates, 0.0),
@@ -333,4 +346,4 @@ def zero_one_adam(
         )
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
-    return g_.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer

@@ -15,7 +15,9 @@ from effscale.optim import (
     scale_by_onebit_adam,
     zero_one_adam,
 )
-from effscale.optim import gradients as g_
+from effscale.optim.averaging import agree, bytes_sent, check_local, init_errors
+from effscale.optim.clipping import clipped_locally
+from effscale.optim.skipping import skip_nonfinite
 from effscale.parallel import PerWorker
 from effscale.training import Schedule, ScheduleConfig
 from effscale.training.schedules import scale_by_learning_rate
@@ -162,7 +164,7 @@ def build(
         optax.add_decayed_weights(decay),
         scale_by_learning_rate(rate),
     )
-    return g_.skip_nonfinite(naive, AXIS)
+    return skip_nonfinite(naive, AXIS)
 
 
 class OneBitGradientsState(NamedTuple):
@@ -183,15 +185,15 @@ def onebit_gradients(
     """
 
     def init(params: Any) -> Any:
-        errors = g_.init_errors(params, AXIS, workers, None)
+        errors = init_errors(params, AXIS, workers, None)
         return OneBitGradientsState(errors, jnp.zeros((), jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
-        g_.check_local(updates, AXIS)
-        _, sent = g_.bytes_sent(updates, AXIS, "tensor", None)
-        clipped = g_.clipped_locally(updates, AXIS, clip_norm, "synchronised")
-        mean, errors = g_.agree(clipped, state.errors, scales="tensor", specs=None)
+        check_local(updates, AXIS)
+        _, sent = bytes_sent(updates, AXIS, "tensor", None)
+        clipped = clipped_locally(updates, AXIS, clip_norm, "synchronised")
+        mean, errors = agree(clipped, state.errors, scales="tensor", specs=None)
         return mean, OneBitGradientsState(errors, jnp.float32(sent))
 
     return optax.GradientTransformationExtraArgs(init, update)
