@@ -6,7 +6,7 @@ batches; everything that they are made of can be used alone.
 
 from typing import TYPE_CHECKING
 
-from effscale.data.atomic import DiskFullError
+from effscale.atomic import DiskFullError
 from effscale.data.build import Progress, write_splits, write_store
 from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
 from effscale.data.documents import Document, DocumentError, SkipReport, Source

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from effscale.data.atomic import atomic_folder
+from effscale.atomic import atomic_folder
 from effscale.data.build import Progress, write_splits
 from effscale.data.cache import request_key
 from effscale.data.corpus_tokenizer import corpus_tokenizer

@@ -4,10 +4,11 @@ import difflib
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Sequence
 
 import tokenizers
+
+from effscale.atomic import atomic_file
 
 DEFAULT_SEPARATOR = "<|endoftext|>"
 
@@ -130,18 +131,8 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]
     if file.suffix != ".json":
         file = file / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(tokenizer.to_str(pretty=True))
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp's file is for its owner only; a tokenizer is as readable as its folder.
-        os.chmod(temporary, 0o666 & file.parent.stat().st_mode)
-        os.replace(temporary, file)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(file) as temporary:
+        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return file
 
 

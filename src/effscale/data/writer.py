@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from effscale.data.atomic import atomic_folder
+from effscale.atomic import atomic_folder
 from effscale.data.store import (
     FORMAT,
     MANIFEST,

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from effscale.atomic import atomic_file
+
 
 def to_json(value: Any) -> Any:
     """A config (dataclasses, mappings, sequences, paths, enums, types, NumPy scalars) as plain JSON values.
@@ -64,16 +66,8 @@ def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[An
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader, or a crash, finds the old content or the new one and nothing between."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from effscale.atomic import atomic_folder
 from effscale.curriculum.analysis.map import (
     SAMPLE,
     TOTAL,
@@ -35,7 +36,6 @@ from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
 from effscale.curriculum.metrics import Batch, Metric, TokenCounts
 from effscale.data import TokenStore, token_counts
-from effscale.data.atomic import atomic_folder
 
 
 class AnalysisProgress(NamedTuple):

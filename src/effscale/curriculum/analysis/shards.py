@@ -10,9 +10,9 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+from effscale.atomic import atomic_file
 from effscale.curriculum.analysis.map import Columns, Shard
 from effscale.data import DiskFullError
-from effscale.data.atomic import flush
 from effscale.locks import LockedError, ProcessLock
 
 KEY = b"effscale"
@@ -45,14 +45,8 @@ class ShardFolder:
 
         table = pa.table(dict(columns)).replace_schema_metadata({KEY: self._label(shard)})
         path = self.path(shard)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        with full_disk_errors(path):
-            try:
-                pq.write_table(table, temporary, write_page_checksum=True)
-                flush(temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with full_disk_errors(path), atomic_file(path) as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     def is_finished(self, shard: Shard) -> bool:
         """Whether the shard is there, whole, and of this analysis."""

@@ -5,13 +5,13 @@ Nothing of the model, the gradient or the optimizer is ours here: transformers r
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from effscale.atomic import atomic_file
 from effscale.experiments.shared.classifier.batches import Batch, TrainingBatches
 from effscale.training import AdamWConfig, MetricsWriter
 from effscale.training.signals import StopSignal
@@ -109,9 +109,8 @@ def train(
     def save() -> None:
         writer.flush()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        temporary = checkpoint.with_suffix(".tmp")
-        torch.save(state | {"step": batches.step, "random": torch.get_rng_state()}, temporary)
-        os.replace(temporary, checkpoint)
+        with atomic_file(checkpoint) as temporary:
+            torch.save(state | {"step": batches.step, "random": torch.get_rng_state()}, temporary)
 
     writer = writer_of(batches.step)
     try:

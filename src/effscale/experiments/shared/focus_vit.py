@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from effscale.data.atomic import atomic_folder
+from effscale.atomic import atomic_folder
 from effscale.models.image_size import resize_grid
 
 LAYERS = 12

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from effscale.data.atomic import atomic_folder, flush
+from effscale.atomic import atomic_folder, flush
 from effscale.interop.files.safetensors import CHECKSUMS, CODES, checksum
 from effscale.interop.tensors import FolderError
 

@@ -1,4 +1,4 @@
-"""Folders that come into being whole or not at all."""
+"""Files and folders that come into being whole or not at all."""
 
 import contextlib
 import errno
@@ -55,6 +55,22 @@ def atomic_folder(
                 "nothing half-written was left",
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Gives a temporary path beside ``target`` for a file that becomes ``target`` if the block succeeds.
+
+    A reader, or a crash, finds the old content or the new one and nothing between.
+    """
+    target = pathlib.Path(target)
+    temporary = target.with_name(_temporary_name(target, "tmp"))
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary_name(target: pathlib.Path, kind: str) -> str:

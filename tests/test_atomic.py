@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from effscale import atomic as module
+from effscale.atomic import atomic_folder
 from effscale.data import DiskFullError, TokenStoreWriter
-from effscale.data import atomic as module
-from effscale.data.atomic import atomic_folder
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path):
