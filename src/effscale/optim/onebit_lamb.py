@@ -1,5 +1,6 @@
 """1-bit LAMB: LAMB's coefficients are learned in a warm-up, then followed from momentum in one bit a number."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -229,28 +230,17 @@ def onebit_lamb(
             moves = masked(known, exp_avg_mask, params)
             mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
 
-            def fresh(v: Any, v_fresh: Any, m: Any, last: Any) -> Any:
-                gradient = (m - b1 * last) / (1 - b1)
-                start = jnp.where(state.compressing, v_fresh, v)
-                return b2 * start + (1 - b2) * jnp.square(gradient)
-
-            nu_fresh = jax.tree.map(fresh, state.nu, state.nu_fresh, mu, last_mu)
+            # The fresh variance goes on from that of the warm-up.
+            start = jax.tree.map(
+                lambda v, v_hat: jnp.where(state.compressing, v_hat, v), state.nu, state.nu_fresh
+            )
+            one = functools.partial(fresh_variance, b1=b1, b2=b2)
+            nu_fresh = jax.tree.map(one, start, mu, last_mu)
             u0, u = lamb.direction(mu, state.nu, params)
 
-            def factor(
-                v: Any, v_fresh: Any, moves: Any, before: Any, after: Any, last: Any, d: int
-            ) -> Any:
-                root, root_fresh = (
-                    jnp.where(moves != 0, jnp.sqrt(x) + eps, 1.0) for x in (v, v_fresh)
-                )
-                quotient = jnp.where(moves != 0, root / root_fresh, 0.0)
-                r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True, initial=0.0)
-                r = jnp.where(r > 0, r, 1.0)  # a layer that does not move
-                with_decay = norms(after, d)
-                rho = jnp.minimum(
-                    1.0, norms(before, d) / jnp.where(with_decay > 0, with_decay, 1.0)
-                )
-                r = jnp.where(jnp.asarray(weight_decay) > 0, r * rho + (1.0 - rho), r)
+            def factor(v: Any, v_hat: Any, moves: Any, u0: Any, u: Any, last: Any, d: int) -> Any:
+                r = greatest_quotient(v, v_hat, moves, eps, d)
+                r = jnp.where(jnp.asarray(weight_decay) > 0, share_of_update(r, u0, u, d), r)
                 r = jnp.clip(r, factor_min, factor_max)
                 return jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
 
@@ -277,6 +267,30 @@ def onebit_lamb(
     core = optax.GradientTransformationExtraArgs(init, update)
     optimizer = optax.chain(core, scale_by_learning_rate(learning_rate))
     return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+
+
+def fresh_variance(v_hat: Any, m: Any, last_m: Any, *, b1: Any, b2: Any) -> Any:
+    r""":math:`\beta_2 \hat v + (1 - \beta_2) \hat g^2` of the gradient :math:`\hat g` that leads from the last momentum to this one."""
+    g_hat = (m - b1 * last_m) / (1 - b1)
+    return b2 * v_hat + (1 - b2) * jnp.square(g_hat)
+
+
+def greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
+    r""":math:`r = \max (\sqrt v + \epsilon) / (\sqrt{\hat v} + \epsilon)` of a layer, over what moves; 1 where nothing does.
+
+    The first ``d`` dimensions stack layers.
+    """
+    root, root_hat = (jnp.where(moves != 0, jnp.sqrt(x) + eps, 1.0) for x in (v, v_hat))
+    quotient = jnp.where(moves != 0, root / root_hat, 0.0)
+    r = jnp.max(quotient, axis=tuple(range(d, v.ndim)), keepdims=True, initial=0.0)
+    return jnp.where(r > 0, r, 1.0)
+
+
+def share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
+    r""":math:`r \rho + 1 - \rho`, with :math:`\rho` the share of the update without weight decay, u0, in the one with it, u."""
+    with_decay = norms(u, d)
+    rho = jnp.minimum(1.0, norms(u0, d) / jnp.where(with_decay > 0, with_decay, 1.0))
+    return r * rho + (1.0 - rho)
 
 
 def _scaling_coeff(mu: Any, dims: Any) -> Any:
