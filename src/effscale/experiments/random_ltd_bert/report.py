@@ -36,7 +36,7 @@ def tried_rows(found: Mapping[str, Found]) -> list[list[str]]:
     """A heading and a row a pair that was tried for some arm: the loss of each arm.
 
     Example:
-        >>> from effscale.experiments.search import Point
+        >>> from effscale.experiments.shared.search import Point
         >>> losses = {Point(1e-3, 60): 4.8, Point(2e-3, 60): float("inf")}
         >>> found = {"baseline": Found(best=Point(1e-3, 60), losses=losses, settled=False)}
         >>> tried_rows(found)[1:]
