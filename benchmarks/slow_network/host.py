@@ -81,7 +81,7 @@ def optimizers(warmup: int, scaler: int) -> dict[str, Any]:
 
 
 class Trainer:
-    """Compiles a step once an optimizer, and starts anew at each order."""
+    """Compiles a step once per optimizer, and starts over for each order."""
 
     def __init__(self):
         self.mesh = MeshConfig().build()

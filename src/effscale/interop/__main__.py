@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             commands,
             args=argv,
             prog="python -m effscale.interop",
-            description="Model folders of PyTorch: what they hold, written anew, and compared.",
+            description="Inspect, convert and compare model folders of PyTorch.",
         )
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("EFFSCALE_TRACEBACK"):

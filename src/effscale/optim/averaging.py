@@ -68,7 +68,7 @@ def init_errors(params: Any, axis_name: str | None, num_workers: int | None, spe
 def agree(
     tree: Any, errors: PerWorker | None, *, scales: Scales, specs: Any
 ) -> tuple[Any, PerWorker | None]:
-    """The mean over workers in one bit a number; the tree itself on one worker."""
+    """The mean over workers in one bit per number; the tree itself on one worker."""
     if errors is None:
         return tree, None
     axis_name = errors.axis_name
@@ -79,7 +79,7 @@ def agree(
 def bytes_sent(
     gradients: Any, axis_name: str | None, scales: Scales, specs: Any
 ) -> tuple[float, float]:
-    """Bytes that a device sends for the mean in full and in one bit a number; nothing where there is one worker."""
+    """Bytes that a device sends for the mean in full and in one bit per number; nothing where there is one worker."""
     workers = 1 if axis_name is None else bound_axis_size(axis_name)
     if workers is None or workers == 1:
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""1-bit Adam: Adam until its variance has settled, then momentum in one bit a number."""
+"""1-bit Adam: Adam until its variance has settled, then momentum in one bit per number."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def scale_by_onebit_adam(
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         u = m / (\sqrt v + \epsilon)
 
-    After it v stays, and the workers agree on the mean of their momenta in one bit a number:
+    After it v stays, and the workers agree on the mean of their momenta in one bit per number:
 
     .. math:: m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
         u = m / (\sqrt v + \epsilon)

@@ -1,4 +1,4 @@
-"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then followed from momentum in one bit a number."""
+"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then followed from momentum in one bit per number."""
 
 import functools
 from collections.abc import Callable

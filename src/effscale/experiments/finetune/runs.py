@@ -1,4 +1,4 @@
-"""The runs of the experiment ``finetune``: of a task, one a seed and backend, effscale or its twin in PyTorch."""
+"""The runs of the experiment ``finetune``: one per task, seed and backend (effscale, or its twin in PyTorch)."""
 
 import functools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A small GPT and a small BERT learn from real text between workers that send one bit a number.
+"""A small GPT and a small BERT learn from real text between workers that send one bit per number.
 
 Each 1-bit optimizer runs beside the uncompressed one that it is to equal: same initial weights, same rows, same number of steps;
 and Adam on gradients in one bit beside them, which the papers say fails. Then each model, and one that was not pretrained,

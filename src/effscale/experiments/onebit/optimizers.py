@@ -177,7 +177,7 @@ class OneBitGradientsState(NamedTuple):
 def onebit_gradients(
     clip_norm: float, workers: int | None
 ) -> optax.GradientTransformationExtraArgs:
-    """The mean of the gradients in one bit a number, with error feedback: for SGD, and not for Adam.
+    """The mean of the gradients in one bit per number, with error feedback: for SGD, and not for Adam.
 
     Adam's variance is the square of what it gets. Of signs with one scale a tensor it learns the same number for all elements.
 

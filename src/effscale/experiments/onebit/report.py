@@ -16,7 +16,7 @@ from effscale.training import read_jsonl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
-    """An optimizer's runs of a task, one a seed.
+    """An optimizer's runs of a task, one per seed.
 
     Attributes:
         records: Each one's metrics; None for the model that was not pretrained.

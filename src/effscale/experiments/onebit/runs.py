@@ -1,4 +1,4 @@
-"""The pretraining runs of the experiment ``onebit``: of a model and an optimizer, one a seed."""
+"""The pretraining runs of the experiment ``onebit``: of a model and an optimizer, one per seed."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""The error-compensated 1-bit mean: workers agree on the mean of what each holds and send one bit a number.
+"""The error-compensated 1-bit mean: workers agree on the mean of what each holds and send one bit per number.
 
 A worker adds to its numbers the error of the last time and sends their signs, with one scale a tensor. Each worker is the
 server of a part: it averages what all sent for that part, adds its own error, and sends signs again. What the signs left
@@ -32,7 +32,7 @@ def compressed_mean(
     scales: Scales = "tensor",
     specs: Any = None,
 ) -> tuple[Any, ErrorFeedback]:
-    r"""The mean over workers in one bit a number each way, and the errors for the next time.
+    r"""The mean over workers in one bit per number each way, and the errors for the next time.
 
     With :math:`\mathrm{sg}(0) = 1`, worker r sends :math:`s_r \, \mathrm{sg}(c_r)` of :math:`c_r = x_r + e_r`, where
     :math:`s_r = \lVert c_r \rVert_2 / \sqrt n`. The server of a part sends :math:`S \, \mathrm{sg}(m)` of
