@@ -14,7 +14,13 @@ def compile_step(layers: int) -> dict[str, float]:
     from flax import nnx
 
     from effscale.models import Transformer, gpt2
-    from effscale.training import AdamWConfig, create_train_state, make_train_step, next_token_loss
+    from effscale.training import (
+        AdamWConfig,
+        Clip,
+        create_train_state,
+        make_train_step,
+        next_token_loss,
+    )
 
     config = gpt2(num_layers=layers, d_model=256, num_heads=4, vocab_size=8192, max_length=256)
     config = dataclasses.replace(config, remat="dots")
@@ -24,7 +30,7 @@ def compile_step(layers: int) -> dict[str, float]:
     )
     state = jax.eval_shape(create)
     batch = {name: jax.ShapeDtypeStruct((8, 256), jnp.int32) for name in ("input_ids", "labels")}
-    step = jax.jit(make_train_step(next_token_loss, optimizer, clip_norm=1.0), donate_argnums=0)
+    step = jax.jit(make_train_step(next_token_loss, optimizer, clip=Clip(1.0)), donate_argnums=0)
     began = time.perf_counter()
     lowered = step.lower(state, batch)
     traced = time.perf_counter()

@@ -13,6 +13,8 @@ import time
 
 from harness import main, seconds, table
 
+from effscale.training import Clip
+
 LAYERS, WIDTH, HEADS, VOCAB, BATCH, LENGTH = 8, 256, 4, 512, 8, 512
 KEPT = (512, 128, 256, 384)
 SCHEDULE, STEPS = (512, 32, 64, 128, 192, 256, 320, 384, 448), 1000
@@ -92,7 +94,7 @@ def step() -> dict[str, float]:
     ltd = RandomLTD(pacing=recipe())
     optimizer = AdamWConfig().build(1e-3)
     state = create_train_state(model, optimizer, key=jax.random.key(0))
-    train_step = make_train_step(ltd.loss(next_token_loss), optimizer, clip_norm=1.0)
+    train_step = make_train_step(ltd.loss(next_token_loss), optimizer, clip=Clip(1.0))
     buckets = ShapeBuckets(train_step, donate_argnums=0)
 
     def once(kept):

@@ -12,6 +12,8 @@ import time
 
 from harness import main
 
+from effscale.training import Clip
+
 LAYERS, WIDTH, HEADS, VOCAB, BATCH, LENGTH, STEPS = 6, 256, 4, 8192, 8, 256, 100
 
 
@@ -56,7 +58,7 @@ def run(background: bool, wait: bool = False) -> dict[str, float]:
     model = Transformer(dataclasses.replace(config, remat="dots"), rngs=nnx.Rngs(0))
     optimizer = AdamWConfig().build(1e-3)
     state = create_train_state(model, optimizer, key=jax.random.key(0))
-    step = make_train_step(ltd.loss(next_token_loss), optimizer, clip_norm=1.0)
+    step = make_train_step(ltd.loss(next_token_loss), optimizer, clip=Clip(1.0))
     staged = StagedStep(step, stages, shape_batch)
     jitted = jax.jit(step, donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)

@@ -20,6 +20,7 @@ def effscale() -> dict[str, float]:
     from effscale.models import Transformer, gpt2
     from effscale.training import (
         AdamWConfig,
+        Clip,
         ShapeBuckets,
         create_train_state,
         make_train_step,
@@ -34,7 +35,7 @@ def effscale() -> dict[str, float]:
     optimizer = AdamWConfig().build(1e-3)
     state = create_train_state(model, optimizer, key=jax.random.key(0))
     step = ShapeBuckets(
-        make_train_step(next_token_loss, optimizer, clip_norm=1.0), donate_argnums=0
+        make_train_step(next_token_loss, optimizer, clip=Clip(1.0)), donate_argnums=0
     )
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}

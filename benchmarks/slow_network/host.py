@@ -20,6 +20,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import (
     MeanOverWorkersState,
+    Workers,
     lamb,
     mean_over_workers,
     onebit_adam,
@@ -66,17 +67,17 @@ def optimizers(warmup: int, scaler: int) -> dict[str, Any]:
     return {
         "adam": lambda: optax.chain(mean_over_workers("data"), optax.adam(RATE)),
         "adam_bfloat16": lambda: optax.chain(bfloat16_mean("data"), optax.adam(RATE)),
-        "onebit_adam": lambda: onebit_adam(RATE, freeze_step=warmup, axis_name="data"),
+        "onebit_adam": lambda: onebit_adam(RATE, freeze_step=warmup, workers=Workers("data")),
         "zero_one_adam": lambda: zero_one_adam(
             RATE,
             var_freeze_step=warmup,
             var_update_scaler=2,
             local_step_scaler=scaler,
             local_step_clipper=16,
-            axis_name="data",
+            workers=Workers("data"),
         ),
         "lamb": lambda: optax.chain(mean_over_workers("data"), lamb(RATE)),
-        "onebit_lamb": lambda: onebit_lamb(RATE, freeze_step=warmup, axis_name="data"),
+        "onebit_lamb": lambda: onebit_lamb(RATE, freeze_step=warmup, workers=Workers("data")),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from effscale.models import Transformer, gpt2
-from effscale.optim import onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import (
     MeshConfig,
     batch_shard,
@@ -20,6 +20,7 @@ from effscale.parallel import (
 )
 from effscale.training import (
     Checkpoints,
+    Clip,
     create_train_state,
     make_train_step,
     next_token_loss,
@@ -29,10 +30,10 @@ from effscale.training import (
 VOCAB, LENGTH, BATCH, STEPS = 64, 16, 16, 12
 CONFIG = gpt2(num_layers=2, d_model=32, num_heads=8, vocab_size=VOCAB, max_length=LENGTH)
 OPTIMIZERS = {
-    "onebit_adam": lambda: onebit_adam(3e-3, freeze_step=6, clip_norm=1.0, axis_name="data"),
-    "onebit_lamb": lambda: onebit_lamb(3e-2, freeze_step=6, weight_decay=0.01, axis_name="data"),
+    "onebit_adam": lambda: onebit_adam(3e-3, freeze_step=6, clip=Clip(1.0), workers=Workers("data")),
+    "onebit_lamb": lambda: onebit_lamb(3e-2, freeze_step=6, weight_decay=0.01, workers=Workers("data")),
     "zero_one_adam": lambda: zero_one_adam(
-        1e-3, var_freeze_step=6, var_update_scaler=2, local_step_scaler=2, local_step_clipper=2, axis_name="data"
+        1e-3, var_freeze_step=6, var_update_scaler=2, local_step_scaler=2, local_step_clipper=2, workers=Workers("data")
     ),
 }  # fmt: skip
 

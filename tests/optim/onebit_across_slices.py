@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from effscale.models import Transformer, num_params, preset
-from effscale.optim import onebit_adam
+from effscale.optim import Workers, onebit_adam
 from effscale.parallel import AXES, batch_sharding, collectives, per_worker, shardings
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
@@ -28,7 +28,7 @@ devices = sorted(topology.devices, key=lambda d: (getattr(d, "slice_index", 0), 
 shape = (slices, 16, 1, 4) if slices > 1 else (4, 4, 1, 4)
 mesh = Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 config = preset("gpt2")
-optimizer = onebit_adam(1e-4, freeze_step=1000, axis_name="data")
+optimizer = onebit_adam(1e-4, freeze_step=1000, workers=Workers("data"))
 create = lambda: create_train_state(
     Transformer(config, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
 )

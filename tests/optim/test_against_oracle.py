@@ -7,7 +7,7 @@ import onebit_oracle as oracle
 import optax
 import pytest
 
-from effscale.optim import onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import simulate_workers, worker_params
 
 SHAPES = [(5, 7), (3,), (2, 3, 4)]
@@ -74,8 +74,7 @@ def test_onebit_adam(workers, weight_decay, bias_correction):
         bias_correction=bias_correction,
         freeze_step=3,
         exp_avg_mask=[jnp.asarray(m) for m in masks],
-        axis_name="data",
-        num_workers=workers,
+        workers=Workers("data", num_workers=workers),
     )
     history, _ = run(optimizer, workers, 10)
     for i, params in enumerate(history):
@@ -118,8 +117,7 @@ def test_zero_one_adam(workers, weight_decay, var_decay, bias_correction):
         bias_correction=bias_correction,
         local_step_scaler=3,
         local_step_clipper=4,
-        axis_name="data",
-        num_workers=workers,
+        workers=Workers("data", num_workers=workers),
     )
     history, _ = run(optimizer, workers, 24)
     for i, params in enumerate(history):
@@ -139,7 +137,7 @@ def test_onebit_lamb(workers, weight_decay):
         [p.astype(np.float64) for p in start()], workers, lr=0.02, wd=weight_decay
     )
     optimizer = onebit_lamb(
-        0.02, weight_decay=weight_decay, freeze_step=3, axis_name="data", num_workers=workers
+        0.02, weight_decay=weight_decay, freeze_step=3, workers=Workers("data", num_workers=workers)
     )
     history, state = run(optimizer, workers, 10)
     for i, params in enumerate(history):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from effscale.optim import onebit_adam, onebit_lamb, optimizer_from_deepspeed, zero_one_adam
+from effscale.training import Clip
 
 BERT = {
     "train_batch_size": 4096,
@@ -47,7 +48,7 @@ def with_optimizer(kind, **params):
 def test_onebit_adam():
     assert_same(
         optimizer_from_deepspeed(BERT),
-        onebit_adam(4e-4, weight_decay=0.01, freeze_step=3, clip_norm=1.0, clip="local"),
+        onebit_adam(4e-4, weight_decay=0.01, freeze_step=3, clip=Clip(1.0, by="local")),
     )
 
 
@@ -57,7 +58,7 @@ def test_zero_one_adam():
     )  # fmt: skip
     expected = zero_one_adam(
         1e-3, var_freeze_step=2, local_step_scaler=1, local_step_clipper=2, var_update_scaler=1,
-        clip_norm=1.0, clip="local",
+        clip=Clip(1.0, by="local"),
     )  # fmt: skip
     assert_same(optimizer_from_deepspeed(config), expected)
 
@@ -68,7 +69,7 @@ def test_onebit_lamb():
     )  # fmt: skip
     expected = onebit_lamb(
         11e-3, 0.9, 0.99, weight_decay=0.01, max_coeff=0.3, min_coeff=0.01, freeze_step=3,
-        clip_norm=1.0, clip="local",
+        clip=Clip(1.0, by="local"),
     )  # fmt: skip
     assert_same(optimizer_from_deepspeed(config), expected)
 
@@ -82,7 +83,7 @@ def test_a_schedule_takes_the_place_of_the_rate():
     schedule = optax.linear_schedule(0.0, 1e-3, 4)
     assert_same(
         optimizer_from_deepspeed(BERT, schedule, weight_decay=0.0),
-        onebit_adam(schedule, freeze_step=3, clip_norm=1.0, clip="local"),
+        onebit_adam(schedule, freeze_step=3, clip=Clip(1.0, by="local")),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from regression import MAKERS, batches, loss_fn, start, step_of
 
-from effscale.optim import mean_over_workers, skip_nonfinite
+from effscale.optim import Workers, mean_over_workers, skip_nonfinite
 from effscale.parallel import MeshConfig, collectives, per_worker, worker_params
 from effscale.training import Loss, create_train_state, make_train_step
 
@@ -53,7 +53,7 @@ def train(optimizer, params, constants, steps=6):
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_others_train_as_if_alone(name):
     """The same numbers, and the same traffic, as of a model in which the frozen ones are constants."""
-    optimizer, kernel, bias = MAKERS[name](axis_name="data"), *start().values()
+    optimizer, kernel, bias = MAKERS[name](workers=Workers("data")), *start().values()
     expected, traffic = train(optimizer, {"kernel": kernel}, {"bias": bias})
     found, traffic_with_frozen = train(multi_transform(optimizer), start(), {})
     np.testing.assert_array_equal(found["bias"], bias)
@@ -67,7 +67,7 @@ def test_the_others_train_as_if_alone(name):
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 4}], ids=["data", "tensor"])
 def test_recipes(name, mesh):
     for optimizer in (
-        MAKERS["onebit_adam"](axis_name="data", specs={"kernel": P(None, "tensor")}),
+        MAKERS["onebit_adam"](workers=Workers("data", specs={"kernel": P(None, "tensor")})),
         optax.chain(mean_over_workers("data"), optax.adam(0.1)),
     ):
         frozen = RECIPES[name](optimizer)
@@ -77,7 +77,7 @@ def test_recipes(name, mesh):
 
 
 def test_in_the_librarys_step():
-    frozen = multi_transform(MAKERS["onebit_adam"](axis_name="data"))
+    frozen = multi_transform(MAKERS["onebit_adam"](workers=Workers("data")))
     loss = lambda params, batch, key: Loss(loss_fn(params, batch), jnp.float32(1))
     with jax.set_mesh(MeshConfig().build()):
         state = create_train_state(start(), frozen, key=jax.random.key(0))
@@ -88,7 +88,7 @@ def test_in_the_librarys_step():
 def test_what_differs_is_still_refused():
     """A rate of zero freezes nothing: zero times NaN is not zero."""
     still = optax.multi_transform(
-        {"trained": MAKERS["onebit_adam"](axis_name="data"), "frozen": optax.sgd(0.0)},
+        {"trained": MAKERS["onebit_adam"](workers=Workers("data")), "frozen": optax.sgd(0.0)},
         {"kernel": "trained", "bias": "frozen"},
     )
     step = per_worker(step_of(still))

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from regression import MAKERS, batches, run, start, step_of
 
+from effscale.optim import Workers
 from effscale.parallel import MeshConfig, per_worker, simulate_workers, worker_params
 from effscale.training import Loss, create_train_state, make_train_step
 
@@ -32,7 +33,7 @@ def nnx_step(model, optimizer, batch):
 @pytest.mark.parametrize("name", MAKERS)
 def test_nnx_optimizer(name):
     """It trains as the plain loop does: warm-up, compressed steps and, in 0/1 Adam, local ones."""
-    transformation = MAKERS[name](axis_name="data")
+    transformation = MAKERS[name](workers=Workers("data"))
     with jax.set_mesh(MeshConfig(data=2).build(jax.devices()[:2])):
         expected, _, _ = run(jax.jit(per_worker(step_of(transformation))), transformation)
         step = nnx.jit(per_worker(nnx_step))
@@ -81,7 +82,7 @@ def test_running_statistics_are_not_lost_silently():
 
 def test_a_module_where_its_parameters_are_meant():
     model = linear()
-    transformation = MAKERS["zero_one_adam"](axis_name="data", num_workers=2)
+    transformation = MAKERS["zero_one_adam"](workers=Workers("data", num_workers=2))
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     with pytest.raises(ValueError, match=r"nnx\.state\(model, nnx\.Param\)"):
         worker_params(model, optimizer.opt_state)

@@ -8,13 +8,15 @@ import pytest
 from flax import nnx
 from regression import run, step_of
 
-from effscale.optim import lamb, mean_over_workers, onebit_lamb
+from effscale.optim import Workers, lamb, mean_over_workers, onebit_lamb
 from effscale.parallel import simulate_workers
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_onebit_lamb_that_never_freezes_is_lamb(decay):
-    never = onebit_lamb(0.1, weight_decay=decay, freeze_step=100, axis_name="data", num_workers=2)
+    never = onebit_lamb(
+        0.1, weight_decay=decay, freeze_step=100, workers=Workers("data", num_workers=2)
+    )
     plain = optax.chain(mean_over_workers("data"), lamb(0.1, weight_decay=decay))
     one, _, _ = run(jax.jit(simulate_workers(step_of(never), 2)), never, steps=5)
     two, _, _ = run(jax.jit(simulate_workers(step_of(plain), 2)), plain, steps=5)

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from regression import MAKERS, batches, run, start, step_of
 
+from effscale.optim import Workers
 from effscale.parallel import MeshConfig, PerWorker, per_worker, simulate_workers
 
 
@@ -23,7 +24,7 @@ def test_loops_without_types(name):
     """Where types do not say what differs they are no proof that gradients were summed."""
     devices = jax.devices()[:2]
     mesh = MeshConfig(data=2).build(devices)
-    optimizer = MAKERS[name](axis_name="data")
+    optimizer = MAKERS[name](workers=Workers("data"))
     with jax.set_mesh(mesh):
         expected, _, _ = run(jax.jit(per_worker(step_of(optimizer))), optimizer)
         specs = on_arrays(lambda x: P("data"), optimizer.init(start()))
@@ -44,7 +45,7 @@ def test_loops_without_types(name):
         found, _, _ = run(jax.jit(step), optimizer)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-    optimizer = MAKERS[name](axis_name="data", num_workers=2)
+    optimizer = MAKERS[name](workers=Workers("data", num_workers=2))
     step = jax.pmap(step_of(optimizer), "data", devices=devices)
     params = jax.tree.map(lambda x: jnp.stack([x, x]), start())
     state = jax.pmap(optimizer.init, "data", devices=devices)(params)
@@ -55,7 +56,7 @@ def test_loops_without_types(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("workers", [{}, {"axis_name": "data", "num_workers": 2}])
+@pytest.mark.parametrize("workers", [{}, {"workers": Workers("data", num_workers=2)}])
 def test_complex_parameters_are_refused(name, workers):
     params = {"real": jnp.ones(3), "phase": jnp.ones(3, jnp.complex64)}
     with pytest.raises(ValueError, match=r"\['phase'\] is of type complex64.*split_real_and_imag"):
@@ -68,7 +69,7 @@ def test_complex_parameters_in_two_parts():
     """What the message advises: after the warm-up, too, both parts come to rest at their goal."""
     goal = jnp.array([1 + 2j, -2 + 1j], jnp.complex64)
     optimizer = optax.contrib.split_real_and_imaginary(
-        MAKERS["onebit_adam"](axis_name="data", num_workers=2)
+        MAKERS["onebit_adam"](workers=Workers("data", num_workers=2))
     )
 
     def step(params, state, batch):

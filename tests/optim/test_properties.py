@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effscale import optim
+from effscale.optim import Workers
 from effscale.parallel import MeshConfig, PerWorker, shardings
 
 DECAYING = optax.exponential_decay(1.0, 1000, 0.6)
@@ -130,12 +131,12 @@ def test_map_params(name):
     assert all(changed) == (name == "lamb")
 
 
-@pytest.mark.parametrize("axis_name", [None, "data"])
-def test_map_params_lays_a_state_out(name, axis_name):
+@pytest.mark.parametrize("workers", [None, Workers("data")])
+def test_map_params_lays_a_state_out(name, workers):
     """It maps over arrays shaped like the parameters and over no others, and `shardings` knows where those lie."""
     params = {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}
     specs = {"w": P("fsdp", "tensor"), "b": P("tensor")}
-    axis = {} if name == "lamb" else {"axis_name": axis_name}
+    options = {} if name == "lamb" else {"workers": workers}
     shapes = []
 
     def place(x, spec):
@@ -143,7 +144,7 @@ def test_map_params_lays_a_state_out(name, axis_name):
         return NamedSharding(mesh, spec)
 
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
-    optimizer = build(name, **axis)
+    optimizer = build(name, **options)
     with jax.set_mesh(mesh):
         state = optimizer.init(params)
     places = optax.tree.map_params(
@@ -154,13 +155,13 @@ def test_map_params_lays_a_state_out(name, axis_name):
     assert optax.tree.get(placed, "nu")["w"].sharding.spec == specs["w"]
     is_own = lambda node: isinstance(node, PerWorker)
     own = jax.tree.leaves(list(filter(is_own, jax.tree.leaves(placed, is_leaf=is_own))))
-    assert bool(own) == bool(axis.get("axis_name"))
+    assert bool(own) == bool(options.get("workers"))
     assert all(x.sharding.spec[0] == "data" for x in own)
 
 
 def test_a_part_without_parameters(name):
     """As `optax.partition` makes where no parameter has a label: nothing happens, also with workers."""
-    axis = {} if name == "lamb" else {"axis_name": "data", "num_workers": 2}
+    axis = {} if name == "lamb" else {"workers": Workers("data", num_workers=2)}
     optimizer = optax.partition({"a": build(name, **axis), "b": optax.sgd(0.1)}, {"w": "b"})
     params = {"w": jnp.ones(2)}
     updates, _ = jax.vmap(
@@ -318,7 +319,7 @@ def test_shardings_are_stable(name):
 
 def test_a_fresh_state_can_be_donated(name):
     """Which an array that is there twice cannot."""
-    workers = [{}] if name == "lamb" else [{}, {"axis_name": "data", "num_workers": 2}]
+    workers = [{}] if name == "lamb" else [{}, {"workers": Workers("data", num_workers=2)}]
     for options in workers:
         state = build(name, **options).init(parabola()[0])
         jax.block_until_ready(jax.jit(lambda state: state, donate_argnums=0)(state))

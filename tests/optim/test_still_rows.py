@@ -7,13 +7,15 @@ import optax
 import pytest
 from regression import MAKERS, alone_step_of, batches, start, step_of
 
-from effscale.optim import lamb, onebit_adam, params_without_variance
+from effscale.optim import Workers, lamb, onebit_adam, params_without_variance
 from effscale.parallel import simulate_workers
 
 
 def rows_after(mask, late):
     """The kernel after 3 and after 8 steps; its last rows get gradients in the first ``late`` steps only."""
-    optimizer = onebit_adam(0.01, freeze_step=2, exp_avg_mask=mask, axis_name="data", num_workers=2)
+    optimizer = onebit_adam(
+        0.01, freeze_step=2, exp_avg_mask=mask, workers=Workers("data", num_workers=2)
+    )
     step = jax.jit(simulate_workers(step_of(optimizer), 2))
     params, state, seen = start(), optimizer.init(start()), []
     for i, batch in enumerate(batches(8)):
@@ -46,7 +48,7 @@ def test_a_late_gradient_does_not_disturb_the_others(make):
     """It must not reach the scale that all share: what moves is the same without it, and with one of a hundred."""
 
     def after(late):
-        optimizer = make(axis_name="data", num_workers=2)
+        optimizer = make(workers=Workers("data", num_workers=2))
 
         def step(params, state, batch):
             updates, state = optimizer.update({"w": batch[0]}, state, params)
@@ -87,7 +89,7 @@ def test_rows_that_never_had_a_gradient_without_an_epsilon(make):
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_gradient_that_comes_after_the_variance_is_frozen_moves_nothing(make):
     """Where the variance is zero there is no step size."""
-    alone, among_two = make(), make(axis_name="data", num_workers=2)
+    alone, among_two = make(), make(workers=Workers("data", num_workers=2))
     for optimizer, step in (
         (alone, alone_step_of(alone)),
         (among_two, simulate_workers(step_of(among_two), 2)),

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from effscale.models import Transformer
-from effscale.optim import onebit_adam
+from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker, resize_workers, simulate_workers
 from effscale.parallel.local_launch import free_port, launch_local
-from effscale.training import create_train_state, make_train_step, next_token_loss
+from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
 
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
 """Losses before the first exchange of signs shows, which is where the order of sums begins to matter."""
@@ -133,8 +133,8 @@ def test_an_optimizer_that_does_not_average_is_found_out():
 
 def test_clipping_belongs_to_the_optimizer():
     optimizer = gpt.OPTIMIZERS["onebit_adam"]()
-    with pytest.raises(ValueError, match=r"clip_norm=1.0 with axis_name='data'"):
-        make_train_step(next_token_loss, optimizer, clip_norm=1.0, axis_name="data")
+    with pytest.raises(ValueError, match=r"norm=1.0.* with axis_name='data'"):
+        make_train_step(next_token_loss, optimizer, clip=Clip(1.0), axis_name="data")
 
 
 def owed(opt_state):
@@ -166,7 +166,7 @@ def test_nothing_is_lost_when_workers_change(reference):
 
 
 def test_a_step_that_is_skipped_sent_nothing():
-    optimizer = onebit_adam(1e-3, freeze_step=6, axis_name="data", num_workers=2)
+    optimizer = onebit_adam(1e-3, freeze_step=6, workers=Workers("data", num_workers=2))
     step = simulate_workers(make_train_step(next_token_loss, optimizer, axis_name="data"), 2)
     model = Transformer(gpt.CONFIG, rngs=nnx.Rngs(0))
     state = create_train_state(model, optimizer, key=jax.random.key(0))

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from regression import MAKERS, alone_step_of, batches, loss_fn, run, start, step_of
 
-from effscale.optim import mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim import Workers, mean_over_workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import (
     MeshConfig,
     per_worker,
@@ -18,6 +18,7 @@ from effscale.parallel import (
     worker_params,
     worker_specs,
 )
+from effscale.training import Clip
 
 
 @pytest.fixture(params=MAKERS)
@@ -26,10 +27,10 @@ def make(request):
 
 
 def test_a_mesh_is_what_simulated_workers_are(make):
-    simulated_optimizer = make(axis_name="data", num_workers=8)
+    simulated_optimizer = make(workers=Workers("data", num_workers=8))
     simulated = jax.jit(simulate_workers(step_of(simulated_optimizer), 8))
     expected = run(simulated, simulated_optimizer)
-    optimizer = make(axis_name="data")
+    optimizer = make(workers=Workers("data"))
     with jax.set_mesh(MeshConfig().build()):
         found = run(jax.jit(per_worker(step_of(optimizer))), optimizer)
     jax.tree.map(
@@ -42,7 +43,7 @@ def test_a_mesh_is_what_simulated_workers_are(make):
 
 def test_a_shard_map_of_ones_own():
     """With the specs of the state it does what `per_worker` does."""
-    optimizer = MAKERS["zero_one_adam"](axis_name="data")
+    optimizer = MAKERS["zero_one_adam"](workers=Workers("data"))
 
     def body(params, state, batch):
         params, state, loss = step_of(optimizer)(params, unstack_workers(state), batch)
@@ -62,7 +63,7 @@ def test_one_worker_needs_no_mesh(make):
     """Without an axis the same program runs, and what it does is what one worker of a mesh does."""
     alone = make()
     expected = run(jax.jit(alone_step_of(alone)), alone)
-    optimizer = make(axis_name="data")
+    optimizer = make(workers=Workers("data"))
     with jax.set_mesh(MeshConfig().build(jax.devices()[:1])):
         found = run(jax.jit(per_worker(step_of(optimizer))), optimizer, steps=8)
     jax.tree.map(
@@ -75,8 +76,10 @@ def test_fsdp_and_tensor_axes(make):
 
     Servers have other parts of a tensor there, so that after the warm-up the two are alike but not equal.
     """
-    plain = make(axis_name="data")
-    divided = make(axis_name="data", specs={"kernel": P("fsdp", "tensor"), "bias": P("tensor")})
+    plain = make(workers=Workers("data"))
+    divided = make(
+        workers=Workers("data", specs={"kernel": P("fsdp", "tensor"), "bias": P("tensor")})
+    )
     losses = {}
     for steps in (2, 12):
         with jax.set_mesh(MeshConfig(data=2).build(jax.devices()[:2])):
@@ -99,9 +102,9 @@ def test_injected_hyperparameters_of_workers(name):
         "onebit_lamb": onebit_lamb,
         "zero_one_adam": zero_one_adam,
     }[name]
-    options = {"learning_rate": 0.01, "axis_name": "data", "num_workers": 2}
+    options = {"learning_rate": 0.01, "workers": Workers("data", num_workers=2)}
     plain = maker(**options)
-    injected = optax.inject_hyperparams(maker, static_args="num_workers")(**options)
+    injected = optax.inject_hyperparams(maker)(**options)
     with jax.numpy_dtype_promotion("standard"):
         expected, found = (
             run(jax.jit(simulate_workers(step_of(optimizer), 2)), optimizer, steps=3)
@@ -114,7 +117,7 @@ def test_injected_hyperparameters_of_workers(name):
 
 def test_gradients_that_were_summed_are_refused(make):
     """Within a shard_map JAX sums the gradient of what all workers share, without being asked."""
-    optimizer = make(axis_name="data")
+    optimizer = make(workers=Workers("data"))
 
     def forgetful(params, state, batch):
         gradients = jax.grad(loss_fn)(params, batch)
@@ -128,14 +131,14 @@ def test_gradients_that_were_summed_are_refused(make):
 
 
 def test_an_axis_that_is_not_bound_is_refused(make):
-    optimizer = make(axis_name="data", num_workers=2)
+    optimizer = make(workers=Workers("data", num_workers=2))
     params = start()
     with pytest.raises(ValueError, match="'data' is not bound"):
         optimizer.update(params, optimizer.init(params), params)
     with pytest.raises(ValueError, match="axis_name='rows' is not an axis"):
-        make(axis_name="rows").init(params)
+        make(workers=Workers("rows")).init(params)
     with jax.set_mesh(MeshConfig().build()), pytest.raises(ValueError, match="num_workers=3, but"):
-        make(axis_name="data", num_workers=3).init(params)
+        make(workers=Workers("data", num_workers=3)).init(params)
     with pytest.raises(ValueError, match=r"needs a mesh with the axis 'data'.*none"):
         per_worker(lambda s, b: s)(1.0, jnp.ones(4))
 
@@ -147,7 +150,7 @@ def test_a_result_that_differs_is_named():
 
 def test_nonfinite_gradients_are_skipped_by_all(make):
     """One worker's NaN: nobody's parameters, moments, counters or errors change; then all goes on."""
-    optimizer = make(axis_name="data", num_workers=4)
+    optimizer = make(workers=Workers("data", num_workers=4))
     step = jax.jit(simulate_workers(step_of(optimizer), 4))
     params, state = start(), optimizer.init(start())
     for batch in batches(4):
@@ -178,9 +181,9 @@ def test_clipping():
     gradients = {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
     params = {"w": jnp.zeros(2)}
 
-    def momentum(freeze_step, steps, **options):
+    def momentum(freeze_step, steps, clip):
         optimizer = onebit_adam(
-            0.1, b1=0.0, freeze_step=freeze_step, clip_norm=1.0, axis_name="data", num_workers=2, **options
+            0.1, b1=0.0, freeze_step=freeze_step, clip=clip, workers=Workers("data", num_workers=2)
         )  # fmt: skip
 
         def step(params, state, batch):
@@ -193,13 +196,13 @@ def test_clipping():
         return state.inner[0]
 
     root = np.sqrt((9 + 1) / 2)
-    warm = momentum(5, 1).mu["w"]
+    warm = momentum(5, 1, Clip(1.0)).mu["w"]
     np.testing.assert_allclose(warm, np.array([1.5, 0.5]) / root, rtol=1e-6)
-    sent = momentum(1, 2).errors.value.worker["w"].corrected
+    sent = momentum(1, 2, Clip(1.0)).errors.value.worker["w"].corrected
     np.testing.assert_allclose(sent, np.array([[3.0, 0.0], [0.0, 1.0]]) / root, rtol=1e-6)
-    warm = momentum(5, 1, clip="local").mu["w"]
+    warm = momentum(5, 1, Clip(1.0, by="local")).mu["w"]
     np.testing.assert_allclose(warm, np.array([1.5, 0.5]) / np.sqrt(2.5), rtol=1e-6)
-    sent = momentum(1, 2, clip="local").errors.value.worker["w"].corrected
+    sent = momentum(1, 2, Clip(1.0, by="local")).errors.value.worker["w"].corrected
     np.testing.assert_allclose(sent, np.array([[1.0, 0.0], [0.0, 1.0]]), rtol=1e-6)
 
 
@@ -208,7 +211,8 @@ def test_a_part_of_the_parameters(name):
     """What optax.partition gives to another optimizer, uncompressed: DeepSpeed's non_freeze groups."""
     full = optax.chain(mean_over_workers("data"), optax.sgd(0.1))
     optimizer = optax.partition(
-        {"bits": MAKERS[name](axis_name="data"), "full": full}, {"kernel": "bits", "bias": "full"}
+        {"bits": MAKERS[name](workers=Workers("data")), "full": full},
+        {"kernel": "bits", "bias": "full"},
     )
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(MeshConfig().build()):
         params, _, loss = run(jax.jit(per_worker(step_of(optimizer))), optimizer, steps=8)
@@ -221,7 +225,9 @@ def test_a_part_of_the_parameters(name):
 )
 def test_bfloat16_parameters(name, mu_dtype):
     """Under strict promotion, with weight decay, on two workers."""
-    optimizer = MAKERS[name](axis_name="data", num_workers=2, weight_decay=0.1, mu_dtype=mu_dtype)
+    optimizer = MAKERS[name](
+        workers=Workers("data", num_workers=2), weight_decay=0.1, mu_dtype=mu_dtype
+    )
     step = jax.jit(simulate_workers(step_of(optimizer), 2))
     to_bfloat16 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
     params = to_bfloat16(start())
@@ -234,7 +240,7 @@ def test_bfloat16_parameters(name, mu_dtype):
 
 def test_bfloat16_gradients_on_a_mesh():
     """XLA's CPU compiler dies of their all-reduce, if nothing is done about it."""
-    optimizer = onebit_adam(0.01, freeze_step=2, axis_name="data")
+    optimizer = onebit_adam(0.01, freeze_step=2, workers=Workers("data"))
 
     def step(params, state, batch):
         own = worker_params(params, state)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from regression import batches, run, start, step_of
 
-from effscale.optim import zero_one_adam
+from effscale.optim import Workers, zero_one_adam
 from effscale.parallel import simulate_workers
 
 
@@ -17,8 +17,7 @@ def test_parameters_stay_between_synchronisations():
         var_freeze_step=2,
         local_step_scaler=2,
         local_step_clipper=4,
-        axis_name="data",
-        num_workers=2,
+        workers=Workers("data", num_workers=2),
     )
     step = jax.jit(simulate_workers(step_of(optimizer), 2))
     params, state = start(), optimizer.init(start())
@@ -33,24 +32,26 @@ def test_parameters_stay_between_synchronisations():
 
 def test_zero_one_adam_without_an_epsilon():
     """Before the first step the variance is zero, and so is the way: 0 / 0 must not be where gradients are taken."""
-    optimizer = zero_one_adam(0.05, eps=0.0, var_freeze_step=2, axis_name="data", num_workers=2)
+    optimizer = zero_one_adam(
+        0.05, eps=0.0, var_freeze_step=2, workers=Workers("data", num_workers=2)
+    )
     params, state, _ = run(jax.jit(simulate_workers(step_of(optimizer), 2)), optimizer, steps=6)
     assert int(state.skipped) == 0
     assert bool((params["kernel"] != start()["kernel"]).all())
 
 
-@pytest.mark.parametrize("axis_name", [None, "data"])
-def test_a_local_step_leaves_the_variance_alone(axis_name):
+@pytest.mark.parametrize("workers", [None, Workers("data", num_workers=2)])
+def test_a_local_step_leaves_the_variance_alone(workers):
     """Also if the gradient's square overflows, which only `skip_nonfinite` would refuse."""
     optimizer = zero_one_adam(
-        0.1, var_freeze_step=1, local_step_scaler=1, local_step_clipper=8, axis_name=axis_name,
-        num_workers=axis_name and 2, skip_nonfinite=False,
+        0.1, var_freeze_step=1, local_step_scaler=1, local_step_clipper=8, workers=workers,
+        skip_nonfinite=False,
     )  # fmt: skip
 
     def step(state, batch):
         return optimizer.update({"w": batch[0]}, state, {"w": jnp.zeros(2)})[1]
 
-    step = simulate_workers(step, 2) if axis_name else step
+    step = simulate_workers(step, 2) if workers else step
     state = optimizer.init({"w": jnp.zeros(2)})
     for size in (1.0, 1.0, 1e20):
         learned, state = state.nu["w"], step(state, jnp.full((2, 2), size))
@@ -62,7 +63,7 @@ def test_local_steps_without_a_learning_rate():
     """Where the rate is zero for a whole interval DeepSpeed divides zero by zero."""
     optimizer = zero_one_adam(
         lambda t: jnp.where(t < 6, 0.0, 0.05), var_freeze_step=2, local_step_scaler=1, local_step_clipper=2,
-        axis_name="data", num_workers=2,
+        workers=Workers("data", num_workers=2),
     )  # fmt: skip
     params, _, _ = run(jax.jit(simulate_workers(step_of(optimizer), 2)), optimizer, steps=12)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.optim import onebit_adam, onebit_lamb, zero_one_adam
+from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import (
     MeshConfig,
     collectives,
@@ -50,7 +50,7 @@ def sent_by_branch(text):
 @pytest.mark.parametrize("workers", [2, 8])
 @pytest.mark.parametrize("maker", [onebit_adam, onebit_lamb])
 def test_warm_up_and_compressed_steps(maker, workers):
-    text, sent = program(maker(0.01, freeze_step=2, axis_name="data"), workers)
+    text, sent = program(maker(0.01, freeze_step=2, workers=Workers("data")), workers)
     scales = "tree" if maker is onebit_lamb else "tensor"
     expected = [
         mean_bytes(PARAMS, workers),
@@ -62,7 +62,7 @@ def test_warm_up_and_compressed_steps(maker, workers):
 
 def test_rounds_of_zero_one_adam():
     optimizer = zero_one_adam(
-        0.01, var_freeze_step=3, var_update_scaler=2, local_step_scaler=1, local_step_clipper=2, axis_name="data"
+        0.01, var_freeze_step=3, var_update_scaler=2, local_step_scaler=1, local_step_clipper=2, workers=Workers("data")
     )  # fmt: skip
     text, sent = program(optimizer, 4)
     full, one_bit = mean_bytes(PARAMS, 4), compressed_mean_bytes(PARAMS, 4)
@@ -73,7 +73,7 @@ def test_rounds_of_zero_one_adam():
 
 
 def test_only_bytes_cross_in_compressed_steps():
-    text, _ = program(onebit_adam(0.01, freeze_step=2, axis_name="data"), 8)
+    text, _ = program(onebit_adam(0.01, freeze_step=2, workers=Workers("data")), 8)
     inner = [c for c in collectives(text) if c.branches[1:2] == (1,)]
     assert {c.kind for c in inner} == {"all-to-all", "all-gather"}
     assert all(c.dtypes == {"u8"} for c in inner)
@@ -109,5 +109,5 @@ def test_forms_of_the_text(line, kind, sent):
 def test_alone_nothing_is_sent():
     assert collectives("%a = f32[2]{0} all-reduce(%x), replica_groups={{0},{1}}") == []
     assert compressed_mean_bytes(jnp.zeros(64), 1) == mean_bytes(jnp.zeros(64), 1) == 0.0
-    _, sent = program(onebit_adam(0.01, freeze_step=2, axis_name="data"), 1)
+    _, sent = program(onebit_adam(0.01, freeze_step=2, workers=Workers("data")), 1)
     assert sent == [0.0] * 4

@@ -12,6 +12,7 @@ from effscale.parallel import MeshConfig, batch_shard, initialize, shard_batch, 
 from effscale.training import (
     AdamWConfig,
     Checkpoints,
+    Clip,
     ShapeBuckets,
     create_train_state,
     make_train_step,
@@ -49,7 +50,7 @@ def curve(
         Transformer(CONFIG, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
     )
     step_fn = ShapeBuckets(
-        make_train_step(next_token_loss, optimizer, clip_norm=1.0, accumulate=accumulate),
+        make_train_step(next_token_loss, optimizer, clip=Clip(1.0), accumulate=accumulate),
         donate_argnums=0,
     )
     part, losses = batch_shard(mesh), []

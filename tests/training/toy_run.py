@@ -16,6 +16,7 @@ from flax import nnx
 from effscale.training import (
     AdamWConfig,
     Checkpoints,
+    Clip,
     JsonlWriter,
     Loss,
     ScheduleConfig,
@@ -110,7 +111,7 @@ def main():
         Toy(rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(1), ema=True
     )
     step = make_train_step(
-        loss_fn, optimizer, accumulate=2, clip_norm=1.0, ema_decay=0.9, learning_rate=schedule
+        loss_fn, optimizer, accumulate=2, clip=Clip(1.0), ema_decay=0.9, learning_rate=schedule
     )
     data = batches()
     checkpoints = Checkpoints(args.folder / "checkpoints", config={"width": WIDTH}, every=5, keep=2)

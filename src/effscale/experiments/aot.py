@@ -27,9 +27,10 @@ from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.random_ltd import arms as random_ltd
 from effscale.models import Transformer, vit
 from effscale.models.config import PatchInputs
-from effscale.optim import onebit_adam
+from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, batch_sharding, per_worker, shardings
 from effscale.training import (
+    Clip,
     create_train_state,
     make_train_step,
     masked_token_loss,
@@ -108,7 +109,9 @@ def lower_onebit(task: str, name: OptimizerName, devices: Sequence[Any]) -> jax.
 def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
     """The quickstart's step with 1-bit Adam between two workers of four devices each."""
     config = quickstart.PRESETS["paper"]
-    optimizer = onebit_adam(1e-4, freeze_step=config.steps // 5, clip_norm=1.0, axis_name="data")
+    optimizer = onebit_adam(
+        1e-4, freeze_step=config.steps // 5, clip=Clip(1.0), workers=Workers("data")
+    )
     model = config.model.build(config.vocab_size, config.length)
     step = make_train_step(
         next_token_loss, optimizer, accumulate=config.accumulate, axis_name="data"

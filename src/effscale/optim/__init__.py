@@ -8,8 +8,10 @@ from effscale.optim.lamb import LambState, lamb
 from effscale.optim.onebit_adam import OneBitAdamState, onebit_adam, scale_by_onebit_adam
 from effscale.optim.onebit_lamb import OneBitLambState, onebit_lamb
 from effscale.optim.skipping import SkipNonfiniteState, skip_nonfinite
-from effscale.optim.zero_one_adam import OwnWay, ZeroOneAdamState, zero_one_adam
-from effscale.optim.zero_one_policies import Policies, PolicyState, Round, halving_steps
+from effscale.optim.workers import Workers
+from effscale.optim.zero_one.adam import ZeroOneAdamState, zero_one_adam
+from effscale.optim.zero_one.policies import Policies, PolicyState, Round, halving_steps
+from effscale.optim.zero_one.rules import OwnWay
 
 __all__ = [
     "LambState",
@@ -23,6 +25,7 @@ __all__ = [
     "Round",
     "SkipNonfiniteState",
     "VarianceRatio",
+    "Workers",
     "ZeroOneAdamState",
     "halving_steps",
     "lamb",

@@ -1,42 +1,18 @@
 """The mean over workers, in full and in one bit per number, and what it sends."""
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from effscale.optim.params_like import unlike_params
+from effscale.optim.workers import Workers, check_axis, check_local
 from effscale.parallel.onebit.error_feedback import init_error_feedback
-from effscale.parallel.onebit.exchange import Scales
 from effscale.parallel.onebit.mean import compressed_mean
 from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.worker_zeros import per_worker_zeros
-from effscale.parallel.workers import (
-    PerWorker,
-    as_local,
-    bound_axis_size,
-    differs,
-    has_types,
-)
-
-
-def check_local(gradients: Any, axis_name: str | None) -> None:
-    """Raise if gradients are known to be the same on all workers, or if the axis is not bound."""
-    if axis_name is None:
-        return
-    if bound_axis_size(axis_name) is None:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound here: take the step within per_worker(step, {axis_name!r}), or leave "
-            "axis_name out to train on one worker"
-        )
-    leaves = jax.tree.leaves(gradients)
-    if leaves and has_types(axis_name) and not any(differs(g, axis_name) for g in leaves):
-        raise ValueError(
-            f"the gradients are the same on all workers along {axis_name!r}, so they were summed already and there is "
-            "nothing to compress: differentiate at worker_params(params, opt_state), and do not average yourself. (Instead "
-            "of optax.MultiSteps use make_train_step(accumulate=).)"
-        )
+from effscale.parallel.workers import PerWorker, SendsBytes, as_local, bound_axis_size
 
 
 def mean(gradients: Any, axis_name: str | None) -> Any:
@@ -57,36 +33,43 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
     return jax.tree.map(one, gradients)
 
 
-def init_errors(params: Any, axis_name: str | None, num_workers: int | None, specs: Any) -> Any:
-    """Each worker's `ErrorFeedback`, in a `PerWorker`; None on one worker."""
-    if axis_name is None:
+def init_errors(params: Any, workers: Workers | None) -> Any:
+    """Each worker's `ErrorFeedback`, in a `PerWorker`; None for one worker."""
+    if workers is None:
         return None
-    make = lambda workers: init_error_feedback(params, workers, specs)
-    return unlike_params(params, lambda: per_worker_zeros(make, axis_name, num_workers))
+    make = lambda number: init_error_feedback(params, number, workers.specs)
+    return unlike_params(
+        params, lambda: per_worker_zeros(make, workers.axis_name, workers.num_workers)
+    )
+
+
+def compressed(tree: Any, errors: Any, workers: Workers) -> tuple[Any, Any]:
+    """`compressed_mean` as ``workers`` says."""
+    scales = workers.scales or "tensor"
+    return compressed_mean(tree, errors, workers.axis_name, scales=scales, specs=workers.specs)
 
 
 def agree(
-    tree: Any, errors: PerWorker | None, *, scales: Scales, specs: Any
+    tree: Any, errors: PerWorker | None, workers: Workers | None
 ) -> tuple[Any, PerWorker | None]:
-    """The mean over workers in one bit per number; the tree itself on one worker."""
-    if errors is None:
+    """The mean over workers in one bit per number, with the errors of `init_errors`; the tree itself on one worker."""
+    if workers is None or errors is None:
         return tree, None
-    axis_name = errors.axis_name
-    tree, new = compressed_mean(tree, errors.value, axis_name, scales=scales, specs=specs)
-    return tree, PerWorker(new, axis_name)
+    tree, new = compressed(tree, errors.value, workers)
+    return tree, PerWorker(new, workers.axis_name)
 
 
-def bytes_sent(
-    gradients: Any, axis_name: str | None, scales: Scales, specs: Any
-) -> tuple[float, float]:
+def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[float, float]:
     """Bytes that a device sends for the mean in full and in one bit per number; nothing where there is one worker."""
-    workers = 1 if axis_name is None else bound_axis_size(axis_name)
-    if workers is None or workers == 1:
+    number = None if workers is None else bound_axis_size(workers.axis_name)
+    if workers is None or number is None or number == 1:
         return 0.0, 0.0
-    full = mean_bytes(gradients, workers, specs=specs)
-    return full, compressed_mean_bytes(gradients, workers, scales=scales, specs=specs)
+    scales, specs = workers.scales or "tensor", workers.specs
+    full = mean_bytes(gradients, number, specs=specs)
+    return full, compressed_mean_bytes(gradients, number, scales=scales, specs=specs)
 
 
+@SendsBytes.register
 class MeanOverWorkersState(NamedTuple):
     """State of `mean_over_workers`.
 
@@ -97,26 +80,6 @@ class MeanOverWorkersState(NamedTuple):
 
     sent: Any
     axis: PerWorker
-
-
-def check_axis(axis_name: Any) -> None:
-    """Raise a ``ValueError`` unless the workers lie along one named axis, or there is one worker."""
-    if axis_name is not None and not isinstance(axis_name, str):
-        raise ValueError(
-            f"axis_name={axis_name!r} must be the name of one mesh axis. The compiler averages over all other axes, in full; "
-            "to compress over several, give the mesh one axis of their product"
-        )
-
-
-def check_workers(axis_name: str | None, num_workers: int | None, scales: str) -> None:
-    """Raise a ``ValueError`` for options of the exchange that do not go together."""
-    check_axis(axis_name)
-    if axis_name is None and num_workers is not None:
-        raise ValueError(
-            f"num_workers={num_workers} without axis_name: name the workers' axis, or leave num_workers out"
-        )
-    if scales not in get_args(Scales):
-        raise ValueError(f"scales={scales!r} is unknown; one of {', '.join(get_args(Scales))}")
 
 
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
@@ -135,7 +98,7 @@ def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
         check_local(updates, axis_name)
-        sent, _ = bytes_sent(updates, axis_name, "tensor", None)
+        sent, _ = bytes_sent(updates, Workers(axis_name))
         return mean(updates, axis_name), MeanOverWorkersState(jnp.float32(sent), state.axis)
 
     return optax.GradientTransformationExtraArgs(init, update)

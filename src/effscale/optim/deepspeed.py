@@ -8,7 +8,8 @@ import optax
 from effscale.models.validation import check_keys, did_you_mean, whole_number
 from effscale.optim.onebit_adam import onebit_adam
 from effscale.optim.onebit_lamb import onebit_lamb
-from effscale.optim.zero_one_adam import zero_one_adam
+from effscale.optim.zero_one.adam import zero_one_adam
+from effscale.training.clipping import Clip
 
 _SHARED = {"eps": 1e-8, "weight_decay": 0.0}
 _LAMB = ("max_coeff", "min_coeff", "coeff_beta", "factor_max", "factor_min", "factor_threshold")
@@ -35,15 +36,15 @@ def optimizer_from_deepspeed(
 ) -> optax.GradientTransformationExtraArgs:
     """Reads a 1-bit optimizer out of a DeepSpeed configuration.
 
-    ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes ``clip_norm`` with
-    ``clip="local"``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
+    ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes
+    ``Clip(norm, by="local")``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
     (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over; for bias correction give
     ``bias_correction=True`` among the options. Everything else in the configuration is none of this function's business.
 
     Args:
         config: The whole configuration, from ``json.load``.
         learning_rate: A schedule in place of the ``lr`` of the configuration.
-        **options: Those that DeepSpeed does not have: ``axis_name``, ``mask``, ``exp_avg_mask``, ``specs``, ...
+        **options: Those that DeepSpeed does not have: ``workers``, ``mask``, ``exp_avg_mask``, ...
 
     Returns:
         The optimizer.
@@ -82,8 +83,8 @@ def optimizer_from_deepspeed(
         for key, value in chosen.items()
     }
     if config.get("gradient_clipping"):
-        clip_norm = _number(config["gradient_clipping"], "gradient_clipping")
-        taken |= {"clip_norm": clip_norm, "clip": "local"}
+        norm = _number(config["gradient_clipping"], "gradient_clipping")
+        taken["clip"] = Clip(norm, by="local")
     if learning_rate is None:
         learning_rate = _number(given.get("lr", 1e-3), "optimizer.params.lr")
     return maker(learning_rate, b1, b2, **(taken | options))

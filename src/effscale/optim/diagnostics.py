@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from effscale.optim.onebit_adam import OneBitAdamState
 from effscale.optim.onebit_lamb import OneBitLambState
-from effscale.optim.zero_one_adam import ZeroOneAdamState
+from effscale.optim.zero_one.adam import ZeroOneAdamState
 
 _FREEZING = (OneBitAdamState, OneBitLambState, ZeroOneAdamState)
 

@@ -9,8 +9,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from effscale.optim import moments, skipping
-from effscale.optim.averaging import agree, bytes_sent, check_local, check_workers, init_errors
-from effscale.optim.clipping import Clip, check_clip, clipped_locally, clipped_mean
+from effscale.optim.averaging import agree, bytes_sent, init_errors
+from effscale.optim.clipping import clipped_locally, clipped_mean
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
@@ -32,11 +32,13 @@ from effscale.optim.moments import (
 )
 from effscale.optim.precision import in_types_of
 from effscale.optim.weight_decay import decayed_weights
-from effscale.parallel.onebit.exchange import Scales
-from effscale.parallel.workers import PerWorker
+from effscale.optim.workers import Workers, axis_of, check_local
+from effscale.parallel.workers import PerWorker, SendsBytes
+from effscale.training.clipping import Clip
 from effscale.training.schedules import scale_by_learning_rate
 
 
+@SendsBytes.register
 class OneBitAdamState(NamedTuple):
     """State of `scale_by_onebit_adam`.
 
@@ -69,12 +71,8 @@ def scale_by_onebit_adam(
     bias_correction: bool = False,
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: ArrayLike | None = None,
-    clip: Clip = "synchronised",
-    axis_name: str | None = None,
-    num_workers: int | None = None,
-    scales: Scales = "tensor",
-    specs: Any = None,
+    clip: Clip | None = None,
+    workers: Workers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale by 1-bit Adam.
 
@@ -107,14 +105,9 @@ def scale_by_onebit_adam(
             broadcast against them, or a function from parameters to such a tree, of zeros and ones. Zeros belong where the gradient is
             always zero after the warm-up: one bit cannot say zero. (Where it was zero in the warm-up, too, as for positions
             that no row reaches, the variance is zero, and the momentum is taken to be zero without a mask.)
-        clip_norm: Greatest norm of the gradient; None does not clip.
-        clip: Which norm: ``synchronised``, the root mean square of all workers' norms, up to the root of their number times
-            that of the mean. ``local``, that of the mean in the warm-up, and each worker's own after it.
-        axis_name: The workers' axis, with the update within `effscale.parallel.per_worker`. None trains on one worker: the
-            same two stages, nothing sent, nothing compressed. So does an axis of one worker.
-        num_workers: Only where no mesh says it (`effscale.parallel.simulate_workers`).
-        scales: One scale a ``tensor``, or one for the whole ``tree``.
-        specs: See `effscale.parallel.compressed_mean`.
+        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is; None does not clip.
+        workers: The workers to average over, ``Workers("data")``. None trains on one worker: the same two stages, nothing sent,
+            nothing compressed.
 
     Returns:
         An optax transformation. Its ``init`` is called within ``jax.set_mesh(mesh)``, outside of the step.
@@ -127,9 +120,8 @@ def scale_by_onebit_adam(
     """
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
-    check_clip(clip_norm, clip)
-    check_workers(axis_name, num_workers, scales)
     check_mu_dtype(mu_dtype)
+    axis_name = axis_of(workers)
 
     def init(params: Any) -> Any:
         return OneBitAdamState(
@@ -137,7 +129,7 @@ def scale_by_onebit_adam(
             mu=moments_like(params, mu_dtype),
             nu=moments_like(params),
             ratio=init_ratio(variance_ratio),
-            errors=init_errors(params, axis_name, num_workers, specs),
+            errors=init_errors(params, workers),
             sent=jnp.zeros((), jnp.float32),
             nu_count=jnp.zeros((), jnp.int32) if bias_correction else None,
         )
@@ -150,20 +142,20 @@ def scale_by_onebit_adam(
         last_mu = in_types_of(state.nu, state.mu)
 
         def warm_up() -> Any:
-            mean = clipped_mean(updates, axis_name, clip_norm, clip)
+            mean = clipped_mean(updates, axis_name, clip)
             mu, nu = averaged_moments(mean, last_mu, state.nu, b1, b2)
             ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
             return mu, nu, ratio, state.errors
 
         def compressed() -> Any:
-            g = clipped_locally(updates, axis_name, clip_norm, clip)
+            g = clipped_locally(updates, axis_name, clip)
             mu = where_known(lerp(last_mu, g, b1), state.nu)
-            mu, errors = agree(mu, state.errors, scales=scales, specs=specs)
+            mu, errors = agree(mu, state.errors, workers)
             mu = where_known(masked(mu, exp_avg_mask, params), state.nu)
             return mu, state.nu, state.ratio, errors
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
-        full, one_bit = bytes_sent(updates, axis_name, scales, specs)
+        full, one_bit = bytes_sent(updates, workers)
         mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
         new = OneBitAdamState(
             count=optax.safe_increment(state.count),
@@ -197,12 +189,8 @@ def onebit_adam(
     bias_correction: bool = False,
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: ArrayLike | None = None,
-    clip: Clip = "synchronised",
-    axis_name: str | None = None,
-    num_workers: int | None = None,
-    scales: Scales = "tensor",
-    specs: Any = None,
+    clip: Clip | None = None,
+    workers: Workers | None = None,
     skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""1-bit Adam with decoupled weight decay; `scale_by_onebit_adam` has the mathematics and the other options.
@@ -224,12 +212,8 @@ def onebit_adam(
         bias_correction: Whether the moments are corrected for having begun at zero, as Adam's are.
         mu_dtype: The type in which the momentum is kept; None for at least float32.
         exp_avg_mask: What the momentum is multiplied by.
-        clip_norm: Greatest norm of the gradient.
-        clip: By which norm; see `scale_by_onebit_adam`.
-        axis_name: The workers' axis; None trains on one worker.
-        num_workers: Only where no mesh says it.
-        scales: One scale a ``tensor``, or one for the whole ``tree``.
-        specs: See `effscale.parallel.compressed_mean`.
+        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is.
+        workers: The workers to average over, ``Workers("data")``; None trains on one worker.
         skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all, before it
             reaches the errors; see `effscale.optim.skip_nonfinite`.
 
@@ -260,15 +244,11 @@ def onebit_adam(
             bias_correction=bias_correction,
             mu_dtype=mu_dtype,
             exp_avg_mask=exp_avg_mask,
-            clip_norm=clip_norm,
             clip=clip,
-            axis_name=axis_name,
-            num_workers=num_workers,
-            scales=scales,
-            specs=specs,
+            workers=workers,
         ),
         decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     ]
     optimizer = optax.chain(*links)
-    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    return skipping.skip_nonfinite(optimizer, axis_of(workers)) if skip_nonfinite else optimizer

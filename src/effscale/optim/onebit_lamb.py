@@ -10,8 +10,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from effscale.optim import skipping
-from effscale.optim.averaging import agree, bytes_sent, check_local, check_workers, init_errors
-from effscale.optim.clipping import Clip, check_clip, clipped_locally, clipped_mean
+from effscale.optim.averaging import agree, bytes_sent, init_errors
+from effscale.optim.clipping import clipped_locally, clipped_mean
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
@@ -26,11 +26,13 @@ from effscale.optim.moments import check_mu_dtype, lerp, masked, moments_like, w
 from effscale.optim.options import check_bounds, check_number
 from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
-from effscale.parallel.onebit.exchange import Scales
-from effscale.parallel.workers import PerWorker
+from effscale.optim.workers import Workers, axis_of, check_local, with_scales
+from effscale.parallel.workers import PerWorker, SendsBytes
+from effscale.training.clipping import Clip
 from effscale.training.schedules import scale_by_learning_rate
 
 
+@SendsBytes.register
 class OneBitLambState(NamedTuple):
     """State of `onebit_lamb`; what is one number a layer broadcasts against the parameters.
 
@@ -79,13 +81,9 @@ def onebit_lamb(
     variance_ratio: VarianceRatio | None = None,
     mu_dtype: DTypeLike | None = None,
     exp_avg_mask: Any = None,
-    clip_norm: ArrayLike | None = None,
-    clip: Clip = "synchronised",
+    clip: Clip | None = None,
     stacked: Stacked = None,
-    axis_name: str | None = None,
-    num_workers: int | None = None,
-    scales: Scales = "tree",
-    specs: Any = None,
+    workers: Workers | None = None,
     skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""1-bit LAMB.
@@ -124,13 +122,10 @@ def onebit_lamb(
         variance_ratio: Ends the warm-up earlier.
         mu_dtype: As for `effscale.optim.scale_by_onebit_adam`.
         exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
-        clip_norm: Greatest norm of the gradient.
-        clip: By which norm; see `scale_by_onebit_adam`.
+        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is; None does not clip.
         stacked: Leading dimensions that stack layers; see `Stacked`.
-        axis_name: The workers' axis; None trains on one worker.
-        num_workers: Only where no mesh says it.
-        scales: One scale for the whole ``tree``, as in the paper, or one a ``tensor``.
-        specs: See `effscale.parallel.compressed_mean`.
+        workers: The workers to average over, ``Workers("data")``, by default with one scale for the whole tree, as in the
+            paper. None trains on one worker.
         skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all; see
             `effscale.optim.skip_nonfinite`.
 
@@ -156,9 +151,8 @@ def onebit_lamb(
     lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
     lamb.check()
     check_freeze_step(freeze_step)
-    check_clip(clip_norm, clip)
-    check_workers(axis_name, num_workers, scales)
     check_mu_dtype(mu_dtype)
+    workers, axis_name = with_scales(workers, "tree"), axis_of(workers)
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
 
     def init(params: Any) -> Any:
@@ -178,7 +172,7 @@ def onebit_lamb(
             scaling_coeff=each(1.0),
             compressing=jnp.zeros((), jnp.bool_),
             ratio=init_ratio(variance_ratio),
-            errors=init_errors(params, axis_name, num_workers, specs),
+            errors=init_errors(params, workers),
             sent=jnp.zeros((), jnp.float32),
         )
 
@@ -192,7 +186,7 @@ def onebit_lamb(
         last_mu = in_types_of(state.nu, state.mu)
 
         def warm_up() -> tuple[Any, OneBitLambState]:
-            mean = clipped_mean(updates, axis_name, clip_norm, clip)
+            mean = clipped_mean(updates, axis_name, clip)
             step = lamb.step(mean, last_mu, state.nu, params, dims)
             frozen = jax.tree.map(
                 lambda old, c, defined: jnp.where(defined, lerp(old, c, coeff_beta), old),
@@ -212,7 +206,7 @@ def onebit_lamb(
             return in_types_of(updates, step.update), new
 
         def compressed() -> tuple[Any, OneBitLambState]:
-            g = clipped_locally(updates, axis_name, clip_norm, clip)
+            g = clipped_locally(updates, axis_name, clip)
             scaling = jax.lax.cond(
                 state.compressing,
                 lambda: state.scaling_coeff,
@@ -224,7 +218,7 @@ def onebit_lamb(
             errors = jax.tree.map(
                 lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
             )
-            mu, errors = agree(mu, errors, scales=scales, specs=specs)
+            mu, errors = agree(mu, errors, workers)
             # What never had a gradient, or is masked, does not move, and has no say in the factor.
             known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
             moves = masked(known, exp_avg_mask, params)
@@ -259,7 +253,7 @@ def onebit_lamb(
 
         frozen = is_frozen(freeze_step, state.ratio, state.count)
         out, new = jax.lax.cond(frozen, compressed, warm_up)
-        full, one_bit = bytes_sent(updates, axis_name, scales, specs)
+        full, one_bit = bytes_sent(updates, workers)
         return out, new._replace(
             count=optax.safe_increment(state.count), sent=jnp.where(frozen, one_bit, full)
         )

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.optim.averaging import check_axis, check_local
 from effscale.optim.clipping import mean_squared_norm
 from effscale.optim.precision import zeros_of_mean
+from effscale.optim.workers import check_axis, check_local
 from effscale.parallel.shared_values import settled
 
 
@@ -38,7 +38,8 @@ def skip_nonfinite(
         >>> updates.tolist(), int(state.skipped)
         ([0.0, 0.0], 1)
     """
-    check_axis(axis_name)
+    if axis_name is not None:
+        check_axis(axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:

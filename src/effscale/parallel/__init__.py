@@ -30,7 +30,13 @@ from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical
 from effscale.parallel.startup import DistributedConfig, initialize
 from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
 from effscale.parallel.worker_steps import per_worker, simulate_workers
-from effscale.parallel.workers import PerWorker, sent_bytes, worker_params
+from effscale.parallel.workers import (
+    MovesParams,
+    PerWorker,
+    SendsBytes,
+    sent_bytes,
+    worker_params,
+)
 
 __all__ = [
     "AXES",
@@ -40,10 +46,12 @@ __all__ = [
     "DistributedConfig",
     "ErrorFeedback",
     "MeshConfig",
+    "MovesParams",
     "PerWorker",
     "Placement",
     "Residual",
     "Rules",
+    "SendsBytes",
     "auto_batch_axes",
     "batch_shard",
     "batch_sharding",

@@ -4,14 +4,17 @@ What is the same on all workers is an ordinary array; what differs sits in a `Pe
 runs steps on such trees.
 """
 
+import abc
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kernels_pallas.manual_axes import vary
+
+Node = TypeVar("Node")
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +28,29 @@ class PerWorker:
 
     value: Any
     axis_name: str = dataclasses.field(metadata={"static": True})
+
+
+class SendsBytes(abc.ABC):
+    """A node of an optimizer's state that counts what its update sent.
+
+    Register a state of your own with ``SendsBytes.register``, which also decorates a NamedTuple; `sent_bytes` then counts it.
+
+    Attributes:
+        sent: float32, bytes that each worker's device sent in the last update.
+    """
+
+    sent: jax.Array
+
+
+class MovesParams(abc.ABC):
+    """A node of an optimizer's state that lets workers go their own ways for some steps.
+
+    Register a state of your own with ``MovesParams.register``; `worker_params` then asks it where the worker stands.
+    """
+
+    @abc.abstractmethod
+    def local_params(self, params: Any) -> Any:
+        """The parameters where a worker stands, from those that all share."""
 
 
 def is_per_worker(node: object) -> bool:
@@ -76,7 +102,7 @@ def worker_params(params: Any, opt_state: Any) -> Any:
 
     They are typed as the worker's own, so that `jax.grad` gives the worker's own gradient. Where the optimizer lets
     workers go their own ways for some steps (0/1 Adam), they are the worker's own in value, too: a node of the
-    optimizer's state that has a method ``local_params(params)`` moves them. The parameters themselves stay the same
+    optimizer's state that is a `MovesParams` says where. The parameters themselves stay the same
     on all workers. Without any `PerWorker` in the state, as on one worker, they are returned as they are.
 
     Args:
@@ -104,23 +130,21 @@ def worker_params(params: Any, opt_state: Any) -> Any:
             )
     structure, opt_state = jax.tree.structure(params), nnx.as_pure(opt_state)
     params = nnx.as_pure(params)
-    states = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "local_params"))
-    for state in states:
-        if hasattr(state, "local_params"):
-            try:
-                params = state.local_params(params)
-            except ValueError as error:
-                raise ValueError(
-                    "params has another structure than the parameters that the optimizer was initialised with. Those of an "
-                    "nnx module in an nnx.Optimizer are nnx.state(model, nnx.Param)"
-                ) from error
+    for state in _nodes(opt_state, MovesParams):
+        try:
+            params = state.local_params(params)
+        except ValueError as error:
+            raise ValueError(
+                "params has another structure than the parameters that the optimizer was initialised with. Those of an "
+                "nnx module in an nnx.Optimizer are nnx.state(model, nnx.Param)"
+            ) from error
     for axis_name in _axes(opt_state):
         params = as_local(params, axis_name)
     return jax.tree.unflatten(structure, jax.tree.leaves(params))
 
 
 def sent_bytes(opt_state: Any) -> jax.Array:
-    """Bytes that each device sent in the last update: the sum of ``sent`` over the states that have it (float32).
+    """Bytes that each device sent in the last update: the sum of ``sent`` over its `SendsBytes` (float32).
 
     A skipped update leaves the state as it was, so this is of the update before it; the metric of
     ``make_train_step(axis_name=)`` is zero then.
@@ -129,11 +153,15 @@ def sent_bytes(opt_state: Any) -> jax.Array:
         >>> print(sent_bytes(None))
         0.0
     """
-    states = jax.tree.leaves(opt_state, is_leaf=lambda node: hasattr(node, "sent"))
-    sent = [state.sent for state in states if hasattr(state, "sent")]
+    sent = [state.sent for state in _nodes(opt_state, SendsBytes)]
     return sum(sent, start=jnp.zeros((), jnp.float32))
 
 
+def _nodes(tree: Any, kind: type[Node]) -> list[Node]:
+    """The nodes of a tree that are of this kind."""
+    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in found if isinstance(node, kind)]
+
+
 def _axes(tree: Any) -> set[str]:
-    nodes = jax.tree.leaves(tree, is_leaf=is_per_worker)
-    return {node.axis_name for node in nodes if is_per_worker(node)}
+    return {node.axis_name for node in _nodes(tree, PerWorker)}

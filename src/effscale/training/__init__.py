@@ -3,6 +3,7 @@
 from effscale.training.buckets import Compilation, ShapeBuckets
 from effscale.training.checkpoint import Checkpoints, Restored
 from effscale.training.checkpoint_files import read_checkpoint_config, restore_model
+from effscale.training.clipping import Clip
 from effscale.training.console import ConsoleWriter
 from effscale.training.counter import Counter
 from effscale.training.errors import CheckpointError, TrainingDivergedError
@@ -59,6 +60,7 @@ __all__ = [
     "AdamWConfig",
     "CheckpointError",
     "Checkpoints",
+    "Clip",
     "Clock",
     "Compilation",
     "ConsoleWriter",

@@ -14,6 +14,7 @@ from flax import nnx
 from effscale.models.validation import is_finite
 from effscale.parallel.shared_values import settled
 from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
+from effscale.training.clipping import Clip
 from effscale.training.guarded_update import update_if
 from effscale.training.loss import Loss, safe_weight
 from effscale.training.partition import Trainable, combine, partition
@@ -48,7 +49,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    clip_norm: float | None = None,
+    clip: Clip | None = None,
     ema_decay: float | None = None,
     trainable: Trainable = None,
     learning_rate: Callable[[Any], Any] | None = None,
@@ -72,7 +73,7 @@ def make_train_step(
         accumulate: Number of micro-batches; the leading dimension of the batch must be a multiple. Micro-batch m
             holds rows m, m + accumulate, ..., so that each spans all devices that the batch is sharded over. Scalars of
             the batch go to every micro-batch.
-        clip_norm: Greatest global norm of the gradient; None does not clip.
+        clip: The greatest global norm of the gradient, ``Clip(1.0)``; None does not clip.
         ema_decay: Rate of the moving average, for a state made with ``ema=True``.
         trainable: Which leaves are trained, as given to ``create_train_state``.
         learning_rate: The schedule, only to be reported as a metric.
@@ -97,14 +98,9 @@ def make_train_step(
     """
     if not is_finite(accumulate) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} must be at least 1")
-    if clip_norm is not None and not (is_finite(clip_norm) and clip_norm > 0):
+    if clip is not None and axis_name is not None:
         raise ValueError(
-            f"clip_norm={clip_norm!r} must be a positive, finite number; None does not clip"
-        )
-    if clip_norm is not None and axis_name is not None:
-        raise ValueError(
-            f"clip_norm={clip_norm} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give "
-            "clip_norm to it"
+            f"clip={clip} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give clip to it"
         )
     if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
         raise ValueError(f"ema_decay={ema_decay!r} must lie in [0, 1); 0.999 is usual")
@@ -140,8 +136,8 @@ def make_train_step(
         norm = norm / weight
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm) & (loss.weight > 0)
         scale = workers / weight
-        if clip_norm is not None:
-            scale = scale * (clip_norm / jnp.maximum(norm, clip_norm))
+        if clip is not None:
+            scale = scale * clip.factor(norm)
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
 
         def update(old: Any) -> Any:

@@ -10,16 +10,18 @@ from effscale.models.validation import check, check_finite
 from effscale.optim import (
     Policies,
     Round,
+    Workers,
     onebit_adam,
     onebit_lamb,
     scale_by_onebit_adam,
     zero_one_adam,
 )
-from effscale.optim.averaging import agree, bytes_sent, check_local, init_errors
+from effscale.optim.averaging import agree, bytes_sent, init_errors
 from effscale.optim.clipping import clipped_locally
 from effscale.optim.skipping import skip_nonfinite
-from effscale.parallel import PerWorker
-from effscale.training import Schedule, ScheduleConfig
+from effscale.optim.workers import check_local
+from effscale.parallel import PerWorker, SendsBytes
+from effscale.training import Clip, Schedule, ScheduleConfig
 from effscale.training.schedules import scale_by_learning_rate
 
 AXIS = "data"
@@ -138,13 +140,9 @@ def build(
         steps: Of the run.
         workers: How many, where no mesh says it.
     """
-    b1, b2, decay, clip = moments.b1, moments.b2, moments.weight_decay, moments.clip_norm
-    shared: Any = {
-        "weight_decay": decay,
-        "clip_norm": clip,
-        "axis_name": AXIS,
-        "num_workers": workers,
-    }
+    b1, b2, decay, clip = moments.b1, moments.b2, moments.weight_decay, Clip(moments.clip_norm)
+    among = Workers(AXIS, num_workers=workers)
+    shared: Any = {"weight_decay": decay, "clip": clip, "workers": among}
     never = steps + 1  # The uncompressed twins are the same code, which never freezes.
     if name == "adam":
         return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
@@ -159,7 +157,7 @@ def build(
         freeze, largest = stages.of(name, steps), moments.factor_max
         return onebit_lamb(rate, b1, b2, freeze_step=freeze, factor_max=largest, **shared)
     naive = optax.chain(
-        onebit_gradients(clip, workers),
+        onebit_gradients(clip, among),
         scale_by_onebit_adam(b1, b2, freeze_step=never),
         optax.add_decayed_weights(decay),
         scale_by_learning_rate(rate),
@@ -167,6 +165,7 @@ def build(
     return skip_nonfinite(naive, AXIS)
 
 
+@SendsBytes.register
 class OneBitGradientsState(NamedTuple):
     """State of `onebit_gradients`: each worker's errors, and the bytes that its device sent in the last update."""
 
@@ -174,9 +173,7 @@ class OneBitGradientsState(NamedTuple):
     sent: Any
 
 
-def onebit_gradients(
-    clip_norm: float, workers: int | None
-) -> optax.GradientTransformationExtraArgs:
+def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformationExtraArgs:
     """The mean of the gradients in one bit per number, with error feedback: for SGD, and not for Adam.
 
     Adam's variance is the square of what it gets. Of signs with one scale a tensor it learns the same number for all elements.
@@ -185,15 +182,15 @@ def onebit_gradients(
     """
 
     def init(params: Any) -> Any:
-        errors = init_errors(params, AXIS, workers, None)
+        errors = init_errors(params, workers)
         return OneBitGradientsState(errors, jnp.zeros((), jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         del params, extra
-        check_local(updates, AXIS)
-        _, sent = bytes_sent(updates, AXIS, "tensor", None)
-        clipped = clipped_locally(updates, AXIS, clip_norm, "synchronised")
-        mean, errors = agree(clipped, state.errors, scales="tensor", specs=None)
+        check_local(updates, workers.axis_name)
+        _, sent = bytes_sent(updates, workers)
+        clipped = clipped_locally(updates, workers.axis_name, clip)
+        mean, errors = agree(clipped, state.errors, workers)
         return mean, OneBitGradientsState(errors, jnp.float32(sent))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -25,6 +25,7 @@ from effscale.models import Transformer
 from effscale.models.validation import check
 from effscale.parallel import shard_batch, shardings
 from effscale.training import (
+    Clip,
     LinearPacing,
     RunFolder,
     StagedStep,
@@ -167,7 +168,7 @@ def make_step(config: Config, batch_size: int) -> Any:
         next_token_loss,
         make_optimizer(config, peak=1.0),  # the state has the peak of its run
         accumulate=batch_size // (config.micro_batch or batch_size),
-        clip_norm=config.clip_norm,
+        clip=Clip(config.clip_norm),
     )
 
     def report(state: TrainState) -> dict[str, Any]:

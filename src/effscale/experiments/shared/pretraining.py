@@ -26,6 +26,7 @@ from effscale.models import Transformer
 from effscale.parallel import batch_shard, shard_batch, shardings
 from effscale.training import (
     Checkpoints,
+    Clip,
     Compilation,
     ConsoleWriter,
     JsonlWriter,
@@ -78,7 +79,7 @@ class Pretraining:
             next_token_loss if ltd is None else ltd.loss(next_token_loss),
             config.optimizer.build(config.schedule()),
             accumulate=config.accumulate,
-            clip_norm=config.clip_norm,
+            clip=Clip(config.clip_norm),
             tokens_per_batch=count_tokens if ltd is None else ltd.tokens_per_batch(plan.model),
         )
         self.step = with_metrics(step, lambda state: current_learning_rate(state.opt_state))

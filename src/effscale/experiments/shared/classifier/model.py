@@ -13,6 +13,7 @@ from effscale.models import ClassHead, PatchInputs, Transformer, TransformerConf
 from effscale.models.transformer import RunGroup, run_group
 from effscale.training import (
     AdamWConfig,
+    Clip,
     Loss,
     Schedule,
     TrainState,
@@ -77,4 +78,4 @@ def make_step(
     """
     optimizer = config.build(schedule)
     loss = class_loss if dropout else lambda model, batch, key: class_loss(model, batch)
-    return optimizer, make_train_step(loss, optimizer, clip_norm=clip_norm, learning_rate=schedule)
+    return optimizer, make_train_step(loss, optimizer, clip=Clip(clip_norm), learning_rate=schedule)

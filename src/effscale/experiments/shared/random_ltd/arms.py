@@ -19,6 +19,7 @@ from effscale.models import TransformerConfig
 from effscale.models.validation import check, check_finite
 from effscale.training import (
     AdamWConfig,
+    Clip,
     Loss,
     StagedStep,
     Stages,
@@ -180,7 +181,7 @@ class Arm:
             self.ltd.loss(loss_fn),
             optimizer,
             accumulate=accumulate,
-            clip_norm=clip_norm,
+            clip=Clip(clip_norm),
             tokens_per_batch=self.ltd.tokens_per_batch(self.model),
         )
         return with_metrics(step, lambda state: current_learning_rate(state.opt_state))

@@ -1,0 +1,44 @@
+"""The object that says how gradients are clipped."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+
+from effscale.optim import onebit_adam
+from effscale.training import Clip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": 0.0}, r"norm=0\.0.*positive, finite"),
+        ({"norm": float("inf")}, "norm=inf"),
+        ({"norm": jnp.float32("nan")}, "norm=Array"),
+        ({"norm": "abc"}, "norm='abc'"),
+        ({"norm": 1.0, "by": "globally"}, "by='globally' is unknown; one of synchronised, local"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message, monkeypatch):
+    # Without the run-time type check of the test suite, as users run it: that would refuse a string first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        Clip(**options)
+
+
+def test_a_norm_from_a_schedule():
+    """What the changelog advises for a norm that changes: it is traced, and clips as that number does."""
+    schedule = lambda count: jnp.where(count < 2, 1.0, 0.5)
+    clipped = optax.inject_hyperparams(lambda norm: onebit_adam(1.0, b1=0.0, clip=Clip(norm)))(
+        norm=schedule
+    )
+    params, gradients = {"w": jnp.zeros(2)}, {"w": jnp.array([3.0, 4.0])}
+    state, seen = clipped.init(params), []
+    update = jax.jit(clipped.update)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            _, state = update(gradients, state, params)
+            seen.append(np.asarray(optax.tree.get(state, "mu")["w"]))
+    np.testing.assert_allclose(seen, [[0.6, 0.8], [0.6, 0.8], [0.3, 0.4]], rtol=1e-6)
