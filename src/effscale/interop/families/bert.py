@@ -1,35 +1,19 @@
 """BERT in transformers, with whichever of its heads a file has."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from effscale.interop.families.activations import our_activation
 from effscale.interop.families.family import (
     Family,
     Heads,
-    Json,
-    activation,
     check_classifiers,
     classifier_dropout,
-    common,
     named_class,
-    part,
-    refuse,
-    their_activation,
-    with_heads,
 )
+from effscale.interop.families.fields import Field, Json, activation
 from effscale.interop.table import Rule, embedding, linear, norm, rows
 from effscale.interop.tensors import TensorInfo
-from effscale.models import (
-    ClassHead,
-    HeadConfig,
-    LearnedPositions,
-    LMHead,
-    MLPConfig,
-    NormConfig,
-    TokenInputs,
-    TransformerConfig,
-    bert,
-)
+from effscale.models import ClassHead, HeadConfig, LMHead, NormConfig, bert
 
 # Names of heads and the class in transformers that has exactly these.
 ARCHITECTURES = {
@@ -53,7 +37,7 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
                 name="mlm",
                 tied=bool(fields["tie_word_embeddings"]),
                 bias=True,
-                transform=activation(fields["hidden_act"]),
+                transform=our_activation(fields["hidden_act"]),
                 norm=NormConfig(epsilon=fields["layer_norm_eps"]),
             )
         )
@@ -82,47 +66,6 @@ def has_pooler(tensors: Mapping[str, TensorInfo]) -> bool:
     return "pooler.dense.weight" in tensors
 
 
-def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
-    """Our config; whether there is a pooler the file tells."""
-    refuse(fields, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
-    config = bert(
-        num_layers=fields["num_hidden_layers"],
-        d_model=fields["hidden_size"],
-        num_heads=fields["num_attention_heads"],
-        d_ff=fields["intermediate_size"],
-        vocab_size=fields["vocab_size"],
-        max_length=fields["max_position_embeddings"],
-        type_vocab_size=fields["type_vocab_size"],
-        dropout=fields["hidden_dropout_prob"],
-        attention_dropout=fields["attention_probs_dropout_prob"],
-        activation=activation(fields["hidden_act"]),
-        epsilon=fields["layer_norm_eps"],
-        pooler=fields["add_pooling_layer"],
-    )
-    return with_heads(config, heads)
-
-
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of ``config.json``."""
-    block = config.blocks[0]
-    mlp = part(block.feed_forward, MLPConfig)
-    positions = part(config.positions, LearnedPositions)
-    inputs = part(config.inputs, TokenInputs)
-    return common(config) | {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": block.attention.num_heads,
-        "intermediate_size": mlp.d_ff,
-        "max_position_embeddings": positions.num,
-        "type_vocab_size": inputs.type_vocab_size,
-        "hidden_dropout_prob": block.dropout,
-        "attention_probs_dropout_prob": block.attention.dropout,
-        "hidden_act": their_activation(mlp.activation),
-        "layer_norm_eps": block.norm.epsilon,
-        "add_pooling_layer": config.pooler,
-    }
-
-
 def architecture(heads: Heads) -> str:
     """The class in transformers that has these heads."""
     names = tuple(head.name for head in heads)
@@ -138,6 +81,23 @@ def architecture(heads: Heads) -> str:
 BERT = Family(
     model_type="bert",
     class_name="Bert",
+    make=bert,
+    fields=(
+        Field("num_hidden_layers", 12, "num_layers"),
+        Field("hidden_size", 768, "d_model"),
+        Field("num_attention_heads", 12, "num_heads"),
+        Field("intermediate_size", 3072, "d_ff"),
+        Field("vocab_size", 30522, "vocab_size"),
+        Field("max_position_embeddings", 512, "max_length"),
+        Field("type_vocab_size", 2, "type_vocab_size"),
+        Field("hidden_dropout_prob", 0.1, "dropout"),
+        Field("attention_probs_dropout_prob", 0.1, "attention_dropout"),
+        activation("hidden_act", "gelu"),
+        Field("layer_norm_eps", 1e-12, "epsilon"),
+        Field("add_pooling_layer", False, "pooler"),  # the loader finds it out from the tensors
+        Field("tie_word_embeddings", True),
+    ),
+    only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
     prefix="bert.",
     trunk=rows(
         embedding("embeddings.word_embeddings", "embed.tokens"),
@@ -174,22 +134,6 @@ BERT = Family(
     ignored=(r"embeddings\.position_ids",),
     # The files that came from TensorFlow.
     aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    defaults={
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "vocab_size": 30522,
-        "max_position_embeddings": 512,
-        "type_vocab_size": 2,
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "tie_word_embeddings": True,
-    },
-    from_hf=from_hf,
-    to_hf=to_hf,
     find_heads=find_heads,
     architecture=architecture,
 )

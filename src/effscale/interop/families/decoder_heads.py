@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from effscale.interop.families.family import (
     Heads,
-    Json,
     check_classifiers,
     classifier_dropout,
     named_class,
 )
+from effscale.interop.families.fields import Json
 from effscale.interop.table import Rule, linear, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, LMHead

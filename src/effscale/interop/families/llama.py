@@ -1,79 +1,52 @@
-"""Llama in transformers, and in GGUF files under llama.cpp's names."""
+"""Llama in transformers, and in GGUF files under llama.cpp's names; ``pretraining_tp``, an order of sums, is left out."""
 
 from typing import Any
 
 from effscale.interop.families import decoder_heads, rope
-from effscale.interop.families.family import (
-    Family,
-    Heads,
-    Json,
-    activation,
-    common,
-    part,
-    their_activation,
-    with_heads,
-)
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, Json, activation
 from effscale.interop.table import Rule, embedding, linear, norm, rows
 from effscale.interop.tensors import FolderError
-from effscale.models import MLPConfig, Rotary, TransformerConfig, llama
+from effscale.models import TransformerConfig, llama
 
 
-def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
-    """Our config; ``pretraining_tp`` only ordered sums and is left out."""
+def read(fields: Json) -> dict[str, Any]:
+    """Rotary positions."""
     rotary = rope.parameters(fields, fraction="partial_rotary_factor", default=1.0)
     if rotary["partial_rotary_factor"] != 1:
         raise FolderError(
             f"config.json has partial_rotary_factor={rotary['partial_rotary_factor']}, and transformers' Llama rotates all of "
             "each head"
         )
-    config = llama(
-        num_layers=fields["num_hidden_layers"],
-        d_model=fields["hidden_size"],
-        num_heads=fields["num_attention_heads"],
-        num_kv_heads=fields["num_key_value_heads"],
-        head_dim=fields["head_dim"],
-        d_ff=fields["intermediate_size"],
-        vocab_size=fields["vocab_size"],
-        rotary_base=rotary["rope_theta"],
-        rotary_scaling=rope.scaling(rotary),
-        bias=fields["attention_bias"],
-        mlp_bias=fields["mlp_bias"],
-        attention_dropout=fields["attention_dropout"],
-        activation=activation(fields["hidden_act"]),
-        epsilon=fields["rms_norm_eps"],
-    )
-    return with_heads(config, heads)
+    return rope.arguments(rotary)
 
 
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of ``config.json``."""
-    block = config.blocks[0]
-    attention = block.attention
-    mlp = part(block.feed_forward, MLPConfig)
-    positions = part(config.positions, Rotary)
-    head_dim = attention.width(config.d_model)
-    return (
-        common(config)
-        | rope.fields_of(positions, head_dim)
-        | {
-            "num_hidden_layers": config.num_layers,
-            "hidden_size": config.d_model,
-            "num_attention_heads": attention.num_heads,
-            "num_key_value_heads": attention.kv_heads,
-            "head_dim": head_dim,
-            "intermediate_size": mlp.d_ff,
-            "attention_bias": attention.bias,
-            "mlp_bias": mlp.bias,
-            "attention_dropout": attention.dropout,
-            "hidden_act": their_activation(mlp.activation),
-            "rms_norm_eps": block.norm.epsilon,
-        }
-    )
+def head_dim(config: TransformerConfig) -> int:
+    """The width of a head."""
+    return config.blocks[0].attention.width(config.d_model)
 
 
 LLAMA = Family(
     model_type="llama",
     class_name="Llama",
+    make=llama,
+    fields=(
+        Field("num_hidden_layers", 32, "num_layers"),
+        Field("hidden_size", 4096, "d_model"),
+        Field("num_attention_heads", 32, "num_heads"),
+        Field("num_key_value_heads", None, "num_kv_heads"),
+        Field("head_dim", None, "head_dim", write=head_dim),
+        Field("intermediate_size", 11008, "d_ff"),
+        Field("vocab_size", 32000, "vocab_size"),
+        Field("attention_bias", False, "bias"),
+        Field("mlp_bias", False, "mlp_bias"),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        activation("hidden_act", "silu"),
+        Field("rms_norm_eps", 1e-6, "epsilon"),
+        Field("tie_word_embeddings", False),
+    ),
+    read=read,
+    write=rope.write,
     prefix="model.",
     prefixes={"LlamaForQuestionAnswering": "transformer."},
     trunk=rows(
@@ -92,23 +65,6 @@ LLAMA = Family(
     heads=decoder_heads.TABLE + linear("score", "heads.token_classes.dense"),
     tied={"lm_head.weight": "embed_tokens.weight"},
     ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
-    defaults={
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    },
-    from_hf=from_hf,
-    to_hf=to_hf,
     find_heads=decoder_heads.find,
     architecture=decoder_heads.architecture("Llama"),
 )

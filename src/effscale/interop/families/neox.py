@@ -3,67 +3,51 @@
 from typing import Any
 
 from effscale.interop.families import decoder_heads, rope
-from effscale.interop.families.family import (
-    Family,
-    Heads,
-    Json,
-    activation,
-    common,
-    part,
-    their_activation,
-    with_heads,
-)
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, Json, activation
 from effscale.interop.table import embedding, fused_by_head, linear, norm, rows
-from effscale.models import MLPConfig, Rotary, TransformerConfig, neox
+from effscale.models import TransformerConfig, neox
 
 
-def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
-    """Our config."""
+def read(fields: Json) -> dict[str, Any]:
+    """Rotary positions."""
     rotary = rope.parameters(fields, theta="rotary_emb_base", fraction="rotary_pct", default=0.25)
-    config = neox(
-        num_layers=fields["num_hidden_layers"],
-        d_model=fields["hidden_size"],
-        num_heads=fields["num_attention_heads"],
-        d_ff=fields["intermediate_size"],
-        vocab_size=fields["vocab_size"],
-        rotary_fraction=rotary["partial_rotary_factor"],
-        rotary_base=rotary["rope_theta"],
-        rotary_scaling=rope.scaling(rotary),
-        parallel=fields["use_parallel_residual"],
-        bias=fields["attention_bias"],
-        dropout=fields["hidden_dropout"],
-        attention_dropout=fields["attention_dropout"],
-        activation=activation(fields["hidden_act"]),
-        epsilon=fields["layer_norm_eps"],
-    )
-    return with_heads(config, heads)
+    return rope.arguments(rotary) | {"rotary_fraction": rotary["partial_rotary_factor"]}
 
 
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of ``config.json``."""
-    block = config.blocks[0]
-    mlp = part(block.feed_forward, MLPConfig)
-    positions = part(config.positions, Rotary)
-    fields = common(config) | rope.fields_of(positions, block.attention.width(config.d_model))
-    # Absent it would be a quarter.
+def write(config: TransformerConfig) -> dict[str, Any]:
+    """Rotary positions, with the share of a head that rotates; absent it would be a quarter."""
+    fields = rope.write(config)
     fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
-    return fields | {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": block.attention.num_heads,
-        "intermediate_size": mlp.d_ff,
-        "use_parallel_residual": block.residual == "parallel",
-        "attention_bias": block.attention.bias,
-        "hidden_dropout": block.dropout,
-        "attention_dropout": block.attention.dropout,
-        "hidden_act": their_activation(mlp.activation),
-        "layer_norm_eps": block.norm.epsilon,
-    }
+    return fields
+
+
+def is_parallel(config: TransformerConfig) -> bool:
+    """Whether both parts of a layer take the same stream."""
+    return config.blocks[0].residual == "parallel"
 
 
 NEOX = Family(
     model_type="gpt_neox",
     class_name="GPTNeoX",
+    make=neox,
+    fields=(
+        Field("num_hidden_layers", 44, "num_layers"),
+        Field("hidden_size", 6144, "d_model"),
+        Field("num_attention_heads", 64, "num_heads"),
+        Field("intermediate_size", 24576, "d_ff"),
+        Field("vocab_size", 50432, "vocab_size"),
+        Field("use_parallel_residual", True, "parallel", write=is_parallel),
+        Field("attention_bias", True, "bias"),
+        Field("hidden_dropout", 0.0, "dropout"),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        Field("classifier_dropout", 0.1),
+        activation("hidden_act", "gelu"),
+        Field("layer_norm_eps", 1e-5, "epsilon"),
+        Field("tie_word_embeddings", False),
+    ),
+    read=read,
+    write=write,
     prefix="gpt_neox.",
     trunk=rows(
         embedding("embed_in", "embed.tokens"),
@@ -88,23 +72,6 @@ NEOX = Family(
         r"rotary_emb\.inv_freq",
     ),
     in_memory={"embed_out": "lm_head"},
-    defaults={
-        "num_hidden_layers": 44,
-        "hidden_size": 6144,
-        "num_attention_heads": 64,
-        "intermediate_size": 24576,
-        "vocab_size": 50432,
-        "use_parallel_residual": True,
-        "attention_bias": True,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "classifier_dropout": 0.1,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
-    from_hf=from_hf,
-    to_hf=to_hf,
     find_heads=decoder_heads.find,
     architecture=decoder_heads.architecture("GPTNeoX"),
 )

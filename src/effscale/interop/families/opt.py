@@ -1,70 +1,53 @@
-"""OPT in transformers."""
+"""OPT in transformers; ``layerdrop``, a regularizer of training, is left out."""
 
+from operator import not_
 from typing import Any
 
 from effscale.interop.families import decoder_heads
-from effscale.interop.families.family import (
-    Family,
-    Heads,
-    Json,
-    activation,
-    common,
-    part,
-    their_activation,
-    with_heads,
-)
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, Json, activation
 from effscale.interop.table import embedding, linear, norm, rows
-from effscale.models import LearnedPositions, MLPConfig, TransformerConfig, opt
+from effscale.models import TransformerConfig, opt
 
 
-def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
-    """Our config; ``layerdrop`` is a regularizer of training that is left out."""
-    width = fields["word_embed_proj_dim"]
-    config = opt(
-        num_layers=fields["num_hidden_layers"],
-        d_model=fields["hidden_size"],
-        num_heads=fields["num_attention_heads"],
-        d_ff=fields["ffn_dim"],
-        vocab_size=fields["vocab_size"],
-        max_length=fields["max_position_embeddings"],
-        d_embed=None if width == fields["hidden_size"] else width,
-        post_norm=not fields["do_layer_norm_before"],
-        final_norm=not fields["_remove_final_layer_norm"],
-        bias=fields["enable_bias"],
-        norm_affine=fields["layer_norm_elementwise_affine"],
-        activation=activation(fields["activation_function"]),
-        dropout=fields["dropout"],
-        attention_dropout=fields["attention_dropout"],
-    )
-    return with_heads(config, heads)
+def is_pre_norm(config: TransformerConfig) -> bool:
+    """Whether a layer's norms stand before its parts."""
+    return config.blocks[0].residual == "pre"
 
 
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of ``config.json``."""
-    block = config.blocks[0]
-    mlp = part(block.feed_forward, MLPConfig)
-    positions = part(config.positions, LearnedPositions)
-    pre_norm = block.residual == "pre"
-    return common(config) | {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": block.attention.num_heads,
-        "ffn_dim": mlp.d_ff,
-        "max_position_embeddings": positions.num,
-        "word_embed_proj_dim": config.hidden_width,
-        "do_layer_norm_before": pre_norm,
-        "_remove_final_layer_norm": pre_norm and config.final_norm is None,
-        "enable_bias": block.attention.bias,
-        "layer_norm_elementwise_affine": block.norm.scale,
-        "activation_function": their_activation(mlp.activation),
-        "dropout": block.dropout,
-        "attention_dropout": block.attention.dropout,
-    }
+def lacks_final_norm(config: TransformerConfig) -> bool:
+    """Whether the last norm is missing; a post-norm model never has one."""
+    return is_pre_norm(config) and config.final_norm is None
+
+
+def read(fields: Json) -> dict[str, Any]:
+    """An embedding as wide as the model is not projected."""
+    same = fields["word_embed_proj_dim"] == fields["hidden_size"]
+    return {"d_embed": None} if same else {}
 
 
 OPT = Family(
     model_type="opt",
     class_name="OPT",
+    make=opt,
+    fields=(
+        Field("num_hidden_layers", 12, "num_layers"),
+        Field("hidden_size", 768, "d_model"),
+        Field("num_attention_heads", 12, "num_heads"),
+        Field("ffn_dim", 3072, "d_ff"),
+        Field("vocab_size", 50272, "vocab_size"),
+        Field("max_position_embeddings", 2048, "max_length"),
+        Field("word_embed_proj_dim", None, "d_embed"),
+        Field("do_layer_norm_before", True, "post_norm", read=not_, write=is_pre_norm),
+        Field("_remove_final_layer_norm", False, "final_norm", read=not_, write=lacks_final_norm),
+        Field("enable_bias", True, "bias"),
+        Field("layer_norm_elementwise_affine", True, "norm_affine"),
+        activation("activation_function", "relu"),
+        Field("dropout", 0.1, "dropout"),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        Field("tie_word_embeddings", True),
+    ),
+    read=read,
     prefix="model.",
     trunk=rows(
         embedding("decoder.embed_tokens", "embed.tokens"),
@@ -83,25 +66,6 @@ OPT = Family(
     ),
     heads=decoder_heads.TABLE,
     tied={"lm_head.weight": "decoder.embed_tokens.weight"},
-    defaults={
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "ffn_dim": 3072,
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-        "word_embed_proj_dim": None,
-        "do_layer_norm_before": True,
-        "_remove_final_layer_norm": False,
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-        "activation_function": "relu",
-        "dropout": 0.1,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-    },
-    from_hf=from_hf,
-    to_hf=to_hf,
     find_heads=decoder_heads.find,
     architecture=decoder_heads.architecture("OPT", token_classes=False),
 )

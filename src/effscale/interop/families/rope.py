@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from effscale.interop.families.family import Json
+from effscale.interop.families.fields import Json
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
-from effscale.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling
+from effscale.models import LinearScaling, Llama3Scaling, Rotary, TransformerConfig, YarnScaling
 from effscale.models.rotary_scaling import RotaryScaling
 
 LLAMA3 = ("low_freq_factor", "high_freq_factor")
@@ -67,6 +67,22 @@ def scaling(found: Json) -> RotaryScaling | None:
     raise FolderError(
         f"config.json has rope_type={shown(kind)}; effscale has default, linear, llama3 and yarn"
     )
+
+
+def arguments(found: Json) -> dict[str, Any]:
+    """The base and the scaling, as arguments of ours."""
+    return {"rotary_base": found["rope_theta"], "rotary_scaling": scaling(found)}
+
+
+def write(config: TransformerConfig) -> dict[str, Any]:
+    """The fields that tell a config's rotary positions.
+
+    Raises:
+        ValueError: If it has other positions.
+    """
+    if not isinstance(config.positions, Rotary):
+        raise ValueError(f"positions={config.positions!r} are not rotary")
+    return fields_of(config.positions, config.blocks[0].attention.width(config.d_model))
 
 
 def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:

@@ -1,23 +1,41 @@
 """ViT in transformers."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from effscale.interop.families.family import (
-    Family,
-    Heads,
-    Json,
-    activation,
-    check_classifiers,
-    labels,
-    part,
-    refuse,
-    their_activation,
-    with_heads,
-)
+from effscale.interop.families.family import Family, Heads, check_classifiers
+from effscale.interop.families.fields import Field, Json, activation, refuse
+from effscale.interop.foreign import Fields, shown
 from effscale.interop.table import Rule, linear, norm, rows
-from effscale.interop.tensors import TensorInfo
-from effscale.models import ClassHead, MLPConfig, PatchInputs, TransformerConfig, vit
+from effscale.interop.tensors import FolderError, TensorInfo
+from effscale.models import ClassHead, TransformerConfig, vit
+
+
+class Square(Field):
+    """A size in pixels, as one number or as two that are the same."""
+
+    def checked(self, fields: Json) -> int:
+        """The size, as one number."""
+        given = fields[self.name]
+        pair = given if isinstance(given, list) and len(given) == 2 else [given]
+        sizes = {Fields("config.json", {self.name: size}).whole(self.name) for size in pair}
+        if len(sizes) != 1:
+            raise FolderError(
+                f"config.json has {self.name}={shown(given)}; effscale takes squares only"
+            )
+        return sizes.pop()
+
+
+def read(fields: Json) -> dict[str, Any]:
+    """Refuses a pooler that is not as wide as the model."""
+    refuse(fields, pooler_output_size=fields["hidden_size"])
+    return {}
+
+
+def write(config: TransformerConfig) -> dict[str, Any]:
+    """The width of the pooler."""
+    return {"pooler_output_size": config.d_model}
 
 
 def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
@@ -26,53 +44,6 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
     if "classifier.weight" not in tensors:
         return ()
     return (ClassHead(num_classes=tensors["classifier.weight"].shape[0]),)
-
-
-def from_hf(fields: Json, heads: Heads) -> TransformerConfig:
-    """Our config; whether there is a pooler the file tells."""
-    refuse(fields, pooler_output_size=fields["hidden_size"])
-    config = vit(
-        num_layers=fields["num_hidden_layers"],
-        d_model=fields["hidden_size"],
-        num_heads=fields["num_attention_heads"],
-        d_ff=fields["intermediate_size"],
-        image_size=fields["image_size"],
-        patch_size=fields["patch_size"],
-        channels=fields["num_channels"],
-        num_classes=None,
-        qkv_bias=fields["qkv_bias"],
-        dropout=fields["hidden_dropout_prob"],
-        attention_dropout=fields["attention_probs_dropout_prob"],
-        activation=activation(fields["hidden_act"]),
-        epsilon=fields["layer_norm_eps"],
-        pooler=fields["add_pooling_layer"],
-        pooler_activation=activation(fields["pooler_act"]),
-    )
-    return with_heads(config, heads)
-
-
-def to_hf(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of ``config.json``."""
-    block = config.blocks[0]
-    mlp = part(block.feed_forward, MLPConfig)
-    inputs = part(config.inputs, PatchInputs)
-    return labels(config) | {
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": block.attention.num_heads,
-        "intermediate_size": mlp.d_ff,
-        "image_size": inputs.image_size,
-        "patch_size": inputs.patch_size,
-        "num_channels": inputs.channels,
-        "qkv_bias": block.attention.bias,
-        "hidden_dropout_prob": block.dropout,
-        "attention_probs_dropout_prob": block.attention.dropout,
-        "hidden_act": their_activation(mlp.activation),
-        "layer_norm_eps": block.norm.epsilon,
-        "pooler_output_size": config.d_model,
-        "pooler_act": their_activation(config.pooler_activation),
-        "add_pooling_layer": config.pooler,
-    }
 
 
 def architecture(heads: Heads) -> str:
@@ -87,6 +58,25 @@ def architecture(heads: Heads) -> str:
 VIT = Family(
     model_type="vit",
     class_name="ViT",
+    make=functools.partial(vit, num_classes=None),
+    fields=(
+        Field("num_hidden_layers", 12, "num_layers"),
+        Field("hidden_size", 768, "d_model"),
+        Field("num_attention_heads", 12, "num_heads"),
+        Field("intermediate_size", 3072, "d_ff"),
+        Square("image_size", 224, "image_size"),
+        Square("patch_size", 16, "patch_size"),
+        Field("num_channels", 3, "channels"),
+        Field("qkv_bias", True, "qkv_bias"),
+        Field("hidden_dropout_prob", 0.0, "dropout"),
+        Field("attention_probs_dropout_prob", 0.0, "attention_dropout"),
+        activation("hidden_act", "gelu"),
+        Field("layer_norm_eps", 1e-12, "epsilon"),
+        Field("add_pooling_layer", False, "pooler"),  # the loader finds it out from the tensors
+        activation("pooler_act", "tanh", "pooler_activation"),
+    ),
+    read=read,
+    write=write,
     prefix="vit.",
     trunk=rows(
         (
@@ -122,23 +112,6 @@ VIT = Family(
         "encoder.layer.{}.layernorm_before": "layers.{}.layernorm_before",
         "encoder.layer.{}.layernorm_after": "layers.{}.layernorm_after",
     },
-    defaults={
-        "num_hidden_layers": 12,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "image_size": 224,
-        "patch_size": 16,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "pooler_act": "tanh",
-    },
-    from_hf=from_hf,
-    to_hf=to_hf,
     find_heads=find_heads,
     architecture=architecture,
 )
