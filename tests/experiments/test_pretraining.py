@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from effscale.data import PackedTokens, parse_source, prepare_corpus
-from effscale.experiments.quickstart.config import Config
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining import Pretraining, rank_by_rarity
+from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.pretraining_plan import (
     DataEfficiencyConfig,
     layer_tokens,
@@ -97,7 +97,7 @@ def test_a_schedule_that_does_not_fit_is_named(options, message):
 
 
 def config(technique, **options):
-    return Config(
+    return PretrainingConfig(
         technique=technique,
         efficiency=FEW_SHAPES,
         steps=40,

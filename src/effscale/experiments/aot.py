@@ -24,6 +24,7 @@ from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
 from effscale.experiments.shared.classifier.model import class_loss, classifier_config
 from effscale.experiments.shared.pretraining import Pretraining
+from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.random_ltd import arms as random_ltd
 from effscale.models import Transformer, vit
 from effscale.models.config import PatchInputs
@@ -235,12 +236,12 @@ def lower_step(
 
 
 def lower_train_step(
-    config: quickstart.Config,
+    config: PretrainingConfig,
     mesh_config: MeshConfig,
     devices: Sequence[Any],
     shape: tuple[int, int] | None = None,
 ) -> jax.stages.Lowered:
-    """The donated training step of a quickstart config, lowered for ``devices``.
+    """The donated training step of a GPT's pretraining, lowered for ``devices``.
 
     Args:
         config: What is trained.

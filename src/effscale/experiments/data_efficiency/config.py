@@ -3,17 +3,16 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments import quickstart
 from effscale.experiments.shared.gpt import ModelConfig
+from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
 from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, Technique
 from effscale.experiments.shared.search import Point, Search
-from effscale.models.validation import check, check_finite
+from effscale.models.validation import check
 from effscale.parallel import MeshConfig
-from effscale.training import AdamWConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PretrainingPart):
     """What the run does; every field is an option of the command line."""
 
     techniques: tuple[Technique, ...] = ("none", "cl", "ltd", "cl_ltd")
@@ -26,51 +25,27 @@ class Config:
     """The schedules of the techniques."""
     corpus: str = "stdlib"
     """A source: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
-    vocab_size: int = 1024
-    """Size of the byte-level BPE that is trained on the corpus."""
-    tokenizer: pathlib.Path | None = None
-    """A tokenizer.json, or its folder, to use instead of training one."""
     validation_fraction: float = 0.03
-    """Share of the documents that is held out."""
-    length: int = 256
-    """Tokens in a row, and positions of the model."""
     batch_size: int = 8
-    """Rows in a batch, over all devices."""
-    accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory."""
     steps: int = 400
     """Steps of plain training on the whole budget, which is so many full batches."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=128, num_heads=4, remat="none")
-    """The model."""
     learning_rate: float = 4.5e-3
     """Peak of the schedule, where the search starts: a linear warmup by steps, then a cosine by layer-averaged tokens."""
-    final_learning_rate: float | None = None
-    """End of the schedule; None takes a tenth of the peak."""
     warmup: int = 160
     """Steps of the warmup, where the search starts; on a part of the budget, that part of what it finds."""
     search: Search = Search()
     """How each technique's learning rate and warmup are searched for, on the whole budget."""
-    optimizer: AdamWConfig = AdamWConfig()
-    """AdamW."""
-    clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
-    mesh: MeshConfig = MeshConfig()
-    """How devices are laid out; -1 means the rest."""
     evaluations: int = 10
     """Evaluations of plain training on the whole budget, on a part of the held-out rows; at the end comes one on all."""
     eval_batches: int = 12
     """Batches in that part."""
     checkpoint_every: int = 200
-    """Steps between checkpoints."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/data_efficiency/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
-    cache: pathlib.Path | None = None
-    """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         check(self, self.steps >= 1, "steps", "at least 1")
         for name in ("techniques", "fractions"):
             values = getattr(self, name)
@@ -81,16 +56,9 @@ class Config:
         )
         check(self, 1.0 in self.fractions, "fractions", "1.0 and others to compare with it")
         check(self, self.seeds >= 1, "seeds", "at least 1")
-        compared = f"at least seeds={self.seeds}, so that no compared run has it"
-        check(self.search, self.search.seed >= self.seeds, "seed", compared)
-        check(
-            self,
-            1 <= self.evaluations <= self.steps,
-            "evaluations",
-            f"from 1 to steps={self.steps}",
-        )
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "given with --out, the folder to go on with")
+        self.search.check_apart(self.seeds)
+        within = f"from 1 to steps={self.steps}"
+        check(self, 1 <= self.evaluations <= self.steps, "evaluations", within)
         for technique in self.techniques:
             for fraction in self.fractions:
                 self.pretraining(technique, fraction)  # an impossible run is refused here
@@ -106,41 +74,22 @@ class Config:
         fraction: float,
         seed: int = 0,
         point: Point | None = None,
-    ) -> quickstart.Config:
-        """The config of one run; ``point`` None takes the start of the search."""
+    ) -> PretrainingConfig:
+        """The config of one run, without its folder; ``point`` None takes the start of the search."""
         point = point or self.start
-        shared = {
-            name: getattr(self, name)
-            for name in (
-                *(
-                    "efficiency",
-                    "vocab_size",
-                    "tokenizer",
-                    "validation_fraction",
-                    "length",
-                    "model",
-                ),
-                *(
-                    "batch_size",
-                    "accumulate",
-                    "final_learning_rate",
-                    "optimizer",
-                    "clip_norm",
-                ),
-                *("mesh", "eval_batches", "checkpoint_every", "cache"),
-            )
-        }
-        return quickstart.Config(
+        fields = dataclasses.fields(PretrainingPart)
+        shared = {field.name: getattr(self, field.name) for field in fields}
+        return PretrainingConfig(
+            **shared | {"out": None, "resume": False},
             corpus=(self.corpus,),
             technique=technique,
             steps=round(self.steps * fraction),
             learning_rate=point.learning_rate,
             warmup=round(point.warmup * fraction),
             eval_every=self.steps // self.evaluations,
+            eval_batches=self.eval_batches,
             keep=1,
-            samples=(),
             seed=seed,
-            **shared,
         )
 
 

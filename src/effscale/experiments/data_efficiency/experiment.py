@@ -21,12 +21,15 @@ import numpy as np
 
 from effscale.experiments.data_efficiency.config import FREE, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.console import status
 from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, corpus_digests, resumable
+from effscale.experiments.shared.prepared import (
+    check_folder,
+    corpus_digests,
+    prepared_corpora,
+    resumable,
+)
 from effscale.experiments.shared.results import Result, finish
 from effscale.parallel import shard_batch
-from effscale.user_cache import cache_folder
 
 
 def run(config: Config) -> Result:
@@ -47,7 +50,7 @@ def run(config: Config) -> Result:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import parse_source, prepare_corpus, save_tokenizer
+    from effscale.data import save_tokenizer
     from effscale.experiments.data_efficiency import report
     from effscale.experiments.data_efficiency.figures import draw
     from effscale.experiments.data_efficiency.runs import Runner
@@ -58,15 +61,8 @@ def run(config: Config) -> Result:
     # What cannot work is refused before the corpus is prepared, and before anything is written.
     shard_batch(np.zeros(config.batch_size, np.int8), mesh)
     check_folder(config, FREE)
-    with status("preparing the corpus") as progress:
-        corpus = prepare_corpus(
-            parse_source(config.corpus),
-            config.cache or cache_folder("corpora"),
-            vocab_size=None if config.tokenizer else config.vocab_size,
-            tokenizer=config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            progress=lambda p: progress(f"{p.documents:,} documents, {p.tokens:,} tokens"),
-        )
+    one = config.pretraining("none", 1.0)  # the text is the same for all
+    (corpus,), _ = prepared_corpora(one, tokenizer=one.tokenizer)
     runner = Runner(config, corpus, mesh)
     folder = RunFolder.create(
         config.out,

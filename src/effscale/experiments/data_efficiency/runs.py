@@ -9,9 +9,9 @@ import jax
 
 from effscale.data import Corpus
 from effscale.experiments.data_efficiency.config import Config
-from effscale.experiments.quickstart.config import FREE
 from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.experiments.shared.pretraining import Pretraining
+from effscale.experiments.shared.pretraining_config import FREE
 from effscale.experiments.shared.pretraining_plan import Technique
 from effscale.experiments.shared.runs import once
 from effscale.experiments.shared.search import Found, Point
@@ -96,7 +96,8 @@ class Runner:
                         config=config,
                         evaluate=measure,
                         tensorboard=folder.tensorboard / name,
-                        free_fields=FREE,
+                        # Older checkpoints hold the quickstart's prompts as well.
+                        free_fields=(*FREE, "samples", "sample_tokens"),
                         compile_first=True,
                     )
                 except TrainingDivergedError as error:  # a result, from which the other runs go on

@@ -5,14 +5,14 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.models.validation import check, check_finite
-from effscale.training import AdamWConfig
+from effscale.experiments.shared.config_parts import ImagePart
+from effscale.models.validation import check
 
 Task = Literal["reviews", "digits", "fashion"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImagePart):
     """What the run does; every field is an option of the command line."""
 
     tasks: tuple[Task, ...] = ("reviews", "digits", "fashion")
@@ -29,38 +29,18 @@ class Config:
     """Fashion-MNIST with the ViT; there are 60,000 and 10,000."""
     max_length: int = 128
     """Tokens of a review, the rest is cut off."""
-    image_size: int = 56
-    """Height and width to which images are resized, a multiple of the ViT's patch."""
     dropout: bool = False
     """Use the dropouts of the model's config; the twin's are drawn by another generator, and curves differ more."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
-    optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
-    """AdamW."""
-    clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
     text_model: pathlib.Path | None = None
     """Folder of a BERT to use instead of MiniLM."""
-    image_model: pathlib.Path | None = None
-    """Folder of a ViT to use instead; its images should be normalized by ImageNet's mean and deviation."""
-    fashion_mnist: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """Folder of Fashion-MNIST's four files."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/finetune/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         check(self, len(self.tasks) >= 1, "tasks", "at least one task")
         check(self, len(set(self.tasks)) == len(self.tasks), "tasks", "different tasks")
-        check(self, self.seeds >= 1, "seeds", "at least 1")
         check(self, self.max_length >= 4, "max_length", "at least 4")
-        check(self, self.image_size >= 1, "image_size", "at least 1")
-        check(self, 0 <= self.warmup < 1, "warmup", "from 0 to below 1")
-        check(self, self.clip_norm > 0, "clip_norm", "above 0")
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "given with --out, the folder to go on with")
 
     def recipe(self, task: Task) -> Recipe:
         """The recipe of a task."""

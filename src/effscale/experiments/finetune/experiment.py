@@ -38,8 +38,9 @@ def run(config: Config) -> Result:
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments.finetune import report, torch_twin
+    from effscale.experiments.finetune.reviews import prepare_reviews
     from effscale.experiments.finetune.runs import Runner
-    from effscale.experiments.shared.classifier.problem import prepare
+    from effscale.experiments.shared.classifier.problem import prepare_images
     from effscale.training import RunFolder
 
     began = time.perf_counter()
@@ -48,7 +49,12 @@ def run(config: Config) -> Result:
         torch_twin.require()
     check_folder(config, FREE)
     with status("reading data and models"):
-        problems = [prepare(task, config.recipe(task), config) for task in config.tasks]
+        problems = [
+            prepare_reviews(config)
+            if task == "reviews"
+            else prepare_images(task, config.recipe(task), config)
+            for task in config.tasks
+        ]
     folder = RunFolder.create(
         config.out,
         name="finetune",

@@ -7,7 +7,7 @@ from typing import Literal
 from effscale.experiments.onebit.optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
 from effscale.experiments.shared import bert, gpt
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.random_ltd.arms import check_shared
+from effscale.experiments.shared.config_parts import PassagePart
 from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
 
@@ -61,7 +61,7 @@ class PretrainBERT(Pretrain):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PassagePart):
     """What the run does; every field is an option of the command line."""
 
     tasks: tuple[Task, ...] = ("gpt", "bert")
@@ -81,27 +81,15 @@ class Config:
     """The BERT, at half of its best rates and with 0/1 Adam's stages as it needs them; why is on the experiment's page."""
     moments: Moments = Moments()
     """What all optimizers share."""
-    corpus: tuple[str, ...] = ("stdlib",)
-    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
     seeds: int = 3
     """Runs of each kind; seeds 0, 1, ... decide initial weights, the order of rows and the tokens hidden."""
     vocab_size: int = 512
     """Size of the byte-level BPE that is trained on the corpus; BERT's mask token comes on top."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
     hidden: float = 0.15
     """Share of the tokens that BERT is to tell: 80 percent of them masked, 10 percent replaced, 10 percent left."""
-    eval_every: int = 100
-    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
-    eval_batches: int = 20
-    """Batches in that part."""
-    classes: int = 20
-    """Documents of the task, the largest ones: which of them is a passage from?"""
-    passage: int = 32
-    """Tokens of a passage."""
-    finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
+    finetune: Recipe = PassagePart.finetune
     """How the task is learned, uncompressed; ``train`` and ``test`` passages of all classes together."""
-    optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
+    optimizer: AdamWConfig = PassagePart.optimizer
     """AdamW of the fine-tuning."""
     warmup: float = 0.1
     """Share of the steps of the fine-tuning in which the learning rate rises."""
@@ -109,13 +97,9 @@ class Config:
     """Greatest norm of the gradient in fine-tuning."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/onebit/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
-    cache: pathlib.Path | None = None
-    """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
-        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
+        super().__post_init__()
         for name in ("tasks", "optimizers"):
             values = getattr(self, name)
             good = len(values) >= 1 and len(set(values)) == len(values)
@@ -125,9 +109,6 @@ class Config:
         ]
         wanted = f"with what they are compared with, {', '.join(dict.fromkeys(missing))}"
         check(self, not missing, "optimizers", wanted)
-        check_shared(self)
-        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
-        check(self, self.passage >= 1, "passage", "at least 1")
         check(self, self.workers >= 2, "workers", "at least 2, as one sends nothing")
         for task in self.tasks:
             plan = getattr(self, task)
@@ -138,11 +119,6 @@ class Config:
             check(self, self.passage <= plan.length, "passage", row)
             plan.model.build(self.vocab_size, plan.length)  # an impossible model is refused here
         check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
-        check(self, self.classes >= 2, "classes", "at least 2")
-        for name in ("train", "test"):
-            count = getattr(self.finetune, name)
-            each = f"a number of passages, at least classes={self.classes}"
-            check(self.finetune, count is not None and count >= self.classes, name, each)
 
 
 PRESETS = {

@@ -5,7 +5,8 @@ import pathlib
 
 from effscale.experiments.shared.bert import ModelConfig
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.random_ltd.arms import Dropping, LearningRate, check_shared
+from effscale.experiments.shared.config_parts import PassagePart
+from effscale.experiments.shared.random_ltd.arms import Dropping, LearningRate
 from effscale.experiments.shared.search import Point, Search
 from effscale.models.validation import check
 from effscale.training import AdamWConfig
@@ -30,17 +31,13 @@ class Early:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PassagePart):
     """What the run does; every field is an option of the command line."""
 
-    corpus: tuple[str, ...] = ("stdlib",)
-    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
     seeds: int = 3
     """Runs of each arm; seeds 0, 1, ... decide initial weights, the order of rows, the tokens hidden and those kept."""
     vocab_size: int = 512
     """Size of the byte-level BPE that is trained on the corpus; the mask token comes on top."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
     length: int = 128
     """Tokens in a row, and positions of the model."""
     batch_size: int = 16
@@ -63,49 +60,22 @@ class Config:
     """How each arm's learning rate and warmup are searched for."""
     early: Early = Early()
     """The first steps at a high learning rate."""
-    optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
-    """AdamW."""
-    clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
-    eval_every: int = 100
-    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
-    eval_batches: int = 20
-    """Batches in that part."""
-    classes: int = 20
-    """Documents of the task, the largest ones: which of them is a passage from?"""
-    passage: int = 32
-    """Tokens of a passage."""
-    finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
-    """How the task is learned; ``train`` and ``test`` passages of all classes together."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/random_ltd_bert/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
-    cache: pathlib.Path | None = None
-    """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
-        check_shared(self)
-        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
-        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
-        for name in ("length", "batch_size", "accumulate", "steps", "passage"):
+        super().__post_init__()
+        for name in ("length", "batch_size", "accumulate", "steps"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         divisor = f"a divisor of batch_size={self.batch_size}"
         check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
         check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
-        finite = 0 < self.learning_rate < float("inf")
-        check(self, finite, "learning_rate", "above 0, and finite")
-        compared = f"at least seeds={self.seeds}, so that no compared run has it"
-        check(self.search, self.search.seed >= self.seeds, "seed", compared)
+        check(self, self.learning_rate > 0, "learning_rate", "above 0, and finite")
+        self.search.check_apart(self.seeds)
         within = self.early.seeds == 0 or self.early.steps <= self.steps
         check(self.early, within, "steps", f"at most the steps={self.steps} of a whole run")
-        check(self, self.classes >= 2, "classes", "at least 2")
         row = f"at most the {self.length} tokens of a row"
         check(self, self.passage <= self.length, "passage", row)
-        for name in ("train", "test"):
-            count = getattr(self.finetune, name)
-            each = f"a number of passages, at least classes={self.classes}"
-            check(self.finetune, count is not None and count >= self.classes, name, each)
         # An impossible model or schedule is refused here.
         model = self.model.build(self.vocab_size, self.length)
         self.ltd.build(self.length, self.steps).check(model)

@@ -5,16 +5,13 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.random_ltd.arms import (
-    Dropping,
-    check_shared,
-)
+from effscale.experiments.shared.config_parts import ImagePart
+from effscale.experiments.shared.random_ltd.arms import Dropping
 from effscale.models.validation import check
-from effscale.training import AdamWConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImagePart):
     """What the run does; every field is an option of the command line."""
 
     task: Literal["fashion", "digits"] = "fashion"
@@ -31,26 +28,17 @@ class Config:
     """Random-LTD's schedule."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; then it falls linearly by layer tokens to 0."""
-    optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
-    """AdamW."""
-    clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
     eval_every: int = 25
     """Steps between evaluations on a part of the test images, and between checkpoints; at the end all are taken, too."""
     eval_batches: int = 12
     """Batches in that part."""
-    image_model: pathlib.Path | None = None
-    """Folder of a ViT to use instead; its images should be normalized by ImageNet's mean and deviation."""
-    fashion_mnist: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """Folder of Fashion-MNIST's four files."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/random_ltd_vit/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
 
     def __post_init__(self):
-        check_shared(self)
-        check(self, self.image_size >= 1, "image_size", "at least 1")
+        super().__post_init__()
+        for name in ("eval_every", "eval_batches"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
 
     @property
     def recipe(self) -> Recipe:

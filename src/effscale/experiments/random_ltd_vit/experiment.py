@@ -42,7 +42,7 @@ def run(config: Config) -> Result:
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments.random_ltd_vit.runs import Runner
-    from effscale.experiments.shared.classifier.problem import prepare
+    from effscale.experiments.shared.classifier.problem import prepare_images
     from effscale.experiments.shared.random_ltd import report
     from effscale.training import RunFolder
 
@@ -50,7 +50,7 @@ def run(config: Config) -> Result:
     # What cannot work is refused before anything is written.
     check_folder(config, FREE)
     with status("reading data and model"):
-        problem = prepare(config.task, config.recipe, config)
+        problem = prepare_images(config.task, config.recipe, config)
         runners = {name: Runner(name, problem, config) for name in ARMS}
     folder = RunFolder.create(
         config.out,

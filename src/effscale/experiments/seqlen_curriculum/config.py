@@ -3,23 +3,18 @@
 import dataclasses
 import pathlib
 
+from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
-from effscale.models.validation import check, check_finite
+from effscale.models.validation import check
 from effscale.parallel import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(CorporaPart):
     """What the run does; every field is an option of the command line."""
 
-    corpus: tuple[str, ...] = ("stdlib",)
-    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
-    vocab_size: int = 1024
-    """Size of the byte-level BPE that is trained on the corpus."""
     tokenizer: pathlib.Path | None = None
     """A tokenizer.json, or its folder, to use instead of training one."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
     length: int = 128
     """Tokens in a full row, and positions of the model."""
     tokens: int = 750_000
@@ -58,15 +53,9 @@ class Config:
     """Runs of each kind; seeds 0, 1, ... decide initial weights and the order of data."""
     out: pathlib.Path | None = None
     """Folder of the run; by default runs/seqlen_curriculum/<time>."""
-    resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
-    cache: pathlib.Path | None = None
-    """Where prepared corpora are kept; by default the user's cache folder."""
 
     def __post_init__(self):
-        check_finite(self)
-        check(self, len(self.corpus) >= 1, "corpus", "at least one source")
-        check(self, 0 < self.validation_fraction < 1, "validation_fraction", "between 0 and 1")
+        super().__post_init__()
         for name in ("length", "batch_size", "warmup", "evaluations", "eval_batches", "seeds"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         check(self, self.batch_factor >= 2, "batch_factor", "at least 2")
@@ -93,8 +82,6 @@ class Config:
         check(self, step is None or step >= 1, "granularity", "at least 1, or None")
         check(self, self.clip_norm > 0, "clip_norm", "above 0")
         check(self, self.threshold > 1, "threshold", "above 1")
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "given with --out, the folder to go on with")
         self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
 
 

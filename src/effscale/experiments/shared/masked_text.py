@@ -1,7 +1,5 @@
 """What the experiment ``random_ltd_bert`` learns from: rows of text with hidden tokens, and passages to be told apart."""
 
-from typing import Any
-
 import grain
 import numpy as np
 import tokenizers
@@ -9,6 +7,7 @@ import tokenizers
 from effscale.data import Corpus, TokenStore, batch_rows, packed_rows
 from effscale.experiments.shared.classifier.batches import Texts
 from effscale.experiments.shared.classifier.data import Data
+from effscale.experiments.shared.config_parts import PassagePart
 from effscale.models.validation import check
 
 MASK_TOKEN = "[MASK]"
@@ -98,7 +97,7 @@ def hidden_rows(
     )
 
 
-def passages_data(corpora: tuple[Corpus, ...], config: Any) -> Data:
+def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
     """Passages of the largest training documents; the class of one is the document that it comes from.
 
     Training passages come from the first three quarters of a document and test ones from the last, spread evenly and without
@@ -106,7 +105,7 @@ def passages_data(corpora: tuple[Corpus, ...], config: Any) -> Data:
 
     Args:
         corpora: The corpus, or the parts of a mixture.
-        config: With ``classes``, ``passage`` and ``finetune`` (a `Recipe`).
+        config: An experiment's.
 
     Raises:
         ValueError: If there are too few documents, or they are too short.

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from effscale.experiments.shared.cli import StoppedBySignal
+from effscale.experiments.shared.config_parts import CorporaPart, OutputPart
 from effscale.experiments.shared.console import status
 from effscale.user_cache import cache_folder
 
 
-def check_folder(config: Any, free: Sequence[str]) -> None:
+def check_folder(config: OutputPart, free: Sequence[str]) -> None:
     """Checks that ``config.out`` is unused or, with ``config.resume``, holds a run of the same config that no process is writing.
 
     Args:
@@ -64,7 +65,7 @@ def resumable(folder: Any) -> Iterator[None]:
 
 
 def prepared_corpora(
-    config: Any,
+    config: CorporaPart,
     *,
     tokenizer: pathlib.Path | None = None,
     seed: int = 0,
@@ -73,7 +74,7 @@ def prepared_corpora(
     """The corpora that ``config.corpus`` names and their weights, from the cache if they are there.
 
     Args:
-        config: An experiment's, with ``corpus``, ``cache``, ``vocab_size`` and ``validation_fraction``.
+        config: An experiment's.
         tokenizer: A file, or its folder, in place of one that is trained to ``vocab_size``.
         seed: Decides which documents are held out.
         on_error: What a document that cannot be used is; None leaves it to the source.

@@ -21,6 +21,7 @@ from effscale.curriculum import (
 )
 from effscale.curriculum.analysis.rows import read_rows
 from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
+from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.runs import run_to_end
 from effscale.models import Transformer
 from effscale.parallel import batch_shard, shard_batch, shardings
@@ -65,12 +66,12 @@ class Pretraining:
     """A model and its steps under a technique; runs of several seeds and learning rates share what is compiled.
 
     Args:
-        config: A ``quickstart.Config``. Its seed, folder and corpus are not used here.
+        config: Of its runs. Its seed, folder and corpus are not used here.
         vocab_size: The tokenizer's.
         mesh: Of devices.
     """
 
-    def __init__(self, config: Any, vocab_size: int, mesh: jax.sharding.Mesh):
+    def __init__(self, config: PretrainingConfig, vocab_size: int, mesh: jax.sharding.Mesh):
         self.config, self.mesh = config, mesh
         self.plan = plan = config.plan(vocab_size)
         ltd = plan.ltd
@@ -86,7 +87,7 @@ class Pretraining:
         self._staged = self._stage()
         self._rankings: dict[pathlib.Path, Ranking] = {}
 
-    def create(self, config: Any) -> TrainState:
+    def create(self, config: PretrainingConfig) -> TrainState:
         """The state before the first step.
 
         Args:
@@ -145,7 +146,7 @@ class Pretraining:
         batches: Iterable[Any],
         place: pathlib.Path,
         *,
-        config: Any,
+        config: PretrainingConfig,
         evaluate: Callable[[TrainState], dict[str, float]],
         tensorboard: pathlib.Path,
         free_fields: Sequence[str] = (),

@@ -48,6 +48,11 @@ class Search:
         check(self, self.points >= 1, "points", "at least 1")
         check(self, self.seed >= 0, "seed", "at least 0")
 
+    def check_apart(self, seeds: int) -> None:
+        """Raises a ValueError if the seed is one of the compared runs', which are ``seeds``."""
+        wanted = f"at least seeds={seeds}, so that no compared run has it"
+        check(self, self.seed >= seeds, "seed", wanted)
+
     def climb(self, start: Point, steps: int, loss_of: Callable[[Point], float]) -> "Found":
         """Searches for the pair of the lowest loss.
 

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-from typing import Any
 
 import jax
 from flax import nnx
@@ -10,6 +9,7 @@ from flax import nnx
 from effscale.experiments.shared.classifier.batches import TrainingBatches, evaluation_batches
 from effscale.experiments.shared.classifier.data import Data
 from effscale.experiments.shared.classifier.model import class_loss, classifier, make_step
+from effscale.experiments.shared.config_parts import PassagePart
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.interop import load_pretrained
 from effscale.models import Transformer
@@ -28,11 +28,11 @@ class FineTuning:
     """Fine-tuning of models of one shape, compiled once for all.
 
     Args:
-        config: With ``finetune`` (a `Recipe`), ``optimizer``, ``warmup`` and ``clip_norm``.
+        config: An experiment's.
         data: The passages.
     """
 
-    def __init__(self, config: Any, data: Data):
+    def __init__(self, config: PassagePart, data: Data):
         self.config, self.data, self.recipe = config, data, config.finetune
         self.per_epoch = len(data.train) // self.recipe.batch_size
         self.steps = self.per_epoch * self.recipe.epochs

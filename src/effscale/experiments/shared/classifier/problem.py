@@ -8,13 +8,12 @@ import jax
 
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.classifier import data as examples
-from effscale.experiments.shared.classifier.batches import (
-    digest,
-)
+from effscale.experiments.shared.classifier.batches import digest
 from effscale.experiments.shared.classifier.data import Data
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.interop import load_pretrained, load_tokenizer
-from effscale.models import TokenInputs, Transformer, resize_images
+from effscale.experiments.shared.config_parts import ImagePart
+from effscale.interop import load_pretrained
+from effscale.models import Transformer, resize_images
 from effscale.models.validation import check
 
 
@@ -36,6 +35,11 @@ class Problem:
     folder: pathlib.Path
     model: Transformer
 
+    def __post_init__(self):
+        wanted = f"at most the {len(self.data.train)} training examples"
+        fits = self.recipe.batch_size <= len(self.data.train)
+        check(self.recipe, fits, "batch_size", wanted)
+
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
@@ -55,30 +59,19 @@ class Problem:
         }
 
 
-def prepare(task: str, recipe: Recipe, config: Any) -> Problem:
-    """Reads a task's data and model.
+def prepare_images(task: str, recipe: Recipe, config: ImagePart) -> Problem:
+    """Reads a task's images and their model.
 
     Args:
-        task: ``reviews``, ``digits`` or ``fashion``.
+        task: ``digits`` or ``fashion``.
         recipe: How it is learned.
-        config: With ``max_length``, ``image_size``, ``text_model``, ``image_model`` and ``fashion_mnist``, as far as the task wants them.
+        config: An experiment's.
     """
     sizes = (recipe.train, recipe.test)
-    if task == "reviews":
-        folder = config.text_model or assets.minilm_folder()
-        data = examples.reviews_data(load_tokenizer(folder), config.max_length, *sizes)
-        model = load_pretrained(folder)
-        if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
-            raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
-        longest = model.config.max_length or config.max_length
-        check(config, config.max_length <= longest, "max_length", f"at most the model's {longest}")
+    if task == "digits":
+        data = examples.digits_data(config.image_size, *sizes)
     else:
-        if task == "digits":
-            data = examples.digits_data(config.image_size, *sizes)
-        else:
-            data = examples.fashion_data(config.fashion_mnist, config.image_size, *sizes)
-        folder = config.image_model or assets.focus_vit_folder()
-        model = resize_images(load_pretrained(folder), config.image_size)
-    wanted = f"at most the {len(data.train)} training examples"
-    check(recipe, recipe.batch_size <= len(data.train), "batch_size", wanted)
+        data = examples.fashion_data(config.fashion_mnist, config.image_size, *sizes)
+    folder = config.image_model or assets.focus_vit_folder()
+    model = resize_images(load_pretrained(folder), config.image_size)
     return Problem(task=task, recipe=recipe, data=data, folder=folder, model=model)

@@ -193,15 +193,3 @@ class Arm:
     def staged(self, step: Callable[[TrainState, Any], Any]) -> StagedStep:
         """The training step under the arm's schedule."""
         return StagedStep(step, self.stages, self.shape_batch)
-
-
-def check_shared(config: Any) -> None:
-    """Checks the fields that both configs have."""
-    check_finite(config)
-    check(config, config.seeds >= 1, "seeds", "at least 1")
-    check(config, 0 <= config.warmup < 1, "warmup", "from 0 to below 1")
-    check(config, config.clip_norm > 0, "clip_norm", "above 0")
-    check(config, config.eval_every >= 1, "eval_every", "at least 1")
-    check(config, config.eval_batches >= 1, "eval_batches", "at least 1")
-    resumable = not (config.resume and config.out is None)
-    check(config, resumable, "resume", "given with --out, the folder to go on with")

@@ -1,0 +1,131 @@
+"""What a GPT's pretraining under a technique can be told: ``quickstart`` makes one, ``data_efficiency`` many."""
+
+import dataclasses
+import pathlib
+
+import optax
+
+from effscale.experiments.shared.config_parts import CorporaPart, TextPart
+from effscale.experiments.shared.gpt import ModelConfig
+from effscale.experiments.shared.pretraining_plan import (
+    CURRICULA,
+    DataEfficiencyConfig,
+    Plan,
+    Technique,
+    check_technique,
+    make_plan,
+)
+from effscale.models.validation import check, is_integer
+from effscale.parallel import MeshConfig
+from effscale.training import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainingPart(TextPart):
+    """What is the same for all runs that are compared."""
+
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json, or its folder, to use instead of training one."""
+    length: int = 256
+    """Tokens in a row, and positions of the model."""
+    batch_size: int = 16
+    """Rows in a batch, over all devices."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+    efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
+    """The schedules of the technique."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    final_learning_rate: float | None = None
+    """End of the schedule; None takes a tenth of the peak."""
+    optimizer: AdamWConfig = AdamWConfig()
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out; -1 means the rest."""
+    checkpoint_every: int = 60
+    """Steps between checkpoints."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("length", "batch_size", "accumulate", "checkpoint_every"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        divisor = f"a divisor of batch_size={self.batch_size}"
+        check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainingConfig(CorporaPart, PretrainingPart):
+    """One run."""
+
+    steps: int = 240
+    """Batches to train on. A technique makes more and smaller ones of them, with as many tokens, averaged over the layers."""
+    technique: Technique = "none"
+    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers see some of
+    the tokens) or both."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: a linear warmup by steps, then a cosine by tokens."""
+    warmup: int = 30
+    """Steps of warmup, whatever a technique makes of their batches."""
+    eval_every: int = 60
+    """Steps between evaluations on a part of the held-out text, whose loss is part_val_loss; at the end, val_loss is that on all of it."""
+    eval_batches: int = 6
+    """Batches in that part."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    seed: int = 0
+    """Decides the split, the order of data, the initial weights and the samples."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint, exactly as if it had not stopped."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, is_integer(self.seed) and self.seed >= 0, "seed", "an integer, 0 or above")
+        for name in ("steps", "eval_every", "eval_batches", "keep"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        # An impossible model or technique is refused here.
+        model = self.model.build(self.vocab_size, self.length)
+        check_technique(
+            self.technique, self.efficiency, model, steps=self.steps, length=self.length
+        )
+        if self.technique in CURRICULA:
+            wanted = "one source, whose rows a curriculum orders"
+            check(self, len(self.corpus) == 1, "corpus", wanted)
+        check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
+        check(self, self.learning_rate > 0, "learning_rate", "above 0, and finite")
+        final = self.final_learning_rate
+        below = f"from 0 to learning_rate={self.learning_rate}, or None"
+        within = final is None or 0 <= final <= self.learning_rate
+        check(self, within, "final_learning_rate", below)
+
+    def schedule(self) -> optax.GradientTransformationExtraArgs:
+        """The learning rate, the optimizer's last link: it warms up by steps and decays by layer-averaged tokens.
+
+        Its numbers are a part of the optimizer's state, so that one compiled step serves all of them.
+        """
+        from effscale.curriculum import steps_then_tokens
+
+        final = self.final_learning_rate
+        return optax.inject_hyperparams(steps_then_tokens, static_args="kind")(
+            peak=self.learning_rate,
+            warmup_steps=self.warmup,
+            total_tokens=float(self.steps * self.batch_size * self.length),
+            final=self.learning_rate / 10 if final is None else final,
+        )
+
+    def plan(self, vocab_size: int) -> Plan:
+        """The shapes of the run and its number of steps."""
+        return make_plan(
+            self.technique,
+            self.efficiency,
+            self.model.build(vocab_size, self.length),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            length=self.length,
+        )
+
+
+FREE = ("out", "resume", "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "mesh")
+"""Fields that may change when a run goes on."""
