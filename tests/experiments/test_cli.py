@@ -156,3 +156,12 @@ def test_a_folder_without_config_is_not_resumed_by_the_default_preset(tmp_path, 
             parse(PRESETS, "", ["--out", str(folder), "--resume"])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_options_of_an_experiment_before_those_of_its_parts(capsys):
+    with pytest.raises(SystemExit):
+        parse(PRESETS, "Trains.", ["--help"], name="prog")
+    shown = capsys.readouterr().out
+    options = ("samples", "steps", "length", "cache", "out")
+    places = [shown.index(f"│ --{option} ") for option in options]
+    assert places == sorted(places)

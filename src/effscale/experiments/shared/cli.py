@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -130,10 +131,20 @@ def parse(
             EXIT_STATUS,
         ]
     )
+    _own_fields_first(type(config))
     try:
         return tyro.cli(type(config), default=config, args=words, description=shown, prog=name)
     except ValueError as error:  # a config that refuses its values
         _refuse(str(error))
+
+
+def _own_fields_first(kind: type) -> None:
+    """Puts what a config has of its own before what its parts have, for the order of ``--help``; a dataclass has it the other way round."""
+    owners = [inspect.get_annotations(owner) for owner in kind.__mro__]
+    fields = vars(kind)["__dataclass_fields__"]
+    place = lambda name: max(i for i, names in enumerate(owners) if name in names)
+    for name in sorted(fields, key=place):
+        fields[name] = fields.pop(name)
 
 
 def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
