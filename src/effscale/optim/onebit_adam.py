@@ -224,10 +224,14 @@ def onebit_adam(
     Example:
         >>> optimizer = onebit_adam(0.1, freeze_step=10)
         >>> params = jnp.array([1.0, -2.0])
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     gradients = jax.grad(lambda p: (p**2).sum())(params)
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     return optax.apply_updates(params, updates), state
         >>> state = optimizer.init(params)
         >>> for _ in range(60):
-        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
-        ...     params = optax.apply_updates(params, updates)
+        ...     params, state = step(params, state)
         >>> bool(abs(params).max() < 0.2)
         True
 

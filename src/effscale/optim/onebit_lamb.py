@@ -138,10 +138,14 @@ def onebit_lamb(
     Example:
         >>> optimizer = onebit_lamb(0.02, freeze_step=20)
         >>> params = jnp.array([1.0, -2.0])
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     gradients = jax.grad(lambda p: (p**2).sum())(params)
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     return optax.apply_updates(params, updates), state
         >>> state = optimizer.init(params)
         >>> for _ in range(60):
-        ...     updates, state = optimizer.update(jax.grad(lambda p: (p**2).sum())(params), state, params)
-        ...     params = optax.apply_updates(params, updates)
+        ...     params, state = step(params, state)
         >>> bool(abs(params).max() < 1.8)
         True
 
