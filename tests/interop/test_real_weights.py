@@ -173,7 +173,7 @@ def losses(logits, ids):
     return np.log(np.exp(logits).sum(-1)) - chosen
 
 
-@pytest.mark.parametrize("text", ["licence", "python"])
+@pytest.mark.parametrize("text", [pytest.param("licence", marks=pytest.mark.slow), "python"])
 def test_smollm2_s_logits_and_loss_of_real_text(smollm2, text):
     ours, theirs, tokenizer = smollm2
     source = ROOT / "LICENSE" if text == "licence" else pathlib.Path(statistics.__file__)
