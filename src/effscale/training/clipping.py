@@ -1,7 +1,7 @@
 """Clipping of the gradient by its global norm."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,17 @@ class Clip:
     by: ClipBy = "synchronised"
 
     def __post_init__(self):
-        if not isinstance(self.norm, jax.core.Tracer):
-            norm = float(self.norm) if isinstance(self.norm, jax.Array) else self.norm
-            if not (is_finite(norm) and norm > 0):
+        norm: Any = self.norm
+        if not isinstance(norm, jax.core.Tracer):
+            number = float(norm) if isinstance(norm, jax.Array) else norm
+            if not (is_finite(number) and number > 0):
                 raise ValueError(
-                    f"Clip(norm={self.norm!r}): norm must be a positive, finite number; clip=None does not clip"
+                    f"Clip(norm={norm!r}): norm must be a positive, finite number; clip=None does not clip"
                 )
         if self.by not in get_args(ClipBy):
             raise ValueError(f"by={self.by!r} is unknown; one of {', '.join(get_args(ClipBy))}")
 
     def factor(self, norm: Float[Array, ""]) -> Float[Array, ""]:
         """What a gradient of this norm is multiplied by: at most 1."""
-        return self.norm / jnp.maximum(norm, self.norm)
+        largest = jnp.asarray(self.norm, jnp.float32)
+        return largest / jnp.maximum(norm, largest)

@@ -53,7 +53,7 @@ class Step(NamedTuple):
     before: PolicyState
     rate: Any
     rates_before: jax.Array
-    count: jax.Array
+    count: Any
     nu_count: Any
 
     @property
