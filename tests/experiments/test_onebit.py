@@ -28,8 +28,9 @@ from effscale.experiments.onebit.runs import Pretraining
 from effscale.experiments.shared.classifier.batches import TrainingBatches
 from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import load_pretrained
-from effscale.optim import Round
+from effscale.optim import Round, Workers
 from effscale.parallel import simulate_workers, worker_params
+from effscale.training import Clip
 from effscale.training.serialize import to_json
 
 ARMS = {"gpt": ("adam", "onebit_adam", "zero_one_adam"), "bert": ("lamb", "onebit_lamb")}
@@ -112,7 +113,9 @@ def test_every_optimizer_descends_between_simulated_workers(name):
 
 
 def test_naive_compression_teaches_adam_one_variance_a_tensor():
-    optimizer = optax.chain(onebit_gradients(10.0, 4), optax.scale_by_adam())
+    optimizer = optax.chain(
+        onebit_gradients(Clip(10.0), Workers(AXIS, num_workers=4)), optax.scale_by_adam()
+    )
     step = jax.jit(quadratic_step(optimizer))
     with jax.numpy_dtype_promotion("standard"):
         _, state = step(PARAMETERS, optimizer.init(PARAMETERS), jnp.array([-1.0, 0.0, 2.0, 3.0]))
