@@ -33,7 +33,7 @@ from effscale.parallel import simulate_workers, worker_params
 from effscale.training import Clip
 from effscale.training.serialize import to_json
 
-ARMS = {"gpt": ("adam", "onebit_adam", "zero_one_adam"), "bert": ("lamb", "onebit_lamb")}
+ARMS = {"gpt": ("adam", "zero_one_adam"), "bert": ("lamb", "onebit_lamb")}
 PARAMETERS = {"w": jnp.array([[1.0, -2.0, 3.0]]), "b": jnp.array([0.5])}
 
 

@@ -33,7 +33,14 @@ ONE = [
 ]
 
 
-@pytest.fixture(scope="module", params=gpt.OPTIMIZERS)
+# 1-bit LAMB has all of 1-bit Adam's state.
+TWO_OF_THREE = [
+    pytest.param(name, marks=pytest.mark.slow if name == "onebit_adam" else ())
+    for name in gpt.OPTIMIZERS
+]
+
+
+@pytest.fixture(scope="module", params=TWO_OF_THREE)
 def name(request):
     return request.param
 
