@@ -1,0 +1,89 @@
+"""What numbers are quantized to: how many bits, how they are spread, and which numbers share a scale."""
+
+import dataclasses
+from typing import Literal
+
+from effscale.models.validation import check, choice
+
+Granularity = Literal["tensor", "channel", "group", "block", "token"]
+"""Which numbers of a matrix share a scale.
+
+For a weight of shape ``(..., in, out)``: ``tensor``, the whole matrix; ``channel``, the ``in`` numbers of an output; ``group``,
+``group_size`` consecutive ones of these; ``block``, all numbers of ``out / num_blocks`` consecutive outputs, which is what
+DeepSpeed and the ZeroQuant paper call a group. For activations of shape ``(..., features)``: ``token``, the features of a row.
+"""
+
+Spread = Literal["paper", "narrow", "centred"]
+r"""How the scale of integers of b bits follows from the numbers of their group, with m the largest magnitude among them.
+
+``paper``, DeepSpeed's: :math:`m / 2^{b-1}`, codes from :math:`-2^{b-1}` to :math:`2^{b-1} - 1`, so that a number m is cut to the largest
+code; asymmetric, :math:`(\max - \min) / 2^b`. ``narrow``, the common one: :math:`m / (2^{b-1} - 1)`, as many codes of either sign, so
+that nothing is cut and one code is unused. ``centred``: :math:`m / (2^{b-1} - \tfrac12)` and the codes of ``paper``, as
+compressed-tensors has it. Asymmetric, the latter two are :math:`(\max - \min) / (2^b - 1)`.
+"""
+
+_BITS = (1, 2, 3, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """What numbers are quantized to.
+
+    Attributes are checked when it is made; a value that cannot be raises a ``ValueError`` that names it.
+
+    Example:
+        >>> Format(bits=4, granularity="group", group_size=32).describe()
+        'int4, symmetric, in groups of 32'
+    """
+
+    bits: int = 8
+    """Bits per number: 8, 4 or 3 for integers at equal distances; 2 for ternary numbers (plus, zero, minus), 1 for binary ones."""
+    floating: bool = False
+    """8 bits as a floating-point number (e4m3: 4 bits of exponent, 3 of mantissa) instead of an integer."""
+    symmetric: bool = True
+    """Whether the codes lie around zero. Otherwise each group has a scale and a zero point, which suits numbers of one sign."""
+    granularity: Granularity = "channel"
+    """Which numbers share a scale."""
+    group_size: int | None = None
+    """Numbers in a group along the input dimension, with ``granularity="group"``; it must divide that dimension."""
+    num_blocks: int | None = None
+    """Blocks of outputs, with ``granularity="block"``; it must divide the output dimension."""
+    spread: Spread = "narrow"
+    """How integers are spread over the range of the numbers; see `Spread`."""
+    integer_zero: bool = True
+    """Whether the zero point of asymmetric integers is a multiple of the scale, as in DeepSpeed; otherwise it is the smallest number itself."""
+
+    def __post_init__(self):
+        check(self, self.bits in _BITS, "bits", f"one of {', '.join(map(str, _BITS))}")
+        choice(self, "granularity", ("tensor", "channel", "group", "block", "token"))
+        choice(self, "spread", ("paper", "narrow", "centred"))
+        check(self, self.bits == 8 or not self.floating, "floating", "False for less than 8 bits")
+        uniform = self.bits > 2 and not self.floating
+        check(self, self.symmetric or uniform, "symmetric", f"True for {self.kind}")
+        for field, granularity in (("group_size", "group"), ("num_blocks", "block")):
+            value = getattr(self, field)
+            if self.granularity == granularity:
+                check(self, value is not None and value >= 1, field, "a number of at least 1")
+            else:
+                check(self, value is None, field, f"left out without granularity={granularity!r}")
+
+    @property
+    def kind(self) -> str:
+        """``int8``, ``int4``, ``int3``, ``ternary``, ``binary`` or ``float8``."""
+        if self.floating:
+            return "float8"
+        return {1: "binary", 2: "ternary"}.get(self.bits, f"int{self.bits}")
+
+    def describe(self) -> str:
+        """In words, for messages and tables."""
+        words = [self.kind]
+        if self.bits > 2 and not self.floating:
+            words.append("symmetric" if self.symmetric else "asymmetric")
+        places = {
+            "tensor": "per tensor",
+            "channel": "per channel",
+            "token": "per token",
+            "group": f"in groups of {self.group_size}",
+            "block": f"in {self.num_blocks} blocks of outputs",
+        }
+        return ", ".join([*words, places[self.granularity]])

@@ -1,0 +1,241 @@
+r"""Quantizers: from real numbers to codes with scales, and back.
+
+With s the scale of a group, b the bits, and m the largest magnitude in the group, a number x becomes
+
+.. math::
+    \mathrm{symmetric:}\quad & q = \mathrm{clip}(\mathrm{round}(x / s)), \qquad \hat x = s q \\
+    \mathrm{asymmetric:}\quad & q = \mathrm{clip}(\mathrm{round}((x - z) / s)), \qquad \hat x = s q + z,
+    \quad s = (\max - \min) / (2^b - 1), \quad z = s \, \mathrm{round}(\min / s) \\
+    \mathrm{ternary:}\quad & \Delta = 0.7 \, \mathrm{mean} |x|, \quad s = \mathrm{mean}_{|x| > \Delta} |x|, \quad
+    q = \mathrm{sign}(x) \, [\, |x| > \Delta \,] \\
+    \mathrm{binary:}\quad & s = \mathrm{mean} |x|, \quad q = \mathrm{sign}(x) \ \mathrm{with}\ \mathrm{sign}(0) = 1
+
+Sources: Yao et al., ZeroQuant, 2022 (arXiv:2206.01861); Wu et al., XTC, 2022 (arXiv:2206.01859).
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from effscale.quant.formats import Format
+
+FLOAT8 = jnp.float8_e4m3fn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
+class Quantized:
+    """Codes of numbers, and what turns them back into numbers.
+
+    Attributes:
+        codes: int8 (float8 for a floating format), in the shape of the numbers.
+        scale: float32, one per group of numbers, of `scale_shape`.
+        zero: float32, likewise: what is added; None for symmetric formats.
+        format: What they were quantized to.
+    """
+
+    codes: Shaped[Array, "*shape"]
+    scale: Float[Array, "*groups"]
+    zero: Float[Array, "*groups"] | None
+    format: Format = dataclasses.field(metadata={"static": True})
+
+    def values(self) -> Float[Array, "*shape"]:
+        """The numbers that the codes stand for, in float32."""
+        axes = AXES[self.format.granularity]
+        codes = self.codes.reshape(grouped_shape(self.codes.shape, self.format))
+        values = codes.astype(jnp.float32) * jnp.expand_dims(self.scale, axes)
+        if self.zero is not None:
+            values = values + jnp.expand_dims(self.zero, axes)
+        return values.reshape(self.codes.shape)
+
+
+def quantize(
+    x: Float[Array, "*shape"], format: Format, *, key: PRNGKeyArray | None = None
+) -> Quantized:
+    """Quantizes an array.
+
+    A group of zeros, whose scale would be zero, comes back as zeros, and in asymmetric formats a group of equal numbers as these
+    numbers. A group that holds a NaN or an infinity gets a scale that is not finite, so that it is not lost.
+
+    Args:
+        x: Numbers; of at least two dimensions for every granularity but ``token``, which takes one or more.
+        format: What they become.
+        key: Rounds stochastically: up with the probability of the fraction, so that the mean is the number itself. None
+            rounds to the nearest code, half to even. Binary and ternary codes are not rounded, and take no key.
+
+    Returns:
+        The codes with their scales.
+
+    Raises:
+        ValueError: The format does not fit the shape, or takes no key.
+
+    Example:
+        >>> format = Format(bits=4, granularity="tensor", spread="paper")
+        >>> x = jnp.array([[-1.0, -0.5, 0.0], [0.25, 0.9, 1.0]])
+        >>> quantize(x, format).values().tolist()
+        [[-1.0, -0.5, 0.0], [0.25, 0.875, 0.875]]
+
+    References:
+        Yao et al., `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, 2022; Wu et al., `XTC
+        <https://arxiv.org/abs/2206.01859>`_, 2022
+    """
+    if key is not None and (format.bits <= 2 or format.floating):
+        raise ValueError(f"key: {format.kind} codes are not rounded at random; leave it out")
+    grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
+    axes, zero = AXES[format.granularity], None
+    if format.kind == "binary":
+        codes, scale = binary(grouped, axes)
+    elif format.kind == "ternary":
+        codes, scale = ternary(grouped, axes)
+    elif format.kind == "float8":
+        scale = _safe(jnp.max(jnp.abs(grouped), axes, keepdims=True) / float(jnp.finfo(FLOAT8).max))
+        codes = (grouped / scale).astype(FLOAT8)
+    elif format.symmetric:
+        scale = symmetric_scale(grouped, axes, format)
+        codes = _rounded(grouped / scale, key, *code_range(format))
+    else:
+        scale, zero = asymmetric_scale(grouped, axes, format)
+        codes = _rounded((grouped - zero) / scale, key, *code_range(format))
+    without_axes = lambda a: None if a is None else jnp.squeeze(a, axes)
+    return Quantized(codes.reshape(x.shape), without_axes(scale), without_axes(zero), format)
+
+
+@typing.no_type_check
+def fake_quantize(
+    x: Float[Array, "*shape"], format: Format, *, key: PRNGKeyArray | None = None
+) -> Float[Array, "*shape"]:
+    """The numbers that `quantize` would leave, in the type of ``x``; the gradient passes as if nothing had happened.
+
+    That is the straight-through estimator: in the backward pass the map from ``x`` to the result is the identity, also where
+    codes were cut. So quantized weights can be trained: the latent ones keep their precision and get the gradient.
+
+    Args:
+        x: As for `quantize`.
+        format: As for `quantize`.
+        key: As for `quantize`.
+
+    Example:
+        >>> binary = Format(bits=1, granularity="tensor")
+        >>> x = jnp.array([[0.5, -1.5]])
+        >>> fake_quantize(x, binary).tolist()
+        [[1.0, -1.0]]
+        >>> jax.grad(lambda x: (fake_quantize(x, binary) ** 2).sum())(x).tolist()
+        [[2.0, -2.0]]
+    """
+
+    @jax.custom_jvp
+    def straight_through(x: Array) -> Array:
+        return quantize(x, format, key=key).values().astype(x.dtype)
+
+    straight_through.defjvp(lambda primals, tangents: (straight_through(*primals), *tangents))
+    return straight_through(x)
+
+
+def binary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Codes 1 and -1, and the mean magnitude of each group. A zero becomes 1: one bit has no third value."""
+    return jnp.where(x < 0, -1, 1).astype(jnp.int8), jnp.mean(jnp.abs(x), axes, keepdims=True)
+
+
+def ternary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Codes 1, 0 and -1, zero below 0.7 of the mean magnitude, and the mean magnitude of the others in each group."""
+    size = jnp.abs(x)
+    mean = jnp.mean(size, axes, keepdims=True)
+    large = size > 0.7 * mean
+    count = jnp.sum(large, axes, keepdims=True, dtype=jnp.float32)
+    scale = jnp.sum(jnp.where(large, size, 0.0), axes, keepdims=True) / jnp.maximum(count, 1.0)
+    # A group of zeros has none that is large, nor has one with an infinity or a NaN, which must not be lost.
+    scale = jnp.where(jnp.isfinite(mean), scale, jnp.nan)
+    return jnp.where(large, jnp.sign(x), 0.0).astype(jnp.int8), scale
+
+
+def symmetric_scale(x: Float[Array, "*grouped"], axes: tuple[int, ...], format: Format) -> Array:
+    """The scale of each group, from its largest magnitude; see `Spread`."""
+    half = 2 ** (format.bits - 1)
+    steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
+    return _safe(jnp.max(jnp.abs(x), axes, keepdims=True) / steps)
+
+
+def asymmetric_scale(
+    x: Float[Array, "*grouped"], axes: tuple[int, ...], format: Format
+) -> tuple[Array, Array]:
+    """The scale of each group, from its range, and the number that the code 0 stands for."""
+    low, high = jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+    scale = (high - low) / (2**format.bits - (format.spread != "paper"))
+    # Equal numbers have no range: with their own magnitude as the scale they come back as they are.
+    scale = _safe(jnp.where(scale == 0, jnp.abs(low), scale))
+    # Codes are signed, so the code 0 lies in the middle of the range.
+    half = 2 ** (format.bits - 1)
+    zero = jnp.round(low / scale) + half if format.integer_zero else low / scale + half
+    return scale, zero * scale
+
+
+def code_range(format: Format) -> tuple[int, int]:
+    """The least and the greatest code of integers.
+
+    Example:
+        >>> code_range(Format(bits=4)), code_range(Format(bits=4, spread="paper"))
+        ((-7, 7), (-8, 7))
+    """
+    half = 2 ** (format.bits - 1)
+    narrow = format.symmetric and format.spread == "narrow"
+    return (1 - half if narrow else -half), half - 1
+
+
+def scale_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
+    """The shape of the scales of an array of this shape.
+
+    Raises:
+        ValueError: The format does not fit the shape.
+
+    Example:
+        >>> scale_shape((12, 64, 16), Format(bits=4, granularity="group", group_size=32))
+        (12, 2, 16)
+    """
+    grouped = grouped_shape(shape, format)
+    along = {len(grouped) + axis for axis in AXES[format.granularity]}
+    return tuple(size for i, size in enumerate(grouped) if i not in along)
+
+
+AXES = {"tensor": (-2, -1), "channel": (-2,), "group": (-2,), "block": (-3, -1), "token": (-1,)}
+"""The axes of `grouped_shape` along which the numbers of a group lie."""
+
+
+def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
+    """A shape in which the numbers of a group lie along `AXES` and no others do.
+
+    Raises:
+        ValueError: The format does not fit the shape.
+    """
+
+    def check_shape(holds: bool, why: str) -> None:
+        if not holds:
+            raise ValueError(f"an array of shape {shape} cannot be {format.describe()}: {why}")
+
+    if format.granularity == "token":
+        check_shape(len(shape) >= 1, "it needs at least one dimension")
+        return shape
+    check_shape(len(shape) >= 2, "it needs at least two dimensions")
+    *stack, d_in, d_out = shape
+    if format.granularity == "group":
+        size = typing.cast("int", format.group_size)
+        check_shape(d_in % size == 0, f"{size} does not divide {d_in} inputs")
+        return (*stack, d_in // size, size, d_out)
+    if format.granularity == "block":
+        blocks = typing.cast("int", format.num_blocks)
+        check_shape(d_out % blocks == 0, f"{blocks} does not divide {d_out} outputs")
+        return (*stack, d_in, blocks, d_out // blocks)
+    return shape
+
+
+def _safe(scale: Array) -> Array:
+    """The scale, and one in place of zero, also where the quotient was too small for a float; not in place of NaN."""
+    return jnp.where(scale == 0, 1.0, scale)
+
+
+def _rounded(x: Array, key: PRNGKeyArray | None, least: int, greatest: int) -> Array:
+    x = jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
+    return jnp.clip(x, least, greatest).astype(jnp.int8)
