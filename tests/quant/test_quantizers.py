@@ -28,7 +28,9 @@ GOLDEN = np.array([[-1.0, -0.5, 0.0, 0.25, 0.9, 1.0]], np.float32)
 )
 def test_the_originals_numbers(options, expected):
     format = Format(granularity="token", spread="paper", **options)
-    np.testing.assert_allclose(quantize(jnp.asarray(GOLDEN), format).values()[0], expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        quantize(jnp.asarray(GOLDEN), format).values()[0], expected, rtol=1e-6, atol=1e-7
+    )
 
 
 def reference(x, format):
@@ -148,7 +150,7 @@ def test_the_gradient_passes_through():
     for bits in (1, 2, 4, 8):
         format = Format(bits=bits, granularity="token", spread="paper")
         value, gradient = jax.value_and_grad(
-            lambda x, f=format: (fake_quantize(x, f) [0] * jnp.arange(6.0)).sum()
+            lambda x, f=format: (fake_quantize(x, f)[0] * jnp.arange(6.0)).sum()
         )(x)
         np.testing.assert_array_equal(gradient[0], np.arange(6.0))
         np.testing.assert_allclose(value, (quantize(x, format).values() [0] * jnp.arange(6.0)).sum(), rtol=1e-6)  # fmt: skip

@@ -192,10 +192,10 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
     if axes is None:
         each = [None] * len(arrays)
     elif callable(partition):
-        each = jax.tree.leaves(partition(axes), is_leaf=_is_axes)
-        if len(each) != len(arrays) or not all(map(_is_axes, each)):
+        each = _names_of_arrays(value, partition(axes))
+        if each is None:
             raise ValueError(
-                f"{type(value).__name__}.partition({axes}) gave {each} for {len(arrays)} arrays: it must return a "
+                f"{type(value).__name__}.partition({axes}) gave {partition(axes)} for {len(arrays)} arrays: it must return a "
                 "tree like the weight with a tuple of logical names (or None) for every array"
             )
     else:
@@ -204,6 +204,15 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
         _spec(names, np.shape(array), mesh, rules)
         for names, array in zip(each, arrays, strict=True)
     ]
+
+
+def _names_of_arrays(weight: object, partition: object) -> list[Any] | None:
+    """The names that a weight's ``partition`` has for each of its arrays; None where it is no tree like the weight."""
+    try:
+        names = jax.tree.structure(weight).flatten_up_to(partition)
+    except ValueError:
+        return None
+    return names if all(map(_is_axes, names)) else None
 
 
 def _spec(

@@ -1,6 +1,39 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
+from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
+from effscale.quant.packed import PackedWeight, pack_weight
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
+from effscale.quant.recipes import (
+    Recipe,
+    Rule,
+    dequantize_model,
+    fake_quantize_model,
+    quantize_model,
+    w1a8,
+    w2a8,
+    w4a8,
+    w4a16,
+    w8a8,
+)
 
-__all__ = ["Format", "Quantized", "fake_quantize", "quantize", "scale_shape"]
+__all__ = [
+    "FakeQuantizedWeight",
+    "Format",
+    "PackedWeight",
+    "Quantized",
+    "Recipe",
+    "Rule",
+    "dequantize_model",
+    "fake_quantize",
+    "fake_quantize_model",
+    "pack_weight",
+    "quantize",
+    "quantize_model",
+    "scale_shape",
+    "w1a8",
+    "w2a8",
+    "w4a8",
+    "w4a16",
+    "w8a8",
+]

@@ -1,0 +1,219 @@
+"""Packed weights: quantized matrices that are multiplied as they lie in memory."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from effscale.models import finish
+from effscale.models.activations import Activation
+from effscale.quant.formats import Format
+from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
+from effscale.quant.quantizers import Quantized, quantize
+
+WIDE = 8192
+"""Outputs from which on a product of one row is slow on CPU in every type but float32, and of four rows is not."""
+
+LONGEST = 2**31 // 2**14
+"""Inputs whose products of 8-bit codes add up within 32 bits."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
+class PackedWeight:
+    """A quantized matrix; itself a weight, see `effscale.models.Weight`. Made by `pack_weight`.
+
+    It stands for a dense kernel of shape ``(..., in, out)``, or, if ``is_table``, for a table of embeddings of shape
+    ``(..., rows, width)``: in memory both are rows of packed codes, the rows being outputs of the kernel or those of the table.
+
+    Attributes:
+        data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see `effscale.quant.packing`).
+        scale: float32, of `effscale.quant.scale_shape` of the kernel.
+        zero: float32, likewise; None for symmetric formats.
+        format: Of the weight.
+        activations: What inputs are quantized to before the product, which is then one of integers. None: they are not, and the
+            weight becomes floats within the product.
+        is_table: Whether it stands for a table, whose transpose is the kernel.
+        compute: The type of the result.
+    """
+
+    data: Shaped[Array, "*stack d_out bytes"]
+    scale: Float[Array, "*groups"]
+    zero: Float[Array, "*groups"] | None
+    format: Format = dataclasses.field(metadata={"static": True})
+    activations: Format | None = dataclasses.field(default=None, metadata={"static": True})
+    is_table: bool = dataclasses.field(default=False, metadata={"static": True})
+    compute: Any = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array that it stands for."""
+        *stack, d_out, size = self.data.shape
+        d_in = size * 8 // stored_bits(self.format.bits)
+        return (*stack, d_out, d_in) if self.is_table else (*stack, d_in, d_out)
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the result."""
+        return self.compute
+
+    @property
+    def T(self) -> "PackedWeight":
+        """The table of a kernel or the kernel of a table; nothing moves."""
+        return dataclasses.replace(self, is_table=not self.is_table)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(x.nbytes for x in (self.data, self.scale, self.zero) if x is not None)
+
+    def astype(self, dtype: Any) -> "PackedWeight":
+        """The same codes with results in another type."""
+        return dataclasses.replace(self, compute=jnp.dtype(dtype))
+
+    def dense(self) -> Float[Array, "*shape"]:
+        """The numbers that the codes stand for."""
+        kernel = self._quantized().values().astype(self.compute)
+        return kernel.mT if self.is_table else kernel
+
+    def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
+        """Rows of the dense array; of a table, only these are unpacked."""
+        if not self.is_table or self.format.granularity == "block":
+            return jnp.take(self.dense(), indices, axis=0, mode="clip")
+        chosen = lambda a, axis: jnp.take(a, indices.reshape(-1), axis, mode="clip")
+        scale, zero = self.scale, self.zero
+        if self.format.granularity != "tensor":
+            scale, zero = chosen(scale, -1), None if zero is None else chosen(zero, -1)
+        rows = dataclasses.replace(self, data=chosen(self.data, 0), scale=scale, zero=zero)
+        return rows.dense().reshape(*indices.shape, -1)
+
+    @property
+    def input_form(self) -> Format | None:
+        """What an input is turned into before the product, so that several products of one input share it."""
+        return None if self.is_table else self.activations
+
+    def prepare(self, x: Float[Array, "rows d_in"]) -> Quantized:
+        """The input as codes."""
+        return quantize(x, self.activations)
+
+    def matmul(
+        self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
+    ) -> Float[Array, "rows d_out"]:
+        """``activation(x W + b)``.
+
+        Args:
+            x: ``(rows, in)``, or what `prepare` made of it.
+            bias: ``(out,)`` or None.
+            activation: A name of `effscale.models.ACTIVATIONS`, or None.
+        """
+        if isinstance(x, Quantized):
+            y = self._integer_product(x)
+        elif self.input_form is not None:
+            y = self._integer_product(self.prepare(x))
+        else:
+            y = x @ self.dense()
+        return finish(y.astype(self.compute), bias, activation)
+
+    def partition(self, axes: tuple[str | None, ...]) -> "PackedWeight":
+        """Logical axes of each part, from those of the dense array."""
+        *stack, d_in, d_out = axes if not self.is_table else (*axes[:-2], axes[-1], axes[-2])
+        groups = {
+            "tensor": tuple(stack),
+            "channel": (*stack, d_out),
+            "group": (*stack, None, d_out),
+            "block": (*stack, None),
+        }[self.format.granularity]
+        zero = None if self.zero is None else groups
+        return dataclasses.replace(self, data=(*stack, d_out, d_in), scale=groups, zero=zero)
+
+    def _quantized(self) -> Quantized:
+        """The codes and scales of the kernel."""
+        codes = self.data if self.format.floating else unpack(self.data, self.format.bits)
+        return Quantized(codes.mT, self.scale, self.zero, self.format)
+
+    def _integer_product(self, x: Quantized) -> Array:
+        """The product of codes as integers, with the scales behind it."""
+        if self.format.granularity == "group" or self.format.floating or x.format.floating:
+            # Scales that change along the sum, and floats, leave nothing that could be added up as integers.
+            return x.values().astype(self.compute) @ self.dense()
+        d_out, width = self.data.shape
+        rows = x.codes.shape[0]
+        alone = rows == 1 and d_out >= WIDE
+        codes = jnp.pad(x.codes, ((0, 3), (0, 0))) if alone else x.codes
+        planes = unpack_planes(self.data, self.format.bits)
+        sums = jnp.zeros((), jnp.int32)
+        for i, plane in enumerate(planes):
+            part = codes[:, i * width : (i + 1) * width]
+            contracting = (((1,), (1,)), ((), ()))
+            sums = sums + jax.lax.dot_general(
+                part, plane, contracting, preferred_element_type=jnp.int32
+            )
+        row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
+        y = row(x.scale) * sums[:rows].astype(jnp.float32)
+        if x.zero is not None:
+            totals = sum(jnp.sum(plane, 1, dtype=jnp.int32) for plane in planes)
+            y = y + row(x.zero) * totals.astype(jnp.float32)[None]
+        y = y * column(self.scale)
+        if self.zero is not None:
+            y = y + row(jnp.sum(x.values(), 1)) * column(self.zero)
+        return y
+
+
+def pack_weight(
+    weight: Float[Array, "*stack d_in d_out"],
+    format: Format,
+    *,
+    activations: Format | None = None,
+    is_table: bool = False,
+) -> PackedWeight:
+    """Quantizes and packs a matrix.
+
+    Args:
+        weight: A kernel ``(..., in, out)``, or a table ``(..., rows, width)``.
+        format: What its numbers become; ``channel`` means each output of a kernel, and each row of a table.
+        activations: What the inputs of its products are quantized to, per token or per tensor; None leaves them as they are.
+        is_table: Whether it is a table of embeddings.
+
+    Raises:
+        ValueError: The formats do not fit the matrix, or each other.
+
+    Example:
+        >>> weight = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> packed = pack_weight(weight, Format(bits=4), activations=Format(granularity="token"))
+        >>> packed.nbytes, weight.nbytes  # half a byte each, and a scale per output
+        (1152, 8192)
+        >>> x = jax.random.normal(jax.random.key(1), (8, 64))
+        >>> error = packed.matmul(x, None, None) - x @ weight
+        >>> bool(jnp.linalg.norm(error) < 0.2 * jnp.linalg.norm(x @ weight))
+        True
+    """
+    kernel = weight.mT if is_table else weight
+    d_in = kernel.shape[-2]
+    if format.granularity == "token":
+        raise ValueError(
+            "granularity='token' is for activations: weights have tensor, channel, group or block"
+        )
+    if activations is not None:
+        if activations.granularity not in ("token", "tensor"):
+            raise ValueError(
+                f"activations: granularity={activations.granularity!r}: must be token or tensor"
+            )
+        if d_in > LONGEST:
+            raise ValueError(
+                f"the sum of {d_in} products of codes may overflow 32 bits: at most {LONGEST}"
+            )
+    found = quantize(kernel, format)
+    codes = found.codes.mT
+    data = codes if format.floating else pack(codes, format.bits)
+    return PackedWeight(
+        data, found.scale, found.zero, format, activations, is_table, jnp.dtype(weight.dtype)
+    )
+
+
+def _per_output(a: Array, d_out: int) -> Array:
+    """One number for each output, of one for all, for each block, or for each."""
+    return jnp.repeat(a.reshape(-1), d_out // a.size)

@@ -1,0 +1,257 @@
+"""Recipes: which weights of a model are quantized, to what."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from flax import nnx
+
+from effscale.models import LoRA, Transformer, map_weights, split_groups
+from effscale.models.name_patterns import name_search
+from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.formats import Format
+from effscale.quant.packed import PackedWeight, pack_weight
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What the weights of some names become."""
+
+    where: str
+    """A regular expression that is searched in a weight's name. In the library's models names count the layers,
+    ``layers.3.attention.query.kernel``, whichever group holds them; besides there are ``embed.tokens.embedding`` and
+    ``heads.lm.project.kernel``. In a module of your own they are the paths of its parameters."""
+    weights: Format | None
+    """What the weights become; None leaves them as they are, which keeps later rules from them."""
+    activations: Format | None = None
+    """What the inputs of their products become; None leaves these as they are."""
+
+    def __post_init__(self):
+        if self.weights is None and self.activations is not None:
+            raise ValueError(
+                f"Rule({self.where!r}): activations without weights: products are then of floats"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    r"""Rules in order: the first that matches a weight decides about it, and weights that none matches stay as they are.
+
+    Example:
+        >>> attention = Rule(where=r"attention\..*kernel", weights=Format(bits=8))
+        >>> rest = Rule(where=r"layers\\..*kernel", weights=Format(bits=4, granularity="group", group_size=64))
+        >>> recipe = Recipe((attention, rest))
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self):
+        if not self.rules:
+            raise ValueError("a recipe needs at least one rule")
+
+
+def quantize_model(model: Model, recipe: Recipe) -> Model:
+    """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
+
+    Layers of one group that get different formats are split into groups of their own (`effscale.models.split_groups`), which
+    changes no value.
+
+    Args:
+        model: Any ``nnx`` module.
+        recipe: What becomes of which weight.
+
+    Returns:
+        The new model; the old one is untouched, and what no rule names is shared with it.
+
+    Raises:
+        ValueError: A rule decides about no weight, or a weight cannot be what a rule says; the error names it.
+
+    Example:
+        >>> from effscale.models import gpt2
+        >>> config = gpt2(num_layers=2, d_model=32, num_heads=2, vocab_size=64, max_length=16)
+        >>> model = Transformer(config, rngs=nnx.Rngs(0))
+        >>> small = quantize_model(model, w8a8())
+        >>> small.groups[0].blocks[0].attention.query.kernel.get_value().data.dtype
+        dtype('int8')
+    """
+
+    def packed(weight: Any, rule: Rule, is_table: bool) -> PackedWeight:
+        return pack_weight(weight, rule.weights, activations=rule.activations, is_table=is_table)
+
+    return _replace(model, recipe, packed)
+
+
+def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
+    """A model that computes as `quantize_model` of the same recipe would, with float weights that can be trained.
+
+    Args:
+        model: Any ``nnx`` module.
+        recipe: What becomes of which weight.
+
+    Raises:
+        ValueError: As for `quantize_model`.
+
+    Example:
+        >>> from effscale.models import Dense
+        >>> binary = Recipe((Rule(where="kernel", weights=Format(bits=1)),))
+        >>> layer = fake_quantize_model(Dense(4, 8, rngs=nnx.Rngs(0)), binary)
+        >>> layer.kernel.get_value().latent.shape
+        (4, 8)
+    """
+
+    def fake(weight: Any, rule: Rule, is_table: bool) -> FakeQuantizedWeight:
+        found = FakeQuantizedWeight(weight, rule.weights, rule.activations, is_table)
+        found.dense()  # what does not fit is refused here
+        return found
+
+    return _replace(model, recipe, fake)
+
+
+def dequantize_model(model: Model) -> Model:
+    """A model with plain arrays in place of quantized weights, of the values that these stand for.
+
+    Args:
+        model: Any ``nnx`` module; one without quantized weights comes back as it is.
+    """
+    is_quantized = lambda w: isinstance(w, PackedWeight | FakeQuantizedWeight)
+    return map_weights(model, lambda w: w.dense() if is_quantized(w) else w, lambda path: True)
+
+
+def w8a8() -> Recipe:
+    """ZeroQuant's W8A8: the layers' weights in 8 bits per output, their inputs in 8 bits per token."""
+    return Recipe((Rule(where=LAYERS, weights=Format(), activations=TOKENS),))
+
+
+def w4a8(group_size: int | None = None) -> Recipe:
+    """ZeroQuant's W4/8A8: attention in 8 bits, feed-forward in 4, inputs in 8 bits per token.
+
+    Args:
+        group_size: Inputs that share a scale in the 4-bit weights; None takes all inputs of an output.
+    """
+    return Recipe(
+        (
+            Rule(where=r"layers\..*attention\..*kernel", weights=Format(), activations=TOKENS),
+            Rule(where=LAYERS, weights=_grouped(4, group_size), activations=TOKENS),
+        )
+    )
+
+
+def w4a16(group_size: int | None = None) -> Recipe:
+    """ZeroQuant's W4/8A16: weights as for `w4a8`, inputs as they are."""
+    rules = w4a8(group_size).rules
+    return Recipe(tuple(dataclasses.replace(rule, activations=None) for rule in rules))
+
+
+def w2a8() -> Recipe:
+    """XTC's W2A8: ternary layers and token table, inputs of the layers in 8 bits per token."""
+    return _extreme(2)
+
+
+def w1a8() -> Recipe:
+    """XTC's W1A8: binary layers and token table, inputs of the layers in 8 bits per token."""
+    return _extreme(1)
+
+
+LAYERS = r"layers\..*kernel"
+TOKENS = Format(granularity="token")
+
+
+def _extreme(bits: int) -> Recipe:
+    return Recipe(
+        (
+            Rule(where=LAYERS, weights=Format(bits=bits, granularity="tensor"), activations=TOKENS),
+            Rule(where=r"embed\.tokens\.embedding", weights=Format(bits=bits)),
+        )
+    )
+
+
+def _grouped(bits: int, group_size: int | None) -> Format:
+    if group_size is None:
+        return Format(bits=bits)
+    return Format(bits=bits, granularity="group", group_size=group_size)
+
+
+class _Place(NamedTuple):
+    """A weight's name for rules, its path in the model, and the first layer of its group's repetition; None outside of layers."""
+
+    name: str
+    path: str
+    unit: int | None
+
+
+def _places(model: nnx.Module) -> list[_Place]:
+    """Every kernel and table of a model; one that is stacked stands there once for each of its layers."""
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    paths = [path for path in paths if path.endswith(("kernel", "embedding"))]
+    if not isinstance(model, Transformer):
+        return [_Place(path, path, None) for path in paths]
+    places = [_Place(path, path, None) for path in paths if not path.startswith("groups.")]
+    unit = 0
+    for number, group in enumerate(model.config.groups):
+        for _ in range(group.repeat):
+            for block in range(len(group.blocks)):
+                begin = f"groups.{number}.blocks.{block}."
+                for path in paths:
+                    if path.startswith(begin):
+                        name = f"layers.{unit + block}.{path.removeprefix(begin)}"
+                        places.append(_Place(name, path, unit))
+            unit += len(group.blocks)
+    return places
+
+
+def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
+    """The rule for each weight's name that one matches; raises for a rule that decides about none."""
+    names = [place.name for place in places]
+    decided: dict[str, Rule] = {}
+    for rule in recipe.rules:
+        chosen = name_search(rule.where, names, option="where")
+        new = [name for name in names if chosen(name) and name not in decided]
+        if not new:
+            raise ValueError(
+                f"where={rule.where!r} decides about no weight: rules before it match all of its own"
+            )
+        decided |= dict.fromkeys(new, rule)
+    return decided
+
+
+def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, bool], Any]) -> Model:
+    """The model with its weights converted by the rules that decide about them."""
+    decided = _decisions(_places(model), recipe)
+    if isinstance(model, Transformer):
+        model = split_groups(model, _begins(_places(model), decided))
+    # The layers of a stack now have the same rule; the first one's name stands for them.
+    stacks = {place.path: place.name for place in reversed(_places(model))}
+    for path, name in stacks.items():
+        rule = decided.get(name)
+        if rule is None or rule.weights is None:
+            continue
+
+        def one(weight: Any, name: str = name, rule: Rule = rule) -> Any:
+            if isinstance(weight, PackedWeight | FakeQuantizedWeight):
+                raise ValueError(f"{name} is quantized already: dequantize_model the model first")
+            if isinstance(weight, LoRA):
+                raise ValueError(
+                    f"{name} has a LoRA pair: merge_lora the model, or quantize it before add_lora"
+                )
+            try:
+                return convert(weight, rule, name.endswith("embedding"))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+        model = map_weights(model, one, lambda path, wanted=path: path == wanted)
+    return model
+
+
+def _begins(places: list[_Place], decided: Mapping[str, Rule]) -> list[int]:
+    """Layers that get other rules than the layer before them in the same stack."""
+    last: dict[str, Rule | None] = {}
+    begins = set()
+    for place in places:
+        if place.unit is not None:
+            rule = decided.get(place.name)
+            if place.path in last and last[place.path] != rule:
+                begins.add(place.unit)
+            last[place.path] = rule
+    return sorted(begins)
