@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, generate
-from effscale.models import MLPConfig, Transformer, add_lora, bert, gpt2, map_weights
+from effscale.models import MLPConfig, Transformer, add_lora, bert, gpt2
 from effscale.models.layers import Dense
 from effscale.quant import (
-    FakeQuantizedWeight,
     Format,
     PackedWeight,
     Recipe,
@@ -137,8 +136,7 @@ def test_training_through_a_recipe(model):
             losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 1
     trained = state.model
-    latent = lambda w: w.latent if isinstance(w, FakeQuantizedWeight) else w
-    packed = quantize_model(map_weights(trained, latent, lambda path: True), recipe)
+    packed = quantize_model(trained, recipe)
     np.testing.assert_allclose(run(packed, IDS), run(trained, IDS), atol=1e-4)
 
 

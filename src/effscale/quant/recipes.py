@@ -55,6 +55,8 @@ class Recipe:
 def quantize_model(model: Model, recipe: Recipe) -> Model:
     """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
 
+    Of a model that was trained through `fake_quantize_model` the latent weights are packed.
+
     Layers of one group that get different formats are split into groups of their own (`effscale.models.split_groups`), which
     changes no value.
 
@@ -85,6 +87,8 @@ def quantize_model(model: Model, recipe: Recipe) -> Model:
 
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
     """A model that computes as `quantize_model` of the same recipe would, with float weights that can be trained.
+
+    A model that was made so before gets the formats of this recipe where it has a rule, and keeps its latent weights.
 
     Args:
         model: Any ``nnx`` module.
@@ -229,8 +233,10 @@ def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, bool], 
             continue
 
         def one(weight: Any, name: str = name, rule: Rule = rule) -> Any:
-            if isinstance(weight, PackedWeight | FakeQuantizedWeight):
+            if isinstance(weight, PackedWeight):
                 raise ValueError(f"{name} is quantized already: dequantize_model the model first")
+            if isinstance(weight, FakeQuantizedWeight):
+                weight = weight.latent
             if isinstance(weight, LoRA):
                 raise ValueError(
                     f"{name} has a LoRA pair: merge_lora the model, or quantize it before add_lora"
