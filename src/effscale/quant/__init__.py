@@ -2,6 +2,8 @@
 
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
+from effscale.quant.gptq import gptq, input_grams
+from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
 from effscale.quant.recipes import (
@@ -18,6 +20,8 @@ from effscale.quant.recipes import (
 )
 
 __all__ = [
+    "LKD",
+    "Distilled",
     "FakeQuantizedWeight",
     "Format",
     "PackedWeight",
@@ -25,8 +29,11 @@ __all__ = [
     "Recipe",
     "Rule",
     "dequantize_model",
+    "distill_layers",
     "fake_quantize",
     "fake_quantize_model",
+    "gptq",
+    "input_grams",
     "pack_weight",
     "quantize",
     "quantize_model",

@@ -192,11 +192,29 @@ def pack_weight(
         True
     """
     kernel = weight.mT if is_table else weight
-    d_in = kernel.shape[-2]
     if format.granularity == "token":
         raise ValueError(
             "granularity='token' is for activations: weights have tensor, channel, group or block"
         )
+    found = quantize(kernel, format)
+    return pack_quantized(found, weight.dtype, activations=activations, is_table=is_table)
+
+
+def pack_quantized(
+    found: Quantized, dtype: Any, *, activations: Format | None = None, is_table: bool = False
+) -> PackedWeight:
+    """Packs a kernel that is quantized already, by `effscale.quant.gptq` for instance.
+
+    Args:
+        found: Codes and scales of a kernel ``(..., in, out)``.
+        dtype: The type of the results of its products.
+        activations: As for `pack_weight`.
+        is_table: Whether the kernel is the transpose of a table.
+
+    Raises:
+        ValueError: The codes do not fill whole bytes, or inputs cannot be quantized so.
+    """
+    *_, d_in, _ = found.codes.shape
     if activations is not None:
         if activations.granularity not in ("token", "tensor"):
             raise ValueError(
@@ -206,11 +224,10 @@ def pack_weight(
             raise ValueError(
                 f"the sum of {d_in} products of codes may overflow 32 bits: at most {LONGEST}"
             )
-    found = quantize(kernel, format)
-    codes = found.codes.mT
+    format, codes = found.format, found.codes.mT
     data = codes if format.floating else pack(codes, format.bits)
     return PackedWeight(
-        data, found.scale, found.zero, format, activations, is_table, jnp.dtype(weight.dtype)
+        data, found.scale, found.zero, format, activations, is_table, jnp.dtype(dtype)
     )
 
 

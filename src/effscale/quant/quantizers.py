@@ -87,21 +87,49 @@ def quantize(
         raise ValueError(f"key: {format.kind} codes are not rounded at random; leave it out")
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
     axes, zero = AXES[format.granularity], None
-    if format.kind == "binary":
-        codes, scale = binary(grouped, axes)
-    elif format.kind == "ternary":
-        codes, scale = ternary(grouped, axes)
-    elif format.kind == "float8":
-        scale = _safe(jnp.max(jnp.abs(grouped), axes, keepdims=True) / float(jnp.finfo(FLOAT8).max))
-        codes = (grouped / scale).astype(FLOAT8)
-    elif format.symmetric:
-        scale = symmetric_scale(grouped, axes, format)
-        codes = _rounded(grouped / scale, key, *code_range(format))
+    if format.bits <= 2:
+        codes, scale = (binary if format.bits == 1 else ternary)(grouped, axes)
+        scale = jnp.squeeze(scale, axes)
     else:
-        scale, zero = asymmetric_scale(grouped, axes, format)
-        codes = _rounded((grouped - zero) / scale, key, *code_range(format))
-    without_axes = lambda a: None if a is None else jnp.squeeze(a, axes)
-    return Quantized(codes.reshape(x.shape), without_axes(scale), without_axes(zero), format)
+        scale, zero = group_scale(x, format)
+        spread_out = lambda a: None if a is None else jnp.expand_dims(a, axes)
+        codes = encode(grouped, spread_out(scale), spread_out(zero), format, key=key)
+    return Quantized(codes.reshape(x.shape), scale, zero, format)
+
+
+def group_scale(x: Float[Array, "*shape"], format: Format) -> tuple[Array, Array | None]:
+    """The scale of each group, and the number that the code 0 stands for in asymmetric formats; of 3 bits or more."""
+    grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
+    axes = AXES[format.granularity]
+    half = 2 ** (format.bits - 1)
+    if format.symmetric:
+        steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
+        if format.floating:
+            steps = float(jnp.finfo(FLOAT8).max)
+        return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
+    low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
+    scale = (high - low) / (2**format.bits - (format.spread != "paper"))
+    # Equal numbers have no range: with their own magnitude as the scale they come back as they are.
+    scale = _safe(jnp.where(scale == 0, jnp.abs(low), scale))
+    # Codes are signed, so the code 0 lies in the middle of the range.
+    zero = (jnp.round(low / scale) if format.integer_zero else low / scale) + half
+    return scale, zero * scale
+
+
+def encode(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, "*groups"],
+    zero: Float[Array, "*groups"] | None,
+    format: Format,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Shaped[Array, "*shape"]:
+    """The codes of numbers with given scales and zero points, which broadcast against them; of 3 bits or more."""
+    x = (x if zero is None else x - zero) / scale
+    if format.floating:
+        return x.astype(FLOAT8)
+    x = jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
+    return jnp.clip(x, *code_range(format)).astype(jnp.int8)
 
 
 @typing.no_type_check
@@ -150,27 +178,6 @@ def ternary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, 
     # A group of zeros has none that is large, nor has one with an infinity or a NaN, which must not be lost.
     scale = jnp.where(jnp.isfinite(mean), scale, jnp.nan)
     return jnp.where(large, jnp.sign(x), 0.0).astype(jnp.int8), scale
-
-
-def symmetric_scale(x: Float[Array, "*grouped"], axes: tuple[int, ...], format: Format) -> Array:
-    """The scale of each group, from its largest magnitude; see `Spread`."""
-    half = 2 ** (format.bits - 1)
-    steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
-    return _safe(jnp.max(jnp.abs(x), axes, keepdims=True) / steps)
-
-
-def asymmetric_scale(
-    x: Float[Array, "*grouped"], axes: tuple[int, ...], format: Format
-) -> tuple[Array, Array]:
-    """The scale of each group, from its range, and the number that the code 0 stands for."""
-    low, high = jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
-    scale = (high - low) / (2**format.bits - (format.spread != "paper"))
-    # Equal numbers have no range: with their own magnitude as the scale they come back as they are.
-    scale = _safe(jnp.where(scale == 0, jnp.abs(low), scale))
-    # Codes are signed, so the code 0 lies in the middle of the range.
-    half = 2 ** (format.bits - 1)
-    zero = jnp.round(low / scale) + half if format.integer_zero else low / scale + half
-    return scale, zero * scale
 
 
 def code_range(format: Format) -> tuple[int, int]:
@@ -234,8 +241,3 @@ def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
 def _safe(scale: Array) -> Array:
     """The scale, and one in place of zero, also where the quotient was too small for a float; not in place of NaN."""
     return jnp.where(scale == 0, 1.0, scale)
-
-
-def _rounded(x: Array, key: PRNGKeyArray | None, least: int, greatest: int) -> Array:
-    x = jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
-    return jnp.clip(x, least, greatest).astype(jnp.int8)

@@ -4,13 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from effscale.models import LoRA, Transformer, map_weights, split_groups
 from effscale.models.name_patterns import name_search
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
-from effscale.quant.packed import PackedWeight, pack_weight
+from effscale.quant.gptq import gptq
+from effscale.quant.packed import PackedWeight, pack_quantized, pack_weight
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -52,7 +56,9 @@ class Recipe:
             raise ValueError("a recipe needs at least one rule")
 
 
-def quantize_model(model: Model, recipe: Recipe) -> Model:
+def quantize_model(
+    model: Model, recipe: Recipe, *, grams: Mapping[str, Float[Array, "d_in d_in"]] | None = None
+) -> Model:
     """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
 
     Of a model that was trained through `fake_quantize_model` the latent weights are packed.
@@ -63,6 +69,7 @@ def quantize_model(model: Model, recipe: Recipe) -> Model:
     Args:
         model: Any ``nnx`` module.
         recipe: What becomes of which weight.
+        grams: From `input_grams`: the weights that it names are rounded by `gptq`, all others to the nearest code.
 
     Returns:
         The new model; the old one is untouched, and what no rule names is shared with it.
@@ -79,8 +86,17 @@ def quantize_model(model: Model, recipe: Recipe) -> Model:
         dtype('int8')
     """
 
-    def packed(weight: Any, rule: Rule, is_table: bool) -> PackedWeight:
-        return pack_weight(weight, rule.weights, activations=rule.activations, is_table=is_table)
+    def packed(weight: Any, rule: Rule, names: list[str]) -> PackedWeight:
+        is_table = names[0].endswith("embedding")
+        options: Any = {"activations": rule.activations, "is_table": is_table}
+        if grams is None or not all(name in grams for name in names):
+            return pack_weight(weight, rule.weights, **options)
+        if len(names) == 1 and weight.ndim == 2:
+            found = gptq(weight, grams[names[0]], rule.weights)
+        else:
+            one = lambda pair: gptq(*pair, rule.weights)
+            found = jax.lax.map(one, (weight, jnp.stack([grams[name] for name in names])))
+        return pack_quantized(found, weight.dtype, **options)
 
     return _replace(model, recipe, packed)
 
@@ -105,7 +121,8 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
         (4, 8)
     """
 
-    def fake(weight: Any, rule: Rule, is_table: bool) -> FakeQuantizedWeight:
+    def fake(weight: Any, rule: Rule, names: list[str]) -> FakeQuantizedWeight:
+        is_table = names[0].endswith("embedding")
         found = FakeQuantizedWeight(weight, rule.weights, rule.activations, is_table)
         found.dense()  # what does not fit is refused here
         return found
@@ -220,19 +237,22 @@ def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
     return decided
 
 
-def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, bool], Any]) -> Model:
+def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, list[str]], Any]) -> Model:
     """The model with its weights converted by the rules that decide about them."""
     decided = _decisions(_places(model), recipe)
     if isinstance(model, Transformer):
         model = split_groups(model, _begins(_places(model), decided))
-    # The layers of a stack now have the same rule; the first one's name stands for them.
-    stacks = {place.path: place.name for place in reversed(_places(model))}
-    for path, name in stacks.items():
-        rule = decided.get(name)
+    # The layers of a stack now have the same rule.
+    stacks: dict[str, list[str]] = {}
+    for place in _places(model):
+        stacks.setdefault(place.path, []).append(place.name)
+    for path, names in stacks.items():
+        rule = decided.get(names[0])
         if rule is None or rule.weights is None:
             continue
 
-        def one(weight: Any, name: str = name, rule: Rule = rule) -> Any:
+        def one(weight: Any, names: list[str] = names, rule: Rule = rule) -> Any:
+            name = names[0]
             if isinstance(weight, PackedWeight):
                 raise ValueError(f"{name} is quantized already: dequantize_model the model first")
             if isinstance(weight, FakeQuantizedWeight):
@@ -242,7 +262,7 @@ def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, bool], 
                     f"{name} has a LoRA pair: merge_lora the model, or quantize it before add_lora"
                 )
             try:
-                return convert(weight, rule, name.endswith("embedding"))
+                return convert(weight, rule, names)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 

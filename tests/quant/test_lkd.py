@@ -1,0 +1,90 @@
+"""Layer-by-layer distillation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effscale.models import Transformer, bert, gpt2, take_layers
+from effscale.quant import (
+    LKD,
+    Format,
+    Recipe,
+    Rule,
+    distill_layers,
+    fake_quantize_model,
+    quantize_model,
+)
+
+TOKENS = Format(granularity="token")
+RECIPE = Recipe((Rule(where=r"layers\..*kernel", weights=Format(bits=3), activations=TOKENS),))
+run = jax.jit(lambda model, batch: model.encode(batch["input_ids"], attention_mask=batch["attention_mask"]).hidden)  # fmt: skip
+
+
+def batches(count):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        ids = rng.integers(0, 64, (8, 16)).astype(np.int32)
+        mask = np.ones_like(ids)
+        mask[:2, 10:] = 0
+        yield {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bert"])
+def taught(request):
+    family = {"gpt2": gpt2, "bert": bert}[request.param]
+    config = family(num_layers=3, d_model=32, num_heads=2, vocab_size=64, max_length=16)
+    # Weights as large as trained ones, so that layers do something.
+    scale = lambda x: x * 5 if x.ndim == 3 else x
+    teacher = jax.tree.map(scale, Transformer(config, rngs=nnx.Rngs(0)))
+    student = fake_quantize_model(teacher, RECIPE)
+    found = distill_layers(teacher, student, list(batches(4)), LKD(steps=40, learning_rate=2e-3))
+    return teacher, student, found
+
+
+def test_every_layer_learns(taught):
+    _, _, found = taught
+    assert found.losses.shape == (3, 40)
+    assert (found.losses[:, -4:].mean(1) < 0.8 * found.losses[:, :4].mean(1)).all()
+
+
+def test_the_model_is_nearer_to_its_teacher(taught):
+    """Also packed, and on tokens that it was not taught with."""
+    teacher, student, found = taught
+    *_, batch = batches(6)
+    real = batch["attention_mask"] == 1
+    exact = np.asarray(run(teacher, batch))[real]
+    error = lambda model: np.linalg.norm(np.asarray(run(model, batch))[real] - exact)
+    assert error(found.model) < 0.9 * error(student)
+    packed = quantize_model(found.model, RECIPE)
+    assert error(packed) == pytest.approx(error(found.model), rel=0.05)
+
+
+def test_nothing_else_changes(taught):
+    _, student, found = taught
+    before, after = (take_layers(m, [0]) for m in (student, found.model))
+    for name in ("embed", "final_norm"):
+        one, other = getattr(before, name), getattr(after, name)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert jax.tree.structure(student) == jax.tree.structure(found.model)
+
+
+def test_padding_does_not_count(taught):
+    teacher, student, _ = taught
+    (batch,) = batches(1)
+    other = dict(batch, input_ids=np.where(batch["attention_mask"] == 1, batch["input_ids"], 7))
+    config = LKD(steps=2, learning_rate=1e-3)
+    one, two = (distill_layers(teacher, student, [b], config).losses for b in (batch, other))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_what_cannot_be_taught(taught):
+    teacher, student, _ = taught
+    with pytest.raises(ValueError, match="the student has 2 layers, the teacher 3"):
+        distill_layers(teacher, take_layers(student, [0, 1]), list(batches(1)))
+    with pytest.raises(ValueError, match="batches: there is none"):
+        distill_layers(teacher, student, [])
+    with pytest.raises(ValueError, match=r"LKD\.steps=0: must be at least 1"):
+        LKD(steps=0)
+    assert bool(jnp.isfinite(student(next(iter(batches(1)))["input_ids"])).all())
