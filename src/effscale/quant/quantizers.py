@@ -92,8 +92,8 @@ def quantize(
         scale = jnp.squeeze(scale, axes)
     else:
         scale, zero = group_scale(x, format)
-        spread_out = lambda a: None if a is None else jnp.expand_dims(a, axes)
-        codes = encode(grouped, spread_out(scale), spread_out(zero), format, key=key)
+        zeros = None if zero is None else jnp.expand_dims(zero, axes)
+        codes = encode(grouped, jnp.expand_dims(scale, axes), zeros, format, key=key)
     return Quantized(codes.reshape(x.shape), scale, zero, format)
 
 

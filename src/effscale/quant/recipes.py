@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from effscale.models import LoRA, Transformer, map_weights, split_groups
 from effscale.models.name_patterns import name_search
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
-from effscale.quant.gptq import gptq
+from effscale.quant.gram_rounding import gptq
 from effscale.quant.packed import PackedWeight, pack_quantized, pack_weight
 
 Model = TypeVar("Model", bound=nnx.Module)
+Convert = Callable[[Any, Format, Format | None, list[str]], Any]
+"""From a weight, its format, that of its inputs, and the names of its layers to its replacement."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,16 +88,17 @@ def quantize_model(
         dtype('int8')
     """
 
-    def packed(weight: Any, rule: Rule, names: list[str]) -> PackedWeight:
-        is_table = names[0].endswith("embedding")
-        options: Any = {"activations": rule.activations, "is_table": is_table}
+    def packed(
+        weight: Any, format: Format, activations: Format | None, names: list[str]
+    ) -> PackedWeight:
+        options: Any = {"activations": activations, "is_table": names[0].endswith("embedding")}
         if grams is None or not all(name in grams for name in names):
-            return pack_weight(weight, rule.weights, **options)
-        if len(names) == 1 and weight.ndim == 2:
-            found = gptq(weight, grams[names[0]], rule.weights)
+            return pack_weight(weight, format, **options)
+        of_layers = jnp.stack([grams[name] for name in names])
+        if weight.ndim == 2:
+            found = gptq(weight, of_layers[0], format)
         else:
-            one = lambda pair: gptq(*pair, rule.weights)
-            found = jax.lax.map(one, (weight, jnp.stack([grams[name] for name in names])))
+            found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
         return pack_quantized(found, weight.dtype, **options)
 
     return _replace(model, recipe, packed)
@@ -121,9 +124,11 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
         (4, 8)
     """
 
-    def fake(weight: Any, rule: Rule, names: list[str]) -> FakeQuantizedWeight:
+    def fake(
+        weight: Any, format: Format, activations: Format | None, names: list[str]
+    ) -> FakeQuantizedWeight:
         is_table = names[0].endswith("embedding")
-        found = FakeQuantizedWeight(weight, rule.weights, rule.activations, is_table)
+        found = FakeQuantizedWeight(weight, format, activations, is_table)
         found.dense()  # what does not fit is refused here
         return found
 
@@ -237,21 +242,24 @@ def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
     return decided
 
 
-def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, list[str]], Any]) -> Model:
+def _replace(model: Model, recipe: Recipe, convert: Convert) -> Model:
     """The model with its weights converted by the rules that decide about them."""
     decided = _decisions(_places(model), recipe)
     if isinstance(model, Transformer):
-        model = split_groups(model, _begins(_places(model), decided))
+        model = cast("Any", split_groups)(model, _begins(_places(model), decided))
     # The layers of a stack now have the same rule.
     stacks: dict[str, list[str]] = {}
     for place in _places(model):
         stacks.setdefault(place.path, []).append(place.name)
     for path, names in stacks.items():
         rule = decided.get(names[0])
-        if rule is None or rule.weights is None:
+        format = None if rule is None else rule.weights
+        if rule is None or format is None:
             continue
 
-        def one(weight: Any, names: list[str] = names, rule: Rule = rule) -> Any:
+        def one(
+            weight: Any, names: list[str] = names, rule: Rule = rule, format: Format = format
+        ) -> Any:
             name = names[0]
             if isinstance(weight, PackedWeight):
                 raise ValueError(f"{name} is quantized already: dequantize_model the model first")
@@ -262,7 +270,7 @@ def _replace(model: Model, recipe: Recipe, convert: Callable[[Any, Rule, list[st
                     f"{name} has a LoRA pair: merge_lora the model, or quantize it before add_lora"
                 )
             try:
-                return convert(weight, rule, names)
+                return convert(weight, format, rule.activations, names)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 

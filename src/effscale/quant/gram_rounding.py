@@ -46,6 +46,7 @@ def gptq(
         ValueError: The format is none of these, or does not fit.
 
     Example:
+        >>> from effscale.quant import quantize
         >>> x = jax.random.normal(jax.random.key(0), (256, 16)) @ jax.random.normal(jax.random.key(1), (16, 16))
         >>> kernel, format = jax.random.normal(jax.random.key(2), (16, 8)), Format(bits=4)
         >>> error = lambda found: float(jnp.linalg.norm(x @ found.values() - x @ kernel))
