@@ -2,7 +2,8 @@
 
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
-from effscale.quant.gram_rounding import gptq, input_grams
+from effscale.quant.gram_rounding import gptq
+from effscale.quant.inputs import InputRange, input_grams, input_ranges
 from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
@@ -24,6 +25,7 @@ __all__ = [
     "Distilled",
     "FakeQuantizedWeight",
     "Format",
+    "InputRange",
     "PackedWeight",
     "Quantized",
     "Recipe",
@@ -34,6 +36,7 @@ __all__ = [
     "fake_quantize_model",
     "gptq",
     "input_grams",
+    "input_ranges",
     "pack_weight",
     "quantize",
     "quantize_model",

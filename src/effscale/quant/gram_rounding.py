@@ -8,16 +8,11 @@ Of a kernel W with inputs x the error that matters is that of the product, :math
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022, algorithm 1.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effscale.models import Transformer
 from effscale.quant.formats import Format
-from effscale.quant.hidden import captured
 from effscale.quant.quantizers import Quantized, encode, group_scale, grouped_shape
 
 
@@ -104,67 +99,6 @@ def gptq(
     if format.granularity == "group":
         return Quantized(codes, s, z, format)
     return Quantized(codes, s[0], None if z is None else z[0], format)
-
-
-READERS = {
-    "attention_in": ("attention.query", "attention.key", "attention.value"),
-    "attention_mixed": ("attention.out",),
-    "feed_forward_in": ("feed_forward.gate", "feed_forward.up"),
-    "feed_forward_inner": ("feed_forward.down",),
-}
-"""Points of a layer, and the dense layers that read what stands there."""
-
-
-def input_grams(
-    model: Transformer, batches: Iterable[Mapping[str, Any]]
-) -> dict[str, Float[Array, "d_in d_in"]]:
-    """The Gram matrices of the inputs of every dense layer, for `gptq` and for ``quantize_model(..., grams=)``.
-
-    They take as much memory as the squares of the layers' input widths, in float32.
-
-    Args:
-        model: A model of the library.
-        batches: ``input_ids`` of shape ``(batch, seq)``, and where present ``attention_mask``, ``positions``, ``segment_ids`` and
-            ``type_ids``. Some ten thousand tokens are usual. Padding does not count.
-
-    Returns:
-        By the weights' names, as in a `Rule`: ``layers.3.attention.query.kernel``. Layers that read the same share a matrix.
-
-    Raises:
-        ValueError: There is no batch.
-    """
-    points = [point for point in READERS if point in model.config.points]
-
-    @jax.jit
-    def grams(model: Transformer, batch: Mapping[str, Any]) -> Any:
-        mask = batch.get("attention_mask")
-
-        def gram(x: Array) -> Array:
-            rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-            if mask is not None:
-                rows = jnp.where(mask.reshape(-1, 1) != 0, rows, 0.0)
-            return rows.T @ rows
-
-        return captured(model, batch, capture=dict.fromkeys(points, gram))
-
-    sums: Any = None
-    for batch in batches:
-        found = grams(model, dict(batch))
-        sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-    if sums is None:
-        raise ValueError("batches: there is none")
-    by_name: dict[str, Array] = {}
-    unit = 0
-    for group, blocks in zip(model.config.groups, sums, strict=True):
-        for repetition in range(group.repeat):
-            for number, block in enumerate(blocks):
-                layer = unit + number
-                for point, stacked in block.items():
-                    gram = stacked[repetition]
-                    for reader in READERS[point]:
-                        by_name[f"layers.{layer}.{reader}.kernel"] = gram
-            unit += len(group.blocks)
-    return by_name
 
 
 def _factor(gram: Array, damping: float) -> Array:

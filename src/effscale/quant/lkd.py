@@ -25,7 +25,7 @@ from rich.progress import track
 
 from effscale.models import Transformer, by_layer, replace_layers, take_layers
 from effscale.models.validation import check, is_finite
-from effscale.quant.hidden import captured
+from effscale.quant.inputs import captured
 from effscale.training import AdamWConfig, Loss, create_train_state, make_train_step
 
 

@@ -12,7 +12,7 @@ from effscale.models import finish
 from effscale.models.activations import Activation
 from effscale.quant.formats import Format
 from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
-from effscale.quant.quantizers import Quantized, quantize
+from effscale.quant.quantizers import Quantized, encode, quantize
 
 WIDE = 8192
 """Outputs from which on a product of one row is slow on CPU in every type but float32, and of four rows is not."""
@@ -34,6 +34,8 @@ class PackedWeight:
         data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see `effscale.quant.packing`).
         scale: float32, of `effscale.quant.scale_shape` of the kernel.
         zero: float32, likewise; None for symmetric formats.
+        input_scale: float32, one per matrix: the scale of the inputs where it was calibrated; None finds it anew for each input.
+        input_zero: float32, likewise; None for symmetric formats.
         format: Of the weight.
         activations: What inputs are quantized to before the product, which is then one of integers. None: they are not, and the
             weight becomes floats within the product.
@@ -44,7 +46,9 @@ class PackedWeight:
     data: Shaped[Array, "*stack d_out bytes"]
     scale: Float[Array, "*groups"]
     zero: Float[Array, "*groups"] | None
-    format: Format = dataclasses.field(metadata={"static": True})
+    input_scale: Float[Array, "*stack"] | None = None
+    input_zero: Float[Array, "*stack"] | None = None
+    format: Format = dataclasses.field(default=Format(), metadata={"static": True})
     activations: Format | None = dataclasses.field(default=None, metadata={"static": True})
     is_table: bool = dataclasses.field(default=False, metadata={"static": True})
     compute: Any = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
@@ -69,7 +73,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(x.nbytes for x in (self.data, self.scale, self.zero) if x is not None)
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
     def astype(self, dtype: Any) -> "PackedWeight":
         """The same codes with results in another type."""
@@ -92,13 +96,20 @@ class PackedWeight:
         return rows.dense().reshape(*indices.shape, -1)
 
     @property
-    def input_form(self) -> Format | None:
+    def input_form(self) -> tuple[Format, bool] | None:
         """What an input is turned into before the product, so that several products of one input share it."""
-        return None if self.is_table else self.activations
+        if self.is_table or self.activations is None:
+            return None
+        # Layers that read the same input were calibrated on it alike.
+        return self.activations, self.input_scale is not None
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> Quantized:
         """The input as codes."""
-        return quantize(x, cast("Format", self.activations))
+        format = cast("Format", self.activations)
+        if self.input_scale is None:
+            return quantize(x, format)
+        codes = encode(x.astype(jnp.float32), self.input_scale, self.input_zero, format)
+        return Quantized(codes, self.input_scale, self.input_zero, format)
 
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
@@ -127,8 +138,15 @@ class PackedWeight:
             "group": (*stack, None, d_out),
             "block": (*stack, None),
         }[self.format.granularity]
-        zero = None if self.zero is None else groups
-        return dataclasses.replace(self, data=(*stack, d_out, d_in), scale=groups, zero=zero)
+        where = lambda array, names: None if array is None else names
+        return dataclasses.replace(
+            self,
+            data=(*stack, d_out, d_in),
+            scale=groups,
+            zero=where(self.zero, groups),
+            input_scale=where(self.input_scale, tuple(stack)),
+            input_zero=where(self.input_zero, tuple(stack)),
+        )
 
     def _quantized(self) -> Quantized:
         """The codes and scales of the kernel."""
@@ -228,7 +246,13 @@ def pack_quantized(
     format, codes = found.format, found.codes.mT
     data = codes if format.floating else pack(codes, format.bits)
     return PackedWeight(
-        data, found.scale, found.zero, format, activations, is_table, jnp.dtype(dtype)
+        data,
+        found.scale,
+        found.zero,
+        format=format,
+        activations=activations,
+        is_table=is_table,
+        compute=jnp.dtype(dtype),
     )
 
 

@@ -14,7 +14,9 @@ from effscale.models.name_patterns import name_search
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
 from effscale.quant.gram_rounding import gptq
+from effscale.quant.inputs import InputRange
 from effscale.quant.packed import PackedWeight, pack_quantized, pack_weight
+from effscale.quant.quantizers import group_scale
 
 Model = TypeVar("Model", bound=nnx.Module)
 Convert = Callable[[Any, Format, Format | None, list[str]], Any]
@@ -59,7 +61,11 @@ class Recipe:
 
 
 def quantize_model(
-    model: Model, recipe: Recipe, *, grams: Mapping[str, Float[Array, "d_in d_in"]] | None = None
+    model: Model,
+    recipe: Recipe,
+    *,
+    grams: Mapping[str, Float[Array, "d_in d_in"]] | None = None,
+    ranges: Mapping[str, InputRange] | None = None,
 ) -> Model:
     """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
 
@@ -72,6 +78,8 @@ def quantize_model(
         model: Any ``nnx`` module.
         recipe: What becomes of which weight.
         grams: From `input_grams`: the weights that it names are rounded by `gptq`, all others to the nearest code.
+        ranges: From `input_ranges`: inputs that a rule quantizes per tensor get the scale of this range once and for all (static
+            calibration), where it is found anew for each input otherwise.
 
     Returns:
         The new model; the old one is untouched, and what no rule names is shared with it.
@@ -101,7 +109,27 @@ def quantize_model(
             found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
         return pack_quantized(found, weight.dtype, **options)
 
-    return _replace(model, recipe, packed)
+    def calibrated(
+        weight: Any, format: Format, activations: Format | None, names: list[str]
+    ) -> PackedWeight:
+        found = packed(weight, format, activations, names)
+        if ranges is None or activations is None or activations.granularity != "tensor":
+            return found
+        if not all(name in ranges for name in names):
+            raise ValueError("ranges has none for it")
+        ends = jnp.stack([jnp.stack(ranges[name]) for name in names])
+        scale, zero = jax.vmap(lambda ends: group_scale(ends[:, None], activations))(ends)
+        stacked = lambda a: None if a is None else (a[0] if weight.ndim == 2 else a)
+        return dataclasses.replace(found, input_scale=stacked(scale), input_zero=stacked(zero))
+
+    per_tensor = [
+        r for r in recipe.rules if r.activations and r.activations.granularity == "tensor"
+    ]
+    if ranges is not None and not per_tensor:
+        raise ValueError(
+            "ranges: no rule quantizes inputs per tensor, Format(granularity='tensor')"
+        )
+    return _replace(model, recipe, calibrated)
 
 
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:

@@ -1,0 +1,125 @@
+"""What the inputs of a model's dense layers are like, for quantizers that look at them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effscale.models import Transformer
+from effscale.models.validation import is_finite
+
+GIVEN = ("attention_mask", "positions", "segment_ids", "type_ids")
+"""What a batch may hold besides ``input_ids``."""
+
+READERS = {
+    "attention_in": ("attention.query", "attention.key", "attention.value"),
+    "attention_mixed": ("attention.out",),
+    "feed_forward_in": ("feed_forward.gate", "feed_forward.up"),
+    "feed_forward_inner": ("feed_forward.down",),
+}
+"""Points of a layer, and the dense layers that read what stands there."""
+
+
+class InputRange(NamedTuple):
+    """The least and the greatest number that a dense layer reads."""
+
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+
+def captured(model: Transformer, batch: Mapping[str, Any], **options: Any) -> tuple[Any, ...]:
+    """What ``model.encode(..., capture=...)`` captures for a batch with ``input_ids`` and any of `GIVEN`."""
+    given = {name: batch[name] for name in GIVEN if name in batch}
+    return model.encode(batch["input_ids"], **given, **options).captured
+
+
+def input_grams(
+    model: Transformer, batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Float[Array, "d_in d_in"]]:
+    """The Gram matrices of the inputs of every dense layer, for `gptq` and for ``quantize_model(..., grams=)``.
+
+    They take as much memory as the squares of the layers' input widths, in float32.
+
+    Args:
+        model: A model of the library.
+        batches: ``input_ids`` of shape ``(batch, seq)``, and where present ``attention_mask``, ``positions``, ``segment_ids`` and
+            ``type_ids``. Some ten thousand tokens are usual. Padding does not count.
+
+    Returns:
+        By the weights' names, as in a `Rule`: ``layers.3.attention.query.kernel``. Layers that read the same share a matrix.
+
+    Raises:
+        ValueError: There is no batch.
+    """
+
+    def gram(x: Array, real: Array | None) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        if real is not None:
+            rows = jnp.where(real, rows, 0.0)
+        return rows.T @ rows
+
+    return dict(_over_batches(model, batches, gram, jnp.add))
+
+
+def input_ranges(
+    model: Transformer, batches: Iterable[Mapping[str, Any]], *, momentum: float = 0.95
+) -> dict[str, InputRange]:
+    """The ranges of the inputs of every dense layer, for ``quantize_model(..., ranges=)``: static calibration.
+
+    The first batch sets a range, and each further one moves it: ``momentum * old + (1 - momentum) * new``, as in DeepSpeed.
+
+    Args:
+        model: A model of the library.
+        batches: As for `input_grams`.
+        momentum: How much of the old range each batch keeps.
+
+    Returns:
+        By the weights' names, as in a `Rule`.
+
+    Raises:
+        ValueError: There is no batch, or ``momentum`` is out of range.
+    """
+    if not (is_finite(momentum) and 0 <= momentum < 1):
+        raise ValueError(f"momentum={momentum!r} must lie in [0, 1); 0.95 is usual")
+
+    def extremes(x: Array, real: Array | None) -> Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        low = rows if real is None else jnp.where(real, rows, jnp.inf)
+        high = rows if real is None else jnp.where(real, rows, -jnp.inf)
+        return jnp.stack([jnp.min(low), jnp.max(high)])
+
+    moved = lambda old, new: momentum * old + (1 - momentum) * new
+    found = _over_batches(model, batches, extremes, moved)
+    return {name: InputRange(low=ends[0], high=ends[1]) for name, ends in found}
+
+
+def _over_batches(
+    model: Transformer, batches: Iterable[Mapping[str, Any]], look: Any, combine: Any
+) -> Iterator[tuple[str, Array]]:
+    """What ``look`` sees of each dense layer's input, combined over the batches, by the layers' names."""
+    points = [point for point in READERS if point in model.config.points]
+
+    @jax.jit
+    def seen(model: Transformer, batch: Mapping[str, Any]) -> Any:
+        mask = batch.get("attention_mask")
+        real = None if mask is None else mask.reshape(-1, 1) != 0
+        capture = dict.fromkeys(points, lambda x: look(x, real))
+        return captured(model, batch, capture=capture)
+
+    total: Any = None
+    for batch in batches:
+        found = seen(model, dict(batch))
+        total = found if total is None else jax.tree.map(combine, total, found)
+    if total is None:
+        raise ValueError("batches: there is none")
+    first = 0
+    for group, blocks in zip(model.config.groups, total, strict=True):
+        for repetition in range(group.repeat):
+            for number, block in enumerate(blocks):
+                for point, stacked in block.items():
+                    entry = stacked[repetition]
+                    for reader in READERS[point]:
+                        yield f"layers.{first + number}.{reader}.kernel", entry
+            first += len(group.blocks)
