@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -66,6 +67,9 @@ def test_inputs_that_never_came_do_no_harm():
     gram[3], gram[:, 3] = 0.0, 0.0
     values = gptq(jnp.asarray(KERNEL), jnp.asarray(gram), Format(bits=4)).values()
     assert bool(jnp.isfinite(values).all())
+    bad = jnp.asarray(gram).at[5, 5].set(jnp.nan)
+    lost = gptq(jnp.asarray(KERNEL), bad, Format(bits=4)).values()
+    assert bool(jnp.isnan(lost).all())
     nothing = gptq(jnp.asarray(KERNEL), jnp.zeros((24, 24)), Format(bits=4)).values()
     np.testing.assert_allclose(nothing, quantize(jnp.asarray(KERNEL), Format(bits=4)).values())
 
@@ -81,7 +85,14 @@ def test_inputs_that_never_came_do_no_harm():
 )
 def test_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
-        gptq(jnp.asarray(KERNEL), jnp.asarray(GRAM), **options)
+        gptq(**{"kernel": jnp.asarray(KERNEL), "gram": jnp.asarray(GRAM)} | options)
+
+
+def test_a_gram_matrix_of_another_kernel(monkeypatch):
+    # Without the run-time type check of the test suite, as users run it: that would refuse it first.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"Gram matrix of shape \(5, 5\)"):
+        gptq(jnp.asarray(KERNEL), jnp.ones((5, 5)), Format())
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +150,13 @@ def test_a_model_rounded_by_its_inputs_is_nearer(model):
     )
     with pytest.raises(ValueError, match="there is none"):
         input_grams(model, [])
+    name = "layers.2.attention.query.kernel"
+    with pytest.raises(ValueError, match=rf"grams has none for {name}, which is in the same stack"):
+        quantize_model(model, recipe, grams={n: g for n, g in grams.items() if n != name})
+    with pytest.raises(ValueError, match="grams is of another model: it names other"):
+        quantize_model(model, recipe, grams=grams | {"other": grams[name]})
+    broken = grams | {name: grams[name] * jnp.nan}
+    with pytest.raises(
+        ValueError, match=r"attention\.query\.kernel: .*Gram matrix of its inputs are not finite"
+    ):
+        quantize_model(model, recipe, grams=broken)

@@ -82,6 +82,8 @@ def test_what_cannot_be_taught(taught):
     teacher, student, _ = taught
     with pytest.raises(ValueError, match="the student has 2 layers, the teacher 3"):
         distill_layers(teacher, take_layers(student, [0, 1]), list(batches(1)))
+    with pytest.raises(ValueError, match="no fake-quantized layer"):
+        distill_layers(teacher, teacher, list(batches(1)))
     with pytest.raises(ValueError, match="batches: there is none"):
         distill_layers(teacher, student, [])
     with pytest.raises(ValueError, match=r"LKD\.steps=0: must be at least 1"):

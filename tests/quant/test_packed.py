@@ -184,10 +184,39 @@ def test_fake_quantized_weights_give_the_same(format):
     [
         ((24, 6), {"format": TOKENS}, "granularity='token' is for activations"),
         ((24, 6), {"format": Format(), "activations": Format()}, "activations: granularity='channel'"),
-        ((20, 6), {"format": Format(bits=1)}, "20 codes of 1 bits do not fill"),
+        ((20, 6), {"format": Format(bits=1)}, "20 inputs in 1 bits do not fill"),
         ((2**17 + 8, 1), {"format": Format(), "activations": TOKENS}, "may overflow 32 bits"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed(shape, options, message):
     with pytest.raises(ValueError, match=message):
         pack_weight(jnp.ones(shape), **options)
+
+
+@pytest.mark.parametrize(
+    "inputs", [TOKENS, Format(granularity="token", symmetric=False)], ids=Format.describe
+)
+def test_gradients_pass_through_a_product_of_codes(format, inputs):
+    """To what comes before it, as if nothing had been rounded: a LoRA pair in an earlier layer must learn."""
+    kernel, x = normal(11, 24, 6), normal(12, 5, 24)
+    weight = pack_weight(kernel, format, activations=inputs)
+    fake = FakeQuantizedWeight(kernel, format, inputs)
+    loss = lambda x, w: (jnp.tanh(matmul(x, w)) ** 2).sum()
+    found, expected = jax.jit(jax.grad(loss))(x, weight), jax.grad(loss)(x, fake)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), weight)
+    scanned = lambda x: jax.lax.scan(lambda c, w: (c + loss(x, w), None), 0.0, stacked)[0]
+    np.testing.assert_allclose(jax.grad(scanned)(x), 2 * expected, rtol=1e-3, atol=1e-4)
+    of_weight = jax.grad(lambda w: loss(x, w), allow_int=True)(weight)
+    assert not np.asarray(of_weight.scale).any()
+
+
+def test_packed_and_fake_projections_of_one_input():
+    """Each turns the input into a form of its own."""
+    kernel, x = normal(13, 24, 6), normal(14, 4, 24)
+    packed, fake = (
+        pack_weight(kernel, Format(), activations=TOKENS),
+        FakeQuantizedWeight(kernel, Format(), TOKENS),
+    )
+    one, other = matmuls(x, Affine(packed), Affine(fake))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

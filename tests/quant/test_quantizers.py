@@ -121,7 +121,7 @@ def test_laws(x, format):
     np.testing.assert_array_equal(values[:, largest == 0], 0.0)
     if not format.symmetric:
         equal = (x == x[:1]).all(axis=0)
-        np.testing.assert_allclose(values[:, equal], x[:, equal], rtol=1e-6)
+        np.testing.assert_array_equal(values[:, equal], x[:, equal])
     if format.bits == 1 or (format.symmetric and format.spread == "narrow"):
         again = quantize(jnp.asarray(values), format).values()
         np.testing.assert_allclose(again, values, rtol=1e-5, atol=1e-37)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, generate
-from effscale.models import MLPConfig, Transformer, add_lora, bert, gpt2
+from effscale.models import MLPConfig, Transformer, add_lora, bert, gpt2, is_adapter
 from effscale.models.layers import Dense
 from effscale.quant import (
     Format,
@@ -26,7 +26,14 @@ from effscale.quant import (
     w4a16,
     w8a8,
 )
-from effscale.training import Checkpoints, create_train_state, make_train_step, next_token_loss
+from effscale.training import (
+    Checkpoints,
+    combine,
+    create_train_state,
+    make_train_step,
+    next_token_loss,
+    partition,
+)
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)), jnp.int32)
 CONFIG = gpt2(num_layers=4, d_model=32, num_heads=2, vocab_size=64, max_length=32)
@@ -162,7 +169,7 @@ def test_a_module_of_ones_own():
         ([(r"layers\.7\..*kernel", Format())], "7.*matches no parameter; names are like: layers.0"),
         (
             [("kernel", Format()), ("query.*kernel", Format(bits=4))],
-            "query.*decides about no weight: rules before it",
+            "query.*is left without a weight: the rules before it",
         ),
         (
             [("down.*kernel", Format(bits=4, granularity="group", group_size=48))],
@@ -187,6 +194,45 @@ def test_quantizing_twice_and_over_pairs(model):
         Rule(where="kernel", weights=None, activations=Format())
     with pytest.raises(ValueError, match="at least one rule"):
         Recipe(())
+    with pytest.raises(ValueError, match=r"Rule\('kernel'\): activations: granularity='channel'"):
+        Rule(where="kernel", weights=Format(), activations=Format())
+    odd = Recipe(
+        (Rule(where=r"down.*kernel", weights=Format(bits=4, granularity="block", num_blocks=5)),)
+    )
+    for change in (quantize_model, fake_quantize_model):
+        with pytest.raises(ValueError, match="5 does not divide 32 outputs"):
+            change(model, odd)
+
+
+def test_low_rank_pairs_over_packed_weights(model):
+    """Their gradients are those over the same weights in floats; dequantizing reaches the base of a pair."""
+    recipe = Recipe(
+        (
+            Rule(
+                where=r"layers\..*kernel", weights=Format(), activations=Format(granularity="token")
+            ),
+        )
+    )
+    pairs = lambda m: add_lora(m, rank=2, key=jax.random.key(1), where=r"(query|down)\.kernel")
+    packed = pairs(quantize_model(model, recipe))
+    weights_only = Recipe((Rule(where=r"layers\..*kernel", weights=Format()),))
+    plain = pairs(dequantize_model(quantize_model(model, weights_only)))
+    batch = {"input_ids": IDS, "labels": IDS}
+
+    def gradient(m):
+        trained, rest = partition(m, is_adapter)
+        loss = lambda trained: next_token_loss(combine(trained, rest), batch, None).mean()
+        return jnp.concatenate(
+            [x.ravel() for x in jax.tree.leaves(jax.jit(jax.grad(loss))(trained))]
+        )
+
+    one, other = gradient(packed), gradient(plain)
+    cosine = one @ other / jnp.linalg.norm(one) / jnp.linalg.norm(other)
+    assert cosine > 0.99
+    bases = jax.tree.leaves(
+        dequantize_model(packed), is_leaf=lambda node: isinstance(node, PackedWeight)
+    )
+    assert not any(isinstance(base, PackedWeight) for base in bases)
 
 
 def test_bert():

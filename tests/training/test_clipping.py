@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from effscale.optim import onebit_adam
-from effscale.training import Clip
+from effscale.optim import onebit_adam, onebit_lamb, zero_one_adam
+from effscale.training import Clip, make_train_step
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,21 @@ def test_what_cannot_be_is_refused(options, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         Clip(**options)
+
+
+def test_a_number_is_answered_with_the_object(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    loss = lambda model, batch, key: None
+    for make in (
+        lambda: make_train_step(loss, optax.sgd(1.0), clip=1.0),
+        lambda: onebit_adam(1.0, clip=1.0),
+        lambda: onebit_lamb(1.0, clip=1.0),
+        lambda: zero_one_adam(1.0, clip=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"clip=1\.0: give the object, clip=Clip\(1\.0\)"):
+            make()
+    with pytest.raises(ValueError, match=r"give the object, workers=Workers\('data'\)"):
+        onebit_lamb(1.0, workers="data")
 
 
 def test_a_norm_from_a_schedule():

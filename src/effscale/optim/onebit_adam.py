@@ -34,7 +34,7 @@ from effscale.optim.precision import in_types_of
 from effscale.optim.weight_decay import decayed_weights
 from effscale.optim.workers import Workers, axis_of, check_local
 from effscale.parallel.workers import PerWorker, SendsBytes
-from effscale.training.clipping import Clip
+from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
 
 
@@ -121,6 +121,7 @@ def scale_by_onebit_adam(
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
     check_mu_dtype(mu_dtype)
+    check_clip(clip)
     axis_name = axis_of(workers)
 
     def init(params: Any) -> Any:

@@ -28,7 +28,7 @@ from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
 from effscale.optim.workers import Workers, axis_of, check_local, with_scales
 from effscale.parallel.workers import PerWorker, SendsBytes
-from effscale.training.clipping import Clip
+from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
 
 
@@ -156,7 +156,9 @@ def onebit_lamb(
     lamb.check()
     check_freeze_step(freeze_step)
     check_mu_dtype(mu_dtype)
-    workers, axis_name = with_scales(workers, "tree"), axis_of(workers)
+    check_clip(clip)
+    axis_name = axis_of(workers)
+    workers = with_scales(workers, "tree")
     _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
 
     def init(params: Any) -> Any:

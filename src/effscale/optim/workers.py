@@ -44,7 +44,13 @@ class Workers:
 
 
 def axis_of(workers: Workers | None) -> str | None:
-    """The workers' axis; None for one worker."""
+    """The workers' axis; None for one worker.
+
+    Raises:
+        ValueError: This is something else, such as the name of the axis.
+    """
+    if workers is not None and not isinstance(workers, Workers):
+        raise ValueError(f"workers={workers!r}: give the object, workers=Workers({workers!r})")
     return None if workers is None else workers.axis_name
 
 

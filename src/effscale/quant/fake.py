@@ -26,12 +26,14 @@ class FakeQuantizedWeight:
         format: Of the weight.
         activations: What inputs are rounded to before the product; None leaves them as they are.
         is_table: Whether it is a table of embeddings, in which ``channel`` means a row.
+        compute: The type of the result; None takes that of ``latent``, which is rounded in its own type either way.
     """
 
     latent: Float[Array, "*shape"]
     format: Format = dataclasses.field(metadata={"static": True})
     activations: Format | None = dataclasses.field(default=None, metadata={"static": True})
     is_table: bool = dataclasses.field(default=False, metadata={"static": True})
+    compute: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,8 +42,8 @@ class FakeQuantizedWeight:
 
     @property
     def dtype(self) -> Any:
-        """Type of the matrix."""
-        return self.latent.dtype
+        """Type of the result."""
+        return self.latent.dtype if self.compute is None else self.compute
 
     @property
     def T(self) -> "FakeQuantizedWeight":
@@ -49,23 +51,25 @@ class FakeQuantizedWeight:
         return dataclasses.replace(self, latent=self.latent.mT, is_table=not self.is_table)
 
     def astype(self, dtype: Any) -> "FakeQuantizedWeight":
-        """The same in another type."""
-        return dataclasses.replace(self, latent=self.latent.astype(dtype))
+        """The same with results in another type."""
+        return dataclasses.replace(self, compute=jax.numpy.dtype(dtype))
 
     def dense(self) -> Float[Array, "*shape"]:
         """The rounded numbers."""
-        if self.is_table:
-            return fake_quantize(self.latent.mT, self.format).mT
-        return fake_quantize(self.latent, self.format)
+        kernel = self.latent.mT if self.is_table else self.latent
+        rounded = fake_quantize(kernel, self.format).astype(self.dtype)
+        return rounded.mT if self.is_table else rounded
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
         """Rounded rows of the matrix."""
         return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")
 
     @property
-    def input_form(self) -> Format | None:
+    def input_form(self) -> tuple[str, Format] | None:
         """What an input is rounded to, so that several products of one input share it."""
-        return None if self.is_table else self.activations
+        if self.is_table or self.activations is None:
+            return None
+        return "rounded", self.activations
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> "Rounded":
         """The input, rounded."""

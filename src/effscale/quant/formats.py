@@ -29,7 +29,7 @@ _BITS = (1, 2, 3, 4, 8)
 class Format:
     """What numbers are quantized to.
 
-    Attributes are checked when it is made; a value that cannot be raises a ``ValueError`` that names it.
+    An invalid value raises a ``ValueError`` that names the field.
 
     Example:
         >>> Format(bits=4, granularity="group", group_size=32).describe()

@@ -35,7 +35,7 @@ def gptq(
         damping: Part of the mean of the diagonal that is added to it, so that inputs that were never seen do no harm.
 
     Returns:
-        Codes and scales, as from `quantize`.
+        Codes and scales, as from `quantize`. The scales are NaN where ``gram`` is not finite, or singular in spite of the damping.
 
     Raises:
         ValueError: The format is none of these, or does not fit.
@@ -51,12 +51,16 @@ def gptq(
     References:
         Frantar et al., `GPTQ <https://arxiv.org/abs/2210.17323>`_, 2022
     """
-    if format.bits <= 2 or format.floating or format.granularity in ("block", "token"):
+    if not can_gptq(format):
         raise ValueError(
             f"format: {format.describe()}: GPTQ takes integers of 3, 4 or 8 bits per channel, per tensor or in groups"
         )
     if not damping > 0:
         raise ValueError(f"damping={damping} must be positive; 0.01 is usual")
+    if kernel.ndim != 2 or gram.shape != (kernel.shape[0],) * 2:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} and a Gram matrix of shape {gram.shape}: they must be (in, out) and (in, in)"
+        )
     d_in, d_out = kernel.shape
     grouped_shape(kernel.shape, format)  # what does not fit is refused here
     factor = _factor(gram.astype(jnp.float32), damping)
@@ -96,15 +100,23 @@ def gptq(
     starts = jnp.arange(0, d_in, width)
     _, (codes, s, z) = jax.lax.scan(group, kernel.astype(jnp.float32), starts)
     codes = codes.reshape(d_in, d_out)
+    # A factor that does not exist must not end as codes that look sound.
+    s = jnp.where(jnp.isfinite(factor).all(), s, jnp.nan)
     if format.granularity == "group":
         return Quantized(codes, s, z, format)
     return Quantized(codes, s[0], None if z is None else z[0], format)
 
 
+def can_gptq(format: Format) -> bool:
+    """Whether a format is of those that `gptq` takes."""
+    by_group = format.granularity in ("tensor", "channel", "group")
+    return format.bits > 2 and not format.floating and by_group
+
+
 def _factor(gram: Array, damping: float) -> Array:
     """The upper Cholesky factor of the inverse of the damped Gram matrix."""
     diagonal = jnp.diagonal(gram)
-    # An input that is always zero has no say: as if it were seen once.
+    # An input that is always zero would make the matrix singular; what its weights become does not matter.
     gram = gram + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0) + damping * jnp.mean(diagonal))
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(gram), True), identity)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from effscale.models import Transformer
@@ -58,7 +59,7 @@ def input_grams(
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         if real is not None:
             rows = jnp.where(real, rows, 0.0)
-        return rows.T @ rows
+        return jnp.matmul(rows.T, rows, precision="highest")
 
     return dict(_over_batches(model, batches, gram, jnp.add))
 
@@ -114,12 +115,14 @@ def _over_batches(
         total = found if total is None else jax.tree.map(combine, total, found)
     if total is None:
         raise ValueError("batches: there is none")
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     first = 0
-    for group, blocks in zip(model.config.groups, total, strict=True):
+    for index, (group, blocks) in enumerate(zip(model.config.groups, total, strict=True)):
         for repetition in range(group.repeat):
             for number, block in enumerate(blocks):
                 for point, stacked in block.items():
                     entry = stacked[repetition]
                     for reader in READERS[point]:
-                        yield f"layers.{first + number}.{reader}.kernel", entry
+                        if f"groups.{index}.blocks.{number}.{reader}.kernel" in paths:
+                            yield f"layers.{first + number}.{reader}.kernel", entry
             first += len(group.blocks)

@@ -25,6 +25,7 @@ from rich.progress import track
 
 from effscale.models import Transformer, by_layer, replace_layers, take_layers
 from effscale.models.validation import check, is_finite
+from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.inputs import captured
 from effscale.training import AdamWConfig, Loss, create_train_state, make_train_step
 
@@ -100,8 +101,14 @@ def distill_layers(
     count = teacher.config.num_layers
     if student.config.num_layers != count:
         raise ValueError(f"the student has {student.config.num_layers} layers, the teacher {count}")
+    batches = list(batches)
     if not batches:
         raise ValueError("batches: there is none")
+    is_fake = lambda node: isinstance(node, FakeQuantizedWeight)
+    if not any(map(is_fake, jax.tree.leaves(student.groups, is_leaf=is_fake))):
+        raise ValueError(
+            "the student has no fake-quantized layer: make it with fake_quantize_model"
+        )
     optimizer = config.optimizer.build(config.learning_rate)
     step = jax.jit(make_train_step(_layer_loss, optimizer, trainable="groups"))
     run = jax.jit(_run)

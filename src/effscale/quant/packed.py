@@ -2,10 +2,12 @@
 
 import dataclasses
 import typing
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from effscale.models import finish
@@ -37,8 +39,9 @@ class PackedWeight:
         input_scale: float32, one per matrix: the scale of the inputs where it was calibrated; None finds it anew for each input.
         input_zero: float32, likewise; None for symmetric formats.
         format: Of the weight.
-        activations: What inputs are quantized to before the product, which is then one of integers. None: they are not, and the
-            weight becomes floats within the product.
+        activations: What inputs are quantized to before the product. It is then a product of integers, unless the weight has
+            groups along the inputs or either is a float8. None leaves inputs as they are. Wherever integers cannot be added up
+            the weight becomes floats within the product.
         is_table: Whether it stands for a table, whose transpose is the kernel.
         compute: The type of the result.
     """
@@ -96,20 +99,20 @@ class PackedWeight:
         return rows.dense().reshape(*indices.shape, -1)
 
     @property
-    def input_form(self) -> tuple[Format, bool] | None:
+    def input_form(self) -> tuple[str, Format, bool] | None:
         """What an input is turned into before the product, so that several products of one input share it."""
         if self.is_table or self.activations is None:
             return None
         # Layers that read the same input were calibrated on it alike.
-        return self.activations, self.input_scale is not None
+        return "codes", self.activations, self.input_scale is not None
 
-    def prepare(self, x: Float[Array, "rows d_in"]) -> Quantized:
+    def prepare(self, x: Float[Array, "rows d_in"]) -> "PreparedInput":
         """The input as codes."""
-        format = cast("Format", self.activations)
+        format, fixed = cast("Format", self.activations), jax.lax.stop_gradient(x)
         if self.input_scale is None:
-            return quantize(x, format)
-        codes = encode(x.astype(jnp.float32), self.input_scale, self.input_zero, format)
-        return Quantized(codes, self.input_scale, self.input_zero, format)
+            return PreparedInput(x, quantize(fixed, format))
+        codes = encode(fixed.astype(jnp.float32), self.input_scale, self.input_zero, format)
+        return PreparedInput(x, Quantized(codes, self.input_scale, self.input_zero, format))
 
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
@@ -121,12 +124,12 @@ class PackedWeight:
             bias: ``(out,)`` or None.
             activation: A name of `effscale.models.ACTIVATIONS`, or None.
         """
-        if isinstance(x, Quantized):
-            y = self._integer_product(x)
-        elif self.input_form is not None:
-            y = self._integer_product(self.prepare(x))
+        if not isinstance(x, PreparedInput) and self.input_form is not None:
+            x = self.prepare(x)
+        if isinstance(x, PreparedInput):
+            y = _product_of_codes(x.values, x.codes, self)
         else:
-            y = x @ self.dense()
+            y = _few_rows_padded(lambda x: x @ self.dense(), x, self.shape[-1])
         return finish(y.astype(self.compute), bias, activation)
 
     def partition(self, axes: tuple[str | None, ...]) -> "PackedWeight":
@@ -151,27 +154,31 @@ class PackedWeight:
     def _quantized(self) -> Quantized:
         """The codes and scales of the kernel."""
         codes = self.data if self.format.floating else unpack(self.data, self.format.bits)
-        return Quantized(codes.mT, self.scale, self.zero, self.format)
+        # Codes do not follow a gradient, so scales must not do so alone.
+        scale, zero = jax.lax.stop_gradient((self.scale, self.zero))
+        return Quantized(codes.mT, scale, zero, self.format)
 
     def _integer_product(self, x: Quantized) -> Array:
         """The product of codes as integers, with the scales behind it."""
-        if self.format.granularity == "group" or self.format.floating or x.format.floating:
-            # Scales that change along the sum, and floats, leave nothing that could be added up as integers.
-            return x.values().astype(self.compute) @ self.dense()
+        if not _is_integer_product(self.format, x.format):
+            rounded = x.values().astype(self.compute)
+            return _few_rows_padded(lambda x: x @ self.dense(), rounded, self.shape[-1])
         d_out, width = self.data.shape
-        rows = x.codes.shape[0]
-        alone = rows == 1 and d_out >= WIDE
-        codes = jnp.pad(x.codes, ((0, 3), (0, 0))) if alone else x.codes
         planes = unpack_planes(self.data, self.format.bits)
-        sums = jnp.zeros((), jnp.int32)
-        for i, plane in enumerate(planes):
-            part = codes[:, i * width : (i + 1) * width]
-            contracting = (((1,), (1,)), ((), ()))
-            sums = sums + jax.lax.dot_general(
-                part, plane, contracting, preferred_element_type=jnp.int32
-            )
+
+        def product(codes: Array) -> Array:
+            sums = jnp.zeros((), jnp.int32)
+            for i, plane in enumerate(planes):
+                part = codes[:, i * width : (i + 1) * width]
+                contracting = (((1,), (1,)), ((), ()))
+                sums = sums + jax.lax.dot_general(
+                    part, plane, contracting, preferred_element_type=jnp.int32
+                )
+            return sums
+
+        sums = _few_rows_padded(product, x.codes, d_out)
         row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
-        y = row(x.scale) * sums[:rows].astype(jnp.float32)
+        y = row(x.scale) * sums.astype(jnp.float32)
         if x.zero is not None:
             of_planes = [jnp.sum(plane, 1, dtype=jnp.int32) for plane in planes]
             totals = sum(of_planes, start=jnp.zeros((d_out,), jnp.int32))
@@ -211,10 +218,7 @@ def pack_weight(
         True
     """
     kernel = weight.mT if is_table else weight
-    if format.granularity == "token":
-        raise ValueError(
-            "granularity='token' is for activations: weights have tensor, channel, group or block"
-        )
+    check_packable(kernel.shape[-2], format, activations)
     found = quantize(kernel, format)
     return pack_quantized(found, weight.dtype, activations=activations, is_table=is_table)
 
@@ -233,16 +237,7 @@ def pack_quantized(
     Raises:
         ValueError: The codes do not fill whole bytes, or inputs cannot be quantized so.
     """
-    *_, d_in, _ = found.codes.shape
-    if activations is not None:
-        if activations.granularity not in ("token", "tensor"):
-            raise ValueError(
-                f"activations: granularity={activations.granularity!r}: must be token or tensor"
-            )
-        if d_in > LONGEST:
-            raise ValueError(
-                f"the sum of {d_in} products of codes may overflow 32 bits: at most {LONGEST}"
-            )
+    check_packable(found.codes.shape[-2], found.format, activations)
     format, codes = found.format, found.codes.mT
     data = codes if format.floating else pack(codes, format.bits)
     return PackedWeight(
@@ -254,6 +249,76 @@ def pack_quantized(
         is_table=is_table,
         compute=jnp.dtype(dtype),
     )
+
+
+def check_packable(d_in: int, format: Format, activations: Format | None) -> None:
+    """Raise a ``ValueError`` unless a kernel with so many inputs can be packed, and its inputs quantized, in these formats."""
+    check_formats(format, activations)
+    per_byte = 8 // stored_bits(format.bits)
+    if d_in % per_byte:
+        raise ValueError(
+            f"{d_in} inputs in {format.bits} bits do not fill whole bytes: {per_byte} go into one"
+        )
+    if activations is not None and _is_integer_product(format, activations) and d_in >= LONGEST:
+        raise ValueError(
+            f"the sum of {d_in} products of codes may overflow 32 bits: fewer than {LONGEST} do not"
+        )
+
+
+def check_formats(weights: Format, activations: Format | None) -> None:
+    """Raise a ``ValueError`` for formats that are not of weights, or not of activations."""
+    if weights.granularity == "token":
+        raise ValueError(
+            "granularity='token' is for activations: weights have tensor, channel, group or block"
+        )
+    if activations is not None and activations.granularity not in ("token", "tensor"):
+        raise ValueError(
+            f"activations: granularity={activations.granularity!r}: must be token or tensor"
+        )
+
+
+class PreparedInput(NamedTuple):
+    """An input, and what it was quantized to."""
+
+    values: Array
+    codes: Quantized
+
+
+@jax.custom_vjp
+def _product_of_codes(x: Array, codes: Quantized, weight: PackedWeight) -> Array:
+    """The product of codes. The gradient passes to ``x`` as if neither it nor the weight had been rounded."""
+    del x
+    return weight._integer_product(codes)
+
+
+def _product_forward(x: Array, codes: Quantized, weight: PackedWeight) -> tuple[Array, Any]:
+    return _product_of_codes(x, codes, weight), (x, codes, weight)
+
+
+def _product_backward(saved: Any, gradient: Array) -> tuple[Any, ...]:
+    x, codes, weight = saved
+    nothing = lambda a: (
+        jnp.zeros_like(a)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+        else np.zeros(a.shape, jax.dtypes.float0)
+    )
+    of_x = gradient.astype(weight.compute) @ weight.dense().mT
+    return of_x.astype(x.dtype), jax.tree.map(nothing, codes), jax.tree.map(nothing, weight)
+
+
+_product_of_codes.defvjp(_product_forward, _product_backward)
+
+
+def _is_integer_product(weights: Format, activations: Format) -> bool:
+    """Whether codes alone can be added up: not if scales change along the sum, nor if they are floats."""
+    return weights.granularity != "group" and not weights.floating and not activations.floating
+
+
+def _few_rows_padded(product: Callable[[Array], Array], x: Array, d_out: int) -> Array:
+    """``product(x)``, of four rows instead of one where one would be slow; see `WIDE`."""
+    if x.shape[0] != 1 or d_out < WIDE:
+        return product(x)
+    return product(jnp.pad(x, ((0, 3), (0, 0))))[:1]
 
 
 def _per_output(a: Array, d_out: int) -> Array:

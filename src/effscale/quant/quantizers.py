@@ -10,6 +10,9 @@ With s the scale of a group, b the bits, and m the largest magnitude in the grou
     q = \mathrm{sign}(x) \, [\, |x| > \Delta \,] \\
     \mathrm{binary:}\quad & s = \mathrm{mean} |x|, \quad q = \mathrm{sign}(x) \ \mathrm{with}\ \mathrm{sign}(0) = 1
 
+As stored, the codes of asymmetric formats are signed, too: smaller by :math:`2^{b-1}`, with the zero point larger by
+:math:`2^{b-1} s`. Other spreads of codes over a range are those of `effscale.quant.formats.Spread`.
+
 Sources: Yao et al., ZeroQuant, 2022 (arXiv:2206.01861); Wu et al., XTC, 2022 (arXiv:2206.01859).
 """
 
@@ -108,12 +111,11 @@ def group_scale(x: Float[Array, "*shape"], format: Format) -> tuple[Array, Array
             steps = float(jnp.finfo(FLOAT8).max)
         return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
     low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
-    scale = (high - low) / (2**format.bits - (format.spread != "paper"))
-    # Equal numbers have no range: with their own magnitude as the scale they come back as they are.
-    scale = _safe(jnp.where(scale == 0, jnp.abs(low), scale))
+    scale = _safe((high - low) / (2**format.bits - (format.spread != "paper")))
     # Codes are signed, so the code 0 lies in the middle of the range.
     zero = (jnp.round(low / scale) if format.integer_zero else low / scale) + half
-    return scale, zero * scale
+    # Equal numbers have no range: the code 0 stands for them.
+    return scale, jnp.where(high == low, low, zero * scale)
 
 
 def encode(

@@ -13,14 +13,20 @@ from effscale.models import LoRA, Transformer, map_weights, split_groups
 from effscale.models.name_patterns import name_search
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
-from effscale.quant.gram_rounding import gptq
+from effscale.quant.gram_rounding import can_gptq, gptq
 from effscale.quant.inputs import InputRange
-from effscale.quant.packed import PackedWeight, pack_quantized, pack_weight
-from effscale.quant.quantizers import group_scale
+from effscale.quant.packed import (
+    PackedWeight,
+    check_formats,
+    check_packable,
+    pack_quantized,
+    pack_weight,
+)
+from effscale.quant.quantizers import group_scale, scale_shape
 
 Model = TypeVar("Model", bound=nnx.Module)
 Convert = Callable[[Any, Format, Format | None, list[str]], Any]
-"""From a weight, its format, that of its inputs, and the names of its layers to its replacement."""
+"""``convert(weight, format, activations, names)``, with the names of the weight's layers, gives what takes the weight's place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,11 @@ class Rule:
             raise ValueError(
                 f"Rule({self.where!r}): activations without weights: products are then of floats"
             )
+        if self.weights is not None:
+            try:
+                check_formats(self.weights, self.activations)
+            except ValueError as error:
+                raise ValueError(f"Rule({self.where!r}): {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +60,18 @@ class Recipe:
 
     Example:
         >>> attention = Rule(where=r"attention\..*kernel", weights=Format(bits=8))
-        >>> rest = Rule(where=r"layers\\..*kernel", weights=Format(bits=4, granularity="group", group_size=64))
+        >>> rest = Rule(where=r"layers\..*kernel", weights=Format(bits=4, granularity="group", group_size=16))
         >>> recipe = Recipe((attention, rest))
+        >>> from effscale.models import gpt2
+        >>> config = gpt2(num_layers=2, d_model=32, num_heads=2, vocab_size=64, max_length=16)
+        >>> small = quantize_model(Transformer(config, rngs=nnx.Rngs(0)), recipe)
     """
 
     rules: tuple[Rule, ...]
 
     def __post_init__(self):
+        if not isinstance(self.rules, tuple) or not all(isinstance(r, Rule) for r in self.rules):
+            raise ValueError(f"rules={self.rules!r}: must be a tuple of rules")
         if not self.rules:
             raise ValueError("a recipe needs at least one rule")
 
@@ -75,9 +91,11 @@ def quantize_model(
     changes no value.
 
     Args:
-        model: Any ``nnx`` module.
+        model: A model of the library, or an ``nnx`` module of your own whose kernels go through `effscale.models.matmul`
+            (``nnx.Linear`` multiplies by itself and cannot take a packed kernel).
         recipe: What becomes of which weight.
-        grams: From `input_grams`: the weights that it names are rounded by `gptq`, all others to the nearest code.
+        grams: From `input_grams`: the weights that it names are rounded by `gptq`, where their formats are of those that it takes,
+            and all others to the nearest code.
         ranges: From `input_ranges`: inputs that a rule quantizes per tensor get the scale of this range once and for all (static
             calibration), where it is found anew for each input otherwise.
 
@@ -95,18 +113,28 @@ def quantize_model(
         >>> small.groups[0].blocks[0].attention.query.kernel.get_value().data.dtype
         dtype('int8')
     """
+    names_of_all = {place.name for place in _places(model)}
+    for option, given in (("grams", grams), ("ranges", ranges)):
+        if unknown := sorted(set(given or ()) - names_of_all):
+            raise ValueError(f"{option} is of another model: it names {unknown[0]}")
 
     def packed(
         weight: Any, format: Format, activations: Format | None, names: list[str]
     ) -> PackedWeight:
         options: Any = {"activations": activations, "is_table": names[0].endswith("embedding")}
-        if grams is None or not all(name in grams for name in names):
+        if not grams or not can_gptq(format) or not any(name in grams for name in names):
             return pack_weight(weight, format, **options)
+        if missing := [name for name in names if name not in grams]:
+            raise ValueError(f"grams has none for {missing[0]}, which is in the same stack")
+        check_packable(weight.shape[-2], format, activations)
         of_layers = jnp.stack([grams[name] for name in names])
         if weight.ndim == 2:
             found = gptq(weight, of_layers[0], format)
         else:
             found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
+        scale = found.scale
+        if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
+            raise ValueError("its weights or the Gram matrix of its inputs are not finite")
         return pack_quantized(found, weight.dtype, **options)
 
     def calibrated(
@@ -147,18 +175,20 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
     Example:
         >>> from effscale.models import Dense
         >>> binary = Recipe((Rule(where="kernel", weights=Format(bits=1)),))
-        >>> layer = fake_quantize_model(Dense(4, 8, rngs=nnx.Rngs(0)), binary)
+        >>> layer = fake_quantize_model(Dense(8, 4, rngs=nnx.Rngs(0)), binary)
         >>> layer.kernel.get_value().latent.shape
-        (4, 8)
+        (8, 4)
     """
 
     def fake(
         weight: Any, format: Format, activations: Format | None, names: list[str]
     ) -> FakeQuantizedWeight:
         is_table = names[0].endswith("embedding")
-        found = FakeQuantizedWeight(weight, format, activations, is_table)
-        found.dense()  # what does not fit is refused here
-        return found
+        # What cannot be packed after training is refused here.
+        *stack, d_in, d_out = weight.mT.shape if is_table else weight.shape
+        check_packable(d_in, format, activations)
+        scale_shape((*stack, d_in, d_out), format)
+        return FakeQuantizedWeight(weight, format, activations, is_table)
 
     return _replace(model, recipe, fake)
 
@@ -169,8 +199,15 @@ def dequantize_model(model: Model) -> Model:
     Args:
         model: Any ``nnx`` module; one without quantized weights comes back as it is.
     """
-    is_quantized = lambda w: isinstance(w, PackedWeight | FakeQuantizedWeight)
-    return map_weights(model, lambda w: w.dense() if is_quantized(w) else w, lambda path: True)
+
+    def plain(weight: Any) -> Any:
+        if isinstance(weight, PackedWeight | FakeQuantizedWeight):
+            return weight.dense()
+        if isinstance(weight, LoRA):
+            return dataclasses.replace(weight, base=plain(weight.base))
+        return weight
+
+    return map_weights(model, plain, lambda path: True)
 
 
 def w8a8() -> Recipe:
@@ -264,7 +301,7 @@ def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
         new = [name for name in names if chosen(name) and name not in decided]
         if not new:
             raise ValueError(
-                f"where={rule.where!r} decides about no weight: rules before it match all of its own"
+                f"where={rule.where!r} is left without a weight: the rules before it match all of its own"
             )
         decided |= dict.fromkeys(new, rule)
     return decided
@@ -307,13 +344,14 @@ def _replace(model: Model, recipe: Recipe, convert: Convert) -> Model:
 
 
 def _begins(places: list[_Place], decided: Mapping[str, Rule]) -> list[int]:
-    """Layers that get other rules than the layer before them in the same stack."""
-    last: dict[str, Rule | None] = {}
+    """Layers that get other formats than the layer before them in the same stack."""
+    last: dict[str, Any] = {}
     begins = set()
     for place in places:
         if place.unit is not None:
             rule = decided.get(place.name)
-            if place.path in last and last[place.path] != rule:
+            formats = (None, None) if rule is None else (rule.weights, rule.activations)
+            if last.get(place.path, formats) != formats:
                 begins.add(place.unit)
-            last[place.path] = rule
+            last[place.path] = formats
     return sorted(begins)

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -43,7 +44,8 @@ class Clip:
     def __post_init__(self):
         norm: Any = self.norm
         if not isinstance(norm, jax.core.Tracer):
-            number = float(norm) if isinstance(norm, jax.Array) else norm
+            is_array = isinstance(norm, jax.Array | np.ndarray) and norm.ndim == 0
+            number = float(norm) if is_array else norm
             if not (is_finite(number) and number > 0):
                 raise ValueError(
                     f"Clip(norm={norm!r}): norm must be a positive, finite number; clip=None does not clip"
@@ -55,3 +57,9 @@ class Clip:
         """What a gradient of this norm is multiplied by: at most 1."""
         largest = jnp.asarray(self.norm, jnp.float32)
         return largest / jnp.maximum(norm, largest)
+
+
+def check_clip(clip: object) -> None:
+    """Raise a ``ValueError`` unless this is a `Clip` or None: a number, for instance."""
+    if clip is not None and not isinstance(clip, Clip):
+        raise ValueError(f"clip={clip!r}: give the object, clip=Clip({clip!r})")

@@ -28,6 +28,6 @@ class TrainingDivergedError(RuntimeError):
         super().__init__(
             f"step {step}: the last {skipped_in_row} updates were skipped, because the loss, the gradient or the update was not "
             f"finite or the batch had no weight; {saved}. What to try: a lower peak learning rate or a longer warmup, "
-            "clip_norm=1.0 (or lower), float32 instead of bfloat16 in the layer that overflows, and a look at the "
+            "clip=Clip(1.0) (or lower), float32 instead of bfloat16 in the layer that overflows, and a look at the "
             "batches of these steps (labels out of range, rows that are padding only)."
         )

@@ -14,7 +14,7 @@ from flax import nnx
 from effscale.models.validation import is_finite
 from effscale.parallel.shared_values import settled
 from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
-from effscale.training.clipping import Clip
+from effscale.training.clipping import Clip, check_clip
 from effscale.training.guarded_update import update_if
 from effscale.training.loss import Loss, safe_weight
 from effscale.training.partition import Trainable, combine, partition
@@ -98,6 +98,7 @@ def make_train_step(
     """
     if not is_finite(accumulate) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} must be at least 1")
+    check_clip(clip)
     if clip is not None and axis_name is not None:
         raise ValueError(
             f"clip={clip} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give clip to it"
@@ -150,7 +151,7 @@ def make_train_step(
             if axis_name and any(differs(u, axis_name) for u in jax.tree.leaves(updates)):
                 raise ValueError(
                     f"the optimizer's updates differ between the workers along {axis_name!r}: it does not average; take one "
-                    "of effscale.optim with this axis_name, or put effscale.optim.mean_over_workers before it"
+                    "of effscale.optim with these workers, or put effscale.optim.mean_over_workers before it"
                 )
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)

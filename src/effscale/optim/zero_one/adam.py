@@ -22,7 +22,7 @@ from effscale.optim.zero_one.rules import OwnWay, Rules, Step, VarDecay, alone, 
 from effscale.parallel.onebit.error_feedback import init_error_feedback
 from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import MovesParams, PerWorker, SendsBytes, as_local
-from effscale.training.clipping import Clip
+from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import value_at
 
 
@@ -176,6 +176,7 @@ def zero_one_adam(
     )
 
     rules = Rules(b1, b2, eps, weight_decay, mask, var_decay, bias_correction, exp_avg_mask)
+    check_clip(clip)
     axis_name = axis_of(workers)
 
     def init(params: Any) -> Any:
