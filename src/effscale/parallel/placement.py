@@ -208,11 +208,12 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
 
 def _names_of_arrays(weight: object, partition: object) -> list[Any] | None:
     """The names that a weight's ``partition`` has for each of its arrays; None where it is no tree like the weight."""
-    try:
-        names = jax.tree.structure(weight).flatten_up_to(partition)
-    except ValueError:
-        return None
-    return names if all(map(_is_axes, names)) else None
+    structure = jax.tree.structure(weight)
+    try:  # None for an array that the weight may have and has not is then no name
+        names = structure.flatten_up_to(partition)
+    except ValueError:  # of another class, with as many parts
+        names = jax.tree.leaves(partition, is_leaf=_is_axes)
+    return names if len(names) == structure.num_leaves and all(map(_is_axes, names)) else None
 
 
 def _spec(
