@@ -26,21 +26,14 @@ TWO, FOUR = ((MeshConfig(data=n), jax.devices()[:n]) for n in (2, 4))
 SCRIPT = pathlib.Path(__file__).with_name("gpt_onebit_curve.py")
 
 
-# What crosses the network, and micro-batches, are one code for all three; 0/1 Adam, which has all of it, stands for them.
+# What crosses the network, checkpoints and micro-batches are one code for all three; 0/1 Adam, which has all of it, stands for them.
 ONE = [
     pytest.param(name, marks=() if name == "zero_one_adam" else pytest.mark.slow)
     for name in gpt.OPTIMIZERS
 ]
 
 
-# 1-bit LAMB has all of 1-bit Adam's state.
-TWO_OF_THREE = [
-    pytest.param(name, marks=pytest.mark.slow if name == "onebit_adam" else ())
-    for name in gpt.OPTIMIZERS
-]
-
-
-@pytest.fixture(scope="module", params=TWO_OF_THREE)
+@pytest.fixture(scope="module", params=ONE)
 def name(request):
     return request.param
 

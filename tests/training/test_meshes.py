@@ -48,6 +48,7 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(curve, reference, tmp_path)
     np.testing.assert_allclose(losses, reference, rtol=1e-5)
 
 
+@pytest.mark.slow  # quickstart in two processes, and every layout of an MLP in two (tests/parallel/test_curves.py), are quick
 def test_two_processes(reference):
     """Each of the three axes has two parts, and data's are in different processes."""
     try:
