@@ -350,6 +350,7 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
         (["--resume"], "given with --out"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
+        (["--corpus", "2*stdlib"], "corpus '2*stdlib': the forms are stdlib"),
         (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
     ],
 )

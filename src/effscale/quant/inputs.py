@@ -46,7 +46,7 @@ def input_grams(
     Args:
         model: A model of the library.
         batches: ``input_ids`` of shape ``(batch, seq)``, and where present ``attention_mask``, ``positions``, ``segment_ids`` and
-            ``type_ids``. Some ten thousand tokens are usual. Padding does not count.
+            ``type_ids``. GPTQ's paper takes 128 rows of 2,048 tokens. Padding does not count.
 
     Returns:
         By the weights' names, as in a `Rule`: ``layers.3.attention.query.kernel``. Layers that read the same share a matrix.

@@ -17,7 +17,7 @@ from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
 
 WIDE = 8192
-"""Outputs from which on a product of one row is slow on CPU in every type but float32, and of four rows is not."""
+"""From this many outputs on, XLA's CPU backend multiplies a single row slowly in every type but float32; four rows it does not."""
 
 LONGEST = 2**31 // 2**14
 """Inputs whose products of 8-bit codes add up within 32 bits."""
@@ -36,12 +36,12 @@ class PackedWeight:
         data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see `effscale.quant.packing`).
         scale: float32, of `effscale.quant.scale_shape` of the kernel.
         zero: float32, likewise; None for symmetric formats.
-        input_scale: float32, one per matrix: the scale of the inputs where it was calibrated; None finds it anew for each input.
+        input_scale: float32, one per matrix: the scale of its inputs, from static calibration. None computes each input's own.
         input_zero: float32, likewise; None for symmetric formats.
         format: Of the weight.
-        activations: What inputs are quantized to before the product. It is then a product of integers, unless the weight has
-            groups along the inputs or either is a float8. None leaves inputs as they are. Wherever integers cannot be added up
-            the weight becomes floats within the product.
+        activations: What inputs are quantized to before the product; None leaves them as they are. With it the product is one of
+            integers, unless the weight has groups along its inputs or one of the two is float8. In these cases, and without
+            it, the weight is converted to floats within the product.
         is_table: Whether it stands for a table, whose transpose is the kernel.
         compute: The type of the result.
     """

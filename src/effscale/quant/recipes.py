@@ -22,7 +22,7 @@ from effscale.quant.packed import (
     pack_quantized,
     pack_weight,
 )
-from effscale.quant.quantizers import group_scale, scale_shape
+from effscale.quant.quantizers import Quantized, group_scale, scale_shape
 
 Model = TypeVar("Model", bound=nnx.Module)
 Convert = Callable[[Any, Format, Format | None, list[str]], Any]
@@ -96,14 +96,15 @@ def quantize_model(
         recipe: What becomes of which weight.
         grams: From `input_grams`: the weights that it names are rounded by `gptq`, where their formats are of those that it takes,
             and all others to the nearest code.
-        ranges: From `input_ranges`: inputs that a rule quantizes per tensor get the scale of this range once and for all (static
-            calibration), where it is found anew for each input otherwise.
+        ranges: From `input_ranges`, for static calibration: where a rule quantizes inputs per tensor, their scale is computed once,
+            from these ranges. Without it the scale of each input is computed when the input comes.
 
     Returns:
         The new model; the old one is untouched, and what no rule names is shared with it.
 
     Raises:
-        ValueError: A rule decides about no weight, or a weight cannot be what a rule says; the error names it.
+        ValueError: A rule has no weight left to apply to, a weight does not fit its rule's formats (the error names it), or
+            ``grams`` or ``ranges`` does not fit the model.
 
     Example:
         >>> from effscale.models import gpt2
@@ -113,51 +114,64 @@ def quantize_model(
         >>> small.groups[0].blocks[0].attention.query.kernel.get_value().data.dtype
         dtype('int8')
     """
-    names_of_all = {place.name for place in _places(model)}
+    known = {place.name for place in _places(model)}
     for option, given in (("grams", grams), ("ranges", ranges)):
-        if unknown := sorted(set(given or ()) - names_of_all):
+        if unknown := sorted(set(given or ()) - known):
             raise ValueError(f"{option} is of another model: it names {unknown[0]}")
+    inputs = [rule.activations for rule in recipe.rules if rule.activations]
+    if ranges is not None and not any(format.granularity == "tensor" for format in inputs):
+        raise ValueError(
+            "ranges: no rule quantizes inputs per tensor, Format(granularity='tensor')"
+        )
 
     def packed(
         weight: Any, format: Format, activations: Format | None, names: list[str]
     ) -> PackedWeight:
-        options: Any = {"activations": activations, "is_table": names[0].endswith("embedding")}
-        if not grams or not can_gptq(format) or not any(name in grams for name in names):
-            return pack_weight(weight, format, **options)
-        if missing := [name for name in names if name not in grams]:
-            raise ValueError(f"grams has none for {missing[0]}, which is in the same stack")
-        check_packable(weight.shape[-2], format, activations)
-        of_layers = jnp.stack([grams[name] for name in names])
-        if weight.ndim == 2:
-            found = gptq(weight, of_layers[0], format)
+        is_table = names[0].endswith("embedding")
+        if grams and can_gptq(format) and any(name in grams for name in names):
+            check_packable(weight.shape[-2], format, activations)
+            rounded = _rounded_by_inputs(weight, format, names, grams)
+            found = pack_quantized(rounded, weight.dtype, activations=activations)
         else:
-            found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
-        scale = found.scale
-        if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
-            raise ValueError("its weights or the Gram matrix of its inputs are not finite")
-        return pack_quantized(found, weight.dtype, **options)
+            found = pack_weight(weight, format, activations=activations, is_table=is_table)
+        if ranges is not None and activations and activations.granularity == "tensor":
+            return _with_input_scale(found, activations, names, ranges)
+        return found
 
-    def calibrated(
-        weight: Any, format: Format, activations: Format | None, names: list[str]
-    ) -> PackedWeight:
-        found = packed(weight, format, activations, names)
-        if ranges is None or activations is None or activations.granularity != "tensor":
-            return found
-        if not all(name in ranges for name in names):
-            raise ValueError("ranges has none for it")
-        ends = jnp.stack([jnp.stack(ranges[name]) for name in names])
-        scale, zero = jax.vmap(lambda ends: group_scale(ends[:, None], activations))(ends)
-        stacked = lambda a: None if a is None else (a[0] if weight.ndim == 2 else a)
-        return dataclasses.replace(found, input_scale=stacked(scale), input_zero=stacked(zero))
+    return _replace(model, recipe, packed)
 
-    per_tensor = [
-        r for r in recipe.rules if r.activations and r.activations.granularity == "tensor"
-    ]
-    if ranges is not None and not per_tensor:
-        raise ValueError(
-            "ranges: no rule quantizes inputs per tensor, Format(granularity='tensor')"
-        )
-    return _replace(model, recipe, calibrated)
+
+def _rounded_by_inputs(
+    weight: Array, format: Format, names: list[str], grams: Mapping[str, Array]
+) -> Quantized:
+    """A weight, or a stack of them, rounded by `gptq`."""
+    if missing := [name for name in names if name not in grams]:
+        raise ValueError(f"grams has none for {missing[0]}, which is in the same stack")
+    of_layers = jnp.stack([grams[name] for name in names])
+    if weight.ndim == 2:
+        found = gptq(weight, of_layers[0], format)
+    else:
+        found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
+    scale = found.scale
+    if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
+        raise ValueError("its weights or the Gram matrix of its inputs are not finite")
+    return found
+
+
+def _with_input_scale(
+    weight: PackedWeight,
+    activations: Format,
+    names: list[str],
+    ranges: Mapping[str, InputRange],
+) -> PackedWeight:
+    """A weight, or a stack of them, with the scale of its inputs fixed."""
+    if not all(name in ranges for name in names):
+        raise ValueError("ranges has none for it")
+    ends = jnp.stack([jnp.stack(ranges[name]) for name in names])
+    scale, zero = jax.vmap(lambda ends: group_scale(ends[:, None], activations))(ends)
+    is_stack = len(weight.shape) > 2
+    stacked = lambda a: a if a is None or is_stack else a[0]
+    return dataclasses.replace(weight, input_scale=stacked(scale), input_zero=stacked(zero))
 
 
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
@@ -166,7 +180,7 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
     A model that was made so before gets the formats of this recipe where it has a rule, and keeps its latent weights.
 
     Args:
-        model: Any ``nnx`` module.
+        model: As for `quantize_model`.
         recipe: What becomes of which weight.
 
     Raises:
@@ -293,7 +307,7 @@ def _places(model: nnx.Module) -> list[_Place]:
 
 
 def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
-    """The rule for each weight's name that one matches; raises for a rule that decides about none."""
+    """For each weight that a rule matches, its name and that rule; raises for a rule that is left without a weight."""
     names = [place.name for place in places]
     decided: dict[str, Rule] = {}
     for rule in recipe.rules:

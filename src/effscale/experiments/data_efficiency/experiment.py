@@ -50,7 +50,7 @@ def run(config: Config) -> Result:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.data import save_tokenizer
+    from effscale.data import parse_source, save_tokenizer
     from effscale.experiments.data_efficiency import report
     from effscale.experiments.data_efficiency.figures import draw
     from effscale.experiments.data_efficiency.runs import Runner
@@ -59,6 +59,7 @@ def run(config: Config) -> Result:
     began = time.perf_counter()
     mesh = config.mesh.build()
     # What cannot work is refused before the corpus is prepared, and before anything is written.
+    parse_source(config.corpus)  # one source: a weight, as in a mixture, would mean nothing
     shard_batch(np.zeros(config.batch_size, np.int8), mesh)
     check_folder(config, FREE)
     one = config.pretraining("none", 1.0)  # the text is the same for all

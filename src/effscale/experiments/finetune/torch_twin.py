@@ -86,7 +86,7 @@ def train(
 
     Args:
         twin: The recipe.
-        batches: Training batches, one a learning rate.
+        batches: Training batches, one for each learning rate.
         evaluation: Gives the test batches anew at each call.
         writer_of: Makes the writer of metrics for a run that goes on from the given step.
         checkpoint: A file written after each epoch; where there is one, the run goes on from it.

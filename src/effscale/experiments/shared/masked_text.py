@@ -33,8 +33,8 @@ class HideTokens:
     Args:
         vocab_size: Tokens without the mask; the mask's number.
         end: The token that ends a document.
-        hidden: The share.
-        seed: Another one hides others.
+        hidden: The share of the tokens that is hidden.
+        seed: Another seed hides other tokens.
 
     Source: Devlin et al., "BERT", 2018, section 3.1; Liu et al., "RoBERTa", 2019, section 4.1, for hiding anew each time.
 
