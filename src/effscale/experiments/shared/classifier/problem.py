@@ -12,8 +12,8 @@ from effscale.experiments.shared.classifier.batches import digest
 from effscale.experiments.shared.classifier.data import Data
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.config_parts import ImagePart
-from effscale.interop import load_pretrained
-from effscale.models import Transformer, resize_images
+from effscale.interop import load_pretrained, load_tokenizer
+from effscale.models import TokenInputs, Transformer, resize_images
 from effscale.models.validation import check
 
 
@@ -57,6 +57,30 @@ class Problem:
             "test": {"examples": len(self.data.test), "digest": digest(self.data.test.arrays())},
             "model": {"digest": digest(jax.device_get(jax.tree.leaves(self.model)))},
         }
+
+
+def prepare_reviews(
+    recipe: Recipe, max_length: int, text_model: pathlib.Path | None = None
+) -> Problem:
+    """Reads the drug reviews and their model.
+
+    Args:
+        recipe: How they are learned.
+        max_length: Tokens of a review, the rest is cut off.
+        text_model: Folder of a BERT to use instead of MiniLM.
+
+    Raises:
+        ValueError: The model is no BERT, or takes fewer tokens.
+    """
+    folder = text_model or assets.minilm_folder()
+    data = examples.reviews_data(load_tokenizer(folder), max_length, recipe.train, recipe.test)
+    model = load_pretrained(folder)
+    if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
+        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+    longest = model.config.max_length or max_length
+    if max_length > longest:
+        raise ValueError(f"max_length={max_length} must be at most the model's {longest}")
+    return Problem(task="reviews", recipe=recipe, data=data, folder=folder, model=model)
 
 
 def prepare_images(task: str, recipe: Recipe, config: ImagePart) -> Problem:

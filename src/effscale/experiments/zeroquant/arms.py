@@ -1,0 +1,92 @@
+"""The ways in which the experiment ``zeroquant`` quantizes a model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from effscale.models import Transformer
+from effscale.quant import (
+    LKD,
+    Format,
+    Recipe,
+    Rule,
+    distill_layers,
+    fake_quantize_model,
+    input_grams,
+    input_ranges,
+    quantize_model,
+    w4a8,
+    w4a16,
+    w8a8,
+)
+
+Method = Literal["round", "static", "gptq", "lkd", "lkd_random"]
+
+
+class Arm(NamedTuple):
+    """A recipe, and how its codes are found; without a recipe the model stays as it is."""
+
+    title: str
+    recipe: Recipe | None
+    method: Method = "round"
+
+
+LAYERS = r"layers\..*kernel"
+
+
+def make_arms(group_size: int) -> dict[str, Arm]:
+    """Every arm by its name."""
+    per_tensor = Format(granularity="tensor")
+    all_alike = lambda weights, inputs=None: Recipe(
+        (Rule(where=LAYERS, weights=weights, activations=inputs),)
+    )
+    groups = Format(bits=4, granularity="group", group_size=group_size)
+    coarse, mixed, mixed_16 = w4a8(), w4a8(group_size), w4a16(group_size)
+    by = f"groups of {group_size}"
+    symmetric = Format(granularity="token")
+    return {
+        "float32": Arm("float32", None),
+        "w8a8_per_tensor": Arm("W8A8, a scale per matrix", all_alike(per_tensor, per_tensor), "static"),
+        "w8a8": Arm("W8A8, ZeroQuant", w8a8()),
+        "w8a8_symmetric": Arm("W8A8, symmetric inputs", all_alike(Format(), symmetric)),
+        "w8a16": Arm("W8A16", all_alike(Format())),
+        "w4a16": Arm(f"W4/8A16, {by}", mixed_16),
+        "w4a8": Arm(f"W4/8A8, {by}", mixed),
+        "w4a8_lkd": Arm(f"W4/8A8, {by}, with LKD", mixed, "lkd"),
+        "w4a8_lkd_random": Arm(f"W4/8A8, {by}, with LKD on random tokens", mixed, "lkd_random"),
+        "w4a8_gptq": Arm(f"W4/8A8, {by}, by GPTQ", mixed, "gptq"),
+        "w4a8_channel": Arm("W4/8A8, per output", coarse),
+        "w4": Arm(f"W4, {by}", all_alike(groups)),
+        "w4_gptq": Arm(f"W4, {by}, by GPTQ", all_alike(groups), "gptq"),
+        "w4_lkd": Arm(f"W4, {by}, with LKD", all_alike(groups), "lkd"),
+    }  # fmt: skip
+
+
+class Calibration(NamedTuple):
+    """What the methods look at: batches of text, and batches of random tokens of the same shape."""
+
+    text: Sequence[Mapping[str, Any]]
+    random: Sequence[Mapping[str, Any]]
+
+
+def quantized(
+    model: Transformer, arm: Arm, calibration: Callable[[], Calibration], lkd: LKD
+) -> Transformer:
+    """The model as an arm has it.
+
+    Args:
+        model: The float model.
+        arm: How.
+        calibration: Gives the text, for the methods that look at any.
+        lkd: How layers are distilled.
+    """
+    if arm.recipe is None:
+        return model
+    if arm.method == "static":
+        return quantize_model(model, arm.recipe, ranges=input_ranges(model, calibration().text))
+    if arm.method == "gptq":
+        return quantize_model(model, arm.recipe, grams=input_grams(model, calibration().text))
+    if arm.method in ("lkd", "lkd_random"):
+        batches = calibration().text if arm.method == "lkd" else calibration().random
+        student = fake_quantize_model(model, arm.recipe)
+        model = distill_layers(model, student, batches, lkd).model
+    return quantize_model(model, arm.recipe)

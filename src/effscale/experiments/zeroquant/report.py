@@ -1,0 +1,167 @@
+"""What the experiment ``zeroquant`` found: figures, tables and plots."""
+
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+from effscale.experiments.shared.results import deviation
+from effscale.experiments.zeroquant.arms import Arm
+
+PEERS = {
+    "torch_float32": "float32, transformers",
+    "torchao_w8a8": "W8A8, torchao's int8-dynamic",
+    "qwix_w8a8": "W8A8, qwix",
+    "qwix_w4": "W4 in tiles, qwix",
+}
+
+
+def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """The named figures of the language model.
+
+    Args:
+        found: By arm: the mean loss of each row of each text, and the bytes of the layers.
+    """
+    figures = {}
+    for name, arm in found.items():
+        figures[f"smollm2_{name}_perplexity"] = perplexity(arm["wiki"])
+        figures[f"smollm2_{name}_python_perplexity"] = perplexity(arm["python"])
+        change, error = difference(arm["wiki"], found["float32"]["wiki"])
+        figures[f"smollm2_{name}_loss_change"] = change
+        figures[f"smollm2_{name}_loss_change_error"] = error
+        if "bytes" in arm:
+            figures[f"smollm2_{name}_layers_mb"] = arm["bytes"] / 1e6
+    for without, with_it, name in (
+        ("w4a8", "w4a8_lkd", "lkd_gap_closed"),
+        ("w4a8", "w4a8_lkd_random", "lkd_random_gap_closed"),
+        ("w4", "w4_gptq", "gptq_gap_closed"),
+    ):
+        if without not in found or with_it not in found:
+            continue
+        gap = figures[f"smollm2_{without}_loss_change"]
+        figures[f"smollm2_{name}"] = 1 - figures[f"smollm2_{with_it}_loss_change"] / gap
+    return figures
+
+
+def perplexity(losses: Sequence[float]) -> float:
+    """Of the mean of rows of one length."""
+    return math.exp(np.mean(losses))
+
+
+def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """The mean difference of the rows' losses, and its standard error."""
+    found = np.array(losses) - np.array(base)
+    return float(found.mean()), deviation(found) / math.sqrt(len(found))
+
+
+def language_rows(found: Mapping[str, Any], arms: Mapping[str, Arm]) -> list[list[str]]:
+    """A heading and a row per arm and peer."""
+    figures = language_figures(found)
+    rows = [
+        ["weights and inputs", "layers, MB", "loss", "perplexity", "change", "perplexity, Python"]
+    ]
+    titles = {name: arm.title for name, arm in arms.items()} | PEERS
+    for name, arm in found.items():
+        get = lambda what, name=name: figures[f"smollm2_{name}_{what}"]
+        size = f"{get('layers_mb'):.1f}" if "bytes" in arm else ""
+        change = f"{get('loss_change'):+.4f} ± {get('loss_change_error'):.4f}"
+        rows.append(
+            [titles[name], size, change, f"{get('perplexity'):.2f}",
+             f"{math.expm1(get('loss_change')):+.1%}", f"{get('python_perplexity'):.2f}"]
+        )  # fmt: skip
+    return rows
+
+
+def classifier_figures(found: Sequence[Mapping[str, Any]], majority: float) -> dict[str, float]:
+    """The named figures of the classifier.
+
+    Args:
+        found: Of each seed, by arm: the accuracy and the layers' bytes.
+        majority: Accuracy of the most frequent label.
+    """
+    figures = {"minilm_majority": majority}
+    for name in found[0]:
+        values, base = accuracies(found, name), accuracies(found, "float32")
+        figures[f"minilm_{name}_accuracy"] = float(values.mean())
+        figures[f"minilm_{name}_accuracy_std"] = deviation(values)
+        figures[f"minilm_{name}_accuracy_change"] = float((values - base).mean())
+        figures[f"minilm_{name}_layers_mb"] = found[0][name]["bytes"] / 1e6
+    return figures
+
+
+def accuracies(found: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Of each seed."""
+    return np.array([seed[name]["accuracy"] for seed in found])
+
+
+def classifier_rows(found: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm]) -> list[list[str]]:
+    """A heading and a row per arm: the accuracy of each seed, mean, and change from float32, in percent and points."""
+    seeds = [f"seed {seed}" for seed in range(len(found))]
+    rows = [["weights and inputs", "layers, MB", *seeds, "mean", "change"]]
+    base = accuracies(found, "float32")
+    for name in found[0]:
+        values = accuracies(found, name)
+        size = f"{found[0][name]['bytes'] / 1e6:.1f}"
+        change = f"{100 * (values - base).mean():+.2f}"
+        numbers = [*(f"{100 * value:.1f}" for value in values), f"{100 * values.mean():.2f}"]
+        rows.append([arms[name].title, size, *numbers, change])
+    return rows
+
+
+def draw_language(path: pathlib.Path, found: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
+    """How much each arm adds to the loss, with the error of the mean over rows.
+
+    Args:
+        path: The PNG to write.
+        found: As for `language_figures`.
+        arms: For their titles.
+    """
+    plt = pyplot()
+    names = [name for name in found if name not in ("float32", "torch_float32")][::-1]
+    titles = {name: arm.title for name, arm in arms.items()} | PEERS
+    changes = [difference(found[name]["wiki"], found["float32"]["wiki"]) for name in names]
+    colors = [COLORS[1] if name in PEERS else COLORS[0] for name in names]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.0, 0.28 * len(names) + 1.0), dpi=100)
+        means, errors = zip(*changes, strict=True)
+        axes.barh([titles[name] for name in names], means, xerr=errors, color=colors, height=0.7)
+        axes.set_xlabel("loss above float32's, Wikipedia (nats per token); orange: other libraries")
+        axes.grid(axis="y", visible=False)
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def draw_sensitivity(path: pathlib.Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    """What quantizing a single layer, or a single kind of weight, adds to the loss.
+
+    Args:
+        path: The PNG to write.
+        found: By recipe and kind of part, such as ``w8a8_layer``: the growth of each part.
+    """
+    plt = pyplot()
+    titles = {"w8a8": "W8A8", "w4a8": "W4/8A8"}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(9.0, 5.4), dpi=100, width_ratios=(2, 1))
+        for row, (recipe, title) in enumerate(titles.items()):
+            for column, by in enumerate(("layer", "kind")):
+                parts = found[f"{recipe}_{by}"]
+                place = axes[row][column]
+                labels = [re.sub(r"^layers\.|\.kernel$", "", name) for name in parts]
+                if by == "layer":
+                    place.bar(
+                        [int(label) for label in labels], list(parts.values()), color=COLORS[row]
+                    )
+                    place.set(
+                        title=title, xlabel="layer that is quantized alone", ylabel="nats per token"
+                    )
+                else:
+                    place.barh(labels[::-1], list(parts.values())[::-1], color=COLORS[row])
+                    place.set(title=f"{title}, one kind in all layers", xlabel="nats per token")
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
