@@ -17,7 +17,7 @@ from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
 
 WIDE = 8192
-"""From this many outputs on, XLA's CPU backend multiplies a single row slowly in every type but float32; four rows it does not."""
+"""From this many outputs on, XLA's CPU backend multiplies a single row slowly by weights that it converts to floats; four rows it does not."""
 
 LONGEST = 2**31 // 2**14
 """Inputs whose products of 8-bit codes add up within 32 bits."""
@@ -132,7 +132,7 @@ class PackedWeight:
         if isinstance(x, PreparedInput):
             y = _product_of_codes(x.values, x.codes, self)
         else:
-            y = _few_rows_padded(lambda x: x @ self.dense(), x, self.shape[-1])
+            y = self._float_product(x)
         return finish(y.astype(self.compute), bias, activation)
 
     def partition(self, axes: tuple[str | None, ...]) -> "PackedWeight":
@@ -162,11 +162,16 @@ class PackedWeight:
         scale, zero = jax.lax.stop_gradient((self.scale, self.zero))
         return Quantized(codes.mT, scale, zero, self.format)
 
+    def _float_product(self, x: Array) -> Array:
+        """The product of an input as it is, and the weight as floats."""
+        product = lambda x: x @ self.dense()
+        return product(x) if self.shape[-1] < WIDE else _few_rows_padded(product, x)
+
     def _integer_product(self, x: Quantized) -> Array:
         """The product of codes as integers, with the scales behind it."""
         if not _is_integer_product(self.format, x.format):
             rounded = x.values().astype(self.compute)
-            return _few_rows_padded(lambda x: x @ self.dense(), rounded, self.shape[-1])
+            return self._float_product(rounded)
         d_out, width = self.data.shape
         planes = unpack_planes(self.data, self.format.bits)
 
@@ -180,7 +185,7 @@ class PackedWeight:
                 )
             return sums
 
-        sums = _few_rows_padded(product, x.codes, d_out)
+        sums = _few_rows_padded(product, x.codes)
         row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
         y = row(x.scale) * sums.astype(jnp.float32)
         if x.zero is not None:
@@ -324,9 +329,9 @@ def _is_integer_product(weights: Format, activations: Format) -> bool:
     return weights.granularity != "group" and not weights.floating and not activations.floating
 
 
-def _few_rows_padded(product: Callable[[Array], Array], x: Array, d_out: int) -> Array:
-    """``product(x)``, of four rows instead of one where one would be slow; see `WIDE`."""
-    if x.shape[0] != 1 or d_out < WIDE:
+def _few_rows_padded(product: Callable[[Array], Array], x: Array) -> Array:
+    """``product(x)``, of four rows in place of one: XLA's CPU backend turns integers into 32 bits for a single row, which takes five times as long."""
+    if x.shape[0] != 1:
         return product(x)
     return product(jnp.pad(x, ((0, 3), (0, 0))))[:1]
 
