@@ -229,11 +229,11 @@ def test_a_full_disk_leaves_the_earlier_save(tmp_path, monkeypatch):
     write_tensors(tmp_path, OLD.items())
     real, calls = writer._write_file, []
 
-    def full(path, tensors):
+    def full(path, *what):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "no space left on device")
-        real(path, tensors)
+        real(path, *what)
 
     monkeypatch.setattr(writer, "_write_file", full)
     with pytest.raises(DiskFullError, match="the disk is full"):

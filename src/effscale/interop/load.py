@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
-from effscale.interop.pieces import Pieces
-from effscale.interop.plan import Slot, parameters, plan, their_shapes
+from effscale.interop.pieces import WeightPieces
+from effscale.interop.plan import Slot, form_changes, parameters, plan, their_shapes
 from effscale.interop.source import Source, open_source
 from effscale.interop.table import sizes
-from effscale.interop.tensors import FolderError, TensorInfo
-from effscale.models import Transformer, abstract
+from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
+from effscale.models import Transformer, abstract, split_groups
 from effscale.parallel import shardings
 
 LONG = 500_000_000
@@ -72,23 +72,32 @@ def load_pretrained(
         ...     load_pretrained(folder).config.d_model
         8
     """
+    return load_source(open_source(folder), dtype=dtype, mesh=mesh)
+
+
+def load_source(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> Transformer:
+    """A model from an open source; the arguments are those of :func:`load_pretrained`."""
     chosen = None if dtype is None else float_type(dtype)
-    source = open_source(folder)
-    types = _types(source, chosen)
     computes = chosen or _most_common(source)
+    types = _types(source, chosen, computes)
     config = dataclasses.replace(source.config, dtype=computes.name)  # pyrefly: ignore[bad-argument-type]
     return fill(dataclasses.replace(source, config=config), types, mesh)
 
 
 def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Transformer:
-    """A model of ``source.config`` with the source's tensors, of the given types by name."""
-    config = source.config
-    model = abstract(config)
+    """A model of ``source.config`` with the source's tensors, of the given types by name.
+
+    Groups of layers are split where a tensor's form changes from one layer to the next.
+    """
+    model = abstract(source.config)
     leaves = parameters(model)
-    slots = plan(source.rules, config, leaves)
+    slots = plan(source.rules, source.config, leaves)
     check_tensors(source, slots, leaves)
-    axes = sizes(config)
-    places = parameters(shardings(model, mesh)) if mesh is not None else None
+    axes = sizes(source.config)
+    if changes := form_changes(slots, source.tensors.infos):
+        model = split_groups(model, changes)
+        leaves = parameters(model)
+        slots = plan(source.rules, model.config, leaves)
     leaf_types: dict[str, np.dtype] = {}
     for slot in slots:
         for leaf in slot.leaves:
@@ -97,28 +106,58 @@ def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Tr
             leaf_types[leaf] = one if same else np.dtype("float32")
 
     waiting = collections.Counter(leaf for slot in slots for leaf in slot.leaves)
-    filling: dict[str, Pieces] = {}
-    arrays: dict[str, jax.Array] = {}
+    filling: dict[str, WeightPieces] = {}
+    weights: dict[str, Any] = {}
     for slot in shown(slots, source):
         tensor = source.tensors.read(slot.name)
-        if has_nan(tensor):
+        if isinstance(tensor, StructuredTensor):
+            ours = _structured(slot, tensor, types[slot.name], axes, leaves)
+        else:
+            tensor = convert(slot.name, tensor, types[slot.name], stacklevel=4)
+            ours = slot.rule.to_ours(tensor, axes)
+        if any(has_nan(array) for array in jax.tree.leaves(ours) if array.dtype in FLOATS):
             warnings.warn(f"{slot.name} has values that are not a number", stacklevel=3)
-        tensor = convert(slot.name, tensor, types[slot.name], stacklevel=4)
-        for leaf, array in zip(slot.leaves, slot.rule.to_ours(tensor, axes), strict=True):
+        for leaf, weight in zip(slot.leaves, ours, strict=True):
             if leaf not in filling:
-                place = None if places is None else places[leaf].get_value()
-                filling[leaf] = Pieces(leaves[leaf].shape, leaf_types[leaf], place)
-            filling[leaf].put(slot.index, array)
+                stack = leaves[leaf].get_value().shape[: len(slot.index)]
+                like = _stacked(weight, stack, leaf_types[leaf])
+                place = None if mesh is None else shardings(leaves[leaf].replace(like), mesh)
+                filling[leaf] = WeightPieces(like, None if place is None else place.get_value())
+            filling[leaf].put(slot.index, weight)
             waiting[leaf] -= 1
             if not waiting[leaf]:
-                arrays[leaf] = filling.pop(leaf).finish()
-        del tensor  # before the next one is read
+                weights[leaf] = filling.pop(leaf).finish()
+        del tensor, ours  # before the next one is read
     graphdef, state = nnx.split(model)
     flat = [
-        (path, variable.replace(arrays[".".join(map(str, path))]))
+        (path, variable.replace(weights[".".join(map(str, path))]))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _structured(
+    slot: Slot,
+    tensor: StructuredTensor,
+    dtype: np.dtype,
+    axes: Mapping[str, int],
+    leaves: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """Our weights of a structured tensor, of the shapes that the model has."""
+    found = tensor.weights(lambda array: slot.rule.to_ours(array, axes), dtype)
+    for leaf, weight in zip(slot.leaves, found, strict=True):
+        wanted = tuple(leaves[leaf].get_value().shape[len(slot.index) :])
+        if tuple(weight.shape) != wanted:
+            raise FolderError(
+                f"{slot.name} is stored as {list(weight.shape)} for {leaf}, where config.json means {list(wanted)}"
+            )
+    return found
+
+
+def _stacked(weight: Any, stack: tuple[int, ...], dtype: np.dtype) -> Any:
+    """The shapes of a stack of such weights; an array alone is of the given type."""
+    of = lambda array: dtype if isinstance(weight, np.ndarray) else array.dtype
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*stack, *a.shape), of(a)), weight)
 
 
 def shown(slots: list[Slot], source: Source) -> Iterable[Slot]:
@@ -178,19 +217,27 @@ def float_type(dtype: Any) -> np.dtype:
     return chosen
 
 
-def _types(source: Source, chosen: np.dtype | None) -> dict[str, np.dtype]:
-    """The type of each tensor in the model: JAX has no float64 unless asked, so that becomes float32."""
-    infos = source.tensors.infos
-    narrow = lambda dtype: np.dtype("float32") if dtype == np.dtype("float64") else dtype
-    return {name: chosen or narrow(infos[name].dtype) for name in source.names}
+def _types(source: Source, chosen: np.dtype | None, computes: np.dtype) -> dict[str, np.dtype]:
+    """The type of each tensor in the model: JAX has no float64 unless asked, so that becomes float32.
+
+    A structured tensor's is that in which the model computes.
+    """
+
+    def narrow(info: TensorInfo) -> np.dtype:
+        if info.form is not None:
+            return computes
+        return np.dtype("float32") if info.dtype == np.dtype("float64") else info.dtype
+
+    return {name: chosen or narrow(source.tensors.infos[name]) for name in source.names}
 
 
 def _most_common(source: Source) -> np.dtype:
-    """The type that most of the numbers have."""
+    """The type that most of the numbers have, of those that are stored as they are."""
     counts: collections.Counter[np.dtype] = collections.Counter()
     for name in source.names:
         info: TensorInfo = source.tensors.infos[name]
-        counts[info.dtype] += math.prod(info.shape)
+        if info.form is None:
+            counts[info.dtype] += math.prod(info.shape)
     floats = [dtype for dtype, _ in counts.most_common() if dtype in FLOATS]
     return floats[0] if floats else np.dtype("float32")
 

@@ -1,4 +1,6 @@
-"""Arrays that are filled layer by layer, each in the place where it will lie."""
+"""Weights that are filled layer by layer, each in the place where it will lie."""
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,6 +54,32 @@ class Pieces:
             for device, index in self.devices.items()
         ]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+class WeightPieces:
+    """A weight, which may consist of several arrays, filled layer by layer.
+
+    Args:
+        like: The shapes and types of its arrays: a `jax.ShapeDtypeStruct`, or a structured weight of them.
+        shardings: How they are divided, likewise; None: they lie on the default device.
+    """
+
+    def __init__(self, like: Any, shardings: Any):
+        shapes, self.structure = jax.tree.flatten(like)
+        places = [None] * len(shapes) if shardings is None else jax.tree.leaves(shardings)
+        self.arrays = [
+            Pieces(shape.shape, np.dtype(shape.dtype), place)
+            for shape, place in zip(shapes, places, strict=True)
+        ]
+
+    def put(self, place: tuple[int, ...], weight: Any) -> None:
+        """Writes the weight at ``place`` of the leading dimensions; see `Pieces.put`."""
+        for pieces, array in zip(self.arrays, jax.tree.leaves(weight), strict=True):
+            pieces.put(place, array)
+
+    def finish(self) -> Any:
+        """The weight."""
+        return jax.tree.unflatten(self.structure, [pieces.finish() for pieces in self.arrays])
 
 
 def _key(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 
 from effscale.interop.table import Rule
+from effscale.interop.tensors import TensorInfo
 from effscale.models import TransformerConfig
 
 
@@ -19,12 +20,14 @@ class Slot:
         rule: The row of the table.
         leaves: Paths of the parameters that it fills.
         index: Which of their stacked layers it is, and which expert of the layer; empty outside the layers.
+        layer: The number of its layer in the model; None outside the layers.
     """
 
     name: str
     rule: Rule
     leaves: tuple[str, ...]
     index: tuple[int, ...]
+    layer: int | None
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -66,11 +69,25 @@ def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, 
                 numbers = [()]
             for number in numbers:
                 name = rule.theirs.format(layer, *number)
-                slots.append(Slot(name, rule, paths, (*index, *number)))
+                place = layer if rule.in_layer else None
+                slots.append(Slot(name, rule, paths, (*index, *number), place))
     left = set(leaves) - {leaf for slot in slots for leaf in slot.leaves}
     if left:
         raise ValueError(f"the family's table has no place for the parameters {sorted(left)}")
     return slots
+
+
+def form_changes(slots: Iterable[Slot], infos: Mapping[str, TensorInfo]) -> list[int]:
+    """The layers that cannot lie in one stack with the layer before them, as a tensor of theirs has another form."""
+    last: dict[tuple[Rule, tuple[int, ...]], Any] = {}
+    changes = set()
+    for slot in slots:
+        if slot.layer is not None:
+            key, form = (slot.rule, slot.index[1:]), infos[slot.name].form
+            if last.setdefault(key, form) != form:
+                changes.add(slot.layer)
+            last[key] = form
+    return sorted(changes)
 
 
 def their_shapes(

@@ -4,8 +4,8 @@ import collections
 import math
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +16,28 @@ from effscale.interop.companions import Companions
 from effscale.interop.describe import describe
 from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
-from effscale.interop.plan import parameters, plan
+from effscale.interop.plan import Slot, parameters, plan
 from effscale.interop.table import sizes
 from effscale.models import LMHead, Transformer, dense
+
+ToTheirs = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""From arrays of ours, one for each parameter that belongs to a tensor of theirs, to an array laid out as that tensor."""
+
+
+class StoredSlot(NamedTuple):
+    """Where a tensor lies: its name in files, its name in transformers' model in memory, and what it is made of."""
+
+    name: str
+    memory_name: str
+    slot: Slot
+
+
+Store = Callable[[StoredSlot, tuple[Any, ...], ToTheirs], Iterable[tuple[str, np.ndarray]] | None]
+"""How weights become tensors in a file.
+
+From where a tensor lies, our weights that belong there (of one layer, with NumPy's arrays), and what turns arrays of ours into
+theirs, to names and arrays; None leaves the tensor to be written as a dense array.
+"""
 
 
 def save_pretrained(
@@ -49,20 +68,61 @@ def save_pretrained(
         ValueError: If no family can express the model.
         FolderError: If ``like`` is no model folder, or the folder cannot take the files.
     """
-    _, fields = describe(model.config)
+    write_model(
+        model,
+        folder,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        like=like,
+        tokenizer=tokenizer,
+    )
+
+
+def write_model(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    like: str | os.PathLike[str] | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    store: Store | None = None,
+    fields: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model folder; see :func:`save_pretrained`.
+
+    Args:
+        model: As there.
+        folder: As there.
+        dtype: As there.
+        max_shard_size: As there.
+        like: As there.
+        tokenizer: As there.
+        store: Writes weights with structure in another way.
+        fields: Further fields of ``config.json``.
+        metadata: For the header of each file; see `effscale.interop.files.writer.write_tensors`.
+    """
+    more, (_, fields) = fields or {}, describe(model.config)
     chosen = None if dtype is None else float_type(dtype)
     parse_size(max_shard_size)
     largest = max(
         (v.get_value() for v in parameters(model).values()), key=lambda w: math.prod(w.shape)
     )
     fields["dtype"] = np.dtype(chosen or largest.dtype).name
-    companions = Companions(fields, like, tokenizer)
+    companions = Companions({**fields, **more}, like, tokenizer)
     place = pathlib.Path(folder)
-    tensors = their_tensors(model, chosen)
+    tensors = their_tensors(model, chosen, store)
     if jax.process_index() == 0:
         # With no config there the folder is no model: it never holds the config of one and the weights of another.
         forget = lambda: (place / "config.json").unlink(missing_ok=True)
-        write_tensors(place, tensors, max_shard_size=max_shard_size, before_move=forget)
+        write_tensors(
+            place,
+            tensors,
+            max_shard_size=max_shard_size,
+            before_move=forget,
+            metadata=metadata,
+        )
         companions.write(place)
     else:
         collections.deque(tensors, maxlen=0)  # every process takes part in gathering, one writes
@@ -70,33 +130,59 @@ def save_pretrained(
         multihost_utils.sync_global_devices("save_pretrained")
 
 
+def stored_slots(model: Transformer) -> list[StoredSlot]:
+    """Where a model's tensors lie in a file, in the order of the table.
+
+    Raises:
+        ValueError: If no family can express the model.
+    """
+    family, _ = describe(model.config)
+    found = []
+    for slot in plan(family.rules, model.config, parameters(model)):
+        name = family.stored_name(slot, model.config.heads)
+        found.append(StoredSlot(name, family.memory_name(name), slot))
+    return found
+
+
 def their_tensors(
-    model: Transformer, dtype: np.dtype | None = None
+    model: Transformer, dtype: np.dtype | None = None, store: Store | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The model's tensors under their names in files, in the order of the table, one at a time."""
     family, _ = describe(model.config)
     leaves = parameters(model)
     axes = sizes(model.config)
-    slots = plan(family.rules, model.config, leaves)
+    places = stored_slots(model)
     untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
     # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
-    names = {slot.name for slot in slots}
+    names = {place.slot.name for place in places}
     repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
-    for slot in slots:
+    for place in places:
+        slot = place.slot
         weights = [leaves[leaf].get_value() for leaf in slot.leaves]
-        ours = [on_host(part(w, slot.index) if slot.index else w) for w in weights]
-        tensor = slot.rule.to_theirs(ours, axes)
+        weights = [part(w, slot.index) if slot.index else w for w in weights]
+        if store is not None:
+            on_hosts = tuple(jax.tree.map(gathered, weight) for weight in weights)
+            to_theirs = lambda arrays, slot=slot: slot.rule.to_theirs(arrays, axes)
+            stored = store(place, on_hosts, to_theirs)
+            if stored is not None:
+                yield from stored
+                continue
+        tensor = slot.rule.to_theirs([on_host(weight) for weight in weights], axes)
         if dtype is not None:
             tensor = convert(slot.name, tensor, dtype)
         tensor = np.ascontiguousarray(tensor)
-        yield family.stored_name(slot, model.config.heads), tensor
+        yield place.name, tensor
         if slot.name in repeats:
             yield repeats[slot.name], tensor
 
 
 def on_host(weight: Any) -> np.ndarray:
     """The dense array of a weight; of one that lies on several processes, in each of them."""
-    array = dense(weight)
+    return gathered(dense(weight))
+
+
+def gathered(array: Any) -> np.ndarray:
+    """An array on the host; one that lies on several processes is gathered in each of them."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -10,6 +10,8 @@ from effscale.interop.tensors import FolderError, TensorInfo, Tensors
 class Shards:
     """Several containers as one; see `effscale.interop.tensors.Tensors`.
 
+    Where the files have metadata of ours, it is the same in all of them.
+
     A tensor that the index does not name but a file holds is listed too: whoever reads the model
     decides whether it is too much.
 
@@ -41,9 +43,21 @@ class Shards:
                         f"{file!r} hold. Download both again."
                     )
                 self._file_of[name] = file
+        self.metadata: Mapping[str, str] = self._common_metadata()
         self.infos: Mapping[str, TensorInfo] = {
             name: files[file].infos[name] for name, file in self._file_of.items()
         }
+
+    def _common_metadata(self) -> Mapping[str, str]:
+        """What a save of ours wrote into the header of every file."""
+        found = {name: getattr(file, "metadata", {}) for name, file in self._files.items()}
+        first = next(iter(found), None)
+        for name, metadata in found.items():
+            if metadata != found[first]:
+                raise FolderError(
+                    f"{self._where!r}: {first!r} and {name!r} are files of two saves, by their metadata. Download all again."
+                )
+        return found[first] if found else {}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, from whichever file holds it."""

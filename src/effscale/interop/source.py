@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,14 @@ from effscale.interop.files.gguf import GGUFFile, gguf_config
 from effscale.interop.folder import open_tensors, read_json
 from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.table import Rule
-from effscale.interop.tensors import FolderError, Renamed, TensorInfo, Tensors
+from effscale.interop.tensors import (
+    FolderError,
+    MixedTensors,
+    Renamed,
+    StructuredTensor,
+    TensorInfo,
+    Tensors,
+)
 from effscale.models import LMHead, TransformerConfig
 
 LAYERS = ("num_hidden_layers", "n_layer")
@@ -47,12 +54,21 @@ class Source:
     fields: Mapping[str, Any]
     config: TransformerConfig
     rules: tuple[Rule, ...]
-    tensors: Tensors
+    tensors: MixedTensors
     names: frozenset[str]
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+Unpack = Callable[[Mapping[str, Any], Tensors], MixedTensors]
+"""From the fields of ``config.json`` and the tensors as they lie in files to tensors of which some are structured."""
+
+
+def open_source(path: str | os.PathLike[str], unpack: Unpack | None = None) -> Source:
     """Opens a model folder (or a GGUF file) and finds out what it holds.
+
+    Args:
+        path: The folder or file.
+        unpack: Makes structured tensors of those that are packed. Without it packed tensors of a GGUF file are read as
+            floats, and folders that have a ``quantization_config`` are refused.
 
     Raises:
         FolderError: If it is not a model of one of the families, or is damaged.
@@ -60,20 +76,25 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     place = pathlib.Path(path)
     with reading(f"{shown(str(place))} cannot be loaded"):
         gguf = gguf_path(place)
-        return _open_folder(place) if gguf is None else _open_gguf(gguf)
+        return _open_folder(place, unpack) if gguf is None else _open_gguf(gguf, unpack)
 
 
-def _open_gguf(path: pathlib.Path) -> Source:
+def _open_gguf(path: pathlib.Path, unpack: Unpack | None) -> Source:
     file = GGUFFile(path)
     fields = gguf_config(file)
     check_layers(str(path), fields, len(file.infos))
     config = LLAMA.config(fields, {})
-    return Source(path, LLAMA, fields, config, GGUF_TABLE, file, frozenset(file.infos))
+    tensors = file if unpack is None else unpack(fields, file)
+    return Source(path, LLAMA, fields, config, GGUF_TABLE, tensors, frozenset(tensors.infos))
 
 
-def _open_folder(place: pathlib.Path) -> Source:
+def _open_folder(place: pathlib.Path, unpack: Unpack | None) -> Source:
     fields = read_config(place)
-    files = open_tensors(place)
+    if unpack is None:
+        refuse_packed(place, fields)
+        files = open_tensors(place)
+    else:
+        files = unpack(fields, open_tensors(place))
     family = identify(fields, files.infos)
     tensors = Renamed(files, family.canonical)
     infos = {
@@ -105,7 +126,7 @@ def read_config(place: pathlib.Path) -> dict[str, Any]:
     """The fields of ``config.json``.
 
     Raises:
-        FolderError: If it is not there, or tells of weights that are packed in a way of its own.
+        FolderError: If it is not there.
     """
     if os.path.isdir(place) and not (place / "config.json").is_file():
         files = sorted(path.name for path in place.glob("*.gguf"))
@@ -117,15 +138,18 @@ def read_config(place: pathlib.Path) -> dict[str, Any]:
             raise FolderError(
                 f"{str(place)!r} holds an adapter: load its base model, and give both to load_adapter"
             )
-    fields = read_json(place, "config.json")
+    return read_json(place, "config.json")
+
+
+def refuse_packed(place: pathlib.Path, fields: Mapping[str, Any]) -> None:
+    """Raises if ``config.json`` tells of quantized weights."""
     packed = fields.get("quantization_config")
     if packed:
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise FolderError(
-            f"the weights in {str(place)!r} are quantized ({shown(method)}), which is not taken: load them in transformers, "
-            "dequantize() and save them"
+            f"the weights in {str(place)!r} are quantized ({shown(method)}): effscale.quant.load_packed loads those of "
+            "compressed-tensors and its own; load others in transformers, dequantize() and save them"
         )
-    return fields
 
 
 def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
@@ -168,8 +192,8 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
 
 
 def _resolve_repeats(
-    family: Family, tensors: Tensors, infos: dict[str, TensorInfo], config: TransformerConfig
-) -> tuple[Tensors, dict[str, TensorInfo], TransformerConfig]:
+    family: Family, tensors: MixedTensors, infos: dict[str, TensorInfo], config: TransformerConfig
+) -> tuple[MixedTensors, dict[str, TensorInfo], TransformerConfig]:
     """Drops tensors that repeat another; one that should but does not becomes a weight of its own."""
     untied = [head for head in config.heads if isinstance(head, LMHead) and not head.tied]
     for repeat, original in family.tied.items():
@@ -181,7 +205,7 @@ def _resolve_repeats(
             renamed = {repeat: original}
             tensors = Renamed(tensors, lambda name, r=renamed: r.get(name, name))
             infos[original] = infos.pop(repeat)
-        elif _digest(tensors, repeat) == _digest(tensors, original):
+        elif _same(tensors, repeat, original):
             del infos[repeat]
         elif repeat.endswith(".bias"):
             warnings.warn(
@@ -205,7 +229,14 @@ def _resolve_repeats(
     return tensors, infos, config
 
 
-def _digest(tensors: Tensors, name: str) -> tuple[Any, ...]:
-    tensor = tensors.read(name)
+def _same(tensors: MixedTensors, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers; of structured ones, that is not asked."""
+    digests = [_digest(tensors.read(name)) for name in (one, other)]
+    return digests[0] == digests[1] and digests[0] is not None
+
+
+def _digest(tensor: np.ndarray | StructuredTensor) -> tuple[Any, ...] | None:
+    if isinstance(tensor, StructuredTensor):
+        return None
     data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
     return tensor.shape, tensor.dtype, hashlib.blake2b(data.data).digest()

@@ -2,9 +2,9 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -30,10 +30,34 @@ class TensorInfo:
     Attributes:
         shape: Its dimensions.
         dtype: The type of its elements; one that is not in `DTYPES` is refused by ``read``.
+        form: None for arrays. Of a `StructuredTensor`, what the weights that are made of it have in common with others that
+            can lie in one stack with them.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    form: Hashable = None
+
+
+ToOurs = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+"""From an array laid out as a tensor of theirs to those of ours, one for each parameter that it fills."""
+
+
+@runtime_checkable
+class StructuredTensor(Protocol):
+    """A tensor that becomes a structured weight (`effscale.models.Weight`) rather than an array: codes with scales, for instance."""
+
+    def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[Any, ...]:
+        """Our weights, whose arrays are NumPy's, one for each parameter that the tensor fills.
+
+        Args:
+            to_ours: Its row of the table, applied to an array.
+            dtype: The type in which the weights are to compute.
+
+        Raises:
+            FolderError: What the file holds of it does not fit together.
+        """
+        ...
 
 
 @runtime_checkable
@@ -54,6 +78,20 @@ class Tensors(Protocol):
         ...
 
 
+@runtime_checkable
+class MixedTensors(Protocol):
+    """`Tensors` of which some may be structured: those whose info has a ``form``."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """As in `Tensors`."""
+        ...
+
+    def read(self, name: str) -> np.ndarray | StructuredTensor:
+        """As in `Tensors`."""
+        ...
+
+
 class Renamed:
     """Tensors under other names.
 
@@ -65,7 +103,7 @@ class Renamed:
         FolderError: Two tensors would have the same name.
     """
 
-    def __init__(self, tensors: Tensors, rename: Callable[[str], str]):
+    def __init__(self, tensors: MixedTensors, rename: Callable[[str], str]):
         self._tensors = tensors
         self._old: dict[str, str] = {}
         for name in tensors.infos:
@@ -77,7 +115,7 @@ class Renamed:
             new: tensors.infos[name] for new, name in self._old.items()
         }
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray | StructuredTensor:
         """One tensor, by its new name."""
         if name not in self._old:
             raise FolderError(f"there is no tensor {name!r}.")

@@ -1,6 +1,8 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
 from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.files.load import load_packed
+from effscale.quant.files.save import save_packed
 from effscale.quant.formats import Format
 from effscale.quant.gram_rounding import gptq
 from effscale.quant.inputs import InputRange, input_grams, input_ranges
@@ -40,9 +42,11 @@ __all__ = [
     "gptq",
     "input_grams",
     "input_ranges",
+    "load_packed",
     "pack_weight",
     "quantize",
     "quantize_model",
+    "save_packed",
     "scale_shape",
     "sensitivity",
     "to_qarray",

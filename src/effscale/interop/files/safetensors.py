@@ -13,8 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from effscale.interop.tensors import DTYPES, FolderError, TensorInfo, what_it_is
 
-CHECKSUMS = "effscale.tensors_crc32"
+PREFIX = "effscale."
+"""What keys of ours begin with in a file's metadata."""
+
+CHECKSUMS = f"{PREFIX}tensors_crc32"
 """The key in a file's metadata that holds the checksums of its tensors, as JSON."""
+
+METADATA = "__metadata__"
+"""The header's entry of metadata; among the checksums, that of our other keys there."""
 
 CODES = {
     "F64": np.dtype("<f8"),
@@ -56,6 +62,9 @@ class SafetensorsFile:
     Args:
         path: The file.
 
+    Attributes:
+        metadata: Texts of ours in the header, by key; see `effscale.interop.files.writer.write_tensors`.
+
     Raises:
         FolderError: The file cannot be read or is not a sound safetensors file.
     """
@@ -69,7 +78,7 @@ class SafetensorsFile:
                 header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise self._unsound(what_it_is(path) or str(error)) from error
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop(METADATA, {})
         self._entries = {
             name: _Entry(entry["dtype"], *(8 + length + place for place in entry["data_offsets"]))
             for name, entry in header.items()
@@ -78,7 +87,13 @@ class SafetensorsFile:
             name: TensorInfo(tuple(entry["shape"]), CODES.get(entry["dtype"], np.dtype("V")))
             for name, entry in header.items()
         }
-        self._checksums = self._parse_checksums(metadata)
+        others = {
+            key: text
+            for key, text in metadata.items()
+            if key.startswith(PREFIX) and key != CHECKSUMS
+        }
+        self._checksums = self._parse_checksums(metadata, others)
+        self.metadata: Mapping[str, str] = others if self._checksums else {}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, read only.
@@ -118,19 +133,26 @@ class SafetensorsFile:
         data.flags.writeable = False
         return data.view(info.dtype).reshape(info.shape)
 
-    def _parse_checksums(self, metadata: Mapping[str, str]) -> Mapping[str, int]:
+    def _parse_checksums(
+        self, metadata: Mapping[str, str], others: Mapping[str, str]
+    ) -> Mapping[str, int]:
         # Each half of the key gives the other away, should a bit of it have flipped.
-        ours = [key for key in metadata if any(part in key for part in CHECKSUMS.split("."))]
-        if not ours:
+        parts = CHECKSUMS.split(".")
+        ours = [key for key in metadata if any(p in key for p in parts) and key not in others]
+        if not ours and not others:
             return {}
         if ours != [CHECKSUMS]:
-            raise self._unsound(f"its metadata has the unknown key {ours[0]!r}")
+            unknown = next(iter(key for key in (*ours, *others) if key != CHECKSUMS))
+            raise self._unsound(f"its metadata has the unknown key {unknown!r}")
         try:
             checksums = json.loads(metadata[CHECKSUMS], object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
             raise self._unsound(f"its checksums cannot be read ({error})") from error
+        of_others = checksums.pop(METADATA, None) if isinstance(checksums, dict) else None
         if not isinstance(checksums, dict) or checksums.keys() != self.infos.keys():
             raise self._unsound("its checksums are of other tensors than it holds")
+        if of_others != (text_checksum(others) if others else None):
+            raise self._unsound("its metadata does not match its checksum")
         return checksums
 
     def _unsound(self, reason: str) -> FolderError:
@@ -144,6 +166,11 @@ def checksum(name: str, code: str, shape: tuple[int, ...], data: np.ndarray) -> 
     """The CRC-32 of a tensor's name, type, shape and bytes."""
     start = zlib.crc32(json.dumps([name, code, list(shape)]).encode())
     return zlib.crc32(data.data, start)
+
+
+def text_checksum(metadata: Mapping[str, str]) -> int:
+    """The CRC-32 of keys and texts."""
+    return zlib.crc32(json.dumps(sorted(metadata.items())).encode())
 
 
 def identity(descriptor: int) -> tuple[int, ...]:

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from effscale.atomic import atomic_folder, flush
-from effscale.interop.files.safetensors import CHECKSUMS, CODES, checksum
+from effscale.interop.files.safetensors import (
+    CHECKSUMS,
+    CODES,
+    METADATA,
+    checksum,
+    text_checksum,
+)
 from effscale.interop.tensors import FolderError
 
 SINGLE = "model.safetensors"
@@ -33,6 +39,7 @@ def write_tensors(
     *,
     max_shard_size: int | str = "5GB",
     before_move: Callable[[], object] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
     """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger.
 
@@ -57,6 +64,8 @@ def write_tensors(
         max_shard_size: The most bytes of tensors in a file, as a number or like ``"500MB"`` (10**6)
             or ``"1GiB"`` (2**30). A tensor that is larger has a file of its own.
         before_move: Called when all is written and nothing is in its place yet.
+        metadata: Text for the header of every file, by keys that begin with `effscale.interop.files.safetensors.PREFIX`;
+            under the checksum, too.
 
     Returns:
         The files, the index last.
@@ -81,7 +90,7 @@ def write_tensors(
     with atomic_folder(work, overwrite=True) as inside:
         shards = []
         for shard in _fill(tensors, limit):
-            _write_file(inside / f"{len(shards)}", shard)
+            _write_file(inside / f"{len(shards)}", shard, metadata or {})
             shards.append({name: array.nbytes for name, array in shard.items()})
             del shard  # before the next one is gathered
         if not shards:
@@ -139,8 +148,8 @@ def _fill(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dic
     for name, array in tensors:
         if name in seen:
             raise FolderError(f"the tensor {name!r} comes twice.")
-        if name == "__metadata__":
-            raise FolderError("no tensor can have the name '__metadata__': the format needs it.")
+        if name == METADATA:
+            raise FolderError(f"no tensor can have the name {METADATA!r}: the format needs it.")
         code = CODE_OF.get(array.dtype.newbyteorder("="))
         if code is None:
             raise FolderError(
@@ -157,7 +166,9 @@ def _fill(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dic
         yield shard
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def _write_file(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes one file.
 
     Not through the safetensors library: its header has another order in every process, so that the
@@ -172,7 +183,9 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         code, start, place = CODE_OF[array.dtype], place, place + array.nbytes
         header[name] = {"dtype": code, "shape": array.shape, "data_offsets": (start, place)}
         checksums[name] = checksum(name, code, array.shape, _bytes(array))
-    metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
+    if metadata:
+        checksums[METADATA] = text_checksum(metadata)
+    metadata = {"format": "pt", **metadata, CHECKSUMS: json.dumps(checksums)}
     text = json.dumps({"__metadata__": metadata} | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as stream:

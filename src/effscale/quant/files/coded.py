@@ -1,0 +1,89 @@
+"""Matrices of codes with their scales, on the way between the layout of a file and that of a packed weight."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effscale.interop.tensors import FolderError, ToOurs
+from effscale.quant.formats import Format
+from effscale.quant.packed import PackedWeight, check_packable
+from effscale.quant.packing import pack, unpack
+from effscale.quant.quantizers import grouped_shape
+
+_pack = jax.jit(pack, static_argnums=1)
+_unpack = jax.jit(unpack, static_argnums=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedTensor:
+    """A tensor of a file as codes with scales; see `effscale.interop.tensors.StructuredTensor`.
+
+    Attributes:
+        codes: int8, ``(out, in)``.
+        scale: float32, ``(out, groups)``: one group per output, or groups of consecutive inputs.
+        zero: float32, likewise: what is added; None for symmetric formats.
+        format: ``channel`` or ``group``.
+        activations: As of `effscale.quant.PackedWeight`.
+        is_table: Whether it is a table of embeddings, with rows in place of outputs.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None
+    format: Format
+    activations: Format | None = None
+    is_table: bool = False
+
+    def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[PackedWeight, ...]:
+        """Packed weights, one for each parameter that the tensor fills."""
+        codes = to_ours(self.codes)
+        scales = [self._scales(array) for array in to_ours(self.scale)]
+        zeros = [None] * len(codes)
+        if self.zero is not None:
+            zeros = [self._scales(array) for array in to_ours(self.zero)]
+        return tuple(
+            PackedWeight(
+                np.asarray(_pack(self._kernel(one).T, self.format.bits)),
+                scale,
+                zero,
+                format=self.format,
+                activations=self.activations,
+                is_table=self.is_table,
+                compute=jnp.dtype(dtype),
+            )
+            for one, scale, zero in zip(codes, scales, zeros, strict=True)
+        )
+
+    def _kernel(self, ours: np.ndarray) -> np.ndarray:
+        return ours.T if self.is_table else ours
+
+    def _scales(self, ours: np.ndarray) -> np.ndarray:
+        kernel = self._kernel(ours).astype(np.float32)
+        return kernel[0] if self.format.granularity == "channel" else kernel
+
+
+def check_coded(name: str, shape: tuple[int, ...], format: Format, activations: Any) -> None:
+    """Raises an error that names the tensor ``(out, in)`` unless it can be packed in this format."""
+    d_out, d_in = shape
+    try:
+        check_packable(d_in, format, activations)
+        grouped_shape((d_in, d_out), format)
+    except ValueError as error:
+        raise FolderError(f"{name}: {error}") from error
+
+
+def kernel_codes(weight: PackedWeight) -> np.ndarray:
+    """The codes of a packed matrix, ``(in, out)``."""
+    return np.asarray(_unpack(weight.data, weight.format.bits)).T
+
+
+def kernel_scales(weight: PackedWeight, scales: np.ndarray) -> np.ndarray:
+    """Its scales or zero points as ``(groups, out)``: with one group, unless the format has groups of inputs."""
+    if weight.format.granularity == "group":
+        return scales
+    d_out = weight.data.shape[0]
+    flat = scales.reshape(-1)  # one for the matrix, for each block of outputs, or for each output
+    return np.repeat(flat, d_out // flat.size)[None]

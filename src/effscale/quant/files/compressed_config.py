@@ -1,0 +1,241 @@
+"""The ``quantization_config`` of compressed-tensors: which modules are quantized, and to what.
+
+Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from effscale.interop.foreign import Fields, shown
+from effscale.interop.peft.patterns import matcher
+from effscale.interop.tensors import FolderError
+from effscale.quant.formats import Format
+from effscale.quant.packing import stored_bits
+
+METHOD = "compressed-tensors"
+INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
+WE_HAVE = (
+    f"of compressed-tensors, effscale has the formats {INT} and {PACKED}: integers of 8, 4 or 2 bits (2 only symmetric) with the "
+    "strategies tensor, channel and group, and inputs as they are or quantized dynamically per token or per tensor"
+)
+INPUT_BITS = (3, 4, 8)
+UNKNOWN = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
+"""Fields that change what a model computes and are not taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What the weights and inputs of some modules are quantized to.
+
+    Attributes:
+        weights: Of the weights; ``channel`` or ``group``.
+        activations: Of the inputs; None leaves them as they are.
+        layout: ``int-quantized`` (codes of 8 bits) or ``pack-quantized`` (words).
+    """
+
+    weights: Format
+    activations: Format | None
+    layout: str
+
+    def fields(self, targets: list[str]) -> dict[str, Any]:
+        """The scheme as a group of the config."""
+        weights, inputs = self.weights, self.activations
+        group = {"group_size": weights.group_size} if weights.group_size else {}
+        described: dict[str, Any] = {
+            "targets": targets,
+            "format": self.layout,
+            "weights": {
+                "num_bits": weights.bits,
+                "type": "int",
+                "symmetric": weights.symmetric,
+                "strategy": weights.granularity,
+                "dynamic": False,
+                **group,
+            },
+            "input_activations": None,
+        }
+        if inputs is not None:
+            described["input_activations"] = {
+                "num_bits": inputs.bits,
+                "type": "int",
+                "symmetric": inputs.symmetric,
+                "strategy": inputs.granularity,
+                "dynamic": True,
+            }
+        return described
+
+
+def scheme_for(weights: Format, activations: Format | None) -> Scheme:
+    """The scheme that stands for formats of ours, with the same codes.
+
+    Scales per tensor or block are written per output, and 3 bits as 4.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if weights.floating or weights.bits == 1:
+        raise ValueError(f"{weights.describe()} is not among its formats; {WE_HAVE}")
+    if activations and (activations.floating or activations.bits not in INPUT_BITS):
+        raise ValueError(f"inputs as {activations.describe()} are not among its formats; {WE_HAVE}")
+    grouped = weights.granularity == "group"
+    return Scheme(
+        Format(
+            bits=stored_bits(weights.bits),
+            symmetric=weights.symmetric,
+            granularity="group" if grouped else "channel",
+            group_size=weights.group_size,
+            spread="centred",
+        ),
+        activations,
+        INT if weights.bits == 8 and activations is not None else PACKED,
+    )
+
+
+def config_fields(groups: Mapping[Scheme, list[str]]) -> dict[str, Any]:
+    """The ``quantization_config`` of schemes and the modules that each targets."""
+    layouts = {scheme.layout for scheme in groups}
+    return {
+        "quant_method": METHOD,
+        "quantization_status": "compressed",
+        "format": layouts.pop() if len(layouts) == 1 else MIXED,
+        "ignore": [],
+        "config_groups": {
+            f"group_{i}": scheme.fields(targets)
+            for i, (scheme, targets) in enumerate(groups.items())
+        },
+    }
+
+
+def target_of_layers(name: str) -> str:
+    r"""The target that stands for a module of this name in every layer.
+
+    Example:
+        >>> target_of_layers("model.layers.3.mlp.up_proj")
+        're:model\\.layers\\.\\d+\\.mlp\\.up_proj$'
+    """
+    parts = [r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")]
+    return "re:" + r"\.".join(parts) + "$"
+
+
+class CompressedConfig:
+    """A ``quantization_config``, read.
+
+    Args:
+        given: Its fields.
+
+    Raises:
+        FolderError: It says something that is not understood; the message says what is.
+    """
+
+    def __init__(self, given: Fields):
+        for field in UNKNOWN:
+            if given.values.get(field):
+                raise FolderError(f"{given.where} has {field}, which is not taken; {WE_HAVE}")
+        status = given.text("quantization_status", "compressed")
+        if status != "compressed":
+            raise FolderError(
+                f"{given.where} has quantization_status={shown(status)}: only compressed weights are packed"
+            )
+        overall = given.text("format", None)
+        groups = given.block("config_groups")
+        self.ignored = _Targets(given.strings("ignore", []))
+        self.groups: list[tuple[_Targets, Scheme]] = []
+        for name in groups.values:
+            group = groups.block(name)
+            layout = group.text("format", overall)
+            if layout not in (INT, PACKED):
+                raise FolderError(f"{group.where} the format is {shown(layout)}; {WE_HAVE}")
+            self.groups.append((_Targets(group.strings("targets")), _read_scheme(group, layout)))
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a linear module; None where none targets it. A name counts more than a pattern, which counts more
+        than a class.
+        """
+        if self.ignored.rank(module) is not None:
+            return None
+        ranked = [(targets.rank(module), scheme) for targets, scheme in self.groups]
+        found = [(rank, scheme) for rank, scheme in ranked if rank is not None]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+class _Targets:
+    """Names, patterns and classes of modules."""
+
+    def __init__(self, targets: Iterable[str]):
+        self.names: set[str] = set()
+        self.patterns: list[Callable[[str], bool]] = []
+        for target in targets:
+            if not target.startswith("re:"):
+                self.names.add(target)
+                continue
+            pattern = target.removeprefix("re:")
+            try:
+                # As `re.match`: from the beginning, and not necessarily to the end.
+                self.patterns.append(matcher(f"^(?:{pattern}).*"))
+            except ValueError as error:
+                raise FolderError(
+                    f"quantization_config has the target {shown(target)}: {error}"
+                ) from error
+
+    def rank(self, module: str) -> int | None:
+        """0 if its name is there, 1 if a pattern matches, 2 if its class is there; None otherwise."""
+        if module in self.names:
+            return 0
+        if any(matches(module) for matches in self.patterns):
+            return 1
+        return 2 if "Linear" in self.names else None
+
+
+def _read_scheme(group: Fields, layout: str) -> Scheme:
+    if group.values.get("output_activations"):
+        raise FolderError(f"{group.where} outputs are quantized, which is not taken; {WE_HAVE}")
+    weights, inputs = group.block("weights"), group.block("input_activations", None)
+    strategy, size = _strategy(weights)
+    bits = weights.whole("num_bits", 8)
+    if bits not in (2, 4, 8) or weights.values.get("dynamic", False):
+        raise FolderError(
+            f"{weights.where} are {bits} bits, dynamic={shown(weights.values.get('dynamic'))}; {WE_HAVE}"
+        )
+    if strategy not in ("tensor", "channel", "group"):
+        raise FolderError(f"{weights.where} the strategy is {shown(strategy)}; {WE_HAVE}")
+    try:
+        format = Format(
+            bits=bits,
+            symmetric=weights.flag("symmetric", True),
+            granularity="group" if strategy == "group" else "channel",
+            group_size=size if strategy == "group" else None,
+            spread="centred",
+        )
+        activations = None if inputs is None else _read_inputs(inputs)
+    except FolderError:
+        raise
+    except ValueError as error:
+        raise FolderError(f"{weights.where} {error}; {WE_HAVE}") from error
+    return Scheme(format, activations, layout)
+
+
+def _read_inputs(inputs: Fields) -> Format:
+    strategy, _ = _strategy(inputs)
+    bits, dynamic = inputs.whole("num_bits", 8), inputs.values.get("dynamic", False)
+    if strategy not in ("token", "tensor") or dynamic is not True or bits not in INPUT_BITS:
+        raise FolderError(
+            f"{inputs.where} the strategy is {shown(strategy)}, num_bits={bits} and dynamic={shown(dynamic)}; {WE_HAVE}"
+        )
+    return Format(
+        bits=bits,
+        symmetric=inputs.flag("symmetric", True),
+        granularity="token" if strategy == "token" else "tensor",
+        spread="centred",
+    )
+
+
+def _strategy(given: Fields) -> tuple[str, int | None]:
+    """The strategy of integers, also where only a group size tells it, and the group size."""
+    kind = given.text("type", "int")
+    if kind != "int":
+        raise FolderError(f"{given.where} the type is {shown(kind)}; {WE_HAVE}")
+    size = given.whole("group_size", None, least=-1)
+    implied = {None: "tensor", -1: "channel"}.get(size, "group")
+    return given.text("strategy", implied), size

@@ -1,0 +1,289 @@
+"""Folders in the layout of compressed-tensors, which transformers and vLLM load.
+
+A quantized linear module NAME, whose weight is ``(out, in)``, has in the safetensors file:
+
+- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see `effscale.quant.files.words`) and
+  ``NAME.weight_shape`` in pack-quantized,
+- ``NAME.weight_scale``, ``(out, 1)`` or ``(out, in / group_size)``,
+- ``NAME.weight_zero_point`` if it is asymmetric: integers, packed along the outputs in pack-quantized.
+
+A code q stands for ``(q - zero_point) * scale``. Everything else is in the file as without quantization.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from effscale.interop.foreign import Fields
+from effscale.interop.plan import parameters
+from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
+from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors
+from effscale.models import Transformer
+from effscale.quant.files.coded import CodedTensor, check_coded, kernel_codes, kernel_scales
+from effscale.quant.files.compressed_config import (
+    INT,
+    PACKED,
+    CompressedConfig,
+    Scheme,
+    config_fields,
+    scheme_for,
+    target_of_layers,
+)
+from effscale.quant.files.words import from_words, to_words, words_in
+from effscale.quant.packed import PackedWeight
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+EXACT = 1e-4
+"""How far a zero point may be from a whole number of scales, in scales: rounding of float32 stays below."""
+
+
+class CompressedTensors:
+    """The tensors of a folder, those of quantized modules as weights of codes; see `effscale.interop.tensors.MixedTensors`.
+
+    Args:
+        given: The fields of ``quantization_config``.
+        files: The tensors as they lie in files.
+
+    Raises:
+        FolderError: The config is not understood, or a module lacks a tensor or has one of the wrong shape.
+    """
+
+    def __init__(self, given: Fields, files: Tensors):
+        self._files = files
+        self._schemes: dict[str, Scheme] = {}
+        config = CompressedConfig(given)
+        infos = dict(files.infos)
+        for module in _quantized_modules(files.infos):
+            scheme = config.scheme_of(module)
+            if scheme is None:
+                raise FolderError(
+                    f"{module}.weight is quantized, and no group of {given.where} targets {module}"
+                )
+            shape = self._checked_shape(module, scheme)
+            for part in _parts(scheme):
+                del infos[f"{module}.{part}"]
+            name = f"{module}.weight"
+            form = (scheme.weights, scheme.activations)
+            infos[name] = TensorInfo(shape, np.dtype(np.float32), form)
+            self._schemes[name] = scheme
+        self.infos: Mapping[str, TensorInfo] = infos
+
+    def read(self, name: str) -> np.ndarray | StructuredTensor:
+        """One tensor: an array, or codes."""
+        if name not in self._schemes:
+            return self._files.read(name)
+        scheme, module = self._schemes[name], name.removesuffix(".weight")
+        format, (d_out, d_in) = scheme.weights, self.infos[name].shape
+        part = lambda part: self._files.read(f"{module}.{part}")
+        if scheme.layout == INT:
+            codes = part("weight")
+            half = 1 << (format.bits - 1)
+            if codes.min() < -half or codes.max() >= half:
+                raise FolderError(f"{name} has codes that do not fit into {format.bits} bits")
+        else:
+            codes = from_words(part("weight_packed"), format.bits, d_in)
+        groups = d_in // (format.group_size or d_in)
+        scale = np.broadcast_to(
+            part("weight_scale").astype(np.float32).reshape(-1, groups), (d_out, groups)
+        )
+        zero = None
+        if not format.symmetric:
+            points = part("weight_zero_point")
+            if scheme.layout == PACKED:
+                points = from_words(np.ascontiguousarray(points.T), format.bits, d_out).T
+            zero = -points.reshape(-1, groups).astype(np.float32) * scale
+        return CodedTensor(codes, scale, zero, format, scheme.activations)
+
+    def _checked_shape(self, module: str, scheme: Scheme) -> tuple[int, int]:
+        """The shape of the weight, after checking all that there is of it."""
+        infos, format = self._files.infos, scheme.weights
+        if missing := [part for part in _parts(scheme) if f"{module}.{part}" not in infos]:
+            raise FolderError(
+                f"{module}.{missing[0]} is missing: in {scheme.layout}, {module} has {', '.join(_parts(scheme))}"
+            )
+        of = lambda part: infos[f"{module}.{part}"]
+
+        def check_part(part: str, holds: bool, wanted: str) -> None:
+            if not holds:
+                found = of(part)
+                raise FolderError(
+                    f"{module}.{part} is {found.dtype} {list(found.shape)}; it must be {wanted}"
+                )
+
+        if scheme.layout == INT:
+            weight = of("weight")
+            check_part(
+                "weight", weight.dtype == np.int8 and len(weight.shape) == 2, "int8 (out, in)"
+            )
+            d_out, d_in = weight.shape
+        else:
+            declared = of("weight_shape")
+            check_part(
+                "weight_shape",
+                declared.shape == (2,) and declared.dtype.kind in "iu",
+                "two whole numbers",
+            )
+            d_out, d_in = map(int, self._files.read(f"{module}.weight_shape"))
+            wanted = (d_out, words_in(d_in, format.bits))
+            check_part(
+                "weight_packed",
+                of("weight_packed").dtype == np.int32 and of("weight_packed").shape == wanted,
+                f"int32 {list(wanted)} for {d_out} x {d_in} codes of {format.bits} bits",
+            )
+        if min(d_out, d_in) < 1:
+            raise FolderError(f"{module}.weight has the shape {[d_out, d_in]}")
+        check_coded(f"{module}.weight", (d_out, d_in), format, scheme.activations)
+        groups = d_in // (format.group_size or d_in)
+        whole = groups == 1 and format.group_size is None
+        shapes = [(d_out, groups), *([(d_out,), (1,), ()] if whole else [])]
+        scale = of("weight_scale")
+        check_part(
+            "weight_scale",
+            scale.dtype.name in FLOATS and scale.shape in shapes,
+            f"floats {list(shapes[0])}",
+        )
+        if not format.symmetric:
+            packed = scheme.layout == PACKED
+            wanted = [(words_in(d_out, format.bits), groups)] if packed else shapes
+            points = of("weight_zero_point")
+            fits = points.shape in wanted and points.dtype == (np.int32 if packed else np.int8)
+            kind = "int32" if packed else "int8"
+            check_part("weight_zero_point", fits, f"{kind} {list(wanted[0])}")
+        return d_out, d_in
+
+
+def _quantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """The modules of which the file has packed parts."""
+    found: dict[str, None] = {}
+    for name, info in infos.items():
+        module, _, part = name.rpartition(".")
+        if part in PARTS or (part == "weight" and info.dtype.kind in "iu"):
+            found[module] = None
+    return list(found)
+
+
+def _parts(scheme: Scheme) -> list[str]:
+    """The tensors of a module."""
+    weight = ["weight"] if scheme.layout == INT else ["weight_packed", "weight_shape"]
+    return [*weight, "weight_scale", *([] if scheme.weights.symmetric else ["weight_zero_point"])]
+
+
+class CompressedStore:
+    """How the packed weights of a model are written; see `effscale.interop.save.Store`.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        fields: The ``quantization_config``.
+
+    Raises:
+        ValueError: A weight has no place in this layout; the error names it.
+    """
+
+    def __init__(self, model: Transformer):
+        leaves = parameters(model)
+        self._schemes: dict[str, Scheme] = {}
+        rows: dict[Any, dict[StoredSlot, Scheme | None]] = {}
+        for place in stored_slots(model):
+            weights = [leaves[leaf].get_value() for leaf in place.slot.leaves]
+            scheme = None
+            if any(isinstance(weight, PackedWeight) for weight in weights):
+                scheme = self._schemes[place.name] = _scheme_of(place, weights)
+            rows.setdefault(place.slot.rule, {})[place] = scheme
+        self.fields: dict[str, Any] = config_fields(_targets(rows))
+
+    def __call__(
+        self, place: StoredSlot, weights: tuple[Any, ...], to_theirs: ToTheirs
+    ) -> Iterator[tuple[str, np.ndarray]] | None:
+        """The tensors of a packed weight."""
+        scheme = self._schemes.get(place.name)
+        return None if scheme is None else _tensors(place.name, scheme, weights, to_theirs)
+
+
+def _tensors(
+    name: str, scheme: Scheme, weights: tuple[PackedWeight, ...], to_theirs: ToTheirs
+) -> Iterator[tuple[str, np.ndarray]]:
+    module, bits = name.removesuffix(".weight"), scheme.weights.bits
+    codes = np.ascontiguousarray(to_theirs([kernel_codes(weight) for weight in weights]))
+    scale = to_theirs([kernel_scales(weight, weight.scale) for weight in weights])
+    if scheme.layout == INT:
+        yield name, codes
+    else:
+        yield f"{module}.weight_packed", to_words(codes, bits)
+        yield f"{module}.weight_shape", np.array(codes.shape, np.int64)
+    yield f"{module}.weight_scale", np.ascontiguousarray(scale)
+    if not scheme.weights.symmetric:
+        zero = to_theirs([kernel_scales(weight, weight.zero) for weight in weights])
+        points = _whole_zero_points(name, -zero / scale, bits)
+        if scheme.layout == PACKED:
+            points = to_words(np.ascontiguousarray(points.T), bits).T
+        yield f"{module}.weight_zero_point", np.ascontiguousarray(points)
+
+
+def _whole_zero_points(name: str, points: np.ndarray, bits: int) -> np.ndarray:
+    rounded, half = np.round(points), 1 << (bits - 1)
+    if not (np.abs(points - rounded) < EXACT).all():
+        raise ValueError(
+            f"{name}: its zero points are no whole numbers of scales (integer_zero=False, as in GGUF's Q4_1), and those of "
+            "compressed-tensors are: save with layout='effscale', or quantize with integer_zero=True"
+        )
+    if rounded.min() < -half or rounded.max() >= half:
+        raise ValueError(
+            f"{name}: a zero point lies outside of {bits} bits, as 0 is far from the range of its group: save with layout='effscale'"
+        )
+    return rounded.astype(np.int8)
+
+
+def _scheme_of(place: StoredSlot, weights: list[Any]) -> Scheme:
+    """The scheme of a tensor that holds packed weights."""
+    slot = place.slot
+    other = "compressed-tensors quantizes the modules of torch.nn.Linear: save with layout='effscale', or dequantize_model"
+    if slot.leaves[0].endswith("embedding"):
+        raise ValueError(f"{place.name} is a table of embeddings, and {other} it")
+    layout = slot.rule.layout or ""
+    if not re.fullmatch(r"(\w+|\([\w ]+\)) i -> .*", layout):
+        raise ValueError(
+            f"{place.name} is no torch.nn.Linear in transformers (in GPT-2 it is a Conv1D), and {other} it"
+        )
+    formats = {
+        (weight.format, weight.activations) if isinstance(weight, PackedWeight) else None
+        for weight in weights
+    }
+    if len(formats) > 1:
+        raise ValueError(
+            f"{place.name} holds {', '.join(slot.rule.parts)}, which have different formats, as one tensor: give them one "
+            "rule, or save with layout='effscale'"
+        )
+    packed: PackedWeight = weights[0]
+    if packed.input_scale is not None:
+        raise ValueError(
+            f"{place.name}: its inputs have a fixed scale (ranges), which is not written: save with layout='effscale'"
+        )
+    try:
+        return scheme_for(packed.format, packed.activations)
+    except ValueError as error:
+        raise ValueError(f"{place.name}: {error}; save with layout='effscale'") from error
+
+
+def _targets(rows: Mapping[Any, Mapping[StoredSlot, Scheme | None]]) -> dict[Scheme, list[str]]:
+    """The modules of each scheme: those of one row of the table as one pattern if all layers have the same scheme."""
+    groups: dict[Scheme, list[str]] = {}
+    for places in rows.values():
+        alike = len(set(places.values())) == 1
+        for place, scheme in places.items():
+            if scheme is None:
+                continue
+            targets = groups.setdefault(scheme, [])
+            # The names in memory count there; in files they may be others.
+            for name in (place.memory_name, place.name):
+                module = name.removesuffix(".weight")
+                target = (
+                    target_of_layers(module) if alike and place.slot.layer is not None else module
+                )
+                if target not in targets:
+                    targets.append(target)
+    return groups

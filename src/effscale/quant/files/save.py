@@ -1,0 +1,81 @@
+"""From a model with packed weights to a folder that keeps them packed."""
+
+import os
+from typing import Any
+
+import tokenizers
+
+from effscale.interop.plan import parameters
+from effscale.interop.save import write_model
+from effscale.models import LoRA, Transformer
+from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.files.compressed_tensors import CompressedStore
+from effscale.quant.packed import PackedWeight
+
+
+def save_packed(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    like: str | os.PathLike[str] | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> None:
+    """Writes a quantized model as a Hugging Face folder that keeps its weights packed.
+
+    It is written in the layout of compressed-tensors, which transformers (with the package compressed-tensors) and vLLM load:
+    integers of 8 bits whose inputs are quantized as int-quantized, all others as pack-quantized. Codes and scales stay as they
+    are, so that the weights are the same numbers to the bit; scales per tensor or per block are repeated for each output. What other programs make of the inputs is theirs:
+    compressed-tensors quantizes them with ``spread="centred"``.
+
+    Args:
+        model: A model from `quantize_model`, of a family whose layers are ``torch.nn.Linear`` in transformers: all but GPT-2.
+        folder: Where to; made if it is not there.
+        dtype: Type of what is not packed, as for `effscale.interop.save_pretrained`.
+        max_shard_size: As there.
+        like: As there.
+        tokenizer: As there.
+
+    Raises:
+        ValueError: The model has no packed weights, or one that the layout has no place for (the error names it): binary
+            and float8 ones, tables of embeddings, the Conv1D of GPT-2, inputs with a fixed scale, zero points that are no whole numbers
+            of scales. Or a weight is a LoRA pair or fake-quantized.
+        FolderError: As for `effscale.interop.save_pretrained`.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from effscale.models import llama
+        >>> from effscale.quant import quantize_model, w4a16
+        >>> config = llama(num_layers=2, d_model=32, num_heads=2, d_ff=64, vocab_size=50)
+        >>> small = quantize_model(Transformer(config, rngs=nnx.Rngs(0)), w4a16(group_size=16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_packed(small, folder)
+    """
+    _check_weights(model)
+    store = CompressedStore(model)
+    write_model(
+        model,
+        folder,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        like=like,
+        tokenizer=tokenizer,
+        store=store,
+        fields={"quantization_config": store.fields},
+    )
+
+
+def _check_weights(model: Transformer) -> None:
+    """Raises unless the model has packed weights and plain arrays, and nothing else."""
+    weights = {name: variable.get_value() for name, variable in parameters(model).items()}
+    for name, weight in weights.items():
+        if isinstance(weight, FakeQuantizedWeight):
+            raise ValueError(f"{name} is fake-quantized: quantize_model packs it")
+        if isinstance(weight, LoRA):
+            raise ValueError(
+                f"{name} has a LoRA pair: save_adapter writes it, and unmerge_lora gives the packed base"
+            )
+    if not any(isinstance(weight, PackedWeight) for weight in weights.values()):
+        raise ValueError("the model has no packed weights: quantize_model makes them")
