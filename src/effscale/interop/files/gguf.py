@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from effscale.interop.files.gguf_header import Header, import_gguf, read_header
+from effscale.interop.files.gguf_header import Entry, Header, import_gguf, read_header
 from effscale.interop.foreign import reading, shown
 from effscale.interop.tensors import FolderError, TensorInfo
 
@@ -62,9 +62,20 @@ class GGUFFile:
         """
         return _read(self.header, name)
 
+    def kind(self, name: str) -> str:
+        """The type of a tensor, by ggml's name, such as ``Q4_0``."""
+        return _kind(self.header.entries[name]).name
 
-def _read(header: Header, name: str) -> np.ndarray:
-    gguf = import_gguf()
+    def read_bytes(self, name: str) -> np.ndarray:
+        """The bytes of one tensor as they are in the file, one row of it in each row; see `read`."""
+        return _read_bytes(self.header, name)
+
+
+def _kind(entry: Entry) -> Any:
+    return import_gguf().GGMLQuantizationType(entry.kind)
+
+
+def _read_bytes(header: Header, name: str) -> np.ndarray:
     if name not in header.entries:
         raise FolderError(f"{str(header.path)!r} has no tensor {name!r}.")
     entry = header.entries[name]
@@ -77,9 +88,14 @@ def _read(header: Header, name: str) -> np.ndarray:
         raise FolderError(f"{str(header.path)!r}: {name!r} cannot be read ({error}).") from error
     if count != entry.size:
         raise FolderError(f"{str(header.path)!r} was cut short after it was opened.")
-    kind = gguf.GGMLQuantizationType(entry.kind)
+    return data.reshape(entry.byte_shape)
+
+
+def _read(header: Header, name: str) -> np.ndarray:
+    data = _read_bytes(header, name)
+    kind = _kind(header.entries[name])
     try:
-        values = gguf.quants.dequantize(data.reshape(entry.byte_shape), kind)
+        values = import_gguf().quants.dequantize(data, kind)
     except NotImplementedError as error:
         raise FolderError(
             f"{str(header.path)!r}: the tensor {name!r} is of type {kind.name}, which the gguf package does not "

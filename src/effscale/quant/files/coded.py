@@ -46,7 +46,7 @@ class CodedTensor:
             zeros = [self._scales(array) for array in to_ours(self.zero)]
         return tuple(
             PackedWeight(
-                np.asarray(_pack(self._kernel(one).T, self.format.bits)),
+                self._packed(self._kernel(one).T),
                 scale,
                 zero,
                 format=self.format,
@@ -56,6 +56,10 @@ class CodedTensor:
             )
             for one, scale, zero in zip(codes, scales, zeros, strict=True)
         )
+
+    def _packed(self, rows: np.ndarray) -> np.ndarray:
+        # A byte each is packed already: that spares a copy of what may be a large table.
+        return rows if self.format.bits == 8 else np.asarray(_pack(rows, self.format.bits))
 
     def _kernel(self, ours: np.ndarray) -> np.ndarray:
         return ours.T if self.is_table else ours

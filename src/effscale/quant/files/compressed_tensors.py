@@ -179,6 +179,7 @@ class CompressedStore:
 
     Attributes:
         fields: The ``quantization_config``.
+        metadata: For the header of each file: nothing.
 
     Raises:
         ValueError: A weight has no place in this layout; the error names it.
@@ -195,6 +196,7 @@ class CompressedStore:
                 scheme = self._schemes[place.name] = _scheme_of(place, weights)
             rows.setdefault(place.slot.rule, {})[place] = scheme
         self.fields: dict[str, Any] = config_fields(_targets(rows))
+        self.metadata: dict[str, str] = {}
 
     def __call__(
         self, place: StoredSlot, weights: tuple[Any, ...], to_theirs: ToTheirs

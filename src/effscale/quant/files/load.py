@@ -6,13 +6,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from effscale.interop.files.gguf import GGUFFile
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.load import load_source
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError, MixedTensors, Tensors
 from effscale.models import Transformer
-from effscale.quant.files import compressed_config
+from effscale.quant.files import compressed_config, own_layout
 from effscale.quant.files.compressed_tensors import CompressedTensors
+from effscale.quant.files.gguf_blocks import GGUFBlocks
 
 
 def load_packed(
@@ -21,8 +23,9 @@ def load_packed(
     """Loads a quantized model into packed weights; no float copy of them is ever made.
 
     Args:
-        path: A folder that `save_packed` or another tool wrote in the layout of compressed-tensors (int-quantized and
-            pack-quantized, integers of 8, 4 or 2 bits).
+        path: A folder that `save_packed` wrote, or another tool in the layout of compressed-tensors (int-quantized and
+            pack-quantized, integers of 8, 4 or 2 bits); or a GGUF file of a Llama, of which the blocks of Q8_0, Q4_0 and
+            Q4_1 stay packed, and tensors of other types are floats.
         dtype: Type of what is not packed, and of what the model computes in: float32, bfloat16 or float16. None: that of
             the file.
         mesh: Where the parameters lie, as for `effscale.interop.load_pretrained`.
@@ -48,13 +51,16 @@ def load_packed(
         'int8, symmetric, per channel'
 
     References:
-        compressed-tensors, https://github.com/vllm-project/compressed-tensors
+        `compressed-tensors <https://github.com/vllm-project/compressed-tensors>`_, `GGUF
+        <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>`_
     """
     source = open_source(path, _unpack)
     return load_source(source, dtype=dtype, mesh=mesh)
 
 
 def _unpack(fields: Mapping[str, Any], tensors: Tensors) -> MixedTensors:
+    if isinstance(tensors, GGUFFile):
+        return GGUFBlocks(tensors)
     given = Fields("config.json", fields).block("quantization_config", None)
     if given is None:
         raise FolderError(
@@ -63,6 +69,9 @@ def _unpack(fields: Mapping[str, Any], tensors: Tensors) -> MixedTensors:
     method = given.text("quant_method", compressed_config.METHOD)
     if method == compressed_config.METHOD:
         return CompressedTensors(given, tensors)
+    if method == own_layout.METHOD:
+        return own_layout.OwnLayout(tensors)
     raise FolderError(
-        f"config.json has a quantization_config of {shown(method)}, which is not read; {compressed_config.WE_HAVE}"
+        f"config.json has a quantization_config of {shown(method)}, which is not read; {compressed_config.WE_HAVE}; "
+        f"and the layout of its own ({own_layout.METHOD})"
     )

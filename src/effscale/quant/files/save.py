@@ -1,7 +1,7 @@
 """From a model with packed weights to a folder that keeps them packed."""
 
 import os
-from typing import Any
+from typing import Any, Literal, get_args
 
 import tokenizers
 
@@ -10,13 +10,18 @@ from effscale.interop.save import write_model
 from effscale.models import LoRA, Transformer
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.files.compressed_tensors import CompressedStore
+from effscale.quant.files.own_layout import OwnStore
 from effscale.quant.packed import PackedWeight
+
+Layout = Literal["compressed-tensors", "effscale"]
+"""How packed weights lie in a folder."""
 
 
 def save_packed(
     model: Transformer,
     folder: str | os.PathLike[str],
     *,
+    layout: Layout = "compressed-tensors",
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     like: str | os.PathLike[str] | None = None,
@@ -24,23 +29,25 @@ def save_packed(
 ) -> None:
     """Writes a quantized model as a Hugging Face folder that keeps its weights packed.
 
-    It is written in the layout of compressed-tensors, which transformers (with the package compressed-tensors) and vLLM load:
-    integers of 8 bits whose inputs are quantized as int-quantized, all others as pack-quantized. Codes and scales stay as they
-    are, so that the weights are the same numbers to the bit; scales per tensor or per block are repeated for each output. What other programs make of the inputs is theirs:
-    compressed-tensors quantizes them with ``spread="centred"``.
+    ``compressed-tensors`` is what transformers (with the package compressed-tensors) and vLLM load. Matrices of 8 bits whose inputs
+    are quantized are written as int-quantized, all others as pack-quantized. Codes and scales stay as they are; scales per
+    tensor or per block are repeated for each output. What is read back stands for the same weights, and inputs are
+    quantized with ``spread="centred"``, as that library has it. ``effscale`` holds everything that a packed weight can be, comes back
+    the same in every respect, and is read by this library alone (`effscale.quant.files.own_layout`).
 
     Args:
-        model: A model from `quantize_model`, of a family whose layers are ``torch.nn.Linear`` in transformers: all but GPT-2.
+        model: A model from `quantize_model`.
         folder: Where to; made if it is not there.
+        layout: ``compressed-tensors`` or ``effscale``.
         dtype: Type of what is not packed, as for `effscale.interop.save_pretrained`.
         max_shard_size: As there.
         like: As there.
         tokenizer: As there.
 
     Raises:
-        ValueError: The model has no packed weights, or one that the layout has no place for (the error names it): binary
-            and float8 ones, tables of embeddings, the Conv1D of GPT-2, inputs with a fixed scale, zero points that are no whole numbers
-            of scales. Or a weight is a LoRA pair or fake-quantized.
+        ValueError: The model has no packed weights, a LoRA pair or a fake-quantized weight. Or it has a weight for which
+            compressed-tensors has no place (the error names it): binary and float8 ones, tables of embeddings, the Conv1D of
+            GPT-2, inputs with a fixed scale, zero points that are no whole numbers of scales or lie outside of the codes.
         FolderError: As for `effscale.interop.save_pretrained`.
 
     Example:
@@ -53,8 +60,10 @@ def save_packed(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_packed(small, folder)
     """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}")
     _check_weights(model)
-    store = CompressedStore(model)
+    store = CompressedStore(model) if layout == "compressed-tensors" else OwnStore(model)
     write_model(
         model,
         folder,
@@ -64,6 +73,7 @@ def save_packed(
         tokenizer=tokenizer,
         store=store,
         fields={"quantization_config": store.fields},
+        metadata=store.metadata,
     )
 
 
