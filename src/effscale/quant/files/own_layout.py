@@ -161,14 +161,14 @@ class OwnLayout:
         """The shape and parts of a tensor, after checking that all arrays are there and fit."""
         shape, parts = given.values.get("shape"), given.values.get("parts")
         if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-            raise FolderError(f"its shape is {shown(shape)}: must be a list of sizes")
+            raise FolderError(f"{name} has the shape {shown(shape)} in {KEY}: must be a list of sizes")
         if not isinstance(parts, list) or not parts:
-            raise FolderError(f"its parts are {shown(parts)}: must be a list")
+            raise FolderError(f"{name} has the parts {shown(parts)} in {KEY}: must be a list")
         found = []
         for i, described in enumerate(parts):
             part = None
             if described is not None:
-                fields = Fields(f"part {i}", described)
+                fields = Fields(f"{KEY}, in part {i} of {name},", described)
                 optional = [a for a in OPTIONAL if f"{name}.{i}.{a}" in self._files.infos]
                 part = Part(
                     _format(fields.block("format")),
