@@ -78,20 +78,24 @@ RECIPES = {
 }
 
 
+make = jax.jit(lambda config: Transformer(config, rngs=nnx.Rngs(0)), static_argnums=0)
+pack = jax.jit(quantize_model, static_argnums=1)
+unpack = jax.jit(dequantize_model)
+
+
 def quantized(model, name):
     """In one program: operation by operation, most of the time would be spent compiling."""
-    what = RECIPES[name] if isinstance(name, str) else name
-    return jax.jit(quantize_model, static_argnums=1)(model, what)
+    return pack(model, RECIPES[name] if isinstance(name, str) else name)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(LLAMA, rngs=nnx.Rngs(0))
+    return make(LLAMA)
 
 
 def values(model):
     """The numbers that the weights stand for, by their names in files."""
-    return dict(their_tensors(jax.jit(dequantize_model)(model)))
+    return dict(their_tensors(unpack(model)))
 
 
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 40), st.randoms())
@@ -162,7 +166,7 @@ def test_what_lies_in_the_folder(model, tmp_path):
 def test_sizes(tmp_path):
     """Of the quantized layers, at widths where scales are few: 8 bits at most 0.27 of float32, 4 and 8 at most 0.18."""
     config = llama(num_layers=1, d_model=128, num_heads=2, d_ff=512, vocab_size=16)
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = make(config)
     exact = sum(array.nbytes for name, array in their_tensors(model) if "_proj" in name)
     for one, most in ((w8a8(), 0.27), (w4a8(group_size=64), 0.18)):
         folder = tmp_path / str(most)
@@ -242,7 +246,7 @@ def test_other_families(family, tmp_path):
         config = dataclasses.replace(config, heads=(ClassHead(num_classes=8, pool="pooled"),))
     else:
         config = bloom(**{k: v for k, v in SIZES.items() if k != "d_ff"})
-    model = Transformer(config, rngs=nnx.Rngs(0))
+    model = make(config)
     rules = [(LAYERS, GROUPS)] + ([("heads.*kernel", Format())] if family == "bert" else [])
     small = quantized(model, recipe(*rules))
     save_packed(small, tmp_path)

@@ -25,8 +25,8 @@ TENSOR = Format(granularity="tensor", symmetric=False)
 
 def quantized(config, *pairs):
     rules = tuple(Rule(where=w, weights=f, activations=a[0] if a else None) for w, f, *a in pairs)
-    model = Transformer(config, rngs=nnx.Rngs(0))
-    return jax.jit(quantize_model, static_argnums=1)(model, Recipe(rules))
+    made = lambda: quantize_model(Transformer(config, rngs=nnx.Rngs(0)), Recipe(rules))
+    return jax.jit(made)()
 
 
 @pytest.fixture(scope="module")
