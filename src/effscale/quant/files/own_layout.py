@@ -161,7 +161,9 @@ class OwnLayout:
         """The shape and parts of a tensor, after checking that all arrays are there and fit."""
         shape, parts = given.values.get("shape"), given.values.get("parts")
         if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-            raise FolderError(f"{name} has the shape {shown(shape)} in {KEY}: must be a list of sizes")
+            raise FolderError(
+                f"{name} has the shape {shown(shape)} in {KEY}: must be a list of sizes"
+            )
         if not isinstance(parts, list) or not parts:
             raise FolderError(f"{name} has the parts {shown(parts)} in {KEY}: must be a list")
         found = []
