@@ -9,7 +9,7 @@ from effscale.interop.plan import parameters
 from effscale.interop.save import write_model
 from effscale.models import LoRA, Transformer
 from effscale.quant.fake import FakeQuantizedWeight
-from effscale.quant.files.compressed_tensors import CompressedStore
+from effscale.quant.files.compressed_store import CompressedStore
 from effscale.quant.files.own_layout import OwnStore
 from effscale.quant.packed import PackedWeight
 

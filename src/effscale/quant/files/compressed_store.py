@@ -1,0 +1,145 @@
+"""How packed weights are written in the layout of compressed-tensors; see `effscale.quant.files.compressed_tensors`."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from effscale.interop.plan import parameters
+from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
+from effscale.models import Transformer
+from effscale.quant.files.coded import kernel_codes, kernel_scales
+from effscale.quant.files.compressed_config import (
+    INT,
+    PACKED,
+    Scheme,
+    config_fields,
+    scheme_for,
+    target_of_layers,
+)
+from effscale.quant.files.words import to_words
+from effscale.quant.packed import PackedWeight
+
+EXACT = 1e-4
+"""How far a zero point may be from a whole number of scales, in scales: rounding of float32 stays below."""
+
+
+class CompressedStore:
+    """How the packed weights of a model are written; see `effscale.interop.save.Store`.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        fields: The ``quantization_config``.
+        metadata: For the header of each file: nothing.
+
+    Raises:
+        ValueError: A weight has no place in this layout; the error names it.
+    """
+
+    def __init__(self, model: Transformer):
+        leaves = parameters(model)
+        self._schemes: dict[str, Scheme] = {}
+        rows: dict[Any, dict[StoredSlot, Scheme | None]] = {}
+        for place in stored_slots(model):
+            weights = [leaves[leaf].get_value() for leaf in place.slot.leaves]
+            scheme = None
+            if any(isinstance(weight, PackedWeight) for weight in weights):
+                scheme = self._schemes[place.name] = _scheme_of(place, weights)
+            rows.setdefault(place.slot.rule, {})[place] = scheme
+        self.fields: dict[str, Any] = config_fields(_targets(rows))
+        self.metadata: dict[str, str] = {}
+
+    def __call__(
+        self, place: StoredSlot, weights: tuple[Any, ...], to_theirs: ToTheirs
+    ) -> Iterator[tuple[str, np.ndarray]] | None:
+        """The tensors of a packed weight."""
+        scheme = self._schemes.get(place.name)
+        return None if scheme is None else _tensors(place.name, scheme, weights, to_theirs)
+
+
+def _tensors(
+    name: str, scheme: Scheme, weights: tuple[PackedWeight, ...], to_theirs: ToTheirs
+) -> Iterator[tuple[str, np.ndarray]]:
+    module, bits = name.removesuffix(".weight"), scheme.weights.bits
+    codes = np.ascontiguousarray(to_theirs([kernel_codes(weight) for weight in weights]))
+    scale = to_theirs([kernel_scales(weight, weight.scale) for weight in weights])
+    if scheme.layout == INT:
+        yield name, codes
+    else:
+        yield f"{module}.weight_packed", to_words(codes, bits)
+        yield f"{module}.weight_shape", np.array(codes.shape, np.int64)
+    yield f"{module}.weight_scale", np.ascontiguousarray(scale)
+    if not scheme.weights.symmetric:
+        zero = to_theirs([kernel_scales(weight, weight.zero) for weight in weights])
+        points = _whole_zero_points(name, -zero / scale, bits)
+        if scheme.layout == PACKED:
+            points = to_words(np.ascontiguousarray(points.T), bits).T
+        yield f"{module}.weight_zero_point", np.ascontiguousarray(points)
+
+
+def _whole_zero_points(name: str, points: np.ndarray, bits: int) -> np.ndarray:
+    rounded, half = np.round(points), 1 << (bits - 1)
+    if not (np.abs(points - rounded) < EXACT).all():
+        raise ValueError(
+            f"{name}: its zero points are no whole numbers of scales (integer_zero=False, as in GGUF's Q4_1), and those of "
+            "compressed-tensors are: save with layout='effscale', or quantize with integer_zero=True"
+        )
+    if rounded.min() < -half or rounded.max() >= half:
+        raise ValueError(
+            f"{name}: a zero point lies outside of {bits} bits, as 0 is far from the range of its group: save with layout='effscale'"
+        )
+    return rounded.astype(np.int8)
+
+
+def _scheme_of(place: StoredSlot, weights: list[Any]) -> Scheme:
+    """The scheme of a tensor that holds packed weights."""
+    slot = place.slot
+    other = "compressed-tensors quantizes the modules of torch.nn.Linear: save with layout='effscale', or dequantize_model"
+    if slot.leaves[0].endswith("embedding"):
+        raise ValueError(f"{place.name} is a table of embeddings, and {other} it")
+    layout = slot.rule.layout or ""
+    if not re.fullmatch(r"(\w+|\([\w ]+\)) i -> .*", layout):
+        raise ValueError(
+            f"{place.name} is no torch.nn.Linear in transformers (in GPT-2 it is a Conv1D), and {other} it"
+        )
+    formats = {
+        (weight.format, weight.activations) if isinstance(weight, PackedWeight) else None
+        for weight in weights
+    }
+    if len(formats) > 1:
+        raise ValueError(
+            f"{place.name} holds {', '.join(slot.rule.parts)}, which have different formats, as one tensor: give them one "
+            "rule, or save with layout='effscale'"
+        )
+    packed: PackedWeight = weights[0]
+    if packed.input_scale is not None:
+        raise ValueError(
+            f"{place.name}: its inputs have a fixed scale (ranges), which is not written: save with layout='effscale'"
+        )
+    try:
+        return scheme_for(packed.format, packed.activations)
+    except ValueError as error:
+        raise ValueError(f"{place.name}: {error}; save with layout='effscale'") from error
+
+
+def _targets(rows: Mapping[Any, Mapping[StoredSlot, Scheme | None]]) -> dict[Scheme, list[str]]:
+    """The modules of each scheme: those of one row of the table as one pattern if all layers have the same scheme."""
+    groups: dict[Scheme, list[str]] = {}
+    for places in rows.values():
+        alike = len(set(places.values())) == 1
+        for place, scheme in places.items():
+            if scheme is None:
+                continue
+            targets = groups.setdefault(scheme, [])
+            # The names in memory count there; in files they may be others.
+            for name in (place.memory_name, place.name):
+                module = name.removesuffix(".weight")
+                target = (
+                    target_of_layers(module) if alike and place.slot.layer is not None else module
+                )
+                if target not in targets:
+                    targets.append(target)
+    return groups
