@@ -2,5 +2,6 @@
 
 from kernels_pallas.attention import attention
 from kernels_pallas.cross_entropy import cross_entropy
+from kernels_pallas.quantized_matmul import quantized_matmul
 
-__all__ = ["attention", "cross_entropy"]
+__all__ = ["attention", "cross_entropy", "quantized_matmul"]

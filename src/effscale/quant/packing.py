@@ -11,6 +11,8 @@ in 4.
 import jax.numpy as jnp
 from jaxtyping import Array, Int8
 
+from kernels_pallas import packed_codes
+
 
 def stored_bits(bits: int) -> int:
     """The bits that a code takes in memory.
@@ -59,15 +61,7 @@ def unpack_planes(
         >>> [plane.tolist() for plane in unpack_planes(jnp.array([49, 126], jnp.int8), 4)]
         [[1, -2], [3, 7]]
     """
-    bits = stored_bits(bits)
-    if bits == 8:
-        return [packed]
-    if bits == 1:
-        ones = [(packed >> jnp.int8(plane)) & jnp.int8(1) for plane in range(8)]
-        return [one + one - jnp.int8(1) for one in ones]
-    # Up to the highest bits, then down again with the sign.
-    top = 8 - bits
-    return [(packed << jnp.int8(top - plane * bits)) >> jnp.int8(top) for plane in range(8 // bits)]
+    return packed_codes.unpack_planes(packed, stored_bits(bits))
 
 
 def unpack(packed: Int8[Array, "*batch bytes"], bits: int) -> Int8[Array, "*batch codes"]:

@@ -1,0 +1,58 @@
+"""Codes of 8, 4, 2 and 1 bits in bytes, in planes: how the weights of `quantized_matmul` and `packed_matmul` lie in memory.
+
+A row of k codes of b bits is cut into 8 / b planes of consecutive codes, and byte i holds the i-th code of each plane, the first
+plane in its lowest bits. Codes are two's complement, but for those of one bit: 1 where the bit is set and -1 elsewhere.
+"""
+
+import numpy as np
+from jaxtyping import Array, Int8, Int32
+
+BITS = (1, 2, 4, 8)
+
+
+def unpack_planes(
+    packed: Int8[Array, "*batch bytes"], bits: int
+) -> list[Int8[Array, "*batch bytes"]]:
+    """The planes of codes, first to last.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [plane.tolist() for plane in unpack_planes(jnp.array([49, 126], jnp.int8), 4)]
+        [[1, -2], [3, 7]]
+    """
+    if bits == 8:
+        return [packed]
+    if bits == 1:
+        ones = [(packed >> np.int8(plane)) & np.int8(1) for plane in range(8)]
+        return [one + one - np.int8(1) for one in ones]
+    # Up to the highest bits, then down again with the sign.
+    top = 8 - bits
+    return [(packed << np.int8(top - plane * bits)) >> np.int8(top) for plane in range(8 // bits)]
+
+
+def unpack_words(words: Int32[Array, "*shape"], bits: int) -> list[Int32[Array, "*shape"]]:
+    """The planes of codes of words of four bytes each, for vector units that shift 32 bits and not 8.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> first, second = unpack_words(jnp.array([0x7E31], jnp.int32), 4)
+        >>> hex(first.item()), hex(second.item())  # -2 and 1; 7 and 3
+        ('0xfe01', '0x703')
+    """
+    if bits == 8:
+        return [words]
+    # A code with its sign bit flipped lies half of the range above the number that it stands for; of one bit, twice the code
+    # lies one above it.
+    half, sign = _bytes(1 << (bits - 1)), _bytes(0x80)
+    planes = []
+    for plane in range(8 // bits):
+        codes = (words >> np.int32(plane * bits)) & _bytes((1 << bits) - 1)
+        above = codes + codes if bits == 1 else codes ^ half
+        # With the highest bit of each byte set, nothing is borrowed from the byte above.
+        planes.append(((above | sign) - half) ^ sign)
+    return planes
+
+
+def _bytes(value: int) -> np.int32:
+    """A byte four times."""
+    return np.uint32(value * 0x01010101).view(np.int32)

@@ -1,0 +1,124 @@
+"""The public function: checks, and the choice of an implementation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jaxtyping import Array, Float, Int8
+
+from kernels_pallas import dispatch
+from kernels_pallas.packed_codes import BITS
+from kernels_pallas.quantized_matmul.reference import STEPS, reference
+
+Implementation = Literal["reference", "tpu", "gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "tpu", "gpu")
+
+
+def quantized_matmul(
+    x: Float[Array, "rows d_in"],
+    weight: Int8[Array, "d_out bytes"],
+    scale: Float[Array, " d_out"],
+    bias: Float[Array, " d_out"] | None = None,
+    *,
+    bits: int = 8,
+    activation: Callable[[Array], Array] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "rows d_out"]:
+    r"""A product of integers between floats: the inputs are quantized row by row, and bias and activation follow.
+
+    .. math:: y_{to} = \mathrm{act}\Big(s_t \, w_o \sum_i q_{ti} \, c_{oi} + b_o\Big), \qquad
+        s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)
+
+    with the codes :math:`c` and scales :math:`w` of the weight. Sums are exact, in 32 bits; what follows is float32.
+
+    Args:
+        x: Inputs, float32 or bfloat16. The scale of a row of zeros is one.
+        weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
+        scale: float32, of each output.
+        bias: Added to each output; None adds nothing.
+        bits: Of a code of the weight: 8, 4, 2 or 1.
+        activation: From float32 to float32, element by element. A kernel can only hold what Pallas knows: erf, and not erfc.
+        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
+            platform the program is lowered for.
+
+    Returns:
+        The outputs, in the type of `x`.
+
+    Raises:
+        ValueError: Operands that cannot go together, or an unknown name.
+        NotImplementedError: The named implementation cannot serve these operands here.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x, weight = jnp.array([[127.0, -254.0]]), jnp.array([[1, 2], [3, 4]], jnp.int8)
+        >>> quantized_matmul(x, weight, jnp.array([1.0, 0.5])).tolist()  # codes 64 and -127, scale 2
+        [[-380.0, -316.0]]
+
+    References:
+        Yao et al, `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, section 4.3.
+    """
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    check_operands(x, weight, scale, bias, bits)
+    if implementation is not None and (reason := why_not(implementation, x, weight, bits)):
+        raise dispatch.Unsupported(
+            f"quantized_matmul: implementation={implementation!r} cannot serve: {reason}."
+        )
+    functions = {"default": _function(implementation or "reference")}
+    if implementation is None and why_not("tpu", x, weight, bits) is None:
+        functions["tpu"] = _function("tpu")
+    hopper = implementation is None and dispatch.hopper_in_use()
+    if hopper and why_not("gpu", x, weight, bits) is None:
+        functions["cuda"] = _function("gpu")
+    functions = {
+        platform: functools.partial(function, bits=bits, activation=activation)
+        for platform, function in functions.items()
+    }
+    return dispatch.by_platform(functions, x, weight, scale, bias)
+
+
+def check_operands(x: Any, weight: Any, scale: Any, bias: Any, bits: int) -> None:
+    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    if bits not in BITS:
+        raise ValueError(f"bits={bits} must be one of {BITS}")
+    (d_out, width), d_in = weight.shape, x.shape[1]
+    if width * (8 // bits) != d_in:
+        raise ValueError(
+            f"weight {weight.shape} holds rows of {width * (8 // bits)} codes of {bits} bits, and x {x.shape} has {d_in} inputs"
+        )
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None and tuple(value.shape) != (d_out,):
+            raise ValueError(f"{name} has shape {value.shape}, and must be ({d_out},) here")
+    if d_in * STEPS * 128 >= 2**31:
+        raise ValueError(f"the sum of {d_in} products of codes may overflow 32 bits")
+
+
+def why_not(name: str, x: Any, weight: Any, bits: int) -> str | None:
+    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    if name not in ("tpu", "gpu"):
+        return None
+    if axes := dispatch.auto_partitioned():
+        return (
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            "jax.shard_map over all of them"
+        )
+    if 0 in x.shape or 0 in weight.shape:
+        return f"x {x.shape} or weight {weight.shape} is empty"
+    if name == "tpu":
+        from kernels_pallas.quantized_matmul import tpu
+
+        return tpu.why_not(x, bits)
+    from kernels_pallas.quantized_matmul import gpu
+
+    return gpu.why_not(x, weight, bits)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name == "tpu":
+        from kernels_pallas.quantized_matmul import tpu
+
+        return tpu.quantized_matmul
+    if name == "gpu":
+        from kernels_pallas.quantized_matmul import gpu
+
+        return gpu.quantized_matmul
+    return reference

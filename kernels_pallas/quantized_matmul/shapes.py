@@ -1,0 +1,129 @@
+"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+
+class Operands(NamedTuple):
+    """Arguments of `quantized_matmul`, or their types."""
+
+    x: Float[Array, "rows d_in"]
+    weight: Int8[Array, "d_out bytes"]
+    scale: Float[Array, " d_out"]
+    bias: Float[Array, " d_out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One named problem size."""
+
+    name: str
+    rows: int
+    d_in: int
+    d_out: int
+    bits: int = 8
+    """Of a code of the weight."""
+    dtype: str = "float32"
+    """Of `x`."""
+    tags: frozenset[str] = frozenset()
+    """Who runs it: "test", "bench", "aot"."""
+
+    def operands(self, key: Array) -> Operands:
+        """Random operands; the second row is zero."""
+        keys = jax.random.split(key, 4)
+        x = jax.random.normal(keys[0], (self.rows, self.d_in)).astype(self.dtype)
+        size = (self.d_out, self.d_in * self.bits // 8)
+        return Operands(
+            x=x.at[1:2].set(0),
+            weight=jax.lax.bitcast_convert_type(jax.random.bits(keys[1], size, jnp.uint8), "int8"),
+            scale=jax.random.uniform(keys[2], (self.d_out,)) * self.d_in**-0.5,
+            bias=jax.random.normal(keys[3], (self.d_out,)).astype(self.dtype),
+        )
+
+    def abstract(self, sharding: Any = None) -> Operands:
+        """Types of the operands, for compilation without memory."""
+
+        def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        return Operands(
+            x=array(self.rows, self.d_in, dtype=self.dtype),
+            weight=array(self.d_out, self.d_in * self.bits // 8, dtype=jnp.int8),
+            scale=array(self.d_out),
+            bias=array(self.d_out, dtype=self.dtype),
+        )
+
+    def operations(self) -> int:
+        """Multiplications and additions of the product."""
+        return 2 * self.rows * self.d_in * self.d_out
+
+
+def _tags(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+SHAPES: tuple[Shape, ...] = (
+    Shape(name="tiny", rows=5, d_in=64, d_out=24, tags=_tags("test")),
+    Shape(name="odd-4", rows=7, d_in=72, d_out=40, bits=4, tags=_tags("test")),
+    Shape(
+        name="edges-2", rows=40, d_in=192, d_out=300, bits=2, dtype="bfloat16", tags=_tags("test")
+    ),
+    Shape(name="odd-1", rows=3, d_in=144, d_out=24, bits=1, tags=_tags("test")),
+    Shape(name="tiles", rows=130, d_in=256, d_out=384, dtype="bfloat16", tags=_tags("test")),
+    Shape(name="bert-up", rows=1024, d_in=768, d_out=3072, tags=_tags("bench")),
+    Shape(
+        name="bert-up-bf16",
+        rows=1024,
+        d_in=768,
+        d_out=3072,
+        dtype="bfloat16",
+        tags=_tags("bench", "aot"),
+    ),
+    Shape(
+        name="bert-down-bf16", rows=1024, d_in=3072, d_out=768, dtype="bfloat16", tags=_tags("aot")
+    ),
+    Shape(
+        name="llama-7b-down-bf16",
+        rows=2048,
+        d_in=11_008,
+        d_out=4096,
+        dtype="bfloat16",
+        tags=_tags("aot"),
+    ),
+    Shape(
+        name="llama-7b-down-4",
+        rows=16,
+        d_in=11_008,
+        d_out=4096,
+        bits=4,
+        dtype="bfloat16",
+        tags=_tags("bench", "aot"),
+    ),
+    Shape(
+        name="llama-7b-down-2",
+        rows=16,
+        d_in=11_008,
+        d_out=4096,
+        bits=2,
+        dtype="bfloat16",
+        tags=_tags("aot"),
+    ),
+    Shape(
+        name="llama-7b-down-1",
+        rows=16,
+        d_in=11_008,
+        d_out=4096,
+        bits=1,
+        dtype="bfloat16",
+        tags=_tags("aot"),
+    ),
+)
+
+
+def with_tag(tag: str) -> tuple[Shape, ...]:
+    """The shapes that carry a tag."""
+    return tuple(shape for shape in SHAPES if tag in shape.tags)

@@ -1,0 +1,152 @@
+"""Pallas TPU kernel: the inputs are quantized in VMEM, so no pass over them is left outside.
+
+A tile of rows stays while the outputs' weights stream by. At the first of them the rows are quantized, into scratch memory; the
+others find the codes there. Weights are unpacked in VMEM, four codes of a word at a time.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int8
+
+from kernels_pallas.manual_axes import result_type, varying_axes
+from kernels_pallas.packed_codes import unpack_words
+from kernels_pallas.quantized_matmul.reference import STEPS, finish
+
+# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is the compiler's.
+_VMEM_LIMIT = 56 * 2**20
+_VMEM_BUDGET = 40 * 2**20
+_TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
+_LANES = 128
+# Rows that are quantized at a time: the sublanes of a register of bytes.
+_CHUNK = 32
+
+
+def why_not(x: Any, bits: int) -> str | None:
+    """The reason why the kernel cannot serve these operands, or None."""
+    if jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind
+        if kind.startswith(_TOO_OLD):
+            return f"{kind} has too little VMEM"
+    if tiles(x.shape[1], bits, x.dtype.itemsize) is None:
+        return f"d_in={x.shape[1]} leaves no room for a tile in VMEM"
+    return None
+
+
+def tiles(d_in: int, bits: int, itemsize: int) -> tuple[int, int] | None:
+    """Rows that stay and outputs that stream by, the largest that fit in VMEM."""
+    planes = 8 // bits
+    wide = _padded(d_in // planes)
+    for rows in (512, 256, 128, 64, 32):
+        for outputs in (512, 256, 128):
+            inputs = planes * wide * rows * (2 * itemsize + 1)  # double buffered; codes
+            floats = 3 * 4 * planes * wide * _CHUNK  # in the making of the codes
+            weights = wide * outputs * (2 if bits == 8 else 2 + 3 * planes)  # words and planes
+            results = rows * outputs * (2 * itemsize + 3 * 4)
+            if inputs + floats + weights + results <= _VMEM_BUDGET:
+                return rows, outputs
+    return None
+
+
+def _padded(size: int, multiple: int = _LANES) -> int:
+    return pl.cdiv(size, multiple) * multiple
+
+
+def _quantize(x_ref: Any, codes_ref: Any, scales_ref: Any, width: int) -> None:
+    planes, rows, wide = x_ref.shape
+
+    def some_rows(chunk, _):
+        where = pl.ds(chunk * _CHUNK, _CHUNK)
+        x = x_ref[:, where, :].astype(jnp.float32)
+        if wide != width:  # the tile overhangs the array, and reads undefined values there
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 2) < width, x, 0.0)
+        largest = jnp.max(jnp.max(jnp.abs(x), axis=2, keepdims=True), axis=0)
+        scale = largest / STEPS
+        scale = jnp.where(scale == 0, 1.0, scale)
+        scales_ref[where, :] = scale
+        for plane in range(planes):
+            codes = jnp.clip(jnp.round(x[plane] / scale), -STEPS, STEPS)
+            codes_ref[plane, where, :] = codes.astype(jnp.int8)
+        return None
+
+    jax.lax.fori_loop(0, rows // _CHUNK, some_rows, None)
+
+
+def _kernel(x_ref, weight_ref, scale_ref, *more, bits: int, width: int, activation: Any) -> None:
+    """`more` is the bias, if there is one, the result, and scratch for codes and scales of the rows."""
+    *bias_ref, out_ref, codes_ref, scales_ref = more
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        _quantize(x_ref, codes_ref, scales_ref, width)
+
+    planes = [weight_ref[...]]
+    if bits < 8:
+        words = pltpu.bitcast(weight_ref[...], jnp.int32)
+        planes = [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
+    sums = None
+    for plane, codes in enumerate(planes):
+        # What codes overhang meets zeros of the input.
+        part = jax.lax.dot_general(
+            codes_ref[plane],
+            codes,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32,
+        )
+        sums = part if sums is None else sums + part
+    y = sums.astype(jnp.float32) * scales_ref[...] * scale_ref[...]
+    bias = bias_ref[0][...] if bias_ref else None
+    out_ref[...] = finish(y, bias, activation).astype(out_ref.dtype)
+
+
+def quantized_matmul(
+    x: Float[Array, "rows d_in"],
+    weight: Int8[Array, "d_out bytes"],
+    scale: Float[Array, " d_out"],
+    bias: Float[Array, " d_out"] | None,
+    *,
+    bits: int,
+    activation: Callable[[Array], Array] | None,
+    interpret: Any = False,
+) -> Float[Array, "rows d_out"]:
+    """See `kernels_pallas.quantized_matmul`; `interpret` as in `pl.pallas_call`."""
+    (rows, d_in), (d_out, width) = x.shape, weight.shape
+    planes, wide = 8 // bits, _padded(width)
+    fitting = tiles(d_in, bits, x.dtype.itemsize)
+    assert fitting is not None, "why_not lets no such width through"
+    block_rows, block_outputs = min(fitting[0], _padded(rows, _CHUNK)), fitting[1]
+    grid = pl.cdiv(rows, block_rows), pl.cdiv(d_out, block_outputs)
+    axes = varying_axes(x, weight, scale, bias)
+    row = pl.BlockSpec((1, block_outputs), lambda i, j: (0, j))
+    vectors = [scale[None]] if bias is None else [scale[None], bias[None]]
+    # Each plane's inputs begin at a whole register.
+    inputs = x.reshape(rows, planes, width).transpose(1, 0, 2)
+    return pl.pallas_call(
+        functools.partial(_kernel, bits=bits, width=width, activation=activation),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((planes, block_rows, wide), lambda i, j: (0, i, 0)),
+            pl.BlockSpec((block_outputs, wide), lambda i, j: (j, 0)),
+            *(row for _ in vectors),
+        ],
+        out_specs=pl.BlockSpec((block_rows, block_outputs), lambda i, j: (i, j)),
+        out_shape=result_type((rows, d_out), x.dtype, axes),
+        scratch_shapes=[
+            pltpu.VMEM((planes, block_rows, wide), jnp.int8),
+            pltpu.VMEM((block_rows, 1), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * d_in * d_out,
+            transcendentals=0,
+            bytes_accessed=(x.size + rows * d_out) * x.dtype.itemsize + grid[0] * weight.size,
+        ),
+        interpret=interpret,
+    )(inputs, weight, *vectors)
