@@ -24,6 +24,7 @@ from kernels_pallas.aot_targets import TARGETS
 OWN_PROGRAMS = (
     "kernels_pallas.attention.aot",
     "kernels_pallas.cross_entropy.aot",
+    "kernels_pallas.packed_matmul.aot",
     "kernels_pallas.quantized_matmul.aot",
     "kernels_pallas.sign_compress.aot",
 )

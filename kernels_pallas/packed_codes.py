@@ -5,29 +5,34 @@ plane in its lowest bits. Codes are two's complement, but for those of one bit: 
 """
 
 import numpy as np
-from jaxtyping import Array, Int8, Int32
+from jaxtyping import Array, Int, Int32
 
 BITS = (1, 2, 4, 8)
 
 
 def unpack_planes(
-    packed: Int8[Array, "*batch bytes"], bits: int
-) -> list[Int8[Array, "*batch bytes"]]:
+    packed: Int[Array, "*batch bytes"], bits: int
+) -> list[Int[Array, "*batch bytes"]]:
     """The planes of codes, first to last.
+
+    Args:
+        packed: int8; or int32 of the same numbers, for processors that have no operations on bytes.
+        bits: Of a code.
 
     Example:
         >>> import jax.numpy as jnp
         >>> [plane.tolist() for plane in unpack_planes(jnp.array([49, 126], jnp.int8), 4)]
         [[1, -2], [3, 7]]
     """
+    number = packed.dtype.type
     if bits == 8:
         return [packed]
     if bits == 1:
-        ones = [(packed >> np.int8(plane)) & np.int8(1) for plane in range(8)]
-        return [one + one - np.int8(1) for one in ones]
+        ones = [(packed >> number(plane)) & number(1) for plane in range(8)]
+        return [one + one - number(1) for one in ones]
     # Up to the highest bits, then down again with the sign.
-    top = 8 - bits
-    return [(packed << np.int8(top - plane * bits)) >> np.int8(top) for plane in range(8 // bits)]
+    top = 8 * packed.dtype.itemsize - bits
+    return [(packed << number(top - plane * bits)) >> number(top) for plane in range(8 // bits)]
 
 
 def unpack_words(words: Int32[Array, "*shape"], bits: int) -> list[Int32[Array, "*shape"]]:

@@ -37,7 +37,7 @@ def why_not(x: Any, weight: Any, bits: int) -> str | None:
     return None
 
 
-def _load(ref: Any, layout: Any) -> Any:
+def load_vector(ref: Any, layout: Any) -> Any:
     """A vector from global memory, by plain loads."""
     # Until jax 0.12 there is an index.
     index = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
@@ -60,7 +60,7 @@ def _kernel(codes, weight, rows, scale, *more, activation: Any) -> None:
         )
 
     def multiply(_, codes_smem, weight_smem, sums):
-        plgpu.wgmma(sums, codes_smem.at[own], plgpu.transpose_ref(weight_smem, (1, 0)))
+        plgpu.wgmma(sums, codes_smem.at[own], weight_smem.transpose((1, 0)))
         plgpu.wgmma_wait(0)
         return sums
 
@@ -70,7 +70,7 @@ def _kernel(codes, weight, rows, scale, *more, activation: Any) -> None:
             run(sums)
             shape = (_ROWS, _OUTPUTS)
             vector = lambda ref, where, axis: jax.lax.broadcast_in_dim(
-                _load(ref.at[where], plgpu.Layout.WGMMA.reduce(axis)).astype(jnp.float32),
+                load_vector(ref.at[where], plgpu.Layout.WGMMA.reduce(axis)).astype(jnp.float32),
                 shape,
                 (1 - axis,),
             )

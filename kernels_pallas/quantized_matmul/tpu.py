@@ -72,7 +72,6 @@ def _quantize(x_ref: Any, codes_ref: Any, scales_ref: Any, width: int) -> None:
         for plane in range(planes):
             codes = jnp.clip(jnp.round(x[plane] / scale), -STEPS, STEPS)
             codes_ref[plane, where, :] = codes.astype(jnp.int8)
-        return None
 
     jax.lax.fori_loop(0, rows // _CHUNK, some_rows, None)
 

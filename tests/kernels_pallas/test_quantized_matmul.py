@@ -10,30 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import packed_codes
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.quantized_matmul import gpu, quantized_matmul, reference, tpu
 from kernels_pallas.quantized_matmul.shapes import SHAPES, Shape, with_tag
+from tests.kernels_pallas.packed_oracle import (
+    A100,
+    H100,
+    codes_of,
+    lowered_for,
+    needs_gpu_interpreter,
+)
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}
-H100 = "NVIDIA H100 80GB HBM3"
-needs_gpu_interpreter = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; jax 0.12 has",
-)
 named = functools.partial(pytest.mark.parametrize, "shape", ids=lambda shape: shape.name)
-
-
-def codes_of(packed, bits):
-    """Codes of rows of bytes, one at a time."""
-    unsigned = np.asarray(packed).view(np.uint8).astype(int)
-    planes = [(unsigned >> (bits * i)) & ((1 << bits) - 1) for i in range(8 // bits)]
-    codes = np.concatenate(planes, axis=-1)
-    return 2 * codes - 1 if bits == 1 else codes - ((codes >> (bits - 1)) << bits)
 
 
 @given(bits=st.sampled_from(packed_codes.BITS), seed=st.integers(0, 1000))
@@ -138,27 +132,18 @@ def test_gpu_kernel(with_bias, getkey):
     check(gpu, BY_NAME["tiles"], getkey(), with_bias=with_bias, interpret=interpret)
 
 
-def lowered_for(platform, name="tiles", implementation=None, device_kind=None):
-    shape = BY_NAME[name]
-    run = functools.partial(quantized_matmul, bits=shape.bits, implementation=implementation)
-
-    def lower():
-        return jax.jit(run).trace(*shape.abstract()).lower(lowering_platforms=(platform,)).as_text()
-
-    if device_kind is None:
-        return lower()
-    device = jax.sharding.AbstractDevice(device_kind, None, platform)
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return lower()
-
-
 def test_each_platform_gets_its_own_kernel_from_one_host():
-    assert "custom_call" not in lowered_for("cpu")
-    assert lowered_for("tpu").count("@tpu_custom_call") == 1
-    assert "mosaic_gpu" in lowered_for("cuda", device_kind=H100)
-    assert "mosaic_gpu" not in lowered_for("cuda", device_kind="NVIDIA A100-SXM4-80GB")
-    assert "mosaic_gpu" not in lowered_for("cuda", "odd-4", device_kind=H100)
+    def text(platform, name="tiles", device_kind=None, implementation=None):
+        shape = BY_NAME[name]
+        run = functools.partial(quantized_matmul, bits=shape.bits, implementation=implementation)
+        return lowered_for(platform, run, shape.abstract(), device_kind)
+
+    assert "custom_call" not in text("cpu")
+    assert text("tpu").count("@tpu_custom_call") == 1
+    assert "custom_call" not in text("tpu", implementation="reference")
+    assert "mosaic_gpu" in text("cuda", device_kind=H100)
+    assert "mosaic_gpu" not in text("cuda", device_kind=A100)
+    assert "mosaic_gpu" not in text("cuda", "odd-4", device_kind=H100)
 
 
 def test_a_named_kernel_that_cannot_serve_says_why():
@@ -177,7 +162,7 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
 def test_bad_input():
     x, weight, scale = jnp.zeros((2, 8)), jnp.zeros((3, 4), jnp.int8), jnp.ones(3)
-    with pytest.raises(ValueError, match="rows of 4 codes of 8 bits, and x .* has 8 inputs"):
+    with pytest.raises(ValueError, match=r"rows of 4 codes of 8 bits, and x .* has 8 inputs"):
         quantized_matmul(x, weight, scale)
     with pytest.raises(ValueError, match=r"bits=3 must be one of \(1, 2, 4, 8\)"):
         quantized_matmul(x, weight, scale, bits=3)

@@ -1,0 +1,158 @@
+"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+
+class Operands(NamedTuple):
+    """Arguments of `packed_matmul`, or their types."""
+
+    x: Float[Array, "rows d_in"]
+    weight: Int8[Array, "d_out bytes"]
+    scale: Float[Array, "groups d_out"]
+    zero: Float[Array, "groups d_out"] | None
+    bias: Float[Array, " d_out"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One named problem size."""
+
+    name: str
+    rows: int
+    d_in: int
+    d_out: int
+    bits: int
+    """Of a code of the weight."""
+    groups: int = 1
+    with_zero: bool = False
+    dtype: str = "float32"
+    """Of `x`."""
+    tags: frozenset[str] = frozenset()
+    """Who runs it: "test", "gpu test", "bench", "aot"."""
+
+    def operands(self, key: Array) -> Operands:
+        """Random operands."""
+        keys = jax.random.split(key, 5)
+        size = (self.d_out, self.d_in * self.bits // 8)
+        of_groups = (self.groups, self.d_out)
+        return Operands(
+            x=jax.random.normal(keys[0], (self.rows, self.d_in)).astype(self.dtype),
+            weight=jax.lax.bitcast_convert_type(jax.random.bits(keys[1], size, jnp.uint8), "int8"),
+            scale=jax.random.uniform(keys[2], of_groups) / (2**self.bits * self.d_in**0.5),
+            zero=jax.random.normal(keys[3], of_groups) / self.d_in if self.with_zero else None,
+            bias=jax.random.normal(keys[4], (self.d_out,)).astype(self.dtype),
+        )
+
+    def abstract(self, sharding: Any = None) -> Operands:
+        """Types of the operands, for compilation without memory."""
+
+        def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        of_groups = array(self.groups, self.d_out)
+        return Operands(
+            x=array(self.rows, self.d_in, dtype=self.dtype),
+            weight=array(self.d_out, self.d_in * self.bits // 8, dtype=jnp.int8),
+            scale=of_groups,
+            zero=of_groups if self.with_zero else None,
+            bias=array(self.d_out, dtype=self.dtype),
+        )
+
+    def moved(self) -> int:
+        """Bytes that cannot be done without: each operand read once, the result written once."""
+        operands = self.abstract()
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(operands)]
+        return sum(sizes) + self.rows * self.d_out * operands.x.dtype.itemsize
+
+
+def _tags(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+SHAPES: tuple[Shape, ...] = (
+    Shape(name="channel-8", rows=5, d_in=64, d_out=24, bits=8, tags=_tags("test")),
+    Shape(
+        name="narrow-4",
+        rows=3,
+        d_in=576,
+        d_out=40,
+        bits=4,
+        groups=18,
+        with_zero=True,
+        tags=_tags("test"),
+    ),
+    Shape(
+        name="wide-2",
+        rows=9,
+        d_in=1024,
+        d_out=136,
+        bits=2,
+        groups=8,
+        dtype="bfloat16",
+        tags=_tags("test"),
+    ),
+    Shape(name="channel-1", rows=2, d_in=144, d_out=24, bits=1, with_zero=True, tags=_tags("test")),
+    Shape(
+        name="hopper-4",
+        rows=11,
+        d_in=512,
+        d_out=128,
+        bits=4,
+        groups=4,
+        with_zero=True,
+        dtype="bfloat16",
+        tags=_tags("gpu test"),
+    ),
+    Shape(
+        name="hopper-1",
+        rows=5,
+        d_in=512,
+        d_out=128,
+        bits=1,
+        dtype="bfloat16",
+        tags=_tags("gpu test"),
+    ),
+    Shape(
+        name="7b-4-g128",
+        rows=8,
+        d_in=4096,
+        d_out=4096,
+        bits=4,
+        groups=32,
+        dtype="bfloat16",
+        tags=_tags("bench", "aot"),
+    ),
+    Shape(
+        name="7b-4-g32-zero",
+        rows=8,
+        d_in=4096,
+        d_out=4096,
+        bits=4,
+        groups=128,
+        with_zero=True,
+        dtype="bfloat16",
+        tags=_tags("bench", "aot"),
+    ),
+    *(
+        Shape(
+            name=f"7b-{bits}",
+            rows=8,
+            d_in=4096,
+            d_out=4096,
+            bits=bits,
+            dtype="bfloat16",
+            tags=_tags("bench", "aot"),
+        )
+        for bits in (8, 4, 2, 1)
+    ),
+)
+
+
+def with_tag(tag: str) -> tuple[Shape, ...]:
+    """The shapes that carry a tag."""
+    return tuple(shape for shape in SHAPES if tag in shape.tags)
