@@ -87,7 +87,8 @@ bench: $(DEV)
 aot: $(AOT_VENV)/.with-aot
 	$(AOT_VENV)/bin/python -m kernels_pallas.aot \
 		--programs kernels_pallas.attention.aot kernels_pallas.cross_entropy.aot \
-		effscale.experiments.aot effscale.experiments.aot_attention $(ARGS)
+		kernels_pallas.packed_matmul.aot kernels_pallas.quantized_matmul.aot \
+		effscale.experiments.aot effscale.experiments.aot_attention effscale.experiments.aot_quantization $(ARGS)
 
 # Runs every notebook and keeps what it shows.
 notebooks: $(DEV)

@@ -34,6 +34,8 @@ _COLLECTIVE = re.compile(
 )
 _KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[^"]*|__cudnn\$fmha[^"]*)"')
 
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
@@ -63,6 +65,12 @@ class Row:
     kernels: int = 0
     collectives: int = 0
     flops: float | None = None
+    accessed: float | None = None
+    """Bytes read and written, as the compiler counts them; those of a kernel as it is declared. A loop's body counts once."""
+    optimal: float | None = None
+    """Seconds, of the compiler's cost model, likewise."""
+    cycles: int | None = None
+    """What the TPU compiler expects of each of its own operations outside of loops; kernels are not in it."""
     error: str = ""
 
 
@@ -83,6 +91,8 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
     }
+    costs = compiled.cost_analysis() or {}  # none for GPUs
+    cycles = [int(number) for number in _CYCLES.findall(text[text.rfind("\nENTRY") :])]
     return Row(
         target=target,
         program=program.name,
@@ -92,6 +102,10 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
         kernels=len(_KERNEL.findall(text)),
         collectives=len(_COLLECTIVE.findall(text)),
         flops=program.flops,
+        accessed=costs.get("bytes accessed"),
+        # A second is taken off for each operation that the model does not know.
+        optimal=costs["optimal_seconds"] % 1 if "optimal_seconds" in costs else None,
+        cycles=sum(cycles) if cycles else None,
     )
 
 
@@ -104,18 +118,22 @@ def programs_of(modules: Sequence[str], target: str) -> list[Program]:
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     header = (
-        "target program compile_s arguments outputs temporaries total kernels collectives TFLOP"
+        "target program compile_s arguments outputs temporaries total kernels collectives TFLOP "
+        "accessed optimal_us kcycles"
     )
-    lines = ["| " + " | ".join(header.split()) + " |", "|---|---|" + "---:|" * 8]
+    lines = ["| " + " | ".join(header.split()) + " |", "|---|---|" + "---:|" * 11]
     for row in rows:
         if row.error:
-            lines.append(f"| {row.target} | {row.program} | failed |" + " |" * 7)
+            lines.append(f"| {row.target} | {row.program} | failed |" + " |" * 10)
             continue
         sizes = row.arguments, row.outputs, row.temporaries, row.total
         cells = [row.target, row.program, f"{row.seconds:.1f}"]
         cells += [f"{size / 2**20:,.1f} MiB" for size in sizes]
         cells += [str(row.kernels), str(row.collectives)]
         cells += ["" if row.flops is None else f"{row.flops / 1e12:.3f}"]
+        cells += ["" if row.accessed is None else f"{row.accessed / 2**20:,.1f} MiB"]
+        cells += ["" if row.optimal is None else f"{1e6 * row.optimal:,.1f}"]
+        cells += ["" if row.cycles is None else f"{row.cycles / 1e3:,.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -65,6 +65,15 @@ def hopper_in_use() -> bool:
     return str(getattr(jax.devices()[0], "compute_capability", "")) == HOPPER_CAPABILITY
 
 
+def accelerator() -> str | None:
+    """The name of the implementations, "tpu" or "gpu", that serve where programs are made for now: on the mesh in use, or else
+    on this process's devices. None for others, where an op need not be traced for machines that are not there.
+    """
+    if (mesh_platform() or jax.default_backend()) == "tpu":
+        return "tpu"
+    return "gpu" if hopper_in_use() else None
+
+
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
     """Call `functions[platform](*operands)` for the platform of lowering, or `"default"`."""
     functions = dict(functions)

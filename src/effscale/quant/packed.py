@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from effscale.models import finish
 from effscale.models.activations import Activation
 from effscale.quant.formats import Format
+from effscale.quant.kernel_products import kernel_product, kernel_serves
 from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
 
@@ -127,6 +128,9 @@ class PackedWeight:
             bias: ``(out,)`` or None.
             activation: A name of `effscale.models.ACTIVATIONS`, or None.
         """
+        values = x.values if isinstance(x, PreparedInput) else x
+        if kernel_serves(values, self):
+            return kernel_product(activation, values, bias, self)
         if not isinstance(x, PreparedInput) and self.input_form is not None:
             x = self.prepare(x)
         if isinstance(x, PreparedInput):
