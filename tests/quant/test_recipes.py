@@ -188,7 +188,7 @@ def test_recipes_for_another_model(model, rules, message):
 
 def test_quantizing_twice_and_over_pairs(model):
     once = quantize_model(model, w8a8())
-    with pytest.raises(ValueError, match=r"layers\.0\..*kernel is quantized already"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*kernel: it is quantized already"):
         quantize_model(once, w4a8())
     with pytest.raises(ValueError, match="has a LoRA pair"):
         quantize_model(add_lora(model, rank=2, key=jax.random.key(0)), w8a8())

@@ -1,5 +1,6 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
+from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.files.load import load_packed
 from effscale.quant.files.save import save_packed
@@ -9,6 +10,10 @@ from effscale.quant.inputs import InputRange, input_grams, input_ranges
 from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
 from effscale.quant.qarrays import from_qarray, to_qarray
+from effscale.quant.pruning.masks import Pruning, top_k_mask
+from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
+from effscale.quant.pruning.shrink import shrink_model
+from effscale.quant.pruning.weight import PrunedWeight, prune_weight
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
 from effscale.quant.recipes import (
     Recipe,
@@ -23,33 +28,46 @@ from effscale.quant.recipes import (
     w8a8,
 )
 from effscale.quant.sensitivity import sensitivity
+from effscale.quant.steps import at_step, scheduled_step
 
 __all__ = [
     "LKD",
+    "BitSchedule",
     "Distilled",
     "FakeQuantizedWeight",
     "Format",
     "InputRange",
     "PackedWeight",
+    "PruneRule",
+    "PrunedWeight",
+    "Pruning",
     "Quantized",
     "Recipe",
     "Rule",
+    "at_step",
     "dequantize_model",
     "distill_layers",
     "fake_quantize",
+    "fake_quantize_at",
     "fake_quantize_model",
     "from_qarray",
     "gptq",
     "input_grams",
     "input_ranges",
     "load_packed",
+    "merge_masks",
     "pack_weight",
+    "prune_model",
+    "prune_weight",
     "quantize",
     "quantize_model",
     "save_packed",
     "scale_shape",
     "sensitivity",
     "to_qarray",
+    "scheduled_step",
+    "shrink_model",
+    "top_k_mask",
     "w1a8",
     "w2a8",
     "w4a8",

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from effscale.models import finish
+from effscale.models import dense, finish, transpose
 from effscale.models.activations import Activation
+from effscale.quant.bit_schedules import MOST_BITS, BitSchedule, fake_quantize_at
 from effscale.quant.formats import Format
+from effscale.quant.pruning.weight import PrunedWeight, first_step
 from effscale.quant.quantizers import fake_quantize
 
 
@@ -22,18 +24,24 @@ class FakeQuantizedWeight:
     Its gradient is that of the rounded numbers (the straight-through estimator), so that an optimizer trains ``latent``.
 
     Attributes:
-        latent: The matrix, ``(..., in, out)``, or ``(..., rows, width)`` if ``is_table``.
+        latent: The matrix, ``(..., in, out)``, or ``(..., rows, width)`` if ``is_table``; an array, or a pruned weight.
         format: Of the weight.
         activations: What inputs are rounded to before the product; None leaves them as they are.
         is_table: Whether it is a table of embeddings, in which ``channel`` means a row.
         compute: The type of the result; None takes that of ``latent``, which is rounded in its own type either way.
+        schedule: Bits on the way to those of ``format``; None takes these at once.
+        activations_offset: Updates before inputs are rounded.
+        step: Updates made, int32, ``(...)``; `at_step` sets it. None where nothing depends on it.
     """
 
-    latent: Float[Array, "*shape"]
+    latent: Any
     format: Format = dataclasses.field(metadata={"static": True})
     activations: Format | None = dataclasses.field(default=None, metadata={"static": True})
     is_table: bool = dataclasses.field(default=False, metadata={"static": True})
     compute: Any = dataclasses.field(default=None, metadata={"static": True})
+    schedule: BitSchedule | None = dataclasses.field(default=None, metadata={"static": True})
+    activations_offset: int = dataclasses.field(default=0, metadata={"static": True})
+    step: Int[Array, "*stack"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +56,7 @@ class FakeQuantizedWeight:
     @property
     def T(self) -> "FakeQuantizedWeight":
         """The kernel of a table, or the table of a kernel."""
-        return dataclasses.replace(self, latent=self.latent.mT, is_table=not self.is_table)
+        return dataclasses.replace(self, latent=transpose(self.latent), is_table=not self.is_table)
 
     def astype(self, dtype: Any) -> "FakeQuantizedWeight":
         """The same with results in another type."""
@@ -56,8 +64,13 @@ class FakeQuantizedWeight:
 
     def dense(self) -> Float[Array, "*shape"]:
         """The rounded numbers."""
-        kernel = self.latent.mT if self.is_table else self.latent
-        rounded = fake_quantize(kernel, self.format).astype(self.dtype)
+        latent = dense(self.latent)
+        kernel = latent.mT if self.is_table else latent
+        if self.schedule is None:
+            rounded = fake_quantize(kernel, self.format)
+        else:
+            rounded = fake_quantize_at(kernel, self.format, self.schedule, self.step)
+        rounded = rounded.astype(self.dtype)
         return rounded.mT if self.is_table else rounded
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
@@ -65,15 +78,18 @@ class FakeQuantizedWeight:
         return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")
 
     @property
-    def input_form(self) -> tuple[str, Format] | None:
+    def input_form(self) -> tuple[str, Format, int] | None:
         """What an input is rounded to, so that several products of one input share it."""
         if self.is_table or self.activations is None:
             return None
-        return "rounded", self.activations
+        return "rounded", self.activations, self.activations_offset
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> "Rounded":
         """The input, rounded."""
-        return Rounded(fake_quantize(x, self.activations))
+        rounded = fake_quantize(x, self.activations)
+        if self.activations_offset > 0:
+            rounded = jax.numpy.where(self.step >= self.activations_offset, rounded, x)
+        return Rounded(rounded)
 
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
@@ -81,11 +97,40 @@ class FakeQuantizedWeight:
         """``activation(x W + b)`` of the rounded matrix and input; ``x`` may be what `prepare` made."""
         if not isinstance(x, Rounded):
             x = Rounded(x) if self.input_form is None else self.prepare(x)
+        if bias is not None and isinstance(self.latent, PrunedWeight):
+            bias = self.latent.masked_bias(bias)
         return finish(x.values @ self.dense(), bias, activation)
 
     def partition(self, axes: tuple[str | None, ...]) -> "FakeQuantizedWeight":
         """Logical axes of the matrix."""
-        return dataclasses.replace(self, latent=axes)
+        inner = hasattr(self.latent, "partition")
+        return dataclasses.replace(
+            self,
+            latent=self.latent.partition(axes) if inner else axes,
+            step=None if self.step is None else axes[:-2],
+        )
+
+    def at_step(self, step: Any) -> "FakeQuantizedWeight":
+        """The same after so many updates."""
+        latent = self.latent
+        if isinstance(latent, PrunedWeight):
+            latent = latent.at_step(step)
+        if self.step is None:
+            return dataclasses.replace(self, latent=latent)
+        step = jax.numpy.broadcast_to(jax.numpy.asarray(step, "int32"), self.step.shape)
+        return dataclasses.replace(self, latent=latent, step=step)
+
+    def check_finished(self) -> None:
+        """Raise a ``ValueError`` if its schedule or that of its mask has not come to its end; not of a step that is traced."""
+        if isinstance(self.latent, PrunedWeight):
+            self.latent.check_finished()
+        if self.schedule is not None and first_step(self.step) < self.schedule.end:
+            bits, target = self.schedule.bits(first_step(self.step)), self.schedule.target_bits
+            now = "as they were" if bits > MOST_BITS else f"in {bits} bits"
+            raise ValueError(
+                f"at step {first_step(self.step)} its weights are still {now}, and wholly in {target} at step {self.schedule.end}: "
+                f"train on, or take at_step(model, {self.schedule.end}) and see what it costs"
+            )
 
 
 class Rounded(typing.NamedTuple):

@@ -18,6 +18,7 @@ Sources: Yao et al., ZeroQuant, 2022 (arXiv:2206.01861); Wu et al., XTC, 2022 (a
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,18 +101,26 @@ def quantize(
     return Quantized(codes.reshape(x.shape), scale, zero, format)
 
 
-def group_scale(x: Float[Array, "*shape"], format: Format) -> tuple[Array, Array | None]:
-    """The scale of each group, and the number that the code 0 stands for in asymmetric formats; of 3 bits or more."""
+def group_scale(
+    x: Float[Array, "*shape"], format: Format, half: Any = None
+) -> tuple[Array, Array | None]:
+    """The scale of each group, and the number that the code 0 stands for in asymmetric formats; of 3 bits or more.
+
+    Args:
+        x: Numbers.
+        format: What they become.
+        half: :math:`2^{b-1}`, where it is not that of the format's own bits; a float, which may be traced.
+    """
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
     axes = AXES[format.granularity]
-    half = 2 ** (format.bits - 1)
+    half = 2 ** (format.bits - 1) if half is None else half
     if format.symmetric:
         steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
         if format.floating:
             steps = float(jnp.finfo(FLOAT8).max)
         return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
     low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
-    scale = _safe((high - low) / (2**format.bits - (format.spread != "paper")))
+    scale = _safe((high - low) / (2 * half - (format.spread != "paper")))
     # Codes are signed, so the code 0 lies in the middle of the range.
     zero = (jnp.round(low / scale) if format.integer_zero else low / scale) + half
     # Equal numbers have no range: the code 0 stands for them.
@@ -182,14 +191,14 @@ def ternary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, 
     return jnp.where(large, jnp.sign(x), 0.0).astype(jnp.int8), scale
 
 
-def code_range(format: Format) -> tuple[int, int]:
-    """The least and the greatest code of integers.
+def code_range(format: Format, half: Any = None) -> tuple[Any, Any]:
+    """The least and the greatest code of integers, with ``half`` as for `group_scale`.
 
     Example:
         >>> code_range(Format(bits=4)), code_range(Format(bits=4, spread="paper"))
         ((-7, 7), (-8, 7))
     """
-    half = 2 ** (format.bits - 1)
+    half = 2 ** (format.bits - 1) if half is None else half
     narrow = format.symmetric and format.spread == "narrow"
     return (1 - half if narrow else -half), half - 1
 

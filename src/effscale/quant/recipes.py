@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from effscale.models import LoRA, Transformer, map_weights, split_groups
-from effscale.models.name_patterns import name_search
+from effscale.models import LoRA, dense, map_weights, transpose
+from effscale.models.validation import check, is_integer
+from effscale.quant.bit_schedules import BitSchedule, check_schedule
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
 from effscale.quant.gram_rounding import can_gptq, gptq
@@ -22,11 +22,13 @@ from effscale.quant.packed import (
     pack_quantized,
     pack_weight,
 )
+from effscale.quant.places import Model, map_by_rules, places
+from effscale.quant.pruning.rules import mask_biases
+from effscale.quant.pruning.weight import PrunedWeight
 from effscale.quant.quantizers import Quantized, group_scale, scale_shape
 
-Model = TypeVar("Model", bound=nnx.Module)
-Convert = Callable[[Any, Format, Format | None, list[str]], Any]
-"""``convert(weight, format, activations, names)``, with the names of the weight's layers, gives what takes the weight's place."""
+Convert = Callable[[Any, "Rule", list[str]], Any]
+"""``convert(weight, rule, names)``, with the names of the weight's layers, gives what takes the weight's place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,24 @@ class Rule:
     """What the weights become; None leaves them as they are, which keeps later rules from them."""
     activations: Format | None = None
     """What the inputs of their products become; None leaves these as they are."""
+    schedule: BitSchedule | None = None
+    """In training, the bits on the way to those of ``weights``; None takes these at once. See `scheduled_step`."""
+    activations_offset: int = 0
+    """In training, updates before inputs are rounded."""
 
     def __post_init__(self):
-        if self.weights is None and self.activations is not None:
-            raise ValueError(
-                f"Rule({self.where!r}): activations without weights: products are then of floats"
-            )
+        for option in ("activations", "schedule"):
+            if self.weights is None and getattr(self, option) is not None:
+                raise ValueError(
+                    f"Rule({self.where!r}): {option} without weights: products are then of floats"
+                )
+        fits = is_integer(self.activations_offset) and 0 <= self.activations_offset < 2**31
+        check(self, fits, "activations_offset", "a whole number of at least 0")
         if self.weights is not None:
             try:
                 check_formats(self.weights, self.activations)
+                if self.schedule is not None:
+                    check_schedule(self.schedule, self.weights)
             except ValueError as error:
                 raise ValueError(f"Rule({self.where!r}): {error}") from None
 
@@ -62,7 +73,8 @@ class Recipe:
         >>> attention = Rule(where=r"attention\..*kernel", weights=Format(bits=8))
         >>> rest = Rule(where=r"layers\..*kernel", weights=Format(bits=4, granularity="group", group_size=16))
         >>> recipe = Recipe((attention, rest))
-        >>> from effscale.models import gpt2
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
         >>> config = gpt2(num_layers=2, d_model=32, num_heads=2, vocab_size=64, max_length=16)
         >>> small = quantize_model(Transformer(config, rngs=nnx.Rngs(0)), recipe)
     """
@@ -85,7 +97,8 @@ def quantize_model(
 ) -> Model:
     """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
 
-    Of a model that was trained through `fake_quantize_model` the latent weights are packed.
+    Of a model that was trained through `fake_quantize_model` the latent weights are packed, and of one from `prune_model` the masked
+    weights and biases.
 
     Layers of one group that get different formats are split into groups of their own (`effscale.models.split_groups`), which
     changes no value.
@@ -104,17 +117,19 @@ def quantize_model(
 
     Raises:
         ValueError: A rule has no weight left to apply to, a weight does not fit its rule's formats (the error names it), or
-            ``grams`` or ``ranges`` does not fit the model.
+            ``grams`` or ``ranges`` does not fit the model; or a schedule of bits or a mask has not come to its end: packed, the
+            weights would not be those that were trained.
 
     Example:
-        >>> from effscale.models import gpt2
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
         >>> config = gpt2(num_layers=2, d_model=32, num_heads=2, vocab_size=64, max_length=16)
         >>> model = Transformer(config, rngs=nnx.Rngs(0))
         >>> small = quantize_model(model, w8a8())
         >>> small.groups[0].blocks[0].attention.query.kernel.get_value().data.dtype
         dtype('int8')
     """
-    known = {place.name for place in _places(model)}
+    known = {place.name for place in places(model)}
     for option, given in (("grams", grams), ("ranges", ranges)):
         if unknown := sorted(set(given or ()) - known):
             raise ValueError(f"{option} is of another model: it names {unknown[0]}")
@@ -124,10 +139,9 @@ def quantize_model(
             "ranges: no rule quantizes inputs per tensor, Format(granularity='tensor')"
         )
 
-    def packed(
-        weight: Any, format: Format, activations: Format | None, names: list[str]
-    ) -> PackedWeight:
-        is_table = names[0].endswith("embedding")
+    def packed(weight: Any, rule: Rule, names: list[str]) -> PackedWeight:
+        format, activations = cast("Format", rule.weights), rule.activations
+        is_table, weight = names[0].endswith("embedding"), dense(weight)
         if grams and can_gptq(format) and any(name in grams for name in names):
             check_packable(weight.shape[-2], format, activations)
             rounded = _rounded_by_inputs(weight, format, names, grams)
@@ -138,7 +152,7 @@ def quantize_model(
             return _with_input_scale(found, activations, names, ranges)
         return found
 
-    return replace_weights(model, recipe, packed)
+    return replace_weights(mask_biases(model), recipe, packed, to_pack=True)
 
 
 def _rounded_by_inputs(
@@ -177,7 +191,8 @@ def _with_input_scale(
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
     """A model that computes as `quantize_model` of the same recipe would, with float weights that can be trained.
 
-    A model that was made so before gets the formats of this recipe where it has a rule, and keeps its latent weights.
+    A model that was made so before gets the formats of this recipe where it has a rule, and keeps its latent weights. Weights that
+    are pruned stay so: they are masked first and then rounded.
 
     Args:
         model: As for `quantize_model`.
@@ -187,6 +202,7 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
         ValueError: As for `quantize_model`.
 
     Example:
+        >>> from flax import nnx
         >>> from effscale.models import Dense
         >>> binary = Recipe((Rule(where="kernel", weights=Format(bits=1)),))
         >>> layer = fake_quantize_model(Dense(8, 4, rngs=nnx.Rngs(0)), binary)
@@ -194,17 +210,25 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
         (8, 4)
     """
 
-    def fake(
-        weight: Any, format: Format, activations: Format | None, names: list[str]
-    ) -> FakeQuantizedWeight:
+    def fake(weight: Any, rule: Rule, names: list[str]) -> FakeQuantizedWeight:
+        format, activations = cast("Format", rule.weights), rule.activations
         is_table = names[0].endswith("embedding")
         # What cannot be packed after training is refused here.
-        *stack, d_in, d_out = weight.mT.shape if is_table else weight.shape
+        *stack, d_in, d_out = (transpose(weight) if is_table else weight).shape
         check_packable(d_in, format, activations)
         scale_shape((*stack, d_in, d_out), format)
-        return FakeQuantizedWeight(weight, format, activations, is_table)
+        counts = rule.schedule is not None or rule.activations_offset > 0
+        return FakeQuantizedWeight(
+            weight,
+            format,
+            activations,
+            is_table,
+            schedule=rule.schedule,
+            activations_offset=rule.activations_offset,
+            step=jnp.zeros(stack, jnp.int32) if counts else None,
+        )
 
-    return replace_weights(model, recipe, fake)
+    return replace_weights(model, recipe, fake, to_pack=False)
 
 
 def dequantize_model(model: Model) -> Model:
@@ -283,100 +307,26 @@ def _grouped(bits: int, group_size: int | None) -> Format:
     return Format(bits=bits, granularity="group", group_size=group_size)
 
 
-class _Place(NamedTuple):
-    """A weight's name for rules, its path in the model, and the first layer of its group's repetition; None outside of layers."""
+def replace_weights(model: Model, recipe: Recipe, convert: Convert, *, to_pack: bool) -> Model:
+    """The model with its weights converted by the rules that decide about them; weights that are packed have ended their schedules."""
 
-    name: str
-    path: str
-    unit: int | None
-
-
-def _places(model: nnx.Module) -> list[_Place]:
-    """Every kernel and table of a model; one that is stacked stands there once for each of its layers."""
-    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
-    paths = [path for path in paths if path.endswith(("kernel", "embedding"))]
-    if not isinstance(model, Transformer):
-        return [_Place(path, path, None) for path in paths]
-    places = [_Place(path, path, None) for path in paths if not path.startswith("groups.")]
-    unit = 0
-    for number, group in enumerate(model.config.groups):
-        for _ in range(group.repeat):
-            for block in range(len(group.blocks)):
-                begin = f"groups.{number}.blocks.{block}."
-                for path in paths:
-                    if path.startswith(begin):
-                        name = f"layers.{unit + block}.{path.removeprefix(begin)}"
-                        places.append(_Place(name, path, unit))
-            unit += len(group.blocks)
-    return places
-
-
-def _decisions(places: list[_Place], recipe: Recipe) -> Mapping[str, Rule]:
-    """For each weight that a rule matches, its name and that rule; raises for a rule that is left without a weight."""
-    names = [place.name for place in places]
-    decided: dict[str, Rule] = {}
-    for rule in recipe.rules:
-        chosen = name_search(rule.where, names, option="where")
-        new = [name for name in names if chosen(name) and name not in decided]
-        if not new:
+    def one(weight: Any, rule: Rule, names: list[str]) -> Any:
+        if rule.weights is None:
+            return weight
+        if isinstance(weight, PackedWeight):
+            raise ValueError("it is quantized already: dequantize_model the model first")
+        latent = weight.latent if isinstance(weight, FakeQuantizedWeight) else weight
+        if isinstance(latent, LoRA):
             raise ValueError(
-                f"where={rule.where!r} is left without a weight: the rules before it match all of its own"
+                "it has a LoRA pair: merge_lora the model, or quantize it before add_lora"
             )
-        decided |= dict.fromkeys(new, rule)
-    return decided
+        if isinstance(latent, PrunedWeight) and rule.weights.bits == 1:
+            raise ValueError("it is pruned, and binary numbers have no zero: take 2 bits or more")
+        if to_pack and isinstance(weight, FakeQuantizedWeight | PrunedWeight):
+            weight.check_finished()
+        return convert(latent, rule, names)
 
-
-def replace_weights(model: Model, recipe: Recipe, convert: Convert) -> Model:
-    """The model with its weights converted by the rules that decide about them.
-
-    Args:
-        model: As for `quantize_model`.
-        recipe: What becomes of which weight.
-        convert: From a weight, or the stack of a group's layers, its formats and the names of its layers, to what stands for it.
-    """
-    decided = _decisions(_places(model), recipe)
-    if isinstance(model, Transformer):
-        model = cast("Any", split_groups)(model, _begins(_places(model), decided))
-    # The layers of a stack now have the same rule.
-    stacks: dict[str, list[str]] = {}
-    for place in _places(model):
-        stacks.setdefault(place.path, []).append(place.name)
-    for path, names in stacks.items():
-        rule = decided.get(names[0])
-        format = None if rule is None else rule.weights
-        if rule is None or format is None:
-            continue
-
-        def one(
-            weight: Any, names: list[str] = names, rule: Rule = rule, format: Format = format
-        ) -> Any:
-            name = names[0]
-            if isinstance(weight, PackedWeight):
-                raise ValueError(f"{name} is quantized already: dequantize_model the model first")
-            if isinstance(weight, FakeQuantizedWeight):
-                weight = weight.latent
-            if isinstance(weight, LoRA):
-                raise ValueError(
-                    f"{name} has a LoRA pair: merge_lora the model, or quantize it before add_lora"
-                )
-            try:
-                return convert(weight, format, rule.activations, names)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-
-        model = map_weights(model, one, lambda path, wanted=path: path == wanted)
-    return model
-
-
-def _begins(places: list[_Place], decided: Mapping[str, Rule]) -> list[int]:
-    """Layers that get other formats than the layer before them in the same stack."""
-    last: dict[str, Any] = {}
-    begins = set()
-    for place in places:
-        if place.unit is not None:
-            rule = decided.get(place.name)
-            formats = (None, None) if rule is None else (rule.weights, rule.activations)
-            if last.get(place.path, formats) != formats:
-                begins.add(place.unit)
-            last[place.path] = formats
-    return sorted(begins)
+    kind = lambda rule: (
+        None if rule is None or rule.weights is None else dataclasses.replace(rule, where="")
+    )
+    return map_by_rules(model, recipe.rules, one, kind=kind)

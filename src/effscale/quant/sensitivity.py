@@ -5,7 +5,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effscale.models import Transformer
 from effscale.models.activations import Activation
-from effscale.models.weights import finish
+from effscale.models.weights import dense, finish
+from effscale.quant.formats import Format
 from effscale.quant.packed import PackedWeight, pack_weight
-from effscale.quant.recipes import Recipe, replace_weights
+from effscale.quant.recipes import Recipe, Rule, replace_weights
 
 Part = Literal["layer", "kind", "weight"]
 
@@ -70,14 +71,16 @@ def sensitivity(
         raise ValueError(f"by={by!r}: must be layer, kind or weight")
     names: list[str] = []
 
-    def both(weight: Any, format: Any, activations: Any, own: list[str]) -> _Either:
+    def both(weight: Any, rule: Rule, own: list[str]) -> _Either:
+        format, activations = cast("Format", rule.weights), rule.activations
+        weight = dense(weight)
         is_table = own[0].endswith("embedding")
         packed = pack_weight(weight, format, activations=activations, is_table=is_table)
         numbers = len(names) + np.arange(len(own))
         names.extend(own)
         return _Either(weight, packed, jnp.asarray(numbers.reshape(weight.shape[:-2]), jnp.int32))
 
-    switched = replace_weights(model, recipe, both)
+    switched = replace_weights(model, recipe, both, to_pack=True)
 
     @jax.jit
     def measured(switched: Transformer, batch: Mapping[str, Any], is_on: Array) -> Array:

@@ -1,0 +1,189 @@
+r"""Bits that fall while a model is trained: from many to few, with each stage twice as long as the one before it.
+
+With t the updates made since the schedule's offset and p its period, the bits are
+
+.. math:: b(t) = \max(b_{\mathrm{target}},\; b_{\mathrm{start}} - |\{k \ge 0 : t \ge 2^k p\}|)
+
+Source: the "mixture of quantization" of DeepSpeed (MoQ), its tutorial and ``runtime/quantize.py``.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from effscale.models.validation import check, is_finite, is_integer
+from effscale.quant.formats import Format
+from effscale.quant.quantizers import (
+    AXES,
+    binary,
+    code_range,
+    group_scale,
+    grouped_shape,
+    ternary,
+)
+
+MOST_BITS = 16
+"""Bits that a schedule may start from; in more of them float32 has no numbers of its own to round."""
+
+NEVER = 2**31 - 1
+"""A count of updates that is never reached; steps are counted in 32 bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitSchedule:
+    """How many bits weights are rounded to at each step.
+
+    The k-th bit is taken off after ``period * 2**(k - 1)`` updates, as in DeepSpeed's MoQ.
+
+    Example:
+        >>> schedule = BitSchedule(start_bits=12, target_bits=8, period=50)
+        >>> [schedule.bits(step) for step in (0, 49, 50, 100, 199, 200, 400, 10_000)]
+        [12, 12, 11, 10, 10, 9, 8, 8]
+        >>> schedule.end
+        400
+    """
+
+    start_bits: int
+    """Bits in which it begins; at most 16."""
+    target_bits: int
+    """Bits in which it ends; those of the weights' `Format`."""
+    period: int = 1
+    """Updates to the first bit that is taken off; each further one takes twice as many as there were before it."""
+    offset: int = 0
+    """Updates before the first rounding."""
+    change_ratio: float | None = None
+    r"""After each change of bits, how much of the rounded weight is mixed in with each update: with :math:`\rho` falling from 1 by this
+    much, the weight is :math:`\rho W + (1 - \rho) Q(W)` (DeepSpeed's ``fp16_mixed_quantize``, there with 0.001). None mixes nothing."""
+
+    def __post_init__(self):
+        for field, least in (("target_bits", 1), ("start_bits", 1), ("period", 1), ("offset", 0)):
+            value = getattr(self, field)
+            fits = is_integer(value) and least <= value <= NEVER
+            check(self, fits, field, f"a whole number of at least {least}")
+        wanted = f"from target_bits={self.target_bits} to {MOST_BITS}"
+        check(self, self.target_bits <= self.start_bits <= MOST_BITS, "start_bits", wanted)
+        ratio = self.change_ratio
+        check(
+            self,
+            ratio is None or (is_finite(ratio) and 0 < ratio <= 1),
+            "change_ratio",
+            "above 0, at most 1, or None",
+        )
+
+    @property
+    def drops(self) -> tuple[int, ...]:
+        """The steps at which a bit is taken off."""
+        count = self.start_bits - self.target_bits
+        return tuple(min(self.offset + self.period * 2**k, NEVER) for k in range(count))
+
+    @property
+    def end(self) -> int:
+        """The step from which on weights are wholly in their target bits."""
+        last = self.drops[-1] if self.drops else self.offset
+        return last if self.change_ratio is None else last + int(np.ceil(1 / self.change_ratio))
+
+    def bits(self, step: Any) -> Any:
+        """Bits at a step.
+
+        Args:
+            step: Updates made before it; a number, or an array, which may be traced.
+
+        Returns:
+            As many bits; 32, which means that nothing is rounded, before the offset.
+        """
+        if isinstance(step, int):
+            taken = sum(step >= drop for drop in self.drops)
+            return self.start_bits - taken if step >= self.offset else 32
+        bits = jnp.full_like(step, self.start_bits)
+        for drop in self.drops:
+            bits = bits - (step >= drop).astype(bits.dtype)
+        return jnp.where(step >= self.offset, bits, 32)
+
+    def mixed(self, step: Any) -> Any:
+        r"""The part :math:`\rho` of the weight that is left as it is, at a step."""
+        if self.change_ratio is None:
+            return jnp.float32(0)
+        begun = jnp.max(jnp.stack([jnp.where(step >= s, s, 0) for s in (self.offset, *self.drops)]))
+        since = (step - begun).astype(jnp.float32)
+        return jnp.maximum(0.0, 1.0 - jnp.float32(self.change_ratio) * since)
+
+
+def fake_quantize_at(
+    x: Float[Array, "*shape"], format: Format, schedule: BitSchedule, step: Any
+) -> Float[Array, "*shape"]:
+    """`effscale.quant.fake_quantize` in the bits that a schedule has at a step.
+
+    The bits are data and not part of the program: one compilation serves all of them.
+
+    Args:
+        x: A kernel ``(..., in, out)``.
+        format: What its numbers become in the end.
+        schedule: The bits on the way there; its ``target_bits`` are those of the format.
+        step: Updates made: a number, or an int32 array of the kernel's stacked dimensions or none, which may be traced.
+
+    Returns:
+        The rounded numbers, in the type of ``x``, with the gradient of ``x``.
+
+    Raises:
+        ValueError: The schedule does not end in the format.
+
+    Example:
+        >>> format = Format(bits=1, granularity="tensor", spread="paper")
+        >>> schedule = BitSchedule(start_bits=3, target_bits=1, period=10)
+        >>> x = jnp.array([[-1.0, 0.25], [0.5, 0.75]])
+        >>> [fake_quantize_at(x, format, schedule, step).tolist() for step in (0, 10, 20)]
+        [[[-1.0, 0.25], [0.5, 0.75]], [[-0.75, 0.0], [0.75, 0.75]], [[-0.625, 0.625], [0.625, 0.625]]]
+
+    References:
+        DeepSpeed's `tutorial <https://www.deepspeed.ai/tutorials/MoQ-tutorial/>`_
+    """
+    check_schedule(schedule, format)
+    stack = x.shape[:-2]
+    step = jnp.broadcast_to(jnp.asarray(step, jnp.int32), stack)
+    one = lambda x, step: _at(x, step, format, schedule)
+    for _ in stack:
+        one = jax.vmap(one)
+    return one(x, step)
+
+
+def check_schedule(schedule: BitSchedule, format: Format) -> None:
+    """Raise a ``ValueError`` unless a schedule ends in the bits of a format, and these are integers'."""
+    if format.floating:
+        raise ValueError("schedule: float8 numbers have no bits to take off")
+    if schedule.target_bits != format.bits:
+        raise ValueError(
+            f"schedule ends in target_bits={schedule.target_bits}, and the weights' format has bits={format.bits}; "
+            "let both be the same"
+        )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _at(x: Array, step: Array, format: Format, schedule: BitSchedule) -> Array:
+    """One kernel at a scalar step."""
+    bits = schedule.bits(step)
+    wide = jnp.clip(bits, 3, MOST_BITS)
+    half = jnp.left_shift(jnp.int32(1), wide - 1).astype(jnp.float32)
+    axes, exact = AXES[format.granularity], x.astype(jnp.float32)
+    grouped = exact.reshape(grouped_shape(x.shape, format))
+    scale, zero = group_scale(x, format, half)
+    scale = jnp.expand_dims(scale, axes)
+    zero = jnp.float32(0) if zero is None else jnp.expand_dims(zero, axes)
+    values = jnp.clip(jnp.round((grouped - zero) / scale), *code_range(format, half)) * scale + zero
+    for few, quantizer in ((2, ternary), (1, binary)):
+        if schedule.target_bits <= few:
+            codes, size = quantizer(grouped, axes)
+            values = jnp.where(bits == few, codes.astype(jnp.float32) * size, values)
+    rho = schedule.mixed(step)
+    values = rho * exact + (1.0 - rho) * values.reshape(x.shape)
+    return jnp.where(bits > MOST_BITS, x, values.astype(x.dtype))
+
+
+@_at.defjvp
+def _at_jvp(format: Format, schedule: BitSchedule, primals: Any, tangents: Any) -> Any:
+    """The straight-through estimator."""
+    return _at(*primals, format, schedule), tangents[0]

@@ -1,0 +1,143 @@
+"""Which parts of a matrix are kept: so many of the highest scores."""
+
+import dataclasses
+import fractions
+import functools
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from effscale.models.validation import check, choice, is_finite, is_integer
+
+Structure = Literal["sparse", "row", "head"]
+"""What is kept or pruned as one: ``sparse``, each number; ``row``, an output of the kernel with its bias (a row of PyTorch's matrix);
+``head``, the inputs of the kernel that come from one attention head, so that the kernel is an output projection of attention."""
+
+Method = Literal["l1", "topk"]
+"""Where the scores come from: ``l1``, magnitudes of the weights; ``topk``, numbers of their own that are trained."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What of a matrix is pruned, and when.
+
+    Example:
+        >>> Pruning(structure="row", dense_ratio=0.3).num_kept(64)
+        20
+    """
+
+    structure: Structure = "sparse"
+    """What is kept or pruned as one."""
+    dense_ratio: float
+    """The part that is kept: ``ceil(dense_ratio * n)`` of n, in each matrix."""
+    method: Method = "l1"
+    """Where the scores come from."""
+    num_heads: int | None = None
+    """Heads among the inputs, with ``structure="head"``; None in a `PruneRule` takes that of the model's config."""
+    offset: int = 0
+    """Updates before anything is pruned."""
+
+    def __post_init__(self):
+        choice(self, "structure", get_args(Structure))
+        choice(self, "method", get_args(Method))
+        ratio = self.dense_ratio
+        check(self, is_finite(ratio) and 0 < ratio <= 1, "dense_ratio", "above 0, at most 1")
+        fits = is_integer(self.offset) and 0 <= self.offset < 2**31
+        check(self, fits, "offset", "a whole number of at least 0")
+        heads = self.num_heads
+        if self.structure == "head":
+            fits = heads is None or (is_integer(heads) and heads >= 1)
+            check(self, fits, "num_heads", "a whole number of at least 1, or None")
+        else:
+            check(self, heads is None, "num_heads", "left out without structure='head'")
+
+    def num_kept(self, count: int) -> int:
+        """How many of so many are kept; by the ratio as it is written, so that 0.07 of 100 are 7."""
+        return math.ceil(fractions.Fraction(str(self.dense_ratio)) * count)
+
+
+def top_k_mask(scores: Float[Array, "*shape"], num_kept: int) -> Float[Array, "*shape"]:
+    """One at the highest scores and zero elsewhere, with the gradient of the scores themselves (straight-through).
+
+    Of equal scores the first are kept, so that there are always as many. Where weights are multiplied by the mask, a score gets
+    the gradient of its weight times the weight: it rises where a larger weight would lower the loss.
+
+    Args:
+        scores: Of one matrix.
+        num_kept: How many.
+
+    Example:
+        >>> top_k_mask(jnp.array([0.5, 2.0, -1.0, 2.0]), 2).tolist()
+        [0.0, 1.0, 0.0, 1.0]
+        >>> w = jnp.array([3.0, -1.0, 1.0, 1.0])
+        >>> jax.grad(lambda s: (top_k_mask(s, 2) * w).sum())(jnp.arange(4.0)).tolist()
+        [3.0, -1.0, 1.0, 1.0]
+    """
+    return scheduled_mask(scores, jnp.bool_(True), num_kept)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def scheduled_mask(scores: Array, active: Array, num_kept: int) -> Array:
+    """`top_k_mask`, and ones everywhere as long as it is not active."""
+    found = highest(scores, num_kept).astype(scores.dtype)
+    return jnp.where(active, found, jnp.ones_like(scores))
+
+
+@scheduled_mask.defjvp
+def _scheduled_mask_jvp(num_kept: int, primals: Any, tangents: Any) -> Any:
+    return scheduled_mask(*primals, num_kept), tangents[0]
+
+
+def highest(scores: Float[Array, "*shape"], num_kept: int) -> Bool[Array, "*shape"]:
+    """Whether each is among the highest scores."""
+    if num_kept >= scores.size:
+        return jnp.ones(scores.shape, bool)
+    order = jnp.argsort(-scores.reshape(-1), stable=True)
+    return jnp.zeros(scores.size, bool).at[order[:num_kept]].set(True).reshape(scores.shape)
+
+
+def magnitudes(kernel: Float[Array, "d_in d_out"], pruning: Pruning) -> Float[Array, "*units"]:
+    """The mean magnitude of what is kept or pruned as one: its L1 norm over its size.
+
+    Example:
+        >>> magnitudes(jnp.array([[1.0, -2.0], [3.0, 0.0]]), Pruning(structure="row", dense_ratio=0.5)).tolist()
+        [2.0, 1.0]
+    """
+    size = jnp.abs(kernel)
+    if pruning.structure == "row":
+        return jnp.mean(size, 0)
+    if pruning.structure == "head":
+        return jnp.mean(size.reshape(pruning.num_heads, -1), 1)
+    return size
+
+
+def over_kernel(mask: Float[Array, "*units"], shape: tuple[int, ...], pruning: Pruning) -> Array:
+    """A mask, or a stack of masks, in a shape that multiplies a kernel of this shape."""
+    if pruning.structure == "row":
+        return mask[..., None, :]
+    if pruning.structure == "head":
+        return jnp.repeat(mask, shape[-2] // mask.shape[-1], axis=-1)[..., :, None]
+    return mask
+
+
+def units_shape(shape: tuple[int, ...], pruning: Pruning) -> tuple[int, ...]:
+    """The shape of the masks of a kernel of this shape.
+
+    Raises:
+        ValueError: The kernel has no such parts.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"an array of shape {shape} is no matrix, and cannot be pruned")
+    *stack, d_in, d_out = shape
+    if pruning.structure == "sparse":
+        return shape
+    if pruning.structure == "row":
+        return (*stack, d_out)
+    if pruning.num_heads is None:
+        raise ValueError("Pruning.num_heads=None: must be given, as nothing else tells it")
+    if d_in % pruning.num_heads:
+        raise ValueError(f"num_heads={pruning.num_heads} does not divide {d_in} inputs")
+    return (*stack, pruning.num_heads)

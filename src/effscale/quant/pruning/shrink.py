@@ -1,0 +1,249 @@
+"""Models made smaller by what their masks leave out."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effscale.models import ACTIVATIONS, Alibi, MLPConfig, Transformer, split_groups
+from effscale.models.config import BlockConfig, Group
+from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.packed import check_packable
+from effscale.quant.pruning.rules import merge_masks, pruned_part
+from effscale.quant.pruning.weight import PrunedWeight
+from effscale.quant.quantizers import scale_shape
+
+QUERIES, KEYS = ("query",), ("key", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is kept of a layer, in order: inner features of its feed-forward, query heads, and key and value heads; None keeps all."""
+
+    features: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """How many of each."""
+        parts = (self.features, self.heads, self.kv_heads)
+        return tuple(None if part is None else len(part) for part in parts)
+
+
+def shrink_model(model: Transformer) -> Transformer:
+    """A smaller model with the outputs of a pruned one.
+
+    Features of the feed-forward whose row is pruned (of ``up``, or in a gated one of ``up`` or ``gate``) are taken out of its projections, and
+    heads that are pruned in the output projection out of query, key, value and output. ``d_ff`` and ``num_heads`` of the config
+    follow, and ``head_dim`` stays. All other masks become zeros, as by `merge_masks`.
+
+    Layers of one group that keep different numbers become groups of their own. Fake-quantized weights stay so: what their scales
+    are measured on has changed where these span inputs or blocks of outputs, so train on, or shrink before `fake_quantize_model`.
+
+    Args:
+        model: From `prune_model`. Take it before `effscale.quant.quantize_model` and ``add_lora``.
+
+    Returns:
+        A model of plain arrays with a config of its own, which trains and saves as any other, if a family of Hugging Face has such a
+        config: BERT and GPT-2 cannot say ``head_dim``, so a model of theirs with fewer heads is refused by ``save_pretrained``.
+
+    Raises:
+        ValueError: Nothing that is pruned could be taken out; pruning has not begun; the activation does not map zero to zero, heads
+            have ALiBi's slopes, which go by their number, or grouped key heads keep different numbers of queries.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> from effscale.quant import Pruning, PruneRule, prune_model
+        >>> config = gpt2(num_layers=2, d_model=16, num_heads=4, vocab_size=64, max_length=16)
+        >>> heads = PruneRule(where="attention.out", pruning=Pruning(structure="head", dense_ratio=0.5))
+        >>> pruned = prune_model(Transformer(config, rngs=nnx.Rngs(0)), (heads,))
+        >>> small = shrink_model(pruned)
+        >>> small.config.blocks[0].attention.num_heads, small.config.blocks[0].attention.width(16)
+        (2, 4)
+    """
+    kept = _kept_of_layers(model)
+    if not any(any(size is not None for size in one.sizes) for one in kept):
+        raise ValueError(
+            "nothing can be taken out: prune rows of feed_forward.up or heads of attention.out, by prune_model"
+        )
+    model = merge_masks(split_groups(model, _changes(model, kept)))
+    new: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    configs, first = [], 0
+    for config, group in zip(model.config.groups, new.groups, strict=True):
+        width = len(config.blocks)
+        blocks = []
+        for number, (block_config, block) in enumerate(
+            zip(config.blocks, group.blocks, strict=True)
+        ):
+            own = kept[first + number : first + width * config.repeat : width]
+            name = f"layers.{first + number}"
+            blocks.append(_shrink_block(block, block_config, own, model.config.d_model, name))
+        configs.append(Group(blocks=tuple(blocks), repeat=config.repeat))
+        first += width * config.repeat
+    new.config = dataclasses.replace(model.config, groups=tuple(configs))
+    return new
+
+
+def _kept_of_layers(model: Transformer) -> list[Kept]:
+    """What each layer keeps."""
+    found, first = [], 0
+    for config, group in zip(model.config.groups, model.groups, strict=True):
+        for repetition in range(config.repeat):
+            for number, (block_config, block) in enumerate(
+                zip(config.blocks, group.blocks, strict=True)
+            ):
+                name = f"layers.{first + number}"
+                features = _features(block, block_config, repetition, name)
+                heads, kv_heads = _heads(block, block_config, repetition, name, model)
+                found.append(Kept(features, heads, kv_heads))
+            first += len(config.blocks)
+    return found
+
+
+def _mask_of(dense_layer: Any, structure: str, repetition: int, name: str) -> np.ndarray | None:
+    """The mask of a structure of one layer's kernel; None if it has none."""
+    weight: Any = None if dense_layer is None else pruned_part(dense_layer.kernel.get_value())
+    while isinstance(weight, PrunedWeight):
+        if weight.pruning.structure == structure:
+            try:
+                weight.check_finished()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            return np.asarray(weight.kept())[repetition] > 0
+        weight = weight.latent
+    return None
+
+
+def _features(
+    block: Any, config: BlockConfig, repetition: int, name: str
+) -> tuple[int, ...] | None:
+    if not isinstance(config.feed_forward, MLPConfig):
+        return None
+    inner = block.feed_forward
+    up = _mask_of(inner.up, "row", repetition, f"{name}.feed_forward.up.kernel")
+    gate = _mask_of(inner.gate, "row", repetition, f"{name}.feed_forward.gate.kernel")
+    masks = [mask for mask in (up, gate) if mask is not None]
+    if not masks:
+        return None
+    activation = config.feed_forward.activation
+    if up is None or not config.feed_forward.gated:
+        # What is pruned goes through the activation alone.
+        at_zero = float(ACTIVATIONS[activation](jnp.zeros(())))
+        if at_zero != 0:
+            raise ValueError(
+                f"{name}.feed_forward: {activation} of zero is {at_zero}, so a pruned feature still adds to the output"
+            )
+    kept = np.logical_and.reduce(masks)
+    if not kept.any():
+        raise ValueError(f"{name}.feed_forward: up and gate have no kept feature in common")
+    return tuple(np.flatnonzero(kept).tolist())
+
+
+def _heads(
+    block: Any, config: BlockConfig, repetition: int, name: str, model: Transformer
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    mask = _mask_of(block.attention.out, "head", repetition, f"{name}.attention.out.kernel")
+    if mask is None:
+        return None, None
+    if isinstance(model.config.positions, Alibi):
+        raise ValueError(
+            f"{name}.attention: ALiBi's slopes go by the number of a head, so none can be taken out; merge_masks leaves zeros"
+        )
+    by_key = mask.reshape(config.attention.kv_heads, -1)
+    counts = by_key.sum(1)
+    sizes = sorted(set(counts[counts > 0].tolist()))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name}.attention: key heads keep {counts.tolist()} query heads each; all that stay need as many"
+        )
+    return tuple(np.flatnonzero(mask).tolist()), tuple(np.flatnonzero(counts).tolist())
+
+
+def _changes(model: Transformer, kept: list[Kept]) -> list[int]:
+    """Layers that begin a repetition whose sizes are other than those of the one before it in the same group."""
+    begins, first = [], 0
+    for group in model.config.groups:
+        width = len(group.blocks)
+        sizes = lambda start, width=width: [one.sizes for one in kept[start : start + width]]
+        for start in range(first + width, first + width * group.repeat, width):
+            if sizes(start) != sizes(start - width):
+                begins.append(start)
+        first += width * group.repeat
+    return begins
+
+
+def _shrink_block(
+    block: Any, config: BlockConfig, kept: list[Kept], d_model: int, name: str
+) -> BlockConfig:
+    """Takes out of a stack of like blocks, in place, what none of them keeps; the config that is left."""
+    stacked = lambda part: np.array([getattr(one, part) for one in kept])
+    if kept[0].features is not None:
+        features = stacked("features")
+        for which in ("up", "gate"):
+            _take_outputs(
+                getattr(block.feed_forward, which), features, f"{name}.feed_forward.{which}"
+            )
+        _take_inputs(block.feed_forward.down, features, f"{name}.feed_forward.down")
+        config = dataclasses.replace(
+            config,
+            feed_forward=dataclasses.replace(config.feed_forward, d_ff=features.shape[1]),  # pyrefly: ignore[bad-argument-type]
+        )
+    if kept[0].heads is not None:
+        attention, width = config.attention, config.attention.width(d_model)
+        heads, kv_heads = stacked("heads"), stacked("kv_heads")
+        spread = lambda heads: (heads[..., None] * width + np.arange(width)).reshape(len(heads), -1)
+        for names, which in ((QUERIES, heads), (KEYS, kv_heads)):
+            for part in names:
+                _take_outputs(
+                    getattr(block.attention, part), spread(which), f"{name}.attention.{part}"
+                )
+        _take_inputs(block.attention.out, spread(heads), f"{name}.attention.out")
+        is_grouped = attention.num_kv_heads is not None
+        smaller = dataclasses.replace(
+            attention,
+            num_heads=heads.shape[1],
+            num_kv_heads=kv_heads.shape[1] if is_grouped else None,
+            head_dim=width,
+        )
+        block.attention.config = smaller
+        config = dataclasses.replace(config, attention=smaller)
+    return config
+
+
+def _take_outputs(layer: Any, chosen: np.ndarray, name: str) -> None:
+    if layer is None:
+        return
+    layer.kernel = layer.kernel.replace(
+        _taken(layer.kernel.get_value(), chosen, 2, f"{name}.kernel")
+    )
+    if layer.bias is not None:
+        bias = jnp.take_along_axis(layer.bias.get_value(), jnp.asarray(chosen), 1)
+        layer.bias = layer.bias.replace(bias)
+
+
+def _take_inputs(layer: Any, chosen: np.ndarray, name: str) -> None:
+    layer.kernel = layer.kernel.replace(
+        _taken(layer.kernel.get_value(), chosen, 1, f"{name}.kernel")
+    )
+
+
+def _taken(weight: Any, chosen: np.ndarray, axis: int, name: str) -> Any:
+    """The chosen inputs (axis 1) or outputs (axis 2) of a stack of kernels."""
+    if isinstance(weight, FakeQuantizedWeight):
+        new = dataclasses.replace(weight, latent=_taken(weight.latent, chosen, axis, name))
+        try:
+            scale_shape(new.shape, new.format)
+            check_packable(new.shape[-2], new.format, new.activations)
+        except ValueError as error:
+            raise ValueError(f"{name}, made smaller: {error}") from error
+        return new
+    if not isinstance(weight, jax.Array | np.ndarray):
+        raise ValueError(
+            f"{name} is a {type(weight).__name__}: shrink the model before its weights are packed or get a LoRA pair"
+        )
+    where = chosen[:, :, None] if axis == 1 else chosen[:, None, :]
+    return jnp.take_along_axis(jnp.asarray(weight), jnp.asarray(where), axis)
