@@ -1,6 +1,7 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
 from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
+from effscale.quant.deepspeed import DeepSpeedCompression, compression_from_deepspeed
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.files.load import load_packed
 from effscale.quant.files.save import save_packed
@@ -33,6 +34,7 @@ from effscale.quant.steps import at_step, scheduled_step
 __all__ = [
     "LKD",
     "BitSchedule",
+    "DeepSpeedCompression",
     "Distilled",
     "FakeQuantizedWeight",
     "Format",
@@ -45,6 +47,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "at_step",
+    "compression_from_deepspeed",
     "dequantize_model",
     "distill_layers",
     "fake_quantize",

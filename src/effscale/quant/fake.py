@@ -87,7 +87,7 @@ class FakeQuantizedWeight:
     def prepare(self, x: Float[Array, "rows d_in"]) -> "Rounded":
         """The input, rounded."""
         rounded = fake_quantize(x, self.activations)
-        if self.activations_offset > 0:
+        if self.step is not None and self.activations_offset > 0:
             rounded = jax.numpy.where(self.step >= self.activations_offset, rounded, x)
         return Rounded(rounded)
 
@@ -124,12 +124,15 @@ class FakeQuantizedWeight:
         """Raise a ``ValueError`` if its schedule or that of its mask has not come to its end; not of a step that is traced."""
         if isinstance(self.latent, PrunedWeight):
             self.latent.check_finished()
-        if self.schedule is not None and first_step(self.step) < self.schedule.end:
-            bits, target = self.schedule.bits(first_step(self.step)), self.schedule.target_bits
+        if self.schedule is None or self.step is None:
+            return
+        step, end = first_step(self.step), self.schedule.end
+        if step < end:
+            bits, target = self.schedule.bits(step), self.schedule.target_bits
             now = "as they were" if bits > MOST_BITS else f"in {bits} bits"
             raise ValueError(
-                f"at step {first_step(self.step)} its weights are still {now}, and wholly in {target} at step {self.schedule.end}: "
-                f"train on, or take at_step(model, {self.schedule.end}) and see what it costs"
+                f"at step {step} its weights are still {now}, and wholly in {target} at step {end}: train on, or take "
+                f"at_step(model, {end}) and see what it costs"
             )
 
 

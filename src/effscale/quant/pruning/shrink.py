@@ -1,7 +1,7 @@
 """Models made smaller by what their masks leave out."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -188,10 +188,8 @@ def _shrink_block(
                 getattr(block.feed_forward, which), features, f"{name}.feed_forward.{which}"
             )
         _take_inputs(block.feed_forward.down, features, f"{name}.feed_forward.down")
-        config = dataclasses.replace(
-            config,
-            feed_forward=dataclasses.replace(config.feed_forward, d_ff=features.shape[1]),  # pyrefly: ignore[bad-argument-type]
-        )
+        smaller: Any = dataclasses.replace(cast("Any", config.feed_forward), d_ff=features.shape[1])
+        config = dataclasses.replace(config, feed_forward=smaller)
     if kept[0].heads is not None:
         attention, width = config.attention, config.attention.width(d_model)
         heads, kv_heads = stacked("heads"), stacked("kv_heads")
@@ -203,14 +201,14 @@ def _shrink_block(
                 )
         _take_inputs(block.attention.out, spread(heads), f"{name}.attention.out")
         is_grouped = attention.num_kv_heads is not None
-        smaller = dataclasses.replace(
+        fewer = dataclasses.replace(
             attention,
             num_heads=heads.shape[1],
             num_kv_heads=kv_heads.shape[1] if is_grouped else None,
             head_dim=width,
         )
-        block.attention.config = smaller
-        config = dataclasses.replace(config, attention=smaller)
+        block.attention.config = fewer
+        config = dataclasses.replace(config, attention=fewer)
     return config
 
 

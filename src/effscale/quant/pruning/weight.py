@@ -6,6 +6,7 @@ with m the mask of the rows, where there is one, and M the mask of the matrix.
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -73,11 +74,8 @@ class PrunedWeight:
     @property
     def num_kept(self) -> int:
         """How much of each matrix is kept, from the offset on."""
-        units = self.mask if self.scores is None else self.scores
-        size = 1
-        for length in units.shape[self.step.ndim :]:
-            size *= length
-        return self.pruning.num_kept(size)
+        units = units_shape(self.latent.shape, self.pruning)
+        return self.pruning.num_kept(math.prod(units[len(self.latent.shape) - 2 :]))
 
     def astype(self, dtype: Any) -> "PrunedWeight":
         """The same with results in another type."""
@@ -86,7 +84,7 @@ class PrunedWeight:
     def kept(self) -> Float[Array, "*units"]:
         """The mask in force: one for what is kept and zero for what is pruned, with a gradient to the scores."""
         active = self.step >= self.pruning.offset
-        if self.scores is None:
+        if self.mask is not None:
             active = active.reshape(active.shape + (1,) * (self.mask.ndim - active.ndim))
             return (self.mask | ~active).astype(self.latent.dtype)
         count = self.num_kept
