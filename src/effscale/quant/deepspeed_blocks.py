@@ -26,6 +26,7 @@ def enabled(block: Block, technique: str) -> bool:
     if technique not in block:
         return False
     if technique == "layer_reduction":
+        check_keys(block[technique], where, optional=block[technique])
         return switch({"enabled": False} | dict(block[technique]), where)
     keys = ("shared_parameters", "different_groups")
     check_keys(block[technique], where, required=keys[:1], optional=keys[1:])

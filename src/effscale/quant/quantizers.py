@@ -120,7 +120,7 @@ def group_scale(
             steps = float(jnp.finfo(FLOAT8).max)
         return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
     low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
-    scale = _safe((high - low) / (2 * half - (format.spread != "paper")))
+    scale = _safe((high - low) / (2 * half - int(format.spread != "paper")))
     # Codes are signed, so the code 0 lies in the middle of the range.
     zero = (jnp.round(low / scale) if format.integer_zero else low / scale) + half
     # Equal numbers have no range: the code 0 stands for them.

@@ -235,7 +235,7 @@ def dequantize_model(model: Model) -> Model:
     """A model with plain arrays in place of quantized weights, of the values that these stand for.
 
     Args:
-        model: Any ``nnx`` module; one without quantized weights comes back as it is.
+        model: Any ``nnx`` module; one without quantized weights comes back as it is. Biases whose rows are pruned become zero.
     """
 
     def plain(weight: Any) -> Any:
@@ -245,7 +245,7 @@ def dequantize_model(model: Model) -> Model:
             return dataclasses.replace(weight, base=plain(weight.base))
         return weight
 
-    return map_weights(model, plain, lambda path: True)
+    return map_weights(mask_biases(model), plain, lambda path: True)
 
 
 def w8a8() -> Recipe:
