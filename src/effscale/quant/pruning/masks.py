@@ -91,7 +91,8 @@ def _scheduled_mask_jvp(num_kept: int, primals: Any, tangents: Any) -> Any:
     return scheduled_mask(*primals, num_kept), tangents[0]
 
 
-def highest(scores: Float[Array, "*shape"], num_kept: int) -> Bool[Array, "*shape"]:
+@jax.jit
+def highest(scores: Float[Array, "*shape"], num_kept: Any) -> Bool[Array, "*shape"]:
     """Whether each is among the highest scores; of equal ones the first are.
 
     The lowest score that is kept is found bit by bit, in 32 passes over the scores: sorting them takes far longer.

@@ -6,6 +6,7 @@ with m the mask of the rows, where there is one, and M the mask of the matrix.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from typing import Any
@@ -132,11 +133,7 @@ class PrunedWeight:
         if self.scores is not None or self.pruning.offset == 0:
             return new
         reached = (self.step < self.pruning.offset) & (step >= self.pruning.offset)
-        mask = jax.lax.cond(
-            jnp.any(reached),
-            lambda: mask_by_magnitude(dense(latent), self.pruning),
-            lambda: self.mask,
-        )
+        mask = _mask_once(self.mask, dense(latent), jnp.any(reached), self.pruning)
         return dataclasses.replace(new, mask=mask)
 
     def check_finished(self) -> None:
@@ -216,6 +213,12 @@ def mask_by_magnitude(
         return highest(scores, pruning.num_kept(scores.size))
 
     return _of_each(one, kernel)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _mask_once(mask: Array, kernel: Array, reached: Array, pruning: Pruning) -> Array:
+    """A new mask by magnitude if the offset is reached, or else the old one."""
+    return jax.lax.cond(reached, lambda: mask_by_magnitude(kernel, pruning), lambda: mask)
 
 
 def _of_each(function: Any, kernel: Array) -> Array:
