@@ -2,6 +2,13 @@
 
 from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
 from effscale.quant.deepspeed import DeepSpeedCompression, compression_from_deepspeed
+from effscale.quant.distillation import (
+    DistillationOutputs,
+    DistillationTerms,
+    LayerMap,
+    distillation_loss,
+    one_stage_loss,
+)
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.files.load import load_packed
 from effscale.quant.files.save import save_packed
@@ -10,11 +17,11 @@ from effscale.quant.gram_rounding import gptq
 from effscale.quant.inputs import InputRange, input_grams, input_ranges
 from effscale.quant.lkd import LKD, Distilled, distill_layers
 from effscale.quant.packed import PackedWeight, pack_weight
-from effscale.quant.qarrays import from_qarray, to_qarray
 from effscale.quant.pruning.masks import Pruning, top_k_mask
 from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
 from effscale.quant.pruning.shrink import shrink_model
 from effscale.quant.pruning.weight import PrunedWeight, prune_weight
+from effscale.quant.qarrays import from_qarray, to_qarray
 from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
 from effscale.quant.recipes import (
     Recipe,
@@ -29,16 +36,21 @@ from effscale.quant.recipes import (
     w8a8,
 )
 from effscale.quant.sensitivity import sensitivity
+from effscale.quant.sizes import ModelSize, model_size
 from effscale.quant.steps import at_step, scheduled_step
 
 __all__ = [
     "LKD",
     "BitSchedule",
     "DeepSpeedCompression",
+    "DistillationOutputs",
+    "DistillationTerms",
     "Distilled",
     "FakeQuantizedWeight",
     "Format",
     "InputRange",
+    "LayerMap",
+    "ModelSize",
     "PackedWeight",
     "PruneRule",
     "PrunedWeight",
@@ -50,6 +62,7 @@ __all__ = [
     "compression_from_deepspeed",
     "dequantize_model",
     "distill_layers",
+    "distillation_loss",
     "fake_quantize",
     "fake_quantize_at",
     "fake_quantize_model",
@@ -59,6 +72,8 @@ __all__ = [
     "input_ranges",
     "load_packed",
     "merge_masks",
+    "model_size",
+    "one_stage_loss",
     "pack_weight",
     "prune_model",
     "prune_weight",
@@ -66,10 +81,10 @@ __all__ = [
     "quantize_model",
     "save_packed",
     "scale_shape",
-    "sensitivity",
-    "to_qarray",
     "scheduled_step",
+    "sensitivity",
     "shrink_model",
+    "to_qarray",
     "top_k_mask",
     "w1a8",
     "w2a8",

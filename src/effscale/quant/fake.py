@@ -74,8 +74,11 @@ class FakeQuantizedWeight:
         return rounded.mT if self.is_table else rounded
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-        """Rounded rows of the matrix."""
-        return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")
+        """Rounded rows of the matrix; where a row of a table has scales of its own, only these are rounded."""
+        if not self.is_table or self.format.granularity not in ("channel", "group"):
+            return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")
+        rows = jax.numpy.take(self.latent, indices.reshape(-1), axis=0, mode="clip")
+        return dataclasses.replace(self, latent=rows).dense().reshape(*indices.shape, -1)
 
     @property
     def input_form(self) -> tuple[str, Format, int] | None:

@@ -1,0 +1,348 @@
+r"""One-stage distillation: a small or quantized student learns from its teacher's logits, attention scores and hidden states.
+
+With the student's layers :math:`i` matched to layers :math:`a_i` of the teacher, and its hidden states :math:`h_0` (what the
+embedding gives), :math:`h_1, \dots` (what the layers give) to the teacher's :math:`h_{r_0}, h_{r_1}, \dots`, it minimizes
+
+.. math::
+    L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
+    + \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
+
+for logits :math:`z` of C classes and attention scores :math:`A`, which are those before the softmax. All terms weigh the same, and
+no label is read. XTC's finding is that this one stage, trained long enough at a good learning rate, does as well as the sequences of stages
+before it.
+
+A student with fewer layers begins as some layers of its teacher, which is one call:
+``effscale.models.take_layers(teacher, [1, 3, 5])``. The papers' choices out of 12 layers are ``[1, 3, 5, 7, 9, 11]`` and
+``[2, 4, 6, 8, 10]``; `LayerMap.reduced` of the same list says what each layer learns from.
+
+Sources: Wu et al., "Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (XTC), 2022, section 3; Jiao et al.,
+"TinyBERT", 2020, for the terms.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from effscale.models import Context, Transformer, by_layer, run_group
+from effscale.models.points import SCORES
+from effscale.quant.inputs import GIVEN
+from effscale.training import Loss, add_reports
+
+MASKED = -1e2
+"""A score at most this large is one that a mask was added to, and counts as zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMap:
+    """Which of the teacher's layers the student's layers learn from, first to last.
+
+    Attributes:
+        scores: For each layer of the student the teacher's layer whose attention scores it learns; layers count from 0.
+        hidden: For the student's embedding and each of its layers the hidden state of the teacher: 0 is what the teacher's
+            embedding gives, and i + 1 what its layer i gives.
+
+    Example:
+        >>> LayerMap.reduced([1, 3, 5])
+        LayerMap(scores=(1, 3, 5), hidden=(0, 2, 4, 6))
+        >>> LayerMap.even(3, 6) == LayerMap.reduced([1, 3, 5])
+        True
+    """
+
+    scores: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.scores or len(self.hidden) != len(self.scores) + 1:
+            raise ValueError(
+                f"LayerMap: scores={self.scores} and hidden={self.hidden}: hidden must have one entry more than scores, for "
+                "the embedding, and scores at least one"
+            )
+        for name in ("scores", "hidden"):
+            if negative := [number for number in getattr(self, name) if number < 0]:
+                raise ValueError(
+                    f"LayerMap.{name}={getattr(self, name)}: {negative[0]} is no layer; they count from 0"
+                )
+
+    @classmethod
+    def reduced(cls, teacher_layers: Sequence[int]) -> "LayerMap":
+        """The map of a student that was made of these layers of its teacher.
+
+        Each layer learns what its own original does: its scores, and its hidden state. The embedding learns the state before
+        the first of them and one layer up, as in the original code: with ``[2, 4, 6, 8, 10]`` it is matched to what the
+        teacher's layer 0 gives, and not to the teacher's embedding.
+
+        Args:
+            teacher_layers: As for `effscale.models.take_layers`.
+        """
+        if not len(teacher_layers):
+            raise ValueError("teacher_layers=[]: name at least one layer")
+        # With a first layer 0 the original's index is -1, the teacher's last state.
+        begin = max(teacher_layers[0] - 1, 0)
+        return cls(tuple(teacher_layers), (begin, *(number + 1 for number in teacher_layers)))
+
+    @classmethod
+    def even(cls, student: int, teacher: int) -> "LayerMap":
+        """The map between a student and a teacher of these numbers of layers, spread evenly; one to one if they are as deep.
+
+        Raises:
+            ValueError: The student's number does not divide the teacher's.
+        """
+        if student < 1 or teacher % student:
+            raise ValueError(
+                f"{student} layers of a student do not divide {teacher} of a teacher: name the layers, LayerMap.reduced([...])"
+            )
+        each = teacher // student
+        return cls(
+            tuple(i * each + each - 1 for i in range(student)),
+            tuple(i * each for i in range(student + 1)),
+        )
+
+
+class DistillationOutputs(NamedTuple):
+    """What is compared of a student and its teacher.
+
+    Attributes:
+        logits: ``(batch, classes)``, or ``(batch, seq, vocab)`` of a language model.
+        scores: For each layer the scaled attention scores before the softmax, ``(batch, heads, seq, keys)``, with or without a
+            mask added: a stacked array or a sequence of arrays.
+        hidden: The embedding's output, then each layer's, ``(batch, seq, width)``, likewise.
+    """
+
+    logits: Float[Array, "batch *seq classes"]
+    scores: Any
+    hidden: Any
+
+
+class DistillationTerms(NamedTuple):
+    """The three terms of the loss for each row."""
+
+    logits: Float[Array, "batch"]
+    scores: Float[Array, "batch"]
+    hidden: Float[Array, "batch"]
+
+    def total(self) -> Float[Array, "batch"]:
+        """Their sum."""
+        return self.logits + self.scores + self.hidden
+
+
+def distillation_loss(
+    student: DistillationOutputs,
+    teacher: DistillationOutputs,
+    layers: LayerMap,
+    *,
+    real: Bool[Array, "batch seq"] | None = None,
+    visible: Bool[Array, "_rows _seq keys"] | None = None,
+) -> DistillationTerms:
+    """The loss of one-stage distillation for each row, of arrays from any model.
+
+    A term is a mean over all entries of an array, and a sum over layers. Padding and masked scores do not count. (DeepSpeed's code
+    counts both; TinyBERT's counts masked scores as zeros.) The logits of classes are averaged over classes, too, as in the
+    original, so that this term is a cross entropy divided by their number; over a vocabulary that would leave nothing of it, and
+    next-token logits have their cross entropy averaged over tokens alone. A single logit, of a regression, has its squared
+    difference.
+
+    Args:
+        student: What is trained.
+        teacher: What it learns from; no gradient goes there.
+        layers: Which of the teacher's layers each of the student's learns from.
+        real: True at real tokens; None: all are.
+        visible: True where a query may see a key, which causal models need; None: everywhere. Scores that a mask was
+            added to, at most -100, count as zeros.
+
+    Returns:
+        The terms; the loss of a batch is ``terms.total().mean()``.
+
+    Raises:
+        ValueError: The arrays do not fit each other or the map; the error names the layer.
+
+    Example:
+        >>> random = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+        >>> teacher = DistillationOutputs(random(0, 2, 3), random(1, 4, 2, 1, 5, 5), random(2, 5, 2, 5, 8))  # 4 layers
+        >>> student = DistillationOutputs(random(3, 2, 3), random(4, 2, 2, 1, 5, 5), random(5, 3, 2, 5, 8))  # 2 layers
+        >>> terms = distillation_loss(student, teacher, LayerMap.even(2, 4))
+        >>> terms.total().shape
+        (2,)
+
+    References:
+        Wu et al., `XTC <https://arxiv.org/abs/2206.01859>`_, 2022
+    """
+    teacher = jax.lax.stop_gradient(teacher)
+    _check_depths(student, teacher, layers)
+    pairs = visible
+    if real is not None:
+        both = real[:, :, None] & real[:, None, :]
+        pairs = both if visible is None else both & visible
+    scores = hidden = jnp.zeros(student.logits.shape[0], jnp.float32)
+    for i, number in enumerate(layers.scores):
+        own, other = _pair("scores", i, student.scores[i], number, teacher.scores[number])
+        difference = _unmasked(own) - _unmasked(other)
+        scores = scores + _row_means(jnp.square(difference).mean(1), pairs)
+    for i, number in enumerate(layers.hidden):
+        own, other = _pair("hidden", i, student.hidden[i], number, teacher.hidden[number])
+        hidden = hidden + _row_means(jnp.square(own - other).mean(-1), real)
+    return DistillationTerms(_logits_term(student.logits, teacher.logits, real), scores, hidden)
+
+
+def one_stage_loss(
+    model: Transformer,
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray | None,
+    teacher: Transformer,
+    *,
+    layers: LayerMap,
+    head: str | None = None,
+) -> Loss:
+    """One-stage distillation as a training objective, for models of the library.
+
+    The teacher is what the step is given as ``frozen``::
+
+        loss = functools.partial(one_stage_loss, layers=LayerMap.reduced([1, 3, 5]))
+        step = jax.jit(make_train_step(loss, optimizer))
+        state, metrics = step(state, batch, frozen=teacher)
+
+    Scores need the whole matrix of queries and keys of every layer, for student and teacher. In pre-norm models the last
+    hidden state is that before the final norm.
+
+    Args:
+        model: The student: a model with fewer layers (`effscale.models.take_layers`), quantized weights
+            (`fake_quantize_model`), or both.
+        batch: ``input_ids`` of shape ``(batch, seq)`` (or ``images``), and where present ``attention_mask``, ``positions``,
+            ``segment_ids``, ``type_ids``, and ``weights`` of rows. Labels are not read.
+        key: Turns the student's dropout on; the teacher has none.
+        teacher: As wide as the student, with as many heads.
+        layers: Which of the teacher's layers each of the student's learns from.
+        head: Name of the head whose logits are learned; None takes the only one.
+
+    Returns:
+        The sum over rows, with the three terms as metrics ``logits_loss``, ``scores_loss`` and ``hidden_loss``.
+
+    Raises:
+        ValueError: The models do not fit each other or the map, or have several heads and none is named.
+
+    Example:
+        >>> import functools
+        >>> from flax import nnx
+        >>> from effscale.models import ClassHead, bert, take_layers
+        >>> from effscale.quant import fake_quantize_model, w1a8
+        >>> config = bert(num_layers=4, d_model=16, num_heads=2, vocab_size=64, max_length=8, heads=(ClassHead(num_classes=3),))
+        >>> teacher = Transformer(config, rngs=nnx.Rngs(0))
+        >>> student = fake_quantize_model(take_layers(teacher, [1, 3]), w1a8())
+        >>> batch = {"input_ids": jnp.arange(16, dtype=jnp.int32).reshape(2, 8)}
+        >>> loss = one_stage_loss(student, batch, None, teacher, layers=LayerMap.reduced([1, 3]))
+        >>> float(loss.weight), sorted(loss.metrics)
+        (2.0, ['hidden_loss', 'logits_loss', 'scores_loss'])
+
+    References:
+        Wu et al., `XTC <https://arxiv.org/abs/2206.01859>`_, 2022
+    """
+    own, context, reports = _outputs(model, batch, key, head, "the student")
+    other, _, _ = _outputs(teacher, batch, None, head, "the teacher")
+    size = own.hidden[0].shape[1]
+    visible = context.allowed(0, size, size)
+    terms = distillation_loss(
+        own,
+        other,
+        layers,
+        real=context.real,
+        visible=None if visible is None else visible[:, 0],
+    )
+    weights = batch.get("weights")
+    weights = jnp.ones_like(terms.logits) if weights is None else weights.astype(jnp.float32)
+    metrics = {f"{name}_loss": (term * weights).sum() for name, term in terms._asdict().items()}
+    loss = Loss((terms.total() * weights).sum(), weights.sum(), metrics)
+    return add_reports(loss, reports)
+
+
+def _outputs(
+    model: Transformer,
+    batch: Mapping[str, Any],
+    key: PRNGKeyArray | None,
+    head: str | None,
+    who: str,
+) -> tuple[DistillationOutputs, Context, Any]:
+    """What is compared of a model for a batch, with the context of its layers and what these report."""
+    first: list[tuple[Array, Context]] = []
+
+    def run(index: int, group: Any, x: Array, context: Context, cache: Any, key: Any) -> Any:
+        if index == 0:
+            first.append((x, context))
+        return run_group(index, group, x, context, cache, key)
+
+    inputs = batch["images"] if "images" in batch else batch["input_ids"]
+    given = {name: batch[name] for name in GIVEN if name in batch}
+    encoded = model.encode(inputs, **given, key=key, run_group=run, capture=("layer_out", SCORES))
+    mask = batch.get("attention_mask")
+    outputs = model.outputs(encoded.hidden, None if mask is None else mask.astype(bool), key)
+    names = list(model.heads)
+    if head is None and len(names) != 1:
+        raise ValueError(f"head=None: {who} has the heads {names}; name the one to learn from")
+    if head is not None and head not in names:
+        raise ValueError(f"head={head!r}: {who} has the heads {names}")
+    logits = outputs if isinstance(outputs, jax.Array) else outputs[head or names[0]]
+    ((embedded, context),) = first
+    hidden = [embedded, *by_layer(encoded.captured, "layer_out")]
+    return (
+        DistillationOutputs(logits, by_layer(encoded.captured, SCORES), hidden),
+        context,
+        encoded.reports,
+    )
+
+
+def _check_depths(
+    student: DistillationOutputs, teacher: DistillationOutputs, layers: LayerMap
+) -> None:
+    """The student has as many layers as the map, and the teacher has those that it names."""
+    for name in ("scores", "hidden"):
+        wanted, there = getattr(layers, name), len(getattr(student, name))
+        if there != len(wanted):
+            raise ValueError(
+                f"layers.{name}={wanted} are {len(wanted)}, and the student has {there} {name}"
+            )
+        depth = len(getattr(teacher, name))
+        if max(wanted) >= depth:
+            raise ValueError(
+                f"layers.{name}={wanted}: the teacher has {depth} {name}, 0 to {depth - 1}"
+            )
+    if student.logits.shape != teacher.logits.shape:
+        raise ValueError(
+            f"the student's logits are of shape {student.logits.shape}, the teacher's of {teacher.logits.shape}"
+        )
+
+
+def _pair(name: str, i: int, own: Array, number: int, other: Array) -> tuple[Array, Array]:
+    """Entry ``i`` of the student's and ``number`` of the teacher's in float32, of one shape."""
+    if own.shape != other.shape:
+        raise ValueError(
+            f"{name}: the student's {i} is of shape {own.shape} and the teacher's {number}, from which it is to learn, of "
+            f"{other.shape}; both models must have one width and number of heads"
+        )
+    return own.astype(jnp.float32), other.astype(jnp.float32)
+
+
+def _unmasked(scores: Array) -> Array:
+    return jnp.where(scores <= MASKED, 0.0, scores)
+
+
+def _row_means(values: Float[Array, "batch *rest"], counted: Array | None) -> Float[Array, "batch"]:
+    """The mean of each row over what is counted."""
+    if counted is None:
+        return values.reshape(values.shape[0], -1).mean(1)
+    weights = jnp.broadcast_to(counted, values.shape).astype(values.dtype)
+    along = tuple(range(1, values.ndim))
+    return (values * weights).sum(along) / jnp.maximum(weights.sum(along), 1.0)
+
+
+def _logits_term(student: Array, teacher: Array, real: Array | None) -> Float[Array, "batch"]:
+    """The soft cross entropy of each row, or of a single logit the squared difference."""
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    if student.shape[-1] == 1:
+        entropies = jnp.square(student - teacher)[..., 0]
+    else:
+        entropies = -(jax.nn.softmax(teacher) * jax.nn.log_softmax(student)).sum(-1)
+    if student.ndim == 2:
+        return entropies / student.shape[-1]
+    return _row_means(entropies, real)
