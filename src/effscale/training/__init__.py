@@ -1,5 +1,6 @@
 """Training: the state, the step, the loop, and what a run leaves behind."""
 
+from effscale.training.best import Best, KeepBest
 from effscale.training.buckets import Compilation, ShapeBuckets
 from effscale.training.checkpoint import Checkpoints, Restored
 from effscale.training.checkpoint_files import read_checkpoint_config, restore_model
@@ -58,6 +59,7 @@ from effscale.training.step import count_tokens, make_train_step, split_batch
 
 __all__ = [
     "AdamWConfig",
+    "Best",
     "CheckpointError",
     "Checkpoints",
     "Clip",
@@ -71,6 +73,7 @@ __all__ = [
     "FitResult",
     "HasItems",
     "JsonlWriter",
+    "KeepBest",
     "LinearPacing",
     "Loss",
     "MetricsWriter",

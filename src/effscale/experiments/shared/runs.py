@@ -67,6 +67,7 @@ def train_to_end(
     every: int,
     restage: Callable[[], StagedStep] | None = None,
     wrap_writer: Callable[[MetricsWriter], MetricsWriter] = lambda writer: writer,
+    frozen: Any = None,
     layout: Any = None,
     place_batch: Callable[[Any], Any] | None = None,
 ) -> TrainState:
@@ -83,6 +84,7 @@ def train_to_end(
         every: Steps between evaluations, and between checkpoints.
         restage: As in `run_to_end`.
         wrap_writer: What is put around the writer of metrics.
+        frozen: As in `effscale.training.fit`.
         layout: Shardings of the state; None leaves it on one device.
         place_batch: Puts a batch on the devices.
 
@@ -104,6 +106,7 @@ def train_to_end(
             evaluate=evaluate,
             eval_every=every,
             restage=restage,
+            frozen=frozen,
             layout=layout,
             place_batch=place_batch,
         )
@@ -126,6 +129,7 @@ def run_to_end(
     resume: bool = True,
     restage: Callable[[], StagedStep] | None = None,
     compile_first: bool = True,
+    frozen: Any = None,
     layout: Any = None,
     place_batch: Callable[[Any], Any] | None = None,
 ) -> FitResult:
@@ -145,6 +149,7 @@ def run_to_end(
             shapes behind it, which ``step`` must have for the run of another seed.
         compile_first: Where the step is a ``StagedStep``, let the second step wait until all shapes are compiled, so that no compilation
             shares the machine with steps whose time is taken.
+        frozen: As in `effscale.training.fit`.
         layout: Shardings of the state; None leaves it on one device.
         place_batch: Puts a batch on the devices.
 
@@ -170,6 +175,7 @@ def run_to_end(
             stepped,
             batches,
             num_steps=num_steps,
+            frozen=frozen,
             checkpoints=checkpoints,
             writer=writer,
             evaluate=evaluate,
