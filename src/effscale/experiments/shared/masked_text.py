@@ -5,7 +5,7 @@ import numpy as np
 import tokenizers
 
 from effscale.data import Corpus, TokenStore, batch_rows, packed_rows
-from effscale.experiments.shared.classifier.batches import Texts
+from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.classifier.data import Data
 from effscale.experiments.shared.config_parts import PassagePart
 from effscale.models.validation import check
@@ -111,11 +111,7 @@ def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
         ValueError: If there are too few documents, or they are too short.
     """
     size, classes, recipe = config.passage, config.classes, config.finetune
-    wanted = {
-        "train": (recipe.train or 0) // classes,
-        "test": (recipe.test or 0) // classes,
-    }
-    count = classes * wanted["train"]
+    count = (recipe.train or 0) // classes * classes
     if count < recipe.batch_size:
         raise ValueError(
             f"Config.finetune.train={recipe.train}: equally many of classes={classes} are {count}, and must be at least "
@@ -131,25 +127,9 @@ def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
     )[:classes]
     enough = f"at most the {len(documents)} documents of the corpus"
     check(config, len(documents) == classes, "classes", enough)
-    made: dict[str, tuple[list[tuple[int, ...]], list[int]]] = {"train": ([], []), "test": ([], [])}
-    for label, (length, _, start, store) in enumerate(documents):
-        cut = length * 3 // 4 // size
-        places = {"train": np.arange(cut), "test": np.arange(cut, length // size)}
-        for split, numbers in places.items():
-            if len(numbers) < wanted[split]:
-                raise ValueError(
-                    f"Config.finetune.{split}={getattr(recipe, split)}: with classes={classes} and passage={size} there are "
-                    f"at most {classes * len(numbers)}, as document {label} is of {length} tokens"
-                )
-            even = np.linspace(0, len(numbers), wanted[split], endpoint=False).astype(int)
-            for number in numbers[even]:
-                first = start + int(number) * size
-                ids = store.tokens[first : first + size]
-                made[split][0].append(tuple(int(token) for token in ids))
-                made[split][1].append(label)
-    texts = {
-        split: Texts(tuple(ids), np.array(labels), size) for split, (ids, labels) in made.items()
-    }
+    tokens = [store.tokens[start : start + length] for length, _, start, store in documents]
+    asked = {"train": recipe.train or 0, "test": recipe.test or 0}
+    texts = cut_passages(tokens, size, asked, field="Config.finetune")
     return Data(texts["train"], texts["test"], classes)
 
 

@@ -1,0 +1,67 @@
+"""The task of the experiment ``xtc``: which document is a passage from?"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from effscale.data import parse_mixture
+from effscale.experiments.shared.classifier.batches import Texts, digest
+from effscale.experiments.shared.classifier.cutting import cut_passages
+from effscale.experiments.xtc.config import Config
+from effscale.models.validation import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Passages:
+    """Passages to learn from, to choose by, and to be measured on.
+
+    Attributes:
+        train: From the first three quarters of each document.
+        dev: From the last quarter, as ``test``, taking turns.
+        test: See there.
+        num_classes: How many documents there are.
+    """
+
+    train: Texts
+    dev: Texts
+    test: Texts
+    num_classes: int
+
+    @property
+    def majority(self) -> float:
+        """Share of the most frequent label of the test passages: the accuracy of a constant answer."""
+        return float(np.bincount(self.test.labels).max() / len(self.test))
+
+    def digests(self) -> dict[str, Any]:
+        """What identifies the passages, for `RunFolder.create`."""
+        splits = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {
+            name: {"passages": len(texts), "digest": digest(texts.arrays())}
+            for name, texts in splits.items()
+        }
+
+
+def read_passages(config: Config, tokenizer: tokenizers.Tokenizer) -> Passages:
+    """Cuts the longest documents of the corpus into passages.
+
+    Args:
+        config: What the experiment was told.
+        tokenizer: The model's; no tokens of its own are added.
+
+    Raises:
+        ValueError: There are too few documents, or they are too short.
+    """
+    sources, _ = parse_mixture(config.corpus)
+    texts = [document.text for source in sources for document in source.documents()]
+    enough = f"at most the {len(texts)} documents of the corpus"
+    check(config, config.classes <= len(texts), "classes", enough)
+    # By characters, so that only these are to be encoded; of equal ones the first.
+    longest = sorted(texts, key=lambda text: -len(text))[: config.classes]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    documents = [tokenizer.encode(text, add_special_tokens=False).ids for text in longest]
+    asked = {name: getattr(config, name) for name in ("train", "dev", "test")}
+    made = cut_passages(documents, config.passage, asked, field="Config")
+    return Passages(made["train"], made["dev"], made["test"], config.classes)

@@ -1,0 +1,31 @@
+"""The model that the experiment ``xtc`` begins with."""
+
+import tokenizers
+
+from effscale.experiments.shared import assets
+from effscale.experiments.xtc.config import Config
+from effscale.interop import load_pretrained, load_tokenizer
+from effscale.models import TokenInputs, Transformer
+from effscale.models.validation import check
+
+
+def read_model(config: Config) -> tuple[Transformer, tokenizers.Tokenizer]:
+    """Reads the pretrained model, whose heads are not used, and its tokenizer.
+
+    Args:
+        config: What the experiment was told.
+
+    Raises:
+        ValueError: It is no BERT, or has too few layers or positions.
+        ImportError: MiniLM is not installed.
+    """
+    folder = config.text_model or assets.minilm_folder()
+    model = load_pretrained(folder)
+    if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
+        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+    longest = model.config.max_length or config.passage
+    check(config, config.passage <= longest, "passage", f"at most the model's {longest}")
+    count = model.config.num_layers
+    inside = all(0 <= layer < count for layer in config.teacher_layers)
+    check(config, inside, "teacher_layers", f"numbers of the model's layers, 0 to {count - 1}")
+    return model, load_tokenizer(folder)
