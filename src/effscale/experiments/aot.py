@@ -18,6 +18,7 @@ from effscale.experiments import (
     random_ltd_bert,
     random_ltd_vit,
     seqlen_curriculum,
+    xtc,
 )
 from effscale.experiments.onebit import runs as onebit_runner
 from effscale.experiments.onebit.optimizers import OptimizerName
@@ -26,7 +27,8 @@ from effscale.experiments.shared.classifier.model import class_loss, classifier_
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.random_ltd import arms as random_ltd
-from effscale.models import Transformer, vit
+from effscale.experiments.xtc.arms import BINARY, Arm
+from effscale.models import Transformer, bert, take_layers, vit
 from effscale.models.config import PatchInputs
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, batch_sharding, per_worker, shardings
@@ -83,6 +85,7 @@ def programs() -> list[Program]:
             name="onebit paper, bert, onebit_adam, 8 workers",
             lower=functools.partial(lower_onebit, "bert", "onebit_adam"),
         ),
+        Program(name="xtc paper, 6 binary layers and their teacher, data 8", lower=lower_xtc),
     ]
     return found
 
@@ -210,12 +213,32 @@ def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
     )
 
 
+def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The step of xtc that teaches binary layers, of a BERT-base."""
+    config = xtc.PRESETS["paper"]
+    trunk = bert(num_layers=12, d_model=768, num_heads=12, dropout=0.1)
+    arm = Arm(kind=BINARY, config=config)
+    teacher = lambda: Transformer(classifier_config(trunk, config.classes), rngs=nnx.Rngs(0))
+
+    def create() -> Any:
+        student = arm.begin(take_layers(teacher(), config.teacher_layers))
+        optimizer = arm.optimizer(config.rates[0], config.budgets[-1])
+        return create_train_state(student, optimizer, key=jax.random.key(0))
+
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.passage), jnp.int32)
+    weights = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)
+    batch = {"input_ids": rows, "attention_mask": rows, "weights": weights}
+    mesh = MeshConfig(data=8).build(devices)
+    return lower_step(arm.train_step(), create, batch, mesh, frozen=teacher)
+
+
 def lower_step(
     step: Callable[..., Any],
     create: Callable[[], Any],
     batch: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
     shape_batch: Callable[[Any], Any] = lambda batch: batch,
+    frozen: Callable[[], Any] | None = None,
 ) -> jax.stages.Lowered:
     """A donated step, lowered for a mesh.
 
@@ -225,14 +248,19 @@ def lower_step(
         batch: Types of a batch's arrays, which are divided by rows.
         mesh: The mesh.
         shape_batch: What a stage of a technique does to the batch.
+        frozen: Makes what the step is given as ``frozen``; None gives it nothing.
     """
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     with jax.set_mesh(mesh):
+        given = {}
+        if frozen is not None:
+            read = jax.eval_shape(frozen)
+            given["frozen"] = jax.tree.map(place, read, shardings(read, mesh))
         state = jax.eval_shape(create)
         layout = shardings(state, mesh)
         rows = {name: place(x, batch_sharding(mesh)) for name, x in batch.items()}
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-        return jitted.lower(jax.tree.map(place, state, layout), shape_batch(rows))
+        return jitted.lower(jax.tree.map(place, state, layout), shape_batch(rows), **given)
 
 
 def lower_train_step(
