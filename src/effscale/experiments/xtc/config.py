@@ -13,27 +13,27 @@ class Config(ClassifierPart):
 
     corpus: tuple[str, ...] = ("stdlib",)
     """Sources, each of KIND stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
-    classes: int = 20
+    classes: int = 10
     """Documents of the task, the longest ones: which of them is a passage from?"""
     passage: int = 32
     """Tokens of a passage."""
     train: int = 2000
     """Training passages of all classes together."""
-    dev: int = 300
+    dev: int = 200
     """Passages by which checkpoints and learning rates are chosen."""
-    test: int = 600
+    test: int = 500
     """Passages that are measured on."""
     batch_size: int = 8
     """Passages in a batch."""
     teacher_layers: tuple[int, ...] = (1, 3, 5)
     """Layers of the teacher that the students begin as."""
-    teacher_steps: int = 120
+    teacher_steps: int = 150
     """Steps of the teacher's fine-tuning."""
-    budgets: tuple[int, ...] = (30, 90, 270)
+    budgets: tuple[int, ...] = (25, 75, 225)
     """Steps of the students' trainings, ascending; binary and ternary ones begin as the float one of the longest."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Peaks of the learning rate, all of which every arm tries at every budget with seed 0; the best is taken for all seeds."""
-    evaluations: int = 5
+    evaluations: int = 4
     """Evaluations of a run on the dev passages; the best checkpoint is kept."""
     dropout: bool = False
     """Use the dropouts of the model's config for what is trained."""

@@ -42,7 +42,7 @@ def run(config: Config) -> Result:
         ImportError: If the package with the model is not installed.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
+        FileNotFoundError: If all runs of an arm and budget diverged before their first evaluation, so that there is no model.
     """
     # Importing what only a run needs here keeps --help quick.
     import jax

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from effscale.training import (
     KeepBest,
     RunFolder,
     ShapeBuckets,
+    TrainingDivergedError,
     TrainState,
     create_train_state,
     read_jsonl,
@@ -127,7 +129,7 @@ class Runner:
         return self._kept(steps, rate, seed).restore(wanted).model
 
     def _run(self, steps: int, rate: float, seed: int) -> float:
-        """Makes a run unless it is there, and gives its best accuracy on the dev passages."""
+        """Makes a run unless it is there, and gives its best accuracy on the dev passages; 0 if it diverged before any."""
         name, config = self._name(steps, rate, seed), self.arm.config
         kept = self._kept(steps, rate, seed)
 
@@ -145,21 +147,24 @@ class Runner:
             return {"dev_loss": _cross_entropy(logits, labels), "dev_accuracy": accuracy}
 
         def train() -> None:
-            train_to_end(
-                self.folder,
-                name,
-                self.train_step,
-                TrainingBatches(self.data.train, batch_size=config.batch_size, seed=seed),
-                create=create,
-                num_steps=steps,
-                evaluate=on_dev,
-                every=-(-steps // config.evaluations),
-                frozen=None if self.teacher is None else self.teacher(seed),
-            )
+            try:
+                train_to_end(
+                    self.folder,
+                    name,
+                    self.train_step,
+                    TrainingBatches(self.data.train, batch_size=config.batch_size, seed=seed),
+                    create=create,
+                    num_steps=steps,
+                    evaluate=on_dev,
+                    every=-(-steps // config.evaluations),
+                    frozen=None if self.teacher is None else self.teacher(seed),
+                )
+            except TrainingDivergedError as error:  # what was best before counts
+                print(f"{name} diverged at step {error.step}", file=sys.stderr)
 
         once(self.folder, name, train)
         records = read_jsonl(self.folder.path / name / "metrics.jsonl")
-        return float(series(records, "dev_accuracy")[1].max())
+        return float(series(records, "dev_accuracy")[1].max(initial=0.0))
 
     def _measured(self, name: str, model: Callable[[], Transformer]) -> dict[str, float]:
         """What is measured of a model on the test passages, once."""
