@@ -56,11 +56,14 @@ class Config(ClassifierPart):
         check(self, len(self.teacher_layers) >= 1, "teacher_layers", "at least one layer")
         ascending = tuple(sorted(set(self.budgets)))
         check(
-            self, ascending and ascending[0] >= 1, "budgets", "at least one number of steps above 0"
+            self,
+            bool(ascending) and ascending[0] >= 1,
+            "budgets",
+            "at least one number of steps above 0",
         )
         check(self, self.budgets == ascending, "budgets", "ascending")
         rates = self.rates
-        check(self, rates and min(rates) > 0, "rates", "at least one number above 0")
+        check(self, bool(rates) and min(rates) > 0, "rates", "at least one number above 0")
         check(self, len(set(rates)) == len(rates), "rates", "different rates")
 
 
