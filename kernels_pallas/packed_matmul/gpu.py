@@ -77,7 +77,7 @@ def _kernel(x, weight, scale, *more, bits: int, with_zero: bool, activation: Any
             part = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
             which = jax.lax.div(plane * width + step * _CHUNK, size)
             total = total + part * of_outputs(scale.at[which])
-            if zero is not None:
+            if zero is not None and input_sums is not None:
                 total += of_outputs(zero.at[which]) * of_rows(input_sums.at[plane, step])
         return total
 

@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from effscale.models import Transformer, TransformerConfig, bert, build_context, llama
-from effscale.quant import PackedWeight, Recipe, Rule, quantize_model, w8a8
+from effscale.models import (
+    MLPConfig,
+    Transformer,
+    TransformerConfig,
+    bert,
+    build_context,
+    llama,
+)
+from effscale.quant import PackedWeight, Recipe, Rule, quantize_model
 from effscale.quant.formats import Format
 from kernels_pallas.aot import Program
 
@@ -24,8 +31,11 @@ TPUS = ("v5e", "v6e")
 QUANTIZES = r"= s8\[[0-9,]+\]\S* fusion\("
 """A fusion that writes 8-bit integers; in a kernel they stay within it."""
 
+W8A8 = Recipe((Rule(where=r"kernel", weights=Format(), activations=Format(granularity="token")),))
+"""With symmetric inputs, as the kernel has them."""
+
 W4 = Recipe((Rule(where=r"kernel", weights=Format(bits=4, granularity="group", group_size=128)),))
-RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": w8a8(), "W4 in groups of 128": W4}
+RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": W8A8, "W4 in groups of 128": W4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +55,8 @@ class Case:
         (block,) = group.blocks
         width = self.model.d_model
         heads = 4 * width * width  # as many key heads as heads
-        return 2 * self.rows * self.length * (heads + block.feed_forward.multiplications(width))
+        feed_forward = cast("MLPConfig", block.feed_forward).multiplications(width)
+        return 2 * self.rows * self.length * (heads + feed_forward)
 
 
 CASES = (

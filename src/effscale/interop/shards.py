@@ -51,13 +51,15 @@ class Shards:
     def _common_metadata(self) -> Mapping[str, str]:
         """What a save of ours wrote into the header of every file."""
         found = {name: getattr(file, "metadata", {}) for name, file in self._files.items()}
-        first = next(iter(found), None)
+        if not found:
+            return {}
+        first = next(iter(found))
         for name, metadata in found.items():
             if metadata != found[first]:
                 raise FolderError(
                     f"{self._where!r}: {first!r} and {name!r} are files of two saves, by their metadata. Download all again."
                 )
-        return found[first] if found else {}
+        return found[first]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, from whichever file holds it."""

@@ -252,16 +252,41 @@ def pack_quantized(
     check_packable(found.codes.shape[-2], found.format, activations)
     format, codes = found.format, found.codes.mT
     data = codes if format.floating else pack(codes, format.bits)
-    needs_sums = (
-        activations is not None
-        and not activations.symmetric
-        and _is_integer_product(format, activations)
-    )
-    sums = jnp.sum(codes, -1, dtype=jnp.int32) if needs_sums else None
+    sums = _sums(codes) if _needs_sums(format, activations) else None
     return PackedWeight(
         data,
         found.scale,
         found.zero,
+        sums=sums,
+        format=format,
+        activations=activations,
+        is_table=is_table,
+        compute=jnp.dtype(dtype),
+    )
+
+
+def packed_of_arrays(
+    data: Any,
+    scale: Any,
+    zero: Any = None,
+    *,
+    input_scale: Any = None,
+    input_zero: Any = None,
+    format: Format,
+    activations: Format | None,
+    is_table: bool,
+    dtype: Any,
+) -> PackedWeight:
+    """A packed weight of arrays as a file holds them, which may be NumPy's and stay so; they must fit each other."""
+    sums: Any = None
+    if _needs_sums(format, activations):
+        sums = np.asarray(_sums(unpack(jnp.asarray(data), format.bits)))
+    return PackedWeight(
+        data,
+        scale,
+        zero,
+        input_scale=input_scale,
+        input_zero=input_zero,
         sums=sums,
         format=format,
         activations=activations,
@@ -326,6 +351,18 @@ def _product_backward(saved: Any, gradient: Array) -> tuple[Any, ...]:
 
 
 _product_of_codes.defvjp(_product_forward, _product_backward)
+
+
+def _needs_sums(format: Format, activations: Format | None) -> bool:
+    """Whether a product of codes has zero points of its inputs to multiply by the sums of a weight's codes."""
+    if activations is None or activations.symmetric:
+        return False
+    return _is_integer_product(format, activations)
+
+
+@jax.jit
+def _sums(codes: Array) -> Array:
+    return jnp.sum(codes, -1, dtype=jnp.int32)
 
 
 def _is_integer_product(weights: Format, activations: Format) -> bool:

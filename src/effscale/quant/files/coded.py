@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effscale.interop.tensors import FolderError, ToOurs
 from effscale.quant.formats import Format
-from effscale.quant.packed import PackedWeight, check_packable
+from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
 from effscale.quant.packing import pack, unpack
 from effscale.quant.quantizers import grouped_shape
 
@@ -45,14 +44,14 @@ class CodedTensor:
         if self.zero is not None:
             zeros = [self._scales(array) for array in to_ours(self.zero)]
         return tuple(
-            PackedWeight(
+            packed_of_arrays(
                 self._packed(self._kernel(one).T),
                 scale,
                 zero,
                 format=self.format,
                 activations=self.activations,
                 is_table=self.is_table,
-                compute=jnp.dtype(dtype),
+                dtype=dtype,
             )
             for one, scale, zero in zip(codes, scales, zeros, strict=True)
         )
@@ -84,8 +83,9 @@ def kernel_codes(weight: PackedWeight) -> np.ndarray:
     return np.asarray(_unpack(weight.data, weight.format.bits)).T
 
 
-def kernel_scales(weight: PackedWeight, scales: np.ndarray) -> np.ndarray:
+def kernel_scales(weight: PackedWeight, scales: Any) -> np.ndarray:
     """Its scales or zero points as ``(groups, out)``: with one group, unless the format has groups of inputs."""
+    scales = np.asarray(scales)
     if weight.format.granularity == "group":
         return scales
     d_out = weight.data.shape[0]

@@ -21,9 +21,8 @@ with null for a part that is an array. ``config.json`` has the ``quantization_co
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -36,7 +35,7 @@ from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors, ToOurs
 from effscale.models import Transformer
 from effscale.quant.formats import Format
-from effscale.quant.packed import PackedWeight, check_packable
+from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
 from effscale.quant.packing import stored_bits
 from effscale.quant.quantizers import scale_shape
 
@@ -113,7 +112,7 @@ def _arrays(name: str, weights: tuple[Any, ...]) -> Iterator[tuple[str, np.ndarr
         if not isinstance(weight, PackedWeight):
             yield f"{name}.{i}", weight
             continue
-        yield f"{name}.{i}.data", weight.data.view(np.int8)
+        yield f"{name}.{i}.data", np.asarray(weight.data).view(np.int8)
         for array in ("scale", *OPTIONAL):
             if getattr(weight, array) is not None:
                 yield f"{name}.{i}.{array}", getattr(weight, array)
@@ -173,7 +172,7 @@ class OwnLayout:
                 fields = Fields(f"{KEY}, in part {i} of {name},", described)
                 optional = [a for a in OPTIONAL if f"{name}.{i}.{a}" in self._files.infos]
                 part = Part(
-                    _format(fields.block("format")),
+                    cast("Format", _format(fields.block("format"))),
                     _format(fields.block("activations", None)),
                     fields.flag("is_table"),
                     tuple(optional),
@@ -236,14 +235,14 @@ class OwnTensor:
 def _weight(part: Part, arrays: list[np.ndarray], dtype: np.dtype) -> PackedWeight:
     data, scale, *optional = arrays
     found = dict.fromkeys(OPTIONAL) | dict(zip(part.arrays, optional, strict=True))
-    return PackedWeight(
+    return packed_of_arrays(
         data.view(FLOAT8) if part.format.floating else data,
         scale,
         **found,
         format=part.format,
         activations=part.activations,
         is_table=part.is_table,
-        compute=jnp.dtype(dtype),
+        dtype=dtype,
     )
 
 
