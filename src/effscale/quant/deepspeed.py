@@ -83,8 +83,8 @@ class DeepSpeedCompression:
 def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCompression:
     r"""Reads ``compression_training`` out of a DeepSpeed configuration.
 
-    Expressions of ``modules`` are searched in the names that the model's modules have in transformers, as DeepSpeed does. Options have the defaults
-    of DeepSpeed's code, which are not always those of its documentation. What differs:
+    Expressions of ``modules`` are searched in the names that the model's modules have in transformers, as DeepSpeed does. Options have
+    the defaults of DeepSpeed's code, which are not always those of its documentation. What differs:
 
     - ``quantize_groups`` are blocks of outputs. Where transformers has query, key and value in one matrix, each of ours gets as many.
     - ``fp16_mixed_quantize`` and bits that fall (with ``quantize_weight_in_forward`` false) work in every type and go by each weight's
@@ -93,8 +93,9 @@ def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCo
     - A pattern that matches nothing, which DeepSpeed passes over, is an error; ``modules`` left out or ``"*"`` means all.
     - Passed over: ``quantizer_kernel``, ``quantize_verbose``, ``module_name_prefix`` and ``other_module_name``, which say how DeepSpeed does it.
 
-    Refused by name: ``snip_momentum``, channel pruning (of convolutions), static calibration within training, stochastic rounding of weights,
-    inputs that are quantized where weights are not, and the older ``quantize_training``, to which DeepSpeed itself does not listen.
+    Refused by name: ``snip_momentum``, channel pruning (of convolutions), static calibration within training, stochastic rounding of
+    weights, inputs that are quantized where weights are not, and the older ``quantize_training``, to which DeepSpeed itself does not
+    listen.
 
     Args:
         config: The whole configuration, from ``json.load``.
