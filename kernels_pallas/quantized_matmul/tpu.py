@@ -88,13 +88,18 @@ def _kernel(x_ref, weight_ref, scale_ref, *more, bits: int, width: int, activati
     if bits < 8:
         words = pltpu.bitcast(weight_ref[...], jnp.int32)
         planes = [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
-    contracting = (((1,), (1,)), ((), ()))
     # What codes overhang meets zeros of the input.
-    first, *others = (
-        jax.lax.dot_general(codes_ref[plane], codes, contracting, preferred_element_type=jnp.int32)
+    parts = [
+        jax.lax.dot_general(
+            codes_ref[plane],
+            codes,
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32,
+        )
         for plane, codes in enumerate(planes)
-    )
-    y = sum(others, first).astype(jnp.float32) * scales_ref[...] * scale_ref[...]
+    ]
+    sums = sum(parts[1:], start=parts[0])
+    y = sums.astype(jnp.float32) * scales_ref[...] * scale_ref[...]
     bias = bias_ref[0][...] if bias_ref else None
     out_ref[...] = finish(y, bias, activation).astype(out_ref.dtype)
 

@@ -48,16 +48,6 @@ class Case:
     length: int
     recipes: tuple[str, ...]
 
-    @property
-    def flops(self) -> float:
-        """Of a forward pass of the block's matrices."""
-        (group,) = self.model.groups
-        (block,) = group.blocks
-        width = self.model.d_model
-        heads = 4 * width * width  # as many key heads as heads
-        feed_forward = cast("MLPConfig", block.feed_forward).multiplications(width)
-        return 2 * self.rows * self.length * (heads + feed_forward)
-
 
 CASES = (
     Case(
@@ -94,7 +84,6 @@ def programs() -> list[Program]:
                 program = Program(
                     name=f"{case.name}, {recipe}" + ", kernels" * quantized,
                     lower=functools.partial(lower_block, case, recipe, quantized),
-                    flops=case.flops,
                     targets=targets,
                     without=without,
                 )
@@ -103,7 +92,6 @@ def programs() -> list[Program]:
                 program = Program(
                     name=f"{case.name}, {recipe}, compiler",
                     lower=functools.partial(lower_block, case, recipe, False),
-                    flops=case.flops,
                     targets=TPUS,
                 )
                 found.append(program)
