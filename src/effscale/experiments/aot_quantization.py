@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effscale.models import (
-    MLPConfig,
     Transformer,
     TransformerConfig,
     bert,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import track
@@ -42,7 +43,9 @@ class LKD:
     steps: int = 100
     """Steps of each layer; the batches are gone through again and again."""
     learning_rate: float = 5e-6
-    """The learning rate, constant."""
+    """The learning rate."""
+    cosine: bool = False
+    """Lower the learning rate to zero along a cosine in each layer's steps; otherwise it is constant, as in the script."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
     """AdamW."""
 
@@ -109,7 +112,10 @@ def distill_layers(
         raise ValueError(
             "the student has no fake-quantized layer: make it with fake_quantize_model"
         )
-    optimizer = config.optimizer.build(config.learning_rate)
+    rate: Any = config.learning_rate
+    if config.cosine:
+        rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    optimizer = config.optimizer.build(rate)
     step = jax.jit(make_train_step(_layer_loss, optimizer, trainable="groups"))
     run = jax.jit(_run)
     first = jax.jit(lambda model, batch: captured(model, batch, capture="layer_in"))
