@@ -5,7 +5,7 @@ from harness import main, seconds
 LAYERS, WIDTH, HEADS, VOCAB, BATCH, PROMPT, NEW = 6, 256, 4, 8192, 8, 32, 128
 
 
-def effscale() -> dict[str, float]:
+def effscale(quantized: bool = False) -> dict[str, float]:
     import time
 
     import jax
@@ -18,6 +18,8 @@ def effscale() -> dict[str, float]:
         num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=256
     )
     model = Transformer(config, rngs=nnx.Rngs(0))
+    if quantized:
+        model = in_8_bits(model)
     prompt = jax.random.randint(jax.random.key(0), (BATCH, PROMPT), 0, VOCAB)
     sampling = SamplingConfig(max_new_tokens=NEW, temperature=0.0)
     once = lambda: generate(model, prompt, sampling).tokens.block_until_ready()
@@ -26,6 +28,16 @@ def effscale() -> dict[str, float]:
     compiled = time.perf_counter() - began
     took = seconds(once, repeats=9)
     return {"tokens_per_second": BATCH * NEW / took, "compile_seconds": compiled - took}
+
+
+def in_8_bits(model):
+    """Weights of the layers and of the tied head, and inputs of their products."""
+    from effscale.quant import Format, Recipe, Rule, quantize_model
+
+    tokens = Format(granularity="token")
+    where = (r"layers\..*kernel", r"embed\.tokens\.embedding")
+    rules = (Rule(where=one, weights=Format(), activations=tokens) for one in where)
+    return quantize_model(model, Recipe(tuple(rules)))
 
 
 def transformers() -> dict[str, float]:
@@ -62,7 +74,13 @@ def report(medians: dict[str, dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     main(
-        {"effscale": effscale, "transformers": transformers, "effscale@newest": effscale},
+        {
+            "effscale": effscale,
+            "effscale w8a8": lambda: effscale(quantized=True),
+            "transformers": transformers,
+            "effscale@newest": effscale,
+            "effscale w8a8@newest": lambda: effscale(quantized=True),
+        },
         rounds=5,
         report=report,
     )
