@@ -11,17 +11,18 @@ import pytest
 from flax import nnx
 
 from effscale.experiments.shared import assets
-from effscale.experiments.shared.classifier.batches import TrainingBatches
+from effscale.experiments.shared.classifier.batches import Texts, TrainingBatches
 from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.saved import config_from_json
+from effscale.experiments.xtc import runs
 from effscale.experiments.xtc.arms import Arm
 from effscale.experiments.xtc.config import PRESETS, Config
 from effscale.experiments.xtc.experiment import main
-from effscale.experiments.xtc.passages import read_passages
+from effscale.experiments.xtc.passages import Passages, read_passages
 from effscale.interop import load_tokenizer, save_pretrained
 from effscale.models import Transformer, bert
 from effscale.quant import model_size, w1a8
-from effscale.training import ScheduleConfig
+from effscale.training import RunFolder, ScheduleConfig, TrainingDivergedError
 from effscale.training.serialize import to_json
 
 
@@ -157,6 +158,28 @@ def test_stopped_in_a_student_it_goes_on_as_if_nothing_had_been(
     both = json.loads((out / "results.json").read_text())["seeds"]
     assert all(both[arm][0] == values[0] for arm, values in one["seeds"].items())
     assert len(both["binary_2_layers_accuracy"]) == 2
+
+
+def test_a_run_that_diverges_counts_with_what_was_best_before(tmp_path, monkeypatch):
+    texts = Texts(((1, 2), (3, 4)), np.arange(2), 2)
+    arm = Arm(kind="float", config=Config(batch_size=2))
+    folder = RunFolder.create(tmp_path / "run", name="xtc", config=arm.config)
+    of_seed = lambda seed: None
+    runner = runs.Runner(
+        arm, Passages(texts, texts, texts, 2), folder, origin=of_seed, teacher=of_seed
+    )
+
+    def diverge(folder, name, *given, **options):
+        metrics = [{"step": 7, "dev_accuracy": 0.25}, {"step": 14, "dev_accuracy": 0.5}]
+        (folder.path / name).mkdir(parents=True)
+        lines = "".join(json.dumps(each) + "\n" for each in metrics if "0.001" not in name)
+        (folder.path / name / "metrics.jsonl").write_text(lines)
+        raise TrainingDivergedError(20, 10, None, "")
+
+    monkeypatch.setattr(runs, "train_to_end", diverge)
+    assert runner._run(25, 1e-4, 0) == 0.5
+    assert runner._run(25, 1e-3, 0) == 0.0  # before the first evaluation
+    folder.close()
 
 
 def test_passages_of_three_splits_do_not_overlap(options, finished):

@@ -3,9 +3,10 @@
 import tokenizers
 
 from effscale.experiments.shared import assets
+from effscale.experiments.shared.classifier.problem import read_bert
 from effscale.experiments.xtc.config import Config
-from effscale.interop import load_pretrained, load_tokenizer
-from effscale.models import TokenInputs, Transformer
+from effscale.interop import load_tokenizer
+from effscale.models import Transformer
 from effscale.models.validation import check
 
 
@@ -20,9 +21,7 @@ def read_model(config: Config) -> tuple[Transformer, tokenizers.Tokenizer]:
         ImportError: MiniLM is not installed.
     """
     folder = config.text_model or assets.minilm_folder()
-    model = load_pretrained(folder)
-    if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
-        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+    model = read_bert(folder)
     longest = model.config.max_length or config.passage
     check(config, config.passage <= longest, "passage", f"at most the model's {longest}")
     count = model.config.num_layers

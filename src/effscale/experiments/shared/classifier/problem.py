@@ -74,13 +74,26 @@ def prepare_reviews(
     """
     folder = text_model or assets.minilm_folder()
     data = examples.reviews_data(load_tokenizer(folder), max_length, recipe.train, recipe.test)
-    model = load_pretrained(folder)
-    if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
-        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+    model = read_bert(folder)
     longest = model.config.max_length or max_length
     if max_length > longest:
         raise ValueError(f"max_length={max_length} must be at most the model's {longest}")
     return Problem(task="reviews", recipe=recipe, data=data, folder=folder, model=model)
+
+
+def read_bert(folder: pathlib.Path) -> Transformer:
+    """Reads the model that texts are classified with.
+
+    Args:
+        folder: Its folder, which was given as ``text_model``.
+
+    Raises:
+        ValueError: It is no BERT.
+    """
+    model = load_pretrained(folder)
+    if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
+        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+    return model
 
 
 def prepare_images(task: str, recipe: Recipe, config: ImagePart) -> Problem:
