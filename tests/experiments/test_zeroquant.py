@@ -85,6 +85,9 @@ def test_a_run_leaves_what_it_promises(folder):
     assert sizes[0] > 1.5 * sizes[1] > 1.5 * 0.8 * sizes[2]
     sensitivity = json.loads((folder / "smollm2" / "sensitivity" / "losses.json").read_text())
     assert list(sensitivity["w8a8_layer"]) == ["layers.0", "layers.1"]
+    worst = max(sensitivity["w4a8_layer"].values())
+    assert results["smollm2_w4a8_layer_worst_loss_change"] == worst
+    assert sensitivity["w4a8_layer"][f"layers.{results['smollm2_w4a8_layer_worst']}"] == worst
     assert set(sensitivity["w4a8_kind"]) == {
         *(f"attention.{name}.kernel" for name in ("query", "key", "value", "out")),
         *(f"feed_forward.{name}.kernel" for name in ("gate", "up", "down")),

@@ -58,7 +58,6 @@ def test_each_part_is_what_quantizing_it_alone_gives(model, batches):
     assert by_kind["feed_forward.down.kernel"] == pytest.approx(
         growth(model, only, batches), abs=2e-6
     )
-    assert len(sensitivity(model, RECIPE, mean_loss, batches[:1], by="weight")) == 3 * 4 + 3 + 1
 
 
 def test_bad_input(model, batches):

@@ -72,11 +72,12 @@ def run(config: Config) -> Result:
             runs = language.LanguageRuns(words, config, folder)
             runs.run()
             found = {name: runs.found(name) for name in runs.names}
-            figures |= report.language_figures(found)
+            sensitivity = runs.found("sensitivity")
+            figures |= report.language_figures(found) | report.sensitivity_figures(sensitivity)
             rows = report.language_rows(found, arms)
             tables["The language model: loss above float32's and perplexity on Wikipedia"] = rows
             report.draw_language(folder.figures / "perplexity.png", found, arms)
-            report.draw_sensitivity(folder.figures / "sensitivity.png", runs.found("sensitivity"))
+            report.draw_sensitivity(folder.figures / "sensitivity.png", sensitivity)
         if classes is not None:
             trained = ClassifierRuns(classes, config, folder)
             trained.run()

@@ -47,6 +47,21 @@ def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
+def sensitivity_figures(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The layer and the kind of weight that cost most, of each recipe, with what they cost alone.
+
+    Args:
+        found: By recipe and kind of part, such as ``w8a8_layer``: the growth of the loss by each part.
+    """
+    figures: dict[str, float] = {}
+    for name, parts in found.items():
+        worst = max(parts, key=lambda part: parts[part])
+        figures[f"smollm2_{name}_worst_loss_change"] = parts[worst]
+        if name.endswith("_layer"):
+            figures[f"smollm2_{name}_worst"] = int(worst.removeprefix("layers."))
+    return figures
+
+
 def perplexity(losses: Sequence[float]) -> float:
     """Of the mean of rows of one length."""
     return math.exp(np.mean(losses))
