@@ -34,7 +34,8 @@ def mean_loss(model, batch):
 
 
 def growth(model, small, batches):
-    means = [[float(mean_loss(m, batch)) for batch in batches] for m in (model, small)]
+    loss = jax.jit(mean_loss)
+    means = [[float(loss(m, batch)) for batch in batches] for m in (model, small)]
     return np.mean(means[1]) - np.mean(means[0])
 
 

@@ -75,7 +75,7 @@ def run(config: Config) -> Result:
             sensitivity = runs.found("sensitivity")
             figures |= report.language_figures(found) | report.sensitivity_figures(sensitivity)
             rows = report.language_rows(found, arms)
-            tables["The language model: loss above float32's and perplexity on Wikipedia"] = rows
+            tables["The language model, on Wikipedia and on Python"] = rows
             report.draw_language(folder.figures / "perplexity.png", found, arms)
             report.draw_sensitivity(folder.figures / "sensitivity.png", sensitivity)
         if classes is not None:

@@ -77,7 +77,14 @@ def language_rows(found: Mapping[str, Any], arms: Mapping[str, Arm]) -> list[lis
     """A heading and a row per arm and peer."""
     figures = language_figures(found)
     rows = [
-        ["weights and inputs", "layers, MB", "loss", "perplexity", "change", "perplexity, Python"]
+        [
+            "weights and inputs",
+            "layers, MB",
+            "change of loss",
+            "perplexity",
+            "change",
+            "perplexity, Python",
+        ]
     ]
     titles = {name: arm.title for name, arm in arms.items()} | PEERS
     for name, arm in found.items():
@@ -144,7 +151,7 @@ def draw_language(path: pathlib.Path, found: Mapping[str, Any], arms: Mapping[st
         figure, axes = plt.subplots(figsize=(7.0, 0.28 * len(names) + 1.0), dpi=100)
         means, errors = zip(*changes, strict=True)
         axes.barh([titles[name] for name in names], means, xerr=errors, color=colors, height=0.7)
-        axes.set_xlabel("loss above float32's, Wikipedia (nats per token); orange: other libraries")
+        axes.set_xlabel("nats per token above float32; orange: others")
         axes.grid(axis="y", visible=False)
         figure.tight_layout()
         figure.savefig(path)
@@ -176,7 +183,7 @@ def draw_sensitivity(path: pathlib.Path, found: Mapping[str, Mapping[str, float]
                     )
                 else:
                     place.barh(labels[::-1], list(parts.values())[::-1], color=COLORS[row])
-                    place.set(title=f"{title}, one kind in all layers", xlabel="nats per token")
+                    place.set(title="one kind in all layers", xlabel="nats per token")
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
