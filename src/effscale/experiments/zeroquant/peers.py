@@ -1,6 +1,7 @@
 """Quantization by other libraries, of the same model, for the experiment ``zeroquant``: torchao and qwix."""
 
 import dataclasses
+import importlib
 import importlib.util
 import pathlib
 import typing
@@ -120,10 +121,11 @@ def by_torch(
     if layers is not None:
         del model.model.layers[layers:]
     if name == "torchao_w8a8":
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
+        # By name: whoever checks types need not have it.
+        torchao = importlib.import_module("torchao.quantization")
         in_layers = lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path
-        quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=in_layers)
+        config = torchao.Int8DynamicActivationInt8WeightConfig()
+        torchao.quantize_(model, config, filter_fn=in_layers)
 
     def losses(ids: np.ndarray) -> list[float]:
         given = torch.tensor(ids, dtype=torch.long)
