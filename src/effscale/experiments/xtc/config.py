@@ -76,7 +76,7 @@ PRESETS = {
         dev=32,
         test=32,
         teacher_steps=4,
-        budgets=(2, 4),
+        budgets=(4,),
         rates=(3e-4,),
         evaluations=1,
     ),
