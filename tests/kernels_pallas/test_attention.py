@@ -295,6 +295,9 @@ class Compiled:
     def memory_analysis(self):
         return jax.jit(jnp.square).lower(1.0).compile().memory_analysis()
 
+    def cost_analysis(self):
+        return None
+
     def compile(self):
         return self
 
