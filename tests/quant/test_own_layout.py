@@ -96,7 +96,7 @@ def test_one_bit_is_small(folder):
 
 
 def rewrite(folder, change=lambda tensors: None, describe=lambda given: None):
-    """Writes the folder anew with other tensors, or another description in the header."""
+    """Rewrites the folder with other tensors, or another description in the header."""
     file = SafetensorsFile(folder / "model.safetensors")
     tensors = {name: np.array(file.read(name)) for name in file.infos}
     given = json.loads(file.metadata[KEY])
@@ -154,7 +154,7 @@ def test_wrong_descriptions(folder, describe, what):
 
 
 def test_damage(small, folder):
-    """A file that is cut short, a flipped bit in the description, and files that another program wrote anew."""
+    """A file that is cut short, a flipped bit in the description, and files that another program rewrote."""
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])

@@ -5,6 +5,7 @@ from flax import nnx
 
 from effscale.models import Transformer, llama
 from effscale.quant import Format, Recipe, Rule, quantize_model, sensitivity
+from effscale.quant.sensitivity import _part
 from effscale.training import next_token_loss
 
 RECIPE = Recipe(
@@ -29,8 +30,7 @@ def batches():
 
 
 def mean_loss(model, batch):
-    found = next_token_loss(model, batch)
-    return found.total / found.weight
+    return next_token_loss(model, batch).mean()
 
 
 def growth(model, small, batches):
@@ -59,6 +59,19 @@ def test_each_part_is_what_quantizing_it_alone_gives(model, batches):
     assert by_kind["feed_forward.down.kernel"] == pytest.approx(
         growth(model, only, batches), abs=2e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("by", "part"),
+    [
+        ("layer", "layers.12"),
+        ("kind", "attention.query.kernel"),
+        ("weight", "layers.12.attention.query.kernel"),
+    ],
+)
+def test_the_part_that_a_weight_belongs_to(by, part):
+    assert _part("layers.12.attention.query.kernel", by) == part
+    assert _part("embed.tokens.embedding", by) == "embed.tokens.embedding"
 
 
 def test_bad_input(model, batches):

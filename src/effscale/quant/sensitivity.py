@@ -58,9 +58,7 @@ def sensitivity(
         >>> model = Transformer(config, rngs=nnx.Rngs(0))
         >>> ids = jax.random.randint(jax.random.key(0), (4, 9), 0, 64)
         >>> batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-        >>> def loss(model, batch):
-        ...     found = next_token_loss(model, batch)
-        ...     return found.total / found.weight
+        >>> loss = lambda model, batch: next_token_loss(model, batch).mean()
         >>> sorted(sensitivity(model, w4a8(), loss, [batch]))
         ['layers.0', 'layers.1']
     """

@@ -19,8 +19,8 @@ class Passages:
 
     Attributes:
         train: From the first three quarters of each document.
-        dev: From the last quarter, as ``test``, taking turns.
-        test: See there.
+        dev: Every other passage of the last quarter.
+        test: The passages between those.
         num_classes: How many documents there are.
     """
 

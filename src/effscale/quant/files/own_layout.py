@@ -263,7 +263,7 @@ def _description(files: Tensors) -> Fields:
     if text is None:
         raise FolderError(
             f"config.json says that the weights are packed in effscale's layout, and the files have no {KEY!r} in their header: "
-            "another program has written them anew"
+            "another program rewrote them"
         )
     with reading(f"{KEY} in the header cannot be read"):
         given = Fields(KEY, json.loads(text))
