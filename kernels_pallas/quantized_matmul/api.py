@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from kernels_pallas import dispatch
 from kernels_pallas.packed_codes import BITS
@@ -19,6 +19,7 @@ def quantized_matmul(
     weight: Int8[Array, "d_out bytes"],
     scale: Float[Array, " d_out"],
     bias: Float[Array, " d_out"] | None = None,
+    code_sums: Int32[Array, " d_out"] | None = None,
     *,
     bits: int = 8,
     activation: Callable[[Array], Array] | None = None,
@@ -29,13 +30,20 @@ def quantized_matmul(
     .. math:: y_{to} = \mathrm{act}\Big(s_t \, w_o \sum_i q_{ti} \, c_{oi} + b_o\Big), \qquad
         s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)
 
-    with the codes :math:`c` and scales :math:`w` of the weight. Sums are exact, in 32 bits; what follows is float32.
+    with the codes :math:`c` and scales :math:`w` of the weight. Sums are exact, in 32 bits; what follows is float32. With
+    ``code_sums`` the codes of a row range from its least to its greatest number, and 0 stands for a number :math:`z_t`:
+
+    .. math:: y_{to} = \mathrm{act}\Big(w_o \big(s_t \sum_i q_{ti} \, c_{oi} + z_t \sum_i c_{oi}\big) + b_o\Big), \qquad
+        s_t = \frac{\max_i x_{ti} - \min_i x_{ti}}{255}, \quad z_t = s_t \, \big(\mathrm{round}(\min_i x_{ti} / s_t) + 128\big), \quad
+        q_{ti} = \mathrm{round}\big((x_{ti} - z_t) / s_t\big)
 
     Args:
         x: Inputs, float32 or bfloat16. The scale of a row of zeros is one.
         weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
         scale: float32, of each output.
         bias: Added to each output; None adds nothing.
+        code_sums: The sum of each output's codes, :math:`\sum_i c_{oi}`: gives the inputs of each row a zero point. None
+            quantizes them symmetrically.
         bits: Of a code of the weight: 8, 4, 2 or 1.
         activation: From float32 to float32, element by element. A kernel can only hold what Pallas knows: erf, and not erfc.
         implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
@@ -58,7 +66,7 @@ def quantized_matmul(
         Yao et al, `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, section 4.3.
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
-    check_operands(x, weight, scale, bias, bits)
+    check_operands(x, weight, scale, bias, code_sums, bits)
     if implementation is not None and (reason := why_not(implementation, x, weight, bits)):
         raise dispatch.Unsupported(
             f"quantized_matmul: implementation={implementation!r} cannot serve: {reason}."
@@ -73,10 +81,10 @@ def quantized_matmul(
         platform: functools.partial(function, bits=bits, activation=activation)
         for platform, function in functions.items()
     }
-    return dispatch.by_platform(functions, x, weight, scale, bias)
+    return dispatch.by_platform(functions, x, weight, scale, bias, code_sums)
 
 
-def check_operands(x: Any, weight: Any, scale: Any, bias: Any, bits: int) -> None:
+def check_operands(x: Any, weight: Any, scale: Any, bias: Any, code_sums: Any, bits: int) -> None:
     """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
     if bits not in BITS:
         raise ValueError(f"bits={bits} must be one of {BITS}")
@@ -85,7 +93,7 @@ def check_operands(x: Any, weight: Any, scale: Any, bias: Any, bits: int) -> Non
         raise ValueError(
             f"weight {weight.shape} holds rows of {width * (8 // bits)} codes of {bits} bits, and x {x.shape} has {d_in} inputs"
         )
-    for name, value in (("scale", scale), ("bias", bias)):
+    for name, value in (("scale", scale), ("bias", bias), ("code_sums", code_sums)):
         if value is not None and tuple(value.shape) != (d_out,):
             raise ValueError(f"{name} has shape {value.shape}, and must be ({d_out},) here")
     if d_in * STEPS * 128 >= 2**31:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from kernels_pallas.manual_axes import result_type, varying_axes
 from kernels_pallas.quantized_matmul.reference import finish, quantize_rows
@@ -44,9 +44,10 @@ def load_vector(ref: Any, layout: Any) -> Any:
     return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
-def _kernel(codes, weight, rows, scale, *more, activation: Any) -> None:
-    """`more` is the bias, if there is one, the result, and shared memory for it."""
-    *bias, out, out_smem = more
+def _kernel(codes, weight, *more, vectors: tuple[str, ...], activation: Any) -> None:
+    """`more` is a vector for each of these names, the result, and shared memory for it."""
+    *given, out, out_smem = more
+    by_name = dict(zip(vectors, given, strict=True))
     steps = codes.shape[1] // _BYTES
     row = pl.ds(jax.lax.axis_index("rows") * 2 * _ROWS, 2 * _ROWS)
     output = pl.ds(jax.lax.axis_index("outputs") * _OUTPUTS, _OUTPUTS)
@@ -74,10 +75,14 @@ def _kernel(codes, weight, rows, scale, *more, activation: Any) -> None:
                 shape,
                 (1 - axis,),
             )
-            y = sums[...].astype(jnp.float32)
-            y = y * vector(rows.at[row], own, 1) * vector(scale, output, 0)
-            if bias:
-                y = y + vector(bias[0], output, 0)
+            of_rows = lambda name: vector(by_name[name].at[row], own, 1)
+            of_outputs = lambda name: vector(by_name[name], output, 0)
+            y = sums[...].astype(jnp.float32) * of_rows("row_scale")
+            if "row_zero" in by_name:
+                y = y + of_rows("row_zero") * of_outputs("code_sums")
+            y = y * of_outputs("scale")
+            if "bias" in by_name:
+                y = y + of_outputs("bias")
             out_smem[group] = finish(y, None, activation).astype(out.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[group], out.at[row, output].at[own])
@@ -101,6 +106,7 @@ def quantized_matmul(
     weight: Int8[Array, "d_out bytes"],
     scale: Float[Array, " d_out"],
     bias: Float[Array, " d_out"] | None,
+    code_sums: Int32[Array, " d_out"] | None = None,
     *,
     bits: int,
     activation: Callable[[Array], Array] | None,
@@ -109,12 +115,21 @@ def quantized_matmul(
     """See `kernels_pallas.quantized_matmul`; `interpret` as in `plgpu.kernel`."""
     assert bits == 8, "why_not lets no others through"
     rows, d_out = x.shape[0], weight.shape[0]
-    codes, row_scale = quantize_rows(jnp.pad(x, ((0, -rows % (2 * _ROWS)), (0, 0))))
-    axes = varying_axes(x, weight, scale, bias)
+    padded = jnp.pad(x, ((0, -rows % (2 * _ROWS)), (0, 0)))
+    codes, row_scale, row_zero = quantize_rows(padded, symmetric=code_sums is None)
+    vectors = {
+        "row_scale": row_scale,
+        "row_zero": row_zero,
+        "scale": scale,
+        "bias": bias,
+        "code_sums": None if code_sums is None else code_sums.astype(jnp.float32),
+    }
+    vectors = {name: vector for name, vector in vectors.items() if vector is not None}
+    axes = varying_axes(x, weight, scale, bias, code_sums)
     grid = codes.shape[0] // (2 * _ROWS), d_out // _OUTPUTS
     swizzled = 128 // x.dtype.itemsize
     out = plgpu.kernel(
-        functools.partial(_kernel, activation=activation),
+        functools.partial(_kernel, vectors=tuple(vectors), activation=activation),
         out_type=result_type((codes.shape[0], d_out), x.dtype, axes),
         grid=grid,
         grid_names=("rows", "outputs"),
@@ -129,5 +144,5 @@ def quantized_matmul(
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
-    )(codes, weight, row_scale, scale, *(() if bias is None else (bias,)))
+    )(codes, weight, *vectors.values())
     return out[:rows]

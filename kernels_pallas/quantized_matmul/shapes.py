@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
+
+from kernels_pallas.packed_codes import unpack_planes
 
 
 class Operands(NamedTuple):
@@ -15,6 +17,7 @@ class Operands(NamedTuple):
     weight: Int8[Array, "d_out bytes"]
     scale: Float[Array, " d_out"]
     bias: Float[Array, " d_out"]
+    code_sums: Int32[Array, " d_out"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Shape:
     d_out: int
     bits: int = 8
     """Of a code of the weight."""
+    zero_points: bool = False
+    """Of the rows of `x`."""
     dtype: str = "float32"
     """Of `x`."""
     tags: frozenset[str] = frozenset()
@@ -37,11 +42,15 @@ class Shape:
         keys = jax.random.split(key, 4)
         x = jax.random.normal(keys[0], (self.rows, self.d_in)).astype(self.dtype)
         size = (self.d_out, self.d_in * self.bits // 8)
+        weight = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], size, jnp.uint8), "int8")
+        planes = unpack_planes(weight, self.bits)
+        sums = sum(plane.sum(1, dtype=jnp.int32) for plane in planes)
         return Operands(
             x=x.at[1:2].set(0),
-            weight=jax.lax.bitcast_convert_type(jax.random.bits(keys[1], size, jnp.uint8), "int8"),
+            weight=weight,
             scale=jax.random.uniform(keys[2], (self.d_out,)) * self.d_in**-0.5,
             bias=jax.random.normal(keys[3], (self.d_out,)).astype(self.dtype),
+            code_sums=sums if self.zero_points else None,
         )
 
     def abstract(self, sharding: Any = None) -> Operands:
@@ -55,6 +64,7 @@ class Shape:
             weight=array(self.d_out, self.d_in * self.bits // 8, dtype=jnp.int8),
             scale=array(self.d_out),
             bias=array(self.d_out, dtype=self.dtype),
+            code_sums=array(self.d_out, dtype=jnp.int32) if self.zero_points else None,
         )
 
     def operations(self) -> int:
@@ -72,6 +82,19 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         name="edges-2", rows=40, d_in=192, d_out=300, bits=2, dtype="bfloat16", tags=_tags("test")
     ),
+    Shape(name="zeros-odd", rows=7, d_in=72, d_out=40, zero_points=True, tags=_tags("test")),
+    Shape(
+        name="zeros-4", rows=40, d_in=192, d_out=300, bits=4, zero_points=True, tags=_tags("test")
+    ),
+    Shape(
+        name="zeros",
+        rows=130,
+        d_in=256,
+        d_out=384,
+        zero_points=True,
+        dtype="bfloat16",
+        tags=_tags("test"),
+    ),
     Shape(name="odd-1", rows=3, d_in=144, d_out=24, bits=1, tags=_tags("test")),
     Shape(name="tiles", rows=130, d_in=256, d_out=384, dtype="bfloat16", tags=_tags("test")),
     Shape(name="bert-up", rows=1024, d_in=768, d_out=3072, tags=_tags("bench")),
@@ -80,6 +103,15 @@ SHAPES: tuple[Shape, ...] = (
         rows=1024,
         d_in=768,
         d_out=3072,
+        dtype="bfloat16",
+        tags=_tags("bench", "aot"),
+    ),
+    Shape(
+        name="bert-up-bf16-zeros",
+        rows=1024,
+        d_in=768,
+        d_out=3072,
+        zero_points=True,
         dtype="bfloat16",
         tags=_tags("bench", "aot"),
     ),

@@ -6,17 +6,17 @@ others find the codes there. Weights are unpacked in VMEM, four codes of a word 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from kernels_pallas.manual_axes import result_type, varying_axes
 from kernels_pallas.packed_codes import unpack_words
-from kernels_pallas.quantized_matmul.reference import STEPS, finish
+from kernels_pallas.quantized_matmul.reference import encode, finish, range_scale, symmetric_scale
 
 # The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is the compiler's.
 _VMEM_LIMIT = 56 * 2**20
@@ -57,32 +57,44 @@ def _padded(size: int, multiple: int = _LANES) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
-def _quantize(x_ref: Any, codes_ref: Any, scales_ref: Any, width: int) -> None:
+def _quantize(x_ref: Any, codes_ref: Any, scales_ref: Any, zeros_ref: Any, width: int) -> None:
+    """Codes and scales of the rows, and their zero points where there is memory for them."""
     planes, rows, wide = x_ref.shape
 
     def some_rows(chunk, _):
         where = pl.ds(chunk * _CHUNK, _CHUNK)
         x = x_ref[:, where, :].astype(jnp.float32)
-        if wide != width:  # the tile overhangs the array, and reads undefined values there
-            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 2) < width, x, 0.0)
-        largest = jnp.max(jnp.max(jnp.abs(x), axis=2, keepdims=True), axis=0)
-        scale = largest / STEPS
-        scale = jnp.where(scale == 0, 1.0, scale)
+
+        def real(x, otherwise):  # the tile overhangs the array, and reads undefined values there
+            if wide == width:
+                return x
+            inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) < width
+            return jnp.where(inside, x, otherwise)
+
+        over_row = lambda most, x: most(most(x, axis=2, keepdims=True), axis=0)
+        if zeros_ref is None:
+            scale, zero = symmetric_scale(over_row(jnp.max, jnp.abs(real(x, 0.0)))), None
+        else:
+            ends = over_row(jnp.min, real(x, jnp.inf)), over_row(jnp.max, real(x, -jnp.inf))
+            scale, zero = range_scale(*ends)
+            zeros_ref[where, :] = zero
         scales_ref[where, :] = scale
         for plane in range(planes):
-            codes = jnp.clip(jnp.round(x[plane] / scale), -STEPS, STEPS)
+            codes = real(encode(x[plane], scale, zero), 0.0)
             codes_ref[plane, where, :] = codes.astype(jnp.int8)
 
     jax.lax.fori_loop(0, rows // _CHUNK, some_rows, None)
 
 
-def _kernel(x_ref, weight_ref, scale_ref, *more, bits: int, width: int, activation: Any) -> None:
-    """`more` is the bias, if there is one, the result, and scratch for codes and scales of the rows."""
-    *bias_ref, out_ref, codes_ref, scales_ref = more
+def _kernel(
+    x_ref, weight_ref, vectors, out_ref, codes_ref, scales_ref, zeros_ref,
+    *, bits: int, width: int, activation: Any,
+) -> None:  # fmt: skip
+    """``vectors`` are of the outputs; codes, scales and zero points of the rows are kept in scratch memory."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        _quantize(x_ref, codes_ref, scales_ref, width)
+        _quantize(x_ref, codes_ref, scales_ref, zeros_ref, width)
 
     planes = [weight_ref[...]]
     if bits < 8:
@@ -99,9 +111,20 @@ def _kernel(x_ref, weight_ref, scale_ref, *more, bits: int, width: int, activati
         for plane, codes in enumerate(planes)
     ]
     sums = sum(parts[1:], start=parts[0])
-    y = sums.astype(jnp.float32) * scales_ref[...] * scale_ref[...]
-    bias = bias_ref[0][...] if bias_ref else None
+    y = sums.astype(jnp.float32) * scales_ref[...]
+    if zeros_ref is not None:
+        y += zeros_ref[...] * vectors.code_sums[...].astype(jnp.float32)
+    y *= vectors.scale[...]
+    bias = None if vectors.bias is None else vectors.bias[...]
     out_ref[...] = finish(y, bias, activation).astype(out_ref.dtype)
+
+
+class _Vectors(NamedTuple):
+    """What each output has."""
+
+    scale: Any
+    bias: Any
+    code_sums: Any
 
 
 def quantized_matmul(
@@ -109,6 +132,7 @@ def quantized_matmul(
     weight: Int8[Array, "d_out bytes"],
     scale: Float[Array, " d_out"],
     bias: Float[Array, " d_out"] | None,
+    code_sums: Int32[Array, " d_out"] | None = None,
     *,
     bits: int,
     activation: Callable[[Array], Array] | None,
@@ -121,9 +145,10 @@ def quantized_matmul(
     assert fitting is not None, "why_not lets no such width through"
     block_rows, block_outputs = min(fitting[0], _padded(rows, _CHUNK)), fitting[1]
     grid = pl.cdiv(rows, block_rows), pl.cdiv(d_out, block_outputs)
-    axes = varying_axes(x, weight, scale, bias)
+    axes = varying_axes(x, weight, scale, bias, code_sums)
     row = pl.BlockSpec((1, block_outputs), lambda i, j: (0, j))
-    vectors = [scale[None]] if bias is None else [scale[None], bias[None]]
+    vectors = jax.tree.map(lambda a: a[None], _Vectors(scale, bias, code_sums))
+    of_rows = pltpu.VMEM((block_rows, 1), jnp.float32)
     # Each plane's inputs begin at a whole register.
     inputs = x.reshape(rows, planes, width).transpose(1, 0, 2)
     return pl.pallas_call(
@@ -132,13 +157,14 @@ def quantized_matmul(
         in_specs=[
             pl.BlockSpec((planes, block_rows, wide), lambda i, j: (0, i, 0)),
             pl.BlockSpec((block_outputs, wide), lambda i, j: (j, 0)),
-            *(row for _ in vectors),
+            jax.tree.map(lambda _: row, vectors),
         ],
         out_specs=pl.BlockSpec((block_rows, block_outputs), lambda i, j: (i, j)),
         out_shape=result_type((rows, d_out), x.dtype, axes),
         scratch_shapes=[
             pltpu.VMEM((planes, block_rows, wide), jnp.int8),
-            pltpu.VMEM((block_rows, 1), jnp.float32),
+            of_rows,
+            None if code_sums is None else of_rows,
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
@@ -149,4 +175,4 @@ def quantized_matmul(
             bytes_accessed=(x.size + rows * d_out) * x.dtype.itemsize + grid[0] * weight.size,
         ),
         interpret=interpret,
-    )(inputs, weight, *vectors)
+    )(inputs, weight, vectors)

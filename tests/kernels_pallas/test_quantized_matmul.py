@@ -44,17 +44,24 @@ def test_codes_come_out_of_bytes_and_of_words(bits, seed):
 
 @named(SMALL)
 def test_reference(shape, getkey):
-    x, weight, scale, bias = jax.jit(shape.operands)(getkey())
+    x, weight, scale, bias, code_sums = jax.jit(shape.operands)(getkey())
+    x = x.at[2:3].set(3)
     call = functools.partial(quantized_matmul, bits=shape.bits, activation=jnp.tanh)
-    found = jax.jit(call)(x, weight, scale, bias)
+    found = jax.jit(call)(x, weight, scale, bias, code_sums)
     rows = np.asarray(x, np.float32)
-    steps = np.abs(rows).max(1, keepdims=True) / np.float32(127)
-    exact = rows / np.where(steps == 0, np.float32(1), steps)
+    if shape.zero_points:
+        low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+        steps = (high - low) / np.float32(255)
+        safe = np.where(steps == 0, np.float32(1), steps)
+        zeros = np.where(high == low, low, (np.round(low / safe) + 128) * steps)
+    else:
+        steps, zeros = np.abs(rows).max(1, keepdims=True) / np.float32(127), np.float32(0)
+    exact = (rows - zeros) / np.where(steps == 0, np.float32(1), steps)
     codes = np.round(exact).astype(int)
     # Halfway between two codes, where some bfloat16 numbers lie, the rounding of a division decides.
     decided = (np.abs(np.abs(exact - codes) - 0.5) > 1e-4).all(1)
-    sums = codes @ codes_of(weight, shape.bits).T
-    y = sums * steps * np.asarray(scale)[None] + np.asarray(bias, np.float32)[None]
+    y = (codes * steps + zeros) @ codes_of(weight, shape.bits).T
+    y = y * np.asarray(scale)[None] + np.asarray(bias, np.float32)[None]
     assert found.dtype == x.dtype
     tolerance = 1e-5 if shape.dtype == "float32" else 1e-2
     found, expected = np.asarray(found, np.float32)[decided], np.tanh(y)[decided]
@@ -67,9 +74,9 @@ def check(module, shape, key, *, with_bias=True, **options):
 
     The arrays are waited for: an interpreter calls back into Python, and hung when other work was dispatched meanwhile.
     """
-    operands = list(jax.jit(shape.operands)(key))
+    operands = jax.jit(shape.operands)(key)
     if not with_bias:
-        operands[3] = None
+        operands = operands._replace(bias=None)
     options |= {"bits": shape.bits, "activation": jax.nn.silu if with_bias else None}
     jax.block_until_ready(operands)
     found = jax.jit(functools.partial(module.quantized_matmul, **options))(*operands)
@@ -87,7 +94,7 @@ def test_tpu_kernel(shape, getkey):
     check(tpu, shape, getkey(), interpret=True)
 
 
-@named([BY_NAME["odd-4"], BY_NAME["edges-2"]])
+@named([BY_NAME["odd-4"], BY_NAME["edges-2"], BY_NAME["zeros-4"]])
 def test_tpu_kernel_with_the_memories_of_a_tpu(shape, getkey):
     """This interpreter starts memory as NaN and refuses reads out of bounds."""
     check(tpu, shape, getkey(), with_bias=False, interpret=pltpu.InterpretParams())
@@ -110,7 +117,7 @@ def test_experts_of_a_vmap_have_products_of_their_own(getkey):
 
 def test_it_serves_within_a_shard_map(getkey):
     shape = BY_NAME["tiny"]
-    x, weight, scale, bias = jax.jit(shape.operands)(getkey())
+    x, weight, scale, bias, _ = jax.jit(shape.operands)(getkey())
     x = jnp.concatenate([x, x + 1])
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     run = jax.shard_map(
@@ -126,10 +133,12 @@ def test_it_serves_within_a_shard_map(getkey):
 
 
 @needs_gpu_interpreter
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_gpu_kernel(with_bias, getkey):
+@pytest.mark.parametrize(
+    ("name", "with_bias"), [("tiles", True), ("tiles", False), ("zeros", True)]
+)
+def test_gpu_kernel(name, with_bias, getkey):
     interpret = plgpu.InterpretGPUParams()
-    check(gpu, BY_NAME["tiles"], getkey(), with_bias=with_bias, interpret=interpret)
+    check(gpu, BY_NAME[name], getkey(), with_bias=with_bias, interpret=interpret)
 
 
 def test_each_platform_gets_its_own_kernel_from_one_host():

@@ -108,10 +108,11 @@ def batch(seed, length=16):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_grams_are_those_of_the_inputs(model):
-    """Of every dense layer, over batches, without the padding."""
+@pytest.mark.parametrize("normalize", [False, True])
+def test_grams_are_those_of_the_inputs(model, normalize):
+    """Of every dense layer, over batches, without the padding; of rows of one size where wanted."""
     batches = [batch(1), batch(2)]
-    found = input_grams(model, batches)
+    found = input_grams(model, batches, normalize=normalize)
     assert len(found) == 3 * 7
     points = ("attention_in", "attention_mixed", "feed_forward_in", "feed_forward_inner")
     readers = ("attention.value", "attention.out", "feed_forward.gate", "feed_forward.down")
@@ -124,6 +125,8 @@ def test_grams_are_those_of_the_inputs(model):
                 for s, b in zip(seen, batches, strict=True)
             ]
             rows = np.concatenate(rows).astype(np.float64)
+            if normalize:
+                rows /= np.sqrt(np.mean(rows**2, -1, keepdims=True))
             name = f"layers.{layer}.{reader}.kernel"
             np.testing.assert_allclose(found[name], rows.T @ rows, rtol=1e-4, atol=1e-4)
 

@@ -12,6 +12,7 @@ from effscale.quant import Format, pack_weight
 from effscale.quant.kernel_products import _WITHIN, kernel_product
 
 TOKENS = Format(granularity="token")
+RANGES = Format(granularity="token", symmetric=False)
 GROUPS = Format(bits=4, granularity="group", group_size=32, symmetric=False)
 TPU, H100 = ("tpu", "TPU v5 lite"), ("cuda", "NVIDIA H100 80GB HBM3")
 
@@ -37,6 +38,7 @@ def kernels(weight, *, on, rows=8, devices=1):
     ("format", "activations", "on_tpu", "on_h100"),
     [
         (Format(), TOKENS, 1, 1),
+        (Format(), RANGES, 1, 1),
         (Format(bits=4), TOKENS, 1, 0),
         (Format(bits=1, granularity="tensor"), TOKENS, 1, 0),
         (GROUPS, None, 1, 0),
@@ -45,6 +47,7 @@ def kernels(weight, *, on, rows=8, devices=1):
         (Format(), None, 0, 0),  # the compilers do as well
         (Format(floating=True), None, 0, 0),
         (GROUPS, TOKENS, 0, 0),
+        (Format(), Format(granularity="token", symmetric=False, integer_zero=False), 0, 0),
         (Format(symmetric=False), TOKENS, 0, 0),
         (Format(), Format(granularity="tensor"), 0, 0),
     ],
@@ -68,8 +71,12 @@ def test_where_there_is_no_kernel():
 
 @pytest.mark.parametrize(
     ("format", "activations"),
-    [(Format(bits=4, granularity="block", num_blocks=4), TOKENS), (GROUPS, None)],
-    ids=["int8", "group"],
+    [
+        (Format(bits=4, granularity="block", num_blocks=4), TOKENS),
+        (Format(), RANGES),
+        (GROUPS, None),
+    ],
+    ids=["int8", "zero points", "group"],
 )
 def test_values_and_gradients(format, activations):
     """The ops, which have their jnp form here, get the right numbers: value and gradients are those of the other form."""

@@ -30,9 +30,8 @@ TPUS = ("v5e", "v6e")
 QUANTIZES = r"= s8\[[0-9,]+\]\S* fusion\("
 """A fusion that writes 8-bit integers; in a kernel they stay within it."""
 
-W8A8 = Recipe((Rule(where=r"kernel", weights=Format(), activations=Format(granularity="token")),))
-"""With symmetric inputs, as the kernel has them."""
-
+TOKENS = Format(granularity="token", symmetric=False)
+W8A8 = Recipe((Rule(where=r"kernel", weights=Format(), activations=TOKENS),))
 W4 = Recipe((Rule(where=r"kernel", weights=Format(bits=4, granularity="group", group_size=128)),))
 RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": W8A8, "W4 in groups of 128": W4}
 

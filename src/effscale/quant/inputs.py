@@ -37,7 +37,7 @@ def captured(model: Transformer, batch: Mapping[str, Any], **options: Any) -> tu
 
 
 def input_grams(
-    model: Transformer, batches: Iterable[Mapping[str, Any]]
+    model: Transformer, batches: Iterable[Mapping[str, Any]], *, normalize: bool = False
 ) -> dict[str, Float[Array, "d_in d_in"]]:
     """The Gram matrices of the inputs of every dense layer, for `gptq` and for ``quantize_model(..., grams=)``.
 
@@ -47,6 +47,9 @@ def input_grams(
         model: A model of the library.
         batches: ``input_ids`` of shape ``(batch, seq)``, and where present ``attention_mask``, ``positions``, ``segment_ids`` and
             ``type_ids``. GPTQ's paper takes 128 rows of 2,048 tokens. Padding does not count.
+        normalize: Divide each token's inputs by their root mean square, so that all tokens count alike. GPTQ's paper does not.
+            Some models give their first token inputs so large that they outweigh all others in a few layers; GPTQ
+            then rounds these layers for that token at the cost of the rest.
 
     Returns:
         By the weights' names, as in a `Rule`: ``layers.3.attention.query.kernel``. Layers that read the same share a matrix.
@@ -57,6 +60,9 @@ def input_grams(
 
     def gram(x: Array, real: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        if normalize:
+            squares = jnp.mean(jnp.square(rows), -1, keepdims=True)
+            rows = rows * jax.lax.rsqrt(jnp.where(squares == 0, 1.0, squares))
         if real is not None:
             rows = jnp.where(real, rows, 0.0)
         return jnp.matmul(rows.T, rows, precision="highest")

@@ -22,7 +22,7 @@ from kernels_pallas.quantized_matmul.api import why_not as why_not_quantized
 if TYPE_CHECKING:
     from effscale.quant.packed import PackedWeight
 
-_TOKENS = Format(granularity="token")
+_TOKENS = (Format(granularity="token"), Format(granularity="token", symmetric=False))
 """What the kernel quantizes inputs to."""
 
 
@@ -42,7 +42,7 @@ def kernel_serves(x: Float[Array, "rows d_in"], weight: "PackedWeight") -> bool:
         scale, _ = _of_groups(weight)
         gain = grouped or bits < 8
         return gain and why_not_packed(name, x, weight.data, scale, bits) is None
-    as_in_kernel = weight.activations == _TOKENS and weight.input_scale is None
+    as_in_kernel = weight.activations in _TOKENS and weight.input_scale is None
     served = as_in_kernel and not grouped and weight.zero is None
     return served and why_not_quantized(name, x, weight.data, bits) is None
 
@@ -61,7 +61,7 @@ def kernel_product(
     if weight.activations is None:
         y = packed_matmul(x, weight.data, scale, zero, bias, **options)
     else:
-        y = quantized_matmul(x, weight.data, scale[0], bias, **options)
+        y = quantized_matmul(x, weight.data, scale[0], bias, weight.sums, **options)
     y = y.astype(weight.compute)
     return y if within is not None or activation is None else ACTIVATIONS[activation](y)
 

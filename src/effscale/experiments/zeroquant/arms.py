@@ -19,7 +19,7 @@ from effscale.quant import (
     w8a8,
 )
 
-Method = Literal["round", "static", "gptq", "lkd", "lkd_random"]
+Method = Literal["round", "static", "gptq", "gptq_normalized", "lkd", "lkd_random"]
 
 
 class Arm(NamedTuple):
@@ -54,10 +54,11 @@ def make_arms(group_size: int) -> dict[str, Arm]:
         "w4a8_lkd": Arm(f"W4/8A8, {by}, with LKD", mixed, "lkd"),
         "w4a8_lkd_random": Arm(f"W4/8A8, {by}, with LKD on random tokens", mixed, "lkd_random"),
         "w4a8_gptq": Arm(f"W4/8A8, {by}, by GPTQ", mixed, "gptq"),
+        "w4a8_gptq_normalized": Arm(f"W4/8A8, {by}, by GPTQ, all tokens alike", mixed, "gptq_normalized"),
         "w4a8_channel": Arm("W4/8A8, per output", coarse),
         "w4": Arm(f"W4, {by}", all_alike(groups)),
         "w4_gptq": Arm(f"W4, {by}, by GPTQ", all_alike(groups), "gptq"),
-        "w4_lkd": Arm(f"W4, {by}, with LKD", all_alike(groups), "lkd"),
+        "w4_gptq_normalized": Arm(f"W4, {by}, by GPTQ, all tokens alike", all_alike(groups), "gptq_normalized"),
     }  # fmt: skip
 
 
@@ -83,8 +84,10 @@ def quantized(
         return model
     if arm.method == "static":
         return quantize_model(model, arm.recipe, ranges=input_ranges(model, calibration().text))
-    if arm.method == "gptq":
-        return quantize_model(model, arm.recipe, grams=input_grams(model, calibration().text))
+    if arm.method in ("gptq", "gptq_normalized"):
+        normalize = arm.method == "gptq_normalized"
+        grams = input_grams(model, calibration().text, normalize=normalize)
+        return quantize_model(model, arm.recipe, grams=grams)
     if arm.method in ("lkd", "lkd_random"):
         batches = calibration().text if arm.method == "lkd" else calibration().random
         student = fake_quantize_model(model, arm.recipe)

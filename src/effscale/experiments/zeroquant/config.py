@@ -20,9 +20,10 @@ ArmName = Literal[
     "w4a8_lkd",
     "w4a8_lkd_random",
     "w4a8_gptq",
+    "w4a8_gptq_normalized",
     "w4",
     "w4_gptq",
-    "w4_lkd",
+    "w4_gptq_normalized",
 ]
 
 

@@ -39,6 +39,7 @@ def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
         ("w4a8", "w4a8_lkd", "lkd_gap_closed"),
         ("w4a8", "w4a8_lkd_random", "lkd_random_gap_closed"),
         ("w4", "w4_gptq", "gptq_gap_closed"),
+        ("w4", "w4_gptq_normalized", "gptq_normalized_gap_closed"),
     ):
         if without not in found or with_it not in found:
             continue
