@@ -49,7 +49,7 @@ class Config(ClassifierPart):
     """Tokens of such a row."""
     group_size: int = 64
     """Inputs that share a scale in 4-bit weights."""
-    lkd: LKD = LKD(steps=64, learning_rate=1e-4)
+    lkd: LKD = LKD(steps=64, learning_rate=3e-4, cosine=True)
     """How the language model's layers are distilled, a batch of ``batch_rows`` rows in each step."""
     layers: int | None = None
     """Take the language model's first layers only, for a quick look; its perplexity is then of no use."""
