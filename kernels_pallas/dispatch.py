@@ -69,9 +69,14 @@ def accelerator() -> str | None:
     """The name of the implementations, "tpu" or "gpu", that serve where programs are made for now: on the mesh in use, or else
     on this process's devices. None for others, where an op need not be traced for machines that are not there.
     """
-    if (mesh_platform() or jax.default_backend()) == "tpu":
+    if platform() == "tpu":
         return "tpu"
     return "gpu" if hopper_in_use() else None
+
+
+def platform() -> str:
+    """The platform that programs are made for now: that of the mesh in use, or else of this process."""
+    return mesh_platform() or jax.default_backend()
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:

@@ -16,6 +16,7 @@ from effscale.quant.formats import Format
 from effscale.quant.kernel_products import kernel_product, kernel_serves
 from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
+from effscale.quant.row_products import row_product, serves_row
 
 WIDE = 8192
 """From this many outputs on, XLA's CPU backend multiplies a single row slowly by weights that it converts to floats; four rows it does not."""
@@ -177,11 +178,10 @@ class PackedWeight:
             rounded = x.values().astype(self.compute)
             return self._float_product(rounded)
         d_out, width = self.data.shape
-        planes = unpack_planes(self.data, self.format.bits)
 
         def product(codes: Array) -> Array:
             sums = jnp.zeros((), jnp.int32)
-            for i, plane in enumerate(planes):
+            for i, plane in enumerate(unpack_planes(self.data, self.format.bits)):
                 part = codes[:, i * width : (i + 1) * width]
                 contracting = (((1,), (1,)), ((), ()))
                 sums = sums + jax.lax.dot_general(
@@ -189,7 +189,10 @@ class PackedWeight:
                 )
             return sums
 
-        sums = _few_rows_padded(product, x.codes)
+        if serves_row(x.codes.shape[0], self.data, self.format.bits):
+            sums = row_product(x.codes, self.data, self.format.bits)
+        else:
+            sums = _few_rows_padded(product, x.codes)
         row, column = lambda a: a.reshape(-1, 1), lambda a: _per_output(a, d_out)[None]
         y = row(x.scale) * sums.astype(jnp.float32)
         if x.zero is not None:

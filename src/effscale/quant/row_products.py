@@ -1,0 +1,63 @@
+"""The product of a single row of codes and packed weights, as decoding at batch 1 has it, in operations that CPUs vectorize.
+
+XLA's CPU backend has no good product of one row of integers, and it writes the planes of packed codes to memory before it
+multiplies them. Here a loop over an output's bytes is written out, a lane of ``LANES`` inputs at a time: XLA makes one loop of it that reads
+each byte of the weight once and keeps the sums in registers.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int8, Int32
+
+from effscale.quant.packing import stored_bits
+from kernels_pallas import dispatch
+from kernels_pallas.packed_codes import unpack_planes
+
+LANES = 32
+"""Inputs that are multiplied at once; more of them do not fit the registers of older compilers' loops."""
+
+TERMS = 128
+"""Products in one turn of a loop. With more, newer compilers no longer keep them in registers."""
+
+
+def serves_row(rows: int, data: Int8[Array, "*stack d_out bytes"], bits: int) -> bool:
+    """Whether `row_product` is the best product of so many rows and these codes, on the machine that the program is made for.
+
+    Codes of 8 bits are left to the compiler, whose product of four rows is faster.
+    """
+    packed = stored_bits(bits) < 8 and data.ndim == 2 and data.shape[-1] % LANES == 0
+    return rows == 1 and packed and dispatch.platform() == "cpu" and not dispatch.auto_partitioned()
+
+
+def row_product(
+    x: Int8[Array, "1 d_in"], data: Int8[Array, "d_out bytes"], bits: int
+) -> Int32[Array, "1 d_out"]:
+    """The exact sums of products of codes.
+
+    Args:
+        x: Codes of 8 bits.
+        data: Packed codes, as in `effscale.quant.packing`.
+        bits: Of a packed code, fewer than 8.
+    """
+    bits = stored_bits(bits)
+    planes = 8 // bits
+    # Without this, codes are unpacked once before a decoding loop, and read as 16 bits in it.
+    x, data = jax.lax.optimization_barrier((x.astype(jnp.int16), data))
+    width = data.shape[1]
+    inputs = x.reshape(planes, 1, width)
+    # So many bytes' products of codes add up within 16 bits.
+    together = (2**15 - 1) // (128 * planes * 2 ** (bits - 1))
+    lanes = [slice(start, start + LANES) for start in range(0, width, LANES)]
+    loops = -(-len(lanes) * planes // TERMS)
+    parts = []
+    for loop in range(loops):
+        sums = []
+        for lane in lanes[loop * len(lanes) // loops : (loop + 1) * len(lanes) // loops]:
+            codes = unpack_planes(data[:, lane].astype(jnp.int16), bits)
+            products = [c * inputs[plane, :, lane] for plane, c in enumerate(codes)]
+            sums.append(sum(products[1:], products[0]))
+        steps = range(0, len(sums), together)
+        wider = [sum(sums[i + 1 : i + together], sums[i]).astype(jnp.int32) for i in steps]
+        # The barrier keeps the sum over lanes, which no CPU vectorizes, out of the loop.
+        parts.append(jax.lax.optimization_barrier(sum(wider[1:], wider[0])))
+    return jnp.sum(sum(parts[1:], parts[0]), axis=1)[None]
