@@ -78,6 +78,19 @@ def test_padding_does_not_count(taught):
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
+def test_layers_on_devices_of_their_own_learn_the_same(taught):
+    """Two at a time where they are alike; the first, of other bits, alone."""
+    teacher, _, _ = taught
+    config, lessons = LKD(steps=3, learning_rate=1e-3), list(batches(2))
+    first = Rule(where=r"layers\.0\..*kernel", weights=Format(bits=8), activations=TOKENS)
+    student = fake_quantize_model(teacher, Recipe((first, *RECIPE.rules)))
+    alone = distill_layers(teacher, student, lessons, config)
+    together = distill_layers(teacher, student, lessons, config, devices=jax.devices()[:2])
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-4)
+    for one, other in zip(*map(jax.tree.leaves, (alone.model, together.model)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_what_cannot_be_taught(taught):
     teacher, student, _ = taught
     with pytest.raises(ValueError, match="the student has 2 layers, the teacher 3"):
@@ -86,5 +99,7 @@ def test_what_cannot_be_taught(taught):
         distill_layers(teacher, teacher, list(batches(1)))
     with pytest.raises(ValueError, match="batches: there is none"):
         distill_layers(teacher, student, [])
+    with pytest.raises(ValueError, match="devices: there is none"):
+        distill_layers(teacher, student, list(batches(1)), devices=[])
     with pytest.raises(ValueError, match=r"LKD\.steps=0: must be at least 1"):
         LKD(steps=0)

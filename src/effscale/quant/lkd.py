@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import track
@@ -67,10 +68,12 @@ def distill_layers(
     student: Transformer,
     batches: Sequence[Mapping[str, Any]],
     config: LKD | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Distilled:
     """Teaches each layer of a student what the teacher's layer at the same place does.
 
-    The teacher's hidden states of all batches are kept on the host, for one layer at a time.
+    The teacher's hidden states of all batches are kept on the host, for one layer at a time, or one for each of the devices.
 
     Args:
         teacher: A float model of the library.
@@ -79,12 +82,14 @@ def distill_layers(
         batches: ``input_ids`` of shape ``(batch, seq)``, all of one shape, and where present ``attention_mask``, ``positions``,
             ``segment_ids`` and ``type_ids``. Padding does not count. Any text does.
         config: How; None takes the defaults of `LKD`.
+        devices: Devices that teach a layer each at the same time; layers in a row must then have the same formats to be taught together.
+            None teaches one layer after another, where the models are.
 
     Returns:
         The student with its layers trained, all else as it was, and the losses.
 
     Raises:
-        ValueError: There is no batch, or the models have different numbers of layers.
+        ValueError: There is no batch or no device, or the models have different numbers of layers.
 
     Example:
         >>> from flax import nnx
@@ -108,6 +113,8 @@ def distill_layers(
     if not batches:
         raise ValueError("batches: there is none")
     is_fake = lambda node: isinstance(node, FakeQuantizedWeight)
+    if devices is not None and not devices:
+        raise ValueError("devices: there is none")
     if not any(map(is_fake, jax.tree.leaves(student.groups, is_leaf=is_fake))):
         raise ValueError(
             "the student has no fake-quantized layer: make it with fake_quantize_model"
@@ -116,28 +123,102 @@ def distill_layers(
     if config.cosine:
         rate = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = config.optimizer.build(rate)
-    step = jax.jit(make_train_step(_layer_loss, optimizer, trainable="groups"))
+    teach = _Teacher(optimizer, config.steps, devices)
     run = jax.jit(_run)
     first = jax.jit(lambda model, batch: captured(model, batch, capture="layer_in"))
     begin = take_layers(teacher, [0])
     hidden = [np.asarray(by_layer(first(begin, batch), "layer_in")[0]) for batch in batches]
     losses = np.zeros((count, config.steps), np.float32)
-    for layer in _with_bar(range(count)):
-        own = take_layers(teacher, [layer])
-        targets = [np.asarray(run(own, batch, h)) for batch, h in zip(batches, hidden, strict=True)]
-        pupil = take_layers(student, [layer])
-        state = create_train_state(pupil, optimizer, key=jax.random.key(0), trainable="groups")
-        for number in range(config.steps):
-            which = number % len(batches)
-            lesson = {"hidden": hidden[which], "target": targets[which]}
-            state, metrics = step(state, dict(batches[which]) | lesson)
-            losses[layer, number] = metrics["loss"]
-        student = replace_layers(student, [layer], state.model)
-        hidden = targets
+    pupils = [take_layers(student, [layer]) for layer in range(count)]
+    for layers in _with_bar(_taught_together(pupils, 1 if devices is None else len(devices))):
+        lessons = []
+        for layer in layers:
+            own = take_layers(teacher, [layer])
+            targets = [
+                np.asarray(run(own, batch, h)) for batch, h in zip(batches, hidden, strict=True)
+            ]
+            lessons.append((hidden, targets))
+            hidden = targets
+        models, losses[layers] = teach([pupils[layer] for layer in layers], batches, lessons)
+        for layer, model in zip(layers, models, strict=True):
+            student = replace_layers(student, [layer], model)
     return Distilled(student, losses)
 
 
-def _with_bar(layers: Sequence[int]) -> Iterable[int]:
+class _Teacher:
+    """Trains single layers: one where it is, or one on each of some devices.
+
+    Args:
+        optimizer: Of each layer.
+        steps: Of each layer.
+        devices: None for one layer at a time.
+    """
+
+    def __init__(self, optimizer: Any, steps: int, devices: Sequence[jax.Device] | None):
+        self.optimizer, self.steps, self.devices = optimizer, steps, devices
+        step = make_train_step(_layer_loss, optimizer, trainable="groups")
+        # Hidden states and targets are each layer's own; what else a batch holds is of all.
+        self.step = jax.jit(step)
+        self.steps_together = jax.jit(
+            lambda state, own, batch: jax.vmap(lambda state, own: step(state, batch | own))(
+                state, own
+            )
+        )
+
+    def __call__(
+        self,
+        pupils: Sequence[Transformer],
+        batches: Sequence[Mapping[str, Any]],
+        lessons: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
+    ) -> tuple[list[Transformer], np.ndarray]:
+        """The taught models, and their losses of shape ``(layers, steps)``; the lessons are each layer's inputs and targets."""
+        key = jax.random.key(0)
+        states = [
+            create_train_state(pupil, self.optimizer, key=key, trainable="groups")
+            for pupil in pupils
+        ]
+        losses = []
+        if self.devices is None:
+            (state,), ((hidden, targets),) = states, lessons
+            for number in range(self.steps):
+                which = number % len(batches)
+                lesson = {"hidden": hidden[which], "target": targets[which]}
+                state, metrics = self.step(state, dict(batches[which]) | lesson)
+                losses.append(metrics["loss"])
+            return [state.model], np.asarray(jax.device_get(losses))[None]
+        mesh = jax.make_mesh(
+            (len(pupils),), ("layer",), (AxisType.Auto,), devices=self.devices[: len(pupils)]
+        )
+        own, shared = (
+            NamedSharding(mesh, spec) for spec in (PartitionSpec("layer"), PartitionSpec())
+        )
+        together = jax.device_put(jax.tree.map(lambda *x: jnp.stack(x), *states), own)
+        for number in range(self.steps):
+            which = number % len(batches)
+            hidden, target = (np.stack([lesson[i][which] for lesson in lessons]) for i in (0, 1))
+            each = jax.device_put({"hidden": hidden, "target": target}, own)
+            together, metrics = self.steps_together(
+                together, each, jax.device_put(dict(batches[which]), shared)
+            )
+            losses.append(metrics["loss"])
+        models = jax.device_get(together.model)
+        found = [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), models) for i in range(len(pupils))]
+        return found, np.asarray(jax.device_get(losses)).T
+
+
+def _taught_together(pupils: Sequence[Transformer], most: int) -> list[list[int]]:
+    """Layers in a row that are alike, at most so many at a time."""
+    form = lambda model: (jax.tree.structure(model), [x.shape for x in jax.tree.leaves(model)])
+    found: list[list[int]] = []
+    for layer, pupil in enumerate(pupils):
+        if found and len(found[-1]) < most and form(pupil) == form(pupils[found[-1][0]]):
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return found
+
+
+def _with_bar(layers: Sequence[list[int]]) -> Iterable[list[int]]:
     """The layers, with a bar on a terminal."""
     if not sys.stderr.isatty():
         return layers
