@@ -44,7 +44,7 @@ class Shape:
         size = (self.d_out, self.d_in * self.bits // 8)
         weight = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], size, jnp.uint8), "int8")
         planes = unpack_planes(weight, self.bits)
-        sums = sum(plane.sum(1, dtype=jnp.int32) for plane in planes)
+        sums = jnp.sum(jnp.concatenate(planes, axis=1), 1, dtype=jnp.int32)
         return Operands(
             x=x.at[1:2].set(0),
             weight=weight,

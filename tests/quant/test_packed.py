@@ -1,5 +1,7 @@
 """Packed weights: bytes there and back, and products against the numbers that the codes stand for."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from effscale.parallel import MeshConfig, shard
 from effscale.quant import FakeQuantizedWeight, Format, PackedWeight, pack_weight, quantize
 from effscale.quant import packed as packed_module
 from effscale.quant.packing import pack, stored_bits, unpack
+from effscale.training import trainable_mask
 
 TOKENS = Format(granularity="token")
 WEIGHTS = [
@@ -220,3 +223,21 @@ def test_packed_and_fake_projections_of_one_input():
     )
     one, other = matmuls(x, Affine(packed), Affine(fake))
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_no_optimizer_moves_a_packed_weight():
+    """Nor decays its scales; what is beside it, and a LoRA on top of it, is trained."""
+    weight = pack_weight(normal(0, 8, 8), Format(symmetric=False), activations=TOKENS)
+    layer = {"kernel": weight, "bias": jnp.ones(8), "other": Pair(jnp.ones(2), weight)}
+    mask = trainable_mask(layer)
+    assert mask["bias"] and mask["other"].a
+    assert not any(jax.tree.leaves((mask["kernel"], mask["other"].base)))
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        trainable_mask({"kernel": weight})
+
+
+class Pair(NamedTuple):
+    """As a LoRA holds its base."""
+
+    a: jax.Array
+    base: PackedWeight

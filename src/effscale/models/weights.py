@@ -28,12 +28,13 @@ class Weight(Protocol):
     The last two dimensions are ``(in, out)``; any before them are stacked layers or experts, which :func:`jax.lax.scan`
     and :func:`jax.vmap` take off before the weight is used.
 
-    Two members are optional:
+    Three members are optional:
 
     - ``partition(axes)``: the logical axes of each of its arrays, from those of the dense weight, so that it shards.
     - ``input_form`` and ``prepare(x)``: a weight that turns its input into another form first (8-bit codes and their
       steps) names that form with any hashable value. Projections of one input whose weights name the same form then share it:
       :func:`matmuls` calls ``prepare`` once for all of them and hands the result to each ``matmul`` in place of ``x``.
+    - ``fixed_weight``: True for a weight that is never trained; an optimizer would decay the scales of a packed one.
     """
 
     @property

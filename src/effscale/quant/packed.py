@@ -61,6 +61,8 @@ class PackedWeight:
     is_table: bool = dataclasses.field(default=False, metadata={"static": True})
     compute: Any = dataclasses.field(default=jnp.dtype("float32"), metadata={"static": True})
 
+    fixed_weight: typing.ClassVar[bool] = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense array that it stands for."""

@@ -82,11 +82,21 @@ def _is_inexact(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def _fixed(tree: Any) -> list[bool]:
+    """Of each leaf, whether it is a part of a weight that cannot be trained; see `effscale.models.Weight`."""
+    is_fixed = lambda node: getattr(node, "fixed_weight", False) is True
+    return [
+        is_fixed(node)
+        for node in jax.tree.leaves(tree, is_leaf=is_fixed)
+        for _ in jax.tree.leaves(node)
+    ]
+
+
 def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
     """A tree of bools: True where a leaf is trained.
 
-    A leaf is trained if it is of a floating (or complex) type and ``trainable`` accepts its name. Integers, packed
-    bits and PRNG keys never are.
+    A leaf is trained if it is of a floating (or complex) type and ``trainable`` accepts its name. Integers, PRNG keys
+    and what belongs to a packed weight, its scales included, never are.
 
     Args:
         tree: The model.
@@ -97,12 +107,16 @@ def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
             ``"embed|head"``).
     """
     leaves = named_leaves(tree)
+    can_be = [
+        _is_inexact(leaf.leaf) and not fixed
+        for leaf, fixed in zip(leaves, _fixed(tree), strict=True)
+    ]
     if isinstance(trainable, str):
-        names = [leaf.name for leaf in leaves if _is_inexact(leaf.leaf)]
+        names = [leaf.name for leaf, can in zip(leaves, can_be, strict=True) if can]
         accept = name_search(trainable, names, option="trainable")
     else:
         accept = trainable or (lambda name: True)
-    mask = [bool(_is_inexact(leaf.leaf) and accept(leaf.name)) for leaf in leaves]
+    mask = [bool(can and accept(leaf.name)) for leaf, can in zip(leaves, can_be, strict=True)]
     if not any(mask):
         names = ", ".join(leaf.name for leaf in leaves[:8])
         raise ValueError(
