@@ -230,7 +230,8 @@ def test_no_optimizer_moves_a_packed_weight():
     weight = pack_weight(normal(0, 8, 8), Format(symmetric=False), activations=TOKENS)
     layer = {"kernel": weight, "bias": jnp.ones(8), "other": Pair(jnp.ones(2), weight)}
     mask = trainable_mask(layer)
-    assert mask["bias"] and mask["other"].a
+    assert mask["bias"]
+    assert mask["other"].a
     assert not any(jax.tree.leaves((mask["kernel"], mask["other"].base)))
     with pytest.raises(ValueError, match="leaves nothing to train"):
         trainable_mask({"kernel": weight})
