@@ -1,5 +1,6 @@
 """The ways in which the experiment ``zeroquant`` quantizes a model."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from effscale.quant import (
     w8a8,
 )
 
-Method = Literal["round", "static", "gptq", "gptq_normalized", "lkd", "lkd_random"]
+Method = Literal["round", "static", "gptq", "gptq_normalized", "lkd", "lkd_long", "lkd_random"]
 
 
 class Arm(NamedTuple):
@@ -52,6 +53,7 @@ def make_arms(group_size: int) -> dict[str, Arm]:
         "w4a16": Arm(f"W4/8A16, {by}", mixed_16),
         "w4a8": Arm(f"W4/8A8, {by}", mixed),
         "w4a8_lkd": Arm(f"W4/8A8, {by}, with LKD", mixed, "lkd"),
+        "w4a8_lkd_long": Arm(f"W4/8A8, {by}, with LKD of twice the steps", mixed, "lkd_long"),
         "w4a8_lkd_random": Arm(f"W4/8A8, {by}, with LKD on random tokens", mixed, "lkd_random"),
         "w4a8_gptq": Arm(f"W4/8A8, {by}, by GPTQ", mixed, "gptq"),
         "w4a8_gptq_normalized": Arm(f"W4/8A8, {by}, by GPTQ, all tokens alike", mixed, "gptq_normalized"),
@@ -88,8 +90,11 @@ def quantized(
         normalize = arm.method == "gptq_normalized"
         grams = input_grams(model, calibration().text, normalize=normalize)
         return quantize_model(model, arm.recipe, grams=grams)
-    if arm.method in ("lkd", "lkd_random"):
-        batches = calibration().text if arm.method == "lkd" else calibration().random
+    if arm.method in ("lkd", "lkd_long", "lkd_random"):
+        if arm.method == "lkd_long":
+            lkd = dataclasses.replace(lkd, steps=2 * lkd.steps)
+        random = arm.method == "lkd_random"
+        batches = calibration().random if random else calibration().text
         student = fake_quantize_model(model, arm.recipe)
         model = distill_layers(model, student, batches, lkd).model
     return quantize_model(model, arm.recipe)

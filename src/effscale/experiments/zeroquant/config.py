@@ -18,6 +18,7 @@ ArmName = Literal[
     "w4a8",
     "w4a8_channel",
     "w4a8_lkd",
+    "w4a8_lkd_long",
     "w4a8_lkd_random",
     "w4a8_gptq",
     "w4a8_gptq_normalized",
@@ -34,7 +35,7 @@ class Config(ClassifierPart):
     models: tuple[Literal["smollm2", "minilm"], ...] = ("smollm2", "minilm")
     """A language model, measured by its perplexity, and a classifier, by its accuracy."""
     arms: tuple[ArmName, ...] = get_args(ArmName)
-    """Ways of quantization, each beside float32. Of LKD, the classifier has only those on its own texts."""
+    """Ways of quantization, each beside float32. Of LKD, the classifier has only the one on its own texts."""
     peers: bool = False
     """Quantize the language model by torchao and by qwix as well; both have to be installed."""
     rows: int = 16

@@ -37,6 +37,7 @@ def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
             figures[f"smollm2_{name}_layers_mb"] = arm["bytes"] / 1e6
     for without, with_it, name in (
         ("w4a8", "w4a8_lkd", "lkd_gap_closed"),
+        ("w4a8", "w4a8_lkd_long", "lkd_long_gap_closed"),
         ("w4a8", "w4a8_lkd_random", "lkd_random_gap_closed"),
         ("w4", "w4_gptq", "gptq_gap_closed"),
         ("w4", "w4_gptq_normalized", "gptq_normalized_gap_closed"),
