@@ -53,7 +53,8 @@ class Config(ClassifierPart):
             check(self, getattr(self, name) >= self.classes, name, each)
         fits = self.train // self.classes * self.classes >= self.batch_size
         check(self, fits, "batch_size", f"at most train={self.train}, equally many of each class")
-        check(self, len(self.teacher_layers) >= 1, "teacher_layers", "at least one layer")
+        known = len(self.teacher_layers) >= 1 and min(self.teacher_layers) >= 0
+        check(self, known, "teacher_layers", "at least one layer, counted from 0")
         ascending = tuple(sorted(set(self.budgets)))
         check(
             self,
