@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int8, Int32
 from kernels_pallas.packed_codes import unpack_planes
 
 STEPS = 127
-"""The largest code of an input; the smallest is its negative, and without zero points one more."""
+"""The largest code of an input; the smallest is its negative, or with zero points one less."""
 
 
 class Rows(NamedTuple):

@@ -22,7 +22,7 @@ from effscale.models import (
     build_context,
     llama,
 )
-from effscale.quant import PackedWeight, Recipe, Rule, quantize_model
+from effscale.quant import PackedWeight, Recipe, Rule, quantize_model, w8a8
 from effscale.quant.formats import Format
 from kernels_pallas.aot import Program
 
@@ -30,10 +30,8 @@ TPUS = ("v5e", "v6e")
 QUANTIZES = r"= s8\[[0-9,]+\]\S* fusion\("
 """A fusion that writes 8-bit integers; in a kernel they stay within it."""
 
-TOKENS = Format(granularity="token", symmetric=False)
-W8A8 = Recipe((Rule(where=r"kernel", weights=Format(), activations=TOKENS),))
 W4 = Recipe((Rule(where=r"kernel", weights=Format(bits=4, granularity="group", group_size=128)),))
-RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": W8A8, "W4 in groups of 128": W4}
+RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": w8a8(), "W4 in groups of 128": W4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

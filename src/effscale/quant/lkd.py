@@ -129,8 +129,7 @@ def distill_layers(
     begin = take_layers(teacher, [0])
     hidden = [np.asarray(by_layer(first(begin, batch), "layer_in")[0]) for batch in batches]
     losses = np.zeros((count, config.steps), np.float32)
-    pupils = [take_layers(student, [layer]) for layer in range(count)]
-    for layers in _with_bar(_taught_together(pupils, 1 if devices is None else len(devices))):
+    for layers in _with_bar(_taught_together(student, 1 if devices is None else len(devices))):
         lessons = []
         for layer in layers:
             own = take_layers(teacher, [layer])
@@ -139,7 +138,8 @@ def distill_layers(
             ]
             lessons.append((hidden, targets))
             hidden = targets
-        models, losses[layers] = teach([pupils[layer] for layer in layers], batches, lessons)
+        pupils = [take_layers(student, [layer]) for layer in layers]
+        models, losses[layers] = teach(pupils, batches, lessons)
         for layer, model in zip(layers, models, strict=True):
             student = replace_layers(student, [layer], model)
     return Distilled(student, losses)
@@ -157,8 +157,8 @@ class _Teacher:
     def __init__(self, optimizer: Any, steps: int, devices: Sequence[jax.Device] | None):
         self.optimizer, self.steps, self.devices = optimizer, steps, devices
         step = make_train_step(_layer_loss, optimizer, trainable="groups")
-        # Hidden states and targets are each layer's own; what else a batch holds is of all.
         self.step = jax.jit(step)
+        # Hidden states and targets are each layer's own; what else a batch holds is of all.
         self.steps_together = jax.jit(
             lambda state, own, batch: jax.vmap(lambda state, own: step(state, batch | own))(
                 state, own
@@ -206,12 +206,17 @@ class _Teacher:
         return found, np.asarray(jax.device_get(losses)).T
 
 
-def _taught_together(pupils: Sequence[Transformer], most: int) -> list[list[int]]:
+def _taught_together(student: Transformer, most: int) -> list[list[int]]:
     """Layers in a row that are alike, at most so many at a time."""
-    form = lambda model: (jax.tree.structure(model), [x.shape for x in jax.tree.leaves(model)])
+
+    def form(layer: int) -> Any:
+        pupil = jax.eval_shape(lambda: take_layers(student, [layer]))
+        return jax.tree.structure(pupil), [x.shape for x in jax.tree.leaves(pupil)]
+
+    forms = [form(layer) for layer in range(student.config.num_layers)]
     found: list[list[int]] = []
-    for layer, pupil in enumerate(pupils):
-        if found and len(found[-1]) < most and form(pupil) == form(pupils[found[-1][0]]):
+    for layer, own in enumerate(forms):
+        if found and len(found[-1]) < most and own == forms[found[-1][0]]:
             found[-1].append(layer)
         else:
             found.append([layer])

@@ -38,10 +38,9 @@ class ClassifierRuns:
     def __init__(self, problem: Problem, config: Config, folder: RunFolder):
         self.problem, self.config, self.folder = problem, config, folder
         self.arms = make_arms(config.group_size)
-        self.names = (
-            "float32",
-            *(name for name in config.arms if not name.endswith(("random", "long"))),
-        )
+        others = ("lkd_long", "lkd_random")
+        mine = (name for name in config.arms if self.arms[name].method not in others)
+        self.names = ("float32", *mine)
         schedule = ScheduleConfig(
             kind="linear",
             peak=problem.recipe.learning_rate,
