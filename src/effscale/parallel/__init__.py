@@ -6,6 +6,14 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 """
 
 from effscale.parallel.constraint import auto_batch_axes, constrain
+from effscale.parallel.expert_exchange import (
+    Exchange,
+    check_experts,
+    expert_axes,
+    mesh_size,
+    to_experts,
+    to_tokens,
+)
 from effscale.parallel.layout import Placement
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, init_error_feedback
@@ -45,6 +53,7 @@ __all__ = [
     "Collective",
     "DistributedConfig",
     "ErrorFeedback",
+    "Exchange",
     "MeshConfig",
     "MovesParams",
     "PerWorker",
@@ -55,16 +64,19 @@ __all__ = [
     "auto_batch_axes",
     "batch_shard",
     "batch_sharding",
+    "check_experts",
     "collectives",
     "compressed_mean",
     "compressed_mean_bytes",
     "constrain",
     "current_rules",
     "ending_together",
+    "expert_axes",
     "init_error_feedback",
     "initialize",
     "logical_spec",
     "mean_bytes",
+    "mesh_size",
     "on_first",
     "per_worker",
     "resize_workers",
@@ -74,6 +86,8 @@ __all__ = [
     "shardings",
     "simulate_workers",
     "stack_workers",
+    "to_experts",
+    "to_tokens",
     "unstack_workers",
     "use_rules",
     "worker_params",

@@ -1,0 +1,21 @@
+"""Mixture of experts: DeepSpeed-MoE."""
+
+from effscale.moe.balance import load_balance, router_statistics, z_loss
+from effscale.moe.layer import MoE, MoEConfig
+from effscale.moe.layouts import with_experts
+from effscale.moe.router import Router, RouterConfig
+from effscale.moe.routing import Routing, expert_capacity, top_k_routing
+
+__all__ = [
+    "MoE",
+    "MoEConfig",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "expert_capacity",
+    "load_balance",
+    "router_statistics",
+    "top_k_routing",
+    "with_experts",
+    "z_loss",
+]

@@ -1,0 +1,83 @@
+"""What keeps a router's load even, and what tells that it is not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from effscale.moe.routing import Routing
+
+
+def load_balance(
+    probs: Float[Array, "tokens experts"],
+    experts: Int[Array, "tokens choices"],
+    used: Bool[Array, "tokens"] | None = None,
+) -> Float[Array, ""]:
+    r"""The load-balancing loss: 1 if the load is even, up to E if one expert gets everything.
+
+    .. math:: L = E \sum_e f_e P_e
+
+    with :math:`f_e` the share of all choices that fell on expert e and :math:`P_e` its mean probability. Choices count before any is
+    dropped; gradients flow through :math:`P` alone.
+
+    Args:
+        probs: Probabilities of the experts, float32.
+        experts: The choices that count. DeepSpeed and GShard count first choices for k = 2, all for more.
+        used: False at padding, which does not count.
+
+    References:
+        Fedus et al., "Switch Transformers", 2021, equation 4. transformers takes the sum of :math:`f` over the k choices, k times as
+        much, over the tokens of all layers together.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(load_balance(jnp.full((4, 2), 0.5), jnp.array([[0], [1], [0], [1]])))
+        1.0
+    """
+    num_experts = probs.shape[1]
+    chosen = jax.nn.one_hot(experts, num_experts).mean(1)
+    return num_experts * (_mean(chosen, used) * _mean(probs, used)).sum()
+
+
+def z_loss(
+    logits: Float[Array, "tokens experts"], used: Bool[Array, "tokens"] | None = None
+) -> Float[Array, ""]:
+    r"""The mean of :math:`(\log \sum_e e^{l_e})^2`, which keeps a router's logits small.
+
+    References:
+        Zoph et al., "ST-MoE", 2022, equation 5; its coefficient is 0.001.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{z_loss(jnp.zeros((3, 8))):.4f}")  # (ln 8)^2
+        4.3241
+    """
+    return _mean(jnp.square(jax.nn.logsumexp(logits, axis=-1))[:, None], used)[0]
+
+
+def router_statistics(
+    probs: Float[Array, "tokens experts"],
+    routing: Routing,
+    used: Bool[Array, "tokens"] | None = None,
+) -> dict[str, Any]:
+    """What to watch of a router.
+
+    Returns:
+        ``load``: the share of all choices that fell on each expert, which is 1 / E each if it is even; ``dropped``: the share of choices
+        without a place; ``router_entropy``: the mean entropy of the probabilities, in nats: ln E if the router does not care.
+    """
+    choices = routing.sizes.sum()
+    surprise = -jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0)
+    found = {
+        "load": routing.sizes / jnp.maximum(choices, 1),
+        "dropped": (choices - routing.kept.sum()) / jnp.maximum(choices, 1),
+        "router_entropy": _mean(surprise.sum(-1, keepdims=True), used)[0],
+    }
+    return jax.tree.map(lambda a: jax.lax.stop_gradient(a.astype(jnp.float32)), found)
+
+
+def _mean(values: Float[Array, "tokens n"], used: Array | None) -> Float[Array, "n"]:
+    if used is None:
+        return values.mean(0)
+    return jnp.where(used[:, None], values, 0.0).sum(0) / jnp.maximum(used.astype(jnp.float32).sum(), 1)

@@ -1,0 +1,1 @@
+"""Ways of bringing tokens to their experts and back."""

@@ -1,0 +1,123 @@
+"""Tokens sorted by expert, without buffers: no expert has a limit and no row is empty (as in MegaBlocks).
+
+The experts then read rows of which each belongs to one of them. Any feed-forward made of :class:`effscale.models.Dense` can do so:
+:func:`grouped_experts` replaces its stacked kernels by weights that multiply each row with its expert's part.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from effscale.models import dense, finish, map_weights
+from effscale.moe.dispatch.gathers import items_of_rows, rows_of_items
+from effscale.moe.routing import Routing
+from effscale.parallel import auto_batch_axes, expert_axes
+from kernels_pallas import grouped_matmul
+
+
+def dispatch(x: Float[Array, "tokens d_model"], routing: Routing) -> Float[Array, "items d_model"]:
+    """The token of each item, sorted by expert; padding comes last."""
+    return rows_of_items(x, _rows(routing), routing.order)
+
+
+def combine(y: Float[Array, "items d_model"], routing: Routing) -> Float[Array, "tokens d_model"]:
+    """The weighted sum of what the experts made of each token."""
+    found = items_of_rows(y, _rows(routing), routing.order)
+    return (found * routing.weights[..., None].astype(y.dtype)).sum(1)
+
+
+def _rows(routing: Routing) -> Int[Array, "tokens k"]:
+    """The place of each item in ``order``; past the last for padding, which no expert gets."""
+    rows = jnp.append(routing.starts, 0)[routing.experts] + routing.positions
+    return jnp.where(routing.experts < routing.num_experts, rows, routing.order.shape[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+class GroupedWeight:
+    """A stack of weights that multiplies sorted rows, each with the weight of its group; see :class:`effscale.models.Weight`.
+
+    Attributes:
+        weight: The weights of all groups.
+        sizes: How many rows each group has.
+    """
+
+    weight: Float[Array, "groups d_in d_out"]
+    sizes: Int[Array, "groups"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one group's weight."""
+        return tuple(self.weight.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """Type in which it computes."""
+        return self.weight.dtype
+
+    def astype(self, dtype: Any) -> "GroupedWeight":
+        """The same weights, computing in ``dtype``."""
+        return dataclasses.replace(self, weight=self.weight.astype(dtype))
+
+    def matmul(self, x: Any, bias: Any, activation: Any) -> Array:
+        """``activation(x W + b)`` with the weight of each row's group, and a bias of shape ``(groups, d_out)``."""
+        weight = dense(self.weight).astype(x.dtype)
+        return finish(grouped_matmul(x, weight, self.sizes, bias), None, activation)
+
+
+def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Module:
+    """A stack of experts that reads sorted rows, each of which belongs to one of them.
+
+    Args:
+        experts: A feed-forward with its parameters stacked; all of them must be kernels and biases of :class:`effscale.models.Dense`.
+        sizes: How many rows each expert has.
+
+    Raises:
+        ValueError: It has another parameter, which cannot be chosen by row.
+    """
+    others = [
+        ".".join(map(str, path))
+        for path, _ in nnx.to_flat_state(nnx.state(experts))
+        if path[-1] not in ("kernel", "bias")
+    ]
+    if others:
+        raise ValueError(
+            f"dispatch='dropless' needs experts of dense layers alone, and these have {', '.join(others)}; choose dispatch='table'"
+        )
+    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes))
+
+
+def each_group(
+    function: Callable[..., Any], experts: nnx.Module, tokens: Array, routing: Routing
+) -> Any:
+    """``function(experts, tokens, routing)`` of each group of tokens, on the device that holds it.
+
+    Raises:
+        ValueError: The experts are divided over devices: without a capacity, how much each has to send is not known.
+    """
+    if axes := expert_axes():
+        raise ValueError(
+            f"dispatch='dropless' cannot serve where the mesh divides experts over {', '.join(axes)}; give the router a "
+            "capacity_factor, or choose dispatch='table', whose buffers then have a place for every token"
+        )
+    groups = tokens.shape[0]
+    batch = auto_batch_axes(groups)
+
+    def own(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
+        take = lambda index: jax.tree.map(lambda a: a[index], (tokens, routing))
+        found = [function(experts, *take(index)) for index in range(tokens.shape[0])]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+    if not batch:
+        return own(experts, tokens, routing)
+    return jax.shard_map(
+        own, in_specs=(P(), P(batch), P(batch)), out_specs=P(batch), axis_names=set(batch)
+    )(experts, tokens, routing)

@@ -1,0 +1,199 @@
+"""A mixture of experts in the place of a block's feed-forward."""
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from effscale.models import Context, Dense, FeedForwardConfig
+from effscale.models.reports import AUX_LOSS
+from effscale.models.validation import check, choice
+from effscale.moe.dispatch import dropless, one_hot, table
+from effscale.moe.router import Router, RouterConfig
+from effscale.moe.routing import Routing
+from effscale.parallel import (
+    Exchange,
+    auto_batch_axes,
+    check_experts,
+    constrain,
+    mesh_size,
+    to_experts,
+    to_tokens,
+)
+
+Dispatch = Literal["table", "one_hot", "dropless"]
+Mix = Literal["weighted", "sum", "gated"]
+
+COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
+BUFFERS: dict[str, Any] = {"table": table, "one_hot": one_hot}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A feed-forward of several experts, of which each token takes k.
+
+    Example:
+        >>> import dataclasses
+        >>> from effscale.models import MLPConfig, gpt2
+        >>> from effscale.moe import MoEConfig, RouterConfig, with_experts
+        >>> dense = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> moe = MoEConfig(num_experts=8, expert=MLPConfig(d_ff=64), router=RouterConfig(k=2))
+        >>> config = with_experts(dense, moe)  # every second layer
+    """
+
+    num_experts: int
+    """Experts, E."""
+    expert: FeedForwardConfig
+    """Each of them."""
+    router: RouterConfig = RouterConfig()
+    """How tokens choose."""
+    shared: FeedForwardConfig | None = None
+    """A feed-forward that every token takes besides: the dense part of a residual MoE, or a shared expert."""
+    mix: Mix = "weighted"
+    """How the shared part is added: ``weighted``: both parts weighted by a softmax of two logits for each token, as DeepSpeed's
+    ``use_residual`` does it; ``sum``: as they are, as the paper writes it; ``gated``: the shared part times a sigmoid, as Qwen2-MoE."""
+    dispatch: Dispatch | None = None
+    """How tokens get to their experts: ``table``: gathered into a buffer for each expert; ``one_hot``: the same by products with one-hot
+    arrays, the slow reference; ``dropless``: sorted by expert, without buffers. None: ``dropless`` where the router's
+    capacity factor is None, otherwise ``table``."""
+    groups: int | None = None
+    """Groups of rows of the batch that are routed apart from each other, each with capacities of its own; None: one on each device that
+    has rows of its own, as DeepSpeed does it. A number makes results independent of the mesh."""
+    exchange: Exchange = Exchange()
+    """How tokens travel between devices that hold different experts."""
+
+    def __post_init__(self):
+        check(self, self.num_experts >= 1, "num_experts", "at least 1")
+        k = self.router.k
+        if k > self.num_experts:
+            raise ValueError(
+                f"RouterConfig.k={k}: must be at most num_experts={self.num_experts} of MoEConfig"
+            )
+        choice(self, "mix", typing.get_args(Mix))
+        if self.dispatch is not None:
+            choice(self, "dispatch", typing.get_args(Dispatch))
+        check(self, self.groups is None or self.groups >= 1, "groups", "at least 1, or None")
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """The points of the experts, whose arrays get a leading expert dimension, and the router's probabilities."""
+        return tuple(getattr(self.expert, "points", ()))
+
+    def multiplications(self, d_model: int) -> int:
+        """Multiplications of one token's forward pass: of the k experts that it takes, the router and the shared part."""
+        parts = [self.expert] * self.router.k + ([] if self.shared is None else [self.shared])
+        extra = 0 if self.shared is None else COEFFICIENTS[self.mix]
+        each = sum(typing.cast(Any, part).multiplications(d_model) for part in parts)
+        return each + d_model * (self.num_experts + extra)
+
+    def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MoE":
+        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        return MoE(self, d_model, std=std, out_std=out_std, rngs=rngs)
+
+
+class MoE(nnx.Module):
+    """Router, experts with their parameters stacked, and the shared part."""
+
+    def __init__(
+        self, config: MoEConfig, d_model: int, *, std: float, out_std: float, rngs: nnx.Rngs
+    ):
+        self.router = Router(config.router, d_model, config.num_experts, std=std, rngs=rngs)
+        parts = {"std": std, "out_std": out_std}
+        build = lambda r: config.expert.build(d_model, **parts, rngs=r)
+        self.experts = _stacked(jax.vmap(build)(rngs.split(config.num_experts)))
+        shared, mix = config.shared, config.mix
+        self.shared = None if shared is None else shared.build(d_model, **parts, rngs=rngs)
+        options = {"bias": mix == "weighted", "std": std, "axes": ("embed", None), "rngs": rngs}
+        logits = 0 if shared is None else COEFFICIENTS[mix]
+        self.coefficient = Dense(d_model, logits, **options) if logits else None
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        context: Context,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
+        """The output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
+        config = self.config
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        groups = _groups(config.groups, x.shape[0])
+        tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
+        used = None if context.real is None else context.real.reshape(groups, -1)
+
+        group_keys = None if keys[0] is None else jax.random.split(keys[0], groups)
+        routing, aux, found = jax.vmap(self.router)(tokens, used, group_keys)
+        report = {AUX_LOSS: aux.mean(), **jax.tree.map(lambda a: a.mean(0), found)}
+        if self._dispatch(routing) == "dropless":
+            y, captured = self._sorted(tokens, routing, context, keys[1])
+        else:
+            y, captured = self._buffered(tokens, routing, context, keys[1])
+        y = constrain(y.reshape(x.shape), "batch", "seq", "embed_act")
+        if self.shared is not None:
+            y = self._mixed(x, y, self.shared(x, context, keys[2])[0])
+        return y, report | captured
+
+    def _dispatch(self, routing: Routing) -> Dispatch:
+        return self.config.dispatch or ("dropless" if routing.capacity is None else "table")
+
+    def _buffered(
+        self, tokens: Array, routing: Routing, context: Context, key: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """Each expert reads the tokens in its buffer."""
+        config, d_model = self.config, tokens.shape[-1]
+        by = BUFFERS[self._dispatch(routing)]
+        check_experts(config.num_experts)
+        buffers = jax.vmap(by.dispatch)(tokens, routing)
+        rows = to_experts(buffers.swapaxes(0, 1), config.exchange)
+        experts, groups, capacity = rows.shape[:3]
+        rows = rows.reshape(experts, 1, groups * capacity, d_model)
+        expert_keys = None if key is None else jax.random.split(key, experts)
+        run = lambda expert, rows, key: expert(rows, context, key)
+        y, captured = jax.vmap(run)(self.experts, rows, expert_keys)
+        y = y.reshape(experts, groups, capacity, d_model)
+        return jax.vmap(by.combine)(to_tokens(y, config.exchange).swapaxes(0, 1), routing), captured
+
+    def _sorted(
+        self, tokens: Array, routing: Routing, context: Context, key: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """Every row of the sorted tokens is multiplied by its own expert's weights."""
+
+        def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
+            own = dropless.grouped_experts(experts, routing.sizes)
+            rows = dropless.dispatch(tokens, routing)
+            y, captured = typing.cast(Any, own)(rows[None], context, key)
+            return dropless.combine(y[0], routing), captured
+
+        return dropless.each_group(one, self.experts, tokens, routing)
+
+    def _mixed(self, x: Array, y: Array, shared: Array) -> Array:
+        if self.coefficient is None:
+            return y + shared
+        logits = self.coefficient(x).astype(jnp.float32)
+        if self.config.mix == "gated":
+            return y + shared * jax.nn.sigmoid(logits).astype(x.dtype)
+        pair = jax.nn.softmax(logits).astype(x.dtype)
+        return y * pair[..., :1] + shared * pair[..., 1:]
+
+
+def _stacked(experts: Any) -> Any:
+    """Names the leading dimension of each parameter: ``experts``, which the mesh's axis of that name divides."""
+    for _, variable in nnx.to_flat_state(nnx.state(experts)):
+        axes = variable.get_metadata().get("axes", ())
+        variable.set_metadata("axes", ("experts", *axes))
+    return experts
+
+
+def _groups(given: int | None, batch: int) -> int:
+    """How many groups of rows are routed apart: as given, or one on each device that has rows of its own."""
+    if given is None:
+        return math.prod(mesh_size(axis) for axis in auto_batch_axes(batch))
+    if batch % given:
+        raise ValueError(f"MoEConfig.groups={given} does not divide the {batch} rows of this batch")
+    return given

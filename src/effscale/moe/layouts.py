@@ -1,0 +1,71 @@
+"""Which layers of a model have experts, and how many: every second layer, or a pyramid."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from effscale.models import BlockConfig, Group, TransformerConfig
+from effscale.moe.layer import MoEConfig
+
+
+def with_experts(
+    config: TransformerConfig,
+    moe: MoEConfig,
+    num_experts: Sequence[int] | None = None,
+    *,
+    every: int = 2,
+) -> TransformerConfig:
+    """The model with a mixture of experts in every second layer.
+
+    Args:
+        config: A model without experts.
+        moe: The mixture.
+        num_experts: Experts of each of the layers that have them, first to last, as in a pyramid:
+            ``[32] * 10 + [64] * 2`` for the 12 of 24 layers of 350M+PR-MoE-32/64. A 0 leaves a layer as it is. None: ``moe.num_experts`` in
+            each.
+        every: Layers ``every``, ``2 * every``, ..., counted from 1, have experts; 1: all.
+
+    Returns:
+        The config. Layers that alternate alike are one group, whose compile time does not grow with their number.
+
+    Raises:
+        ValueError: ``num_experts`` has another length than there are layers to have them.
+
+    References:
+        Rajbhandari et al., "DeepSpeed-MoE", 2022, section 4.1 (PR-MoE: ``shared`` in the config makes the residual part).
+
+    Example:
+        >>> from effscale.models import MLPConfig, gpt2
+        >>> from effscale.moe import MoEConfig
+        >>> dense = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> expert = MLPConfig(d_ff=64)
+        >>> pyramid = with_experts(dense, MoEConfig(num_experts=4, expert=expert, shared=expert), [4, 4, 8])
+        >>> [len(group.blocks) * group.repeat for group in pyramid.groups]
+        [4, 2]
+    """
+    if every < 1:
+        raise ValueError(f"every={every}: must be at least 1")
+    blocks = [block for group in config.groups for _ in range(group.repeat) for block in group.blocks]
+    places = range(every - 1, len(blocks), every)
+    counts = [moe.num_experts] * len(places) if num_experts is None else list(num_experts)
+    if len(counts) != len(places):
+        raise ValueError(
+            f"num_experts has {len(counts)} entries, and {len(places)} of the {len(blocks)} layers have experts with every={every}"
+        )
+    for place, count in zip(places, counts, strict=True):
+        if count:
+            mixture = dataclasses.replace(moe, num_experts=count)
+            blocks[place] = dataclasses.replace(blocks[place], feed_forward=mixture)
+    return dataclasses.replace(config, groups=_groups(blocks, every))
+
+
+def _groups(blocks: Sequence[BlockConfig], every: int) -> tuple[Group, ...]:
+    """Runs of like stretches of ``every`` layers, each a group; a stretch of like layers counts as single ones."""
+    stretches: list[tuple[BlockConfig, ...]] = []
+    for begin in range(0, len(blocks), every):
+        stretch = tuple(blocks[begin : begin + every])
+        same = len(set(stretch)) == 1
+        stretches.extend([(block,) for block in stretch] if same else [stretch])
+    return tuple(
+        Group(blocks=stretch, repeat=len(list(run))) for stretch, run in itertools.groupby(stretches)
+    )

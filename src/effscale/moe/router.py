@@ -1,0 +1,175 @@
+"""The router: scores of experts, noise, and what a layer's configuration says of them."""
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from effscale.models import Dense
+from effscale.models.validation import check, choice
+from effscale.moe.balance import load_balance, router_statistics, z_loss
+from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, top_k_routing
+
+Noise = Literal["jitter", "gumbel", "gumbel_second"]
+
+JITTER = 1e-2
+"""The router's input is multiplied by a factor between 1 - JITTER and 1 + JITTER."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts. The defaults are those of DeepSpeed's ``MoE``, where no other is argued for."""
+
+    k: int = 1
+    """Experts of each token."""
+    capacity_factor: float | None = 1.0
+    """Room of each expert in training, as a multiple of its share of the choices; what finds no room is dropped and goes on along the
+    residual stream alone. None: nothing is dropped (DeepSpeed's ``drop_tokens=False``)."""
+    eval_capacity_factor: float | None = 1.0
+    """The same outside training, that is, without a key."""
+    min_capacity: int = 4
+    """Least room of an expert, in tokens."""
+    priority: Priority | None = None
+    """Who gets a place where there are too few, as :func:`effscale.moe.top_k_routing` says. None: at random for k = 1 in training
+    (DeepSpeed's ``use_rts``), first choices before second ones for k = 2, by probability for more."""
+    normalize: Normalize | None = None
+    """Whether a token's weights add up to 1, as :func:`effscale.moe.top_k_routing` says. None: not for k = 1; over the kept ones for more."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become probabilities; ``sigmoid`` scores each expert by itself, as in DeepSeek-V3."""
+    scale: float = 1.0
+    """What all weights are multiplied by at the end."""
+    noise: Noise | None = None
+    """In training only: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the logits by which the choice is
+    made (DeepSpeed's ``RSample``); ``gumbel_second`` to those of all choices but the first. (DeepSpeed does the last for k = 2 by default,
+    in evaluation as well; here nothing is random unless asked for.)"""
+    balance: float = 0.01
+    """Coefficient of the load-balancing loss; DeepSpeed's scripts take 0.01."""
+    balance_choices: Literal["first", "all"] | None = None
+    """Which choices count as load in that loss. None: the first for k up to 2, all for more, as DeepSpeed."""
+    z_loss: float = 0.0
+    """Coefficient of the router's z-loss; ST-MoE takes 0.001."""
+    balance_by_bias: bool = False
+    """Add a bias to the scores by which experts are chosen, and to nothing else; :func:`effscale.moe.update_balance_bias` moves it
+    towards an even load after each step, in place of a loss (``balance=0``), as in DeepSeek-V3."""
+
+    def __post_init__(self):
+        check(self, self.k >= 1, "k", "at least 1")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            check(
+                self, value is None or 0 < value < math.inf, name, "above 0 and finite, or None"
+            )
+        check(self, self.min_capacity >= 0, "min_capacity", "0 or more")
+        if self.priority is not None:
+            choice(self, "priority", typing.get_args(Priority))
+        if self.normalize is not None:
+            choice(self, "normalize", typing.get_args(Normalize))
+        choice(self, "score", ("softmax", "sigmoid"))
+        check(self, 0 < self.scale < math.inf, "scale", "above 0, and finite")
+        if self.noise is not None:
+            choice(self, "noise", typing.get_args(Noise))
+        check(
+            self,
+            self.noise != "gumbel_second" or self.k >= 2,
+            "noise",
+            f"for k of 2 or more: with k={self.k} there is no second choice",
+        )
+        if self.balance_choices is not None:
+            choice(self, "balance_choices", ("first", "all"))
+        for name in ("balance", "z_loss"):
+            check(self, 0 <= getattr(self, name) < math.inf, name, "0 or more, and finite")
+
+    def capacity(self, num_tokens: int, num_experts: int, *, training: bool) -> int | None:
+        """Rows of each expert's buffer for so many tokens; None where nothing is dropped."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        return expert_capacity(
+            num_tokens, num_experts, factor, k=self.k, min_capacity=self.min_capacity
+        )
+
+
+class Router(nnx.Module):
+    """A linear map to a logit for each expert, and the choice made of it; all in float32."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        d_model: int,
+        num_experts: int,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.logits = Dense(
+            d_model, num_experts, bias=False, std=std, axes=("embed", None), rngs=rngs
+        )
+        self.balance_bias = (
+            nnx.Param(jnp.zeros(num_experts), axes=(None,)) if config.balance_by_bias else None
+        )
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens d_model"],
+        used: Bool[Array, "tokens"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Routing, Float[Array, ""], dict[str, Array]]:
+        """The routing of tokens that share their capacity, the auxiliary loss, and what to watch.
+
+        Args:
+            x: The tokens.
+            used: False at padding.
+            key: In training; None outside, where nothing is random and ``eval_capacity_factor`` counts.
+        """
+        config = self.config
+        noise_key, priority_key = (None, None) if key is None else jax.random.split(key)
+        noise = None if key is None else config.noise
+        x = x.astype(jnp.float32)
+        if noise == "jitter":
+            x = x * jax.random.uniform(noise_key, x.shape, minval=1 - JITTER, maxval=1 + JITTER)
+        logits = self.logits(x)
+        probs = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
+        scores: Any = logits if self.balance_bias is None else probs
+        if self.balance_bias is not None:
+            bias = jax.lax.stop_gradient(self.balance_bias.get_value())
+            scores = scores + bias.astype(jnp.float32)[None]
+        if noise in ("gumbel", "gumbel_second"):
+            noisy = scores + jax.random.gumbel(noise_key, scores.shape)
+            scores = noisy if noise == "gumbel" else _first_as_before(scores, noisy)
+        routing = top_k_routing(
+            probs,
+            config.k,
+            capacity=config.capacity(*probs.shape, training=key is not None),
+            scores=scores,
+            used=used,
+            priority=config.priority if key is not None or config.priority != "random" else None,
+            normalize=config.normalize,
+            key=priority_key,
+        )
+        if config.scale != 1.0:
+            routing = dataclasses.replace(routing, weights=config.scale * routing.weights)
+
+        whole = probs
+        if config.score == "sigmoid":
+            whole = probs / jnp.maximum(probs.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
+        found = router_statistics(whole, routing, used)
+        which = config.balance_choices or ("first" if config.k <= 2 else "all")
+        counted = routing.experts[:, :1] if which == "first" else routing.experts
+        balance = load_balance(whole, counted, used)
+        found["balance"] = jax.lax.stop_gradient(balance)
+        aux = config.balance * balance
+        if config.z_loss:
+            aux = aux + config.z_loss * z_loss(logits, used)
+        return routing, aux, found
+
+
+def _first_as_before(scores: Array, noisy: Array) -> Array:
+    """Noisy scores in which the highest of the scores without noise stays the first."""
+    first = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1], dtype=bool)
+    return jnp.where(first, jnp.inf, noisy)

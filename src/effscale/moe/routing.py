@@ -1,0 +1,192 @@
+"""Which tokens go to which experts, and where they stand there.
+
+A router gives each token a score for each expert. :func:`top_k_routing` makes a :class:`Routing` of them: the k experts of each token,
+what their outputs are weighted by, and a place in each expert's buffer, as far as there is room. :mod:`effscale.moe.dispatch`
+moves tokens by it.
+"""
+
+import dataclasses
+import math
+import typing
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+Priority = Literal["token", "choice", "random", "probability"]
+Normalize = Literal["kept", "chosen", "none"]
+
+
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """An assignment of tokens to experts. An *item* is a choice of a token: number ``token * k + choice``.
+
+    Attributes:
+        experts: The experts of each token, the most probable first; ``num_experts`` for padding.
+        weights: What each expert's output is weighted by, float32; 0 where the item is dropped.
+        kept: Whether the item has a place.
+        positions: Its place in the buffer of its expert; of no use where it is dropped.
+        order: All items sorted by expert, and within an expert by who comes first. Padding stands at the end.
+        sizes: How many items chose each expert, before any was dropped.
+        capacity: Rows of an expert's buffer; None where nothing is dropped.
+    """
+
+    experts: Int[Array, "tokens k"]
+    weights: Float[Array, "tokens k"]
+    kept: Bool[Array, "tokens k"]
+    positions: Int[Array, "tokens k"]
+    order: Int[Array, "items"]
+    sizes: Int[Array, "experts"]
+    capacity: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that could be chosen."""
+        return self.sizes.shape[0]
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of an expert's buffer; without a capacity as many as there are tokens, for none can choose it twice."""
+        return self.experts.shape[0] if self.capacity is None else self.capacity
+
+    @property
+    def starts(self) -> Int[Array, "experts"]:
+        """Where the items of each expert begin in ``order``."""
+        return jnp.cumsum(self.sizes) - self.sizes
+
+
+def expert_capacity(
+    num_tokens: int, num_experts: int, factor: float, *, k: int = 1, min_capacity: int = 4
+) -> int:
+    r"""Rows of each expert's buffer: ``factor`` times its share of the items, rounded up.
+
+    .. math:: C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))
+
+    More than one place for each token would stay empty, so it is at most ``num_tokens`` (DeepSpeed failed there until 2026).
+
+    Args:
+        num_tokens: Tokens that are routed together, T.
+        num_experts: Experts, E.
+        factor: Capacity factor, f: 1 is enough if the load is even.
+        k: Experts of each token.
+        min_capacity: Least capacity.
+
+    Example:
+        >>> expert_capacity(6, 3, 1.0, k=2)
+        4
+    """
+    # In float32, as the original computes it.
+    share = np.float32(num_tokens / num_experts) * np.float32(k * factor)
+    return min(num_tokens, max(math.ceil(float(share)), min_capacity))
+
+
+def top_k_routing(
+    probs: Float[Array, "tokens experts"],
+    k: int = 1,
+    *,
+    capacity: int | None = None,
+    scores: Float[Array, "tokens experts"] | None = None,
+    used: Bool[Array, "tokens"] | None = None,
+    priority: Priority | None = None,
+    normalize: Normalize | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Routing:
+    """Each token goes to the k experts with the highest scores.
+
+    Args:
+        probs: Of each expert for each token, after the softmax (or sigmoid), in float32. Gradients flow through the weights that
+            are made of them; choices have none.
+        k: Experts of each token.
+        capacity: Rows of each expert's buffer; see :func:`expert_capacity`. Items that find no room are dropped. None: none is.
+        scores: What the choice is made by, such as logits with noise; None: ``probs``.
+        used: False at padding, which goes nowhere.
+        priority: Who gets a place where an expert has too few: ``token``: earlier tokens; ``choice``: all first choices before all second
+            ones, then earlier tokens; ``probability``: the most probable; ``random``: whoever is drawn (random token selection,
+            which needs ``key``). None: as DeepSpeed, ``random`` for k = 1 (``token`` without a key), ``choice`` for 2, and
+            ``probability`` for more.
+        normalize: Whether the weights of a token add up to 1: ``kept``: those of the items that were kept; ``chosen``: those of all k
+            before any was dropped; ``none``: they are the probabilities as they are. None: ``none`` for k = 1 (where 1 would teach the
+            router nothing), otherwise ``kept``, as DeepSpeed has it.
+        key: For random token selection.
+
+    Returns:
+        The assignment.
+
+    Raises:
+        ValueError: k is above the number of experts, or ``priority="random"`` without a key.
+
+    References:
+        Rajbhandari et al., "DeepSpeed-MoE", 2022; Lepikhin et al., "GShard", 2020 (two experts); Fedus et al., "Switch Transformers",
+        2021 (one).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> probs = jax.nn.softmax(jnp.array([[2.0, 1.0, 0.0], [1.5, 1.0, 0.5], [3.0, 0.0, 1.0]]))
+        >>> routing = top_k_routing(probs, capacity=2)
+        >>> routing.experts[:, 0].tolist(), routing.kept[:, 0].tolist()
+        ([0, 0, 0], [True, True, False])
+    """
+    num_tokens, num_experts = probs.shape
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")
+    if priority is None:
+        first = "token" if key is None else "random"
+        priority = {1: first, 2: "choice"}.get(k, "probability")
+    if priority == "random" and key is None:
+        raise ValueError("priority='random' needs a key, such as jax.random.key(0)")
+    if normalize is None:
+        normalize = "none" if k == 1 else "kept"
+
+    experts = jax.lax.top_k(jax.lax.stop_gradient(probs if scores is None else scores), k)[1]
+    chosen = jnp.take_along_axis(probs, experts, axis=1)
+    if used is not None:
+        experts = jnp.where(used[:, None], experts, num_experts)
+    order, sizes, positions = _place(experts, num_experts, priority, chosen, key)
+    real = experts < num_experts
+    kept = real if capacity is None else real & (positions < capacity)
+    weights = jnp.where(kept, chosen, 0.0)
+    if normalize != "none":
+        whole = jnp.where(kept if normalize == "kept" else real, chosen, 0.0)
+        weights = weights / jnp.maximum(whole.sum(1, keepdims=True), jnp.finfo(jnp.float32).eps)
+    return Routing(experts, weights, kept, positions, order, sizes, capacity)
+
+
+def _place(
+    experts: Int[Array, "tokens k"],
+    num_experts: int,
+    priority: Priority,
+    chosen: Float[Array, "tokens k"],
+    key: PRNGKeyArray | None,
+) -> tuple[Int[Array, "items"], Int[Array, "experts"], Int[Array, "tokens k"]]:
+    """Items sorted by expert and priority; how many each expert has; the rank of each item in its expert."""
+    num_tokens, k = experts.shape
+    items = num_tokens * k
+    number = jnp.arange(items, dtype=jnp.int32)
+    if priority in ("token", "choice"):
+        # The rank among all items: by token, or by choice. Sorting expert and rank as one number is three times as fast.
+        rank = number if priority == "token" else (number % k) * num_tokens + number // k
+        sort_by: tuple[Any, ...] = (rank,)
+        packs = (num_experts + 1) * items < 2**31
+    else:
+        packs = False
+        if priority == "random":
+            sort_by = (jax.random.bits(key, (items,)),)
+        else:
+            sort_by = (-jax.lax.stop_gradient(chosen).reshape(-1),)
+    flat = experts.reshape(-1).astype(jnp.int32)
+    if packs:
+        packed = jnp.sort(flat * items + sort_by[0])
+        by_expert, rank = packed // items, packed % items
+        order = rank if priority == "token" else (rank % num_tokens) * k + rank // num_tokens
+    else:
+        by_expert, _, order = jax.lax.sort((flat, *sort_by, number), num_keys=2, is_stable=True)
+    sizes = (flat[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
+    starts = jnp.append(jnp.cumsum(sizes) - sizes, sizes.sum())
+    positions = jnp.zeros(items, jnp.int32).at[order].set(
+        number - starts[by_expert], unique_indices=True
+    )
+    return order, sizes, positions.reshape(num_tokens, k)

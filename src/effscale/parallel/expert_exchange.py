@@ -1,0 +1,147 @@
+"""The exchange of tokens between devices that hold different experts: from where they stand to their experts, and back.
+
+Devices along the mesh axis of ``experts`` (``expert``, by the default rules) share the batch as well, so each has buffers for all experts
+before the exchange, and after it those of all devices for its own experts: an all-to-all.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from effscale.parallel.constraint import auto_batch_axes, constrain
+from effscale.parallel.rules import current_rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How tokens travel; results do not depend on it."""
+
+    host_devices: int | None = None
+    """Devices of one host along the expert axis, for an exchange in two stages: within each host, then between hosts among the devices of
+    the same number. On p devices of hosts of G each sends G + p/G messages instead of p, and twice the bytes: it pays where
+    messages are small. None: one stage."""
+    coordinated: bool = True
+    """Where devices along ``tensor`` hold the same tokens, let each send its share and gather the rest after the exchange, so that nothing is
+    sent twice."""
+
+    def __post_init__(self):
+        given = self.host_devices
+        if given is not None and given < 1:
+            raise ValueError(f"Exchange.host_devices={given!r}: must be at least 1, or None")
+
+
+def mesh_size(axis: str) -> int:
+    """Devices along an axis of the mesh in use; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(axis, 1)
+
+
+def expert_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use over which experts are divided."""
+    return tuple(axis for axis in current_rules().lookup("experts") if mesh_size(axis) > 1)
+
+
+def check_experts(num_experts: int) -> None:
+    """Raises a ValueError unless the experts can be divided over the devices of the mesh in use."""
+    axes = expert_axes()
+    devices = math.prod(mesh_size(axis) for axis in axes)
+    if num_experts % devices:
+        more = "; to give each expert several devices, divide its width over the axis 'tensor'"
+        raise ValueError(
+            f"num_experts={num_experts} cannot be divided over the {devices} devices of the mesh axis {', '.join(axes)}: "
+            f"choose a size that divides {num_experts}{more if devices > num_experts else ''}"
+        )
+
+
+def to_experts(
+    x: Float[Array, "experts groups capacity d_model"], exchange: Exchange = Exchange()
+) -> Float[Array, "_ _ capacity d_model"]:
+    """Buffers of groups of tokens for every expert, brought to the devices of the experts.
+
+    Args:
+        x: The buffers; groups are divided over the mesh as the batch is.
+        exchange: How they travel.
+
+    Returns:
+        The same array, divided by experts and no more by groups along the expert axis. Inside a `jax.shard_map` over that axis, where
+        shapes are those of one device: this device's experts, and the groups of all.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> to_experts(jnp.ones((8, 1, 4, 16))).shape  # without a mesh nothing happens
+        (8, 1, 4, 16)
+    """
+    return _exchange(x, exchange, there=True)
+
+
+def to_tokens(
+    x: Float[Array, "experts groups capacity d_model"], exchange: Exchange = Exchange()
+) -> Float[Array, "_ _ capacity d_model"]:
+    """What the experts made of the buffers, brought back: the inverse of `to_experts`."""
+    return _exchange(x, exchange, there=False)
+
+
+def _exchange(x: Array, exchange: Exchange, *, there: bool) -> Array:
+    mesh, experts = jax.sharding.get_abstract_mesh(), expert_axes()
+    if not experts:
+        return x
+    local = lambda x: _all_to_all(x, experts, exchange.host_devices, there)
+    if set(experts) <= set(mesh.manual_axes):
+        return local(x)
+    batch = auto_batch_axes(x.shape[1])
+    if not set(experts) <= set(batch):
+        # Too few groups to divide: all devices hold all tokens, and each takes those of its experts.
+        return constrain(x, "experts" if there else None, None, None, None)
+    tensor = _tensor_axes() if exchange.coordinated else ()
+    capacity = x.shape[2]
+    padding = -capacity % math.prod(mesh_size(axis) for axis in tensor)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    rest = tuple(axis for axis in batch if axis not in experts)
+    by_group, by_expert = P(None, batch, tensor or None), P(experts, rest or None, tensor or None)
+    specs = (by_group, by_expert) if there else (by_expert, by_group)
+    names = {*batch, *tensor}
+    x = jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=names)(x)
+    whole = P(*(specs[1][:2]), None, None)
+    return jax.lax.with_sharding_constraint(x, whole)[:, :, :capacity]
+
+
+def _tensor_axes() -> tuple[str, ...]:
+    """The axes over which an expert's width is divided, and along which devices hold the same tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(
+        axis
+        for axis in current_rules().lookup("mlp_act")
+        if mesh_size(axis) > 1 and types[axis] == AxisType.Auto
+    )
+
+
+def _all_to_all(x: Array, axes: tuple[str, ...], near: int | None, there: bool) -> Array:
+    """The exchange as one device sees it: ``[all experts, own groups]`` to ``[own experts, all groups]``, or back."""
+    axis: Any = axes[0] if len(axes) == 1 else axes
+    if near is None or near == 1:
+        split, joined = (0, 1) if there else (1, 0)
+        return jax.lax.all_to_all(x, axis, split, joined, tiled=True)
+    devices = math.prod(mesh_size(name) for name in axes)
+    if devices % near:
+        raise ValueError(
+            f"Exchange.host_devices={near} does not divide the {devices} devices of the mesh axis {', '.join(axes)}"
+        )
+    hosts = devices // near
+    within = [[host * near + i for i in range(near)] for host in range(hosts)]
+    between = [[host * near + i for host in range(hosts)] for i in range(near)]
+    split = lambda a, at: a.reshape(*a.shape[:at], hosts, near, a.shape[at] // devices, *a.shape[at + 1 :])
+    # The block that goes to device host * near + i, or came from it, is x[host, i].
+    x = split(x, 0) if there else jnp.moveaxis(split(x, 1), (1, 2), (0, 1))
+    x = jax.lax.all_to_all(x, axis, 1, 1, tiled=True, axis_index_groups=within)
+    x = jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=between)
+    if there:
+        x = jnp.moveaxis(x, (0, 1), (1, 2))  # [own experts, host, i, groups, ...]
+        return x.reshape(x.shape[0], -1, *x.shape[4:])
+    return x.reshape(-1, *x.shape[3:])
