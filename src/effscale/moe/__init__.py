@@ -5,6 +5,7 @@ from effscale.moe.layer import MoE, MoEConfig
 from effscale.moe.layouts import with_experts
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing, expert_capacity, top_k_routing
+from effscale.moe.students import mixture_of_students_loss, staged_distillation
 
 __all__ = [
     "MoE",
@@ -14,7 +15,9 @@ __all__ = [
     "Routing",
     "expert_capacity",
     "load_balance",
+    "mixture_of_students_loss",
     "router_statistics",
+    "staged_distillation",
     "top_k_routing",
     "with_experts",
     "z_loss",

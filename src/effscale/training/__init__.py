@@ -19,7 +19,12 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
-from effscale.training.objectives import add_reports, masked_token_loss, next_token_loss
+from effscale.training.objectives import (
+    add_reports,
+    head_loss,
+    masked_token_loss,
+    next_token_loss,
+)
 from effscale.training.optimizers import AdamWConfig
 from effscale.training.pacing import (
     Clock,
@@ -102,6 +107,7 @@ __all__ = [
     "ema_model",
     "evaluate",
     "fit",
+    "head_loss",
     "make_eval_step",
     "make_train_step",
     "map_named",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from effscale.models import RunGroup, Transformer, aux_loss, report_means, run_group
 from effscale.parallel import auto_batch_axes
@@ -54,7 +54,7 @@ def next_token_loss(
         run_group=run_group,
     )
     weights = batch.get("loss_weights")
-    loss = _vocabulary_loss(model, "lm", encoded.hidden, batch["labels"], weights, z_loss)
+    loss = head_loss(model, "lm", encoded.hidden, batch["labels"], weights, z_loss=z_loss)
     return add_reports(loss, encoded.reports)
 
 
@@ -101,7 +101,7 @@ def masked_token_loss(
         run_group=run_group,
     )
     weights = batch.get("loss_weights")
-    loss = _vocabulary_loss(model, "mlm", encoded.hidden, batch["labels"], weights, 0.0)
+    loss = head_loss(model, "mlm", encoded.hidden, batch["labels"], weights)
     return add_reports(loss, encoded.reports)
 
 
@@ -150,26 +150,56 @@ def add_reports(loss: Loss, reports: Any) -> Loss:
     return Loss(total, loss.weight, {**loss.metrics, **metrics})
 
 
-def _vocabulary_loss(
+def head_loss(
     model: Transformer,
     head: str,
-    hidden: Array,
-    labels: Array,
-    weights: Array | None,
-    z_loss: float,
+    hidden: Float[Array, "batch seq d_model"],
+    labels: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"] | None = None,
+    *,
+    z_loss: float = 0.0,
 ) -> Loss:
-    """Cross entropy of ``labels`` under a head over the vocabulary; the logits are never held whole."""
+    """Cross entropy of labels under a head over the vocabulary, for objectives of your own; the logits are never held whole.
+
+    Args:
+        model: A model with the head.
+        head: Its name, ``lm`` or ``mlm``.
+        hidden: From :meth:`effscale.models.Transformer.encode`.
+        labels: Token ids; one outside the vocabulary, such as -100, does not count.
+        weights: Of each token; None: 1.
+        z_loss: Coefficient of the squared log normalizer.
+
+    Returns:
+        The sum and the sum of weights, without what layers report; see :func:`add_reports`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model, ids = Transformer(tiny, rngs=nnx.Rngs(0)), jnp.arange(8, dtype=jnp.int32)[None]
+        >>> encoded = model.encode(ids)
+        >>> loss = add_reports(head_loss(model, "lm", encoded.hidden, ids + 1), encoded.reports)
+        >>> float(loss.weight)
+        8.0
+    """
     x, weight, bias = model.heads[head].linear(hidden, model.embed)
-    labels = labels.reshape(-1)
-    weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights.reshape(-1)
-    weights = jnp.where((labels >= 0) & (labels < weight.shape[0]), weights, 0.0)
+    weights = counted_weights(labels, weights, weight.shape[0]).reshape(-1)
     total = vocabulary_cross_entropy(
         x.reshape(-1, x.shape[-1]),
         weight,
-        labels,
+        labels.reshape(-1),
         weights=weights,
         bias=bias,
         z_loss=z_loss,
         token_axes=auto_batch_axes(hidden.shape[0]),
     )
     return Loss(total, weights.sum())
+
+
+def counted_weights(
+    labels: Int[Array, "*batch"], weights: Array | None, vocab_size: int
+) -> Float[Array, "*batch"]:
+    """The weight of each token: as given, or 1; and 0 where its label lies outside the vocabulary."""
+    weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights
+    return jnp.where((labels >= 0) & (labels < vocab_size), weights, 0.0)

@@ -1,0 +1,24 @@
+"""The divergence written down plainly, whole logits of both and all."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.cross_entropy.reference import logits_of
+from kernels_pallas.kl_divergence.output import Output
+
+
+def token_divergences(student: Output, teacher: Output, temperature: float) -> Float[Array, " tokens"]:
+    """Of each token, in nats, at softened logits."""
+    own, other = (
+        jax.nn.log_softmax(logits_of(o.hidden, o.vocab_weight, o.bias) / temperature)
+        for o in (student, teacher)
+    )
+    return (jnp.exp(other) * (other - own)).sum(-1)
+
+
+def reference(
+    student: Output, teacher: Output, weights: Float[Array, " tokens"], temperature: float
+) -> Float[Array, ""]:
+    """The weighted sum; see `kernels_pallas.kl_divergence`."""
+    return (weights * token_divergences(student, teacher, temperature)).sum()

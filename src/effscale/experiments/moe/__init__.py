@@ -1,0 +1,6 @@
+"""Dense models, mixtures of experts and their students at equal active compute."""
+
+from effscale.experiments.moe.config import PRESETS, Config
+from effscale.experiments.moe.experiment import main, run
+
+__all__ = ["PRESETS", "Config", "main", "run"]

@@ -1,0 +1,117 @@
+"""The models that the experiment ``moe`` compares: which layers have experts, and who learns from whom."""
+
+import dataclasses
+from typing import Literal
+
+from effscale.models import MLPConfig, TransformerConfig
+from effscale.moe import MoEConfig, RouterConfig, with_experts
+
+ArmName = Literal[
+    "dense",
+    "dense_2x",
+    "dense_4x",
+    "moe",
+    "top2",
+    "residual",
+    "first_half",
+    "second_half",
+    "pr_moe",
+    "pr_moe_student",
+    "pr_moe_kd",
+    "pr_moe_mos",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is particular to an arm."""
+
+    about: str
+    """What it is, for the report."""
+    times: int = 1
+    """Length of the training, as a multiple of the others'."""
+    where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
+    """Which layers have experts; a pyramid has twice as many in the last."""
+    k: int = 1
+    """Experts of each token."""
+    residual: bool = False
+    """A dense part beside the experts."""
+    student: bool = False
+    """With fewer layers, as ``Config.student_layers`` says."""
+    teacher: ArmName | None = None
+    """From whom it learns."""
+    leaves: bool = False
+    """The teacher leaves at ``Config.teacher_leaves``."""
+
+
+ARMS: dict[ArmName, Arm] = {
+    "dense": Arm(about="no experts", where="none"),
+    "dense_2x": Arm(about="no experts, twice the steps", where="none", times=2),
+    "dense_4x": Arm(about="no experts, four times the steps", where="none", times=4),
+    "moe": Arm(about="experts in every second layer"),
+    "top2": Arm(about="two experts for each token", k=2),
+    "residual": Arm(about="one expert and a dense part", residual=True),
+    "first_half": Arm(about="experts in the first half of the layers", where="first_half"),
+    "second_half": Arm(about="experts in the second half of the layers", where="second_half"),
+    "pr_moe": Arm(about="pyramid of residual experts", where="pyramid", residual=True),
+    "pr_moe_student": Arm(
+        about="the same with fewer layers", where="pyramid", residual=True, student=True
+    ),
+    "pr_moe_kd": Arm(
+        about="which learns from pr_moe to the end",
+        where="pyramid",
+        residual=True,
+        student=True,
+        teacher="pr_moe",
+    ),
+    "pr_moe_mos": Arm(
+        about="which learns from pr_moe until it leaves: Mixture of Students",
+        where="pyramid",
+        residual=True,
+        student=True,
+        teacher="pr_moe",
+        leaves=True,
+    ),
+}
+
+
+def expert_counts(arm: Arm, num_layers: int, num_experts: int) -> list[int]:
+    """Experts of each layer; 0 for a dense one.
+
+    Example:
+        >>> expert_counts(ARMS["pr_moe"], 6, 8)
+        [0, 8, 0, 8, 0, 16]
+        >>> expert_counts(ARMS["second_half"], 6, 8)
+        [0, 0, 0, 8, 8, 8]
+    """
+    counts = [0] * num_layers
+    if arm.where in ("every_second", "pyramid"):
+        counts[1::2] = [num_experts] * len(counts[1::2])
+        if arm.where == "pyramid":
+            counts[max(i for i, count in enumerate(counts) if count)] = 2 * num_experts
+    elif arm.where != "none":
+        half = num_layers // 2
+        places = range(half) if arm.where == "first_half" else range(num_layers - half, num_layers)
+        for i in places:
+            counts[i] = num_experts
+    return counts
+
+
+def with_arm(
+    dense: TransformerConfig, arm: Arm, num_experts: int, router: RouterConfig
+) -> TransformerConfig:
+    """The model of an arm, from the dense one with as many layers."""
+    counts = expert_counts(arm, dense.num_layers, num_experts)
+    if not any(counts):
+        return dense
+    expert = dense.blocks[0].feed_forward
+    assert isinstance(expert, MLPConfig)
+    moe = MoEConfig(
+        num_experts=num_experts,
+        expert=expert,
+        router=dataclasses.replace(router, k=arm.k),
+        shared=expert if arm.residual else None,
+    )
+    if arm.where in ("every_second", "pyramid"):
+        return with_experts(dense, moe, counts[1::2])
+    return with_experts(dense, moe, counts, every=1)

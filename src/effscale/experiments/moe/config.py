@@ -1,0 +1,141 @@
+"""What the experiment ``moe`` can be told, and its presets."""
+
+import dataclasses
+from typing import get_args
+
+from effscale.experiments.moe.arms import ARMS, ArmName, with_arm
+from effscale.experiments.shared.config_parts import CorporaPart
+from effscale.experiments.shared.gpt import ModelConfig
+from effscale.models import TransformerConfig
+from effscale.models.validation import check
+from effscale.moe import RouterConfig
+from effscale.training import AdamWConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(CorporaPart):
+    """What the run does; every field is an option of the command line."""
+
+    arms: tuple[ArmName, ...] = get_args(ArmName)
+    """Models to train; a student needs its teacher, pr_moe."""
+    seeds: int = 3
+    """Runs of each; seeds 0, 1, ... decide initial weights, the order of rows, and who gets a place with an expert."""
+    steps: int = 800
+    """Batches to train on; dense_2x and dense_4x take two and four times as many."""
+    length: int = 128
+    """Tokens in a row, and positions of the model."""
+    batch_size: int = 16
+    """Rows in a batch."""
+    model: ModelConfig = ModelConfig(num_layers=6, d_model=128, remat="none")
+    """The dense model, whose feed-forward is each expert."""
+    num_experts: int = 8
+    """Experts of a layer that has them; the last of a pyramid has twice as many."""
+    router: RouterConfig = RouterConfig(capacity_factor=1.25, eval_capacity_factor=2.0)
+    """How tokens choose experts; ``k`` comes with each arm."""
+    student_layers: int = 4
+    """Layers of the students."""
+    teacher_leaves: float = 0.7
+    """Share of the steps after which the teacher of pr_moe_mos leaves; the paper's is about 400,000 of 570,000."""
+    alpha: float = 1.0
+    """Weight of what a student learns from its teacher, beside the text."""
+    temperature: float = 1.0
+    """What logits are divided by for it."""
+    dense_rate: float = 2e-3
+    """Peak of the learning rate of dense models."""
+    moe_rate: float = 2e-3
+    """That of models with experts."""
+    warmup: int = 60
+    """Steps in which the rate rises, for all alike; it falls along a cosine to a tenth."""
+    optimizer: AdamWConfig = AdamWConfig(b2=0.95, weight_decay=0.1)
+    """AdamW."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    vocab_size: int = 512
+    """Size of the byte-level BPE that is trained on the corpus."""
+    eval_every: int = 100
+    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
+    eval_batches: int = 20
+    """Batches in that part."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, len(self.arms) >= 1, "arms", "at least one arm")
+        check(self, len(set(self.arms)) == len(self.arms), "arms", "different arms")
+        for name in self.arms:
+            teacher = ARMS[name].teacher
+            there = teacher is None or teacher in self.arms
+            check(self, there, "arms", f"with the teacher of {name}, {teacher}")
+        for name in ("seeds", "steps", "length", "batch_size", "eval_every", "eval_batches"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(self, 0 <= self.warmup < self.steps, "warmup", f"below steps={self.steps}")
+        check(self, self.num_experts >= 2, "num_experts", "at least 2")
+        check(self, self.model.num_layers >= 2, "model", "of at least 2 layers")
+        fewer = 2 <= self.student_layers <= self.model.num_layers
+        check(self, fewer, "student_layers", f"from 2 to num_layers={self.model.num_layers}")
+        check(self, 0 < self.teacher_leaves < 1, "teacher_leaves", "between 0 and 1")
+        for name in ("alpha", "temperature", "dense_rate", "moe_rate", "clip_norm"):
+            check(self, getattr(self, name) > 0, name, "above 0")
+        for name in self.arms:
+            self.transformer(name, self.vocab_size)  # an impossible model is refused here
+
+    def steps_of(self, name: ArmName) -> int:
+        """Batches that an arm is trained on."""
+        return self.steps * ARMS[name].times
+
+    def rate_of(self, name: ArmName) -> float:
+        """The peak of its learning rate."""
+        return self.dense_rate if ARMS[name].where == "none" else self.moe_rate
+
+    def transformer(self, name: ArmName, vocab_size: int) -> TransformerConfig:
+        """The model of an arm."""
+        arm = ARMS[name]
+        model = self.model
+        if arm.student:
+            model = dataclasses.replace(model, num_layers=self.student_layers)
+        dense = model.build(vocab_size, self.length)
+        return with_arm(dense, arm, self.num_experts, self.router)
+
+
+PRESETS = {
+    "smoke": Config(
+        arms=("dense", "moe", "pr_moe", "pr_moe_mos"),
+        seeds=1,
+        steps=20,
+        warmup=2,
+        length=32,
+        batch_size=8,
+        model=ModelConfig(num_layers=2, d_model=32, num_heads=2, remat="none"),
+        num_experts=4,
+        student_layers=2,
+        eval_every=10,
+        eval_batches=2,
+    ),
+    "default": Config(),
+    # 350M+PR-MoE-32/64 and what stands beside it, of DeepSpeed's own scripts: 24 layers, 1,024 wide, 256 rows of 2,048 tokens, 300B tokens,
+    # capacity factor 1. Their pyramids have twice as many experts in the last two of the twelve layers; here in the last. Students have 21
+    # layers.
+    "paper": Config(
+        steps=572_000,
+        warmup=715,
+        length=2048,
+        batch_size=256,
+        model=ModelConfig(
+            num_layers=24,
+            d_model=1024,
+            num_heads=16,
+            dtype="bfloat16",
+            remat="full",
+            init_std=0.014,
+        ),
+        num_experts=32,
+        router=RouterConfig(),
+        student_layers=21,
+        dense_rate=3e-4,
+        moe_rate=3e-4,
+        vocab_size=50257,
+        eval_every=5000,
+    ),
+}
+
+FREE = ("arms", "seeds", "out", "resume", "cache")
+"""What may differ when a run is resumed."""

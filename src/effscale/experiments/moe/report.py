@@ -1,0 +1,171 @@
+"""What the runs of the experiment ``moe`` showed: losses against training compute and time, parameters, tables, a figure."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from effscale.experiments.moe.arms import ARMS, ArmName
+from effscale.experiments.moe.config import Config
+from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.results import deviation
+from effscale.ltd import training_flops
+from effscale.models import Transformer, TransformerConfig
+from effscale.training import read_jsonl
+
+DENSE: tuple[ArmName, ...] = ("dense", "dense_2x", "dense_4x")
+
+COMPARED: tuple[tuple[ArmName, ArmName, str], ...] = (
+    ("moe", "dense", "experts at equal steps"),
+    ("second_half", "first_half", "experts in the second half rather than the first"),
+    ("residual", "top2", "a dense part and one expert rather than two experts"),
+    ("pr_moe", "moe", "pyramid and residual rather than the same number everywhere"),
+    ("pr_moe_student", "pr_moe", "fewer layers"),
+    ("pr_moe_kd", "pr_moe_student", "a teacher to the end rather than none"),
+    ("pr_moe_mos", "pr_moe_student", "a teacher that leaves rather than none"),
+    ("pr_moe_mos", "pr_moe_kd", "a teacher that leaves rather than stays"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runs:
+    """An arm's runs, one per seed.
+
+    Attributes:
+        records: Each one's metrics.
+        seconds: Time of each, compilation and evaluations included.
+        params: Parameters of the model.
+        teraflops: Of the whole training; of a student's teacher forward passes are counted, its training is not.
+    """
+
+    records: Sequence[Records]
+    seconds: Sequence[float]
+    params: int
+    teraflops: float
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Each seed's loss on all that is held out, after the last step, without what routers add."""
+        return np.array([series(records, "val_loss")[1][-1] for records in self.records])
+
+
+def count_params(model: TransformerConfig) -> int:
+    """Parameters of a model that need not exist."""
+    shapes = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes)))
+
+
+def teraflops(config: Config, name: ArmName, vocab_size: int) -> float:
+    """Of a training: products of forward and backward pass, and those of a teacher's forward pass while it is asked."""
+    rows = config.steps_of(name) * config.batch_size
+    total = rows * training_flops(config.transformer(name, vocab_size), config.length)
+    arm = ARMS[name]
+    if arm.teacher is not None:
+        share = config.teacher_leaves if arm.leaves else 1.0
+        teacher = training_flops(config.transformer(arm.teacher, vocab_size), config.length) / 3
+        total += share * rows * teacher
+    return total / 1e12
+
+
+def read(folder: pathlib.Path, config: Config, vocab_size: int) -> dict[ArmName, Runs]:
+    """All runs by arm."""
+    found: dict[ArmName, Runs] = {}
+    for name in config.arms:
+        places = [folder / f"seed-{seed}" / name for seed in range(config.seeds)]
+        done = [json.loads((place / "done.json").read_text(encoding="utf-8")) for place in places]
+        found[name] = Runs(
+            records=[read_jsonl(place / "metrics.jsonl") for place in places],
+            seconds=[one["seconds"] for one in done],
+            params=count_params(config.transformer(name, vocab_size)),
+            teraflops=teraflops(config, name, vocab_size),
+        )
+    return found
+
+
+def compute_to_reach(loss: float, runs: Mapping[ArmName, Runs]) -> float | None:
+    """Training compute at which dense models reach a loss: interpolated between whole trainings of different lengths.
+
+    The loss is taken as linear in the logarithm of the compute. None where the longest training does not reach it, or there is
+    only one.
+    """
+    known = [(runs[name].teraflops, runs[name].losses.mean()) for name in DENSE if name in runs]
+    for (compute, above), (more, below) in zip(known, known[1:], strict=False):
+        if above >= loss >= below and above > below:
+            share = (above - loss) / (above - below)
+            return float(compute * (more / compute) ** share)
+    return None
+
+
+def figures(runs: Mapping[ArmName, Runs]) -> dict[str, float | int | None]:
+    """The named figures; differences are seed by seed."""
+    named: dict[str, float | int | None] = {}
+    for name, found in runs.items():
+        named |= _spread(f"{name}_val_loss", found.losses)
+        named[f"{name}_params"] = found.params
+        named[f"{name}_teraflops"] = found.teraflops
+        named[f"{name}_seconds"] = float(np.mean(found.seconds))
+    for name, other, _ in COMPARED:
+        if name in runs and other in runs:
+            named |= _spread(f"{name}_over_{other}", runs[name].losses - runs[other].losses)
+    if "moe" in runs and "dense" in runs:
+        reached = compute_to_reach(float(runs["moe"].losses.mean()), runs)
+        named["dense_teraflops_to_moe_loss"] = reached
+        times = None if reached is None else reached / runs["moe"].teraflops
+        named["dense_compute_over_moe"] = times
+    return named
+
+
+def tables(runs: Mapping[ArmName, Runs]) -> dict[str, list[list[str]]]:
+    """Losses with parameters and compute, and the comparisons; by title."""
+    seeds = len(next(iter(runs.values())).records)
+    each = [f"seed {seed}" for seed in range(seeds)]
+    heading = ["arm", "", "parameters", "teraFLOPs", *each, "mean", "deviation"]
+    losses = [heading]
+    for name, found in runs.items():
+        values = found.losses
+        numbers = [f"{value:.3f}" for value in (*values, values.mean(), deviation(values))]
+        counts = [f"{found.params:,}", f"{found.teraflops:,.1f}"]
+        losses.append([name, ARMS[name].about, *counts, *numbers])
+    compared = [["arm", "against", "what differs", *each, "mean", "deviation"]]
+    for name, other, about in COMPARED:
+        if name in runs and other in runs:
+            values = runs[name].losses - runs[other].losses
+            numbers = [f"{value:+.3f}" for value in (*values, values.mean())]
+            compared.append([name, other, about, *numbers, f"{deviation(values):.3f}"])
+    made = {"loss on the held-out text, nats per token": losses}
+    return made | ({"difference in loss, seed by seed": compared} if len(compared) > 1 else {})
+
+
+def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
+    """The loss over training compute and over time, each seed a line, and the last loss over parameters, each seed a dot."""
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(12.0, 4.4), dpi=90)
+        for number, (name, found) in enumerate(runs.items()):
+            color, dashes = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
+            for seed, records in enumerate(found.records):
+                steps, losses = series(records, "part_val_loss")
+                compute = found.teraflops * steps / steps[-1]
+                style = {"color": color, "ls": dashes, "lw": 1.0}
+                axes[0].semilogx(compute, losses, label=name if seed == 0 else None, **style)
+                axes[1].semilogx(found.seconds[seed] * steps / steps[-1], losses, **style)
+            axes[2].semilogx([found.params] * len(found.losses), found.losses, "o", color=color)
+            axes[2].annotate(
+                name, (found.params, found.losses.mean()), fontsize=7, xytext=(4, 2), textcoords="offset points"
+            )
+        axes[0].set(xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text")
+        axes[1].set(xlabel="time (s), as measured beside the other runs")
+        axes[2].set(xlabel="parameters", ylabel="loss on all of the held-out text")
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="upper center", ncols=6, fontsize=8)
+        figure.tight_layout(rect=(0, 0, 1, 0.9))
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_std": deviation(values)}

@@ -1,0 +1,146 @@
+"""The training runs of the experiment ``moe``: of an arm, one per seed."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from effscale.data import Corpus, make_dataset
+from effscale.experiments.moe.arms import ARMS, ArmName
+from effscale.experiments.moe.config import Config
+from effscale.experiments.shared.runs import once, train_to_end
+from effscale.models import Transformer
+from effscale.moe import mixture_of_students_loss, staged_distillation
+from effscale.training import (
+    Checkpoints,
+    Clip,
+    RunFolder,
+    ShapeBuckets,
+    StagedStep,
+    TrainState,
+    create_train_state,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+    next_token_loss,
+)
+
+_EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
+
+
+class Training:
+    """Training of an arm, compiled once for all seeds.
+
+    Args:
+        config: What the experiment was told.
+        name: The arm.
+        corpora: The text.
+        weights: The share of each corpus, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: ArmName,
+        corpora: tuple[Corpus, ...],
+        weights: tuple[float, ...] | None,
+    ):
+        self.config, self.name, self.arm = config, name, ARMS[name]
+        self.corpora, self.weights = corpora, weights
+        self.steps = config.steps_of(name)
+        self.model = config.transformer(name, corpora[0].vocab_size)
+        peak = config.rate_of(name)
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, peak, config.warmup, self.steps, end_value=peak / 10
+        )
+        self.optimizer = config.optimizer.build(rate)
+        options: dict[str, Any] = {"clip": Clip(config.clip_norm), "learning_rate": rate}
+        loss: Any = next_token_loss
+        if self.arm.teacher is not None:
+            loss = functools.partial(
+                mixture_of_students_loss, alpha=config.alpha, temperature=config.temperature
+            )
+        self._plain = make_train_step(loss, self.optimizer, **options)
+        self.step: Any = self._staged() if self.arm.leaves else ShapeBuckets(
+            self._plain, donate_argnums=0
+        )
+
+    def name_of(self, seed: int) -> str:
+        """The run's name, its folder inside the run folder."""
+        return f"seed-{seed}/{self.name}"
+
+    def run(self, folder: RunFolder, seed: int) -> None:
+        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+
+        Raises:
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        name = self.name_of(seed)
+
+        def train() -> None:
+            state = train_to_end(
+                folder,
+                name,
+                self.step,
+                iter(self._rows(seed)),
+                create=functools.partial(self._create, seed),
+                num_steps=self.steps,
+                evaluate=self._evaluate,
+                every=self.config.eval_every,
+                restage=self._staged if self.arm.leaves else None,
+                frozen=self._teacher(folder, seed),
+            )
+            with _kept(folder, name) as kept:
+                kept.save(self.steps, state.model, force=True)
+
+        once(folder, name, train)
+
+    def _staged(self) -> StagedStep:
+        stop = max(1, round(self.config.teacher_leaves * self.steps))
+        return staged_distillation(self._plain, stop)
+
+    def _teacher(self, folder: RunFolder, seed: int) -> Transformer | None:
+        """The teacher of this seed, trained before."""
+        teacher = self.arm.teacher
+        if teacher is None:
+            return None
+        model = self.config.transformer(teacher, self.corpora[0].vocab_size)
+        like = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
+        with _kept(folder, f"seed-{seed}/{teacher}") as kept:
+            restored = kept.restore(like)
+        if restored is None:
+            raise FileNotFoundError(f"{kept.folder} holds no model: {teacher} must be trained first")
+        return restored.state
+
+    def _rows(self, seed: int) -> Any:
+        stores = [corpus.train for corpus in self.corpora]
+        return make_dataset(stores, weights=self.weights, seed=seed, **self._shape())
+
+    def _shape(self) -> dict[str, int]:
+        return {"length": self.config.length, "batch_size": self.config.batch_size}
+
+    def _create(self, seed: int) -> TrainState:
+        make = jax.jit(lambda: Transformer(self.model, rngs=nnx.Rngs(seed)))
+        return create_train_state(make(), self.optimizer, key=jax.random.key(seed))
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        def loss(batches: int | None) -> float:
+            stores = [corpus.validation for corpus in self.corpora]
+            rows = make_dataset(
+                stores, shuffle=False, num_epochs=1, remainder="pad", **self._shape()
+            )
+            found = evaluate(state.model, _EVAL_STEP, itertools.islice(rows, batches))
+            return found.get("task_loss", found["loss"])  # without what routers add
+
+        values = {"part_val_loss": loss(self.config.eval_batches)}
+        if int(state.step) == self.steps:
+            values["val_loss"] = loss(None)
+        return values
+
+
+def _kept(folder: RunFolder, name: str) -> Checkpoints:
+    """Where the model of a finished run is."""
+    return Checkpoints(folder.path / name / "model", keep=1, asynchronous=False)

@@ -1,0 +1,125 @@
+r"""Mixture of Students: a shallower mixture of experts that learns from a deeper one, and then on alone.
+
+.. math:: L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l
+
+with the divergence averaged over tokens. DeepSpeed-MoE's finding is that learning from the teacher to the end hurts: the student's own
+loss stops falling, so the teacher leaves before (in the paper after 400,000 steps, out of about 570,000).
+
+Source: Rajbhandari et al., "DeepSpeed-MoE", 2022, section 4.2.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from effscale.models import Transformer, dense
+from effscale.training import Loss, StagedStep, Stages, add_reports, head_loss
+from effscale.training.objectives import counted_weights
+from kernels_pallas import kl_divergence
+
+ALONE = "without_teacher"
+"""An entry of a batch by whose presence the teacher is not asked."""
+
+
+def mixture_of_students_loss(
+    model: Transformer,
+    batch: Mapping[str, Array],
+    key: PRNGKeyArray | None,
+    teacher: Transformer,
+    *,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+) -> Loss:
+    """The student's language-model loss, and how far its distribution is from the teacher's, both in nats a token.
+
+    The teacher is what the step is given as ``frozen``; its auxiliary losses do not count, and nothing is dropped at random in it.
+    Tokens without a label count in neither part (in DeepSpeed's code they count in the second). The logits are never held whole.
+
+    Args:
+        model: The student, with a head ``lm``.
+        batch: As for :func:`effscale.training.next_token_loss`. With an entry ``without_teacher``, of any value, it is that loss alone.
+        key: In training.
+        teacher: Any causal model of the same vocabulary.
+        alpha: Weight of the divergence.
+        temperature: What both models' logits are divided by.
+
+    Returns:
+        The sum over tokens; its metrics hold the divergence as ``divergence`` where the teacher was asked.
+
+    Raises:
+        ValueError: The vocabularies differ.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> from effscale.training import create_train_state, make_train_step
+        >>> make = lambda layers: Transformer(
+        ...     gpt2(num_layers=layers, d_model=16, num_heads=2, vocab_size=50, max_length=8), rngs=nnx.Rngs(layers))
+        >>> optimizer = optax.adam(1e-3)
+        >>> loss = functools.partial(mixture_of_students_loss, temperature=2.0)
+        >>> step = staged_distillation(make_train_step(loss, optimizer), stop=400)
+        >>> state = create_train_state(make(2), optimizer, key=jax.random.key(0))
+        >>> ids = jnp.zeros((1, 8), jnp.int32)
+        >>> batch = step.before_step(0, {"input_ids": ids, "labels": ids})
+        >>> state, metrics = step(state, batch, frozen=make(4))
+        >>> "divergence" in metrics
+        True
+    """
+    given = {name: batch.get(name) for name in ("positions", "segment_ids")}
+    encoded = model.encode(batch["input_ids"], **given, key=key)
+    labels, weights = batch["labels"], batch.get("loss_weights")
+    loss = head_loss(model, "lm", encoded.hidden, labels, weights)
+    if ALONE not in batch:
+        seen = teacher.encode(batch["input_ids"], **given).hidden
+        divergence = _divergence(model, encoded.hidden, teacher, seen, labels, weights, temperature)
+        total = loss.total + alpha * temperature**2 * divergence
+        loss = Loss(total, loss.weight, {"divergence": divergence})
+    return add_reports(loss, encoded.reports)
+
+
+def staged_distillation(
+    step: Callable[..., tuple[Any, Any]], stop: int, **options: Any
+) -> StagedStep:
+    """A step that learns from the teacher up to step ``stop``, and then on alone, without running the teacher at all.
+
+    Args:
+        step: From :func:`effscale.training.make_train_step` with :func:`mixture_of_students_loss`, not jitted.
+        stop: Steps with the teacher.
+        options: Of :class:`effscale.training.StagedStep`.
+
+    Returns:
+        A step for ``fit(step_fn=step, before_step=step.before_step, frozen=teacher)``.
+    """
+    if stop < 1:
+        raise ValueError(f"stop={stop}: must be at least 1 step with the teacher")
+
+    def mark(batch: Any, learns: bool) -> Any:
+        return batch if learns else {**batch, ALONE: np.zeros((), np.float32)}
+
+    return StagedStep(step, Stages((0, stop), (True, False)), mark, **options)
+
+
+def _divergence(
+    model: Transformer,
+    hidden: Array,
+    teacher: Transformer,
+    seen: Array,
+    labels: Array,
+    weights: Array | None,
+    temperature: float,
+) -> Array:
+    own, weight, bias = model.heads["lm"].linear(hidden, model.embed)
+    other, teacher_weight, teacher_bias = teacher.heads["lm"].linear(seen, teacher.embed)
+    return kl_divergence(
+        own.reshape(-1, own.shape[-1]),
+        dense(weight),
+        other.reshape(-1, other.shape[-1]),
+        dense(teacher_weight),
+        weights=counted_weights(labels, weights, weight.shape[0]).reshape(-1),
+        bias=bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+    )
