@@ -35,6 +35,8 @@ FAMILIES = {
     "gptj": ("GPTJForCausalLM", LAYERS | TOKENS | {"rotary_dim": 2}),
     "gpt_neox": ("GPTNeoXForCausalLM", TOKENS | LONG | {"num_attention_heads": 2}),
     "llama": ("LlamaForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2}),
+    "mistral": ("MistralForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2, "sliding_window": 3}),
+    "qwen2": ("Qwen2ForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2}),
     "bert": ("BertForMaskedLM", TOKENS | LONG | {"max_position_embeddings": 12}),
     "vit": ("ViTForImageClassification", LONG | {"image_size": 8, "patch_size": 4, "num_labels": 5}),
 }  # fmt: skip

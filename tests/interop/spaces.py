@@ -29,7 +29,12 @@ DECODERS = {
                  "GPTNeoXForTokenClassification", "GPTNeoXForQuestionAnswering"),
     "llama": ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
               "LlamaForQuestionAnswering"),
+    "mistral": ("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification",
+                "MistralForTokenClassification", "MistralForQuestionAnswering"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification", "Qwen2ForTokenClassification",
+              "Qwen2ForQuestionAnswering"),
 }  # fmt: skip
+LLAMAS = ("llama", "mistral", "qwen2")
 ENCODERS = {
     "bert": ("BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",
              "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification",
@@ -94,7 +99,7 @@ class Case:
         name = self.architecture.removeprefix(self.family.class_name)
         classifier = "classifier" if self.model_type in ENCODERS else "score"
         mlm, nsp = "cls.predictions.transform.dense.weight", "cls.seq_relationship.weight"
-        each_token = "score" if self.model_type == "llama" else "classifier"
+        each_token = "score" if self.model_type in LLAMAS else "classifier"
         return {
             "ForSequenceClassification": (f"{classifier}.weight",),
             "ForMultipleChoice": ("classifier.weight",),
@@ -246,6 +251,48 @@ def llama(draw) -> dict[str, Any]:
 
 
 @st.composite
+def relative(draw, *, with_head_dim: bool = True) -> dict[str, Any]:
+    """What Llama's relatives have in common with it."""
+    num_heads, head_dim = draw(st.integers(1, 6)), 2 * draw(st.integers(2, 5))
+    divisors = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    width = num_heads * (draw(st.integers(5, 9)) if with_head_dim else head_dim)
+    return {
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": draw(st.sampled_from(divisors)),
+        **({"head_dim": head_dim} if with_head_dim else {}),
+        "hidden_size": width,
+        "intermediate_size": draw(widths),
+        "max_position_embeddings": draw(lengths),
+        "rope_parameters": draw(ropes()),
+        "attention_dropout": draw(rates),
+        "hidden_act": draw(activations),
+        "rms_norm_eps": draw(epsilons),
+    }
+
+
+@st.composite
+def mistral(draw) -> dict[str, Any]:
+    """Windows that are narrower and wider than the texts; without any it would be a Llama."""
+    return draw(relative()) | {"sliding_window": draw(st.sampled_from([4, 1, 2, 40]))}
+
+
+@st.composite
+def qwen2(draw) -> dict[str, Any]:
+    """Windows in some layers, in all or in none, told in either way."""
+    fields = draw(relative(with_head_dim=draw(usually))) | {
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from([3, 40])),
+        "max_window_layers": draw(st.integers(0, 4)),
+    }
+    if fields["use_sliding_window"] and draw(st.booleans()):
+        kinds = st.sampled_from(["full_attention", "sliding_attention"])
+        count = fields["num_hidden_layers"]
+        fields["layer_types"] = draw(st.lists(kinds, min_size=count, max_size=count))
+    return fields
+
+
+@st.composite
 def ropes(draw) -> dict[str, Any]:
     """``rope_parameters`` of the four kinds."""
     kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
@@ -324,6 +371,8 @@ SPACES: dict[str, Callable[[], st.SearchStrategy[dict[str, Any]]]] = {
     "gptj": gptj,
     "gpt_neox": gpt_neox,
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
     "bert": bert,
     "vit": vit,
 }
@@ -364,6 +413,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 8, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
     "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     "llama": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "mistral": {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "qwen2": {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "bert": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
     "vit": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
@@ -375,6 +436,8 @@ FEW: dict[str, dict[str, Any]] = {
     "gptj": {"n_positions": 32},
     "gpt_neox": {"intermediate_size": 12},
     "llama": {"intermediate_size": 12},
+    "mistral": {"intermediate_size": 12},
+    "qwen2": {"intermediate_size": 12},
     "bert": {"intermediate_size": 12, "max_position_embeddings": 32},
     "vit": {"intermediate_size": 12, "image_size": 4, "patch_size": 2},
 }

@@ -48,7 +48,7 @@ TEXT = SIZE | {"vocab_size": 300}
 @given(data=st.data())
 def test_every_config_of_a_family_comes_back(model_type, data):
     case = data.draw(cases(model_type))
-    family, fields = describe(case.config)
+    family, fields = describe(case.config, model_type)
     assert family is case.family
     assert fields["architectures"] == [case.architecture]
     assert fields["model_type"] == model_type

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import load_pretrained
 from effscale.interop.save import their_tensors
-from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, cases, example
+from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, LLAMAS, cases, example
 
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
@@ -101,7 +101,7 @@ def check_gradients(case, mine, theirs):
     ):  # of an untied BERT; its other name does nothing in torch
         theirs["cls.predictions.bias"] = theirs["cls.predictions.decoder.bias"]
     assert mine.keys() == theirs.keys()
-    rotary = case.model_type in ("gptj", "gpt_neox", "llama")
+    rotary = case.model_type in ("gptj", "gpt_neox", *LLAMAS)
     largest = max(np.abs(wanted).max() for wanted in theirs.values())
     for name, wanted in theirs.items():
         scale = np.abs(wanted).max()
@@ -172,6 +172,14 @@ MEMBERS = {
     "llama-2": ("llama", WIDE | {"num_key_value_heads": 2}),
     "llama-3": ("llama", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", WIDE | {"rope_parameters": YARN}),
+    "mistral-7b": ("mistral", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
+    "mistral-without-windows": ("mistral", WIDE | {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("qwen2", WIDE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-windows": (
+        "qwen2",
+        WIDE | {"num_key_value_heads": 2, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 3,
+                "max_window_layers": 2},
+    ),
     "llama-one-key": (
         "llama",
         WIDE | {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},

@@ -171,3 +171,21 @@ def test_tokenizers_from_a_vocabulary_and_merges(folder, tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(FolderError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_like_tells_which_of_two_families_that_are_the_same(out, tmp_path):
+    """A Mistral without windows computes what a Llama of these weights does."""
+    save_pretrained(make(), tmp_path / "llama")
+    assert fields(tmp_path / "llama")["model_type"] == "llama"
+    change(tmp_path / "llama", model_type="mistral", sliding_window=None, custom="kept")
+    change(tmp_path / "llama", architectures=["MistralForCausalLM"])
+    model = load_pretrained(tmp_path / "llama")
+    save_pretrained(model, out, like=tmp_path / "llama")
+    saved = fields(out)
+    assert (saved["model_type"], saved["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert saved["sliding_window"] is None
+    assert saved["custom"] == "kept"
+    assert load_pretrained(out).config == model.config
+    windows = llama(**TINY, d_ff=24, vocab_size=262, window=4)
+    save_pretrained(Transformer(windows, rngs=nnx.Rngs(0)), out)
+    assert (fields(out)["model_type"], fields(out)["sliding_window"]) == ("mistral", 4)

@@ -30,7 +30,7 @@ STALE = (
     "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
     "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
     "rotary_emb_base", "partial_rotary_factor", "original_max_position_embeddings", "transformers_version",
-    "_name_or_path",
+    "_name_or_path", "head_dim",
 )  # fmt: skip
 
 
@@ -93,6 +93,14 @@ class Companions:
             generation = read_json(folder, "generation_config.json")
             write_json(folder / "generation_config.json", generation | _special_of(self.config))
         write_json(folder / "config.json", self.config)
+
+
+def model_type_of(like: str | os.PathLike[str] | None) -> str | None:
+    """The family that a folder's ``config.json`` names; None where there is none or it names none."""
+    if like is None or gguf_path(pathlib.Path(like)) is not None:
+        return None
+    found = read_json(like, "config.json").get("model_type")
+    return found if isinstance(found, str) else None
 
 
 def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

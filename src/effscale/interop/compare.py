@@ -122,11 +122,11 @@ def torch_outputs(
         raise ImportError(
             f"comparing needs torch and transformers ({error}): pip install 'effscale[torch]'"
         ) from error
-    family, described = describe(model.config)
-    fields = dict(open_source(folder).fields)
-    fields.pop("model_type", None)
+    source = open_source(folder)
+    _, described = describe(model.config, source.family.model_type)
+    fields = {name: value for name, value in source.fields.items() if name != "model_type"}
     with reading(f"transformers cannot read the config.json in {str(folder)!r}", Exception):
-        config = transformers.AutoConfig.for_model(family.model_type, **fields)
+        config = transformers.AutoConfig.for_model(source.family.model_type, **fields)
     name = named_class(fields) or described["architectures"][0]
     kind = getattr(transformers, name, None)
     if kind is None:

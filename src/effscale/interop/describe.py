@@ -17,10 +17,14 @@ SHOWN = 5
 FREE = ("dtype", "remat", "attention_implementation", "init_std", "scale_residual_init", "groups")
 
 
-def describe(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
+def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Family, dict[str, Any]]:
     """The family whose config comes back the same from its ``config.json``, and the fields of that file.
 
     Dropout is written where the family has a name for it, and left out elsewhere.
+
+    Args:
+        config: The model's.
+        prefer: The ``model_type`` that is tried first: a Mistral without windows is a Llama as well.
 
     Raises:
         ValueError: If no family can express the config; the message says what keeps the nearest one from it.
@@ -31,7 +35,7 @@ def describe(config: TransformerConfig) -> tuple[Family, dict[str, Any]]:
                 f"transformers has no family whose feed-forward is a {type(block.feed_forward).__name__}"
             )
     near: list[tuple[int, str]] = []
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != prefer):
         architecture, differences = None, []
         try:
             architecture = family.architecture(config.heads)
@@ -87,10 +91,7 @@ def essence(config: TransformerConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         if field.name not in FREE:
             walk(field.name, getattr(config, field.name))
-    walk(
-        "layers",
-        tuple(block for group in config.groups for block in group.blocks * group.repeat),
-    )
+    walk("layers", config.layers)
     return found
 
 

@@ -34,7 +34,7 @@ FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", ml_dtypes.bfloa
 def load_pretrained(
     folder: str | os.PathLike[str], *, dtype: Any = None, mesh: Mesh | None = None
 ) -> Transformer:
-    """Loads a PyTorch model of any of the eight families, as transformers or DeepSpeed-Chat saved it.
+    """Loads a PyTorch model of any of the families, as transformers or DeepSpeed-Chat saved it.
 
     Safetensors files are read without torch; ``.bin`` files with ``torch.load(weights_only=True)``. Tensors are
     read one at a time, each into its place on the devices; nothing else of the file is ever in memory. Nothing is

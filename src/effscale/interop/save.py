@@ -12,8 +12,9 @@ import numpy as np
 import tokenizers
 from jax.experimental import multihost_utils
 
-from effscale.interop.companions import Companions
+from effscale.interop.companions import Companions, model_type_of
 from effscale.interop.describe import describe
+from effscale.interop.families import Family
 from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
 from effscale.interop.plan import Slot, parameters, plan
@@ -55,7 +56,8 @@ def save_pretrained(
     as of a DeepSpeed-Chat reward model, becomes the ``score`` of a sequence classifier with one label.
 
     Args:
-        model: Any transformer that one of the eight families can express, however it was made.
+        model: Any transformer that one of the families can express, however it was made. Where several can, the first does: a
+            Mistral without windows becomes a Llama, unless ``like`` is a Mistral.
         folder: Where to; made if it is not there.
         dtype: Type of the numbers: float32, bfloat16 or float16. None: as the model holds them, tensor by tensor.
         max_shard_size: Bytes in a file at most, such as ``"5GB"``; a larger model gets several files and an index.
@@ -103,7 +105,7 @@ def write_model(
         fields: Further fields of ``config.json``.
         metadata: For the header of each file; see `effscale.interop.files.writer.write_tensors`.
     """
-    more, (_, fields) = fields or {}, describe(model.config)
+    more, (family, fields) = fields or {}, describe(model.config, model_type_of(like))
     chosen = None if dtype is None else float_type(dtype)
     parse_size(max_shard_size)
     largest = max(
@@ -112,7 +114,7 @@ def write_model(
     fields["dtype"] = np.dtype(chosen or largest.dtype).name
     companions = Companions({**fields, **more}, like, tokenizer)
     place = pathlib.Path(folder)
-    tensors = their_tensors(model, chosen, store)
+    tensors = their_tensors(model, chosen, store, family)
     if jax.process_index() == 0:
         # With no config there the folder is no model: it never holds the config of one and the weights of another.
         forget = lambda: (place / "config.json").unlink(missing_ok=True)
@@ -130,13 +132,13 @@ def write_model(
         multihost_utils.sync_global_devices("save_pretrained")
 
 
-def stored_slots(model: Transformer) -> list[StoredSlot]:
-    """Where a model's tensors lie in a file, in the order of the table.
+def stored_slots(model: Transformer, family: Family | None = None) -> list[StoredSlot]:
+    """Where a model's tensors lie in a file of its family, in the order of the table.
 
     Raises:
         ValueError: If no family can express the model.
     """
-    family, _ = describe(model.config)
+    family = describe(model.config)[0] if family is None else family
     found = []
     for slot in plan(family.rules, model.config, parameters(model)):
         name = family.stored_name(slot, model.config.heads)
@@ -145,13 +147,16 @@ def stored_slots(model: Transformer) -> list[StoredSlot]:
 
 
 def their_tensors(
-    model: Transformer, dtype: np.dtype | None = None, store: Store | None = None
+    model: Transformer,
+    dtype: np.dtype | None = None,
+    store: Store | None = None,
+    family: Family | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The model's tensors under their names in files, in the order of the table, one at a time."""
-    family, _ = describe(model.config)
+    """The model's tensors under their names in files of its family, in the order of the table, one at a time."""
+    family = describe(model.config)[0] if family is None else family
     leaves = parameters(model)
     axes = sizes(model.config)
-    places = stored_slots(model)
+    places = stored_slots(model, family)
     untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
     # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
     names = {place.slot.name for place in places}

@@ -167,9 +167,9 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
     named = fields.get("model_type")
     architecture = named_class(fields)
     if named is not None or architecture:
+        if isinstance(named, str) and named in FAMILIES:
+            return FAMILIES[named]
         for family in FAMILIES.values():
-            if named == family.model_type:
-                return family
             if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", architecture):
                 return family
         raise FolderError(

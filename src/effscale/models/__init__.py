@@ -26,6 +26,7 @@ from effscale.models.families import (
     opt,
     vit,
 )
+from effscale.models.grouping import group_layers
 from effscale.models.heads import ClassHead, LMHead
 from effscale.models.image_size import resize_images
 from effscale.models.layers import Dense, Embedding, LayerNorm, RMSNorm, dropout
@@ -48,6 +49,7 @@ from effscale.models.rotary_scaling import (
     YarnScaling,
 )
 from effscale.models.stacking import (
+    for_decoding,
     merge_groups,
     replace_layers,
     split_groups,
@@ -116,8 +118,10 @@ __all__ = [
     "dropout",
     "empty_cache",
     "finish",
+    "for_decoding",
     "gpt2",
     "gptj",
+    "group_layers",
     "grow_cache",
     "is_adapter",
     "llama",

@@ -121,12 +121,16 @@ class Attention(nnx.Module):
     def _mix(self, query, keys, values, context: Context, slopes, key) -> Array:
         """By a fused kernel where the program is for a platform that has one and it can serve; else in blocks."""
         rate = self.config.dropout
-        blocks = partial(in_blocks, context=context, slopes=slopes, rate=rate, key=key)
+        window = self.config.window
+        options = {"slopes": slopes, "window": window, "rate": rate, "key": key}
+        blocks = partial(in_blocks, context=context, **options)
         if context.cached or self.implementation == "blocks":
             return blocks(query, keys, values)
         rules, reason = current_rules(), None
         if key is not None and rate > 0:
             reason = f"kernels drop no attention weights, and the layer's dropout is {rate}"
+        elif window is not None:
+            reason = f"kernels have no windows, and the layer's window is {window}"
         elif axes := rules.lookup("seq"):
             reason = f"kernels take whole sequences, and the rules divide them over {axes}"
         if reason is not None and self.implementation is None:
@@ -156,6 +160,7 @@ def in_blocks(
     context: Context,
     *,
     slopes: Float[np.ndarray, "heads"] | None = None,
+    window: int | None = None,
     rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
@@ -181,7 +186,7 @@ def in_blocks(
                 query[:, :, first:last],
                 keys[:, :, :end],
                 values[:, :, :end],
-                allowed=context.allowed(first, last, end),
+                allowed=context.allowed(first, last, end, window),
                 bias=bias,
                 rate=rate,
                 key=None if key is None else jax.random.fold_in(key, i),

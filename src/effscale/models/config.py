@@ -63,6 +63,9 @@ class AttentionConfig:
     """Bias of the output projection; None: as ``bias``."""
     scale: float | None = None
     """What scores are multiplied by; None: ``head_dim**-0.5``."""
+    window: int | None = None
+    """A token sees itself and the ``window - 1`` before it, by their positions; None: all before it. Layers with a window are
+    computed in blocks, as the fused kernels have none."""
     dropout: float = 0.0
     """Probability that an attention weight is dropped in training."""
 
@@ -78,6 +81,7 @@ class AttentionConfig:
         check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
         fits = self.scale is None or 0 < self.scale < math.inf
         check(self, fits, "scale", "above 0 and finite, or None")
+        check(self, self.window is None or self.window >= 1, "window", "at least 1, or None")
         check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property
@@ -311,11 +315,20 @@ class TransformerConfig:
                 "causal",
                 "True with Alibi, whose bias supposes that keys come before the query",
             )
+        if any(block.attention.window is not None for block in self.blocks):
+            check(
+                self, self.causal, "causal", "True with a window, which reaches back from a token"
+            )
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
         """Every kind of block, once for each place in its group."""
         return tuple(block for group in self.groups for block in group.blocks)
+
+    @property
+    def layers(self) -> tuple[BlockConfig, ...]:
+        """The block of each layer, in the order in which they run."""
+        return tuple(block for group in self.groups for block in group.blocks * group.repeat)
 
     @property
     def num_layers(self) -> int:

@@ -67,9 +67,12 @@ class Context:
         return found
 
     def allowed(
-        self, first: int, last: int, keys: int
+        self, first: int, last: int, keys: int, window: int | None = None
     ) -> Bool[Array, "rows 1 queries keys"] | None:
-        """Which of the first ``keys`` keys queries ``first`` to ``last`` may see; None: all."""
+        """Which of the first ``keys`` keys queries ``first`` to ``last`` may see; None: all.
+
+        With a ``window`` these are its own token and the ``window - 1`` positions before it.
+        """
         masks = []
         if self.causal:
             slots = self.start + jnp.arange(first, last)
@@ -80,6 +83,9 @@ class Context:
             masks.append(
                 self.segments[:, None, first:last, None] == self.key_segments[:, None, None, :keys]
             )
+        if window is not None:
+            own, of_keys = self.positions[:, None, first:last, None], self.key_positions
+            masks.append(own - of_keys[:, None, None, :keys] < window)
         if not masks:
             return None
         mask = masks[0]

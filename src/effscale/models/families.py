@@ -21,6 +21,7 @@ from effscale.models.config import (
     TokenInputs,
     TransformerConfig,
 )
+from effscale.models.grouping import group_layers
 from effscale.models.heads import ClassHead, LMHead
 from effscale.models.mlp import MLPConfig
 from effscale.models.positions import Alibi, LearnedPositions, Rotary
@@ -303,13 +304,24 @@ def llama(
     rotary_scaling: RotaryScaling | None = None,
     epsilon: float = 1e-5,
     bias: bool = False,
+    out_bias: bool | None = None,
     mlp_bias: bool = False,
+    window: int | tuple[int | None, ...] | None = None,
     activation: Activation = "silu",
     dropout: float = 0.0,
     attention_dropout: float | None = None,
     tied: bool = False,
 ) -> TransformerConfig:
-    """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023)."""
+    """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023).
+
+    Its relatives differ in little. Mistral's layers have a ``window`` (Jiang et al., 2023); a tuple gives each layer its own.
+    Qwen2 has biases at query, key and value alone: ``bias=True, out_bias=False`` (Yang et al., 2024).
+
+    Example:
+        >>> mistral = llama(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14336, window=4096)
+        >>> mistral.num_layers
+        32
+    """
     norm = NormConfig(kind="rms", epsilon=epsilon, bias=False)
     block = BlockConfig(
         attention=AttentionConfig(
@@ -317,15 +329,26 @@ def llama(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             bias=bias,
+            out_bias=out_bias,
+            window=None if isinstance(window, tuple) else window,
             dropout=_or(attention_dropout, dropout),
         ),
         feed_forward=MLPConfig(d_ff=d_ff, activation=activation, gated=True, bias=mlp_bias),
         norm=norm,
         dropout=dropout,
     )
+    if isinstance(window, tuple):
+        if len(window) != num_layers:
+            raise ValueError(
+                f"window has {len(window)} entries: must have one for each of {num_layers} layers"
+            )
+        of = {w: replace(block, attention=replace(block.attention, window=w)) for w in set(window)}
+        groups = group_layers([of[w] for w in window])
+    else:
+        groups = (Group(blocks=(block,), repeat=num_layers),)
     return TransformerConfig(
         d_model=d_model,
-        groups=(Group(blocks=(block,), repeat=num_layers),),
+        groups=groups,
         inputs=TokenInputs(vocab_size=vocab_size, dropout=dropout),
         positions=Rotary(base=rotary_base, scaling=rotary_scaling),
         heads=(LMHead(tied=tied),),

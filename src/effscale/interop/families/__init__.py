@@ -1,4 +1,4 @@
-"""The eight families, by the ``model_type`` of their ``config.json``."""
+"""The families, by the ``model_type`` of their ``config.json``."""
 
 from effscale.interop.families.bert import BERT
 from effscale.interop.families.bloom import BLOOM
@@ -6,12 +6,15 @@ from effscale.interop.families.family import Family
 from effscale.interop.families.gpt2 import GPT2
 from effscale.interop.families.gptj import GPTJ
 from effscale.interop.families.llama import LLAMA
+from effscale.interop.families.mistral import MISTRAL
 from effscale.interop.families.neox import NEOX
 from effscale.interop.families.opt import OPT
+from effscale.interop.families.qwen2 import QWEN2
 from effscale.interop.families.vit import VIT
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, OPT, BLOOM, GPTJ, NEOX, LLAMA, BERT, VIT)
+    family.model_type: family
+    for family in (GPT2, OPT, BLOOM, GPTJ, NEOX, LLAMA, MISTRAL, QWEN2, BERT, VIT)
 }
 
 __all__ = ["FAMILIES", "Family"]

@@ -39,6 +39,7 @@ PLACES = {
     "rotary_dim": "positions.dim",
     "bias": "blocks.0.attention.bias",
     "qkv_bias": "blocks.0.attention.bias",
+    "window": "blocks.0.attention.window",
     "mlp_bias": "blocks.0.feed_forward.bias",
     "activation": "blocks.0.feed_forward.activation",
     "epsilon": "blocks.0.norm.epsilon",
@@ -90,6 +91,14 @@ class Field:
             case str():
                 return typed.text(self.name)
         return typed.whole(self.name, None)
+
+
+class Nullable(Field):
+    """A whole number that may be null, where absent is something else than null."""
+
+    def checked(self, fields: Json) -> int | None:
+        """The number, or None."""
+        return Fields("config.json", fields).whole(self.name, None)
 
 
 def arguments(table: Sequence[Field], fields: Json) -> dict[str, Any]:

@@ -10,21 +10,40 @@ from effscale.interop.tensors import FolderError
 from effscale.models import TransformerConfig, llama
 
 
-def read(fields: Json) -> dict[str, Any]:
-    """Rotary positions."""
-    rotary = rope.parameters(fields, fraction="partial_rotary_factor", default=1.0)
-    if rotary["partial_rotary_factor"] != 1:
+def rotary(fields: Json, *, base: float = 10000.0, longest: int = 2048) -> dict[str, Any]:
+    """Rotary positions over all of each head; ``base`` and ``longest`` are what the family takes where nothing tells them."""
+    found = rope.parameters(
+        fields, fraction="partial_rotary_factor", default=1.0, base=base, longest=longest
+    )
+    if found["partial_rotary_factor"] != 1:
         raise FolderError(
-            f"config.json has partial_rotary_factor={rotary['partial_rotary_factor']}, and transformers' Llama rotates all of "
-            "each head"
+            f"config.json has partial_rotary_factor={found['partial_rotary_factor']}, and transformers' Llama and its relatives "
+            "rotate all of each head"
         )
-    return rope.arguments(rotary)
+    return rope.arguments(found)
 
 
 def head_dim(config: TransformerConfig) -> int:
     """The width of a head."""
     return config.blocks[0].attention.width(config.d_model)
 
+
+ATTENTION = rows(
+    embedding("embed_tokens", "embed.tokens"),
+    norm("layers.{}.input_layernorm", "attention_norm"),
+    linear("layers.{}.self_attn.q_proj", "attention.query"),
+    linear("layers.{}.self_attn.k_proj", "attention.key"),
+    linear("layers.{}.self_attn.v_proj", "attention.value"),
+    linear("layers.{}.self_attn.o_proj", "attention.out"),
+    norm("layers.{}.post_attention_layernorm", "feed_forward_norm"),
+)
+MLP = rows(
+    linear("layers.{}.mlp.gate_proj", "feed_forward.gate"),
+    linear("layers.{}.mlp.up_proj", "feed_forward.up"),
+    linear("layers.{}.mlp.down_proj", "feed_forward.down"),
+)
+HEADS = decoder_heads.TABLE + linear("score", "heads.token_classes.dense")
+BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 
 LLAMA = Family(
     model_type="llama",
@@ -45,26 +64,14 @@ LLAMA = Family(
         Field("rms_norm_eps", 1e-6, "epsilon"),
         Field("tie_word_embeddings", False),
     ),
-    read=read,
+    read=rotary,
     write=rope.write,
     prefix="model.",
     prefixes={"LlamaForQuestionAnswering": "transformer."},
-    trunk=rows(
-        embedding("embed_tokens", "embed.tokens"),
-        norm("layers.{}.input_layernorm", "attention_norm"),
-        linear("layers.{}.self_attn.q_proj", "attention.query"),
-        linear("layers.{}.self_attn.k_proj", "attention.key"),
-        linear("layers.{}.self_attn.v_proj", "attention.value"),
-        linear("layers.{}.self_attn.o_proj", "attention.out"),
-        norm("layers.{}.post_attention_layernorm", "feed_forward_norm"),
-        linear("layers.{}.mlp.gate_proj", "feed_forward.gate"),
-        linear("layers.{}.mlp.up_proj", "feed_forward.up"),
-        linear("layers.{}.mlp.down_proj", "feed_forward.down"),
-        norm("norm", "final_norm"),
-    ),
-    heads=decoder_heads.TABLE + linear("score", "heads.token_classes.dense"),
+    trunk=rows(ATTENTION, MLP, norm("norm", "final_norm")),
+    heads=HEADS,
     tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
+    ignored=BUFFERS,
     find_heads=decoder_heads.find,
     architecture=decoder_heads.architecture("Llama"),
 )

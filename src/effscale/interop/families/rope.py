@@ -14,7 +14,15 @@ YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"
 ORIGINAL = "original_max_position_embeddings"
 
 
-def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, default: float) -> Json:
+def parameters(
+    fields: Json,
+    *,
+    theta: str = "rope_theta",
+    fraction: str,
+    default: float,
+    base: float = 10000.0,
+    longest: int = 2048,
+) -> Json:
     """The parameters, wherever the config has them.
 
     Args:
@@ -22,9 +30,11 @@ def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, defaul
         theta: The older name of the base.
         fraction: The older name of the share of a head that rotates.
         default: That share, where nothing tells it.
+        base: The base, where nothing tells it.
+        longest: ``max_position_embeddings``, where nothing tells it.
     """
     top = Fields("config.json", fields)
-    longest = top.whole("max_position_embeddings", 2048, least=1)
+    longest = top.whole("max_position_embeddings", longest, least=1)
     # Whichever of the two is there and not empty, as in transformers.
     found = top.block(
         "rope_scaling" if fields.get("rope_scaling") else "rope_parameters",
@@ -37,7 +47,7 @@ def parameters(fields: Json, *, theta: str = "rope_theta", fraction: str, defaul
         original = top.whole(ORIGINAL, original, least=1)
     return {
         "rope_type": kind,
-        "rope_theta": found.number("rope_theta", top.number(theta, 10000.0)),
+        "rope_theta": found.number("rope_theta", top.number(theta, base)),
         "partial_rotary_factor": found.number(
             "partial_rotary_factor", top.number(fraction, default)
         ),

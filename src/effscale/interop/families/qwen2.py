@@ -1,0 +1,62 @@
+"""Qwen2 in transformers: a Llama with biases at query, key and value, and windows in some layers."""
+
+import functools
+from typing import Any
+
+from effscale.interop.families import decoder_heads, rope, windows
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, Json, Nullable, activation
+from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, MLP, rotary
+from effscale.interop.table import norm, rows
+from effscale.models import TransformerConfig, llama
+
+
+def head_dim(config: TransformerConfig) -> dict[str, int]:
+    """The width of a head, which a Qwen2's config need not tell where it follows from the width of the model."""
+    attention = config.blocks[0].attention
+    width = attention.width(config.d_model)
+    return {} if width * attention.num_heads == config.d_model else {"head_dim": width}
+
+
+def read(fields: Json) -> dict[str, Any]:
+    """Rotary positions, and windows from layer ``max_window_layers`` on."""
+    window = windows.read(fields, lambda layer: layer >= fields["max_window_layers"])
+    return rotary(fields, longest=32768) | {"window": window, "head_dim": fields["head_dim"]}
+
+
+def write(config: TransformerConfig) -> dict[str, Any]:
+    """Rotary positions, windows, and the width of a head."""
+    return rope.write(config) | windows.write(config) | head_dim(config)
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    class_name="Qwen2",
+    make=functools.partial(llama, bias=True, out_bias=False),
+    fields=(
+        Field("num_hidden_layers", 32, "num_layers"),
+        Field("hidden_size", 4096, "d_model"),
+        Field("num_attention_heads", 32, "num_heads"),
+        Nullable("num_key_value_heads", 32, "num_kv_heads"),
+        Field("head_dim", None),  # written only where it does not follow from the others
+        Field("intermediate_size", 22016, "d_ff"),
+        Field("vocab_size", 151936, "vocab_size"),
+        Field("use_sliding_window", False),
+        Nullable("sliding_window", 4096),
+        Field("max_window_layers", 28),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        activation("hidden_act", "silu"),
+        Field("rms_norm_eps", 1e-6, "epsilon"),
+        Field("tie_word_embeddings", False),
+    ),
+    read=read,
+    write=write,
+    prefix="model.",
+    prefixes={"Qwen2ForQuestionAnswering": "transformer."},
+    trunk=rows(ATTENTION, MLP, norm("norm", "final_norm")),
+    heads=HEADS,
+    tied={"lm_head.weight": "embed_tokens.weight"},
+    ignored=BUFFERS,
+    find_heads=decoder_heads.find,
+    architecture=decoder_heads.architecture("Qwen2"),
+)
