@@ -69,10 +69,6 @@ def test_the_teacher_leaves(models):
         np.testing.assert_array_equal(a, b)
 
 
-def test_bad_input(models):
-    dense = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=24, max_length=16)
-    other = Transformer(dense, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="a vocabulary of 23 and the teacher one of 24"):
-        jax.eval_shape(mixture_of_students_loss, models[0], BATCH, None, other)
+def test_bad_input():
     with pytest.raises(ValueError, match="stop=0"):
         staged_distillation(lambda state, batch: (state, {}), 0)

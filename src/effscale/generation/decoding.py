@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from effscale.generation.sampling import SamplingConfig, choose, penalize
-from effscale.models import Transformer, empty_cache, grow_cache, matmul, transpose, unroll
+from effscale.models import (
+    Transformer,
+    empty_cache,
+    for_decoding,
+    grow_cache,
+    matmul,
+    transpose,
+    unroll,
+)
 
 # Each size of the cache is compiled on its own: at most so many, each for at least so many tokens.
 STAGES = 4
@@ -90,7 +98,7 @@ def decode(
     mask = mask.astype(bool)
     batch, length = prompt.shape
     total = length + config.max_new_tokens
-    model = unroll(model)  # once, outside the loop
+    model = for_decoding(unroll(model))  # once, outside the loop
     rows = jnp.arange(batch)
     stops = jnp.asarray(config.stop_ids, jnp.int32)
 

@@ -150,6 +150,17 @@ def unroll(model: Transformer) -> Transformer:
     )
 
 
+def for_decoding(model: Transformer) -> Transformer:
+    """An unrolled model whose feed-forwards have the form that they decode in, where they offer one by a method ``for_decoding``.
+
+    It is for a loop over tokens alone: such a model is not saved, trained or taken apart.
+    """
+    offers = lambda node: isinstance(node, nnx.Module) and hasattr(node, "for_decoding")
+    return jax.tree.map(
+        lambda node: node.for_decoding() if offers(node) else node, model, is_leaf=offers
+    )
+
+
 def _layers_of(model: Transformer) -> list[_Layer]:
     return [
         _Layer(config, stack, repetition, number, repetition, block, len(group.blocks))

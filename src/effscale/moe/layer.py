@@ -14,24 +14,17 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from effscale.models import Context, Dense, FeedForwardConfig
 from effscale.models.reports import AUX_LOSS
 from effscale.models.validation import check, choice
-from effscale.moe.dispatch import dropless, one_hot, table
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing
-from effscale.parallel import (
-    Exchange,
-    auto_batch_axes,
-    check_experts,
-    constrain,
-    mesh_size,
-    to_experts,
-    to_tokens,
-)
+from effscale.moe.run_experts import Worked, by_buffers, by_sorted_rows, one_by_one
+from effscale.parallel import Exchange, auto_batch_axes, constrain, mesh_size
+from kernels_pallas import dispatch
 
 Dispatch = Literal["table", "one_hot", "dropless"]
 Mix = Literal["weighted", "sum", "gated"]
 
 COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
-BUFFERS: dict[str, Any] = {"table": table, "one_hot": one_hot}
+"""Logits of each way to mix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,56 +114,47 @@ class MoE(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
         """The output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
-        config = self.config
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        groups = _groups(config.groups, x.shape[0])
+        groups = _groups(self.config.groups, x.shape[0])
         tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
         used = None if context.real is None else context.real.reshape(groups, -1)
-
         group_keys = None if keys[0] is None else jax.random.split(keys[0], groups)
         routing, aux, found = jax.vmap(self.router)(tokens, used, group_keys)
-        report = {AUX_LOSS: aux.mean(), **jax.tree.map(lambda a: a.mean(0), found)}
-        if self._dispatch(routing) == "dropless":
-            y, captured = self._sorted(tokens, routing, context, keys[1])
-        else:
-            y, captured = self._buffered(tokens, routing, context, keys[1])
+        y, captured = self._experts(tokens, routing, context, keys[1])
         y = constrain(y.reshape(x.shape), "batch", "seq", "embed_act")
         if self.shared is not None:
             y = self._mixed(x, y, self.shared(x, context, keys[2])[0])
+        report = {AUX_LOSS: aux.mean(), **jax.tree.map(lambda a: a.mean(0), found)}
         return y, report | captured
 
-    def _dispatch(self, routing: Routing) -> Dispatch:
-        return self.config.dispatch or ("dropless" if routing.capacity is None else "table")
+    def for_decoding(self) -> "MoE":
+        """The same layer with each expert's arrays apart, so that few tokens read the weights of their own experts alone.
 
-    def _buffered(
-        self, tokens: Array, routing: Routing, context: Context, key: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        """Each expert reads the tokens in its buffer."""
-        config, d_model = self.config, tokens.shape[-1]
-        by = BUFFERS[self._dispatch(routing)]
-        check_experts(config.num_experts)
-        buffers = jax.vmap(by.dispatch)(tokens, routing)
-        rows = to_experts(buffers.swapaxes(0, 1), config.exchange)
-        experts, groups, capacity = rows.shape[:3]
-        rows = rows.reshape(experts, 1, groups * capacity, d_model)
-        expert_keys = None if key is None else jax.random.split(key, experts)
-        run = lambda expert, rows, key: expert(rows, context, key)
-        y, captured = jax.vmap(run)(self.experts, rows, expert_keys)
-        y = y.reshape(experts, groups, capacity, d_model)
-        return jax.vmap(by.combine)(to_tokens(y, config.exchange).swapaxes(0, 1), routing), captured
+        Decoding asks for it, of layers that are not stacked. On CPUs a product with a part of a stack copies that part first;
+        elsewhere the stack stays.
+        """
+        if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.List):
+            return self
+        take = lambda e: jax.tree.map(lambda a: a[:, e], self.experts)  # after the layer's dimension
+        apart = [take(e) for e in range(self.config.num_experts)]
+        layer = jax.tree.map(lambda a: a, self)
+        # Without the barrier the compiler may slice at each token what it was given whole.
+        layer.experts = nnx.List(jax.lax.optimization_barrier(apart))
+        return layer
 
-    def _sorted(
-        self, tokens: Array, routing: Routing, context: Context, key: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        """Every row of the sorted tokens is multiplied by its own expert's weights."""
-
-        def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
-            own = dropless.grouped_experts(experts, routing.sizes)
-            rows = dropless.dispatch(tokens, routing)
-            y, captured = typing.cast(Any, own)(rows[None], context, key)
-            return dropless.combine(y[0], routing), captured
-
-        return dropless.each_group(one, self.experts, tokens, routing)
+    def _experts(
+        self, tokens: Array, routing: Routing, context: Context, key: PRNGKeyArray | None
+    ) -> Worked:
+        config, experts = self.config, self.experts
+        if isinstance(experts, nnx.List):
+            few = 2 * math.prod(routing.experts.shape) <= config.num_experts
+            if few and key is None and not context.capture:
+                return one_by_one(experts, tokens, routing, context)
+            experts = jax.tree.map(lambda *each: jnp.stack(each), *experts)
+        by = config.dispatch or ("dropless" if routing.capacity is None else "table")
+        if by == "dropless":
+            return by_sorted_rows(experts, tokens, routing, context, key)
+        return by_buffers(experts, tokens, routing, context, key, by=by, exchange=config.exchange)
 
     def _mixed(self, x: Array, y: Array, shared: Array) -> Array:
         if self.coefficient is None:

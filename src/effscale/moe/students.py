@@ -46,7 +46,8 @@ def mixture_of_students_loss(
         temperature: What both models' logits are divided by.
 
     Returns:
-        The sum over tokens; its metrics hold the divergence as ``divergence`` where the teacher was asked.
+        The sum over tokens. Where the teacher was asked, metrics hold the divergence as ``divergence`` and the language model's loss alone as
+        ``task_loss``.
 
     Raises:
         ValueError: The vocabularies differ.
@@ -71,13 +72,14 @@ def mixture_of_students_loss(
     given = {name: batch.get(name) for name in ("positions", "segment_ids")}
     encoded = model.encode(batch["input_ids"], **given, key=key)
     labels, weights = batch["labels"], batch.get("loss_weights")
-    loss = head_loss(model, "lm", encoded.hidden, labels, weights)
-    if ALONE not in batch:
-        seen = teacher.encode(batch["input_ids"], **given).hidden
-        divergence = _divergence(model, encoded.hidden, teacher, seen, labels, weights, temperature)
-        total = loss.total + alpha * temperature**2 * divergence
-        loss = Loss(total, loss.weight, {"divergence": divergence})
-    return add_reports(loss, encoded.reports)
+    text = head_loss(model, "lm", encoded.hidden, labels, weights)
+    loss = add_reports(text, encoded.reports)
+    if ALONE in batch:
+        return loss
+    seen = teacher.encode(batch["input_ids"], **given).hidden
+    divergence = _divergence(model, encoded.hidden, teacher, seen, labels, weights, temperature)
+    metrics = {"task_loss": text.total, **loss.metrics, "divergence": divergence}
+    return Loss(loss.total + alpha * temperature**2 * divergence, loss.weight, metrics)
 
 
 def staged_distillation(

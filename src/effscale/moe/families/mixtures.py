@@ -1,0 +1,150 @@
+r"""What the families have in common: mixtures without capacities, as ``config.json`` tells them, and back.
+
+transformers' load-balancing loss counts all k choices, so that an even load is k and not 1, and is one number for all layers
+together. Here it is a mean over choices, and each layer adds its own. So ``router_aux_loss_coef`` is divided over the layers:
+
+.. math:: balance = coef \cdot k / layers
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from effscale.interop.families.activations import our_activation, their_activation
+from effscale.interop.families.fields import Field
+from effscale.models import MLPConfig, TransformerConfig, group_layers
+from effscale.moe.layer import MoEConfig
+from effscale.moe.router import RouterConfig
+from effscale.parallel import Exchange
+
+
+def with_mixtures(
+    config: TransformerConfig,
+    *,
+    num_experts: int,
+    k: int,
+    expert: MLPConfig,
+    normalized: bool,
+    aux_loss: float,
+    sparse: Sequence[bool] | None = None,
+    shared: MLPConfig | None = None,
+) -> TransformerConfig:
+    """A dense model with experts in its layers, routed as in transformers: nothing is dropped.
+
+    Args:
+        config: The dense model.
+        num_experts: Experts of a layer.
+        k: Experts of each token.
+        expert: Each of them.
+        normalized: Whether the weights of a token's experts add up to 1.
+        aux_loss: The coefficient of the load-balancing loss, in transformers' measure.
+        sparse: Which layers have experts; None: all.
+        shared: An expert that every token takes besides, times a gate.
+    """
+    layers = config.num_layers if sparse is None else sum(sparse)
+    router = RouterConfig(
+        k=k,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        priority="token",
+        normalize="chosen" if normalized else "none",
+        balance=aux_loss * k / max(layers, 1),
+        balance_choices="all",
+    )
+    mix = "weighted" if shared is None else "gated"
+    moe = MoEConfig(num_experts=num_experts, expert=expert, router=router, shared=shared, mix=mix)
+    if sparse is None:
+        groups = _each_block(config, lambda block: dataclasses.replace(block, feed_forward=moe))
+        return dataclasses.replace(config, groups=groups)
+    of = {block: dataclasses.replace(block, feed_forward=moe) for block in config.blocks}
+    blocks = [of[b] if has else b for b, has in zip(config.layers, sparse, strict=True)]
+    return dataclasses.replace(config, groups=group_layers(blocks))
+
+
+def mixtures(config: TransformerConfig) -> list[MoEConfig]:
+    """The mixtures of the layers that have one.
+
+    Raises:
+        ValueError: If there is none, or their experts are no MLPs.
+    """
+    found = [p for p in (b.feed_forward for b in config.layers) if isinstance(p, MoEConfig)]
+    if not found:
+        raise ValueError("the config has no experts")
+    if not all(isinstance(moe.expert, MLPConfig) for moe in found):
+        raise ValueError("the config has experts that are no MLPs")
+    return found
+
+
+def plain(config: TransformerConfig) -> TransformerConfig:
+    """The config without what counts in training alone, or only says how experts are computed."""
+
+    def of(block: Any) -> Any:
+        moe = block.feed_forward
+        if not isinstance(moe, MoEConfig):
+            return block
+        given, defaults = moe.router, RouterConfig()
+        normalize = given.normalize or ("none" if given.k == 1 else "kept")
+        if normalize == "kept" and given.eval_capacity_factor is None:
+            normalize = "chosen"  # all are kept
+        router = dataclasses.replace(
+            given,
+            capacity_factor=None,
+            min_capacity=defaults.min_capacity,
+            priority="token",
+            normalize=normalize,
+            noise=None,
+            balance=0.0,
+            balance_choices="all",
+            z_loss=0.0,
+        )
+        mix = "weighted" if moe.shared is None else moe.mix
+        moe = dataclasses.replace(
+            moe, router=router, mix=mix, dispatch=None, groups=None, exchange=Exchange()
+        )
+        return dataclasses.replace(block, feed_forward=moe)
+
+    return dataclasses.replace(config, groups=_each_block(config, of))
+
+
+def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, ...]:
+    """The fields of numbers of experts and of the loss, with their defaults."""
+    return (
+        Field(experts, num, "num_experts", write=lambda config: mixtures(config)[0].num_experts),
+        Field("num_experts_per_tok", k, "k", write=lambda config: mixtures(config)[0].router.k),
+        Field("router_aux_loss_coef", coefficient, "aux_loss", write=_aux_loss),
+    )
+
+
+def expert_activation() -> Field:
+    """The field of the activation of experts."""
+    write = lambda config: their_activation(_expert(config).activation)
+    return Field("hidden_act", "silu", "activation", read=our_activation, write=write)
+
+
+def expert_width(name: str, default: int, argument: str) -> Field:
+    """The field of the inner width of an expert."""
+    return Field(name, default, argument, write=lambda config: _expert(config).d_ff)
+
+
+def is_normalized(config: TransformerConfig) -> bool:
+    """Whether the weights of a token's experts add up to 1."""
+    router = mixtures(config)[0].router
+    return router.normalize in ("chosen", "kept") or (router.normalize is None and router.k > 1)
+
+
+def _expert(config: TransformerConfig) -> Any:
+    return mixtures(config)[0].expert
+
+
+def _aux_loss(config: TransformerConfig) -> float:
+    """The coefficient in transformers' measure, without the last digits, which are rounding's."""
+    found = mixtures(config)
+    router = found[0].router
+    return float(f"{router.balance * len(found) / router.k:.12g}")
+
+
+def _each_block(config: TransformerConfig, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+    return tuple(
+        dataclasses.replace(group, blocks=tuple(map(change, group.blocks)))
+        for group in config.groups
+    )

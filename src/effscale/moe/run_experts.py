@@ -1,0 +1,99 @@
+"""How the experts of a layer get to work on their tokens: by buffers, by sorted rows, or one token after another.
+
+Each function maps groups of tokens with their routing to the weighted sums of what the experts made of them, and to what was asked for
+at the points of the experts, with a leading expert dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from effscale.models import Context
+from effscale.moe.dispatch import dropless, one_hot, table
+from effscale.moe.routing import Routing
+from effscale.parallel import Exchange, check_experts, to_experts, to_tokens
+
+Worked = tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]
+
+
+def by_buffers(
+    experts: Any,
+    tokens: Float[Array, "groups tokens d_model"],
+    routing: Routing,
+    context: Context,
+    key: PRNGKeyArray | None,
+    *,
+    by: str,
+    exchange: Exchange,
+) -> Worked:
+    """Each expert reads the tokens in its buffer, where the mesh says so on another device.
+
+    Args:
+        experts: A feed-forward with its parameters stacked.
+        tokens: The groups.
+        routing: Of each group.
+        context: Of the tokens; experts may not ask it where they stand.
+        key: In training.
+        by: ``table`` or ``one_hot``: how tokens get into the buffers.
+        exchange: How they travel.
+    """
+    module = {"table": table, "one_hot": one_hot}[by]
+    check_experts(routing.sizes.shape[-1])
+    buffers = jax.vmap(module.dispatch)(tokens, routing)
+    rows = to_experts(buffers.swapaxes(0, 1), exchange)
+    num_experts, groups, capacity, d_model = rows.shape
+    rows = rows.reshape(num_experts, 1, groups * capacity, d_model)
+    keys = None if key is None else jax.random.split(key, num_experts)
+    run = lambda expert, rows, key: expert(rows, context, key)
+    y, captured = jax.vmap(run)(experts, rows, keys)
+    y = to_tokens(y.reshape(num_experts, groups, capacity, d_model), exchange)
+    return jax.vmap(module.combine)(y.swapaxes(0, 1), routing), captured
+
+
+def by_sorted_rows(
+    experts: Any,
+    tokens: Float[Array, "groups tokens d_model"],
+    routing: Routing,
+    context: Context,
+    key: PRNGKeyArray | None,
+) -> Worked:
+    """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped."""
+
+    def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
+        own: Any = dropless.grouped_experts(experts, routing.sizes)
+        y, captured = own(dropless.dispatch(tokens, routing)[None], context, key)
+        return dropless.combine(y[0], routing), captured
+
+    return dropless.each_group(one, experts, tokens, routing)
+
+
+def one_by_one(
+    experts: Sequence[Any], tokens: Float[Array, "1 tokens d_model"], routing: Routing, context: Context
+) -> Worked:
+    """Each choice of each token in its turn: only the weights of the experts that were chosen are read.
+
+    Args:
+        experts: Each with arrays of its own.
+        tokens: A single group.
+        routing: Its own, with the leading dimension of groups.
+        context: Of the tokens.
+    """
+    k = routing.experts.shape[-1]
+    # An item that has no place goes to a branch after the last, which does nothing.
+    chosen = jnp.where(routing.kept, routing.experts, len(experts)).reshape(-1)
+    weights = routing.weights.reshape(-1).astype(tokens.dtype)
+    nothing = lambda x: jnp.zeros_like(x)
+    branches = [(lambda x, e=expert: e(x[None], context, None)[0][0]) for expert in experts]
+
+    def item(i: Array, y: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(tokens[0], i // k, 1)
+        made = weights[i] * jax.lax.switch(chosen[i], [*branches, nothing], x)
+        before = jax.lax.dynamic_slice_in_dim(y, i // k, 1)
+        return jax.lax.dynamic_update_slice_in_dim(y, before + made, i // k, 0)
+
+    y = jnp.zeros_like(tokens[0])
+    return jax.lax.fori_loop(0, chosen.shape[0], item, y)[None], {}
