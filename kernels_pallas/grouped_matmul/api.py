@@ -64,9 +64,13 @@ def check_operands(x: Any, weight: Any, sizes: Any, bias: Any) -> None:
     """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
     groups, d_in, d_out = weight.shape
     if x.shape[1] != d_in:
-        raise ValueError(f"weight {weight.shape} takes {d_in} inputs, and x {x.shape} has {x.shape[1]}")
+        raise ValueError(
+            f"weight {weight.shape} takes {d_in} inputs, and x {x.shape} has {x.shape[1]}"
+        )
     if sizes.shape != (groups,):
-        raise ValueError(f"sizes {sizes.shape} must be one for each of the {groups} groups of weight")
+        raise ValueError(
+            f"sizes {sizes.shape} must be one for each of the {groups} groups of weight"
+        )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}: give both in one type")
     if bias is not None and bias.shape != (groups, d_out):

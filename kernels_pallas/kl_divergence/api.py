@@ -68,7 +68,9 @@ def kl_divergence(
     return FUNCTIONS[implementation or "chunked"](student, teacher, weights, temperature)
 
 
-def check_operands(hidden: Any, vocab_weight: Any, teacher_hidden: Any, teacher_weight: Any) -> None:
+def check_operands(
+    hidden: Any, vocab_weight: Any, teacher_hidden: Any, teacher_weight: Any
+) -> None:
     """Raise a `ValueError` if operands cannot go together; all they need is a shape."""
     if vocab_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(

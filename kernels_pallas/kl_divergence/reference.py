@@ -8,7 +8,9 @@ from kernels_pallas.cross_entropy.reference import logits_of
 from kernels_pallas.kl_divergence.output import Output
 
 
-def token_divergences(student: Output, teacher: Output, temperature: float) -> Float[Array, " tokens"]:
+def token_divergences(
+    student: Output, teacher: Output, temperature: float
+) -> Float[Array, " tokens"]:
     """Of each token, in nats, at softened logits."""
     own, other = (
         jax.nn.log_softmax(logits_of(o.hidden, o.vocab_weight, o.bias) / temperature)

@@ -56,7 +56,9 @@ def test_against_numpy(implementation, sizes):
         return y, back(g)
 
     y, grads = run(x, weight, bias)
-    expected, gradients = slow(*(np.asarray(a, np.float64) for a in (x, weight)), sizes, np.asarray(bias))
+    expected, gradients = slow(
+        *(np.asarray(a, np.float64) for a in (x, weight)), sizes, np.asarray(bias)
+    )
     np.testing.assert_allclose(y, expected, atol=1e-5)
     for a, b in zip(grads, gradients(np.asarray(g)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -65,7 +67,11 @@ def test_against_numpy(implementation, sizes):
 def test_sums_are_float32():
     x, weight, bias, _ = operands("bfloat16")
     sizes = jnp.array(SIZES["even"])
-    exact = slow(*(np.asarray(a, np.float64) for a in (x, weight)), SIZES["even"], np.asarray(bias, np.float64))[0]
+    exact = slow(
+        *(np.asarray(a, np.float64) for a in (x, weight)),
+        SIZES["even"],
+        np.asarray(bias, np.float64),
+    )[0]
     y = jax.jit(grouped_matmul)(x, weight, sizes, bias)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)

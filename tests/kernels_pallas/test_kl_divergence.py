@@ -14,12 +14,22 @@ TOKENS, VOCAB = 600, 40
 def operands():
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return make(TOKENS, 6), make(VOCAB, 6), make(TOKENS, 9), make(VOCAB, 9), make(VOCAB), make(VOCAB)
+    return (
+        make(TOKENS, 6),
+        make(VOCAB, 6),
+        make(TOKENS, 9),
+        make(VOCAB, 9),
+        make(VOCAB),
+        make(VOCAB),
+    )
 
 
 def slow(x, w, teacher_x, teacher_w, bias, teacher_bias, weights, temperature):
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-    own, other = softmax((x @ w.T + bias) / temperature), softmax((teacher_x @ teacher_w.T + teacher_bias) / temperature)
+    own, other = (
+        softmax((x @ w.T + bias) / temperature),
+        softmax((teacher_x @ teacher_w.T + teacher_bias) / temperature),
+    )
     each = (other * (np.log(other) - np.log(own))).sum(-1)
     d_logits = weights[:, None] * (own - other) / temperature
     return (weights * each).sum(), d_logits @ w, d_logits.T @ x, d_logits.sum(0)
@@ -34,11 +44,19 @@ def test_against_numpy(implementation, temperature):
     def loss(x, w, bias, teacher_x):
         options = {"bias": bias, "teacher_bias": teacher_bias, "weights": weights}
         return kl_divergence(
-            x, w, teacher_x, teacher_w, temperature=temperature, implementation=implementation, **options
+            x,
+            w,
+            teacher_x,
+            teacher_w,
+            temperature=temperature,
+            implementation=implementation,
+            **options,
         )
 
     value, grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(x, w, bias, teacher_x)
-    given = [np.asarray(a, np.float64) for a in (x, w, teacher_x, teacher_w, bias, teacher_bias, weights)]
+    given = [
+        np.asarray(a, np.float64) for a in (x, w, teacher_x, teacher_w, bias, teacher_bias, weights)
+    ]
     expected, *gradients = slow(*given, temperature)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for a, b in zip(grads[:3], gradients, strict=True):

@@ -94,7 +94,9 @@ def test_padding_goes_nowhere(dispatch):
 def test_gradients_are_the_same_however_tokens_travel():
     def loss(layer, x):
         y, report = layer(x, context(valid=REAL))
-        return (y * jnp.sin(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))).sum() + report["aux_loss"]
+        return (y * jnp.sin(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape))).sum() + report[
+            "aux_loss"
+        ]
 
     router = RouterConfig(k=2, eval_capacity_factor=0.75, z_loss=0.1)
     grads = {}
@@ -116,7 +118,9 @@ def test_the_shared_part(mix):
     y, _ = jax.jit(lambda m, x: m(x, context()))(layer, X)
     routed, _ = slow(layer, X, 1)
     x = np.asarray(X)
-    dense = np.maximum(x @ layer.shared.up.kernel.get_value(), 0) @ layer.shared.down.kernel.get_value()
+    dense = (
+        np.maximum(x @ layer.shared.up.kernel.get_value(), 0) @ layer.shared.down.kernel.get_value()
+    )
     if mix == "sum":
         expected = routed + dense
     else:
@@ -189,7 +193,9 @@ def test_bad_input():
     mlp = MLPConfig(d_ff=4)
     with pytest.raises(ValueError, match=r"RouterConfig.k=3: must be at most num_experts=2"):
         MoEConfig(num_experts=2, expert=mlp, router=RouterConfig(k=3))
-    with pytest.raises(ValueError, match=r"capacity_factor=-1.0: must be above 0 and finite, or None"):
+    with pytest.raises(
+        ValueError, match=r"capacity_factor=-1.0: must be above 0 and finite, or None"
+    ):
         RouterConfig(capacity_factor=-1.0)
     with pytest.raises(ValueError, match="gumbel_second"):
         RouterConfig(noise="gumbel_second")

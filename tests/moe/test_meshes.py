@@ -82,7 +82,9 @@ def test_without_a_capacity_on_a_data_axis(expected):
     router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None, balance=0.1)
     model = make(router=router)
     assert_same(gradients(MeshConfig(data=4, fsdp=2), model), gradients(None, model))
-    with pytest.raises(ValueError, match="'dropless' cannot serve where the mesh divides experts over expert"):
+    with pytest.raises(
+        ValueError, match="'dropless' cannot serve where the mesh divides experts over expert"
+    ):
         gradients(MeshConfig(data=4, expert=2), model)
 
 
@@ -119,7 +121,10 @@ def test_a_scanned_layer_and_its_gradient_send_four_times():
 
 
 def test_experts_that_cannot_be_divided():
-    with pytest.raises(ValueError, match="num_experts=6 cannot be divided over the 4 devices of the mesh axis expert"):
+    with pytest.raises(
+        ValueError,
+        match="num_experts=6 cannot be divided over the 4 devices of the mesh axis expert",
+    ):
         gradients(MeshConfig(data=2, expert=4), make(num_experts=6))
     with pytest.raises(ValueError, match="divide its width over the axis 'tensor'"):
         gradients(MeshConfig(data=1, expert=8), make(num_experts=4))

@@ -42,7 +42,9 @@ def test_the_loss_is_that_of_the_language_and_the_divergence(models):
     found = jax.jit(loss)(student, BATCH, None, teacher)
     plain = jax.jit(next_token_loss)(student, BATCH)
     logits = [np.asarray(jax.jit(lambda m: m(BATCH["input_ids"]))(m), np.float64) for m in models]
-    own, other = (z / temperature - np.log(np.exp(z / temperature).sum(-1, keepdims=True)) for z in logits)
+    own, other = (
+        z / temperature - np.log(np.exp(z / temperature).sum(-1, keepdims=True)) for z in logits
+    )
     each = (np.exp(other) * (other - own)).sum(-1)
     divergence = each[np.asarray(BATCH["labels"]) >= 0].sum()
     np.testing.assert_allclose(found.metrics["divergence"], divergence, rtol=1e-4)

@@ -1,24 +1,31 @@
 """Mixture of experts: DeepSpeed-MoE."""
 
 from effscale.moe.balance import load_balance, router_statistics, z_loss
+from effscale.moe.balance_bias import with_balance_bias
 from effscale.moe.layer import MoE, MoEConfig
 from effscale.moe.layouts import with_experts
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing, expert_capacity, top_k_routing
 from effscale.moe.students import mixture_of_students_loss, staged_distillation
+from effscale.moe.upcycling import upcycle
+from effscale.moe.watch import RouterWatch, effective_experts
 
 __all__ = [
     "MoE",
     "MoEConfig",
     "Router",
     "RouterConfig",
+    "RouterWatch",
     "Routing",
+    "effective_experts",
     "expert_capacity",
     "load_balance",
     "mixture_of_students_loss",
     "router_statistics",
     "staged_distillation",
     "top_k_routing",
+    "upcycle",
+    "with_balance_bias",
     "with_experts",
     "z_loss",
 ]

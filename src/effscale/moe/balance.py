@@ -80,4 +80,6 @@ def router_statistics(
 def _mean(values: Float[Array, "tokens n"], used: Array | None) -> Float[Array, "n"]:
     if used is None:
         return values.mean(0)
-    return jnp.where(used[:, None], values, 0.0).sum(0) / jnp.maximum(used.astype(jnp.float32).sum(), 1)
+    return jnp.where(used[:, None], values, 0.0).sum(0) / jnp.maximum(
+        used.astype(jnp.float32).sum(), 1
+    )

@@ -16,7 +16,13 @@ from effscale.models.reports import AUX_LOSS
 from effscale.models.validation import check, choice
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing
-from effscale.moe.run_experts import Worked, by_buffers, by_sorted_rows, one_by_one
+from effscale.moe.run_experts import (
+    Worked,
+    by_buffers,
+    by_sorted_rows,
+    each_group,
+    one_by_one,
+)
 from effscale.parallel import Exchange, auto_batch_axes, constrain, mesh_size
 from kernels_pallas import dispatch
 
@@ -119,7 +125,7 @@ class MoE(nnx.Module):
         tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
         used = None if context.real is None else context.real.reshape(groups, -1)
         group_keys = None if keys[0] is None else jax.random.split(keys[0], groups)
-        routing, aux, found = jax.vmap(self.router)(tokens, used, group_keys)
+        routing, aux, found = each_group(self.router, tokens, used, group_keys)
         y, captured = self._experts(tokens, routing, context, keys[1])
         y = constrain(y.reshape(x.shape), "batch", "seq", "embed_act")
         if self.shared is not None:
@@ -135,7 +141,9 @@ class MoE(nnx.Module):
         """
         if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.List):
             return self
-        take = lambda e: jax.tree.map(lambda a: a[:, e], self.experts)  # after the layer's dimension
+        take = lambda e: jax.tree.map(
+            lambda a: a[:, e], self.experts
+        )  # after the layer's dimension
         apart = [take(e) for e in range(self.config.num_experts)]
         layer = jax.tree.map(lambda a: a, self)
         # Without the barrier the compiler may slice at each token what it was given whole.

@@ -45,7 +45,9 @@ def with_experts(
     """
     if every < 1:
         raise ValueError(f"every={every}: must be at least 1")
-    blocks = [block for group in config.groups for _ in range(group.repeat) for block in group.blocks]
+    blocks = [
+        block for group in config.groups for _ in range(group.repeat) for block in group.blocks
+    ]
     places = range(every - 1, len(blocks), every)
     counts = [moe.num_experts] * len(places) if num_experts is None else list(num_experts)
     if len(counts) != len(places):
@@ -67,5 +69,6 @@ def _groups(blocks: Sequence[BlockConfig], every: int) -> tuple[Group, ...]:
         same = len(set(stretch)) == 1
         stretches.extend([(block,) for block in stretch] if same else [stretch])
     return tuple(
-        Group(blocks=stretch, repeat=len(list(run))) for stretch, run in itertools.groupby(stretches)
+        Group(blocks=stretch, repeat=len(list(run)))
+        for stretch, run in itertools.groupby(stretches)
     )

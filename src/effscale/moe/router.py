@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from effscale.models import Dense
 from effscale.models.validation import check, choice
 from effscale.moe.balance import load_balance, router_statistics, z_loss
+from effscale.moe.balance_bias import nudge
 from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, top_k_routing
 
 Noise = Literal["jitter", "gumbel", "gumbel_second"]
@@ -54,16 +55,14 @@ class RouterConfig:
     z_loss: float = 0.0
     """Coefficient of the router's z-loss; ST-MoE takes 0.001."""
     balance_by_bias: bool = False
-    """Add a bias to the scores by which experts are chosen, and to nothing else; :func:`effscale.moe.update_balance_bias` moves it
-    towards an even load after each step, in place of a loss (``balance=0``), as in DeepSeek-V3."""
+    """Add a bias to the scores by which experts are chosen, and to nothing else; :func:`effscale.moe.with_balance_bias` moves it
+    towards an even load in each step, in place of a loss (``balance=0``), as in DeepSeek-V3."""
 
     def __post_init__(self):
         check(self, self.k >= 1, "k", "at least 1")
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            check(
-                self, value is None or 0 < value < math.inf, name, "above 0 and finite, or None"
-            )
+            check(self, value is None or 0 < value < math.inf, name, "above 0 and finite, or None")
         check(self, self.min_capacity >= 0, "min_capacity", "0 or more")
         if self.priority is not None:
             choice(self, "priority", typing.get_args(Priority))
@@ -164,6 +163,8 @@ class Router(nnx.Module):
         balance = load_balance(whole, counted, used)
         found["balance"] = jax.lax.stop_gradient(balance)
         aux = config.balance * balance
+        if self.balance_bias is not None:
+            aux = aux + nudge(self.balance_bias.get_value().astype(jnp.float32), found["load"])
         if config.z_loss:
             aux = aux + config.z_loss * z_loss(logits, used)
         return routing, aux, found

@@ -4,7 +4,7 @@ Each function maps groups of tokens with their routing to the weighted sums of w
 at the points of the experts, with a leading expert dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,18 @@ from effscale.moe.routing import Routing
 from effscale.parallel import Exchange, check_experts, to_experts, to_tokens
 
 Worked = tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]
+
+
+def each_group(function: Callable[..., Any], *operands: Any) -> Any:
+    """``function`` of each group: of all that have a leading dimension of groups.
+
+    A single group, the usual case on one device, goes without ``vmap``: gathers with a batch dimension are several times slower on CPUs.
+    """
+    groups = jax.tree.leaves(operands)[0].shape[0]
+    if groups > 1:
+        return jax.vmap(function)(*operands)
+    only = jax.tree.map(lambda a: a[0], operands)
+    return jax.tree.map(lambda a: a[None], function(*only))
 
 
 def by_buffers(
@@ -43,7 +55,7 @@ def by_buffers(
     """
     module = {"table": table, "one_hot": one_hot}[by]
     check_experts(routing.sizes.shape[-1])
-    buffers = jax.vmap(module.dispatch)(tokens, routing)
+    buffers = each_group(module.dispatch, tokens, routing)
     rows = to_experts(buffers.swapaxes(0, 1), exchange)
     num_experts, groups, capacity, d_model = rows.shape
     rows = rows.reshape(num_experts, 1, groups * capacity, d_model)
@@ -51,7 +63,7 @@ def by_buffers(
     run = lambda expert, rows, key: expert(rows, context, key)
     y, captured = jax.vmap(run)(experts, rows, keys)
     y = to_tokens(y.reshape(num_experts, groups, capacity, d_model), exchange)
-    return jax.vmap(module.combine)(y.swapaxes(0, 1), routing), captured
+    return each_group(module.combine, y.swapaxes(0, 1), routing), captured
 
 
 def by_sorted_rows(
@@ -72,7 +84,10 @@ def by_sorted_rows(
 
 
 def one_by_one(
-    experts: Sequence[Any], tokens: Float[Array, "1 tokens d_model"], routing: Routing, context: Context
+    experts: Sequence[Any],
+    tokens: Float[Array, "1 tokens d_model"],
+    routing: Routing,
+    context: Context,
 ) -> Worked:
     """Each choice of each token in its turn: only the weights of the experts that were chosen are read.
 

@@ -136,7 +136,9 @@ def _all_to_all(x: Array, axes: tuple[str, ...], near: int | None, there: bool) 
     hosts = devices // near
     within = [[host * near + i for i in range(near)] for host in range(hosts)]
     between = [[host * near + i for host in range(hosts)] for i in range(near)]
-    split = lambda a, at: a.reshape(*a.shape[:at], hosts, near, a.shape[at] // devices, *a.shape[at + 1 :])
+    split = lambda a, at: a.reshape(
+        *a.shape[:at], hosts, near, a.shape[at] // devices, *a.shape[at + 1 :]
+    )
     # The block that goes to device host * near + i, or came from it, is x[host, i].
     x = split(x, 0) if there else jnp.moveaxis(split(x, 1), (1, 2), (0, 1))
     x = jax.lax.all_to_all(x, axis, 1, 1, tiled=True, axis_index_groups=within)

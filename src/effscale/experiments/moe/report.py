@@ -155,9 +155,15 @@ def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
                 axes[1].semilogx(found.seconds[seed] * steps / steps[-1], losses, **style)
             axes[2].semilogx([found.params] * len(found.losses), found.losses, "o", color=color)
             axes[2].annotate(
-                name, (found.params, found.losses.mean()), fontsize=7, xytext=(4, 2), textcoords="offset points"
+                name,
+                (found.params, found.losses.mean()),
+                fontsize=7,
+                xytext=(4, 2),
+                textcoords="offset points",
             )
-        axes[0].set(xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text")
+        axes[0].set(
+            xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text"
+        )
         axes[1].set(xlabel="time (s), as measured beside the other runs")
         axes[2].set(xlabel="parameters", ylabel="loss on all of the held-out text")
         handles = axes[0].get_legend_handles_labels()

@@ -64,8 +64,8 @@ class Training:
                 mixture_of_students_loss, alpha=config.alpha, temperature=config.temperature
             )
         self._plain = make_train_step(loss, self.optimizer, **options)
-        self.step: Any = self._staged() if self.arm.leaves else ShapeBuckets(
-            self._plain, donate_argnums=0
+        self.step: Any = (
+            self._staged() if self.arm.leaves else ShapeBuckets(self._plain, donate_argnums=0)
         )
 
     def name_of(self, seed: int) -> str:
@@ -112,7 +112,9 @@ class Training:
         with _kept(folder, f"seed-{seed}/{teacher}") as kept:
             restored = kept.restore(like)
         if restored is None:
-            raise FileNotFoundError(f"{kept.folder} holds no model: {teacher} must be trained first")
+            raise FileNotFoundError(
+                f"{kept.folder} holds no model: {teacher} must be trained first"
+            )
         return restored.state
 
     def _rows(self, seed: int) -> Any:

@@ -48,7 +48,7 @@ def with_mixtures(
         eval_capacity_factor=None,
         priority="token",
         normalize="chosen" if normalized else "none",
-        balance=aux_loss * k / max(layers, 1),
+        balance=_balance(aux_loss, k, layers),
         balance_choices="all",
     )
     mix = "weighted" if shared is None else "gated"
@@ -137,10 +137,16 @@ def _expert(config: TransformerConfig) -> Any:
 
 
 def _aux_loss(config: TransformerConfig) -> float:
-    """The coefficient in transformers' measure, without the last digits, which are rounding's."""
+    """The coefficient in transformers' measure; of the numbers that round to ours, the one with the fewest digits."""
     found = mixtures(config)
-    router = found[0].router
-    return float(f"{router.balance * len(found) / router.k:.12g}")
+    k, balance, layers = found[0].router.k, found[0].router.balance, len(found)
+    whole = balance * layers / k
+    shorter = (float(f"{whole:.{digits}g}") for digits in range(6, 18))
+    return next((c for c in shorter if _balance(c, k, layers) == balance), whole)
+
+
+def _balance(aux_loss: float, k: int, layers: int) -> float:
+    return aux_loss * k / max(layers, 1)
 
 
 def _each_block(config: TransformerConfig, change: Callable[[Any], Any]) -> tuple[Any, ...]:

@@ -1,0 +1,93 @@
+"""Sparse upcycling: a mixture of experts that begins as a dense model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effscale.models import Transformer, take_layers
+from effscale.moe.layer import MoEConfig
+from effscale.moe.layouts import with_experts
+
+
+def upcycle(
+    model: Transformer,
+    moe: MoEConfig,
+    num_experts: Sequence[int] | None = None,
+    *,
+    every: int = 2,
+    rngs: nnx.Rngs,
+) -> Transformer:
+    """A model whose experts, and whose shared part, begin as copies of a trained model's feed-forward; routers are new.
+
+    Where the weights of a token add up to 1 (``normalize`` of ``kept`` or ``chosen``, so k of 2 or more), nothing is dropped and there is
+    no shared part or a ``weighted`` one, the new model computes what the old one did, and training goes on from there. With k = 1 the
+    experts' outputs are multiplied by a probability, and the model has to recover from that.
+
+    Args:
+        model: A model without experts in the layers that are to get them.
+        moe: The mixture; its ``expert`` must be the model's feed-forward, and ``shared`` the same or None.
+        num_experts: As in :func:`effscale.moe.with_experts`.
+        every: As there.
+        rngs: Source of the routers' weights.
+
+    Returns:
+        The new model; everything but the layers with experts is shared with the old one.
+
+    Raises:
+        ValueError: The expert is of another kind than the model's feed-forward.
+
+    References:
+        Komatsuzaki et al., `Sparse Upcycling <https://arxiv.org/abs/2212.05055>`_, 2022
+
+    Example:
+        >>> from effscale.models import gpt2
+        >>> from effscale.moe import RouterConfig
+        >>> dense = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model = Transformer(dense, rngs=nnx.Rngs(0))
+        >>> router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None)
+        >>> moe = MoEConfig(num_experts=4, expert=dense.blocks[0].feed_forward, router=router)
+        >>> sparse = upcycle(model, moe, rngs=nnx.Rngs(1))
+        >>> ids = jnp.arange(8, dtype=jnp.int32)[None]
+        >>> bool(jnp.allclose(sparse(ids), model(ids), atol=1e-5))
+        True
+    """
+    config = with_experts(model.config, moe, num_experts, every=every)
+    new = Transformer(config, rngs=rngs)
+    first = 0
+    for group, stacked in zip(config.groups, new.groups, strict=True):
+        width = len(group.blocks)
+        for place, (block, target) in enumerate(zip(group.blocks, stacked.blocks, strict=True)):
+            numbers = [first + place + width * turn for turn in range(group.repeat)]
+            source = take_layers(model, numbers)
+            (kind,), (old,) = source.config.groups[0].blocks, source.groups[0].blocks
+            trained = old.feed_forward
+            if isinstance(block.feed_forward, MoEConfig):
+                _check(block.feed_forward, kind.feed_forward, numbers)
+                experts = block.feed_forward.num_experts
+                mixture: Any = target.feed_forward
+                repeat = lambda a, n=experts: jnp.repeat(a[:, None], n, axis=1)
+                mixture.experts = _filled(mixture.experts, jax.tree.map(repeat, trained))
+                if mixture.shared is not None:
+                    mixture.shared = _filled(mixture.shared, trained)
+                old.feed_forward = mixture
+            stacked.blocks[place] = old
+        first += width * group.repeat
+    for name in ("embed", "final_norm", "pooler", "heads"):
+        setattr(new, name, getattr(model, name))
+    return new
+
+
+def _filled(module: Any, values: Any) -> Any:
+    """A module with other arrays, which keep its own metadata."""
+    return jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(values))
+
+
+def _check(moe: MoEConfig, own: Any, numbers: Sequence[int]) -> None:
+    for name, part in (("expert", moe.expert), ("shared", moe.shared)):
+        if part is not None and part != own:
+            raise ValueError(
+                f"MoEConfig.{name}={part} cannot begin as the feed-forward of layers {list(numbers)}, which is {own}"
+            )

@@ -1,0 +1,77 @@
+"""A warning when a router sends everything to few experts."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+from effscale.training import MetricsWriter
+from effscale.training.metrics import Values, plain
+
+
+def effective_experts(load: Sequence[float]) -> float:
+    r"""How many experts a load is worth: :math:`e^{H}`, with its entropy :math:`H`; all of them if it is even, 1 if one has everything.
+
+    Args:
+        load: The share of the choices that fell on each expert.
+
+    Example:
+        >>> round(effective_experts([0.25, 0.25, 0.25, 0.25]), 6), effective_experts([1.0, 0.0, 0.0, 0.0])
+        (4.0, 1.0)
+    """
+    total = sum(load)
+    shares = [share / total for share in load if share > 0]
+    return math.exp(-sum(share * math.log(share) for share in shares))
+
+
+class RouterWatch:
+    """A writer that warns once of each metric ``load`` that shows a collapsed router, and gives all records to another writer.
+
+    ``load`` is a mean over layers (of one size, where there are several), so a single layer of many can hide in it.
+
+    Args:
+        writer: Where the records go.
+        least: Share of the experts, from 0 to 1, that a load has to be worth.
+        patience: Records in a row that have to show it; a router is uneven at the start.
+
+    Example:
+        >>> import warnings
+        >>> from effscale.training import MultiWriter
+        >>> writer = RouterWatch(MultiWriter([]), patience=1)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     writer.write(100, {"load": [0.97, 0.01, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0]})
+        >>> str(caught[0].message).split(":")[0]
+        'step 100, load'
+    """
+
+    def __init__(self, writer: MetricsWriter, *, least: float = 0.25, patience: int = 20):
+        self._writer, self._least, self._patience = writer, least, patience
+        self._in_row: dict[str, int] = {}
+
+    def write(self, step: int, values: Values, timing: Values | None = None) -> None:
+        """Look at the loads, and hand the record on."""
+        for name, load in plain(values).items():
+            if name.split("/")[0] == "load" and isinstance(load, list) and sum(load) > 0:
+                self._look(step, name, load)
+        self._writer.write(step, values, timing)
+
+    def _look(self, step: int, name: str, load: list[float]) -> None:
+        worth = effective_experts(load)
+        row = self._in_row.get(name, 0) + 1 if worth < self._least * len(load) else 0
+        self._in_row[name] = row
+        if row == self._patience:
+            first = max(range(len(load)), key=lambda expert: load[expert])
+            warnings.warn(
+                f"step {step}, {name}: the router has collapsed: its load is worth {worth:.1f} of {len(load)} experts for {row} records, and "
+                f"expert {first} gets {100 * load[first]:.0f} % of the choices. A larger RouterConfig.balance, a z_loss of 1e-3 or a lower "
+                "learning rate helps",
+                stacklevel=3,
+            )
+
+    def flush(self) -> None:
+        """Flush the other writer."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the other writer."""
+        self._writer.close()
