@@ -29,12 +29,14 @@ DECODERS = {
                  "GPTNeoXForTokenClassification", "GPTNeoXForQuestionAnswering"),
     "llama": ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
               "LlamaForQuestionAnswering"),
+    "mixtral": ("MixtralForCausalLM", "MixtralModel", "MixtralForSequenceClassification",
+                "MixtralForTokenClassification", "MixtralForQuestionAnswering"),
     "mistral": ("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification",
                 "MistralForTokenClassification", "MistralForQuestionAnswering"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification", "Qwen2ForTokenClassification",
               "Qwen2ForQuestionAnswering"),
 }  # fmt: skip
-LLAMAS = ("llama", "mistral", "qwen2")
+LLAMAS = ("llama", "mistral", "qwen2", "mixtral")
 ENCODERS = {
     "bert": ("BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",
              "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification",
@@ -293,6 +295,24 @@ def qwen2(draw) -> dict[str, Any]:
 
 
 @st.composite
+def experts(draw, name: str = "num_experts") -> dict[str, Any]:
+    """From one expert to more than a token takes, of which it takes one to all."""
+    count = draw(st.integers(1, 6))
+    return {
+        name: count,
+        "num_experts_per_tok": draw(st.integers(1, min(count, 4))),
+        "router_aux_loss_coef": draw(st.sampled_from([0.001, 0.0, 0.02, 0.1 + 0.2])),
+    }
+
+
+@st.composite
+def mixtral(draw) -> dict[str, Any]:
+    """With windows and without."""
+    windows = {"sliding_window": draw(st.sampled_from([None, 3]))}
+    return draw(relative()) | draw(experts("num_local_experts")) | windows
+
+
+@st.composite
 def ropes(draw) -> dict[str, Any]:
     """``rope_parameters`` of the four kinds."""
     kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
@@ -373,6 +393,7 @@ SPACES: dict[str, Callable[[], st.SearchStrategy[dict[str, Any]]]] = {
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
+    "mixtral": mixtral,
     "bert": bert,
     "vit": vit,
 }
@@ -405,6 +426,12 @@ def cases(draw, model_type: str, architecture: str | None = None) -> Case:
     return Case(model_type, architecture, fields, has_pooler, labels)
 
 
+RELATIVE = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 # The least that describes a model of each family; what else there is, is as by default.
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 8, "n_layer": 2, "n_head": 2},
@@ -413,18 +440,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 8, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
     "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
     "llama": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "mistral": {
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    },
-    "qwen2": {
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    },
+    "mistral": RELATIVE,
+    "qwen2": RELATIVE,
+    "mixtral": RELATIVE,
     "bert": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
     "vit": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
@@ -438,6 +456,7 @@ FEW: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 12},
     "mistral": {"intermediate_size": 12},
     "qwen2": {"intermediate_size": 12},
+    "mixtral": {"intermediate_size": 12, "num_local_experts": 3},
     "bert": {"intermediate_size": 12, "max_position_embeddings": 32},
     "vit": {"intermediate_size": 12, "image_size": 4, "patch_size": 2},
 }

@@ -18,7 +18,13 @@ from tests.interop.spaces import ARCHITECTURES, SMALL, SPACES, cases
 # Fields that only fit together.
 SIZES = {name for fields in SMALL.values() for name in fields} | {
     *("head_dim", "num_key_value_heads", "rope_parameters", "layer_types"),
-    *("use_sliding_window", "sliding_window"),
+    *(
+        "use_sliding_window",
+        "sliding_window",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+    ),
     *("image_size", "patch_size", "pooler_output_size"),
 }
 
@@ -165,6 +171,9 @@ REFUSED = {
     "neox-odd-rotary": ("gpt_neox", {"rotary_pct": 0.2}, "not 3"),
     "neox-no-rotary": ("gpt_neox", {"rotary_pct": 0.0}, "rotary_fraction=0.0: must be above 0"),
     "llama-odd-head": ("llama", {"head_dim": 5}, "rotary over an even dim"),
+    "mixtral-too-few": ("mixtral", {"num_local_experts": 1}, "k=2: must be at most num_experts=1"),
+    "mixtral-none": ("mixtral", {"num_local_experts": 0, "num_experts_per_tok": 0}, "k=0: must be at least 1"),
+    "mixtral-negative-loss": ("mixtral", {"router_aux_loss_coef": -0.1}, r"balance=-0\.1: must be 0 or more"),
     "mistral-no-tokens": ("mistral", {"sliding_window": 0}, "window=0: must be at least 1"),
     "mistral-text": ("mistral", {"sliding_window": "all"}, "sliding_window='all': must be a whole number"),
     "qwen2-kinds": ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types=.*must name one of"),
@@ -222,7 +231,7 @@ def test_without_either_the_tensors_tell_the_family(model_type, start):
     family = FAMILIES[model_type]
     start = family.prefix if start == "prefix" else start
     info = TensorInfo((1,), np.dtype("float32"))
-    infos = {start + rule.theirs.format(7): info for rule in family.trunk}
+    infos = {start + rule.theirs.format(7, 0): info for rule in family.trunk}
     # Llama's relatives have its names.
     named_alike = {"mistral": FAMILIES["llama"], "qwen2": FAMILIES["llama"]}
     assert identify({"architectures": None}, infos) is named_alike.get(model_type, family)

@@ -30,7 +30,7 @@ STALE = (
     "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
     "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
     "rotary_emb_base", "partial_rotary_factor", "original_max_position_embeddings", "transformers_version",
-    "_name_or_path", "head_dim",
+    "_name_or_path", "head_dim", "num_experts", "num_local_experts", "clip_qkv",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from effscale.interop.families import FAMILIES, Family
 from effscale.interop.families.family import Heads
 from effscale.interop.tensors import TensorInfo
-from effscale.models import MLPConfig, TransformerConfig
+from effscale.models import TransformerConfig
 
 # Differences in an error.
 SHOWN = 5
@@ -29,13 +29,12 @@ def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Fami
     Raises:
         ValueError: If no family can express the config; the message says what keeps the nearest one from it.
     """
-    for block in config.blocks:
-        if not isinstance(block.feed_forward, MLPConfig):
-            raise ValueError(
-                f"transformers has no family whose feed-forward is a {type(block.feed_forward).__name__}"
-            )
+    kinds = {type(block.feed_forward) for block in config.blocks}
     near: list[tuple[int, str]] = []
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != prefer):
+    known: set[type] = set()
+    for model_type in sorted(FAMILIES, key=lambda model_type: model_type != prefer):
+        family = FAMILIES[model_type]
+        known |= set(family.feed_forwards)
         architecture, differences = None, []
         try:
             architecture = family.architecture(config.heads)
@@ -48,12 +47,15 @@ def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Fami
             back = family.from_hf(every, heads)
         except ValueError:
             continue
-        differences += _differences(essence(config), essence(back), family.model_type)
+        ours, theirs = (essence(family.plain(one)) for one in (config, back))
+        differences += _differences(ours, theirs, family.model_type)
         if not differences:
             head = {"architectures": [architecture], "model_type": family.model_type}
             return family, head | fields
         more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
         near.append((len(differences), "; ".join(differences[:SHOWN]) + more))
+    for kind in kinds - known:
+        raise ValueError(f"transformers has no family whose feed-forward is a {kind.__name__}")
     nearest = min(near)[1] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
     raise ValueError(f"transformers has no family with this config: {nearest}")
 

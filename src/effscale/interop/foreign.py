@@ -94,6 +94,14 @@ class Fields:
         fits = lambda v: isinstance(v, list) and all(isinstance(part, str) for part in v)
         return self._read(name, default, fits, list, "a list of strings")
 
+    def wholes(self, name: str, default: Any = ...) -> Any:
+        """A list of whole numbers."""
+        fits = lambda v: (
+            isinstance(v, list)
+            and all(_is_number(part) and 0 <= part < LIMIT and part == int(part) for part in v)
+        )
+        return self._read(name, default, fits, lambda v: [*map(int, v)], "a list of whole numbers")
+
     def block(self, name: str, default: Any = ...) -> Any:
         """An object, with fields of its own."""
         inner = lambda values: Fields(f"{self.where}, in {name},", values)

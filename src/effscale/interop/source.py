@@ -96,7 +96,7 @@ def _open_folder(place: pathlib.Path, unpack: Unpack | None) -> Source:
     else:
         files = unpack(fields, open_tensors(place))
     family = identify(fields, files.infos)
-    tensors = Renamed(files, family.canonical)
+    tensors = family.split(Renamed(files, family.canonical))
     infos = {
         name: info
         for name, info in tensors.infos.items()
@@ -105,6 +105,7 @@ def _open_folder(place: pathlib.Path, unpack: Unpack | None) -> Source:
     fields = dict(fields) | {"add_pooling_layer": "pooler.dense.weight" in infos}
     check_layers("config.json", {**family.defaults, **fields}, len(infos))
     config = family.config(fields, infos)
+    check_experts(config, len(infos))
     tensors, infos, config = _resolve_repeats(family, tensors, infos, config)
     rules = family.trunk + family.heads
     return Source(place, family, fields, config, rules, tensors, frozenset(infos))
@@ -120,6 +121,15 @@ def check_layers(where: str, fields: Mapping[str, Any], tensors: int) -> None:
             raise FolderError(
                 f"{where} has {name}={shown(fields[name])}, and there are {tensors} tensors in all"
             )
+
+
+def check_experts(config: TransformerConfig, tensors: int) -> None:
+    """Refuses more experts than there are tensors, as :func:`check_layers` does it for layers."""
+    counts = [getattr(layer.feed_forward, "num_experts", 0) for layer in config.layers]
+    if sum(counts) > tensors:
+        raise FolderError(
+            f"config.json has {max(counts)} experts in each of {sum(map(bool, counts))} layers, and there are {tensors} tensors in all"
+        )
 
 
 def read_config(place: pathlib.Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from effscale.interop.load import check_tensors
 from effscale.interop.plan import parameters, plan
 from effscale.interop.source import Source, open_source
 from effscale.interop.tensors import FolderError
-from effscale.models import PatchInputs, abstract, num_params
+from effscale.models import PatchInputs, TransformerConfig, abstract, num_params
 
 
 def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
@@ -39,7 +39,7 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
         "layers": str(config.num_layers),
         "width": str(config.d_model),
         "heads": f"{block.attention.num_heads} of {block.attention.width(config.d_model)}",
-        "feed-forward": str(getattr(block.feed_forward, "d_ff", "")),
+        "feed-forward": _feed_forwards(config),
         "positions": _positions(config),
         "outputs": ", ".join(head.name for head in config.heads) or "hidden states",
     }
@@ -75,6 +75,20 @@ def _types(source: Source) -> str:
         info = source.tensors.infos[name]
         counts[info.dtype.name] += int(np.prod(info.shape, dtype=np.int64))
     return ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+
+
+def _feed_forwards(config: TransformerConfig) -> str:
+    """Widths, and numbers of experts, of the kinds of layers."""
+    found: dict[str, None] = {}
+    for block in config.blocks:
+        part: Any = block.feed_forward
+        if hasattr(part, "num_experts"):
+            found[
+                f"{part.num_experts} experts of {part.expert.d_ff}, {part.router.k} for each token"
+            ] = None
+        else:
+            found[str(getattr(part, "d_ff", ""))] = None
+    return "; ".join(found)
 
 
 def _positions(config: Any) -> str:

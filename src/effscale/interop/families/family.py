@@ -9,8 +9,8 @@ from effscale.interop.families.fields import Field, Json, arguments, refuse, wri
 from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.plan import Slot
 from effscale.interop.table import Rule
-from effscale.interop.tensors import FolderError, TensorInfo
-from effscale.models import ClassHead, HeadConfig, LMHead, TransformerConfig
+from effscale.interop.tensors import FolderError, MixedTensors, TensorInfo
+from effscale.models import ClassHead, HeadConfig, LMHead, MLPConfig, TransformerConfig
 
 Heads = tuple[HeadConfig, ...]
 
@@ -41,6 +41,9 @@ class Family:
         aliases: Substitutions (pattern, replacement) from the names in files of old to the table's.
         find_heads: The heads, from ``config.json`` and the tensors by their canonical names.
         architecture: The class in transformers that has these heads; a ValueError where none has.
+        feed_forwards: Kinds of feed-forward that its layers have.
+        plain: A config without what has no part in a model's outputs, beyond dropout, which configs are compared without.
+        split: Tensors by their canonical names, with one each where a tensor in memory holds those of several names.
     """
 
     model_type: str
@@ -60,6 +63,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     in_memory: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()
+    feed_forwards: tuple[type, ...] = (MLPConfig,)
+    plain: Callable[[TransformerConfig], TransformerConfig] = lambda config: config
+    split: Callable[[MixedTensors], MixedTensors] = lambda tensors: tensors
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -28,6 +28,13 @@ def head_dim(config: TransformerConfig) -> int:
     return config.blocks[0].attention.width(config.d_model)
 
 
+def unusual_head_dim(config: TransformerConfig) -> dict[str, int]:
+    """The field of the width of a head, where it does not follow from the number of heads."""
+    width = head_dim(config)
+    usual = width * config.blocks[0].attention.num_heads == config.d_model
+    return {} if usual else {"head_dim": width}
+
+
 ATTENTION = rows(
     embedding("embed_tokens", "embed.tokens"),
     norm("layers.{}.input_layernorm", "attention_norm"),

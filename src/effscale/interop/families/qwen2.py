@@ -6,16 +6,9 @@ from typing import Any
 from effscale.interop.families import decoder_heads, rope, windows
 from effscale.interop.families.family import Family
 from effscale.interop.families.fields import Field, Json, Nullable, activation
-from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, MLP, rotary
+from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, MLP, rotary, unusual_head_dim
 from effscale.interop.table import norm, rows
 from effscale.models import TransformerConfig, llama
-
-
-def head_dim(config: TransformerConfig) -> dict[str, int]:
-    """The width of a head, which a Qwen2's config need not tell where it follows from the width of the model."""
-    attention = config.blocks[0].attention
-    width = attention.width(config.d_model)
-    return {} if width * attention.num_heads == config.d_model else {"head_dim": width}
 
 
 def read(fields: Json) -> dict[str, Any]:
@@ -26,7 +19,7 @@ def read(fields: Json) -> dict[str, Any]:
 
 def write(config: TransformerConfig) -> dict[str, Any]:
     """Rotary positions, windows, and the width of a head."""
-    return rope.write(config) | windows.write(config) | head_dim(config)
+    return rope.write(config) | windows.write(config) | unusual_head_dim(config)
 
 
 QWEN2 = Family(

@@ -123,6 +123,9 @@ def modules_of(model: Transformer) -> Modules:
         matrix = all(leaf.endswith((".kernel", ".embedding")) for leaf in slot.leaves)
         if kind != "weight" or not matrix or (shifted and "embed.positions" in slot.leaves[0]):
             continue
+        # All experts are one array in memory there, and the router is no linear layer.
+        if slot.rule.in_expert or ".router." in slot.leaves[0]:
+            continue
         found.append(Module(name, slot, shapes[slot.name], axes))
     twins: dict[str, Module] = {}
     if any(isinstance(head, LMHead) and head.tied for head in model.config.heads):
