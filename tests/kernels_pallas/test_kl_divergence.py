@@ -77,7 +77,7 @@ def test_bad_input():
         check_operands(x, w, teacher_x, teacher_w[:39])
     with pytest.raises(ValueError, match="600 tokens and the teacher 599"):
         check_operands(x, w, teacher_x[:599], teacher_w)
-    with pytest.raises(ValueError, match="the teacher's hidden states .* differ in width"):
+    with pytest.raises(ValueError, match=r"the teacher's hidden states .* differ in width"):
         check_operands(x, w, teacher_x, teacher_w[:, :8])
-    with pytest.raises(ValueError, match="temperature=0.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0.0 must be above 0"):
         kl_divergence(x, w, teacher_x, teacher_w, temperature=0.0)

@@ -166,7 +166,8 @@ def test_the_router_computes_in_float32():
     layer = make(router=RouterConfig(k=2))
     run = jax.jit(lambda m, x: m(x, context()))
     y, report = run(layer, X.astype(jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16 and report["aux_loss"].dtype == jnp.float32
+    assert y.dtype == jnp.bfloat16
+    assert report["aux_loss"].dtype == jnp.float32
     exact = run(layer, X.astype(jnp.bfloat16).astype(jnp.float32))[1]
     np.testing.assert_array_equal(report["load"], exact["load"])
 
@@ -178,7 +179,8 @@ def test_in_a_model_it_is_a_pair_of_layers_that_is_scanned():
     assert [(len(g.blocks), g.repeat) for g in config.groups] == [(2, 2), (2, 1)]
     model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
     kernel = model.groups[0].blocks[1].feed_forward.experts.up.kernel
-    assert kernel.shape == (2, 4, 16, 16) and kernel.get_metadata()["axes"][0] == "experts"
+    assert kernel.shape == (2, 4, 16, 16)
+    assert kernel.get_metadata()["axes"][0] == "experts"
     # Experts begin apart from each other.
     assert np.ptp(np.asarray(kernel.get_value())[0, :, 0, 0]) > 0
     ids = jnp.zeros((2, 8), jnp.int32)

@@ -89,12 +89,14 @@ def test_laws(priority, seed, k, capacity):
     used = jnp.asarray(rng.random(9) < 0.8)
     routing = _route(probs, used, jax.random.key(seed), k=k, capacity=capacity, priority=priority)
     experts, kept = np.asarray(routing.experts), np.asarray(routing.kept)
-    assert (experts[~np.asarray(used)] == 5).all() and not kept[~np.asarray(used)].any()
+    assert (experts[~np.asarray(used)] == 5).all()
+    assert not kept[~np.asarray(used)].any()
     np.testing.assert_array_equal(np.sort(routing.order), np.arange(9 * k))
     room = 9 if capacity is None else capacity
     for expert in range(5):
         mine = experts == expert
-        assert mine.sum() == routing.sizes[expert] and mine.sum(1).max() <= 1
+        assert mine.sum() == routing.sizes[expert]
+        assert mine.sum(1).max() <= 1
         places = np.asarray(routing.positions)[mine & kept]
         np.testing.assert_array_equal(np.sort(places), np.arange(min(mine.sum(), room)))
         start = int(routing.starts[expert])

@@ -127,8 +127,9 @@ class Router(nnx.Module):
             key: In training; None outside, where nothing is random and ``eval_capacity_factor`` counts.
         """
         config = self.config
-        noise_key, priority_key = (None, None) if key is None else jax.random.split(key)
-        noise = None if key is None else config.noise
+        keys: Any = (None, None) if key is None else jax.random.split(key)
+        noise_key, priority_key = keys
+        noise: Any = None if key is None else config.noise
         x = x.astype(jnp.float32)
         if noise == "jitter":
             x = x * jax.random.uniform(noise_key, x.shape, minval=1 - JITTER, maxval=1 + JITTER)

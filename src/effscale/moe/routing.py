@@ -130,12 +130,11 @@ def top_k_routing(
         >>> routing.experts[:, 0].tolist(), routing.kept[:, 0].tolist()
         ([0, 0, 0], [True, True, False])
     """
-    num_tokens, num_experts = probs.shape
+    _num_tokens, num_experts = probs.shape
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")
     if priority is None:
-        first = "token" if key is None else "random"
-        priority = {1: first, 2: "choice"}.get(k, "probability")
+        priority = _default_priority(k, key is not None)
     if priority == "random" and key is None:
         raise ValueError("priority='random' needs a key, such as jax.random.key(0)")
     if normalize is None:
@@ -157,12 +156,18 @@ def top_k_routing(
     return Routing(experts, weights, kept, positions, order, sizes, capacity)
 
 
+def _default_priority(k: int, may_draw: bool) -> Priority:
+    if k == 1:
+        return "random" if may_draw else "token"
+    return "choice" if k == 2 else "probability"
+
+
 def _place(
     experts: Int[Array, "tokens k"],
     num_experts: int,
     priority: Priority,
     chosen: Float[Array, "tokens k"],
-    key: PRNGKeyArray | None,
+    key: Any,
 ) -> tuple[Int[Array, "items"], Int[Array, "experts"], Int[Array, "tokens k"]]:
     """Items sorted by expert and priority; how many each expert has; the rank of each item in its expert."""
     num_tokens, k = experts.shape

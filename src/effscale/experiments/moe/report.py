@@ -1,6 +1,7 @@
 """What the runs of the experiment ``moe`` showed: losses against training compute and time, parameters, tables, a figure."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def compute_to_reach(loss: float, runs: Mapping[ArmName, Runs]) -> float | None:
     only one.
     """
     known = [(runs[name].teraflops, runs[name].losses.mean()) for name in DENSE if name in runs]
-    for (compute, above), (more, below) in zip(known, known[1:], strict=False):
+    for (compute, above), (more, below) in itertools.pairwise(known):
         if above >= loss >= below and above > below:
             share = (above - loss) / (above - below)
             return float(compute * (more / compute) ** share)

@@ -121,7 +121,7 @@ class Training:
         stores = [corpus.train for corpus in self.corpora]
         return make_dataset(stores, weights=self.weights, seed=seed, **self._shape())
 
-    def _shape(self) -> dict[str, int]:
+    def _shape(self) -> dict[str, Any]:
         return {"length": self.config.length, "batch_size": self.config.batch_size}
 
     def _create(self, seed: int) -> TrainState:

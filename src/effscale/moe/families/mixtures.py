@@ -12,10 +12,38 @@ from typing import Any
 
 from effscale.interop.families.activations import our_activation, their_activation
 from effscale.interop.families.fields import Field
+from effscale.interop.table import Rule
+from effscale.interop.tensors import MixedTensors
 from effscale.models import MLPConfig, TransformerConfig, group_layers
+from effscale.moe.families.fused import Split
 from effscale.moe.layer import MoEConfig
 from effscale.moe.router import RouterConfig
 from effscale.parallel import Exchange
+
+QK_NORMS = (
+    Rule("layers.{}.self_attn.q_norm.weight", "attention.query_norm.scale"),
+    Rule("layers.{}.self_attn.k_norm.weight", "attention.key_norm.scale"),
+)
+EXPERTS = (
+    Rule("layers.{}.mlp.gate.weight", "feed_forward.router.logits.kernel", "o i -> i o"),
+    Rule(
+        "layers.{}.mlp.experts.{}.gate_proj.weight",
+        "feed_forward.experts.gate.kernel",
+        "o i -> i o",
+    ),
+    Rule("layers.{}.mlp.experts.{}.up_proj.weight", "feed_forward.experts.up.kernel", "o i -> i o"),
+    Rule(
+        "layers.{}.mlp.experts.{}.down_proj.weight",
+        "feed_forward.experts.down.kernel",
+        "o i -> i o",
+    ),
+)
+"""The rows of the tables of OLMoE and the Qwens."""
+
+
+def split(tensors: MixedTensors) -> Split:
+    """Single experts of the fused ones under the names of OLMoE and the Qwens."""
+    return Split(tensors, gate="gate_proj", up="up_proj", down="down_proj")
 
 
 def with_mixtures(

@@ -1,0 +1,224 @@
+"""Qwen2-MoE and Qwen3-MoE in transformers: relatives of Llama in whose layers, or some of them, there are experts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from effscale.interop.families import decoder_heads, rope, windows
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, Json, Nullable
+from effscale.interop.families.llama import (
+    ATTENTION,
+    BUFFERS,
+    HEADS,
+    MLP,
+    rotary,
+    unusual_head_dim,
+)
+from effscale.interop.foreign import Fields
+from effscale.interop.table import linear, norm, rows
+from effscale.models import MLPConfig, TransformerConfig, llama
+from effscale.moe.families.mixtures import (
+    EXPERTS,
+    QK_NORMS,
+    counts,
+    expert_activation,
+    expert_width,
+    is_normalized,
+    mixtures,
+    plain,
+    split,
+    with_mixtures,
+)
+from effscale.moe.layer import MoEConfig
+
+
+def qwen_moe(
+    *,
+    num_experts: int,
+    k: int,
+    expert_d_ff: int,
+    normalized: bool,
+    aux_loss: float,
+    sparse: Sequence[bool] | None = None,
+    shared_d_ff: int | None = None,
+    **dense: Any,
+) -> TransformerConfig:
+    """A Qwen with experts; ``dense`` are the arguments of :func:`effscale.models.llama`, with the width of layers without any."""
+    config = llama(**dense)
+    mlp: Any = config.blocks[0].feed_forward
+    return with_mixtures(
+        config,
+        num_experts=num_experts,
+        k=k,
+        expert=dataclasses.replace(mlp, d_ff=expert_d_ff),
+        normalized=normalized,
+        aux_loss=aux_loss,
+        sparse=sparse,
+        shared=None if shared_d_ff is None else dataclasses.replace(mlp, d_ff=shared_d_ff),
+    )
+
+
+def qwen2_moe(*, bias: bool, **options: Any) -> TransformerConfig:
+    """A Qwen2-MoE: biases of query, key and value alone."""
+    return qwen_moe(bias=bias, out_bias=False, **options)
+
+
+def qwen3_moe(**options: Any) -> TransformerConfig:
+    """A Qwen3-MoE: norms of queries and keys."""
+    return qwen_moe(qk_norm="head", **options)
+
+
+def read_layers(fields: Json) -> tuple[bool, ...] | None:
+    """Which layers have experts; None: all."""
+    typed = Fields("config.json", fields)
+    step = typed.whole("decoder_sparse_step", least=1)
+    dense = set(typed.wholes("mlp_only_layers", []))
+    if step == 1 and not dense:
+        return None
+    layers = range(fields["num_hidden_layers"])
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
+
+
+def write_layers(config: TransformerConfig) -> dict[str, Any]:
+    """Which layers have experts, by a step where that says it, and the width of those that have none."""
+    parts = [layer.feed_forward for layer in config.layers]
+    sparse = [isinstance(part, MoEConfig) for part in parts]
+    widths = [part.d_ff for part in parts if isinstance(part, MLPConfig)]
+    fields = {"intermediate_size": widths[0]} if widths else {}
+    for step in range(1, len(parts) + 1):
+        if sparse == [(layer + 1) % step == 0 for layer in range(len(parts))]:
+            return fields | {"decoder_sparse_step": step, "mlp_only_layers": []}
+    dense = [layer for layer, has in enumerate(sparse) if not has]
+    return fields | {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def read_qwen2(fields: Json) -> dict[str, Any]:
+    """Rotary positions, windows of every second layer up to ``max_window_layers``, and which layers have experts."""
+    last = fields["max_window_layers"]
+    window = windows.read(fields, lambda layer: layer % 2 == 0 and layer < last)
+    return _read(fields) | {"window": window}
+
+
+def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
+    """The same, the other way round."""
+    return _write(config) | windows.write(config)
+
+
+def read_qwen3(fields: Json) -> dict[str, Any]:
+    """Rotary positions, one window for all layers, which layers have experts, and their number by its other name."""
+    window = fields["sliding_window"] if fields["use_sliding_window"] else None
+    other = fields["num_local_experts"]
+    found = _read(fields) | {"window": window}
+    return found if other is None else found | {"num_experts": other}
+
+
+def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
+    """The same, the other way round."""
+    window = config.layers[0].attention.window
+    fields = {} if window is None else {"sliding_window": window}
+    return _write(config) | fields | {"use_sliding_window": window is not None}
+
+
+def shared_width(config: TransformerConfig) -> int:
+    """The inner width of the shared expert.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    shared = mixtures(config)[0].shared
+    if not isinstance(shared, MLPConfig):
+        raise ValueError(f"the config has no shared expert that is an MLP: {shared!r}")
+    return shared.d_ff
+
+
+def _read(fields: Json) -> dict[str, Any]:
+    return rotary(fields, longest=32768) | {
+        "head_dim": fields["head_dim"],
+        "d_ff": fields["intermediate_size"],
+        "sparse": read_layers(fields),
+    }
+
+
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    return rope.write(config) | unusual_head_dim(config) | write_layers(config)
+
+
+COMMON = (
+    Field("num_hidden_layers", 24, "num_layers"),
+    Field("hidden_size", 2048, "d_model"),
+    Field("head_dim", None),
+    Field("vocab_size", 151936, "vocab_size"),
+    Field("use_sliding_window", False),
+    Nullable("sliding_window", 4096),
+    Field("attention_dropout", 0.0, "attention_dropout"),
+    Field("decoder_sparse_step", 1),
+    Field("norm_topk_prob", False, "normalized", write=is_normalized),
+    expert_activation(),
+    Field("rms_norm_eps", 1e-6, "epsilon"),
+    Field("tie_word_embeddings", False),
+)
+SHARED = rows(
+    linear("layers.{}.mlp.shared_expert.gate_proj", "feed_forward.shared.gate")[:1],
+    linear("layers.{}.mlp.shared_expert.up_proj", "feed_forward.shared.up")[:1],
+    linear("layers.{}.mlp.shared_expert.down_proj", "feed_forward.shared.down")[:1],
+    linear("layers.{}.mlp.shared_expert_gate", "feed_forward.coefficient")[:1],
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    class_name="Qwen2Moe",
+    make=qwen2_moe,
+    fields=(
+        *COMMON,
+        *counts("num_experts", 60, 4, 0.001),
+        Field("num_attention_heads", 16, "num_heads"),
+        Nullable("num_key_value_heads", 16, "num_kv_heads"),
+        Field("intermediate_size", 5632),
+        expert_width("moe_intermediate_size", 1408, "expert_d_ff"),
+        Field("shared_expert_intermediate_size", 5632, "shared_d_ff", write=shared_width),
+        Field("max_window_layers", 28),
+        Field("qkv_bias", True, "bias"),
+    ),
+    read=read_qwen2,
+    write=write_qwen2,
+    prefix="model.",
+    trunk=rows(ATTENTION, EXPERTS, SHARED, MLP, norm("norm", "final_norm")),
+    heads=HEADS,
+    tied={"lm_head.weight": "embed_tokens.weight"},
+    ignored=BUFFERS,
+    find_heads=decoder_heads.find,
+    architecture=decoder_heads.architecture("Qwen2Moe"),
+    feed_forwards=(MLPConfig, MoEConfig),
+    plain=plain,
+    split=split,
+)
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    class_name="Qwen3Moe",
+    make=qwen3_moe,
+    fields=(
+        *COMMON,
+        *counts("num_experts", 128, 8, 0.001),
+        Field("num_local_experts", None),
+        Field("num_attention_heads", 32, "num_heads"),
+        Nullable("num_key_value_heads", 4, "num_kv_heads"),
+        Field("intermediate_size", 6144),
+        expert_width("moe_intermediate_size", 768, "expert_d_ff"),
+        Field("attention_bias", False, "bias"),
+    ),
+    read=read_qwen3,
+    write=write_qwen3,
+    prefix="model.",
+    prefixes={"Qwen3MoeForQuestionAnswering": "transformer."},
+    trunk=rows(ATTENTION, QK_NORMS, EXPERTS, MLP, norm("norm", "final_norm")),
+    heads=HEADS,
+    tied={"lm_head.weight": "embed_tokens.weight"},
+    ignored=BUFFERS,
+    find_heads=decoder_heads.find,
+    architecture=decoder_heads.architecture("Qwen3Moe"),
+    feed_forwards=(MLPConfig, MoEConfig),
+    plain=plain,
+    split=split,
+)
