@@ -37,6 +37,11 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2}),
     "mistral": ("MistralForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2, "sliding_window": 3}),
     "qwen2": ("Qwen2ForCausalLM", TOKENS | LONG | {"num_key_value_heads": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        TOKENS | LONG | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1],
+                         "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12},
+    ),
     "bert": ("BertForMaskedLM", TOKENS | LONG | {"max_position_embeddings": 12}),
     "vit": ("ViTForImageClassification", LONG | {"image_size": 8, "patch_size": 4, "num_labels": 5}),
 }  # fmt: skip

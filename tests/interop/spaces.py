@@ -15,6 +15,7 @@ from effscale.interop.families.activations import ACTIVATIONS
 from effscale.interop.tensors import TensorInfo
 from effscale.models import TransformerConfig
 
+tuple(FAMILIES.values())  # all are imported now, and not amid a draw
 PAD = 1  # every language model's padding token; real tokens begin after it
 MAX_LENGTH = 32
 
@@ -29,6 +30,11 @@ DECODERS = {
                  "GPTNeoXForTokenClassification", "GPTNeoXForQuestionAnswering"),
     "llama": ("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
               "LlamaForQuestionAnswering"),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeModel", "Qwen2MoeForSequenceClassification",
+                  "Qwen2MoeForTokenClassification", "Qwen2MoeForQuestionAnswering"),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeModel"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeForSequenceClassification",
+                  "Qwen3MoeForTokenClassification", "Qwen3MoeForQuestionAnswering"),
     "mixtral": ("MixtralForCausalLM", "MixtralModel", "MixtralForSequenceClassification",
                 "MixtralForTokenClassification", "MixtralForQuestionAnswering"),
     "mistral": ("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification",
@@ -36,7 +42,7 @@ DECODERS = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification", "Qwen2ForTokenClassification",
               "Qwen2ForQuestionAnswering"),
 }  # fmt: skip
-LLAMAS = ("llama", "mistral", "qwen2", "mixtral")
+LLAMAS = ("llama", "mistral", "qwen2", "mixtral", "qwen2_moe", "olmoe", "qwen3_moe")
 ENCODERS = {
     "bert": ("BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",
              "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification",
@@ -313,6 +319,48 @@ def mixtral(draw) -> dict[str, Any]:
 
 
 @st.composite
+def olmoe(draw) -> dict[str, Any]:
+    """Norms over all heads, with fewer key heads, too."""
+    bias, normalized = {"attention_bias": draw(st.booleans())}, draw(st.booleans())
+    fields = draw(relative(with_head_dim=False)) | draw(experts())
+    return fields | bias | {"norm_topk_prob": normalized}
+
+
+@st.composite
+def qwen_moe(draw) -> dict[str, Any]:
+    """Experts in all layers, in every second one, and not in some."""
+    fields = draw(relative(with_head_dim=draw(usually))) | draw(experts())
+    layers = range(fields["num_hidden_layers"])
+    step, dense = draw(st.sampled_from([1, 2])), draw(st.lists(st.sampled_from(layers), max_size=2))
+    if all(layer in dense or (layer + 1) % step for layer in layers):
+        step, dense = 1, []  # it would be a model without experts
+    return fields | {
+        "moe_intermediate_size": draw(widths),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": step,
+        "mlp_only_layers": dense,
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from([3, 40])),
+    }
+
+
+@st.composite
+def qwen2_moe(draw) -> dict[str, Any]:
+    """A shared expert, and windows of every second layer up to one."""
+    return draw(qwen_moe()) | {
+        "shared_expert_intermediate_size": draw(widths),
+        "qkv_bias": draw(usually),
+        "max_window_layers": draw(st.integers(0, 4)),
+    }
+
+
+@st.composite
+def qwen3_moe(draw) -> dict[str, Any]:
+    """Norms of each head."""
+    return draw(qwen_moe()) | {"attention_bias": draw(st.booleans())}
+
+
+@st.composite
 def ropes(draw) -> dict[str, Any]:
     """``rope_parameters`` of the four kinds."""
     kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
@@ -394,6 +442,9 @@ SPACES: dict[str, Callable[[], st.SearchStrategy[dict[str, Any]]]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "olmoe": olmoe,
+    "qwen3_moe": qwen3_moe,
     "bert": bert,
     "vit": vit,
 }
@@ -443,8 +494,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "mistral": RELATIVE,
     "qwen2": RELATIVE,
     "mixtral": RELATIVE,
+    "qwen2_moe": RELATIVE,
+    "olmoe": RELATIVE,
+    "qwen3_moe": RELATIVE,
     "bert": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
     "vit": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+WITH_EXPERTS = {
+    "intermediate_size": 12,
+    "moe_intermediate_size": 6,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
 }
 # Sizes that are large by default.
 FEW: dict[str, dict[str, Any]] = {
@@ -457,6 +517,9 @@ FEW: dict[str, dict[str, Any]] = {
     "mistral": {"intermediate_size": 12},
     "qwen2": {"intermediate_size": 12},
     "mixtral": {"intermediate_size": 12, "num_local_experts": 3},
+    "qwen2_moe": WITH_EXPERTS | {"shared_expert_intermediate_size": 10},
+    "olmoe": {"intermediate_size": 6, "num_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": WITH_EXPERTS,
     "bert": {"intermediate_size": 12, "max_position_embeddings": 32},
     "vit": {"intermediate_size": 12, "image_size": 4, "patch_size": 2},
 }

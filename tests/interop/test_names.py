@@ -172,7 +172,9 @@ def test_a_name_like_a_buffer_s_is_a_weight_elsewhere(tmp_path):
     "start",
     ["rwtransformer.", "rwtranrsformer.", "module.rwtransformer.", "module.rwtranrsformer."],
 )
-@pytest.mark.parametrize("model_type", DECODERS)
+@pytest.mark.parametrize(
+    "model_type", [name for name in DECODERS if name != "olmoe"]
+)  # which has no classifier
 def test_reward_models_of_deepspeed_chat(model_type, start, tmp_path):
     case = example(model_type, DECODERS[model_type][1])
     trunk, tensors, _ = original(case, tmp_path)

@@ -140,6 +140,7 @@ def check(case):
 
 GPT = {"n_embd": 24, "n_head": 4}
 WIDE = {"hidden_size": 24, "num_attention_heads": 4}
+EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
 NO_BIASES = {"enable_bias": False, "layer_norm_elementwise_affine": False}
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 8, "factor": 4.0}
 LLAMA3 = {
@@ -185,6 +186,21 @@ MEMBERS = {
     "mixtral": ("mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 4}),
     "mixtral-windows": (
         "mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 4},
+    ),
+    "qwen1.5-moe": ("qwen2_moe", WIDE | EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen2-moe-windows": (
+        "qwen2_moe",
+        WIDE | EXPERTS | {"num_hidden_layers": 4, "mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False,
+                          "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
+    ),
+    "olmoe": ("olmoe", WIDE | {"num_experts": 4, "num_experts_per_tok": 3}),
+    "olmoe-normalized": (
+        "olmoe", WIDE | {"num_key_value_heads": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "qwen3-moe": ("qwen3_moe", WIDE | EXPERTS | {"head_dim": 10, "norm_topk_prob": True}),
+    "qwen3-moe-dense-first": (
+        "qwen3_moe", WIDE | EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [0], "use_sliding_window": True,
+                                       "sliding_window": 4},
     ),
     "llama-one-key": (
         "llama",

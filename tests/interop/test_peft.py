@@ -33,6 +33,8 @@ from tests.interop.peft_oracle import (  # noqa: E402
     trained,
 )
 
+# All experts are one array in transformers' memory, and the router is no linear layer, so PEFT has no pairs there.
+DENSE = r"(attention|shared|coefficient|feed_forward\.(up|gate|down))\..*kernel"
 FUSED = {"gpt2": "c_attn", "bloom": "query_key_value", "gpt_neox": "query_key_value"}
 
 
@@ -81,7 +83,8 @@ def test_an_adapter_of_ours(family, base, tmp_path, getkey):
     """Every dense layer, heads and the patches of images among them, each with a pair of its own."""
     folder, model = base(family)
     before = load_pretrained(folder)
-    ours = trained(add_lora(before, rank=2, alpha=3.0, key=getkey()))
+    where = {"where": DENSE} if family == "qwen2_moe" else {}
+    ours = trained(add_lora(before, rank=2, alpha=3.0, key=getkey(), **where))
     save_adapter(ours, tmp_path)
     theirs = torch_logits(family, loaded_by_peft(model, tmp_path))
     assert np.abs(theirs - our_logits(family, before)).max() > 0.1
@@ -105,6 +108,13 @@ def test_a_part_of_a_fused_module(family, which, base, tmp_path, getkey):
     assert config_in(tmp_path)["target_modules"] == [FUSED[family]]
     assert config_in(tmp_path)["r"] == 2 * len(which.split("|"))
     same(our_logits(family, ours), torch_logits(family, loaded_by_peft(model, tmp_path)))
+
+
+def test_pairs_of_experts_are_refused(base, tmp_path, getkey):
+    model = load_pretrained(base("qwen2_moe")[0])
+    adapted = add_lora(model, rank=2, key=getkey(), where=r"(experts\.up|router).*kernel")
+    with pytest.raises(ValueError, match=r"experts\.up\.kernel: PEFT has no pair there that works"):
+        save_adapter(adapted, tmp_path)
 
 
 @pytest.mark.parametrize("family", FUSED)

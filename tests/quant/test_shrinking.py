@@ -174,6 +174,9 @@ def test_what_cannot_be_shrunk():
     alibi = bloom(**{name: size for name, size in SIZES.items() if name != "d_ff"})
     with pytest.raises(ValueError, match=r"layers\.0\.attention: ALiBi's slopes"):
         shrink_model(prune_model(noisy(alibi), (heads(0.5),)))
+    normed = noisy(llama(**SIZES, qk_norm="all"))
+    with pytest.raises(ValueError, match=r"layers\.0\.attention: queries and keys are normalized"):
+        shrink_model(prune_model(normed, (heads(0.5),)))
     with pytest.raises(ValueError, match=r"key heads keep \[\d, \d\] query heads each"):
         shrink_model(prune_model(noisy(LLAMA), (heads(0.75),)))
     adapted = add_lora(

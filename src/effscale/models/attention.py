@@ -60,6 +60,9 @@ class Attention(nnx.Module):
         self.query = Dense(d_model, config.num_heads * width, axes=("embed", "heads"), **inner)
         self.key = Dense(d_model, config.kv_heads * width, axes=("embed", "kv_heads"), **inner)
         self.value = Dense(d_model, config.kv_heads * width, axes=("embed", "kv_heads"), **inner)
+        norm, over_all = config.qk_norm, config.qk_norm_over == "all"
+        of = lambda heads: None if norm is None else norm.build(width * (heads if over_all else 1))
+        self.query_norm, self.key_norm = of(config.num_heads), of(config.kv_heads)
         out_bias = config.bias if config.out_bias is None else config.out_bias
         self.out = Dense(
             config.num_heads * width,
@@ -95,7 +98,10 @@ class Attention(nnx.Module):
         """
         split = lambda y: rearrange(y, "b s (h d) -> b h s d", d=self.head_dim)
         projections = (self.query.affine(), self.key.affine(), self.value.affine())
-        query, keys, values = map(split, matmuls(x, *projections))
+        query, keys, values = matmuls(x, *projections)
+        query, keys = self._normed(query, keys, "all")
+        query, keys, values = map(split, (query, keys, values))
+        query, keys = self._normed(query, keys, "head")
         if isinstance(self.positions, Rotary) and context.angles is not None:
             query, keys = (rotate(y, context.angles, self.positions) for y in (query, keys))
         query = constrain(query, "batch", "heads_act", "seq", None) * self.scale
@@ -117,6 +123,12 @@ class Attention(nnx.Module):
             attention_scores=lambda: attention_scores(query, keys),
         )
         return self.out(y), cache, report
+
+    def _normed(self, query: Array, keys: Array, over: str) -> tuple[Array, Array]:
+        """Queries and keys after their norms, where these are over what the last axis is at this place."""
+        if self.query_norm is None or self.key_norm is None or self.config.qk_norm_over != over:
+            return query, keys
+        return self.query_norm(query), self.key_norm(keys)
 
     def _mix(self, query, keys, values, context: Context, slopes, key) -> Array:
         """By a fused kernel where the program is for a platform that has one and it can serve; else in blocks."""

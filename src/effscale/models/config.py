@@ -66,6 +66,10 @@ class AttentionConfig:
     window: int | None = None
     """A token sees itself and the ``window - 1`` before it, by their positions; None: all before it. Layers with a window are
     computed in blocks, as the fused kernels have none."""
+    qk_norm: NormConfig | None = None
+    """Norm of queries and keys, each with its own factor, before they are rotated; None: none."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What is normalized together: the features of a head, all heads with one factor (Qwen3); or those of all heads (OLMoE)."""
     dropout: float = 0.0
     """Probability that an attention weight is dropped in training."""
 
@@ -82,6 +86,7 @@ class AttentionConfig:
         fits = self.scale is None or 0 < self.scale < math.inf
         check(self, fits, "scale", "above 0 and finite, or None")
         check(self, self.window is None or self.window >= 1, "window", "at least 1, or None")
+        choice(self, "qk_norm_over", ("head", "all"))
         check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 from effscale.models.config import (
     Activation,
@@ -306,6 +306,7 @@ def llama(
     bias: bool = False,
     out_bias: bool | None = None,
     mlp_bias: bool = False,
+    qk_norm: Literal["head", "all"] | None = None,
     window: int | tuple[int | None, ...] | None = None,
     activation: Activation = "silu",
     dropout: float = 0.0,
@@ -315,7 +316,8 @@ def llama(
     """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023).
 
     Its relatives differ in little. Mistral's layers have a ``window`` (Jiang et al., 2023); a tuple gives each layer its own.
-    Qwen2 has biases at query, key and value alone: ``bias=True, out_bias=False`` (Yang et al., 2024).
+    Qwen2 has biases at query, key and value alone: ``bias=True, out_bias=False`` (Yang et al., 2024). Qwen3 normalizes each head
+    of queries and keys, ``qk_norm="head"``, and OLMoE all heads together, ``qk_norm="all"`` (Muennighoff et al., 2024).
 
     Example:
         >>> mistral = llama(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14336, window=4096)
@@ -330,6 +332,8 @@ def llama(
             head_dim=head_dim,
             bias=bias,
             out_bias=out_bias,
+            qk_norm=None if qk_norm is None else norm,
+            qk_norm_over=qk_norm or "head",
             window=None if isinstance(window, tuple) else window,
             dropout=_or(attention_dropout, dropout),
         ),

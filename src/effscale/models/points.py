@@ -14,7 +14,7 @@ from jaxtyping import Array
 POINTS = (
     "layer_in",  # the residual stream before the layer
     "attention_in",  # what the query, key and value projections read
-    "query",  # after rotation and scaling, by head
+    "query",  # after its norm, rotation and scaling, by head
     "key",
     "value",
     "attention_mixed",  # what the output projection reads

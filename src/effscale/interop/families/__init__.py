@@ -17,7 +17,8 @@ from effscale.interop.families.vit import VIT
 
 HERE = (GPT2, OPT, BLOOM, GPTJ, NEOX, LLAMA, MISTRAL, QWEN2, BERT, VIT)
 # Their parts come from techniques, which import this package: so they are named, and imported when first asked for.
-ELSEWHERE = dict.fromkeys(("mixtral",), "effscale.moe.families")
+EXPERTS = ("mixtral", "qwen2_moe", "olmoe", "qwen3_moe")
+ELSEWHERE = dict.fromkeys(EXPERTS, "effscale.moe.families")
 
 
 class Families(Mapping[str, Family]):

@@ -8,6 +8,7 @@ from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
 from effscale.models import TransformerConfig
 
+# The words of `layer_types`.
 KINDS = {"full_attention": False, "sliding_attention": True}
 
 

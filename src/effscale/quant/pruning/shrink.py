@@ -153,6 +153,10 @@ def _heads(
         raise ValueError(
             f"{name}.attention: ALiBi's slopes go by the number of a head, so none can be taken out; merge_masks leaves zeros"
         )
+    if config.attention.qk_norm is not None and config.attention.qk_norm_over == "all":
+        raise ValueError(
+            f"{name}.attention: queries and keys are normalized over all heads, so none can be taken out; merge_masks leaves zeros"
+        )
     by_key = mask.reshape(config.attention.kv_heads, -1)
     counts = by_key.sum(1)
     sizes = sorted(set(counts[counts > 0].tolist()))
