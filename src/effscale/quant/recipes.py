@@ -1,6 +1,7 @@
 """Recipes: which weights of a model are quantized, to what."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -165,11 +166,17 @@ def _rounded_by_inputs(
     if weight.ndim == 2:
         found = gptq(weight, of_layers[0], format)
     else:
-        found = jax.lax.map(lambda both: gptq(both[0], both[1], format), (weight, of_layers))
+        found = _gptq_of_stack(weight, of_layers, format)
     scale = found.scale
     if not isinstance(scale, jax.core.Tracer) and not bool(jnp.isfinite(scale).all()):
         raise ValueError("its weights or the Gram matrix of its inputs are not finite")
     return found
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _gptq_of_stack(weights: Array, grams: Array, format: Format) -> Quantized:
+    """Each matrix of a stack rounded by `gptq`; compiled once for all stacks of a shape."""
+    return jax.lax.map(lambda both: gptq(both[0], both[1], format), (weights, grams))
 
 
 def _with_input_scale(
