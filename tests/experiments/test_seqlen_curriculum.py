@@ -46,7 +46,7 @@ def options(corpus, tmp_path_factory):
         *("--cache", str(cache), "--vocab-size", "320", "--length", "16", "--tokens", "6144"),
         *("--batch-size", "8", "--batch-factor", "2", "--curriculum", "1", "--min-length", "8"),
         *("--granularity", "4", "--warmup", "3", "--model.d-model", "32"),
-        *("--learning-rate", "5e-3", "--evaluations", "6"),
+        *("--learning-rate", "5e-3", "--evaluations", "2"),
     ]
 
 

@@ -22,7 +22,7 @@ def smollm2():
     except assets.MissingAssetError as error:
         pytest.skip(str(error))
     text = pathlib.Path(statistics.__file__).read_text()
-    ids = np.array([load_tokenizer(file).encode(text).ids[:256]], np.int32)
+    ids = np.array([load_tokenizer(file).encode(text).ids[:128]], np.int32)
     model = load_pretrained(file)
     return model, ids, loss(model, ids)
 
