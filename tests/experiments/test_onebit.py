@@ -46,7 +46,7 @@ def options(corpus, tmp_path_factory):
         *("--gpt.length", "16", "--bert.length", "16", "--passage", "16", "--classes", "2"),
         *("--gpt.steps", "12", "--gpt.model.d-model", "16", "--gpt.model.num-layers", "1"),
         *("--bert.steps", "12", "--bert.model.d-model", "16", "--bert.model.num-layers", "1"),
-        *("--finetune.train", "16", "--finetune.test", "8", "--eval-every", "6"),
+        *("--finetune.train", "16", "--finetune.test", "8", "--eval-every", "12"),
         *("--finetune.batch-size", "4", "--gpt.stages.var-update-scaler", "1"),
     ]
 
