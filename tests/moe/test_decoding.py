@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(rows):
 
 def test_experts_apart_compute_the_same_as_the_stack():
     model = unroll(make())
-    layer = model.groups[0].blocks[1].feed_forward
+    layer = model.groups[-1].blocks[-1].feed_forward
     first = lambda module: jax.tree.map(lambda a: a[0], module)
     apart = first(layer.for_decoding())
     assert len(apart.experts) == 8
@@ -55,7 +55,7 @@ def test_experts_apart_compute_the_same_as_the_stack():
 def test_one_token_reads_only_what_it_needs():
     """The program of a token has a branch for each expert in place of products over all of them."""
     model = for_decoding(unroll(make()))
-    layer = jax.tree.map(lambda a: a[0], model.groups[0].blocks[1].feed_forward)
+    layer = jax.tree.map(lambda a: a[0], model.groups[-1].blocks[-1].feed_forward)
     context = build_context(1, kind=None, head_dim=8, causal=True)
     lower = lambda x: jax.jit(lambda m, x: m(x, context)[0]).lower(layer, x).as_text()
     one, many = lower(jnp.ones((1, 1, 16))), lower(jnp.ones((8, 1, 16)))
@@ -68,7 +68,7 @@ def test_quantized_experts():
     """A scale for each output of each expert; decoding reads the codes of the chosen ones."""
     model = make()
     small = quantize_model(model, w8a8())
-    kernel = small.groups[0].blocks[1].feed_forward.experts.up.kernel.get_value()
+    kernel = small.groups[-1].blocks[-1].feed_forward.experts.up.kernel.get_value()
     assert kernel.shape == (1, 8, 16, 16)
     assert kernel.data.dtype == jnp.int8
     prompt = jnp.array([[3, 1, 4, 1, 5]], jnp.int32)

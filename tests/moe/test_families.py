@@ -17,7 +17,8 @@ from effscale.interop.source import open_source
 from effscale.interop.summary import summarize
 from effscale.models import MLPConfig, aux_loss, llama
 from effscale.moe import MoEConfig, RouterConfig, with_experts
-from tests.interop.files import bits_of, model_of_numbers, read_folder, write_folder
+from effscale.parallel import MeshConfig
+from tests.interop.files import bits_of, bytes_of, model_of_numbers, read_folder, write_folder
 from tests.interop.spaces import example
 
 TEXT = {"num_layers": 2, "d_model": 16, "num_heads": 4, "d_ff": 12, "vocab_size": 31}
@@ -65,10 +66,13 @@ REFUSED = {
     "sigmoids": (lambda: routed(score="sigmoid"), r"score is 'sigmoid', and mixtral has 'softmax'"),
     "a scale": (lambda: routed(scale=2.5), r"scale is 2\.5, and mixtral has 1\.0"),
     "a bias of the choice": (lambda: routed(balance_by_bias=True), "balance_by_bias is True"),
-    "weights as they are": (lambda: routed(normalize="none"), "normalize is 'none', and mixtral"),
+    "weights as they are": (
+        lambda: routed(normalize="none"),
+        "qk_norm is None, and qwen3_moe has 'NormConfig'",
+    ),
     "a residual": (
         lambda: made_here(shared=MLPConfig(d_ff=12, activation="silu", gated=True, bias=False)),
-        "shared is 'MLPConfig', and mixtral has None",
+        "mix is 'weighted', and qwen2_moe has 'gated'",
     ),
 }
 
@@ -140,6 +144,19 @@ def test_an_expert_that_is_missing_and_one_that_is_there_twice(tmp_path):
         FolderError, match=r"holds .*experts\.0\.w1\.weight', which is there by itself"
     ):
         load_pretrained(write_folder(tmp_path / "twice", tensors | fused, case.json))
+
+
+def test_experts_are_divided_while_they_are_loaded(tmp_path):
+    """The tensor of an expert goes to the devices that hold it, and from there back into a file."""
+    case = example("mixtral", "MixtralForCausalLM", num_local_experts=4)
+    tensors = folder_of(case, tmp_path / "made")
+    mesh = MeshConfig(data=2, expert=2, fsdp=2).build()
+    model = load_pretrained(tmp_path / "made", mesh=mesh)
+    up = model.groups[0].blocks[0].feed_forward.experts.up.kernel.get_value()
+    assert up.sharding.shard_shape(up.shape) == (2, 4 // 2, 8 // 2, 12)
+    assert bits_of(model) == bits_of(load_pretrained(tmp_path / "made"))
+    save_pretrained(model, tmp_path / "back")
+    assert bytes_of(read_folder(tmp_path / "back")) == bytes_of(tensors)
 
 
 def test_a_summary_tells_of_experts(tmp_path):

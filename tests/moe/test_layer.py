@@ -176,7 +176,7 @@ def test_in_a_model_it_is_a_pair_of_layers_that_is_scanned():
     dense = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=23, max_length=16)
     moe = MoEConfig(num_experts=4, expert=MLPConfig(d_ff=16), shared=MLPConfig(d_ff=16))
     config = with_experts(dense, moe, [4, 4, 8])
-    assert [(len(g.blocks), g.repeat) for g in config.groups] == [(2, 2), (2, 1)]
+    assert [(len(g.blocks), g.repeat) for g in config.groups] == [(2, 2), (1, 1), (1, 1)]
     model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
     kernel = model.groups[0].blocks[1].feed_forward.experts.up.kernel
     assert kernel.shape == (2, 4, 16, 16)

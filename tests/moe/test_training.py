@@ -47,13 +47,13 @@ def test_an_upcycled_model_begins_where_the_dense_one_ended(shared):
     sparse = upcycle(dense, moe, [2, 4], rngs=nnx.Rngs(1))
     run = jax.jit(lambda m: m(IDS[:, :16]))
     np.testing.assert_allclose(run(sparse), run(dense), atol=1e-5)
-    kernel = sparse.groups[0].blocks[1].feed_forward.experts.up.kernel
+    kernel = sparse.groups[1].blocks[0].feed_forward.experts.up.kernel
     assert kernel.get_metadata()["axes"] == ("experts", "embed", "mlp")
     # The step trains experts apart from each other, and the dense model is untouched.
     optimizer = optax.sgd(0.1)
     state = create_train_state(sparse, optimizer, key=jax.random.key(0))
     state, _ = jax.jit(make_train_step(next_token_loss, optimizer))(state, BATCH)
-    kernel = state.model.groups[1].blocks[1].feed_forward.experts.up.kernel.get_value()
+    kernel = state.model.groups[-1].blocks[-1].feed_forward.experts.up.kernel.get_value()
     assert np.ptp(np.asarray(kernel), axis=1).max() > 0
 
 
@@ -78,7 +78,7 @@ def test_a_bias_evens_the_load():
     step = jax.jit(make_train_step(next_token_loss, optimizer))
     state = create_train_state(model, optimizer, key=jax.random.key(0))
     bias = lambda s: np.asarray(
-        s.model.groups[0].blocks[1].feed_forward.router.balance_bias.get_value()
+        s.model.groups[1].blocks[0].feed_forward.router.balance_bias.get_value()
     )[0]
     loads = []
     for _ in range(30):

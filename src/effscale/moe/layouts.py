@@ -1,10 +1,9 @@
 """Which layers of a model have experts, and how many: every second layer, or a pyramid."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
-from effscale.models import BlockConfig, Group, TransformerConfig
+from effscale.models import TransformerConfig, group_layers
 from effscale.moe.layer import MoEConfig
 
 
@@ -26,7 +25,7 @@ def with_experts(
         every: Layers ``every``, ``2 * every``, ..., counted from 1, have experts; 1: all.
 
     Returns:
-        The config. Layers that alternate alike are one group, whose compile time does not grow with their number.
+        The config. Layers that take turns alike are one group, whose compile time does not grow with their number.
 
     Raises:
         ValueError: ``num_experts`` has another length than there are layers to have them.
@@ -40,14 +39,12 @@ def with_experts(
         >>> dense = gpt2(num_layers=6, d_model=16, num_heads=2, vocab_size=50, max_length=8)
         >>> expert = MLPConfig(d_ff=64)
         >>> pyramid = with_experts(dense, MoEConfig(num_experts=4, expert=expert, shared=expert), [4, 4, 8])
-        >>> [len(group.blocks) * group.repeat for group in pyramid.groups]
-        [4, 2]
+        >>> [getattr(block.feed_forward, "num_experts", 0) for block in pyramid.layers]
+        [0, 4, 0, 4, 0, 8]
     """
     if every < 1:
         raise ValueError(f"every={every}: must be at least 1")
-    blocks = [
-        block for group in config.groups for _ in range(group.repeat) for block in group.blocks
-    ]
+    blocks = list(config.layers)
     places = range(every - 1, len(blocks), every)
     counts = [moe.num_experts] * len(places) if num_experts is None else list(num_experts)
     if len(counts) != len(places):
@@ -58,17 +55,4 @@ def with_experts(
         if count:
             mixture = dataclasses.replace(moe, num_experts=count)
             blocks[place] = dataclasses.replace(blocks[place], feed_forward=mixture)
-    return dataclasses.replace(config, groups=_groups(blocks, every))
-
-
-def _groups(blocks: Sequence[BlockConfig], every: int) -> tuple[Group, ...]:
-    """Runs of like stretches of ``every`` layers, each a group; a stretch of like layers counts as single ones."""
-    stretches: list[tuple[BlockConfig, ...]] = []
-    for begin in range(0, len(blocks), every):
-        stretch = tuple(blocks[begin : begin + every])
-        same = len(set(stretch)) == 1
-        stretches.extend([(block,) for block in stretch] if same else [stretch])
-    return tuple(
-        Group(blocks=stretch, repeat=len(list(run)))
-        for stretch, run in itertools.groupby(stretches)
-    )
+    return dataclasses.replace(config, groups=group_layers(blocks))

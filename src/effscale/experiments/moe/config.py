@@ -20,13 +20,13 @@ class Config(CorporaPart):
     """Models to train; a student needs its teacher, pr_moe."""
     seeds: int = 3
     """Runs of each; seeds 0, 1, ... decide initial weights, the order of rows, and who gets a place with an expert."""
-    steps: int = 800
+    steps: int = 600
     """Batches to train on; dense_2x and dense_4x take two and four times as many."""
     length: int = 128
     """Tokens in a row, and positions of the model."""
     batch_size: int = 16
     """Rows in a batch."""
-    model: ModelConfig = ModelConfig(num_layers=6, d_model=128, remat="none")
+    model: ModelConfig = ModelConfig(num_layers=6, d_model=96, remat="none")
     """The dense model, whose feed-forward is each expert."""
     num_experts: int = 8
     """Experts of a layer that has them; the last of a pyramid has twice as many."""

@@ -5,7 +5,6 @@ import itertools
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 
 from effscale.data import Corpus, make_dataset
@@ -18,6 +17,7 @@ from effscale.training import (
     Checkpoints,
     Clip,
     RunFolder,
+    ScheduleConfig,
     ShapeBuckets,
     StagedStep,
     TrainState,
@@ -53,9 +53,9 @@ class Training:
         self.steps = config.steps_of(name)
         self.model = config.transformer(name, corpora[0].vocab_size)
         peak = config.rate_of(name)
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0, peak, config.warmup, self.steps, end_value=peak / 10
-        )
+        rate = ScheduleConfig(
+            peak=peak, warmup=config.warmup, total=self.steps, final=peak / 10
+        ).build()
         self.optimizer = config.optimizer.build(rate)
         options: dict[str, Any] = {"clip": Clip(config.clip_norm), "learning_rate": rate}
         loss: Any = next_token_loss
