@@ -213,9 +213,9 @@ def test_smollm2_with_rows_padded_on_either_side(smollm2):
 def test_smollm2_knows_the_capital_of_france(smollm2):
     ours, theirs, tokenizer = smollm2
     prompt = np.array([tokenizer.encode("The capital of France is").ids], np.int32)
-    tokens = generate(ours, prompt, SamplingConfig(max_new_tokens=20, temperature=0.0)).tokens
+    tokens = generate(ours, prompt, SamplingConfig(max_new_tokens=6, temperature=0.0)).tokens
     wanted = theirs.generate(
-        torch.tensor(prompt), max_new_tokens=20, min_new_tokens=20, do_sample=False
+        torch.tensor(prompt), max_new_tokens=6, min_new_tokens=6, do_sample=False
     )
     np.testing.assert_array_equal(tokens, wanted)
     assert tokenizer.decode(np.asarray(tokens)[0].tolist()).split()[5].startswith("Paris")
