@@ -15,6 +15,7 @@ from effscale.parallel import (
     Exchange,
     MeshConfig,
     collectives,
+    ragged_all_to_all,
     shard,
     shard_batch,
     to_experts,
@@ -78,14 +79,53 @@ def test_gradients_do_not_depend_on_the_layout(mesh, exchange, expected):
     assert_same(gradients(mesh, make(exchange=exchange)), expected)
 
 
-def test_without_a_capacity_on_a_data_axis(expected):
+@pytest.fixture(scope="module")
+def dropless():
     router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None, balance=0.1)
     model = make(router=router)
-    assert_same(gradients(MeshConfig(data=4, fsdp=2), model), gradients(None, model))
-    with pytest.raises(
-        ValueError, match="'dropless' cannot serve where the mesh divides experts over expert"
-    ):
-        gradients(MeshConfig(data=4, expert=2), model)
+    return model, gradients(None, model)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, expert=4)], ids=str
+)
+def test_without_a_capacity(mesh, dropless):
+    """Tokens that travel to experts on other devices do so in pieces of the lengths that they have."""
+    model, expected = dropless
+    assert_same(gradients(mesh, model), expected)
+
+
+def test_pieces_of_any_length_reach_their_places():
+    """Against NumPy: device i sends to device j as many rows as a table says, and the gradient goes the way back."""
+    sent = np.random.default_rng(0).integers(0, 4, (8, 8))
+    sent[3] = 0
+    starts = np.cumsum(sent, 1) - sent
+    places = np.cumsum(sent, 0) - sent
+    rows, out = 32, 40
+    operand = np.random.default_rng(1).normal(size=(8, rows, 3)).astype(np.float32)
+    expected = np.full((8, out, 3), -1, np.float32)
+    for i in range(8):
+        for j in range(8):
+            piece = operand[i, starts[i, j] : starts[i, j] + sent[i, j]]
+            expected[j, places[i, j] : places[i, j] + sent[i, j]] = piece
+
+    def each(operand, starts, sent, places, received):
+        own = (a[0] for a in (starts, sent, places, received))
+        into = jnp.full((out, 3), -1, jnp.float32)
+        return ragged_all_to_all(operand[0], into, *own, axis_name="expert")[None]
+
+    mesh = MeshConfig(data=1, expert=8).build()
+    spec = jax.sharding.PartitionSpec("expert")
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(each, in_specs=spec, out_specs=spec, check_vma=False)
+        given = [jnp.asarray(a) for a in (operand, starts, sent, places, sent.T)]
+        found, back = jax.jit(lambda *a: jax.vjp(lambda x: mapped(x, *a[1:]), a[0]))(*given)
+        (gradient,) = jax.jit(back)(jnp.asarray(expected))
+    np.testing.assert_array_equal(found, expected)
+    # The rows that were sent come back as they went.
+    for i in range(8):
+        np.testing.assert_array_equal(gradient[i, : sent[i].sum()], operand[i, : sent[i].sum()])
+        np.testing.assert_array_equal(gradient[i, sent[i].sum() :], 0)
 
 
 @pytest.mark.parametrize(("tensor", "coordinated"), [(1, True), (2, True), (2, False)])

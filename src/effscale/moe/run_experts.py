@@ -10,12 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models import Context
 from effscale.moe.dispatch import dropless, one_hot, table
+from effscale.moe.dispatch.dropless_exchange import exchanged
 from effscale.moe.routing import Routing
-from effscale.parallel import Exchange, check_experts, to_experts, to_tokens
+from effscale.parallel import (
+    Exchange,
+    auto_batch_axes,
+    check_experts,
+    expert_axes,
+    to_experts,
+    to_tokens,
+)
 
 Worked = tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]
 
@@ -73,14 +82,41 @@ def by_sorted_rows(
     context: Context,
     key: PRNGKeyArray | None,
 ) -> Worked:
-    """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped."""
+    """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped.
+
+    Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back, and what was asked for at the
+    experts' points is not told.
+    """
+    check_experts(routing.sizes.shape[-1])
+    batch, divided = auto_batch_axes(tokens.shape[0]), expert_axes()
+    travels = bool(divided) and set(divided) <= set(batch)
 
     def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
-        own: Any = dropless.grouped_experts(experts, routing.sizes)
-        y, captured = own(dropless.dispatch(tokens, routing)[None], context, key)
-        return dropless.combine(y[0], routing), captured
+        captured: dict[str, Array] = {}
 
-    return dropless.each_group(one, experts, tokens, routing)
+        def work(rows: Array, sizes: Array) -> Array:
+            own: Any = dropless.grouped_experts(experts, sizes)
+            y, found = own(rows[None], context, key)
+            captured.update(found)
+            return y[0]
+
+        rows = dropless.dispatch(tokens, routing)
+        if travels:
+            made = exchanged(rows, routing.sizes, work, divided)
+            return dropless.combine(made, routing), {}
+        made = work(rows, routing.sizes)
+        return dropless.combine(made, routing), captured
+
+    def own_groups(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
+        return jax.lax.map(lambda group: one(experts, *group), (tokens, routing))
+
+    if not batch:
+        return own_groups(experts, tokens, routing)
+    specs = (P(divided) if travels else P(), P(batch), P(batch))
+    names = set(batch)
+    return jax.shard_map(own_groups, in_specs=specs, out_specs=P(batch), axis_names=names)(
+        experts, tokens, routing
+    )
 
 
 def one_by_one(

@@ -34,6 +34,7 @@ from effscale.parallel.placement import (
     shard_batch,
     shardings,
 )
+from effscale.parallel.ragged import ragged_all_to_all
 from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
 from effscale.parallel.startup import DistributedConfig, initialize
 from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
@@ -79,6 +80,7 @@ __all__ = [
     "mesh_size",
     "on_first",
     "per_worker",
+    "ragged_all_to_all",
     "resize_workers",
     "sent_bytes",
     "shard",

@@ -6,19 +6,16 @@ The experts then read rows of which each belongs to one of them. Any feed-forwar
 
 import dataclasses
 import typing
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from effscale.models import dense, finish, map_weights
 from effscale.moe.dispatch.gathers import items_of_rows, rows_of_items
 from effscale.moe.routing import Routing
-from effscale.parallel import auto_batch_axes, expert_axes
 from kernels_pallas import grouped_matmul
 
 
@@ -93,31 +90,3 @@ def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Mo
             f"dispatch='dropless' needs experts of dense layers alone, and these have {', '.join(others)}; choose dispatch='table'"
         )
     return map_weights(experts, lambda weight: GroupedWeight(weight, sizes))
-
-
-def each_group(
-    function: Callable[..., Any], experts: nnx.Module, tokens: Array, routing: Routing
-) -> Any:
-    """``function(experts, tokens, routing)`` of each group of tokens, on the device that holds it.
-
-    Raises:
-        ValueError: The experts are divided over devices: without a capacity, how much each has to send is not known.
-    """
-    if axes := expert_axes():
-        raise ValueError(
-            f"dispatch='dropless' cannot serve where the mesh divides experts over {', '.join(axes)}; give the router a "
-            "capacity_factor, or choose dispatch='table', whose buffers then have a place for every token"
-        )
-    groups = tokens.shape[0]
-    batch = auto_batch_axes(groups)
-
-    def own(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
-        take = lambda index: jax.tree.map(lambda a: a[index], (tokens, routing))
-        found = [function(experts, *take(index)) for index in range(tokens.shape[0])]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
-
-    if not batch:
-        return own(experts, tokens, routing)
-    return jax.shard_map(
-        own, in_specs=(P(), P(batch), P(batch)), out_specs=P(batch), axis_names=set(batch)
-    )(experts, tokens, routing)
