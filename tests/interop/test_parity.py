@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import load_pretrained
 from effscale.interop.save import their_tensors
-from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, LLAMAS, cases, example
+from tests.interop.spaces import ARCHITECTURES, CLASSES, DECODERS, LLAMAS, RELATIVES, cases, example
 
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 pytest.importorskip("transformers", reason="the oracle of these tests is transformers")
@@ -26,7 +26,8 @@ from tests.interop.torch_models import (  # noqa: E402
 )
 
 NEW = 20
-HEADLESS = [pair for pair in CLASSES if pair[1] not in {names[0] for names in DECODERS.values()}]
+FIRST = {names[0] for names in DECODERS.values()}
+HEADLESS = [pair for pair in CLASSES if pair[0] not in RELATIVES and pair[1] not in FIRST]
 # A case takes seconds, so that one that fails is shown as it is and not made smaller.
 few = settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 many = settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
@@ -176,31 +177,22 @@ MEMBERS = {
     "llama-3": ("llama", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
     "llama-yarn": ("llama", WIDE | {"rope_parameters": YARN}),
     "mistral-7b": ("mistral", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
-    "mistral-without-windows": ("mistral", WIDE | {"num_key_value_heads": 2, "sliding_window": None}),
-    "qwen2": ("qwen2", WIDE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2-windows": (
         "qwen2",
         WIDE | {"num_key_value_heads": 2, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 3,
-                "max_window_layers": 2},
+                "max_window_layers": 2, "tie_word_embeddings": True},
     ),
     "mixtral": ("mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 4}),
-    "mixtral-windows": (
-        "mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 4},
-    ),
     "qwen1.5-moe": ("qwen2_moe", WIDE | EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
     "qwen2-moe-windows": (
         "qwen2_moe",
         WIDE | EXPERTS | {"num_hidden_layers": 4, "mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False,
                           "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3},
     ),
-    "olmoe": ("olmoe", WIDE | {"num_experts": 4, "num_experts_per_tok": 3}),
-    "olmoe-normalized": (
-        "olmoe", WIDE | {"num_key_value_heads": 2, "norm_topk_prob": True, "attention_bias": True},
-    ),
-    "qwen3-moe": ("qwen3_moe", WIDE | EXPERTS | {"head_dim": 10, "norm_topk_prob": True}),
-    "qwen3-moe-dense-first": (
-        "qwen3_moe", WIDE | EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": [0], "use_sliding_window": True,
-                                       "sliding_window": 4},
+    "olmoe": ("olmoe", WIDE | {"num_key_value_heads": 2, "attention_bias": True}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        WIDE | EXPERTS | {"head_dim": 10, "num_hidden_layers": 3, "mlp_only_layers": [0], "norm_topk_prob": True},
     ),
     "llama-one-key": (
         "llama",
@@ -216,10 +208,17 @@ def test_members_of_families(name):
     check(example(model_type, ARCHITECTURES[model_type][0], **fields, **special))
 
 
-@pytest.mark.parametrize("model_type", DECODERS)
+@pytest.mark.parametrize("model_type", [name for name in DECODERS if name not in RELATIVES])
 @few
 @given(data=st.data())
 def test_language_models(model_type, data):
+    check(data.draw(cases(model_type, ARCHITECTURES[model_type][0])))
+
+
+@pytest.mark.parametrize("model_type", RELATIVES)
+@one
+@given(data=st.data())
+def test_relatives_of_llama(model_type, data):
     check(data.draw(cases(model_type, ARCHITECTURES[model_type][0])))
 
 

@@ -35,16 +35,16 @@ TINY: dict[str, TransformerConfig] = {
     "neox": neox(**TEXT, rotary_fraction=0.67),
     "neox-sequential": neox(**TEXT, rotary_fraction=1.0, parallel=False),
     "llama": llama(**TEXT, num_kv_heads=2, d_ff=40),
-    "mistral": llama(**TEXT, num_kv_heads=2, d_ff=40, window=4),
-    "qwen2": llama(**TEXT, num_kv_heads=2, d_ff=40, bias=True, out_bias=False, window=(3, None)),
-    "qwen3": llama(**TEXT, num_kv_heads=2, d_ff=40, qk_norm="head"),
-    "olmo": llama(**TEXT, num_kv_heads=2, d_ff=40, qk_norm="all"),
+    # All that Llama's relatives have: biases of some projections, norms of heads, windows in some layers.
+    "qwen": llama(
+        **TEXT, num_kv_heads=2, d_ff=40, bias=True, out_bias=False, qk_norm="head", window=(3, None)
+    ),
     "bert": bert(**TEXT, max_length=24, heads=bert_pretraining_heads()),
     "vit": vit(**SIZE, image_size=8, patch_size=4, num_classes=5),
 }
 CAUSAL = [name for name, config in TINY.items() if config.causal]
 # One model for each kind of positions, residual, norm and window that a decoder may have.
-DECODERS = ["gpt2", "opt-350m", "bloom-odd", "gptj", "neox", "llama", "qwen2", "qwen3"]
+DECODERS = ["gpt2", "opt-350m", "bloom-odd", "gptj", "neox", "llama", "qwen"]
 
 
 def build(config: TransformerConfig | str, **changes) -> Transformer:

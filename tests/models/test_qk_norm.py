@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import rotary_angles, rotate
+from effscale.models import llama, rotary_angles, rotate
 from effscale.parallel import MeshConfig, shard
 
 run = jax.jit(lambda model, ids: model(ids))
 
 
-@pytest.mark.parametrize(("name", "width"), [("qwen3", 6), ("olmo", 24)])
-def test_queries_are_normed_and_then_rotated(name, width, tiny, tokens):
-    model = tiny(name)
+def of(over):
+    """A Llama with norms."""
+    sizes = {"num_layers": 2, "d_model": 24, "num_heads": 4, "num_kv_heads": 2, "d_ff": 40}
+    return llama(**sizes, vocab_size=37, qk_norm=over)
+
+
+@pytest.mark.parametrize(("over", "width"), [("head", 6), ("all", 24)])
+def test_queries_are_normed_and_then_rotated(over, width, tiny, tokens):
+    model = tiny(of(over))
     ids = tokens(model.config, 2, 8)
     encode = jax.jit(lambda m: m.encode(ids, capture=("attention_in", "query")))
     found = {point: np.asarray(v[0]) for point, v in encode(model).captured[0][0].items()}
@@ -29,9 +35,9 @@ def test_queries_are_normed_and_then_rotated(name, width, tiny, tokens):
     np.testing.assert_allclose(found["query"], np.asarray(turned) * 6**-0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo"])
-def test_heads_on_several_devices(name, tiny, tokens):
-    model = tiny(name)
+@pytest.mark.parametrize("over", ["head", "all"])
+def test_heads_on_several_devices(over, tiny, tokens):
+    model = tiny(of(over))
     ids = tokens(model.config, 4, 8)
     expected = run(model, ids)
     mesh = MeshConfig(data=2, fsdp=2, tensor=2).build()
