@@ -13,6 +13,7 @@ from flax import nnx
 
 from effscale.experiments import (
     data_efficiency,
+    moe,
     onebit,
     quickstart,
     random_ltd_bert,
@@ -20,6 +21,7 @@ from effscale.experiments import (
     seqlen_curriculum,
     xtc,
 )
+from effscale.experiments.moe import runs as moe_runner
 from effscale.experiments.onebit import runs as onebit_runner
 from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
@@ -86,6 +88,7 @@ def programs() -> list[Program]:
             lower=functools.partial(lower_onebit, "bert", "onebit_adam"),
         ),
         Program(name="xtc paper, 6 binary layers and their teacher, data 8", lower=lower_xtc),
+        Program(name="moe paper, pr_moe_mos and its teacher, expert 8", lower=lower_moe),
     ]
     return found
 
@@ -230,6 +233,20 @@ def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
     batch = {"input_ids": rows, "attention_mask": rows, "weights": weights}
     mesh = MeshConfig(data=8).build(devices)
     return lower_step(arm.train_step(), create, batch, mesh, frozen=teacher)
+
+
+def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """The step of a student of 350M+PR-MoE-32/64 while its teacher is there, on experts that are divided over 8 devices."""
+    config = moe.PRESETS["paper"]
+    step, optimizer = moe_runner.make_step(config, "pr_moe_mos")
+    make = lambda name: Transformer(config.transformer(name, config.vocab_size), rngs=nnx.Rngs(0))
+
+    def create() -> Any:
+        return create_train_state(make("pr_moe_mos"), optimizer, key=jax.random.key(0))
+
+    mesh = MeshConfig(data=1, expert=8).build(devices)
+    batch = _packed_rows((config.batch_size, config.length))
+    return lower_step(step, create, batch, mesh, frozen=lambda: make("pr_moe"))
 
 
 def lower_step(

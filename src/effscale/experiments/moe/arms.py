@@ -31,7 +31,7 @@ class Arm:
     times: int = 1
     """Length of the training, as a multiple of the others'."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
-    """Which layers have experts; a pyramid has twice as many in the last."""
+    """Which layers have experts; a pyramid has twice as many in the last sixth of them, as 350M+PR-MoE-32/64 in two of twelve."""
     k: int = 1
     """Experts of each token."""
     residual: bool = False
@@ -86,9 +86,11 @@ def expert_counts(arm: Arm, num_layers: int, num_experts: int) -> list[int]:
     """
     counts = [0] * num_layers
     if arm.where in ("every_second", "pyramid"):
-        counts[1::2] = [num_experts] * len(counts[1::2])
-        if arm.where == "pyramid":
-            counts[max(i for i, count in enumerate(counts) if count)] = 2 * num_experts
+        places = range(1, num_layers, 2)
+        more = max(1, round(len(places) / 6)) if arm.where == "pyramid" else 0
+        for number, place in enumerate(places):
+            last = number >= len(places) - more
+            counts[place] = num_experts * (2 if last else 1)
     elif arm.where != "none":
         half = num_layers // 2
         places = range(half) if arm.where == "first_half" else range(num_layers - half, num_layers)

@@ -29,7 +29,7 @@ class Config(CorporaPart):
     model: ModelConfig = ModelConfig(num_layers=6, d_model=96, remat="none")
     """The dense model, whose feed-forward is each expert."""
     num_experts: int = 8
-    """Experts of a layer that has them; the last of a pyramid has twice as many."""
+    """Experts of a layer that has them; the last ones of a pyramid have twice as many."""
     router: RouterConfig = RouterConfig(capacity_factor=1.25, eval_capacity_factor=2.0)
     """How tokens choose experts; ``k`` comes with each arm."""
     student_layers: int = 4
@@ -112,8 +112,7 @@ PRESETS = {
     ),
     "default": Config(),
     # 350M+PR-MoE-32/64 and what stands beside it, of DeepSpeed's own scripts: 24 layers, 1,024 wide, 256 rows of 2,048 tokens, 300B tokens,
-    # capacity factor 1. Their pyramids have twice as many experts in the last two of the twelve layers; here in the last. Students have 21
-    # layers.
+    # capacity factor 1. Students have 21 layers.
     "paper": Config(
         steps=572_000,
         warmup=715,

@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from effscale.data import Corpus, make_dataset
@@ -31,6 +33,21 @@ from effscale.training import (
 _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
 
 
+def make_step(
+    config: Config, name: ArmName
+) -> tuple[Callable[..., tuple[TrainState, Any]], optax.GradientTransformation]:
+    """The training step of an arm, not jitted, and its optimizer. A student's step is given its teacher as ``frozen``."""
+    steps, peak = config.steps_of(name), config.rate_of(name)
+    rate = ScheduleConfig(peak=peak, warmup=config.warmup, total=steps, final=peak / 10).build()
+    optimizer = config.optimizer.build(rate)
+    loss: Any = next_token_loss
+    if ARMS[name].teacher is not None:
+        options = {"alpha": config.alpha, "temperature": config.temperature}
+        loss = functools.partial(mixture_of_students_loss, **options)
+    step = make_train_step(loss, optimizer, clip=Clip(config.clip_norm), learning_rate=rate)
+    return step, optimizer
+
+
 class Training:
     """Training of an arm, compiled once for all seeds.
 
@@ -52,18 +69,7 @@ class Training:
         self.corpora, self.weights = corpora, weights
         self.steps = config.steps_of(name)
         self.model = config.transformer(name, corpora[0].vocab_size)
-        peak = config.rate_of(name)
-        rate = ScheduleConfig(
-            peak=peak, warmup=config.warmup, total=self.steps, final=peak / 10
-        ).build()
-        self.optimizer = config.optimizer.build(rate)
-        options: dict[str, Any] = {"clip": Clip(config.clip_norm), "learning_rate": rate}
-        loss: Any = next_token_loss
-        if self.arm.teacher is not None:
-            loss = functools.partial(
-                mixture_of_students_loss, alpha=config.alpha, temperature=config.temperature
-            )
-        self._plain = make_train_step(loss, self.optimizer, **options)
+        self._plain, self.optimizer = make_step(config, name)
         self.step: Any = (
             self._staged() if self.arm.leaves else ShapeBuckets(self._plain, donate_argnums=0)
         )
