@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.grouped_matmul import reference, tiles
+from kernels_pallas.grouped_matmul import buffers, reference
 
-Implementation = Literal["reference", "tiles", "ragged_dot"]
-IMPLEMENTATIONS: tuple[str, ...] = ("reference", "tiles", "ragged_dot")
+Implementation = Literal["reference", "buffers", "ragged_dot"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "buffers", "ragged_dot")
 
 
 def grouped_matmul(
@@ -31,9 +31,9 @@ def grouped_matmul(
         weight: A matrix for each group, of the type of `x`.
         sizes: How many rows each group has. Rows after the last group give zeros.
         bias: Added to each row; None adds nothing.
-        implementation: "reference" (a masked product, groups times the work), "tiles" (loops over tiles of rows),
+        implementation: "reference" (a masked product, groups times the work), "buffers" (a batched product, and a loop over rows that do not fit),
             "ragged_dot" (`jax.lax.ragged_dot`, which is a kernel on TPUs and a masked product elsewhere), or None:
-            "ragged_dot" in programs for TPUs, otherwise "tiles".
+            "ragged_dot" in programs for TPUs, otherwise "buffers".
 
     Returns:
         The products, in the type of `x`.
@@ -51,12 +51,12 @@ def grouped_matmul(
     check_operands(x, weight, sizes, bias)
     functions: dict[str, Callable[..., Any]] = {
         "reference": reference.grouped_matmul,
-        "tiles": tiles.grouped_matmul,
+        "buffers": buffers.grouped_matmul,
         "ragged_dot": _ragged_dot,
     }
     if implementation is not None:
         return functions[implementation](x, weight, sizes, bias)
-    by_platform = {"default": functions["tiles"], "tpu": functions["ragged_dot"]}
+    by_platform = {"default": functions["buffers"], "tpu": functions["ragged_dot"]}
     return dispatch.by_platform(by_platform, x, weight, sizes, bias)
 
 
