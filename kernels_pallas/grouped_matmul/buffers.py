@@ -1,9 +1,10 @@
-"""The product by a buffer for each group, as long as groups are on average, and a loop over what does not fit.
+"""The product by a buffer for each group, as long as groups are expected to be, and a loop over what does not fit.
 
 The buffers are one batched product. Groups that are longer have their other rows multiplied a tile at a time; of groups that are even
 there are none. A loop over all rows of all groups would take twice as long on a CPU.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -23,40 +24,43 @@ def grouped_matmul(
     weight: Float[Array, "groups d_in d_out"],
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
+    expected_rows: int | None = None,
 ) -> Float[Array, "rows d_out"]:
     """See `kernels_pallas.grouped_matmul`."""
     # In a shard_map a gradient has to vary as its operand does.
     x, weight, sizes, bias = vary((x, weight, sizes, bias), varying_axes(x, weight, sizes, bias))
-    y = _product(x, weight, sizes)
+    expected = x.shape[0] if expected_rows is None else expected_rows
+    y = _product(x, weight, sizes, math.ceil(expected / weight.shape[0]))
     if bias is not None:
         mine = jax.nn.one_hot(group_of_rows(sizes, x.shape[0]), sizes.shape[0])
         y = y + mine @ bias.astype(jnp.float32)
     return y.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _product(x: Array, weight: Array, sizes: Array) -> Array:
-    return _rows_times(x, weight, sizes, transposed=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: Array, weight: Array, sizes: Array, capacity: int) -> Array:
+    return _rows_times(x, weight, sizes, capacity, transposed=False)
 
 
-def _forward(x: Array, weight: Array, sizes: Array) -> tuple[Array, Any]:
-    return _product(x, weight, sizes), (x, weight, sizes)
+def _forward(x: Array, weight: Array, sizes: Array, capacity: int) -> tuple[Array, Any]:
+    return _product(x, weight, sizes, capacity), (x, weight, sizes)
 
 
-def _backward(kept: Any, g: Array) -> tuple[Array, Array, None]:
+def _backward(capacity: int, kept: Any, g: Array) -> tuple[Array, Array, None]:
     x, weight, sizes = kept
     g = g.astype(x.dtype)
-    to_x = _rows_times(g, weight, sizes, transposed=True)
-    return to_x.astype(x.dtype), _weight_gradient(x, g, sizes).astype(weight.dtype), None
+    to_x = _rows_times(g, weight, sizes, capacity, transposed=True)
+    to_weight = _weight_gradient(x, g, sizes, capacity)
+    return to_x.astype(x.dtype), to_weight.astype(weight.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _rows_times(x: Array, weight: Array, sizes: Array, *, transposed: bool) -> Array:
+def _rows_times(x: Array, weight: Array, sizes: Array, capacity: int, *, transposed: bool) -> Array:
     """Each row times the matrix of its group, or times its transpose, in float32."""
     rows, groups = x.shape[0], weight.shape[0]
-    capacity, tile = _sizes(rows, groups)
+    tile = _tile(capacity)
     contract = 2 if transposed else 1
     product = lambda a, w, batch: jax.lax.dot_general(
         a,
@@ -87,10 +91,9 @@ def _rows_times(x: Array, weight: Array, sizes: Array, *, transposed: bool) -> A
     return jax.lax.fori_loop(jnp.zeros_like(number), number, step, y)[:rows]
 
 
-def _weight_gradient(x: Array, g: Array, sizes: Array) -> Array:
+def _weight_gradient(x: Array, g: Array, sizes: Array, capacity: int) -> Array:
     """The sum over each group's rows of ``x_r g_r^T``, in float32."""
-    rows, groups = x.shape[0], sizes.shape[0]
-    capacity, tile = _sizes(rows, groups)
+    rows, tile = x.shape[0], _tile(capacity)
     starts = jnp.cumsum(sizes) - sizes
     at = _buffer_rows(starts, capacity, rows)
     there = (jnp.arange(capacity)[None] < sizes[:, None])[..., None]
@@ -130,8 +133,7 @@ def _left_over(starts: Array, sizes: Array, capacity: int, tile: int) -> Any:
     return group_at, ends[-1]
 
 
-def _sizes(rows: int, groups: int) -> tuple[int, int]:
-    """Rows of a buffer, and of a tile: an eighth of that, as a power of two."""
-    capacity = max(1, math.ceil(rows / groups))
+def _tile(capacity: int) -> int:
+    """Rows of a tile: an eighth of a buffer's, as a power of two."""
     tile = 1 << max(capacity // 8 - 1, 0).bit_length()
-    return capacity, min(LARGEST_TILE, max(SMALLEST_TILE, tile))
+    return min(LARGEST_TILE, max(SMALLEST_TILE, tile))

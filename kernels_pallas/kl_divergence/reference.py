@@ -16,7 +16,9 @@ def token_divergences(
         jax.nn.log_softmax(logits_of(o.hidden, o.vocab_weight, o.bias) / temperature)
         for o in (student, teacher)
     )
-    return (jnp.exp(other) * (other - own)).sum(-1)
+    probability = jnp.exp(other)
+    # A token that the teacher excludes, with a logit of minus infinity, counts for nothing.
+    return jnp.where(probability > 0, probability * (other - own), 0.0).sum(-1)
 
 
 def reference(

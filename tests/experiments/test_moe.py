@@ -45,12 +45,10 @@ def test_figures(finished):
     assert named["pr_moe_params"] > named["dense_params"]
     # The teacher's forward passes are counted while it is there.
     assert named["pr_moe_mos_teraflops"] > named["pr_moe_teraflops"]
-    difference = named["pr_moe_mos_val_loss"] - named["pr_moe_val_loss"]
-    assert abs(difference) > 0
     assert (finished / "figures" / "moe.png").stat().st_size > 10_000
     # Losses are of the text alone.
-    last = records(finished, "pr_moe")[0]
-    assert last["task_loss"] < last["loss"]
+    first = records(finished, "pr_moe")[0]
+    assert first["task_loss"] < first["loss"]
 
 
 def test_the_teacher_leaves_after_its_share_of_the_steps(finished):
@@ -136,6 +134,7 @@ def test_arms_that_are_compared_hold_and_compute_alike():
     params = {name: report.count_params(config.transformer(name, 512)) for name in ARMS}
     flops = {name: report.teraflops(config, name, 512) for name in ARMS}
     assert params["first_half"] == params["second_half"] == params["moe"]
+    assert params["residual"] < params["pr_moe"] < params["moe_double"]
     assert params["pr_moe_student"] == params["pr_moe_mos"] < params["pr_moe"]
     assert flops["first_half"] == flops["second_half"] == flops["moe"] < 1.01 * flops["dense"]
     np.testing.assert_allclose(flops["residual"], flops["top2"], rtol=2e-3)

@@ -71,6 +71,17 @@ def test_whole_logits_are_never_held():
     assert f"200x{VOCAB}xf32" in text
 
 
+def test_a_token_that_the_teacher_excludes_counts_for_nothing():
+    x, w, teacher_x, teacher_w, _, teacher_bias = operands()
+    less = lambda bias: jax.jit(
+        jax.value_and_grad(lambda x: kl_divergence(x, w, teacher_x, teacher_w, teacher_bias=bias))
+    )(x)
+    value, gradient = less(teacher_bias.at[3].set(-jnp.inf))
+    expected, other = less(teacher_bias.at[3].set(-1e9))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, other, rtol=1e-6)
+
+
 def test_bad_input():
     x, w, teacher_x, teacher_w, _, _ = operands()
     with pytest.raises(ValueError, match="a vocabulary of 40 and the teacher one of 39"):

@@ -16,25 +16,34 @@ from effscale.quant import quantize_model, w8a8
 
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
 
+ALL = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None)
 
-def make(num_experts=8, **changes):
+
+def make(num_experts=8, router=ALL, **changes):
     dense = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=23, max_length=32)
-    router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None)
     moe = MoEConfig(num_experts=num_experts, expert=MLPConfig(d_ff=16), router=router, **changes)
     config = dataclasses.replace(with_experts(dense, moe), init_std=0.5)
     return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_greedy_tokens_are_those_of_the_whole_sequence(rows):
-    """One row decodes expert by expert, three go through all experts."""
-    model = make(shared=MLPConfig(d_ff=8))
+@pytest.mark.parametrize(("rows", "groups"), [(1, None), (3, None), (2, 2)])
+def test_greedy_tokens_are_those_of_the_whole_sequence(rows, groups):
+    """One row decodes expert by expert, three go through all experts, and so do two in groups of their own."""
+    model = make(shared=MLPConfig(d_ff=8), groups=groups)
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, 23, (rows, 5)), jnp.int32)
     done = decode(model, prompt, GREEDY, log_probs=True)
     logits = jax.jit(lambda m, ids: m(ids))(model, done.tokens[:, :-1])[:, 4:]
     np.testing.assert_array_equal(done.tokens[:, 5:], logits.argmax(-1))
     expected = jax.nn.log_softmax(logits).max(-1)
     np.testing.assert_allclose(done.log_probs, expected, atol=1e-4)
+
+
+def test_decoding_drops_nothing():
+    """A capacity would let the other rows of a batch decide what a row says."""
+    model = make(router=RouterConfig(k=1, eval_capacity_factor=0.5, min_capacity=0))
+    prompt = jnp.asarray(np.random.default_rng(0).integers(0, 23, (8, 5)), jnp.int32)
+    together = decode(model, prompt, GREEDY).tokens
+    np.testing.assert_array_equal(together[:1], decode(model, prompt[:1], GREEDY).tokens)
 
 
 def test_experts_apart_compute_the_same_as_the_stack():

@@ -142,6 +142,27 @@ def test_groups_have_capacities_of_their_own():
         np.testing.assert_allclose(y[row : row + 1], expected, atol=2e-5)
 
 
+def test_groups_count_by_their_tokens():
+    """One row is padding alone: figures and loss are those of the other row."""
+    router = RouterConfig(k=2, eval_capacity_factor=1.0)
+    real = jnp.asarray(np.array([[True] * 8, [False] * 8]))
+    run = lambda layer, x, valid: jax.jit(lambda m, x: m(x, context(len(x), valid=valid))[1])(
+        layer, x
+    )
+    both = run(make(router=router, groups=2), X, real)
+    one = run(make(router=router), X[:1], real[:1])
+    for name, value in one.items():
+        np.testing.assert_allclose(both[name], value, rtol=1e-6)
+
+
+def test_what_was_asked_for_is_told_by_expert_without_a_capacity_too():
+    layer = make(router=RouterConfig(k=2, eval_capacity_factor=None))
+    given = dataclasses.replace(context(), capture=(("feed_forward_inner", None),))
+    y, report = jax.jit(lambda m, x: m(x, given))(layer, X)
+    assert report["feed_forward_inner"].shape == (E, 1, 16, 16)
+    np.testing.assert_allclose(y, jax.jit(lambda m, x: m(x, context())[0])(layer, X), atol=1e-5)
+
+
 @pytest.mark.parametrize("noise", ["jitter", "gumbel", "gumbel_second"])
 def test_noise_in_training_only(noise):
     router = RouterConfig(k=2, noise=noise, capacity_factor=None, eval_capacity_factor=None)
@@ -169,7 +190,7 @@ def test_the_router_computes_in_float32():
     assert y.dtype == jnp.bfloat16
     assert report["aux_loss"].dtype == jnp.float32
     exact = run(layer, X.astype(jnp.bfloat16).astype(jnp.float32))[1]
-    np.testing.assert_array_equal(report["load"], exact["load"])
+    np.testing.assert_array_equal(report["router_entropy"], exact["router_entropy"])
 
 
 def test_in_a_model_it_is_a_pair_of_layers_that_is_scanned():
@@ -202,7 +223,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="gumbel_second"):
         RouterConfig(noise="gumbel_second")
     with pytest.raises(ValueError, match="groups=3 does not divide the 2 rows"):
-        make(groups=3)(X, context())
+        make(groups=3)(X, context(), jax.random.key(0))
     dense = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=23, max_length=16)
     with pytest.raises(ValueError, match="num_experts has 3 entries, and 2 of the 4 layers"):
         with_experts(dense, MoEConfig(num_experts=2, expert=mlp), [2, 2, 2])

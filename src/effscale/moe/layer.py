@@ -1,6 +1,7 @@
 """A mixture of experts in the place of a block's feed-forward."""
 
 import dataclasses
+import functools
 import math
 import typing
 from typing import Any, Literal
@@ -58,11 +59,12 @@ class MoEConfig:
     ``use_residual`` does it; ``sum``: as they are, as the paper writes it; ``gated``: the shared part times a sigmoid, as Qwen2-MoE."""
     dispatch: Dispatch | None = None
     """How tokens get to their experts: ``table``: gathered into a buffer for each expert; ``one_hot``: the same by products with one-hot
-    arrays, the slow reference; ``dropless``: sorted by expert, without buffers. None: ``dropless`` where the router's
-    capacity factor is None, otherwise ``table``."""
+    arrays, the slow reference; ``dropless``: sorted by expert, for routers without a capacity. None: ``dropless`` where the
+    router's capacity factor is None, otherwise ``table``."""
     groups: int | None = None
     """Groups of rows of the batch that are routed apart from each other, each with capacities of its own; None: one on each device that
-    has rows of its own, as DeepSpeed does it. A number makes results independent of the mesh."""
+    has rows of its own, as DeepSpeed does it. A number makes results independent of the mesh; it should be a multiple of the devices that share
+    the batch. Outside training, a batch that it does not divide makes as many groups as it can."""
     exchange: Exchange = Exchange()
     """How tokens travel between devices that hold different experts."""
 
@@ -80,7 +82,7 @@ class MoEConfig:
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The points of the experts, whose arrays get a leading expert dimension, and the router's probabilities."""
+        """The points of the experts, whose arrays get a leading expert dimension."""
         return tuple(getattr(self.expert, "points", ()))
 
     def multiplications(self, d_model: int) -> int:
@@ -120,16 +122,21 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
         """The output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        groups = _groups(self.config.groups, x.shape[0])
+        groups = _groups(self.config.groups, x.shape[0], training=key is not None)
         tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
         used = None if context.real is None else context.real.reshape(groups, -1)
         group_keys = None if keys[0] is None else jax.random.split(keys[0], groups)
-        routing, aux, found = each_group(self.router, tokens, used, group_keys)
+        # While decoding, a token must not be dropped for the sake of other rows.
+        route = functools.partial(self.router, drops=not context.cached)
+        routing, aux, found = each_group(route, tokens, used, group_keys)
         y, captured = self._experts(tokens, routing, context, keys[1])
         y = constrain(y.reshape(x.shape), "batch", "seq", "embed_act")
         if self.shared is not None:
             y = self._mixed(x, y, self.shared(x, context, keys[2])[0])
-        report = {AUX_LOSS: aux.mean(), **jax.tree.map(lambda a: a.mean(0), found)}
+        # A group of much padding weighs less than a full one.
+        choices = routing.sizes.sum(-1).astype(jnp.float32)
+        share = choices / jnp.maximum(choices.sum(), 1)
+        report = jax.tree.map(lambda a: jnp.tensordot(share, a, 1), {AUX_LOSS: aux, **found})
         return y, report | captured
 
     def for_decoding(self) -> "MoE":
@@ -154,14 +161,21 @@ class MoE(nnx.Module):
     ) -> Worked:
         config, experts = self.config, self.experts
         if isinstance(experts, nnx.List):
-            few = 2 * math.prod(routing.experts.shape) <= config.num_experts
-            if few and key is None and not context.capture:
+            groups, *items = routing.experts.shape
+            few = groups == 1 and 2 * math.prod(items) <= config.num_experts
+            if few and key is None and not self._captures(context):
                 return one_by_one(experts, tokens, routing, context)
             experts = jax.tree.map(lambda *each: jnp.stack(each), *experts)
         by = config.dispatch or ("dropless" if routing.capacity is None else "table")
-        if by == "dropless":
+        plain = all(isinstance(leaf, jax.Array) for leaf in _weights(experts))
+        # Sorted rows hide from a structured weight what it does with its inputs, and from a caller which rows are whose.
+        if by == "dropless" and plain and not self._captures(context):
             return by_sorted_rows(experts, tokens, routing, context, key)
+        by = "table" if by == "dropless" else by
         return by_buffers(experts, tokens, routing, context, key, by=by, exchange=config.exchange)
+
+    def _captures(self, context: Context) -> bool:
+        return any(name in self.config.points for name, _ in context.capture)
 
     def _mixed(self, x: Array, y: Array, shared: Array) -> Array:
         if self.coefficient is None:
@@ -181,10 +195,16 @@ def _stacked(experts: Any) -> Any:
     return experts
 
 
-def _groups(given: int | None, batch: int) -> int:
+def _weights(module: Any) -> list[Any]:
+    return [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module))]
+
+
+def _groups(given: int | None, batch: int, *, training: bool) -> int:
     """How many groups of rows are routed apart: as given, or one on each device that has rows of its own."""
     if given is None:
         return math.prod(mesh_size(axis) for axis in auto_batch_axes(batch))
-    if batch % given:
-        raise ValueError(f"MoEConfig.groups={given} does not divide the {batch} rows of this batch")
-    return given
+    if training and batch % given:
+        raise ValueError(
+            f"MoEConfig.groups={given} does not divide the {batch} rows of this batch: choose a divisor, or batches of a multiple"
+        )
+    return math.gcd(given, batch)

@@ -32,7 +32,7 @@ class RouterConfig:
     """Room of each expert in training, as a multiple of its share of the choices; what finds no room is dropped and goes on along the
     residual stream alone. None: nothing is dropped (DeepSpeed's ``drop_tokens=False``)."""
     eval_capacity_factor: float | None = 1.0
-    """The same outside training, that is, without a key."""
+    """The same outside training, that is, without a key. With a cache, in decoding, nothing is dropped whatever it says."""
     min_capacity: int = 4
     """Least room of an expert, in tokens."""
     priority: Priority | None = None
@@ -56,7 +56,8 @@ class RouterConfig:
     """Coefficient of the router's z-loss; ST-MoE takes 0.001."""
     balance_by_bias: bool = False
     """Add a bias to the scores by which experts are chosen, and to nothing else; :func:`effscale.moe.with_balance_bias` moves it
-    towards an even load in each step, in place of a loss (``balance=0``), as in DeepSeek-V3."""
+    towards an even load in each step, in place of a loss (``balance=0``), as in DeepSeek-V3. Without it the optimizer of the other
+    parameters would move the bias at its own rate, which is far too much."""
 
     def __post_init__(self):
         check(self, self.k >= 1, "k", "at least 1")
@@ -77,6 +78,12 @@ class RouterConfig:
             self.noise != "gumbel_second" or self.k >= 2,
             "noise",
             f"for k of 2 or more: with k={self.k} there is no second choice",
+        )
+        check(
+            self,
+            self.noise in (None, "jitter") or not self.balance_by_bias,
+            "noise",
+            "None or jitter with balance_by_bias, whose scores are probabilities and no logits",
         )
         if self.balance_choices is not None:
             choice(self, "balance_choices", ("first", "all"))
@@ -118,6 +125,8 @@ class Router(nnx.Module):
         x: Float[Array, "tokens d_model"],
         used: Bool[Array, "tokens"] | None = None,
         key: PRNGKeyArray | None = None,
+        *,
+        drops: bool = True,
     ) -> tuple[Routing, Float[Array, ""], dict[str, Array]]:
         """The routing of tokens that share their capacity, the auxiliary loss, and what to watch.
 
@@ -125,6 +134,7 @@ class Router(nnx.Module):
             x: The tokens.
             used: False at padding.
             key: In training; None outside, where nothing is random and ``eval_capacity_factor`` counts.
+            drops: Whether experts have a capacity at all.
         """
         config = self.config
         keys: Any = (None, None) if key is None else jax.random.split(key)
@@ -145,7 +155,7 @@ class Router(nnx.Module):
         routing = top_k_routing(
             probs,
             config.k,
-            capacity=config.capacity(*probs.shape, training=key is not None),
+            capacity=config.capacity(*probs.shape, training=key is not None) if drops else None,
             scores=scores,
             used=used,
             priority=config.priority if key is not None or config.priority != "random" else None,

@@ -98,14 +98,14 @@ def top_k_routing(
     """Each token goes to the k experts with the highest scores.
 
     Args:
-        probs: Of each expert for each token, after the softmax (or sigmoid), in float32. Gradients flow through the weights that
+        probs: The probability of each expert for each token, after the softmax (or sigmoid), in float32. Gradients flow through the weights that
             are made of them; choices have none.
         k: Experts of each token.
         capacity: Rows of each expert's buffer; see :func:`expert_capacity`. Items that find no room are dropped. None: none is.
         scores: What the choice is made by, such as logits with noise; None: ``probs``.
         used: False at padding, which goes nowhere.
         priority: Who gets a place where an expert has too few: ``token``: earlier tokens; ``choice``: all first choices before all second
-            ones, then earlier tokens; ``probability``: the most probable; ``random``: whoever is drawn (random token selection,
+            ones, then earlier tokens; ``probability``: the most probable (with these two, later tokens can take the places of earlier ones); ``random``: whoever is drawn (random token selection,
             which needs ``key``). None: as DeepSpeed, ``random`` for k = 1 (``token`` without a key), ``choice`` for 2, and
             ``probability`` for more.
         normalize: Whether the weights of a token add up to 1: ``kept``: those of the items that were kept; ``chosen``: those of all k

@@ -84,39 +84,35 @@ def by_sorted_rows(
 ) -> Worked:
     """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped.
 
-    Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back, and what was asked for at the
-    experts' points is not told.
+    Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back.
     """
     check_experts(routing.sizes.shape[-1])
     batch, divided = auto_batch_axes(tokens.shape[0]), expert_axes()
-    travels = bool(divided) and set(divided) <= set(batch)
+    manual = bool(divided) and set(divided) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    travels = manual or (bool(divided) and set(divided) <= set(batch))
+    items = routing.order.shape[-1]
 
     def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
-        captured: dict[str, Array] = {}
-
         def work(rows: Array, sizes: Array) -> Array:
-            own: Any = dropless.grouped_experts(experts, sizes)
-            y, found = own(rows[None], context, key)
-            captured.update(found)
-            return y[0]
+            own: Any = dropless.grouped_experts(experts, sizes, expected_rows=items)
+            return own(rows[None], context, key)[0][0]
 
         rows = dropless.dispatch(tokens, routing)
         if travels:
             made = exchanged(rows, routing.sizes, work, divided)
-            return dropless.combine(made, routing), {}
-        made = work(rows, routing.sizes)
-        return dropless.combine(made, routing), captured
+        else:
+            made = work(rows, routing.sizes)
+        return dropless.combine(made, routing)
 
     def own_groups(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
         return jax.lax.map(lambda group: one(experts, *group), (tokens, routing))
 
     if not batch:
-        return own_groups(experts, tokens, routing)
-    specs = (P(divided) if travels else P(), P(batch), P(batch))
+        return own_groups(experts, tokens, routing), {}
+    specs = (P(divided) if travels and not manual else P(), P(batch), P(batch))
     names = set(batch)
-    return jax.shard_map(own_groups, in_specs=specs, out_specs=P(batch), axis_names=names)(
-        experts, tokens, routing
-    )
+    run = jax.shard_map(own_groups, in_specs=specs, out_specs=P(batch), axis_names=names)
+    return run(experts, tokens, routing), {}
 
 
 def one_by_one(

@@ -69,7 +69,9 @@ def mixture_of_students_loss(
         >>> "divergence" in metrics
         True
     """
-    given: dict[str, Any] = {name: batch.get(name) for name in ("positions", "segment_ids")}
+    given: dict[str, Any] = {
+        name: batch.get(name) for name in ("attention_mask", "positions", "segment_ids")
+    }
     encoded = model.encode(batch["input_ids"], **given, key=key)
     labels, weights = batch["labels"], batch.get("loss_weights")
     text = head_loss(model, "lm", encoded.hidden, labels, weights)

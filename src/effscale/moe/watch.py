@@ -24,7 +24,7 @@ def effective_experts(load: Sequence[float]) -> float:
 
 
 class RouterWatch:
-    """A writer that warns once of each metric ``load`` that shows a collapsed router, and gives all records to another writer.
+    """A writer that warns when a metric ``load`` shows that a router has collapsed, and gives all records to another writer.
 
     ``load`` is a mean over layers (of one size, where there are several), so a single layer of many can hide in it.
 

@@ -26,7 +26,7 @@ def next_token_loss(
 
     Args:
         model: A causal model with a head named ``lm``.
-        batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and where present ``loss_weights``,
+        batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and where present ``loss_weights``, ``attention_mask``,
             ``segment_ids`` and ``positions``. A label outside the vocabulary, such as -100, does not count.
         key: Turns dropout on.
         z_loss: Coefficient of the squared log normalizer.
@@ -48,6 +48,7 @@ def next_token_loss(
     """
     encoded = model.encode(
         batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         key=key,

@@ -11,6 +11,7 @@ ArmName = Literal[
     "dense_2x",
     "dense_4x",
     "moe",
+    "moe_double",
     "top2",
     "residual",
     "first_half",
@@ -32,6 +33,8 @@ class Arm:
     """Length of the training, as a multiple of the others'."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
     """Which layers have experts; a pyramid has twice as many in the last sixth of them, as 350M+PR-MoE-32/64 in two of twelve."""
+    experts: int = 1
+    """How many there are, as a multiple of ``Config.num_experts``."""
     k: int = 1
     """Experts of each token."""
     residual: bool = False
@@ -49,23 +52,24 @@ ARMS: dict[ArmName, Arm] = {
     "dense_2x": Arm(about="no experts, twice the steps", where="none", times=2),
     "dense_4x": Arm(about="no experts, four times the steps", where="none", times=4),
     "moe": Arm(about="experts in every second layer"),
+    "moe_double": Arm(about="twice as many experts in every second layer", experts=2),
     "top2": Arm(about="two experts for each token", k=2),
     "residual": Arm(about="one expert and a dense part", residual=True),
     "first_half": Arm(about="experts in the first half of the layers", where="first_half"),
     "second_half": Arm(about="experts in the second half of the layers", where="second_half"),
     "pr_moe": Arm(about="pyramid of residual experts", where="pyramid", residual=True),
     "pr_moe_student": Arm(
-        about="the same with fewer layers", where="pyramid", residual=True, student=True
+        about="a student: the same with fewer layers", where="pyramid", residual=True, student=True
     ),
     "pr_moe_kd": Arm(
-        about="which learns from pr_moe to the end",
+        about="the student, taught by pr_moe to the end",
         where="pyramid",
         residual=True,
         student=True,
         teacher="pr_moe",
     ),
     "pr_moe_mos": Arm(
-        about="which learns from pr_moe until it leaves: Mixture of Students",
+        about="the student, taught by pr_moe until it leaves",
         where="pyramid",
         residual=True,
         student=True,
@@ -85,6 +89,7 @@ def expert_counts(arm: Arm, num_layers: int, num_experts: int) -> list[int]:
         [0, 0, 0, 8, 8, 8]
     """
     counts = [0] * num_layers
+    num_experts = num_experts * arm.experts
     if arm.where in ("every_second", "pyramid"):
         places = range(1, num_layers, 2)
         more = max(1, round(len(places) / 6)) if arm.where == "pyramid" else 0

@@ -26,6 +26,8 @@ class Config(CorporaPart):
     """Tokens in a row, and positions of the model."""
     batch_size: int = 16
     """Rows in a batch."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory; tokens share the room of experts within each."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=96, remat="none")
     """The dense model, whose feed-forward is each expert."""
     num_experts: int = 8
@@ -65,8 +67,18 @@ class Config(CorporaPart):
             teacher = ARMS[name].teacher
             there = teacher is None or teacher in self.arms
             check(self, there, "arms", f"with the teacher of {name}, {teacher}")
-        for name in ("seeds", "steps", "length", "batch_size", "eval_every", "eval_batches"):
+        for name in (
+            "seeds",
+            "steps",
+            "length",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+            "eval_batches",
+        ):
             check(self, getattr(self, name) >= 1, name, "at least 1")
+        divisor = f"a divisor of batch_size={self.batch_size}"
+        check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"below steps={self.steps}")
         check(self, self.num_experts >= 2, "num_experts", "at least 2")
         check(self, self.model.num_layers >= 2, "model", "of at least 2 layers")
@@ -81,6 +93,10 @@ class Config(CorporaPart):
     def steps_of(self, name: ArmName) -> int:
         """Batches that an arm is trained on."""
         return self.steps * ARMS[name].times
+
+    def teacher_stop(self, name: ArmName) -> int:
+        """Steps of an arm after which its teacher leaves."""
+        return max(1, round(self.teacher_leaves * self.steps_of(name)))
 
     def rate_of(self, name: ArmName) -> float:
         """The peak of its learning rate."""
@@ -112,12 +128,13 @@ PRESETS = {
     ),
     "default": Config(),
     # 350M+PR-MoE-32/64 and what stands beside it, of DeepSpeed's own scripts: 24 layers, 1,024 wide, 256 rows of 2,048 tokens, 300B tokens,
-    # capacity factor 1. Students have 21 layers.
+    # capacity factor 1. Students have 21 layers. Their rates end at 1e-6, here at a tenth of the peak.
     "paper": Config(
         steps=572_000,
         warmup=715,
         length=2048,
         batch_size=256,
+        accumulate=8,
         model=ModelConfig(
             num_layers=24,
             d_model=1024,

@@ -1,9 +1,10 @@
-"""Dense models, mixtures of experts and their students learn from real text, at equal active compute.
+"""Dense models, mixtures of experts and their students learn from real text for the same number of steps.
 
-A mixture of experts holds several times the parameters of a dense model and computes with as many for each token. What is asked: how much
+A mixture of experts with one expert for each token computes as much as a dense model, and holds several times its parameters. What is asked: how much
 lower is its loss, and how much longer must a dense model train to get there? And what the paper observed on the way: are experts worth more
-in later layers? Is a dense part beside one expert as good as two experts? Does a pyramid of residual experts keep the quality with
-fewer parameters, and a shallower student of it, whose teacher leaves before the end?
+in later layers? Is a dense part beside one expert as good as two experts? Does a pyramid of residual experts do as well as
+its largest number of experts everywhere, with fewer parameters? And a shallower student of it, whose teacher leaves before the end? What each
+arm computed is counted.
 
     python -m effscale.experiments.moe
     python -m effscale.experiments.moe --arms dense moe --num-experts 16
@@ -78,7 +79,3 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.moe")
         keep_freed_memory()
         run(config)
-
-
-if __name__ == "__main__":
-    main()

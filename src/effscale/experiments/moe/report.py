@@ -24,7 +24,9 @@ COMPARED: tuple[tuple[ArmName, ArmName, str], ...] = (
     ("moe", "dense", "experts at equal steps"),
     ("second_half", "first_half", "experts in the second half rather than the first"),
     ("residual", "top2", "a dense part and one expert rather than two experts"),
-    ("pr_moe", "moe", "pyramid and residual rather than the same number everywhere"),
+    ("moe_double", "moe", "twice as many experts"),
+    ("pr_moe", "residual", "a pyramid rather than the same number everywhere"),
+    ("pr_moe", "moe_double", "a residual pyramid rather than its largest number everywhere"),
     ("pr_moe_student", "pr_moe", "fewer layers"),
     ("pr_moe_kd", "pr_moe_student", "a teacher to the end rather than none"),
     ("pr_moe_mos", "pr_moe_student", "a teacher that leaves rather than none"),
@@ -66,7 +68,7 @@ def teraflops(config: Config, name: ArmName, vocab_size: int) -> float:
     total = rows * training_flops(config.transformer(name, vocab_size), config.length)
     arm = ARMS[name]
     if arm.teacher is not None:
-        share = config.teacher_leaves if arm.leaves else 1.0
+        share = config.teacher_stop(name) / config.steps_of(name) if arm.leaves else 1.0
         teacher = training_flops(config.transformer(arm.teacher, vocab_size), config.length) / 3
         total += share * rows * teacher
     return total / 1e12

@@ -44,7 +44,13 @@ def make_step(
     if ARMS[name].teacher is not None:
         options = {"alpha": config.alpha, "temperature": config.temperature}
         loss = functools.partial(mixture_of_students_loss, **options)
-    step = make_train_step(loss, optimizer, clip=Clip(config.clip_norm), learning_rate=rate)
+    step = make_train_step(
+        loss,
+        optimizer,
+        accumulate=config.accumulate,
+        clip=Clip(config.clip_norm),
+        learning_rate=rate,
+    )
     return step, optimizer
 
 
@@ -105,8 +111,7 @@ class Training:
         once(folder, name, train)
 
     def _staged(self) -> StagedStep:
-        stop = max(1, round(self.config.teacher_leaves * self.steps))
-        return staged_distillation(self._plain, stop)
+        return staged_distillation(self._plain, self.config.teacher_stop(self.name))
 
     def _teacher(self, folder: RunFolder, seed: int) -> Transformer | None:
         """The teacher of this seed, trained before."""

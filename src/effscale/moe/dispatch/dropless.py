@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, without buffers: no expert has a limit and no row is empty (as in MegaBlocks).
+"""Tokens sorted by expert, without buffers of a fixed size: no expert has a limit (as in MegaBlocks).
 
 The experts then read rows of which each belongs to one of them. Any feed-forward made of :class:`effscale.models.Dense` can do so:
 :func:`grouped_experts` replaces its stacked kernels by weights that multiply each row with its expert's part.
@@ -45,10 +45,12 @@ class GroupedWeight:
     Attributes:
         weight: The weights of all groups.
         sizes: How many rows each group has.
+        expected_rows: How many rows belong to a group at all, about; None: all.
     """
 
     weight: Float[Array, "groups d_in d_out"]
     sizes: Int[Array, "groups"]
+    expected_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,15 +69,19 @@ class GroupedWeight:
     def matmul(self, x: Any, bias: Any, activation: Any) -> Array:
         """``activation(x W + b)`` with the weight of each row's group, and a bias of shape ``(groups, d_out)``."""
         weight = dense(self.weight).astype(x.dtype)
-        return finish(grouped_matmul(x, weight, self.sizes, bias), None, activation)
+        expected = {"expected_rows": self.expected_rows}
+        return finish(grouped_matmul(x, weight, self.sizes, bias, **expected), None, activation)
 
 
-def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Module:
+def grouped_experts(
+    experts: nnx.Module, sizes: Int[Array, "experts"], expected_rows: int | None = None
+) -> nnx.Module:
     """A stack of experts that reads sorted rows, each of which belongs to one of them.
 
     Args:
         experts: A feed-forward with its parameters stacked; all of them must be kernels and biases of :class:`effscale.models.Dense`.
         sizes: How many rows each expert has.
+        expected_rows: How many rows belong to an expert at all, about; None: all.
 
     Raises:
         ValueError: It has another parameter, which cannot be chosen by row.
@@ -89,4 +95,4 @@ def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Mo
         raise ValueError(
             f"dispatch='dropless' needs experts of dense layers alone, and these have {', '.join(others)}; choose dispatch='table'"
         )
-    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes))
+    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes, expected_rows))
