@@ -43,7 +43,7 @@ def with_balance_bias(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> optimizer = with_balance_bias(optax.adam(0.1))
+        >>> optimizer = with_balance_bias(optax.sgd(0.1))
         >>> params = {"router": {"balance_bias": jnp.zeros(2)}, "kernel": jnp.ones(3)}
         >>> gradients = {"router": {"balance_bias": jnp.array([3e-7, -1e-7])}, "kernel": jnp.ones(3)}
         >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
