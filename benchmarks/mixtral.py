@@ -26,7 +26,7 @@ def effscale() -> dict[str, float]:
     from effscale.moe.families.mixtral import mixtral
     from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
 
-    config = mixtral(num_experts=8, k=2, aux_loss=0.02, d_ff=512, max_length=1024, **SHAPE)
+    config = mixtral(num_experts=8, k=2, aux_loss=0.02, d_ff=512, **SHAPE)
 
     def with_capacity(factor: float):
         def block(one):

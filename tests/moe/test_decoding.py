@@ -51,7 +51,7 @@ def test_experts_apart_compute_the_same_as_the_stack():
     layer = model.groups[-1].blocks[-1].feed_forward
     first = lambda module: jax.tree.map(lambda a: a[0], module)
     apart = first(layer.for_decoding())
-    assert len(apart.experts) == 8
+    assert len(apart.experts["apart"]) == 8
     x = jax.random.normal(jax.random.key(0), (3, 1, 16))
     context = build_context(1, kind=None, head_dim=8, causal=True, valid=jnp.ones((3, 1), bool))
     rest = dataclasses.replace(context, valid=jnp.array([[True], [False], [True]]))

@@ -82,7 +82,7 @@ def test_gradients_do_not_depend_on_the_layout(mesh, exchange, expected):
 @pytest.fixture(scope="module")
 def dropless():
     router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None, balance=0.1)
-    model = make(router=router)
+    model = make(router=router, dispatch="dropless")
     return model, gradients(None, model)
 
 

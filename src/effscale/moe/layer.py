@@ -29,6 +29,8 @@ from kernels_pallas import dispatch
 Dispatch = Literal["table", "one_hot", "dropless"]
 Mix = Literal["weighted", "sum", "gated"]
 
+FEW_TOKENS = 16
+"""Of so few, buffers with a place for each cost less than sorting: reading the weights is what takes the time."""
 COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
 """Logits of each way to mix."""
 
@@ -60,7 +62,7 @@ class MoEConfig:
     dispatch: Dispatch | None = None
     """How tokens get to their experts: ``table``: gathered into a buffer for each expert; ``one_hot``: the same by products with one-hot
     arrays, the slow reference; ``dropless``: sorted by expert, for routers without a capacity. None: ``dropless`` where the
-    router's capacity factor is None, otherwise ``table``."""
+    router's capacity factor is None and there are more than a few tokens, otherwise ``table``."""
     groups: int | None = None
     """Groups of rows of the batch that are routed apart from each other, each with capacities of its own; None: one on each device that
     has rows of its own, as DeepSpeed does it. A number makes results independent of the mesh; it should be a multiple of the devices that share
@@ -140,12 +142,12 @@ class MoE(nnx.Module):
         return y, report | captured
 
     def for_decoding(self) -> "MoE":
-        """The same layer with each expert's arrays apart, so that few tokens read the weights of their own experts alone.
+        """The same layer with each expert's arrays beside the stack, so that few tokens read the weights of their own experts alone.
 
-        Decoding asks for it, of layers that are not stacked. On CPUs a product with a part of a stack copies that part first;
+        Decoding asks for it, of layers that are not stacked. It takes the experts' memory twice. On CPUs a product with a part of a stack copies that part first;
         elsewhere the stack stays.
         """
-        if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.List):
+        if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.Dict):
             return self
         take = lambda e: jax.tree.map(
             lambda a: a[:, e], self.experts
@@ -153,20 +155,24 @@ class MoE(nnx.Module):
         apart = [take(e) for e in range(self.config.num_experts)]
         layer = jax.tree.map(lambda a: a, self)
         # Without the barrier the compiler may slice at each token what it was given whole.
-        layer.experts = nnx.List(jax.lax.optimization_barrier(apart))
+        apart = nnx.List(jax.lax.optimization_barrier(apart))
+        layer.experts = nnx.Dict(stack=self.experts, apart=apart)
         return layer
 
     def _experts(
         self, tokens: Array, routing: Routing, context: Context, key: PRNGKeyArray | None
     ) -> Worked:
         config, experts = self.config, self.experts
-        if isinstance(experts, nnx.List):
+        if isinstance(experts, nnx.Dict):
             groups, *items = routing.experts.shape
             few = groups == 1 and 2 * math.prod(items) <= config.num_experts
             if few and key is None and not self._captures(context):
-                return one_by_one(experts, tokens, routing, context)
-            experts = jax.tree.map(lambda *each: jnp.stack(each), *experts)
-        by = config.dispatch or ("dropless" if routing.capacity is None else "table")
+                return one_by_one(experts["apart"], tokens, routing, context)
+            experts = experts["stack"]
+        by = config.dispatch
+        if by is None:
+            many = tokens.shape[1] > FEW_TOKENS
+            by = "dropless" if many and routing.capacity is None else "table"
         plain = all(isinstance(leaf, jax.Array) for leaf in _weights(experts))
         # Sorted rows hide from a structured weight what it does with its inputs, and from a caller which rows are whose.
         if by == "dropless" and plain and not self._captures(context):
