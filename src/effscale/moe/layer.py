@@ -17,7 +17,6 @@ from effscale.models.validation import check, choice
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing
 from effscale.moe.run_experts import (
-    Worked,
     by_buffers,
     by_sorted_rows,
     each_group,
@@ -144,14 +143,13 @@ class MoE(nnx.Module):
     def for_decoding(self) -> "MoE":
         """The same layer with each expert's arrays beside the stack, so that few tokens read the weights of their own experts alone.
 
-        Decoding asks for it, of layers that are not stacked. It takes the experts' memory twice. On CPUs a product with a part of a stack copies that part first;
-        elsewhere the stack stays.
+        Decoding asks for it, of layers that are not stacked. It takes the experts' memory twice. On CPUs a product with a part of a
+        stack copies that part first; elsewhere the stack alone does.
         """
         if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.Dict):
             return self
-        take = lambda e: jax.tree.map(
-            lambda a: a[:, e], self.experts
-        )  # after the layer's dimension
+        # The first dimension is the layer's.
+        take = lambda e: jax.tree.map(lambda a: a[:, e], self.experts)
         apart = [take(e) for e in range(self.config.num_experts)]
         layer = jax.tree.map(lambda a: a, self)
         # Without the barrier the compiler may slice at each token what it was given whole.
@@ -161,23 +159,24 @@ class MoE(nnx.Module):
 
     def _experts(
         self, tokens: Array, routing: Routing, context: Context, key: PRNGKeyArray | None
-    ) -> Worked:
+    ) -> tuple[Array, dict[str, Array]]:
         config, experts = self.config, self.experts
         if isinstance(experts, nnx.Dict):
             groups, *items = routing.experts.shape
             few = groups == 1 and 2 * math.prod(items) <= config.num_experts
             if few and key is None and not self._captures(context):
-                return one_by_one(experts["apart"], tokens, routing, context)
+                return one_by_one(experts["apart"], tokens, routing, context), {}
             experts = experts["stack"]
         by = config.dispatch
         if by is None:
             many = tokens.shape[1] > FEW_TOKENS
             by = "dropless" if many and routing.capacity is None else "table"
-        plain = all(isinstance(leaf, jax.Array) for leaf in _weights(experts))
-        # Sorted rows hide from a structured weight what it does with its inputs, and from a caller which rows are whose.
-        if by == "dropless" and plain and not self._captures(context):
-            return by_sorted_rows(experts, tokens, routing, context, key)
-        by = "table" if by == "dropless" else by
+        if by == "dropless":
+            # Sorted rows hide from a structured weight what it does with its inputs, and from a caller which rows are whose.
+            plain = all(isinstance(weight, jax.Array) for weight in _weights(experts))
+            if plain and not self._captures(context):
+                return by_sorted_rows(experts, tokens, routing, context, key), {}
+            by = "table"
         return by_buffers(experts, tokens, routing, context, key, by=by, exchange=config.exchange)
 
     def _captures(self, context: Context) -> bool:

@@ -1,7 +1,7 @@
 """How the experts of a layer get to work on their tokens: by buffers, by sorted rows, or one token after another.
 
-Each function maps groups of tokens with their routing to the weighted sums of what the experts made of them, and to what was asked for
-at the points of the experts, with a leading expert dimension.
+Each function maps groups of tokens with their routing to the weighted sums of what the experts made of them. Buffers alone also give what was
+asked for at the points of the experts, since only there a row's place says whose it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,6 @@ from effscale.parallel import (
     to_tokens,
 )
 
-Worked = tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]
-
 
 def each_group(function: Callable[..., Any], *operands: Any) -> Any:
     """``function`` of each group: of all that have a leading dimension of groups.
@@ -50,7 +48,7 @@ def by_buffers(
     *,
     by: str,
     exchange: Exchange,
-) -> Worked:
+) -> tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]:
     """Each expert reads the tokens in its buffer, where the mesh says so on another device.
 
     Args:
@@ -61,6 +59,9 @@ def by_buffers(
         key: In training.
         by: ``table`` or ``one_hot``: how tokens get into the buffers.
         exchange: How they travel.
+
+    Returns:
+        The sums, and what was asked for, with a leading expert dimension.
     """
     module = {"table": table, "one_hot": one_hot}[by]
     check_experts(routing.sizes.shape[-1])
@@ -81,7 +82,7 @@ def by_sorted_rows(
     routing: Routing,
     context: Context,
     key: PRNGKeyArray | None,
-) -> Worked:
+) -> Float[Array, "groups tokens d_model"]:
     """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped.
 
     Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back.
@@ -108,11 +109,11 @@ def by_sorted_rows(
         return jax.lax.map(lambda group: one(experts, *group), (tokens, routing))
 
     if not batch:
-        return own_groups(experts, tokens, routing), {}
+        return own_groups(experts, tokens, routing)
     specs = (P(divided) if travels and not manual else P(), P(batch), P(batch))
     names = set(batch)
     run = jax.shard_map(own_groups, in_specs=specs, out_specs=P(batch), axis_names=names)
-    return run(experts, tokens, routing), {}
+    return run(experts, tokens, routing)
 
 
 def one_by_one(
@@ -120,7 +121,7 @@ def one_by_one(
     tokens: Float[Array, "1 tokens d_model"],
     routing: Routing,
     context: Context,
-) -> Worked:
+) -> Float[Array, "groups tokens d_model"]:
     """Each choice of each token in its turn: only the weights of the experts that were chosen are read.
 
     Args:
@@ -143,4 +144,4 @@ def one_by_one(
         return jax.lax.dynamic_update_slice_in_dim(y, before + made, i // k, 0)
 
     y = jnp.zeros_like(tokens[0])
-    return jax.lax.fori_loop(0, chosen.shape[0], item, y)[None], {}
+    return jax.lax.fori_loop(0, chosen.shape[0], item, y)[None]

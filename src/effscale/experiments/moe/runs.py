@@ -14,7 +14,7 @@ from effscale.experiments.moe.arms import ARMS, ArmName
 from effscale.experiments.moe.config import Config
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.models import Transformer
-from effscale.moe import mixture_of_students_loss, staged_distillation
+from effscale.moe import RouterWatch, mixture_of_students_loss, staged_distillation
 from effscale.training import (
     Checkpoints,
     Clip,
@@ -103,6 +103,7 @@ class Training:
                 evaluate=self._evaluate,
                 every=self.config.eval_every,
                 restage=self._staged if self.arm.leaves else None,
+                wrap_writer=RouterWatch,
                 frozen=self._teacher(folder, seed),
             )
             with _kept(folder, name) as kept:
