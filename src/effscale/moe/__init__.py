@@ -2,6 +2,7 @@
 
 from effscale.moe.balance import load_balance, router_statistics, z_loss
 from effscale.moe.balance_bias import with_balance_bias
+from effscale.moe.expert_choice import ExpertChoice, expert_choice
 from effscale.moe.layer import MoE, MoEConfig
 from effscale.moe.layouts import with_experts
 from effscale.moe.router import Router, RouterConfig
@@ -11,6 +12,7 @@ from effscale.moe.upcycling import upcycle
 from effscale.moe.watch import RouterWatch, effective_experts
 
 __all__ = [
+    "ExpertChoice",
     "MoE",
     "MoEConfig",
     "Router",
@@ -19,6 +21,7 @@ __all__ = [
     "Routing",
     "effective_experts",
     "expert_capacity",
+    "expert_choice",
     "load_balance",
     "mixture_of_students_loss",
     "router_statistics",

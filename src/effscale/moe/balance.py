@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.routing import Routing
 
 
@@ -68,10 +69,25 @@ def router_statistics(
         without a place; ``router_entropy``: the mean entropy of the probabilities, in nats: ln E if the router does not care.
     """
     choices = routing.sizes.sum()
+    dropped = (choices - routing.kept.sum()) / jnp.maximum(choices, 1)
+    return _statistics(probs, routing.sizes, dropped, used)
+
+
+def expert_choice_statistics(
+    probs: Float[Array, "tokens experts"],
+    choice: ExpertChoice,
+    used: Bool[Array, "tokens"] | None = None,
+) -> dict[str, Any]:
+    """The same where experts choose; ``dropped`` is the share of tokens that no expert took."""
+    left = (choice.counts() == 0).astype(jnp.float32)
+    return _statistics(probs, choice.sizes, _mean(left[:, None], used)[0], used)
+
+
+def _statistics(probs: Array, sizes: Array, dropped: Array, used: Array | None) -> dict[str, Any]:
     surprise = -jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0)
     found = {
-        "load": routing.sizes / jnp.maximum(choices, 1),
-        "dropped": (choices - routing.kept.sum()) / jnp.maximum(choices, 1),
+        "load": sizes / jnp.maximum(sizes.sum(), 1),
+        "dropped": dropped,
         "router_entropy": _mean(surprise.sum(-1, keepdims=True), used)[0],
     }
     return jax.tree.map(lambda a: jax.lax.stop_gradient(a.astype(jnp.float32)), found)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from effscale.models import Context, Dense, FeedForwardConfig
 from effscale.models.reports import AUX_LOSS
 from effscale.models.validation import check, choice
+from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing
 from effscale.moe.run_experts import (
@@ -79,6 +80,8 @@ class MoEConfig:
         choice(self, "mix", typing.get_args(Mix))
         if self.dispatch is not None:
             choice(self, "dispatch", typing.get_args(Dispatch))
+            by_tokens = self.router.chosen_by == "tokens"
+            check(self, by_tokens, "dispatch", "None where RouterConfig.chosen_by='experts'")
         check(self, self.groups is None or self.groups >= 1, "groups", "at least 1, or None")
 
     @property
@@ -158,9 +161,18 @@ class MoE(nnx.Module):
         return layer
 
     def _experts(
-        self, tokens: Array, routing: Routing, context: Context, key: PRNGKeyArray | None
+        self,
+        tokens: Array,
+        routing: Routing | ExpertChoice,
+        context: Context,
+        key: PRNGKeyArray | None,
     ) -> tuple[Array, dict[str, Array]]:
         config, experts = self.config, self.experts
+        if isinstance(routing, ExpertChoice):
+            whole = experts["stack"] if isinstance(experts, nnx.Dict) else experts
+            return by_buffers(
+                whole, tokens, routing, context, key, by="table", exchange=config.exchange
+            )
         if isinstance(experts, nnx.Dict):
             groups, *items = routing.experts.shape
             few = groups == 1 and 2 * math.prod(items) <= config.num_experts

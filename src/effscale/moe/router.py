@@ -12,8 +12,14 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models import Dense
 from effscale.models.validation import check, choice
-from effscale.moe.balance import load_balance, router_statistics, z_loss
+from effscale.moe.balance import (
+    expert_choice_statistics,
+    load_balance,
+    router_statistics,
+    z_loss,
+)
 from effscale.moe.balance_bias import nudge
+from effscale.moe.expert_choice import ExpertChoice, expert_choice
 from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, top_k_routing
 
 Noise = Literal["jitter", "gumbel", "gumbel_second"]
@@ -27,7 +33,11 @@ class RouterConfig:
     """How tokens choose experts. The defaults are those of DeepSpeed's ``MoE``, where no other is argued for."""
 
     k: int = 1
-    """Experts of each token."""
+    """Experts of each token; their mean number where experts choose."""
+    chosen_by: Literal["tokens", "experts"] = "tokens"
+    """Who chooses: ``tokens`` their k experts, or ``experts`` as many tokens as they have room for
+    (:func:`effscale.moe.expert_choice`). The latter keeps the load even without a loss, but looks at all tokens of a group at once: it is
+    not for causal models, and does not decode."""
     capacity_factor: float | None = 1.0
     """Room of each expert in training, as a multiple of its share of the choices; what finds no room is dropped and goes on along the
     residual stream alone. None: nothing is dropped (DeepSpeed's ``drop_tokens=False``)."""
@@ -85,6 +95,36 @@ class RouterConfig:
             "noise",
             "None or jitter with balance_by_bias, whose scores are probabilities and no logits",
         )
+        choice(self, "chosen_by", ("tokens", "experts"))
+        if self.chosen_by == "experts":
+            for name in ("capacity_factor", "eval_capacity_factor"):
+                given = getattr(self, name) is not None
+                check(
+                    self,
+                    given,
+                    name,
+                    "a number where experts choose as many tokens as they have room for",
+                )
+            for name in ("priority", "normalize", "balance_choices"):
+                unset = getattr(self, name) is None
+                check(
+                    self,
+                    unset,
+                    name,
+                    "None where chosen_by='experts', for it orders the choices of tokens",
+                )
+            check(
+                self,
+                self.noise in (None, "jitter"),
+                "noise",
+                "None or jitter where chosen_by='experts'",
+            )
+            check(
+                self,
+                not self.balance_by_bias,
+                "balance_by_bias",
+                "False where chosen_by='experts', whose load is even",
+            )
         if self.balance_choices is not None:
             choice(self, "balance_choices", ("first", "all"))
         for name in ("balance", "z_loss"):
@@ -127,7 +167,7 @@ class Router(nnx.Module):
         key: PRNGKeyArray | None = None,
         *,
         drops: bool = True,
-    ) -> tuple[Routing, Float[Array, ""], dict[str, Array]]:
+    ) -> tuple[Routing | ExpertChoice, Float[Array, ""], dict[str, Array]]:
         """The routing of tokens that share their capacity, the auxiliary loss, and what to watch.
 
         Args:
@@ -135,6 +175,9 @@ class Router(nnx.Module):
             used: False at padding.
             key: In training; None outside, where nothing is random and ``eval_capacity_factor`` counts.
             drops: Whether experts have a capacity at all.
+
+        Raises:
+            ValueError: Experts choose, and have no capacity to choose by.
         """
         config = self.config
         keys: Any = (None, None) if key is None else jax.random.split(key)
@@ -145,6 +188,8 @@ class Router(nnx.Module):
             x = x * jax.random.uniform(noise_key, x.shape, minval=1 - JITTER, maxval=1 + JITTER)
         logits = self.logits(x)
         probs = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
+        if config.chosen_by == "experts":
+            return self._experts_choose(probs, logits, used, training=key is not None, drops=drops)
         scores: Any = logits if self.balance_bias is None else probs
         if self.balance_bias is not None:
             bias = jax.lax.stop_gradient(self.balance_bias.get_value())
@@ -165,9 +210,7 @@ class Router(nnx.Module):
         if config.scale != 1.0:
             routing = dataclasses.replace(routing, weights=config.scale * routing.weights)
 
-        whole = probs
-        if config.score == "sigmoid":
-            whole = probs / jnp.maximum(probs.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
+        whole = self._distribution(probs)
         found = router_statistics(whole, routing, used)
         which = config.balance_choices or ("first" if config.k <= 2 else "all")
         counted = routing.experts[:, :1] if which == "first" else routing.experts
@@ -179,6 +222,28 @@ class Router(nnx.Module):
         if config.z_loss:
             aux = aux + config.z_loss * z_loss(logits, used)
         return routing, aux, found
+
+    def _experts_choose(
+        self, probs: Array, logits: Array, used: Array | None, *, training: bool, drops: bool
+    ) -> tuple[ExpertChoice, Array, dict[str, Array]]:
+        config = self.config
+        capacity = config.capacity(*probs.shape, training=training)
+        if capacity is None or not drops:
+            raise ValueError(
+                "RouterConfig.chosen_by='experts' does not decode: experts choose among all tokens at once; choose chosen_by='tokens'"
+            )
+        routing = expert_choice(probs, capacity, used=used)
+        if config.scale != 1.0:
+            routing = dataclasses.replace(routing, weights=config.scale * routing.weights)
+        found = expert_choice_statistics(self._distribution(probs), routing, used)
+        aux = config.z_loss * z_loss(logits, used) if config.z_loss else jnp.float32(0)
+        return routing, aux, found
+
+    def _distribution(self, probs: Array) -> Array:
+        """Probabilities that add up to 1, of any score."""
+        if self.config.score == "softmax":
+            return probs
+        return probs / jnp.maximum(probs.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
 
 
 def _first_as_before(scores: Array, noisy: Array) -> Array:

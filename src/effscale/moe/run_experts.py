@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models import Context
-from effscale.moe.dispatch import dropless, one_hot, table
+from effscale.moe.dispatch import by_expert, dropless, one_hot, table
 from effscale.moe.dispatch.dropless_exchange import exchanged
+from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.routing import Routing
 from effscale.parallel import (
     Exchange,
@@ -42,7 +43,7 @@ def each_group(function: Callable[..., Any], *operands: Any) -> Any:
 def by_buffers(
     experts: Any,
     tokens: Float[Array, "groups tokens d_model"],
-    routing: Routing,
+    routing: Routing | ExpertChoice,
     context: Context,
     key: PRNGKeyArray | None,
     *,
@@ -57,13 +58,14 @@ def by_buffers(
         routing: Of each group.
         context: Of the tokens; experts may not ask it where they stand.
         key: In training.
-        by: ``table`` or ``one_hot``: how tokens get into the buffers.
+        by: ``table`` or ``one_hot``: how tokens get into the buffers, unless experts chose them.
         exchange: How they travel.
 
     Returns:
         The sums, and what was asked for, with a leading expert dimension.
     """
-    module = {"table": table, "one_hot": one_hot}[by]
+    chosen = isinstance(routing, ExpertChoice)
+    module: Any = by_expert if chosen else {"table": table, "one_hot": one_hot}[by]
     check_experts(routing.sizes.shape[-1])
     buffers = each_group(module.dispatch, tokens, routing)
     rows = to_experts(buffers.swapaxes(0, 1), exchange)
