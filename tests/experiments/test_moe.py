@@ -153,7 +153,7 @@ def test_the_papers_model_has_the_papers_size():
 def test_compute_to_reach_a_loss():
     def arm(compute, *losses):
         made = [[{"step": 1, "val_loss": loss}] for loss in losses]
-        return report.Runs(records=made, seconds=[1.0], params=1, teraflops=compute)
+        return report.Runs(records=made, cpu_seconds=[1.0], params=1, teraflops=compute)
 
     runs = {"dense": arm(1.0, 4.0, 4.2), "dense_2x": arm(2.0, 3.1), "dense_4x": arm(4.0, 2.6)}
     assert report.compute_to_reach(3.1, runs) == 2.0

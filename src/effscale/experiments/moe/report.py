@@ -40,13 +40,14 @@ class Runs:
 
     Attributes:
         records: Each one's metrics.
-        seconds: Time of each, compilation and evaluations included.
+        cpu_seconds: Processor time of each, compilation and evaluations included; unlike the clock's, it does not depend on what else the
+            machine does.
         params: Parameters of the model.
         teraflops: Of the whole training; of a student's teacher forward passes are counted, its training is not.
     """
 
     records: Sequence[Records]
-    seconds: Sequence[float]
+    cpu_seconds: Sequence[float]
     params: int
     teraflops: float
 
@@ -82,7 +83,7 @@ def read(folder: pathlib.Path, config: Config, vocab_size: int) -> dict[ArmName,
         done = [json.loads((place / "done.json").read_text(encoding="utf-8")) for place in places]
         found[name] = Runs(
             records=[read_jsonl(place / "metrics.jsonl") for place in places],
-            seconds=[one["seconds"] for one in done],
+            cpu_seconds=[one["cpu_seconds"] for one in done],
             params=count_params(config.transformer(name, vocab_size)),
             teraflops=teraflops(config, name, vocab_size),
         )
@@ -110,7 +111,7 @@ def figures(runs: Mapping[ArmName, Runs]) -> dict[str, float | int | None]:
         named |= _spread(f"{name}_val_loss", found.losses)
         named[f"{name}_params"] = found.params
         named[f"{name}_teraflops"] = found.teraflops
-        named[f"{name}_seconds"] = float(np.mean(found.seconds))
+        named[f"{name}_cpu_seconds"] = float(np.mean(found.cpu_seconds))
     for name, other, _ in COMPARED:
         if name in runs and other in runs:
             named |= _spread(f"{name}_over_{other}", runs[name].losses - runs[other].losses)
@@ -155,7 +156,7 @@ def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
                 compute = found.teraflops * steps / steps[-1]
                 style = {"color": color, "ls": dashes, "lw": 1.0}
                 axes[0].semilogx(compute, losses, label=name if seed == 0 else None, **style)
-                axes[1].semilogx(found.seconds[seed] * steps / steps[-1], losses, **style)
+                axes[1].semilogx(found.cpu_seconds[seed] * steps / steps[-1], losses, **style)
             axes[2].semilogx([found.params] * len(found.losses), found.losses, "o", color=color)
             axes[2].annotate(
                 name,
@@ -167,7 +168,7 @@ def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
         axes[0].set(
             xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text"
         )
-        axes[1].set(xlabel="time (s), as measured beside the other runs")
+        axes[1].set(xlabel="processor time (s)")
         axes[2].set(xlabel="parameters", ylabel="loss on all of the held-out text")
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="upper center", ncols=6, fontsize=8)

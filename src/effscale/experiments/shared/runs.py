@@ -28,8 +28,8 @@ from effscale.training.serialize import write_json
 def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
 
-    The ``seconds`` of its ``done.json`` are those of all calls that ended it or were asked to stop in it, compilations and
-    evaluations included; of a call that was killed nothing is known.
+    The ``seconds`` of its ``done.json``, and its ``cpu_seconds`` over all threads, are those of all calls that ended it or were asked to
+    stop in it, compilations and evaluations included; of a call that was killed nothing is known.
 
     Args:
         folder: The run folder.
@@ -42,14 +42,16 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
         return
     print(name, file=sys.stderr)
     earlier = place / "seconds.json"  # those of calls before this one
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else 0.0
-    began = time.perf_counter()
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    began = {name: clock() for name, clock in clocks.items()}
+    spent = lambda: {n: before.get(n, 0.0) + clock() - began[n] for n, clock in clocks.items()}
     try:
         train()
     except StoppedBySignal:
-        write_json(earlier, before + time.perf_counter() - began)
+        write_json(earlier, spent())
         raise
-    write_json(done, {"seconds": before + time.perf_counter() - began})
+    write_json(done, spent())
     earlier.unlink(missing_ok=True)
     # Of no use to a finished run, and three times the model's size.
     shutil.rmtree(place / "checkpoints", ignore_errors=True)
