@@ -49,6 +49,8 @@ class Program:
     targets: tuple[str, ...] = ("v5e", "v6e", "h100")
     without: str | None = None
     """A regular expression that finds nothing in the compiled program, or it counts as failed."""
+    report: Callable[[str], str] | None = None
+    """From the compiled program to what is to be said of it; a `ValueError` counts as failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Row:
     """Seconds, of the compiler's cost model, likewise."""
     cycles: int | None = None
     """What the TPU compiler expects of each of its own operations outside of loops; kernels are not in it."""
+    note: str = ""
     error: str = ""
 
 
@@ -86,6 +89,10 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
     if program.without and (found := re.search(program.without, text)):
         error = f"the compiled program holds {found[0]}"
         return Row(target=target, program=program.name, error=error)
+    try:
+        note = "" if program.report is None else program.report(text)
+    except ValueError as error:
+        return Row(target=target, program=program.name, error=str(error))
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -106,6 +113,7 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
         # A second is taken off for each operation that the model does not know.
         optimal=costs["optimal_seconds"] % 1 if "optimal_seconds" in costs else None,
         cycles=sum(cycles) if cycles else None,
+        note=note,
     )
 
 
@@ -119,12 +127,12 @@ def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     header = (
         "target program compile_s arguments outputs temporaries total kernels collectives TFLOP "
-        "accessed optimal_us kcycles"
+        "accessed optimal_us kcycles note"
     )
-    lines = ["| " + " | ".join(header.split()) + " |", "|---|---|" + "---:|" * 11]
+    lines = ["| " + " | ".join(header.split()) + " |", "|---|---|" + "---:|" * 11 + "---|"]
     for row in rows:
         if row.error:
-            lines.append(f"| {row.target} | {row.program} | failed |" + " |" * 10)
+            lines.append(f"| {row.target} | {row.program} | failed |" + " |" * 11)
             continue
         sizes = row.arguments, row.outputs, row.temporaries, row.total
         cells = [row.target, row.program, f"{row.seconds:.1f}"]
@@ -134,6 +142,7 @@ def table(rows: Sequence[Row]) -> str:
         cells += ["" if row.accessed is None else f"{row.accessed / 2**20:,.1f} MiB"]
         cells += ["" if row.optimal is None else f"{1e6 * row.optimal:,.1f}"]
         cells += ["" if row.cycles is None else f"{row.cycles / 1e3:,.1f}"]
+        cells += [row.note]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

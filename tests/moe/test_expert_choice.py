@@ -119,4 +119,6 @@ def test_bad_input():
     moe = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=12), router=ROUTER)
     model = jax.jit(lambda: Transformer(with_experts(dense, moe), rngs=nnx.Rngs(0)))()
     with pytest.raises(ValueError, match="does not decode"):
-        decode(model, jnp.zeros((1, 4), jnp.int32), SamplingConfig(max_new_tokens=2, temperature=0.0))
+        decode(
+            model, jnp.zeros((1, 4), jnp.int32), SamplingConfig(max_new_tokens=2, temperature=0.0)
+        )

@@ -5,6 +5,7 @@ table of rules says which mesh axes they lie on. Several processes on one machin
 ``python -m effscale.parallel.local_launch``.
 """
 
+from effscale.parallel.collectives import Collective, collectives
 from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.expert_exchange import (
     Exchange,
@@ -19,12 +20,7 @@ from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, init_error_feedback
 from effscale.parallel.onebit.mean import compressed_mean
 from effscale.parallel.onebit.resize import resize_workers
-from effscale.parallel.onebit.traffic import (
-    Collective,
-    collectives,
-    compressed_mean_bytes,
-    mean_bytes,
-)
+from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.peers import ending_together, on_first
 from effscale.parallel.placement import (
     BatchShard,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -80,7 +81,14 @@ class MeshConfig:
             ValueError: the devices cannot be divided so.
         """
         shape = self.sizes(jax.device_count() if devices is None else len(devices))
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        types = (AxisType.Auto,) * len(AXES)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        except NotImplementedError:
+            # An axis is no product of a TPU's physical ones, such as 128 of 8 x 8 x 8 chips: it may take a part of one.
+            devices = jax.devices() if devices is None else devices
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, AXES, axis_types=types)
 
 
 def _divisors(number: int) -> str:
