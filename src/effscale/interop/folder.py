@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from effscale.interop.files.deepspeed_moe import DeepSpeedMoE
 from effscale.interop.files.megatron import MegatronBloom
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.torch import TorchFile
@@ -29,8 +30,9 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     """Opens the weights of a model folder, without reading them.
 
     Taken is the first of `NAMES` that is there; else Megatron-DeepSpeed's layer files
-    (`effscale.interop.files.megatron`); else the only other ``*.safetensors`` file, or the only other
-    ``*.bin`` file.
+    (`effscale.interop.files.megatron`); else DeepSpeed's files of experts
+    (`effscale.interop.files.deepspeed_moe`); else the only other ``*.safetensors`` file, or the only
+    other ``*.bin`` file.
 
     Args:
         folder: A folder on this machine.
@@ -50,6 +52,8 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
             return _open_indexed(folder, name) if name.endswith(".json") else _open(folder / name)
     if MegatronBloom.is_in(folder):
         return MegatronBloom(folder)
+    if DeepSpeedMoE.is_in(folder):
+        return DeepSpeedMoE(folder)
     names = [path.name for path in folder.iterdir() if path.stem not in NOT_WEIGHTS]
     for ending in (".safetensors", ".bin"):
         files = sorted(name for name in names if name.endswith(ending))
@@ -68,7 +72,7 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
             return _open(folder / files[0])
     raise FolderError(
         f"{str(folder)!r} holds no weights: neither {', '.join(NAMES)} nor another .safetensors or "
-        f".bin file nor Megatron-DeepSpeed's layer files. {_content(folder)}"
+        f".bin file nor Megatron-DeepSpeed's layer files nor DeepSpeed's of experts. {_content(folder)}"
     )
 
 

@@ -96,12 +96,16 @@ class TorchFile:
         return self._mapped
 
     def _load(self) -> "Mapping[str, torch.Tensor]":
+        return self._checked(_find_state(self._content()))
+
+    def _content(self) -> Any:
+        """Everything that is in the file."""
         torch = _torch()
         try:
             with warnings.catch_warnings():
                 # It warns of pickle protocols other than 2; what it cannot read is an error anyhow.
                 warnings.simplefilter("ignore")
-                content = torch.load(
+                return torch.load(
                     self.path, weights_only=True, mmap=self._is_zip, map_location="cpu"
                 )
         # On damaged files torch raises whatever its own code runs into, a KeyError for instance.
@@ -113,13 +117,15 @@ class TorchFile:
                     "file for the state_dict() alone, best as safetensors."
                 ) from error
             raise self._unsound(what_it_is(self.path) or _reason(error)) from error
-        state = _find_state(content)
+
+    def _checked(self, state: Any) -> "Mapping[str, torch.Tensor]":
+        """The state dict, if it is one and holds tensors only."""
         if not isinstance(state, Mapping):
             raise self._unsound(f"it holds a {type(state).__name__}, not a state dict")
         others = [
             f"{name!r} ({type(value).__name__})"
             for name, value in state.items()
-            if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+            if not (isinstance(name, str) and isinstance(value, _torch().Tensor))
         ]
         if others:
             raise self._unsound(

@@ -1,0 +1,174 @@
+"""GPTs with experts, from and to checkpoints of Megatron-DeepSpeed."""
+
+import argparse
+import collections
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from effscale.interop.describe import essence
+from effscale.interop.files.deepspeed import Bystander
+from effscale.interop.files.deepspeed_moe import NAME, DeepSpeedMoE, expert_file
+from effscale.interop.files.deepspeed_writer import REST, checkpoint, write_files
+from effscale.interop.folder import checked_folder
+from effscale.interop.foreign import Fields, reading, shown
+from effscale.interop.load import load_source
+from effscale.interop.plan import Slot, parameters, plan
+from effscale.interop.save import on_host, part
+from effscale.interop.source import Source, check_experts
+from effscale.interop.table import sizes
+from effscale.interop.tensors import FolderError
+from effscale.models import Transformer, TransformerConfig
+from effscale.moe.families.megatron import MEGATRON, table
+from effscale.moe.families.megatron_args import from_args, to_args
+
+VERSION = 3.0
+"""Of checkpoints written here: that of Megatron-DeepSpeed."""
+
+
+def load_megatron_moe(
+    folder: str | os.PathLike[str],
+    config: TransformerConfig | None = None,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+) -> Transformer:
+    """Loads a GPT with experts that Megatron-DeepSpeed saved: of standard or residual layers, in each n-th layer or as a pyramid.
+
+    Tensors are read one at a time, each into its place. The vocabulary keeps the rows that Megatron pads it with.
+
+    Args:
+        folder: The folder of one checkpoint, such as ``.../global_step1000``, or the one above it, whose file ``latest`` names it. It was
+            trained with ``--no-pipeline-parallel`` and one tensor-parallel rank.
+        config: The model's. None: as the arguments tell that Megatron-DeepSpeed keeps in the checkpoint.
+        dtype: As for :func:`effscale.interop.load_pretrained`.
+        mesh: As there.
+
+    Returns:
+        The model, which gives logits ``[batch, seq, vocab]``.
+
+    Raises:
+        FolderError: A file or tensor is missing or not what it should be; the arguments are not in the checkpoint, or describe a model that is
+            not expressed here, such as one with rotary positions.
+        ImportError: There is no torch.
+
+    References:
+        Megatron-DeepSpeed, ``megatron/model`` and ``megatron/checkpointing.py``.
+
+    Example:
+        >>> import tempfile
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> from effscale.moe import MoEConfig, with_experts
+        >>> dense = gpt2(num_layers=2, d_model=8, num_heads=2, vocab_size=11, max_length=4)
+        >>> moe = MoEConfig(num_experts=2, expert=dense.blocks[0].feed_forward)
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
+        ...     save_megatron_moe(Transformer(with_experts(dense, moe), rngs=nnx.Rngs(0)), folder)
+        ...     load_megatron_moe(folder).config.layers[1].feed_forward.num_experts
+        2
+    """
+    place = checked_folder(folder)
+    with reading(f"{shown(str(place))} cannot be loaded"):
+        tensors = DeepSpeedMoE(place)
+        fields = tensors.fields
+        if "checkpoint_version" not in fields:
+            raise FolderError(
+                f"{str(tensors.folder / REST)!r} has no checkpoint_version, which says how queries, keys and values are ordered: it is not the "
+                "checkpoint of Megatron-DeepSpeed"
+            )
+        version = Fields(REST, fields).number("checkpoint_version")
+        if config is None:
+            args = fields.get("args")
+            if not isinstance(args, Bystander) or not args.values:
+                raise FolderError(
+                    f"{str(tensors.folder / REST)!r} has no args, which tell what the model is: give its config"
+                )
+            config = from_args(args.values, len(tensors.infos))
+        check_experts(config, len(tensors.infos))
+        rules = table(version) + MEGATRON.heads
+        names = frozenset(tensors.infos)
+        source = Source(tensors.folder, MEGATRON, {}, config, rules, tensors, names)
+    try:
+        return load_source(source, dtype=dtype, mesh=mesh)
+    except FolderError as error:
+        error.add_note(
+            "In place of config.json, the config given or the args in the checkpoint count."
+        )
+        raise
+
+
+def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> None:
+    """Writes a GPT with experts as Megatron-DeepSpeed does, without the state of an optimizer.
+
+    Args:
+        model: A GPT-2 with experts in some of its layers, all of its own feed-forward's kind.
+        folder: The folder of the checkpoint, such as ``.../global_step0``; made if it is not there. To train from it, give Megatron-DeepSpeed the
+            folder above with ``--finetune``, and ``--load-tag`` with its name.
+
+    Raises:
+        FolderError: The folder holds experts already, or cannot take the files.
+        ImportError: There is no torch.
+        ValueError: Megatron-DeepSpeed has no such model.
+    """
+    args = _args_of(model.config)
+    leaves, axes = parameters(model), sizes(model.config)
+    files: dict[tuple[int, int], list[Slot]] = collections.defaultdict(list)
+    rest: list[Slot] = []
+    slots = plan(MEGATRON.rules, model.config, leaves)
+    layers = sorted(
+        {slot.layer for slot in slots if slot.rule.in_expert and slot.layer is not None}
+    )
+    for slot in slots:
+        match = NAME.fullmatch(slot.name)
+        if match is None or slot.layer is None:
+            rest.append(slot)
+        else:
+            files[layers.index(slot.layer), int(match[2])].append(slot)
+
+    def tensor(slot: Slot) -> np.ndarray:
+        weights = [leaves[leaf].get_value() for leaf in slot.leaves]
+        each = [on_host(part(w, slot.index) if slot.index else w) for w in weights]
+        return slot.rule.to_theirs(each, axes)
+
+    def contents() -> Iterator[tuple[str, Any]]:
+        for (layer, expert), own in files.items():
+            yield expert_file(layer, expert), {slot.name: tensor(slot) for slot in own}
+        module = _nested({slot.name: tensor(slot) for slot in rest})
+        counts = [n for n in args["num_experts"] if n > 1]
+        more = {"checkpoint_version": VERSION, "iteration": 0, "args": argparse.Namespace(**args)}
+        yield REST, checkpoint(module, counts, **more)
+
+    write_files(folder, contents())
+
+
+def _args_of(config: TransformerConfig) -> dict[str, Any]:
+    """The arguments with which the config comes back the same."""
+    try:
+        args = to_args(config)
+        back = from_args(args, config.num_layers)
+    except ValueError as error:
+        raise ValueError(f"Megatron-DeepSpeed has no such model: {error}") from error
+    ours, theirs = (essence(MEGATRON.plain(one)) for one in (config, back))
+    different = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
+    if different:
+        path = different[0]
+        raise ValueError(
+            f"Megatron-DeepSpeed has no such model: {path} is {ours.get(path)!r}, and would be {theirs.get(path)!r} there"
+        )
+    return args
+
+
+def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A state dict in the nested form of Megatron's: the language model's parts, and the embeddings apart."""
+    nested: dict[str, Any] = {}
+    for name, array in flat.items():
+        root, section, inner = name.split(".", 2)
+        at = nested.setdefault(root, {}).setdefault(section, {})
+        if section == "embedding":
+            module, inner = inner.split(".", 1)
+            at = at.setdefault(module, {})
+        at[inner] = array
+    return nested
