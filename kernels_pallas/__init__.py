@@ -6,6 +6,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.kl_divergence import kl_divergence
 from kernels_pallas.packed_matmul import packed_matmul
 from kernels_pallas.quantized_matmul import quantized_matmul
+from kernels_pallas.top_k_gating import top_k_gating
 
 __all__ = [
     "attention",
@@ -14,4 +15,5 @@ __all__ = [
     "kl_divergence",
     "packed_matmul",
     "quantized_matmul",
+    "top_k_gating",
 ]

@@ -24,9 +24,11 @@ from kernels_pallas.aot_targets import TARGETS
 OWN_PROGRAMS = (
     "kernels_pallas.attention.aot",
     "kernels_pallas.cross_entropy.aot",
+    "kernels_pallas.expert_matmul.aot",
     "kernels_pallas.packed_matmul.aot",
     "kernels_pallas.quantized_matmul.aot",
     "kernels_pallas.sign_compress.aot",
+    "kernels_pallas.top_k_gating.aot",
 )
 
 _COLLECTIVE = re.compile(

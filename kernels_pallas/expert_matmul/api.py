@@ -1,0 +1,268 @@
+"""The public functions: checks, the choice of an implementation, and the differentiation rule."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import dispatch
+from kernels_pallas.expert_matmul import reference
+from kernels_pallas.expert_matmul.reference import Rows
+from kernels_pallas.grouped_matmul.api import check_operands as check_product
+
+Implementation = Literal["reference", "tpu"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "tpu")
+
+
+def gather_matmul(
+    x: Float[Array, "tokens d_in"],
+    weight: Float[Array, "groups d_in d_out"],
+    sizes: Int[Array, " groups"],
+    source: Int[Array, " rows"],
+    bias: Float[Array, "groups d_out"] | None = None,
+    gate: Float[Array, "groups d_in d_out"] | None = None,
+    gate_bias: Float[Array, "groups d_out"] | None = None,
+    *,
+    activation: Callable[[Array], Array] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "rows d_out"]:
+    r"""Rows that are taken from unsorted tokens, each times the matrix of its group: the experts' first projection.
+
+    .. math:: y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
+        y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})
+
+    with a gate. The kernel is for few tokens, as in decoding, where reading weights takes the time: it reads those of groups that have rows, and
+    the sorted copy of the tokens is never written. Sums, activation and gating are float32. Reverse mode only, by the plain form.
+
+    There is no kernel for GPUs. A Hopper's copy engine fetches rectangles, and not rows by a list (Blackwell's does), and its
+    matrix units read what they multiply from shared memory: rows would have to pass through registers one by one, and the sums
+    of a token, which blocks compute at the same time, would need atomic additions, in another order at each run.
+
+    Args:
+        x: Tokens in any order; float32 or bfloat16.
+        weight: A matrix for each group, of the type of `x`.
+        sizes: How many rows each group has; the rows of group 0 come first. Rows after the last group give zeros.
+        source: The token of each row, from 0 to tokens - 1.
+        bias: Added to the product; None adds nothing.
+        gate: The matrices of a second product; None: there is none.
+        gate_bias: Added to the gate's product; None adds nothing.
+        activation: From float32 to float32, element by element. The kernel can only hold what Pallas knows: erf, and not erfc.
+        implementation: "reference" (a sorted copy and `grouped_matmul`), "tpu" (a Pallas kernel), or None: the best one that can serve
+            on the platform the program is lowered for.
+
+    Returns:
+        The products of the rows, sorted by group, in the type of `x`.
+
+    Raises:
+        ValueError: Operands that cannot go together, or an unknown name.
+        NotImplementedError: The named implementation cannot serve these operands here.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x, weight = jnp.array([[1.0, 1.0], [2.0, 2.0]]), jnp.array([[[1.0], [1.0]], [[5.0], [5.0]]])
+        >>> gather_matmul(x, weight, jnp.array([1, 2]), jnp.array([1, 0, 1]))[:, 0].tolist()
+        [4.0, 10.0, 20.0]
+
+    References:
+        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+    """
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    check_gather(x, weight, sizes, source, bias, gate, gate_bias)
+    operands = (x, weight, sizes, source, bias, gate, gate_bias)
+    reason = functools.partial(why_not_gather, x=x, weight=weight, source=source, gate=gate)
+    return _run("gather_matmul", implementation, reason, operands, activation)
+
+
+def matmul_scatter(
+    h: Float[Array, "rows d_in"],
+    weight: Float[Array, "groups d_in d_out"],
+    sizes: Int[Array, " groups"],
+    target: Int[Array, " rows"],
+    scale: Float[Array, " rows"],
+    bias: Float[Array, "groups d_out"] | None = None,
+    *,
+    num_tokens: int,
+    implementation: Implementation | None = None,
+) -> Float[Array, "tokens d_out"]:
+    r"""Sorted rows, each times the matrix of its group, and their weighted sum for each token: the experts' last projection.
+
+    .. math:: y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})
+
+    Rows after the last group count for no token. Sums are float32. Reverse mode only, by the plain form. For which sizes there is a kernel, and
+    why there is none for GPUs, says :func:`gather_matmul`.
+
+    Args:
+        h: Rows sorted by group, as `gather_matmul` gives them; float32 or bfloat16.
+        weight: A matrix for each group, of the type of `h`.
+        sizes: How many rows each group has.
+        target: The token of each row, from 0 to `num_tokens` - 1.
+        scale: float32, what each row is weighted by.
+        bias: Added to each row before it is weighted; None adds nothing.
+        num_tokens: Rows of the result.
+        implementation: As for `gather_matmul`.
+
+    Returns:
+        The sums, in the type of `h`; zeros for tokens that no row names.
+
+    Raises:
+        ValueError: Operands that cannot go together, or an unknown name.
+        NotImplementedError: The named implementation cannot serve these operands here.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> h, weight = jnp.ones((3, 2)), jnp.array([[[1.0], [1.0]], [[5.0], [5.0]]])
+        >>> target, scale = jnp.array([1, 0, 1]), jnp.array([0.5, 1.0, 0.5])
+        >>> matmul_scatter(h, weight, jnp.array([1, 2]), target, scale, num_tokens=2)[:, 0].tolist()
+        [10.0, 6.0]
+
+    References:
+        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+    """
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    check_scatter(h, weight, sizes, target, scale, bias)
+    operands = (h, weight, sizes, target, scale, bias)
+    reason = functools.partial(why_not_scatter, h=h, weight=weight, num_tokens=num_tokens)
+    return _run("matmul_scatter", implementation, reason, operands, num_tokens)
+
+
+def sort_rows(
+    experts: Int[Array, "tokens k"],
+    positions: Int[Array, "tokens k"],
+    weights: Float[Array, "tokens k"],
+    sizes: Int[Array, " groups"],
+    *,
+    implementation: Implementation | None = None,
+) -> Rows:
+    """Which token stands in each row when rows are sorted by expert, and what it is weighted by: from a router's table to the other two ops.
+
+    Args:
+        experts: The experts of each token, as `kernels_pallas.top_k_gating` gives them; from the number of groups on: none.
+        positions: Its place with each of them; no two may have the same one.
+        weights: float32, what the experts' outputs are weighted by.
+        sizes: How many tokens each expert has.
+        implementation: As for `gather_matmul`.
+
+    Returns:
+        `token` and `weight` of each of `tokens * k` rows; 0 after the last expert's. There is no gradient.
+
+    Raises:
+        ValueError: Operands that cannot go together, or an unknown name.
+        NotImplementedError: The named implementation cannot serve these operands here.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> experts, positions = jnp.array([[1], [0], [1]]), jnp.array([[0], [0], [1]])
+        >>> sort_rows(experts, positions, jnp.array([[0.1], [0.2], [0.3]]), jnp.array([1, 2])).token.tolist()
+        [1, 0, 2]
+    """
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    if not experts.shape == positions.shape == weights.shape:
+        raise ValueError(
+            f"experts {experts.shape}, positions {positions.shape} and weights {weights.shape} must be of one shape"
+        )
+    operands = jax.lax.stop_gradient((experts, positions, weights, sizes))
+    return _run(
+        "sort_rows", implementation, functools.partial(why_not_sort, experts=experts), operands
+    )
+
+
+def check_gather(
+    x: Any, weight: Any, sizes: Any, source: Any, bias: Any, gate: Any, gate_bias: Any
+) -> None:
+    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    check_product(x, weight, sizes, bias)
+    if source.ndim != 1:
+        raise ValueError(f"source {source.shape} must have one dimension")
+    if gate is None:
+        if gate_bias is not None:
+            raise ValueError("gate_bias needs a gate")
+        return
+    if gate.shape != weight.shape:
+        raise ValueError(f"gate {gate.shape} must be of the shape of weight, {weight.shape}")
+    check_product(x, gate, sizes, gate_bias)
+
+
+def check_scatter(h: Any, weight: Any, sizes: Any, target: Any, scale: Any, bias: Any) -> None:
+    """The same for `matmul_scatter`."""
+    check_product(h, weight, sizes, bias)
+    for name, value in (("target", target), ("scale", scale)):
+        if value.shape != h.shape[:1]:
+            raise ValueError(
+                f"{name} {value.shape} must be one for each of the rows of h {h.shape}"
+            )
+
+
+def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> str | None:
+    """The reason why an implementation of `gather_matmul` cannot serve these operands here, or None if it can."""
+    if name != "tpu":
+        return None
+    if 0 in (*x.shape, *weight.shape, *source.shape):
+        return f"x {x.shape}, weight {weight.shape} or source {source.shape} is empty"
+    from kernels_pallas.expert_matmul import gather_tpu
+
+    return _partitioned() or gather_tpu.why_not(x, weight, source, gate)
+
+
+def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | None:
+    """The same for `matmul_scatter`."""
+    if name != "tpu":
+        return None
+    if 0 in (*h.shape, *weight.shape, num_tokens):
+        return f"h {h.shape}, weight {weight.shape} or the result of {num_tokens} tokens is empty"
+    from kernels_pallas.expert_matmul import scatter_tpu
+
+    return _partitioned() or scatter_tpu.why_not(h, weight, num_tokens)
+
+
+def why_not_sort(name: str, experts: Any) -> str | None:
+    """The same for `sort_rows`."""
+    if name != "tpu":
+        return None
+    if experts.size == 0:
+        return f"experts {experts.shape} are empty"
+    from kernels_pallas.expert_matmul import rows_tpu
+
+    return _partitioned() or rows_tpu.why_not(experts)
+
+
+def _partitioned() -> str | None:
+    if axes := dispatch.auto_partitioned():
+        return (
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            "jax.shard_map over all of them"
+        )
+    return None
+
+
+def _run(op: str, name: str | None, why_not: Any, operands: Any, *options: Any) -> Any:
+    """The op by a named implementation, or by the best one of the platform that the program is lowered for."""
+    if name is not None and (reason := why_not(name)):
+        raise dispatch.Unsupported(f"{op}: implementation={name!r} cannot serve: {reason}.")
+    plain = lambda *operands: getattr(reference, op)(*operands, *options)
+    kernel = lambda *operands: _kernel(op, options, operands)
+    functions = {"default": kernel if name == "tpu" else plain}
+    if name is None and why_not("tpu") is None:
+        functions["tpu"] = kernel
+    return dispatch.by_platform(functions, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(op: str, options: Any, operands: Any) -> Any:
+    from kernels_pallas.expert_matmul import gather_tpu, rows_tpu, scatter_tpu
+
+    modules = {"gather_matmul": gather_tpu, "matmul_scatter": scatter_tpu, "sort_rows": rows_tpu}
+    return getattr(modules[op], op)(*operands, *options)
+
+
+def _forward(op: str, options: Any, operands: Any) -> tuple[Any, Any]:
+    return _kernel(op, options, operands), operands
+
+
+def _backward(op: str, options: Any, operands: Any, g: Any) -> tuple[Any]:
+    plain = lambda operands: getattr(reference, op)(*operands, *options)
+    return jax.vjp(plain, operands)[1](g)
+
+
+_kernel.defvjp(_forward, _backward)

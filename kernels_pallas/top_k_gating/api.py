@@ -1,0 +1,127 @@
+"""The public function: checks, the choice of an implementation, and the differentiation rule."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from kernels_pallas import dispatch
+from kernels_pallas.top_k_gating import reference
+from kernels_pallas.top_k_gating.reference import Gating
+
+Implementation = Literal["reference", "tpu"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "tpu")
+
+
+def top_k_gating(
+    logits: Float[Array, "tokens experts"],
+    k: int,
+    used: Bool[Array, " tokens"] | None = None,
+    *,
+    normalize: bool = False,
+    implementation: Implementation | None = None,
+) -> Gating:
+    r"""The k most probable experts of each token, and its place among the tokens that chose the same one.
+
+    .. math:: p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
+        \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|
+
+    So each expert counts its tokens in the order in which they come, and nobody is dropped. Of equal logits the expert with the
+    lower number goes first. Differentiable in `logits` through the weights; the choice has no gradient.
+
+    There is no kernel for GPUs. The count runs from the first token to the last. The blocks of a Mosaic GPU kernel run at the same time and in any
+    order, so it would take either a single block, which leaves all but one multiprocessor idle, or a second pass over the tokens;
+    XLA makes that of the plain form as well.
+
+    Args:
+        logits: float32, of each expert for each token.
+        k: Experts of each token.
+        used: False at padding, which no expert counts. None: all tokens are real.
+        normalize: Whether the weights of each token are divided by their sum.
+        implementation: "reference" (plain jnp), "tpu" (a Pallas kernel), or None: the best one that can serve on the platform the
+            program is lowered for.
+
+    Returns:
+        `weights`, float32, the probabilities of the chosen experts, the highest first, and 0 at padding; `experts`, int32, their
+        numbers, and the number of experts at padding; `positions`, int32, 0 at padding; and `sizes`, int32, how many
+        tokens chose each expert.
+
+    Raises:
+        ValueError: k is not from 1 to the number of experts, logits are not float32, or an unknown name.
+        NotImplementedError: The named implementation cannot serve these operands here.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> logits = jnp.array([[2.0, 1.0, 0.0], [1.5, 1.0, 0.5], [3.0, 0.0, 1.0]])
+        >>> gating = top_k_gating(logits, 2)
+        >>> gating.experts.tolist(), gating.positions.tolist(), gating.sizes.tolist()
+        ([[0, 1], [0, 1], [0, 2]], [[0, 0], [1, 1], [2, 0]], [3, 2, 1])
+
+    References:
+        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+    """
+    dispatch.check_name(implementation, IMPLEMENTATIONS)
+    check_operands(logits, k, used)
+    if implementation is not None and (reason := why_not(implementation, logits)):
+        raise dispatch.Unsupported(
+            f"top_k_gating: implementation={implementation!r} cannot serve: {reason}."
+        )
+    options = {"k": k, "normalize": normalize}
+    functions = {"default": functools.partial(_function(implementation or "reference"), **options)}
+    if implementation is None and why_not("tpu", logits) is None:
+        functions["tpu"] = functools.partial(_function("tpu"), **options)
+    return dispatch.by_platform(functions, logits, used)
+
+
+def check_operands(logits: Any, k: int, used: Any) -> None:
+    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    num_tokens, num_experts = logits.shape
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")
+    if logits.dtype != "float32":
+        raise ValueError(f"logits are {logits.dtype}; routing needs float32")
+    if used is not None and used.shape != (num_tokens,):
+        raise ValueError(f"used {used.shape} must be ({num_tokens},) here")
+
+
+def why_not(name: str, logits: Any) -> str | None:
+    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    if name != "tpu":
+        return None
+    if axes := dispatch.auto_partitioned():
+        return (
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            "jax.shard_map over all of them"
+        )
+    if 0 in logits.shape:
+        return f"logits {logits.shape} are empty"
+    from kernels_pallas.top_k_gating import tpu
+
+    return tpu.why_not(logits.shape[1])
+
+
+def _function(name: str) -> Any:
+    if name == "tpu":
+        return lambda logits, used, *, k, normalize: _tpu(logits, used, k, normalize)
+    return reference.top_k_gating
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tpu(logits: Array, used: Array | None, k: int, normalize: bool) -> Gating:
+    from kernels_pallas.top_k_gating import tpu
+
+    return tpu.top_k_gating(logits, used, k=k, normalize=normalize)
+
+
+def _forward(logits: Array, used: Array | None, k: int, normalize: bool) -> tuple[Gating, Any]:
+    return _tpu(logits, used, k, normalize), (logits, used)
+
+
+def _backward(k: int, normalize: bool, kept: Any, g: Gating) -> tuple[Array, None]:
+    logits, used = kept
+    weights = lambda logits: reference.top_k_gating(logits, used, k=k, normalize=normalize).weights
+    return jax.vjp(weights, logits)[1](g.weights)[0], None
+
+
+_tpu.defvjp(_forward, _backward)

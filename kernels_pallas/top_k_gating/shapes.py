@@ -1,0 +1,78 @@
+"""The shapes that the tests and the ahead-of-time compilation share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class Operands(NamedTuple):
+    """Arrays among the arguments of `top_k_gating`, or their types."""
+
+    logits: Float[Array, "tokens experts"]
+    used: Bool[Array, " tokens"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One named problem size."""
+
+    name: str
+    tokens: int
+    experts: int
+    k: int
+    padding: bool = False
+    """Whether some tokens are padding."""
+    favourite: int | None = None
+    """An expert that every token puts first."""
+    levels: int | None = None
+    """How many different logits there are: few make ties."""
+    tags: frozenset[str] = frozenset()
+    """Who runs it: "test", "aot"."""
+
+    def operands(self, key: Array) -> Operands:
+        """Random operands."""
+        keys = jax.random.split(key, 2)
+        logits = 2 * jax.random.normal(keys[0], (self.tokens, self.experts))
+        if self.levels is not None:
+            logits = jnp.clip(jnp.round(logits), 0, self.levels - 1)
+        if self.favourite is not None:
+            logits = logits.at[:, self.favourite].set(100.0)
+        used = jax.random.bernoulli(keys[1], 0.7, (self.tokens,)) if self.padding else None
+        return Operands(logits, used)
+
+    def abstract(self, sharding: Any = None) -> Operands:
+        """Types of the operands, for compilation without memory."""
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        used = array(jnp.bool_, self.tokens) if self.padding else None
+        return Operands(array(jnp.float32, self.tokens, self.experts), used)
+
+
+def _tags(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+SHAPES: tuple[Shape, ...] = (
+    Shape(name="one", tokens=1, experts=1, k=1, tags=_tags("test")),
+    Shape(name="tiny", tokens=5, experts=3, k=2, tags=_tags("test")),
+    Shape(name="all experts", tokens=9, experts=4, k=4, tags=_tags("test")),
+    Shape(name="odd", tokens=301, experts=60, k=4, padding=True, tags=_tags("test")),
+    Shape(name="tiles", tokens=512, experts=16, k=1, tags=_tags("test")),
+    Shape(name="favourite", tokens=300, experts=12, k=2, favourite=7, tags=_tags("test")),
+    Shape(name="ties", tokens=260, experts=9, k=3, levels=2, padding=True, tags=_tags("test")),
+    # The routers of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, in decoding and in reading a prompt.
+    Shape(name="mixtral 8", tokens=8, experts=8, k=2, tags=_tags("aot")),
+    Shape(name="olmoe 64", tokens=64, experts=64, k=8, padding=True, tags=_tags("aot")),
+    Shape(name="qwen2 256", tokens=256, experts=60, k=4, padding=True, tags=_tags("aot")),
+    Shape(name="qwen3 4096", tokens=4096, experts=128, k=8, padding=True, tags=_tags("aot")),
+)
+
+
+def with_tag(tag: str) -> tuple[Shape, ...]:
+    """The shapes that carry a tag."""
+    return tuple(shape for shape in SHAPES if tag in shape.tags)
