@@ -1,0 +1,141 @@
+"""How much better each token was than expected: with a critic (GAE), or against other responses to the same prompt (GRPO, RLOO)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def gae(
+    rewards: Float[Array, "batch response"],
+    values: Float[Array, "batch response"],
+    mask: Bool[Array, "batch response"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Array, "batch response"], Float[Array, "batch response"]]:
+    r"""Generalized advantage estimation: advantages, and the returns that a critic learns.
+
+    .. math::
+        \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad R_t = A_t + V_t
+
+    After the last token of a response the value is 0, also where the response was cut off.
+
+    Args:
+        rewards: Of each token, see :func:`effscale.rlhf.shaped_rewards`.
+        values: The critic's expectation before each token.
+        mask: The response's tokens; outside both results are 0.
+        gamma: Discount.
+        lam: 1: the whole rest of the response counts; 0: the next value alone.
+
+    Returns:
+        Advantages and returns.
+
+    References:
+        Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", 2016, equation 16.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mask = jnp.array([[True, True]])
+        >>> advantages, returns = gae(jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.5]]), mask, lam=1.0)
+        >>> advantages.tolist(), returns.tolist()
+        ([[0.5, 0.5]], [[1.0, 1.0]])
+    """
+    rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
+    following = jnp.pad(values, ((0, 0), (0, 1)))[:, 1:]
+    deltas = rewards + gamma * following - values
+
+    def back(later: Array, delta: Array) -> tuple[Array, Array]:
+        advantage = delta + gamma * lam * later
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(back, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+    advantages = jnp.where(mask, advantages.T, 0.0)
+    return advantages, advantages + values
+
+
+def whiten(
+    x: Float[Array, "batch response"],
+    mask: Bool[Array, "batch response"],
+    *,
+    keep_mean: bool = False,
+) -> Float[Array, "batch response"]:
+    """Mean 0 and variance 1 over all of the batch's tokens; 0 outside the mask.
+
+    Args:
+        x: Advantages or rewards.
+        mask: What counts.
+        keep_mean: Change the spread alone, as is usual for rewards.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(whiten(jnp.array([[1.0, 3.0, 9.0]]), jnp.array([[True, True, False]])).round(2))
+        [[-0.71  0.71  0.  ]]
+    """
+    count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
+    mean = jnp.where(mask, x, 0.0).sum() / count
+    # Bessel's correction; of a single number there is no variance.
+    squares = jnp.where(mask, jnp.square(x - mean), 0.0).sum()
+    variance = squares / jnp.maximum(count - 1.0, 1.0)
+    white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return jnp.where(mask, white + mean if keep_mean else white, 0.0)
+
+
+def group_advantages(
+    scores: Float[Array, "batch"], group_size: int, *, scale: bool = True
+) -> Float[Array, "batch"]:
+    r"""The advantage of each response over the others to its prompt, as in GRPO: :math:`(s_i - \bar s) / (\sigma + 10^{-4})`.
+
+    Args:
+        scores: Of responses; those to one prompt stand side by side.
+        group_size: Responses to each prompt.
+        scale: Divide by the group's standard deviation. Without it (Dr. GRPO) prompts of little spread do not count more than others.
+
+    Raises:
+        ValueError: The group size does not divide the batch, or is below 2.
+
+    References:
+        Shao et al., "DeepSeekMath", 2024, section 4.1; Liu et al., "Understanding R1-Zero-Like Training", 2025.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> group_advantages(jnp.array([1.0, 3.0, 5.0, 5.0]), 2, scale=False).tolist()
+        [-1.0, 1.0, 0.0, 0.0]
+    """
+    groups = _groups(scores, group_size)
+    advantages = groups - groups.mean(1, keepdims=True)
+    if scale:
+        advantages = advantages / (groups.std(1, keepdims=True, ddof=1) + 1e-4)
+    return advantages.reshape(-1)
+
+
+def leave_one_out_advantages(
+    scores: Float[Array, "batch"], group_size: int
+) -> Float[Array, "batch"]:
+    """The score of each response less the mean of the *other* responses to its prompt, as in RLOO.
+
+    Args:
+        scores: Of responses; those to one prompt stand side by side.
+        group_size: Responses to each prompt.
+
+    Raises:
+        ValueError: The group size does not divide the batch, or is below 2.
+
+    References:
+        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024, equation 6.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leave_one_out_advantages(jnp.array([1.0, 2.0, 6.0]), 3).tolist()
+        [-3.0, -1.5, 4.5]
+    """
+    groups = _groups(scores, group_size)
+    others = (groups.sum(1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def _groups(scores: Array, group_size: int) -> Float[Array, "groups group_size"]:
+    if group_size < 2 or scores.shape[0] % group_size:
+        raise ValueError(
+            f"group_size={group_size}: must be at least 2 and divide the {scores.shape[0]} responses"
+        )
+    return scores.reshape(-1, group_size)

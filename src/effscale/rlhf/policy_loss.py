@@ -1,0 +1,166 @@
+"""The losses of PPO and of its relatives without a critic: clipped policy loss, clipped value loss, and how tokens are averaged."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from effscale.models.validation import check, choice
+
+Average = Literal["token", "sequence", "fixed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """How a policy is kept near the one that drew the responses."""
+
+    clip_low: float = 0.2
+    """The ratio of new to old probability counts down to 1 minus this ..."""
+    clip_high: float = 0.2
+    """... and up to 1 plus this; DAPO takes 0.28."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the ratio counts at most so much; above 1, or None for no bound."""
+    ratio_of: Literal["token", "sequence"] = "token"
+    """Ratios of each token, or one for the whole response, the geometric mean of its tokens' (GSPO)."""
+    average: Average = "token"
+    """See :func:`masked_average`."""
+
+    def __post_init__(self):
+        check(self, 0 < self.clip_low <= 1, "clip_low", "above 0 and at most 1")
+        check(self, 0 < self.clip_high < math.inf, "clip_high", "above 0 and finite")
+        above = self.dual_clip is None or 1 < self.dual_clip < math.inf
+        check(self, above, "dual_clip", "above 1 and finite, or None")
+        choice(self, "ratio_of", ("token", "sequence"))
+        choice(self, "average", ("token", "sequence", "fixed"))
+
+
+def masked_average(
+    x: Float[Array, "batch response"],
+    mask: Bool[Array, "batch response"],
+    average: Average = "token",
+) -> Float[Array, ""]:
+    """A mean over the tokens of a batch of responses.
+
+    Args:
+        x: A number for each token.
+        mask: The tokens that count.
+        average: ``token``: all tokens alike; ``sequence``: the mean of each response's mean, so that the tokens of short responses count more;
+            ``fixed``: the sum over each response divided by the greatest length, whatever its own (Dr. GRPO).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, mask = jnp.array([[1.0, 1.0], [4.0, 0.0]]), jnp.array([[True, True], [True, False]])
+        >>> [float(masked_average(x, mask, how)) for how in ("token", "sequence", "fixed")]
+        [2.0, 2.5, 1.5]
+    """
+    sums = jnp.where(mask, x, 0.0).sum(1)
+    counts = mask.sum(1).astype(x.dtype)
+    if average == "token":
+        return sums.sum() / jnp.maximum(counts.sum(), 1.0)
+    if average == "sequence":
+        any_token = (counts > 0).astype(x.dtype)
+        return (sums / jnp.maximum(counts, 1.0)).sum() / jnp.maximum(any_token.sum(), 1.0)
+    if average == "fixed":
+        return (sums / x.shape[1]).mean()
+    raise ValueError(f"average={average!r}: must be 'token', 'sequence' or 'fixed'")
+
+
+def policy_loss(
+    log_probs: Float[Array, "batch response"],
+    old_log_probs: Float[Array, "batch response"],
+    advantages: Float[Array, "batch response"],
+    mask: Bool[Array, "batch response"],
+    config: PolicyLossConfig = PolicyLossConfig(),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    r"""The clipped policy loss of PPO.
+
+    .. math:: L = \mathrm{mean}_t \max(-A_t \rho_t,\; -A_t\, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, 1 + \epsilon_{high})), \qquad
+        \rho_t = \pi(a_t) / \pi_{old}(a_t)
+
+    Args:
+        log_probs: Of the drawn tokens, under the policy that learns.
+        old_log_probs: Under the policy as it was when it drew them.
+        advantages: Of each token; no gradient flows through them. For one number per response, repeat it over its tokens.
+        mask: The response's tokens.
+        config: Clips and averages.
+
+    Returns:
+        The loss, and metrics: ``ratio``, the mean ratio (exactly 1 on the first minibatch); ``clip_fraction``, the share of tokens at which the clip
+        decides; ``approx_kl``, the mean k3 estimate of the divergence from the old policy.
+
+    References:
+        Schulman et al., "Proximal Policy Optimization Algorithms", 2017, equation 7; Ye et al., "Mastering Complex Control in MOBA Games",
+        2020 (dual clip); Zheng et al., "Group Sequence Policy Optimization", 2025.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, mask = jnp.ones((1, 2)), jnp.array([[True, True]])
+        >>> loss, metrics = policy_loss(-one, -one, 2.0 * one, mask)
+        >>> float(loss), float(metrics["ratio"])
+        (-2.0, 1.0)
+    """
+    advantages = jax.lax.stop_gradient(advantages)
+    log_ratio = jnp.where(mask, log_probs - jax.lax.stop_gradient(old_log_probs), 0.0)
+    if config.ratio_of == "sequence":
+        length = jnp.maximum(mask.sum(1, keepdims=True), 1).astype(log_ratio.dtype)
+        log_ratio = jnp.broadcast_to(log_ratio.sum(1, keepdims=True) / length, log_ratio.shape)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    plain, bounded = -advantages * ratio, -advantages * clipped
+    losses = jnp.maximum(plain, bounded)
+    if config.dual_clip is not None:
+        most = -advantages * config.dual_clip
+        losses = jnp.where(advantages < 0, jnp.minimum(losses, most), losses)
+    mean = lambda x: masked_average(jax.lax.stop_gradient(x), mask)
+    metrics = {
+        "ratio": mean(ratio),
+        "clip_fraction": mean((bounded > plain).astype(ratio.dtype)),
+        "approx_kl": mean(ratio - 1.0 - log_ratio),
+    }
+    return masked_average(losses, mask, config.average), metrics
+
+
+def value_loss(
+    values: Float[Array, "batch response"],
+    old_values: Float[Array, "batch response"],
+    returns: Float[Array, "batch response"],
+    mask: Bool[Array, "batch response"],
+    *,
+    clip: float | None = 0.2,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    r"""Half the mean squared error of a critic that may not move far from what it said.
+
+    .. math:: L = \tfrac12\, \mathrm{mean}_t \max((V_t - R_t)^2,\; (\mathrm{clip}(V_t, V^{old}_t \pm \epsilon) - R_t)^2)
+
+    Args:
+        values: The critic's, now.
+        old_values: The critic's when the responses were scored.
+        returns: What it should have said, see :func:`effscale.rlhf.gae`.
+        mask: The tokens that count.
+        clip: How far a value may move in one batch of responses; None: without bound.
+
+    Returns:
+        The loss, and metrics: ``value_clip_fraction``; ``explained_variance``, 1 minus the variance of what the old values missed over that of the returns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, mask = jnp.ones((1, 1)), jnp.array([[True]])
+        >>> loss, _ = value_loss(3.0 * one, one, 4.0 * one, mask)  # 3 counts as 1.2, 2.8 away
+        >>> print(f"{loss:.2f}")
+        3.92
+    """
+    returns, old_values = jax.lax.stop_gradient((returns, old_values))
+    plain = bounded = jnp.square(values - returns)
+    if clip is not None:
+        near = jnp.clip(values, old_values - clip, old_values + clip)
+        bounded = jnp.square(near - returns)
+    mean = lambda x: masked_average(jax.lax.stop_gradient(x), mask)
+    variance = lambda x: mean(jnp.square(x - mean(x)))
+    metrics = {
+        "value_clip_fraction": mean((bounded > plain).astype(values.dtype)),
+        "explained_variance": 1.0 - variance(returns - old_values) / (variance(returns) + 1e-8),
+    }
+    return 0.5 * masked_average(jnp.maximum(plain, bounded), mask), metrics

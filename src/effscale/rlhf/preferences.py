@@ -1,0 +1,136 @@
+"""Losses of pairs of which one response was preferred: for a reward model, and for a policy without one (DPO)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def pairwise_loss(
+    chosen: Float[Array, "pairs"],
+    rejected: Float[Array, "pairs"],
+    *,
+    margin: Float[Array, "pairs"] | float = 0.0,
+    center: float = 0.0,
+) -> Float[Array, ""]:
+    r"""The loss of a reward model by the scores of whole responses (Bradley-Terry).
+
+    .. math:: L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)
+
+    Args:
+        chosen: Scores of the preferred responses.
+        rejected: Scores of the others.
+        margin: By how much the preferred one should be ahead, m; for each pair, or one for all.
+        center: Keeps the scores of a pair around 0, c; 0.01 is usual.
+
+    References:
+        Touvron et al., "Llama 2", 2023, section 3.2.2 (margin); Eisenstein et al., "Helping or Herding?", 2023 (centring).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{pairwise_loss(jnp.zeros(2), jnp.zeros(2)):.4f}")  # ln 2
+        0.6931
+    """
+    losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    return (losses + center * jnp.square(chosen + rejected)).mean()
+
+
+def token_pairwise_loss(
+    chosen: Float[Array, "pairs length"],
+    rejected: Float[Array, "pairs length"],
+    where: Bool[Array, "pairs length"],
+) -> Float[Array, ""]:
+    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of :math:`-\log \sigma(c_t - r_t)` for each pair.
+
+    Args:
+        chosen: A score after each token of the preferred response, prompt included.
+        rejected: The same of the other.
+        where: The places that count, see :func:`diverging`.
+
+    References:
+        Yao et al., "DeepSpeed-Chat", 2023.
+    """
+    losses = jnp.where(where, -jax.nn.log_sigmoid(chosen - rejected), 0.0).sum(1)
+    return (losses / jnp.maximum(where.sum(1), 1).astype(losses.dtype)).mean()
+
+
+def diverging(
+    chosen: Int[Array, "pairs length"],
+    rejected: Int[Array, "pairs length"],
+    chosen_lengths: Int[Array, "pairs"],
+    rejected_lengths: Int[Array, "pairs"],
+) -> Bool[Array, "pairs length"]:
+    """The places from the first token in which two responses differ to the end of the longer one.
+
+    Of a pair without a difference it is the last place of the row, where both scores are the same, as in DeepSpeed-Chat. The
+    shorter response takes part with its padding.
+
+    Args:
+        chosen: Tokens of prompt and preferred response, padded on the right.
+        rejected: The same of the other.
+        chosen_lengths: Tokens of each that are no padding.
+        rejected_lengths: The same of the other.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = jnp.array([[5, 6, 7, 0]]), jnp.array([[5, 8, 0, 0]])
+        >>> diverging(a, b, jnp.array([3]), jnp.array([2])).tolist()
+        [[False, True, True, False]]
+    """
+    length = chosen.shape[1]
+    place = jnp.arange(length, dtype=jnp.int32)[None]
+    differs = chosen != rejected
+    same = ~differs.any(1)
+    first = jnp.where(same, length - 1, differs.argmax(1))
+    end = jnp.where(same, length, jnp.maximum(chosen_lengths, rejected_lengths))
+    return (place >= first[:, None]) & (place < end[:, None])
+
+
+def pairwise_accuracy(
+    chosen: Float[Array, "pairs"], rejected: Float[Array, "pairs"]
+) -> Float[Array, ""]:
+    """The share of pairs in which the preferred response has the higher score; equal scores count as wrong."""
+    return (chosen > rejected).astype(jnp.float32).mean()
+
+
+def dpo_loss(
+    chosen: Float[Array, "pairs"],
+    rejected: Float[Array, "pairs"],
+    reference_chosen: Float[Array, "pairs"],
+    reference_rejected: Float[Array, "pairs"],
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    r"""Direct preference optimization: a policy learns from pairs without a reward model.
+
+    With :math:`z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]` the loss is the mean of
+    :math:`-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)`.
+
+    Args:
+        chosen: Log-probabilities of the preferred responses under the policy: sums over their tokens.
+        rejected: Those of the others.
+        reference_chosen: Those of the preferred responses under the reference.
+        reference_rejected: Those of the others.
+        beta: How dear it is to leave the reference.
+        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, :math:`\epsilon`.
+
+    Returns:
+        The loss, and metrics: ``accuracy``, the share of pairs with z above 0; ``margin``, the mean of z.
+
+    References:
+        Rafailov et al., "Direct Preference Optimization", 2023, equation 7.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> zero = jnp.zeros(2)
+        >>> loss, metrics = dpo_loss(zero, zero, zero, zero)
+        >>> print(f"{loss:.4f}")
+        0.6931
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing}: must be from 0 to below 0.5")
+    z = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    right, wrong = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+    loss = -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()
+    fixed = jax.lax.stop_gradient(z)
+    return loss, {"accuracy": (fixed > 0).astype(jnp.float32).mean(), "margin": fixed.mean()}

@@ -1,0 +1,155 @@
+"""What models say of responses that are there: log-probabilities, values, scores.
+
+A batch is tokens of prompt and response, padded on the left to prompts of equal length and on the right to responses of equal length, with a
+mask that is true at real tokens, as :func:`effscale.generation.decode` returns it. All is without dropout unless a key is given.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from effscale.models import Transformer, matmul, transpose
+from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens
+
+CHUNK = 512
+"""Tokens whose logits exist at a time."""
+
+
+class ResponseLogProbs(NamedTuple):
+    """What :func:`response_log_probs` returns.
+
+    Attributes:
+        log_probs: Of each token, in nats; of no meaning where the mask is false.
+        entropies: Of the choice at each token, in nats.
+        reports: What layers reported, such as the auxiliary loss of routers; see :func:`effscale.training.add_reports`.
+    """
+
+    log_probs: Float[Array, "batch response"]
+    entropies: Float[Array, "batch response"]
+    reports: Any
+
+
+def response_log_probs(
+    model: Transformer,
+    tokens: Int[Array, "batch total"],
+    mask: Bool[Array, "batch total"],
+    response: int,
+    *,
+    temperature: float = 1.0,
+    key: PRNGKeyArray | None = None,
+) -> ResponseLogProbs:
+    """Log-probabilities of the tokens of responses, and the entropy of the choice at each of them.
+
+    Logits are computed for the response alone, a part at a time, in float32. For tokens that :func:`effscale.generation.decode` has drawn from the
+    same model at the same temperature, the log-probabilities are those that it told.
+
+    Args:
+        model: A causal model with a head named ``lm``.
+        tokens: Prompts and responses.
+        mask: True at real tokens.
+        response: Length of the responses, padding included: the last so many tokens.
+        temperature: What logits are divided by; that of the sampling.
+        key: Turns dropout on.
+
+    Returns:
+        Log-probabilities, entropies, and the reports of the model's layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.arange(6)[None]
+        >>> response_log_probs(model, tokens, tokens >= 0, response=2).log_probs.shape
+        (1, 2)
+    """
+    _check(tokens, response)
+    encoded = model.encode(tokens, attention_mask=mask, key=key)
+    hidden = encoded.hidden[:, -response - 1 : -1]
+    x, weight, bias = model.heads["lm"].linear(hidden, model.embed)
+    table = transpose(weight)
+
+    @jax.checkpoint
+    def of_chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, labels = inputs
+        logits = matmul(x, table, bias).astype(jnp.float32) / temperature
+        log_probs = jax.nn.log_softmax(logits)
+        chosen = jnp.take_along_axis(log_probs, jnp.maximum(labels, 0)[:, None], 1)[:, 0]
+        return chosen, -(jnp.exp(log_probs) * log_probs).sum(1)
+
+    labels = tokens[:, -response:]
+    rows = x.reshape(-1, x.shape[-1])
+    chunk = chunk_size(rows.shape[0], CHUNK)
+    chunks = split_tokens(rows, chunk), split_tokens(labels.reshape(-1), chunk)
+    found = jax.lax.map(of_chunk, chunks)
+    # A chunk has every so-manieth token.
+    shaped = lambda a: a.swapaxes(0, 1).reshape(-1)[: labels.size].reshape(labels.shape)
+    return ResponseLogProbs(shaped(found[0]), shaped(found[1]), encoded.reports)
+
+
+def response_values(
+    critic: Transformer,
+    tokens: Int[Array, "batch total"],
+    mask: Bool[Array, "batch total"],
+    response: int,
+    *,
+    head: str = "value",
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "batch response"]:
+    """The value before each token of the responses: what a critic expects after the prompt and the tokens before.
+
+    Args:
+        critic: A causal model with a head of one class and ``pool="none"``.
+        tokens: Prompts and responses.
+        mask: True at real tokens.
+        response: Length of the responses, padding included.
+        head: Name of the head.
+        key: Turns dropout on.
+    """
+    _check(tokens, response)
+    outputs = _outputs(critic, tokens, mask, head, key)
+    if outputs.ndim != 3 or outputs.shape[-1] != 1:
+        raise ValueError(
+            f"the critic's head {head!r} gives {outputs.shape}: a critic has ClassHead(num_classes=1, pool='none')"
+        )
+    return outputs[:, -response - 1 : -1, 0].astype(jnp.float32)
+
+
+def response_scores(
+    reward_model: Transformer,
+    tokens: Int[Array, "batch total"],
+    mask: Bool[Array, "batch total"],
+    *,
+    head: str = "score",
+) -> Float[Array, "batch"]:
+    """The score of each response as a whole.
+
+    Args:
+        reward_model: A model with a head of one class and ``pool="last"``.
+        tokens: Prompts and responses.
+        mask: True at real tokens.
+        head: Name of the head.
+    """
+    outputs = _outputs(reward_model, tokens, mask, head, None)
+    if outputs.ndim != 2 or outputs.shape[-1] != 1:
+        raise ValueError(
+            f"the reward model's head {head!r} gives {outputs.shape}: a reward model has ClassHead(num_classes=1, pool='last')"
+        )
+    return outputs[:, 0].astype(jnp.float32)
+
+
+def _outputs(model: Transformer, tokens: Any, mask: Any, head: str, key: Any) -> Array:
+    outputs = model(tokens, attention_mask=mask, key=key)
+    if not isinstance(outputs, dict) or head not in outputs:
+        raise ValueError(f"the model has no head {head!r}; its heads are {sorted(model.heads)}")
+    return outputs[head]
+
+
+def _check(tokens: Any, response: int) -> None:
+    if not 1 <= response < tokens.shape[1]:
+        raise ValueError(
+            f"response={response}: must be at least 1 and leave a prompt of the {tokens.shape[1]} tokens"
+        )
