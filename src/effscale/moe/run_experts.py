@@ -18,6 +18,7 @@ from effscale.moe.dispatch import by_expert, dropless, one_hot, table
 from effscale.moe.dispatch.dropless_exchange import exchanged
 from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.routing import Routing
+from effscale.moe.sorted_experts import run_sorted
 from effscale.parallel import (
     Exchange,
     auto_batch_axes,
@@ -26,6 +27,7 @@ from effscale.parallel import (
     to_experts,
     to_tokens,
 )
+from kernels_pallas import dispatch as kernels
 
 
 def each_group(function: Callable[..., Any], *operands: Any) -> Any:
@@ -85,8 +87,9 @@ def by_sorted_rows(
     context: Context,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "groups tokens d_model"]:
-    """Every row of the sorted tokens is multiplied by its own expert's weights; there are no buffers and nothing is dropped.
+    """Tokens sorted by expert, without a capacity: nothing is dropped.
 
+    TPUs have a kernel that multiplies each row by its own expert's weights; elsewhere :func:`effscale.moe.sorted_experts.run_sorted` does.
     Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back.
     """
     check_experts(routing.sizes.shape[-1])
@@ -97,8 +100,10 @@ def by_sorted_rows(
 
     def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
         def work(rows: Array, sizes: Array) -> Array:
-            own: Any = dropless.grouped_experts(experts, sizes, expected_rows=items)
-            return own(rows[None], context, key)[0][0]
+            if kernels.platform() == "tpu" and dropless.can_be_grouped(experts):
+                own: Any = dropless.grouped_experts(experts, sizes, expected_rows=items)
+                return own(rows[None], context, key)[0][0]
+            return run_sorted(experts, rows, sizes, context, key, expected_rows=items)
 
         rows = dropless.dispatch(tokens, routing)
         if travels:

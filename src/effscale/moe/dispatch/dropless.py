@@ -86,13 +86,24 @@ def grouped_experts(
     Raises:
         ValueError: It has another parameter, which cannot be chosen by row.
     """
-    others = [
+    others = _others(experts)
+    if others:
+        raise ValueError(
+            f"grouped_experts needs experts of dense layers alone, and these have {', '.join(others)}"
+        )
+    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes, expected_rows))
+
+
+def can_be_grouped(experts: nnx.Module) -> bool:
+    """Whether :func:`grouped_experts` takes them: dense layers alone, and plain arrays."""
+    weights = (variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(experts)))
+    return not _others(experts) and all(isinstance(weight, jax.Array) for weight in weights)
+
+
+def _others(experts: nnx.Module) -> list[str]:
+    """Parameters that are no kernel or bias of a dense layer."""
+    return [
         ".".join(map(str, path))
         for path, _ in nnx.to_flat_state(nnx.state(experts))
         if path[-1] not in ("kernel", "bias")
     ]
-    if others:
-        raise ValueError(
-            f"dispatch='dropless' needs experts of dense layers alone, and these have {', '.join(others)}; choose dispatch='table'"
-        )
-    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes, expected_rows))

@@ -1,0 +1,172 @@
+"""Experts that read sorted rows, without a capacity: a buffer for the even share of each, and a loop over what does not fit.
+
+With an even load nearly all rows are in the buffers, which are one batched run of all experts. Rows beyond an expert's share go through it a
+tile at a time. So the cost is that of capacity factor 1, and a little more for each row above it; nothing is dropped.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from effscale.models import Context
+from kernels_pallas.grouped_matmul.reference import group_of_rows
+from kernels_pallas.manual_axes import vary, varying_axes
+
+LARGEST_TILE, SMALLEST_TILE = 64, 8
+
+
+def run_sorted(
+    experts: nnx.Module,
+    rows: Float[Array, "rows d_model"],
+    sizes: Int[Array, "experts"],
+    context: Context,
+    key: PRNGKeyArray | None,
+    *,
+    expected_rows: int,
+) -> Float[Array, "rows d_model"]:
+    """What the expert of each row makes of it.
+
+    Args:
+        experts: A feed-forward of any kind, with its parameters stacked.
+        rows: Those of expert 0, then those of expert 1, and so on. Rows after the last expert's give zeros.
+        sizes: How many each expert has.
+        context: Of the tokens; experts may not ask it where they stand.
+        key: In training.
+        expected_rows: How many rows belong to an expert at all, about. It decides about speed alone.
+    """
+    # In a shard_map a gradient has to vary as its operand does.
+    experts, rows, sizes = vary((experts, rows, sizes), varying_axes(experts, rows, sizes))
+    share = math.ceil(expected_rows / sizes.shape[0])
+    return _run(experts, rows, sizes, context, key, share)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _run(experts: Any, rows: Any, sizes: Any, context: Any, key: Any, share: int) -> Array:
+    return _forward(experts, rows, sizes, context, key, share)[0]
+
+
+def _forward(
+    experts: Any, rows: Array, sizes: Array, context: Context, key: Any, share: int
+) -> tuple[Array, Any]:
+    places = _Places(sizes, rows.shape[0], share)
+    run = functools.partial(_all_experts, context, key)
+    made, back = jax.vjp(run, experts, places.buffers(rows))
+    padded = places.pad(rows)
+
+    def step(tile: Array, y: Array) -> Array:
+        expert, at, own = places.tile(tile)
+        found = _one_expert(context, key, tile, _part(experts, expert), places.cut(padded, at, own))
+        return places.put(y, found, at, own)
+
+    y = places.loop(step, places.pad(places.rows(made)))
+    return y[: rows.shape[0]], (back, experts, rows, sizes, context, key)
+
+
+def _backward(share: int, kept: Any, g: Array) -> tuple[Any, ...]:
+    back, experts, rows, sizes, context, key = kept
+    places = _Places(sizes, rows.shape[0], share)
+    to_experts, to_buffers = back(places.buffers(g))
+    padded, padded_g = places.pad(rows), places.pad(g)
+    # Integers, such as those of packed weights, have gradients without numbers, which a loop cannot carry.
+    leaves, structure = jax.tree.flatten(to_experts)
+    numbers = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
+
+    def step(tile: Array, carry: Any) -> Any:
+        sums, to_rows = carry
+        expert, at, own = places.tile(tile)
+        run = functools.partial(_one_expert, context, key, tile)
+        given = places.cut(padded, at, own)
+        _, back = jax.vjp(run, _part(experts, expert), given)
+        more, to_given = back(places.cut(padded_g, at, own))
+        more = jax.tree.leaves(more)
+        sums = [total.at[expert].add(more[i]) for total, i in zip(sums, numbers, strict=True)]
+        return sums, places.put(to_rows, to_given, at, own)
+
+    start = [leaves[i] for i in numbers], places.pad(places.rows(to_buffers))
+    sums, to_rows = places.loop(step, start)
+    for i, total in zip(numbers, sums, strict=True):
+        leaves[i] = total
+    return jax.tree.unflatten(structure, leaves), to_rows[: rows.shape[0]], None, None, None
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _all_experts(
+    context: Context, key: Any, experts: Any, buffers: Float[Array, "experts share d_model"]
+) -> Float[Array, "experts share d_model"]:
+    keys = None if key is None else jax.random.split(key, buffers.shape[0])
+    run = lambda expert, rows, key: expert(rows[None], context, key)[0][0]
+    return jax.vmap(run)(experts, buffers, keys)
+
+
+def _one_expert(
+    context: Context, key: Any, tile: Array, expert: Any, rows: Float[Array, "tile d_model"]
+) -> Float[Array, "tile d_model"]:
+    # A stream of its own: `split` makes those of the buffers.
+    own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, 1), tile)
+    return expert(rows[None], context, own)[0][0]
+
+
+def _part(experts: Any, number: Array) -> Any:
+    return jax.tree.map(lambda a: a[number], experts)
+
+
+class _Places:
+    """Where sorted rows stand: in the buffer of their expert, or in a tile of what does not fit."""
+
+    def __init__(self, sizes: Int[Array, "experts"], rows: int, share: int):
+        tile = 1 << max(share // 8 - 1, 0).bit_length()  # an eighth of a buffer, as a power of two
+        self.height = min(LARGEST_TILE, max(SMALLEST_TILE, tile))
+        self.sizes, self.starts, self.share = sizes, jnp.cumsum(sizes) - sizes, share
+        self.expert = group_of_rows(sizes, rows)
+        self.over = jnp.maximum(sizes - share, 0)
+        self.tiles = -(-self.over // self.height)
+        self.ends = jnp.cumsum(self.tiles)
+
+    def buffers(self, rows: Float[Array, "rows width"]) -> Float[Array, "experts share width"]:
+        """The first rows of each expert, and zeros where it has fewer."""
+        place = jnp.arange(self.share, dtype=jnp.int32)[None]
+        at = jnp.minimum(self.starts[:, None] + place, rows.shape[0] - 1)
+        return jnp.where((place < self.sizes[:, None])[..., None], rows[at], 0)
+
+    def rows(self, buffers: Float[Array, "experts share width"]) -> Float[Array, "rows width"]:
+        """The way back: each row from its buffer, and zeros for those that are in none."""
+        count = self.sizes.shape[0]
+        expert = jnp.minimum(self.expert, count - 1)
+        place = jnp.arange(self.expert.shape[0], dtype=jnp.int32) - self.starts[expert]
+        slot = expert * self.share + jnp.minimum(place, self.share - 1)
+        inside = (self.expert < count) & (place < self.share)
+        flat = buffers.reshape(-1, buffers.shape[-1])
+        return jnp.where(inside[:, None], flat[slot], 0)
+
+    def tile(self, number: Int[Array, ""]) -> tuple[Array, Array, Array]:
+        """Whose a tile is, its first row, and which of its rows are its expert's."""
+        expert = (number >= self.ends).sum(dtype=jnp.int32)
+        done = (number - (self.ends - self.tiles)[expert]) * self.height
+        own = jnp.arange(self.height, dtype=jnp.int32) < self.over[expert] - done
+        return expert, self.starts[expert] + self.share + done, own[:, None]
+
+    def loop(self, step: Callable[[Array, Any], Any], start: Any) -> Any:
+        """All tiles in their turn; none if every row has a place in a buffer."""
+        number = self.ends[-1]
+        return jax.lax.fori_loop(jnp.zeros_like(number), number, step, start)
+
+    def pad(self, rows: Float[Array, "rows width"]) -> Float[Array, "more width"]:
+        """With room for a tile that begins at the last row."""
+        return jnp.pad(rows, ((0, self.height), (0, 0)))
+
+    def cut(self, padded: Array, at: Array, own: Array) -> Array:
+        """A tile's rows, and zeros for those that are not its expert's."""
+        return jnp.where(own, jax.lax.dynamic_slice_in_dim(padded, at, self.height), 0)
+
+    def put(self, padded: Array, found: Array, at: Array, own: Array) -> Array:
+        """The rows with a tile's own ones replaced."""
+        before = jax.lax.dynamic_slice_in_dim(padded, at, self.height)
+        return jax.lax.dynamic_update_slice_in_dim(padded, jnp.where(own, found, before), at, 0)
