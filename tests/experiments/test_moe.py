@@ -150,14 +150,27 @@ def test_the_papers_model_has_the_papers_size():
     assert 0.3 < count("dense") < 0.4
 
 
-def test_compute_to_reach_a_loss():
-    def arm(compute, *losses):
-        made = [[{"step": 1, "val_loss": loss}] for loss in losses]
-        return report.Runs(records=made, cpu_seconds=[1.0], params=1, teraflops=compute)
+def test_what_dense_models_cost_to_reach_a_loss():
+    costs, losses = [1.0, 2.0, 4.0], [4.1, 3.1, 2.6]
+    assert report.cost_to_reach(3.1, costs, losses) == 2.0
+    np.testing.assert_allclose(report.cost_to_reach(3.6, costs, losses), 2**0.5)
+    np.testing.assert_allclose(report.cost_to_reach(2.85, costs, losses), 2**1.5)
+    assert report.cost_to_reach(2.5, costs, losses) is None
+    assert report.cost_to_reach(4.5, costs, losses) is None
 
-    runs = {"dense": arm(1.0, 4.0, 4.2), "dense_2x": arm(2.0, 3.1), "dense_4x": arm(4.0, 2.6)}
-    assert report.compute_to_reach(3.1, runs) == 2.0
-    np.testing.assert_allclose(report.compute_to_reach(3.6, runs), 2**0.5)
-    np.testing.assert_allclose(report.compute_to_reach(2.85, runs), 2**1.5)
-    assert report.compute_to_reach(2.5, runs) is None
-    assert report.compute_to_reach(4.5, runs) is None
+    def arm(compute, seconds, *losses):
+        made = [[{"step": 1, "val_loss": loss}] for loss in losses]
+        return report.Runs(records=made, cpu_seconds=seconds, params=1, teraflops=compute)
+
+    runs = {
+        "dense": arm(1.0, [10.0, 10.0], 4.0, 4.2),
+        "dense_2x": arm(2.0, [20.0, 40.0], 3.0, 3.2),
+        "moe": arm(1.0, [16.0, 16.0], 3.0, 4.2),
+    }
+    found = report.figures(runs)
+    assert found["dense_teraflops_to_moe_loss"] == 1.5
+    assert found["dense_teraflops_over_moe"] == 1.5
+    np.testing.assert_allclose(found["dense_cpu_seconds_over_moe"], (20 / 16 + 10 / 16) / 2)
+    np.testing.assert_allclose(found["dense_teraflops_over_moe_std"], 2**0.5 / 2)
+    runs["moe"] = arm(1.0, [16.0, 16.0], 3.0, 3.1)
+    assert report.figures(runs)["dense_teraflops_over_moe"] is None

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -90,17 +90,21 @@ def read(folder: pathlib.Path, config: Config, vocab_size: int) -> dict[ArmName,
     return found
 
 
-def compute_to_reach(loss: float, runs: Mapping[ArmName, Runs]) -> float | None:
-    """Training compute at which dense models reach a loss: interpolated between whole trainings of different lengths.
+def cost_to_reach(loss: float, costs: Sequence[float], losses: Sequence[float]) -> float | None:
+    """What dense models cost that reach a loss: interpolated between whole trainings of different lengths.
 
-    The loss is taken as linear in the logarithm of the compute. None where the longest training does not reach it, or there is
-    only one.
+    The loss is taken as linear in the logarithm of the cost. None where the longest training does not reach it, or there is only
+    one.
+
+    Example:
+        >>> cost_to_reach(2.5, [1.0, 4.0], [3.0, 2.0])
+        2.0
     """
-    known = [(runs[name].teraflops, runs[name].losses.mean()) for name in DENSE if name in runs]
-    for (compute, above), (more, below) in itertools.pairwise(known):
+    known = list(zip(costs, losses, strict=True))
+    for (cost, above), (more, below) in itertools.pairwise(known):
         if above >= loss >= below and above > below:
             share = (above - loss) / (above - below)
-            return float(compute * (more / compute) ** share)
+            return float(cost * (more / cost) ** share)
     return None
 
 
@@ -116,11 +120,26 @@ def figures(runs: Mapping[ArmName, Runs]) -> dict[str, float | int | None]:
         if name in runs and other in runs:
             named |= _spread(f"{name}_over_{other}", runs[name].losses - runs[other].losses)
     if "moe" in runs and "dense" in runs:
-        reached = compute_to_reach(float(runs["moe"].losses.mean()), runs)
-        named["dense_teraflops_to_moe_loss"] = reached
-        times = None if reached is None else reached / runs["moe"].teraflops
-        named["dense_compute_over_moe"] = times
+        named |= _dense_over_moe("teraflops", runs, lambda run, seed: run.teraflops)
+        named |= _dense_over_moe("cpu_seconds", runs, lambda run, seed: run.cpu_seconds[seed])
     return named
+
+
+def _dense_over_moe(
+    what: str, runs: Mapping[ArmName, Runs], cost: Callable[[Runs, int], float]
+) -> dict[str, float | None]:
+    """What dense training costs to reach the loss of moe, and how many times what moe costs; seed by seed."""
+    dense = [runs[name] for name in DENSE if name in runs]
+    reached, times = [], []
+    for seed, loss in enumerate(runs["moe"].losses):
+        losses = [float(run.losses[seed]) for run in dense]
+        found = cost_to_reach(float(loss), [cost(run, seed) for run in dense], losses)
+        if found is None:
+            return {f"dense_{what}_to_moe_loss": None, f"dense_{what}_over_moe": None}
+        reached.append(found)
+        times.append(found / cost(runs["moe"], seed))
+    mean = {f"dense_{what}_to_moe_loss": float(np.mean(reached))}
+    return mean | _spread(f"dense_{what}_over_moe", np.array(times))
 
 
 def tables(runs: Mapping[ArmName, Runs]) -> dict[str, list[list[str]]]:
