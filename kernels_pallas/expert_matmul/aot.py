@@ -27,7 +27,10 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the kernels for TPUs and in plain jnp for all targets."""
+    """Each shape tagged "aot", in the kernels for TPUs and in plain jnp for all targets; of those tagged "edge" the kernels."""
+    tpus = ("v5e", "v6e")
+    chosen = [(shape, "tpu", tpus) for tag in ("aot", "edge") for shape in with_tag(tag)]
+    chosen += [(shape, "reference", (*tpus, "h100")) for shape in with_tag("aot")]
     return [
         Program(
             name=f"expert_matmul {shape.name} {implementation}",
@@ -35,9 +38,5 @@ def programs() -> list[Program]:
             flops=shape.operations(),
             targets=targets,
         )
-        for shape in with_tag("aot")
-        for implementation, targets in (
-            ("tpu", ("v5e", "v6e")),
-            ("reference", ("v5e", "v6e", "h100")),
-        )
+        for shape, implementation, targets in chosen
     ]

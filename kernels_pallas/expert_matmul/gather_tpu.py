@@ -28,7 +28,8 @@ def why_not(x: Any, weight: Any, source: Any, gate: Any) -> str | None:
 
 
 def _outputs(x: Any, rows: int, gate: Any) -> int | None:
-    return vmem.gather_outputs(*x.shape, rows, 1 if gate is None else 2, x.dtype)
+    tokens, d_in = x.shape
+    return vmem.gather_outputs(tokens, d_in, rows, 1 if gate is None else 2, x.dtype)
 
 
 def _gather(source_ref: Any, tokens_ref: Any, picked_ref: Any, first: Any) -> None:

@@ -42,7 +42,7 @@ class Shape:
     """How many of the tokens are padding."""
     dtype: str = "float32"
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "aot"."""
+    """Who runs it: "test", "aot", and "edge", of which only the kernels are compiled."""
 
     def operands(self, key: Array) -> Operands:
         """Random operands; rows of padding come last, with numbers that must not matter."""
@@ -114,6 +114,13 @@ SHAPES: tuple[Shape, ...] = (
     _aot("olmoe 256", tokens=256, padding=3, **OLMOE),
     _aot("qwen3 1", tokens=1, **QWEN3),
     _aot("qwen3 8", tokens=8, **QWEN3),
+    # As much as is thought to fit in VMEM.
+    Shape(name="mixtral 768", tokens=768, dtype="bfloat16", tags=_tags("edge"), **MIXTRAL),
+    Shape(name="mixtral-f32 512", tokens=512, tags=_tags("edge"), **MIXTRAL),
+    Shape(name="olmoe-f32 448", tokens=448, tags=_tags("edge"), **OLMOE),
+    Shape(
+        name="small 2048", tokens=2048, tags=_tags("edge"), experts=16, k=4, d_model=256, d_ff=1024
+    ),
     Shape(
         name="odd-f32",
         tokens=7,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from effscale.models import Context, Dense, FeedForwardConfig
 from effscale.models.reports import AUX_LOSS
 from effscale.models.validation import check, choice
+from effscale.moe.decoding import by_kernels, kernels_serve
 from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing
@@ -180,6 +181,9 @@ class MoE(nnx.Module):
                 return one_by_one(experts["apart"], tokens, routing, context), {}
             experts = experts["stack"]
         by = config.dispatch
+        plain = by is None and context.cached and key is None and not self._captures(context)
+        if plain and kernels_serve(experts, tokens, routing):
+            return by_kernels(experts, tokens, routing), {}
         if by is None:
             many = tokens.shape[1] > FEW_TOKENS
             by = "dropless" if many and routing.capacity is None else "table"

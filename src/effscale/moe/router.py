@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models import Dense
 from effscale.models.validation import check, choice
+from effscale.moe import decoding
 from effscale.moe.balance import (
     expert_choice_statistics,
     load_balance,
@@ -197,16 +198,23 @@ class Router(nnx.Module):
         if noise in ("gumbel", "gumbel_second"):
             noisy = scores + jax.random.gumbel(noise_key, scores.shape)
             scores = noisy if noise == "gumbel" else _first_as_before(scores, noisy)
-        routing = top_k_routing(
-            probs,
-            config.k,
-            capacity=config.capacity(*probs.shape, training=key is not None) if drops else None,
-            scores=scores,
-            used=used,
-            priority=config.priority if key is not None or config.priority != "random" else None,
-            normalize=config.normalize,
-            key=priority_key,
-        )
+        usual = config.score == "softmax" and self.balance_bias is None
+        if key is None and not drops and usual and decoding.kernel_routes(logits):
+            divided = config.normalize != "none" if config.normalize else config.k > 1
+            routing = decoding.route(logits, config.k, used, normalize=divided)
+        else:
+            routing = top_k_routing(
+                probs,
+                config.k,
+                capacity=config.capacity(*probs.shape, training=key is not None) if drops else None,
+                scores=scores,
+                used=used,
+                priority=config.priority
+                if key is not None or config.priority != "random"
+                else None,
+                normalize=config.normalize,
+                key=priority_key,
+            )
         if config.scale != 1.0:
             routing = dataclasses.replace(routing, weights=config.scale * routing.weights)
 
