@@ -38,6 +38,7 @@ def test_a_checkpoint_goes_on_with_experts_on_other_devices(curve, reference, tm
     np.testing.assert_allclose(losses, reference, rtol=1e-5)
 
 
+@pytest.mark.slow  # tests/moe/test_meshes.py has the same exchange on one process's devices, and is quick
 def test_two_processes(reference):
     """Tokens travel to the experts of the other process, within each process first."""
     try:
