@@ -200,9 +200,9 @@ def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> st
         return None
     if 0 in (*x.shape, *weight.shape, *source.shape):
         return f"x {x.shape}, weight {weight.shape} or source {source.shape} is empty"
-    from kernels_pallas.expert_matmul import gather_tpu
+    from kernels_pallas.expert_matmul.tpu import gather
 
-    return _partitioned() or gather_tpu.why_not(x, weight, source, gate)
+    return _partitioned() or gather.why_not(x, weight, source, gate)
 
 
 def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | None:
@@ -211,9 +211,9 @@ def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | No
         return None
     if 0 in (*h.shape, *weight.shape, num_tokens):
         return f"h {h.shape}, weight {weight.shape} or the result of {num_tokens} tokens is empty"
-    from kernels_pallas.expert_matmul import scatter_tpu
+    from kernels_pallas.expert_matmul.tpu import scatter
 
-    return _partitioned() or scatter_tpu.why_not(h, weight, num_tokens)
+    return _partitioned() or scatter.why_not(h, weight, num_tokens)
 
 
 def why_not_sort(name: str, experts: Any) -> str | None:
@@ -222,9 +222,9 @@ def why_not_sort(name: str, experts: Any) -> str | None:
         return None
     if experts.size == 0:
         return f"experts {experts.shape} are empty"
-    from kernels_pallas.expert_matmul import rows_tpu
+    from kernels_pallas.expert_matmul.tpu import rows
 
-    return _partitioned() or rows_tpu.why_not(experts)
+    return _partitioned() or rows.why_not(experts)
 
 
 def _partitioned() -> str | None:
@@ -250,9 +250,9 @@ def _run(op: str, name: str | None, why_not: Any, operands: Any, *options: Any) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel(op: str, options: Any, operands: Any) -> Any:
-    from kernels_pallas.expert_matmul import gather_tpu, rows_tpu, scatter_tpu
+    from kernels_pallas.expert_matmul.tpu import gather, rows, scatter
 
-    modules = {"gather_matmul": gather_tpu, "matmul_scatter": scatter_tpu, "sort_rows": rows_tpu}
+    modules = {"gather_matmul": gather, "matmul_scatter": scatter, "sort_rows": rows}
     return getattr(modules[op], op)(*operands, *options)
 
 

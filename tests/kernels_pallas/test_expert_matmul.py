@@ -13,19 +13,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.dispatch import Unsupported
-from kernels_pallas.expert_matmul import (
-    api,
-    gather_matmul,
-    gather_tpu,
-    reference,
-    rows_tpu,
-    scatter_tpu,
-    sort_rows,
-    vmem,
-)
+from kernels_pallas.expert_matmul import api, gather_matmul, reference, sort_rows
 from kernels_pallas.expert_matmul.aot import experts
 from kernels_pallas.expert_matmul.shapes import SHAPES, Shape, with_tag
-from kernels_pallas.expert_matmul.steps import make_steps
+from kernels_pallas.expert_matmul.tpu import gather, rows, scatter, vmem
+from kernels_pallas.expert_matmul.tpu.steps import make_steps
 from tests.kernels_pallas.packed_oracle import H100, lowered_for
 
 SMALL = with_tag("test")
@@ -64,9 +56,9 @@ def by_kernels(o, interpret=True):
     @jax.jit
     def run(o):
         inputs = (o.x, o.up, o.sizes, o.token_of_row, o.up_bias, o.gate, o.gate_bias)
-        h = gather_tpu.gather_matmul(*inputs, jax.nn.silu, interpret=interpret)
+        h = gather.gather_matmul(*inputs, jax.nn.silu, interpret=interpret)
         inputs = (h, o.down, o.sizes, o.token_of_row, o.scale, o.down_bias)
-        return h, scatter_tpu.matmul_scatter(*inputs, len(o.x), interpret=interpret)
+        return h, scatter.matmul_scatter(*inputs, len(o.x), interpret=interpret)
 
     return jax.block_until_ready(run(jax.block_until_ready(o)))
 
@@ -102,7 +94,7 @@ def test_with_small_tiles_and_without_a_gate(getkey, monkeypatch):
     o = jax.jit(shape.operands)(getkey())
     check(by_kernels(o), slow(o), shape.dtype)
     one = o.x, o.up, o.sizes, o.token_of_row, None, None, None, None
-    found = jax.jit(functools.partial(gather_tpu.gather_matmul, interpret=True))(*one)
+    found = jax.jit(functools.partial(gather.gather_matmul, interpret=True))(*one)
     expected = jax.jit(reference.gather_matmul)(*one)
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.05)
 
@@ -138,7 +130,7 @@ def test_sorted_rows(k):
         integer(sizes),
     )
     filled = sizes.sum()
-    for function in (reference.sort_rows, functools.partial(rows_tpu.sort_rows, interpret=True)):
+    for function in (reference.sort_rows, functools.partial(rows.sort_rows, interpret=True)):
         found = jax.jit(function)(*operands)
         np.testing.assert_array_equal(found.token[:filled], order[:filled] // k)
         np.testing.assert_allclose(

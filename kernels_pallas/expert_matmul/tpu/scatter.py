@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.expert_matmul import vmem
-from kernels_pallas.expert_matmul.steps import Steps, make_steps
+from kernels_pallas.expert_matmul.tpu import vmem
+from kernels_pallas.expert_matmul.tpu.steps import Steps, make_steps
 from kernels_pallas.manual_axes import result_type, varying_axes
 
 
