@@ -188,9 +188,8 @@ class MoE(nnx.Module):
             many = tokens.shape[1] > FEW_TOKENS
             by = "dropless" if many and routing.capacity is None else "table"
         if by == "dropless":
-            # Sorted rows hide from a structured weight what it does with its inputs, and from a caller which rows are whose.
-            plain = all(isinstance(weight, jax.Array) for weight in _weights(experts))
-            if plain and not self._captures(context):
+            # Sorted rows hide from a caller which rows are whose.
+            if not self._captures(context):
                 return by_sorted_rows(experts, tokens, routing, context, key), {}
             by = "table"
         return by_buffers(experts, tokens, routing, context, key, by=by, exchange=config.exchange)
@@ -214,10 +213,6 @@ def _stacked(experts: Any) -> Any:
         axes = variable.get_metadata().get("axes", ())
         variable.set_metadata("axes", ("experts", *axes))
     return experts
-
-
-def _weights(module: Any) -> list[Any]:
-    return [variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(module))]
 
 
 def _groups(given: int | None, batch: int, *, training: bool) -> int:

@@ -164,31 +164,25 @@ def tables(runs: Mapping[ArmName, Runs]) -> dict[str, list[list[str]]]:
 
 
 def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
-    """The loss over training compute and over time, each seed a line, and the last loss over parameters, each seed a dot."""
+    """The loss over training compute and over time, means over seeds, and the last loss over parameters, each seed a dot."""
     plt = pyplot()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12.0, 4.4), dpi=90)
+        figure, axes = plt.subplots(1, 3, figsize=(12.0, 4.4), dpi=75)
         for number, (name, found) in enumerate(runs.items()):
-            color, dashes = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
-            for seed, records in enumerate(found.records):
-                steps, losses = series(records, "part_val_loss")
-                compute = found.teraflops * steps / steps[-1]
-                style = {"color": color, "ls": dashes, "lw": 1.0}
-                axes[0].semilogx(compute, losses, label=name if seed == 0 else None, **style)
-                axes[1].semilogx(found.cpu_seconds[seed] * steps / steps[-1], losses, **style)
-            axes[2].semilogx([found.params] * len(found.losses), found.losses, "o", color=color)
-            axes[2].annotate(
-                name,
-                (found.params, found.losses.mean()),
-                fontsize=7,
-                xytext=(4, 2),
-                textcoords="offset points",
-            )
+            # A second round through the colors is dashed and hollow.
+            color, again = COLORS[number % len(COLORS)], number >= len(COLORS)
+            steps = series(found.records[0], "part_val_loss")[0]
+            losses = np.mean([series(one, "part_val_loss")[1] for one in found.records], axis=0)
+            style = {"color": color, "ls": "--" if again else "-", "lw": 1.3}
+            axes[0].plot(found.teraflops * steps / steps[-1], losses, label=name, **style)
+            axes[1].plot(np.mean(found.cpu_seconds) * steps / steps[-1], losses, **style)
+            dots = {"color": color, "mfc": "none" if again else color, "ls": "", "marker": "o"}
+            axes[2].plot([found.params / 1e6] * len(found.losses), found.losses, **dots)
         axes[0].set(
             xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text"
         )
         axes[1].set(xlabel="processor time (s)")
-        axes[2].set(xlabel="parameters", ylabel="loss on all of the held-out text")
+        axes[2].set(xlabel="parameters (million)", ylabel="loss on all of the held-out text")
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="upper center", ncols=6, fontsize=8)
         figure.tight_layout(rect=(0, 0, 1, 0.9))
