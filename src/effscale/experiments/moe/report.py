@@ -138,7 +138,7 @@ def _dense_over_moe(
             return {f"dense_{what}_to_moe_loss": None, f"dense_{what}_over_moe": None}
         reached.append(found)
         times.append(found / cost(runs["moe"], seed))
-    mean = {f"dense_{what}_to_moe_loss": float(np.mean(reached))}
+    mean: dict[str, float | None] = {f"dense_{what}_to_moe_loss": float(np.mean(reached))}
     return mean | _spread(f"dense_{what}_over_moe", np.array(times))
 
 
