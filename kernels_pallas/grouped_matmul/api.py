@@ -1,6 +1,5 @@
 """The public function: checks, and the choice of an implementation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ def grouped_matmul(
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
     *,
-    expected_rows: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
     r"""Rows that are sorted by group, each times the matrix of its group: :math:`y_r = x_r W_{g(r)} + b_{g(r)}`.
@@ -33,7 +31,6 @@ def grouped_matmul(
         weight: A matrix for each group, of the type of `x`.
         sizes: How many rows each group has. Rows after the last group give zeros.
         bias: Added to each row; None adds nothing.
-        expected_rows: How many rows belong to a group at all, about; None: all. It decides about speed alone, where `x` has room for many more.
         implementation: "reference" (a masked product, groups times the work), "buffers" (a batched product, and a loop over rows that do not fit),
             "ragged_dot" (`jax.lax.ragged_dot`, which is a kernel on TPUs and a masked product elsewhere), or None:
             "ragged_dot" in programs for TPUs, otherwise "buffers".
@@ -54,7 +51,7 @@ def grouped_matmul(
     check_operands(x, weight, sizes, bias)
     functions: dict[str, Callable[..., Any]] = {
         "reference": reference.grouped_matmul,
-        "buffers": functools.partial(buffers.grouped_matmul, expected_rows=expected_rows),
+        "buffers": buffers.grouped_matmul,
         "ragged_dot": _ragged_dot,
     }
     if implementation is not None:

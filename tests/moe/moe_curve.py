@@ -1,31 +1,21 @@
-"""Train a tiny GPT with experts on one mesh and give its loss curve; imported by the tests and run in several processes."""
+"""The loss curve of a tiny GPT with experts on one mesh; imported by the tests and run in several processes."""
 
+import importlib.util
 import json
+import pathlib
 import sys
 
-import jax
 import numpy as np
-from flax import nnx
 
-from effscale.models import MLPConfig, Transformer, gpt2
+from effscale.models import MLPConfig, gpt2
 from effscale.moe import MoEConfig, RouterConfig, with_experts
-from effscale.parallel import (
-    Exchange,
-    MeshConfig,
-    batch_shard,
-    initialize,
-    shard_batch,
-    shardings,
+from effscale.parallel import Exchange, MeshConfig, initialize
+
+_spec = importlib.util.spec_from_file_location(
+    "gpt_curve", pathlib.Path(__file__).parents[1] / "training" / "gpt_curve.py"
 )
-from effscale.training import (
-    AdamWConfig,
-    Checkpoints,
-    Clip,
-    create_train_state,
-    make_train_step,
-    next_token_loss,
-    resume_or_start,
-)
+gpt_curve = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpt_curve)
 
 VOCAB, LENGTH, BATCH, STEPS = 64, 16, 16, 9
 DENSE = gpt2(num_layers=2, d_model=16, num_heads=4, vocab_size=VOCAB, max_length=LENGTH)
@@ -52,30 +42,9 @@ def batch(step: int) -> dict[str, np.ndarray]:
 def curve(
     config: MeshConfig, devices=None, *, stop: int = STEPS, folder=None, exchange=None
 ) -> list[float]:
-    """Losses from the newest checkpoint in ``folder`` (or the start) up to ``stop``; the last state is saved there."""
-    mesh = config.build(devices)
-    optimizer = AdamWConfig().build(1e-2)
-    built = model(exchange or Exchange())
-    create = lambda: create_train_state(
-        Transformer(built, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
-    )
-    step_fn = jax.jit(make_train_step(next_token_loss, optimizer, clip=Clip(1.0)), donate_argnums=0)
-    part, losses = batch_shard(mesh), []
-    with jax.set_mesh(mesh):
-        layout = shardings(jax.eval_shape(create), mesh)
-        if folder is None:
-            state, start = jax.jit(create, out_shardings=layout)(), 0
-        else:
-            checkpoints = Checkpoints(folder)
-            state, start = resume_or_start(checkpoints, create, shardings=layout)
-        for step in range(start, stop):
-            mine = {k: np.split(v, part.count)[part.index] for k, v in batch(step).items()}
-            state, metrics = step_fn(state, shard_batch(mine, mesh))
-            losses.append(float(metrics["loss"]))
-        if folder is not None:
-            checkpoints.save(stop, state, force=True)
-            checkpoints.wait()
-    return losses
+    """As that of ``gpt_curve``."""
+    given = {"model": model(exchange or Exchange()), "batch": batch, "learning_rate": 1e-2}
+    return gpt_curve.curve(config, devices, stop=stop, folder=folder, **given)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,21 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def curve(
-    config: MeshConfig, devices=None, *, stop: int = STEPS, folder=None, accumulate: int = 1
+    config: MeshConfig,
+    devices=None,
+    *,
+    stop: int = STEPS,
+    folder=None,
+    accumulate: int = 1,
+    model=CONFIG,
+    batch=batch,
+    learning_rate: float = 3e-3,
 ) -> list[float]:
     """Losses from the newest checkpoint in ``folder`` (or the start) up to ``stop``; the last state is saved there."""
     mesh = config.build(devices)
-    optimizer = AdamWConfig().build(3e-3)
+    optimizer = AdamWConfig().build(learning_rate)
     create = lambda: create_train_state(
-        Transformer(CONFIG, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
     )
     step_fn = ShapeBuckets(
         make_train_step(next_token_loss, optimizer, clip=Clip(1.0), accumulate=accumulate),

@@ -101,7 +101,7 @@ def by_sorted_rows(
     def one(experts: nnx.Module, tokens: Array, routing: Routing) -> Any:
         def work(rows: Array, sizes: Array) -> Array:
             if kernels.platform() == "tpu" and dropless.can_be_grouped(experts):
-                own: Any = dropless.grouped_experts(experts, sizes, expected_rows=items)
+                own: Any = dropless.grouped_experts(experts, sizes)
                 return own(rows[None], context, key)[0][0]
             return run_sorted(experts, rows, sizes, context, key, expected_rows=items)
 

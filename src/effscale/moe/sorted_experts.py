@@ -6,19 +6,15 @@ tile at a time. So the cost is that of capacity factor 1, and a little more for 
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from effscale.models import Context
-from kernels_pallas.grouped_matmul.reference import group_of_rows
+from kernels_pallas.grouped_matmul.places import Places
 from kernels_pallas.manual_axes import vary, varying_axes
-
-LARGEST_TILE, SMALLEST_TILE = 64, 8
 
 
 def run_sorted(
@@ -54,7 +50,7 @@ def _run(experts: Any, rows: Any, sizes: Any, context: Any, key: Any, share: int
 def _forward(
     experts: Any, rows: Array, sizes: Array, context: Context, key: Any, share: int
 ) -> tuple[Array, Any]:
-    places = _Places(sizes, rows.shape[0], share)
+    places = Places(sizes, rows.shape[0], share)
     run = functools.partial(_all_experts, context, key)
     made, back = jax.vjp(run, experts, places.buffers(rows))
     padded = places.pad(rows)
@@ -70,7 +66,7 @@ def _forward(
 
 def _backward(share: int, kept: Any, g: Array) -> tuple[Any, ...]:
     back, experts, rows, sizes, context, key = kept
-    places = _Places(sizes, rows.shape[0], share)
+    places = Places(sizes, rows.shape[0], share)
     to_experts, to_buffers = back(places.buffers(g))
     padded, padded_g = places.pad(rows), places.pad(g)
     # Integers, such as those of packed weights, have gradients without numbers, which a loop cannot carry.
@@ -116,57 +112,3 @@ def _one_expert(
 
 def _part(experts: Any, number: Array) -> Any:
     return jax.tree.map(lambda a: a[number], experts)
-
-
-class _Places:
-    """Where sorted rows stand: in the buffer of their expert, or in a tile of what does not fit."""
-
-    def __init__(self, sizes: Int[Array, "experts"], rows: int, share: int):
-        tile = 1 << max(share // 8 - 1, 0).bit_length()  # an eighth of a buffer, as a power of two
-        self.height = min(LARGEST_TILE, max(SMALLEST_TILE, tile))
-        self.sizes, self.starts, self.share = sizes, jnp.cumsum(sizes) - sizes, share
-        self.expert = group_of_rows(sizes, rows)
-        self.over = jnp.maximum(sizes - share, 0)
-        self.tiles = -(-self.over // self.height)
-        self.ends = jnp.cumsum(self.tiles)
-
-    def buffers(self, rows: Float[Array, "rows width"]) -> Float[Array, "experts share width"]:
-        """The first rows of each expert, and zeros where it has fewer."""
-        place = jnp.arange(self.share, dtype=jnp.int32)[None]
-        at = jnp.minimum(self.starts[:, None] + place, rows.shape[0] - 1)
-        return jnp.where((place < self.sizes[:, None])[..., None], rows[at], 0)
-
-    def rows(self, buffers: Float[Array, "experts share width"]) -> Float[Array, "rows width"]:
-        """The way back: each row from its buffer, and zeros for those that are in none."""
-        count = self.sizes.shape[0]
-        expert = jnp.minimum(self.expert, count - 1)
-        place = jnp.arange(self.expert.shape[0], dtype=jnp.int32) - self.starts[expert]
-        slot = expert * self.share + jnp.minimum(place, self.share - 1)
-        inside = (self.expert < count) & (place < self.share)
-        flat = buffers.reshape(-1, buffers.shape[-1])
-        return jnp.where(inside[:, None], flat[slot], 0)
-
-    def tile(self, number: Int[Array, ""]) -> tuple[Array, Array, Array]:
-        """Whose a tile is, its first row, and which of its rows are its expert's."""
-        expert = (number >= self.ends).sum(dtype=jnp.int32)
-        done = (number - (self.ends - self.tiles)[expert]) * self.height
-        own = jnp.arange(self.height, dtype=jnp.int32) < self.over[expert] - done
-        return expert, self.starts[expert] + self.share + done, own[:, None]
-
-    def loop(self, step: Callable[[Array, Any], Any], start: Any) -> Any:
-        """All tiles in their turn; none if every row has a place in a buffer."""
-        number = self.ends[-1]
-        return jax.lax.fori_loop(jnp.zeros_like(number), number, step, start)
-
-    def pad(self, rows: Float[Array, "rows width"]) -> Float[Array, "more width"]:
-        """With room for a tile that begins at the last row."""
-        return jnp.pad(rows, ((0, self.height), (0, 0)))
-
-    def cut(self, padded: Array, at: Array, own: Array) -> Array:
-        """A tile's rows, and zeros for those that are not its expert's."""
-        return jnp.where(own, jax.lax.dynamic_slice_in_dim(padded, at, self.height), 0)
-
-    def put(self, padded: Array, found: Array, at: Array, own: Array) -> Array:
-        """The rows with a tile's own ones replaced."""
-        before = jax.lax.dynamic_slice_in_dim(padded, at, self.height)
-        return jax.lax.dynamic_update_slice_in_dim(padded, jnp.where(own, found, before), at, 0)

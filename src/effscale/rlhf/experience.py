@@ -24,8 +24,8 @@ from effscale.training import Loss, add_reports
 class PPOConfig:
     """What PPO makes of responses and scores.
 
-    The defaults are what is usual today. DeepSpeed-Chat's are ``kl_coef=0.1, score_clip=5.0, whiten_advantages=False, score_at="next"``; TRL's
-    (1.12) are ``score_at="next"``, and ``value_coef=0.1`` in a loss with one optimizer for both models.
+    The defaults are what is usual today. DeepSpeed-Chat's are ``kl_coef=0.1, score_clip=5.0, whiten_advantages=False, score_at="next"``; TRL 1.12 has
+    ``score_at="next"``, and trains both models by one optimizer on the policy's loss plus 0.1 times the critic's.
     """
 
     kl_coef: float = 0.05

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 NESTED = ("module", "state_dict", "model_state_dict", "model")
-"""Where a checkpoint keeps the model when it holds more: DeepSpeed, Lightning, and scripts."""
+"""Keys under which a checkpoint that holds more than a model keeps the model: those of DeepSpeed, of Lightning, and two that scripts use."""
 
 RESIDENT_PART = 16
-"""A file is mapped anew after this part of it was read: pages of a map count as resident memory."""
+"""After one part in so many of a file was read it is mapped again, since the pages of a map that were read count as resident memory."""
 
 
 class TorchFile:

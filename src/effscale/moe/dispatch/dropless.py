@@ -45,12 +45,10 @@ class GroupedWeight:
     Attributes:
         weight: The weights of all groups.
         sizes: How many rows each group has.
-        expected_rows: How many rows belong to a group at all, about; None: all.
     """
 
     weight: Float[Array, "groups d_in d_out"]
     sizes: Int[Array, "groups"]
-    expected_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,19 +67,15 @@ class GroupedWeight:
     def matmul(self, x: Any, bias: Any, activation: Any) -> Array:
         """``activation(x W + b)`` with the weight of each row's group, and a bias of shape ``(groups, d_out)``."""
         weight = dense(self.weight).astype(x.dtype)
-        expected = {"expected_rows": self.expected_rows}
-        return finish(grouped_matmul(x, weight, self.sizes, bias, **expected), None, activation)
+        return finish(grouped_matmul(x, weight, self.sizes, bias), None, activation)
 
 
-def grouped_experts(
-    experts: nnx.Module, sizes: Int[Array, "experts"], expected_rows: int | None = None
-) -> nnx.Module:
+def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Module:
     """A stack of experts that reads sorted rows, each of which belongs to one of them.
 
     Args:
         experts: A feed-forward with its parameters stacked; all of them must be kernels and biases of :class:`effscale.models.Dense`.
         sizes: How many rows each expert has.
-        expected_rows: How many rows belong to an expert at all, about; None: all.
 
     Raises:
         ValueError: It has another parameter, which cannot be chosen by row.
@@ -91,7 +85,7 @@ def grouped_experts(
         raise ValueError(
             f"grouped_experts needs experts of dense layers alone, and these have {', '.join(others)}"
         )
-    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes, expected_rows))
+    return map_weights(experts, lambda weight: GroupedWeight(weight, sizes))
 
 
 def can_be_grouped(experts: nnx.Module) -> bool:
