@@ -147,7 +147,7 @@ NONE = {
     ),
     "a class of each token": (
         lambda: replace(opt(**TEXT), heads=(ClassHead(name="token_classes", num_classes=3, pool="none"),)),
-        r"positions\.offset is 2, and gpt2 has 0",
+        r"no OPT with the heads \['token_classes'\]",
     ),
     "another pool": (
         lambda: replace(gpt2(**TEXT), heads=(ClassHead(num_classes=3, pool="mean"),)),

@@ -9,7 +9,7 @@ import numpy as np
 from effscale.interop.families import FAMILIES, Family
 from effscale.interop.families.family import Heads
 from effscale.interop.tensors import TensorInfo
-from effscale.models import TransformerConfig
+from effscale.models import ClassHead, TransformerConfig
 
 # Differences in an error.
 SHOWN = 5
@@ -30,7 +30,7 @@ def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Fami
         ValueError: If no family can express the config; the message says what keeps the nearest one from it.
     """
     kinds = {type(block.feed_forward) for block in config.blocks}
-    near: list[tuple[int, str]] = []
+    near: list[tuple[int, bool, str]] = []
     known: set[type] = set()
     for model_type in sorted(FAMILIES, key=lambda model_type: model_type != prefer):
         family = FAMILIES[model_type]
@@ -43,21 +43,35 @@ def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Fami
         try:
             fields = family.to_hf(config)
             every = {**family.defaults, **fields, "architectures": [architecture]}
-            heads = config.heads if architecture is None else _heads_found(family, every, config)
+            named = _as_in_files(config)
+            heads = named.heads if architecture is None else _heads_found(family, every, named)
             back = family.from_hf(every, heads)
         except ValueError:
             continue
-        ours, theirs = (essence(family.plain(one)) for one in (config, back))
+        ours, theirs = (essence(family.plain(one)) for one in (named, back))
         differences += _differences(ours, theirs, family.model_type)
         if not differences:
             head = {"architectures": [architecture], "model_type": family.model_type}
             return family, head | fields
         more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        near.append((len(differences), "; ".join(differences[:SHOWN]) + more))
+        has_class = architecture is not None
+        near.append((len(differences), has_class, "; ".join(differences[:SHOWN]) + more))
     for kind in kinds - known:
         raise ValueError(f"transformers has no family whose feed-forward is a {kind.__name__}")
-    nearest = min(near)[1] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
+    nearest = min(near)[2] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
     raise ValueError(f"transformers has no family with this config: {nearest}")
+
+
+def _as_in_files(config: TransformerConfig) -> TransformerConfig:
+    """The config with the head that a file cannot tell from classes, a score, under their name."""
+    heads = tuple(
+        dataclasses.replace(head, name="classes")
+        if isinstance(head, ClassHead) and head.name == "score"
+        else head
+        for head in config.heads
+    )
+    alone = len({head.name for head in heads}) == len(heads)
+    return dataclasses.replace(config, heads=heads) if alone else config
 
 
 def _heads_found(family: Family, fields: dict[str, Any], config: TransformerConfig) -> Heads:

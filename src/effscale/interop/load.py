@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +14,17 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 from rich.console import Console
 from rich.progress import track
 
+from effscale.interop.heads import initial_values, with_heads
 from effscale.interop.pieces import WeightPieces
 from effscale.interop.plan import Slot, form_changes, parameters, plan, their_shapes
 from effscale.interop.source import Source, open_source
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
-from effscale.models import Transformer, abstract, split_groups
+from effscale.models import HeadConfig, Transformer, abstract, split_groups
 from effscale.parallel import shardings
 
 LONG = 500_000_000
@@ -32,7 +34,13 @@ FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", ml_dtypes.bfloa
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str], *, dtype: Any = None, mesh: Mesh | None = None
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    heads: Sequence[HeadConfig] | None = None,
+    initialize: Collection[str] = (),
+    key: PRNGKeyArray | None = None,
 ) -> Transformer:
     """Loads a PyTorch model of any of the families, as transformers or DeepSpeed-Chat saved it.
 
@@ -45,6 +53,12 @@ def load_pretrained(
         dtype: Type of the parameters and of what the model computes in: float32, bfloat16 or float16. None: that of
             the file, tensor by tensor.
         mesh: Where the parameters lie, by the rules of :mod:`effscale.parallel`; None: on the default device.
+        heads: The heads of the model, such as a reward's or a classifier's on the trunk of a language model; ``()``: the
+            trunk alone. A head that the folder has, by its name, is loaded; ``score``, ``classes`` and ``value`` with one
+            output are the same head under three names. Heads of the folder that are not among these are left out. None:
+            the folder's heads.
+        initialize: Names of heads that start anew, although the folder has them.
+        key: What heads that the folder does not have are initialized from, and BERT's pooler where a head needs it.
 
     Returns:
         The model. A model with a next-token head only gives logits; any other gives a dict with ``hidden``, ``pooled``
@@ -55,48 +69,69 @@ def load_pretrained(
         FolderError: If the folder, a file or a tensor is not what it should be. All tensors that are missing, unexpected
             or of the wrong shape are in one error.
         ImportError: If the weights are in a ``.bin`` file and torch is not installed.
-        ValueError: If ``dtype`` is none of the three.
+        ValueError: If ``dtype`` is none of the three; or the folder has one of ``heads`` in another form (number of classes,
+            bias), it has none and there is no ``key``, or its family can have no such head.
 
     Warns:
         UserWarning: If a tensor has values that are not a number or are beyond the range of ``dtype``, or two tensors
             differ that should be one.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, jax
         >>> from flax import nnx
         >>> from effscale.interop import load_pretrained, save_pretrained
-        >>> from effscale.models import Transformer, gpt2
+        >>> from effscale.models import ClassHead, Transformer, gpt2
         >>> config = gpt2(num_layers=1, d_model=8, num_heads=2, vocab_size=11, max_length=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_pretrained(Transformer(config, rngs=nnx.Rngs(0)), folder)
-        ...     load_pretrained(folder).config.d_model
-        8
+        ...     model = load_pretrained(folder)
+        ...     score = ClassHead(name="score", num_classes=1, pool="last", bias=False)
+        ...     reward = load_pretrained(folder, heads=(score,), key=jax.random.key(0))
+        >>> model.config.d_model, list(model.heads), list(reward.heads)
+        (8, ['lm'], ['score'])
     """
-    return load_source(open_source(folder), dtype=dtype, mesh=mesh)
+    source = open_source(folder)
+    if heads is not None or initialize:
+        source = with_heads(source, heads, initialize)
+    return load_source(source, dtype=dtype, mesh=mesh, key=key)
 
 
-def load_source(source: Source, *, dtype: Any = None, mesh: Mesh | None = None) -> Transformer:
+def load_source(
+    source: Source, *, dtype: Any = None, mesh: Mesh | None = None, key: PRNGKeyArray | None = None
+) -> Transformer:
     """A model from an open source; the arguments are those of :func:`load_pretrained`."""
     chosen = None if dtype is None else float_type(dtype)
     computes = chosen or _most_common(source)
     types = _types(source, chosen, computes)
     config = dataclasses.replace(source.config, dtype=computes.name)  # pyrefly: ignore[bad-argument-type]
-    return fill(dataclasses.replace(source, config=config), types, mesh)
+    source = dataclasses.replace(source, config=config)
+    return fill(source, types, mesh, initial_values(source, key, computes, mesh))
 
 
-def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Transformer:
+def fill(
+    source: Source,
+    types: Mapping[str, np.dtype],
+    mesh: Mesh | None,
+    initial: Mapping[str, jax.Array],
+) -> Transformer:
     """A model of ``source.config`` with the source's tensors, of the given types by name.
 
     Groups of layers are split where a tensor's form changes from one layer to the next.
+
+    Args:
+        source: The source.
+        types: By the names of tensors.
+        mesh: As in :func:`load_pretrained`.
+        initial: The parameters for which there is no tensor.
     """
     model = abstract(source.config)
-    leaves = parameters(model)
+    leaves = _to_fill(model, source)
     slots = plan(source.rules, source.config, leaves)
     check_tensors(source, slots, leaves)
     axes = sizes(source.config)
     if changes := form_changes(slots, source.tensors.infos):
         model = split_groups(model, changes)
-        leaves = parameters(model)
+        leaves = _to_fill(model, source)
         slots = plan(source.rules, model.config, leaves)
     leaf_types: dict[str, np.dtype] = {}
     for slot in slots:
@@ -107,7 +142,7 @@ def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Tr
 
     waiting = collections.Counter(leaf for slot in slots for leaf in slot.leaves)
     filling: dict[str, WeightPieces] = {}
-    weights: dict[str, Any] = {}
+    weights: dict[str, Any] = dict(initial)
     for slot in shown(slots, source):
         tensor = source.tensors.read(slot.name)
         if isinstance(tensor, StructuredTensor):
@@ -134,6 +169,11 @@ def fill(source: Source, types: Mapping[str, np.dtype], mesh: Mesh | None) -> Tr
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _to_fill(model: Transformer, source: Source) -> dict[str, nnx.Variable]:
+    """The parameters that tensors of the source fill."""
+    return {path: leaf for path, leaf in parameters(model).items() if path not in source.fresh}
 
 
 def _structured(

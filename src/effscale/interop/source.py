@@ -46,7 +46,9 @@ class Source:
         config: The model's config, without a choice of types.
         rules: The table of its tensors.
         tensors: Its tensors, by the names of the table.
-        names: The tensors that the model is made of; the others repeat these or hold nothing.
+        names: The tensors that the model is made of; the others repeat these, hold nothing, or are of heads that are not
+            wanted.
+        fresh: Paths of parameters for which there is no tensor, and which are initialized.
     """
 
     path: pathlib.Path
@@ -56,6 +58,7 @@ class Source:
     rules: tuple[Rule, ...]
     tensors: MixedTensors
     names: frozenset[str]
+    fresh: frozenset[str] = frozenset()
 
 
 Unpack = Callable[[Mapping[str, Any], Tensors], MixedTensors]

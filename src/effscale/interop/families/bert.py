@@ -23,6 +23,7 @@ ARCHITECTURES = {
     ("nsp",): "ForNextSentencePrediction",
     ("span",): "ForQuestionAnswering",
     ("classes",): "ForSequenceClassification",
+    ("score",): "ForSequenceClassification",
     ("choice",): "ForMultipleChoice",
     ("token_classes",): "ForTokenClassification",
 }
@@ -69,7 +70,7 @@ def has_pooler(tensors: Mapping[str, TensorInfo]) -> bool:
 def architecture(heads: Heads) -> str:
     """The class in transformers that has these heads."""
     names = tuple(head.name for head in heads)
-    pooled = dict.fromkeys(("nsp", "classes", "choice"), ("pooled", True))
+    pooled = dict.fromkeys(("nsp", "classes", "score", "choice"), ("pooled", True))
     check_classifiers(heads, **pooled, token_classes=("none", True), span=("none", True))
     if names not in ARCHITECTURES:
         raise ValueError(
@@ -123,6 +124,7 @@ BERT = Family(
         ),
         linear("cls.seq_relationship", "heads.nsp.dense"),
         linear("classifier", "heads.classes.dense"),
+        linear("classifier", "heads.score.dense"),
         linear("classifier", "heads.token_classes.dense"),
         linear("classifier", "heads.choice.dense"),
         linear("qa_outputs", "heads.span.dense"),

@@ -16,6 +16,7 @@ from effscale.models import ClassHead, LMHead
 TABLE = rows(
     linear("lm_head", "heads.lm.project"),
     linear("score", "heads.classes.dense"),
+    linear("score", "heads.score.dense"),
     linear("qa_outputs", "heads.span.dense"),
     # DeepSpeed-Chat's reward model and critic: a value a token.
     (Rule("v_head.weight", "heads.value.dense.kernel", "o i -> i o"),),
@@ -57,6 +58,7 @@ def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: boo
         check_classifiers(
             heads,
             classes=("last", False),
+            score=("last", False),
             token_classes=("none", True),
             span=("none", True),
             value=("none", False),
@@ -66,7 +68,7 @@ def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: boo
             if isinstance(head, LMHead) and head.name == "lm":
                 return class_name + lm
             if isinstance(head, ClassHead):
-                if head.name in ("classes", "value"):
+                if head.name in ("classes", "score", "value"):
                     return f"{class_name}ForSequenceClassification"
                 if head.name == "span":
                     return f"{class_name}ForQuestionAnswering"
