@@ -85,6 +85,19 @@ def test_bad_input():
     pooled = make(heads=(ClassHead(num_classes=1, name="value", pool="last"),))
     with pytest.raises(ValueError, match="pool='none'"):
         response_values(pooled, tokens, mask, 4)
-    each = make(heads=(ClassHead(num_classes=1, name="score", pool="none"),))
-    with pytest.raises(ValueError, match="pool='last'"):
-        response_scores(each, tokens, mask)
+    several = make(heads=(ClassHead(num_classes=3, name="score", pool="last"),))
+    with pytest.raises(ValueError, match="the head 'score' gives 3 numbers"):
+        response_scores(several, tokens, mask)
+
+
+def test_scores_after_each_token_are_one_at_the_last():
+    """A reward model can become a critic: its head gives a number after each token, and the score is that at the end."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 20, (3, 8)), jnp.int32)
+    mask = jnp.arange(8)[None] < jnp.array([[8], [5], [3]])
+    found = [
+        response_scores(
+            make(heads=(ClassHead(num_classes=1, name="score", pool=pool),)), tokens, mask
+        )
+        for pool in ("last", "none")
+    ]
+    np.testing.assert_allclose(*found, atol=1e-6)

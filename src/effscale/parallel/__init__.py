@@ -15,6 +15,7 @@ from effscale.parallel.expert_exchange import (
     to_experts,
     to_tokens,
 )
+from effscale.parallel.host_memory import on_devices, to_host_memory
 from effscale.parallel.layout import Placement
 from effscale.parallel.mesh import AXES, MeshConfig
 from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, init_error_feedback
@@ -74,6 +75,7 @@ __all__ = [
     "logical_spec",
     "mean_bytes",
     "mesh_size",
+    "on_devices",
     "on_first",
     "per_worker",
     "ragged_all_to_all",
@@ -85,6 +87,7 @@ __all__ = [
     "simulate_workers",
     "stack_workers",
     "to_experts",
+    "to_host_memory",
     "to_tokens",
     "unstack_workers",
     "use_rules",

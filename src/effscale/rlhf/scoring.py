@@ -110,8 +110,8 @@ def response_values(
         key: Turns dropout on.
     """
     _check(tokens, response)
-    outputs = _outputs(critic, tokens, mask, head, key)
-    if outputs.ndim != 3 or outputs.shape[-1] != 1:
+    outputs = head_outputs(critic, tokens, mask, head, key)
+    if outputs.ndim != 3:
         raise ValueError(
             f"the critic's head {head!r} gives {outputs.shape}: a critic has ClassHead(num_classes=1, pool='none')"
         )
@@ -125,27 +125,47 @@ def response_scores(
     *,
     head: str = "score",
 ) -> Float[Array, "batch"]:
-    """The score of each response as a whole.
+    """The score of each response as a whole: that at its last token.
 
     Args:
-        reward_model: A model with a head of one class and ``pool="last"``.
+        reward_model: A causal model with a head of one class, ``pool="last"`` or ``pool="none"``.
         tokens: Prompts and responses.
         mask: True at real tokens.
         head: Name of the head.
     """
-    outputs = _outputs(reward_model, tokens, mask, head, None)
-    if outputs.ndim != 2 or outputs.shape[-1] != 1:
-        raise ValueError(
-            f"the reward model's head {head!r} gives {outputs.shape}: a reward model has ClassHead(num_classes=1, pool='last')"
-        )
+    return at_last(head_outputs(reward_model, tokens, mask, head, None), mask)
+
+
+def at_last(outputs: Array, mask: Bool[Array, "batch total"]) -> Float[Array, "batch"]:
+    """A head's number for each row, or of numbers for each token that at the last real one, in float32."""
+    if outputs.ndim == 3:
+        place = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
+        last = jnp.where(mask, place, 0).max(1)
+        outputs = jnp.take_along_axis(outputs, last[:, None, None], 1)[:, 0]
     return outputs[:, 0].astype(jnp.float32)
 
 
-def _outputs(model: Transformer, tokens: Any, mask: Any, head: str, key: Any) -> Array:
+def head_outputs(
+    model: Transformer,
+    tokens: Int[Array, "batch total"],
+    mask: Bool[Array, "batch total"],
+    head: str,
+    key: PRNGKeyArray | None,
+) -> Array:
+    """What a head of one class says, of each row or of each token.
+
+    Raises:
+        ValueError: The model has no such head, or it has more classes.
+    """
     outputs = model(tokens, attention_mask=mask, key=key)
     if not isinstance(outputs, dict) or head not in outputs:
         raise ValueError(f"the model has no head {head!r}; its heads are {sorted(model.heads)}")
-    return outputs[head]
+    found = outputs[head]
+    if found.shape[-1] != 1:
+        raise ValueError(
+            f"the head {head!r} gives {found.shape[-1]} numbers: a score or value is one; use ClassHead(num_classes=1)"
+        )
+    return found
 
 
 def _check(tokens: Any, response: int) -> None:

@@ -1,0 +1,267 @@
+"""One iteration of PPO, GRPO or RLOO: draw responses, score them, learn from them."""
+
+import dataclasses
+import time
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from effscale.generation import decode
+from effscale.models import Transformer
+from effscale.parallel import on_devices
+from effscale.rlhf.config import GroupConfig, PPOConfig
+from effscale.rlhf.experience import (
+    Experience,
+    make_experience,
+    make_group_experience,
+    minibatch_rows,
+)
+from effscale.rlhf.rewards import adaptive_kl
+from effscale.rlhf.rollout import RolloutConfig, rollout_model
+from effscale.rlhf.scores import ModelReward, Reward, total_score
+from effscale.rlhf.scoring import response_log_probs, response_values
+from effscale.training import TrainState
+
+TrainStep = Callable[..., tuple[TrainState, Mapping[str, Any]]]
+"""From :func:`effscale.training.make_train_step`, not compiled yet."""
+
+
+@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyState:
+    """What a run of PPO, GRPO or RLOO changes; :func:`effscale.training.fit` takes it and checkpoints keep it.
+
+    Attributes:
+        actor: The policy in training.
+        critic: What it expects of the rewards; None for GRPO and RLOO.
+        kl_coef: The price of divergence.
+        step: Batches of prompts so far.
+        key: Of all that is drawn.
+    """
+
+    actor: TrainState
+    critic: TrainState | None
+    kl_coef: Any
+    step: Any
+    key: Any
+
+
+def create_policy_state(
+    actor: TrainState,
+    critic: TrainState | None = None,
+    *,
+    key: PRNGKeyArray,
+    config: PPOConfig | GroupConfig = PPOConfig(),
+) -> PolicyState:
+    """The state before the first iteration.
+
+    Args:
+        actor: From :func:`effscale.training.create_train_state`.
+        critic: The same of the critic; None for GRPO and RLOO.
+        key: Decides the responses and the order in which they are learned from.
+        config: Gives the first price of divergence.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    if critic is not None:  # a state that a step uses up cannot hold one array twice
+        critic = dataclasses.replace(critic, key=jax.random.clone(critic.key))
+    return PolicyState(actor, critic, jnp.float32(config.kl_coef), zero, key)
+
+
+def make_policy_step(
+    actor_step: TrainStep,
+    critic_step: TrainStep | None = None,
+    *,
+    rewards: Reward | Mapping[str, Reward],
+    weights: Mapping[str, float] | None = None,
+    reference: Transformer,
+    rollout: RolloutConfig,
+    config: PPOConfig | GroupConfig,
+    epochs: int = 1,
+    minibatches: int = 1,
+    critic_head: str = "value",
+) -> Callable[[PolicyState, Mapping[str, Any]], tuple[PolicyState, dict[str, Any]]]:
+    """A step of reinforcement learning: from a batch of prompts to a better policy.
+
+    It has three phases. **Generate**: the actor, in the layout of ``rollout``, draws a response to each prompt. **Score**: rewards, the reference's
+    log-probabilities and the critic's values become experience. **Update**: actor and critic learn from minibatches of it, in a new order each epoch.
+
+    Each phase is compiled once for each shape of prompts. The two training steps are any that :func:`effscale.training.make_train_step` makes of
+    :func:`effscale.rlhf.actor_loss` and :func:`effscale.rlhf.critic_loss`, with the optimizer, the gradient's clip, the moving average and the trainable part
+    (LoRA, say) that you want. Give it to :func:`effscale.training.fit`, or call it in a loop of your own; the state it gets is used up.
+
+    Args:
+        actor_step: Trains the actor.
+        critic_step: Trains the critic; None for a :class:`GroupConfig`.
+        rewards: Scores of responses, one or several by name; see :mod:`effscale.rlhf.scores`.
+        weights: Of several rewards by name; 1 where none is given.
+        reference: The policy before training, which the actor shall not leave far. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
+        rollout: How responses are drawn.
+        config: A :class:`PPOConfig`, or a :class:`GroupConfig` for GRPO and RLOO.
+        epochs: How often each response is learned from.
+        minibatches: Updates in an epoch.
+        critic_head: Name of the critic's head.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``. The batch holds ``input_ids`` and ``attention_mask`` of shape ``(prompts, length)``, padded on the left,
+        where the config mixes in pretraining ``text``, and whatever the rewards read. Metrics: those of :func:`effscale.rlhf.make_experience`; the means of the
+        updates' own as ``actor_...`` and ``critic_...``; ``kl_coef``; ``skipped_in_row``; and the seconds of each phase, of which ``switch_seconds`` is the change
+        of layout.
+
+    Raises:
+        ValueError: Critic and config do not go together; or, in a step, a reward is not finite, the responses cannot be cut into ``minibatches``, or a model that
+            is only read has arrays of one that is trained.
+    """
+    grouped = isinstance(config, GroupConfig)
+    if grouped == (critic_step is not None):
+        raise ValueError(
+            f"config={type(config).__name__} with critic_step={'given' if critic_step else 'None'}: PPO needs a critic, and a GroupConfig has none"
+        )
+    for name, value in {"epochs": epochs, "minibatches": minibatches}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    sampling = rollout.sampling
+    temperature = 1.0 if sampling.greedy else sampling.temperature
+
+    @jax.jit
+    def judge(reference: Any, critic: Any, drawn: Any) -> tuple[Any, Any]:
+        response = sampling.max_new_tokens
+        given = (drawn.tokens, drawn.mask, response)
+        log_probs = response_log_probs(reference, *given, temperature=temperature).log_probs
+        if critic is None:
+            return log_probs, None
+        return log_probs, response_values(critic, *given, head=critic_head)
+
+    @jax.jit
+    def experience_of(
+        drawn: Any, log_probs: Any, values: Any, scores: Any, kl_coef: Any
+    ) -> tuple[Experience, dict[str, Any]]:
+        stops = typing.cast(tuple[int, ...], sampling.stop_ids)
+        if isinstance(config, GroupConfig):
+            return make_group_experience(drawn, log_probs, scores, stop_ids=stops, config=config)
+        given = (drawn, log_probs, values, scores)
+        return make_experience(*given, stop_ids=stops, config=config, kl_coef=kl_coef)
+
+    def update(states: Any, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
+        rows = experience.tokens.shape[0]
+        orders = [
+            minibatch_rows(rows, minibatches, jax.random.fold_in(key, epoch))
+            for epoch in range(epochs)
+        ]
+
+        def learn(states: Any, index: Any) -> tuple[Any, dict[str, Any]]:
+            part = experience.rows(index)
+            steps = {"actor": actor_step, "critic": critic_step}
+            found = {
+                name: step(states[name], part) for name, step in steps.items() if step is not None
+            }
+            metrics = {
+                f"{name}_{metric}": value
+                for name, (_, of_step) in found.items()
+                for metric, value in of_step.items()
+                if metric not in ("weight", "tokens", "skipped")
+            }
+            return {name: state for name, (state, _) in found.items()}, metrics
+
+        states, metrics = jax.lax.scan(learn, states, jnp.concatenate(orders))
+        skipped = [metrics.pop(f"{name}_skipped_in_row")[-1] for name in states]
+        metrics = {name: value.mean(0) for name, value in metrics.items()}
+        return states, metrics | {"skipped_in_row": jnp.stack(skipped).max()}
+
+    updated = jax.jit(update, donate_argnums=0)
+
+    def policy_step(
+        state: PolicyState, batch: Mapping[str, Any]
+    ) -> tuple[PolicyState, dict[str, Any]]:
+        drawing, order = jax.random.split(jax.random.fold_in(state.key, state.step))
+        _check_apart(state, {"the reference": reference, **_reward_models(rewards)})
+        clock = _Clock()
+        model = jax.block_until_ready(rollout_model(state.actor.model, rollout))
+        clock.took("switch")
+        prompts, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+        if isinstance(config, GroupConfig):
+            repeat = lambda x: jnp.repeat(x, config.group_size, axis=0)
+            prompts, mask = repeat(prompts), repeat(mask)
+            batch = _repeated(batch, config.group_size)
+        drawn = decode(model, prompts, sampling, attention_mask=mask, key=drawing, log_probs=True)
+        jax.block_until_ready(drawn)
+        del model  # training has the memory
+        clock.took("generate")
+        critic = None if state.critic is None else state.critic.model
+        log_probs, values = judge(on_devices(reference), critic, drawn)
+        scores, more = total_score(rewards, drawn, batch, weights)
+        experience, metrics = experience_of(drawn, log_probs, values, scores, state.kl_coef)
+        if "text" in batch:
+            experience = dataclasses.replace(experience, text=batch["text"])
+        jax.block_until_ready(experience)
+        clock.took("score")
+        states = {"actor": state.actor}
+        if state.critic is not None:
+            states["critic"] = state.critic
+        states, of_update = jax.block_until_ready(updated(states, experience, order))
+        clock.took("update")
+        kl_coef = state.kl_coef
+        if isinstance(config, PPOConfig) and config.kl_target is not None:
+            kl_coef = adaptive_kl(
+                *(kl_coef, metrics["kl"]),
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                responses=prompts.shape[0],
+            )
+        metrics = {**metrics, **more, **of_update, "kl_coef": state.kl_coef, **clock.seconds}
+        new = PolicyState(states["actor"], states.get("critic"), kl_coef, state.step + 1, state.key)
+        return new, metrics
+
+    return policy_step
+
+
+def _repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """What rewards read beside the prompts, once for each response."""
+    again = lambda rows: [row for row in rows for _ in range(times)]
+    return {
+        name: value
+        if name == "text"
+        else jnp.repeat(value, times, axis=0)
+        if hasattr(value, "ndim")
+        else again(value)
+        for name, value in batch.items()
+    }
+
+
+def _reward_models(rewards: Reward | Mapping[str, Reward]) -> dict[str, Any]:
+    named = rewards if isinstance(rewards, Mapping) else {"model": rewards}
+    return {
+        f"the reward {name!r}": reward.model
+        for name, reward in named.items()
+        if isinstance(reward, ModelReward)
+    }
+
+
+def _check_apart(state: PolicyState, read: Mapping[str, Any]) -> None:
+    """Raises where a model that is only read would be deleted with the state that an update uses up."""
+    trained = {"actor": state.actor, "critic": state.critic}
+    owner = {id(x): name for name, part in trained.items() for x in jax.tree.leaves(part)}
+    for name, model in read.items():
+        for leaf in jax.tree.leaves(model):
+            if id(leaf) in owner:
+                raise ValueError(
+                    f"{name} has arrays of the {owner[id(leaf)]}, which training uses up: give one of them a copy, jax.tree.map(jnp.copy, model)"
+                )
+
+
+class _Clock:
+    """Seconds of the phases."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def took(self, phase: str) -> None:
+        """A phase has ended."""
+        now = time.perf_counter()
+        self.seconds[f"{phase}_seconds"] = now - self._last
+        self._last = now
