@@ -1,0 +1,56 @@
+"""Prompts, responses and preferences: from public data sets to the arrays that each phase of RLHF learns from."""
+
+from effscale.rlhf.data.chat import (
+    PLAIN_FORMATS,
+    ChatTemplate,
+    PlainFormat,
+    TemplateError,
+    load_chat_template,
+)
+from effscale.rlhf.data.dialogue import parse_dialogue
+from effscale.rlhf.data.encoder import RecordEncoder, load_encoder
+from effscale.rlhf.data.formats import FORMATS, detect_format, named_fields
+from effscale.rlhf.data.phases import Blend, phase_split, split_by_prompt
+from effscale.rlhf.data.read import read_records
+from effscale.rlhf.data.record import Message, Record, RecordError, RecordReport
+from effscale.rlhf.data.rows import (
+    PairRows,
+    PromptRows,
+    fine_tuning_rows,
+    pad_rows,
+    pair_rows,
+    prompt_rows,
+    row_batches,
+)
+from effscale.rlhf.data.standard_library import LibraryPairs, standard_library_pairs
+
+__all__ = [
+    "FORMATS",
+    "PLAIN_FORMATS",
+    "Blend",
+    "ChatTemplate",
+    "LibraryPairs",
+    "Message",
+    "PairRows",
+    "PlainFormat",
+    "PromptRows",
+    "Record",
+    "RecordEncoder",
+    "RecordError",
+    "RecordReport",
+    "TemplateError",
+    "detect_format",
+    "fine_tuning_rows",
+    "load_chat_template",
+    "load_encoder",
+    "named_fields",
+    "pad_rows",
+    "pair_rows",
+    "parse_dialogue",
+    "phase_split",
+    "prompt_rows",
+    "read_records",
+    "row_batches",
+    "split_by_prompt",
+    "standard_library_pairs",
+]

@@ -1,0 +1,159 @@
+"""What a model folder says of chats: its template, and the tokens that begin, end and pad texts."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from effscale.data import separator_id
+from effscale.rlhf.data.chat.errors import TemplateError
+from effscale.rlhf.data.chat.template import ChatTemplate
+
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Roles of special tokens, which templates know as ``bos_token`` and so on."""
+
+# GGUF's names for two of them.
+_GGUF_ROLES = {"unk": "unknown", "pad": "padding"}
+
+
+class FolderChat(NamedTuple):
+    """What :func:`read_chat` returns.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        names: The special tokens by their roles, such as ``{"eos": "<|im_end|>"}``.
+        end_id: The token that ends a text.
+        pad_id: The token that fills rows up; None where the folder names none.
+        template: The source of the chat template, or several as a list of ``name`` and ``template``; None where there is none.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    names: Mapping[str, str]
+    end_id: int
+    pad_id: int | None
+    template: Any
+
+    def chat_template(
+        self, name: str = "default", values: Mapping[str, Any] | None = None
+    ) -> ChatTemplate | None:
+        """The chat template, as :func:`load_chat_template` has it."""
+        source = self.template
+        if isinstance(source, list):
+            named = {
+                item["name"]: item["template"]
+                for item in source
+                if isinstance(item, Mapping) and {"name", "template"} <= item.keys()
+            }
+            if name not in named:
+                raise ValueError(
+                    f"name={name!r}: the folder's chat templates are {', '.join(map(repr, named)) or 'none'}"
+                )
+            source = named[name]
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise TemplateError(f"the folder's chat template is {source!r:.60}, not a text")
+        tokens = {f"{role}_token": token for role, token in self.names.items()}
+        return ChatTemplate(source=source, special_tokens=tokens, values=dict(values or {}))
+
+
+def load_chat_template(
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    values: Mapping[str, Any] | None = None,
+) -> ChatTemplate | None:
+    """The chat template of a model folder or GGUF file; None where there is none.
+
+    It is ``chat_template.jinja``, or the field ``chat_template`` of ``chat_template.json`` or ``tokenizer_config.json``.
+
+    Args:
+        folder: The folder.
+        name: Which one, where there are several.
+        values: Further variables for the template, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        FolderError: There is no such folder, or a file cannot be read.
+        TemplateError: The template is not a text, empty or too long.
+        ValueError: There are several templates, and none of that name.
+    """
+    return read_chat(folder).chat_template(name, values)
+
+
+def read_chat(folder: str | os.PathLike[str]) -> FolderChat:
+    """The tokenizer of a model folder or GGUF file, with its chat template and special tokens.
+
+    Special tokens are looked up in ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
+    ``config.json``, in this order.
+
+    Raises:
+        FolderError: There is no such folder, or a file cannot be read.
+        ValueError: No end of a text is named, and the tokenizer has none of the usual tokens for it either.
+    """
+    from effscale.interop import load_tokenizer
+    from effscale.interop.source import gguf_path
+
+    place = pathlib.Path(folder)
+    if (gguf := gguf_path(place)) is not None:
+        return _of_gguf(gguf)
+    tokenizer = load_tokenizer(place)
+    return _chat(tokenizer, _described(place), _template(place))
+
+
+def _of_gguf(path: pathlib.Path) -> FolderChat:
+    from effscale.interop.files.gguf import GGUFFile
+    from effscale.interop.files.gguf_tokenizer import gguf_tokenizer
+
+    file = GGUFFile(path)
+    fields = file.header.metadata
+    keys = {role: f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id" for role in ROLES}
+    ids = {f"{role}_token_id": fields.get(key) for role, key in keys.items()}
+    return _chat(gguf_tokenizer(file), [ids], fields.get("tokenizer.chat_template"))
+
+
+def _described(place: pathlib.Path) -> list[Mapping[str, Any]]:
+    """The fields of the files that name special tokens, the most telling first."""
+    from effscale.interop.folder import read_json
+
+    names = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+    files = (f"{name}.json" for name in names)
+    return [read_json(place, file) for file in files if (place / file).is_file()]
+
+
+def _template(place: pathlib.Path) -> Any:
+    from effscale.interop.folder import read_json
+
+    if (file := place / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (place / name).is_file() and (source := read_json(place, name).get("chat_template")):
+            return source
+    return None
+
+
+def _chat(
+    tokenizer: tokenizers.Tokenizer, described: list[Mapping[str, Any]], template: Any
+) -> FolderChat:
+    found: dict[str, str] = {}
+    ids: dict[str, int] = {}
+    for fields in described:
+        for role in ROLES:
+            token, number = fields.get(f"{role}_token"), fields.get(f"{role}_token_id")
+            if isinstance(token, Mapping):
+                token = token.get("content")
+            if isinstance(token, str):
+                found.setdefault(role, token)
+            # Of several ends the first is the usual one.
+            number = number[0] if isinstance(number, list) and number else number
+            if isinstance(number, int) and not isinstance(number, bool):
+                ids.setdefault(role, number)
+    for role, number in ids.items():
+        token = tokenizer.id_to_token(number) if number >= 0 else None
+        if token is not None:
+            found.setdefault(role, token)
+    known = {role: tokenizer.token_to_id(token) for role, token in found.items()}
+    end = known.get("eos")
+    end = separator_id(tokenizer) if end is None else end
+    return FolderChat(tokenizer, found, end, known.get("pad"), template)

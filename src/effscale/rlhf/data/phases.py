@@ -1,0 +1,148 @@
+"""Which records each phase of RLHF learns from, and in which order."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from effscale.data import Splits
+from effscale.data.seeds import check_seed
+from effscale.rlhf.data.record import Record
+
+
+def phase_split(
+    count: int, shares: str | Sequence[float | int] = (2, 4, 4), *, seed: int = 1234
+) -> tuple[Int[np.ndarray, "_"], ...]:
+    """Deals records to phases, as DeepSpeed-Chat's ``--data_split`` does: the same numbers for the same seed.
+
+    The phases have no record in common, and together they have all.
+
+    Args:
+        count: How many records there are.
+        shares: A share for each phase, numbers or DeepSpeed's text; only their proportions count. Usual are fine-tuning, reward model
+            and PPO.
+        seed: Of the permutation, DeepSpeed-Chat's default by default.
+
+    Returns:
+        For each phase the indices of its records.
+
+    Example:
+        >>> [part.tolist() for part in phase_split(13, "2,4,4")]
+        [[10, 0, 12], [9, 2, 11, 7, 1], [8, 4, 5, 6, 3]]
+    """
+    check_seed(seed)
+    if seed >= 2**32:
+        raise ValueError(f"seed={seed}: must be below 2**32")
+    if count < 0:
+        raise ValueError(f"count={count}: must be 0 or more")
+    given = shares
+    try:
+        shares = [float(s) for s in (shares.split(",") if isinstance(shares, str) else shares)]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+        raise ValueError(
+            f"shares={given!r}: must be numbers of 0 or more, not all 0, such as '2,4,4'"
+        )
+    total = sum(shares)
+    edges = [0, *itertools.accumulate(round(share / total * count) for share in shares)]
+    # What rounding gave too many is taken from all edges, as in the original; there an edge may become negative, and records
+    # are then in two phases.
+    excess = edges[-1] - count
+    edges = [0, *(min(max(edge - excess, 0), count) for edge in edges[1:])]
+    order = np.arange(count)
+    np.random.RandomState(seed).shuffle(order)
+    return tuple(order[start:stop] for start, stop in itertools.pairwise(edges))
+
+
+def split_by_prompt(records: Iterable[Record], splits: Splits) -> dict[str, list[Record]]:
+    """Deals records to named parts by their prompts, so that no prompt is in two parts, however often it occurs.
+
+    Args:
+        records: The records.
+        splits: The parts and their shares.
+
+    Example:
+        >>> records = [Record(prompt=f"{i} + 1?", chosen=str(i + 1)) for i in range(100)]
+        >>> parts = split_by_prompt(records, Splits(fractions={"train": 0.9, "held_out": 0.1}))
+        >>> {name: len(part) for name, part in parts.items()}
+        {'train': 92, 'held_out': 8}
+    """
+    parts: dict[str, list[Record]] = {name: [] for name in splits.fractions}
+    for record in records:
+        parts[splits.assign(record.as_text())].append(record)
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """The order in which records of several sources are learned: every epoch has its own, and repeats no record.
+
+    Without weights an epoch is all records of all sources. With weights it has as many of each source as the weights say, and ends
+    where the first source would run out; a source of which an epoch takes a part gives another part in the next epoch.
+
+    Attributes:
+        sizes: The number of records in each source.
+        weights: The share of records from each source in an epoch; None: in proportion to the sizes.
+        seed: Another seed gives another order.
+
+    Example:
+        >>> blend = Blend(sizes=(100, 10), weights=(0.75, 0.25))
+        >>> blend.counts
+        (30, 10)
+        >>> blend.epoch(0).shape
+        (40, 2)
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float | int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"sizes={self.sizes}: each source needs at least one record")
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.sizes):
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.sizes)} sources: give one for each"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"weights={self.weights}: each must be above 0 and finite")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many records of each source an epoch has."""
+        if self.weights is None:
+            return self.sizes
+        # Rounding errors must not cost the source that runs out first one of its records.
+        total = min(size / weight for size, weight in zip(self.sizes, self.weights, strict=True))
+        return tuple(
+            max(1, min(size, math.floor(total * weight + 1e-6)))
+            for size, weight in zip(self.sizes, self.weights, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def epoch(self, number: int) -> Int[np.ndarray, "records 2"]:
+        """The records of an epoch in their order: for each its source and its index there."""
+        if number < 0:
+            raise ValueError(f"number={number}: epochs count from 0")
+        parts = []
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            # So many epochs go through a source once.
+            cycle, part = divmod(number, size // count)
+            order = _generator(self.seed, 1, source, cycle).permutation(size)
+            chosen = order[part * count : (part + 1) * count]
+            parts.append(np.stack([np.full(count, source), chosen], 1))
+        rows = np.concatenate(parts)
+        return rows[_generator(self.seed, 0, number).permutation(len(rows))]
+
+
+def _generator(*words: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(words))

@@ -1,0 +1,103 @@
+"""Rows of prompts that a model is to answer, padded on the left."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from effscale.rlhf.data.encoder import RecordEncoder
+from effscale.rlhf.data.record import Record, RecordError, RecordReport
+from effscale.rlhf.data.rows.padding import (
+    Account,
+    TooLong,
+    bucket_of,
+    check_lengths,
+    check_too_long,
+    pad_rows,
+)
+
+
+class PromptRows(NamedTuple):
+    """Prompts of one length, padded on the left: what :func:`effscale.generation.decode` takes.
+
+    Attributes:
+        tokens: The prompts.
+        mask: True at real tokens.
+        records: Which record each prompt is of, for a reward that needs to know.
+    """
+
+    tokens: Int[np.ndarray, "prompts length"]
+    mask: Bool[np.ndarray, "prompts length"]
+    records: Int[np.ndarray, " prompts"]
+
+
+def prompt_rows(
+    records: Sequence[Record],
+    encoder: RecordEncoder,
+    *,
+    lengths: Sequence[int] = (256,),
+    too_long: TooLong = "drop",
+    report: RecordReport | None = None,
+) -> dict[int, PromptRows]:
+    """Prompts as arrays of few shapes: each in the shortest length that is enough.
+
+    Args:
+        records: Records; their responses are not looked at.
+        encoder: Makes ids of them.
+        lengths: The lengths of rows; each is one more compilation of what draws and learns. DeepSpeed-Chat has one.
+        too_long: What to do with a longer prompt: ``"drop"`` and count it, as DeepSpeed-Chat does, or ``"cut"`` off its beginning
+            (what the tokenizer puts before every text stays).
+        report: Receives the count of records that were left out, which a warning tells as well.
+
+    Returns:
+        For each length that occurs its prompts, in the order of the records.
+
+    Raises:
+        ValueError: An argument is out of range, or nothing is left.
+
+    Example:
+        >>> from effscale.data import train_tokenizer
+        >>> encoder = RecordEncoder(tokenizer=train_tokenizer(["abc"], vocab_size=257))
+        >>> rows = prompt_rows([Record(prompt="ab"), Record(prompt="abcabc")], encoder, lengths=(3, 6))
+        >>> rows[3].mask.tolist(), rows[6].records.tolist()
+        ([[False, True, True]], [1])
+    """
+    lengths = check_lengths(lengths)
+    check_too_long(too_long)
+    account = Account(records, report)
+    found: dict[int, list[tuple[list[int], int]]] = {n: [] for n in lengths}
+    for index, record in enumerate(records):
+        try:
+            ids = encoder.prompt(record.prompt)
+        except RecordError as error:
+            account.drop(error.reason, index, error.detail)
+            continue
+        if not ids:
+            account.drop("empty", index, "the prompt has no token")
+            continue
+        if len(ids) > lengths[-1] and too_long == "drop":
+            account.drop(
+                "too_long", index, f"{len(ids)} tokens, and the longest row has {lengths[-1]}"
+            )
+            continue
+        ids = _cut(ids, lengths[-1], encoder.beginning)
+        bucket = bucket_of(len(ids), lengths)
+        assert bucket is not None
+        found[bucket].append((ids, index))
+    account.close()
+    return {n: _rows(prompts, n, encoder.padding) for n, prompts in found.items() if prompts}
+
+
+def _cut(ids: list[int], length: int, beginning: tuple[int, ...]) -> list[int]:
+    if len(ids) <= length:
+        return ids
+    keep = len(beginning) if ids[: len(beginning)] == list(beginning) else 0
+    keep = keep if keep < length else 0
+    return [*ids[:keep], *ids[len(ids) - length + keep :]]
+
+
+def _rows(prompts: list[tuple[list[int], int]], length: int, pad_id: int) -> PromptRows:
+    rows, indices = zip(*prompts, strict=True)
+    tokens, mask = pad_rows(rows, length, pad_id, side="left")
+    return PromptRows(tokens, mask, np.array(indices, np.int32))
