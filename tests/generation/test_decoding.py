@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, decode, generate, left_pad
-from effscale.generation.generating import checked_key
+from effscale.generation.checks import checked_key
 from effscale.models import Transformer, bert, bloom, gpt2, gptj, llama, neox, opt, unroll, vit
 
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "vocab_size": 40}
@@ -62,7 +62,7 @@ def test_a_cache_that_grows_gives_the_same_tokens(gpt, monkeypatch):
     tokens, mask = left_pad(PROMPTS)
     config = SamplingConfig(max_new_tokens=11, temperature=0.0, pad_id=1)
     whole = generate(gpt, tokens, config, attention_mask=mask)
-    monkeypatch.setattr("effscale.generation.decoding.STAGE_TOKENS", 2)
+    monkeypatch.setattr("effscale.generation.loop.STAGE_TOKENS", 2)
     # Another config, or the compiled function with the whole cache would be found again.
     grown = generate(gpt, tokens, dataclasses.replace(config, pad_id=2), attention_mask=mask)
     assert grown.tokens[:, 5:].tolist() == whole.tokens[:, 5:].tolist()

@@ -103,8 +103,21 @@ def test_greedy_takes_the_largest(config):
     [
         ("max_new_tokens", 0),
         ("temperature", -1.0),
-        ("top_k", 0),
+        ("top_k", -1),
         ("top_p", 0.0),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("no_repeat_ngram_size", -1),
+        ("no_repeat_ngram_size", 1.5),
+        ("num_return_sequences", 0),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: math.inf}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", ((1, 2.0), (1, 3.0))),
+        ("logit_bias", 3),
         ("top_p", 1.5),
         ("repetition_penalty", 0.0),
         ("pad_id", -1),
@@ -128,6 +141,19 @@ def test_impossible_values_name_the_field(field, value):
         ValueError, match=rf"SamplingConfig\.{field}={re.escape(repr(value))}: must be"
     ):
         unchecked(**{field: value})
+
+
+def test_one_likeliest_answer_is_all_there_is():
+    with pytest.raises(ValueError, match=r"num_return_sequences=2: must be 1 where .* greedy"):
+        SamplingConfig(temperature=0.0, num_return_sequences=2)
+
+
+def test_options_that_are_off_make_no_other_program():
+    off = unchecked(top_k=0, min_p=0, logit_bias={}, no_repeat_ngram_size=0, min_new_tokens=0)
+    assert off == SamplingConfig()
+    given = unchecked(logit_bias={np.int64(5): 2, 3: -math.inf})
+    assert given.logit_bias == ((3, -math.inf), (5, 2.0))
+    assert hash(given) == hash(dataclasses.replace(given, logit_bias={3: -math.inf, 5: 2.0}))
 
 
 @pytest.mark.parametrize("given", [3, np.int64(3), [3], (3,), np.array([3])], ids=repr)

@@ -2,26 +2,15 @@
 
 import dataclasses
 import typing
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from effscale.generation.sampling import SamplingConfig, choose, penalize
-from effscale.models import (
-    Transformer,
-    empty_cache,
-    for_decoding,
-    grow_cache,
-    matmul,
-    transpose,
-    unroll,
-)
-
-# Each size of the cache is compiled on its own: at most so many, each for at least so many tokens.
-STAGES = 4
-STAGE_TOKENS = 32
+from effscale.generation.config import SamplingConfig
+from effscale.generation.loop import Carry, Constants, Plan, advance, answered, begin, stages
+from effscale.generation.processors import LogitsProcessor
+from effscale.models import Transformer, grow_cache
 
 
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
@@ -30,13 +19,18 @@ STAGE_TOKENS = 32
 class Generated:
     """What :func:`decode` and :func:`effscale.generation.generate` return.
 
+    With ``num_return_sequences=n``, the ``n`` answers to a prompt are ``n`` rows in succession.
+
     Attributes:
         tokens: Prompt and answer; ``pad_id`` after the end of a row.
         mask: True at the prompt's real tokens and at the answer's, its stop token included.
         num_new: Length of each answer, its stop token included.
-        failed: Whether a row ended because its logits became NaN or infinite.
+        failed: Whether a row ended because its logits became NaN or infinite, or no token was left that may follow.
         log_probs: For each new token its log-probability under ``softmax(logits / temperature)`` (temperature 1 where greedy),
             before penalty and filters, in float32; 0 after the end of a row. None unless they were asked for.
+        logits: What the model gave for each new token, in float32; 0 after the end of a row. None unless they were asked for.
+        scores: The same after penalties, biases, processors, temperature and filters: each new token was drawn from their
+            softmax. Minus infinity at tokens that could not follow. None unless they were asked for.
     """
 
     tokens: Int[Array, "batch total"]
@@ -44,9 +38,11 @@ class Generated:
     num_new: Int[Array, "batch"]
     failed: Bool[Array, "batch"]
     log_probs: Float[Array, "batch new"] | None = None
+    logits: Float[Array, "batch new vocab"] | None = None
+    scores: Float[Array, "batch new vocab"] | None = None
 
 
-@jax.jit(static_argnames=("config", "log_probs"))
+@jax.jit(static_argnames=("config", "processors", "log_probs", "logits", "scores"))
 def decode(
     model: Transformer,
     prompt: Int[Array, "batch seq"],
@@ -54,7 +50,10 @@ def decode(
     *,
     attention_mask: Shaped[Array, "batch seq"] | None = None,
     key: PRNGKeyArray | None = None,
+    processors: tuple[LogitsProcessor, ...] = (),
     log_probs: bool = False,
+    logits: bool = False,
+    scores: bool = False,
 ) -> Generated:
     """Continues each row of a prompt that lies on the devices: :func:`effscale.generation.generate` without its checks.
 
@@ -70,13 +69,18 @@ def decode(
         config: Length, filters and stop tokens.
         attention_mask: Nonzero at real tokens; None: all are real.
         key: For sampling; may be left out only when greedy.
+        processors: Functions of your own, ``(logits, history) -> logits``, which act before the temperature; see
+            :class:`effscale.generation.History`. They are part of the compiled program: another function is another compilation.
         log_probs: Whether to return the new tokens' log-probabilities, which costs one pass over the logits of each token.
+        logits: Whether to return the logits: ``batch * max_new_tokens * vocab`` numbers.
+        scores: Whether to return what the tokens were drawn from, which is as large.
 
     Returns:
         Tokens, masks and lengths; see :class:`Generated`.
 
     Raises:
-        ValueError: While tracing: ``key`` is missing, or the prompt and ``max_new_tokens`` exceed the model's positions.
+        ValueError: While tracing: ``key`` is missing, the prompt and ``max_new_tokens`` exceed the model's positions, or a
+            processor does not give logits.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,114 +92,40 @@ def decode(
         >>> decode(model, jnp.array([[3, 1, 4]]), greedy, log_probs=True).log_probs.shape
         (1, 5)
     """
-    if key is None:
-        if not config.greedy:
-            raise ValueError(
-                "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
-            )
-        key = jax.random.key(0)  # nothing is drawn
     mask = jnp.ones(prompt.shape) if attention_mask is None else attention_mask
     mask = mask.astype(bool)
-    batch, length = prompt.shape
-    total = length + config.max_new_tokens
-    model = for_decoding(unroll(model))  # once, outside the loop
-    rows = jnp.arange(batch)
-    stops = jnp.asarray(config.stop_ids, jnp.int32)
-
-    def next_logits(hidden: Float[Array, "batch d_model"]) -> Float[Array, "batch vocab"]:
-        x, _, bias = model.heads["lm"].linear(hidden, model.embed)
-        logits = matmul(x, table).astype(jnp.float32)
-        return logits if bias is None else logits + bias.astype(jnp.float32)[None]
-
-    def append(carry: _Carry, hidden: Float[Array, "batch d_model"]) -> _Carry:
-        logits = next_logits(hidden)
-        # One reduction tells: a maximum is NaN if any logit is, and minus infinity only if all are.
-        failed = ~carry.finished & ~jnp.isfinite(logits.max(-1))
-        raw = logits
-        if carry.seen is not None:
-            logits = penalize(logits, carry.seen, config.repetition_penalty)
-        token = choose(logits, config, jax.random.fold_in(key, carry.step))
-        log_probs = carry.log_probs
-        if log_probs is not None:
-            new = jnp.where(carry.finished, 0.0, _log_prob(raw, token, config))
-            log_probs = jax.lax.dynamic_update_slice_in_dim(log_probs, new[:, None], carry.step, 1)
-        token = jnp.where(carry.finished, config.pad_id, token)
-        return _Carry(
-            step=carry.step + 1,
-            cache=carry.cache,
-            tokens=jax.lax.dynamic_update_slice_in_dim(
-                carry.tokens, token[:, None], length + carry.step, 1
-            ),
-            finished=carry.finished | failed | (token[:, None] == stops[None]).any(1),
-            failed=carry.failed | failed,
-            num_new=carry.num_new + (~carry.finished).astype(jnp.int32),
-            seen=None if carry.seen is None else carry.seen.at[rows, token].set(True),
-            token=token,
-            log_probs=log_probs,
-        )
-
-    def body(carry: _Carry) -> _Carry:
-        # The tokens of finished rows are padding, which routers ignore.
-        unfinished = ~carry.finished[:, None]
-        encoded = model.encode(carry.token[:, None], attention_mask=unfinished, cache=carry.cache)
-        return append(carry._replace(cache=encoded.cache), encoded.hidden[:, -1])
-
-    ends = _stages(length, config.max_new_tokens)
-    cache = empty_cache(model.config, batch, ends[0])
-    encoded = model.encode(prompt, attention_mask=mask, cache=cache)
-    # The head's weight, transposed once rather than read against its rows at each token.
-    weight = model.heads["lm"].linear(encoded.hidden[:, -1], model.embed)[1]
-    table = jax.lax.optimization_barrier(transpose(weight))
-    tokens = jnp.full((batch, total), config.pad_id, jnp.int32)
-    seen = None
-    if config.repetition_penalty != 1.0:
-        seen = jnp.zeros((batch, weight.shape[0]), bool)
-        seen = seen.at[rows[:, None], prompt].max(mask)
-    start = _Carry(
-        step=jnp.int32(0),
-        cache=encoded.cache,
-        tokens=jax.lax.dynamic_update_slice_in_dim(tokens, prompt, 0, 1),
-        finished=jnp.zeros(batch, bool),
-        failed=jnp.zeros(batch, bool),
-        num_new=jnp.zeros(batch, jnp.int32),
-        seen=seen,
-        token=prompt[:, -1],
-        log_probs=jnp.zeros((batch, config.max_new_tokens), jnp.float32) if log_probs else None,
+    plan = Plan(
+        config=config, processors=processors, log_probs=log_probs, logits=logits, scores=scores
     )
-    carry = append(start, encoded.hidden[:, -1])
-    for end in ends:
+    constants, carry = begin(model, prompt, mask, key_for(config, key), plan)
+    length = prompt.shape[1]
+    for end in stages(length, config.max_new_tokens):
         carry = carry._replace(cache=grow_cache(carry.cache, end))
-        more = lambda c, end=end: (c.step < end - length) & ~c.finished.all()
-        carry = jax.lax.while_loop(more, body, carry)
-    answered = jnp.arange(config.max_new_tokens)[None] < carry.num_new[:, None]
-    whole = jnp.concatenate([mask, answered], 1)
-    return Generated(carry.tokens, whole, carry.num_new, carry.failed, carry.log_probs)
+        carry = advance(constants, carry, end - length, plan)
+    return gathered(constants, carry)
 
 
-def _log_prob(
-    logits: Float[Array, "batch vocab"], token: Int[Array, "batch"], config: SamplingConfig
-) -> Float[Array, "batch"]:
+def key_for(config: SamplingConfig, key: PRNGKeyArray | None) -> PRNGKeyArray:
+    """The key, or any one where nothing is drawn."""
+    if key is not None:
+        return key
     if not config.greedy:
-        logits = logits / config.temperature
-    chosen = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+        raise ValueError(
+            "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
+        )
+    return jax.random.key(0)
 
 
-class _Carry(NamedTuple):
-    """What the loop hands from token to token."""
-
-    step: Array
-    cache: Any
-    tokens: Array
-    finished: Array
-    failed: Array
-    num_new: Array
-    seen: Array | None
-    token: Array
-    log_probs: Array | None
-
-
-def _stages(length: int, new: int) -> list[int]:
-    """Sizes of the cache: it grows a few times, so that early tokens do not read slots that are still empty."""
-    count = max(1, min(STAGES, new // STAGE_TOKENS))
-    return [length + new * (i + 1) // count for i in range(count)]
+def gathered(constants: Constants, carry: Carry) -> Generated:
+    """What a loop has drawn so far, as its caller sees it."""
+    length = constants.mask.shape[1]
+    new = answered(carry, carry.tokens.shape[1] - length)
+    return Generated(
+        tokens=carry.tokens,
+        mask=jnp.concatenate([constants.mask, new], 1),
+        num_new=carry.num_new,
+        failed=carry.failed,
+        log_probs=carry.log_probs,
+        logits=carry.logits,
+        scores=carry.scores,
+    )

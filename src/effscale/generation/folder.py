@@ -1,0 +1,187 @@
+"""``generation_config.json``, which says how the makers of a model sample from it."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import warnings
+from typing import Any
+
+from effscale.generation.config import SamplingConfig
+from effscale.models.validation import did_you_mean
+
+NAME = "generation_config.json"
+
+# transformers fills these in where a file samples and does not name them.
+_TOP_K = 50
+
+_ALWAYS = {
+    "min_new_tokens": "whole",
+    "repetition_penalty": "number",
+    "no_repeat_ngram_size": "whole",
+    "num_return_sequences": "whole",
+}
+_IF_SAMPLING = {"temperature": "number", "top_p": "number", "min_p": "number"}
+_READ = {
+    *_ALWAYS, *_IF_SAMPLING, "do_sample", "top_k", "max_new_tokens", "max_length", "min_length", "eos_token_id",
+    "pad_token_id", "suppress_tokens",
+}  # fmt: skip
+# Fields that are not read, and the value at which each does nothing.
+_NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "typical_p": 1, "epsilon_cutoff": 0,
+    "eta_cutoff": 0, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1,
+    "remove_invalid_values": False, "token_healing": False, "use_mtp": False,
+}  # fmt: skip
+_NEEDS_SAMPLING = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+# Fields that change speed, memory or what is reported, or that need what this library does not have.
+_HARMLESS = {
+    "bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "cache_implementation", "cache_config",
+    "max_cache_len", "return_dict_in_generate", "return_legacy_cache", "output_attentions", "output_hidden_states",
+    "output_scores", "output_logits", "renormalize_logits", "length_penalty", "early_stopping", "low_memory",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "compile_config", "disable_compile",
+    "continuous_batching_config", "prefill_chunk_size",
+}  # fmt: skip
+
+
+def sampling_from_folder(
+    folder: str | os.PathLike[str],
+    *,
+    do_sample: bool | None = None,
+    prompt_length: int | None = None,
+    **changes: Any,
+) -> SamplingConfig:
+    """How a model folder's ``generation_config.json`` says to sample, as transformers reads it.
+
+    Read are ``do_sample`` (without it decoding is greedy), ``temperature``, ``top_k`` (50 where the file samples and does not
+    say), ``top_p``, ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size``, ``num_return_sequences``, ``suppress_tokens``,
+    ``max_new_tokens`` or ``max_length``, ``min_new_tokens`` or ``min_length``, ``eos_token_id`` and ``pad_token_id`` (the first
+    stop token where there is none). Where the file says nothing of the length, it is :class:`SamplingConfig`'s default, not
+    transformers' 20 tokens. A folder without that file gives what its ``config.json`` says of these fields.
+
+    Args:
+        folder: A model folder on this machine.
+        do_sample: Whether to sample, in place of what the file says.
+        prompt_length: The prompts' length with padding. ``max_length`` and ``min_length`` count the prompt, so they need it.
+        **changes: Fields of :class:`SamplingConfig` in place of the file's. A ``temperature`` above 0 samples, with the file's
+            filters.
+
+    Raises:
+        FolderError: There is no such folder or file, or a field has a value that it cannot have; a ``ValueError``.
+        ValueError: A change is no field of :class:`SamplingConfig`.
+
+    Warns:
+        UserWarning: With the names of fields that would change what is generated and are not read, such as ``num_beams``.
+
+    Example:
+        >>> import json, pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> fields = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 64, "eos_token_id": [2, 7]}
+        >>> _ = (folder / "generation_config.json").write_text(json.dumps(fields))
+        >>> sampling_from_folder(folder, temperature=0.7).stop_ids
+        (2, 7)
+    """
+    # Importing what only this function needs here keeps the package's import quick.
+    from effscale.interop.foreign import Fields
+    from effscale.interop.tensors import FolderError
+
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"{name} is no field of SamplingConfig: {did_you_mean(name, names)}")
+    path = _file_of(pathlib.Path(folder))
+    fields = Fields(repr(str(path)), _object_in(path))
+    if do_sample is None and "temperature" in changes:
+        do_sample = changes["temperature"] != 0
+    if do_sample is None:
+        do_sample = fields.flag("do_sample", False)
+    found = _sampling_of(fields, do_sample) | _lengths_of(fields, prompt_length, changes)
+    if path.name == NAME:
+        _warn_of_others(fields, do_sample)
+    try:
+        return SamplingConfig(**found | changes)
+    except ValueError as error:
+        also = f", with {changes}" if changes else ""
+        raise FolderError(f"{fields.where}{also}: {error}") from error
+
+
+def _file_of(folder: pathlib.Path) -> pathlib.Path:
+    from effscale.interop.tensors import FolderError
+
+    for name in (NAME, "config.json"):
+        if os.path.isfile(folder / name):
+            return folder / name
+    there = sorted(os.listdir(folder))[:20] if os.path.isdir(folder) else "no folder"
+    raise FolderError(f"{str(folder)!r} has neither {NAME} nor config.json: it is {there}")
+
+
+def _object_in(path: pathlib.Path) -> dict[str, Any]:
+    from effscale.interop.tensors import FolderError
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FolderError(f"{str(path)!r} holds a JSON {type(content).__name__}: must be an object")
+    return content
+
+
+def _sampling_of(fields: Any, do_sample: bool) -> dict[str, Any]:
+    """The fields that do not depend on the prompt, under this library's names."""
+    read = lambda kinds: {name: getattr(fields, kind)(name, None) for name, kind in kinds.items()}
+    found = read(_ALWAYS)
+    if do_sample:
+        found |= read(_IF_SAMPLING) | {"top_k": fields.whole("top_k", _TOP_K)}
+    else:
+        found["temperature"] = 0.0
+    several = isinstance(fields.values.get("eos_token_id"), list)
+    # -1 stands for none in some files.
+    ends = (
+        fields.wholes("eos_token_id") if several else [fields.whole("eos_token_id", -1, least=-1)]
+    )
+    pad = fields.whole("pad_token_id", -1, least=-1)
+    found["stop_ids"] = tuple(end for end in ends if end >= 0)
+    found["pad_id"] = pad if pad >= 0 else next(iter(found["stop_ids"]), None)
+    found["logit_bias"] = dict.fromkeys(fields.wholes("suppress_tokens", []), -math.inf)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _lengths_of(fields: Any, prompt_length: int | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The least and greatest number of new tokens, where the file gives them."""
+    found = {}
+    for name, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        new, length = fields.whole(name, None), fields.whole(whole, None)
+        if new is not None:
+            found[name] = new
+        elif length and name not in changes:
+            if prompt_length is None:
+                warnings.warn(
+                    f"{fields.where}: {whole}={length} counts the prompt and is not applied: give prompt_length= or {name}=",
+                    stacklevel=3,
+                )
+            else:
+                found[name] = max(length - prompt_length, 0)
+    return found
+
+
+def _warn_of_others(fields: Any, do_sample: bool) -> None:
+    acts = lambda name, value: (
+        not (
+            name in _READ
+            or name in _HARMLESS
+            or name.startswith("_")
+            or value in (None, [], {})
+            or (name in _NEUTRAL and value == _NEUTRAL[name])
+            or (name in _NEEDS_SAMPLING and not do_sample)
+        )
+    )
+    left = {name: value for name, value in fields.values.items() if acts(name, value)}
+    if left:
+        from effscale.interop.foreign import shown
+
+        said = ", ".join(f"{name}={shown(value)}" for name, value in left.items())
+        hint = "; give generate stop_strings=" if "stop_strings" in left else ""
+        warnings.warn(f"{fields.where}: not applied: {said}{hint}", stacklevel=3)

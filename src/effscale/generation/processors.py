@@ -1,0 +1,180 @@
+"""What changes logits before a token is drawn from them, and the order in which it acts.
+
+:func:`process` and :func:`warp` are that order: what they call is a function of logits each, and an option that is off is not called.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from effscale.generation.config import SamplingConfig
+
+
+class History(NamedTuple):
+    """What the rows hold when their next token is chosen; a processor of your own gets it.
+
+    Attributes:
+        tokens: Prompt and answer so far; what stands in columns from ``filled`` on means nothing yet.
+        mask: True at the prompt's real tokens and at the answer's so far.
+        step: New tokens so far.
+        filled: Columns of ``tokens`` that are filled: those of the prompt, padding included, and ``step``.
+    """
+
+    tokens: Int[Array, "batch total"]
+    mask: Bool[Array, "batch total"]
+    step: Int[Array, ""]
+    filled: Int[Array, ""]
+
+
+LogitsProcessor = Callable[[Float[Array, "batch vocab"], History], Float[Array, "batch vocab"]]
+"""A pure function of logits (float32) and what the rows hold, which JAX can trace. It gives the new logits."""
+
+
+def process(
+    logits: Float[Array, "batch vocab"],
+    history: History,
+    config: SamplingConfig,
+    processors: Sequence[LogitsProcessor] = (),
+    *,
+    seen: Bool[Array, "batch vocab"] | None = None,
+) -> Float[Array, "batch vocab"]:
+    """All that acts before the temperature, in the order of transformers.
+
+    Args:
+        logits: The model's, float32.
+        history: What the rows hold.
+        config: Which options act.
+        processors: Own functions, which act last.
+        seen: Which tokens occur in a row; needed with a repetition penalty only.
+
+    Raises:
+        ValueError: While tracing: a processor gives something else than logits of the same shape.
+    """
+    if config.biases:
+        logits = add_bias(logits, config.biases)
+    if seen is not None:
+        logits = penalize(logits, seen, config.repetition_penalty)
+    if config.no_repeat_ngram_size:
+        logits = forbid_repeated_ngrams(logits, history, config.no_repeat_ngram_size)
+    if config.min_new_tokens and config.stop_ids:
+        early = history.step < config.min_new_tokens
+        logits = forbid(logits, np.asarray(config.stop_ids), early)
+    for processor in processors:
+        logits = _checked(processor, processor(logits, history), logits)
+    return logits
+
+
+def warp(
+    logits: Float[Array, "batch vocab"], config: SamplingConfig
+) -> Float[Array, "batch vocab"]:
+    """Temperature and the filters after it, in the order of transformers; nothing at a temperature of 0."""
+    if config.temperature == 0:
+        return logits
+    logits = logits / config.temperature
+    if config.top_k is not None:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    if config.min_p > 0:
+        logits = keep_min_p(logits, config.min_p)
+    return logits
+
+
+def may_forbid_all(config: SamplingConfig, processors: Sequence[LogitsProcessor]) -> bool:
+    """Whether :func:`process` can leave no token that may follow."""
+    return bool(
+        processors
+        or config.no_repeat_ngram_size
+        or (config.min_new_tokens and config.stop_ids)
+        or any(bias == -math.inf for _, bias in config.biases)
+    )
+
+
+def add_bias(
+    logits: Float[Array, "batch vocab"], biases: Sequence[tuple[int, float]]
+) -> Float[Array, "batch vocab"]:
+    """Adds a number to the logits of each token that is named, in every row."""
+    bias = np.zeros(logits.shape[-1], logits.dtype)
+    for token, value in biases:
+        bias[token : token + 1] = value  # an id outside the vocabulary adds nothing
+    return logits + bias[None]
+
+
+def penalize(
+    logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: float
+) -> Float[Array, "batch vocab"]:
+    """Makes tokens already seen less likely; see :class:`SamplingConfig`."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def forbid(
+    logits: Float[Array, "batch vocab"], ids: Int[np.ndarray, "ids"], when: Bool[Array, ""]
+) -> Float[Array, "batch vocab"]:
+    """Minus infinity at some tokens of every row while ``when`` is true."""
+    named = np.isin(np.arange(logits.shape[-1]), ids)
+    return jnp.where(named[None] & when, -jnp.inf, logits)
+
+
+def forbid_repeated_ngrams(
+    logits: Float[Array, "batch vocab"], history: History, size: int
+) -> Float[Array, "batch vocab"]:
+    """Minus infinity at each token that would be the end of ``size`` tokens which the row holds already.
+
+    All places of the row are compared with its last ``size - 1`` tokens at once, so shapes stay the same from token to token.
+    Padding is part of nothing that could be repeated; transformers takes it for tokens.
+    """
+    tokens, mask = history.tokens, history.mask
+    batch, total = tokens.shape
+    places = total - size + 1
+    if places < 1:
+        return logits
+    begin = history.filled - (size - 1)
+    last = jax.lax.dynamic_slice_in_dim(tokens, begin, size - 1, 1)
+    last_real = jax.lax.dynamic_slice_in_dim(mask, begin, size - 1, 1).all(1) & (begin >= 0)
+    repeated = last_real[:, None] & mask[:, size - 1 :]
+    for i in range(size - 1):
+        same = tokens[:, i : i + places] == last[:, i : i + 1]
+        repeated &= same & mask[:, i : i + places]
+    rows = jnp.arange(batch)[:, None]
+    ends = jnp.zeros(logits.shape, bool).at[rows, tokens[:, size - 1 :]].max(repeated)
+    return jnp.where(ends, -jnp.inf, logits)
+
+
+def keep_top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch vocab"]:
+    """Minus infinity at all but the ``k`` largest logits of a row (ties with the last are kept)."""
+    threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "batch vocab"]:
+    """Minus infinity at all but the fewest tokens whose probabilities sum to at least ``p``; one always stays.
+
+    Of equally likely tokens at the edge, those with the larger ids stay, as in transformers' ``TopPLogitsWarper``.
+    """
+    vocab = logits.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    ascending, order = jax.lax.sort((logits, index), num_keys=1)
+    totals = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    first = jnp.minimum((totals <= 1 - p).sum(-1, keepdims=True), vocab - 1)
+    least = jnp.take_along_axis(ascending, first, -1)
+    tied = (logits == least) & (index >= jnp.take_along_axis(order, first, -1))
+    return jnp.where((logits > least) | tied, logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "batch vocab"]:
+    """Minus infinity at all tokens less than ``p`` times as probable as the likeliest one of their row."""
+    threshold = logits.max(-1, keepdims=True) + math.log(p)
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def _checked(processor: LogitsProcessor, new: Array, old: Array) -> Array:
+    if getattr(new, "shape", None) != old.shape:
+        name = getattr(processor, "__name__", repr(processor))
+        given = getattr(new, "shape", type(new).__name__)
+        raise ValueError(f"the processor {name} gives {given}: must be logits of shape {old.shape}")
+    return new.astype(old.dtype)

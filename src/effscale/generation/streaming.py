@@ -1,0 +1,183 @@
+"""Tokens as they come: the loop of :func:`effscale.generation.decode`, a few tokens at a time."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int, PRNGKeyArray
+
+from effscale.generation.checks import (
+    checked_key,
+    checked_mask,
+    checked_processors,
+    checked_prompt,
+    refuse_failures,
+)
+from effscale.generation.config import SamplingConfig
+from effscale.generation.decoding import Generated, gathered, key_for
+from effscale.generation.loop import Plan, advance, begin, stages
+from effscale.generation.processors import LogitsProcessor
+from effscale.models import Transformer, grow_cache
+from effscale.models.validation import is_integer
+
+_begin = jax.jit(begin, static_argnames="plan")
+_advance = jax.jit(advance, static_argnames="plan", donate_argnames="carry")
+
+
+class Chunk(NamedTuple):
+    """The next tokens of each row.
+
+    Attributes:
+        tokens: ``pad_id`` in rows that have ended.
+        mask: True at the answers' tokens, their stop tokens included.
+    """
+
+    tokens: Int[np.ndarray, "batch new"]
+    mask: Bool[np.ndarray, "batch new"]
+
+
+class Stream(Iterator[Chunk]):
+    """An iterator over the tokens that a model draws; :func:`stream` makes one."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompt: Int[np.ndarray, "batch seq"],
+        mask: Bool[np.ndarray, "batch seq"],
+        key: PRNGKeyArray,
+        plan: Plan,
+        chunk: int,
+    ):
+        self.plan, self.chunk = plan, chunk
+        self._model, self._prompt, self._mask = model, prompt, mask
+        self._constants, self._carry = _begin(model, prompt, mask, key, plan)
+        self._drawn = 1  # the prefill gives the first token
+        self._given = 0
+        self._cut = False
+
+    def __next__(self) -> Chunk:
+        new = self.plan.config.max_new_tokens
+        until = min(self._given + self.chunk, new)
+        self._draw(until)
+        carry = self._carry
+        tokens, failed, num_new, finished = jax.device_get(
+            (carry.tokens, carry.failed, carry.num_new, carry.finished)
+        )
+        refuse_failures(failed, self._model, self.plan.config, self.plan.processors)
+        if finished.all():
+            until = min(until, int(num_new.max()))
+        if until <= self._given:
+            raise StopIteration
+        columns = np.arange(self._given, until)
+        self._given = until
+        return Chunk(tokens[:, self._prompt.shape[1] + columns], columns[None] < num_new[:, None])
+
+    def prompts(self) -> list[list[int]]:
+        """The prompt of each row, without padding."""
+        rows = [ids[real].tolist() for ids, real in zip(self._prompt, self._mask, strict=True)]
+        return [row for row in rows for _ in range(self.plan.config.num_return_sequences)]
+
+    def stop(self, row: int, length: int) -> None:
+        """Ends a row, whose answer is its first ``length`` tokens; the other rows go on."""
+        carry = self._carry
+        self._carry = carry._replace(
+            finished=carry.finished.at[row].set(True), num_new=carry.num_new.at[row].set(length)
+        )
+        self._cut = True
+
+    def generated(self) -> Generated:
+        """What was drawn so far, as :func:`effscale.generation.generate` returns it."""
+        out = gathered(self._constants, self._carry)
+        # The next chunk takes the arrays of the carry over.
+        return _cut(out, self.plan.config) if self._cut else jax.tree.map(jnp.copy, out)
+
+    def _draw(self, until: int) -> None:
+        length = self._prompt.shape[1]
+        for end in stages(length, self.plan.config.max_new_tokens):
+            goal = min(until, end - length)
+            if goal > self._drawn:
+                carry = self._carry._replace(cache=grow_cache(self._carry.cache, end))
+                self._carry = _advance(self._constants, carry, np.int32(goal), self.plan)
+                self._drawn = goal
+
+
+def stream(
+    model: Transformer,
+    prompt: Any,
+    config: SamplingConfig | None = None,
+    *,
+    attention_mask: Any = None,
+    key: PRNGKeyArray | None = None,
+    chunk: int = 8,
+    processors: Iterable[LogitsProcessor] = (),
+    log_probs: bool = False,
+    logits: bool = False,
+    scores: bool = False,
+) -> Stream:
+    """Continues each row of ``prompt`` and yields the new tokens as they come.
+
+    The tokens are those of :func:`effscale.generation.generate` with the same key, whatever ``chunk`` is. What is compiled is one
+    program that draws up to ``chunk`` tokens; between its calls the cache stays on the devices.
+
+    Args:
+        model: A causal model with a head named ``lm``.
+        prompt: Token ids of shape ``(batch, seq)``, padded on the left.
+        config: Length, filters and stop tokens.
+        attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
+        key: For sampling; may be left out only when greedy.
+        chunk: How many tokens of each row come at once.
+        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`effscale.generation.decode`.
+        log_probs: Whether ``stream(...).generated()`` is to have the new tokens' log-probabilities.
+        logits: Whether it is to have the model's logits.
+        scores: Whether it is to have what each token was drawn from.
+
+    Returns:
+        An iterator over :class:`Chunk`. It ends when every row has ended. Its method ``stop(row, length)`` ends a row early, and
+        ``generated()`` is all that was drawn so far.
+
+    Raises:
+        ValueError: As :func:`effscale.generation.generate`; for logits of no use, when their chunk is asked for.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.models import Transformer, gpt2
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=32)
+        >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
+        >>> greedy = SamplingConfig(max_new_tokens=5, temperature=0.0)
+        >>> [new.tokens.shape for new in stream(model, [[3, 1, 4]], greedy, chunk=2)]
+        [(1, 2), (1, 2), (1, 1)]
+    """
+    config = SamplingConfig() if config is None else config
+    if not is_integer(chunk) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r}: must be an integer, at least 1")
+    tokens = checked_prompt(model, prompt, config)
+    mask = checked_mask(attention_mask, tokens)
+    plan = Plan(
+        config=config,
+        processors=checked_processors(processors),
+        log_probs=log_probs,
+        logits=logits,
+        scores=scores,
+    )
+    return Stream(model, tokens, mask, key_for(config, checked_key(key)), plan, chunk)
+
+
+def _cut(out: Generated, config: SamplingConfig) -> Generated:
+    """Without what was drawn after the end of rows that were stopped."""
+    length = out.tokens.shape[1] - config.max_new_tokens
+    new = out.mask[:, length:]
+    answers = jnp.where(new, out.tokens[:, length:], config.pad_id)
+    kept = lambda a: (
+        None if a is None else jnp.where(jnp.expand_dims(new, range(2, a.ndim)), a, 0.0)
+    )
+    return Generated(
+        tokens=jnp.concatenate([out.tokens[:, :length], answers], 1),
+        mask=out.mask,
+        num_new=out.num_new,
+        failed=out.failed,
+        log_probs=kept(out.log_probs),
+        logits=kept(out.logits),
+        scores=kept(out.scores),
+    )
