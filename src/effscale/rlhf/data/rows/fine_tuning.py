@@ -35,7 +35,7 @@ def fine_tuning_rows(
         encoder: Makes ids of them.
         length: The number of tokens in a row.
         loss_on: Whether the response alone is learned, its end included, or the prompt, too, as in DeepSpeed-Chat.
-        pack: Whether to put several records into a row, each where it leaves the least room; or one.
+        pack: Whether to put several records into a row, each where it leaves the least room, the longest first; or one.
         too_long: What to do with a record that is longer than a row: ``"drop"`` and count it, or ``"cut"`` off the end of its
             response, as DeepSpeed-Chat does.
         report: Receives the count of records that were left out, which a warning tells as well.
@@ -103,14 +103,15 @@ def fine_tuning_rows(
 def _packed(sizes: Sequence[int], length: int) -> list[tuple[int, int, int]]:
     """For each sequence its row, where it begins there, and the how-many-eth it is, from 1.
 
-    In turn each goes where it leaves the least room, or begins a row (best fit).
+    The longest first, each goes where it leaves the least room, or begins a row (best fit decreasing).
     """
     rooms: list[
         tuple[int, int]
     ] = []  # what is left of each row that is not full, in order, and the row
     counts: list[int] = []
-    places = []
-    for size in sizes:
+    places = [(0, 0, 0)] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[index]
         at = bisect.bisect_left(rooms, (size, -1))
         if at < len(rooms):
             room, row = rooms.pop(at)
@@ -118,7 +119,7 @@ def _packed(sizes: Sequence[int], length: int) -> list[tuple[int, int, int]]:
             room, row = length, len(counts)
             counts.append(0)
         counts[row] += 1
-        places.append((row, length - room, counts[row]))
+        places[index] = row, length - room, counts[row]
         if room > size:
             bisect.insort(rooms, (room - size, row))
     return places
