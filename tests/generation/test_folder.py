@@ -91,15 +91,6 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
     assert (found.max_new_tokens, found.min_new_tokens) == (9, 3)
 
 
-def test_what_transformers_writes_by_default_is_all_known(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="it writes the file")
-    fields = transformers.GenerationConfig().to_dict()
-    # Not null but what they stand for, where transformers says it.
-    fields |= {"do_sample": True, "top_k": 50, "num_beams": 1, "typical_p": 1.0, "eta_cutoff": 0.0}
-    found = sampling_from_folder(written(tmp_path, **fields))
-    assert found == SamplingConfig(top_k=50)
-
-
 @pytest.mark.parametrize(
     ("fields", "changes", "message"),
     [

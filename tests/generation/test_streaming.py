@@ -80,6 +80,12 @@ def test_a_row_that_is_stopped_is_cut_and_the_others_go_on(gpt):
     np.testing.assert_array_equal(out.scores[0], whole.scores[0])
 
 
+def test_a_stream_holds_no_copy_of_a_prepared_model(gpt):
+    drawn = stream(gpt, [[1, 2, 3]], SAMPLING, key=jax.random.key(2))
+    where = lambda model: [a.unsafe_buffer_pointer() for a in jax.tree.leaves(model)]
+    assert where(drawn._constants.model) == where(gpt)
+
+
 def test_several_answers_are_those_to_prompts_that_are_repeated(gpt):
     tokens, mask = left_pad(PROMPTS)
     config = dataclasses.replace(

@@ -114,6 +114,14 @@ def test_a_generation_config_gives_the_scores_that_transformers_gives(gpt, field
         finished |= np.isin(out.sequences[:, PROMPT.shape[1] + step], STOPS)
 
 
+def test_what_transformers_writes_by_default_is_all_known(tmp_path):
+    fields = transformers.GenerationConfig().to_dict()
+    # Not null but what they stand for, where transformers says it.
+    fields |= {"do_sample": True, "top_k": 50, "num_beams": 1, "typical_p": 1.0, "eta_cutoff": 0.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    assert sampling_from_folder(tmp_path) == SamplingConfig(top_k=50)
+
+
 def test_greedy_tokens_logits_and_scores_with_every_option(gpt, ours):
     options = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "min_new_tokens": 6}
     stops = list(range(20, 160))

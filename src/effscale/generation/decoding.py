@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from effscale.generation.config import SamplingConfig
-from effscale.generation.loop import Carry, Constants, Plan, advance, answered, begin, stages
+from effscale.generation.loop import Carry, Constants, Plan, advance, answered, begin, ready, stages
 from effscale.generation.processors import LogitsProcessor
 from effscale.models import Transformer, grow_cache
 
@@ -97,7 +97,7 @@ def decode(
     plan = Plan(
         config=config, processors=processors, log_probs=log_probs, logits=logits, scores=scores
     )
-    constants, carry = begin(model, prompt, mask, key_for(config, key), plan)
+    constants, carry = begin(ready(model), prompt, mask, key_for(config, key), plan)
     length = prompt.shape[1]
     for end in stages(length, config.max_new_tokens):
         carry = carry._replace(cache=grow_cache(carry.cache, end))

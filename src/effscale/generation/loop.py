@@ -58,6 +58,11 @@ class Carry(NamedTuple):
     scores: Float[Array, "batch new vocab"] | None
 
 
+def ready(model: Transformer) -> Transformer:
+    """The model in the form in which the loop reads it; arrays that are in it already are not copied."""
+    return for_decoding(unroll(model))
+
+
 def begin(
     model: Transformer,
     prompt: Int[Array, "batch seq"],
@@ -65,9 +70,8 @@ def begin(
     key: PRNGKeyArray,
     plan: Plan,
 ) -> tuple[Constants, Carry]:
-    """Reads the prompt and draws the first token of each row."""
+    """Reads the prompt and draws the first token of each row, with a model that is :func:`ready`."""
     config = plan.config
-    model = for_decoding(unroll(model))  # once, outside the loop
     length, new = prompt.shape[1], config.max_new_tokens
     cache = empty_cache(model.config, prompt.shape[0], stages(length, new)[0])
     encoded = model.encode(prompt, attention_mask=mask, cache=cache)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from effscale.generation.checks import (
     checked_key,
@@ -17,12 +17,11 @@ from effscale.generation.checks import (
 )
 from effscale.generation.config import SamplingConfig
 from effscale.generation.decoding import Generated, gathered, key_for
-from effscale.generation.loop import Plan, advance, begin, stages
+from effscale.generation.loop import Carry, Constants, Plan, advance, begin, ready, stages
 from effscale.generation.processors import LogitsProcessor
 from effscale.models import Transformer, grow_cache
 from effscale.models.validation import is_integer
 
-_begin = jax.jit(begin, static_argnames="plan")
 _advance = jax.jit(advance, static_argnames="plan", donate_argnames="carry")
 
 
@@ -52,7 +51,9 @@ class Stream(Iterator[Chunk]):
     ):
         self.plan, self.chunk = plan, chunk
         self._model, self._prompt, self._mask = model, prompt, mask
-        self._constants, self._carry = _begin(model, prompt, mask, key, plan)
+        model = ready(model)
+        table, repeated, self._carry = _begin(model, prompt, mask, key, plan)
+        self._constants = Constants(model, table, repeated, key)
         self._drawn = 1  # the prefill gives the first token
         self._given = 0
         self._cut = False
@@ -162,6 +163,19 @@ def stream(
         scores=scores,
     )
     return Stream(model, tokens, mask, key_for(config, checked_key(key)), plan, chunk)
+
+
+@jax.jit(static_argnames="plan")
+def _begin(
+    model: Transformer,
+    prompt: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"],
+    key: PRNGKeyArray,
+    plan: Plan,
+) -> tuple[Any, Bool[Array, "rows seq"], Carry]:
+    # Without the model, of which a compiled function would return a copy.
+    constants, carry = begin(model, prompt, mask, key, plan)
+    return constants.table, constants.mask, carry
 
 
 def _cut(out: Generated, config: SamplingConfig) -> Generated:
