@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from effscale.data import train_tokenizer
 from effscale.models import Transformer, gpt2
-from effscale.rlhf import diverging
+from effscale.rlhf import diverging, preference_loss
 from effscale.rlhf.data import (
     Record,
     RecordEncoder,
@@ -132,30 +132,42 @@ def test_pairs(encoder):
     short, long = rows.values()
     a, b, c = IDS("abc")
     pad = encoder.pad_id
-    assert short.chosen.tolist() == [[a, b, c, 0], [a, b, 0, pad]]
-    assert short.rejected.tolist() == [[a, b, 0, pad], [a, c, c, 0]]
-    assert (short.records.tolist(), long.records.tolist()) == ([0, 2], [1])
-    assert short.masks()[0].sum(1).tolist() == short.chosen_lengths.tolist() == [4, 3]
-    assert short.masks()[1].sum(1).tolist() == short.rejected_lengths.tolist() == [3, 4]
+    assert short["chosen"].tolist() == [[a, b, c, 0], [a, b, 0, pad]]
+    assert short["rejected"].tolist() == [[a, b, 0, pad], [a, c, c, 0]]
+    assert (short["records"].tolist(), long["records"].tolist()) == ([0, 2], [1])
     # Of a response its end is a part, be it the token of the padding.
-    assert short.response_masks()[0].tolist() == [[False, True, True, True], [False, True, True, False]]  # fmt: skip
-    assert long.prompt_lengths.tolist() == [5]
-    where = diverging(*(jnp.asarray(part) for part in short[:4]))
+    assert short["chosen_lengths"].tolist() == [4, 3]
+    assert short["rejected_lengths"].tolist() == [3, 4]
+    assert short["prompt_lengths"].tolist() == [1, 1]
+    assert long["prompt_lengths"].tolist() == [5]
+    names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths")
+    where = diverging(*(jnp.asarray(short[name]) for name in names))
     assert where.tolist() == [[False, False, True, True], [False, True, True, True]]
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, OTHER_PAD], ids=["pad is end", "own pad"])
+def test_the_padding_of_a_pair_does_not_count(encoder):
+    """DPO's loss of a pair in a long row is that in a short one, whatever fills it up."""
+    tiny = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=257, max_length=16)
+    policy, reference = (Transformer(tiny, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    loss = jax.jit(lambda batch: preference_loss(policy, batch, None, reference).mean())
+    record = pairs(("ab", "cab", "b"))
+    short, long = (pair_rows(record, encoder, lengths=(n,))[n] for n in (6, 12))
+    np.testing.assert_allclose(loss(short), loss(long), rtol=1e-5)
 
 
 def test_pairs_that_are_too_long():
     records = pairs(("a" * 3, "bc", "bd"), ("a", "cccc", "b"), ("a", "b", "c"))
     report = RecordReport()
     rows = pair_rows(records, ENCODER, lengths=(4,), report=report)[4]
-    assert rows.records.tolist() == [2]
+    assert rows["records"].tolist() == [2]
     assert report.counts == {"too_long": 2}
     report = RecordReport()
     rows = pair_rows(records, ENCODER, lengths=(4,), too_long="cut", report=report)[4]
-    assert rows.records.tolist() == [1, 2]
+    assert rows["records"].tolist() == [1, 2]
     assert report.counts == {"identical": 1}  # they differ behind the cut
-    assert rows.chosen[0].tolist() == IDS("accc")
-    assert rows.chosen_lengths.tolist() == [4, 3]
+    assert rows["chosen"][0].tolist() == IDS("accc")
+    assert rows["chosen_lengths"].tolist() == [4, 3]
 
 
 def test_prompts():
@@ -163,13 +175,13 @@ def test_prompts():
     report = RecordReport()
     rows = prompt_rows(records, OTHER_PAD, lengths=(3, 6), report=report)
     a, b, c = IDS("abc")
-    assert rows[3].tokens.tolist() == [[7, a, b], [7, 7, a]]
-    assert rows[3].mask.tolist() == [[False, True, True], [False, False, True]]
-    assert rows[6].mask.all()
-    assert (rows[3].records.tolist(), rows[6].records.tolist()) == ([0, 2], [1])
+    assert rows[3]["input_ids"].tolist() == [[7, a, b], [7, 7, a]]
+    assert rows[3]["attention_mask"].tolist() == [[False, True, True], [False, False, True]]
+    assert rows[6]["attention_mask"].all()
+    assert (rows[3]["records"].tolist(), rows[6]["records"].tolist()) == ([0, 2], [1])
     assert report.counts == {"too_long": 1}
     cut = prompt_rows(records, OTHER_PAD, lengths=(3,), too_long="cut")[3]
-    assert cut.tokens.tolist() == [[7, a, b], [a, b, c], [7, 7, a], [c, a, b]]
+    assert cut["input_ids"].tolist() == [[7, a, b], [a, b, c], [7, 7, a], [c, a, b]]
 
 
 def test_what_stands_before_every_text_is_not_cut_off():
@@ -181,8 +193,8 @@ def test_what_stands_before_every_text_is_not_cut_off():
     )
     encoder = RecordEncoder(tokenizer=tokenizer)
     cut = lambda n: prompt_rows([Record(prompt="abcd")], encoder, lengths=(n,), too_long="cut")[n]
-    assert cut(3).tokens.tolist() == [[0, *IDS("cd")]]
-    assert cut(1).tokens.tolist() == [IDS("d")]
+    assert cut(3)["input_ids"].tolist() == [[0, *IDS("cd")]]
+    assert cut(1)["input_ids"].tolist() == [IDS("d")]
 
 
 def test_records_that_cannot_be_encoded_are_counted():
@@ -219,13 +231,15 @@ def test_batches_of_an_epoch():
     rows = prompt_rows(records, ENCODER, lengths=(3, 7))
     epochs = [list(row_batches(rows, 4, epoch=number, seed=3)) for number in (0, 1, 0)]
     for batches in epochs:
-        assert all(batch.tokens.shape in ((4, 3), (4, 7)) for batch in batches)
-        taken = [i for batch in batches for i in batch.records.tolist()]
-        assert len(taken) == len(set(taken)) == sum(len(r.records) // 4 * 4 for r in rows.values())
+        assert all(batch["input_ids"].shape in ((4, 3), (4, 7)) for batch in batches)
+        taken = [i for batch in batches for i in batch["records"].tolist()]
+        assert (
+            len(taken) == len(set(taken)) == sum(len(r["records"]) // 4 * 4 for r in rows.values())
+        )
         for batch in batches:  # a row keeps what is its own
-            lengths = [len(records[i].prompt) for i in batch.records]
-            assert batch.mask.sum(1).tolist() == lengths
-    assert [b.records.tolist() for b in epochs[0]] == [b.records.tolist() for b in epochs[2]]
-    assert [b.records.tolist() for b in epochs[0]] != [b.records.tolist() for b in epochs[1]]
-    widths = [batch.tokens.shape[1] for batch in epochs[0]]
+            lengths = [len(records[i].prompt) for i in batch["records"]]
+            assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert [b["records"].tolist() for b in epochs[0]] == [b["records"].tolist() for b in epochs[2]]
+    assert [b["records"].tolist() for b in epochs[0]] != [b["records"].tolist() for b in epochs[1]]
+    widths = [batch["input_ids"].shape[1] for batch in epochs[0]]
     assert widths not in (sorted(widths), sorted(widths, reverse=True))  # lengths take turns

@@ -14,8 +14,6 @@ from effscale.rlhf.data.phases import Blend, phase_split, split_by_prompt
 from effscale.rlhf.data.read import read_records
 from effscale.rlhf.data.record import Message, Record, RecordError, RecordReport
 from effscale.rlhf.data.rows import (
-    PairRows,
-    PromptRows,
     fine_tuning_rows,
     pad_rows,
     pair_rows,
@@ -31,9 +29,7 @@ __all__ = [
     "ChatTemplate",
     "LibraryPairs",
     "Message",
-    "PairRows",
     "PlainFormat",
-    "PromptRows",
     "Record",
     "RecordEncoder",
     "RecordError",

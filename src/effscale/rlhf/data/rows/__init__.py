@@ -3,12 +3,10 @@
 from effscale.rlhf.data.rows.batches import row_batches
 from effscale.rlhf.data.rows.fine_tuning import fine_tuning_rows
 from effscale.rlhf.data.rows.padding import pad_rows
-from effscale.rlhf.data.rows.pairs import PairRows, pair_rows
-from effscale.rlhf.data.rows.prompts import PromptRows, prompt_rows
+from effscale.rlhf.data.rows.pairs import pair_rows
+from effscale.rlhf.data.rows.prompts import prompt_rows
 
 __all__ = [
-    "PairRows",
-    "PromptRows",
     "fine_tuning_rows",
     "pad_rows",
     "pair_rows",

@@ -1,26 +1,26 @@
 """Batches of rows, in an order of their own in every epoch."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from effscale.rlhf.data.phases import Blend
 
-Rows = TypeVar("Rows")
+Rows = Mapping[str, Shaped[np.ndarray, "_ ..."]]
 
 
 def row_batches(
     rows: Rows | Mapping[int, Rows], batch_size: int, *, epoch: int, seed: int = 0
-) -> Iterator[Rows]:
+) -> Iterator[dict[str, Shaped[np.ndarray, "_ ..."]]]:
     """Batches of one epoch, each of rows of one length.
 
     The order is a function of seed and epoch. What does not fill a batch is left out, in every epoch something else.
 
     Args:
-        rows: Arrays whose first axis is the rows (a dict by name, or one of this package's tuples); or such arrays by length, as
-            :func:`pair_rows` and :func:`prompt_rows` return them, of which the batches come in a random order.
+        rows: Arrays by name whose first axis is the rows; or such arrays by length, as :func:`pair_rows` and :func:`prompt_rows` return
+            them, of which the batches come in a random order.
         batch_size: Rows in a batch.
         epoch: From 0.
         seed: Another seed gives another order.
@@ -35,14 +35,13 @@ def row_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    lengths = isinstance(rows, Mapping) and all(isinstance(key, int) for key in rows)
-    groups: list[Any] = list(rows.values()) if lengths and isinstance(rows, Mapping) else [rows]
-    sizes = [len(jax.tree.leaves(group)[0]) for group in groups]
+    by_length = all(isinstance(key, int) for key in rows)
+    groups: list[Any] = list(rows.values()) if by_length else [rows]
+    sizes = [len(next(iter(group.values()))) for group in groups]
     kept = [(g, size) for g, size in zip(groups, sizes, strict=True) if size >= batch_size]
     if not kept:
         raise ValueError(f"batch_size={batch_size}: there are {sizes} rows (of each length)")
-    blend = Blend(sizes=tuple(size for _, size in kept), seed=seed)
-    order = blend.epoch(epoch)
+    order = Blend(sizes=tuple(size for _, size in kept), seed=seed).epoch(epoch)
     batches = []
     for number, (group, size) in enumerate(kept):
         chosen = order[order[:, 0] == number, 1]
@@ -51,4 +50,4 @@ def row_batches(
     generator = np.random.default_rng(np.random.SeedSequence([seed, 2, epoch]))
     for place in generator.permutation(len(batches)):
         group, chosen = batches[place]
-        yield jax.tree.map(lambda array, chosen=chosen: array[chosen], group)
+        yield {name: array[chosen] for name, array in group.items()}

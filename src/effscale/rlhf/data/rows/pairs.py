@@ -1,10 +1,9 @@
 """Rows of preferences: for the reward model's losses, and for DPO."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Shaped
 
 from effscale.rlhf.data.encoder import RecordEncoder
 from effscale.rlhf.data.record import Record, RecordError, RecordReport
@@ -17,38 +16,7 @@ from effscale.rlhf.data.rows.padding import (
     pad_rows,
 )
 
-
-class PairRows(NamedTuple):
-    """Pairs of one length, padded on the right: what :func:`effscale.rlhf.diverging` takes.
-
-    Attributes:
-        chosen: Tokens of the prompt and the preferred response.
-        rejected: Tokens of the prompt and the other one.
-        chosen_lengths: How many of each row are no padding.
-        rejected_lengths: The same of the others.
-        prompt_lengths: How many of each row are the prompt's.
-        records: Which record each pair is.
-    """
-
-    chosen: Int[np.ndarray, "pairs length"]
-    rejected: Int[np.ndarray, "pairs length"]
-    chosen_lengths: Int[np.ndarray, " pairs"]
-    rejected_lengths: Int[np.ndarray, " pairs"]
-    prompt_lengths: Int[np.ndarray, " pairs"]
-    records: Int[np.ndarray, " pairs"]
-
-    def masks(self) -> tuple[Bool[np.ndarray, "pairs length"], Bool[np.ndarray, "pairs length"]]:
-        """Where the tokens of chosen and of rejected are no padding, whatever the token of the padding is."""
-        place = np.arange(self.chosen.shape[1])[None]
-        return place < self.chosen_lengths[:, None], place < self.rejected_lengths[:, None]
-
-    def response_masks(
-        self,
-    ) -> tuple[Bool[np.ndarray, "pairs length"], Bool[np.ndarray, "pairs length"]]:
-        """Where they are the response's: those whose log-probabilities DPO adds up."""
-        after = np.arange(self.chosen.shape[1])[None] >= self.prompt_lengths[:, None]
-        chosen, rejected = self.masks()
-        return chosen & after, rejected & after
+Rows = dict[str, Shaped[np.ndarray, "pairs ..."]]
 
 
 def pair_rows(
@@ -58,8 +26,12 @@ def pair_rows(
     lengths: Sequence[int] = (512,),
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
-) -> dict[int, PairRows]:
+) -> dict[int, Rows]:
     """Pairs as arrays of few shapes: each pair in the shortest length that is enough for both of its responses.
+
+    They are what :func:`effscale.rlhf.reward_model_loss` and :func:`effscale.rlhf.preference_loss` take: ``chosen`` and ``rejected``, the
+    tokens of prompt and response padded on the right; ``chosen_lengths``, ``rejected_lengths`` and ``prompt_lengths``, by which padding is
+    known, whatever its token; and ``records``, which record each pair is.
 
     Args:
         records: Records with a chosen and a rejected response.
@@ -79,20 +51,20 @@ def pair_rows(
         >>> from effscale.data import train_tokenizer
         >>> encoder = RecordEncoder(tokenizer=train_tokenizer(["abc"], vocab_size=257), pad_id=0)
         >>> rows = pair_rows([Record(prompt="a", chosen="bc", rejected="b")], encoder, lengths=(4, 8))[4]
-        >>> rows.chosen_lengths.tolist(), rows.rejected_lengths.tolist(), rows.prompt_lengths.tolist()
-        ([4], [3], [1])
+        >>> {name: rows[name].tolist() for name in ("chosen_lengths", "rejected_lengths", "prompt_lengths")}
+        {'chosen_lengths': [4], 'rejected_lengths': [3], 'prompt_lengths': [1]}
     """
     lengths = check_lengths(lengths)
     check_too_long(too_long)
     account = Account(records, report)
     found: dict[int, list[tuple[list[int], list[int], int, int]]] = {n: [] for n in lengths}
     for index, record in enumerate(records):
-        for name in ("chosen", "rejected"):
-            if getattr(record, name) is None:
-                raise ValueError(f"record {index} has no {name} response: a pair needs both")
+        if record.chosen is None or record.rejected is None:
+            missing = "chosen" if record.chosen is None else "rejected"
+            raise ValueError(f"record {index} has no {missing} response: a pair needs both")
         try:
             prompt, chosen = encoder.pair(record)
-            rejected = encoder.pair(record, "rejected")[1]
+            rejected = encoder.response(record.prompt, record.rejected)
         except RecordError as error:
             account.drop(error.reason, index, error.detail)
             continue
@@ -114,14 +86,14 @@ def pair_rows(
     return {n: _rows(pairs, n, encoder.padding) for n, pairs in found.items() if pairs}
 
 
-def _rows(pairs: list[tuple[list[int], list[int], int, int]], length: int, pad_id: int) -> PairRows:
+def _rows(pairs: list[tuple[list[int], list[int], int, int]], length: int, pad_id: int) -> Rows:
     chosen, rejected, prompts, indices = zip(*pairs, strict=True)
     whole = lambda values: np.array(list(values), np.int32)
-    return PairRows(
-        pad_rows(chosen, length, pad_id, side="right")[0],
-        pad_rows(rejected, length, pad_id, side="right")[0],
-        whole(map(len, chosen)),
-        whole(map(len, rejected)),
-        whole(prompts),
-        whole(indices),
-    )
+    return {
+        "chosen": pad_rows(chosen, length, pad_id, side="right")[0],
+        "rejected": pad_rows(rejected, length, pad_id, side="right")[0],
+        "chosen_lengths": whole(map(len, chosen)),
+        "rejected_lengths": whole(map(len, rejected)),
+        "prompt_lengths": whole(prompts),
+        "records": whole(indices),
+    }

@@ -1,10 +1,9 @@
 """Rows of prompts that a model is to answer, padded on the left."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Shaped
 
 from effscale.rlhf.data.encoder import RecordEncoder
 from effscale.rlhf.data.record import Record, RecordError, RecordReport
@@ -17,19 +16,7 @@ from effscale.rlhf.data.rows.padding import (
     pad_rows,
 )
 
-
-class PromptRows(NamedTuple):
-    """Prompts of one length, padded on the left: what :func:`effscale.generation.decode` takes.
-
-    Attributes:
-        tokens: The prompts.
-        mask: True at real tokens.
-        records: Which record each prompt is of, for a reward that needs to know.
-    """
-
-    tokens: Int[np.ndarray, "prompts length"]
-    mask: Bool[np.ndarray, "prompts length"]
-    records: Int[np.ndarray, " prompts"]
+Rows = dict[str, Shaped[np.ndarray, "prompts ..."]]
 
 
 def prompt_rows(
@@ -39,8 +26,11 @@ def prompt_rows(
     lengths: Sequence[int] = (256,),
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
-) -> dict[int, PromptRows]:
+) -> dict[int, Rows]:
     """Prompts as arrays of few shapes: each in the shortest length that is enough.
+
+    They are what :func:`effscale.rlhf.make_policy_step`'s step takes: ``input_ids``, padded on the left; ``attention_mask``, true at real
+    tokens; and ``records``, which record each prompt is of, for a reward that needs to know.
 
     Args:
         records: Records; their responses are not looked at.
@@ -60,7 +50,7 @@ def prompt_rows(
         >>> from effscale.data import train_tokenizer
         >>> encoder = RecordEncoder(tokenizer=train_tokenizer(["abc"], vocab_size=257))
         >>> rows = prompt_rows([Record(prompt="ab"), Record(prompt="abcabc")], encoder, lengths=(3, 6))
-        >>> rows[3].mask.tolist(), rows[6].records.tolist()
+        >>> rows[3]["attention_mask"].tolist(), rows[6]["records"].tolist()
         ([[False, True, True]], [1])
     """
     lengths = check_lengths(lengths)
@@ -97,7 +87,11 @@ def _cut(ids: list[int], length: int, beginning: tuple[int, ...]) -> list[int]:
     return [*ids[:keep], *ids[len(ids) - length + keep :]]
 
 
-def _rows(prompts: list[tuple[list[int], int]], length: int, pad_id: int) -> PromptRows:
-    rows, indices = zip(*prompts, strict=True)
-    tokens, mask = pad_rows(rows, length, pad_id, side="left")
-    return PromptRows(tokens, mask, np.array(indices, np.int32))
+def _rows(prompts: list[tuple[list[int], int]], length: int, pad_id: int) -> Rows:
+    ids, indices = zip(*prompts, strict=True)
+    tokens, mask = pad_rows(ids, length, pad_id, side="left")
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "records": np.array(indices, np.int32),
+    }
