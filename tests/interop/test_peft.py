@@ -367,10 +367,6 @@ REFUSED = {
     "DoRA": ({"use_dora": True}, [r"use_dora=True: DoRA is not taken", r"lora_magnitude_vector.*: magnitudes"]),
     "biases": ({"bias": "all"}, [r"transformer\.ln_f\.bias: a trained bias", r"h\.1\.attn\.c_attn\.bias: a trained"]),
     "a bias of B": ({"lora_bias": True}, [r"c_fc\.lora_B\.bias: a trained bias"]),
-    "whole modules": (
-        {"modules_to_save": ["ln_f", "wpe"]},
-        [r"transformer\.ln_f\.weight: a whole trained weight", r"transformer\.wpe\.weight: a whole", r"ln_f\.bias"],
-    ),
     "a changed base": ({"init_lora_weights": "pissa"}, [r"init_lora_weights='pissa': such an adapter belongs"]),
     "tokens": ({"trainable_token_indices": {"wte": [1]}}, [r"trainable_token_indices=.* is not taken", r"unexpected: .*token_adapter"]),
 }  # fmt: skip

@@ -313,7 +313,7 @@ def test_all_that_is_wrong_is_in_one_error(adapter):
         load_adapter(model, folder)
     assert str(error.value).splitlines()[1:] == [
         "  use_dora=True: DoRA is not taken",
-        f"  {start}.0.mlp.up_proj.weight: a whole trained weight (modules_to_save) is not taken, only pairs are",
+        f"  {start}.0.mlp.up_proj.weight: a whole trained weight that modules_to_save does not name is not taken",
         f"  {start}.0.self_attn.q_proj.lora_magnitude_vector: magnitudes, as DoRA has them, are not taken",
         "  unexpected: something",
         "  model.layers.0.input_layernorm: no pair works in this module",

@@ -1,8 +1,9 @@
-"""LoRA adapters in PEFT's format: pairs of matrices in a file, to stand beside the weights of a model."""
+"""LoRA adapters in PEFT's format: pairs of matrices to stand beside the weights of a model, and whole modules."""
 
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,21 @@ from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.torch import TorchFile
 from effscale.interop.files.writer import write_tensors
 from effscale.interop.folder import checked_folder, read_json
-from effscale.interop.peft.config import other_kind, read_scaling, targets, write_scaling
+from effscale.interop.peft.config import other_kind, targets, write_scaling
 from effscale.interop.peft.modules import Modules, keys, modules_of
 from effscale.interop.peft.pairs import join, stack
 from effscale.interop.peft.reader import AdapterReader
+from effscale.interop.peft.whole import filled
+from effscale.interop.peft.whole_writer import (
+    heads_trained_whole,
+    task_of,
+    warn_of_heads,
+    whole_tensors,
+)
 from effscale.interop.plan import parameters
 from effscale.interop.save import on_host
 from effscale.interop.tensors import FolderError, Tensors
-from effscale.models import LMHead, LoRA, Transformer
+from effscale.models import LoRA, Transformer
 from effscale.parallel import shardings
 
 CONFIG = "adapter_config.json"
@@ -40,8 +48,12 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
 
     ``merge_lora`` of :mod:`effscale.models` then folds them into the weights, and ``unmerge_lora`` drops them.
 
+    Modules that the adapter holds whole (``modules_to_save``: a classifier, a reward's score, embeddings) take the place of the
+    model's own, for good: ``unmerge_lora`` does not bring these back.
+
     Args:
-        model: The base, as :func:`effscale.interop.load_pretrained` gives it; or any transformer of its shape.
+        model: The base, as :func:`effscale.interop.load_pretrained` gives it, with the heads that the adapter has; or any
+            transformer of its shape.
         folder: With ``adapter_config.json`` and ``adapter_model.safetensors``, or the ``adapter_model.bin`` of old.
 
     Returns:
@@ -49,7 +61,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
 
     Raises:
         FolderError: If a file is missing or damaged; or the adapter is of another kind (DoRA and the like), trains more
-            than pairs (biases, whole modules), has pairs for modules that the model lacks or of shapes that do not
+            than pairs and whole modules (biases), has some for modules that the model lacks or of shapes that do not
             fit, or its scales cannot be brought to one without rounding. One error lists all that is wrong.
         ImportError: If the weights are in a ``.bin`` file and torch is not installed.
         ValueError: If no family has such a model.
@@ -73,7 +85,8 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
     place = checked_folder(folder)
     fields = read_json(place, CONFIG)
     modules, leaves = modules_of(model), parameters(model)
-    reader = AdapterReader(_open(place), read_scaling(fields), modules, leaves)
+    reader = AdapterReader(_open(place), fields, modules, leaves)
+    whole = reader.whole_by_leaf()
     wrong = other_kind(fields) + reader.wrong
     stacked: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     for leaf, pairs in reader.by_leaf().items():
@@ -85,7 +98,15 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
             stacked[leaf] = stack(pairs, weight.shape)
         except ValueError as error:
             wrong.append(str(error))
-    if not wrong and not stacked:
+    replaced: dict[str, np.ndarray] = {}
+    for leaf, parts in whole.items():
+        weight = leaves[leaf].get_value()
+        if isinstance(weight, jax.Array):
+            replaced[leaf] = filled(weight, parts)
+        else:
+            kind = type(weight).__name__
+            wrong.append(f"{leaf} of the model is a {kind}, which no whole weight can replace")
+    if not wrong and not stacked and not replaced:
         wrong.append("it holds no pair")
     if wrong:
         raise FolderError(
@@ -96,7 +117,12 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
     flat = []
     for path, variable in nnx.to_flat_state(state):
         leaf = ".".join(map(str, path))
-        flat.append((path, _adapted(variable, *stacked[leaf]) if leaf in stacked else variable))
+        if leaf in replaced:
+            where = variable.get_value().sharding
+            variable = variable.replace(_placed(replaced[leaf], where))
+        if leaf in stacked:
+            variable = _adapted(variable, *stacked[leaf])
+        flat.append((path, variable))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
@@ -105,6 +131,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> None:
     """Writes the LoRA pairs of a model as an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
@@ -120,22 +147,31 @@ def save_adapter(
         model: With LoRA pairs, from :func:`effscale.models.add_lora` or :func:`load_adapter`.
         folder: Where to; made if it is not there. An adapter in it is replaced.
         base: Folder or name of the base model, which the adapter's config then names.
+        modules_to_save: Modules that are written whole, by their paths in transformers or what these end in, such as
+            ``("score",)`` or ``("embed_tokens", "lm_head")``: what was trained without a pair. None: the heads of classes
+            and values that have no pair, as PEFT does by itself. ``()``: none.
 
     Raises:
         ValueError: If the model has no pair, or no family has such a model; or a pair has no counterpart there, which
-            one error lists.
+            one error lists; or there is no such module to save whole.
         FolderError: If the folder cannot take the files.
+
+    Warns:
+        UserWarning: If a head of classes or values is left out, unless ``base`` is a folder that has the same.
     """
     modules = modules_of(model)
     written = _their_pairs(model, modules)
-    tensors: dict[str, np.ndarray] = {}
+    values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
+    heads = heads_trained_whole(model.config, modules, values)
+    names = [*heads.values()] if modules_to_save is None else modules_to_save
+    tensors, saved = whole_tensors(modules, values, names)
+    left_out = {head: path for head, path in heads.items() if path not in saved}
+    warn_of_heads(left_out, modules, values, base)
     for pair in written:
         tensors |= zip(keys(pair.name, embedding=pair.embedding), (pair.a, pair.b), strict=True)
-    heads = model.config.heads
-    generates = len(heads) == 1 and isinstance(heads[0], LMHead) and heads[0].name == "lm"
     fields = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if generates else None,
+        "task_type": task_of(model.config, heads.keys() - left_out),
         "base_model_name_or_path": None if base is None else os.fspath(base),
         "target_modules": targets([pair.name for pair in written], modules.names),
         "fan_in_fan_out": any(pair.conv1d for pair in written),
@@ -143,7 +179,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": saved or None,
     }
     fields |= write_scaling([(pair.name, pair.a.shape[0], pair.scale) for pair in written])
     place = pathlib.Path(folder)
@@ -222,14 +258,15 @@ def _adapted(variable: nnx.Variable, a: Any, b: Any, scale: float) -> nnx.Variab
     """The variable with a pair beside its weight, on the devices that hold the weight."""
     weight = variable.get_value()
     where = getattr(jax.tree.leaves(weight)[0], "sharding", None)
-    place = lambda array, sharding: jax.make_array_from_callback(
-        array.shape, sharding, lambda index: array[index]
-    )
     if isinstance(where, NamedSharding):
         places = shardings(variable.replace(LoRA(weight, a, b, scale)), where.mesh).get_value()
-        a, b = place(a, places.a), place(b, places.b)
+        a, b = _placed(a, places.a), _placed(b, places.b)
     elif isinstance(where, SingleDeviceSharding):
-        a, b = place(a, where), place(b, where)
+        a, b = _placed(a, where), _placed(b, where)
     else:
         a, b = jax.device_put((a, b))
     return variable.replace(LoRA(weight, a, b, scale))
+
+
+def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

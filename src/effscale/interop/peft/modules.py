@@ -14,6 +14,9 @@ from effscale.interop.plan import Slot, parameters, plan, their_shapes
 from effscale.interop.table import sizes
 from effscale.models import LearnedPositions, LMHead, Transformer
 
+START = "base_model.model."
+"""What names in an adapter's file begin with."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Module:
@@ -77,6 +80,7 @@ class Modules:
         adaptable: The modules, in the order of the table.
         twins: A head's name in memory where the head is an embedding's transpose, and the embedding.
         tensors: The places of all tensors of the model, by their names in memory.
+        shapes: Their shapes, by the names of their places.
         axes: Sizes that the table's layouts need.
     """
 
@@ -84,6 +88,7 @@ class Modules:
     adaptable: tuple[Module, ...]
     twins: dict[str, Module]
     tensors: dict[str, Slot]
+    shapes: dict[str, tuple[int, ...]]
     axes: dict[str, int]
 
     @property
@@ -138,12 +143,12 @@ def modules_of(model: Transformer) -> Modules:
             tensors[name] = by_slot[original]
             if original in modules:
                 twins[name.removesuffix(".weight")] = modules[original]
-    return Modules(family, tuple(found), twins, tensors, axes)
+    return Modules(family, tuple(found), twins, tensors, shapes, axes)
 
 
 def keys(name: str, *, embedding: bool) -> tuple[str, str]:
     """Names of A and B in an adapter's file, of the module of this name."""
-    start = f"base_model.model.{name}.lora_"
+    start = f"{START}{name}.lora_"
     if embedding:
         return f"{start}embedding_A", f"{start}embedding_B"
     return f"{start}A.weight", f"{start}B.weight"

@@ -1,4 +1,4 @@
-"""The pairs in an adapter's file, sorted by the modules of a model, and all that is wrong with them."""
+"""The pairs and whole modules in an adapter's file, sorted by the modules of a model, and all that is wrong with them."""
 
 import dataclasses
 import re
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from effscale.interop.load import FLOATS, has_nan
-from effscale.interop.peft.config import Scaling
-from effscale.interop.peft.modules import Module, Modules, keys
+from effscale.interop.peft.config import read_scaling
+from effscale.interop.peft.modules import START, Module, Modules, keys
 from effscale.interop.peft.pairs import Pair
+from effscale.interop.peft.whole import WholeModules, same_numbers
 from effscale.interop.save import on_host
 from effscale.interop.tensors import Tensors
 
@@ -19,23 +20,30 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])
 
 
 class AdapterReader:
-    """Reads all pairs of an adapter's file.
+    """Reads all pairs and whole modules of an adapter's file.
 
     Args:
         tensors: The file.
-        scaling: What the config says of ranks and scales.
+        fields: The adapter's config.
         modules: Of the model.
         leaves: Its parameters, by path.
 
     Attributes:
-        pairs: What was found and is sound, by the module.
+        pairs: The pairs that were found and are sound, by the module.
+        whole: The whole modules that were found.
         wrong: What was found and is not, in words.
     """
 
     def __init__(
-        self, tensors: Tensors, scaling: Scaling, modules: Modules, leaves: Mapping[str, Any]
+        self,
+        tensors: Tensors,
+        fields: Mapping[str, Any],
+        modules: Modules,
+        leaves: Mapping[str, Any],
     ):
-        self.tensors, self.scaling, self.modules, self.leaves = tensors, scaling, modules, leaves
+        self.tensors, self.modules, self.leaves = tensors, modules, leaves
+        self.scaling = read_scaling(fields)
+        self.whole = WholeModules(tensors.infos, fields, modules)
         self.wrong: list[str] = []
         self.pairs: dict[Module, Pair] = {}
         heads: dict[Module, Pair] = {}
@@ -59,6 +67,7 @@ class AdapterReader:
             else:
                 self.wrong.append(f"{path}: there is no such module in this model")
         self._check_twins(heads)
+        self.wrong += self.whole.check({module.slot for module in (*self.pairs, *heads)})
 
     def by_leaf(self) -> dict[str, dict[tuple[int, ...], Pair]]:
         """The pairs by our parameters, and there by layer and expert."""
@@ -67,6 +76,18 @@ class AdapterReader:
             for leaf, b in zip(module.slot.leaves, pair.b, strict=True):
                 one = dataclasses.replace(pair, b=(b,))
                 found.setdefault(leaf, {})[module.slot.index] = one
+        return found
+
+    def whole_by_leaf(self) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
+        """The whole weights by our parameters, and there by layer; an error is noted where two names differ in one."""
+        found: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+        for slot, names in self.whole.found.items():
+            first, *others = [self._read(name) for name in names]
+            if any(other.tobytes() != first.tobytes() for other in others):
+                self.wrong.append(f"{' and '.join(names)} are one weight in this model, and differ")
+            ours = slot.rule.to_ours(first, self.modules.axes)
+            for leaf, array in zip(slot.leaves, ours, strict=True):
+                found.setdefault(leaf, {})[slot.index] = array
         return found
 
     def _add(
@@ -113,17 +134,21 @@ class AdapterReader:
 
     def _check_other(self, name: str, every: set[str]) -> None:
         """A tensor of no pair: a copy of one of the base says nothing new, and anything else is refused."""
-        path, _, kind = name.removeprefix("base_model.model.").rpartition(".")
+        path, _, kind = name.removeprefix(START).rpartition(".")
         if "lora_magnitude_vector" in name:
             self.wrong.append(f"{name}: magnitudes, as DoRA has them, are not taken")
         elif path.endswith(".base_layer"):
             if not self._is_of_base(name, f"{path.removesuffix('.base_layer')}.{kind}"):
                 self.wrong.append(f"{name}: a {kind} that differs from the model's is not taken")
+        elif self.whole.takes(name):
+            return
         elif kind == "bias":
-            self.wrong.append(f"{name}: a trained bias is not taken, only pairs are")
+            self.wrong.append(
+                f"{name}: a trained bias is not taken, only pairs and whole modules are"
+            )
         elif self.modules.canonical(path) in every:
             self.wrong.append(
-                f"{name}: a whole trained weight (modules_to_save) is not taken, only pairs are"
+                f"{name}: a whole trained weight that modules_to_save does not name is not taken"
             )
         else:
             self.wrong.append(f"unexpected: {name}")
@@ -134,11 +159,7 @@ class AdapterReader:
             return False
         held = [on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
         ours = slot.rule.to_theirs([array[slot.index] for array in held], self.modules.axes)
-        theirs = self.tensors.read(name)
-        # Either may have been rounded to the type that it is held in.
-        return np.array_equal(theirs.astype(ours.dtype), ours) or np.array_equal(
-            ours.astype(theirs.dtype), theirs
-        )
+        return same_numbers(self.tensors.read(name), ours)
 
     def _check_twins(self, heads: Mapping[Module, Pair]) -> None:
         """Where a head is the embedding's transpose, both must have the same pair, or none."""

@@ -1,0 +1,152 @@
+"""Whole modules in an adapter's file, which PEFT's ``modules_to_save`` names: heads, and others trained without a pair."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from effscale.interop.foreign import Fields
+from effscale.interop.load import FLOATS
+from effscale.interop.peft.modules import START, Modules
+from effscale.interop.plan import Slot
+from effscale.interop.save import on_host
+from effscale.interop.tensors import TensorInfo
+
+CLASSIFIERS = ("classifier", "score")
+BY_TASK = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT adds to ``modules_to_save`` by itself, by the task of the adapter."""
+
+CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+
+
+def named(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of whole modules that an adapter's config tells.
+
+    Raises:
+        FolderError: If the field is no list of names.
+    """
+    given = Fields("adapter_config.json", fields)
+    task = given.text("task_type", "")
+    return (*given.strings("modules_to_save", []), *BY_TASK.get(task, ()))
+
+
+def is_meant(path: str, names: Collection[str]) -> bool:
+    """Whether a module, or one that it lies in, has one of the names: PEFT compares the end of its path.
+
+    Example:
+        >>> is_meant("transformer.h.0.mlp.c_fc", ["mlp"]), is_meant("transformer.ln_f", ["mlp"])
+        (True, False)
+    """
+    parts = path.split(".")
+    paths = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(start.endswith(name) for start in paths for name in names)
+
+
+def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors are equal, where either may have been rounded to the type that it is held in."""
+    return np.array_equal(one.astype(other.dtype), other) or np.array_equal(
+        other.astype(one.dtype), one
+    )
+
+
+class WholeModules:
+    """The tensors of whole modules in an adapter's file.
+
+    Args:
+        infos: What is known of the file's tensors.
+        fields: The adapter's config.
+        modules: Of the model.
+
+    Attributes:
+        found: For each place in the model, the names of the tensors that are to fill it: two, where a head is the embedding.
+        wrong: What was found and is not sound, in words.
+    """
+
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], fields: Mapping[str, Any], modules: Modules
+    ):
+        self.infos, self.modules = infos, modules
+        self.names = named(fields)
+        self.task = fields.get("task_type")
+        self.found: dict[Slot, list[str]] = {}
+        self._seen: set[Slot] = set()
+        self.wrong: list[str] = []
+        self._slots = {modules.family.canonical(t): slot for t, slot in modules.tensors.items()}
+        self._meant = {
+            slot
+            for t, slot in modules.tensors.items()
+            if is_meant(t.rpartition(".")[0], self.names)
+        }
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor belongs to a whole module; if so, it is kept, or what is wrong with it."""
+        tensor = name.removeprefix(START)
+        canonical = self.modules.family.canonical(tensor)
+        slot = self._slots.get(canonical)
+        # One weight can have two names in memory, of which the config may tell one.
+        if slot not in self._meant and not is_meant(tensor.rpartition(".")[0], self.names):
+            return False
+        info = self.infos[name]
+        if slot is None:
+            self.wrong.append(f"{name}: the model has no such module{self._hint(canonical, info)}")
+            return True
+        self._seen.add(slot)
+        if info.shape != self.modules.shapes[slot.name]:
+            self.wrong.append(
+                f"of the wrong shape: {name} {list(info.shape)}, where the model has {list(self.modules.shapes[slot.name])}"
+            )
+        elif info.dtype not in (*FLOATS, np.dtype("float64")):
+            self.wrong.append(f"of a type that is no float: {name} {info.dtype}")
+        else:
+            self.found.setdefault(slot, []).append(name)
+        return True
+
+    def check(self, pairs: Collection[Slot]) -> list[str]:
+        """All that is wrong, once every tensor was seen; ``pairs`` are the places that have a pair."""
+        module = lambda tensor: tensor.rpartition(".")[0]
+        tensors = self.modules.tensors
+        begun = {module(tensor) for tensor, slot in tensors.items() if slot in self._seen}
+        said = [
+            f"missing: {START}{tensor}"
+            for tensor, slot in tensors.items()
+            if (slot in self._meant or module(tensor) in begun) and slot not in self._seen
+        ]
+        both = [names for slot, names in self.found.items() if slot in pairs]
+        said += [f"{names[0]}: a whole weight, beside a pair of the same" for names in both]
+        for head, twin in self.modules.twins.items():
+            if len(self.found.get(twin.slot, [head, twin])) == 1:
+                said.append(
+                    f"{head} and {twin.name} are one weight in this model, and the adapter changes one of them only; "
+                    "PEFT's ensure_weight_tying=True makes one that changes both"
+                )
+        return self.wrong + said
+
+    def _hint(self, canonical: str, info: TensorInfo) -> str:
+        """The heads with which the base would have such a module."""
+        name, _, kind = canonical.rpartition(".")
+        if kind != "weight" or name not in (*CLASSIFIERS, "qa_outputs") or not info.shape:
+            return ""
+        family = self.modules.family
+        tensors = {family.canonical(n.removeprefix(START)): i for n, i in self.infos.items()}
+        if self.task != "TOKEN_CLS":
+            tensors["pooler.dense.weight"] = info
+        fields = {"architectures": [family.class_name + CLASSES.get(str(self.task), "")]}
+        heads = family.find_heads({**family.defaults, **fields}, tensors)
+        return f"; load the base with heads={heads!r} and a key"
+
+
+def filled(weight: jax.Array, parts: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
+    """A weight of ours in which the parts, by layer, are in place of its own.
+
+    It has the parts' type; where some layers keep their own and those are of another type, float32.
+    """
+    kinds = {array.dtype for array in parts.values()}
+    if () in parts:
+        return parts[()]
+    if len(parts) < weight.shape[0]:
+        kinds.add(np.dtype(weight.dtype))
+    array = np.array(on_host(weight), kinds.pop() if len(kinds) == 1 else np.float32)
+    for index, one in parts.items():
+        array[index] = one
+    return array
