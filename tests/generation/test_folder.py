@@ -114,8 +114,10 @@ def test_values_that_cannot_be_are_named_with_their_file(tmp_path, fields, chang
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"neither generation_config\.json nor config\.json"):
+    with pytest.raises(ValueError, match=r"there is no folder '.*absent'"):
         sampling_from_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"neither generation_config\.json .* holds nothing"):
+        sampling_from_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text("[1")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         sampling_from_folder(tmp_path)

@@ -113,8 +113,10 @@ def _file_of(folder: pathlib.Path) -> pathlib.Path:
     for name in (NAME, "config.json"):
         if os.path.isfile(folder / name):
             return folder / name
-    there = sorted(os.listdir(folder))[:20] if os.path.isdir(folder) else "no folder"
-    raise FolderError(f"{str(folder)!r} has neither {NAME} nor config.json: it is {there}")
+    if not os.path.isdir(folder):
+        raise FolderError(f"there is no folder {str(folder)!r}: give one on this machine")
+    there = ", ".join(sorted(os.listdir(folder))[:20]) or "nothing"
+    raise FolderError(f"{str(folder)!r} has neither {NAME} nor config.json; it holds {there}")
 
 
 def _object_in(path: pathlib.Path) -> dict[str, Any]:
