@@ -196,6 +196,8 @@ TOO_MUCH = "does too much"
         (DOUBLE.replace("%s", "3", 1).replace("%s", "ns.x * ns.x"), "an integer of"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}", TOO_MUCH),
         ("{% for i in range(9999) %}" + "lorem ipsum " * 9999 + "{% endfor %}", TOO_MUCH),
+        (DOUBLE.replace("%s", "'ab'.encode()", 1).replace("%s", "ns.x + ns.x"), TOO_MUCH),
+        ("{{ '%999999999d'.encode() % 1 }}", "a width in the format"),
         ("x" * (1 << 21), "has 2,097,152 characters"),
         (" ", "is empty"),
     ],

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 try:
@@ -16,13 +17,22 @@ try:
 except ImportError as error:
     raise ImportError("chat templates need jinja2: pip install 'effscale[chat]'.") from error
 
+if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
+    raise ImportError(
+        f"chat templates need jinja2 3.1.6 or newer, as older ones have ways out of their sandbox, and this is {version('jinja2')}: "
+        "pip install -U jinja2."
+    )
+
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
 from effscale.rlhf.data.chat.errors import TemplateError
 
 WORK = 2_000_000
-"""How much one rendering may do: a unit is a turn of a loop, a call, an element, or 16 characters that are handled."""
+"""How much one rendering may do: a unit is a turn of a loop, an element, or 16 characters that are handled."""
+
+CALL = 4
+"""What a call costs besides."""
 
 WIDTH = 10_000
 """The largest number that says how wide a text is to be made, or how often a thing is repeated."""
@@ -85,7 +95,7 @@ def spend(units: int) -> None:
 
 def measured(value: Any) -> Any:
     """The value, after counting it: its elements, and theirs."""
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         spend(1 + len(value) // 16)
     elif isinstance(value, bool) or value is None:
         spend(1)
@@ -122,7 +132,7 @@ def _before(name: str, values: list[Any]) -> None:
     """Counts what a filter or method is given, and, where it can make much of it, what it could make."""
     measured(values)
     if name in GROWING:
-        spend(math.prod(map(_extent, values)) // 64)
+        spend(math.prod(map(_extent, values)) // 16)
     if name in ("format", "format_map"):
         _check_format(values[0])
 
@@ -142,6 +152,8 @@ def _check_widths(values: Iterable[Any]) -> None:
 
 
 def _check_format(text: Any) -> None:
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")
     if isinstance(text, str) and _WIDE.search(text):
         raise SandboxError(f"a width in the format {text[:60]!r}")
 
@@ -208,6 +220,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Every call of a template's."""
+        spend(CALL)
         given = [*args, *kwargs.values()]
         if isinstance(called, jinja2.runtime.Macro):
             measured(given)
@@ -228,7 +241,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             numbers = isinstance(left, int) and isinstance(right, int)
             if numbers and left.bit_length() * right > BITS:
                 raise SandboxError(f"an integer of more than {BITS} bits")
-        elif operator == "%" and isinstance(left, str):
+        elif operator == "%" and isinstance(left, str | bytes):
             _before("format", [left, right])
         return measured(super().call_binop(context, operator, left, right))
 
