@@ -6,6 +6,8 @@ import pytest
 from einops import rearrange
 
 from effscale.interop import FolderError, load_pretrained, load_tokenizer, save_pretrained
+from effscale.models import ClassHead
+from tests.interop.files import bits_of
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -150,6 +152,16 @@ def test_it_goes_on_as_a_hugging_face_folder(tmp_path):
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path / "folder")
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, again.state_dict()[name]), name
+
+
+def test_a_reward_on_its_trunk(tmp_path):
+    with torch.no_grad():
+        path = convert(tiny(), tmp_path / "a.gguf")
+    score = ClassHead(name="score", num_classes=1, pool="last", bias=False)
+    reward = load_pretrained(path, heads=(score,), key=jax.random.key(0))
+    assert reward.heads["score"].dense.kernel.get_value().shape == (64, 1)
+    whole = bits_of(load_pretrained(path))
+    assert {n: b for n, b in bits_of(reward).items() if "heads" not in n}.items() <= whole.items()
 
 
 def test_biases_that_the_table_lacks_are_named(tmp_path):
