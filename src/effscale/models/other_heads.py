@@ -1,0 +1,52 @@
+"""The same trunk under other heads."""
+
+import copy
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from effscale.models.config import HeadConfig
+from effscale.models.transformer import Transformer
+
+
+def replace_heads(
+    model: Transformer, heads: Sequence[HeadConfig], *, key: PRNGKeyArray
+) -> Transformer:
+    """A model with these heads: those that it has under the same config are kept, others begin anew.
+
+    The trunk's arrays are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) where both are trained.
+
+    Args:
+        model: Any model of the library.
+        heads: The heads of the new one.
+        key: Decides the initial values of a new head, together with its name.
+
+    Returns:
+        A new model; the one given is untouched.
+
+    Example:
+        >>> from effscale.models import ClassHead, gpt2
+        >>> config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> model = Transformer(config, rngs=nnx.Rngs(0))
+        >>> score = ClassHead(num_classes=1, name="score", pool="none")
+        >>> reward_model = replace_heads(model, [score], key=jax.random.key(1))
+        >>> sorted(reward_model.heads)
+        ['score']
+    """
+    config = dataclasses.replace(model.config, heads=tuple(heads))
+    kept = set(model.config.heads)
+
+    def build(head: HeadConfig) -> nnx.Module:
+        if head in kept:
+            return model.heads[head.name]
+        rngs = nnx.Rngs(jax.random.fold_in(key, zlib.crc32(head.name.encode())))
+        return head.build(config, rngs=rngs)
+
+    new = copy.copy(model)
+    new.heads = nnx.Dict({head.name: build(head) for head in config.heads})
+    new.config = config
+    return new
