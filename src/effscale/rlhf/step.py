@@ -67,8 +67,9 @@ def create_policy_state(
         config: Gives the first price of divergence.
     """
     zero = jnp.zeros((), jnp.int32)
-    if critic is not None:  # a state that a step uses up cannot hold one array twice
-        critic = dataclasses.replace(critic, key=jax.random.clone(critic.key))
+    # A step uses the states up: they can hold no array twice, nor a key that the caller goes on with.
+    own = lambda state: dataclasses.replace(state, key=jax.random.clone(state.key))
+    actor, critic = own(actor), None if critic is None else own(critic)
     return PolicyState(actor, critic, jnp.float32(config.kl_coef), zero, key)
 
 

@@ -5,12 +5,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,
+    CountsSteps,
     FitResult,
     JsonlWriter,
     MetricsWriter,
@@ -18,11 +19,12 @@ from effscale.training import (
     RunFolder,
     StagedStep,
     TensorBoardWriter,
-    TrainState,
     fit,
     resume_or_start,
 )
 from effscale.training.serialize import write_json
+
+S = TypeVar("S", bound=CountsSteps)
 
 
 def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
@@ -60,19 +62,19 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
 def train_to_end(
     folder: RunFolder,
     name: str,
-    step: Callable[[TrainState, Any], Any],
+    step: Callable[[S, Any], Any],
     batches: Any,
     *,
-    create: Callable[[], TrainState],
+    create: Callable[[], S],
     num_steps: int,
-    evaluate: Callable[[TrainState], Mapping[str, float]],
+    evaluate: Callable[[S], Mapping[str, float]],
     every: int,
     restage: Callable[[], StagedStep] | None = None,
     wrap_writer: Callable[[MetricsWriter], MetricsWriter] = lambda writer: writer,
     frozen: Any = None,
     layout: Any = None,
     place_batch: Callable[[Any], Any] | None = None,
-) -> TrainState:
+) -> S:
     """Trains one of the runs of a run folder, from the start or from its checkpoint, with all of its files in a folder of its own.
 
     Args:
@@ -119,14 +121,14 @@ def train_to_end(
 
 
 def run_to_end(
-    step: Callable[[TrainState, Any], Any],
+    step: Callable[[S, Any], Any],
     batches: Any,
     checkpoints: Checkpoints,
     *,
     writer_of: Callable[[int], MetricsWriter],
-    create: Callable[[], TrainState],
+    create: Callable[[], S],
     num_steps: int,
-    evaluate: Callable[[TrainState], Mapping[str, float]],
+    evaluate: Callable[[S], Mapping[str, float]],
     eval_every: int,
     resume: bool = True,
     restage: Callable[[], StagedStep] | None = None,

@@ -1,0 +1,6 @@
+"""A conversation with a model in the terminal."""
+
+from effscale.experiments.chat.config import PRESETS, Config
+from effscale.experiments.chat.terminal import main
+
+__all__ = ["PRESETS", "Config", "main"]

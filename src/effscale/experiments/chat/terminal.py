@@ -1,0 +1,92 @@
+"""Talk to a model in the terminal: it answers word by word and remembers what was said.
+
+    python -m effscale.experiments.chat --model FOLDER
+    python -m effscale.experiments.chat --model runs/rlhf/<time>/seed-0/ppo/model --temperature 0.7 --top-p 0.9
+
+/clear forgets the conversation, /quit (or Ctrl-D) ends it, Ctrl-C ends an answer. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+
+from effscale.experiments.chat.config import PRESETS, Config
+from effscale.experiments.shared.cli import messages, parse
+
+HELP = "/clear forgets the conversation, /quit ends it"
+
+
+def run(config: Config, lines: Iterable[str], write: Callable[[str], object]) -> None:
+    """Holds the conversation.
+
+    Args:
+        config: What the chat was told.
+        lines: What the user says.
+        write: Takes the text that is shown.
+
+    Raises:
+        ValueError: There is no model folder, or the model cannot converse.
+    """
+    if config.model is None:
+        raise ValueError("give the folder of a model: --model FOLDER")
+    from effscale.experiments.chat.conversation import Conversation
+    from effscale.generation import sampling_from_folder
+    from effscale.interop import load_pretrained
+    from effscale.rlhf.data import load_encoder
+
+    encoder = load_encoder(config.model, format=config.format)
+    sampling = sampling_from_folder(
+        config.model,
+        stop_ids=encoder.stop_ids,
+        pad_id=encoder.padding,
+        **config.sampling_changes(),
+    )
+    model = load_pretrained(config.model, dtype=config.dtype)
+    talk = Conversation(model, encoder, sampling, seed=config.seed, system=config.system)
+    write(f"{config.model.name}: {HELP}\n")
+    for line in lines:
+        words = line.strip()
+        if words == "/quit":
+            break
+        if words == "/clear":
+            talk.clear()
+            write("(forgotten)\n")
+        elif words.startswith("/"):
+            write(f"there is no command {words.split()[0]!r}; {HELP}\n")
+        elif words:
+            _answer(talk.answer(words), write)
+
+
+def _answer(pieces: Iterable[str], write: Callable[[str], object]) -> None:
+    try:
+        for piece in pieces:
+            write(piece)
+    except KeyboardInterrupt:
+        write(" ...")
+    except ValueError as error:
+        write(f"(not answered: {error})")
+    write("\n")
+
+
+def _typed() -> Iterable[str]:
+    """Lines of the terminal, with history and editing where readline is there."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it is what gives input() a history
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see ``--help``."""
+    with messages():
+        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.chat")
+        run(config, _typed(), _show)

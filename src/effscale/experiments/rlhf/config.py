@@ -1,0 +1,188 @@
+"""What the experiment ``rlhf`` can be told, and its presets."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Literal, get_args
+
+from effscale.experiments.shared.config_parts import OutputPart
+from effscale.experiments.shared.gpt import ModelConfig
+from effscale.models.validation import check
+from effscale.rlhf.config import GroupConfig, PPOConfig
+
+Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
+NEEDS: dict[Step, tuple[Step, ...]] = {
+    "base": (),
+    "sft": (),
+    "reward": (),
+    "ppo": ("reward",),
+    "grpo": ("reward",),
+    "rloo": ("reward",),
+    "dpo": (),
+}
+"""What has to be there before a step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningConfig:
+    """How a model is trained in one of the steps."""
+
+    steps: int = 100
+    """Updates; iterations of PPO, GRPO and RLOO."""
+    batch_size: int = 32
+    """Rows, pairs or prompts in each."""
+    learning_rate: float = 1e-3
+    """Peak of the rate, which rises over a tenth of the steps and falls along a cosine to a tenth."""
+
+    def __post_init__(self):
+        check(self, self.steps >= 1, "steps", "at least 1")
+        check(self, self.batch_size >= 1, "batch_size", "at least 1")
+        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(OutputPart):
+    """What the run does; every field is an option of the command line."""
+
+    step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
+    """Which steps to take, in this order; a step that is left out is taken from --out, or begins with --actor."""
+    actor: pathlib.Path | None = None
+    """Folder of a model to start from, with its tokenizer; by default a small GPT is made here, and first learns the library's text."""
+    reward: pathlib.Path | None = None
+    """Folder of a reward model that reads the actor's tokens, in place of the step reward."""
+    data: tuple[str, ...] = ("stdlib",)
+    """Records: stdlib, made of the docstrings of the running Python; or files of JSON, JSON Lines or Parquet in any of the known formats."""
+    held_out: float = 0.1
+    """Share of the records that nothing learns from; of stdlib, of the functions."""
+    split: str = "1,1,1"
+    """Shares of the other records for sft, reward and ppo, as DeepSpeed-Chat's --data_split; all: each step has them all."""
+    seeds: int = 3
+    """Runs; seeds 0, 1, ... decide all that is random."""
+    model: ModelConfig = ModelConfig(num_layers=4, d_model=128)
+    """The GPT that is made where no --actor is given."""
+    vocab_size: int = 1024
+    """Of its tokenizer, a byte-level BPE."""
+    length: int = 128
+    """Tokens in a row of base and sft."""
+    prompt_length: int = 64
+    """Tokens of a prompt; longer ones are left out and counted."""
+    response_length: int = 32
+    """New tokens of a response at most."""
+    temperature: float = 1.0
+    """Of the sampling."""
+    lora_rank: int = 0
+    """Rank of LoRA pairs that are trained in place of the weights; 0: none. Models are saved with the pairs merged."""
+    base: LearningConfig = LearningConfig(steps=400, batch_size=16, learning_rate=4e-3)
+    """Pretraining on the library's source, without what is held out."""
+    sft: LearningConfig = LearningConfig(steps=150, batch_size=16, learning_rate=2e-3)
+    """Supervised fine-tuning on chosen responses."""
+    reward_model: LearningConfig = LearningConfig(steps=300, batch_size=32, learning_rate=1e-3)
+    """The reward model, which begins as the fine-tuned one."""
+    policy: LearningConfig = LearningConfig(steps=60, batch_size=64, learning_rate=3e-4)
+    """PPO, GRPO, RLOO and DPO; prompts of an iteration."""
+    critic_rate: float = 1e-3
+    """Peak of the critic's rate; it begins as the reward model."""
+    ppo: PPOConfig = PPOConfig(missing_end_penalty=1.0)
+    """Of PPO."""
+    group: GroupConfig = GroupConfig(group_size=4, missing_end_penalty=1.0)
+    """Of GRPO and RLOO."""
+    epochs: int = 1
+    """How often each response is learned from."""
+    minibatches: int = 4
+    """Updates in an epoch."""
+    beta: float = 0.1
+    """Of DPO: how dear it is to leave the reference."""
+    samples: int = 6
+    """Conversations in the report, before and after."""
+    eval_prompts: int = 128
+    """Held-out prompts at most that policies are compared on."""
+    eval_every: int = 20
+    """Iterations between looks at held-out prompts, and between checkpoints."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, len(self.step) >= 1, "step", "at least one step")
+        order = [name for name in get_args(Step) if name in self.step]
+        check(self, list(self.step) == order, "step", f"different steps in the order {order}")
+        check(
+            self,
+            not (self.actor and "base" in self.step),
+            "step",
+            "without base where --actor is given",
+        )
+        check(
+            self,
+            not (self.reward and "reward" in self.step),
+            "step",
+            "without reward where --reward is given",
+        )
+        for name in (
+            "seeds",
+            "length",
+            "response_length",
+            "epochs",
+            "minibatches",
+            "eval_prompts",
+            "eval_every",
+        ):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(self, self.prompt_length >= 2, "prompt_length", "at least 2")
+        check(self, 0 < self.held_out < 1, "held_out", "between 0 and 1")
+        for name in ("temperature", "critic_rate", "beta"):
+            check(self, getattr(self, name) > 0, name, "above 0")
+        for name in ("lora_rank", "samples"):
+            check(self, getattr(self, name) >= 0, name, "0 or more")
+        rows = self.policy.batch_size
+        divisor = f"a divisor of policy.batch_size={rows}"
+        check(self, rows % self.minibatches == 0, "minibatches", divisor)
+        check(self, len(self.data) >= 1, "data", "at least one source")
+        check(
+            self,
+            self.vocab_size >= 257,
+            "vocab_size",
+            "at least 257: the bytes, and what ends a text",
+        )
+        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
+        shares = self.split == "all" or len(self.split.split(",")) == 3
+        check(self, shares, "split", "three numbers such as 2,4,4, or all")
+
+    def learned_by(self, step: Step) -> PPOConfig | GroupConfig:
+        """What a step makes of responses and scores."""
+        if step == "ppo":
+            return self.ppo
+        if step == "grpo":
+            return self.group
+        return dataclasses.replace(
+            self.group, advantage="leave_one_out", kl_in="reward", kl_estimator="k1"
+        )
+
+    @property
+    def total_length(self) -> int:
+        """Tokens of a prompt and its response."""
+        return self.prompt_length + self.response_length
+
+
+_TINY = LearningConfig(steps=6, batch_size=4, learning_rate=1e-3)
+
+PRESETS = {
+    "smoke": Config(
+        seeds=1,
+        model=ModelConfig(num_layers=1, d_model=32, num_heads=2),
+        vocab_size=512,
+        prompt_length=64,
+        response_length=8,
+        base=_TINY,
+        sft=_TINY,
+        reward_model=_TINY,
+        policy=dataclasses.replace(_TINY, steps=2, batch_size=8),
+        minibatches=2,
+        eval_prompts=8,
+        eval_every=2,
+        samples=2,
+    ),
+    "default": Config(),
+}
+PRESETS["tiny"] = PRESETS["default"]
+
+FREE = ("step", "seeds", "out", "resume")
+"""What may differ when a run is resumed."""

@@ -1,0 +1,188 @@
+"""What each step of the experiment ``rlhf`` learns from."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+
+from effscale.data import Splits, StandardLibrary, train_tokenizer
+from effscale.experiments.rlhf.config import Config
+from effscale.rlhf.data import (
+    Record,
+    RecordEncoder,
+    fine_tuning_rows,
+    load_encoder,
+    pair_rows,
+    phase_split,
+    prompt_rows,
+    read_records,
+    row_batches,
+    split_by_prompt,
+    standard_library_pairs,
+)
+from effscale.rlhf.data.standard_library import first_sentence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phases:
+    """The records of each step, and those that nothing learns from."""
+
+    sft: Sequence[Record]
+    reward: Sequence[Record]
+    prompts: Sequence[Record]
+    held_out: Sequence[Record]
+
+
+def read_phases(config: Config) -> Phases:
+    """All records, dealt to the steps; the same for every seed."""
+    train: list[Record] = []
+    held_out: list[Record] = []
+    for source in config.data:
+        if source == "stdlib":
+            pairs = standard_library_pairs(held_out=config.held_out)
+            train += pairs.train
+            held_out += pairs.held_out
+        else:
+            splits = Splits(fractions={"train": 1 - config.held_out, "held_out": config.held_out})
+            parts = split_by_prompt(read_records(source), splits)
+            train += parts["train"]
+            held_out += parts["held_out"]
+    if config.split == "all":
+        return Phases(sft=train, reward=train, prompts=train, held_out=held_out)
+    sft, reward, prompts = (
+        [train[i] for i in part] for part in phase_split(len(train), config.split)
+    )
+    return Phases(sft=sft, reward=reward, prompts=prompts, held_out=held_out)
+
+
+def make_encoder(config: Config, phases: Phases) -> RecordEncoder:
+    """The actor's tokenizer and chat format; without an actor's folder, a tokenizer of the records that are not held out."""
+    if config.actor is not None:
+        return load_encoder(config.actor)
+    texts = [
+        text
+        for record in (*phases.sft, *phases.reward, *phases.prompts)
+        for text in (record.as_text(), record.chosen)
+        if text
+    ]
+    return RecordEncoder(
+        tokenizer=train_tokenizer(sorted(set(texts)), vocab_size=config.vocab_size)
+    )
+
+
+class Rows:
+    """Batches without an end, with a position that a checkpoint can hold.
+
+    Args:
+        rows: Arrays by name.
+        batch_size: Rows in a batch.
+        seed: Of their order.
+    """
+
+    def __init__(self, rows: Mapping[str, np.ndarray], batch_size: int, seed: int):
+        self._rows, self._batch_size, self._seed = dict(rows), batch_size, seed
+        self._per_epoch = len(next(iter(self._rows.values()))) // batch_size
+        if not self._per_epoch:
+            count = len(next(iter(self._rows.values())))
+            raise ValueError(
+                f"{count} rows are no batch of {batch_size}: give more records, or a smaller batch_size"
+            )
+        self.set_state(0)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._position % self._per_epoch == 0:
+            self._epoch = self._batches(self._position // self._per_epoch)
+        self._position += 1
+        return next(self._epoch)
+
+    def get_state(self) -> int:
+        """Batches so far."""
+        return self._position
+
+    def set_state(self, state: int) -> None:
+        """Goes to where so many batches are behind."""
+        self._position = state
+        epoch, index = divmod(state, self._per_epoch)
+        self._epoch = self._batches(epoch)
+        for _ in range(index):
+            next(self._epoch)
+
+    def _batches(self, epoch: int) -> Iterator[dict[str, np.ndarray]]:
+        return row_batches(self._rows, self._batch_size, epoch=epoch, seed=self._seed)
+
+
+def base_rows(
+    config: Config, tokenizer: tokenizers.Tokenizer, held_out: Sequence[Record], end_id: int
+) -> dict[str, np.ndarray]:
+    """Rows of the library's source, in which the documentation of held-out functions is left out: as many as the step reads once."""
+    hidden = {record.chosen for record in held_out}
+    rows, length = config.base.steps * config.base.batch_size, config.length
+    wanted = rows * length + 1
+    texts = [
+        document.text
+        for document in StandardLibrary().documents(log=False)
+        if document.source.startswith("stdlib/")
+    ]
+    ids: list[int] = []
+    for place in np.random.default_rng(0).permutation(len(texts)):
+        ids += [
+            *tokenizer.encode(without(texts[place], hidden), add_special_tokens=False).ids,
+            end_id,
+        ]
+        if len(ids) >= wanted:
+            break
+    rows = min(rows, (len(ids) - 1) // length)
+    flat = np.array(ids[: rows * length + 1], np.int32)
+    shaped = lambda part: part.reshape(rows, length)
+    return {"input_ids": shaped(flat[:-1]), "labels": shaped(flat[1:])}
+
+
+def without(source: str, hidden: set[str | None]) -> str:
+    """A module's source without the docstrings that begin with one of these sentences."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return source
+    lines = source.splitlines(keepends=True)
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and first_sentence(ast.get_docstring(node) or "") in hidden:
+            docstring = node.body[0]
+            for number in range(docstring.lineno - 1, docstring.end_lineno or docstring.lineno):
+                lines[number] = ""
+    return "".join(lines)
+
+
+def sft_rows(
+    config: Config, encoder: RecordEncoder, records: Sequence[Record]
+) -> dict[str, np.ndarray]:
+    """Packed rows of prompts and chosen responses."""
+    return fine_tuning_rows(records, encoder, length=config.length)
+
+
+def pairs_of(
+    config: Config, encoder: RecordEncoder, records: Sequence[Record]
+) -> dict[str, np.ndarray]:
+    """Pairs of one length."""
+    lengths = (config.total_length,)
+    return pair_rows(records, encoder, lengths=lengths, too_long="cut")[config.total_length]
+
+
+def prompts_of(
+    config: Config, encoder: RecordEncoder, records: Sequence[Record]
+) -> dict[str, np.ndarray]:
+    """Prompts of one length."""
+    lengths = (config.prompt_length,)
+    return prompt_rows(records, encoder, lengths=lengths)[config.prompt_length]
+
+
+def host(tree: Any) -> Any:
+    """A batch as NumPy arrays."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,310 @@
+"""The steps of the experiment ``rlhf``: each trains a model and leaves it as a model folder."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from effscale.experiments.rlhf import data
+from effscale.experiments.rlhf.config import Config, LearningConfig, Step
+from effscale.experiments.shared.runs import once, train_to_end
+from effscale.generation import SamplingConfig
+from effscale.interop import load_pretrained, save_pretrained
+from effscale.models import (
+    ClassHead,
+    Transformer,
+    add_lora,
+    is_adapter,
+    merge_lora,
+    replace_heads,
+)
+from effscale.rlhf import (
+    ModelReward,
+    PPOConfig,
+    RolloutConfig,
+    actor_loss,
+    create_policy_state,
+    critic_loss,
+    make_policy_step,
+    preference_loss,
+    reward_model_loss,
+)
+from effscale.rlhf.data import RecordEncoder
+from effscale.training import (
+    AdamWConfig,
+    Clip,
+    RunFolder,
+    ScheduleConfig,
+    create_train_state,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+    next_token_loss,
+)
+
+SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)
+"""Of a reward model."""
+VALUE = ClassHead(num_classes=1, name="score", pool="none", bias=False)
+"""Of a critic, which begins as the reward model: the same weights after each token."""
+_copy = functools.partial(jax.tree.map, jnp.copy)
+
+
+class Steps:
+    """All steps of one seed.
+
+    Args:
+        config: What the experiment was told.
+        folder: The run folder.
+        seed: Decides what is random.
+        phases: Records of each step.
+        encoder: The actor's tokenizer and chat format.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        seed: int,
+        phases: data.Phases,
+        encoder: RecordEncoder,
+    ):
+        self.config, self.folder, self.seed = config, folder, seed
+        self.phases, self.encoder = phases, encoder
+
+    def run(self, step: Step) -> None:
+        """Takes a step, goes on with one that was stopped, or leaves a finished one as it is.
+
+        Raises:
+            FileNotFoundError: A step before it has not been taken.
+            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        """
+        names = {"reward": self._reward, "base": self._base, "sft": self._sft, "dpo": self._dpo}
+        train = names.get(step, functools.partial(self._policy, step))
+
+        def whole() -> None:
+            model = train()
+            save_pretrained(merge_lora(model), self.place(step), tokenizer=self.encoder.tokenizer)
+
+        once(self.folder, self._name(step), whole)
+
+    def place(self, step: Step) -> pathlib.Path:
+        """The folder of the model that a step has made."""
+        return self.folder.path / self._name(step) / "model"
+
+    def actor(self) -> Transformer:
+        """The fine-tuned model, with which a policy begins and which is its reference."""
+        for step in ("sft", "base"):
+            if (self.place(step) / "config.json").is_file():
+                return self._load(self.place(step))
+        if self.config.actor is not None:
+            return self._load(self.config.actor)
+        raise FileNotFoundError(f"{self.place('sft')} is not there: take the step sft first")
+
+    def policy(self, step: Step) -> Transformer:
+        """The policy after a step."""
+        return self._load(self.place(step))
+
+    def reward_model(self, head: ClassHead = SCORE) -> Transformer:
+        """The reward model: that of --reward, or of the step before; or, with the head ``VALUE``, the critic."""
+        place = self.place("reward") if self.config.reward is None else self.config.reward
+        if not (place / "config.json").is_file():
+            raise FileNotFoundError(f"{place} holds no model: take the step reward first")
+        return load_pretrained(place, heads=(head,))
+
+    def rollout(self) -> RolloutConfig:
+        """How responses are drawn, in training and in evaluations."""
+        sampling = SamplingConfig(
+            max_new_tokens=self.config.response_length,
+            temperature=self.config.temperature,
+            stop_ids=self.encoder.stop_ids,
+            pad_id=self.encoder.padding,
+        )
+        return RolloutConfig(sampling=sampling)
+
+    def held_out_pairs(self) -> dict[str, np.ndarray]:
+        """Pairs that nothing learned from."""
+        return data.pairs_of(self.config, self.encoder, self.phases.held_out)
+
+    def held_out_prompts(self) -> dict[str, np.ndarray]:
+        """Prompts of records that nothing learned from."""
+        rows = data.prompts_of(self.config, self.encoder, self.phases.held_out)
+        return {name: array[: self.config.eval_prompts] for name, array in rows.items()}
+
+    def _load(self, place: pathlib.Path) -> Transformer:
+        return load_pretrained(place)
+
+    def _name(self, step: Step) -> str:
+        return f"seed-{self.seed}/{step}"
+
+    def _trained(
+        self,
+        step: Step,
+        learning: LearningConfig,
+        loss: Callable[..., Any],
+        rows: Mapping[str, np.ndarray],
+        create: Callable[[], Transformer],
+        held_out: Callable[[Any], Mapping[str, float]],
+        frozen: Any = None,
+    ) -> Transformer:
+        """A model after ordinary training on rows."""
+        optimizer, rate = _optimizer(learning)
+        trainable = is_adapter if self._has_lora(step) else None
+        train = make_train_step(
+            *(loss, optimizer), clip=Clip(1.0), learning_rate=rate, trainable=trainable
+        )
+
+        def start() -> Any:
+            key = jax.random.key(self.seed)
+            model = create()
+            if self._has_lora(step):
+                model = add_lora(model, rank=self.config.lora_rank, key=key)
+            return create_train_state(model, optimizer, key=key, trainable=trainable)
+
+        state = train_to_end(
+            self.folder,
+            self._name(step),
+            jax.jit(train, donate_argnums=0),
+            data.Rows(rows, learning.batch_size, self.seed),
+            create=start,
+            num_steps=learning.steps,
+            evaluate=held_out,
+            every=max(1, learning.steps // 4),
+            frozen=frozen,
+        )
+        return state.model
+
+    def _has_lora(self, step: Step) -> bool:
+        return self.config.lora_rank > 0 and step in ("sft", "dpo", "ppo", "grpo", "rloo")
+
+    def _base(self) -> Transformer:
+        config, tokenizer = self.config, self.encoder.tokenizer
+        size = config.model.build(
+            tokenizer.get_vocab_size(), max(config.length, config.total_length)
+        )
+        rows = data.base_rows(config, tokenizer, self.phases.held_out, self.encoder.stop_ids[0])
+        make = jax.jit(lambda: Transformer(size, rngs=nnx.Rngs(self.seed)))
+        return self._trained("base", config.base, next_token_loss, rows, make, lambda state: {})
+
+    def _sft(self) -> Transformer:
+        base = self.place("base")
+        place = base if (base / "config.json").is_file() else self.config.actor
+        if place is None:
+            raise FileNotFoundError(
+                f"{base} is not there: take the step base first, or give --actor"
+            )
+        rows = data.sft_rows(self.config, self.encoder, self.phases.sft)
+        held_out = data.sft_rows(self.config, self.encoder, self.phases.held_out)
+        test = functools.partial(_evaluated, next_token_loss, held_out, self.config.sft.batch_size)
+        return self._trained(
+            *("sft", self.config.sft, next_token_loss, rows),
+            *(lambda: self._load(place), test),
+        )
+
+    def _reward(self) -> Transformer:
+        key = jax.random.key(self.seed)
+        rows = data.pairs_of(self.config, self.encoder, self.phases.reward)
+        batch = self.config.reward_model.batch_size
+        test = functools.partial(_evaluated, reward_model_loss, self.held_out_pairs(), batch)
+        return self._trained(
+            *("reward", self.config.reward_model, reward_model_loss, rows),
+            *(lambda: _copy(replace_heads(self.actor(), (SCORE,), key=key)), test),
+        )
+
+    def _dpo(self) -> Transformer:
+        reference = self.actor()
+        loss = functools.partial(preference_loss, beta=self.config.beta)
+        rows = data.pairs_of(self.config, self.encoder, self.phases.prompts)
+        batch = self.config.policy.batch_size
+        test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch, frozen=reference)
+        return self._trained(
+            *("dpo", self.config.policy, loss, rows, self.actor, test), frozen=reference
+        )
+
+    def _policy(self, step: Step) -> Transformer:
+        config, learning = self.config, self.config.policy
+        how = config.learned_by(step)
+        updates = learning.steps * config.epochs * config.minibatches
+        optimizer, rate = _optimizer(dataclasses.replace(learning, steps=updates))
+        trainable = is_adapter if config.lora_rank else None
+        loss = functools.partial(actor_loss, config=how, temperature=config.temperature)
+        train = make_train_step(
+            *(loss, optimizer), clip=Clip(1.0), learning_rate=rate, trainable=trainable
+        )
+        critic_step = critic_optimizer = None
+        if isinstance(how, PPOConfig):
+            critic = LearningConfig(steps=updates, learning_rate=config.critic_rate)
+            critic_optimizer, _ = _optimizer(critic)
+            value = functools.partial(critic_loss, config=how, head="score")
+            critic_step = make_train_step(value, critic_optimizer, clip=Clip(1.0))
+        policy_step = make_policy_step(
+            *(train, critic_step),
+            rewards=ModelReward(self.reward_model()),
+            reference=self.actor(),
+            rollout=self.rollout(),
+            config=how,
+            epochs=config.epochs,
+            minibatches=config.minibatches,
+            critic_head="score",
+        )
+
+        def start() -> Any:
+            key = jax.random.key(self.seed)
+            model = self.actor()
+            if config.lora_rank:
+                model = add_lora(model, rank=config.lora_rank, key=key)
+            states = [create_train_state(model, optimizer, key=key, trainable=trainable)]
+            if critic_optimizer is not None:
+                states.append(
+                    create_train_state(self.reward_model(VALUE), critic_optimizer, key=key)
+                )
+            return create_policy_state(*states, key=jax.random.fold_in(key, 1), config=how)
+
+        rows = data.prompts_of(config, self.encoder, self.phases.prompts)
+        state = train_to_end(
+            self.folder,
+            self._name(step),
+            policy_step,
+            data.Rows(rows, learning.batch_size, self.seed),
+            create=start,
+            num_steps=learning.steps,
+            evaluate=lambda state: {},
+            every=config.eval_every,
+        )
+        return state.actor.model
+
+
+def _optimizer(
+    learning: LearningConfig,
+) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
+    """AdamW without decay, as RLHF has it, and its rate."""
+    peak = learning.learning_rate
+    rate = ScheduleConfig(
+        peak=peak, warmup=learning.steps // 10, total=learning.steps, final=peak / 10
+    ).build()
+    return AdamWConfig(b2=0.95, weight_decay=0.0).build(rate), rate
+
+
+@functools.lru_cache(maxsize=8)
+def _eval_step(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(make_eval_step(loss))
+
+
+def _evaluated(
+    loss: Callable[..., Any],
+    rows: Mapping[str, np.ndarray],
+    batch_size: int,
+    state: Any,
+    frozen: Any = None,
+) -> dict[str, float]:
+    """Loss and metrics on held-out rows."""
+    count = len(next(iter(rows.values())))
+    cuts = [slice(i, i + batch_size) for i in range(0, count, batch_size)]
+    batches = [{name: array[cut] for name, array in rows.items()} for cut in cuts]
+    return evaluate(state.model, _eval_step(loss), batches, frozen=frozen, prefix="val_")

@@ -1,0 +1,155 @@
+"""The experiment ``rlhf``: all steps on a tiny model, what they leave, a kill in each of them, and what goes wrong."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from effscale.experiments.rlhf import PRESETS, Config, data
+from effscale.experiments.rlhf.config import LearningConfig
+from effscale.experiments.rlhf.experiment import main
+from effscale.interop import load_pretrained
+from effscale.models import ClassHead
+from effscale.rlhf.data import Record
+
+STEPS = ("base", "sft", "reward", "ppo", "dpo")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options of a run that takes seconds."""
+    file = tmp_path_factory.mktemp("records") / "pairs.jsonl"
+    with file.open("w") as out:
+        for i in range(80):
+            record = {
+                "prompt": f"What follows {i}? ",
+                "chosen": f"{i + 1} does.",
+                "rejected": f"{i}",
+            }
+            out.write(json.dumps(record) + "\n")
+    return [
+        *("--preset", "smoke", "--data", str(file), "--vocab-size", "280", "--length", "32"),
+        *("--prompt-length", "24", "--response-length", "6", "--model.d-model", "16"),
+        *("--base.steps", "4", "--sft.steps", "4", "--reward-model.steps", "4"),
+        *("--policy.steps", "4", "--eval-every", "2", "--held-out", "0.2", "--split", "all"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    main([*options, "--step", *STEPS, "--out", str(folder)])
+    return folder
+
+
+def records(folder, step):
+    lines = (folder / "seed-0" / step / "metrics.jsonl").read_text().splitlines()
+    timed = lambda name: name.endswith("seconds") or "per_second" in name
+    return [{k: v for k, v in json.loads(line).items() if not timed(k)} for line in lines]
+
+
+def test_what_a_run_leaves(finished):
+    named = json.loads((finished / "results.json").read_text())
+    assert 0 <= named["reward_accuracy"] <= 1
+    for name in ("sft", "ppo", "dpo"):
+        assert np.isfinite(named[f"{name}_reward_mean"])
+        assert named[f"{name}_perplexity"] > 1
+    # The fine-tuned model is its own reference; the policy that learned is another model.
+    np.testing.assert_allclose(named["sft_kl"], 0, atol=1e-3)
+    assert named["kl_per_response"] == named["ppo_kl"] != 0
+    assert (finished / "figures" / "rlhf.png").stat().st_size > 10_000
+    report = (finished / "report.md").read_text()
+    assert "## Conversations" in report
+    assert report.count("- ppo (") == PRESETS["smoke"].samples
+
+
+def test_each_step_leaves_a_model_folder(finished):
+    score = ClassHead(num_classes=1, name="score", pool="last", bias=False)
+    load_pretrained(finished / "seed-0" / "reward" / "model", heads=(score,))
+    kernel = lambda step: np.asarray(
+        load_pretrained(finished / "seed-0" / step / "model").embed.tokens.embedding.get_value()
+    )
+    weights = [kernel(step) for step in ("base", "sft", "ppo", "dpo")]
+    for a, b in itertools.combinations(weights, 2):
+        assert not np.array_equal(a, b)
+    assert (finished / "seed-0" / "ppo" / "model" / "tokenizer.json").is_file()
+
+
+def test_a_run_that_is_killed_in_each_step_is_the_same(finished, options, tmp_path, monkeypatch):
+    out = ["--out", str(tmp_path / "run")]
+    advance = data.Rows.__next__
+    for attempt in range(len(STEPS) + 1):
+        # Each attempt ends the step before and is stopped in the next one.
+        calls, last = itertools.count(1), 3 if attempt == 0 else 4
+
+        def killing(rows, calls=calls, last=last):
+            if next(calls) == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return advance(rows)
+
+        if attempt == len(STEPS):
+            monkeypatch.setattr(data.Rows, "__next__", advance)
+            main([*out, "--resume"])
+            break
+        monkeypatch.setattr(data.Rows, "__next__", killing)
+        with pytest.raises(SystemExit) as stopped:
+            main([*options, "--step", *STEPS, *out] if attempt == 0 else [*out, "--resume"])
+        assert stopped.value.code == 128 + signal.SIGTERM
+    for step in STEPS:
+        assert records(tmp_path / "run", step) == records(finished, step)
+    shown = lambda name: name.endswith(("_mean", "_kl", "_perplexity", "_accuracy"))
+    figures = [
+        {k: v for k, v in json.loads((place / "results.json").read_text()).items() if shown(k)}
+        for place in (tmp_path / "run", finished)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_step_alone_continues_a_run(finished, options, tmp_path):
+    """A step of an earlier run's folder is there for the next one; and what it needs has to be."""
+    with pytest.raises(SystemExit) as missing:
+        main([*options, "--step", "ppo", "--out", str(tmp_path / "fresh")])
+    assert missing.value.code == 2
+    main(["--out", str(finished), "--resume", "--step", "grpo"])
+    assert "grpo_reward_mean" in json.loads((finished / "results.json").read_text())
+
+
+def test_what_is_held_out_is_not_in_the_text():
+    source = 'def f(x):\n    """Return it.\n\n    All of it.\n    """\n    return x\n\n\ndef g():\n    """Stay."""\n'
+    left = data.without(source, {"Return it."})
+    assert "Return it" not in left
+    assert "All of it" not in left
+    assert "return x" in left
+    assert "Stay." in left
+
+
+def test_the_records_of_steps_are_apart():
+    phases = data.read_phases(Config())
+    parts = [
+        set(map(id, part)) for part in (phases.sft, phases.reward, phases.prompts, phases.held_out)
+    ]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    learned = {text for r in (*phases.sft, *phases.reward) for text in (r.chosen, r.rejected)}
+    assert not any(r.chosen in learned for r in phases.held_out)
+    assert isinstance(phases.sft[0], Record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": ("ppo", "sft")}, r"step=.*in the order \['sft', 'ppo'\]"),
+        ({"actor": pathlib.Path("x")}, "step=.*without base where --actor is given"),
+        ({"minibatches": 5}, r"minibatches=5: must be a divisor of policy\.batch_size=64"),
+        ({"split": "1,2"}, "split='1,2': must be three numbers"),
+        ({"held_out": 1.0}, r"held_out=1\.0"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**change)
+    with pytest.raises(ValueError, match="steps=0"):
+        LearningConfig(steps=0)
