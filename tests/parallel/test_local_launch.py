@@ -1,3 +1,6 @@
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -69,6 +72,25 @@ def test_a_signal_is_handed_on_and_what_it_saves_is_waited_for(capfd):
     )
     assert main(["--processes", "1", "--heartbeat-timeout", "7", "--", *python(code)]) == 143
     assert capfd.readouterr().out == "[0] saved\n"
+
+
+def test_a_signal_that_comes_while_a_process_starts_reaches_it(monkeypatch):
+    """A process may be quicker than the launcher, which has not noted it yet."""
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    start = subprocess.Popen
+
+    def slow(*args, **kwargs):
+        process = start(*args, **kwargs)
+        assert process.stdout.readline() == "ready\n"
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    assert main(["--processes", "1", "--", *python(code)]) == 143
 
 
 def test_time_runs_out():

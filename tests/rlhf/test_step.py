@@ -222,6 +222,29 @@ def test_ordinary_text_is_mixed_in():
     np.testing.assert_allclose(metrics["actor_loss"], total, rtol=1e-5)
     with pytest.raises(ValueError, match=r"pretraining_coef=2\.0 needs rows of text"):
         step(create(), prompts())
+    fewer = prompts() | {"text": jax.tree.map(lambda a: a[:8], text)}
+    with pytest.raises(ValueError, match=r"text\['input_ids'\] has 8 rows: it must have as many"):
+        step(create(), fewer)
+
+
+def test_a_group_answers_one_prompt():
+    """Responses to one prompt stand side by side, and so does what rewards read."""
+    seen = {}
+
+    def reward(drawn, batch):
+        seen.update(tokens=np.asarray(drawn.tokens), number=batch["number"], name=batch["name"])
+        return even(drawn, batch)
+
+    step, create = learner(GroupConfig(group_size=3), rewards=reward)
+    numbers = np.arange(4)
+    step(create(), prompts(rows=4) | {"number": numbers, "name": ["a", "b", "c", "d"]})
+    expected = np.repeat(prompts(rows=4)["input_ids"], 3, axis=0)
+    real = np.repeat(prompts(rows=4)["attention_mask"], 3, axis=0)
+    np.testing.assert_array_equal(
+        np.where(real, seen["tokens"][:, :PROMPT], -1), np.where(real, expected, -1)
+    )
+    assert seen["number"].tolist() == np.repeat(numbers, 3).tolist()
+    assert "".join(seen["name"]) == "aaabbbcccddd"
 
 
 def test_rewards_are_summed_by_name():

@@ -116,10 +116,13 @@ def launch_local(
         common[HEARTBEAT_VARIABLE] = str(heartbeat_timeout)
     children: list[_Child] = []
     try:
-        with _signals_handed_on(children):
+        with _signals_handed_on(children) as received:
             for process_id in range(num_processes):
                 own = {**common, VARIABLES["process_id"]: str(process_id)}
-                children.append(_Child(argv, own, process_id, echo))
+                child = _Child(argv, own, process_id, echo)
+                children.append(child)
+                for number in received:  # what came before it was in the list
+                    child.hand_on(number)
             first_failed = _wait(children, timeout)
     finally:
         for child in children:
@@ -169,6 +172,7 @@ class _Child:
             start_new_session=True,
         )
         self._lines: tuple[list[str], list[str]] = ([], [])
+        self._handed_on: set[int] = set()
         streams = (self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)
         self._readers = [
             threading.Thread(
@@ -186,6 +190,12 @@ class _Child:
                 if sink is not None:
                     sink.write(f"[{self.process_id}] {line}")
                     sink.flush()
+
+    def hand_on(self, number: int) -> None:
+        """Give it a signal, once."""
+        if number not in self._handed_on and self.process.poll() is None:
+            self._handed_on.add(number)
+            self.process.send_signal(number)
 
     def end(self) -> None:
         """End it, with what it has started."""
@@ -230,8 +240,12 @@ def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
 
 
 @contextlib.contextmanager
-def _signals_handed_on(children: Sequence[_Child]) -> Iterator[None]:
-    """Hand SIGTERM and SIGINT on to the processes, which are in sessions of their own; a second SIGINT is a KeyboardInterrupt here."""
+def _signals_handed_on(children: Sequence[_Child]) -> Iterator[list[int]]:
+    """Hand SIGTERM and SIGINT on to the processes, which are in sessions of their own; a second SIGINT is a KeyboardInterrupt here.
+
+    Yields:
+        The signals that have come, in a list that grows.
+    """
     received: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -239,14 +253,13 @@ def _signals_handed_on(children: Sequence[_Child]) -> Iterator[None]:
             raise KeyboardInterrupt
         received.append(number)
         for child in children:
-            if child.process.poll() is None:
-                child.process.send_signal(number)
+            child.hand_on(number)
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
         previous = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

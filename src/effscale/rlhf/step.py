@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from effscale.generation import decode
+from effscale.generation import SamplingConfig, decode
 from effscale.models import Transformer
 from effscale.parallel import on_devices
 from effscale.rlhf.config import GroupConfig, PPOConfig
@@ -125,27 +126,100 @@ def make_policy_step(
     for name, value in {"epochs": epochs, "minibatches": minibatches}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
+    # Several responses to a prompt are drawn after one reading of it.
+    copies = config.group_size if isinstance(config, GroupConfig) else None
     sampling = rollout.sampling
+    if copies is not None:
+        sampling = dataclasses.replace(sampling, num_return_sequences=copies)
     temperature = 1.0 if sampling.greedy else sampling.temperature
+
+    judge = _judge(sampling, temperature, critic_head)
+    experience_of = _experience_of(config, typing.cast(tuple[int, ...], sampling.stop_ids))
+    update = _update(actor_step, critic_step, epochs, minibatches)
+
+    def policy_step(
+        state: PolicyState, batch: Mapping[str, Any]
+    ) -> tuple[PolicyState, dict[str, Any]]:
+        drawing, order = jax.random.split(jax.random.fold_in(state.key, state.step))
+        _check_apart(state, {"the reference": reference, **_reward_models(rewards)})
+        clock = _Clock()
+        model = jax.block_until_ready(rollout_model(state.actor.model, rollout))
+        clock.took("switch")
+        prompts, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+        drawn = decode(model, prompts, sampling, attention_mask=mask, key=drawing, log_probs=True)
+        jax.block_until_ready(drawn)
+        del model  # training has the memory
+        clock.took("generate")
+        critic = None if state.critic is None else state.critic.model
+        log_probs, values = judge(on_devices(reference), critic, drawn)
+        each = _repeated(batch, sampling.num_return_sequences)
+        scores, more = total_score(rewards, drawn, each, weights)
+        experience, metrics = experience_of(drawn, log_probs, values, scores, state.kl_coef)
+        if "text" in batch:
+            experience = _with_text(experience, batch["text"])
+        jax.block_until_ready(experience)
+        clock.took("score")
+        states = {"actor": state.actor}
+        if state.critic is not None:
+            states["critic"] = state.critic
+        states, of_update = jax.block_until_ready(update(states, experience, order))
+        clock.took("update")
+        kl_coef = state.kl_coef
+        if isinstance(config, PPOConfig) and config.kl_target is not None:
+            kl_coef = adaptive_kl(
+                *(kl_coef, metrics["kl"]),
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                responses=drawn.tokens.shape[0],
+            )
+        metrics = {**metrics, **more, **of_update, "kl_coef": state.kl_coef, **clock.seconds}
+        new = PolicyState(states["actor"], states.get("critic"), kl_coef, state.step + 1, state.key)
+        return new, metrics
+
+    return policy_step
+
+
+def _judge(
+    sampling: SamplingConfig, temperature: float, critic_head: str
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """What reference and critic say of drawn responses, compiled."""
 
     @jax.jit
     def judge(reference: Any, critic: Any, drawn: Any) -> tuple[Any, Any]:
-        response = sampling.max_new_tokens
-        given = (drawn.tokens, drawn.mask, response)
+        given = (drawn.tokens, drawn.mask, sampling.max_new_tokens)
         log_probs = response_log_probs(reference, *given, temperature=temperature).log_probs
         if critic is None:
             return log_probs, None
         return log_probs, response_values(critic, *given, head=critic_head)
 
+    return judge
+
+
+def _experience_of(
+    config: PPOConfig | GroupConfig, stop_ids: tuple[int, ...]
+) -> Callable[..., tuple[Experience, dict[str, Any]]]:
+    """Advantages of scored responses, compiled."""
+
     @jax.jit
     def experience_of(
         drawn: Any, log_probs: Any, values: Any, scores: Any, kl_coef: Any
     ) -> tuple[Experience, dict[str, Any]]:
-        stops = typing.cast(tuple[int, ...], sampling.stop_ids)
         if isinstance(config, GroupConfig):
-            return make_group_experience(drawn, log_probs, scores, stop_ids=stops, config=config)
+            return make_group_experience(
+                *(drawn, log_probs, scores), stop_ids=stop_ids, config=config
+            )
         given = (drawn, log_probs, values, scores)
-        return make_experience(*given, stop_ids=stops, config=config, kl_coef=kl_coef)
+        return make_experience(*given, stop_ids=stop_ids, config=config, kl_coef=kl_coef)
+
+    return experience_of
+
+
+def _update(
+    actor_step: TrainStep, critic_step: TrainStep | None, epochs: int, minibatches: int
+) -> Callable[..., tuple[dict[str, TrainState], dict[str, Any]]]:
+    """All updates from one batch of experience, compiled; it uses the states up."""
+    steps = {"actor": actor_step, "critic": critic_step}
+    steps = {name: step for name, step in steps.items() if step is not None}
 
     def update(states: Any, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
         rows = experience.tokens.shape[0]
@@ -156,10 +230,7 @@ def make_policy_step(
 
         def learn(states: Any, index: Any) -> tuple[Any, dict[str, Any]]:
             part = experience.rows(index)
-            steps = {"actor": actor_step, "critic": critic_step}
-            found = {
-                name: step(states[name], part) for name, step in steps.items() if step is not None
-            }
+            found = {name: step(states[name], part) for name, step in steps.items()}
             metrics = {
                 f"{name}_{metric}": value
                 for name, (_, of_step) in found.items()
@@ -173,64 +244,31 @@ def make_policy_step(
         metrics = {name: value.mean(0) for name, value in metrics.items()}
         return states, metrics | {"skipped_in_row": jnp.stack(skipped).max()}
 
-    updated = jax.jit(update, donate_argnums=0)
-
-    def policy_step(
-        state: PolicyState, batch: Mapping[str, Any]
-    ) -> tuple[PolicyState, dict[str, Any]]:
-        drawing, order = jax.random.split(jax.random.fold_in(state.key, state.step))
-        _check_apart(state, {"the reference": reference, **_reward_models(rewards)})
-        clock = _Clock()
-        model = jax.block_until_ready(rollout_model(state.actor.model, rollout))
-        clock.took("switch")
-        prompts, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
-        if isinstance(config, GroupConfig):
-            repeat = lambda x: jnp.repeat(x, config.group_size, axis=0)
-            prompts, mask = repeat(prompts), repeat(mask)
-            batch = _repeated(batch, config.group_size)
-        drawn = decode(model, prompts, sampling, attention_mask=mask, key=drawing, log_probs=True)
-        jax.block_until_ready(drawn)
-        del model  # training has the memory
-        clock.took("generate")
-        critic = None if state.critic is None else state.critic.model
-        log_probs, values = judge(on_devices(reference), critic, drawn)
-        scores, more = total_score(rewards, drawn, batch, weights)
-        experience, metrics = experience_of(drawn, log_probs, values, scores, state.kl_coef)
-        if "text" in batch:
-            experience = dataclasses.replace(experience, text=batch["text"])
-        jax.block_until_ready(experience)
-        clock.took("score")
-        states = {"actor": state.actor}
-        if state.critic is not None:
-            states["critic"] = state.critic
-        states, of_update = jax.block_until_ready(updated(states, experience, order))
-        clock.took("update")
-        kl_coef = state.kl_coef
-        if isinstance(config, PPOConfig) and config.kl_target is not None:
-            kl_coef = adaptive_kl(
-                *(kl_coef, metrics["kl"]),
-                target=config.kl_target,
-                horizon=config.kl_horizon,
-                responses=prompts.shape[0],
-            )
-        metrics = {**metrics, **more, **of_update, "kl_coef": state.kl_coef, **clock.seconds}
-        new = PolicyState(states["actor"], states.get("critic"), kl_coef, state.step + 1, state.key)
-        return new, metrics
-
-    return policy_step
+    return jax.jit(update, donate_argnums=0)
 
 
-def _repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
     """What rewards read beside the prompts, once for each response."""
-    again = lambda rows: [row for row in rows for _ in range(times)]
-    return {
-        name: value
-        if name == "text"
-        else jnp.repeat(value, times, axis=0)
-        if hasattr(value, "ndim")
-        else again(value)
-        for name, value in batch.items()
-    }
+    if times == 1:
+        return batch
+
+    def again(rows: Any) -> Any:
+        if hasattr(rows, "ndim"):
+            return np.repeat(rows, times, axis=0)
+        return [row for row in rows for _ in range(times)]
+
+    return {name: rows if name == "text" else again(rows) for name, rows in batch.items()}
+
+
+def _with_text(experience: Experience, text: Mapping[str, Any]) -> Experience:
+    """The experience with a row of text beside each response."""
+    responses = experience.tokens.shape[0]
+    for name, rows in text.items():
+        if len(rows) != responses:
+            raise ValueError(
+                f"text[{name!r}] has {len(rows)} rows: it must have as many as there are responses, {responses}"
+            )
+    return dataclasses.replace(experience, text=text)
 
 
 def _reward_models(rewards: Reward | Mapping[str, Reward]) -> dict[str, Any]:
