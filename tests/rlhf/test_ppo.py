@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effscale.generation import Generated
 from effscale.rlhf import (
+    DEEPSPEED_CHAT,
     PolicyLossConfig,
     adaptive_kl,
     gae,
     group_advantages,
     kl_estimate,
     leave_one_out_advantages,
+    make_experience,
     masked_average,
     policy_loss,
     shaped_rewards,
@@ -55,7 +58,17 @@ def test_deepspeed_chat():
     np.testing.assert_allclose(
         rewards, [[0.01, -0.01, 5.02, 0], [-0.02, 0.01, 0, -1.47]], atol=1e-6
     )
+    # make_experience of the same numbers. Its mask has the token that ends the first response.
+    tokens = jnp.array([[4, 5, 6, 7, 8, 0, 0], [4, 5, 6, 7, 8, 9, 3]])
+    mask = jnp.concatenate([jnp.ones((2, 3), bool), reach], 1)
+    drawn = Generated(tokens, mask, reach.sum(1), jnp.zeros(2, bool), given.log_probs)
+    experience, _ = make_experience(
+        *(drawn, given.reference, given.values, given.scores), stop_ids=(0,), config=DEEPSPEED_CHAT
+    )
+    np.testing.assert_array_equal(experience.learned, given.mask)
     advantages, returns = gae(rewards, given.values, reach)
+    np.testing.assert_allclose(experience.advantages, advantages, atol=1e-6)
+    np.testing.assert_allclose(experience.returns, returns, atol=1e-6)
     expected = [[4.2458, 4.5640, 4.92, 0], [-1.50002, -1.66318, -1.86650, -2.07]]
     np.testing.assert_allclose(advantages, expected, atol=1e-5)
     expected = [[4.5458, 4.7640, 5.02, 0], [-1.20002, -1.26318, -1.36650, -1.47]]

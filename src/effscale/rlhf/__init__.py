@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback, as DeepSpeed-Chat does it and as the field does it since."""
 
 from effscale.rlhf.advantages import gae, group_advantages, leave_one_out_advantages, whiten
-from effscale.rlhf.config import GroupConfig, PPOConfig
+from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 from effscale.rlhf.experience import Experience, make_experience, make_group_experience
 from effscale.rlhf.losses import actor_loss, critic_loss
 from effscale.rlhf.pairs import preference_loss, reward_model_loss
@@ -25,6 +25,7 @@ from effscale.rlhf.scoring import (
 from effscale.rlhf.step import PolicyState, create_policy_state, make_policy_step
 
 __all__ = [
+    "DEEPSPEED_CHAT",
     "ROLLOUT_RULES",
     "Experience",
     "GroupConfig",

@@ -22,6 +22,8 @@ class LearningConfig:
     """Scores are clipped to plus and minus this; None: not at all."""
     missing_end_penalty: float = 0.0
     """Taken off the score of a response that was cut off before it ended."""
+    learn_end: bool = True
+    """Whether the token that ends a response is learned like the others. DeepSpeed-Chat leaves it out, as it cannot tell it from padding."""
     policy: PolicyLossConfig = PolicyLossConfig()
     """Clips and averages of the policy's loss."""
     entropy_coef: float = 0.0
@@ -43,7 +45,7 @@ class LearningConfig:
 class PPOConfig(LearningConfig):
     """What PPO makes of responses and scores.
 
-    The defaults are what is usual today. DeepSpeed-Chat's are ``kl_coef=0.1, score_clip=5.0, whiten_advantages=False, score_at="next"``; TRL 1.12 has
+    The defaults are what is usual today; DeepSpeed-Chat's are in :data:`DEEPSPEED_CHAT`. TRL 1.12 has
     ``score_at="next"``, and trains both models by one optimizer on the policy's loss plus 0.1 times the critic's.
     """
 
@@ -52,7 +54,7 @@ class PPOConfig(LearningConfig):
     kl_horizon: float = 10_000.0
     """Responses in which ``kl_coef`` then changes by about a fifth at most."""
     score_at: Literal["last", "next"] = "last"
-    """Where the score stands: at the last token of a response, or in the place after it, as in DeepSpeed-Chat and TRL."""
+    """Where the score stands: at the last token of a response, or in the place after it, as in TRL."""
     gamma: float = 1.0
     """Discount."""
     lam: float = 0.95
@@ -73,6 +75,10 @@ class PPOConfig(LearningConfig):
         for name in ("gamma", "lam"):
             check(self, 0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         choice(self, "score_at", ("last", "next"))
+
+
+DEEPSPEED_CHAT = PPOConfig(kl_coef=0.1, score_clip=5.0, whiten_advantages=False, learn_end=False)
+"""What DeepSpeed-Chat does: its constants, no whitening, and the token that ends a response gets the score and is not learned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

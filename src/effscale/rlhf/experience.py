@@ -24,6 +24,7 @@ class Experience:
     Attributes:
         tokens: Prompts and responses.
         mask: True at real tokens.
+        learned: True at the response's tokens that are learned.
         log_probs: Of the response's tokens, under the policy that drew them.
         advantages: Of each.
         values: The critic's, before each of them; None without a critic.
@@ -34,17 +35,13 @@ class Experience:
 
     tokens: Int[Array, "batch total"]
     mask: Bool[Array, "batch total"]
+    learned: Bool[Array, "batch response"]
     log_probs: Float[Array, "batch response"]
     advantages: Float[Array, "batch response"]
     values: Float[Array, "batch response"] | None = None
     returns: Float[Array, "batch response"] | None = None
     reference_log_probs: Float[Array, "batch response"] | None = None
     text: Any = None
-
-    @property
-    def response_mask(self) -> Bool[Array, "batch response"]:
-        """True at the response's tokens."""
-        return self.mask[:, -self.log_probs.shape[1] :]
 
     def rows(self, index: Int[Array, "rows"]) -> "Experience":
         """The responses of these numbers."""
@@ -88,7 +85,7 @@ def make_experience(
         reference_log_probs: The reference's, see :func:`effscale.rlhf.response_log_probs`, at the temperature of the drawing.
         values: The critic's, see :func:`effscale.rlhf.response_values`.
         scores: Of whole responses: a reward model's or a function's.
-        stop_ids: Tokens that end a response, as ``drawn`` had them; needed for ``missing_end_penalty`` and its metric.
+        stop_ids: Tokens that end a response, as ``drawn`` had them; needed for ``missing_end_penalty`` and its metric, and for ``learn_end=False``.
         config: How rewards are made.
         kl_coef: The price of divergence in place of the config's, where it changes.
 
@@ -99,7 +96,7 @@ def make_experience(
     Raises:
         ValueError: ``drawn`` has no log-probabilities.
     """
-    log_probs, mask, kl, paid, metrics = _scored(
+    log_probs, mask, learned, kl, paid, metrics = _scored(
         drawn, reference_log_probs, scores, stop_ids, config
     )
     reach = with_next(mask) if config.score_at == "next" else mask
@@ -115,8 +112,8 @@ def make_experience(
     values = jnp.where(reach, values, 0.0)
     advantages, returns = gae(rewards, values, reach, gamma=config.gamma, lam=config.lam)
     if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    given = (drawn.tokens, drawn.mask, log_probs, advantages)
+        advantages = whiten(advantages, learned)
+    given = (drawn.tokens, drawn.mask, learned, log_probs, advantages)
     return Experience(*given, values=values, returns=returns), metrics
 
 
@@ -144,7 +141,7 @@ def make_group_experience(
     Raises:
         ValueError: ``drawn`` has no log-probabilities, or the responses are no whole groups.
     """
-    log_probs, mask, kl, paid, metrics = _scored(
+    log_probs, mask, learned, kl, paid, metrics = _scored(
         drawn, reference_log_probs, scores, stop_ids, config
     )
     if config.score_clip is not None:
@@ -159,7 +156,7 @@ def make_group_experience(
     metrics["equal_groups"] = (groups == groups[:, :1]).all(1).astype(jnp.float32).mean()
     advantages = jnp.where(mask, each[:, None], 0.0)
     reference = reference_log_probs if config.kl_in == "loss" else None
-    given = (drawn.tokens, drawn.mask, log_probs, advantages)
+    given = (drawn.tokens, drawn.mask, learned, log_probs, advantages)
     return Experience(*given, reference_log_probs=reference), metrics
 
 
@@ -169,8 +166,8 @@ def _scored(
     scores: Array,
     stop_ids: Sequence[int],
     config: LearningConfig,
-) -> tuple[Array, Array, Array, Array, dict[str, Array]]:
-    """Log-probabilities of the response, its mask, the divergence of each token, the scores less what is paid for a missing end, and metrics."""
+) -> tuple[Array, Array, Array, Array, Array, dict[str, Array]]:
+    """Log-probabilities of the response, its mask, what of it is learned, the divergence of each token, the scores less what is paid for a missing end, and metrics."""
     if drawn.log_probs is None:
         raise ValueError("drawn.log_probs is None: call decode with log_probs=True")
     response = drawn.log_probs.shape[1]
@@ -190,4 +187,5 @@ def _scored(
         "length": number(drawn.num_new),
         "ended": number(ended),
     }
-    return drawn.log_probs, mask, kl, paid, metrics
+    learned = mask if config.learn_end else mask & ~is_stop
+    return drawn.log_probs, mask, learned, kl, paid, metrics

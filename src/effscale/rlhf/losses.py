@@ -38,7 +38,7 @@ def actor_loss(
         ValueError: ``pretraining_coef`` is given and the experience has no text.
     """
     del key
-    mask = experience.response_mask
+    mask = experience.learned
     said = response_log_probs(
         actor, experience.tokens, experience.mask, mask.shape[1], temperature=temperature
     )
@@ -88,7 +88,7 @@ def critic_loss(
         head: Name of the head.
     """
     del key
-    mask = experience.response_mask
+    mask = experience.learned
     assert experience.values is not None
     assert experience.returns is not None
     values = response_values(critic, experience.tokens, experience.mask, mask.shape[1], head=head)

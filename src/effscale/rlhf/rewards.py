@@ -48,7 +48,8 @@ def kl_estimate(
 def with_next(mask: Bool[Array, "batch response"]) -> Bool[Array, "batch response"]:
     """The mask and one place more, where there is one.
 
-    DeepSpeed-Chat and TRL let the score stand in the place after a response's last token, and so have values there, too.
+    TRL lets the score stand in the place after a response's last token, and so has values there, too; and DeepSpeed-Chat, whose mask leaves out the token that ends a
+    response, at that token.
     """
     before = jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]
     return mask | before
@@ -67,7 +68,7 @@ def shaped_rewards(
     Args:
         scores: One for each response, of a reward model or a function.
         kl: Of each token, see :func:`kl_estimate`.
-        mask: The response's tokens, without gaps from the first one on. With :func:`with_next` the score stands one place later, as in DeepSpeed-Chat and TRL. The score of
+        mask: The response's tokens, without gaps from the first one on. With :func:`with_next` the score stands one place later. The score of
             an empty response is lost: leave such responses out.
         kl_coef: The price of divergence, :math:`\beta`. DeepSpeed-Chat takes 0.1, TRL 0.05.
         clip: Scores are clipped to plus and minus this; None: not at all. DeepSpeed-Chat takes 5.

@@ -65,17 +65,16 @@ class ConsoleWriter:
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Show the step, its loss (and the last evaluation's) and the speed."""
         self._shown |= {
-            name: value
-            for name, value in values.items()
-            if name.endswith("loss") and np.ndim(value) == 0
+            name: value for name, value in values.items() if _is_shown(name) and np.ndim(value) == 0
         } | dict(timing or {})
         text = _text(self._shown)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        # A step has a loss, beside which others (an auxiliary one) say nothing of an evaluation.
-        evaluated = "loss" not in values and any(name.endswith("loss") for name in values)
+        # What a step tells, among it losses (an auxiliary one), is no evaluation.
+        of_step = "loss" in values or "skipped_in_row" in values
+        evaluated = not of_step and any(map(_is_shown, values))
         if evaluated or step >= self.num_steps or now - self._last_line >= self.every_seconds:
             self._last_line = now
             left = self._seconds_left(step, now)
@@ -100,8 +99,13 @@ class ConsoleWriter:
             self._bar = None
 
 
+def _is_shown(name: str) -> bool:
+    """Losses, and what reinforcement learning is after."""
+    return name.endswith("loss") or name in ("score", "kl")
+
+
 def _text(shown: Values) -> str:
-    parts = [f"{name} {value:.4f}" for name, value in shown.items() if name.endswith("loss")]
+    parts = [f"{name} {value:.4f}" for name, value in shown.items() if _is_shown(name)]
     if "tokens_per_second" in shown:
         parts.append(f"{shown['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)

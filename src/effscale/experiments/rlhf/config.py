@@ -11,16 +11,6 @@ from effscale.models.validation import check
 from effscale.rlhf.config import GroupConfig, PPOConfig
 
 Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
-NEEDS: dict[Step, tuple[Step, ...]] = {
-    "base": (),
-    "sft": (),
-    "reward": (),
-    "ppo": ("reward",),
-    "grpo": ("reward",),
-    "rloo": ("reward",),
-    "dpo": (),
-}
-"""What has to be there before a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

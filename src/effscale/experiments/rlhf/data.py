@@ -3,9 +3,7 @@
 import ast
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 
@@ -181,8 +179,3 @@ def prompts_of(
     """Prompts of one length."""
     lengths = (config.prompt_length,)
     return prompt_rows(records, encoder, lengths=lengths)[config.prompt_length]
-
-
-def host(tree: Any) -> Any:
-    """A batch as NumPy arrays."""
-    return jax.tree.map(np.asarray, tree)

@@ -90,7 +90,10 @@ class Steps:
 
         def whole() -> None:
             model = train()
-            save_pretrained(merge_lora(model), self.place(step), tokenizer=self.encoder.tokenizer)
+            # An actor's folder has more than a tokenizer to hand on: a chat template, settings of generation.
+            actor = self.config.actor
+            tokenizer = self.encoder.tokenizer if actor is None else None
+            save_pretrained(merge_lora(model), self.place(step), like=actor, tokenizer=tokenizer)
 
         once(self.folder, self._name(step), whole)
 
@@ -102,14 +105,14 @@ class Steps:
         """The fine-tuned model, with which a policy begins and which is its reference."""
         for step in ("sft", "base"):
             if (self.place(step) / "config.json").is_file():
-                return self._load(self.place(step))
+                return load_pretrained(self.place(step))
         if self.config.actor is not None:
-            return self._load(self.config.actor)
+            return load_pretrained(self.config.actor)
         raise FileNotFoundError(f"{self.place('sft')} is not there: take the step sft first")
 
     def policy(self, step: Step) -> Transformer:
         """The policy after a step."""
-        return self._load(self.place(step))
+        return load_pretrained(self.place(step))
 
     def reward_model(self, head: ClassHead = SCORE) -> Transformer:
         """The reward model: that of --reward, or of the step before; or, with the head ``VALUE``, the critic."""
@@ -136,9 +139,6 @@ class Steps:
         """Prompts of records that nothing learned from."""
         rows = data.prompts_of(self.config, self.encoder, self.phases.held_out)
         return {name: array[: self.config.eval_prompts] for name, array in rows.items()}
-
-    def _load(self, place: pathlib.Path) -> Transformer:
-        return load_pretrained(place)
 
     def _name(self, step: Step) -> str:
         return f"seed-{self.seed}/{step}"
@@ -204,7 +204,7 @@ class Steps:
         test = functools.partial(_evaluated, next_token_loss, held_out, self.config.sft.batch_size)
         return self._trained(
             *("sft", self.config.sft, next_token_loss, rows),
-            *(lambda: self._load(place), test),
+            *(lambda: load_pretrained(place), test),
         )
 
     def _reward(self) -> Transformer:
