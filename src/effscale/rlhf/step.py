@@ -218,8 +218,7 @@ def _update(
     actor_step: TrainStep, critic_step: TrainStep | None, epochs: int, minibatches: int
 ) -> Callable[..., tuple[dict[str, TrainState], dict[str, Any]]]:
     """All updates from one batch of experience, compiled; it uses the states up."""
-    steps = {"actor": actor_step, "critic": critic_step}
-    steps = {name: step for name, step in steps.items() if step is not None}
+    steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
 
     def update(states: Any, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
         rows = experience.tokens.shape[0]
