@@ -79,6 +79,8 @@ def test_each_step_leaves_a_model_folder(finished):
     assert (finished / "seed-0" / "ppo" / "model" / "tokenizer.json").is_file()
 
 
+# One step of them, PPO, is stopped and resumed in tests/rlhf/test_step.py as well.
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_each_step_is_the_same(finished, options, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "run")]
     advance = data.Rows.__next__
