@@ -176,7 +176,7 @@ def _differences(
     head: HeadConfig, name: str, rows: Sequence[Rule], leaves: set[str], source: Source
 ) -> list[str]:
     """What keeps a head from being filled with the tensors of the folder's."""
-    again = f"initialize=({head.name!r},) starts it anew"
+    again = f"initialize=({head.name!r},) gives it new initial values"
     theirs = next((one for one in source.config.heads if one.name == name), None)
     match head, theirs:
         case ClassHead(num_classes=ours), ClassHead(num_classes=count) if ours != count:

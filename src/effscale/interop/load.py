@@ -57,7 +57,7 @@ def load_pretrained(
             trunk alone. A head that the folder has, by its name, is loaded; ``score``, ``classes`` and ``value`` with one
             output are the same head under three names. Heads of the folder that are not among these are left out. None:
             the folder's heads.
-        initialize: Names of heads that start anew, although the folder has them.
+        initialize: Names of heads that get new initial values although the folder has them.
         key: What heads that the folder does not have are initialized from, and BERT's pooler where a head needs it.
 
     Returns:

@@ -16,9 +16,9 @@ from effscale.models.transformer import Transformer
 def replace_heads(
     model: Transformer, heads: Sequence[HeadConfig], *, key: PRNGKeyArray
 ) -> Transformer:
-    """A model with these heads: those that it has under the same config are kept, others begin anew.
+    """A model with these heads: a head that it has already, with the same config, is kept; the others are initialized.
 
-    The trunk's arrays are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) where both are trained.
+    The trunk's arrays are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
 
     Args:
         model: Any model of the library.

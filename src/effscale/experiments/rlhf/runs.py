@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -53,7 +52,6 @@ SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)
 """Of a reward model."""
 VALUE = ClassHead(num_classes=1, name="score", pool="none", bias=False)
 """Of a critic, which begins as the reward model: the same weights after each token."""
-_copy = functools.partial(jax.tree.map, jnp.copy)
 
 
 class Steps:
@@ -214,7 +212,7 @@ class Steps:
         test = functools.partial(_evaluated, reward_model_loss, self.held_out_pairs(), batch)
         return self._trained(
             *("reward", self.config.reward_model, reward_model_loss, rows),
-            *(lambda: _copy(replace_heads(self.actor(), (SCORE,), key=key)), test),
+            *(lambda: replace_heads(self.actor(), (SCORE,), key=key), test),
         )
 
     def _dpo(self) -> Transformer:
