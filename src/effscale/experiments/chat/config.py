@@ -14,6 +14,14 @@ class Config:
 
     model: pathlib.Path | None = None
     """Folder of a causal model with its tokenizer, such as a step of the experiment rlhf leaves."""
+    beside: pathlib.Path | None = None
+    """Folder of a second model, which answers the same questions beside the first; with --web."""
+    web: bool = False
+    """A page in the browser in place of the terminal."""
+    host: str = "127.0.0.1"
+    """Address of the page. Only this computer reaches 127.0.0.1; 0.0.0.0 opens the page to everyone on the network."""
+    port: int = 7860
+    """Port of the page; 0 takes the first free one from 7860 on."""
     system: str = ""
     """What the model is told before the conversation."""
     max_new_tokens: int = 256
@@ -36,6 +44,8 @@ class Config:
     def __post_init__(self):
         check_finite(self)
         check(self, self.seed >= 0, "seed", "0 or more")
+        check(self, 0 <= self.port < 65536, "port", "between 0 and 65535")
+        check(self, self.beside is None or self.web, "beside", "left out without --web")
         SamplingConfig(**self.sampling_changes())  # impossible values are refused here
 
     def sampling_changes(self) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """A conversation: what was said, and a model that continues it."""
 
+import copy
+import pathlib
 from collections.abc import Iterator
 
 import jax
 
-from effscale.generation import AnswerText, SamplingConfig, stream
+from effscale.experiments.chat.config import Config
+from effscale.generation import AnswerText, SamplingConfig, sampling_from_folder, stream
+from effscale.interop import load_pretrained
 from effscale.models import Transformer, unroll
-from effscale.rlhf.data import Message, PlainFormat, RecordEncoder
+from effscale.rlhf.data import Message, PlainFormat, RecordEncoder, load_encoder
 
 BUCKET = 64
 """Prompts are padded to multiples of this, so that few lengths are compiled."""
@@ -41,6 +45,30 @@ class Conversation:
             raise ValueError(
                 f"max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the model has {limit} positions"
             )
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, config: Config) -> "Conversation":
+        """With the model of a folder.
+
+        Raises:
+            FileNotFoundError: The folder is not there, or holds no model or no tokenizer.
+            ValueError: The model cannot converse.
+        """
+        encoder = load_encoder(folder, format=config.format)
+        sampling = sampling_from_folder(
+            folder,
+            stop_ids=encoder.stop_ids,
+            pad_id=encoder.padding,
+            **config.sampling_changes(),
+        )
+        model = load_pretrained(folder, dtype=config.dtype)
+        return cls(model, encoder, sampling, seed=config.seed, system=config.system)
+
+    def anew(self) -> "Conversation":
+        """Another conversation with the same model, in which nothing was said yet."""
+        other = copy.copy(self)
+        other.messages, other._answers = [], 0
+        return other
 
     def clear(self) -> None:
         """Forgets what was said."""

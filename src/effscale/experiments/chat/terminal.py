@@ -1,9 +1,11 @@
-"""Talk to a model in the terminal: it answers word by word and remembers what was said.
+"""Talk to a model in the terminal or the browser: it answers word by word and remembers what was said.
 
     python -m effscale.experiments.chat --model FOLDER
-    python -m effscale.experiments.chat --model runs/rlhf/<time>/seed-0/ppo/model --temperature 0.7 --top-p 0.9
+    python -m effscale.experiments.chat --model runs/mine/seed-0/ppo/model --temperature 0.7 --top-p 0.9
+    python -m effscale.experiments.chat --web --model runs/mine/seed-0/sft/model --beside runs/mine/seed-0/ppo/model
 
-/clear forgets the conversation, /quit (or Ctrl-D) ends it, Ctrl-C ends an answer. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
+In the terminal /clear forgets the conversation, /quit (or Ctrl-D) ends it, and Ctrl-C ends an answer. --web opens a page at http://127.0.0.1:7860
+instead, where two models can answer side by side; it needs the extra `chat`. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
 """
 
 import contextlib
@@ -30,19 +32,8 @@ def run(config: Config, lines: Iterable[str], write: Callable[[str], object]) ->
     if config.model is None:
         raise ValueError("give the folder of a model: --model FOLDER")
     from effscale.experiments.chat.conversation import Conversation
-    from effscale.generation import sampling_from_folder
-    from effscale.interop import load_pretrained
-    from effscale.rlhf.data import load_encoder
 
-    encoder = load_encoder(config.model, format=config.format)
-    sampling = sampling_from_folder(
-        config.model,
-        stop_ids=encoder.stop_ids,
-        pad_id=encoder.padding,
-        **config.sampling_changes(),
-    )
-    model = load_pretrained(config.model, dtype=config.dtype)
-    talk = Conversation(model, encoder, sampling, seed=config.seed, system=config.system)
+    talk = Conversation.open(config.model, config)
     write(f"{config.model.name}: {HELP}\n")
     for line in lines:
         words = line.strip()
@@ -89,4 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.chat")
-        run(config, _typed(), _show)
+        if config.web:
+            from effscale.experiments.chat.web import serve
+
+            serve(config)
+        else:
+            run(config, _typed(), _show)

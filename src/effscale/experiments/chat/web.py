@@ -1,0 +1,158 @@
+"""A conversation in the browser, with one model or with two side by side."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from effscale.experiments.chat.config import Config
+from effscale.experiments.chat.conversation import Conversation
+
+try:
+    import gradio
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'the page needs Gradio: pip install "effscale[chat]"', name=error.name
+    ) from None
+
+
+def serve(config: Config) -> None:
+    """Opens the page and returns when Ctrl-C ends it.
+
+    Raises:
+        ValueError: There is no model folder, or a model cannot converse.
+        OSError: The port is taken.
+    """
+    if config.model is None:
+        raise ValueError("give the folder of a model: --model FOLDER")
+    folders = [config.model] if config.beside is None else [config.model, config.beside]
+    talks = {
+        label: Conversation.open(folder, config)
+        for label, folder in zip(_labels(folders), folders, strict=True)
+    }
+    built = page(talks)
+    start(built, host=config.host, port=config.port)
+    print(f"the page is at {built.local_url} (Ctrl-C ends it)", flush=True)
+    built.block_thread()
+
+
+def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
+    """The page. Each browser tab has conversations of its own.
+
+    Args:
+        talks: A model's name on the page, and a conversation to begin anew from.
+    """
+    if not talks:
+        raise ValueError("talks has no conversation: give at least one")
+    with gradio.Blocks(title="effscale chat", analytics_enabled=False, fill_height=True) as built:
+        begun = gradio.State(None)
+        with gradio.Row(scale=1):
+            # A model's words are shown as they are, not as Markdown or HTML.
+            panes = [
+                gradio.Chatbot(label=name, render_markdown=False, buttons=["copy"], height="75vh")
+                for name in talks
+            ]
+        with gradio.Row():
+            words = gradio.Textbox(
+                placeholder="Say something", show_label=False, autofocus=True, scale=8
+            )
+            send = gradio.Button("Send", variant="primary", min_width=80)
+            stop = gradio.Button("Stop", min_width=80)
+            clear = gradio.Button("Clear", min_width=80)
+
+        def answered(said: str, held: Sequence[Conversation] | None, *shown: list[Any]):
+            if not said.strip():
+                yield said, held, *shown
+                return
+            held = held or [talk.anew() for talk in talks.values()]
+            answers = [_answer(talk, said) for talk in held]
+            turns = [[*before, _turn("user", said), _turn("assistant", "")] for before in shown]
+            for texts in _together(answers):
+                for turn, text in zip(turns, texts, strict=True):
+                    turn[-1] = _turn("assistant", text)
+                yield "", held, *turns
+
+        places = [words, begun, *panes]
+        # Gradio streams what is a generator function, and a function with checked types no longer looks like one.
+        streamed = lambda *given: (yield from answered(*given))
+        answering = gradio.on(
+            [send.click, words.submit],
+            streamed,
+            inputs=places,
+            outputs=places,
+            api_name="answer",
+        )
+        stop.click(None, cancels=answering)
+        clear.click(
+            lambda: [None, *([] for _ in talks)],
+            outputs=[begun, *panes],
+            cancels=answering,
+            api_name="clear",
+        )
+    return built
+
+
+def start(built: gradio.Blocks, *, host: str, port: int) -> None:
+    """Serves a page from a thread of its own, and asks nothing of any other computer.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    # Fonts of the system, as those of the default theme come from the network.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        built.queue().launch(
+            server_name=host,
+            server_port=port or None,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gradio.themes.Default(**fonts),
+        )
+    except OSError as error:
+        raise OSError(
+            f"the page cannot be opened at --host {host} --port {port}: {error}; --port 0 takes a free one"
+        ) from error
+
+
+def _labels(folders: Sequence[Any]) -> list[str]:
+    """The shortest ends of the paths that tell the folders apart, without the ``model`` of an experiment's run."""
+    named = [
+        folder.parts[:-1] if folder.name == "model" and len(folder.parts) > 1 else folder.parts
+        for folder in folders
+    ]
+    for length in range(1, max(map(len, named)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in named]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{'/'.join(parts)} ({number})" for number, parts in enumerate(named, 1)]
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _answer(talk: Conversation, said: str) -> Iterator[str]:
+    """What of an answer is there, more each time."""
+    text = ""
+    try:
+        for piece in talk.answer(said):
+            text += piece
+            yield text
+    except ValueError as error:
+        yield f"{text} (not answered: {error})".strip()
+
+
+def _together(answers: Sequence[Iterator[str]]) -> Iterator[list[str]]:
+    """A piece of each in turn, until all have ended."""
+    texts, left = [""] * len(answers), dict(enumerate(answers))
+    while left:
+        for number, answer in list(left.items()):
+            piece = next(answer, None)
+            if piece is None:
+                del left[number]
+            else:
+                texts[number] = piece
+        yield list(texts)
