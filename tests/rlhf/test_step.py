@@ -269,6 +269,11 @@ def test_rewards_are_summed_by_name():
     np.testing.assert_allclose(scores, np.add(lengths, [10, 20]))
     assert fields == {"prompts": ["a b"] * 2, "wanted": [1, 2]}
     assert metrics == {"score_length": np.mean(lengths), "score_one": 1.5}
+    # A function that names no field is given none, and one that names some those.
+    plain = from_text(tokenizer, lambda prompts, responses: [len(r) for r in responses])
+    assert list(plain(drawn, batch)) == lengths
+    wanting = from_text(tokenizer, lambda prompts, responses, wanted: wanted)
+    assert wanting(drawn, batch) == [1, 2]
 
 
 def test_bad_input(made):

@@ -178,7 +178,9 @@ def test_without_checkpoints_divergence_says_so(toy):
         fit(fresh(toy), step_of(toy), batches, num_steps=10, max_skipped_in_row=2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends(toy, tmp_path, number):
     def before_step(step, batch):
         if step == 3:

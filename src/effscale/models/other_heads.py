@@ -10,13 +10,14 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from effscale.models.config import HeadConfig
+from effscale.models.heads import ClassHead
 from effscale.models.transformer import Transformer
 
 
 def replace_heads(
     model: Transformer, heads: Sequence[HeadConfig], *, key: PRNGKeyArray
 ) -> Transformer:
-    """A model with these heads: a head that it has already, with the same config, is kept; the others are initialized.
+    """A model with these heads: a head that it has already, with the same config or another ``pool``, is kept; the others are initialized.
 
     The trunk's arrays are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
 
@@ -38,13 +39,18 @@ def replace_heads(
         ['score']
     """
     config = dataclasses.replace(model.config, heads=tuple(heads))
-    kept = set(model.config.heads)
+    there = {head.name: head for head in model.config.heads}
 
     def build(head: HeadConfig) -> nnx.Module:
-        if head in kept:
+        old = there.get(head.name)
+        if old == head:
             return model.heads[head.name]
         rngs = nnx.Rngs(jax.random.fold_in(key, zlib.crc32(head.name.encode())))
-        return head.build(config, rngs=rngs)
+        new = head.build(config, rngs=rngs)
+        if isinstance(old, ClassHead) and isinstance(head, ClassHead):
+            if dataclasses.replace(old, pool=head.pool) == head:
+                nnx.update(new, nnx.state(model.heads[head.name]))
+        return new
 
     new = copy.copy(model)
     new.heads = nnx.Dict({head.name: build(head) for head in config.heads})

@@ -1,6 +1,7 @@
 """Where scores come from: reward models, functions of text, functions of tokens, and sums of them."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,13 +50,17 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
 
     Args:
         tokenizer: The policy's.
-        function: ``function(prompts, responses, **fields)`` gives a number for each response. It runs on the host. Special tokens are not in the text.
+        function: ``function(prompts, responses)`` gives a number for each response. It runs on the host. Special tokens are not in the text. Of the
+            batch's other fields it is given those that its parameters name, or all if it takes ``**fields``.
 
     Example:
         >>> from effscale.data import train_tokenizer
         >>> tokenizer = train_tokenizer(["thank you", "thank them"], vocab_size=300)
         >>> reward = from_text(tokenizer, lambda prompts, responses: [float("you" in r) for r in responses])
     """
+
+    named = inspect.signature(function).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
 
     def reward(drawn: Generated, batch: Mapping[str, Any]) -> Sequence[float]:
         tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
@@ -65,7 +70,9 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
             for row, real in zip(tokens, mask, strict=True)
         ]
         fields = {
-            n: v for n, v in batch.items() if n not in ("input_ids", "attention_mask", "text")
+            name: value
+            for name, value in batch.items()
+            if name not in ("input_ids", "attention_mask", "text") and (takes_all or name in named)
         }
         return function(text(slice(None, prompt)), text(slice(prompt, None)), **fields)
 

@@ -43,6 +43,16 @@ def test_each_sentence_is_chosen_once_and_rejected_once():
         assert all(r.chosen != r.rejected for r in part)
 
 
+def test_more_rejected_responses_for_each_function():
+    once, thrice = (standard_library_pairs(rejected=n) for n in (1, 3))
+    assert thrice.held_out == once.held_out
+    assert thrice.train[: len(once.train)] == once.train
+    chosen, rejected = ([getattr(r, n) for r in thrice.train] for n in ("chosen", "rejected"))
+    assert sorted(chosen) == sorted(rejected) == sorted(3 * [r.chosen for r in once.train])
+    assert len(set(thrice.train)) > 2.5 * len(once.train)
+    assert all(r.chosen != r.rejected for r in thrice.train)
+
+
 def test_what_is_said_is_what_the_library_says():
     import json
 
@@ -77,6 +87,8 @@ def test_shares_that_are_none():
     for held_out in (0.0, 1.0):
         with pytest.raises(ValueError, match=f"held_out={held_out}"):
             standard_library_pairs(held_out=held_out)
+    with pytest.raises(ValueError, match="rejected=0: must be at least 1"):
+        standard_library_pairs(rejected=0)
     with pytest.raises(ValueError, match=r"train would have \d functions"):
         standard_library_pairs(held_out=0.99999)
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import Literal, get_args
 
 from effscale.experiments.shared.config_parts import OutputPart
-from effscale.experiments.shared.gpt import ModelConfig
+from effscale.models import TransformerConfig, llama
 from effscale.models.validation import check
 from effscale.rlhf.config import GroupConfig, PPOConfig
 
@@ -31,25 +31,55 @@ class LearningConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A small Llama; its vocabulary is the tokenizer's."""
+
+    num_layers: int = 2
+    """Layers."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals while a model learns from text and pairs; policies learn without."""
+    init_std: float = 0.088
+    """Deviation of the initial weights. At 0.02, which suits wider models, the reward model needs twice the steps to leave chance."""
+
+    def build(self, vocab_size: int) -> TransformerConfig:
+        """The transformer's config."""
+        config = llama(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            d_ff=-(-8 * self.d_model // 24) * 8,
+            vocab_size=vocab_size,
+            dropout=self.dropout,
+        )
+        return dataclasses.replace(config, remat="dots", init_std=self.init_std)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OutputPart):
     """What the run does; every field is an option of the command line."""
 
     step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
     """Which steps to take, in this order; a step that is left out is taken from --out, or begins with --actor."""
     actor: pathlib.Path | None = None
-    """Folder of a model to start from, with its tokenizer; by default a small GPT is made here, and first learns the library's text."""
+    """Folder of a model to start from, with its tokenizer; by default a small Llama is made here, and first learns the library's text."""
     reward: pathlib.Path | None = None
     """Folder of a reward model that reads the actor's tokens, in place of the step reward."""
     data: tuple[str, ...] = ("stdlib",)
     """Records: stdlib, made of the docstrings of the running Python; or files of JSON, JSON Lines or Parquet in any of the known formats."""
     held_out: float = 0.1
     """Share of the records that nothing learns from; of stdlib, of the functions."""
+    rejected: int = 8
+    """Comparisons that the reward model learns from for each function of stdlib, each with another rejected response."""
     split: str = "1,1,1"
     """Shares of the other records for sft, reward and ppo, as DeepSpeed-Chat's --data_split; all: each step has them all."""
     seeds: int = 3
     """Runs; seeds 0, 1, ... decide all that is random."""
-    model: ModelConfig = ModelConfig(num_layers=4, d_model=128)
-    """The GPT that is made where no --actor is given."""
+    model: ModelConfig = ModelConfig()
+    """The Llama that is made where no --actor is given."""
     vocab_size: int = 1024
     """Of its tokenizer, a byte-level BPE."""
     length: int = 128
@@ -68,6 +98,8 @@ class Config(OutputPart):
     """Supervised fine-tuning on chosen responses."""
     reward_model: LearningConfig = LearningConfig(steps=300, batch_size=32, learning_rate=1e-3)
     """The reward model, which begins as the fine-tuned one."""
+    reward_form: Literal["response", "token"] = "token"
+    """What the reward model compares: the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
     policy: LearningConfig = LearningConfig(steps=60, batch_size=64, learning_rate=3e-4)
     """PPO, GRPO, RLOO and DPO; prompts of an iteration."""
     critic_rate: float = 1e-3
@@ -108,6 +140,7 @@ class Config(OutputPart):
         )
         for name in (
             "seeds",
+            "rejected",
             "length",
             "response_length",
             "epochs",
@@ -132,7 +165,7 @@ class Config(OutputPart):
             "vocab_size",
             "at least 257: the bytes, and what ends a text",
         )
-        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
+        self.model.build(self.vocab_size)  # an impossible model is refused here
         shares = self.split == "all" or len(self.split.split(",")) == 3
         check(self, shares, "split", "three numbers such as 2,4,4, or all")
 

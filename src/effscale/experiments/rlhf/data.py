@@ -39,21 +39,26 @@ def read_phases(config: Config) -> Phases:
     """All records, dealt to the steps; the same for every seed."""
     train: list[Record] = []
     held_out: list[Record] = []
+    more: list[Record] = []
     for source in config.data:
         if source == "stdlib":
-            pairs = standard_library_pairs(held_out=config.held_out)
-            train += pairs.train
+            shares = {"held_out": config.held_out, "rejected": config.rejected}
+            pairs = standard_library_pairs(**shares)
+            functions = len(pairs.train) // config.rejected
+            train += pairs.train[:functions]
+            more += pairs.train[functions:]
             held_out += pairs.held_out
         else:
             splits = Splits(fractions={"train": 1 - config.held_out, "held_out": config.held_out})
             parts = split_by_prompt(read_records(source), splits)
             train += parts["train"]
             held_out += parts["held_out"]
-    if config.split == "all":
-        return Phases(sft=train, reward=train, prompts=train, held_out=held_out)
-    sft, reward, prompts = (
-        [train[i] for i in part] for part in phase_split(len(train), config.split)
-    )
+    parts = [train] * 3
+    if config.split != "all":
+        parts = [[train[i] for i in part] for part in phase_split(len(train), config.split)]
+    sft, reward, prompts = parts
+    seen = {record.prompt for record in reward}
+    reward = [*reward, *(record for record in more if record.prompt in seen)]
     return Phases(sft=sft, reward=reward, prompts=prompts, held_out=held_out)
 
 

@@ -9,7 +9,7 @@ model folder that transformers opens, too; a run that is stopped goes on where i
     python -m effscale.experiments.rlhf --actor FOLDER --step sft reward ppo --data pairs.jsonl --lora-rank 8
     python -m effscale.experiments.rlhf --out runs/mine --resume --step dpo
 
-Without --actor and --data nothing is downloaded: a small GPT learns the source of the running Python's standard library ("base"), and then to say what
+Without --actor and --data nothing is downloaded: a small Llama learns the source of the running Python's standard library ("base"), and then to say what
 its functions do: the chosen response is a function's own documentation, the rejected one another's.
 """
 

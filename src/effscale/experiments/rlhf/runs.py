@@ -41,6 +41,7 @@ from effscale.training import (
     Clip,
     RunFolder,
     ScheduleConfig,
+    count_tokens,
     create_train_state,
     evaluate,
     make_eval_step,
@@ -51,7 +52,7 @@ from effscale.training import (
 SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)
 """Of a reward model."""
 VALUE = ClassHead(num_classes=1, name="score", pool="none", bias=False)
-"""Of a critic, which begins as the reward model: the same weights after each token."""
+"""The same after each token: of a critic, which begins as the reward model, and of a reward model that learns from each token."""
 
 
 class Steps:
@@ -155,7 +156,11 @@ class Steps:
         optimizer, rate = _optimizer(learning)
         trainable = is_adapter if self._has_lora(step) else None
         train = make_train_step(
-            *(loss, optimizer), clip=Clip(1.0), learning_rate=rate, trainable=trainable
+            *(loss, optimizer),
+            clip=Clip(1.0),
+            tokens_per_batch=_count_tokens,
+            learning_rate=rate,
+            trainable=trainable,
         )
 
         def start() -> Any:
@@ -183,9 +188,7 @@ class Steps:
 
     def _base(self) -> Transformer:
         config, tokenizer = self.config, self.encoder.tokenizer
-        size = config.model.build(
-            tokenizer.get_vocab_size(), max(config.length, config.total_length)
-        )
+        size = config.model.build(tokenizer.get_vocab_size())
         rows = data.base_rows(config, tokenizer, self.phases.held_out, self.encoder.stop_ids[0])
         make = jax.jit(lambda: Transformer(size, rngs=nnx.Rngs(self.seed)))
         return self._trained("base", config.base, next_token_loss, rows, make, lambda state: {})
@@ -209,11 +212,15 @@ class Steps:
         key = jax.random.key(self.seed)
         rows = data.pairs_of(self.config, self.encoder, self.phases.reward)
         batch = self.config.reward_model.batch_size
-        test = functools.partial(_evaluated, reward_model_loss, self.held_out_pairs(), batch)
-        return self._trained(
-            *("reward", self.config.reward_model, reward_model_loss, rows),
-            *(lambda: replace_heads(self.actor(), (SCORE,), key=key), test),
+        loss = functools.partial(reward_model_loss, form=self.config.reward_form)
+        head = VALUE if self.config.reward_form == "token" else SCORE
+        test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch)
+        model = self._trained(
+            *("reward", self.config.reward_model, loss, rows),
+            *(lambda: replace_heads(self.actor(), (head,), key=key), test),
         )
+        # Saved as transformers knows it, with a score at the end.
+        return replace_heads(model, (SCORE,), key=key)
 
     def _dpo(self) -> Transformer:
         reference = self.actor()
@@ -287,6 +294,12 @@ def _optimizer(
         peak=peak, warmup=learning.steps // 10, total=learning.steps, final=peak / 10
     ).build()
     return AdamWConfig(b2=0.95, weight_decay=0.0).build(rate), rate
+
+
+def _count_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens of rows, or of both responses of pairs, padding included."""
+    pair = [batch[name].size for name in ("chosen", "rejected") if name in batch]
+    return sum(pair) if pair else count_tokens(batch)
 
 
 @functools.lru_cache(maxsize=8)

@@ -48,16 +48,20 @@ class LibraryPairs(NamedTuple):
     held_out: tuple[Record, ...]
 
 
-def standard_library_pairs(seed: int = 0, *, held_out: float = 0.1) -> LibraryPairs:
+def standard_library_pairs(
+    seed: int = 0, *, held_out: float = 0.1, rejected: int = 1
+) -> LibraryPairs:
     """Pairs made of the running Python's standard library: some thousands, the same ones every time.
 
     The prompt asks what a function does and gives its signature, the chosen response is the first sentence of its documentation, and the
-    rejected one is that of another function. Each sentence is chosen once and rejected once, so that nothing can be learned from the
+    rejected one is that of another function. Each sentence is rejected as often as it is chosen, so that nothing can be learned from the
     sentence alone. The source is parsed and never imported or run. Another version of Python has other functions.
 
     Args:
         seed: Decides which functions are held out, what is rejected, and the order.
         held_out: The share of functions to hold out.
+        rejected: How many records a function to learn from has, each with another rejected response. A reward model that reads each record once
+            then learns from more comparisons; held-out functions have one record.
 
     Raises:
         ValueError: An argument is out of range.
@@ -71,6 +75,8 @@ def standard_library_pairs(seed: int = 0, *, held_out: float = 0.1) -> LibraryPa
     check_seed(seed)
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: must be above 0 and below 1")
+    if rejected < 1:
+        raise ValueError(f"rejected={rejected}: must be at least 1")
     splits = Splits(fractions={"train": 1 - held_out, "held_out": held_out}, seed=seed)
     parts: dict[str, list[Function]] = {name: [] for name in splits.fractions}
     for function in library_functions():
@@ -81,8 +87,10 @@ def standard_library_pairs(seed: int = 0, *, held_out: float = 0.1) -> LibraryPa
                 f"held_out={held_out}: {name} would have {len(functions)} functions, and pairs need two"
             )
     train, held = (
-        _pairs(functions, np.random.default_rng(np.random.SeedSequence([seed, number])))
-        for number, functions in enumerate((parts["train"], parts["held_out"]))
+        _pairs(functions, np.random.default_rng(np.random.SeedSequence([seed, number])), times)
+        for number, (functions, times) in enumerate(
+            ((parts["train"], rejected), (parts["held_out"], 1))
+        )
     )
     return LibraryPairs(train, held)
 
@@ -162,18 +170,21 @@ def _signature(function: _FunctionNode) -> str:
     return f"({ast.unparse(arguments)}){returns}"
 
 
-def _pairs(functions: list[Function], generator: np.random.Generator) -> tuple[Record, ...]:
-    # Around a circle in random order each function's answer is refused for the one before it.
-    order = generator.permutation(len(functions))
+def _pairs(
+    functions: list[Function], generator: np.random.Generator, times: int
+) -> tuple[Record, ...]:
     records = []
-    for here, there in zip(order, np.roll(order, -1), strict=True):
-        function = functions[here]
-        question = f"What does the Python function `{function.name}{function.signature}` do?"
-        records.append(
-            Record(
-                prompt=(Message("user", question),),
-                chosen=function.summary,
-                rejected=functions[there].summary,
+    for _ in range(times):
+        # Around a circle in random order each function's answer is refused for the one before it.
+        order = generator.permutation(len(functions))
+        for here, there in zip(order, np.roll(order, -1), strict=True):
+            function = functions[here]
+            question = f"What does the Python function `{function.name}{function.signature}` do?"
+            records.append(
+                Record(
+                    prompt=(Message("user", question),),
+                    chosen=function.summary,
+                    rejected=functions[there].summary,
+                )
             )
-        )
     return tuple(records)
