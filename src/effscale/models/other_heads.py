@@ -47,9 +47,9 @@ def replace_heads(
             return model.heads[head.name]
         rngs = nnx.Rngs(jax.random.fold_in(key, zlib.crc32(head.name.encode())))
         new = head.build(config, rngs=rngs)
-        if isinstance(old, ClassHead) and isinstance(head, ClassHead):
-            if dataclasses.replace(old, pool=head.pool) == head:
-                nnx.update(new, nnx.state(model.heads[head.name]))
+        both = isinstance(old, ClassHead) and isinstance(head, ClassHead)
+        if both and dataclasses.replace(old, pool=head.pool) == head:
+            nnx.update(new, nnx.state(model.heads[head.name]))
         return new
 
     new = copy.copy(model)

@@ -72,7 +72,7 @@ class Config(OutputPart):
     """Records: stdlib, made of the docstrings of the running Python; or files of JSON, JSON Lines or Parquet in any of the known formats."""
     held_out: float = 0.1
     """Share of the records that nothing learns from; of stdlib, of the functions."""
-    rejected: int = 8
+    rejected: int = 12
     """Comparisons that the reward model learns from for each function of stdlib, each with another rejected response."""
     split: str = "1,1,1"
     """Shares of the other records for sft, reward and ppo, as DeepSpeed-Chat's --data_split; all: each step has them all."""
@@ -96,7 +96,7 @@ class Config(OutputPart):
     """Pretraining on the library's source, without what is held out."""
     sft: LearningConfig = LearningConfig(steps=150, batch_size=16, learning_rate=2e-3)
     """Supervised fine-tuning on chosen responses."""
-    reward_model: LearningConfig = LearningConfig(steps=300, batch_size=32, learning_rate=1e-3)
+    reward_model: LearningConfig = LearningConfig(steps=564, batch_size=64, learning_rate=3e-3)
     """The reward model, which begins as the fine-tuned one."""
     reward_form: Literal["response", "token"] = "token"
     """What the reward model compares: the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
