@@ -1,10 +1,11 @@
-"""The chat in the browser: through its API, and with a real browser where there is one."""
+"""The chat in the browser: what its page does, and a real browser where there is one."""
 
-import gc
+import json
 import shutil
-import socket
+import signal
+import subprocess
+import sys
 import time
-from urllib.request import urlopen
 
 import jax
 import pytest
@@ -21,15 +22,6 @@ from effscale.rlhf.data import RecordEncoder
 pytest.importorskip("gradio", reason="the extra chat is not installed")
 
 from effscale.experiments.chat import web
-
-# Gradio and its client leave sockets and event loops to the garbage collector, and use what pandas has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def collected():
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -48,58 +40,51 @@ def talks():
 
 
 @pytest.fixture(scope="module")
-def served(talks):
-    built = web.page(talks)
-    web.start(built, host="127.0.0.1", port=0)
-    yield built
-    built.close()
+def built(talks):
+    return web.page(talks)
 
 
-def client(served):
-    from gradio_client import Client
-
-    return Client(served.local_url, verbose=False, analytics_enabled=False)
+def answer(built, words, held=None, shown=([], [])):
+    """What the page shows at last: the box, the conversations, and both panes."""
+    (function,) = (f.fn for f in built.fns.values() if f.api_name == "answer")
+    *_, last = function(words, held, *shown)
+    return last
 
 
 def contents(pane):
-    """What was said: the client gives a turn's content as text, or as parts."""
-    parts = [turn["content"] for turn in pane]
-    return [p if isinstance(p, str) else "".join(x["text"] for x in p) for p in parts]
+    return [turn["content"] for turn in pane]
 
 
-def test_both_models_answer_as_in_the_terminal(talks, served):
-    words, *panes = client(served).predict("Hi.", [], [], api_name="/answer")
+def test_both_models_answer_as_in_the_terminal(talks, built):
+    words, held, *panes = answer(built, "Hi.")
     assert words == ""
     for pane, talk in zip(panes, talks.values(), strict=True):
         assert contents(pane) == ["Hi.", "".join(talk.anew().answer("Hi."))]
+        assert [turn["role"] for turn in pane] == ["user", "assistant"]
         assert talk.messages == []
+    assert [len(talk.messages) for talk in held] == [2, 2]
 
 
-def test_a_tab_remembers_and_knows_nothing_of_another(served):
-    tab, other = client(served), client(served)
-    shown = tab.predict("Hi.", [], [], api_name="/answer")[1:]
-    again = tab.predict("Hi.", *shown, api_name="/answer")[1:]
-    assert len(again[0]) == 4
-    assert other.predict("Hi.", [], [], api_name="/answer")[1] == shown[0]
+def test_a_tab_remembers_and_knows_nothing_of_another(built):
+    _, held, *shown = answer(built, "Hi.")
+    again = answer(built, "Hi.", held, shown)[2:]
+    assert [len(pane) for pane in again] == [4, 4]
+    assert list(answer(built, "Hi.")[2:]) == shown
     # The second answer was given to a longer conversation.
     assert contents(again[0])[3] != contents(shown[0])[1]
 
 
-def test_too_long_a_question_is_answered_with_the_reason(served):
-    panes = client(served).predict("colour " * 400, [], [], api_name="/answer")[1:]
-    assert "(not answered: that is" in contents(panes[0])[-1]
+def test_nothing_said_is_not_answered(built):
+    assert answer(built, " ") == (" ", None, [], [])
 
 
-def test_it_speaks_only_on_this_computer_and_of_no_other(served):
-    assert served.local_url.startswith("http://127.0.0.1:")
-    with urlopen(served.local_url) as response:
-        text = response.read().decode()
-    assert "fonts.googleapis" not in text
-    assert not served.share
+def test_too_long_a_question_is_answered_with_the_reason(built):
+    pane = answer(built, "colour " * 400)[2]
+    assert "(not answered: that is" in contents(pane)[-1]
 
 
 @pytest.mark.slow
-def test_in_a_browser(served):
+def test_in_a_browser(talks, tmp_path):
     pytest.importorskip("selenium", reason="selenium is not installed")
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (browser and driver):
@@ -109,10 +94,21 @@ def test_in_a_browser(served):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
+    for name, talk in talks.items():
+        save_pretrained(talk.model, tmp_path / name, tokenizer=talk.encoder.tokenizer)
+    command = [
+        *(sys.executable, "-m", "effscale.experiments.chat", "--web", "--max-new-tokens", "6")
+    ]
+    command += ["--model", str(tmp_path / "sft"), "--beside", str(tmp_path / "ppo"), "--port"]
+    server = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline()
+    assert line.startswith("the page is at http://127.0.0.1:")
+    url = line.split()[4]
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     window = webdriver.Chrome(options=options, service=Service(driver))
 
     def wait_for(found, seconds=60):
@@ -125,15 +121,34 @@ def test_in_a_browser(served):
 
     bubbles = lambda: window.find_elements(By.CSS_SELECTOR, "[data-testid=bot]")
     try:
-        window.get(served.local_url)
+        window.get(url)
         box = wait_for(lambda: window.find_elements(By.TAG_NAME, "textarea"))[0]
         box.send_keys("Hi.", Keys.ENTER)
         wait_for(lambda: len(bubbles()) == 2 and all(b.text.strip() for b in bubbles()))
         clear = [b for b in window.find_elements(By.TAG_NAME, "button") if b.text == "Clear"]
         clear[0].click()
         wait_for(lambda: not bubbles())
+        sent = [json.loads(entry["message"])["message"] for entry in window.get_log("performance")]
+        asked = [
+            message["params"]["request"]["url"]
+            for message in sent
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+        # Of no other computer.
+        assert asked
+        assert all(one.startswith((url, "data:", "blob:")) for one in asked)
+        taken = subprocess.run(
+            [*command, url.rstrip("/").rpartition(":")[2]],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert taken.returncode == 2
+        assert "--port 0 takes a free one" in taken.stderr
     finally:
         window.quit()
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
 
 
 def test_names_on_the_page(tmp_path):
@@ -144,7 +159,7 @@ def test_names_on_the_page(tmp_path):
     assert web._labels(paths[:1] * 2)[1].endswith("a/ppo (2)")
 
 
-def test_bad_input(talks, tmp_path, capsys):
+def test_bad_input(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"beside=.* must be left out without --web"):
         Config(model=tmp_path, beside=tmp_path)
     with pytest.raises(ValueError, match="port=70000: must be between 0 and 65535"):
@@ -154,10 +169,3 @@ def test_bad_input(talks, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--web"])
     assert "give the folder of a model" in capsys.readouterr().err
-    talk = talks["sft"]
-    save_pretrained(talk.model, tmp_path / "m", tokenizer=talk.encoder.tokenizer)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(SystemExit):
-            main(["--web", "--model", str(tmp_path / "m"), "--port", str(port)])
-    assert f"--port {port}: " in capsys.readouterr().err

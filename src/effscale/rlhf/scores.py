@@ -61,7 +61,7 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
     named = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
 
-    def reward(drawn: Generated, batch: Mapping[str, Any]) -> Sequence[float]:
+    def reward(drawn: Generated, batch: Mapping[str, Any]) -> Any:
         tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
         prompt = batch["input_ids"].shape[1]
         text = lambda cut: [
