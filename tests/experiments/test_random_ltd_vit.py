@@ -101,7 +101,7 @@ def records(folder, name):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_run_counts_what_its_layers_see(finished):
     # 10 tokens, 2 of 4 layers drop; 4 are kept up to step 4, then 6 and 9 (multiples of 3) and from step 15 on all 10.
     kept = [4 if t < 5 else 6 if t < 13 else 9 for t in range(15)] + [10] * 15
@@ -124,7 +124,7 @@ def test_a_run_counts_what_its_layers_see(finished):
     assert results["random_ltd_teraflops"] == pytest.approx(sum(map(flops, kept)) / 1e12)
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_both_arms_warm_up_in_the_same_steps_and_then_follow_the_layer_tokens(finished):
     for arm in ("baseline", "random_ltd"):
         steps = [r for r in records(finished, f"seed-0/{arm}") if "loss" in r]
@@ -136,7 +136,7 @@ def test_both_arms_warm_up_in_the_same_steps_and_then_follow_the_layer_tokens(fi
         np.testing.assert_allclose(rates, 1e-2 * wanted, rtol=1e-4)
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_run_leaves_what_it_promises(finished):
     results = json.loads((finished / "results.json").read_text())
     assert all(np.isfinite(v) for v in results.values() if isinstance(v, int | float))
@@ -155,7 +155,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert not list(finished.rglob("checkpoints"))
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_no_step_but_the_first_shares_the_machine_with_a_compilation(watched):
     _, seen, _ = watched
     assert {stages for _, stages, _ in seen.compiled} == {1, 4}
@@ -163,7 +163,7 @@ def test_no_step_but_the_first_shares_the_machine_with_a_compilation(watched):
     assert all(ready == stages for step, stages, ready in seen.compiled if step >= 1)
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(watched):
     finished, seen, heads = watched
     first = [records(finished, f"seed-0/{arm}")[0] for arm in ("baseline", "random_ltd")]
@@ -305,7 +305,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
     assert not list(tmp_path.glob("runs*"))
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")}
     for words, message in (

@@ -75,7 +75,7 @@ def trained(folder, arm, seed=0):
     return [r for r in records(folder, arm, seed) if "loss" in r]
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_each_arm_consumes_the_tokens_in_the_steps_counted_by_hand(folder):
     rows = {"small": 8, "large_x4": 16, "large_curriculum_x4": 16}
     results = json.loads((folder / "results.json").read_text())
@@ -91,7 +91,7 @@ def test_each_arm_consumes_the_tokens_in_the_steps_counted_by_hand(folder):
         assert results[f"{arm}_lengths"] == len(set(lengths))
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_the_learning_rate_rises_by_steps_and_falls_by_tokens(folder):
     for arm, peak in (("small", 5e-3), ("large_x4", 2e-2), ("large_curriculum_x4", 2e-2)):
         steps = trained(folder, arm)
@@ -103,7 +103,7 @@ def test_the_learning_rate_rises_by_steps_and_falls_by_tokens(folder):
         np.testing.assert_allclose([r["learning_rate"] for r in steps], expected, rtol=1e-4)
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_figures_are_those_of_the_records(folder):
     results = json.loads((folder / "results.json").read_text())
     for arm in ARMS:
@@ -139,7 +139,7 @@ def test_figures_are_those_of_the_records(folder):
     assert results["small_tokens_to_reach"] <= 6144
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_run_leaves_what_it_promises(folder):
     for name in ("training", "instability", "validation"):
         figure = folder / "figures" / f"{name}.png"
@@ -194,7 +194,7 @@ def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
     assert at_call == [1, 1, 1, 1]
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(folder):
     results = json.loads((folder / "results.json").read_text())
     for arm in ("large_x1e+30", "large_curriculum_x1e+30"):
@@ -387,7 +387,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
     assert not list(tmp_path.glob("runs*"))
 
 
-@pytest.mark.slow  # a whole run; those of data_efficiency and random_ltd_bert, which share its parts, are quicker
+@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
 def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
     for words, message in (
