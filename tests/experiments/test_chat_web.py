@@ -45,7 +45,7 @@ def built(talks):
 
 
 def answer(built, words, held=None, shown=([], [])):
-    """What the page shows at last: the box, the conversations, and both panes."""
+    """The final outputs of a question: the text box, the conversations, and both panes."""
     (function,) = (f.fn for f in built.fns.values() if f.api_name == "answer")
     *_, last = function(words, held, *shown)
     return last
@@ -59,7 +59,7 @@ def test_both_models_answer_as_in_the_terminal(talks, built):
     words, held, *panes = answer(built, "Hi.")
     assert words == ""
     for pane, talk in zip(panes, talks.values(), strict=True):
-        assert contents(pane) == ["Hi.", "".join(talk.anew().answer("Hi."))]
+        assert contents(pane) == ["Hi.", "".join(talk.fresh().answer("Hi."))]
         assert [turn["role"] for turn in pane] == ["user", "assistant"]
         assert talk.messages == []
     assert [len(talk.messages) for talk in held] == [2, 2]
@@ -100,10 +100,6 @@ def test_in_a_browser(talks, tmp_path):
         *(sys.executable, "-m", "effscale.experiments.chat", "--web", "--max-new-tokens", "6")
     ]
     command += ["--model", str(tmp_path / "sft"), "--beside", str(tmp_path / "ppo"), "--port"]
-    server = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)
-    line = server.stdout.readline()
-    assert line.startswith("the page is at http://127.0.0.1:")
-    url = line.split()[4]
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
@@ -120,7 +116,11 @@ def test_in_a_browser(talks, tmp_path):
         raise AssertionError(f"not there after {seconds} s: {window.page_source[-2000:]}")
 
     bubbles = lambda: window.find_elements(By.CSS_SELECTOR, "[data-testid=bot]")
+    server = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)
     try:
+        line = server.stdout.readline()
+        assert line.startswith("the page is at http://127.0.0.1:")
+        url = line.split()[4]
         window.get(url)
         box = wait_for(lambda: window.find_elements(By.TAG_NAME, "textarea"))[0]
         box.send_keys("Hi.", Keys.ENTER)

@@ -20,7 +20,7 @@ def whole(start, options, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow  # as does a smaller run in tests/training/test_resume.py
+@pytest.mark.slow  # tests/training/test_resume.py kills a smaller run
 def test_killed_at_many_moments(start, options, whole, tmp_path):
     out = tmp_path / "run"
     killed = -signal.SIGKILL
@@ -51,7 +51,7 @@ def test_killed_at_many_moments(start, options, whole, tmp_path):
     assert [results[0][name] for name in measured] == [results[1][name] for name in measured]
 
 
-@pytest.mark.slow  # as does a smaller run in tests/parallel/test_curves.py
+@pytest.mark.slow  # tests/parallel/test_curves.py compares smaller runs
 def test_two_processes_give_the_curve_of_one(start, options, whole, tmp_path):
     out = tmp_path / "run"
     launcher = ("-m", "effscale.parallel.local_launch", "--processes", "2", "--devices", "1", "--")

@@ -43,7 +43,7 @@ def test_eight_bits_cost_next_to_nothing(smollm2):
     assert abs(loss(small, ids) - exact) < 0.03
 
 
-@pytest.mark.slow  # tests/quant/test_compressed_tensors.py has small ones
+@pytest.mark.slow  # 29 s; the eight bits above go through the same code
 def test_the_file_s_own_four_bits_are_found_again(smollm2):
     """It came in groups of 32 with a scale and a least number (Q4_1): the same format loses nothing, and per channel much is lost."""
     model, ids, exact = smollm2

@@ -48,7 +48,7 @@ class Conversation:
 
     @classmethod
     def open(cls, folder: pathlib.Path, config: Config) -> "Conversation":
-        """With the model of a folder.
+        """Starts a conversation with the model in a folder.
 
         Raises:
             FileNotFoundError: The folder is not there, or holds no model or no tokenizer.
@@ -64,8 +64,8 @@ class Conversation:
         model = load_pretrained(folder, dtype=config.dtype)
         return cls(model, encoder, sampling, seed=config.seed, system=config.system)
 
-    def anew(self) -> "Conversation":
-        """Another conversation with the same model, in which nothing was said yet."""
+    def fresh(self) -> "Conversation":
+        """An empty conversation with the same model, whose weights both share."""
         other = copy.copy(self)
         other.messages, other._answers = [], 0
         return other

@@ -1,6 +1,5 @@
 """A conversation in the browser, with one model or with two side by side."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,10 +35,10 @@ def serve(config: Config) -> None:
 
 
 def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
-    """The page. Each browser tab has conversations of its own.
+    """Builds the page. Each browser tab has its own conversations.
 
     Args:
-        talks: A model's name on the page, and a conversation to begin anew from.
+        talks: Maps the name that the page shows for a model to a conversation with it; every tab starts with empty copies of them.
     """
     if not talks:
         raise ValueError("talks has no conversation: give at least one")
@@ -63,7 +62,7 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
             if not said.strip():
                 yield said, held, *shown
                 return
-            held = held or [talk.anew() for talk in talks.values()]
+            held = held or [talk.fresh() for talk in talks.values()]
             answers = [_answer(talk, said) for talk in held]
             turns = [[*before, _turn("user", said), _turn("assistant", "")] for before in shown]
             for texts in _together(answers):
@@ -72,7 +71,7 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
                 yield "", held, *turns
 
         places = [words, begun, *panes]
-        # Gradio streams what is a generator function, and a function with checked types no longer looks like one.
+        # Gradio streams generator functions only, and a wrapper that checks types hides that `answered` is one.
         streamed = lambda *given: (yield from answered(*given))
         answering = gradio.on(
             [send.click, words.submit],
@@ -92,14 +91,13 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
 
 
 def start(built: gradio.Blocks, *, host: str, port: int) -> None:
-    """Serves a page from a thread of its own, and asks nothing of any other computer.
+    """Serves a page from a background thread. Neither the server nor the page makes requests to other hosts.
 
     Raises:
         OSError: The port is taken.
     """
-    # Fonts of the system, as those of the default theme come from the network.
+    # System fonts: those of Gradio's default theme are fetched from the network.
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         built.queue().launch(
             server_name=host,
@@ -135,7 +133,7 @@ def _turn(role: str, text: str) -> dict[str, str]:
 
 
 def _answer(talk: Conversation, said: str) -> Iterator[str]:
-    """What of an answer is there, more each time."""
+    """The answer so far, growing with each piece."""
     text = ""
     try:
         for piece in talk.answer(said):
@@ -146,7 +144,7 @@ def _answer(talk: Conversation, said: str) -> Iterator[str]:
 
 
 def _together(answers: Sequence[Iterator[str]]) -> Iterator[list[str]]:
-    """A piece of each in turn, until all have ended."""
+    """The text of every answer so far, after each has advanced by a piece, until all have ended."""
     texts, left = [""] * len(answers), dict(enumerate(answers))
     while left:
         for number, answer in list(left.items()):

@@ -43,7 +43,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout of embeddings, attention and residuals while a model learns from text and pairs; policies learn without."""
     init_std: float = 0.088
-    """Deviation of the initial weights. Wider models have 0.02, with which a reward model as narrow as this one learned more slowly, in one run each."""
+    """Standard deviation of the initial weights. 0.02 suits wider models; at this width the reward model learned faster with 0.088 (one run each)."""
 
     def build(self, vocab_size: int) -> TransformerConfig:
         """The transformer's config."""

@@ -42,8 +42,7 @@ def read_phases(config: Config) -> Phases:
     more: list[Record] = []
     for source in config.data:
         if source == "stdlib":
-            shares = {"held_out": config.held_out, "rejected": config.rejected}
-            pairs = standard_library_pairs(**shares)
+            pairs = standard_library_pairs(held_out=config.held_out, rejected=config.rejected)
             functions = len(pairs.train) // config.rejected
             train += pairs.train[:functions]
             more += pairs.train[functions:]

@@ -219,7 +219,7 @@ class Steps:
             *("reward", self.config.reward_model, loss, rows),
             *(lambda: replace_heads(self.actor(), (head,), key=key), test),
         )
-        # Saved as transformers knows it, with a score at the end.
+        # transformers reads a score at the last token only.
         return replace_heads(model, (SCORE,), key=key)
 
     def _dpo(self) -> Transformer:
