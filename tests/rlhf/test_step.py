@@ -274,6 +274,10 @@ def test_rewards_are_summed_by_name():
     assert list(plain(drawn, batch)) == lengths
     wanting = from_text(tokenizer, lambda prompts, responses, wanted: wanted)
     assert wanting(drawn, batch) == [1, 2]
+    # Python does not tell what max names.
+    assert from_text(tokenizer, max)(drawn, batch) == max(
+        ["a b"] * 2, [tokenizer.decode(answer[:n]) for n in (3, 2)]
+    )
 
 
 def test_bad_input(made):

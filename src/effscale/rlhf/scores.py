@@ -58,7 +58,10 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
         >>> tokenizer = train_tokenizer(["thank you", "thank them"], vocab_size=300)
         >>> reward = from_text(tokenizer, lambda prompts, responses: [float("you" in r) for r in responses])
     """
-    named = inspect.signature(function).parameters
+    try:
+        named = inspect.signature(function).parameters
+    except ValueError:  # some functions that are built in do not tell theirs
+        named = {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
 
     def reward(drawn: Generated, batch: Mapping[str, Any]) -> Any:

@@ -72,7 +72,6 @@ def response_log_probs(
     x, weight, bias = model.heads["lm"].linear(hidden, model.embed)
     table = transpose(weight)
 
-    @jax.checkpoint
     def of_chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         x, labels = inputs
         logits = matmul(x, table, bias).astype(jnp.float32) / temperature
@@ -84,7 +83,9 @@ def response_log_probs(
     rows = x.reshape(-1, x.shape[-1])
     chunk = chunk_size(rows.shape[0], CHUNK)
     chunks = split_tokens(rows, chunk), split_tokens(labels.reshape(-1), chunk)
-    found = jax.lax.map(of_chunk, chunks)
+    # The backward pass begins with the head: it finds the logits of a single chunk as the forward pass left them.
+    one = chunks[0].shape[0] == 1
+    found = jax.lax.map(of_chunk if one else jax.checkpoint(of_chunk), chunks)
     # A chunk has every so-manieth token.
     shaped = lambda a: a.swapaxes(0, 1).reshape(-1)[: labels.size].reshape(labels.shape)
     return ResponseLogProbs(shaped(found[0]), shaped(found[1]), encoded.reports)

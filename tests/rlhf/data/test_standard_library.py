@@ -1,4 +1,4 @@
-"""Pairs of the standard library: the same every time, and no function on both sides."""
+"""Pairs of the standard library: the same every time, and nothing on both sides."""
 
 import ast
 
@@ -6,7 +6,7 @@ import pytest
 
 from effscale.data.sources import standard_library as source
 from effscale.rlhf.data import standard_library_pairs
-from effscale.rlhf.data.standard_library import first_sentence, library_functions
+from effscale.rlhf.data.standard_library import first_sentence, documented
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,15 +56,18 @@ def test_more_rejected_responses_for_each_function():
 def test_what_is_said_is_what_the_library_says():
     import json
 
-    found = {function.name: function for function in library_functions()}
+    found = {one.name: one for one in documented()}
     dumps = found["json.dumps"]
     assert dumps.summary == "Serialize ``obj`` to a JSON formatted ``str``."
     assert dumps.summary in " ".join(json.dumps.__doc__.split())
     assert dumps.signature.startswith("(obj, *, skipkeys=False, ensure_ascii=True")
     assert found["json.decoder.JSONDecoder.decode"].signature == "(s, _w=WHITESPACE.match)"
-    for function in found.values():
-        ast.parse(f"def f{function.signature}: ...")
-        assert not any(part.startswith("_") for part in function.name.split("."))
+    decoder = found["json.decoder.JSONDecoder"]
+    assert (dumps.kind, decoder.kind) == ("function", "class")
+    assert decoder.signature.startswith("(*, object_hook=None")
+    for one in found.values():
+        ast.parse(f"def f{one.signature}: ...")
+        assert not any(part.startswith("__") for part in one.name.split(".")[1:])
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_shares_that_are_none():
             standard_library_pairs(held_out=held_out)
     with pytest.raises(ValueError, match="rejected=0: must be at least 1"):
         standard_library_pairs(rejected=0)
-    with pytest.raises(ValueError, match=r"train would have \d functions"):
+    with pytest.raises(ValueError, match=r"train would have \d functions and classes"):
         standard_library_pairs(held_out=0.99999)
 
 
@@ -97,5 +100,5 @@ def test_shares_that_are_none():
 def test_the_whole_library(a_part_of_the_library):
     a_part_of_the_library.undo()
     pairs = standard_library_pairs()
-    assert len(pairs.train) > 2500
-    assert len(pairs.held_out) > 250
+    assert len(pairs.train) > 4000
+    assert len(pairs.held_out) > 400

@@ -6,7 +6,7 @@ import pathlib
 from typing import Literal, get_args
 
 from effscale.experiments.shared.config_parts import OutputPart
-from effscale.models import TransformerConfig, llama
+from effscale.models import TransformerConfig, gpt2
 from effscale.models.validation import check
 from effscale.rlhf.config import GroupConfig, PPOConfig
 
@@ -32,7 +32,7 @@ class LearningConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A small Llama; its vocabulary is the tokenizer's."""
+    """A small GPT-2; its vocabulary is the tokenizer's."""
 
     num_layers: int = 2
     """Layers."""
@@ -45,14 +45,14 @@ class ModelConfig:
     init_std: float = 0.088
     """Standard deviation of the initial weights. 0.02 suits wider models; at this width the reward model learned faster with 0.088 (one run each)."""
 
-    def build(self, vocab_size: int) -> TransformerConfig:
+    def build(self, vocab_size: int, max_length: int) -> TransformerConfig:
         """The transformer's config."""
-        config = llama(
+        config = gpt2(
             num_layers=self.num_layers,
             d_model=self.d_model,
             num_heads=self.num_heads,
-            d_ff=-(-8 * self.d_model // 24) * 8,
             vocab_size=vocab_size,
+            max_length=max_length,
             dropout=self.dropout,
         )
         return dataclasses.replace(config, remat="dots", init_std=self.init_std)
@@ -65,21 +65,21 @@ class Config(OutputPart):
     step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
     """Which steps to take, in this order; a step that is left out is taken from --out, or begins with --actor."""
     actor: pathlib.Path | None = None
-    """Folder of a model to start from, with its tokenizer; by default a small Llama is made here, and first learns the library's text."""
+    """Folder of a model to start from, with its tokenizer; by default a small GPT-2 is made here, and first learns the library's text."""
     reward: pathlib.Path | None = None
     """Folder of a reward model that reads the actor's tokens, in place of the step reward."""
     data: tuple[str, ...] = ("stdlib",)
     """Records: stdlib, made of the docstrings of the running Python; or files of JSON, JSON Lines or Parquet in any of the known formats."""
     held_out: float = 0.1
-    """Share of the records that nothing learns from; of stdlib, of the functions."""
+    """Share of the records that nothing learns from; of stdlib, of the functions and classes."""
     rejected: int = 12
-    """Comparisons that the reward model learns from for each function of stdlib, each with another rejected response."""
-    split: str = "1,1,1"
-    """Shares of the other records for sft, reward and ppo, as DeepSpeed-Chat's --data_split; all: each step has them all."""
+    """Comparisons that the reward model learns from for each function and class of stdlib, each with another rejected response."""
+    split: str = "all"
+    """all: sft, reward and ppo have all other records; or their shares of them, as DeepSpeed-Chat's --data_split, which is 2,4,4 there."""
     seeds: int = 3
     """Runs; seeds 0, 1, ... decide all that is random."""
     model: ModelConfig = ModelConfig()
-    """The Llama that is made where no --actor is given."""
+    """The GPT-2 that is made where no --actor is given."""
     vocab_size: int = 1024
     """Of its tokenizer, a byte-level BPE."""
     length: int = 128
@@ -96,7 +96,7 @@ class Config(OutputPart):
     """Pretraining on the library's source, without what is held out."""
     sft: LearningConfig = LearningConfig(steps=150, batch_size=16, learning_rate=2e-3)
     """Supervised fine-tuning on chosen responses."""
-    reward_model: LearningConfig = LearningConfig(steps=564, batch_size=64, learning_rate=3e-3)
+    reward_model: LearningConfig = LearningConfig(steps=937, batch_size=64, learning_rate=3e-3)
     """The reward model, which begins as the fine-tuned one."""
     reward_form: Literal["response", "token"] = "token"
     """What the reward model compares: the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
@@ -165,7 +165,7 @@ class Config(OutputPart):
             "vocab_size",
             "at least 257: the bytes, and what ends a text",
         )
-        self.model.build(self.vocab_size)  # an impossible model is refused here
+        self.model.build(self.vocab_size, self.max_length)  # an impossible model is refused here
         shares = self.split == "all" or len(self.split.split(",")) == 3
         check(self, shares, "split", "three numbers such as 2,4,4, or all")
 
@@ -178,6 +178,11 @@ class Config(OutputPart):
         return dataclasses.replace(
             self.group, advantage="leave_one_out", kl_in="reward", kl_estimator="k1"
         )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a model made here can read."""
+        return max(self.length, self.total_length)
 
     @property
     def total_length(self) -> int:

@@ -9,8 +9,8 @@ model folder that transformers opens, too; a run that is stopped goes on where i
     python -m effscale.experiments.rlhf --actor FOLDER --step sft reward ppo --data pairs.jsonl --lora-rank 8
     python -m effscale.experiments.rlhf --out runs/mine --resume --step dpo
 
-Without --actor and --data nothing is downloaded: a small Llama learns the source of the running Python's standard library ("base"), and then to say what
-its functions do: the chosen response is a function's own documentation, the rejected one another's.
+Without --actor and --data nothing is downloaded: a small GPT-2 learns the source of the running Python's standard library ("base"), and then to say what
+its functions and classes do: the chosen response is what the documentation says of it, the rejected one what it says of another.
 """
 
 import time

@@ -188,7 +188,7 @@ class Steps:
 
     def _base(self) -> Transformer:
         config, tokenizer = self.config, self.encoder.tokenizer
-        size = config.model.build(tokenizer.get_vocab_size())
+        size = config.model.build(tokenizer.get_vocab_size(), config.max_length)
         rows = data.base_rows(config, tokenizer, self.phases.held_out, self.encoder.stop_ids[0])
         make = jax.jit(lambda: Transformer(size, rngs=nnx.Rngs(self.seed)))
         return self._trained("base", config.base, next_token_loss, rows, make, lambda state: {})

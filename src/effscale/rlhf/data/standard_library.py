@@ -1,10 +1,10 @@
-"""Questions, answers and preferences without a download: what functions of Python's standard library do."""
+"""Questions, answers and preferences without a download: what functions and classes of Python's standard library are for."""
 
 import ast
 import functools
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -22,15 +22,17 @@ _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\beg)(?<!\bie)(?<!etc)(?<!vs)(?<!
 _CALL = re.compile(r"[\w.]+\(")
 
 
-class Function(NamedTuple):
-    """A function and what its documentation says first.
+class Documented(NamedTuple):
+    """A function, method or class and what its documentation says first.
 
     Attributes:
+        kind: ``function`` or ``class``.
         name: With its module and class, such as ``json.JSONDecoder.decode``.
-        signature: Its arguments, without the object that it is a method of.
+        signature: Its arguments, without the object that it is a method of; those of a class are its own ``__init__``'s, ``()`` if it has none.
         summary: The first sentence.
     """
 
+    kind: Literal["function", "class"]
     name: str
     signature: str
     summary: str
@@ -41,7 +43,7 @@ class LibraryPairs(NamedTuple):
 
     Attributes:
         train: Records to learn from.
-        held_out: Records of other functions, none of which occurs among the former, not even as a rejected response.
+        held_out: Records of other functions and classes, none of which occurs among the former, not even as a rejected response.
     """
 
     train: tuple[Record, ...]
@@ -53,15 +55,16 @@ def standard_library_pairs(
 ) -> LibraryPairs:
     """Pairs made of the running Python's standard library: some thousands, the same ones every time.
 
-    The prompt asks what a function does and gives its signature, the chosen response is the first sentence of its documentation, and the
-    rejected one is that of another function. Each sentence is rejected as often as it is chosen, so that nothing can be learned from the
-    sentence alone. The source is parsed and never imported or run. Another version of Python has other functions.
+    The prompt asks what a function or class does and gives its signature, the chosen response is the first sentence of its documentation, and
+    the rejected one is another's. Each sentence is rejected as often as it is chosen, so that nothing can be learned from the sentence alone.
+    Functions and classes whose names begin with an underscore take part; special methods do not, nor do properties. The source is parsed
+    and never imported or run. Another version of Python has others.
 
     Args:
-        seed: Decides which functions are held out, what is rejected, and the order.
-        held_out: The share of functions to hold out.
-        rejected: How many records a function to learn from has, each with another rejected response. A reward model that reads each record once
-            then learns from more comparisons; held-out functions have one record.
+        seed: Decides what is held out, what is rejected, and the order.
+        held_out: The share of functions and classes to hold out.
+        rejected: How many records each of the others has, each with another rejected response. A reward model that reads each record once
+            then learns from more comparisons; what is held out has one record.
 
     Raises:
         ValueError: An argument is out of range.
@@ -78,25 +81,25 @@ def standard_library_pairs(
     if rejected < 1:
         raise ValueError(f"rejected={rejected}: must be at least 1")
     splits = Splits(fractions={"train": 1 - held_out, "held_out": held_out}, seed=seed)
-    parts: dict[str, list[Function]] = {name: [] for name in splits.fractions}
-    for function in library_functions():
-        parts[splits.assign(function.summary)].append(function)
-    for name, functions in parts.items():
-        if len(functions) < 2:
+    parts: dict[str, list[Documented]] = {name: [] for name in splits.fractions}
+    for found in documented():
+        parts[splits.assign(found.summary)].append(found)
+    for name, part in parts.items():
+        if len(part) < 2:
             raise ValueError(
-                f"held_out={held_out}: {name} would have {len(functions)} functions, and pairs need two"
+                f"held_out={held_out}: {name} would have {len(part)} functions and classes, and pairs need two"
             )
     train, held = (
-        _pairs(functions, np.random.default_rng(np.random.SeedSequence([seed, number])), times)
-        for number, (functions, times) in enumerate(
+        _pairs(part, np.random.default_rng(np.random.SeedSequence([seed, number])), times)
+        for number, (part, times) in enumerate(
             ((parts["train"], rejected), (parts["held_out"], 1))
         )
     )
     return LibraryPairs(train, held)
 
 
-def library_functions() -> tuple[Function, ...]:
-    """The documented public functions and methods of the standard library, by module; of those with the same first sentence the first.
+def documented() -> tuple[Documented, ...]:
+    """The documented functions, methods and classes of the standard library, by module; of those with the same first sentence the first.
 
     The second call in a process parses nothing again.
     """
@@ -104,9 +107,9 @@ def library_functions() -> tuple[Function, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def _parsed(digest: str) -> tuple[Function, ...]:
+def _parsed(digest: str) -> tuple[Documented, ...]:
     del digest
-    found: dict[str, Function] = {}
+    found: dict[str, Documented] = {}
     names: set[str] = set()
     for document in StandardLibrary().documents(log=False):
         if not document.source.startswith("stdlib/"):
@@ -114,17 +117,18 @@ def _parsed(digest: str) -> tuple[Function, ...]:
         parts = document.source.removeprefix("stdlib/").removesuffix(".py").split("/")
         if parts[-1] == "__init__":
             parts.pop()
-        if not parts or parts[0] in _LEFT_OUT or any(part.startswith("_") for part in parts):
+        if not parts or parts[0] in _LEFT_OUT:
             continue
         try:
             tree = ast.parse(document.text)
         except (SyntaxError, ValueError):
             continue
-        for name, function in _functions(tree, ".".join(parts)):
-            summary = first_sentence(ast.get_docstring(function) or "")
+        for name, node in _definitions(tree, ".".join(parts)):
+            summary = first_sentence(ast.get_docstring(node) or "")
             if name not in names and SHORTEST <= len(summary) <= LONGEST:
                 names.add(name)
-                found.setdefault(summary, Function(name, _signature(function), summary))
+                kind = "class" if isinstance(node, ast.ClassDef) else "function"
+                found.setdefault(summary, Documented(kind, name, _signature(node), summary))
     return tuple(found.values())
 
 
@@ -145,12 +149,15 @@ def first_sentence(docstring: str) -> str:
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _functions(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, _FunctionNode]]:
+def _definitions(
+    node: ast.Module | ast.ClassDef, prefix: str
+) -> Iterator[tuple[str, _FunctionNode | ast.ClassDef]]:
     for child in node.body:
-        if isinstance(child, ast.ClassDef | _FunctionNode) and not child.name.startswith("_"):
+        if isinstance(child, ast.ClassDef | _FunctionNode) and not child.name.startswith("__"):
             name = f"{prefix}.{child.name}"
             if isinstance(child, ast.ClassDef):
-                yield from _functions(child, name)
+                yield name, child
+                yield from _definitions(child, name)
             elif all(map(_is_plain, child.decorator_list)):
                 yield name, child
 
@@ -160,31 +167,34 @@ def _is_plain(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Name) and decorator.id in ("classmethod", "staticmethod")
 
 
-def _signature(function: _FunctionNode) -> str:
-    arguments = function.args
+def _signature(node: _FunctionNode | ast.ClassDef) -> str:
+    if isinstance(node, ast.ClassDef):
+        inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        return _signature(inits[0]) if inits else "()"
+    arguments = node.args
     for listed in (arguments.posonlyargs, arguments.args):
         if listed and listed[0].arg in ("self", "cls"):
             del listed[0]
             break
-    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"({ast.unparse(arguments)}){returns}"
 
 
 def _pairs(
-    functions: list[Function], generator: np.random.Generator, times: int
+    found: list[Documented], generator: np.random.Generator, times: int
 ) -> tuple[Record, ...]:
     records = []
     for _ in range(times):
-        # Around a circle in random order each function's answer is refused for the one before it.
-        order = generator.permutation(len(functions))
+        # Around a circle in random order each one's answer is refused for the one before it.
+        order = generator.permutation(len(found))
         for here, there in zip(order, np.roll(order, -1), strict=True):
-            function = functions[here]
-            question = f"What does the Python function `{function.name}{function.signature}` do?"
+            kind, name, signature, summary = found[here]
+            question = f"What does the Python {kind} `{name}{signature}` do?"
             records.append(
                 Record(
                     prompt=(Message("user", question),),
-                    chosen=function.summary,
-                    rejected=functions[there].summary,
+                    chosen=summary,
+                    rejected=found[there].summary,
                 )
             )
     return tuple(records)
