@@ -148,6 +148,10 @@ def test_the_records_of_steps_are_apart():
         ({"minibatches": 5}, r"minibatches=5: must be a divisor of policy\.batch_size=64"),
         ({"split": "1,2"}, "split='1,2': must be three numbers"),
         ({"held_out": 1.0}, r"held_out=1\.0"),
+        (
+            {"min_response_length": 40},
+            "min_response_length=40: must be from 0 to response_length=32",
+        ),
     ],
 )
 def test_bad_input(change, message):

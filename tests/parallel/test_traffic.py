@@ -111,3 +111,33 @@ def test_alone_nothing_is_sent():
     assert compressed_mean_bytes(jnp.zeros(64), 1) == mean_bytes(jnp.zeros(64), 1) == 0.0
     _, sent = program(onebit_adam(0.01, freeze_step=2, workers=Workers("data")), 1)
     assert sent == [0.0] * 4
+
+
+LOOP = """
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %sum = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        (LOOP, 7),  # as a TPU's compiler leaves a scan
+        (LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'), 5),
+        (LOOP.replace("direction=LT", "direction=NE"), 1),
+        (LOOP.replace("%i = s32[]{:T(128)} get-tuple-element(%p), index=0", "%i = s32[] constant(3)"), 1),
+    ],
+)  # fmt: skip
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(text, times):
+    assert [found.times for found in collectives(text)] == [times]

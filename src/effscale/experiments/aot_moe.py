@@ -93,8 +93,8 @@ class Case:
     def formula(self, devices: int) -> float:
         r"""Bytes that a device sends in all-to-alls in one step.
 
-        For each layer :math:`2 (p - 1) / p \cdot E C M` numbers forward, as many backward, and the first exchange once more, as
-        layers are recomputed (the second is not: only the backward pass of what follows would need its result).
+        For each layer two exchanges of :math:`(p - 1) / p \cdot E C M` numbers forward, both once more as layers are recomputed (the gradient of a
+        token's weights needs what its experts said), and as many backward.
         """
         expert = self.mesh.expert
         tokens = ROWS * LENGTH // devices
@@ -104,7 +104,7 @@ class Case:
             near = self.exchange.host_devices or 1
             shares = [near, expert // near] if near > 1 else [expert]
             sent += sum((p - 1) / p for p in shares) * numbers
-        return 5 * 2 * sent  # five exchanges of two bytes for each number
+        return 6 * 2 * sent  # six exchanges of two bytes for each number
 
     def report(self, text: str) -> str:
         """What its all-to-alls send, if it is what the formula says."""

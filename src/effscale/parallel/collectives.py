@@ -14,6 +14,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|calls|to_apply|\w*_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\(([0-9]+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +97,17 @@ def _lines(program: str) -> Iterator[tuple[str, str]]:
 def _times(program: str) -> dict[str, int]:
     """How often each computation runs: the sum over its callers, times the length of the loop that it is the body of."""
     callers: dict[str, list[tuple[str, int]]] = {}
+    limits = _limits(program)
     for computation, line in _lines(program):
         called = _CALLED.findall(line)
         for match in _BRANCHES.finditer(line):
             called += [name.strip().removeprefix("%") for name in match[1].split(",")]
-        trips = _TRIPS.search(line)
+        trips, condition = _TRIPS.search(line), _CONDITION.search(line)
+        count = int(trips[1]) if trips else 1
+        if trips is None and condition is not None:
+            count = limits.get(condition[1], 1)
         for name in called:
-            callers.setdefault(name, []).append((computation, int(trips[1]) if trips else 1))
+            callers.setdefault(name, []).append((computation, count))
     known: dict[str, int] = {}
 
     def runs(name: str) -> int:
@@ -111,6 +117,20 @@ def _times(program: str) -> dict[str, int]:
         return known[name]
 
     return {name: runs(name) for name in callers}
+
+
+def _limits(program: str) -> dict[str, int]:
+    """The one number that a computation compares with by "less than": the length of a scan, of which it is the condition. A TPU's compiler tells no other."""
+    numbers: dict[str, list[int]] = {}
+    compares: set[str] = set()
+    for computation, line in _lines(program):
+        if limit := _LIMIT.search(line):
+            numbers.setdefault(computation, []).append(int(limit[1]))
+        if " compare(" in line and "direction=LT" in line:
+            compares.add(computation)
+    return {
+        name: found[0] for name, found in numbers.items() if name in compares and len(found) == 1
+    }
 
 
 def _size(dtype: str, dims: str) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from effscale.data.sources import standard_library as source
 from effscale.rlhf.data import standard_library_pairs
-from effscale.rlhf.data.standard_library import first_sentence, documented
+from effscale.rlhf.data.standard_library import documented, first_sentence
 
 
 @pytest.fixture(autouse=True, scope="module")

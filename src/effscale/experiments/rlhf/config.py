@@ -88,6 +88,8 @@ class Config(OutputPart):
     """Tokens of a prompt; longer ones are left out and counted."""
     response_length: int = 32
     """New tokens of a response at most."""
+    min_response_length: int = 8
+    """New tokens before a response may end; a reward model that has never seen an empty answer can prefer one."""
     temperature: float = 1.0
     """Of the sampling."""
     lora_rank: int = 0
@@ -150,6 +152,9 @@ class Config(OutputPart):
         ):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         check(self, self.prompt_length >= 2, "prompt_length", "at least 2")
+        shortest, longest = self.min_response_length, self.response_length
+        wanted = f"from 0 to response_length={longest}"
+        check(self, 0 <= shortest <= longest, "min_response_length", wanted)
         check(self, 0 < self.held_out < 1, "held_out", "between 0 and 1")
         for name in ("temperature", "critic_rate", "beta"):
             check(self, getattr(self, name) > 0, name, "above 0")
@@ -199,6 +204,7 @@ PRESETS = {
         vocab_size=512,
         prompt_length=64,
         response_length=8,
+        min_response_length=2,
         base=_TINY,
         sft=_TINY,
         reward_model=_TINY,

@@ -124,6 +124,7 @@ class Steps:
         """How responses are drawn, in training and in evaluations."""
         sampling = SamplingConfig(
             max_new_tokens=self.config.response_length,
+            min_new_tokens=self.config.min_response_length,
             temperature=self.config.temperature,
             stop_ids=self.encoder.stop_ids,
             pad_id=self.encoder.padding,

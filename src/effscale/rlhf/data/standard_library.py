@@ -91,9 +91,7 @@ def standard_library_pairs(
             )
     train, held = (
         _pairs(part, np.random.default_rng(np.random.SeedSequence([seed, number])), times)
-        for number, (part, times) in enumerate(
-            ((parts["train"], rejected), (parts["held_out"], 1))
-        )
+        for number, (part, times) in enumerate(((parts["train"], rejected), (parts["held_out"], 1)))
     )
     return LibraryPairs(train, held)
 
