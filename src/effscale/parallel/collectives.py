@@ -120,13 +120,13 @@ def _times(program: str) -> dict[str, int]:
 
 
 def _limits(program: str) -> dict[str, int]:
-    """The one number that a computation compares with by "less than": the length of a scan, of which it is the condition. A TPU's compiler tells no other."""
+    """Lengths of scans by their condition, which compares a count from 0 with one number and nothing else. A TPU's compiler tells the length in no other place."""
     numbers: dict[str, list[int]] = {}
     compares: set[str] = set()
     for computation, line in _lines(program):
         if limit := _LIMIT.search(line):
             numbers.setdefault(computation, []).append(int(limit[1]))
-        if " compare(" in line and "direction=LT" in line:
+        if line.lstrip().startswith("ROOT ") and " compare(" in line and "direction=LT" in line:
             compares.add(computation)
     return {
         name: found[0] for name, found in numbers.items() if name in compares and len(found) == 1
