@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from effscale.generation import Generated, SamplingConfig
+from effscale.generation import Generated, SamplingConfig, decode
 from effscale.models import ClassHead, Transformer, add_lora, gpt2, is_adapter, merge_lora
 from effscale.parallel import MeshConfig, shard, shard_batch, to_host_memory
+from effscale.quant import quantize_model, w8a8
 from effscale.rlhf import (
     GroupConfig,
     PPOConfig,
@@ -22,6 +23,7 @@ from effscale.rlhf import (
     critic_loss,
     from_text,
     make_policy_step,
+    response_log_probs,
     rollout_model,
     total_score,
 )
@@ -197,6 +199,33 @@ def test_a_low_rank_actor_learns_and_its_base_stays():
     model = rollout_model(after, ROLLOUT)
     expected = merge_lora(after)(tokens)
     np.testing.assert_allclose(model(tokens), expected, atol=1e-5)
+
+
+def test_responses_may_be_drawn_with_weights_of_8_bits():
+    """They are told with the log-probabilities of the model that drew them; what learns stays in full precision."""
+    quantized = dataclasses.replace(ROLLOUT, prepare=lambda model: quantize_model(model, w8a8()))
+    step, create = learner(dataclasses.replace(PPO, kl_target=None), rollout=quantized)
+    model = rollout_model(make(), quantized)
+    assert sum(x.dtype == jnp.int8 for x in jax.tree.leaves(model)) == 6  # of one layer
+    batch = {name: jnp.asarray(rows) for name, rows in prompts().items()}
+    drawn = decode(
+        *(model, batch["input_ids"], SAMPLING),
+        attention_mask=batch["attention_mask"],
+        key=jax.random.key(0),
+        log_probs=True,
+    )
+    given = drawn.tokens, drawn.mask, RESPONSE
+    said, exact = (
+        response_log_probs(m, *given, temperature=SAMPLING.temperature).log_probs
+        for m in (model, make())
+    )
+    real = drawn.mask[:, PROMPT:]
+    off = lambda a: float(jnp.abs(jnp.where(real, a - drawn.log_probs, 0)).max())
+    assert off(said) < 1e-4
+    assert 1e-4 < off(exact) < 0.2
+    state, metrics = step(create(), prompts())
+    assert all(x.dtype != jnp.int8 for x in jax.tree.leaves(state.actor.model))
+    assert 0 < abs(float(metrics["actor_ratio"]) - 1) < 0.02
 
 
 def test_nothing_of_generation_is_kept(made):
