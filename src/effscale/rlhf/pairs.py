@@ -20,7 +20,7 @@ from effscale.rlhf.preferences import (
     token_pairwise_loss,
 )
 from effscale.rlhf.scoring import at_last, head_outputs, response_log_probs
-from effscale.training import Loss, add_reports
+from effscale.training import Loss, add_reports, head_loss
 
 
 def reward_model_loss(
@@ -30,21 +30,30 @@ def reward_model_loss(
     *,
     form: Literal["response", "token"] = "response",
     center: float = 0.0,
+    lm_coef: float = 0.0,
     head: str = "score",
 ) -> Loss:
-    """What a reward model learns by: the better response shall have the higher score.
+    r"""The loss of a reward model, which learns to give the better response the higher score.
+
+    .. math:: L = L_{pairs} + c_{lm}\, \mathrm{mean}\bigl(-\log p(y_c \mid x)\bigr)
 
     Args:
-        model: A model with a head of one class: ``pool="last"`` or ``"none"`` for ``form="response"``, ``"none"`` for ``"token"``.
+        model: A model with a head of one class: ``pool="last"`` or ``"none"`` for ``form="response"``, ``"none"`` for ``"token"``. With ``lm_coef`` it also
+            has a head named ``lm``.
         batch: Pairs, see :mod:`effscale.rlhf.pairs`.
         key: Turns dropout on.
         form: ``response`` compares the scores at the ends (:func:`effscale.rlhf.pairwise_loss`); ``token`` those after each token from the first in which
             the two differ, as DeepSpeed-Chat does (:func:`effscale.rlhf.token_pairwise_loss`).
         center: Weight of the squared sum of both scores, which keeps them around 0; for ``response``.
+        lm_coef: Weight of the cross entropy of the better response's tokens, a mean over each response and over pairs. A model that keeps predicting
+            responses while it learns to compare them can generalize better to pairs that it has not seen; 0.5 is what the experiment ``rlhf`` uses.
         head: Name of the head.
 
     Returns:
-        The loss; its metrics are ``accuracy`` and the mean scores ``chosen_score`` and ``rejected_score``.
+        The loss; its metrics are ``accuracy``, the mean scores ``chosen_score`` and ``rejected_score``, and ``lm_loss`` where ``lm_coef`` is not 0.
+
+    References:
+        Yang et al., "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs", 2024 (``lm_coef``).
 
     Example:
         >>> import dataclasses
@@ -58,7 +67,8 @@ def reward_model_loss(
         ['accuracy', 'chosen_score', 'rejected_score']
     """
     tokens, mask = _both(batch)
-    outputs = head_outputs(model, tokens, mask, head, key)
+    encoded = model.encode(tokens, attention_mask=mask, key=key)
+    outputs = head_outputs(model, encoded.hidden, mask, head, key)
     ends = at_last(outputs, mask)
     pairs = tokens.shape[0] // 2
     chosen, rejected = ends[:pairs], ends[pairs:]
@@ -79,8 +89,22 @@ def reward_model_loss(
         "chosen_score": chosen.mean(),
         "rejected_score": rejected.mean(),
     }
+    if lm_coef:
+        if "lm" not in model.heads:
+            raise ValueError(
+                f"lm_coef={lm_coef} needs a head named 'lm'; the model's heads are {sorted(model.heads)}"
+            )
+        place = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None]  # of the next token
+        prompt, end = batch["prompt_lengths"][:, None], batch["chosen_lengths"][:, None]
+        said = ((place >= prompt) & (place < end)).astype(jnp.float32)
+        share = said / jnp.maximum(said.sum(1, keepdims=True), 1)
+        following = jnp.roll(batch["chosen"], -1, axis=1)
+        text = head_loss(model, "lm", encoded.hidden[:pairs], following, share)
+        metrics["lm_loss"] = text.mean()  # each response has a weight of 1
+        loss = loss + lm_coef * metrics["lm_loss"]
     weight = jnp.float32(pairs)
-    return Loss(weight * loss, weight, {name: weight * value for name, value in metrics.items()})
+    sums = {name: weight * value for name, value in metrics.items()}
+    return add_reports(Loss(weight * loss, weight, sums), encoded.reports)
 
 
 def preference_loss(

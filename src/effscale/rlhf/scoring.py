@@ -111,7 +111,8 @@ def response_values(
         key: Turns dropout on.
     """
     _check(tokens, response)
-    outputs = head_outputs(critic, tokens, mask, head, key)
+    hidden = critic.encode(tokens, attention_mask=mask, key=key).hidden
+    outputs = head_outputs(critic, hidden, mask, head, key)
     if outputs.ndim != 3:
         raise ValueError(
             f"the critic's head {head!r} gives {outputs.shape}: a critic has ClassHead(num_classes=1, pool='none')"
@@ -134,7 +135,8 @@ def response_scores(
         mask: True at real tokens.
         head: Name of the head.
     """
-    return at_last(head_outputs(reward_model, tokens, mask, head, None), mask)
+    hidden = reward_model.encode(tokens, attention_mask=mask).hidden
+    return at_last(head_outputs(reward_model, hidden, mask, head, None), mask)
 
 
 def at_last(outputs: Array, mask: Bool[Array, "batch total"]) -> Float[Array, "batch"]:
@@ -148,7 +150,7 @@ def at_last(outputs: Array, mask: Bool[Array, "batch total"]) -> Float[Array, "b
 
 def head_outputs(
     model: Transformer,
-    tokens: Int[Array, "batch total"],
+    hidden: Float[Array, "batch total d_model"],
     mask: Bool[Array, "batch total"],
     head: str,
     key: PRNGKeyArray | None,
@@ -158,7 +160,7 @@ def head_outputs(
     Raises:
         ValueError: The model has no such head, or it has more classes.
     """
-    outputs = model(tokens, attention_mask=mask, key=key)
+    outputs = model.outputs(hidden, mask, key)
     if not isinstance(outputs, dict) or head not in outputs:
         raise ValueError(f"the model has no head {head!r}; its heads are {sorted(model.heads)}")
     found = outputs[head]

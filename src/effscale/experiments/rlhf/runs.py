@@ -213,14 +213,21 @@ class Steps:
         key = jax.random.key(self.seed)
         rows = data.pairs_of(self.config, self.encoder, self.phases.reward)
         batch = self.config.reward_model.batch_size
-        loss = functools.partial(reward_model_loss, form=self.config.reward_form)
-        head = VALUE if self.config.reward_form == "token" else SCORE
+        form, lm_coef = self.config.reward_form, self.config.reward_lm_coef
+        loss = functools.partial(reward_model_loss, form=form, lm_coef=lm_coef)
+        score = VALUE if form == "token" else SCORE
+
+        def begin() -> Transformer:
+            actor = self.actor()
+            kept = actor.config.heads if lm_coef else ()
+            return replace_heads(actor, (*kept, score), key=key)
+
         test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch)
         model = self._trained(
             *("reward", self.config.reward_model, loss, rows),
-            *(lambda: replace_heads(self.actor(), (head,), key=key), test),
+            *(begin, test),
         )
-        # transformers reads a score at the last token only.
+        # Scores alone are asked of it from now on, and transformers reads one at the last token only.
         return replace_heads(model, (SCORE,), key=key)
 
     def _dpo(self) -> Transformer:
