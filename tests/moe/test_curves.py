@@ -8,19 +8,28 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from effscale.parallel import MeshConfig
+from effscale.models import Transformer
+from effscale.optim import Workers, onebit_adam
+from effscale.parallel import Exchange, MeshConfig, per_worker, shard_batch, shardings
 from effscale.parallel.local_launch import free_port, launch_local
+from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
 
 SCRIPT = pathlib.Path(__file__).with_name("moe_curve.py")
 
 
 @pytest.fixture(scope="module")
-def curve():
+def moe_curve():
     spec = importlib.util.spec_from_file_location("moe_curve", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.curve
+    return module
+
+
+@pytest.fixture(scope="module")
+def curve(moe_curve):
+    return moe_curve.curve
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +58,28 @@ def test_two_processes(reference):
     for result in launch_local(command, 2, devices_per_process=4, timeout=300):
         line = next(line for line in result.stdout.splitlines() if line.startswith('{"losses"'))
         np.testing.assert_allclose(json.loads(line)["losses"], reference, rtol=1e-5)
+
+
+def test_one_bit_between_replicas_of_the_experts(moe_curve):
+    """1-bit Adam over ``data``: two workers, whose experts lie on one device or on four, agree until updates are compressed, and both learn."""
+    optimizer = onebit_adam(1e-2, freeze_step=5, clip=Clip(1.0), workers=Workers("data"))
+    create = lambda: create_train_state(
+        Transformer(moe_curve.model(Exchange()), rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    step = jax.jit(per_worker(make_train_step(next_token_loss, optimizer, axis_name="data")))
+
+    def losses(config, devices):
+        mesh, found = config.build(jax.devices()[:devices]), []
+        with jax.set_mesh(mesh):
+            layout = shardings(jax.eval_shape(create), mesh)
+            state = jax.jit(create, out_shardings=layout)()
+            for number in range(12):
+                state, metrics = step(state, shard_batch(moe_curve.batch(number), mesh))
+                found.append(float(metrics["loss"]))
+        return found
+
+    together, apart = losses(MeshConfig(data=2), 2), losses(MeshConfig(data=2, expert=4), 8)
+    np.testing.assert_allclose(apart[:6], together[:6], rtol=1e-5)
+    assert np.isfinite(apart).all()
+    for found in (together, apart):
+        assert np.mean(found[-2:]) < found[5]
