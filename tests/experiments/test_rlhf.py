@@ -12,6 +12,7 @@ import pytest
 from effscale.experiments.rlhf import PRESETS, Config, data
 from effscale.experiments.rlhf.config import LearningConfig
 from effscale.experiments.rlhf.experiment import main
+from effscale.experiments.shared.assets import MissingAssetError
 from effscale.interop import load_pretrained
 from effscale.models import ClassHead
 from effscale.rlhf.data import Record
@@ -159,3 +160,19 @@ def test_bad_input(change, message):
         Config(**change)
     with pytest.raises(ValueError, match="steps=0"):
         LearningConfig(steps=0)
+
+
+def test_the_preset_of_a_real_model_has_real_pairs():
+    config = PRESETS["smollm2-135m"]
+    try:
+        phases = data.read_phases(config)
+        encoder = data.make_encoder(config, phases)
+    except MissingAssetError as error:
+        pytest.skip(str(error))
+    assert not {r.prompt for r in phases.reward} & {r.prompt for r in phases.held_out}
+    rows = data.pairs_of(config, encoder, phases.held_out)
+    assert rows["chosen"].shape[1] == 256
+    assert len(rows["chosen"]) > 40
+    text = encoder.tokenizer.decode(rows["chosen"][0].tolist(), skip_special_tokens=False)
+    assert "<|im_start|>assistant" in text
+    assert encoder.tokenizer.id_to_token(encoder.stop_ids[0]) == "<|im_end|>"

@@ -10,6 +10,7 @@ from effscale.models import TransformerConfig, gpt2
 from effscale.models.validation import check
 from effscale.rlhf.config import GroupConfig, PPOConfig
 
+SMOLLM2 = pathlib.Path("smollm2")
 Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
 
 
@@ -65,11 +66,11 @@ class Config(OutputPart):
     step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
     """Which steps to take, in this order; a step that is left out is taken from --out, or begins with --actor."""
     actor: pathlib.Path | None = None
-    """Folder of a model to start from, with its tokenizer; by default a small GPT-2 is made here, and first learns the library's text."""
+    """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 is SmolLM2-135M-Instruct of `make assets`; by default a small GPT-2 is made here, and first learns the library's text."""
     reward: pathlib.Path | None = None
     """Folder of a reward model that reads the actor's tokens, in place of the step reward."""
     data: tuple[str, ...] = ("stdlib",)
-    """Records: stdlib, made of the docstrings of the running Python; or files of JSON, JSON Lines or Parquet in any of the known formats."""
+    """Records: stdlib, made of the docstrings of the running Python; preferences, 300 conversations of `make assets`; or files of JSON, JSON Lines or Parquet in any of the known formats."""
     held_out: float = 0.1
     """Share of the records that nothing learns from; of stdlib, of the functions and classes."""
     rejected: int = 12
@@ -222,6 +223,29 @@ PRESETS = {
     "default": Config(),
 }
 PRESETS["tiny"] = PRESETS["default"]
+PRESETS["smollm2-135m"] = Config(
+    step=("sft", "reward", "ppo"),
+    actor=SMOLLM2,
+    data=("preferences",),
+    held_out=0.3,
+    seeds=1,
+    lora_rank=16,
+    length=256,
+    prompt_length=192,
+    response_length=64,
+    min_response_length=1,
+    sft=LearningConfig(steps=20, batch_size=8, learning_rate=1e-3),
+    reward_model=LearningConfig(steps=30, batch_size=8, learning_rate=3e-5),
+    reward_form="response",
+    reward_lm_coef=0.0,
+    policy=LearningConfig(steps=15, batch_size=16, learning_rate=3e-4),
+    critic_rate=1e-5,
+    ppo=PPOConfig(kl_coef=0.05, missing_end_penalty=0.0),
+    minibatches=2,
+    eval_prompts=32,
+    eval_every=5,
+    samples=3,
+)
 
 FREE = ("step", "seeds", "out", "resume")
 """What may differ when a run is resumed."""

@@ -2,13 +2,16 @@
 
 import ast
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tokenizers
 
 from effscale.data import Splits, StandardLibrary, train_tokenizer
-from effscale.experiments.rlhf.config import Config
+from effscale.experiments.rlhf.config import SMOLLM2, Config
+from effscale.experiments.shared import assets
+from effscale.experiments.shared.preference_data import preference_pairs
 from effscale.rlhf.data import (
     Record,
     RecordEncoder,
@@ -48,8 +51,9 @@ def read_phases(config: Config) -> Phases:
             more += pairs.train[functions:]
             held_out += pairs.held_out
         else:
+            read = preference_pairs() if source == "preferences" else read_records(source)
             splits = Splits(fractions={"train": 1 - config.held_out, "held_out": config.held_out})
-            parts = split_by_prompt(read_records(source), splits)
+            parts = split_by_prompt(read, splits)
             train += parts["train"]
             held_out += parts["held_out"]
     parts = [train] * 3
@@ -61,10 +65,18 @@ def read_phases(config: Config) -> Phases:
     return Phases(sft=sft, reward=reward, prompts=prompts, held_out=held_out)
 
 
+def actor_source(config: Config) -> pathlib.Path | None:
+    """Where the model lies that the run starts from; None where it makes one."""
+    if config.actor == SMOLLM2 and not SMOLLM2.exists():
+        return assets.smollm2_file()
+    return config.actor
+
+
 def make_encoder(config: Config, phases: Phases) -> RecordEncoder:
     """The actor's tokenizer and chat format; without an actor's folder, a tokenizer of the records that are not held out."""
-    if config.actor is not None:
-        return load_encoder(config.actor)
+    actor = actor_source(config)
+    if actor is not None:
+        return load_encoder(actor)
     texts = [
         text
         for record in (*phases.sft, *phases.reward, *phases.prompts)

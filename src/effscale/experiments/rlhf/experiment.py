@@ -6,6 +6,7 @@ model folder that transformers opens, too; a run that is stopped goes on where i
 
     python -m effscale.experiments.rlhf
     python -m effscale.experiments.rlhf --step base sft reward grpo --seeds 1
+    python -m effscale.experiments.rlhf --preset smollm2-135m
     python -m effscale.experiments.rlhf --actor FOLDER --step sft reward ppo --data pairs.jsonl --lora-rank 8
     python -m effscale.experiments.rlhf --out runs/mine --resume --step dpo
 

@@ -90,7 +90,7 @@ class Steps:
         def whole() -> None:
             model = train()
             # An actor's folder has more than a tokenizer to hand on: a chat template, settings of generation.
-            actor = self.config.actor
+            actor = data.actor_source(self.config)
             tokenizer = self.encoder.tokenizer if actor is None else None
             save_pretrained(merge_lora(model), self.place(step), like=actor, tokenizer=tokenizer)
 
@@ -105,8 +105,9 @@ class Steps:
         for step in ("sft", "base"):
             if (self.place(step) / "config.json").is_file():
                 return load_pretrained(self.place(step))
-        if self.config.actor is not None:
-            return load_pretrained(self.config.actor)
+        given = data.actor_source(self.config)
+        if given is not None:
+            return load_pretrained(given)
         raise FileNotFoundError(f"{self.place('sft')} is not there: take the step sft first")
 
     def policy(self, step: Step) -> Transformer:
@@ -196,7 +197,7 @@ class Steps:
 
     def _sft(self) -> Transformer:
         base = self.place("base")
-        place = base if (base / "config.json").is_file() else self.config.actor
+        place = base if (base / "config.json").is_file() else data.actor_source(self.config)
         if place is None:
             raise FileNotFoundError(
                 f"{base} is not there: take the step base first, or give --actor"
