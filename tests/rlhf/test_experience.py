@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, decode
-from effscale.models import ClassHead, Transformer, gpt2
+from effscale.models import ClassHead, MLPConfig, Transformer, gpt2
+from effscale.moe import MoEConfig, with_experts
 from effscale.rlhf import (
     PPOConfig,
     actor_loss,
@@ -76,6 +77,17 @@ def test_micro_batches_are_one_batch():
             stepped.append(step(state, experience)[0].model)
         for a, b in zip(*(jax.tree.leaves(m) for m in stepped), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_critic_with_experts_balances_them():
+    actor = make()
+    experience, _ = rollout(actor, actor, value_model(), jax.random.key(0))
+    config = with_experts(value_model().config, MoEConfig(num_experts=4, expert=MLPConfig(d_ff=16)))
+    critic = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    loss = jax.jit(critic_loss)(critic, experience)
+    found = loss.means()
+    assert found["aux_loss"] > 0
+    np.testing.assert_allclose(loss.mean(), found["task_loss"] + found["aux_loss"], rtol=1e-5)
 
 
 def test_the_score_rises():

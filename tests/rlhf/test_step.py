@@ -16,6 +16,7 @@ from effscale.parallel import MeshConfig, shard, shard_batch, to_host_memory
 from effscale.quant import quantize_model, w8a8
 from effscale.rlhf import (
     GroupConfig,
+    ModelReward,
     PPOConfig,
     RolloutConfig,
     actor_loss,
@@ -159,7 +160,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(made, tmp_path):
     assert whole.history[2]["score"] == resumed.history[0]["score"]
 
 
-def test_a_reference_in_host_memory_is_the_same(made):
+def test_models_in_host_memory_are_the_same(made):
+    score = make((ClassHead(num_classes=1, name="score", pool="last"),), seed=2)
+    batch = {name: jnp.asarray(rows) for name, rows in prompts().items()}
+    given = {"attention_mask": batch["attention_mask"], "key": jax.random.key(0)}
+    drawn = decode(make(), batch["input_ids"], SAMPLING, **given)
+    scores = [ModelReward(model)(drawn, batch) for model in (score, to_host_memory(score))]
+    np.testing.assert_array_equal(*scores)
     step, create = made["ppo"]
     waiting, _ = learner(PPO, epochs=2, minibatches=2, reference=to_host_memory(make()))
     (_, a), (_, b) = (one(create(), prompts()) for one in (step, waiting))

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from effscale.data import save_tokenizer, separator_id
-from effscale.interop.files.gguf import gguf_config
+from effscale.interop.files.gguf import GGUFFile, gguf_config
 from effscale.interop.files.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
@@ -39,7 +39,7 @@ class Companions:
 
     Args:
         fields: Those of ``config.json`` that the model itself tells.
-        like: A folder or GGUF file whose tokenizer and other fields go along.
+        like: A folder or GGUF file whose tokenizer, chat template and other fields go along.
         tokenizer: A tokenizer in place of that one.
 
     Raises:
@@ -54,11 +54,15 @@ class Companions:
     ):
         self.like = None if like is None else pathlib.Path(like)
         self.tokenizer, self.is_new = tokenizer, tokenizer is not None
+        self.template: str | None = None
         inherited: dict[str, Any] = {}
         gguf = None if self.like is None else gguf_path(self.like)
         if gguf is not None:
             inherited, self.like = gguf_config(gguf), None
             self.tokenizer = tokenizer or _tokenizer_of(gguf)
+            if not self.is_new:
+                template = GGUFFile(gguf).header.metadata.get("tokenizer.chat_template")
+                self.template = template if isinstance(template, str) else None
         elif self.like is not None:
             inherited = dict(read_json(self.like, "config.json"))
         _check_inherited(inherited)
@@ -88,6 +92,8 @@ class Companions:
             settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
             if first is not None and first >= 0:
                 settings["eos_token"] = self.tokenizer.id_to_token(first)
+            if self.template is not None:
+                settings["chat_template"] = self.template
             write_json(folder / "tokenizer_config.json", settings)
         if self.is_new and (folder / "generation_config.json").is_file():
             generation = read_json(folder, "generation_config.json")

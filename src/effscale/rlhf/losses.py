@@ -9,7 +9,7 @@ from effscale.rlhf.config import GroupConfig, LearningConfig, PPOConfig
 from effscale.rlhf.experience import Experience
 from effscale.rlhf.policy_loss import masked_average, policy_loss, value_loss
 from effscale.rlhf.rewards import kl_estimate, with_next
-from effscale.rlhf.scoring import response_log_probs, response_values
+from effscale.rlhf.scoring import response_log_probs, values_and_reports
 from effscale.training import Loss, add_reports, next_token_loss
 
 
@@ -91,10 +91,13 @@ def critic_loss(
     mask = experience.learned
     assert experience.values is not None
     assert experience.returns is not None
-    values = response_values(critic, experience.tokens, experience.mask, mask.shape[1], head=head)
+    values, reports = values_and_reports(
+        critic, experience.tokens, experience.mask, mask.shape[1], head=head
+    )
     reach = with_next(mask) if config.score_at == "next" else mask
     loss, metrics = value_loss(
         values, experience.values, experience.returns, reach, clip=config.value_clip
     )
     weight = reach.sum().astype(jnp.float32)
-    return Loss(weight * loss, weight, {name: weight * value for name, value in metrics.items()})
+    sums = {name: weight * value for name, value in metrics.items()}
+    return add_reports(Loss(weight * loss, weight, sums), reports)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from effscale.generation import Generated
 from effscale.models import Transformer
+from effscale.parallel import on_devices
 from effscale.rlhf.scoring import response_scores
 
 Reward = Callable[[Generated, Mapping[str, Any]], Any]
@@ -27,7 +28,7 @@ class ModelReward:
     """Scores by a reward model that reads the policy's tokens.
 
     Args:
-        model: The reward model.
+        model: The reward model. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
         head: Name of its head of one class with ``pool="last"``.
     """
 
@@ -36,7 +37,7 @@ class ModelReward:
 
     def __call__(self, drawn: Generated, batch: Mapping[str, Any]) -> Float[Array, "batch"]:
         """The score of each response."""
-        return _score(self.model, drawn.tokens, drawn.mask, self.head)
+        return _score(on_devices(self.model), drawn.tokens, drawn.mask, self.head)
 
 
 _score = jax.jit(

@@ -110,14 +110,27 @@ def response_values(
         head: Name of the head.
         key: Turns dropout on.
     """
+    return values_and_reports(critic, tokens, mask, response, head=head, key=key)[0]
+
+
+def values_and_reports(
+    critic: Transformer,
+    tokens: Int[Array, "batch total"],
+    mask: Bool[Array, "batch total"],
+    response: int,
+    *,
+    head: str,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "batch response"], Any]:
+    """What :func:`response_values` returns, and the reports of the critic's layers."""
     _check(tokens, response)
-    hidden = critic.encode(tokens, attention_mask=mask, key=key).hidden
-    outputs = head_outputs(critic, hidden, mask, head, key)
+    encoded = critic.encode(tokens, attention_mask=mask, key=key)
+    outputs = head_outputs(critic, encoded.hidden, mask, head, key)
     if outputs.ndim != 3:
         raise ValueError(
             f"the critic's head {head!r} gives {outputs.shape}: a critic has ClassHead(num_classes=1, pool='none')"
         )
-    return outputs[:, -response - 1 : -1, 0].astype(jnp.float32)
+    return outputs[:, -response - 1 : -1, 0].astype(jnp.float32), encoded.reports
 
 
 def response_scores(

@@ -57,7 +57,7 @@ def create_policy_state(
     critic: TrainState | None = None,
     *,
     key: PRNGKeyArray,
-    config: PPOConfig | GroupConfig = PPOConfig(),
+    config: PPOConfig | GroupConfig,
 ) -> PolicyState:
     """The state before the first iteration.
 
@@ -65,7 +65,7 @@ def create_policy_state(
         actor: From :func:`effscale.training.create_train_state`.
         critic: The same of the critic; None for GRPO and RLOO.
         key: Decides the responses and the order in which they are learned from.
-        config: Gives the first price of divergence.
+        config: That of the step; it gives the first price of divergence.
     """
     zero = jnp.zeros((), jnp.int32)
     # A step uses the states up: they can hold no array twice, nor a key that the caller goes on with.

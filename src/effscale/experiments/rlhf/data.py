@@ -177,7 +177,7 @@ def without(source: str, hidden: set[str | None]) -> str:
 def sft_rows(
     config: Config, encoder: RecordEncoder, records: Sequence[Record]
 ) -> dict[str, np.ndarray]:
-    """Packed rows of prompts and chosen responses."""
+    """Packed rows of prompts and chosen responses; longer ones are left out."""
     return fine_tuning_rows(records, encoder, length=config.length)
 
 

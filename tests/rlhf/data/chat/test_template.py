@@ -7,6 +7,7 @@ import pytest
 
 from effscale.data import save_tokenizer, train_tokenizer
 from effscale.experiments.shared import assets
+from effscale.interop.companions import Companions
 from effscale.interop import FolderError, load_tokenizer
 from effscale.rlhf.data import (
     PLAIN_FORMATS,
@@ -102,7 +103,7 @@ def test_templates_of_a_folder_equal_transformers(source, place, folder, tmp_pat
 
 
 @pytest.mark.slow  # its vocabulary is read with types checked at each step
-def test_smollm2_s_own_template():
+def test_smollm2_s_own_template(tmp_path):
     utils = pytest.importorskip(
         "transformers.utils.chat_template_utils", reason="the oracle is transformers"
     )
@@ -124,6 +125,12 @@ def test_smollm2_s_own_template():
             ] == expected
     assert found.tokenizer.id_to_token(found.end_id) == "<|im_end|>"
     assert found.pad_id == found.end_id
+    # A model that is saved like the file has the template, too.
+    fields = {"model_type": "llama", "vocab_size": 49152}
+    Companions(fields, assets.smollm2_file(), None).write(tmp_path)
+    saved = read_chat(tmp_path)
+    assert saved.chat_template().source == SMOLLM2
+    assert saved.end_id == found.end_id
 
 
 def test_a_prompt_and_its_answer_make_the_whole():
