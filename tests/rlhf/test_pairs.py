@@ -30,7 +30,10 @@ def pairs():
     prompts = np.array([2, 3, 4, 5], np.int32)
     for row, length in enumerate(prompts):
         rejected[row, :length] = chosen[row, :length]
-    lengths = {"chosen_lengths": np.array([10, 7, 9, 6]), "rejected_lengths": np.array([8, 10, 6, 7])}
+    lengths = {
+        "chosen_lengths": np.array([10, 7, 9, 6]),
+        "rejected_lengths": np.array([8, 10, 6, 7]),
+    }
     found = {"chosen": chosen, "rejected": rejected, "prompt_lengths": prompts} | lengths
     return {name: jnp.asarray(a, jnp.int32) for name, a in found.items()}
 
@@ -51,7 +54,9 @@ def test_scores_of_both_responses_are_compared(model, pairs):
     np.testing.assert_allclose(means["chosen_score"], chosen.mean(), rtol=1e-5)
     margins = jnp.array([0.0, 1.0, 2.0, 0.5])
     loss = reward_model_loss(model, pairs | {"margins": margins})
-    np.testing.assert_allclose(loss.mean(), pairwise_loss(chosen, rejected, margin=margins), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss.mean(), pairwise_loss(chosen, rejected, margin=margins), rtol=1e-5
+    )
 
 
 def test_the_better_response_is_predicted_as_well(model, pairs):
@@ -80,9 +85,7 @@ def test_parts_of_a_batch_add_up(model, pairs):
 
 
 def test_scores_after_each_token_need_a_head_that_gives_them(model, pairs):
-    last = replace_heads(
-        model, (dataclasses.replace(SCORE, pool="last"),), key=jax.random.key(0)
-    )
+    last = replace_heads(model, (dataclasses.replace(SCORE, pool="last"),), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"form='token' needs a score after each token"):
         reward_model_loss(last, pairs, form="token")
     with pytest.raises(ValueError, match=r"the model has no head 'value'"):

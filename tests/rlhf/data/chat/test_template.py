@@ -7,8 +7,8 @@ import pytest
 
 from effscale.data import save_tokenizer, train_tokenizer
 from effscale.experiments.shared import assets
-from effscale.interop.companions import Companions
 from effscale.interop import FolderError, load_tokenizer
+from effscale.interop.companions import Companions
 from effscale.rlhf.data import (
     PLAIN_FORMATS,
     ChatTemplate,
