@@ -46,7 +46,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.rlhf.runs import Steps
     from effscale.training import RunFolder
 
-    began = time.perf_counter()
     check_folder(config, FREE)
     phases = read_phases(config)
     encoder = make_encoder(config, phases)
@@ -59,7 +58,9 @@ def run(config: Config) -> Result:
         for step in config.step:
             for steps in every:
                 steps.run(step)
+    began = time.perf_counter()
     seeds = [report.read(steps, config) for steps in every]
+    began -= sum(sum(seed.seconds.values()) for seed in seeds)  # those of earlier calls, too
     named, each = report.figures(seeds)
     report.draw(folder.figures / "rlhf.png", folder.path, seeds)
     result = finish(folder, "rlhf", named, report.tables(seeds), began=began, seeds=each)

@@ -205,20 +205,22 @@ def conversations(steps: Steps, seed: Seed, count: int) -> str:
 
 
 def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> None:
-    """Reward and divergence over the iterations of each policy, and rewards of held-out prompts before and after."""
+    """Reward and divergence over the iterations of each policy (mean and range of seeds), and rewards of held-out prompts before and after."""
     done = [step for step in POLICIES if seeds and step in seeds[0].after]
     online = [step for step in done if step != "dpo"]
     if not done:
         return
     plt = pyplot()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4))
+        figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2))
         for color, step in zip(COLORS, online, strict=False):
-            for number in range(len(seeds)):
-                records = read_jsonl(folder / f"seed-{number}" / step / "metrics.jsonl")
-                label = step.upper() if number == 0 else None
-                for axis, name in zip(axes[:2], ("score", "kl"), strict=True):
-                    axis.plot(*series(records, name), color=color, alpha=0.8, label=label)
+            files = (folder / f"seed-{n}" / step / "metrics.jsonl" for n in range(len(seeds)))
+            records = [read_jsonl(file) for file in files]
+            for axis, name in zip(axes[:2], ("score", "kl"), strict=True):
+                x = series(records[0], name)[0]
+                y = np.stack([series(of_seed, name)[1] for of_seed in records])
+                axis.plot(x, y.mean(0), color=color, label=step.upper())
+                axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
         axes[0].set(xlabel="iteration", ylabel="score of drawn responses")
         axes[1].set(xlabel="iteration", ylabel="KL from the fine-tuned model (nats)")
         everything = {"SFT": [s.before for s in seeds if s.before is not None]}
