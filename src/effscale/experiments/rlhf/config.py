@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from effscale.experiments.shared.config_parts import OutputPart
 from effscale.models import TransformerConfig, gpt2
 from effscale.models.validation import check
-from effscale.rlhf.config import GroupConfig, PPOConfig
+from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 
 SMOLLM2 = pathlib.Path("smollm2")
 Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
@@ -243,6 +243,26 @@ PRESETS["smollm2-135m"] = Config(
     eval_every=5,
     samples=3,
 )
+
+PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
+    step=("sft", "reward", "ppo"),
+    split="2,4,4",
+    rejected=1,
+    seeds=1,
+    lora_rank=128,
+    length=512,
+    prompt_length=256,
+    response_length=256,
+    min_response_length=0,
+    sft=LearningConfig(steps=119, batch_size=128, learning_rate=1e-3),
+    reward_model=LearningConfig(steps=476, batch_size=64, learning_rate=5e-5),
+    reward_lm_coef=0.0,
+    policy=LearningConfig(steps=476, batch_size=64, learning_rate=9.65e-6),
+    critic_rate=5e-6,
+    ppo=DEEPSPEED_CHAT,
+    minibatches=1,
+)
+"""DeepSpeed-Chat's recipe for OPT-1.3B on one GPU and the 76,256 records of rm-static, to be run with --actor and --data."""
 
 FREE = ("step", "seeds", "out", "resume")
 """What may differ when a run is resumed."""
