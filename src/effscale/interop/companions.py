@@ -58,10 +58,11 @@ class Companions:
         inherited: dict[str, Any] = {}
         gguf = None if self.like is None else gguf_path(self.like)
         if gguf is not None:
-            inherited, self.like = gguf_config(gguf), None
-            self.tokenizer = tokenizer or _tokenizer_of(gguf)
+            file = GGUFFile(gguf)
+            inherited, self.like = gguf_config(file), None
+            self.tokenizer = tokenizer or _tokenizer_of(file)
             if not self.is_new:
-                template = GGUFFile(gguf).header.metadata.get("tokenizer.chat_template")
+                template = file.header.metadata.get("tokenizer.chat_template")
                 self.template = template if isinstance(template, str) else None
         elif self.like is not None:
             inherited = dict(read_json(self.like, "config.json"))
@@ -145,10 +146,10 @@ def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _tokenizer_of(gguf: pathlib.Path) -> tokenizers.Tokenizer | None:
+def _tokenizer_of(file: GGUFFile) -> tokenizers.Tokenizer | None:
     """The tokenizer of a GGUF file; a kind that is not understood is left out with a warning."""
     try:
-        return gguf_tokenizer(gguf)
+        return gguf_tokenizer(file)
     except FolderError as error:
         warnings.warn(f"written without a tokenizer: {error}", stacklevel=5)
         return None

@@ -11,6 +11,7 @@ from effscale.models.validation import check
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 
 SMOLLM2 = pathlib.Path("smollm2")
+"""What --actor calls the model of ``make assets``."""
 Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
 
 
@@ -257,12 +258,13 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
     sft=LearningConfig(steps=119, batch_size=128, learning_rate=1e-3),
     reward_model=LearningConfig(steps=476, batch_size=64, learning_rate=5e-5),
     reward_lm_coef=0.0,
-    policy=LearningConfig(steps=476, batch_size=64, learning_rate=9.65e-6),
+    policy=LearningConfig(steps=953, batch_size=32, learning_rate=9.65e-6),
     critic_rate=5e-6,
     ppo=DEEPSPEED_CHAT,
     minibatches=1,
 )
-"""DeepSpeed-Chat's recipe for OPT-1.3B on one GPU and the 76,256 records of rm-static, to be run with --actor and --data."""
+"""DeepSpeed-Chat's sizes, steps and rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data. Its warm-up and weight decay are other ones, and its
+reward model is an OPT-350M (--reward)."""
 
 FREE = ("step", "seeds", "out", "resume")
 """What may differ when a run is resumed."""

@@ -7,7 +7,7 @@ model folder that transformers opens, too; a run that is stopped goes on where i
     python -m effscale.experiments.rlhf
     python -m effscale.experiments.rlhf --step base sft reward grpo --seeds 1
     python -m effscale.experiments.rlhf --preset smollm2-135m
-    python -m effscale.experiments.rlhf --actor FOLDER --step sft reward ppo --data pairs.jsonl --lora-rank 8
+    python -m effscale.experiments.rlhf --preset smollm2-135m --actor FOLDER --data pairs.jsonl
     python -m effscale.experiments.rlhf --out runs/mine --resume --step dpo
 
 Without --actor and --data nothing is downloaded: a small GPT-2 learns the source of the running Python's standard library ("base"), and then to say what

@@ -222,7 +222,7 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> Non
                 axis.plot(x, y.mean(0), color=color, label=step.upper())
                 axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
         axes[0].set(xlabel="iteration", ylabel="score of drawn responses")
-        axes[1].set(xlabel="iteration", ylabel="KL from the fine-tuned model (nats)")
+        axes[1].set(xlabel="iteration", ylabel="KL from SFT (nats)")
         everything = {"SFT": [s.before for s in seeds if s.before is not None]}
         everything |= {step.upper(): [s.after[step] for s in seeds] for step in done}
         scores = {n: np.concatenate([a.scores for a in found]) for n, found in everything.items()}
