@@ -70,6 +70,7 @@ TARGETS = {
         Target(name="v5e", platform="tpu", topology="v5e:2x4"),
         Target(name="v6e", platform="tpu", topology="v6e:2x4"),
         Target(name="v5p", platform="tpu", topology="v5p:2x2x2"),
+        Target(name="v5p-64", platform="tpu", topology="v5p:4x4x4"),
         Target(name="v5p-512", platform="tpu", topology="v5p:8x8x8"),
         # partitions x hosts x devices a host
         Target(name="h100", platform="cuda", topology="1x1x8", options=(("target_config", _H100),)),

@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from effscale.experiments.rlhf.experiment import main
 from effscale.experiments.shared.assets import MissingAssetError
 from effscale.interop import load_pretrained
 from effscale.models import ClassHead
+from effscale.parallel import MeshConfig
 from effscale.rlhf.data import Record
 
 STEPS = ("base", "sft", "reward", "ppo", "dpo")
@@ -41,7 +44,17 @@ def options(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
+def one_device():
+    """Runs take one of the eight, which compiles twice as fast, unless they ask for a mesh of their own."""
+    build = MeshConfig.build
+    alone = lambda mesh: build(mesh, jax.devices()[:1] if mesh == MeshConfig() else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeshConfig, "build", alone)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(options, one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     main([*options, "--step", *STEPS, "--out", str(folder)])
     return folder
@@ -119,6 +132,27 @@ def test_a_step_alone_continues_a_run(finished, options, tmp_path):
     assert missing.value.code == 2
     main(["--out", str(finished), "--resume", "--step", "grpo"])
     assert "grpo_reward_mean" in json.loads((finished / "results.json").read_text())
+
+
+def test_eight_devices_make_what_one_does(finished, tmp_path):
+    """The policy's step again, its weights divided; the figures are those of the models that were saved."""
+    folder = tmp_path / "divided"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "seed-0" / "ppo")
+    mesh = ("--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.tensor", "2")
+    main(["--out", str(folder), "--resume", "--step", "ppo", "--offload", *mesh])
+    there, here = (json.loads((f / "results.json").read_text()) for f in (finished, folder))
+    for name in ("sft_reward_mean", "ppo_reward_mean", "ppo_kl", "ppo_perplexity"):
+        np.testing.assert_allclose(here[name], there[name], rtol=1e-3, atol=1e-4)
+    scores = lambda run: [r["score"] for r in records(run, "ppo") if "score" in r]
+    np.testing.assert_allclose(scores(folder), scores(finished), rtol=1e-3, atol=1e-4)
+    assert len(scores(folder)) == 4
+
+
+def test_a_batch_that_the_devices_cannot_divide_is_refused_at_once(options, tmp_path):
+    with pytest.raises(SystemExit):
+        main([*options, "--sft.batch-size", "12", "--out", str(tmp_path), "--mesh.fsdp", "8"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_held_out_is_not_in_the_text():

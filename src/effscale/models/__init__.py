@@ -32,6 +32,7 @@ from effscale.models.image_size import resize_images
 from effscale.models.layers import Dense, Embedding, LayerNorm, RMSNorm, dropout
 from effscale.models.lora import LoRA, add_lora, is_adapter, merge_lora, unmerge_lora
 from effscale.models.mlp import MLPConfig
+from effscale.models.other_config import with_config
 from effscale.models.other_heads import replace_heads
 from effscale.models.positions import (
     Alibi,
@@ -151,4 +152,5 @@ __all__ = [
     "unmerge_lora",
     "unroll",
     "vit",
+    "with_config",
 ]

@@ -135,7 +135,8 @@ def make_policy_step(
 
     judge = _judge(sampling, temperature, critic_head)
     experience_of = _experience_of(config, typing.cast(tuple[int, ...], sampling.stop_ids))
-    update = _update(actor_step, critic_step, epochs, minibatches)
+    steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
+    updates = {name: _update(step, epochs, minibatches) for name, step in steps.items()}
 
     def policy_step(
         state: PolicyState, batch: Mapping[str, Any]
@@ -159,10 +160,14 @@ def make_policy_step(
             experience = _with_text(experience, batch["text"])
         jax.block_until_ready(experience)
         clock.took("score")
-        states = {"actor": state.actor}
-        if state.critic is not None:
-            states["critic"] = state.critic
-        states, of_update = jax.block_until_ready(update(states, experience, order))
+        states: dict[str, TrainState] = {}
+        of_update: dict[str, Any] = {}
+        skipped = []
+        for name, update in updates.items():
+            given = (getattr(state, name), experience, order)
+            states[name], found = jax.block_until_ready(update(*given))
+            skipped.append(found.pop("skipped_in_row"))
+            of_update |= {f"{name}_{metric}": value for metric, value in found.items()}
         clock.took("update")
         kl_coef = state.kl_coef
         if isinstance(config, PPOConfig) and config.kl_target is not None:
@@ -172,6 +177,7 @@ def make_policy_step(
                 horizon=config.kl_horizon,
                 responses=drawn.tokens.shape[0],
             )
+        of_update["skipped_in_row"] = jnp.stack(skipped).max()
         metrics = {**metrics, **more, **of_update, "kl_coef": state.kl_coef, **clock.seconds}
         new = PolicyState(states["actor"], states.get("critic"), kl_coef, state.step + 1, state.key)
         return new, metrics
@@ -215,33 +221,24 @@ def _experience_of(
 
 
 def _update(
-    actor_step: TrainStep, critic_step: TrainStep | None, epochs: int, minibatches: int
-) -> Callable[..., tuple[dict[str, TrainState], dict[str, Any]]]:
-    """All updates from one batch of experience, compiled; it uses the states up."""
-    steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
+    step: TrainStep, epochs: int, minibatches: int
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """All updates of one model from one batch of experience, compiled; it uses the state up.
 
-    def update(states: Any, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
+    Actor and critic have a program each: neither needs what the other learns, and memory is what one of them takes.
+    """
+
+    def update(state: TrainState, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
         rows = experience.tokens.shape[0]
         orders = [
             minibatch_rows(rows, minibatches, jax.random.fold_in(key, epoch))
             for epoch in range(epochs)
         ]
-
-        def learn(states: Any, index: Any) -> tuple[Any, dict[str, Any]]:
-            part = experience.rows(index)
-            found = {name: step(states[name], part) for name, step in steps.items()}
-            metrics = {
-                f"{name}_{metric}": value
-                for name, (_, of_step) in found.items()
-                for metric, value in of_step.items()
-                if metric not in ("weight", "tokens", "skipped")
-            }
-            return {name: state for name, (state, _) in found.items()}, metrics
-
-        states, metrics = jax.lax.scan(learn, states, jnp.concatenate(orders))
-        skipped = [metrics.pop(f"{name}_skipped_in_row")[-1] for name in states]
-        metrics = {name: value.mean(0) for name, value in metrics.items()}
-        return states, metrics | {"skipped_in_row": jnp.stack(skipped).max()}
+        learn = lambda state, index: step(state, experience.rows(index))
+        state, found = jax.lax.scan(learn, state, jnp.concatenate(orders))
+        left_out = ("weight", "tokens", "skipped", "skipped_in_row")
+        means = {name: found[name].mean(0) for name in found if name not in left_out}
+        return state, means | {"skipped_in_row": found["skipped_in_row"][-1]}
 
     return jax.jit(update, donate_argnums=0)
 

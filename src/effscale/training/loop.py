@@ -13,7 +13,7 @@ from effscale.training.errors import CheckpointError, TrainingDivergedError
 from effscale.training.metrics import MetricsWriter, plain
 from effscale.training.on_device import check_on_device
 from effscale.training.signals import StopSignal
-from effscale.training.state import CountsSteps
+from effscale.training.state import CountsSteps, abstract
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ def resume_or_start(
     resume: bool = True,
     step: int | None = None,
     shardings: Any = None,
+    trace_create: bool = True,
 ) -> tuple[T, int]:
     """The newest checkpoint's state, or a new one; the data iterator is set to match.
 
@@ -179,6 +180,8 @@ def resume_or_start(
         step: The checkpoint to resume from in place of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
         shardings: A state of shardings (``effscale.parallel.shardings``); None leaves everything on the first device,
             or where ``create`` puts it.
+        trace_create: Whether ``create`` can be traced. False calls it as it is, and to resume, too, where its arrays' shapes and places are taken: for a
+            state that begins with weights from a file on a mesh, which would become constants of a program.
 
     Returns:
         The state and its step; of a new state without ``step``, 0.
@@ -196,7 +199,7 @@ def resume_or_start(
             f"{checkpoints.folder} already holds checkpoints, and resume=False starts afresh; choose another folder, or resume"
         )
     if resume and (step is not None or not checkpoints.is_empty):
-        wanted = jax.eval_shape(create)
+        wanted = jax.eval_shape(create) if trace_create else abstract(create())
         if shardings is not None:
             place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             wanted = jax.tree.map(place, wanted, shardings)
@@ -204,7 +207,12 @@ def resume_or_start(
         assert restored is not None
         logger.info("resuming from step %d of %s", restored.step, checkpoints.folder)
         return restored.state, restored.step
-    state = create() if shardings is None else jax.jit(create, out_shardings=shardings)()
+    if shardings is None:
+        state = create()
+    elif trace_create:
+        state = jax.jit(create, out_shardings=shardings)()
+    else:
+        state = jax.device_put(create(), shardings)
     return state, int(getattr(state, "step", 0))
 
 

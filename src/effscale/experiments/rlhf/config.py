@@ -7,7 +7,9 @@ from typing import Literal, get_args
 
 from effscale.experiments.shared.config_parts import OutputPart
 from effscale.models import TransformerConfig, gpt2
-from effscale.models.validation import check
+from effscale.models.config import Remat
+from effscale.models.validation import check, choice
+from effscale.parallel import MeshConfig
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 
 SMOLLM2 = pathlib.Path("smollm2")
@@ -57,7 +59,7 @@ class ModelConfig:
             max_length=max_length,
             dropout=self.dropout,
         )
-        return dataclasses.replace(config, remat="dots", init_std=self.init_std)
+        return dataclasses.replace(config, init_std=self.init_std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,14 @@ class Config(OutputPart):
     """New tokens before a response may end; a reward model that has never seen an empty answer can prefer one."""
     temperature: float = 1.0
     """Of the sampling."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What models compute in; what is trained is kept in float32."""
+    remat: Remat = "dots"
+    """What backward passes compute again in place of keeping it; full takes the least memory."""
+    offload: bool = False
+    """Let the reference and the reward model of a policy wait in host memory."""
+    mesh: MeshConfig = MeshConfig()
+    """Layout of the devices. Policies generate with weights that are whole along fsdp and divided along tensor."""
     lora_rank: int = 0
     """Rank of LoRA pairs that are trained in place of the weights; 0: none. Models are saved with the pairs merged."""
     base: LearningConfig = LearningConfig(steps=400, batch_size=16, learning_rate=4e-3)
@@ -164,6 +174,8 @@ class Config(OutputPart):
             check(self, getattr(self, name) > 0, name, "above 0")
         for name in ("lora_rank", "samples", "reward_lm_coef"):
             check(self, getattr(self, name) >= 0, name, "0 or more")
+        choice(self, "dtype", ("float32", "bfloat16"))
+        choice(self, "remat", get_args(Remat))
         rows = self.policy.batch_size
         divisor = f"a divisor of policy.batch_size={rows}"
         check(self, rows % self.minibatches == 0, "minibatches", divisor)
@@ -177,6 +189,11 @@ class Config(OutputPart):
         self.model.build(self.vocab_size, self.max_length)  # an impossible model is refused here
         shares = self.split == "all" or len(self.split.split(",")) == 3
         check(self, shares, "split", "three numbers such as 2,4,4, or all")
+
+    def learning(self, step: Step) -> LearningConfig:
+        """How a step's model is trained."""
+        own = {"base": self.base, "sft": self.sft, "reward": self.reward_model}
+        return own.get(step, self.policy)
 
     def learned_by(self, step: Step) -> PPOConfig | GroupConfig:
         """What a step makes of responses and scores."""
@@ -199,7 +216,7 @@ class Config(OutputPart):
         return self.prompt_length + self.response_length
 
 
-_TINY = LearningConfig(steps=6, batch_size=4, learning_rate=1e-3)
+_TINY = LearningConfig(steps=6, batch_size=8, learning_rate=1e-3)
 
 PRESETS = {
     "smoke": Config(
@@ -212,7 +229,7 @@ PRESETS = {
         base=_TINY,
         sft=_TINY,
         reward_model=_TINY,
-        policy=dataclasses.replace(_TINY, steps=2, batch_size=8),
+        policy=dataclasses.replace(_TINY, steps=2, batch_size=16),
         minibatches=2,
         eval_prompts=8,
         eval_every=2,
@@ -265,6 +282,18 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
 )
 """DeepSpeed-Chat's sizes, steps and rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data. Its warm-up and weight decay are other ones, and its
 reward model is an OPT-350M (--reward)."""
+_LARGE = dataclasses.replace(
+    PRESETS["paper"],
+    dtype="bfloat16",
+    remat="full",
+    lora_rank=0,
+    sft=LearningConfig(steps=119, batch_size=128, learning_rate=9.65e-6),
+    policy=LearningConfig(steps=30, batch_size=1024, learning_rate=9.65e-6),
+)
+PRESETS["bloom-7b1"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8), minibatches=4)
+"""The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts; needs --actor, --data and --reward."""
+PRESETS["opt-66b"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8, tensor=8), minibatches=8)
+"""The same for OPT-66B on 64 chips."""
 
-FREE = ("step", "seeds", "out", "resume")
+FREE = ("step", "seeds", "out", "resume", "mesh", "offload")
 """What may differ when a run is resumed."""

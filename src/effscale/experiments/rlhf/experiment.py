@@ -16,11 +16,15 @@ its functions and classes do: the chosen response is what the documentation says
 
 import time
 
+import jax
+import numpy as np
+
 from effscale.experiments.rlhf.config import FREE, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import check_folder, resumable
 from effscale.experiments.shared.results import Result, finish
+from effscale.parallel import shard_batch
 
 
 def run(config: Config) -> Result:
@@ -33,7 +37,7 @@ def run(config: Config) -> Result:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the records; or ``resume`` is set and the folder is of another config.
+        ValueError: If parts of the config do not fit each other, the records or the devices; or ``resume`` is set and the folder is of another config.
         FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
         FileNotFoundError: If a step is missing that another needs.
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
@@ -47,19 +51,22 @@ def run(config: Config) -> Result:
     from effscale.training import RunFolder
 
     check_folder(config, FREE)
+    mesh = config.mesh.build()
+    for step in config.step:  # what cannot be divided is refused before the first step
+        shard_batch(np.zeros(config.learning(step).batch_size, np.int8), mesh)
     phases = read_phases(config)
     encoder = make_encoder(config, phases)
     digest = {"tokenizer": tokenizer_digest(encoder.tokenizer)}
     folder = RunFolder.create(
         config.out, name="rlhf", config=config, data=digest, resume=config.resume
     )
-    with resumable(folder):
-        every = [Steps(config, folder, seed, phases, encoder) for seed in range(config.seeds)]
+    every = [Steps(config, folder, mesh, seed, phases, encoder) for seed in range(config.seeds)]
+    with resumable(folder), jax.set_mesh(mesh):
         for step in config.step:
             for steps in every:
                 steps.run(step)
-    began = time.perf_counter()
-    seeds = [report.read(steps, config) for steps in every]
+        began = time.perf_counter()
+        seeds = [report.read(steps, config) for steps in every]
     began -= sum(sum(seed.seconds.values()) for seed in seeds)  # those of earlier calls, too
     named, each = report.figures(seeds)
     report.draw(folder.figures / "rlhf.png", folder.path, seeds)

@@ -15,8 +15,8 @@ from effscale.experiments.rlhf.runs import Steps
 from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series
 from effscale.experiments.shared.results import deviation
 from effscale.generation import decode
-from effscale.models import Transformer, unroll
-from effscale.rlhf import response_log_probs, response_scores
+from effscale.models import Transformer
+from effscale.rlhf import response_log_probs, response_scores, rollout_model
 from effscale.training import read_jsonl
 
 POLICIES: tuple[Step, ...] = ("ppo", "grpo", "rloo", "dpo")
@@ -46,10 +46,11 @@ class Answers:
 def answers(steps: Steps, policy: Transformer, *, key: int = 0) -> Answers:
     """What a policy answers to the held-out prompts: the same draws for every policy of a seed."""
     rows = steps.held_out_prompts()
-    sampling = steps.rollout().sampling
+    rollout = steps.rollout()
+    sampling = rollout.sampling
     prompts, mask = jnp.asarray(rows["input_ids"]), jnp.asarray(rows["attention_mask"])
     drawn = decode(
-        *(unroll(policy), prompts, sampling),
+        *(rollout_model(policy, rollout), prompts, sampling),
         attention_mask=mask,
         key=jax.random.key(key),
         log_probs=True,

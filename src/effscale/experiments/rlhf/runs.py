@@ -23,7 +23,9 @@ from effscale.models import (
     is_adapter,
     merge_lora,
     replace_heads,
+    with_config,
 )
+from effscale.parallel import shard, shard_batch, shardings, to_host_memory
 from effscale.rlhf import (
     ModelReward,
     PPOConfig,
@@ -61,6 +63,7 @@ class Steps:
     Args:
         config: What the experiment was told.
         folder: The run folder.
+        mesh: The devices.
         seed: Decides what is random.
         phases: Records of each step.
         encoder: The actor's tokenizer and chat format.
@@ -70,11 +73,12 @@ class Steps:
         self,
         config: Config,
         folder: RunFolder,
+        mesh: jax.sharding.Mesh,
         seed: int,
         phases: data.Phases,
         encoder: RecordEncoder,
     ):
-        self.config, self.folder, self.seed = config, folder, seed
+        self.config, self.folder, self.mesh, self.seed = config, folder, mesh, seed
         self.phases, self.encoder = phases, encoder
 
     def run(self, step: Step) -> None:
@@ -104,22 +108,22 @@ class Steps:
         """The fine-tuned model, with which a policy begins and which is its reference."""
         for step in ("sft", "base"):
             if (self.place(step) / "config.json").is_file():
-                return load_pretrained(self.place(step))
+                return self._load(self.place(step))
         given = data.actor_source(self.config)
         if given is not None:
-            return load_pretrained(given)
+            return self._load(given)
         raise FileNotFoundError(f"{self.place('sft')} is not there: take the step sft first")
 
     def policy(self, step: Step) -> Transformer:
         """The policy after a step."""
-        return load_pretrained(self.place(step))
+        return self._load(self.place(step))
 
     def reward_model(self, head: ClassHead = SCORE) -> Transformer:
         """The reward model: that of --reward, or of the step before; or, with the head ``VALUE``, the critic."""
         place = self.place("reward") if self.config.reward is None else self.config.reward
         if not (place / "config.json").is_file():
             raise FileNotFoundError(f"{place} holds no model: take the step reward first")
-        return load_pretrained(place, heads=(head,))
+        return self._load(place, (head,))
 
     def rollout(self) -> RolloutConfig:
         """How responses are drawn, in training and in evaluations."""
@@ -130,7 +134,8 @@ class Steps:
             stop_ids=self.encoder.stop_ids,
             pad_id=self.encoder.padding,
         )
-        return RolloutConfig(sampling=sampling)
+        prepare = _in_bfloat16 if self.config.dtype == "bfloat16" else None
+        return RolloutConfig(sampling=sampling, prepare=prepare, mesh=self.mesh)
 
     def held_out_pairs(self) -> dict[str, np.ndarray]:
         """Pairs that nothing learned from."""
@@ -144,10 +149,22 @@ class Steps:
     def _name(self, step: Step) -> str:
         return f"seed-{self.seed}/{step}"
 
+    def _load(self, place: pathlib.Path, heads: tuple[ClassHead, ...] | None = None) -> Transformer:
+        """A model on the mesh, in float32, that computes as the experiment was told."""
+        model = load_pretrained(place, dtype="float32", mesh=self.mesh, heads=heads)
+        return self._computing(model)
+
+    def _computing(self, model: Transformer) -> Transformer:
+        how = {"dtype": self.config.dtype, "remat": self.config.remat}
+        return with_config(model, dataclasses.replace(model.config, **how))
+
+    def _read_only(self, model: Transformer) -> Transformer:
+        """A model that nothing trains, in the type that it computes in."""
+        return _in_bfloat16(model) if self.config.dtype == "bfloat16" else model
+
     def _trained(
         self,
         step: Step,
-        learning: LearningConfig,
         loss: Callable[..., Any],
         rows: Mapping[str, np.ndarray],
         create: Callable[[], Transformer],
@@ -155,6 +172,7 @@ class Steps:
         frozen: Any = None,
     ) -> Transformer:
         """A model after ordinary training on rows."""
+        learning = self.config.learning(step)
         optimizer, rate = _optimizer(learning)
         trainable = is_adapter if self._has_lora(step) else None
         train = make_train_step(
@@ -172,18 +190,33 @@ class Steps:
                 model = add_lora(model, rank=self.config.lora_rank, key=key)
             return create_train_state(model, optimizer, key=key, trainable=trainable)
 
-        state = train_to_end(
-            self.folder,
-            self._name(step),
-            jax.jit(train, donate_argnums=0),
-            data.Rows(rows, learning.batch_size, self.seed),
-            create=start,
-            num_steps=learning.steps,
+        state = self._train(
+            *(step, jax.jit(train, donate_argnums=0), rows, start),
             evaluate=held_out,
             every=max(1, learning.steps // 4),
             frozen=frozen,
         )
         return state.model
+
+    def _train(
+        self,
+        step: Step,
+        train: Callable[..., Any],
+        rows: Mapping[str, np.ndarray],
+        create: Callable[[], Any],
+        **options: Any,
+    ) -> Any:
+        """The state after a step's training on the mesh."""
+        learning = self.config.learning(step)
+        return train_to_end(
+            *(self.folder, self._name(step), train),
+            data.Rows(rows, learning.batch_size, self.seed),
+            create=lambda: shard(create(), self.mesh),
+            trace_create=False,  # weights of a file are no part of a program
+            num_steps=learning.steps,
+            place_batch=lambda batch: shard_batch(batch, self.mesh),
+            **options,
+        )
 
     def _has_lora(self, step: Step) -> bool:
         return self.config.lora_rank > 0 and step in ("sft", "dpo", "ppo", "grpo", "rloo")
@@ -192,8 +225,9 @@ class Steps:
         config, tokenizer = self.config, self.encoder.tokenizer
         size = config.model.build(tokenizer.get_vocab_size(), config.max_length)
         rows = data.base_rows(config, tokenizer, self.phases.held_out, self.encoder.stop_ids[0])
-        make = jax.jit(lambda: Transformer(size, rngs=nnx.Rngs(self.seed)))
-        return self._trained("base", config.base, next_token_loss, rows, make, lambda state: {})
+        make = lambda: self._computing(Transformer(size, rngs=nnx.Rngs(self.seed)))
+        placed = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), self.mesh))
+        return self._trained("base", next_token_loss, rows, placed, lambda state: {})
 
     def _sft(self) -> Transformer:
         base = self.place("base")
@@ -205,10 +239,7 @@ class Steps:
         rows = data.sft_rows(self.config, self.encoder, self.phases.sft)
         held_out = data.sft_rows(self.config, self.encoder, self.phases.held_out)
         test = functools.partial(_evaluated, next_token_loss, held_out, self.config.sft.batch_size)
-        return self._trained(
-            *("sft", self.config.sft, next_token_loss, rows),
-            *(lambda: load_pretrained(place), test),
-        )
+        return self._trained("sft", next_token_loss, rows, lambda: self._load(place), test)
 
     def _reward(self) -> Transformer:
         key = jax.random.key(self.seed)
@@ -224,22 +255,17 @@ class Steps:
             return replace_heads(actor, (*kept, score), key=key)
 
         test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch)
-        model = self._trained(
-            *("reward", self.config.reward_model, loss, rows),
-            *(begin, test),
-        )
+        model = self._trained("reward", loss, rows, begin, test)
         # Scores alone are asked of it from now on, and transformers reads one at the last token only.
         return replace_heads(model, (SCORE,), key=key)
 
     def _dpo(self) -> Transformer:
-        reference = self.actor()
+        reference = self._read_only(self.actor())
         loss = functools.partial(preference_loss, beta=self.config.beta)
         rows = data.pairs_of(self.config, self.encoder, self.phases.prompts)
         batch = self.config.policy.batch_size
         test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch, frozen=reference)
-        return self._trained(
-            *("dpo", self.config.policy, loss, rows, self.actor, test), frozen=reference
-        )
+        return self._trained("dpo", loss, rows, self.actor, test, frozen=reference)
 
     def _policy(self, step: Step) -> Transformer:
         config, learning = self.config, self.config.policy
@@ -257,10 +283,11 @@ class Steps:
             critic_optimizer, _ = _optimizer(critic)
             value = functools.partial(critic_loss, config=how, head="score")
             critic_step = make_train_step(value, critic_optimizer, clip=Clip(1.0))
+        waits = to_host_memory if config.offload else lambda model: model
         policy_step = make_policy_step(
             *(train, critic_step),
-            rewards=ModelReward(self.reward_model()),
-            reference=self.actor(),
+            rewards=ModelReward(waits(self._read_only(self.reward_model()))),
+            reference=waits(self._read_only(self.actor())),
             rollout=self.rollout(),
             config=how,
             epochs=config.epochs,
@@ -281,15 +308,9 @@ class Steps:
             return create_policy_state(*states, key=jax.random.fold_in(key, 1), config=how)
 
         rows = data.prompts_of(config, self.encoder, self.phases.prompts)
-        state = train_to_end(
-            self.folder,
-            self._name(step),
-            policy_step,
-            data.Rows(rows, learning.batch_size, self.seed),
-            create=start,
-            num_steps=learning.steps,
-            evaluate=lambda state: {},
-            every=config.eval_every,
+        evaluate = lambda state: {}
+        state = self._train(
+            *(step, policy_step, rows, start), evaluate=evaluate, every=config.eval_every
         )
         return state.actor.model
 
@@ -303,6 +324,10 @@ def _optimizer(
         peak=peak, warmup=learning.steps // 10, total=learning.steps, final=peak / 10
     ).build()
     return AdamWConfig(b2=0.95, weight_decay=0.0).build(rate), rate
+
+
+def _in_bfloat16(model: Transformer) -> Transformer:
+    return jax.tree.map(lambda x: x.astype("bfloat16"), model)
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:

@@ -73,6 +73,7 @@ def train_to_end(
     wrap_writer: Callable[[MetricsWriter], MetricsWriter] = lambda writer: writer,
     frozen: Any = None,
     layout: Any = None,
+    trace_create: bool = True,
     place_batch: Callable[[Any], Any] | None = None,
 ) -> S:
     """Trains one of the runs of a run folder, from the start or from its checkpoint, with all of its files in a folder of its own.
@@ -90,6 +91,7 @@ def train_to_end(
         wrap_writer: What is put around the writer of metrics.
         frozen: As in `effscale.training.fit`.
         layout: Shardings of the state; None leaves it on one device.
+        trace_create: As in `effscale.training.resume_or_start`.
         place_batch: Puts a batch on the devices.
 
     Returns:
@@ -112,6 +114,7 @@ def train_to_end(
             restage=restage,
             frozen=frozen,
             layout=layout,
+            trace_create=trace_create,
             place_batch=place_batch,
         )
     if fitted.stopped_reason == "signal":
@@ -135,6 +138,7 @@ def run_to_end(
     compile_first: bool = True,
     frozen: Any = None,
     layout: Any = None,
+    trace_create: bool = True,
     place_batch: Callable[[Any], Any] | None = None,
 ) -> FitResult:
     """Trains from the start, or from the newest checkpoint: the loop of every experiment.
@@ -155,12 +159,14 @@ def run_to_end(
             shares the machine with steps whose time is taken.
         frozen: As in `effscale.training.fit`.
         layout: Shardings of the state; None leaves it on one device.
+        trace_create: As in `effscale.training.resume_or_start`.
         place_batch: Puts a batch on the devices.
 
     Returns:
         What `fit` returns; a signal is left to the caller.
     """
-    state, start = resume_or_start(checkpoints, create, batches, resume=resume, shardings=layout)
+    options = {"resume": resume, "shardings": layout, "trace_create": trace_create}
+    state, start = resume_or_start(checkpoints, create, batches, **options)
     another = restage() if restage is not None and start > 0 else None
     stepped = step if another is None else another
     staged = stepped if isinstance(stepped, StagedStep) else None
