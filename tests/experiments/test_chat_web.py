@@ -24,17 +24,21 @@ pytest.importorskip("gradio", reason="the extra chat is not installed")
 from effscale.experiments.chat import web
 
 
+def model(seed, max_length):
+    shape = {"num_layers": 1, "d_model": 16, "num_heads": 2, "vocab_size": 300}
+    config = gpt2(**shape, max_length=max_length)
+    return jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(seed)))()
+
+
 @pytest.fixture(scope="module")
 def talks():
     texts = ["Human: Name a colour. Assistant: Blue."] * 9
     encoder = RecordEncoder(tokenizer=train_tokenizer(texts, vocab_size=300))
-    config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=300, max_length=320)
     sampling = SamplingConfig(
         max_new_tokens=6, stop_ids=encoder.stop_ids, pad_id=encoder.padding, temperature=0.0
     )
-    make = lambda seed: jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(seed)))()
     return {
-        name: Conversation(make(seed), encoder, sampling)
+        name: Conversation(model(seed, 320), encoder, sampling)
         for seed, name in enumerate(("sft", "ppo"))
     }
 
@@ -83,6 +87,13 @@ def test_too_long_a_question_is_answered_with_the_reason(built):
     assert "(not answered: that is" in contents(pane)[-1]
 
 
+def _still(read, seconds=2):
+    """Whether what is read does not change for a while."""
+    before = read()
+    time.sleep(seconds)
+    return read() == before
+
+
 @pytest.mark.slow
 def test_in_a_browser(talks, tmp_path):
     pytest.importorskip("selenium", reason="selenium is not installed")
@@ -94,11 +105,10 @@ def test_in_a_browser(talks, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    for name, talk in talks.items():
-        save_pretrained(talk.model, tmp_path / name, tokenizer=talk.encoder.tokenizer)
-    command = [
-        *(sys.executable, "-m", "effscale.experiments.chat", "--web", "--max-new-tokens", "6")
-    ]
+    for seed, (name, talk) in enumerate(talks.items()):
+        save_pretrained(model(seed, 9000), tmp_path / name, tokenizer=talk.encoder.tokenizer)
+    command = [*(sys.executable, "-m", "effscale.experiments.chat", "--web", "--temperature", "0")]
+    command += ["--max-new-tokens", "8000"]
     command += ["--model", str(tmp_path / "sft"), "--beside", str(tmp_path / "ppo"), "--port"]
     options = webdriver.ChromeOptions()
     options.binary_location = browser
@@ -116,6 +126,8 @@ def test_in_a_browser(talks, tmp_path):
         raise AssertionError(f"not there after {seconds} s: {window.page_source[-2000:]}")
 
     bubbles = lambda: window.find_elements(By.CSS_SELECTOR, "[data-testid=bot]")
+    said = lambda: [bubble.text for bubble in bubbles()]
+    buttons = lambda: {b.text: b for b in window.find_elements(By.TAG_NAME, "button")}
     server = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True)
     try:
         line = server.stdout.readline()
@@ -124,9 +136,16 @@ def test_in_a_browser(talks, tmp_path):
         window.get(url)
         box = wait_for(lambda: window.find_elements(By.TAG_NAME, "textarea"))[0]
         box.send_keys("Hi.", Keys.ENTER)
-        wait_for(lambda: len(bubbles()) == 2 and all(b.text.strip() for b in bubbles()))
-        clear = [b for b in window.find_elements(By.TAG_NAME, "button") if b.text == "Clear"]
-        clear[0].click()
+        wait_for(lambda: len(bubbles()) == 2 and all(text.strip() for text in said()))
+        wait_for(lambda first=said(): said() != first)  # the answers grow,
+        buttons()["Stop"].click()
+        wait_for(lambda: _still(said))  # and stay as they are, far from their ends
+        assert all(0 < len(text) < 4000 for text in said())
+        buttons()["Clear"].click()
+        wait_for(lambda: not bubbles())
+        box.send_keys("And you?", Keys.ENTER)
+        wait_for(lambda: len(bubbles()) == 2 and all(text.strip() for text in said()))
+        buttons()["Clear"].click()
         wait_for(lambda: not bubbles())
         sent = [json.loads(entry["message"])["message"] for entry in window.get_log("performance")]
         asked = [

@@ -81,11 +81,9 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
             api_name="answer",
         )
         stop.click(None, cancels=answering)
-        clear.click(
-            lambda: [None, *([] for _ in talks)],
-            outputs=[begun, *panes],
-            cancels=answering,
-            api_name="clear",
+        # First the answers end, then they go: a last piece of one would bring it back.
+        clear.click(None, cancels=answering).then(
+            lambda: [None, *([] for _ in talks)], outputs=[begun, *panes], api_name="clear"
         )
     return built
 

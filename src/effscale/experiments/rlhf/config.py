@@ -272,6 +272,8 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
     prompt_length=256,
     response_length=256,
     min_response_length=0,
+    dtype="bfloat16",
+    remat="full",
     sft=LearningConfig(steps=119, batch_size=128, learning_rate=1e-3),
     reward_model=LearningConfig(steps=476, batch_size=64, learning_rate=5e-5),
     reward_lm_coef=0.0,
@@ -284,8 +286,6 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
 reward model is an OPT-350M (--reward)."""
 _LARGE = dataclasses.replace(
     PRESETS["paper"],
-    dtype="bfloat16",
-    remat="full",
     lora_rank=0,
     sft=LearningConfig(steps=119, batch_size=128, learning_rate=9.65e-6),
     policy=LearningConfig(steps=30, batch_size=1024, learning_rate=9.65e-6),
@@ -294,6 +294,10 @@ PRESETS["bloom-7b1"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8), mini
 """The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts; needs --actor, --data and --reward."""
 PRESETS["opt-66b"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8, tensor=8), minibatches=8)
 """The same for OPT-66B on 64 chips."""
+PRESETS["bloom-176b"] = dataclasses.replace(
+    _LARGE, mesh=MeshConfig(fsdp=64, tensor=8), minibatches=2
+)
+"""The same for BLOOM on 512 chips. `effscale.experiments.aot_rlhf` compiles these."""
 
 FREE = ("step", "seeds", "out", "resume", "mesh", "offload")
 """What may differ when a run is resumed."""

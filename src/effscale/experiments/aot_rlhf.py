@@ -1,0 +1,226 @@
+"""PPO at the sizes of DeepSpeed-Chat, to be compiled for machines that are not here.
+
+The presets of the experiment ``rlhf`` that are too large for most machines: OPT-1.3B on one H100, BLOOM-7B1 on 8 chips, OPT-66B on 64, BLOOM-176B on 512; each
+with a critic of some hundred million parameters. Each phase of an iteration is a program, since memory is what one phase needs. Compiling all
+takes an hour on one core, so ``make aot`` leaves them out:
+
+    python -m kernels_pallas.aot --targets h100 v5p v5p-64 v5p-512 --programs effscale.experiments.aot_rlhf
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from effscale.experiments.rlhf.config import PRESETS, Config
+from effscale.generation import SamplingConfig, decode
+from effscale.models import (
+    ClassHead,
+    Transformer,
+    TransformerConfig,
+    add_lora,
+    bloom,
+    is_adapter,
+    merge_lora,
+    opt,
+)
+from effscale.parallel import batch_sharding, shardings, use_rules
+from effscale.rlhf import (
+    Experience,
+    RolloutConfig,
+    actor_loss,
+    critic_loss,
+    response_log_probs,
+    rollout_model,
+)
+from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
+from kernels_pallas.aot import Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A preset with the models that it is for."""
+
+    preset: str
+    actor: TransformerConfig
+    critic: TransformerConfig
+    target: str
+    chips: int
+
+    @property
+    def config(self) -> Config:
+        """What the preset says."""
+        return PRESETS[self.preset]
+
+    def switch(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """From the layout of training, in float32, to that of generation, in bfloat16."""
+        mesh = self._mesh(devices)
+        with jax.set_mesh(mesh):
+            actor = _placed(jax.eval_shape(self._create_actor), mesh)
+            return rollout_model.lower(actor, config=self._rollout(mesh))
+
+    def generate(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """The answers to all prompts."""
+        mesh = self._mesh(devices)
+        rollout = self._rollout(mesh)
+        with jax.set_mesh(mesh):
+            types = jax.eval_shape(lambda: rollout_model(self._create_actor(), rollout))
+            with use_rules(rollout.rules):
+                model = _placed(types, mesh)
+            shape = self.config.policy.batch_size, self.config.prompt_length
+            prompts = _rows(mesh, shape, jnp.int32)
+            mask = _rows(mesh, shape, jnp.bool_)
+
+            def answers(model: Any, prompts: Any, mask: Any, key: Any) -> Any:
+                given = (model, prompts, rollout.sampling)
+                return decode(*given, attention_mask=mask, key=key, log_probs=True)
+
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            return jax.jit(answers).lower(model, prompts, mask, key)
+
+    def score(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """What the reference, in bfloat16, says of a minibatch of answers."""
+        mesh = self._mesh(devices)
+        with jax.set_mesh(mesh):
+            reference = jax.eval_shape(lambda: _in_bfloat16(merge_lora(self._create_actor())))
+            rows, response = self._experience(mesh), self.config.response_length
+            said = jax.jit(
+                lambda model, tokens, mask: response_log_probs(model, tokens, mask, response)
+            )
+            return said.lower(_placed(reference, mesh), rows.tokens, rows.mask)
+
+    def learn(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """An update of the actor from a minibatch."""
+        loss = functools.partial(actor_loss, config=self.config.ppo)
+        trainable = is_adapter if self.config.lora_rank else None
+        return self._update(devices, self._create_actor, loss, trainable)
+
+    def learn_values(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """An update of the critic from a minibatch."""
+        loss = functools.partial(critic_loss, config=self.config.ppo)
+        value = ClassHead(num_classes=1, name="value", pool="none", bias=False)
+        config = dataclasses.replace(self.critic, heads=(value,))
+        return self._update(devices, lambda: self._model(config), loss)
+
+    def _mesh(self, devices: Sequence[Any]) -> Mesh:
+        return self.config.mesh.build(devices[: self.chips])
+
+    def _model(self, model: TransformerConfig) -> Transformer:
+        how = {"dtype": "bfloat16", "remat": "full"}
+        return Transformer(dataclasses.replace(model, **how), rngs=nnx.Rngs(0))
+
+    def _create_actor(self) -> Transformer:
+        model, rank = self._model(self.actor), self.config.lora_rank
+        return add_lora(model, rank=rank, key=jax.random.key(0)) if rank else model
+
+    def _rollout(self, mesh: Mesh) -> RolloutConfig:
+        sampling = SamplingConfig(
+            max_new_tokens=self.config.response_length, stop_ids=(2,), pad_id=1
+        )
+        return RolloutConfig(sampling=sampling, prepare=_in_bfloat16, mesh=mesh)
+
+    def _update(
+        self,
+        devices: Sequence[Any],
+        create: Callable[[], Transformer],
+        loss: Callable[..., Any],
+        trainable: Any = None,
+    ) -> jax.stages.Lowered:
+        optimizer = AdamWConfig(b2=0.95, weight_decay=0.0).build(1e-6)
+        step = make_train_step(loss, optimizer, clip=Clip(1.0), trainable=trainable)
+        mesh = self._mesh(devices)
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(
+                lambda: create_train_state(
+                    create(), optimizer, key=jax.random.key(0), trainable=trainable
+                )
+            )
+            layout = shardings(state, mesh)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+            return jitted.lower(_placed(state, mesh), self._experience(mesh))
+
+    def _experience(self, mesh: Mesh) -> Experience:
+        """Types of a minibatch."""
+        count = self.config.policy.batch_size // self.config.minibatches
+        whole, answer = (count, self.config.total_length), (count, self.config.response_length)
+        numbers = [_rows(mesh, answer, jnp.float32) for _ in range(4)]
+        return Experience(
+            _rows(mesh, whole, jnp.int32),
+            _rows(mesh, whole, jnp.bool_),
+            _rows(mesh, answer, jnp.bool_),
+            *numbers,
+        )
+
+
+def _in_bfloat16(model: Transformer) -> Transformer:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+
+
+def _placed(types: Any, mesh: Mesh) -> Any:
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, types, shardings(types, mesh))
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+OPT_350M = opt(num_layers=24, d_model=1024, num_heads=16, d_embed=512, post_norm=True)
+BLOOM_560M = bloom(num_layers=24, d_model=1024, num_heads=16)
+
+CASES = (
+    Case(
+        preset="opt-1.3b",
+        actor=opt(num_layers=24, d_model=2048, num_heads=32),
+        critic=OPT_350M,
+        target="h100",
+        chips=1,
+    ),
+    Case(
+        preset="bloom-7b1",
+        actor=bloom(num_layers=30, d_model=4096, num_heads=32),
+        critic=BLOOM_560M,
+        target="v5p",
+        chips=8,
+    ),
+    Case(
+        preset="opt-66b",
+        actor=opt(num_layers=64, d_model=9216, num_heads=72),
+        critic=OPT_350M,
+        target="v5p-64",
+        chips=64,
+    ),
+    Case(
+        preset="bloom-176b",
+        actor=bloom(num_layers=70, d_model=14336, num_heads=112),
+        critic=BLOOM_560M,
+        target="v5p-512",
+        chips=512,
+    ),
+)
+
+PHASES = {
+    "switch of layouts": Case.switch,
+    "generation": Case.generate,
+    "reference": Case.score,
+    "update of the actor": Case.learn,
+    "update of the critic": Case.learn_values,
+}
+
+
+def programs() -> list[Program]:
+    """Each phase of each case."""
+    return [
+        Program(
+            name=f"{case.preset}, {phase}",
+            lower=functools.partial(lower, case),
+            targets=(case.target,),
+        )
+        for case in CASES
+        for phase, lower in PHASES.items()
+    ]
