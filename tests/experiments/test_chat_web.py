@@ -137,7 +137,8 @@ def test_in_a_browser(talks, tmp_path):
         box = wait_for(lambda: window.find_elements(By.TAG_NAME, "textarea"))[0]
         box.send_keys("Hi.", Keys.ENTER)
         wait_for(lambda: len(bubbles()) == 2 and all(text.strip() for text in said()))
-        wait_for(lambda first=said(): said() != first)  # the answers grow,
+        first = said()
+        wait_for(lambda: said() != first)  # the answers grow,
         buttons()["Stop"].click()
         wait_for(lambda: _still(said))  # and stay as they are, far from their ends
         assert all(0 < len(text) < 4000 for text in said())

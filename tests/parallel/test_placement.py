@@ -226,6 +226,13 @@ def test_a_weight_that_says_how_it_divides(mesh, lead):
     assert placed.b.addressable_shards[0].data.shape == (*lead, 4, 8)
 
 
+def test_the_moments_of_a_weight_of_which_a_part_is_frozen(mesh):
+    """The frozen part has none."""
+    weight = LoraPair(None, jnp.ones((8, 4)), jnp.ones((4, 16)))
+    found = specs({"w": nnx.Param(weight, axes=("embed", "mlp"))}, mesh)
+    assert found == {"['w'].value.a": P("fsdp", None), "['w'].value.b": P(None, "tensor")}
+
+
 def test_a_weight_that_does_not_say(mesh):
     weight = Scaled(jnp.ones((8, 16), jnp.int8), jnp.ones((1, 16)))
     found = specs({"w": nnx.Param(weight, axes=("embed", "mlp"))}, mesh)

@@ -106,6 +106,33 @@ def test_forms_of_the_text(line, kind, sent):
     assert (found.kind, found.sent) == (kind, sent)
 
 
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("[2,4]<=[4,2]T(1,0)", ("fsdp",)),
+        ("[1,8]<=[8]", ("fsdp", "tensor")),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ("fsdp",)),
+    ],
+)
+def test_the_axes_along_which_devices_lie(groups, axes):
+    (found,) = collectives(f"%a = f32[8]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%s")
+    assert found.axes({"data": 1, "fsdp": 4, "tensor": 2}) == axes
+    assert found.devices == {("tensor",): 2, ("fsdp",): 4}.get(axes, 8)
+
+
+def test_a_sum_of_which_each_keeps_a_part():
+    """As a TPU's compiler writes it."""
+    text = """\
+%all-reduce-scatter.1 (input: f32[8]) -> f32[4] {
+  %sum = f32[8]{0} all-reduce(%input), replica_groups={{0,1}}, to_apply=%add
+  ROOT %part = f32[4]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={4}
+}
+"""
+    (found,) = collectives(text)
+    assert (found.kind, found.sent) == ("reduce-scatter", 16.0)
+
+
 def test_alone_nothing_is_sent():
     assert collectives("%a = f32[2]{0} all-reduce(%x), replica_groups={{0},{1}}") == []
     assert compressed_mean_bytes(jnp.zeros(64), 1) == mean_bytes(jnp.zeros(64), 1) == 0.0

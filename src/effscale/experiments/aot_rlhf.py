@@ -111,8 +111,8 @@ class Case:
         return self.config.mesh.build(devices[: self.chips])
 
     def _model(self, model: TransformerConfig) -> Transformer:
-        how = {"dtype": "bfloat16", "remat": "full"}
-        return Transformer(dataclasses.replace(model, **how), rngs=nnx.Rngs(0))
+        config = dataclasses.replace(model, dtype="bfloat16", remat="full")
+        return Transformer(config, rngs=nnx.Rngs(0))
 
     def _create_actor(self) -> Transformer:
         model, rank = self._model(self.actor), self.config.lora_rank

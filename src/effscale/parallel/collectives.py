@@ -3,19 +3,20 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
+
+import numpy as np
+
+from effscale.parallel.program_text import lines, times
 
 _KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 _LINE = re.compile(rf"= (?P<result>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)$")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+[0-9]+[a-z0-9]*)\[(?P<dims>[0-9,]*)\]")
 _BRANCH = re.compile(r"branch_([0-9]+)_fun")
 _BITS = re.compile(r"[0-9]+")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:body|calls|to_apply|\w*_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"')
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_LIMIT = re.compile(r"= s32\[\]\S* constant\(([0-9]+)\)")
+_GRID = re.compile(
+    r"replica_groups=\[(?P<shape>[0-9,]+)\]<=\[(?P<dims>[0-9,]+)\](?:T\((?P<order>[0-9,]+)\))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Collective:
         kind: all-reduce, all-gather, all-to-all, reduce-scatter or collective-permute.
         dtypes: Of its arrays, as XLA names them.
         size: Bytes of the whole: of what is reduced, gathered, or exchanged.
-        devices: Devices that take part together.
+        group: Numbers of the devices that take part together, in the order of the mesh; those of the first group.
         branches: Where it stands in nested ``lax.cond`` and ``lax.switch``: the number of the branch of each, outermost first.
         times: How often it runs in a call: the product of the lengths of the loops around it, as far as the compiler knows them.
     """
@@ -34,9 +35,25 @@ class Collective:
     kind: str
     dtypes: frozenset[str]
     size: int
-    devices: int
+    group: tuple[int, ...]
     branches: tuple[int, ...]
     times: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many devices take part together."""
+        return len(self.group)
+
+    def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """The axes of a mesh along which its devices lie.
+
+        Args:
+            mesh: The sizes of the axes by name, in order: the ``shape`` of the mesh that the program was compiled for.
+        """
+        places = np.unravel_index(self.group, tuple(mesh.values()))
+        return tuple(
+            name for name, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1
+        )
 
     @property
     def sent(self) -> float:
@@ -62,75 +79,28 @@ def collectives(program: str) -> list[Collective]:
         32.0
     """
     found = []
-    times = _times(program)
-    for computation, line in _lines(program):
+    runs = times(program)
+    for computation, line in lines(program):
         match = _LINE.search(line)
         if match is None:
             continue
-        devices = _devices(match["rest"], program)
+        group = _group(match["rest"], program)
         arrays = [(m["dtype"], m["dims"]) for m in _ARRAY.finditer(match["result"])]
         if match["start"] and match["kind"] == "collective-permute":
             arrays = arrays[1:2]  # operand, result, two counters
         elif match["start"] and match["kind"] != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]  # operands come first, then results
-        size = sum(_size(dtype, dims) for dtype, dims in arrays)
-        if match["kind"] == "reduce-scatter":
-            size *= devices
+        kind, size = match["kind"], sum(_size(dtype, dims) for dtype, dims in arrays)
+        if kind == "reduce-scatter":
+            size *= len(group)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # a TPU's compiler fuses the sum with the choice of a part
         name = re.search(r'op_name="([^"]*)"', line)
         branches = tuple(int(n) for n in _BRANCH.findall(name[1])) if name else ()
-        if devices > 1:
+        if len(group) > 1:
             dtypes = frozenset(dtype for dtype, _ in arrays)
-            runs = times.get(computation, 1)
-            found.append(Collective(match["kind"], dtypes, size, devices, branches, runs))
+            found.append(Collective(kind, dtypes, size, group, branches, runs.get(computation, 1)))
     return found
-
-
-def _lines(program: str) -> Iterator[tuple[str, str]]:
-    """Each line with the name of the computation that it stands in."""
-    computation = ""
-    for line in program.splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header["name"]
-        yield computation, line
-
-
-def _times(program: str) -> dict[str, int]:
-    """How often each computation runs: the sum over its callers, times the length of the loop that it is the body of."""
-    callers: dict[str, list[tuple[str, int]]] = {}
-    limits = _limits(program)
-    for computation, line in _lines(program):
-        called = _CALLED.findall(line)
-        for match in _BRANCHES.finditer(line):
-            called += [name.strip().removeprefix("%") for name in match[1].split(",")]
-        trips, condition = _TRIPS.search(line), _CONDITION.search(line)
-        count = int(trips[1]) if trips else 1
-        if trips is None and condition is not None:
-            count = limits.get(condition[1], 1)
-        for name in called:
-            callers.setdefault(name, []).append((computation, count))
-    known: dict[str, int] = {}
-
-    def runs(name: str) -> int:
-        if name not in known:
-            above = callers.get(name)
-            known[name] = sum(runs(caller) * trips for caller, trips in above) if above else 1
-        return known[name]
-
-    return {name: runs(name) for name in callers}
-
-
-def _limits(program: str) -> dict[str, int]:
-    """Lengths of scans by their condition, which compares a count from 0 with one number and nothing else. A TPU's compiler tells the length in no other place."""
-    numbers: dict[str, list[int]] = {}
-    compares: set[str] = set()
-    for computation, line in _lines(program):
-        if limit := _LIMIT.search(line):
-            numbers.setdefault(computation, []).append(int(limit[1]))
-        if line.lstrip().startswith("ROOT ") and " compare(" in line and "direction=LT" in line:
-            compares.add(computation)
-    return {
-        name: found[0] for name, found in numbers.items() if name in compares and len(found) == 1
-    }
 
 
 def _size(dtype: str, dims: str) -> int:
@@ -138,15 +108,24 @@ def _size(dtype: str, dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
 
 
-def _devices(rest: str, program: str) -> int:
+def _group(rest: str, program: str) -> tuple[int, ...]:
+    """The devices that take part together, as the first group lists them."""
     if match := re.search(r"replica_groups=\{\{([0-9,]*)\}", rest):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[[0-9]+,([0-9]+)\]", rest):
-        return int(match[1])
+        return tuple(int(n) for n in match[1].split(","))
+    if match := _GRID.search(rest):
+        numbers = lambda name: [int(n) for n in match[name].split(",")]
+        dims, shape = numbers("dims"), numbers("shape")
+        grid = np.arange(math.prod(dims)).reshape(dims)
+        if match["order"]:
+            grid = grid.transpose(numbers("order"))
+        return tuple(grid.reshape(shape)[0].tolist())
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=([0-9]+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    if "source_target_pairs=" in rest:
-        return 2
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=([0-9]+)", match[1])}
+        along = re.findall(r"'(\w+)'", match[2])
+        grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        places = tuple(slice(None) if name in along else 0 for name in sizes)
+        return tuple(np.ravel(grid[places]).tolist())
+    if match := re.search(r"source_target_pairs=\{\{([0-9]+),([0-9]+)\}", rest):
+        return int(match[1]), int(match[2])
     count = re.search(r"num_partitions=([0-9]+)", program)
-    return int(count[1]) if count else 1
+    return tuple(range(int(count[1]) if count else 1))

@@ -208,12 +208,16 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
 
 def _names_of_arrays(weight: object, partition: object) -> list[Any] | None:
     """The names that a weight's ``partition`` has for each of its arrays; None where it is no tree like the weight."""
-    structure = jax.tree.structure(weight)
-    try:  # None for an array that the weight may have and has not is then no name
+    # None stands for an array that a weight may have and has not, such as what is frozen in an optimizer's moments.
+    parts, structure = jax.tree.flatten(weight, is_leaf=lambda part: part is None)
+    try:
         names = structure.flatten_up_to(partition)
     except ValueError:  # of another class, with as many parts
         names = jax.tree.leaves(partition, is_leaf=_is_axes)
-    return names if len(names) == structure.num_leaves and all(map(_is_axes, names)) else None
+    if len(names) != len(parts):
+        return None
+    names = [name for name, part in zip(names, parts, strict=True) if part is not None]
+    return names if all(map(_is_axes, names)) else None
 
 
 def _spec(

@@ -155,8 +155,8 @@ class Steps:
         return self._computing(model)
 
     def _computing(self, model: Transformer) -> Transformer:
-        how = {"dtype": self.config.dtype, "remat": self.config.remat}
-        return with_config(model, dataclasses.replace(model.config, **how))
+        dtype, remat = self.config.dtype, self.config.remat
+        return with_config(model, dataclasses.replace(model.config, dtype=dtype, remat=remat))
 
     def _read_only(self, model: Transformer) -> Transformer:
         """A model that nothing trains, in the type that it computes in."""

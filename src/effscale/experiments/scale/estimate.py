@@ -1,0 +1,84 @@
+"""What a compiled step's figures mean on a machine: memory, time, days. An estimate, which rests on the compiler's cost model and the maker's figures."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from effscale.experiments.scale.config import Case
+from effscale.experiments.scale.machines import Machine, machine
+from effscale.ltd import training_flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one case. Bytes are those of a chip, seconds those of a step.
+
+    Attributes:
+        memory: All that the step takes.
+        fits: Whether the chip has so much.
+        operations: Of the model in a step over all chips: products, forward and backward, without what is computed again.
+        compute: The compiler's cycles at the chip's clock, and kernels by their own operations and bytes; where the compiler tells no cycles (GPU), all
+            operations, those of recomputed layers too, at the maker's peak.
+        network: What a chip sends along each axis (axes joined by "+"), at the maker's bandwidth.
+        fastest: If all traffic were hidden behind computing.
+        slowest: If none were.
+    """
+
+    case: Case
+    memory: float
+    fits: bool
+    operations: float
+    compute: float
+    network: Mapping[str, float]
+    fastest: float
+    slowest: float
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Share of the peak that the model's operations reach: of ``slowest`` and ``fastest``."""
+        where = machine(self.case.topology)
+        peak = where.count * where.chip.flops
+        return self.operations / peak / self.slowest, self.operations / peak / self.fastest
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Of ``slowest`` and ``fastest``."""
+        tokens = self.case.batch_size * self.case.length
+        return tokens / self.slowest, tokens / self.fastest
+
+
+def estimate(case: Case, found: Mapping[str, Any]) -> Estimate:
+    """The estimate for what a compilation found."""
+    where = machine(case.topology)
+    operations = float(training_flops(case.transformer(), case.length) * case.batch_size)
+    compute = _compute(case, where, found, operations)
+    network: dict[str, float] = {}
+    for row in found["collectives"]:
+        name = "+".join(row["axes"])
+        network[name] = network.get(name, 0.0) + row["sent"] / _speed(case, where, row["axes"])
+    sent = sum(network.values())
+    return Estimate(
+        case=case,
+        memory=float(found["total"]),
+        fits=found["total"] <= where.chip.memory,
+        operations=operations,
+        compute=compute,
+        network=network,
+        fastest=max(compute, sent),
+        slowest=compute + sent,
+    )
+
+
+def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: float) -> float:
+    chip = where.chip
+    if chip.clock is None or not found["cycles"]:
+        again = 4 / 3 if case.remat == "full" else 1.0
+        return again * operations / (where.count * chip.flops)
+    kernels = max(found["kernel_operations"] / chip.flops, found["kernel_bytes"] / chip.bandwidth)
+    return found["cycles"] / chip.clock + kernels
+
+
+def _speed(case: Case, where: Machine, axes: list[str]) -> float:
+    """Bytes per second along axes; the last axis of the mesh is the one whose devices are nearest."""
+    near = axes == ["tensor"] and case.mesh.tensor <= 8
+    return where.chip.near if near else where.chip.far

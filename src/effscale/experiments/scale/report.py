@@ -1,0 +1,132 @@
+"""Tables and the figure of the experiment ``scale``."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from effscale.experiments.scale.config import Config
+from effscale.experiments.scale.estimate import Estimate
+from effscale.experiments.scale.machines import machine
+from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+
+DAY = 86_400
+
+
+def pareto(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Those that no other beats in both memory and time."""
+    beats = lambda a, b: (
+        a.memory <= b.memory
+        and a.slowest <= b.slowest
+        and (a.memory, a.slowest) != (b.memory, b.slowest)
+    )
+    return [one for one in estimates if not any(beats(other, one) for other in estimates)]
+
+
+def best(estimates: Sequence[Estimate]) -> Estimate:
+    """The fastest that fits; if none does, the smallest."""
+    fitting = [one for one in estimates if one.fits]
+    if fitting:
+        return min(fitting, key=lambda one: one.slowest)
+    return min(estimates, key=lambda one: one.memory)
+
+
+def figures(
+    estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """The named figures: of each model's best case."""
+    named: dict[str, float] = {}
+    for model in dict.fromkeys(one.case.model for one in estimates):
+        one = best([e for e in estimates if e.case.model == model])
+        name = model.replace("-", "_").replace(".", "_")
+        named |= {
+            f"{name}_gb_per_chip": one.memory / 1e9,
+            f"{name}_mfu": one.mfu[0],
+            f"{name}_step_seconds": one.slowest,
+            f"{name}_compile_seconds": found[one.case.name]["compile_seconds"],
+        }
+    return named
+
+
+def tables(
+    config: Config, estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[list[str]]]:
+    """What the terminal and the page show."""
+    gb = lambda size: f"{size / 1e9:,.1f}"
+    both = lambda low, high, form: (
+        f"{low:{form}}" if f"{low:{form}}" == f"{high:{form}}" else f"{low:{form}} to {high:{form}}"
+    )
+    memory = [["case", "parameters", "optimizer", "temporaries", "total", "of", "fits"]]
+    speed = [["case", "PFLOP", "compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]]
+    traffic = [["case", "collective", "along", "times", "sent by a chip, GB"]]
+    built = [["case", "traced, s", "compiled, s"]]
+    chip = machine(config.topology).chip
+    on_front = {one.case.name for one in pareto(estimates)}
+    for one in estimates:
+        raw, name = found[one.case.name], one.case.name
+        marked = name + (" *" if name in on_front and len(estimates) > 1 else "")
+        memory.append(
+            [
+                *(marked, gb(raw["parameters"]), gb(raw["optimizer"]), gb(raw["temporaries"])),
+                *(gb(one.memory), gb(chip.memory), "yes" if one.fits else "no"),
+            ]
+        )
+        slow, fast = one.tokens_per_second
+        speed.append(
+            [
+                *(marked, f"{one.operations / 1e15:,.0f}", f"{one.compute:.2f}"),
+                f"{sum(one.network.values()):.2f}",
+                both(one.fastest, one.slowest, ".2f"),
+                both(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
+                both(slow, fast, ",.0f"),
+                both(config.tokens / fast / DAY, config.tokens / slow / DAY, ",.0f"),
+            ]
+        )
+        for row in raw["collectives"]:
+            times, sent = f"{row['times']:,}", f"{row['sent'] / 1e9:,.2f}"
+            traffic.append([name, row["kind"], "+".join(row["axes"]), times, sent])
+        built.append([name, f"{raw['trace_seconds']:.0f}", f"{raw['compile_seconds']:.0f}"])
+    return {
+        "Memory of each chip, GB": memory,
+        f"Speed on {config.topology}, an estimate": speed,
+        "Traffic": traffic,
+        "Compilation": built,
+    }
+
+
+def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> None:
+    """Memory and time of each case, and the limit of the chip."""
+    plt, chip = pyplot(), machine(config.topology).chip
+    models = list(dict.fromkeys(one.case.model for one in estimates))
+    front = pareto(estimates)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        for color, model in zip(COLORS * len(models), models, strict=False):
+            for one in (e for e in estimates if e.case.model == model):
+                middle = (one.slowest + one.fastest) / 2
+                axes.errorbar(
+                    *(one.memory / 1e9, middle),
+                    yerr=(one.slowest - one.fastest) / 2,
+                    fmt="o" if one in front else "x",
+                    color=color,
+                    capsize=3,
+                    label=model if one.case == estimates[0].case else None,
+                )
+                mesh = one.case.mesh
+                text = f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}, {one.case.accumulate}"
+                axes.annotate(
+                    *(text, (one.memory / 1e9, middle)),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        axes.axvline(chip.memory / 1e9, color="0.6", linestyle="--", linewidth=1)
+        axes.set(
+            xlabel=f"GB a chip ({chip.name} has {chip.memory / 1e9:.0f})",
+            ylabel="seconds a step, estimated",
+            xlim=(0, None),
+            ylim=(0, None),
+            title=f"{', '.join(models)} on {config.topology}",
+        )
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,129 @@
+"""The process that compiles: a job as JSON comes in by stdin, what was found goes out as a line of JSON.
+
+libtpu talks on stderr and takes the process over, so that each compilation has one of its own.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effscale.experiments.aot import lower_step
+from effscale.experiments.scale.config import Case
+from effscale.experiments.scale.machines import machine
+from effscale.experiments.shared.saved import config_from_json
+from effscale.models import Transformer
+from effscale.parallel import collectives, shardings
+from effscale.parallel.program_text import lines, times
+from effscale.training import (
+    AdamWConfig,
+    Clip,
+    create_train_state,
+    make_train_step,
+    next_token_loss,
+)
+
+MARK = "effscale.scale "
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
+_COST = re.compile(
+    r'"cost_estimate":\{"flops":"?(?P<flops>\d+)"?.*?"bytes_accessed":"?(?P<bytes>\d+)"?'
+)
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Compiles a step and reads what the compiler says of it; sizes are bytes of each chip. One that needs more memory than there is gives ``refused``, the compiler's words."""
+    where = machine(case.topology)
+    mesh = case.mesh.build(where.target.devices()[: where.count])
+    optimizer = AdamWConfig(b2=0.95, weight_decay=0.1).build(6e-5)
+    step = make_train_step(next_token_loss, optimizer, accumulate=case.accumulate, clip=Clip(1.0))
+    config = case.transformer()
+    create = lambda: create_train_state(
+        Transformer(config, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
+    )
+    rows = jax.ShapeDtypeStruct((case.batch_size, case.length), jnp.int32)
+    began = time.perf_counter()
+    lowered = lower_step(step, create, dict.fromkeys(("input_ids", "labels"), rows), mesh)
+    traced = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"refused": str(error).splitlines()[0]}
+    done = time.perf_counter()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None  # both are told by every compiler that is asked here
+    assert text is not None
+    state = jax.eval_shape(create)
+    return {
+        "trace_seconds": traced - began,
+        "compile_seconds": done - traced,
+        "parameters": _bytes(state.model, mesh),
+        "optimizer": _bytes(state.opt_state, mesh),
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "total": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "operations": (compiled.cost_analysis() or {}).get("flops"),
+        "collectives": _traffic(text, mesh.shape),
+        **_work(text),
+    }
+
+
+def _bytes(tree: Any, mesh: jax.sharding.Mesh) -> int:
+    """Of a tree of shapes, those that each device holds."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, sharding in leaves
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Bytes that a chip sends in a step, by kind of collective and mesh axes."""
+    found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    for collective in collectives(text):
+        row = found.setdefault((collective.kind, collective.axes(mesh)), [0, 0.0])
+        row[0] += collective.times
+        row[1] += collective.times * collective.sent
+    return [
+        {"kind": kind, "axes": list(axes), "times": count, "sent": sent}
+        for (kind, axes), (count, sent) in sorted(found.items())
+    ]
+
+
+def _work(text: str) -> dict[str, int]:
+    """Cycles that the compiler expects of its own operations, with those in loops as often as they run; and what kernels say of themselves."""
+    runs = times(text)
+    total = {"cycles": 0, "kernels": 0, "kernel_operations": 0, "kernel_bytes": 0}
+    for computation, line in lines(text):
+        count = runs.get(computation, 1)
+        if match := _CYCLES.search(line):
+            total["cycles"] += count * int(match[1])
+        if _KERNEL.search(line):
+            total["kernels"] += count
+            if match := _COST.search(line):
+                total["kernel_operations"] += count * int(match["flops"])
+                total["kernel_bytes"] += count * int(match["bytes"])
+    return total
+
+
+def main() -> None:
+    """Compiles the case on stdin."""
+    case = config_from_json(Case, json.load(sys.stdin))
+    print(MARK + json.dumps(compile_case(case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
