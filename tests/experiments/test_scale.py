@@ -9,7 +9,7 @@ import pytest
 
 from effscale.experiments.scale import Config, experiment, main, report, worker
 from effscale.experiments.scale.config import Case
-from effscale.experiments.scale.estimate import estimate
+from effscale.experiments.scale.estimate import _attention, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
 from effscale.ltd import training_flops
 from effscale.models import num_params, preset
@@ -34,9 +34,7 @@ FOUND = {
     "total": 14e9,
     "operations": 1.0,
     "cycles": 3_000_000_000,
-    "kernels": 2,
-    "kernel_operations": 197_000_000_000_000,
-    "kernel_bytes": 1,
+    "kernels": 0,
     "collectives": [
         {"kind": "all-gather", "axes": ["fsdp"], "times": 3, "sent": 100e9},
         {"kind": "all-reduce", "axes": ["tensor"], "times": 3, "sent": 300e9},
@@ -77,16 +75,24 @@ def test_traffic_goes_along_the_axes(found):
 
 
 def test_what_the_figures_mean():
-    """By hand: two seconds of cycles and one of kernels; half a second along fsdp and one and a half along tensor."""
+    """By hand: two seconds of cycles; half a second along fsdp and one and a half along tensor."""
     one = estimate(GPT2, FOUND)
-    assert one.compute == 3e9 / 1.5e9 + 1
+    assert one.compute == 3e9 / 1.5e9
     assert one.network == {"fsdp": 100e9 / 200e9, "tensor": 300e9 / 200e9}
-    assert (one.fastest, one.slowest) == (3.0, 5.0)
+    assert (one.fastest, one.slowest) == (2.0, 4.0)
     operations = 8 * training_flops(GPT2.transformer(), 32)
-    assert math.isclose(one.mfu[0], operations / (8 * 197e12) / 5)
-    assert one.tokens_per_second == (8 * 32 / 5, 8 * 32 / 3)
+    assert math.isclose(one.mfu[0], operations / (8 * 197e12) / 4)
+    assert one.tokens_per_second == (8 * 32 / 4, 8 * 32 / 2)
     assert one.fits
     assert not estimate(GPT2, {**FOUND, "total": 17e9}).fits
+
+
+def test_fused_attention_is_added_at_the_peak():
+    """Of 6 layers, 512 wide: two products of length x length x 512 for a row, four and a half times in all."""
+    one = estimate(GPT2, {**FOUND, "kernels": 9})
+    operations = 8 * 6 * 4.5 * 2 * 2 * 32 * 32 * 512
+    assert math.isclose(one.compute, 2 + operations / (8 * 197e12), rel_tol=1e-12)
+    assert math.isclose(_attention(GPT2), operations)
 
 
 def test_gpus_are_reckoned_by_their_peak_and_the_way_between_hosts():
@@ -158,7 +164,7 @@ def test_names_of_machines():
         ({"model": ("vit-base",)}, "reads tokens"),
         ({"tensor": (7,)}, "divides the 512 chips of v5p:8x8x8"),
         ({"accumulate": (3,)}, "a divisor of batch_size=2048"),
-        ({"batch_size": 32}, "32 rows can be divided among 64 devices"),
+        ({"batch_size": 128}, "32 rows can be divided among 64 devices"),
     ],
 )
 def test_bad_input(change, message):

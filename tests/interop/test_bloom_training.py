@@ -51,7 +51,7 @@ def theirs(folder, batches):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return np.array(losses)
 
 

@@ -296,6 +296,27 @@ def test_resume_or_start_with_shardings(toy, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.model, state.model)
 
 
+def test_a_state_that_cannot_be_traced_is_restored_to_where_it_is_made(toy, tmp_path):
+    """As one with weights from a file, of which each device reads its own."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.NamedSharding(mesh, jax.P())
+
+    def create():
+        state = fresh(toy)
+        assert not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state))
+        return jax.device_put(state, place)
+
+    checkpoints = Checkpoints(tmp_path)
+    state, _ = resume_or_start(checkpoints, create, trace_create=False)
+    checkpoints.save(5, state, force=True)
+    again, start = resume_or_start(checkpoints, create, trace_create=False)
+    assert start == 5
+    assert {leaf.sharding for leaf in jax.tree.leaves(again)} == {place}
+    jax.tree.map(np.testing.assert_array_equal, again.model, state.model)
+    with pytest.raises(AssertionError):
+        resume_or_start(checkpoints, create)
+
+
 def test_a_start_afresh_wants_a_folder_without_checkpoints(toy, tmp_path):
     create = lambda: fresh(toy)
     with Checkpoints(tmp_path) as checkpoints:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from effscale.experiments.rlhf.config import PRESETS, Config
+from effscale.experiments import rlhf
 from effscale.generation import SamplingConfig, decode
 from effscale.models import (
     ClassHead,
@@ -53,9 +53,9 @@ class Case:
     chips: int
 
     @property
-    def config(self) -> Config:
+    def config(self) -> rlhf.Config:
         """What the preset says."""
-        return PRESETS[self.preset]
+        return rlhf.PRESETS[self.preset]
 
     def switch(self, devices: Sequence[Any]) -> jax.stages.Lowered:
         """From the layout of training, in float32, to that of generation, in bfloat16."""

@@ -79,15 +79,16 @@ class Config(OutputPart):
             check(self, len(getattr(self, name)) >= 1, name, "at least one")
         for kind in self.remat:
             check(self, kind in get_args(Remat), "remat", f"one of {get_args(Remat)}")
+        for name in ("data", "tensor", "accumulate"):
+            check(self, min(getattr(self, name)) >= 1, name, "at least 1")
         for data, tensor in itertools.product(self.data, self.tensor):
-            divides = min(data, tensor) >= 1 and chips % (data * tensor) == 0
             wanted = f"such that data * tensor divides the {chips} chips of {self.topology}"
-            check(self, divides, "tensor", wanted)
-        rows = chips // max(self.tensor)
+            check(self, chips % data == 0, "data", wanted)
+            check(self, chips % (data * tensor) == 0, "tensor", wanted)
+        rows = chips // min(self.tensor)
         for count in self.accumulate:
-            even = count >= 1 and self.batch_size % count == 0
             wanted = f"a divisor of batch_size={self.batch_size}"
-            check(self, even, "accumulate", wanted)
+            check(self, self.batch_size % count == 0, "accumulate", wanted)
             enough = self.batch_size // count % rows == 0
             wanted = (
                 f"such that {self.batch_size // count} rows can be divided among {rows} devices"

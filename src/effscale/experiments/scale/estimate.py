@@ -17,8 +17,8 @@ class Estimate:
         memory: All that the step takes.
         fits: Whether the chip has so much.
         operations: Of the model in a step over all chips: products, forward and backward, without what is computed again.
-        compute: The compiler's cycles at the chip's clock, and kernels by their own operations and bytes; where the compiler tells no cycles (GPU), all
-            operations, those of recomputed layers too, at the maker's peak.
+        compute: The compiler's cycles at the chip's clock, and fused attention, of which it tells none, at the maker's peak; where there are no cycles (GPU), all
+            operations at the peak, those of recomputed layers too.
         network: What a chip sends along each axis (axes joined by "+"), at the maker's bandwidth.
         fastest: If all traffic were hidden behind computing.
         slowest: If none were.
@@ -74,8 +74,19 @@ def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: f
     if chip.clock is None or not found["cycles"]:
         again = 4 / 3 if case.remat == "full" else 1.0
         return again * operations / (where.count * chip.flops)
-    kernels = max(found["kernel_operations"] / chip.flops, found["kernel_bytes"] / chip.bandwidth)
-    return found["cycles"] / chip.clock + kernels
+    seconds = found["cycles"] / chip.clock
+    if found["kernels"]:
+        seconds += _attention(case) / (where.count * chip.flops)
+    return seconds
+
+
+def _attention(case: Case) -> float:
+    """Operations of fused attention in a step: forward, twice that backward, and its scores once more; forward again where layers are recomputed."""
+    config, length = case.transformer(), case.length
+    # Operations of a row are a L + b L^2; this is the second term, which training_flops counts three times the forward pass.
+    counted = training_flops(config, 2 * length) / 2 - training_flops(config, length)
+    times = (1 + 2 + 0.5 + (case.remat == "full")) / 3
+    return times * counted * case.batch_size
 
 
 def _speed(case: Case, where: Machine, axes: list[str]) -> float:

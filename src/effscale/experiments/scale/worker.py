@@ -33,9 +33,6 @@ from effscale.training import (
 MARK = "effscale.scale "
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
-_COST = re.compile(
-    r'"cost_estimate":\{"flops":"?(?P<flops>\d+)"?.*?"bytes_accessed":"?(?P<bytes>\d+)"?'
-)
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -94,6 +91,8 @@ def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
     """Bytes that a chip sends in a step, by kind of collective and mesh axes."""
     found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
     for collective in collectives(text):
+        if not collective.axes(mesh):  # a device to itself
+            continue
         row = found.setdefault((collective.kind, collective.axes(mesh)), [0, 0.0])
         row[0] += collective.times
         row[1] += collective.times * collective.sent
@@ -104,18 +103,15 @@ def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _work(text: str) -> dict[str, int]:
-    """Cycles that the compiler expects of its own operations, with those in loops as often as they run; and what kernels say of themselves."""
+    """Cycles that the compiler expects of its own operations, and the number of kernels, of which it expects none; those in loops as often as they run."""
     runs = times(text)
-    total = {"cycles": 0, "kernels": 0, "kernel_operations": 0, "kernel_bytes": 0}
+    total = {"cycles": 0, "kernels": 0}
     for computation, line in lines(text):
         count = runs.get(computation, 1)
         if match := _CYCLES.search(line):
             total["cycles"] += count * int(match[1])
         if _KERNEL.search(line):
             total["kernels"] += count
-            if match := _COST.search(line):
-                total["kernel_operations"] += count * int(match["flops"])
-                total["kernel_bytes"] += count * int(match["bytes"])
     return total
 
 
