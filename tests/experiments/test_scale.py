@@ -164,7 +164,7 @@ def test_names_of_machines():
         ({"model": ("vit-base",)}, "reads tokens"),
         ({"tensor": (7,)}, "divides the 512 chips of v5p:8x8x8"),
         ({"accumulate": (3,)}, "a divisor of batch_size=2048"),
-        ({"batch_size": 128}, "32 rows can be divided among 64 devices"),
+        ({"batch_size": 128}, "64 rows can be divided among 128 devices"),
     ],
 )
 def test_bad_input(change, message):

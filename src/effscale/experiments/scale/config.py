@@ -56,9 +56,9 @@ class Config(OutputPart):
     """Tokens of a row."""
     data: tuple[int, ...] = (1,)
     """Replicas of the model, along the mesh axis data."""
-    tensor: tuple[int, ...] = (8,)
+    tensor: tuple[int, ...] = (4,)
     """Devices that split each layer, along the mesh axis tensor; the rest lie along fsdp."""
-    accumulate: tuple[int, ...] = (4,)
+    accumulate: tuple[int, ...] = (2,)
     """Micro-batches of a step: more of them need less memory, and send weights more often."""
     remat: tuple[Remat, ...] = ("full",)
     """What the backward pass computes again in place of keeping it."""

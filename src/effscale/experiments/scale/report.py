@@ -1,5 +1,6 @@
 """Tables and the figure of the experiment ``scale``."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from effscale.experiments.scale.machines import machine
 from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
 
 DAY = 86_400
+NEGLIGIBLE = 5e6
+"""Bytes of a collective that tables leave out."""
 
 
 def pareto(estimates: Sequence[Estimate]) -> list[Estimate]:
@@ -33,15 +36,17 @@ def best(estimates: Sequence[Estimate]) -> Estimate:
 def figures(
     estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """The named figures: of each model's best case."""
+    """The named figures: of each model's best case. Those that end in ``if_overlapped`` hide all traffic behind computing, and the others none."""
     named: dict[str, float] = {}
     for model in dict.fromkeys(one.case.model for one in estimates):
-        one = best([e for e in estimates if e.case.model == model])
+        one = best(_of(model, estimates))
         name = model.replace("-", "_").replace(".", "_")
         named |= {
             f"{name}_gb_per_chip": one.memory / 1e9,
             f"{name}_mfu": one.mfu[0],
+            f"{name}_mfu_if_overlapped": one.mfu[1],
             f"{name}_step_seconds": one.slowest,
+            f"{name}_step_seconds_if_overlapped": one.fastest,
             f"{name}_compile_seconds": found[one.case.name]["compile_seconds"],
         }
     return named
@@ -60,7 +65,8 @@ def tables(
     traffic = [["case", "collective", "along", "times", "sent by a chip, GB"]]
     built = [["case", "traced, s", "compiled, s"]]
     chip = machine(config.topology).chip
-    on_front = {one.case.name for one in pareto(estimates)}
+    models = dict.fromkeys(one.case.model for one in estimates)
+    on_front = {one.case.name for model in models for one in pareto(_of(model, estimates))}
     for one in estimates:
         raw, name = found[one.case.name], one.case.name
         marked = name + (" *" if name in on_front and len(estimates) > 1 else "")
@@ -82,6 +88,8 @@ def tables(
             ]
         )
         for row in raw["collectives"]:
+            if row["sent"] < NEGLIGIBLE:
+                continue
             times, sent = f"{row['times']:,}", f"{row['sent'] / 1e9:,.2f}"
             traffic.append([name, row["kind"], "+".join(row["axes"]), times, sent])
         built.append([name, f"{raw['trace_seconds']:.0f}", f"{raw['compile_seconds']:.0f}"])
@@ -97,36 +105,40 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
     """Memory and time of each case, and the limit of the chip."""
     plt, chip = pyplot(), machine(config.topology).chip
     models = list(dict.fromkeys(one.case.model for one in estimates))
-    front = pareto(estimates)
+    fronts = [one for model in models for one in pareto(_of(model, estimates))]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8))
+        figure, axes = plt.subplots(figsize=(7.2, 3.8))
         for color, model in zip(COLORS * len(models), models, strict=False):
-            for one in (e for e in estimates if e.case.model == model):
-                middle = (one.slowest + one.fastest) / 2
-                axes.errorbar(
-                    *(one.memory / 1e9, middle),
-                    yerr=(one.slowest - one.fastest) / 2,
-                    fmt="o" if one in front else "x",
-                    color=color,
-                    capsize=3,
-                    label=model if one.case == estimates[0].case else None,
-                )
-                mesh = one.case.mesh
-                text = f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}, {one.case.accumulate}"
-                axes.annotate(
-                    *(text, (one.memory / 1e9, middle)),
-                    xytext=(6, 0),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+            for one in _of(model, estimates):
+                place = one.memory / 1e9, (one.slowest + one.fastest) / 2
+                spread = (one.slowest - one.fastest) / 2
+                marker = "o" if one in fronts else "x"
+                axes.errorbar(*place, yerr=spread, fmt=marker, color=color, capsize=3)
+                up = -1 if one in fronts else 1
+                beside = {"xytext": (0, 12 * up), "textcoords": "offset points", "ha": "center"}
+                upright = "bottom" if up > 0 else "top"
+                axes.annotate(_layout(one), place, **beside, fontsize=7, va=upright)
+            axes.plot([], [], "o", color=color, label=model)
+        axes.plot([], [], "x", color="0.4", label="another needs less memory and time")
         axes.axvline(chip.memory / 1e9, color="0.6", linestyle="--", linewidth=1)
         axes.set(
-            xlabel=f"GB a chip ({chip.name} has {chip.memory / 1e9:.0f})",
+            xlabel=f"GB a chip ({chip.name} has {chip.memory / 1e9:.0f}, dashed)",
             ylabel="seconds a step, estimated",
-            xlim=(0, None),
-            ylim=(0, None),
-            title=f"{', '.join(models)} on {config.topology}",
+            xlim=(0, 1.35 * max(one.memory for one in estimates) / 1e9),
+            ylim=(0, 1.25 * max(one.slowest for one in estimates)),
+            title=f"{config.batch_size:,} rows of {config.length:,} tokens on {config.topology}",
         )
+        axes.legend(loc="lower right", fontsize=8)
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
+
+
+def _of(model: str, estimates: Sequence[Estimate]) -> list[Estimate]:
+    return [one for one in estimates if one.case.model == model]
+
+
+def _layout(one: Estimate) -> str:
+    sizes = dataclasses.asdict(one.case.mesh).items()
+    mesh = ", ".join(f"{name} {size}" for name, size in sizes if size != 1)
+    return f"{mesh}\n{one.case.accumulate} micro-batches"
