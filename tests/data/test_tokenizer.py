@@ -5,7 +5,14 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.data import load_tokenizer, save_tokenizer, separator_id, train_tokenizer
+from effscale.data import (
+    BLOOM_TOKENS,
+    fertility,
+    load_tokenizer,
+    save_tokenizer,
+    separator_id,
+    train_tokenizer,
+)
 from effscale.data.tokenizer import split_text, tokenizer_digest
 
 
@@ -24,11 +31,61 @@ def test_training_is_deterministic_and_special_tokens_come_first():
     assert [first.id_to_token(i) for i in range(2)] == list(special)
 
 
+MANY = [
+    "def f(x2, y):\n\treturn x2  ** y|0  # twice!",
+    "Le chat, c'est-à-dire l'animal, dort… (2022)",
+    "他说\uff1a你好\uff0c世界。天气、很好。",
+    "नमस्ते दुनिया। कैसे हो? سلام دنیا\u06d4 مرحبا، كيف",
+    "   three spaces\u00a0and\u3000wide ones\n\n",
+]
+
+
+@pytest.fixture(scope="module")
+def bloom():
+    return train_tokenizer(MANY * 3, vocab_size=320, splitting="bloom", special_tokens=BLOOM_TOKENS)
+
+
+def pieces_of(pre_tokenizer, text):
+    return [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
+
+
+@given(text=st.one_of(st.text(max_size=60), st.sampled_from(MANY)))
+def test_bloom_splits_as_the_original_does(bloom, text):
+    """The pattern as BLOOM's tokenizer.json has it, whose brackets within brackets mean a union."""
+    original = tokenizers.Regex(" ?[^(\\s|[.,!?…。\uff0c、।\u06d4،])]+")
+    split = tokenizers.pre_tokenizers.Split(original, "isolated")
+    assert pieces_of(bloom.pre_tokenizer, text) == pieces_of(split, text)
+    assert bloom.decode(bloom.encode(text).ids) == text
+
+
+def test_bloom_splits_by_hand(bloom, tokenizer):
+    """Letters, digits and signs of code stay together, punctuation stands alone; GPT-2 cuts them."""
+    text = "a_b2=f  x1, don't。"
+    words = ["a_b2=f", " ", " x1", ",", " don't", "。"]
+    assert pieces_of(bloom.pre_tokenizer, text) == words
+    assert pieces_of(tokenizer.pre_tokenizer, text)[:3] == ["a", "_", "b"]
+    assert [bloom.id_to_token(i) for i in range(4)] == list(BLOOM_TOKENS)
+
+
+def test_fertility(bloom):
+    """Tokens of all texts by words of all texts; a tokenizer of another language cuts finer."""
+    english, other = ["the cat and the dog"] * 5, ["кот и собака"] * 5
+    own = train_tokenizer(english, vocab_size=290)
+    assert fertility(own, english) < 2 < fertility(own, other)
+    count = sum(len(own.encode(text).ids) for text in (*english, *other))
+    assert fertility(own, [*english, *other]) == count / (5 * 5 + 5 * 3)
+    with pytest.raises(ValueError, match="no word"):
+        fertility(own, [" \n"])
+
+
 def test_impossible_training_is_refused():
     with pytest.raises(ValueError, match=r"vocab_size=256: .* at least 257"):
         train_tokenizer(["a"], vocab_size=256)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer(iter([]), vocab_size=300)
+    untyped = train_tokenizer.__wrapped__  # a caller whose types nobody checks
+    with pytest.raises(ValueError, match=r"splitting='llama': must be one of \('gpt2', 'bloom'\)"):
+        untyped(["a"], vocab_size=300, splitting="llama")
 
 
 def test_save_and_load_by_file_or_folder(tokenizer, tmp_path):

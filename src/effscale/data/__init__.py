@@ -26,13 +26,21 @@ from effscale.data.sources import (
 from effscale.data.splits import Splits
 from effscale.data.statistics import token_counts, unigram_entropy
 from effscale.data.store import CorruptTokenStoreError, TokenStore
-from effscale.data.tokenizer import load_tokenizer, save_tokenizer, separator_id, train_tokenizer
+from effscale.data.tokenizer import (
+    BLOOM_TOKENS,
+    fertility,
+    load_tokenizer,
+    save_tokenizer,
+    separator_id,
+    train_tokenizer,
+)
 from effscale.data.writer import TokenStoreWriter
 
 if TYPE_CHECKING:
     from effscale.data.pipeline import batch_rows, make_dataset, packed_rows
 
 __all__ = [
+    "BLOOM_TOKENS",
     "Corpus",
     "CorruptIndexedDataError",
     "CorruptTokenStoreError",
@@ -54,6 +62,7 @@ __all__ = [
     "TokenStoreWriter",
     "batch_rows",
     "encode_documents",
+    "fertility",
     "load_tokenizer",
     "make_dataset",
     "packed_rows",

@@ -45,6 +45,25 @@ def test_deepspeed_chat_s_padding():
         pad_rows([[1, 2, 3]], 2, pad_id=0, side="left")
 
 
+def test_every_record_may_count_alike():
+    """BLOOMZ's loss: the mean over records of the mean over each one's tokens."""
+    records = [Record(prompt="ab", chosen="c"), Record(prompt="a", chosen="bcabcab")]
+    config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=257, max_length=16)
+    model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+
+    def loss(records, **options):
+        rows = fine_tuning_rows(records, ENCODER, length=16, **options)
+        found = next_token_loss(model, jax.tree.map(jnp.asarray, rows))
+        return float(found.total / found.weight)
+
+    alone = [loss([record]) for record in records]
+    np.testing.assert_allclose(loss(records, weigh="record"), np.mean(alone), rtol=1e-5)
+    assert abs(loss(records) - np.mean(alone)) > 1e-3  # two tokens against eight
+    rows = fine_tuning_rows(records, ENCODER, length=16, weigh="record")
+    assert rows["segment_ids"].max() == 2  # in one row
+    np.testing.assert_allclose(rows["loss_weights"].sum(), 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("encoder", [ENCODER, OTHER_PAD], ids=["pad is end", "own pad"])
 def test_what_is_learned_of_a_record(encoder):
     record = [Record(prompt="ab", chosen="cd")]

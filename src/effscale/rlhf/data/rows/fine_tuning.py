@@ -20,6 +20,7 @@ def fine_tuning_rows(
     *,
     length: int,
     loss_on: Literal["response", "all"] = "response",
+    weigh: Literal["token", "record"] = "token",
     pack: bool = True,
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
@@ -35,6 +36,8 @@ def fine_tuning_rows(
         encoder: Makes ids of them.
         length: The number of tokens in a row.
         loss_on: Whether the response alone is learned, its end included, or the prompt, too, as in DeepSpeed-Chat.
+        weigh: Whether every token counts alike, or every record, as in BLOOMZ: the tokens of a record then share a weight of 1, so that long
+            answers do not drown short ones.
         pack: Whether to put several records into a row, each where it leaves the least room, the longest first; or one.
         too_long: What to do with a record that is longer than a row: ``"drop"`` and count it, or ``"cut"`` off the end of its
             response, as DeepSpeed-Chat does.
@@ -60,6 +63,8 @@ def fine_tuning_rows(
         raise ValueError(f"length={length}: must be at least 1")
     if loss_on not in ("response", "all"):
         raise ValueError(f'loss_on={loss_on!r}: must be "response" or "all"')
+    if weigh not in ("token", "record"):
+        raise ValueError(f'weigh={weigh!r}: must be "token" or "record"')
     check_too_long(too_long)
     account = Account(records, report)
     sequences = []
@@ -94,7 +99,8 @@ def fine_tuning_rows(
         here = row, slice(start, start + count)
         out["input_ids"][here] = ids[:-1]
         out["labels"][here] = ids[1:]
-        out["loss_weights"][row, start + learned - 1 : start + count] = 1
+        share = 1 if weigh == "token" else 1 / (count + 1 - learned)
+        out["loss_weights"][row, start + learned - 1 : start + count] = share
         out["segment_ids"][here] = segment
         out["positions"][here] = np.arange(count)
     return out
