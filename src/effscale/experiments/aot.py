@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from effscale.experiments.onebit import runs as onebit_runner
 from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
 from effscale.experiments.shared.classifier.model import class_loss, classifier_config
+from effscale.experiments.shared.lowering import lower_step
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.random_ltd import arms as random_ltd
@@ -33,7 +34,7 @@ from effscale.experiments.xtc.arms import BINARY, Arm
 from effscale.models import Transformer, bert, take_layers, vit
 from effscale.models.config import PatchInputs
 from effscale.optim import Workers, onebit_adam
-from effscale.parallel import MeshConfig, batch_sharding, per_worker, shardings
+from effscale.parallel import MeshConfig, per_worker
 from effscale.training import (
     Clip,
     create_train_state,
@@ -251,37 +252,6 @@ def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:
     mesh = MeshConfig(data=1, expert=8).build(devices)
     batch = _packed_rows((config.batch_size, config.length))
     return lower_step(step, create, batch, mesh, frozen=lambda: make("pr_moe"))
-
-
-def lower_step(
-    step: Callable[..., Any],
-    create: Callable[[], Any],
-    batch: Mapping[str, Any],
-    mesh: jax.sharding.Mesh,
-    shape_batch: Callable[[Any], Any] = lambda batch: batch,
-    frozen: Callable[[], Any] | None = None,
-) -> jax.stages.Lowered:
-    """A donated step, lowered for a mesh.
-
-    Args:
-        step: From state and batch to state and metrics.
-        create: Makes the state.
-        batch: Types of a batch's arrays, which are divided by rows.
-        mesh: The mesh.
-        shape_batch: What a stage of a technique does to the batch.
-        frozen: Makes what the step is given as ``frozen``; None gives it nothing.
-    """
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    with jax.set_mesh(mesh):
-        given = {}
-        if frozen is not None:
-            read = jax.eval_shape(frozen)
-            given["frozen"] = jax.tree.map(place, read, shardings(read, mesh))
-        state = jax.eval_shape(create)
-        layout = shardings(state, mesh)
-        rows = {name: place(x, batch_sharding(mesh)) for name, x in batch.items()}
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-        return jitted.lower(jax.tree.map(place, state, layout), shape_batch(rows), **given)
 
 
 def lower_train_step(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from effscale.experiments.aot import lower_step
+from effscale.experiments.shared.lowering import lower_step
 from effscale.models import Transformer, build_context, preset
 from effscale.models.attention import in_blocks
 from effscale.models.config import AttentionImplementation, Remat

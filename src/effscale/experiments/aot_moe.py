@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effscale.experiments.aot import lower_step
+from effscale.experiments.shared.lowering import lower_step
 from effscale.models import MLPConfig, Transformer, TransformerConfig, gpt2
 from effscale.moe import MoEConfig, RouterConfig, expert_capacity, with_experts
 from effscale.optim import Workers, onebit_adam

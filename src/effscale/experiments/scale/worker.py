@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effscale.experiments.aot import lower_step
 from effscale.experiments.scale.config import Case
 from effscale.experiments.scale.machines import machine
+from effscale.experiments.shared.lowering import lower_step
 from effscale.experiments.shared.saved import config_from_json
 from effscale.models import Transformer
 from effscale.parallel import collectives, shardings
