@@ -1,0 +1,15 @@
+"""How good a language model is: log-probabilities of answers and texts, ranks of answers, programs that pass."""
+
+from effscale.evaluation.continuations import ContinuationScores, score_continuations
+from effscale.evaluation.passing import pass_at_k
+from effscale.evaluation.ranking import Ranking, rank_answers
+from effscale.evaluation.texts import text_log_probs
+
+__all__ = [
+    "ContinuationScores",
+    "Ranking",
+    "pass_at_k",
+    "rank_answers",
+    "score_continuations",
+    "text_log_probs",
+]

@@ -1,0 +1,143 @@
+"""What a model gives a continuation of a context."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from effscale.models import Transformer, matmul, transpose
+
+BUCKET = 32
+"""Rows and continuations are padded to the next of 1, 2, 3, 4, 6, 8, 12, ... times so many tokens (continuations: a quarter of it), so that few shapes are compiled."""
+
+
+class ContinuationScores(NamedTuple):
+    """What :func:`score_continuations` returns.
+
+    Attributes:
+        log_probs: Of each whole continuation, in nats.
+        greedy: Whether each is what the model would say if it always took the likeliest token.
+        cut: How many contexts were cut at their beginning.
+    """
+
+    log_probs: Shaped[np.ndarray, "items"]
+    greedy: Shaped[np.ndarray, "items"]
+    cut: int
+
+
+def score_continuations(
+    model: Transformer,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> ContinuationScores:
+    """Log-probabilities of continuations, each after its own context.
+
+    Rows of like length share a batch, are padded on the right, and each length is compiled once. Logits are computed for the continuations alone.
+
+    Args:
+        model: A causal model with a head named ``lm``; its weights may be packed, and its layers mixtures of experts.
+        contexts: Token ids; at least one each, such as the token that begins a text.
+        continuations: Token ids; as many as contexts.
+        batch_size: Rows of a batch.
+        max_length: Tokens that the model may read at once; a longer context loses its beginning. None: as many as it has positions, or without bound.
+
+    Raises:
+        ValueError: A context or continuation is empty, their numbers differ, or a continuation has more than ``max_length`` tokens.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> tiny = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50, max_length=64)
+        >>> model = Transformer(tiny, rngs=nnx.Rngs(0))
+        >>> score_continuations(model, [[1, 2], [1]], [[3], [4, 5]]).log_probs.shape
+        (2,)
+    """
+    if len(contexts) != len(continuations):
+        raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    max_length = model.config.max_length if max_length is None else max_length
+    rows, cut = [], 0
+    for number, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        if not len(context) or not len(continuation):
+            empty = "context" if not len(context) else "continuation"
+            raise ValueError(f"the {empty} of item {number} is empty")
+        # The last token of a row is predicted and not read.
+        ids = [*context, *continuation]
+        if max_length is not None and len(ids) - 1 > max_length:
+            if len(continuation) > max_length:
+                raise ValueError(
+                    f"the continuation of item {number} has {len(continuation)} tokens: max_length={max_length} allows no more than that"
+                )
+            ids, cut = ids[-max_length - 1 :], cut + 1
+        rows.append((ids, len(continuation)))
+    log_probs, greedy = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found = _score(model, *_batch([rows[i] for i in places], batch_size, max_length))
+        log_probs[places], greedy[places] = (np.asarray(x)[: len(places)] for x in found)
+    return ContinuationScores(log_probs, greedy, cut)
+
+
+def _batch(
+    rows: Sequence[tuple[Sequence[int], int]], size: int, limit: int | None
+) -> tuple[np.ndarray, ...]:
+    """Tokens to read; where each continuation is predicted, what follows there, and which of these are real."""
+    length = _padded(max(len(ids) for ids, _ in rows) - 1, BUCKET)
+    if limit is not None:
+        length = min(length, limit)
+    width = min(_padded(max(count for _, count in rows), BUCKET // 4), length)
+    tokens = np.zeros((size, length), np.int32)
+    lengths = np.ones(size, np.int32)
+    where, labels = (np.zeros((size, width), np.int32) for _ in range(2))
+    real = np.zeros((size, width), bool)
+    for row, (ids, count) in enumerate(rows):
+        end = len(ids) - 1
+        tokens[row, :end], lengths[row] = ids[:-1], end
+        where[row, :count] = np.arange(end - count, end)
+        labels[row, :count] = ids[-count:]
+        real[row, :count] = True
+    return tokens, lengths, where, labels, real
+
+
+def _padded(count: int, unit: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds so many."""
+    units = -(-count // unit)
+    power = 1
+    while True:
+        for step in (power, power * 3 // 2):
+            if step >= units:
+                return step * unit
+        power *= 2
+
+
+@jax.jit
+def _score(
+    model: Any,
+    tokens: Int[Array, "rows length"],
+    lengths: Int[Array, "rows"],
+    where: Int[Array, "rows width"],
+    labels: Int[Array, "rows width"],
+    real: Bool[Array, "rows width"],
+) -> tuple[Float[Array, "rows"], Bool[Array, "rows"]]:
+    mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    hidden = model.encode(tokens, attention_mask=mask).hidden
+    picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    x, weight, bias = model.heads["lm"].linear(picked, model.embed)
+    table = transpose(weight)
+
+    def of_row(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        x, labels, real = inputs
+        logits = matmul(x, table, bias).astype(jnp.float32)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+        said = (logits.argmax(1) == labels) | ~real
+        return jnp.where(real, chosen, 0).sum(), said.all()
+
+    return jax.lax.map(of_row, (x, labels, real))

@@ -1,0 +1,102 @@
+"""Questions with a few answers, of which the model takes the one that it finds likeliest."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from effscale.evaluation.continuations import score_continuations
+from effscale.models import Transformer
+
+Normalization = Literal["none", "token", "byte"]
+
+
+class Ranking(NamedTuple):
+    """What :func:`rank_answers` returns.
+
+    Attributes:
+        best: The number of the likeliest answer to each prompt.
+        log_probs: For each prompt, those of its answers, divided as asked.
+    """
+
+    best: Shaped[np.ndarray, "prompts"]
+    log_probs: list[Shaped[np.ndarray, "answers"]]
+
+
+def rank_answers(
+    model: Transformer,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    *,
+    normalize: Normalization = "none",
+    start_id: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> Ranking:
+    """The answer to each prompt whose tokens are likeliest after it: rank evaluation, as of T0 and BLOOMZ.
+
+    Prompt and answer are encoded together, so that tokens are those of the whole text; the answer begins with the first token that the prompt alone does not have.
+
+    Args:
+        model: A causal model with a head named ``lm``.
+        tokenizer: The model's, of tokenizers or transformers. It adds no special tokens here.
+        prompts: Texts.
+        answers: For each prompt, texts that could follow it, with the space that divides them if there is one.
+        normalize: ``"none"`` compares sums of log-probabilities, as T0 and BLOOMZ do; ``"token"`` and ``"byte"`` divide them by the answer's length.
+        start_id: A token before each prompt, such as the one that begins a text; needed where a prompt is empty.
+        batch_size: Rows of a batch.
+        max_length: Tokens that the model may read at once; a longer prompt loses its beginning.
+
+    Raises:
+        ValueError: A prompt has no answers, an answer is empty, or there is nothing before it.
+
+    References:
+        Sanh et al., "Multitask Prompted Training", 2021, section 6; Muennighoff et al., "Crosslingual Generalization through Multitask Finetuning", 2022.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.data import train_tokenizer
+        >>> from effscale.models import gpt2
+        >>> tokenizer = train_tokenizer(["Is it so? yes no"] * 3, vocab_size=270)
+        >>> model = Transformer(gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=270, max_length=64), rngs=nnx.Rngs(0))
+        >>> rank_answers(model, tokenizer, ["Is it so?"], [[" yes", " no"]]).best.shape
+        (1,)
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts and answers to {len(answers)}")
+    begin = [] if start_id is None else [start_id]
+    contexts, continuations, sizes = [], [], []
+    for number, (prompt, choices) in enumerate(zip(prompts, answers, strict=True)):
+        if not choices:
+            raise ValueError(f"prompt {number} has no answers")
+        for answer in choices:
+            if not answer:
+                raise ValueError(f"an answer to prompt {number} is empty")
+            context, continuation = _divided(tokenizer, prompt, answer)
+            contexts.append([*begin, *context])
+            continuations.append(continuation)
+            sizes.append(
+                {"none": 1, "token": len(continuation), "byte": len(answer.encode())}[normalize]
+            )
+    found = score_continuations(
+        model, contexts, continuations, batch_size=batch_size, max_length=max_length
+    )
+    divided = found.log_probs / np.array(sizes)
+    ends = np.cumsum([len(choices) for choices in answers])[:-1]
+    each = np.split(divided, ends)
+    return Ranking(np.array([int(scores.argmax()) for scores in each]), each)
+
+
+def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens of prompt and answer. White space at the prompt's end belongs to the answer, whose first token begins with it."""
+    bare = prompt.rstrip()
+    ids = lambda text: _ids(tokenizer, text)
+    context, whole = ids(bare), ids(bare + prompt[len(bare) :] + answer)
+    return whole[: len(context)], whole[len(context) :]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return list(getattr(encoded, "ids", encoded))

@@ -1,0 +1,60 @@
+"""What a model gives whole texts, longer than it can read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+from effscale.evaluation.continuations import score_continuations
+from effscale.models import Transformer
+
+
+def text_log_probs(
+    model: Transformer,
+    texts: Sequence[Sequence[int]],
+    *,
+    start_id: int,
+    max_length: int,
+    batch_size: int = 8,
+) -> Shaped[np.ndarray, "texts"]:
+    """Log-probabilities of texts in nats: every token once, after as many of those before it as fit.
+
+    A text is read in windows of ``max_length`` tokens, which predict the tokens that no window before predicted; the last one reaches back, so that what it predicts
+    has more context. ``exp(-sum / tokens)`` is the perplexity for each token; divided by bytes in place of tokens, models of different tokenizers can be compared.
+
+    Args:
+        model: A causal model with a head named ``lm``.
+        texts: Token ids; at least one each.
+        start_id: What stands before the first token.
+        max_length: Tokens that the model reads at once.
+        batch_size: Windows of a batch.
+
+    Raises:
+        ValueError: A text is empty, or ``max_length`` is below 1.
+
+    Example:
+        >>> from flax import nnx
+        >>> from effscale.models import gpt2
+        >>> tiny = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=50, max_length=8)
+        >>> text_log_probs(Transformer(tiny, rngs=nnx.Rngs(0)), [list(range(20))], start_id=0, max_length=8).shape
+        (1,)
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length}: must be at least 1")
+    contexts, continuations, owners = [], [], []
+    for number, text in enumerate(texts):
+        if not len(text):
+            raise ValueError(f"text {number} is empty")
+        ids = [start_id, *text]
+        for begin in range(0, len(text), max_length):
+            end = min(begin + max_length, len(text))
+            # ids[end] is the last that this window predicts, and it reads what lies before.
+            first = max(0, end - max_length)
+            contexts.append(ids[first : begin + 1])
+            continuations.append(ids[begin + 1 : end + 1])
+            owners.append(number)
+    options = {"batch_size": batch_size, "max_length": max_length}
+    found = score_continuations(model, contexts, continuations, **options)
+    total = np.zeros(len(texts))
+    np.add.at(total, owners, found.log_probs)
+    return total
