@@ -15,6 +15,7 @@ from effscale.evaluation import (
     continuations,
     pass_at_k,
     rank_answers,
+    ranking,
     score_continuations,
     text_log_probs,
 )
@@ -145,6 +146,35 @@ def test_answers_are_ranked():
     np.testing.assert_allclose(by_byte.log_probs[0], found.log_probs[0] / [4, 3, 10], rtol=1e-6)
 
 
+class Merging:
+    """A tokenizer that has a token across the end of a prompt."""
+
+    def encode(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        return list(map(ord, text.replace("ab", "\x01")))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "context", "continuation"),
+    [
+        ("\x02a", "b\x03", [2], [1, 3]),
+        ("\x02a", "\x03", [2, 97], [3]),
+        ("\x02 ", "\x03", [2], [32, 3]),
+        ("\x02ab", "b", [2, 1], [98]),
+    ],
+)
+def test_where_an_answer_begins(prompt, answer, context, continuation):
+    """With the first token that the prompt alone does not have."""
+    assert ranking._divided(Merging(), prompt, answer) == (context, continuation)
+
+
+def test_a_prompt_without_a_token_of_its_own(model):
+    with pytest.raises(ValueError, match=r"prompt 0 has no token of its own .* give start_id"):
+        rank_answers(model, Merging(), ["a"], [["b"]])
+    assert rank_answers(model, Merging(), ["a"], [["b", "\x05"]], start_id=0).best.shape == (1,)
+    assert rank_answers(model, Merging(), [], []).log_probs == []
+
+
 def test_programs_that_pass():
     """By drawing all pairs of five, of which two pass."""
     passes = [False, True, False, True, False]
@@ -164,7 +194,7 @@ def test_bad_input(model):
     ):
         with pytest.raises(ValueError, match=message):
             score_continuations(model, contexts, after)
-    with pytest.raises(ValueError, match="has 5 tokens: max_length=4"):
+    with pytest.raises(ValueError, match="has 5 tokens, more than max_length=4"):
         score_continuations(model, [[1]], [[1, 2, 3, 4, 5]], max_length=4)
     with pytest.raises(ValueError, match="text 0 is empty"):
         text_log_probs(model, [[]], start_id=0, max_length=4)

@@ -9,7 +9,7 @@ import pytest
 
 from effscale.experiments.scale import Config, experiment, main, report, worker
 from effscale.experiments.scale.config import Case
-from effscale.experiments.scale.estimate import _attention, estimate
+from effscale.experiments.scale.estimate import _attention, _speed, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
 from effscale.ltd import training_flops
 from effscale.models import num_params, preset
@@ -84,6 +84,7 @@ def test_what_the_figures_mean():
     assert math.isclose(one.mfu[0], operations / (8 * 197e12) / 4)
     assert one.tokens_per_second == (8 * 32 / 4, 8 * 32 / 2)
     assert one.fits
+    assert estimate(GPT2, {**FOUND, "total": 15.7 * 2**30}).fits
     assert not estimate(GPT2, {**FOUND, "total": 17e9}).fits
 
 
@@ -103,6 +104,22 @@ def test_gpus_are_reckoned_by_their_peak_and_the_way_between_hosts():
     assert one.network == {"fsdp": 100e9 / 50e9, "tensor": 300e9 / 450e9}
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh", "axes", "speed"),
+    [
+        ("8xH100", {"fsdp": 8}, ["fsdp"], 450e9),
+        ("16xH100", {"fsdp": 4, "tensor": 4}, ["tensor"], 450e9),
+        ("16xH100", {"fsdp": 4, "tensor": 4}, ["fsdp"], 50e9),
+        ("24xH100", {"fsdp": 4, "tensor": 6}, ["tensor"], 50e9),  # some groups lie in two hosts
+        ("16xH100", {"data": 2, "fsdp": 4, "tensor": 2}, ["fsdp", "tensor"], 450e9),
+        ("v5e:4x4", {"fsdp": 16}, ["fsdp"], 200e9),
+    ],
+)
+def test_how_near_chips_are(name, mesh, axes, speed):
+    case = dataclasses.replace(GPT2, topology=name, mesh=MeshConfig(**{"data": 1, **mesh}))
+    assert _speed(case, machine(name), axes) == speed
+
+
 def test_the_front_of_memory_and_time():
     more = {**FOUND, "total": 15e9}
     slower = {**FOUND, "cycles": 6_000_000_000}
@@ -111,7 +128,7 @@ def test_the_front_of_memory_and_time():
     every = [estimate(GPT2, one) for one in (FOUND, slower, both, faster)]
     assert report.pareto(every) == [every[0], every[3]]
     assert report.best(every) is every[3]
-    large = [estimate(GPT2, {**FOUND, "total": size}) for size in (18e9, 17e9)]
+    large = [estimate(GPT2, {**FOUND, "total": size}) for size in (19e9, 18e9)]
     assert report.best(large) is large[1]
 
 
@@ -158,10 +175,21 @@ def test_names_of_machines():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"topology": "v7x:8x8"}, "topology='v7x:8x8': must be a TPU's kind .*v5p:8x8x8.*384xH100"),
+        ({"topology": "v5p:0x8x8"}, "no side may be 0"),
+        ({"topology": "v5p:8x8"}, "a TPU's kind and sides"),
+        ({"model": ("bert-large",)}, "causal language models"),
+        ({"model": ("gpt2",)}, "length=2048: must be at most 1024, the positions of gpt2"),
+        (
+            {"topology": "384xH100", "tensor": (2, 3), "batch_size": 384, "accumulate": (2,)},
+            "192 rows can be divided among 128 devices",
+        ),
+        (
+            {"topology": "v7x:8x8"},
+            "topology='v7x:8x8': must be a TPU's kind and sides, such as v5p:8x8x8.*384xH100",
+        ),
         ({"topology": "12xH100"}, "whole hosts of 8"),
         ({"model": ("bloom-175b",)}, "model=.*bloom"),
-        ({"model": ("vit-base",)}, "reads tokens"),
+        ({"model": ("vit-base",)}, "causal language models"),
         ({"tensor": (7,)}, "divides the 512 chips of v5p:8x8x8"),
         ({"accumulate": (3,)}, "a divisor of batch_size=2048"),
         ({"batch_size": 128}, "64 rows can be divided among 128 devices"),

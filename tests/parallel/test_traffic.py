@@ -121,6 +121,14 @@ def test_the_axes_along_which_devices_lie(groups, axes):
     assert found.devices == {("tensor",): 2, ("fsdp",): 4}.get(axes, 8)
 
 
+def test_a_permutation_may_begin_with_a_device_that_keeps_its_own():
+    pairs = "{{0,0},{1,2},{2,1},{3,3}}"
+    (found,) = collectives(f"%a = f32[8]{{0}} collective-permute(%x), source_target_pairs={pairs}")
+    assert found.axes({"fsdp": 2, "tensor": 2}) == ("fsdp", "tensor")
+    alone = "%a = f32[8]{0} collective-permute(%x), source_target_pairs={{0,0},{1,1}}"
+    assert collectives(alone) == []
+
+
 def test_a_sum_of_which_each_keeps_a_part():
     """As a TPU's compiler writes it."""
     text = """\

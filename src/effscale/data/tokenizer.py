@@ -19,7 +19,7 @@ Splitting = Literal["gpt2", "bloom"]
 BLOOM_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 """BLOOM's special tokens, in the order of their ids."""
 
-# A word is what holds no space, bracket, bar or mark of the end of a clause, of any of the languages' scripts.
+# A word holds no white space, round bracket, bar, or mark that ends a clause in the scripts of BLOOM's languages.
 _BLOOM_WORD = " ?[^()|\\s.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c]+"
 
 # The names under which published tokenizers keep the token that ends a document.
@@ -50,8 +50,8 @@ def train_tokenizer(
         vocab_size: The number of tokens, special ones and the 256 bytes included. Texts with little
             variety may give fewer.
         special_tokens: They get the first ids, in this order.
-        splitting: ``"gpt2"`` keeps letters, digits, other signs and white space apart. ``"bloom"`` ends words at white space, brackets
-            and punctuation of many scripts only, so that letters, digits and signs of code may share a token, and runs of spaces, too.
+        splitting: ``"gpt2"`` keeps letters, digits, other signs and white space apart. ``"bloom"`` ends words at white space, round
+            brackets, the bar and the full stops, commas and question marks of several scripts only, so that letters, digits and signs of code may share a token, and so may spaces.
 
     Returns:
         A fast tokenizer.
@@ -113,7 +113,7 @@ def _pre_tokenizer(splitting: Splitting) -> tokenizers.pre_tokenizers.PreTokeniz
 def fertility(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
     """Tokens per word, where words are what white space divides: how finely a tokenizer cuts a language.
 
-    In languages without spaces a word is a sentence; the quotient of two tokenizers' fertilities on the same texts means the same there.
+    In languages without spaces these "words" are whole sentences: compare two tokenizers on the same texts by the ratio of their fertilities.
 
     Args:
         tokenizer: A tokenizer.

@@ -41,7 +41,8 @@ def score_continuations(
     Rows of like length share a batch, are padded on the right, and each length is compiled once. Logits are computed for the continuations alone.
 
     Args:
-        model: A causal model with a head named ``lm``; its weights may be packed, and its layers mixtures of experts.
+        model: A causal model with a head named ``lm``; its weights may be packed. The experts of a mixture must have no capacity (``RouterConfig(eval_capacity_factor=None)``),
+            or rows of a batch compete for them.
         contexts: Token ids; at least one each, such as the token that begins a text.
         continuations: Token ids; as many as contexts.
         batch_size: Rows of a batch.
@@ -62,7 +63,8 @@ def score_continuations(
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    max_length = model.config.max_length if max_length is None else max_length
+    limits = [limit for limit in (max_length, model.config.max_length) if limit is not None]
+    max_length = min(limits, default=None)
     rows, cut = [], 0
     for number, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
         if not len(context) or not len(continuation):
@@ -73,7 +75,7 @@ def score_continuations(
         if max_length is not None and len(ids) - 1 > max_length:
             if len(continuation) > max_length:
                 raise ValueError(
-                    f"the continuation of item {number} has {len(continuation)} tokens: max_length={max_length} allows no more than that"
+                    f"the continuation of item {number} has {len(continuation)} tokens, more than max_length={max_length}"
                 )
             ids, cut = ids[-max_length - 1 :], cut + 1
         rows.append((ids, len(continuation)))

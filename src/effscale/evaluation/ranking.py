@@ -1,7 +1,7 @@
 """Questions with a few answers, of which the model takes the one that it finds likeliest."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Shaped
@@ -37,7 +37,8 @@ def rank_answers(
 ) -> Ranking:
     """The answer to each prompt whose tokens are likeliest after it: rank evaluation, as of T0 and BLOOMZ.
 
-    Prompt and answer are encoded together, so that tokens are those of the whole text; the answer begins with the first token that the prompt alone does not have.
+    Prompt and answer are encoded together, so that tokens are those of the whole text. What is scored begins with the first token that the prompt alone does not have: where
+    a token holds the end of the prompt and the beginning of the answer, with that token.
 
     Args:
         model: A causal model with a head named ``lm``.
@@ -50,7 +51,7 @@ def rank_answers(
         max_length: Tokens that the model may read at once; a longer prompt loses its beginning.
 
     Raises:
-        ValueError: A prompt has no answers, an answer is empty, or there is nothing before it.
+        ValueError: A prompt has no answers, an answer is empty, there is no token before it, or ``normalize`` is unknown.
 
     References:
         Sanh et al., "Multitask Prompted Training", 2021, section 6; Muennighoff et al., "Crosslingual Generalization through Multitask Finetuning", 2022.
@@ -66,6 +67,10 @@ def rank_answers(
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts and answers to {len(answers)}")
+    if normalize not in get_args(Normalization):
+        raise ValueError(f"normalize={normalize!r}: must be one of {get_args(Normalization)}")
+    if not prompts:
+        return Ranking(np.zeros(0, np.int64), [])
     begin = [] if start_id is None else [start_id]
     contexts, continuations, sizes = [], [], []
     for number, (prompt, choices) in enumerate(zip(prompts, answers, strict=True)):
@@ -75,6 +80,10 @@ def rank_answers(
             if not answer:
                 raise ValueError(f"an answer to prompt {number} is empty")
             context, continuation = _divided(tokenizer, prompt, answer)
+            if not (begin or context):
+                raise ValueError(
+                    f"prompt {number} has no token of its own before its answers: give start_id, the token that begins a text"
+                )
             contexts.append([*begin, *context])
             continuations.append(continuation)
             sizes.append(
@@ -90,11 +99,12 @@ def rank_answers(
 
 
 def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of prompt and answer. White space at the prompt's end belongs to the answer, whose first token begins with it."""
-    bare = prompt.rstrip()
-    ids = lambda text: _ids(tokenizer, text)
-    context, whole = ids(bare), ids(bare + prompt[len(bare) :] + answer)
-    return whole[: len(context)], whole[len(context) :]
+    """The tokens of prompt and answer, divided before the first that the prompt alone does not have; one at least is the answer's."""
+    alone, whole = _ids(tokenizer, prompt.rstrip()), _ids(tokenizer, prompt + answer)
+    shared = 0
+    while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:
+        shared += 1
+    return whole[:shared], whole[shared:]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

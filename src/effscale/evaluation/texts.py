@@ -17,10 +17,10 @@ def text_log_probs(
     max_length: int,
     batch_size: int = 8,
 ) -> Shaped[np.ndarray, "texts"]:
-    """Log-probabilities of texts in nats: every token once, after as many of those before it as fit.
+    """Log-probabilities of texts in nats, of which every token is predicted once.
 
-    A text is read in windows of ``max_length`` tokens, which predict the tokens that no window before predicted; the last one reaches back, so that what it predicts
-    has more context. ``exp(-sum / tokens)`` is the perplexity for each token; divided by bytes in place of tokens, models of different tokenizers can be compared.
+    A text is read in windows of ``max_length`` tokens, as the evaluation harness of EleutherAI does: each window predicts the tokens after those of the window before, the first of them from one token
+    alone, and the last window reaches back, so that it is full. Perplexity is therefore higher than with all of the context that fits. ``exp(-sum / tokens)`` is the perplexity for each token; divided by bytes in place of tokens, models of different tokenizers can be compared.
 
     Args:
         model: A causal model with a head named ``lm``.

@@ -125,7 +125,8 @@ def _group(rest: str, program: str) -> tuple[int, ...]:
         grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         places = tuple(slice(None) if name in along else 0 for name in sizes)
         return tuple(np.ravel(grid[places]).tolist())
-    if match := re.search(r"source_target_pairs=\{\{([0-9]+),([0-9]+)\}", rest):
-        return int(match[1]), int(match[2])
+    if match := re.search(r"source_target_pairs=\{(\{[^}]*\}(?:,\{[^}]*\})*)\}", rest):
+        pairs = [(int(a), int(b)) for a, b in re.findall(r"\{([0-9]+),([0-9]+)\}", match[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0][:1])
     count = re.search(r"num_partitions=([0-9]+)", program)
     return tuple(range(int(count[1]) if count else 1))

@@ -180,8 +180,8 @@ def resume_or_start(
         step: The checkpoint to resume from in place of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
         shardings: A state of shardings (``effscale.parallel.shardings``); None leaves everything on the first device,
             or where ``create`` puts it.
-        trace_create: Whether ``create`` can be traced. False calls it as it is, and to resume, too, where its arrays' shapes and places are taken: for a
-            state that begins with weights from a file on a mesh, which would become constants of a program.
+        trace_create: False runs ``create`` eagerly. When resuming, it is run as well, and only the shapes and shardings of its arrays are used. Use it where ``create`` reads
+            weights from a file, which would become constants of the compiled program, and lays them out on a mesh.
 
     Returns:
         The state and its step; of a new state without ``step``, 0.

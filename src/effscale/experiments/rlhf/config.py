@@ -282,18 +282,19 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
     ppo=DEEPSPEED_CHAT,
     minibatches=1,
 )
-"""DeepSpeed-Chat's sizes, steps and rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data. Its warm-up and weight decay are other ones, and its
-reward model is an OPT-350M (--reward)."""
+"""DeepSpeed-Chat's sizes, steps and rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data. Its warm-up and weight decay are other ones, and the original's
+reward model is an OPT-350M: to use one, give --reward and --step sft ppo."""
 _LARGE = dataclasses.replace(
     PRESETS["paper"],
+    step=("sft", "ppo"),
     lora_rank=0,
     sft=LearningConfig(steps=119, batch_size=128, learning_rate=9.65e-6),
     policy=LearningConfig(steps=30, batch_size=1024, learning_rate=9.65e-6),
 )
 PRESETS["bloom-7b1"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8), minibatches=4)
-"""The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts; needs --actor, --data and --reward."""
+"""The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts, with a reward model that is there already; needs --actor, --data and --reward."""
 PRESETS["opt-66b"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8, tensor=8), minibatches=8)
-"""The same for OPT-66B on 64 chips."""
+"""The same for OPT-66B on 64 chips. It and the next one are there to be compiled: the experiment runs in one process, and such a machine has several hosts."""
 PRESETS["bloom-176b"] = dataclasses.replace(
     _LARGE, mesh=MeshConfig(fsdp=64, tensor=8), minibatches=2
 )

@@ -50,6 +50,10 @@ def run(config: Config) -> Result:
     from effscale.experiments.rlhf.runs import Steps
     from effscale.training import RunFolder
 
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes: this experiment runs in one; for several hosts use effscale.rlhf.make_policy_step in a loop of your own"
+        )
     check_folder(config, FREE)
     mesh = config.mesh.build()
     for step in config.step:  # what cannot be divided is refused before the first step

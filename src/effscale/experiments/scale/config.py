@@ -47,7 +47,7 @@ class Config(OutputPart):
     """What is compiled; every field is an option of the command line. Where several values are given, all their combinations are compiled and compared."""
 
     model: tuple[str, ...] = ("bloom-176b",)
-    """Models by name: bloom-176b, bloom-560m, gpt3-1.3b, gpt3-175b, opt-66b, bert-large and all others of effscale.models.PRESETS that read tokens."""
+    """Models by name: bloom-176b, bloom-560m, gpt3-1.3b, gpt3-175b, opt-66b and the other causal language models of effscale.models.PRESETS."""
     topology: str = "v5p:8x8x8"
     """The machine: a TPU's kind and sides such as v5p:8x8x8, or a number of GPUs such as 384xH100."""
     batch_size: int = 2048
@@ -71,8 +71,11 @@ class Config(OutputPart):
         for name in self.model:
             known = {**MODELS, **NAMES}
             check(self, name in known, "model", f"a known one: {did_you_mean(name, known)}")
-            reads = preset(NAMES.get(name, name)).inputs
-            check(self, hasattr(reads, "vocab_size"), "model", "one that reads tokens")
+            model = preset(NAMES.get(name, name))
+            language = model.causal and any(head.name == "lm" for head in model.heads)
+            check(self, language, "model", "causal language models")
+            limit = math.inf if model.max_length is None else model.max_length
+            check(self, self.length <= limit, "length", f"at most {limit}, the positions of {name}")
         for name in ("batch_size", "length"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("model", "data", "tensor", "accumulate", "remat"):
@@ -85,15 +88,13 @@ class Config(OutputPart):
             wanted = f"such that data * tensor divides the {chips} chips of {self.topology}"
             check(self, chips % data == 0, "data", wanted)
             check(self, chips % (data * tensor) == 0, "tensor", wanted)
-        rows = chips // min(self.tensor)
         for count in self.accumulate:
             wanted = f"a divisor of batch_size={self.batch_size}"
             check(self, self.batch_size % count == 0, "accumulate", wanted)
-            enough = self.batch_size // count % rows == 0
-            wanted = (
-                f"such that {self.batch_size // count} rows can be divided among {rows} devices"
-            )
-            check(self, enough, "accumulate", wanted)
+            for tensor in self.tensor:
+                rows, devices = self.batch_size // count, chips // tensor
+                wanted = f"such that {rows} rows can be divided among {devices} devices"
+                check(self, rows % devices == 0, "accumulate", wanted)
         check(self, 0 < self.tokens < math.inf, "tokens", "above 0")
 
     def cases(self) -> Iterator[Case]:

@@ -1,11 +1,12 @@
 """What a compiled step's figures mean on a machine: memory, time, days. An estimate, which rests on the compiler's cost model and the maker's figures."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effscale.experiments.scale.config import Case
-from effscale.experiments.scale.machines import Machine, machine
+from effscale.experiments.scale.machines import HOST_GPUS, Machine, machine
 from effscale.ltd import training_flops
 
 
@@ -21,7 +22,7 @@ class Estimate:
             operations at the peak, those of recomputed layers too.
         network: What a chip sends along each axis (axes joined by "+"), at the maker's bandwidth.
         fastest: If all traffic were hidden behind computing.
-        slowest: If none were.
+        slowest: If none were. A ring along one axis reaches less than the bandwidth of all links, so that this is no upper bound.
     """
 
     case: Case
@@ -81,15 +82,20 @@ def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: f
 
 
 def _attention(case: Case) -> float:
-    """Operations of fused attention in a step: forward, twice that backward, and its scores once more; forward again where layers are recomputed."""
+    """Operations of fused attention in a step: forward, twice that backward, and its scores once more; forward again where anything is recomputed, since no policy keeps what kernels leave."""
     config, length = case.transformer(), case.length
     # Operations of a row are a L + b L^2; this is the second term, which training_flops counts three times the forward pass.
     counted = training_flops(config, 2 * length) / 2 - training_flops(config, length)
-    times = (1 + 2 + 0.5 + (case.remat == "full")) / 3
+    times = (1 + 2 + 0.5 + (case.remat != "none")) / 3
     return times * counted * case.batch_size
 
 
-def _speed(case: Case, where: Machine, axes: list[str]) -> float:
-    """Bytes per second along axes; the last axis of the mesh is the one whose devices are nearest."""
-    near = axes == ["tensor"] and case.mesh.tensor <= 8
+def _speed(case: Case, where: Machine, axes: Sequence[str]) -> float:
+    """Bytes per second along axes. GPUs are near each other if they are all in one host: along the last axes of the mesh, if these divide a host."""
+    if where.count <= HOST_GPUS:
+        return where.chip.near
+    sizes = dataclasses.asdict(case.mesh)
+    names = [name for name, size in sizes.items() if size != 1]
+    first = min((names.index(name) for name in axes), default=0)
+    near = HOST_GPUS % math.prod(sizes[name] for name in names[first:]) == 0
     return where.chip.near if near else where.chip.far

@@ -34,7 +34,7 @@ def run(config: Config) -> Result:
         The named figures: of each model's fastest case that fits.
 
     Raises:
-        ValueError: ``resume`` is set and the folder is of another config; or no case fits into the chips' memory.
+        ValueError: ``resume`` is set and the folder is of another config; or the compiler refuses all cases, because they need more memory than a chip has.
         FileExistsError: ``out`` already holds a run and ``resume`` is not set.
         ImportError: The machine's compiler is not installed.
         RuntimeError: A case does not compile; the compiler's message is in the error.

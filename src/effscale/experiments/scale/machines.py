@@ -6,30 +6,32 @@ import re
 
 from kernels_pallas.aot_targets import TARGETS, Target
 
+GIB = 2**30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What the maker says of a chip; nothing here was measured.
+    """What is known of a chip; nothing here was measured.
 
     Attributes:
         name: As a topology names it.
-        flops: bfloat16 operations per second.
-        memory: Bytes of high-bandwidth memory.
-        bandwidth: Bytes per second between it and the chip.
-        near: Bytes per second that a chip sends to the others that it is linked with directly, over all of its links.
+        flops: bfloat16 operations per second, by the maker.
+        memory: Bytes of high-bandwidth memory that a program may take, by the compiler.
+        near: Bytes per second that a chip sends over all of its links to the chips around it, by the maker.
         far: The same to chips of other hosts.
-        clock: Cycles per second of what the compiler counts cycles of; None where it counts none.
+        sides: Sides of a topology; None for GPUs.
+        clock: Clock rate in Hz that turns the compiler's cycles into seconds; None where it is not known, or the compiler tells no cycles.
 
     References:
-        Google Cloud, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA, "H100 Tensor Core GPU" and "DGX H100" (eight links of 400 Gb/s for eight GPUs).
+        Google Cloud, "TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA, "H100 Tensor Core GPU" and "DGX H100" (eight links of 400 Gb/s for eight GPUs).
     """
 
     name: str
     flops: float
     memory: float
-    bandwidth: float
     near: float
     far: float
+    sides: int | None = None
     clock: float | None = None
 
 
@@ -38,42 +40,25 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v4",
-            flops=275e12,
-            memory=32e9,
-            bandwidth=1228e9,
-            near=300e9,
-            far=300e9,
-            clock=1.05e9,
-        ),
-        Chip(
             name="v5e",
             flops=197e12,
-            memory=16e9,
-            bandwidth=819e9,
+            memory=15.75 * GIB,
             near=200e9,
             far=200e9,
+            sides=2,
             clock=1.5e9,
         ),
         Chip(
             name="v5p",
             flops=459e12,
-            memory=95e9,
-            bandwidth=2765e9,
+            memory=95.74 * GIB,
             near=600e9,
             far=600e9,
+            sides=3,
             clock=1.75e9,
         ),
-        Chip(
-            name="v6e",
-            flops=918e12,
-            memory=32e9,
-            bandwidth=1640e9,
-            near=448e9,
-            far=448e9,
-            clock=1.75e9,
-        ),
-        Chip(name="H100", flops=989e12, memory=80e9, bandwidth=3352e9, near=450e9, far=50e9),
+        Chip(name="v6e", flops=918e12, memory=31.25 * GIB, near=448e9, far=448e9, sides=2),
+        Chip(name="H100", flops=989e12, memory=84_978_434_048.0, near=450e9, far=50e9),
     )
 }
 HOST_GPUS = 8
@@ -123,11 +108,13 @@ def machine(name: str) -> Machine:
                 f"topology={name!r}: must be 1 to {HOST_GPUS} GPUs, or whole hosts of {HOST_GPUS}"
             )
         return Machine(name=name, chip=CHIPS["H100"], count=count)
-    match = re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)+)", name)
-    if match is None or match[1] not in CHIPS:
-        tpus = ", ".join(name for name in CHIPS if name != "H100")
+    kind, _, shape = name.partition(":")
+    sides = [int(side) for side in shape.split("x") if side.isdecimal()]
+    chip = CHIPS.get(kind)
+    if chip is None or len(sides) != chip.sides or shape.count("x") != len(sides) - 1:
         raise ValueError(
-            f"topology={name!r}: must be a TPU's kind ({tpus}) and its sides, such as v5p:8x8x8, v4:4x4x4, v5e:16x16 or v6e:16x16; or 384xH100"
+            f"topology={name!r}: must be a TPU's kind and sides, such as v5p:8x8x8, v5e:16x16 or v6e:16x16; or a number of GPUs such as 384xH100"
         )
-    count = math.prod(int(side) for side in match[2].split("x"))
-    return Machine(name=name, chip=CHIPS[match[1]], count=count)
+    if min(sides) < 1:
+        raise ValueError(f"topology={name!r}: no side may be 0")
+    return Machine(name=name, chip=chip, count=math.prod(sides))
