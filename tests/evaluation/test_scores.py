@@ -64,6 +64,20 @@ def test_rows_of_all_lengths(model):
     assert found.cut == 0
 
 
+def test_any_callable_pytree_is_a_model():
+    """A table of bigrams, and an nnx module, whose scores are those of their logits."""
+    table = jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))
+    bigrams = jax.tree_util.Partial(lambda table, ids: table[ids], table)
+    module = nnx.Embed(VOCAB, VOCAB, rngs=nnx.Rngs(1))
+    contexts, after = [[3, 1, 4], [2]], [[1, 5, 9], [7]]
+    for model in (bigrams, module):
+        found = score_continuations(model, contexts, after)
+        scores = [expected(model, c, a) for c, a in zip(contexts, after, strict=True)]
+        np.testing.assert_allclose(found.log_probs, [score for score, _ in scores], atol=1e-5)
+    total = text_log_probs(bigrams, [contexts[0]], start_id=0, max_length=2)
+    np.testing.assert_allclose(total[0], expected(bigrams, [0], contexts[0])[0], atol=1e-5)
+
+
 def test_a_long_context_loses_its_beginning(model):
     context, after = list(range(30)), [7, 8]
     found = score_continuations(model, [context], [after], max_length=10)

@@ -29,7 +29,7 @@ class ContinuationScores(NamedTuple):
 
 
 def score_continuations(
-    model: Transformer,
+    model: Any,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     *,
@@ -41,12 +41,13 @@ def score_continuations(
     Rows of like length share a batch, are padded on the right, and each length is compiled once. Logits are computed for the continuations alone.
 
     Args:
-        model: A causal model with a head named ``lm``; its weights may be packed. The experts of a mixture must have no capacity (``RouterConfig(eval_capacity_factor=None)``),
-            or rows of a batch compete for them.
+        model: A causal :class:`effscale.models.Transformer` with a head named ``lm``; its weights may be packed. The experts of a mixture must have no capacity
+            (``RouterConfig(eval_capacity_factor=None)``), or rows of a batch compete for them. Or any other pytree that can be called: given token ids of shape
+            ``(rows, length)``, padded on the right, it returns logits of shape ``(rows, length, vocab)``; an nnx module, or ``jax.tree_util.Partial(apply, params)``.
         contexts: Token ids; at least one each, such as the token that begins a text.
         continuations: Token ids; as many as contexts.
         batch_size: Rows of a batch.
-        max_length: Tokens that the model may read at once; a longer context loses its beginning. None: as many as it has positions, or without bound.
+        max_length: Tokens that the model may read at once; a longer context loses its beginning. None: as many as a Transformer has positions; otherwise without bound.
 
     Raises:
         ValueError: A context or continuation is empty, their numbers differ, or a continuation has more than ``max_length`` tokens.
@@ -63,7 +64,8 @@ def score_continuations(
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    limits = [limit for limit in (max_length, model.config.max_length) if limit is not None]
+    positions = model.config.max_length if isinstance(model, Transformer) else None
+    limits = [limit for limit in (max_length, positions) if limit is not None]
     max_length = min(limits, default=None)
     rows, cut = [], 0
     for number, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
@@ -129,15 +131,20 @@ def _score(
     labels: Int[Array, "rows width"],
     real: Bool[Array, "rows width"],
 ) -> tuple[Float[Array, "rows"], Bool[Array, "rows"]]:
-    mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    hidden = model.encode(tokens, attention_mask=mask).hidden
-    picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
-    x, weight, bias = model.heads["lm"].linear(picked, model.embed)
-    table = transpose(weight)
+    if isinstance(model, Transformer):
+        mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+        hidden = model.encode(tokens, attention_mask=mask).hidden
+        picked = jnp.take_along_axis(hidden, where[..., None], axis=1)
+        x, weight, bias = model.heads["lm"].linear(picked, model.embed)
+        table = transpose(weight)
+        logits_of = lambda x: matmul(x, table, bias)
+    else:
+        x = jnp.take_along_axis(model(tokens), where[..., None], axis=1)
+        logits_of = lambda logits: logits
 
     def of_row(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x, labels, real = inputs
-        logits = matmul(x, table, bias).astype(jnp.float32)
+        logits = logits_of(x).astype(jnp.float32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
         said = (logits.argmax(1) == labels) | ~real
         return jnp.where(real, chosen, 0).sum(), said.all()

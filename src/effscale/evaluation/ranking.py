@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Shaped
 
 from effscale.evaluation.continuations import score_continuations
-from effscale.models import Transformer
 
 Normalization = Literal["none", "token", "byte"]
 
@@ -25,7 +24,7 @@ class Ranking(NamedTuple):
 
 
 def rank_answers(
-    model: Transformer,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     answers: Sequence[Sequence[str]],
@@ -41,7 +40,7 @@ def rank_answers(
     a token holds the end of the prompt and the beginning of the answer, with that token.
 
     Args:
-        model: A causal model with a head named ``lm``.
+        model: As in :func:`score_continuations`.
         tokenizer: The model's, of tokenizers or transformers. It adds no special tokens here.
         prompts: Texts.
         answers: For each prompt, texts that could follow it, with the space that divides them if there is one.
@@ -59,7 +58,7 @@ def rank_answers(
     Example:
         >>> from flax import nnx
         >>> from effscale.data import train_tokenizer
-        >>> from effscale.models import gpt2
+        >>> from effscale.models import Transformer, gpt2
         >>> tokenizer = train_tokenizer(["Is it so? yes no"] * 3, vocab_size=270)
         >>> model = Transformer(gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=270, max_length=64), rngs=nnx.Rngs(0))
         >>> rank_answers(model, tokenizer, ["Is it so?"], [[" yes", " no"]]).best.shape

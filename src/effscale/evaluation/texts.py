@@ -1,16 +1,16 @@
 """What a model gives whole texts, longer than it can read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from effscale.evaluation.continuations import score_continuations
-from effscale.models import Transformer
 
 
 def text_log_probs(
-    model: Transformer,
+    model: Any,
     texts: Sequence[Sequence[int]],
     *,
     start_id: int,
@@ -23,7 +23,7 @@ def text_log_probs(
     alone, and the last window reaches back, so that it is full. Perplexity is therefore higher than with all of the context that fits. ``exp(-sum / tokens)`` is the perplexity for each token; divided by bytes in place of tokens, models of different tokenizers can be compared.
 
     Args:
-        model: A causal model with a head named ``lm``.
+        model: As in :func:`score_continuations`.
         texts: Token ids; at least one each.
         start_id: What stands before the first token.
         max_length: Tokens that the model reads at once.
@@ -34,7 +34,7 @@ def text_log_probs(
 
     Example:
         >>> from flax import nnx
-        >>> from effscale.models import gpt2
+        >>> from effscale.models import Transformer, gpt2
         >>> tiny = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=50, max_length=8)
         >>> text_log_probs(Transformer(tiny, rngs=nnx.Rngs(0)), [list(range(20))], start_id=0, max_length=8).shape
         (1,)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from effscale.experiments import rlhf
+from effscale.experiments.shared.lowering import lower_step, placed, placed_rows
 from effscale.generation import SamplingConfig, decode
 from effscale.models import (
     ClassHead,
@@ -29,7 +30,7 @@ from effscale.models import (
     merge_lora,
     opt,
 )
-from effscale.parallel import batch_sharding, shardings, use_rules
+from effscale.parallel import use_rules
 from effscale.rlhf import (
     Experience,
     RolloutConfig,
@@ -61,7 +62,7 @@ class Case:
         """From the layout of training, in float32, to that of generation, in bfloat16."""
         mesh = self._mesh(devices)
         with jax.set_mesh(mesh):
-            actor = _placed(jax.eval_shape(self._create_actor), mesh)
+            actor = placed(jax.eval_shape(self._create_actor), mesh)
             return rollout_model.lower(actor, config=self._rollout(mesh))
 
     def generate(self, devices: Sequence[Any]) -> jax.stages.Lowered:
@@ -71,10 +72,10 @@ class Case:
         with jax.set_mesh(mesh):
             types = jax.eval_shape(lambda: rollout_model(self._create_actor(), rollout))
             with use_rules(rollout.rules):
-                model = _placed(types, mesh)
+                model = placed(types, mesh)
             shape = self.config.policy.batch_size, self.config.prompt_length
-            prompts = _rows(mesh, shape, jnp.int32)
-            mask = _rows(mesh, shape, jnp.bool_)
+            types = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_)]
+            prompts, mask = placed_rows(types, mesh)
 
             def answers(model: Any, prompts: Any, mask: Any, key: Any) -> Any:
                 given = (model, prompts, rollout.sampling)
@@ -88,11 +89,11 @@ class Case:
         mesh = self._mesh(devices)
         with jax.set_mesh(mesh):
             reference = jax.eval_shape(lambda: _in_bfloat16(merge_lora(self._create_actor())))
-            rows, response = self._experience(mesh), self.config.response_length
+            rows, response = placed_rows(self._experience(), mesh), self.config.response_length
             said = jax.jit(
                 lambda model, tokens, mask: response_log_probs(model, tokens, mask, response)
             )
-            return said.lower(_placed(reference, mesh), rows.tokens, rows.mask)
+            return said.lower(placed(reference, mesh), rows.tokens, rows.mask)
 
     def learn(self, devices: Sequence[Any]) -> jax.stages.Lowered:
         """An update of the actor from a minibatch."""
@@ -133,41 +134,25 @@ class Case:
     ) -> jax.stages.Lowered:
         optimizer = AdamWConfig(b2=0.95, weight_decay=0.0).build(1e-6)
         step = make_train_step(loss, optimizer, clip=Clip(1.0), trainable=trainable)
-        mesh = self._mesh(devices)
-        with jax.set_mesh(mesh):
-            state = jax.eval_shape(
-                lambda: create_train_state(
-                    create(), optimizer, key=jax.random.key(0), trainable=trainable
-                )
-            )
-            layout = shardings(state, mesh)
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-            return jitted.lower(_placed(state, mesh), self._experience(mesh))
+        key = jax.random.key(0)
+        begin = lambda: create_train_state(create(), optimizer, key=key, trainable=trainable)
+        return lower_step(step, begin, self._experience(), self._mesh(devices))
 
-    def _experience(self, mesh: Mesh) -> Experience:
+    def _experience(self) -> Experience:
         """Types of a minibatch."""
         count = self.config.policy.batch_size // self.config.minibatches
         whole, answer = (count, self.config.total_length), (count, self.config.response_length)
-        numbers = [_rows(mesh, answer, jnp.float32) for _ in range(4)]
-        return Experience(
-            _rows(mesh, whole, jnp.int32),
-            _rows(mesh, whole, jnp.bool_),
-            _rows(mesh, answer, jnp.bool_),
-            *numbers,
-        )
+        types: list[Any] = [
+            jax.ShapeDtypeStruct(whole, jnp.int32),
+            jax.ShapeDtypeStruct(whole, jnp.bool_),
+            jax.ShapeDtypeStruct(answer, jnp.bool_),
+            *[jax.ShapeDtypeStruct(answer, jnp.float32)] * 4,
+        ]
+        return Experience(*types)
 
 
 def _in_bfloat16(model: Transformer) -> Transformer:
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-
-
-def _placed(types: Any, mesh: Mesh) -> Any:
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, types, shardings(types, mesh))
-
-
-def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
 OPT_350M = opt(num_layers=24, d_model=1024, num_heads=16, d_embed=512, post_norm=True)

@@ -135,8 +135,7 @@ def make_policy_step(
 
     judge = _judge(sampling, temperature, critic_head)
     experience_of = _experience_of(config, typing.cast(tuple[int, ...], sampling.stop_ids))
-    steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
-    updates = {name: _update(step, epochs, minibatches) for name, step in steps.items()}
+    update = _update(actor_step, critic_step, epochs, minibatches)
 
     def policy_step(
         state: PolicyState, batch: Mapping[str, Any]
@@ -160,14 +159,7 @@ def make_policy_step(
             experience = _with_text(experience, batch["text"])
         jax.block_until_ready(experience)
         clock.took("score")
-        states: dict[str, TrainState] = {}
-        of_update: dict[str, Any] = {}
-        skipped = []
-        for name, update in updates.items():
-            given = (getattr(state, name), experience, order)
-            states[name], found = jax.block_until_ready(update(*given))
-            skipped.append(found.pop("skipped_in_row"))
-            of_update |= {f"{name}_{metric}": value for metric, value in found.items()}
+        states, of_update = update(state, experience, order)
         clock.took("update")
         kl_coef = state.kl_coef
         if isinstance(config, PPOConfig) and config.kl_target is not None:
@@ -177,7 +169,6 @@ def make_policy_step(
                 horizon=config.kl_horizon,
                 responses=drawn.tokens.shape[0],
             )
-        of_update["skipped_in_row"] = jnp.stack(skipped).max()
         metrics = {**metrics, **more, **of_update, "kl_coef": state.kl_coef, **clock.seconds}
         new = PolicyState(states["actor"], states.get("critic"), kl_coef, state.step + 1, state.key)
         return new, metrics
@@ -221,26 +212,46 @@ def _experience_of(
 
 
 def _update(
+    actor_step: TrainStep, critic_step: TrainStep | None, epochs: int, minibatches: int
+) -> Callable[..., tuple[dict[str, TrainState], dict[str, Any]]]:
+    """All updates from one batch of experience; it uses the states up.
+
+    Actor and critic have a compiled program each, one after the other: neither needs what the other learns, and memory is what one of them takes. In one program, or two at a time, their sums
+    between the devices of a CPU can wait for each other for ever.
+    """
+    steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
+    learn = {name: _learn(step, epochs, minibatches) for name, step in steps.items()}
+
+    def update(state: PolicyState, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
+        states, metrics, skipped = {}, {}, []
+        for name, program in learn.items():
+            found = jax.block_until_ready(program(getattr(state, name), experience, key))
+            states[name], of_model = found
+            skipped.append(of_model.pop("skipped_in_row"))
+            metrics |= {f"{name}_{metric}": value for metric, value in of_model.items()}
+        return states, metrics | {"skipped_in_row": jnp.stack(skipped).max()}
+
+    return update
+
+
+def _learn(
     step: TrainStep, epochs: int, minibatches: int
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """All updates of one model from one batch of experience, compiled; it uses the state up.
+    """The updates of one model, compiled."""
 
-    Actor and critic have a program each: neither needs what the other learns, and memory is what one of them takes.
-    """
-
-    def update(state: TrainState, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
+    def learn(state: TrainState, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
         rows = experience.tokens.shape[0]
         orders = [
             minibatch_rows(rows, minibatches, jax.random.fold_in(key, epoch))
             for epoch in range(epochs)
         ]
-        learn = lambda state, index: step(state, experience.rows(index))
-        state, found = jax.lax.scan(learn, state, jnp.concatenate(orders))
+        each = lambda state, index: step(state, experience.rows(index))
+        state, found = jax.lax.scan(each, state, jnp.concatenate(orders))
         left_out = ("weight", "tokens", "skipped", "skipped_in_row")
         means = {name: found[name].mean(0) for name in found if name not in left_out}
         return state, means | {"skipped_in_row": found["skipped_in_row"][-1]}
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(learn, donate_argnums=0)
 
 
 def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ def run(config: Config) -> Result:
         config: What to do.
 
     Returns:
-        The named figures: of each model's fastest case that fits.
+        The named figures: of each model's fastest case that fits, or of its smallest where none does.
 
     Raises:
         ValueError: ``resume`` is set and the folder is of another config; or the compiler refuses all cases, because they need more memory than a chip has.

@@ -79,7 +79,7 @@ def tables(
         slow, fast = one.tokens_per_second
         speed.append(
             [
-                *(marked, f"{one.operations / 1e15:,.0f}", f"{one.compute:.2f}"),
+                *(marked, f"{one.operations / 1e15:,.4g}", f"{one.compute:.2f}"),
                 f"{sum(one.network.values()):.2f}",
                 both(one.fastest, one.slowest, ".2f"),
                 both(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
