@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 32 << 20
 _REQUEST = "corpus.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Corpus:
         eos_id: The token that ends each document.
         folder: Where all of it is.
         skipped: The documents that were left out when it was built.
+        num_bytes: Bytes of its documents' text in UTF-8.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -53,6 +54,7 @@ class Corpus:
     eos_id: int
     folder: pathlib.Path
     skipped: dict[str, Any]
+    num_bytes: int
 
     @property
     def vocab_size(self) -> int:
@@ -123,9 +125,9 @@ def prepare_corpus(
                 logger.warning("%s is damaged and is built again: %s", target, error)
         # A process without the lock (not every file system has locks) may have been faster.
         with contextlib.suppress(FileExistsError), atomic_folder(target, overwrite=True) as work:
-            skipped = SkipReport()
+            skipped, size = SkipReport(), _Size()
             stores = write_splits(
-                _read(sources, skipped),
+                size.of(_read(sources, skipped)),
                 {name: work / name for name in splits.fractions},
                 chosen,
                 splits=splits,
@@ -136,7 +138,11 @@ def prepare_corpus(
             )
             _check_sizes(stores, splits, sources, skipped)
             save_tokenizer(chosen, work)
-            content = {"request": request, "skipped": skipped.as_dict()}
+            content = {
+                "request": request,
+                "skipped": skipped.as_dict(),
+                "num_bytes": size.num_bytes,
+            }
             (work / _REQUEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return _open(target, "size")
 
@@ -207,6 +213,17 @@ def _read(sources: tuple[Source, ...], skipped: SkipReport) -> Iterator[Document
     return itertools.chain.from_iterable(source.documents(skipped) for source in sources)
 
 
+class _Size:
+    """Counts the bytes of documents that pass."""
+
+    num_bytes = 0
+
+    def of(self, documents: Iterator[Document]) -> Iterator[Document]:
+        for document in documents:
+            self.num_bytes += len(document.text.encode())
+            yield document
+
+
 def _check_sizes(
     stores: dict[str, TokenStore],
     splits: Splits,
@@ -246,4 +263,5 @@ def _open(target: pathlib.Path, verify: Verify) -> Corpus:
         eos_id=content["request"]["eos_id"],
         folder=target,
         skipped=content["skipped"],
+        num_bytes=content["num_bytes"],
     )

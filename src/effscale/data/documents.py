@@ -5,12 +5,24 @@ import collections
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
-Reason = Literal["unreadable", "empty", "not_utf8", "bad_json", "missing_field", "not_text"]
+Reason = Literal[
+    "unreadable",
+    "empty",
+    "not_utf8",
+    "bad_json",
+    "missing_field",
+    "not_text",
+    "short",
+    "repetitive",
+    "language",
+    "duplicate",
+    "near_duplicate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,7 @@ class Source(abc.ABC):
     """
 
     on_error: OnError = "raise"
+    _log_level: ClassVar[int] = logging.WARNING
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
@@ -115,7 +128,7 @@ class Source(abc.ABC):
 
         Args:
             report: Receives the count of documents left out, complete once the iterator has ended.
-            log: Whether to log that count as a warning, with the first few documents.
+            log: Whether to log that count, with the first few documents: as a warning, unless leaving out is what the source is for.
 
         Raises:
             DocumentError: A document cannot be used and ``on_error`` is ``"raise"``.
@@ -125,7 +138,7 @@ class Source(abc.ABC):
             yield from self._read(skipped)
         finally:
             if skipped.total and log:
-                logger.warning("%s: %s", self.spec(), skipped)
+                logger.log(self._log_level, "%s: %s", self.spec(), skipped)
             if report is not None:
                 report.merge(skipped)
 

@@ -1,7 +1,7 @@
 """Batches for training: shuffled, mixed, split over processes, and resumable to the batch."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
@@ -9,6 +9,9 @@ import numpy as np
 from effscale.data.packing import PackedTokens
 from effscale.data.seeds import check_seed
 from effscale.data.store import TokenStore
+
+if TYPE_CHECKING:
+    from effscale.training.stages import Stages
 
 
 def packed_rows(
@@ -76,7 +79,7 @@ def packed_rows(
 def batch_rows(
     rows: grain.MapDataset,
     *,
-    batch_size: int,
+    batch_size: "int | Stages[int]",
     process_index: int = 0,
     process_count: int = 1,
     pad_to_batch: bool = False,
@@ -95,7 +98,8 @@ def batch_rows(
 
     Args:
         rows: The rows, in order.
-        batch_size: Rows in a global batch.
+        batch_size: Rows in a global batch; or the number for each batch, as `effscale.training.batch_ramp` gives it. The rows
+            are then dealt out in the same order, without a gap.
         process_index: Which process this is.
         process_count: How many there are.
         pad_to_batch: Fill the last batch with rows of zeros (no weight, no segment) instead of leaving it out.
@@ -106,6 +110,20 @@ def batch_rows(
         ValueError: ``process_count`` does not divide ``batch_size``, there are fewer rows than one
             batch, or an argument is out of range.
     """
+    sizes = (batch_size,) if isinstance(batch_size, int) else batch_size.values
+    for size in sizes:
+        _check_batch(size, process_index, process_count)
+    if not isinstance(batch_size, int):
+        if pad_to_batch:
+            raise ValueError("pad_to_batch=True needs batches of one size")
+        dataset = _growing(rows, batch_size, process_index, process_count)
+    else:
+        dataset = _even(rows, batch_size, process_index, process_count, pad_to_batch)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return dataset.to_iter_dataset(options)
+
+
+def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
     if not 0 <= process_index < process_count:
@@ -118,6 +136,22 @@ def batch_rows(
             f"batch_size={batch_size} does not divide over process_count={process_count} "
             f"processes: use a multiple, such as {-(-batch_size // process_count) * process_count}."
         )
+
+
+def _too_few(rows: grain.MapDataset, batch_size: int) -> ValueError:
+    return ValueError(
+        f"the corpus has {len(rows)} rows and batch_size={batch_size}: "
+        "use a smaller batch, shorter rows or more text."
+    )
+
+
+def _even(
+    rows: grain.MapDataset,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    pad_to_batch: bool,
+) -> grain.MapDataset:
     missing = -len(rows) % batch_size
     if pad_to_batch and missing and len(rows):
         first: Any = rows[0]
@@ -125,16 +159,28 @@ def batch_rows(
         rows = grain.MapDataset.concatenate([rows, padding.repeat(missing)])
     batches = len(rows) // batch_size
     if not batches:
-        raise ValueError(
-            f"the corpus has {len(rows)} rows and batch_size={batch_size}: "
-            "use a smaller batch, shorter rows or more text."
-        )
+        raise _too_few(rows, batch_size)
     local = batch_size // process_count
     dataset = rows[: batches * batch_size].batch(local, drop_remainder=True)
-    if process_count > 1:
-        dataset = dataset[process_index::process_count]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return dataset.to_iter_dataset(options)
+    return dataset[process_index::process_count] if process_count > 1 else dataset
+
+
+def _growing(
+    rows: grain.MapDataset, sizes: "Stages[int]", process_index: int, process_count: int
+) -> grain.MapDataset:
+    taken = lambda batches: sizes.total(batches, cost=lambda size: size)
+    batches = sizes.steps_until(len(rows), cost=lambda size: size)
+    batches -= taken(batches) > len(rows)
+    if batches < 1:
+        raise _too_few(rows, sizes(0))
+
+    def batch(number: int) -> dict[str, np.ndarray]:
+        local = sizes(number) // process_count
+        start = taken(number) + process_index * local
+        picked: list[Any] = [rows[start + i] for i in range(local)]
+        return {key: np.stack([row[key] for row in picked]) for key in picked[0]}
+
+    return grain.MapDataset.range(batches).map(batch)
 
 
 def make_dataset(

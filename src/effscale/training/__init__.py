@@ -1,5 +1,6 @@
 """Training: the state, the step, the loop, and what a run leaves behind."""
 
+from effscale.training.batch_ramp import batch_ramp, resize_rows
 from effscale.training.best import Best, KeepBest
 from effscale.training.buckets import Compilation, ShapeBuckets
 from effscale.training.checkpoint import Checkpoints, Restored
@@ -98,6 +99,7 @@ __all__ = [
     "TrainingDivergedError",
     "abstract",
     "add_reports",
+    "batch_ramp",
     "by_tokens",
     "check_unused",
     "combine",
@@ -118,6 +120,7 @@ __all__ = [
     "partition",
     "read_checkpoint_config",
     "read_jsonl",
+    "resize_rows",
     "restore_model",
     "resume_or_start",
     "scale_by_learning_rate",

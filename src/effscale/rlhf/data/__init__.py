@@ -21,6 +21,13 @@ from effscale.rlhf.data.rows import (
     row_batches,
 )
 from effscale.rlhf.data.standard_library import LibraryPairs, standard_library_pairs
+from effscale.rlhf.data.templates import (
+    Prompted,
+    PromptedTask,
+    PromptTemplate,
+    PromptTemplateError,
+    read_tasks,
+)
 
 __all__ = [
     "FORMATS",
@@ -30,6 +37,10 @@ __all__ = [
     "LibraryPairs",
     "Message",
     "PlainFormat",
+    "PromptTemplate",
+    "PromptTemplateError",
+    "Prompted",
+    "PromptedTask",
     "Record",
     "RecordEncoder",
     "RecordError",
@@ -46,6 +57,7 @@ __all__ = [
     "phase_split",
     "prompt_rows",
     "read_records",
+    "read_tasks",
     "row_batches",
     "split_by_prompt",
     "standard_library_pairs",

@@ -1,0 +1,20 @@
+"""Corpora without documents that are short, repetitive, of another language, or there already; and an account of what a corpus is made of."""
+
+from effscale.data.cleaning.cleaned import Cleaned
+from effscale.data.cleaning.datasheet import DatasheetEntry, write_datasheet
+from effscale.data.cleaning.duplicates import NearDuplicates
+from effscale.data.cleaning.language import identify_language
+from effscale.data.cleaning.quality import Quality, character_repetition, word_repetition
+from effscale.data.cleaning.ray import ray_runner
+
+__all__ = [
+    "Cleaned",
+    "DatasheetEntry",
+    "NearDuplicates",
+    "Quality",
+    "character_repetition",
+    "identify_language",
+    "ray_runner",
+    "word_repetition",
+    "write_datasheet",
+]

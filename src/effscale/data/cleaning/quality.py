@@ -1,0 +1,126 @@
+"""What a document has to be like, by measures that need no trained model."""
+
+import collections
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from effscale.data.cleaning.language import check_language, identify_language
+from effscale.data.documents import Reason
+from effscale.models.validation import check, is_finite
+
+
+def character_repetition(text: str, length: int = 10) -> float:
+    r"""The share of a text's character n-grams that its most frequent ones make up.
+
+    Of :math:`d` distinct n-grams, :math:`r` of which occur more than once, the :math:`\min(\lfloor\sqrt d\rfloor, r)` most frequent are counted.
+
+    Args:
+        text: The text.
+        length: Characters of an n-gram.
+
+    Returns:
+        From 0 to 1; 0 for a text with no n-gram.
+
+    References:
+        Laurençon et al., "The BigScience ROOTS Corpus", 2022, appendix on the filters of OSCAR.
+
+    >>> character_repetition("na" * 30), character_repetition("The quick brown fox jumps over the lazy dog.")
+    (0.5098039215686274, 0.0)
+    """
+    counts = _counts(text, length)
+    frequent = sorted((n for n in counts.values() if n > 1), reverse=True)
+    most = min(math.isqrt(len(counts)), len(frequent))
+    return sum(frequent[:most]) / max(counts.total(), 1)
+
+
+def word_repetition(text: str, length: int = 5) -> float:
+    """The share of a text's word n-grams that occur more than once. Words are what white space divides, in lower case.
+
+    Args:
+        text: The text.
+        length: Words of an n-gram.
+
+    Returns:
+        From 0 to 1; 0 for a text with no n-gram.
+
+    References:
+        Laurençon et al., "The BigScience ROOTS Corpus", 2022, appendix on the filters of OSCAR.
+
+    >>> word_repetition("to be or not to be", length=2)
+    0.4
+    """
+    counts = _counts(text.lower().split(), length)
+    return sum(n for n in counts.values() if n > 1) / max(counts.total(), 1)
+
+
+def _counts(items: Sequence[Hashable], length: int) -> collections.Counter[Hashable]:
+    if isinstance(items, str):
+        return collections.Counter(items[i : i + length] for i in range(len(items) - length + 1))
+    return collections.Counter(tuple(items[i : i + length]) for i in range(len(items) - length + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Bounds that a document has to keep. By default none is set but those of repetition, which suit prose of most languages.
+
+    ROOTS sets its bounds by language: for English at most 0.106 for characters, for Portuguese 0.25, for Chinese 0.2 with n-grams of 3.
+
+    Attributes:
+        min_characters: Fewest characters.
+        max_character_repetition: Greatest :func:`character_repetition`; None: any.
+        character_ngram: Characters of an n-gram there.
+        max_word_repetition: Greatest :func:`word_repetition`; None: any.
+        word_ngram: Words of an n-gram there.
+        language: The language that a document has to be in, as :func:`identify_language` names it; None: any.
+        min_language_confidence: The least confidence with which that language has to be found.
+
+    Raises:
+        ValueError: A bound is out of range, or the language is not known.
+
+    Example:
+        >>> Quality(min_characters=20).fault("Too short.")
+        ('short', '10 characters, fewer than min_characters=20')
+    """
+
+    min_characters: int = 1
+    max_character_repetition: float | None = 0.2
+    character_ngram: int = 10
+    max_word_repetition: float | None = 0.3
+    word_ngram: int = 5
+    language: str | None = None
+    min_language_confidence: float = 0.5
+
+    def __post_init__(self):
+        for name in ("min_characters", "character_ngram", "word_ngram"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        for name in ("max_character_repetition", "max_word_repetition", "min_language_confidence"):
+            value = getattr(self, name)
+            known = value is None or (is_finite(value) and 0 <= value <= 1)
+            check(self, known, name, "from 0 to 1")
+        if self.language is not None:
+            check_language(self.language)
+
+    def fault(self, text: str) -> tuple[Reason, str] | None:
+        """Why a document is left out: the kind of fault, and what was found; None if it is kept."""
+        if len(text) < self.min_characters:
+            return (
+                "short",
+                f"{len(text)} characters, fewer than min_characters={self.min_characters}",
+            )
+        measures = [
+            ("max_character_repetition", character_repetition, self.character_ngram),
+            ("max_word_repetition", word_repetition, self.word_ngram),
+        ]
+        for name, measure, ngram in measures:
+            bound = getattr(self, name)
+            if bound is not None and (found := measure(text, ngram)) > bound:
+                return "repetitive", f"{measure.__name__} is {found:.3f}, above {name}={bound}"
+        if self.language is not None:
+            language, confidence = identify_language(text)
+            if language != self.language or confidence < self.min_language_confidence:
+                return (
+                    "language",
+                    f"found {language!r} with confidence {confidence:.2f}, not language={self.language!r}",
+                )
+        return None

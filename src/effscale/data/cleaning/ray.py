@@ -1,0 +1,37 @@
+"""Documents examined on a cluster."""
+
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+PREFETCH = 4
+"""Batches under way for each of the cluster's processors."""
+
+
+def ray_runner(examine: Any, batches: Iterable[Sequence[str]]) -> Iterator[Any]:
+    """Lets the workers of Ray examine documents: ``Cleaned(..., run=ray_runner)``.
+
+    It uses the cluster that Ray is connected to, or else starts Ray on this machine. This process reads the documents and compares
+    their digests and signatures; what takes the time, n-grams and hashing, is done by the workers. The batch of a lost worker is
+    examined again.
+
+    Raises:
+        ModuleNotFoundError: The extra ``ray`` is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        error.add_note("Ray is in the extra: pip install 'effscale[ray]'.")
+        raise
+    if not ray.is_initialized():
+        ray.init()
+    call = ray.remote(lambda examine, batch: examine(batch))
+    shared = ray.put(examine)
+    limit = PREFETCH * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    pending: collections.deque[Any] = collections.deque()
+    for batch in batches:
+        pending.append(call.remote(shared, batch))
+        if len(pending) >= limit:
+            yield ray.get(pending.popleft())
+    while pending:
+        yield ray.get(pending.popleft())

@@ -1,0 +1,310 @@
+"""What the experiment ``bloom`` can be told, and its presets."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Literal
+
+from effscale.experiments.shared.config_parts import TextPart
+from effscale.models import TransformerConfig, bloom
+from effscale.models.config import Remat
+from effscale.models.validation import check, is_finite
+from effscale.parallel import MeshConfig
+from effscale.training import ScheduleConfig, Stages, batch_ramp
+
+CODE = "code"
+"""The component of source code, Python's standard library."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A BLOOM of any size; its vocabulary is the tokenizer's, padded to a multiple of 128."""
+
+    num_layers: int = 4
+    """Layers."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residuals."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products."""
+    remat: Remat = "dots"
+    """What the backward pass computes again: none, dots (all but matrix products), full."""
+    init_std: float | None = None
+    """Deviation of the initial weights; None takes sqrt(1 / (3 d_model)), the rule from which BLOOM's 0.0048 comes."""
+
+    def build(self, vocab_size: int) -> TransformerConfig:
+        """The transformer's config."""
+        config = bloom(
+            num_layers=self.num_layers,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            vocab_size=-(-vocab_size // 128) * 128,
+            dropout=self.dropout,
+        )
+        std = math.sqrt(1 / (3 * self.d_model)) if self.init_std is None else self.init_std
+        return dataclasses.replace(config, dtype=self.dtype, remat=self.remat, init_std=std)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretraining, counted in samples, as BLOOM's is: a sample is a row of tokens."""
+
+    samples: int = 16_000
+    """Rows to learn from."""
+    batch_size: int = 16
+    """Rows in a batch, at the end of the ramp."""
+    ramp_start: int = 8
+    """Rows in the first batch."""
+    ramp_increment: int = 4
+    """By how many rows batches grow each time."""
+    ramp_samples: int = 1_000
+    """Rows over which they grow; 0: no ramp."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: a linear warm-up, then a cosine."""
+    final_learning_rate: float = 3e-4
+    """End of the cosine, kept from there on."""
+    warmup_samples: int = 500
+    """Rows of warm-up."""
+    decay_samples: int = 16_000
+    """Rows after which the cosine ends."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
+
+    def __post_init__(self):
+        for name in ("samples", "batch_size", "accumulate"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        within = 0 < self.final_learning_rate <= self.learning_rate < math.inf
+        check(self, within, "learning_rate", "finite, and at least final_learning_rate, above 0")
+        below = f"from 0 to below decay_samples={self.decay_samples}"
+        check(self, 0 <= self.warmup_samples < self.decay_samples, "warmup_samples", below)
+        ramp = self.ramp()  # an impossible ramp is refused here
+        for size in ramp.values:
+            check(
+                self, size % self.accumulate == 0, "accumulate", f"a divisor of each batch, {size}"
+            )
+
+    def ramp(self) -> Stages[int]:
+        """The batch size at each step."""
+        if not self.ramp_samples:
+            return Stages((0,), (self.batch_size,))
+        return batch_ramp(self.ramp_start, self.ramp_increment, self.ramp_samples, self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Batches until all rows are learned from."""
+        return self.ramp().steps_until(self.samples, cost=lambda size: size)
+
+    def schedule(self, length: int) -> ScheduleConfig:
+        """The learning rate by tokens, which are ``length`` a row."""
+        return ScheduleConfig(
+            peak=self.learning_rate,
+            final=self.final_learning_rate,
+            warmup=self.warmup_samples * length,
+            total=self.decay_samples * length,
+            unit="tokens",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuneConfig:
+    """Prompted multitask fine-tuning, at a constant rate, as BLOOMZ's."""
+
+    steps: int = 300
+    """Batches."""
+    batch_size: int = 16
+    """Packed rows in a batch."""
+    learning_rate: float = 1e-3
+    """The rate, without warm-up or decay."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    cap: int = 2_000
+    """Examples at most of a task in one language under one template; xP3 has 100,000."""
+    eval_every: int = 50
+    """Steps between looks at held-out tasks, by which the checkpoint is chosen."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "cap", "eval_every"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
+        check(
+            self,
+            is_finite(self.weight_decay) and self.weight_decay >= 0,
+            "weight_decay",
+            "at least 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleaningConfig:
+    """Which documents are left out."""
+
+    min_characters: int = 100
+    """Shorter documents are left out."""
+    max_character_repetition: float = 0.3
+    """Greatest share that a document's most frequent runs of ten characters may have; code is free of it."""
+    near_duplicates: float | None = 0.8
+    """Similarity from which the later of two documents is left out; None keeps it."""
+    identify_language: bool = False
+    """Leave out documents that are found to be in another language."""
+
+    def __post_init__(self):
+        check(self, self.min_characters >= 1, "min_characters", "at least 1")
+        share = self.max_character_repetition
+        check(self, 0 <= share <= 1, "max_character_repetition", "from 0 to 1")
+        near = self.near_duplicates
+        check(self, near is None or 0 < near < 1, "near_duplicates", "between 0 and 1, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TextPart):
+    """What the run does; every field is an option of the command line."""
+
+    data: pathlib.Path | None = None
+    """A folder with a folder of *.txt or *.jsonl files (field text) for each language; by default the messages of a home automation's interface, translated by people, which `make assets` installs."""
+    licence: str = "unknown"
+    """Of the text in --data, for the datasheet."""
+    languages: tuple[str, ...] = (
+        "en",
+        "es",
+        "fr",
+        "de",
+        "id",
+        "ru",
+        "it",
+        "pt-BR",
+        "ca",
+        "zh-Hans",
+    )
+    """Languages of the corpus, named as their folders."""
+    new_languages: tuple[str, ...] = ("it", "pt-BR", "ca", "zh-Hans")
+    """Those of them in which no task is learned, so that fine-tuning has to carry over to them."""
+    code: float = 0.13
+    """Share of Python's standard library in the training rows, as of code in ROOTS; languages share the rest by their sizes. 0: no code."""
+    tasks: pathlib.Path | None = None
+    """A folder with the YAML file of each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl; by default the tasks that go with the default data."""
+    new_tasks: tuple[str, ...] = ("continuation", "cloze")
+    """Those tasks that are not learned in any language."""
+    vocab_size: int = 4096
+    length: int = 128
+    """Tokens in a row."""
+    cleaning: CleaningConfig = CleaningConfig()
+    """Which documents are left out."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    pretrain: PretrainConfig = PretrainConfig()
+    """Pretraining."""
+    finetune: FineTuneConfig = FineTuneConfig()
+    """Prompted multitask fine-tuning."""
+    b2: float = 0.95
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Of AdamW while pretraining."""
+    clip_norm: float = 1.0
+    """Greatest norm of the gradient."""
+    eval_examples: int = 48
+    """Test examples of a task in a language, under each of its templates."""
+    eval_batch: int = 32
+    """Rows that are evaluated together."""
+    seeds: int = 3
+    """Runs; seeds 0, 1, ... decide initial weights, order of data and choice of examples."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out; -1 means the rest."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints while pretraining, and between looks at the held-out text."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("length", "eval_examples", "eval_batch", "seeds", "checkpoint_every"):
+            check(self, getattr(self, name) >= 1, name, "at least 1")
+        different = len(set(self.languages)) == len(self.languages) >= 1
+        check(
+            self,
+            different and CODE not in self.languages,
+            "languages",
+            "different languages, at least one",
+        )
+        known = set(self.new_languages) < set(self.languages)
+        check(self, known, "new_languages", f"some of languages={self.languages}, but not all")
+        check(self, len(set(self.new_tasks)) == len(self.new_tasks), "new_tasks", "different tasks")
+        check(self, 0 <= self.code < 1, "code", "at least 0 and below 1")
+        check(self, 0 <= self.b2 < 1, "b2", "at least 0 and below 1")
+        check(self, self.weight_decay >= 0, "weight_decay", "at least 0")
+        check(self, self.clip_norm > 0, "clip_norm", "above 0")
+        self.model.build(self.vocab_size)  # an impossible model is refused here
+
+
+def _bloom(
+    layers: int,
+    width: int,
+    heads: int,
+    batch: int,
+    increment: int,
+    peak: float,
+    final: float = 1e-5,
+    **model,
+) -> Config:
+    """BLOOM's published settings for one of its sizes, of a corpus that the user has."""
+    return Config(
+        vocab_size=250_680,
+        length=2048,
+        model=ModelConfig(
+            num_layers=layers,
+            d_model=width,
+            num_heads=heads,
+            init_std=0.0048,
+            dtype="bfloat16",
+            remat="full",
+            **model,
+        ),
+        pretrain=PretrainConfig(
+            samples=220_000_000,
+            batch_size=batch,
+            ramp_start=192,
+            ramp_increment=increment,
+            ramp_samples=9_765_625,
+            learning_rate=peak,
+            final_learning_rate=final,
+            warmup_samples=183_105,
+            decay_samples=200_000_000,
+        ),
+        finetune=FineTuneConfig(
+            steps=3_100, batch_size=2048, learning_rate=2e-5, cap=100_000, eval_every=250
+        ),
+        mesh=MeshConfig(fsdp=-1, data=1),
+        seeds=1,
+        checkpoint_every=100,
+    )
+
+
+PRESETS = {
+    "smoke": Config(
+        languages=("en", "es", "ca"),
+        new_languages=("ca",),
+        code=0.0,
+        vocab_size=512,
+        length=64,
+        model=ModelConfig(num_layers=1, d_model=32, num_heads=2),
+        pretrain=PretrainConfig(
+            samples=64, batch_size=16, ramp_samples=16, warmup_samples=8, decay_samples=64
+        ),
+        finetune=FineTuneConfig(steps=4, cap=40, eval_every=2),
+        eval_examples=2,
+        seeds=1,
+        checkpoint_every=2,
+    ),
+    "default": Config(),
+    # Le Scao et al., 2022, table 3. The batch grows by 16 rows for 1B1, 1B7 and 176B, and by 32 for the others.
+    "bloom-560m": _bloom(24, 1024, 16, 256, 32, 3.0e-4),
+    "bloom-1b1": _bloom(24, 1536, 16, 256, 16, 2.5e-4),
+    "bloom-1b7": _bloom(24, 2048, 16, 512, 16, 2.0e-4),
+    "bloom-3b": _bloom(30, 2560, 32, 512, 32, 1.6e-4),
+    "bloom-7b1": _bloom(30, 4096, 32, 512, 32, 1.2e-4),
+    "bloom-176b": _bloom(70, 14336, 112, 2048, 16, 6e-5, 6e-6),
+}
+PRESETS["paper"] = PRESETS["bloom-176b"]
+
+FREE = ("out", "resume", "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
+"""What may differ when a run is resumed."""

@@ -1,0 +1,224 @@
+"""The multilingual corpus: what it is made of, its tokenizer, its token stores, and how finely the tokenizer cuts each language."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from effscale.data import (
+    BLOOM_TOKENS,
+    Corpus,
+    JsonLines,
+    Source,
+    Splits,
+    StandardLibrary,
+    TextFiles,
+    fertility,
+    load_tokenizer,
+    prepare_corpus,
+    sample_texts,
+    save_tokenizer,
+    train_tokenizer,
+)
+from effscale.data.cache import request_key
+from effscale.data.cleaning import (
+    Cleaned,
+    DatasheetEntry,
+    NearDuplicates,
+    Quality,
+    write_datasheet,
+)
+from effscale.experiments.bloom.config import CODE, Config
+from effscale.experiments.bloom.messages import InterfaceText
+from effscale.experiments.shared.console import status
+from effscale.locks import locked
+from effscale.user_cache import cache_folder
+
+SAMPLE_CHARACTERS = 32 << 20
+"""Characters, over all components, that a tokenizer learns from at most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A mixture ready for training.
+
+    Attributes:
+        tokenizer: Of all components.
+        corpora: By language, code last.
+        weights: Each one's share of the training rows.
+        fertility: Tokens a word in each one's held-out text.
+        fertility_alone: The same with a tokenizer of as many tokens that learned from this component only.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    corpora: Mapping[str, Corpus]
+    weights: Mapping[str, float]
+    fertility: Mapping[str, float]
+    fertility_alone: Mapping[str, float]
+
+
+def sources(config: Config) -> dict[str, Source]:
+    """The source of each component, cleaned.
+
+    Raises:
+        FileNotFoundError: A language has no folder, or no text in it.
+    """
+    cleaning = config.cleaning
+    near = cleaning.near_duplicates
+    near_duplicates = None if near is None else NearDuplicates(threshold=near)
+    found: dict[str, Source] = {}
+    for language in config.languages:
+        if config.data is None:
+            source: Source = InterfaceText(language=language)
+        else:
+            source = _folder(config.data, language)
+        quality = Quality(
+            min_characters=cleaning.min_characters,
+            max_character_repetition=cleaning.max_character_repetition,
+            character_ngram=3 if language.startswith(("zh", "ja")) else 10,
+            max_word_repetition=None,
+            language=language.partition("-")[0] if cleaning.identify_language else None,
+        )
+        found[language] = Cleaned(source=source, quality=quality, near_duplicates=near_duplicates)
+    if config.code:
+        # Code repeats itself more than prose, and ROOTS asks other things of it.
+        quality = Quality(
+            min_characters=cleaning.min_characters,
+            max_character_repetition=None,
+            max_word_repetition=None,
+        )
+        found[CODE] = Cleaned(
+            source=StandardLibrary(), quality=quality, near_duplicates=near_duplicates
+        )
+    return found
+
+
+def _folder(data: pathlib.Path, language: str) -> Source:
+    folder = data / language
+    for pattern, kind in (("*.txt", TextFiles), ("*.jsonl", JsonLines)):
+        if any(folder.glob(pattern)):
+            return kind(paths=str(folder / pattern), on_error="skip")
+    there = sorted(path.name for path in data.glob("*") if path.is_dir())
+    raise FileNotFoundError(
+        f"language {language!r} has no *.txt or *.jsonl in {folder}; {data} has folders for {', '.join(there) or 'no language'}. "
+        "Add its text, or leave it out of --languages"
+    )
+
+
+def prepare(config: Config) -> Prepared:
+    """The mixture, from the cache if it is there.
+
+    Raises:
+        FileNotFoundError: A language has no text.
+        ValueError: Too little of it.
+    """
+    components = sources(config)
+    cache = config.cache or cache_folder("corpora")
+    with status("preparing the corpus") as progress:
+        splits = Splits(
+            fractions={
+                "train": 1 - config.validation_fraction,
+                "validation": config.validation_fraction,
+            }
+        )
+        every = _Tokenizers(components, splits, config.vocab_size, cache)
+        tokenizer = every(tuple(components))
+        corpora, cut, alone = {}, {}, {}
+        for name, source in components.items():
+            progress(name)
+            corpora[name] = prepare_corpus(
+                source,
+                cache,
+                tokenizer=tokenizer,
+                eos_token="</s>",
+                validation_fraction=config.validation_fraction,
+            )
+            held_out = list(_held_out(corpora[name], tokenizer))
+            cut[name] = fertility(tokenizer, held_out)
+            alone[name] = fertility(every((name,)), held_out)
+    return Prepared(
+        tokenizer=tokenizer,
+        corpora=corpora,
+        weights=_weights(config, corpora),
+        fertility=cut,
+        fertility_alone=alone,
+    )
+
+
+class _Tokenizers:
+    """Tokenizers of some of the components, from the cache if they are there."""
+
+    def __init__(
+        self,
+        components: Mapping[str, Source],
+        splits: Splits,
+        vocab_size: int,
+        cache: pathlib.Path,
+    ):
+        self._components, self._splits = components, splits
+        self._vocab_size, self._cache = vocab_size, cache
+
+    def __call__(self, names: Sequence[str]) -> tokenizers.Tokenizer:
+        key = request_key(
+            {
+                "version": 1,
+                "sources": [self._components[name].fingerprint() for name in names],
+                "fractions": dict(self._splits.fractions),
+                "vocab_size": self._vocab_size,
+            }
+        )
+        file = self._cache / f"bloom-tokenizer-{key}.json"
+        with locked(file, f"training {file}"):
+            if not file.is_file():
+                share = SAMPLE_CHARACTERS // len(self._components)
+                texts = [
+                    text
+                    for name in names
+                    for text in sample_texts(self._training(name), max_characters=share)
+                ]
+                trained = train_tokenizer(
+                    texts,
+                    vocab_size=self._vocab_size,
+                    special_tokens=BLOOM_TOKENS,
+                    splitting="bloom",
+                )
+                save_tokenizer(trained, file)
+        return load_tokenizer(file)
+
+    def _training(self, name: str) -> Iterator[Any]:
+        for document in self._components[name].documents(log=False):
+            if self._splits.assign(document.text) == "train":
+                yield document
+
+
+def _held_out(corpus: Corpus, tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
+    store = corpus.validation
+    ends = [*store.offsets[1:], store.num_tokens]
+    for start, end in zip(store.offsets, ends, strict=True):
+        ids = [int(token) for token in store.tokens[start:end]]
+        yield tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _weights(config: Config, corpora: Mapping[str, Corpus]) -> dict[str, float]:
+    sizes = {name: c.train.num_tokens for name, c in corpora.items() if name != CODE}
+    total = sum(sizes.values())
+    weights = {name: (1 - config.code) * size / total for name, size in sizes.items()}
+    return weights | ({CODE: config.code} if config.code else {})
+
+
+def datasheet(config: Config, prepared: Prepared, folder: pathlib.Path) -> None:
+    """Writes what the corpus is made of into the run folder."""
+    licence = "Apache-2.0" if config.data is None else config.licence
+    entries = [
+        DatasheetEntry(
+            name=name,
+            language="Python" if name == CODE else name,
+            licence="PSF-2.0" if name == CODE else licence,
+            corpus=corpus,
+            weight=prepared.weights[name],
+        )
+        for name, corpus in prepared.corpora.items()
+    ]
+    write_datasheet(folder, entries)

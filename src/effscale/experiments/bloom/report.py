@@ -1,0 +1,203 @@
+"""What came out: zero-shot accuracies before and after fine-tuning, the loss by language, fertility, and a figure."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from effscale.experiments.bloom.corpus import Prepared
+from effscale.experiments.bloom.tasks import Group
+from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series, smooth
+from effscale.experiments.shared.results import deviation
+from effscale.training import read_jsonl
+
+STAGES = ("pretrain", "finetune")
+GROUPS: tuple[Group, ...] = get_args(Group)
+Found = Mapping[str, Any]
+
+
+def read(place: pathlib.Path) -> dict[str, Found]:
+    """What both runs of a seed left."""
+    read_one = lambda name: json.loads((place / name / "found.json").read_text(encoding="utf-8"))
+    return {name: read_one(name) for name in STAGES}
+
+
+def accuracy(found: Found, *, new: bool = True, **where: str) -> float:
+    """The mean over cells of their medians over templates.
+
+    Args:
+        found: Of one run.
+        new: Take only cells that fine-tuning did not see, unless a group is asked for.
+        where: Take only cells of this ``task``, ``language`` or ``group``.
+    """
+    cells = [
+        cell["median"]
+        for cell in found["accuracy"]
+        if all(cell[key] == value for key, value in where.items())
+        and (not new or "group" in where or cell["group"] != "learned")
+    ]
+    return float(np.mean(cells)) if cells else float("nan")
+
+
+def figures(
+    seeds: Sequence[Mapping[str, Found]], prepared: Prepared
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The named figures as means over seeds, and those of each seed."""
+    each: dict[str, list[float]] = {
+        "val_loss": [seed["pretrain"]["val_loss"]["all"] for seed in seeds],
+        "zero_shot_before": [accuracy(seed["pretrain"]) for seed in seeds],
+        "zero_shot_after": [accuracy(seed["finetune"]) for seed in seeds],
+        "chance": [
+            float(
+                np.mean([c["chance"] for c in s["pretrain"]["accuracy"] if c["group"] != "learned"])
+            )
+            for s in seeds
+        ],
+        "val_loss_after": [seed["finetune"]["val_loss"]["all"] for seed in seeds],
+        "chosen_step": [float(seed["finetune"]["step"]) for seed in seeds],
+    }
+    for group in GROUPS:
+        name = group.replace(" ", "_")
+        for stage, when in zip(STAGES, ("before", "after"), strict=True):
+            values = [accuracy(seed[stage], group=group) for seed in seeds]
+            if np.isfinite(values).all():
+                each[f"{name}_{when}"] = values
+    ratios = _ratios(prepared)
+    named = {name: float(np.mean(values)) for name, values in each.items()}
+    named |= {"fertility_ratio_max": max(ratios.values())}
+    return named, each
+
+
+def _ratios(prepared: Prepared) -> dict[str, float]:
+    return {
+        name: prepared.fertility[name] / prepared.fertility_alone[name] for name in prepared.corpora
+    }
+
+
+def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str, list[list[str]]]:
+    """What the terminal and the page show."""
+    return {
+        "Accuracy by group, mean over tasks and languages (and deviation over seeds)": _by_group(
+            seeds
+        ),
+        "Accuracy by task": _by(seeds, "task"),
+        "Accuracy by language, where fine-tuning did not see task and language together": _by(
+            seeds, "language"
+        ),
+        "The corpus": _corpus(prepared),
+        "Tokens a word in held-out text, and the loss on it in nats a token": _by_component(
+            seeds, prepared
+        ),
+    }
+
+
+def _by_group(seeds: Sequence[Mapping[str, Found]]) -> list[list[str]]:
+    rows = [["tasks", "chance", "before", "after"]]
+    words = {
+        "learned": "learned, in languages that they were learned in",
+        "new language": "learned, in new languages",
+        "new task": "new, in all languages",
+    }
+    for group in GROUPS:
+        cells = [c for c in seeds[0]["pretrain"]["accuracy"] if c["group"] == group]
+        if cells:
+            chance = float(np.mean([cell["chance"] for cell in cells]))
+            both = [_spread([accuracy(s[stage], group=group) for s in seeds]) for stage in STAGES]
+            rows.append([words[group], f"{100 * chance:.0f} %", *both])
+    return rows
+
+
+def _by(seeds: Sequence[Mapping[str, Found]], key: str) -> list[list[str]]:
+    rows = [[key, "chance", "before", "after"]]
+    only_new = key == "language"
+    cells = seeds[0]["pretrain"]["accuracy"]
+    for name in dict.fromkeys(cell[key] for cell in cells):
+        of_name = [c for c in cells if c[key] == name and (not only_new or c["group"] != "learned")]
+        if of_name:
+            chance = float(np.mean([cell["chance"] for cell in of_name]))
+            both = [
+                _spread([accuracy(s[stage], new=only_new, **{key: name}) for s in seeds])
+                for stage in STAGES
+            ]
+            rows.append([name, f"{100 * chance:.0f} %", *both])
+    return rows
+
+
+def _spread(values: Sequence[float]) -> str:
+    shares = 100 * np.array(values)
+    return f"{shares.mean():.1f} ± {deviation(shares):.1f} %"
+
+
+def _corpus(prepared: Prepared) -> list[list[str]]:
+    rows = [["component", "documents", "bytes", "tokens", "weight"]]
+    for name, corpus in prepared.corpora.items():
+        stores = (corpus.train, corpus.validation)
+        rows.append(
+            [
+                name,
+                f"{sum(store.num_documents for store in stores):,}",
+                f"{corpus.num_bytes:,}",
+                f"{sum(store.num_tokens for store in stores):,}",
+                f"{prepared.weights[name]:.3f}",
+            ]
+        )
+    return rows
+
+
+def _by_component(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> list[list[str]]:
+    rows = [["component", "tokens a word", "own tokenizer", "ratio", "loss before", "loss after"]]
+    ratios = _ratios(prepared)
+    for name in prepared.corpora:
+        losses = [np.mean([seed[stage]["val_loss"][name] for seed in seeds]) for stage in STAGES]
+        cut = (prepared.fertility[name], prepared.fertility_alone[name], ratios[name])
+        rows.append([name, *(f"{x:.2f}" for x in cut), *(f"{loss:.2f}" for loss in losses)])
+    return rows
+
+
+def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, Found]]) -> None:
+    """The loss while pretraining (mean and range of seeds), and accuracies before and after fine-tuning by language."""
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, 2, figsize=(9.6, 3.6), gridspec_kw={"width_ratios": (1, 1.3)}
+        )
+        files = [folder / f"seed-{n}" / "pretrain" / "metrics.jsonl" for n in range(len(seeds))]
+        records = [read_jsonl(file) for file in files]
+        tokens = series(records[0], "loss", "tokens")[0]
+        losses = np.stack([smooth(series(each, "loss")[1], 20) for each in records])
+        axes[0].plot(tokens / 1e6, losses.mean(0), color=COLORS[0], label="training")
+        axes[0].fill_between(tokens / 1e6, losses.min(0), losses.max(0), color=COLORS[0], alpha=0.2)
+        axes[0].set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="Pretraining")
+        cells = [c for c in seeds[0]["pretrain"]["accuracy"] if c["group"] != "learned"]
+        names = list(dict.fromkeys(cell["language"] for cell in cells))
+        for shift, stage, color, label in (
+            (-0.2, "pretrain", COLORS[-1], "before fine-tuning"),
+            (0.2, "finetune", COLORS[1], "after"),
+        ):
+            values = np.array(
+                [[accuracy(seed[stage], language=name) for name in names] for seed in seeds]
+            )
+            spread = np.abs(np.stack([values.min(0), values.max(0)]) - values.mean(0))
+            at = np.arange(len(names)) + shift
+            axes[1].bar(at, 100 * values.mean(0), 0.38, color=color, alpha=0.8, label=label)
+            axes[1].errorbar(
+                at, 100 * values.mean(0), 100 * spread, fmt="none", ecolor="black", linewidth=1
+            )
+        for at, name in enumerate(names):
+            chance = np.mean([cell["chance"] for cell in cells if cell["language"] == name])
+            label = "chance" if at == 0 else None
+            axes[1].hlines(
+                100 * chance, at - 0.45, at + 0.45, color=COLORS[2], linestyle="--", label=label
+            )
+        axes[1].set_xticks(range(len(names)), names)
+        axes[1].set(
+            ylabel="zero-shot accuracy (%)",
+            title="What fine-tuning did not see, by language",
+            ylim=(0, 100),
+        )
+        axes[1].legend(fontsize=8, ncols=3, loc="upper center")
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,183 @@
+"""Prompted tasks in several languages: what a model is fine-tuned on, and what it is asked without having seen it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+
+from effscale.evaluation import rank_answers
+from effscale.experiments.bloom import messages
+from effscale.experiments.bloom.config import Config
+from effscale.experiments.bloom.messages import Split
+from effscale.models.validation import did_you_mean
+from effscale.rlhf.data import Prompted, PromptedTask, Record, read_tasks
+
+FOLDER = pathlib.Path(__file__).parent / "tasks"
+MIN_EXAMPLES = 8
+"""A task with fewer test examples in a language is not evaluated there."""
+Group = Literal["learned", "new language", "new task"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A task in a language.
+
+    Attributes:
+        task: Its name.
+        language: The language.
+        group: Whether the model was fine-tuned on the task in this language, in other languages, or not on the task at all.
+    """
+
+    task: str
+    language: str
+    group: Group
+
+
+class Tasks:
+    """The tasks of a run.
+
+    Args:
+        config: What the experiment was told.
+
+    Raises:
+        ValueError: ``new_tasks`` names one that is not there, or nothing is left to learn.
+        FileNotFoundError: There is no task.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        read = read_tasks(config.tasks or FOLDER)
+        self._tasks = {task.name: task for task in read}
+        for name in config.new_tasks:
+            if name not in self._tasks:
+                raise ValueError(f"new_tasks has {name!r}: {did_you_mean(name, self._tasks)}")
+        if len(config.new_tasks) == len(self._tasks):
+            raise ValueError(
+                f"new_tasks={config.new_tasks} are all tasks there are: leave one to learn"
+            )
+
+    def cells(self) -> Iterator[Cell]:
+        """All tasks in all languages."""
+        for task in self._tasks:
+            for language in self._config.languages:
+                group: Group = "learned"
+                if task in self._config.new_tasks:
+                    group = "new task"
+                elif language in self._config.new_languages:
+                    group = "new language"
+                yield Cell(task, language, group)
+
+    def examples(self, cell: Cell, split: Split) -> list[dict[str, Any]]:
+        """The labelled examples of a cell; none where the task has none in the language."""
+        if self._config.tasks is None:
+            return messages.examples(cell.task, cell.language, split)
+        file = self._config.tasks / cell.task / cell.language / f"{split}.jsonl"
+        if not file.is_file():
+            return []
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def records(self, seed: int) -> list[Record]:
+        """What a model is fine-tuned on: learned tasks in learned languages, each capped."""
+        found = []
+        for cell in self.cells():
+            if cell.group == "learned":
+                made = self._task(cell).prompted(
+                    self.examples(cell, "train"), cap=self._config.finetune.cap, seed=seed
+                )
+                found += [prompted.record() for each in made.values() for prompted in each]
+        if not found:
+            raise ValueError(
+                f"no training examples for the tasks {sorted(self._tasks)} in {self._config.languages}"
+            )
+        return found
+
+    def prompted(self, cell: Cell, split: Split, count: int) -> Mapping[str, Sequence[Prompted]]:
+        """The first examples of a cell under each template; none if there are too few."""
+        chosen = self.examples(cell, split)[:count]
+        if len(chosen) < min(MIN_EXAMPLES, count):
+            return {}
+        return self._task(cell).prompted(chosen)
+
+    def _task(self, cell: Cell) -> PromptedTask:
+        return self._tasks[cell.task]
+
+
+def _line(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{number}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}:{number}: an example is an object with fields, not {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How well a model does in a cell.
+
+    Attributes:
+        cell: The cell.
+        of_template: The share of right answers under each template.
+        chance: The mean of one over the number of choices.
+    """
+
+    cell: Cell
+    of_template: Mapping[str, float]
+    chance: float
+
+    @property
+    def median(self) -> float:
+        """Over templates, as the papers report it."""
+        return float(np.median(list(self.of_template.values())))
+
+
+def evaluate_tasks(
+    tasks: Tasks,
+    cells: Sequence[Cell],
+    model: Any,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    split: Split,
+    count: int,
+    start_id: int,
+    batch_size: int,
+) -> list[Accuracy]:
+    """Rank evaluation of the cells that have enough examples: the likeliest choice after the prompt is the answer."""
+    asked: list[tuple[Cell, str, Prompted]] = []
+    for cell in cells:
+        for template, each in tasks.prompted(cell, split, count).items():
+            for number, prompted in enumerate(each):
+                if not prompted.choices:
+                    raise ValueError(
+                        f"task {cell.task!r}, template {template!r}: only tasks with choices can be evaluated; add choices (example {number})"
+                    )
+            asked += [(cell, template, prompted) for prompted in each]
+    if not asked:
+        return []
+    found = rank_answers(
+        model,
+        tokenizer,
+        [prompted.prompt for _, _, prompted in asked],
+        [prompted.answers for _, _, prompted in asked],
+        start_id=start_id,
+        batch_size=batch_size,
+    )
+    right: dict[Cell, dict[str, list[bool]]] = {}
+    choices: dict[Cell, list[int]] = {}
+    for (cell, template, prompted), best in zip(asked, found.best, strict=True):
+        right.setdefault(cell, {}).setdefault(template, []).append(best == prompted.answer)
+        choices.setdefault(cell, []).append(len(prompted.choices))
+    return [
+        Accuracy(
+            cell,
+            {template: float(np.mean(each)) for template, each in of_template.items()},
+            float(np.mean(1 / np.array(choices[cell]))),
+        )
+        for cell, of_template in right.items()
+    ]

@@ -1,0 +1,289 @@
+"""Prompted tasks: templates that make a prompt, a target and choices of each labelled example, as promptsource does for T0 and BLOOMZ."""
+
+import os
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from effscale.models.validation import check, did_you_mean
+from effscale.rlhf.data.record import Record
+
+_TEMPLATE_KEYS = ("name", "input", "target", "choices")
+_TASK_KEYS = ("task", "templates")
+
+
+class PromptTemplateError(ValueError):
+    """A template that cannot be read, or an example that does not fit it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """An example in words.
+
+    Attributes:
+        prompt: What a model reads.
+        target: What it should say then.
+        choices: What it could say, the target among them; empty where the answer is free.
+    """
+
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> int:
+        """The number of the target among the choices."""
+        return self.choices.index(self.target)
+
+    @property
+    def answers(self) -> list[str]:
+        """The choices, each after a space, as `effscale.evaluation.rank_answers` takes them."""
+        return [f" {choice}" for choice in self.choices]
+
+    def record(self) -> Record:
+        """What `fine_tuning_rows` learns from: the target follows the prompt after a space, as in BLOOMZ."""
+        return Record(prompt=self.prompt, chosen=f" {self.target}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """How an example becomes a prompt with its target.
+
+    Texts hold fields of the example in braces, ``{premise}``; a brace of its own is doubled. Nothing in a template is run.
+
+    Attributes:
+        name: Of the template.
+        input: The prompt. It should end so that an answer must follow, with a full stop or ``Answer:``; otherwise a model may go on with the input.
+        target: The answer.
+        choices: All answers that there are, each a text with fields. Or one text ``{field}``, whose field holds a list of them.
+
+    Raises:
+        PromptTemplateError: A brace is not closed, or holds more than the name of a field.
+
+    Example:
+        >>> template = PromptTemplate(name="yes or no", input="{text} Is that so?", target="{label}", choices=("yes", "no"))
+        >>> template.apply({"text": "Snow is white.", "label": "yes"})
+        Prompted(prompt='Snow is white. Is that so?', target='yes', choices=('yes', 'no'))
+    """
+
+    name: str
+    input: str
+    target: str
+    choices: tuple[str, ...] | str = ()
+
+    def __post_init__(self):
+        check(self, bool(self.name), "name", "a text")
+        for text in self._texts:
+            _fields(text, self.name)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        listed = (self.choices,) if isinstance(self.choices, str) else self.choices
+        return (self.input, self.target, *listed)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that an example must have, in the order in which they are used."""
+        found = [name for text in self._texts for name in _fields(text, self.name)]
+        return tuple(dict.fromkeys(found))
+
+    def apply(self, example: Mapping[str, Any]) -> Prompted:
+        """The example in words.
+
+        Raises:
+            PromptTemplateError: The example lacks a field, the prompt or the target is empty, or the target is none of the choices.
+        """
+        prompt, target = (self._filled(text, example) for text in (self.input, self.target))
+        if isinstance(self.choices, str):
+            (name,) = _fields(self.choices, self.name) or (self.choices,)
+            choices = tuple(str(choice) for choice in self._value(name, example))
+        else:
+            choices = tuple(self._filled(choice, example) for choice in self.choices)
+        for kind, text in (("prompt", prompt), ("target", target)):
+            if not text.strip():
+                raise PromptTemplateError(f"template {self.name!r}: the {kind} is empty")
+        if choices and target not in choices:
+            raise PromptTemplateError(
+                f"template {self.name!r}: the target {target!r} is none of the choices {choices}"
+            )
+        return Prompted(prompt=prompt, target=target, choices=choices)
+
+    def _filled(self, text: str, example: Mapping[str, Any]) -> str:
+        values = {name: self._value(name, example) for name in _fields(text, self.name)}
+        return text.format_map(values)
+
+    def _value(self, name: str, example: Mapping[str, Any]) -> Any:
+        if name not in example:
+            there = ", ".join(map(repr, example)) or "none"
+            raise PromptTemplateError(
+                f"template {self.name!r}: the example has no field {name!r}; there are {there}"
+            )
+        return example[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptedTask:
+    """A task under several templates.
+
+    Attributes:
+        name: Of the task.
+        templates: Ways to ask the same.
+
+    Raises:
+        PromptTemplateError: There is no template, or two have the same name.
+    """
+
+    name: str
+    templates: tuple[PromptTemplate, ...]
+
+    def __post_init__(self):
+        names = [template.name for template in self.templates]
+        if not names or len(set(names)) < len(names):
+            raise PromptTemplateError(
+                f"task {self.name!r}: it needs templates with names of their own, not {names}"
+            )
+
+    def prompted(
+        self, examples: Sequence[Mapping[str, Any]], *, cap: int | None = None, seed: int = 0
+    ) -> dict[str, list[Prompted]]:
+        """Examples under each template.
+
+        Args:
+            examples: The labelled examples.
+            cap: How many to take at most for each template, drawn anew for each, so that large sets do not drown small ones. xP3 has 100,000.
+            seed: Decides which.
+
+        Returns:
+            By the template's name.
+
+        Raises:
+            PromptTemplateError: An example lacks a field, or see `PromptTemplate.apply`.
+            ValueError: ``cap`` is below 1.
+        """
+        if cap is not None and cap < 1:
+            raise ValueError(f"cap={cap}: must be at least 1, or None")
+        made = {}
+        for number, template in enumerate(self.templates):
+            chosen: Sequence[int] = range(len(examples))
+            if cap is not None and cap < len(examples):
+                drawn = np.random.default_rng([seed, number]).permutation(len(examples))[:cap]
+                chosen = drawn.tolist()
+            made[template.name] = [template.apply(examples[i]) for i in chosen]
+        return made
+
+
+def read_tasks(*paths: str | os.PathLike[str]) -> tuple[PromptedTask, ...]:
+    r"""Reads tasks from YAML files.
+
+    A file holds one task: its name under ``task``, and under ``templates`` a list of mappings with ``name``, ``input``, ``target`` and,
+    where the answers are known, ``choices``.
+
+    Args:
+        paths: Files, or folders whose ``*.yaml`` are read in the order of their names.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no task in a folder.
+        PromptTemplateError: A file is not YAML, lacks a key, or has one that is not known.
+
+    Example:
+        >>> import tempfile
+        >>> from effscale.rlhf.data import read_tasks
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "mood.yaml")
+        >>> _ = file.write_text('''
+        ... task: mood
+        ... templates:
+        ...   - name: question
+        ...     input: "{review}\\nDid they like it?"
+        ...     target: "{label}"
+        ...     choices: ["yes", "no"]
+        ... ''')
+        >>> (task,) = read_tasks(file)
+        >>> task.templates[0].fields
+        ('review', 'label')
+    """
+    files = []
+    for path in map(pathlib.Path, paths):
+        if path.is_dir():
+            inside = sorted(path.glob("*.yaml"))
+            if not inside:
+                raise FileNotFoundError(f"{str(path)!r} has no file *.yaml with a task")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no file or folder {str(path)!r} with a task")
+    return tuple(_read_task(file) for file in files)
+
+
+def _read_task(file: pathlib.Path) -> PromptedTask:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PromptTemplateError(f"{file}: not YAML ({error})") from error
+    task = _mapping(content, _TASK_KEYS, _TASK_KEYS, str(file))
+    templates = task["templates"]
+    if not isinstance(templates, list):
+        raise PromptTemplateError(f"{file}: templates must be a list")
+    made = []
+    for number, item in enumerate(templates, 1):
+        where = f"{file}: template {number}"
+        fields = _mapping(item, _TEMPLATE_KEYS, _TEMPLATE_KEYS[:3], where)
+        for key in _TEMPLATE_KEYS[:3]:
+            if not isinstance(fields[key], str):
+                raise PromptTemplateError(
+                    f"{where}: {key}={fields[key]!r} must be a text; put it in quotation marks"
+                )
+        choices = fields.get("choices", [])
+        if not isinstance(choices, str):
+            if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+                raise PromptTemplateError(
+                    f"{where}: choices={choices!r} must be texts; YAML takes a bare yes or no for a truth value, so put them in quotation marks"
+                )
+            choices = tuple(choices)
+        try:
+            name, asked, target = (fields[key] for key in _TEMPLATE_KEYS[:3])
+            made.append(PromptTemplate(name=name, input=asked, target=target, choices=choices))
+        except ValueError as error:
+            raise PromptTemplateError(f"{where}: {error}") from error
+    return PromptedTask(name=str(task["task"]), templates=tuple(made))
+
+
+def _mapping(
+    value: Any, known: Sequence[str], needed: Sequence[str], where: str
+) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PromptTemplateError(f"{where}: must be a mapping with the keys {', '.join(known)}")
+    for key in value:
+        if key not in known:
+            raise PromptTemplateError(
+                f"{where}: unknown key {key!r}; {did_you_mean(str(key), known)}"
+            )
+    for key in needed:
+        if key not in value:
+            raise PromptTemplateError(f"{where}: the key {key!r} is missing")
+    return value
+
+
+def _fields(text: str, name: str) -> tuple[str, ...]:
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise PromptTemplateError(
+            f"template {name!r}: {text!r}: {error}; a brace of its own is doubled"
+        ) from error
+    found = []
+    for _, field, form, conversion in pieces:
+        if field is None:
+            continue
+        if not field.isidentifier() or form or conversion:
+            raise PromptTemplateError(
+                f"template {name!r}: {{{field}}} in {text!r}: braces hold the name of a field and nothing else"
+            )
+        found.append(field)
+    return tuple(found)
