@@ -14,11 +14,13 @@ from effscale.training import ScheduleConfig, Stages, batch_ramp
 
 CODE = "code"
 """The component of source code, Python's standard library."""
+VOCABULARY_MULTIPLE = 512
+"""The embedding has a multiple of so many rows, as 128 times the four parts in which BLOOM's lies: 250,880 for its 250,680 tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BLOOM of any size; its vocabulary is the tokenizer's, padded to a multiple of 128."""
+    """A BLOOM of any size; its vocabulary is the tokenizer's, padded to a multiple of 512."""
 
     num_layers: int = 4
     """Layers."""
@@ -41,7 +43,7 @@ class ModelConfig:
             num_layers=self.num_layers,
             d_model=self.d_model,
             num_heads=self.num_heads,
-            vocab_size=-(-vocab_size // 128) * 128,
+            vocab_size=-(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
             dropout=self.dropout,
         )
         std = math.sqrt(1 / (3 * self.d_model)) if self.init_std is None else self.init_std
@@ -76,15 +78,24 @@ class PretrainConfig:
     def __post_init__(self):
         for name in ("samples", "batch_size", "accumulate"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
-        within = 0 < self.final_learning_rate <= self.learning_rate < math.inf
-        check(self, within, "learning_rate", "finite, and at least final_learning_rate, above 0")
+        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
+        final = f"above 0 and at most learning_rate={self.learning_rate}"
+        below_peak = 0 < self.final_learning_rate <= self.learning_rate
+        check(self, below_peak, "final_learning_rate", final)
+        check(self, self.decay_samples >= 1, "decay_samples", "at least 1")
         below = f"from 0 to below decay_samples={self.decay_samples}"
         check(self, 0 <= self.warmup_samples < self.decay_samples, "warmup_samples", below)
-        ramp = self.ramp()  # an impossible ramp is refused here
-        for size in ramp.values:
-            check(
-                self, size % self.accumulate == 0, "accumulate", f"a divisor of each batch, {size}"
-            )
+        check(self, self.ramp_samples >= 0, "ramp_samples", "at least 0")
+        start = f"from 1 to batch_size={self.batch_size}"
+        check(self, 1 <= self.ramp_start <= self.batch_size, "ramp_start", start)
+        check(self, self.ramp_increment >= 1, "ramp_increment", "at least 1")
+        rise = self.batch_size - self.ramp_start
+        leads = not self.ramp_samples or rise % self.ramp_increment == 0
+        divisor = f"a divisor of batch_size - ramp_start, {rise}"
+        check(self, leads, "ramp_increment", divisor)
+        for size in self.ramp().values:
+            divides = size % self.accumulate == 0
+            check(self, divides, "accumulate", f"a divisor of each batch, {size}")
 
     def ramp(self) -> Stages[int]:
         """The batch size at each step."""
@@ -112,7 +123,7 @@ class PretrainConfig:
 class FineTuneConfig:
     """Prompted multitask fine-tuning, at a constant rate, as BLOOMZ's."""
 
-    steps: int = 300
+    steps: int = 600
     """Batches."""
     batch_size: int = 16
     """Packed rows in a batch."""
@@ -122,7 +133,7 @@ class FineTuneConfig:
     """Of AdamW."""
     cap: int = 2_000
     """Examples at most of a task in one language under one template; xP3 has 100,000."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Steps between looks at held-out tasks, by which the checkpoint is chosen."""
 
     def __post_init__(self):

@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import tokenizers
 
 from effscale.data import (
     BLOOM_TOKENS,
     Corpus,
+    Document,
     JsonLines,
     Source,
     Splits,
@@ -159,6 +159,7 @@ class _Tokenizers:
     ):
         self._components, self._splits = components, splits
         self._vocab_size, self._cache = vocab_size, cache
+        self._samples: dict[str, list[str]] = {}
 
     def __call__(self, names: Sequence[str]) -> tokenizers.Tokenizer:
         key = request_key(
@@ -172,14 +173,8 @@ class _Tokenizers:
         file = self._cache / f"bloom-tokenizer-{key}.json"
         with locked(file, f"training {file}"):
             if not file.is_file():
-                share = SAMPLE_CHARACTERS // len(self._components)
-                texts = [
-                    text
-                    for name in names
-                    for text in sample_texts(self._training(name), max_characters=share)
-                ]
                 trained = train_tokenizer(
-                    texts,
+                    [text for name in names for text in self._sample(name)],
                     vocab_size=self._vocab_size,
                     special_tokens=BLOOM_TOKENS,
                     splitting="bloom",
@@ -187,7 +182,13 @@ class _Tokenizers:
                 save_tokenizer(trained, file)
         return load_tokenizer(file)
 
-    def _training(self, name: str) -> Iterator[Any]:
+    def _sample(self, name: str) -> list[str]:
+        if name not in self._samples:  # two tokenizers learn from it
+            share = SAMPLE_CHARACTERS // len(self._components)
+            self._samples[name] = sample_texts(self._training(name), max_characters=share)
+        return self._samples[name]
+
+    def _training(self, name: str) -> Iterator[Document]:
         for document in self._components[name].documents(log=False):
             if self._splits.assign(document.text) == "train":
                 yield document

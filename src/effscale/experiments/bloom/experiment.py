@@ -57,6 +57,7 @@ def run(config: Config) -> Result:
     for rows in (*config.pretrain.ramp().values, config.finetune.batch_size):
         shard_batch(np.zeros(rows // jax.process_count(), np.int8), mesh)
     tasks = Tasks(config)
+    tasks.check()
     prepared = prepare(config)
     folder = RunFolder.create(
         config.out,

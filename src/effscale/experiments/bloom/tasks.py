@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tokenizers
@@ -81,6 +81,25 @@ class Tasks:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
+    def check(self) -> None:
+        """Refuses examples that do not fit their templates, before anything is trained.
+
+        Raises:
+            ValueError: An example lacks a field, or a template of a task that is evaluated has no choices.
+        """
+        for cell in self.cells():
+            for split in get_args(Split):
+                for made in self._task(cell).prompted(self.examples(cell, split)).values():
+                    if split != "train" and not all(prompted.choices for prompted in made):
+                        raise ValueError(
+                            f"task {cell.task!r}: only tasks with choices can be evaluated; add choices to its templates"
+                        )
+        if not self.records(0):
+            learned = sorted(set(self._tasks) - set(self._config.new_tasks))
+            raise ValueError(
+                f"no training examples for the tasks {learned} in the languages that are not new"
+            )
+
     def records(self, seed: int) -> list[Record]:
         """What a model is fine-tuned on: learned tasks in learned languages, each capped."""
         found = []
@@ -90,10 +109,6 @@ class Tasks:
                     self.examples(cell, "train"), cap=self._config.finetune.cap, seed=seed
                 )
                 found += [prompted.record() for each in made.values() for prompted in each]
-        if not found:
-            raise ValueError(
-                f"no training examples for the tasks {sorted(self._tasks)} in {self._config.languages}"
-            )
         return found
 
     def prompted(self, cell: Cell, split: Split, count: int) -> Mapping[str, Sequence[Prompted]]:
@@ -152,11 +167,6 @@ def evaluate_tasks(
     asked: list[tuple[Cell, str, Prompted]] = []
     for cell in cells:
         for template, each in tasks.prompted(cell, split, count).items():
-            for number, prompted in enumerate(each):
-                if not prompted.choices:
-                    raise ValueError(
-                        f"task {cell.task!r}, template {template!r}: only tasks with choices can be evaluated; add choices (example {number})"
-                    )
             asked += [(cell, template, prompted) for prompted in each]
     if not asked:
         return []
