@@ -19,6 +19,7 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
+from effscale.training.mirror import MirrorError, RunMirror, fetch_run
 from effscale.training.objectives import (
     add_reports,
     head_loss,
@@ -82,12 +83,14 @@ __all__ = [
     "LinearPacing",
     "Loss",
     "MetricsWriter",
+    "MirrorError",
     "MultiWriter",
     "NamedLeaf",
     "Pacing",
     "Restored",
     "RootPacing",
     "RunFolder",
+    "RunMirror",
     "Schedule",
     "ScheduleConfig",
     "ShapeBuckets",
@@ -106,6 +109,7 @@ __all__ = [
     "decay_mask",
     "ema_model",
     "evaluate",
+    "fetch_run",
     "fit",
     "head_loss",
     "make_eval_step",
