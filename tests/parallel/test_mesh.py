@@ -1,10 +1,13 @@
 import dataclasses
+import types
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from effscale.parallel import AXES, MeshConfig
+from effscale.parallel.mesh import over_slices
 
 
 def test_default_is_data_parallel_over_all_devices():
@@ -71,3 +74,30 @@ def test_config_is_frozen_and_keyword_only():
         MeshConfig().data = 2
     with pytest.raises(TypeError):
         MeshConfig(8)
+
+
+def gpus(hosts, per_host=8):
+    """What a mesh asks of the GPUs of several hosts; JAX calls each host a slice."""
+    return [
+        types.SimpleNamespace(
+            id=index, process_index=index // per_host, slice_index=index // per_host,
+            platform="gpu", device_kind="NVIDIA H100",
+        )
+        for index in range(hosts * per_host)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 8), (1, 16, 1, 2), (2, 8, 1, 2)])
+def test_the_first_axes_lie_across_slices_and_tensor_within_one(shape):
+    """`jax.make_mesh` refuses devices of several slices."""
+    placed = over_slices(shape, gpus(hosts=4))
+    hosts = np.vectorize(lambda device: device.slice_index)(placed)
+    assert placed.shape == shape
+    assert (hosts == hosts[..., :1]).all()  # a step along tensor stays on its host
+    assert (np.diff(hosts.reshape(-1, shape[-1])[:, 0]) >= 0).all()
+    assert {device.id for device in placed.flat} == set(range(32))
+
+
+def test_a_mesh_that_slices_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"cannot be divided over 3 slices or hosts: make data"):
+        over_slices((8, 1, 1, 4), gpus(hosts=3))

@@ -262,15 +262,24 @@ def test_one_that_cannot_be_deleted_does_not_stop_the_run(toy, tmp_path, caplog,
 
 
 def test_urls_are_refused(toy, tmp_path, monkeypatch):
+    """But for gs://, see test_bucket_checkpoints.py."""
     monkeypatch.chdir(tmp_path)
     for use in (
-        lambda: Checkpoints("gs://bucket/run"),
-        lambda: Checkpoints(pathlib.Path("gs://bucket/run")),
-        lambda: RunFolder.create("s3://bucket/run"),
-        lambda: RunFolder.create(name="a", root="s3://bucket/run"),
+        lambda: Checkpoints("s3://bucket/run"),
+        lambda: Checkpoints(pathlib.Path("s3://bucket/run")),
         lambda: restore_model("hdfs://host/run", fresh(toy).model),
     ):
-        with pytest.raises(ValueError, match=r"'\w+://?\w+/run' is a URL.*local folders only"):
+        with pytest.raises(
+            ValueError, match=r"'\w+://?\w+/run': .* local folders and to gs:// only.*RunMirror"
+        ):
+            use()
+    for use in (
+        lambda: RunFolder.create("gs://bucket/run"),
+        lambda: RunFolder.create(name="a", root="s3://bucket/run"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'\w+://bucket/run' is a URL, and a run folder is local"
+        ):
             use()
     assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from effscale.data import batch_rows
 from effscale.training import (
     AdamWConfig,
     Checkpoints,
@@ -29,7 +30,7 @@ from effscale.training import (
     resume_or_start,
 )
 
-VOCABULARY, WIDTH, LAYERS, LENGTH, BATCH = 16, 8, 2, 6, 8
+VOCABULARY, WIDTH, LAYERS, LENGTH, BATCH, ROWS = 16, 8, 2, 6, 8, 64
 
 
 class Block(nnx.Module):
@@ -80,8 +81,16 @@ def row(index):
 
 
 def batches():
-    dataset = grain.MapDataset.range(64).seed(0).shuffle().map(row).repeat().batch(BATCH)
+    dataset = grain.MapDataset.range(ROWS).seed(0).shuffle().map(row).repeat().batch(BATCH)
     return iter(dataset.to_iter_dataset())
+
+
+def numbered_batches(process_index=0, process_count=1):
+    """The same batches as a process of several reads them, with the numbers of their rows."""
+    numbered = lambda index: {**row(index), "row": np.int32(index)}
+    rows = grain.MapDataset.range(ROWS).seed(0).shuffle().map(numbered).repeat()
+    options = {"process_index": process_index, "process_count": process_count}
+    return iter(batch_rows(rows, batch_size=BATCH, **options))
 
 
 def batches_at(position):

@@ -14,6 +14,7 @@ from effscale.data.encode import encode_documents
 from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens
 from effscale.data.packing import PackedTokens
 from effscale.data.sampling import sample_texts
+from effscale.data.shards import PackedShards, TokenShards
 from effscale.data.sources import (
     HuggingFace,
     JsonLines,
@@ -50,6 +51,7 @@ __all__ = [
     "HuggingFace",
     "JsonLines",
     "MegatronTokens",
+    "PackedShards",
     "PackedTokens",
     "Parquet",
     "Progress",
@@ -58,6 +60,7 @@ __all__ = [
     "Splits",
     "StandardLibrary",
     "TextFiles",
+    "TokenShards",
     "TokenStore",
     "TokenStoreWriter",
     "batch_rows",

@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import grain
 import numpy as np
 
-from effscale.data.packing import PackedTokens
 from effscale.data.seeds import check_seed
+from effscale.data.shards import TokenShards, pack
 from effscale.data.store import TokenStore
 
 if TYPE_CHECKING:
     from effscale.training.stages import Stages
 
+MAX_ROWS = 2**32
+"""grain shuffles numbers of 32 bits."""
+
 
 def packed_rows(
-    stores: TokenStore | Sequence[TokenStore],
+    stores: TokenStore | TokenShards | Sequence[TokenStore | TokenShards],
     *,
     length: int,
     seed: int = 0,
@@ -25,12 +28,12 @@ def packed_rows(
     cross_document: bool = False,
     drop_remainder: bool = True,
 ) -> grain.MapDataset:
-    """The rows of one store or a mixture, in the order of training.
+    """The rows of one store, of shards or of a mixture, in the order of training.
 
     A `grain.MapDataset`: any further transformation of grain applies to it.
 
     Args:
-        stores: The store, or the components of a mixture.
+        stores: The store, a corpus in shards, or the components of a mixture.
         length: Tokens in a row.
         seed: Decides the order; each epoch has its own.
         shuffle: Whether to shuffle the rows of each store.
@@ -44,7 +47,7 @@ def packed_rows(
         ValueError: A store holds less than a row, the stores' vocabularies differ, or an argument
             is out of range.
     """
-    stores = [stores] if isinstance(stores, TokenStore) else list(stores)
+    stores = [stores] if isinstance(stores, (TokenStore, TokenShards)) else list(stores)
     _check_stores(stores)
     if weights is not None and len(weights) != len(stores):
         raise ValueError(f"{len(weights)} weights for {len(stores)} stores: give one for each.")
@@ -55,15 +58,18 @@ def packed_rows(
     check_seed(seed)
     components, sizes = [], []
     for index, store in enumerate(stores):
-        rows = PackedTokens(
-            store, length, cross_document=cross_document, drop_remainder=drop_remainder
-        )
+        rows = pack(store, length, cross_document=cross_document, drop_remainder=drop_remainder)
         if not len(rows):
             raise ValueError(
                 f"{str(store.folder)!r} has {store.num_tokens} tokens, less than one row of "
                 f"length={length} and its next token: use a shorter length or more text."
             )
         dataset = grain.MapDataset.source(rows)
+        if shuffle and len(rows) > MAX_ROWS:
+            raise ValueError(
+                f"{str(store.folder)!r} makes {len(rows)} rows of length={length}, and at most {MAX_ROWS} can be shuffled "
+                "together: use longer rows, or divide the corpus into several components of a mixture."
+            )
         if shuffle:
             # grain adds the epoch's number to the seed, so components need seeds far apart.
             words = np.random.SeedSequence([seed, index]).generate_state(1)
@@ -93,8 +99,8 @@ def batch_rows(
     That is the layout of a batch axis sharded over processes in order, and concatenating the
     processes' parts gives the batch of a single process.
 
-    The iterator's state (``get_state``, ``set_state``) is the number of batches taken, so a run
-    can resume on another number of processes.
+    The iterator's state (``get_state``, ``set_state``) is the number of batches taken, the same on all
+    processes, so a run can resume on another number of processes, with the same ``batch_size``.
 
     Args:
         rows: The rows, in order.
@@ -184,7 +190,7 @@ def _growing(
 
 
 def make_dataset(
-    stores: TokenStore | Sequence[TokenStore],
+    stores: TokenStore | TokenShards | Sequence[TokenStore | TokenShards],
     *,
     batch_size: int,
     length: int,
@@ -199,14 +205,14 @@ def make_dataset(
     num_threads: int = 2,
     prefetch: int = 8,
 ) -> grain.IterDataset:
-    """The batches of one token store or of a mixture: `packed_rows`, then `batch_rows`.
+    """The batches of one token store, of shards or of a mixture: `packed_rows`, then `batch_rows`.
 
     A batch is a dict of arrays of shape ``[batch_size // process_count, length]`` with the keys of
     `PackedTokens`. ``iter()`` of the result has ``get_state`` and ``set_state`` and goes into an
     orbax checkpoint as it is.
 
     Args:
-        stores: The store, or the components of a mixture.
+        stores: The store, a corpus in shards, or the components of a mixture.
         batch_size: Rows in a global batch.
         length: Tokens in a row.
         seed: Decides the order.
@@ -228,9 +234,9 @@ def make_dataset(
         raise ValueError(f'remainder={remainder!r}: it must be "drop" or "pad".')
     if remainder == "pad" and num_epochs is None:
         raise ValueError('remainder="pad" without num_epochs: endless data has no remainder.')
-    listed = [stores] if isinstance(stores, TokenStore) else list(stores)
+    listed = [stores] if isinstance(stores, (TokenStore, TokenShards)) else list(stores)
     if remainder == "drop":
-        available = sum(len(PackedTokens(store, length)) for store in listed)
+        available = sum(len(pack(store, length)) for store in listed)
         if available < batch_size:
             tokens = sum(store.num_tokens for store in listed)
             raise ValueError(
@@ -259,7 +265,7 @@ def make_dataset(
     )
 
 
-def _check_stores(stores: Sequence[TokenStore]) -> None:
+def _check_stores(stores: Sequence[TokenStore | TokenShards]) -> None:
     if not stores:
         raise ValueError("stores=[]: give at least one token store.")
     digests = {store.manifest["tokenizer"] for store in stores}

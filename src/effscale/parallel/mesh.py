@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -71,6 +73,8 @@ class MeshConfig:
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Make the mesh; enter it with `jax.set_mesh`.
 
+        Where devices are on several TPU slices or hosts of GPUs, the first axes lie across these, and ``tensor`` within one as far as it fits.
+
         Args:
             devices: the devices to use; all of every process by default.
 
@@ -82,13 +86,49 @@ class MeshConfig:
         """
         shape = self.sizes(jax.device_count() if devices is None else len(devices))
         types = (AxisType.Auto,) * len(AXES)
+        found = jax.devices() if devices is None else devices
+        if len({getattr(device, "slice_index", 0) for device in found}) > 1:
+            return Mesh(over_slices(shape, found), AXES, axis_types=types)
         try:
             return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
         except NotImplementedError:
             # An axis is no product of a TPU's physical ones, such as 128 of 8 x 8 x 8 chips: it may take a part of one.
-            devices = jax.devices() if devices is None else devices
-            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            placed = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
             return Mesh(placed, AXES, axis_types=types)
+
+
+def over_slices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of several TPU slices or hosts of GPUs, with a slower network between these, in the order of a mesh.
+
+    `jax.make_mesh` refuses them.
+
+    Args:
+        shape: Sizes of the axes.
+        devices: All of them.
+    """
+    across = _over_slices(shape, len({device.slice_index for device in devices}))
+    within = tuple(size // part for size, part in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+def _over_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """Along how many slices each axis lies: the first axes as many as they can, so that ``tensor`` stays within one.
+
+    >>> _over_slices((2, 16, 1, 8), 4)
+    (2, 2, 1, 1)
+    """
+    split, left = [], slices
+    for size in shape:
+        split.append(math.gcd(size, left))
+        left //= split[-1]
+    if left > 1:
+        raise ValueError(
+            f"the mesh {dict(zip(AXES, shape, strict=True))} cannot be divided over {slices} slices or hosts: make data, or another axis, "
+            f"a multiple of {slices}"
+        )
+    return tuple(split)
 
 
 def _divisors(number: int) -> str:

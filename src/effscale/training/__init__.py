@@ -20,6 +20,7 @@ from effscale.training.metrics import (
     TensorBoardWriter,
     read_jsonl,
 )
+from effscale.training.mirror import MirrorError, RunMirror, fetch_run
 from effscale.training.objectives import (
     add_reports,
     head_loss,
@@ -83,12 +84,14 @@ __all__ = [
     "LinearPacing",
     "Loss",
     "MetricsWriter",
+    "MirrorError",
     "MultiWriter",
     "NamedLeaf",
     "Pacing",
     "Restored",
     "RootPacing",
     "RunFolder",
+    "RunMirror",
     "Schedule",
     "ScheduleConfig",
     "ShapeBuckets",
@@ -108,6 +111,7 @@ __all__ = [
     "decay_mask",
     "ema_model",
     "evaluate",
+    "fetch_run",
     "fit",
     "head_loss",
     "make_eval_step",

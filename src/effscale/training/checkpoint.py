@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import pathlib
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from effscale.training.checkpoint_files import (
     TEMPORARY,
     JsonItem,
     cannot_be_verified,
-    delete,
     delete_checkpoint,
     describe,
     finished_steps,
@@ -34,9 +32,9 @@ from effscale.training.checkpoint_files import (
 from effscale.training.errors import CheckpointError
 from effscale.training.items import items_of, state_of
 from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
-from effscale.training.paths import local_path
 from effscale.training.retention import last_good, superseded
 from effscale.training.serialize import differences, to_json
+from effscale.training.storage import AnyPath, folder_path, is_local, make_folder, move, remove
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class Checkpoints:
     A checkpoint that this run neither restored nor saved is never overwritten.
 
     Args:
-        folder: Where they lie, on a local disk; made when first needed.
+        folder: Where they lie: a local folder, made when first needed, or ``gs://bucket/...`` (the extra ``gcs``).
         config: The run's config (dataclass or mapping). It is saved, and a checkpoint of another one is refused.
         free_fields: Dotted names of config fields that may change between runs, such as ``num_steps``.
         keep: How many to keep. One more is kept while updates are being skipped, so that the ``keep`` from before stay.
@@ -70,7 +68,8 @@ class Checkpoints:
         asynchronous: Write in a background thread. Errors then surface at the next ``save``, ``check`` or ``wait``.
 
     Raises:
-        ValueError: An option is out of range, or ``folder`` is a URL.
+        ValueError: An option is out of range, or ``folder`` is a URL that is not ``gs://``.
+        OSError: A bucket cannot be read, as without credentials.
 
     >>> checkpoints = Checkpoints("runs/example/checkpoints", every=500)  # doctest: +SKIP
     """
@@ -91,7 +90,7 @@ class Checkpoints:
             raise ValueError(
                 f"every={every} must be at least 1; None saves only at the end and when stopped"
             )
-        self.folder = local_path(folder)
+        self.folder = folder_path(folder)
         self.config = None if config is None else json.loads(json.dumps(to_json(config)))
         self.free_fields = tuple(free_fields)
         self.keep, self.every, self.asynchronous = keep, every, asynchronous
@@ -169,7 +168,7 @@ class Checkpoints:
 
         try:
             if jax.process_index() == 0:
-                writing_mark(path).touch()
+                writing_mark(path).write_text("")
             response = ocp.save_checkpointables_async(str(path), content)
         except Exception as error:
             raise self._failure(step, error) from error
@@ -269,10 +268,10 @@ class Checkpoints:
             return
         self._cleaned = True
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             for left in leftovers(self.folder):
                 logger.warning("deleting %s, which was not finished", left)
-                delete(left)
+                remove(left)
             for newer in past:
                 path = step_folder(self.folder, newer)
                 self._set_aside(path, f"the run goes on from step {self._start}")
@@ -302,13 +301,12 @@ class Checkpoints:
     def _newer_than_restored(self) -> list[int]:
         return [step for step in self.steps if self._start is not None and step > self._start]
 
-    def _set_aside(self, source: pathlib.Path, reason: str) -> None:
+    def _set_aside(self, source: AnyPath, reason: str) -> None:
         number = 0
         while (target := self.folder / "set_aside" / f"{source.name}.{number}").exists():
             number += 1
-        target.parent.mkdir(exist_ok=True)
         logger.warning("moving %s to %s: %s", source, target, reason)
-        source.rename(target)
+        move(source, target)
 
     def _finish(self, step: int, response: Any) -> None:
         try:
@@ -316,7 +314,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 path = step_folder(self.folder, step)
                 write_manifest(path)
-                writing_mark(path).unlink()
+                remove(writing_mark(path))
         except Exception as error:
             self._saved.discard(step)
             self._error = self._failure(step, error)
@@ -338,26 +336,29 @@ class Checkpoints:
         path = step_folder(self.folder, step)
         if jax.process_index() == 0:
             unfinished = [] if (path / MANIFEST).exists() else [path]
-            for left in [*unfinished, *self.folder.glob(f"{path.name}{TEMPORARY}*")]:
-                shutil.rmtree(left, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                writing_mark(path).unlink()
-        try:
-            free = f"{shutil.disk_usage(self.folder).free / 2**20:.0f} MiB are free there"
-        except OSError as unknown:
-            free = f"free space unknown: {unknown}"
+            for left in [
+                *unfinished,
+                *self.folder.glob(f"{path.name}{TEMPORARY}*"),
+                writing_mark(path),
+            ]:
+                with contextlib.suppress(Exception):  # what is left is deleted by the next run
+                    remove(left)
         previous = self.latest
         kept = (
             "there is no earlier one"
             if previous is None
             else f"the one of step {previous} is intact"
         )
+        if is_local(self.folder):
+            free, advice = _free_space(self.folder), "Free some space, keep fewer (keep=)"
+        else:
+            free, advice = "the bucket was readable at the start", "See that it can be written"
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.folder} ({error}); {free}; {kept}. "
-            "Free some space, keep fewer (keep=) or choose another folder, then resume."
+            f"{advice} or choose another folder, then resume."
         )
 
-    def _check_config(self, path: pathlib.Path) -> None:
+    def _check_config(self, path: AnyPath) -> None:
         if self.config is None:
             return
         saved = read_run(path)["config"]
@@ -375,6 +376,13 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path} is of another config ({listed}); resume with the saved values, or start a new run folder"
             )
+
+
+def _free_space(folder: AnyPath) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
+    except OSError as unknown:
+        return f"free space unknown: {unknown}"
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -409,7 +417,7 @@ def _iterator_file() -> str:
     return f"process_{jax.process_index()}-of-{jax.process_count()}.json"
 
 
-def _read_iterator(path: pathlib.Path) -> Any:
+def _read_iterator(path: AnyPath) -> Any:
     """This process's position; where another number of processes saved, the position on which all of them agreed."""
     file = path / "iterator" / _iterator_file()
     if file.is_file():

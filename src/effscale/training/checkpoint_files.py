@@ -15,7 +15,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from effscale.parallel.workers import is_per_worker
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition
-from effscale.training.paths import local_path
+from effscale.training.storage import AnyPath, folder_path, is_local, move, remove
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +35,32 @@ WRITING = ".writing"
 _STEP = re.compile(r"step_(\d{8,})$")
 
 
-def step_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+def step_folder(folder: AnyPath, step: int) -> AnyPath:
     """The folder of one checkpoint."""
     return folder / f"step_{step:08d}"
 
 
-def finished_steps(folder: pathlib.Path) -> list[int]:
+def finished_steps(folder: AnyPath) -> list[int]:
     """Steps of the checkpoints that were written to the end, ascending."""
     return [step for step, path in _steps(folder) if (path / MANIFEST).exists()]
 
 
-def writing_mark(path: pathlib.Path) -> pathlib.Path:
+def writing_mark(path: AnyPath) -> AnyPath:
     """The file that stands beside a checkpoint from before it is written until its manifest is."""
     return path.with_name(path.name + WRITING)
 
 
-def without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
+def is_step_folder(path: pathlib.PurePath) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    return _STEP.match(path.name) is not None
+
+
+def without_manifest(folder: AnyPath) -> list[AnyPath]:
     """Checkpoints that were written to the end and cannot be verified, as their manifest is lost."""
     return [path for path in _without_manifest(folder) if not writing_mark(path).exists()]
 
 
-def leftovers(folder: pathlib.Path) -> list[pathlib.Path]:
+def leftovers(folder: AnyPath) -> list[AnyPath]:
     """What a run that was killed has left half-written or half-deleted; it can be deleted."""
     if not folder.is_dir():
         return []
@@ -68,26 +72,25 @@ def leftovers(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def delete(path: pathlib.Path) -> None:
-    """Delete a folder with all that is in it, or a file."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def delete_checkpoint(path: pathlib.Path) -> None:
+def delete_checkpoint(path: AnyPath) -> None:
     """Delete a checkpoint, so that one of which only half is deleted never counts."""
-    doomed = path.with_name(path.name + DELETED)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    if is_local(path):
+        doomed = path.with_name(path.name + DELETED)
+        move(path, doomed)
+        remove(doomed)
+        return
+    # Without a rename, it becomes again what it was while it was written.
+    writing_mark(path).write_text("")
+    remove(path / MANIFEST)
+    remove(path)
+    remove(writing_mark(path))
 
 
-def _without_manifest(folder: pathlib.Path) -> list[pathlib.Path]:
+def _without_manifest(folder: AnyPath) -> list[AnyPath]:
     return [path for _, path in _steps(folder) if not (path / MANIFEST).exists()]
 
 
-def _steps(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+def _steps(folder: AnyPath) -> list[tuple[int, AnyPath]]:
     """Step and folder of all checkpoints, ascending."""
     if not folder.is_dir():
         return []
@@ -152,9 +155,7 @@ def describe(items: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_structure(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], where: pathlib.Path
-) -> None:
+def check_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: AnyPath) -> None:
     """Raise if the leaves of a checkpoint are not those that are asked for."""
     problems = []
     for item, leaves in wanted.items():
@@ -178,7 +179,7 @@ def check_structure(
         raise CheckpointError(f"{where} was saved from another model, optimizer or option: {shown}")
 
 
-def read_run(path: pathlib.Path) -> dict[str, Any]:
+def read_run(path: AnyPath) -> dict[str, Any]:
     """``run.json`` of one checkpoint.
 
     Raises:
@@ -190,7 +191,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     return run
 
 
-def load_items(path: pathlib.Path, items: Mapping[str, Any]) -> dict[str, Any]:
+def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
     """Read some of a checkpoint's items into trees like those given (arrays or their abstract form).
 
     What was saved by another number of workers is handed over as `effscale.parallel.resize_workers` says.
@@ -256,7 +257,7 @@ def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [leaf_as_saved(*pair) for pair in pairs])
 
 
-def _hand_over(loaded: Any, wanted: Any, path: pathlib.Path) -> Any:
+def _hand_over(loaded: Any, wanted: Any, path: AnyPath) -> Any:
     """What another number of workers saved, for as many as are wanted."""
     mine = _per_worker_leaves(wanted)
     workers = {x.shape[0] for x, own in zip(jax.tree.leaves(wanted), mine, strict=True) if own}
@@ -274,7 +275,7 @@ def _hand_over(loaded: Any, wanted: Any, path: pathlib.Path) -> Any:
     return jax.jit(resize, out_shardings=places)(loaded)
 
 
-def cannot_be_verified(folder: pathlib.Path, lost: Sequence[pathlib.Path]) -> str:
+def cannot_be_verified(folder: AnyPath, lost: Sequence[AnyPath]) -> str:
     """What to say of a folder in which no checkpoint has its manifest."""
     return (
         f"{folder} holds {', '.join(path.name for path in lost)} but the manifest.json of none: they cannot be verified, and "
@@ -282,7 +283,7 @@ def cannot_be_verified(folder: pathlib.Path, lost: Sequence[pathlib.Path]) -> st
     )
 
 
-def no_such_step(folder: pathlib.Path, step: int) -> str:
+def no_such_step(folder: AnyPath, step: int) -> str:
     """What to say where there is no checkpoint of a step."""
     there = ", ".join(map(str, finished_steps(folder))) or "none"
     lost = " (one without its manifest.json, which cannot be verified)"
@@ -290,9 +291,9 @@ def no_such_step(folder: pathlib.Path, step: int) -> str:
     return f"{folder} holds no checkpoint of step {step}{unverified}; there are {there}"
 
 
-def _newest(folder: str | os.PathLike[str], step: int | None) -> pathlib.Path:
+def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
     """The newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
-    root = local_path(folder)
+    root = folder_path(folder)
     if (root / "checkpoints").is_dir():
         root = root / "checkpoints"
     steps = finished_steps(root)

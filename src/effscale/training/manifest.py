@@ -1,16 +1,19 @@
 """Checksums of a folder: the file that makes a checkpoint count.
 
 Orbax notices a missing file but not every flipped bit. The manifest lists each file with its size and BLAKE2b digest; it
-is written last, and atomically, so a folder without one was never finished.
+is written last, and atomically, so a folder without one was never finished. In a bucket it lists the CRC-32C that the store
+keeps of each object: no byte is read again, and an object that is missing, cut or replaced is found by one listing.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from effscale.training.serialize import write_json
+from effscale.training.storage import AnyPath, is_local, stored_checksums
 
 MANIFEST = "manifest.json"
 
@@ -26,42 +29,60 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in found if path != folder / MANIFEST)
 
 
-def write_manifest(folder: pathlib.Path) -> None:
+def write_manifest(folder: AnyPath) -> None:
     """Record every file of ``folder``."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": digest(path)}
-        for path in _files(folder)
-    }
-    write_json(folder / MANIFEST, {"files": files})
+    if isinstance(folder, pathlib.Path):
+        files = {
+            path.relative_to(folder).as_posix(): {
+                "bytes": path.stat().st_size,
+                "blake2b": digest(path),
+            }
+            for path in _files(folder)
+        }
+        write_json(folder / MANIFEST, {"files": files})
+    else:
+        stored = stored_checksums(folder)
+        stored.pop(MANIFEST, None)
+        files = {name: {"bytes": size, "crc32c": crc} for name, (size, crc) in stored.items()}
+        (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
 
-def verify_manifest(folder: pathlib.Path) -> str | None:
+def verify_manifest(folder: AnyPath) -> str | None:
     """What is wrong with a folder, or None if it is as it was written. Never raises, whatever the manifest holds.
 
     Sizes are compared first, so that a truncated file is found without reading the others.
     """
+    kind = "blake2b" if is_local(folder) else "crc32c"
     try:
-        files = _read_manifest(folder)
+        files = _read_manifest(folder, kind)
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the checkpoint was not finished"
     except (ValueError, OSError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:
+        found = (
+            _sizes(folder, files) if isinstance(folder, pathlib.Path) else stored_checksums(folder)
+        )
         for name, (size, _) in files.items():
-            path = folder / name
-            if not path.is_file():
+            if name not in found:
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if found[name][0] != size:
+                return f"{name} has {found[name][0]} bytes instead of {size}"
         for name, (_, expected) in files.items():
-            if digest(folder / name) != expected:
+            now = digest(folder / name) if isinstance(folder, pathlib.Path) else found[name][1]
+            if now != expected:
                 return f"{name} has changed since it was written"
     except OSError as error:
         return f"a file cannot be read ({error})"
     return None
 
 
-def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+def _sizes(folder: pathlib.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """The size of each file that is there; its digest, which takes long, is left open."""
+    return {name: (path.stat().st_size, "") for name in names if (path := folder / name).is_file()}
+
+
+def _read_manifest(folder: AnyPath, kind: str) -> dict[str, tuple[int, str]]:
     """Size and digest of each file, by its name relative to the folder.
 
     Raises:
@@ -75,8 +96,7 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
         if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
             raise ValueError(f"{name!r} is outside of the folder")
     return {
-        name: (_part(entry, "bytes", int), _part(entry, "blake2b", str))
-        for name, entry in files.items()
+        name: (_part(entry, "bytes", int), _part(entry, kind, str)) for name, entry in files.items()
     }
 
 

@@ -8,6 +8,11 @@ import re
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
+def is_url(path: str) -> bool:
+    """Whether a path names a place on another machine, such as ``gs://bucket/run``."""
+    return _URL.match(path) is not None
+
+
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """The absolute path of a file or folder on this machine.
 
@@ -17,11 +22,10 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     >>> local_path("gs://bucket/run")
     Traceback (most recent call last):
     ...
-    ValueError: 'gs://bucket/run' is a URL, and runs are written to local folders only: give a local path, and copy the folder afterwards or mount the bucket
+    ValueError: 'gs://bucket/run' is a URL, and a run folder is local: give a local path, and RunMirror copies the run there
     """
-    if _URL.match(os.fspath(path)):
+    if is_url(os.fspath(path)):
         raise ValueError(
-            f"{os.fspath(path)!r} is a URL, and runs are written to local folders only: give a local path, and copy the "
-            "folder afterwards or mount the bucket"
+            f"{os.fspath(path)!r} is a URL, and a run folder is local: give a local path, and RunMirror copies the run there"
         )
     return pathlib.Path(path).resolve()

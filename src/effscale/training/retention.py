@@ -1,11 +1,10 @@
 """Which checkpoints of a run are kept, and which one is good to go back to."""
 
-import pathlib
-
 from effscale.training.checkpoint_files import finished_steps, read_run, step_folder
+from effscale.training.storage import AnyPath
 
 
-def superseded(folder: pathlib.Path, keep: int) -> list[int]:
+def superseded(folder: AnyPath, keep: int) -> list[int]:
     """Steps of the checkpoints that can be deleted.
 
     Kept are the newest ``keep`` that were saved right after an update, and the newest of all. While updates are being
@@ -17,13 +16,13 @@ def superseded(folder: pathlib.Path, keep: int) -> list[int]:
     return [step for step in sorted(good + skipping) if step not in kept]
 
 
-def last_good(folder: pathlib.Path) -> int | None:
+def last_good(folder: AnyPath) -> int | None:
     """Step of the newest checkpoint that was saved right after an update and not amid skipped ones."""
     good, _ = _by_kind(folder)
     return good[-1] if good else None
 
 
-def _by_kind(folder: pathlib.Path) -> tuple[list[int], list[int]]:
+def _by_kind(folder: AnyPath) -> tuple[list[int], list[int]]:
     """Steps saved right after an update, and steps saved amid skipped ones; what cannot be read is neither."""
     good: list[int] = []
     skipping: list[int] = []

@@ -1,0 +1,181 @@
+import itertools
+import json
+
+import fsspec
+import jax
+import pytest
+from flax import nnx
+
+from effscale.training import (
+    AdamWConfig,
+    Checkpoints,
+    JsonlWriter,
+    MirrorError,
+    MultiWriter,
+    RunFolder,
+    RunMirror,
+    create_train_state,
+    fetch_run,
+    fit,
+    make_train_step,
+    resume_or_start,
+)
+from effscale.training.mirror import _Place
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def url():
+    return f"memory://bucket/{next(NUMBERS)}"
+
+
+def names(url):
+    return _Place(url).names()
+
+
+def train(toy, step, folder, url, until, resume=False):
+    optimizer = AdamWConfig().build(1e-2)
+    create = lambda: create_train_state(toy.Toy(rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0))
+    data = toy.batches()
+    with RunFolder.create(folder, config={"a": 1}, resume=resume) as run:
+        checkpoints = Checkpoints(run.checkpoints, every=2, keep=2)
+        state, start = resume_or_start(checkpoints, create, data)
+        mirror = RunMirror(run.path, url)
+        writer = MultiWriter([JsonlWriter(run.metrics_file, resume_step=start), mirror])
+        fit(state, step, data, num_steps=until, checkpoints=checkpoints, writer=writer)
+        writer.close()
+    return start
+
+
+def fail(*arguments):
+    raise OSError("unreachable")
+
+
+@pytest.fixture(scope="module")
+def step(toy):
+    return jax.jit(make_train_step(toy.loss_fn, AdamWConfig().build(1e-2)))
+
+
+def goes_on_elsewhere(toy, step, tmp_path, url):
+    train(toy, step, tmp_path / "whole", f"{url}/whole", 8)
+    train(toy, step, tmp_path / "first", f"{url}/run", 5)
+    steps = {name.split("/")[1] for name in names(f"{url}/run") if name.startswith("checkpoints/")}
+    assert steps == {"step_00000004", "step_00000005"}  # that of step 2 is deleted, here and there
+    # The machine is lost, with its disk.
+    folder = fetch_run(f"{url}/run", tmp_path / "second")
+    assert train(toy, step, folder, f"{url}/run", 8, resume=True) == 5
+    whole, pieces = (tmp_path / name / "metrics.jsonl" for name in ("whole", "second"))
+    assert whole.read_bytes() == pieces.read_bytes()
+    back = fetch_run(f"{url}/run", tmp_path / "third")
+    for path in (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
+        assert (back / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+def test_a_run_goes_on_from_its_copy(toy, step, tmp_path, url):
+    goes_on_elsewhere(toy, step, tmp_path, url)
+
+
+@pytest.mark.slow  # the same as above on another store
+def test_a_run_goes_on_from_its_copy_in_s3(toy, step, tmp_path, monkeypatch):
+    server_of = pytest.importorskip("moto.server", reason="moto stands in for S3")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs reaches S3: pip install 'effscale[s3]'")
+    server = server_of.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        s3fs.S3FileSystem().mkdir("bucket")
+        goes_on_elsewhere(toy, step, tmp_path, "s3://bucket/runs")
+        with pytest.raises(MirrorError, match=r"s3://nowhere/run cannot be read .*bucket exists"):
+            RunMirror(tmp_path / "first", "s3://nowhere/run")
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a checkpoint that is finished and one that is not."""
+    folder = tmp_path / "run"
+    for name in ("config.json", "checkpoints/step_00000001/manifest.json", ".lock"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for name in ("step_00000001/data", "step_00000002/data", "step_00000003.orbax-checkpoint-tmp"):
+        (folder / "checkpoints" / name).parent.mkdir(exist_ok=True)
+        (folder / "checkpoints" / name).write_text("x")
+    return folder
+
+
+def test_only_what_is_finished_is_copied_and_manifests_come_last(run, url, monkeypatch):
+    order = []
+    put = _Place.put
+    monkeypatch.setattr(
+        _Place, "put", lambda self, path, name: (order.append(name), put(self, path, name))
+    )
+    mirror = RunMirror(run, url)
+    mirror.flush()
+    mirror.close()
+    step = "checkpoints/step_00000001"
+    assert order == ["mirror.json", f"{step}/data", f"{step}/manifest.json", "config.json"]
+    assert names(url) == sorted(order)
+    # A copy that was cut short does not count.
+    fsspec.filesystem("memory").rm(f"{url}/{step}/manifest.json")
+    assert sorted(p.name for p in fetch_run(url, run.parent / "back").iterdir()) == [
+        "config.json",
+        "mirror.json",
+    ]
+
+
+@pytest.mark.parametrize("operation", ["put", "owner"])
+def test_a_store_that_fails_for_a_while_stops_no_run(run, url, monkeypatch, caplog, operation):
+    mirror = RunMirror(run, url)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Place, operation, fail)
+        mirror.flush()
+        mirror.flush()
+        assert "is not up to date: unreachable" in caplog.text
+        with pytest.raises(MirrorError, match=r"no complete copy of .*unreachable"):
+            mirror.close()
+    mirror.close()
+    assert "config.json" in names(url)
+
+
+def test_a_store_that_cannot_be_read_at_the_start_says_what_to_do(run, url, monkeypatch):
+    monkeypatch.setattr(_Place, "owner", fail)
+    with pytest.raises(MirrorError, match=r"cannot be read .OSError: unreachable.*AWS_ACCESS_KEY"):
+        RunMirror(run, url)
+
+
+def test_of_two_processes_the_later_one_keeps_the_copy(run, url):
+    first = RunMirror(run, url)
+    second = RunMirror(run, url)
+    with pytest.raises(MirrorError, match=r"taken over by process \d+ on .*end one of the two"):
+        first.close()
+    second.close()
+    assert json.loads((run / "mirror.json").read_text())["process"] == second._name["process"]
+
+
+def test_places_that_are_taken_are_refused(run, url, tmp_path):
+    RunMirror(run, url).close()
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(FileExistsError, match="copy of another run"):
+        RunMirror(other, url)
+    fsspec.filesystem("memory").pipe(f"{url}x/picture.png", b"")
+    with pytest.raises(FileExistsError, match="no copy of a run"):
+        RunMirror(other, f"{url}x")
+    with pytest.raises(FileNotFoundError, match="no copy of a run"):
+        fetch_run(f"{url}y", tmp_path / "back")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        fetch_run(url, other)
+
+
+def test_a_missing_package_is_named(run, monkeypatch):
+    def missing(url, **options):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ImportError, match=r"s3://bucket/run needs s3fs: .*effscale\[s3\]"):
+        RunMirror(run, "s3://bucket/run")
