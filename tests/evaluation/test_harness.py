@@ -95,7 +95,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["gpt2", "mixtral", pytest.param("bloom", marks=pytest.mark.slow)]
+)
 def test_answers_are_those_of_the_hf_model(tmp_path, tokenizer, family):
     """Mixtral's tokenizer begins texts with a token; BLOOM reads any length, here as much as is given."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -167,6 +169,9 @@ def test_a_packed_model_on_tasks_of_ones_own(tmp_path, capsys, model, tokenizer)
     words = f"--model {tmp_path / 'model'} --tasks {','.join(names)} --include-path {tmp_path}"
     main([*words.split(), "--output", str(tmp_path / "out.json"), "--limit", "6"])
     assert "acc_norm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(words.replace("functions", "funktions").split())
+    assert "there is no 'funktions'; there is functions" in capsys.readouterr().err
     found = json.loads((tmp_path / "out.json").read_text())
 
     # By hand, from the same functions and by this task's own rules.

@@ -1,5 +1,6 @@
 """Evaluates a model folder on tasks of the harness: ``python -m effscale.evaluation.harness --model FOLDER --tasks NAMES``."""
 
+import difflib
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ def evaluate(
 
     Args:
         model: The model folder or GGUF file.
-        tasks: Names of tasks or groups, with commas between them.
+        tasks: Names of tasks or groups, with commas between them; ``*`` stands for any letters.
         include_path: A folder with tasks of your own. Only these are known then; otherwise those that come with the harness, whose data are downloaded from the
             Hugging Face hub.
         num_fewshot: Examples before each question, in place of what the task says.
@@ -55,11 +56,7 @@ def evaluate(
         include_path=None if include_path is None else str(include_path),
         include_defaults=include_path is None,
     )
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown or not names:
-        known = ", ".join(sorted(manager.all_tasks)[:20]) or "no tasks"
-        raise ValueError(f"--tasks {tasks!r}: {unknown or 'none'} not among {known}")
+    names = _matching(tasks, manager)
     results = simple_evaluate(
         model=lm,
         tasks=names,
@@ -77,6 +74,18 @@ def evaluate(
         output.write_text(text + "\n", encoding="utf-8")
         print(f"written: {output}")
     return results
+
+
+def _matching(tasks: str, manager: Any) -> list[str]:
+    """The names of tasks that are meant, of which some may have wildcards."""
+    given = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not given:
+        raise ValueError(f"--tasks {tasks!r}: must name at least one task")
+    for one in given:
+        if not manager.match_tasks([one]):
+            near = difflib.get_close_matches(one, manager.all_tasks, n=5) or manager.all_tasks[:5]
+            raise ValueError(f"--tasks: there is no {one!r}; there is {', '.join(near) or 'none'}")
+    return manager.match_tasks(given)
 
 
 def _of_transformers(folder: pathlib.Path) -> Any:

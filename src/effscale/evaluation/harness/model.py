@@ -26,8 +26,8 @@ except ImportError:  # told when a model is made, so that the package can be loo
 class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     """A model for ``lm_eval.simple_evaluate``. It computes what the harness's own ``hf`` model computes from the same weights.
 
-    As there, context and continuation are encoded together and divided after the context's tokens; a context that is too long loses its beginning; texts are read in windows that do not overlap; a
-    task's stop strings end an answer and are cut off. Further options of :class:`effscale.generation.SamplingConfig` may stand in a task's ``generation_kwargs``.
+    As there, context and continuation are encoded together and divided after the context's tokens; a context that is too long loses its beginning; texts are read in windows, and each token
+    is predicted once; a task's stop strings end an answer and are cut off. Further options of :class:`effscale.generation.SamplingConfig` may stand in a task's ``generation_kwargs``.
 
     Args:
         model: A causal :class:`effscale.models.Transformer`, packed or not; the path of a model folder or GGUF file; or, for tasks that generate nothing, any other model that
