@@ -98,9 +98,9 @@ def test_padding_stays_within_the_positions():
 
 
 def test_few_shapes_are_compiled():
-    padded = {continuations._padded(count, 32) for count in range(1, 2049)}
+    padded = {continuations.padded(count, 32) for count in range(1, 2049)}
     assert len(padded) == 12
-    assert all(continuations._padded(n, 32) >= n for n in range(1, 2049))
+    assert all(continuations.padded(n, 32) >= n for n in range(1, 2049))
 
 
 @settings(deadline=None, max_examples=15)

@@ -94,10 +94,10 @@ def _batch(
     rows: Sequence[tuple[Sequence[int], int]], size: int, limit: int | None
 ) -> tuple[np.ndarray, ...]:
     """Tokens to read; where each continuation is predicted, what follows there, and which of these are real."""
-    length = _padded(max(len(ids) for ids, _ in rows) - 1, BUCKET)
+    length = padded(max(len(ids) for ids, _ in rows) - 1, BUCKET)
     if limit is not None:
         length = min(length, limit)
-    width = min(_padded(max(count for _, count in rows), BUCKET // 4), length)
+    width = min(padded(max(count for _, count in rows), BUCKET // 4), length)
     tokens = np.zeros((size, length), np.int32)
     lengths = np.ones(size, np.int32)
     where, labels = (np.zeros((size, width), np.int32) for _ in range(2))
@@ -111,7 +111,7 @@ def _batch(
     return tokens, lengths, where, labels, real
 
 
-def _padded(count: int, unit: int) -> int:
+def padded(count: int, unit: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds so many."""
     units = -(-count // unit)
     power = 1
