@@ -127,7 +127,7 @@ class FineTuneConfig:
     """Batches."""
     batch_size: int = 16
     """Packed rows in a batch."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """The rate, without warm-up or decay."""
     weight_decay: float = 1e-4
     """Of AdamW."""

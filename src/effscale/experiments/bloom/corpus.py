@@ -36,8 +36,8 @@ from effscale.experiments.shared.console import status
 from effscale.locks import locked
 from effscale.user_cache import cache_folder
 
-SAMPLE_CHARACTERS = 32 << 20
-"""Characters, over all components, that a tokenizer learns from at most."""
+SAMPLE_CHARACTERS = 4 << 20
+"""Characters of each language that a tokenizer learns from at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def prepare(config: Config) -> Prepared:
                 "validation": config.validation_fraction,
             }
         )
-        every = _Tokenizers(components, splits, config.vocab_size, cache)
+        every = _Tokenizers(components, splits, config, cache)
         tokenizer = every(tuple(components))
         corpora, cut, alone = {}, {}, {}
         for name, source in components.items():
@@ -154,17 +154,18 @@ class _Tokenizers:
         self,
         components: Mapping[str, Source],
         splits: Splits,
-        vocab_size: int,
+        config: Config,
         cache: pathlib.Path,
     ):
         self._components, self._splits = components, splits
-        self._vocab_size, self._cache = vocab_size, cache
+        self._vocab_size, self._code, self._cache = config.vocab_size, config.code, cache
         self._samples: dict[str, list[str]] = {}
 
     def __call__(self, names: Sequence[str]) -> tokenizers.Tokenizer:
         key = request_key(
             {
-                "version": 1,
+                "version": 2,
+                "code": self._code if len(names) > 1 else None,
                 "sources": [self._components[name].fingerprint() for name in names],
                 "fractions": dict(self._splits.fractions),
                 "vocab_size": self._vocab_size,
@@ -174,7 +175,7 @@ class _Tokenizers:
         with locked(file, f"training {file}"):
             if not file.is_file():
                 trained = train_tokenizer(
-                    [text for name in names for text in self._sample(name)],
+                    self._mixed(names),
                     vocab_size=self._vocab_size,
                     special_tokens=BLOOM_TOKENS,
                     splitting="bloom",
@@ -182,10 +183,22 @@ class _Tokenizers:
                 save_tokenizer(trained, file)
         return load_tokenizer(file)
 
+    def _mixed(self, names: Sequence[str]) -> list[str]:
+        """Texts of several components; of code only its share, or its words would fill the vocabulary."""
+        texts = [text for name in names if name != CODE for text in self._sample(name)]
+        if CODE in names:
+            code = self._sample(CODE)
+            if texts:
+                room = int(sum(map(len, texts)) * self._code / (1 - self._code))
+                documents = (Document(text, "") for text in code)
+                code = sample_texts(documents, max_characters=max(room, 1))
+            texts += code
+        return texts
+
     def _sample(self, name: str) -> list[str]:
         if name not in self._samples:  # two tokenizers learn from it
-            share = SAMPLE_CHARACTERS // len(self._components)
-            self._samples[name] = sample_texts(self._training(name), max_characters=share)
+            texts = sample_texts(self._training(name), max_characters=SAMPLE_CHARACTERS)
+            self._samples[name] = texts
         return self._samples[name]
 
     def _training(self, name: str) -> Iterator[Document]:
