@@ -233,7 +233,7 @@ def test_where_all_manifests_are_lost_nothing_is_deleted_and_the_run_stops(toy, 
 
 
 def test_a_run_killed_before_its_first_manifest_starts_again(toy, tmp_path, monkeypatch):
-    def killed(path):
+    def killed(path, known):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -260,7 +260,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
 def test_a_failed_background_save_stops_the_run(toy, tmp_path, monkeypatch):
     import importlib
 
-    def refuse(folder):
+    def refuse(folder, known):
         raise OSError("disk full")
 
     monkeypatch.setattr(

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
+from effscale.training import manifest
+from effscale.training.manifest import MANIFEST, digest_part, verify_manifest, write_manifest
 
 
 @pytest.fixture
@@ -57,3 +58,25 @@ def test_a_name_that_became_another_leaves_no_file_unchecked(folder):
     (folder / MANIFEST).write_text(text.replace("model/0", "model/1"))
     assert len(json.loads((folder / MANIFEST).read_text())["files"]) == 2
     assert "twice" in verify_manifest(folder)
+
+
+def test_processes_share_the_work(folder, monkeypatch):
+    """Each reads its part once, what one of them left out is read by the first, and the damage that one finds is found."""
+    parts = [digest_part(folder, index, 2) for index in range(2)]
+    assert sorted(map(len, parts)) == [1, 2]
+    alone = (folder / MANIFEST).read_bytes()
+    read = []
+    digest = manifest.digest
+    monkeypatch.setattr(manifest, "digest", lambda path: read.append(path.name) or digest(path))
+    write_manifest(folder, parts[0] | parts[1])
+    assert (read, (folder / MANIFEST).read_bytes()) == ([], alone)
+    write_manifest(folder, parts[0])
+    assert ({*read}, (folder / MANIFEST).read_bytes()) == (
+        {name.rpartition("/")[2] for name in parts[1]},
+        alone,
+    )
+    victim = folder / next(iter(parts[1]))
+    victim.write_text(victim.read_text().swapcase())
+    found = [verify_manifest(folder, index, 2) for index in range(2)]
+    assert found[0] is None
+    assert "has changed" in found[1]

@@ -155,8 +155,8 @@ def main():
         import effscale.training.checkpoint as module
 
         write = module.write_manifest
-        module.write_manifest = lambda folder: (
-            die() if folder.name.endswith(f"{at:08d}") else write(folder)
+        module.write_manifest = lambda folder, known: (
+            die() if folder.name.endswith(f"{at:08d}") else write(folder, known)
         )
 
     result = fit(

@@ -22,7 +22,7 @@ from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, ini
 from effscale.parallel.onebit.mean import compressed_mean
 from effscale.parallel.onebit.resize import resize_workers
 from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
-from effscale.parallel.peers import ending_together, on_first
+from effscale.parallel.peers import collect_on_first, ending_together, on_first
 from effscale.parallel.placement import (
     BatchShard,
     batch_shard,
@@ -63,6 +63,7 @@ __all__ = [
     "batch_shard",
     "batch_sharding",
     "check_experts",
+    "collect_on_first",
     "collectives",
     "compressed_mean",
     "compressed_mean_bytes",

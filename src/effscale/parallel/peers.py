@@ -21,6 +21,7 @@ LOST_PEER = 75
 
 _ENDED = "effscale/ended"  # in the coordinator's key-value store: who was the first to go, and how
 _PLACES = "effscale/places/"  # the same: pid and host of each process
+_COLLECTED = "effscale/collected/"
 _BROKEN = (
     "Gloo ",
     "Connection closed by peer",
@@ -63,6 +64,35 @@ def on_first(function: Callable[[], T]) -> T | None:
     if message:
         raise RuntimeError(message.decode(errors="replace"))
     return value
+
+
+def collect_on_first(name: str, text: str, *, seconds: float | int = 600) -> list[str | None]:
+    """Hands a text of each process to process 0, through the coordinator: without a collective, so that background threads can call it.
+
+    Args:
+        name: The same on all processes, and another one for each call.
+        text: What this process says, a few hundred kilobytes at most.
+        seconds: How long process 0 waits for all of the others together.
+
+    Returns:
+        On process 0 the texts by process, None for those that said nothing in time; on the others nothing.
+    """
+    state = _state()
+    if state.client is None or state.num_processes == 1:
+        return [text]
+    if state.process_id:
+        state.client.key_value_set(f"{_COLLECTED}{name}/{state.process_id}", text)
+        return []
+    until = time.monotonic() + seconds
+    found: list[str | None] = [text]
+    for process in range(1, state.num_processes):
+        left = max(1, int(1000 * (until - time.monotonic())))
+        try:
+            found.append(state.client.blocking_key_value_get(f"{_COLLECTED}{name}/{process}", left))
+        except Exception:  # of JAX's runtime, without a type that says it was the time
+            found.append(None)
+    state.client.key_value_delete(f"{_COLLECTED}{name}/")
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from effscale.parallel import collect_on_first
 from effscale.training.checkpoint_files import (
     TEMPORARY,
     JsonItem,
@@ -31,13 +33,15 @@ from effscale.training.checkpoint_files import (
 )
 from effscale.training.errors import CheckpointError
 from effscale.training.items import items_of, state_of
-from effscale.training.manifest import MANIFEST, verify_manifest, write_manifest
+from effscale.training.manifest import MANIFEST, digest_part, verify_manifest, write_manifest
 from effscale.training.retention import last_good, superseded
 from effscale.training.serialize import differences, to_json
 from effscale.training.storage import AnyPath, folder_path, is_local, make_folder, move, remove
 
 logger = logging.getLogger(__name__)
 
+
+_SAVES = itertools.count()  # the same on all processes, as they save together
 
 _START_AFRESH = "to start afresh, choose another folder or move this one away"
 
@@ -174,7 +178,7 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._saved.add(step)
         self._thread = threading.Thread(
-            target=self._finish, args=(step, response), name=f"checkpoint-{step}"
+            target=self._finish, args=(step, response, next(_SAVES)), name=f"checkpoint-{step}"
         )
         self._thread.start()
         if not self.asynchronous:
@@ -211,7 +215,9 @@ class Checkpoints:
         skipped: list[tuple[int, str]] = []
         for candidate in [step] if step is not None else reversed(steps):
             path = step_folder(self.folder, candidate)
-            problem = _on_first_process(lambda path=path: verify_manifest(path))
+            problem = _first_problem(
+                verify_manifest(path, jax.process_index(), jax.process_count())
+            )
             if problem is None:
                 self._check_config(path)
                 items = load_items(path, items_of(abstract_state))
@@ -308,12 +314,13 @@ class Checkpoints:
         logger.warning("moving %s to %s: %s", source, target, reason)
         move(source, target)
 
-    def _finish(self, step: int, response: Any) -> None:
+    def _finish(self, step: int, response: Any, number: int) -> None:
         try:
             response.result()
+            path = step_folder(self.folder, step)
+            known = _digests(path, f"{number}/{step}") if jax.process_count() > 1 else {}
             if jax.process_index() == 0:
-                path = step_folder(self.folder, step)
-                write_manifest(path)
+                write_manifest(path, known)
                 remove(writing_mark(path))
         except Exception as error:
             self._saved.discard(step)
@@ -378,6 +385,13 @@ class Checkpoints:
             )
 
 
+def _digests(path: AnyPath, name: str) -> dict[str, Any]:
+    """The digests of a checkpoint on process 0, of which each process computes a part; nothing on the others."""
+    part = digest_part(path, jax.process_index(), jax.process_count())
+    said = collect_on_first(f"digests/{name}", json.dumps(part))
+    return {name: entry for text in said if text for name, entry in json.loads(text).items()}
+
+
 def _free_space(folder: AnyPath) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
@@ -397,20 +411,16 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _on_first_process(function: Any) -> str | None:
-    """``function()`` of process 0, on all processes alike."""
+def _first_problem(problem: str | None) -> str | None:
+    """What the first process to have a problem says, on all processes alike."""
     if jax.process_count() == 1:
-        return function()
+        return problem
     from jax.experimental import multihost_utils
 
-    text = (function() or "") if jax.process_index() == 0 else ""
-    padded = np.frombuffer(text.encode()[:512].ljust(512, b"\0"), np.uint8)
-    return (
-        bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
-        .rstrip(b"\0")
-        .decode(errors="replace")
-        or None
-    )
+    padded = np.frombuffer((problem or "").encode()[:512].ljust(512, b"\0"), np.uint8)
+    said = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, 512)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in said]
+    return next(filter(None, texts), None)
 
 
 def _iterator_file() -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from effscale.training.serialize import write_json
@@ -29,16 +29,27 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in found if path != folder / MANIFEST)
 
 
-def write_manifest(folder: AnyPath) -> None:
-    """Record every file of ``folder``."""
+def digest_part(folder: AnyPath, index: int, count: int) -> dict[str, tuple[int, str]]:
+    """Size and digest of the files that fall to one of several processes, by name; in a bucket the store has all digests."""
+    if not isinstance(folder, pathlib.Path):
+        return {}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    return {name: (sizes[name], digest(folder / name)) for name in _part_of(sizes, index, count)}
+
+
+def write_manifest(folder: AnyPath, known: Mapping[str, Sequence[Any]] | None = None) -> None:
+    """Record every file of ``folder``.
+
+    Args:
+        folder: The folder.
+        known: Size and digest of files that were digested already, by name. Others, and those of another size, are read.
+    """
     if isinstance(folder, pathlib.Path):
-        files = {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "blake2b": digest(path),
-            }
-            for path in _files(folder)
-        }
+        files = {}
+        for path in _files(folder):
+            name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+            there, found = (known or {}).get(name, (None, ""))
+            files[name] = {"bytes": size, "blake2b": found if there == size else digest(path)}
         write_json(folder / MANIFEST, {"files": files})
     else:
         stored = stored_checksums(folder)
@@ -47,11 +58,18 @@ def write_manifest(folder: AnyPath) -> None:
         (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
 
 
-def verify_manifest(folder: AnyPath) -> str | None:
+def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | None:
     """What is wrong with a folder, or None if it is as it was written. Never raises, whatever the manifest holds.
 
     Sizes are compared first, so that a truncated file is found without reading the others.
+
+    Args:
+        folder: The folder.
+        index: Which of ``count`` processes this is; each looks at its part of the files. A bucket is listed by the first alone.
+        count: How many processes there are.
     """
+    if index and not is_local(folder):
+        return None
     kind = "blake2b" if is_local(folder) else "crc32c"
     try:
         files = _read_manifest(folder, kind)
@@ -60,6 +78,9 @@ def verify_manifest(folder: AnyPath) -> str | None:
     except (ValueError, OSError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:
+        if isinstance(folder, pathlib.Path):
+            sizes = {name: size for name, (size, _) in files.items()}
+            files = {name: files[name] for name in _part_of(sizes, index, count)}
         found = (
             _sizes(folder, files) if isinstance(folder, pathlib.Path) else stored_checksums(folder)
         )
@@ -75,6 +96,11 @@ def verify_manifest(folder: AnyPath) -> str | None:
     except OSError as error:
         return f"a file cannot be read ({error})"
     return None
+
+
+def _part_of(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
+    """The names that fall to one of several processes, about as many bytes to each; the same on all of them."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[index::count]
 
 
 def _sizes(folder: pathlib.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
