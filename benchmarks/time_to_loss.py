@@ -1,0 +1,232 @@
+"""Time until a GPT reaches the validation loss at which transformers' own Trainer ends, plain and with random-LTD.
+
+8 layers, 192 wide, 6 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a cosine with a tenth of warm-up,
+on the same batches in the same order. Every arm gets the same search for its rate: each of RATES over the whole budget, with a seed of its own
+(SEARCH_SEED); the best is kept. Then transformers trains with the seeds 0, 1, 2, and the mean of its last losses is the goal. Each of our arms is run over shorter and shorter budgets, whose schedules
+end with them, until the mean loss of the same seeds misses the goal; the last that reached it counts. Times are those of the steps: compilations and evaluations are left out and
+reported beside them. Each run is kept in --folder, so that a benchmark that was stopped goes on.
+
+    python benchmarks/time_to_loss.py --folder /tmp/time_to_loss
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+from harness import _machine, _versions, table
+
+LAYERS, WIDTH, HEADS, LENGTH, BATCH, VOCAB = 8, 192, 6, 256, 8, 1024
+RATES = (1e-3, 2e-3, 4e-3)
+BUDGETS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
+SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
+ARMS = ("transformers", "plain", "random_ltd")
+
+
+def corpus(folder: pathlib.Path):
+    """Rows to learn from and held-out rows, of LENGTH + 1 tokens."""
+    import numpy as np
+
+    from effscale.data import StandardLibrary, prepare_corpus
+
+    made = prepare_corpus(StandardLibrary(), folder / "corpus", vocab_size=VOCAB)
+
+    def rows(store):
+        count = (store.num_tokens - 1) // LENGTH
+        starts = np.arange(count)[:, None] * LENGTH + np.arange(LENGTH + 1)
+        return np.asarray(store.tokens)[starts].astype(np.int32)
+
+    return rows(made.train), rows(made.validation)[:256]
+
+
+def batches(train, seed: int, steps: int):
+    """The rows of each step."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(train))[: steps * BATCH]
+    if len(order) < steps * BATCH:
+        raise SystemExit(f"{len(train)} rows are too few for {steps} steps")
+    return train[order].reshape(steps, BATCH, LENGTH + 1)
+
+
+def transformers(folder, rate: float, steps: int, seed: int) -> dict[str, float]:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    train, held_out = corpus(folder)
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCAB, n_positions=LENGTH,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    # One row longer than the model reads: its loss shifts, so the model reads all but the last and predicts all but the first.
+    rows = batches(train, seed, steps).reshape(-1, LENGTH + 1)
+    as_item = lambda row: {
+        "input_ids": torch.from_numpy(row[:-1]).long(),
+        "labels": torch.from_numpy(row[1:]).long(),
+    }
+
+    def loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(input_ids=inputs["input_ids"])
+        value = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), inputs["labels"].flatten()
+        )
+        return (value, out) if return_outputs else value
+
+    class InOrder(Trainer):
+        compute_loss = staticmethod(loss)
+
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=rate, adam_beta2=0.95, weight_decay=0.1,
+        max_grad_norm=1.0, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10, optim="adamw_torch_fused", save_strategy="no", report_to=[],
+        logging_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False, seed=seed,
+    )  # fmt: skip
+    trainer = InOrder(model=model, args=arguments, train_dataset=[as_item(row) for row in rows])
+    began = time.perf_counter()
+    trainer.train()
+    took = time.perf_counter() - began
+    model.eval()
+    with torch.no_grad():
+        losses = [
+            float(loss(model, {k: torch.stack([as_item(r)[k] for r in held_out[i : i + 32]]) for k in ("input_ids", "labels")}))
+            for i in range(0, len(held_out), 32)
+        ]  # fmt: skip
+    return {"loss": statistics.mean(losses), "seconds": took, "compile_seconds": 0.0}
+
+
+def effscale(folder, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
+    import dataclasses
+
+    import jax
+    from flax import nnx
+
+    from effscale.experiments.shared.host import keep_freed_memory
+    from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, make_plan
+    from effscale.models import Transformer, gpt2
+    from effscale.training import (
+        AdamWConfig,
+        Clip,
+        ScheduleConfig,
+        StagedStep,
+        create_train_state,
+        evaluate,
+        make_eval_step,
+        make_train_step,
+        next_token_loss,
+    )
+
+    keep_freed_memory()  # as every experiment does
+    train, held_out = corpus(folder)
+    config = gpt2(
+        num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=LENGTH
+    )
+    config = dataclasses.replace(config, remat="dots")
+    technique = "ltd" if arm == "random_ltd" else "none"
+    plan = make_plan(
+        technique, DataEfficiencyConfig(), config, steps=steps, batch_size=BATCH, length=LENGTH
+    )
+    schedule = ScheduleConfig(
+        peak=rate, warmup=plan.num_steps // 10, total=plan.num_steps, final=rate / 10
+    )
+    optimizer = AdamWConfig(b2=0.95, weight_decay=0.1).build(schedule.build())
+    loss = next_token_loss if plan.ltd is None else plan.ltd.loss(next_token_loss)
+    step = make_train_step(loss, optimizer, clip=Clip(1.0))
+    create = lambda: create_train_state(
+        Transformer(config, rngs=nnx.Rngs(seed)), optimizer, key=jax.random.key(seed)
+    )
+    state = jax.jit(create)()
+    as_batch = lambda rows: {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+    staged = StagedStep(step, plan.stages, plan.shape_batch)
+    took = compiling = 0.0
+    rows = batches(train, seed, plan.num_steps)
+    for number in range(plan.num_steps):
+        batch = staged.before_step(number, as_batch(rows[number]))
+        began = time.perf_counter()
+        state, metrics = staged(state, batch)
+        jax.block_until_ready((state, metrics))
+        took += time.perf_counter() - began
+        if number == 0:  # all shapes are compiled before the clock starts
+            staged.wait()
+            compiling, took = time.perf_counter() - began, 0.0
+    batched = [as_batch(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
+    found = evaluate(state.model, jax.jit(make_eval_step(next_token_loss)), batched)["loss"]
+    # The first step, which compiled, is counted as the others.
+    took *= plan.num_steps / max(plan.num_steps - 1, 1)
+    return {"loss": found, "seconds": took, "compile_seconds": compiling}
+
+
+def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
+    """A run in a process of its own, or what it left before."""
+    file = folder / f"{arm}-{rate:g}-{steps}-{seed}.json"
+    if not file.is_file():
+        print(f"{arm}: rate {rate:g}, {steps} steps, seed {seed}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--folder", str(folder)]
+        done = subprocess.run(
+            [*command, "--run", arm, str(rate), str(steps), str(seed)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
+        file.write_text(done.stdout.strip().splitlines()[-1] + "\n")
+    return json.loads(file.read_text())
+
+
+def compare(folder: pathlib.Path, steps: int) -> str:
+    """The table."""
+    rates = {
+        arm: min(RATES, key=lambda rate: run(folder, arm, rate, steps, SEARCH_SEED)["loss"])
+        for arm in ARMS
+    }
+    mean = lambda runs, key: statistics.mean(each[key] for each in runs)
+    of = lambda arm, count: [run(folder, arm, rates[arm], count, seed) for seed in SEEDS]
+    theirs = of("transformers", steps)
+    goal, their_seconds = mean(theirs, "loss"), mean(theirs, "seconds")
+    rows = [["arm", "rate", "budget", "loss", "seconds", "compilation", "times as fast"]]
+    shown = lambda runs: (
+        [f"{mean(runs, key):.3f}" for key in ("loss",)]
+        + [f"{mean(runs, key):.1f}" for key in ("seconds", "compile_seconds")]
+    )
+    rows.append(["transformers", f"{rates['transformers']:g}", "1", *shown(theirs), "1"])
+    for arm in ARMS[1:]:
+        for budget in BUDGETS:
+            runs = of(arm, round(budget * steps))
+            reached = mean(runs, "loss") <= goal
+            ratio = f"{their_seconds / mean(runs, 'seconds'):.2f}" if reached else "missed"
+            rows.append([arm, f"{rates[arm]:g}", f"{budget:g}", *shown(runs), ratio])
+            if not reached:
+                break
+    lines = [f"machine: {_machine()}; {steps} steps, {len(SEEDS)} seeds, means"]
+    return "\n".join([*lines, table(rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where runs are kept")
+    parser.add_argument("--steps", type=int, default=400, help="steps of transformers' run")
+    parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
+    parser.add_argument("--rounds", type=int, default=1, help="for `make bench`; one is all")
+    parser.add_argument("--newest", help="for `make bench`; not used")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.run:
+        arm, rate, steps, seed = args.run
+        given = (float(rate), int(steps), int(seed))
+        found = (
+            transformers(args.folder, *given)
+            if arm == "transformers"
+            else effscale(args.folder, arm, *given)
+        )
+        print(json.dumps({**found, **_versions()}))
+    else:
+        print(compare(args.folder, args.steps))
+
+
+if __name__ == "__main__":
+    main()
