@@ -30,6 +30,7 @@ GPT2 = Case(
 FOUND = {
     "trace_seconds": 1.0,
     "compile_seconds": 2.0,
+    "processor_seconds": 1.0,
     "parameters": 4e9,
     "optimizer": 8e9,
     "arguments": 12e9,

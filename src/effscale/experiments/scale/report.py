@@ -76,6 +76,7 @@ def figures(
             f"{name}_step_seconds": one.slowest,
             f"{name}_step_seconds_if_overlapped": one.fastest,
             f"{name}_compile_seconds": found[one.case.name]["compile_seconds"],
+            f"{name}_compile_processor_seconds": found[one.case.name]["processor_seconds"],
         }
     return named
 
@@ -88,7 +89,7 @@ def tables(
     memory = [["case", "parameters", "optimizer", "temporaries", "total", "of", "fits"]]
     speed = [["case", "PFLOP", "compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]]
     traffic = [["case", "collective", "along", "times", "sent by a chip, GB"]]
-    built = [["case", "traced, s", "compiled, s"]]
+    built = [["case", "traced, s", "compiled, s", "of processors, s"]]
     chip = machine(config.topology).chip
     on_front = {one.case.name for one in fronts(estimates)}
     for one in estimates:
@@ -116,7 +117,8 @@ def tables(
                 continue
             times, sent = f"{row['times']:,}", f"{row['sent'] / 1e9:,.2f}"
             traffic.append([name, row["kind"], "+".join(row["axes"]), times, sent])
-        built.append([name, f"{raw['trace_seconds']:.0f}", f"{raw['compile_seconds']:.0f}"])
+        seconds = ("trace_seconds", "compile_seconds", "processor_seconds")
+        built.append([name, *(f"{raw[key]:.0f}" for key in seconds)])
     return {
         "Memory of each chip, GB": memory,
         f"Speed on {config.topology}, an estimate": speed,
