@@ -273,6 +273,8 @@ def test_decoding(monkeypatch, weights):
     one = estimate(case, found)
     assert one.compute == found["arguments"] / 819e9
     assert one.tokens_per_second[0] <= 8 / one.compute
+    slower = estimate(case, {**found, "cycles": 3_000_000_000})
+    assert slower.slowest == 2 + sum(one.network.values())
 
 
 @pytest.mark.slow

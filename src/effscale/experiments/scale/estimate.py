@@ -92,9 +92,11 @@ def estimate(
         compute = _compute(case, where, found, operations)
         fastest, slowest = max(compute, traffic), compute + traffic
     else:
-        # A token needs few products; what is read decides, once or as often as the compiler reads it.
+        # A token needs few products; what is read decides: once, or as the compiler expects.
         operations, compute = 0.0, found["arguments"] / where.chip.bandwidth
-        again = max(found["arguments"], found["accessed"] or 0) / where.chip.bandwidth
+        again = max(compute, (found["accessed"] or 0) / where.chip.bandwidth)
+        if where.chip.clock is not None:
+            again = max(again, found["cycles"] / where.chip.clock)
         fastest, slowest = max(compute, traffic), again + traffic
     return Estimate(
         case=case,

@@ -116,7 +116,9 @@ def tables(
             if row["sent"] < NEGLIGIBLE:
                 continue
             times, sent = f"{row['times']:,}", f"{row['sent'] / 1e9:,.2f}"
-            traffic.append([name, row["kind"], "+".join(row["axes"]), times, sent])
+            branch = row.get("branch")
+            kind = row["kind"] if branch is None else f"{row['kind']}, in branch {branch}"
+            traffic.append([name, kind, "+".join(row["axes"]), times, sent])
         seconds = ("trace_seconds", "compile_seconds", "processor_seconds")
         built.append([name, *(f"{raw[key]:.0f}" for key in seconds)])
     return {
