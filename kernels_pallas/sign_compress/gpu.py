@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
-from kernels_pallas.manual_axes import result_type, varying_axes
+from kernels_pallas.manual_axes import result_type, vary, varying_axes
 
 # Columns of a tile: what 128 threads hold of a row in loads of 16 bytes.
 _TILE = 512
@@ -96,7 +96,8 @@ def compress(
         grid_names=("server", "tile"),
         interpret=interpret,
     )(x, corrected, scale.reshape(1))
-    return bits, new, jnp.sum(squares)
+    # What a kernel of Mosaic GPU gives has lost the axes of its declared type.
+    return vary((bits, new, jnp.sum(squares)), axes)
 
 
 def _average_kernel(
@@ -158,4 +159,4 @@ def average(
         grid_names=("tile",),
         interpret=interpret,
     )(bits, scales, corrected, scale.reshape(1), size.reshape(1))
-    return sent, new, jnp.sum(squares)
+    return vary((sent, new, jnp.sum(squares)), axes)

@@ -48,6 +48,18 @@ def test_a_run_fills_its_page_and_every_number_that_is_marked(book):
     assert json.loads((page / "config.json").read_text())["config"] == {"steps": 4}
 
 
+def test_a_second_page_of_an_experiment(book):
+    """It lies in a folder below the first, with its own results; other pages' numbers stay theirs."""
+    first, second = book / "experiments" / "mine", book / "experiments" / "mine" / "more"
+    main([str(book / "run"), str(first)])
+    before = (first / "README.md").read_text()
+    second.mkdir()
+    (second / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    main([str(book / "run"), str(second)])
+    assert "| none | 4.11 |" in (second / "README.md").read_text()
+    assert (first / "README.md").read_text() == before
+
+
 def test_pages_follow_their_committed_results(book, monkeypatch):
     page = book / "experiments" / "mine"
     main([str(book / "run"), str(page)])

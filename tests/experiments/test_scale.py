@@ -7,12 +7,15 @@ import math
 import jax
 import pytest
 
-from effscale.experiments.scale import Config, experiment, main, report, worker
-from effscale.experiments.scale.config import Case
+from effscale.experiments.scale import Config, comparison, experiment, main, models, report, worker
+from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.estimate import _attention, _speed, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
+from effscale.experiments.scale.schedules import rounds, stages_of
+from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.ltd import training_flops
-from effscale.models import num_params, preset
+from effscale.models import gpt2, num_params, preset
+from effscale.moe import MoEConfig, with_experts
 from effscale.parallel import MeshConfig
 
 GPT2 = Case(
@@ -27,6 +30,7 @@ GPT2 = Case(
 FOUND = {
     "trace_seconds": 1.0,
     "compile_seconds": 2.0,
+    "processor_seconds": 1.0,
     "parameters": 4e9,
     "optimizer": 8e9,
     "arguments": 12e9,
@@ -154,8 +158,8 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     assert named["gpt2_compile_seconds"] == 2.0
     assert (tmp_path / "run" / "figures" / "scale.png").stat().st_size > 10_000
     told = (tmp_path / "run" / "report.md").read_text()
-    assert "gpt2-fsdp4-tensor2-accumulate1-full" in told
-    assert "| gpt2-fsdp8-accumulate1-full | it needs 17 GB |" in told
+    assert "gpt2-fsdp4-tensor2-length256-accumulate1-full" in told
+    assert "| gpt2-fsdp8-length256-accumulate1-full | it needs 17 GB |" in told
 
 
 def test_nothing_fits(tmp_path, monkeypatch, capsys):
@@ -163,7 +167,7 @@ def test_nothing_fits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "_check_compiler", lambda config: None)
     with pytest.raises(SystemExit):
         main(["--preset", "smoke", "--out", str(tmp_path / "run")])
-    assert "gpt2-fsdp8-accumulate1-full: it needs 17 GB" in capsys.readouterr().err
+    assert "gpt2-fsdp8-length256-accumulate1-full: it needs 17 GB" in capsys.readouterr().err
 
 
 def test_names_of_machines():
@@ -175,23 +179,43 @@ def test_names_of_machines():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"topology": "v5p:0x8x8"}, "no side may be 0"),
-        ({"topology": "v5p:8x8"}, "a TPU's kind and sides"),
-        ({"model": ("bert-large",)}, "causal language models"),
-        ({"model": ("gpt2",)}, "length=2048: must be at most 1024, the positions of gpt2"),
+        ({"topology": "v5p:0x8x8"}, "the compilers know v5e:2x2, .*, v5p:8x8x8, .*384xH100"),
+        ({"topology": "v5p:8x8"}, "the compilers know"),
+        ({"topology": "v5p:3x3x3"}, "the first two sides are even"),
+        ({"model": ("bert-large",)}, "length=.2048,.: must be at most 512"),
+        ({"model": ("gpt2",)}, "length=.2048,.: must be at most 1024, the positions of gpt2"),
         (
-            {"topology": "384xH100", "tensor": (2, 3), "batch_size": 384, "accumulate": (2,)},
-            "192 rows can be divided among 128 devices",
+            {"topology": "384xH100", "data": (3,), "tensor": (4,), "batch_size": 96},
+            "48 rows can be divided among 96 devices",
         ),
         (
             {"topology": "v7x:8x8"},
-            "topology='v7x:8x8': must be a TPU's kind and sides, such as v5p:8x8x8.*384xH100",
+            "topology='v7x:8x8': the compilers know v5e:2x2, .*, v5p:8x8x8, .*384xH100",
         ),
         ({"topology": "12xH100"}, "whole hosts of 8"),
         ({"model": ("bloom-175b",)}, "model=.*bloom"),
-        ({"model": ("vit-base",)}, "causal language models"),
+        ({"model": ("vit-base",)}, "a model of text"),
+        (
+            {"topology": "384xH100"},
+            r"the mesh \(data 1, fsdp 96, expert 1, tensor 4\) does not divide the model bloom-176b: its width of 14336",
+        ),
+        (
+            {"model": ("gpt3-1.3b",), "tensor": (32,)},
+            "the model gpt3-1.3b: its heads of 16 is no multiple of tensor=32",
+        ),
+        (
+            {"model": ("gpt3-1.3b-moe-128",), "expert": (256,), "tensor": (1,)},
+            "its experts of 128 is no multiple of expert=256",
+        ),
+        ({"technique": ("random_ltd",)}, "none and others to compare with it"),
+        ({"technique": ("none", "onebit_adam")}, "above 1 for 1-bit optimizers"),
+        ({"technique": ()}, "given, or decode"),
+        ({"model": ("bert-large",), "length": (512,), "decode": ("int8",)}, "sees both sides"),
+        ({"decode": ("int8",), "decode_rows": 65}, "a multiple of the 128 replicas"),
+        ({"length": (2048, 3000)}, "divisors of a step's 4,194,304 tokens"),
+        ({"data_bandwidth": 0.0}, "above 0"),
         ({"tensor": (7,)}, "divides the 512 chips of v5p:8x8x8"),
-        ({"accumulate": (3,)}, "a divisor of batch_size=2048"),
+        ({"accumulate": (3,)}, "a divisor of the 2048 rows"),
         ({"batch_size": 128}, "64 rows can be divided among 128 devices"),
     ],
 )
@@ -206,3 +230,155 @@ def test_without_the_compiler(monkeypatch, tmp_path, capsys):
         main(["--out", str(tmp_path / "run")])
     assert "pip install --no-deps --requirement aot-requirements.txt" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def here(monkeypatch):
+    """Compiles for the eight devices of the tests."""
+    target = type("Here", (), {"devices": staticmethod(jax.devices)})
+    monkeypatch.setattr(Machine, "target", target)
+    tiny = {"vocab_size": 64, "max_length": 128}
+    monkeypatch.setitem(
+        models.MODELS, "tiny", lambda: gpt2(num_layers=4, d_model=32, num_heads=2, **tiny)
+    )
+
+
+@pytest.mark.slow
+def test_a_step_with_one_bit(monkeypatch):
+    """Four workers of two devices: in one bit they send 1/32 of what they send in full, but for padding and scales."""
+    here(monkeypatch)
+    mesh = MeshConfig(data=4, fsdp=2)
+    case = dataclasses.replace(
+        GPT2, model="tiny", mesh=mesh, accumulate=1, technique="onebit_adam", remat="none"
+    )
+    found = worker.compile_case(case)
+    full, one_bit = (estimate(case, found, branch=branch).sent_along("data") for branch in (0, 1))
+    assert full > 2 * 3 / 4 * num_params(models.known_model("tiny")) / 2 * 4
+    assert full / 32 < one_bit < full / 8
+    assert found["optimizer"] > 3 * found["parameters"]  # two moments and what was left out
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_decoding(monkeypatch, weights):
+    """Each of eight devices holds a half of the layers' weights, of one byte or two, and the cache of its rows and heads."""
+    here(monkeypatch)
+    case = dataclasses.replace(
+        GPT2, model="tiny", mesh=MeshConfig(data=4, tensor=2), decode=weights, length=64
+    )
+    found = worker.compile_case(case)
+    layers = 4 * 12 * 32 * 32 / 2
+    rest = 64 * 32 / 2 + 128 * 32
+    expected = (2 if weights == "bfloat16" else 1) * layers + 2 * rest
+    assert expected < found["parameters"] < 1.5 * expected  # norms, biases and scales besides
+    assert 2 * 4 * (8 / 4) * 64 * 32 / 2 * 2 < found["cache"] < 1.2 * 2 * 4 * 2 * 64 * 32 / 2 * 2
+    one = estimate(case, found)
+    assert one.compute == found["arguments"] / 819e9
+    assert one.tokens_per_second[0] <= 8 / one.compute
+    slower = estimate(case, {**found, "cycles": 3_000_000_000})
+    assert slower.slowest == 2 + sum(one.network.values())
+
+
+@pytest.mark.slow
+def test_experts_are_exchanged(monkeypatch):
+    """Tokens go to their experts and back, forward and backward, along the experts' axis alone."""
+    here(monkeypatch)
+    dense = models.MODELS["tiny"]()
+    mixture = MoEConfig(num_experts=4, expert=dense.blocks[0].feed_forward)
+    monkeypatch.setitem(models.MODELS, "tiny-moe", lambda: with_experts(dense, mixture))
+    mesh = MeshConfig(data=2, expert=4)
+    case = dataclasses.replace(GPT2, model="tiny-moe", mesh=mesh, accumulate=1, remat="none")
+    one = estimate(case, worker.compile_case(case))
+    # Each device has a row of 32 tokens, 3/4 of whose vectors of 32 numbers leave it, in 2 layers, there and back, twice.
+    assert one.exchanged >= 3 / 4 * 32 * 32 * 2 * 2 * 2 * 2
+
+
+def test_sizes_of_the_models():
+    """As published: 1.3B+MoE-128 has 52 billion parameters, BERT-large 340 million with its head."""
+    billions = lambda name: num_params(models.known_model(name)) / 1e9
+    assert 51.5 < billions("gpt3-1.3b-moe-128") < 53
+    assert 0.33 < billions("bert-large") < 0.345
+    assert 174 < billions("gpt3-175b") < 176
+    assert 65 < billions("opt-66b") < 67
+    assert models.known_model("bert-large").causal is False
+
+
+def test_the_papers_schedules():
+    """Of layers' tokens random-LTD takes 69.7 % in as many steps as plain training has (Li et al., 2022, by its schedule of 16 tokens a stage)."""
+    case = Case(
+        model="gpt3-1.3b",
+        topology="v5p:4x4x4",
+        mesh=MeshConfig(data=2, fsdp=32),
+        accumulate=1,
+        remat="full",
+        batch_size=512,
+        length=2048,
+    )
+    steps = 286_102
+    schedule = stages_of(case, "random_ltd", Config().efficiency, steps)
+    kept = sum(
+        share * (2 * 2048 + 22 * shape[1]) / 24 / 2048
+        for shape, share in zip(schedule.shapes, schedule.shares(), strict=True)
+    )
+    assert abs(kept - 0.697) < 0.025  # here in steps of 128 tokens, which are rounded down
+    assert schedule.chosen(3)[0] == (2048, 128)
+    lengths = stages_of(case, "curriculum", Config().efficiency, steps)
+    assert lengths.chosen(1) == [(80, 80)]
+    assert math.isclose(sum(lengths.shares()), 1)
+    assert math.isclose(sum(share for *_, share in rounds("zero_one_adam", 1520)), 1)
+
+
+def test_means_over_a_schedule(tmp_path, monkeypatch):
+    """Between stages that take 1 and 4 seconds the rest is interpolated; a 1-bit optimizer's steps are weighed by their shares."""
+
+    def compiled(case):
+        seconds = 4.0 if case.kept is None else 1.0 * case.kept / 64
+        branches = [
+            {"kind": "all-reduce", "axes": ["data"], "branch": 0, "times": 1, "sent": 32e9},
+            {"kind": "all-gather", "axes": ["data"], "branch": 1, "times": 1, "sent": 1e9},
+        ]
+        rows = branches if "onebit" in case.technique else []
+        return {
+            **FOUND,
+            "cycles": seconds * 1.5e9,
+            "collectives": rows,
+            "cache": 1e9,
+            "accessed": 2e9,
+        }
+
+    monkeypatch.setattr(experiment, "compiled", compiled)
+    monkeypatch.setattr(experiment, "_check_compiler", lambda config: None)
+    config = Config(
+        model=("gpt2",),
+        topology="v5e:2x4",
+        batch_size=8,
+        length=(256,),
+        data=(2,),
+        tensor=(1,),
+        accumulate=(1,),
+        technique=("none", "random_ltd", "onebit_adam"),
+        efficiency=DataEfficiencyConfig(dropping=1.0, min_kept=64, granularity=64),
+        points=1,
+        decode=("int8",),
+        decode_rows=8,
+        tokens=300.0 * 8 * 256,
+        data_bandwidth=1e9,
+        out=tmp_path / "run",
+    )
+    result = experiment.run(config)
+    # 64, 128 and 192 tokens for a hundred steps each, between 1 second at 64 and 4 at 256: 1, 2 and 3.
+    assert math.isclose(result.figures["gpt2_random_ltd_mean_step_seconds"], 2.0)
+    transformer = models.known_model("gpt2")
+    mean = sum(training_flops(transformer, 256, kept) for kept in (64, 128, 192)) * 8 / 3
+    assert math.isclose(result.figures["gpt2_random_ltd_pflop"], mean / 1e15)
+    warm_up = 23 / 152
+    assert math.isclose(
+        result.figures["gpt2_onebit_adam_gb_along_data"], 32 * warm_up + 1 - warm_up
+    )
+    assert result.figures["gpt2_onebit_adam_gb_along_data_one_bit"] == 1.0
+    told = (tmp_path / "run" / "report.md").read_text()
+    assert "| gpt2 | onebit_adam | in full | 15.1 % |" in told
+    assert "| gpt2 | int8 | data 8 |" in told
+    rows = comparison.compared(config, {c.name: compiled(c) for c in config.cases()})
+    assert [row.stage for row in rows if row.technique == "random_ltd"] == [
+        "64 of 256 tokens",
+        "mean",
+    ]

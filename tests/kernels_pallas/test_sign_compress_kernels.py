@@ -102,6 +102,23 @@ def test_kernels_serve_within_a_shard_map(getkey):
         check([jax.tree.map(lambda x, i=i: x[i], found)], [expected])
 
 
+def test_results_of_gpu_kernels_have_the_axes_of_their_operands():
+    """Within a checked shard_map they stand in for the reference's, whose types say along which axes they differ."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    found = []
+
+    def one(x, scale):
+        compressed = gpu.compress(x, x, scale[0], size=x.size)
+        averaged = gpu.average(compressed[0], scale, x[0], scale[0], jnp.int32(4096))
+        found.extend(jax.typeof(a).manual_axis_type.varying for a in (*compressed, *averaged))
+        return x
+
+    run = jax.shard_map(one, in_specs=P("data"), out_specs=P("data"))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(run, jnp.zeros((4, 8, 512)), jnp.zeros(4))
+    assert found == [{"data"}] * 6
+
+
 @needs_gpu_interpreter
 @named([BY_NAME["edges-bf16"], BY_NAME["tiles"]])
 def test_gpu_kernels(shape, getkey):

@@ -133,6 +133,12 @@ def pages(root: pathlib.Path) -> Iterator[pathlib.Path]:
         yield from sorted(root.glob(pattern))
 
 
+def _book(page: pathlib.Path) -> pathlib.Path:
+    """The lab book that a page's folder is of; an experiment may have several pages, in folders of its own."""
+    above = page.resolve().parents
+    return next((folder for folder in above if folder.name == "experiments"), above[0])
+
+
 def _read(file: pathlib.Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -160,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with messages():
         if arguments.run is not None:
             keep(arguments.run, arguments.page)
-        book = pathlib.Path("experiments") if arguments.page is None else arguments.page.parent
+        book = pathlib.Path("experiments") if arguments.page is None else _book(arguments.page)
         if not book.is_dir():
             raise FileNotFoundError(
                 f"{book.resolve()} does not exist; call this at the repository's root"

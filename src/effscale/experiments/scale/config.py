@@ -6,40 +6,15 @@ import math
 from collections.abc import Iterator
 from typing import get_args
 
+from effscale.experiments.scale.cases import ONEBIT, Case, Technique, Weights
 from effscale.experiments.scale.machines import machine
+from effscale.experiments.scale.models import check_mesh, known_model, num_experts
+from effscale.experiments.scale.schedules import PAPER, stages_of
 from effscale.experiments.shared.config_parts import OutputPart
-from effscale.models import PRESETS as MODELS
-from effscale.models import TransformerConfig, preset
+from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.models.config import Remat
-from effscale.models.validation import check, did_you_mean
+from effscale.models.validation import check
 from effscale.parallel import MeshConfig
-
-NAMES = {"bloom-176b": "bloom"}
-"""Names of models beside those of `effscale.models.PRESETS`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One step to compile."""
-
-    model: str
-    topology: str
-    mesh: MeshConfig
-    accumulate: int
-    remat: Remat
-    batch_size: int
-    length: int
-
-    @property
-    def name(self) -> str:
-        """Tells it from the others of a run; also the name of a file."""
-        mesh = "-".join(f"{n}{v}" for n, v in dataclasses.asdict(self.mesh).items() if v != 1)
-        return f"{self.model}-{mesh or 'one'}-accumulate{self.accumulate}-{self.remat}"
-
-    def transformer(self) -> TransformerConfig:
-        """The model, which computes in bfloat16."""
-        config = preset(NAMES.get(self.model, self.model))
-        return dataclasses.replace(config, dtype="bfloat16", remat=self.remat)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,70 +22,159 @@ class Config(OutputPart):
     """What is compiled; every field is an option of the command line. Where several values are given, all their combinations are compiled and compared."""
 
     model: tuple[str, ...] = ("bloom-176b",)
-    """Models by name: bloom-176b, bloom-560m, gpt3-1.3b, gpt3-175b, opt-66b and the other causal language models of effscale.models.PRESETS."""
+    """Models by name: bloom-176b, gpt3-1.3b, gpt3-1.3b-moe-128, gpt3-175b, opt-66b, bert-large and the other models of text of effscale.models.PRESETS."""
     topology: str = "v5p:8x8x8"
     """The machine: a TPU's kind and sides such as v5p:8x8x8, or a number of GPUs such as 384xH100."""
     batch_size: int = 2048
-    """Rows of a step."""
-    length: int = 2048
+    """Rows of a step, of the first length; longer rows are fewer, so that a step has as many tokens."""
+    length: tuple[int, ...] = (2048,)
     """Tokens of a row."""
     data: tuple[int, ...] = (1,)
     """Replicas of the model, along the mesh axis data."""
+    expert: tuple[int, ...] = (1,)
+    """Devices that hold different experts, along the mesh axis expert; models without experts leave them to fsdp."""
     tensor: tuple[int, ...] = (4,)
     """Devices that split each layer, along the mesh axis tensor; the rest lie along fsdp."""
     accumulate: tuple[int, ...] = (2,)
     """Micro-batches of a step: more of them need less memory, and send weights more often."""
     remat: tuple[Remat, ...] = ("full",)
     """What the backward pass computes again in place of keeping it."""
+    technique: tuple[Technique, ...] = ("none",)
+    """Training without and with: none, random_ltd, curriculum (of the length of rows), onebit_adam, zero_one_adam, onebit_lamb. Leave it empty to decode only."""
+    efficiency: DataEfficiencyConfig = PAPER
+    """The schedules of random_ltd and curriculum."""
+    points: int = 3
+    """Stages of a schedule that are compiled, from the shortest on; times between them are interpolated."""
+    decode: tuple[Weights, ...] = ()
+    """Weights to decode a token with: bfloat16, int8, int4 (in groups of 128), binary. Layers are then split along tensor, and the rest are replicas along data."""
+    decode_rows: int = 64
+    """Rows that decode at once, over all devices; the cache holds length tokens of each."""
     tokens: float = 366e9
     """Tokens of a whole training, whose days are told; BLOOM read 366 billion."""
+    data_bandwidth: float | None = None
+    """Bytes per second that a chip sends along data, where this axis lies between slices or hosts: 6.25e9 for four chips on 200 Gb/s. None: as along the others."""
 
     def __post_init__(self):
         super().__post_init__()
         chips = machine(self.topology).count  # an unknown one is refused here
-        for name in self.model:
-            known = {**MODELS, **NAMES}
-            check(self, name in known, "model", f"a known one: {did_you_mean(name, known)}")
-            model = preset(NAMES.get(name, name))
-            language = model.causal and any(head.name == "lm" for head in model.heads)
-            check(self, language, "model", "causal language models")
-            limit = math.inf if model.max_length is None else model.max_length
-            check(self, self.length <= limit, "length", f"at most {limit}, the positions of {name}")
-        for name in ("batch_size", "length"):
+        for name in ("batch_size", "points", "decode_rows"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
-        for name in ("model", "data", "tensor", "accumulate", "remat"):
+        for name in ("model", "length", "data", "expert", "tensor", "accumulate", "remat"):
             check(self, len(getattr(self, name)) >= 1, name, "at least one")
-        for kind in self.remat:
-            check(self, kind in get_args(Remat), "remat", f"one of {get_args(Remat)}")
-        for name in ("data", "tensor", "accumulate"):
+        for name in ("length", "data", "expert", "tensor", "accumulate"):
             check(self, min(getattr(self, name)) >= 1, name, "at least 1")
-        for data, tensor in itertools.product(self.data, self.tensor):
-            wanted = f"such that data * tensor divides the {chips} chips of {self.topology}"
-            check(self, chips % data == 0, "data", wanted)
-            check(self, chips % (data * tensor) == 0, "tensor", wanted)
-        for count in self.accumulate:
-            wanted = f"a divisor of batch_size={self.batch_size}"
-            check(self, self.batch_size % count == 0, "accumulate", wanted)
-            for tensor in self.tensor:
-                rows, devices = self.batch_size // count, chips // tensor
-                wanted = f"such that {rows} rows can be divided among {devices} devices"
-                check(self, rows % devices == 0, "accumulate", wanted)
+        for name, kinds in (("remat", Remat), ("technique", Technique), ("decode", Weights)):
+            known = set(getattr(self, name)) <= set(get_args(kinds))
+            check(self, known, name, f"of {get_args(kinds)}")
         check(self, 0 < self.tokens < math.inf, "tokens", "above 0")
+        bandwidth = self.data_bandwidth
+        check(self, bandwidth is None or bandwidth > 0, "data_bandwidth", "above 0")
+        self._check_work()
+        for data, tensor, expert in itertools.product(self.data, self.tensor, self.expert):
+            wanted = (
+                f"such that data * tensor * expert divides the {chips} chips of {self.topology}"
+            )
+            for name, product in (
+                ("data", data),
+                ("tensor", data * tensor),
+                ("expert", data * tensor * expert),
+            ):
+                check(self, chips % product == 0, name, wanted)
+        for name in self.model:
+            config, longest = known_model(name), max(self.length)
+            limit = math.inf if config.max_length is None else config.max_length
+            check(self, longest <= limit, "length", f"at most {limit}, the positions of {name}")
+            check(
+                self,
+                config.causal or not self.decode,
+                "decode",
+                f"left out: {name} sees both sides",
+            )
+        for length in self.length:
+            whole = self.batch_size * self.length[0] % length == 0
+            check(self, whole, "length", f"divisors of a step's {self.step_tokens:,} tokens")
+        for case in self.cases():
+            self._check_case(case)
+
+    def _check_work(self) -> None:
+        check(self, bool(self.technique or self.decode), "technique", "given, or decode")
+        with_none = not self.technique or "none" in self.technique
+        check(self, with_none, "technique", "none and others to compare with it")
+        if set(self.technique) & set(ONEBIT):
+            check(self, max(self.data) > 1, "data", "above 1 for 1-bit optimizers: their workers")
+
+    def _check_case(self, case: Case) -> None:
+        sizes = dataclasses.asdict(case.mesh)
+        check_mesh(case.model, known_model(case.model), sizes)
+        if case.decode is not None:
+            wanted = f"a multiple of the {case.mesh.data} replicas that decode"
+            check(self, case.batch_size % case.mesh.data == 0, "decode_rows", wanted)
+            return
+        count, devices = case.accumulate, math.prod(sizes.values()) // case.mesh.tensor
+        wanted = f"a divisor of the {case.batch_size} rows of a step"
+        check(self, case.batch_size % count == 0, "accumulate", wanted)
+        rows = case.batch_size // count
+        wanted = f"such that {rows} rows can be divided among {devices} devices"
+        check(self, rows % devices == 0, "accumulate", wanted)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, of whole rows."""
+        return self.batch_size * self.length[0]
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole training on whole rows."""
+        return max(1, round(self.tokens / self.step_tokens))
 
     def cases(self) -> Iterator[Case]:
-        """All combinations."""
+        """All combinations, each once."""
+        yield from dict.fromkeys(self._cases())
+
+    def _cases(self) -> Iterator[Case]:
         chips = machine(self.topology).count
-        given = (self.model, self.data, self.tensor, self.accumulate, self.remat)
-        for model, data, tensor, accumulate, remat in itertools.product(*given):
-            yield Case(
-                model=model,
-                topology=self.topology,
-                mesh=MeshConfig(data=data, fsdp=chips // (data * tensor), tensor=tensor),
-                accumulate=accumulate,
-                remat=remat,
-                batch_size=self.batch_size,
-                length=self.length,
-            )
+        given = (self.model, self.length, self.data, self.tensor, self.expert)
+        for model, length, data, tensor, experts in itertools.product(*given):
+            expert = experts if num_experts(known_model(model)) else 1
+            rest = chips // (data * tensor * expert)
+            for accumulate, remat in itertools.product(self.accumulate, self.remat):
+                plain = Case(
+                    model=model,
+                    topology=self.topology,
+                    mesh=MeshConfig(data=data, fsdp=rest, expert=expert, tensor=tensor),
+                    accumulate=accumulate,
+                    remat=remat,
+                    batch_size=self.step_tokens // length,
+                    length=length,
+                )
+                for technique in self.technique:
+                    yield from self._with(plain, technique)
+            for weights in self.decode:
+                yield Case(
+                    model=model,
+                    topology=self.topology,
+                    mesh=MeshConfig(data=chips // (tensor * expert), expert=expert, tensor=tensor),
+                    accumulate=1,
+                    remat="none",
+                    batch_size=self.decode_rows,
+                    length=length,
+                    decode=weights,
+                )
+
+    def _with(self, plain: Case, technique: Technique) -> Iterator[Case]:
+        """The programs of a technique: one, or those of the stages that are compiled; none where there is one worker."""
+        if technique == "none":
+            yield plain
+        elif technique in ONEBIT:
+            if plain.mesh.data > 1:
+                yield dataclasses.replace(plain, technique=technique)
+        else:
+            schedule = stages_of(plain, technique, self.efficiency, self.steps)
+            for length, kept in schedule.chosen(self.points):
+                if technique == "random_ltd":
+                    yield dataclasses.replace(plain, technique=technique, kept=kept)
+                else:
+                    yield dataclasses.replace(plain, technique=technique, length=length)
 
 
 PRESETS = {
@@ -118,13 +182,36 @@ PRESETS = {
         model=("gpt2",),
         topology="v5e:2x4",
         batch_size=8,
-        length=256,
+        length=(256,),
         tensor=(1,),
         accumulate=(1,),
         tokens=1e9,
     ),
     "default": Config(),
+    # GPT-3 1.3B in each way of the papers: 64 chips, two replicas of 32 for the optimizers that send one bit.
+    "techniques": Config(
+        model=("gpt3-1.3b", "gpt3-1.3b-moe-128"),
+        topology="v5p:4x4x4",
+        batch_size=512,
+        data=(2,),
+        expert=(32,),
+        tensor=(1,),
+        accumulate=(1,),
+        technique=get_args(Technique),
+        decode=get_args(Weights),
+        tokens=300e9,
+        data_bandwidth=6.25e9,
+    ),
+    "sweep": Config(
+        model=("bloom-7b1",),
+        topology="v5p:4x4x4",
+        batch_size=1024,
+        length=(2048, 8192),
+        tensor=(1, 2, 4),
+        accumulate=(1, 2),
+        remat=("full", "dots"),
+    ),
 }
 PRESETS["paper"] = PRESETS["default"]
-FREE = ("out", "resume", "tokens")
+FREE = ("out", "resume", "tokens", "data_bandwidth")
 """What may differ when a run is resumed."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effscale.experiments.scale.config import Case
+from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.machines import HOST_GPUS, Machine, machine
 from effscale.ltd import training_flops
 
@@ -20,7 +20,9 @@ class Estimate:
         operations: Of the model in a step over all chips: products, forward and backward, without what is computed again.
         compute: The compiler's cycles at the chip's clock, and fused attention, of which it tells none, at the maker's peak; where there are no cycles (GPU), all
             operations at the peak, those of recomputed layers too.
-        network: What a chip sends along each axis (axes joined by "+"), at the maker's bandwidth.
+        sent: Bytes along each axis (axes joined by "+").
+        exchanged: Those of them in all-to-alls.
+        network: What a chip sends along each axis, at the maker's bandwidth.
         fastest: If all traffic were hidden behind computing.
         slowest: If none were. A ring along one axis reaches less than the bandwidth of all links, so that this is no upper bound.
     """
@@ -30,6 +32,8 @@ class Estimate:
     fits: bool
     operations: float
     compute: float
+    sent: Mapping[str, float]
+    exchanged: float
     network: Mapping[str, float]
     fastest: float
     slowest: float
@@ -43,31 +47,73 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> tuple[float, float]:
-        """Of ``slowest`` and ``fastest``."""
-        tokens = self.case.batch_size * self.case.length
+        """Of ``slowest`` and ``fastest``; of those that are read, or in decoding written."""
+        tokens = self.case.batch_size * (1 if self.case.decode else self.case.length)
         return tokens / self.slowest, tokens / self.fastest
 
+    def sent_along(self, axis: str) -> float:
+        """Bytes of collectives along an axis, alone or with others."""
+        return math.fsum(size for names, size in self.sent.items() if axis in names.split("+"))
 
-def estimate(case: Case, found: Mapping[str, Any]) -> Estimate:
-    """The estimate for what a compilation found."""
+
+def estimate(
+    case: Case,
+    found: Mapping[str, Any],
+    *,
+    data_bandwidth: float | None = None,
+    branch: int | None = None,
+) -> Estimate:
+    """The estimate for what a compilation found.
+
+    Args:
+        case: What was compiled.
+        found: What the worker told.
+        data_bandwidth: Bytes per second that a chip sends along ``data``; None: as along the others.
+        branch: Of the program's branches the one that runs; None counts the traffic of all.
+    """
     where = machine(case.topology)
-    operations = float(training_flops(case.transformer(), case.length) * case.batch_size)
-    compute = _compute(case, where, found, operations)
+    sent: dict[str, float] = {}
     network: dict[str, float] = {}
+    exchanged = 0.0
     for row in found["collectives"]:
+        if branch is not None and row.get("branch") not in (None, branch):
+            continue
         name = "+".join(row["axes"])
-        network[name] = network.get(name, 0.0) + row["sent"] / _speed(case, where, row["axes"])
-    sent = sum(network.values())
+        sent[name] = sent.get(name, 0.0) + row["sent"]
+        speed = _speed(case, where, row["axes"])
+        if data_bandwidth is not None and "data" in row["axes"]:
+            speed = min(speed, data_bandwidth)
+        network[name] = network.get(name, 0.0) + row["sent"] / speed
+        if row["kind"] == "all-to-all" and "expert" in row["axes"]:
+            exchanged += row["sent"]
+    traffic = sum(network.values())
+    if case.decode is None:
+        operations = _operations(case)
+        compute = _compute(case, where, found, operations)
+        fastest, slowest = max(compute, traffic), compute + traffic
+    else:
+        # A token needs few products; what is read decides: once, or as the compiler expects.
+        operations, compute = 0.0, found["arguments"] / where.chip.bandwidth
+        again = max(compute, (found["accessed"] or 0) / where.chip.bandwidth)
+        if where.chip.clock is not None:
+            again = max(again, found["cycles"] / where.chip.clock)
+        fastest, slowest = max(compute, traffic), again + traffic
     return Estimate(
         case=case,
         memory=float(found["total"]),
         fits=found["total"] <= where.chip.memory,
         operations=operations,
         compute=compute,
+        sent=sent,
+        exchanged=exchanged,
         network=network,
-        fastest=max(compute, sent),
-        slowest=compute + sent,
+        fastest=fastest,
+        slowest=slowest,
     )
+
+
+def _operations(case: Case) -> float:
+    return float(training_flops(case.transformer(), case.length, case.kept) * case.batch_size)
 
 
 def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: float) -> float:
@@ -83,11 +129,19 @@ def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: f
 
 def _attention(case: Case) -> float:
     """Operations of fused attention in a step: forward, twice that backward, and its scores once more; forward again where anything is recomputed, since no policy keeps what kernels leave."""
-    config, length = case.transformer(), case.length
-    # Operations of a row are a L + b L^2; this is the second term, which training_flops counts three times the forward pass.
-    counted = training_flops(config, 2 * length) / 2 - training_flops(config, length)
+    config, length, kept = case.transformer(), case.length, case.kept
+
+    def counted(length: int) -> int:
+        # Operations of a row are a L + b L^2; this is the second term, which training_flops counts three times the forward pass.
+        return training_flops(config, 2 * length) // 2 - training_flops(config, length)
+
+    squares = counted(length)
+    if kept is not None:
+        # All layers but two have kept tokens alone.
+        share = 2 / config.num_layers
+        squares = share * squares + (1 - share) * counted(kept)
     times = (1 + 2 + 0.5 + (case.remat != "none")) / 3
-    return times * counted * case.batch_size
+    return times * squares * case.batch_size
 
 
 def _speed(case: Case, where: Machine, axes: Sequence[str]) -> float:

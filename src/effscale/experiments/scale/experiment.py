@@ -1,23 +1,29 @@
 """A large model's training step, compiled for a machine that is not here: does it fit, what does it send, how fast may it be?
 
-The step is the one that small runs take, with the same rules of sharding. The compiler is the machine's own: libtpu's, or XLA's for an H100 (aot-requirements.txt installs
+With --technique also with random-LTD, a curriculum of lengths or a 1-bit optimizer, and with --decode the decoding of one token. The step is the one that small runs take, with the same rules of sharding. The compiler is the machine's own: libtpu's, or XLA's for an H100 (aot-requirements.txt installs
 both; no accelerator is needed). Memory and traffic are the compiler's figures. Times are estimates, which no machine has confirmed: the compiler's
 cycles, the bytes that a chip sends at its maker's bandwidth, and both once overlapped and once in turn.
 
     python -m effscale.experiments.scale
     python -m effscale.experiments.scale --model gpt3-175b opt-66b --topology v5p:8x8x8
     python -m effscale.experiments.scale --tensor 4 8 16 --accumulate 2 4    # all combinations, and which of them are worth it
+    python -m effscale.experiments.scale --preset techniques                 # with and without each technique
+    python -m effscale.experiments.scale --technique --decode bfloat16 int8 --topology v5p:2x2x2 --tensor 8
     python -m effscale.experiments.scale --model bloom-7b1 --topology 64xH100 --batch-size 512 --tensor 1
 """
 
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
-from effscale.experiments.scale.config import FREE, PRESETS, Case, Config
+from effscale.experiments.scale.cases import Case
+from effscale.experiments.scale.config import FREE, PRESETS, Config
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.prepared import check_folder, resumable
@@ -40,37 +46,84 @@ def run(config: Config) -> Result:
         RuntimeError: A case does not compile; the compiler's message is in the error.
     """
     # Importing what only a run needs here keeps --help quick.
-    from effscale.experiments.scale import report
+    from effscale.experiments.scale import comparison, report
     from effscale.experiments.scale.estimate import estimate
     from effscale.training import RunFolder
-    from effscale.training.serialize import write_json
 
     check_folder(config, FREE)
     _check_compiler(config)
     began = time.perf_counter()
     folder = RunFolder.create(config.out, name="scale", config=config, resume=config.resume)
-    cases, found = list(config.cases()), {}
-    (folder.path / "cases").mkdir(exist_ok=True)
     with resumable(folder):
-        for number, case in enumerate(cases, 1):
-            file = folder.path / "cases" / f"{case.name}.json"
-            if not file.is_file():
-                print(f"{number}/{len(cases)} {case.name}: compiling", file=sys.stderr, flush=True)
-                write_json(file, compiled(case))
-            found[case.name] = json.loads(file.read_text(encoding="utf-8"))
+        found = _compile_all(list(config.cases()), folder.path / "cases")
     refused = {name: told["refused"] for name, told in found.items() if "refused" in told}
-    estimates = [estimate(c, found[c.name]) for c in cases if c.name not in refused]
+    estimates = [
+        estimate(case, found[case.name], data_bandwidth=config.data_bandwidth)
+        for case in config.cases()
+        if case.name not in refused
+    ]
     if not estimates:
         told = "\n".join(f"{name}: {words}" for name, words in refused.items())
         folder.close()
         raise ValueError(
             f"no case fits into a chip of {config.topology}; more accumulate, tensor or chips would do\n{told}"
         )
-    report.draw(folder.figures / "scale.png", config, estimates)
-    tables = report.tables(config, estimates, found)
+    plain = [e for e in estimates if e.case.decode is None and e.case.technique == "none"]
+    decoding = [e for e in estimates if e.case.decode is not None]
+    rows = comparison.compared(config, found) if len(config.technique) > 1 else []
+    figures, tables = {}, {}
+    if plain:
+        report.draw(folder.figures / "scale.png", config, plain)
+        figures, tables = report.figures(plain, found), report.tables(config, plain, found)
+    if rows:
+        figures |= comparison.technique_figures(rows)
+        tables["With and without each technique"] = comparison.technique_table(rows)
+    if decoding:
+        figures |= comparison.decoding_figures(decoding)
+        title = f"Decoding with {config.decode_rows} rows on {config.topology}, an estimate"
+        tables[title] = comparison.decoding_table(decoding, found)
     if refused:
         tables["Refused by the compiler"] = [["case", "because"], *map(list, refused.items())]
-    return finish(folder, "scale", report.figures(estimates, found), tables, began=began)
+    return finish(folder, "scale", figures, tables, began=began)
+
+
+def _compile_all(cases: Sequence[Case], kept: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What the compilations found, by case; each is kept in a file as soon as it is there, and taken from there by the next call."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from effscale.training.serialize import write_json
+
+    kept.mkdir(exist_ok=True)
+    console = Console(file=sys.stderr)
+    columns = ("{task.completed}/{task.total}", BarColumn(), "{task.description}")
+    bar = Progress(
+        *(TextColumn(column) if isinstance(column, str) else column for column in columns),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    found = {}
+    with bar:
+        task = bar.add_task("", total=len(cases))
+        for number, case in enumerate(cases, 1):
+            file = kept / f"{case.name}.json"
+            if not file.is_file():
+                bar.update(task, description=case.name)
+                if not console.is_terminal:
+                    words = f"{number}/{len(cases)} {case.name}: compiling"
+                    print(words, file=sys.stderr, flush=True)
+                write_json(file, compiled(case))
+            found[case.name] = json.loads(file.read_text(encoding="utf-8"))
+            bar.advance(task)
+    return found
 
 
 def compiled(case: Case) -> dict[str, object]:

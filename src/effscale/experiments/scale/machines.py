@@ -17,6 +17,7 @@ class Chip:
         name: As a topology names it.
         flops: bfloat16 operations per second, by the maker.
         memory: Bytes of high-bandwidth memory that a program may take, by the compiler.
+        bandwidth: Bytes per second between chip and memory, by the maker.
         near: Bytes per second that a chip sends over all of its links to the chips around it, by the maker.
         far: The same to chips of other hosts.
         sides: Sides of a topology; None for GPUs.
@@ -29,6 +30,7 @@ class Chip:
     name: str
     flops: float
     memory: float
+    bandwidth: float
     near: float
     far: float
     sides: int | None = None
@@ -43,6 +45,7 @@ CHIPS = {
             name="v5e",
             flops=197e12,
             memory=15.75 * GIB,
+            bandwidth=819e9,
             near=200e9,
             far=200e9,
             sides=2,
@@ -52,16 +55,39 @@ CHIPS = {
             name="v5p",
             flops=459e12,
             memory=95.74 * GIB,
+            bandwidth=2765e9,
             near=600e9,
             far=600e9,
             sides=3,
             clock=1.75e9,
         ),
-        Chip(name="v6e", flops=918e12, memory=31.25 * GIB, near=448e9, far=448e9, sides=2),
-        Chip(name="H100", flops=989e12, memory=84_978_434_048.0, near=450e9, far=50e9),
+        Chip(
+            name="v6e",
+            flops=918e12,
+            memory=31.25 * GIB,
+            bandwidth=1640e9,
+            near=448e9,
+            far=448e9,
+            sides=2,
+        ),
+        Chip(
+            name="H100",
+            flops=989e12,
+            memory=84_978_434_048.0,
+            bandwidth=3352e9,
+            near=450e9,
+            far=50e9,
+        ),
     )
 }
 HOST_GPUS = 8
+
+ANSWER = (
+    *("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
+    *("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x8", "v5p:8x8x16", "v5p:16x16x24"),
+    *("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16"),
+)  # fmt: skip
+"""Topologies that libtpu describes; others of whole hosts, 2 by 2 chips, do as well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +114,11 @@ class Machine:
         return Target(name=self.name, platform="tpu", topology=self.name)
 
 
+def _answers(sides: list[int]) -> bool:
+    """Whether libtpu knows it: whole hosts, which are 2 by 2 chips."""
+    return min(sides) >= 1 and sides[0] % 2 == 0 and sides[1] % 2 == 0
+
+
 def machine(name: str) -> Machine:
     """The machine of a name.
 
@@ -111,10 +142,10 @@ def machine(name: str) -> Machine:
     kind, _, shape = name.partition(":")
     sides = [int(side) for side in shape.split("x") if side.isdecimal()]
     chip = CHIPS.get(kind)
-    if chip is None or len(sides) != chip.sides or shape.count("x") != len(sides) - 1:
+    written = chip is not None and shape == "x".join(map(str, sides))
+    if chip is None or not written or len(sides) != chip.sides or not _answers(sides):
         raise ValueError(
-            f"topology={name!r}: must be a TPU's kind and sides, such as v5p:8x8x8, v5e:16x16 or v6e:16x16; or a number of GPUs such as 384xH100"
+            f"topology={name!r}: the compilers know {', '.join(ANSWER)} and 1xH100 to 8xH100, 16xH100, ... 384xH100, in whole hosts of {HOST_GPUS}; "
+            "of a TPU the first two sides are even"
         )
-    if min(sides) < 1:
-        raise ValueError(f"topology={name!r}: no side may be 0")
     return Machine(name=name, chip=chip, count=math.prod(sides))

@@ -1,10 +1,10 @@
 """Tables and the figure of the experiment ``scale``."""
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effscale.experiments.scale.comparison import between, plain_name
 from effscale.experiments.scale.config import Config
 from effscale.experiments.scale.estimate import Estimate
 from effscale.experiments.scale.machines import machine
@@ -25,6 +25,34 @@ def pareto(estimates: Sequence[Estimate]) -> list[Estimate]:
     return [one for one in estimates if not any(beats(other, one) for other in estimates)]
 
 
+def fronts(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """The front of each model at each length."""
+    kinds = dict.fromkeys((one.case.model, one.case.length) for one in estimates)
+    return [
+        one
+        for kind in kinds
+        for one in pareto([e for e in estimates if (e.case.model, e.case.length) == kind])
+    ]
+
+
+def _front_table(estimates: Sequence[Estimate]) -> dict[str, list[list[str]]]:
+    """What is left when each case that another beats in both memory and time is taken away; nothing where there is no choice."""
+    if len(estimates) < 2:
+        return {}
+    table = [["case", "memory, GB", "fits", "step, s", "MFU, %"]]
+    for one in sorted(
+        fronts(estimates), key=lambda one: (one.case.model, one.case.length, one.memory)
+    ):
+        table.append(
+            [
+                *(one.case.name, f"{one.memory / 1e9:,.1f}", "yes" if one.fits else "no"),
+                between(one.fastest, one.slowest, ".2f"),
+                between(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
+            ]
+        )
+    return {"Pareto front: no other case needs both less memory and less time": table}
+
+
 def best(estimates: Sequence[Estimate]) -> Estimate:
     """The fastest that fits; if none does, the smallest."""
     fitting = [one for one in estimates if one.fits]
@@ -40,7 +68,7 @@ def figures(
     named: dict[str, float] = {}
     for model in dict.fromkeys(one.case.model for one in estimates):
         one = best(_of(model, estimates))
-        name = model.replace("-", "_").replace(".", "_")
+        name = plain_name(model)
         named |= {
             f"{name}_gb_per_chip": one.memory / 1e9,
             f"{name}_mfu": one.mfu[0],
@@ -48,6 +76,7 @@ def figures(
             f"{name}_step_seconds": one.slowest,
             f"{name}_step_seconds_if_overlapped": one.fastest,
             f"{name}_compile_seconds": found[one.case.name]["compile_seconds"],
+            f"{name}_compile_processor_seconds": found[one.case.name]["processor_seconds"],
         }
     return named
 
@@ -57,16 +86,12 @@ def tables(
 ) -> dict[str, list[list[str]]]:
     """What the terminal and the page show."""
     gb = lambda size: f"{size / 1e9:,.1f}"
-    both = lambda low, high, form: (
-        f"{low:{form}}" if f"{low:{form}}" == f"{high:{form}}" else f"{low:{form}} to {high:{form}}"
-    )
     memory = [["case", "parameters", "optimizer", "temporaries", "total", "of", "fits"]]
     speed = [["case", "PFLOP", "compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]]
     traffic = [["case", "collective", "along", "times", "sent by a chip, GB"]]
-    built = [["case", "traced, s", "compiled, s"]]
+    built = [["case", "traced, s", "compiled, s", "of processors, s"]]
     chip = machine(config.topology).chip
-    models = dict.fromkeys(one.case.model for one in estimates)
-    on_front = {one.case.name for model in models for one in pareto(_of(model, estimates))}
+    on_front = {one.case.name for one in fronts(estimates)}
     for one in estimates:
         raw, name = found[one.case.name], one.case.name
         marked = name + (" *" if name in on_front and len(estimates) > 1 else "")
@@ -81,21 +106,25 @@ def tables(
             [
                 *(marked, f"{one.operations / 1e15:,.4g}", f"{one.compute:.2f}"),
                 f"{sum(one.network.values()):.2f}",
-                both(one.fastest, one.slowest, ".2f"),
-                both(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
-                both(slow, fast, ",.0f"),
-                both(config.tokens / fast / DAY, config.tokens / slow / DAY, ",.0f"),
+                between(one.fastest, one.slowest, ".2f"),
+                between(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
+                between(slow, fast, ",.0f"),
+                between(config.tokens / fast / DAY, config.tokens / slow / DAY, ",.0f"),
             ]
         )
         for row in raw["collectives"]:
             if row["sent"] < NEGLIGIBLE:
                 continue
             times, sent = f"{row['times']:,}", f"{row['sent'] / 1e9:,.2f}"
-            traffic.append([name, row["kind"], "+".join(row["axes"]), times, sent])
-        built.append([name, f"{raw['trace_seconds']:.0f}", f"{raw['compile_seconds']:.0f}"])
+            branch = row.get("branch")
+            kind = row["kind"] if branch is None else f"{row['kind']}, in branch {branch}"
+            traffic.append([name, kind, "+".join(row["axes"]), times, sent])
+        seconds = ("trace_seconds", "compile_seconds", "processor_seconds")
+        built.append([name, *(f"{raw[key]:.0f}" for key in seconds)])
     return {
         "Memory of each chip, GB": memory,
         f"Speed on {config.topology}, an estimate": speed,
+        **_front_table(estimates),
         "Traffic": traffic,
         "Compilation": built,
     }
@@ -105,19 +134,19 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
     """Memory and time of each case, and the limit of the chip."""
     plt, chip = pyplot(), machine(config.topology).chip
     models = list(dict.fromkeys(one.case.model for one in estimates))
-    fronts = [one for model in models for one in pareto(_of(model, estimates))]
+    on_front = fronts(estimates)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 3.8))
         for color, model in zip(COLORS * len(models), models, strict=False):
             for one in _of(model, estimates):
                 place = one.memory / 1e9, (one.slowest + one.fastest) / 2
                 spread = (one.slowest - one.fastest) / 2
-                marker = "o" if one in fronts else "x"
+                marker = "o" if one in on_front else "x"
                 axes.errorbar(*place, yerr=spread, fmt=marker, color=color, capsize=3)
-                up = -1 if one in fronts else 1
+                up = -1 if one in on_front else 1
                 beside = {"xytext": (0, 12 * up), "textcoords": "offset points", "ha": "center"}
                 upright = "bottom" if up > 0 else "top"
-                axes.annotate(_layout(one), place, **beside, fontsize=7, va=upright)
+                axes.annotate(_label(one, config), place, **beside, fontsize=7, va=upright)
             axes.plot([], [], "o", color=color, label=model)
         axes.plot([], [], "x", color="0.4", label="another needs less memory and time")
         axes.axvline(chip.memory / 1e9, color="0.6", linestyle="--", linewidth=1)
@@ -126,7 +155,7 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
             ylabel="seconds a step, estimated",
             xlim=(0, 1.35 * max(one.memory for one in estimates) / 1e9),
             ylim=(0, 1.25 * max(one.slowest for one in estimates)),
-            title=f"{config.batch_size:,} rows of {config.length:,} tokens on {config.topology}",
+            title=f"{config.step_tokens:,} tokens a step on {config.topology}",
         )
         axes.legend(loc="lower right", fontsize=8)
         figure.tight_layout()
@@ -138,7 +167,9 @@ def _of(model: str, estimates: Sequence[Estimate]) -> list[Estimate]:
     return [one for one in estimates if one.case.model == model]
 
 
-def _layout(one: Estimate) -> str:
-    sizes = dataclasses.asdict(one.case.mesh).items()
-    mesh = ", ".join(f"{name} {size}" for name, size in sizes if size != 1)
-    return f"{mesh}\n{one.case.accumulate} micro-batches"
+def _label(one: Estimate, config: Config) -> str:
+    """What the case differs from others by."""
+    words = one.case.layout
+    if len(config.remat) > 1:
+        words += f", {one.case.remat}"
+    return f"{words}\n{one.case.length:,} tokens" if len(config.length) > 1 else words

@@ -13,22 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from effscale.experiments.scale.config import Case
+from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.machines import machine
-from effscale.experiments.shared.lowering import lower_step
+from effscale.experiments.scale.steps import lower
 from effscale.experiments.shared.saved import config_from_json
-from effscale.models import Transformer
 from effscale.parallel import collectives, shardings
 from effscale.parallel.program_text import lines, times
-from effscale.training import (
-    AdamWConfig,
-    Clip,
-    create_train_state,
-    make_train_step,
-    next_token_loss,
-)
 
 MARK = "effscale.scale "
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -36,69 +27,70 @@ _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Compiles a step and reads what the compiler says of it; sizes are bytes of each chip. One that needs more memory than there is gives ``refused``, the compiler's words."""
+    """Compiles a program and reads what the compiler says of it; sizes are bytes of each chip. One that needs more memory than there is gives ``refused``, the compiler's words."""
     where = machine(case.topology)
     mesh = case.mesh.build(where.target.devices()[: where.count])
-    optimizer = AdamWConfig(b2=0.95, weight_decay=0.1).build(6e-5)
-    step = make_train_step(next_token_loss, optimizer, accumulate=case.accumulate, clip=Clip(1.0))
-    config = case.transformer()
-    create = lambda: create_train_state(
-        Transformer(config, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
-    )
-    rows = jax.ShapeDtypeStruct((case.batch_size, case.length), jnp.int32)
     began = time.perf_counter()
-    lowered = lower_step(step, create, dict.fromkeys(("input_ids", "labels"), rows), mesh)
-    traced = time.perf_counter()
+    program = lower(case, mesh)
+    traced, busy = time.perf_counter(), time.process_time()
     try:
-        compiled = lowered.compile()
+        compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"refused": str(error).splitlines()[0]}
-    done = time.perf_counter()
+    done, worked = time.perf_counter(), time.process_time() - busy
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # both are told by every compiler that is asked here
     assert text is not None
-    state = jax.eval_shape(create)
+    costs = compiled.cost_analysis() or {}
     return {
         "trace_seconds": traced - began,
         "compile_seconds": done - traced,
-        "parameters": _bytes(state.model, mesh),
-        "optimizer": _bytes(state.opt_state, mesh),
+        "processor_seconds": worked,
+        **{name: _bytes(tree, mesh) for name, tree in program.parts.items()},
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "total": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
-        "operations": (compiled.cost_analysis() or {}).get("flops"),
+        "operations": costs.get("flops"),
+        "accessed": costs.get("bytes accessed"),
         "collectives": _traffic(text, mesh.shape),
         **_work(text),
     }
 
 
 def _bytes(tree: Any, mesh: jax.sharding.Mesh) -> int:
-    """Of a tree of shapes, those that each device holds."""
+    """Of a tree of shapes, those that each device holds; where a shape has no sharding, by the rules."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True)
     return sum(
-        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        math.prod((x.sharding or sharding).shard_shape(x.shape)) * x.dtype.itemsize
         for x, sharding in leaves
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
 
 def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Bytes that a chip sends in a step, by kind of collective and mesh axes."""
-    found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    """Bytes that a chip sends in a step, by kind of collective, mesh axes and branch: the number of the innermost ``lax.cond`` or ``lax.switch`` around it, None outside of any."""
+    found: dict[tuple[str, tuple[str, ...], int], list[float]] = {}
     for collective in collectives(text):
-        if not collective.axes(mesh):  # a device to itself
+        axes, branches = collective.axes(mesh), collective.branches
+        if not axes:  # a device to itself
             continue
-        row = found.setdefault((collective.kind, collective.axes(mesh)), [0, 0.0])
+        row = found.setdefault((collective.kind, axes, branches[-1] if branches else -1), [0, 0.0])
         row[0] += collective.times
         row[1] += collective.times * collective.sent
     return [
-        {"kind": kind, "axes": list(axes), "times": count, "sent": sent}
-        for (kind, axes), (count, sent) in sorted(found.items())
+        {
+            "kind": kind,
+            "axes": list(axes),
+            "branch": None if branch < 0 else branch,
+            "times": count,
+            "sent": sent,
+        }
+        for (kind, axes, branch), (count, sent) in sorted(found.items())
     ]
 
 

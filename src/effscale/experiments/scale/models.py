@@ -1,0 +1,105 @@
+"""Models that the experiment ``scale`` knows by name, with what each is trained on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from effscale.experiments.shared.bert import ModelConfig as Bert
+from effscale.models import PRESETS, MLPConfig, TransformerConfig, preset
+from effscale.models.validation import did_you_mean
+
+
+def _bert(num_layers: int, d_model: int, num_heads: int) -> TransformerConfig:
+    """With the head for hidden tokens that its pretraining has."""
+    sizes = {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
+    return Bert(**sizes).build(vocab_size=30522, length=512)
+
+
+def _with_128_experts() -> TransformerConfig:
+    """1.3B+MoE-128: 128 experts in each second layer, 52 billion parameters (Rajbhandari et al., 2022, table 1)."""
+    from effscale.moe import MoEConfig, with_experts
+
+    dense = preset("gpt3-1.3b")
+    expert = dense.blocks[0].feed_forward
+    assert isinstance(expert, MLPConfig)
+    return with_experts(dense, MoEConfig(num_experts=128, expert=expert))
+
+
+MODELS: dict[str, Callable[[], TransformerConfig]] = {
+    "bloom-176b": PRESETS["bloom"],
+    "gpt3-1.3b-moe-128": _with_128_experts,
+    "bert-base": lambda: _bert(12, 768, 12),
+    "bert-large": lambda: _bert(24, 1024, 16),
+}
+"""Models beside those of `effscale.models.PRESETS`, or in their place."""
+
+
+def known_model(name: str) -> TransformerConfig:
+    """The config of a model.
+
+    Args:
+        name: One of `MODELS` or of `effscale.models.PRESETS`.
+
+    Raises:
+        ValueError: No such model, or one that reads no text.
+
+    Example:
+        >>> known_model("bert-large").heads[0].name, known_model("gpt3-1.3b").heads[0].name
+        ('mlm', 'lm')
+    """
+    known = {**PRESETS, **MODELS}
+    if name not in known:
+        raise ValueError(f"model={name!r}: {did_you_mean(name, known)}")
+    config = known[name]()
+    if not any(head.name in ("lm", "mlm") for head in config.heads):
+        raise ValueError(
+            f"model={name!r}: must be a model of text, which predicts tokens, such as bloom-176b, gpt3-1.3b or bert-large"
+        )
+    return config
+
+
+def num_experts(config: TransformerConfig) -> tuple[int, ...]:
+    """The different numbers of experts of a model's layers; none for a dense model."""
+    found = {getattr(block.feed_forward, "num_experts", None) for block in config.layers}
+    return tuple(sorted(count for count in found if count is not None))
+
+
+def loss_of(config: TransformerConfig) -> Callable[..., Any]:
+    """Of the next token, or of hidden ones where the model sees both sides."""
+    from effscale.training import masked_token_loss, next_token_loss
+
+    return next_token_loss if config.causal else masked_token_loss
+
+
+def check_mesh(name: str, config: TransformerConfig, sizes: dict[str, int]) -> None:
+    """Refuses a mesh that does not divide a model: its arrays would stay whole without a word.
+
+    Args:
+        name: Of the model.
+        config: The model.
+        sizes: Of the mesh, by axis.
+
+    Raises:
+        ValueError: Which size does not divide what.
+
+    Example:
+        >>> check_mesh("gpt2", known_model("gpt2"), {"fsdp": 8, "expert": 1, "tensor": 4})
+    """
+    parts = [("fsdp", config.d_model, "width")]
+    for block in config.layers:
+        inner = getattr(block.feed_forward, "expert", block.feed_forward)
+        parts.append(("tensor", block.attention.num_heads, "heads"))
+        parts.append(("tensor", getattr(inner, "d_ff", 0), "inner width"))
+    parts += [("expert", count, "experts") for count in num_experts(config)]
+    for axis, size, what in dict.fromkeys(parts):
+        if size % sizes[axis]:
+            mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            raise ValueError(
+                f"the mesh ({mesh}) does not divide the model {name}: its {what} of {size} is no multiple of {axis}={sizes[axis]}, "
+                "and each chip would hold all of it. Another size along one of the axes would do"
+            )
+
+
+def computing(config: TransformerConfig, **changes: Any) -> TransformerConfig:
+    """The model as it is trained here, with products in bfloat16."""
+    return dataclasses.replace(config, dtype="bfloat16", **changes)
