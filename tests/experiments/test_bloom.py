@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -11,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from effscale.experiments.bloom import PRESETS, runs
+from effscale.experiments.bloom import PRESETS, Config, runs
 from effscale.experiments.bloom.experiment import main
+from effscale.experiments.bloom.tasks import Cell, Tasks
 from effscale.interop import load_pretrained
 from effscale.parallel import MeshConfig
 from effscale.training import read_jsonl
@@ -130,13 +132,12 @@ def test_a_run_that_is_stopped_in_each_part_is_the_same(finished, options, tmp_p
                 main([*options, *out] if attempt == 0 else [*out, "--resume"])
         assert stopped.value.code == 128 + signal.SIGTERM
     main([*out, "--resume"])
-    for name in RUNS:
-        files = [
-            folder / "seed-0" / name / "metrics.jsonl" for folder in (tmp_path / "run", finished)
-        ]
+    for name in (
+        *(f"{name}/metrics.jsonl" for name in RUNS),
+        *(f"zero_shot_{when}/found.json" for when in ("before", "after")),
+    ):
+        files = [folder / "seed-0" / name for folder in (tmp_path / "run", finished)]
         assert files[0].read_bytes() == files[1].read_bytes()
-        found = [file.with_name("found.json").read_bytes() for file in files]
-        assert found[0] == found[1]
 
 
 @pytest.mark.slow  # tests/parallel/test_curves.py compares smaller runs
@@ -154,8 +155,9 @@ def test_several_processes_make_what_one_does(start, options, tmp_path, processe
     assert done.returncode == 0, done.stdout + done.stderr
     for name in RUNS:
         records = [read_jsonl(f / "seed-0" / name / "metrics.jsonl") for f in (alone, together)]
-        losses = [[r["loss"] for r in each if "loss" in r] for each in records]
-        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+        for figure in ("loss", "tokens"):
+            values = [[r[figure] for r in each if figure in r] for each in records]
+            np.testing.assert_allclose(values[0], values[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,9 @@ def test_several_processes_make_what_one_does(start, options, tmp_path, processe
         (("--data", "nowhere"), "language 'aa' has no"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(options, tmp_path, capsys, change, message):
+def test_what_cannot_work_is_refused_by_name(
+    options, one_device, tmp_path, capsys, change, message
+):
     with pytest.raises(SystemExit) as refused:
         main([*options, *change, "--out", str(tmp_path / "run")])
     assert refused.value.code == 2
@@ -177,7 +181,57 @@ def test_what_cannot_work_is_refused_by_name(options, tmp_path, capsys, change, 
     assert not (tmp_path / "run").exists()
 
 
-def test_examples_without_a_field_are_refused_before_anything_is_trained(options, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tasks: shutil.rmtree(tasks / "unseen"), "task 'unseen' has no test examples"),
+        (lambda tasks: [f.unlink() for f in tasks.rglob("validation.jsonl")], "no task has 8 validation examples in a new language"),
+        (lambda tasks: [f.unlink() for f in tasks.rglob("train.jsonl")], "no training examples for the tasks ['learned']"),
+        (lambda tasks: shutil.copy(tasks / "unseen.yaml", tasks / "more.yaml"), "two files"),
+    ],
+)  # fmt: skip
+def test_tasks_that_lack_something_are_refused(
+    options, one_device, tmp_path, capsys, change, message
+):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(options[options.index("--tasks") + 1], tasks)
+    change(tasks)
+    with pytest.raises(SystemExit):
+        main([*options, "--tasks", str(tasks), "--out", str(tmp_path / "run")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_examples_are_not_resumed(finished, options, one_device, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = next(pathlib.Path(options[options.index("--tasks") + 1]).rglob("test.jsonl"))
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("day", "night"))
+        with pytest.raises(SystemExit):
+            main(["--out", str(run), "--resume"])
+    finally:
+        file.write_text(before)
+    assert "tasks" in capsys.readouterr().err
+
+
+def test_examples_of_a_sorted_file_are_mixed_and_any_unicode_is_read(options, tmp_path):
+    data, tasks = (pathlib.Path(options[options.index(name) + 1]) for name in ("--data", "--tasks"))
+    shutil.copytree(tasks, tmp_path / "tasks")
+    place = tmp_path / "tasks" / "unseen" / "aa" / "test.jsonl"
+    labels = ["day"] * 20 + ["night"] * 20
+    lines = [json.dumps({"text": f"a\u2028{i}", "label": x}, ensure_ascii=False) for i, x in enumerate(labels)]  # fmt: skip
+    place.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    config = Config(data=data, tasks=tmp_path / "tasks", languages=("aa", "cc"), new_languages=("cc",), new_tasks=("unseen",))  # fmt: skip
+    read = Tasks(config).examples(Cell("unseen", "aa", "new task"), "test")
+    assert {example["label"] for example in read[:16]} == {"day", "night"}
+    assert sorted(e["text"] for e in read) == sorted(f"a\u2028{i}" for i in range(40))
+
+
+def test_examples_without_a_field_are_refused_before_anything_is_trained(
+    options, one_device, tmp_path, capsys
+):
     tasks = tmp_path / "tasks"
     shutil.copytree(options[options.index("--tasks") + 1], tasks)
     file = tasks / "unseen" / "cc" / "test.jsonl"

@@ -116,10 +116,12 @@ def batch_rows(
         ValueError: ``process_count`` does not divide ``batch_size``, there are fewer rows than one
             batch, or an argument is out of range.
     """
-    sizes = (batch_size,) if isinstance(batch_size, int) else batch_size.values
-    for size in sizes:
+    from effscale.training.stages import Stages
+
+    grows = isinstance(batch_size, Stages)
+    for size in batch_size.values if grows else (batch_size,):
         _check_batch(size, process_index, process_count)
-    if not isinstance(batch_size, int):
+    if grows:
         if pad_to_batch:
             raise ValueError("pad_to_batch=True needs batches of one size")
         dataset = _growing(rows, batch_size, process_index, process_count)

@@ -2,6 +2,10 @@
 
 import collections
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -92,6 +96,26 @@ def test_estimated_similarity(start):
     assert abs(found - true) <= 5 * np.sqrt(true * (1 - true) / 256) + 1e-9
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.95])
+def test_the_index_finds_pairs_at_the_threshold(threshold):
+    """By the formula of banding: 99 of 100 pairs of just this similarity become candidates."""
+    bands, rows = NearDuplicates(threshold=threshold).bands
+    assert bands * rows <= 128
+    assert 1 - (1 - threshold**rows) ** bands >= 0.99
+
+
+def test_a_long_text_has_the_signature_of_all_its_n_grams():
+    near, text = NearDuplicates(), " ".join(map(str, range(3000)))
+    parts = [near.signature(text[i : i + 4000]) for i in range(0, len(text) - 3992, 3993)]
+    rest = near.signature(text[-4000:])
+    np.testing.assert_array_equal(np.min([*parts, rest], axis=0), near.signature(text))
+
+
+def test_on_error_belongs_to_the_source(folder):
+    with pytest.raises(ValueError, match="on_error='skip'"):
+        cleaned(folder, on_error="skip")
+
+
 @pytest.fixture
 def folder(tmp_path):
     texts = {
@@ -149,14 +173,18 @@ def test_other_bounds_are_another_corpus(folder):
     assert cleaned(folder).fingerprint() == cleaned(folder, run=ray_runner).fingerprint()
 
 
+@pytest.mark.slow  # starting a cluster takes most of it
 def test_a_cluster_finds_the_same(folder):
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        reports = SkipReport(), SkipReport()
-        here = list(cleaned(folder).documents(reports[0]))
-        there = list(cleaned(folder, run=ray_runner).documents(reports[1]))
-    finally:
-        ray.shutdown()
-    assert there == here
-    assert reports[0] == reports[1]
+    pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+    program = pathlib.Path(__file__).with_name("ray_cleaning.py")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | quiet,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert "same as without Ray" in done.stdout

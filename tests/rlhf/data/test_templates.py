@@ -87,6 +87,26 @@ def test_examples_that_do_not_fit(task, change, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (None, "must hold a list of choices, not None"),
+        ("yes", "must hold a list of choices, not 'yes'"),
+        (["yes"], "two different ones"),
+        (["yes", "yes"], "two different ones"),
+    ],
+)
+def test_choices_that_are_none(task, options, message):
+    with pytest.raises(PromptTemplateError, match=message):
+        task.templates[1].apply({**EXAMPLE, "options": options})
+
+
+@pytest.mark.parametrize("choices", ["{a} {b}", "The {a}.", "a", "{a!r}"])
+def test_choices_from_a_field_are_that_field_alone(choices):
+    with pytest.raises(PromptTemplateError, match=r"choices|brace"):
+        PromptTemplate(name="x", input="{text}", target="{label}", choices=choices)
+
+
+@pytest.mark.parametrize(
     "text", ["{premise.__class__}", "{premise[0]}", "{premise!r}", "{premise:>9}", "{}", "{premise"]
 )
 def test_braces_hold_names_only(text):

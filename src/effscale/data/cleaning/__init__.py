@@ -1,4 +1,4 @@
-"""Corpora without documents that are short, repetitive, of another language, or there already; and an account of what a corpus is made of."""
+"""Corpora without documents that are short, repetitive, in another language or duplicates; and datasheets of corpora."""
 
 from effscale.data.cleaning.cleaned import Cleaned
 from effscale.data.cleaning.datasheet import DatasheetEntry, write_datasheet

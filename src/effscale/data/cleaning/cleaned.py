@@ -71,10 +71,17 @@ class Cleaned(Source):
     run: Runner = field(default=local_runner, compare=False)
     _log_level: ClassVar[int] = logging.INFO
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.on_error != "raise":
+            raise ValueError(
+                f"on_error={self.on_error!r}: give it to the source that is cleaned, which reads the documents"
+            )
+
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
         index = None if self.near_duplicates is None else self.near_duplicates.index()
         seen: set[bytes] = set()
-        documents = self.source.documents(skipped, log=False)
+        documents = self.source.documents(skipped)  # which warns of what it cannot read itself
         for document, found in self._examined(documents):
             fault = found.fault
             if fault is None and self.duplicates and found.digest in seen:
@@ -117,6 +124,7 @@ class Cleaned(Source):
         """That of the other source, and what is asked of documents."""
         near = self.near_duplicates
         return {
+            "version": 1,
             "cleaned": self.source.fingerprint(),
             "quality": asdict(self.quality),
             "duplicates": self.duplicates,

@@ -10,6 +10,9 @@ from jaxtyping import UInt32
 
 from effscale.models.validation import check
 
+SLICE = 4096
+"""N-grams that are hashed together."""
+
 
 def digest(text: str) -> bytes:
     """What equal texts have in common, in 16 bytes. Upper case and the amount of white space do not matter."""
@@ -57,11 +60,11 @@ class NearDuplicates:
         Raises:
             ModuleNotFoundError: The extra ``cleaning`` is not installed.
         """
-        plain = _plain(text)
-        starts = range(max(len(plain) - self.ngram + 1, 1))
-        grams = {plain[i : i + self.ngram].encode() for i in starts}
-        found = self.minhash()
-        found.update_batch(sorted(grams))
+        plain, found = _plain(text), self.minhash()
+        count = max(len(plain) - self.ngram + 1, 1)
+        for first in range(0, count, SLICE):  # all at once take a kilobyte each
+            starts = range(first, min(first + SLICE, count))
+            found.update_batch({plain[i : i + self.ngram].encode() for i in starts})
         return found.hashvalues.astype(np.uint32)
 
     def minhash(self, signature: UInt32[np.ndarray, "permutations"] | None = None) -> Any:
@@ -70,13 +73,22 @@ class NearDuplicates:
         options = {"num_perm": self.permutations, "hashfunc": zlib.crc32, "scheme": "affine32"}
         return make(**options, hashvalues=signature)
 
+    @property
+    def bands(self) -> tuple[int, int]:
+        """How many bands of how many numbers the index compares: as long as they find 99 % of the pairs of just this similarity."""
+        for rows in range(self.permutations, 1, -1):
+            bands = self.permutations // rows
+            if 1 - (1 - self.threshold**rows) ** bands >= 0.99:
+                return bands, rows
+        return self.permutations, 1
+
     def index(self) -> "NearDuplicateIndex":
         """An empty index of signatures."""
         return NearDuplicateIndex(self)
 
 
 class NearDuplicateIndex:
-    """The signatures of the documents so far, about a kilobyte each.
+    """The signatures of the documents so far, some kilobytes each.
 
     Args:
         near: What makes duplicates.
@@ -84,7 +96,7 @@ class NearDuplicateIndex:
 
     def __init__(self, near: NearDuplicates):
         self._near = near
-        self._index = _datasketch().MinHashLSH(threshold=near.threshold, num_perm=near.permutations)
+        self._index = _datasketch().MinHashLSH(num_perm=near.permutations, params=near.bands)
         self._signatures: list[np.ndarray] = []
 
     def add(self, signature: UInt32[np.ndarray, "permutations"]) -> bool:

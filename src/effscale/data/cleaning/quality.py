@@ -96,7 +96,8 @@ class Quality:
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_character_repetition", "max_word_repetition", "min_language_confidence"):
             value = getattr(self, name)
-            known = value is None or (is_finite(value) and 0 <= value <= 1)
+            known = name != "min_language_confidence" and value is None
+            known = known or (is_finite(value) and 0 <= value <= 1)
             check(self, known, name, "from 0 to 1")
         if self.language is not None:
             check_language(self.language)

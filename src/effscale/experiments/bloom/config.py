@@ -127,6 +127,8 @@ class FineTuneConfig:
     """Batches."""
     batch_size: int = 16
     """Packed rows in a batch."""
+    accumulate: int = 1
+    """Micro-batches that a batch is cut into, to save memory."""
     learning_rate: float = 3e-4
     """The rate, without warm-up or decay."""
     weight_decay: float = 1e-4
@@ -134,11 +136,13 @@ class FineTuneConfig:
     cap: int = 2_000
     """Examples at most of a task in one language under one template; xP3 has 100,000."""
     eval_every: int = 100
-    """Steps between looks at held-out tasks, by which the checkpoint is chosen."""
+    """Steps between evaluations on validation examples, by which the checkpoint is selected."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "cap", "eval_every"):
+        for name in ("steps", "batch_size", "accumulate", "cap", "eval_every"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
+        divisor = f"a divisor of batch_size={self.batch_size}"
+        check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
         check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
         check(
             self,
@@ -175,6 +179,8 @@ class Config(TextPart):
 
     data: pathlib.Path | None = None
     """A folder with a folder of *.txt or *.jsonl files (field text) for each language; by default the messages of a home automation's interface, translated by people, which `make assets` installs."""
+    separator: str | None = None
+    """What divides the documents of a *.txt file in --data, such as <|endoftext|>; without one a file is a document."""
     licence: str = "unknown"
     """Of the text in --data, for the datasheet."""
     languages: tuple[str, ...] = (
@@ -198,6 +204,8 @@ class Config(TextPart):
     """A folder with the YAML file of each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl; by default the tasks that go with the default data."""
     new_tasks: tuple[str, ...] = ("continuation", "cloze")
     """Those tasks that are not learned in any language."""
+    tokenizer: pathlib.Path | None = None
+    """A tokenizer.json, or its folder, in place of one that is trained on the corpus."""
     vocab_size: int = 4096
     length: int = 128
     """Tokens in a row."""
@@ -217,19 +225,27 @@ class Config(TextPart):
     """Greatest norm of the gradient."""
     eval_examples: int = 48
     """Test examples of a task in a language, under each of its templates."""
+    selection_examples: int = 16
+    """Validation examples of a task in a language by which the checkpoint of fine-tuning is selected."""
     eval_batch: int = 32
     """Rows that are evaluated together."""
+    eval_batches: int = 20
+    """Held-out batches of each component that losses are the means of."""
     seeds: int = 3
-    """Runs; seeds 0, 1, ... decide initial weights, order of data and choice of examples."""
+    """Runs; seeds 0, 1, ... decide initial weights, order of data and which examples are taken where there are more than the cap."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out; -1 means the rest."""
     checkpoint_every: int = 200
-    """Steps between checkpoints while pretraining, and between looks at the held-out text."""
+    """Steps between checkpoints while pretraining, and between evaluations on held-out text."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("length", "eval_examples", "eval_batch", "seeds", "checkpoint_every"):
+        counts = ("length", "eval_examples", "selection_examples", "eval_batch", "eval_batches")
+        for name in (*counts, "seeds", "checkpoint_every"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
+        together = (self.data is None) == (self.tasks is None)
+        check(self, together, "tasks", "given together with data, or neither of them")
+        check(self, self.separator != "", "separator", "a text, or None")
         different = len(set(self.languages)) == len(self.languages) >= 1
         check(
             self,
@@ -254,8 +270,9 @@ def _bloom(
     batch: int,
     increment: int,
     peak: float,
+    *,
     final: float = 1e-5,
-    **model,
+    tuned: int = 2048,
 ) -> Config:
     """BLOOM's published settings for one of its sizes, of a corpus that the user has."""
     return Config(
@@ -268,7 +285,6 @@ def _bloom(
             init_std=0.0048,
             dtype="bfloat16",
             remat="full",
-            **model,
         ),
         pretrain=PretrainConfig(
             samples=220_000_000,
@@ -282,7 +298,11 @@ def _bloom(
             decay_samples=200_000_000,
         ),
         finetune=FineTuneConfig(
-            steps=3_100, batch_size=2048, learning_rate=2e-5, cap=100_000, eval_every=250
+            steps=6_348_800 // tuned,
+            batch_size=tuned,
+            learning_rate=2e-5,
+            cap=100_000,
+            eval_every=250,
         ),
         mesh=MeshConfig(fsdp=-1, data=1),
         seeds=1,
@@ -308,14 +328,14 @@ PRESETS = {
     ),
     "default": Config(),
     # Le Scao et al., 2022, table 3. The batch grows by 16 rows for 1B1, 1B7 and 176B, and by 32 for the others.
-    "bloom-560m": _bloom(24, 1024, 16, 256, 32, 3.0e-4),
-    "bloom-1b1": _bloom(24, 1536, 16, 256, 16, 2.5e-4),
+    "bloom-560m": _bloom(24, 1024, 16, 256, 32, 3.0e-4, tuned=1024),
+    "bloom-1b1": _bloom(24, 1536, 16, 256, 16, 2.5e-4, tuned=1024),
     "bloom-1b7": _bloom(24, 2048, 16, 512, 16, 2.0e-4),
     "bloom-3b": _bloom(30, 2560, 32, 512, 32, 1.6e-4),
     "bloom-7b1": _bloom(30, 4096, 32, 512, 32, 1.2e-4),
-    "bloom-176b": _bloom(70, 14336, 112, 2048, 16, 6e-5, 6e-6),
+    "bloom-176b": _bloom(70, 14336, 112, 2048, 16, 6e-5, final=6e-6),
 }
 PRESETS["paper"] = PRESETS["bloom-176b"]
 
-FREE = ("out", "resume", "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
+MAY_DIFFER_ON_RESUME = ("out", "resume", "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
 """What may differ when a run is resumed."""

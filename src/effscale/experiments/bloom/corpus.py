@@ -38,6 +38,8 @@ from effscale.user_cache import cache_folder
 
 SAMPLE_CHARACTERS = 4 << 20
 """Characters of each language that a tokenizer learns from at most."""
+FERTILITY_TOKENS = 1 << 20
+"""Held-out tokens of each component that its fertility is taken of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class Prepared:
     fertility: Mapping[str, float]
     fertility_alone: Mapping[str, float]
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a document."""
+        return next(iter(self.corpora.values())).eos_id
+
 
 def sources(config: Config) -> dict[str, Source]:
     """The source of each component, cleaned.
@@ -73,7 +80,7 @@ def sources(config: Config) -> dict[str, Source]:
         if config.data is None:
             source: Source = InterfaceText(language=language)
         else:
-            source = _folder(config.data, language)
+            source = _folder(config.data, language, config.separator)
         quality = Quality(
             min_characters=cleaning.min_characters,
             max_character_repetition=cleaning.max_character_repetition,
@@ -95,11 +102,18 @@ def sources(config: Config) -> dict[str, Source]:
     return found
 
 
-def _folder(data: pathlib.Path, language: str) -> Source:
+def _folder(data: pathlib.Path, language: str, separator: str | None) -> Source:
     folder = data / language
-    for pattern, kind in (("*.txt", TextFiles), ("*.jsonl", JsonLines)):
-        if any(folder.glob(pattern)):
-            return kind(paths=str(folder / pattern), on_error="skip")
+    found = [pattern for pattern in ("*.txt", "*.jsonl") if any(folder.glob(pattern))]
+    if len(found) == 2:
+        raise ValueError(
+            f"{folder} holds *.txt and *.jsonl: keep the text of a language in one form"
+        )
+    if found:
+        paths = str(folder / found[0])
+        if found == ["*.txt"]:
+            return TextFiles(paths=paths, separator=separator, on_error="skip")
+        return JsonLines(paths=paths, on_error="skip")
     there = sorted(path.name for path in data.glob("*") if path.is_dir())
     raise FileNotFoundError(
         f"language {language!r} has no *.txt or *.jsonl in {folder}; {data} has folders for {', '.join(there) or 'no language'}. "
@@ -124,7 +138,8 @@ def prepare(config: Config) -> Prepared:
             }
         )
         every = _Tokenizers(components, splits, config, cache)
-        tokenizer = every(tuple(components))
+        chosen = config.tokenizer
+        tokenizer = every(tuple(components)) if chosen is None else load_tokenizer(chosen)
         corpora, cut, alone = {}, {}, {}
         for name, source in components.items():
             progress(name)
@@ -132,7 +147,7 @@ def prepare(config: Config) -> Prepared:
                 source,
                 cache,
                 tokenizer=tokenizer,
-                eos_token="</s>",
+                eos_token="</s>" if config.tokenizer is None else None,
                 validation_fraction=config.validation_fraction,
             )
             held_out = list(_held_out(corpora[name], tokenizer))
@@ -210,7 +225,11 @@ class _Tokenizers:
 def _held_out(corpus: Corpus, tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
     store = corpus.validation
     ends = [*store.offsets[1:], store.num_tokens]
+    room = FERTILITY_TOKENS
     for start, end in zip(store.offsets, ends, strict=True):
+        if room <= 0:
+            return
+        room -= int(end - start)
         ids = [int(token) for token in store.tokens[start:end]]
         yield tokenizer.decode(ids, skip_special_tokens=True)
 

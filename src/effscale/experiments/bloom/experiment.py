@@ -13,18 +13,19 @@ others, and for tasks that were not learned at all.
 The default corpus comes with `make assets`; nothing is downloaded here. FOLDER holds a folder of text for each language, TASKS a YAML file and examples for each task.
 """
 
+import contextlib
 import signal
 import time
 
 import jax
 import numpy as np
 
-from effscale.experiments.bloom.config import FREE, PRESETS, Config
+from effscale.experiments.bloom.config import MAY_DIFFER_ON_RESUME, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import check_folder, corpus_digests, resumable
 from effscale.experiments.shared.results import Result, finish
-from effscale.parallel import initialize, shard_batch
+from effscale.parallel import batch_shard, initialize, shard_batch
 
 
 def run(config: Config) -> Result:
@@ -51,11 +52,14 @@ def run(config: Config) -> Result:
     from effscale.experiments.bloom.tasks import Tasks
     from effscale.training import RunFolder
 
-    check_folder(config, FREE)
+    check_folder(config, MAY_DIFFER_ON_RESUME)
     mesh = config.mesh.build()
-    # What cannot be divided is refused before the corpus is prepared.
+    # What cannot work is refused before the corpus is prepared, or at least before anything is trained.
+    parts = batch_shard(mesh).count
     for rows in (*config.pretrain.ramp().values, config.finetune.batch_size):
-        shard_batch(np.zeros(rows // jax.process_count(), np.int8), mesh)
+        if rows % parts:
+            raise ValueError(f"a batch of {rows} rows cannot be divided over {parts} processes")
+        shard_batch(np.zeros(rows // parts, np.int8), mesh)
     tasks = Tasks(config)
     tasks.check()
     prepared = prepare(config)
@@ -63,7 +67,7 @@ def run(config: Config) -> Result:
         config.out,
         name="bloom",
         config=config,
-        data=corpus_digests(list(prepared.corpora.values())),
+        data=corpus_digests(list(prepared.corpora.values())) | {"tasks": tasks.digest()},
         resume=config.resume,
     )
     first = jax.process_index() == 0  # of several processes, the one that writes
@@ -71,8 +75,11 @@ def run(config: Config) -> Result:
         if first:
             datasheet(config, prepared, folder.path)
         began = time.perf_counter()
-        for seed in range(config.seeds):
-            Runs(config, folder, mesh, seed, prepared, tasks).run()
+        runs = Runs(config, folder, mesh, prepared, tasks)
+        with contextlib.closing(runs):
+            runs.task_rows(0)  # too few are refused now
+            for seed in range(config.seeds):
+                runs.run(seed)
         found = [report.read(folder.path / f"seed-{seed}") for seed in range(config.seeds)]
     named, each = report.figures(found, prepared)
     if first:

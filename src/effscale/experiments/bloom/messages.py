@@ -1,6 +1,7 @@
 """The default corpus and its tasks: messages of a home automation's interface, which people have translated into many languages."""
 
 import functools
+import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,8 +58,8 @@ class InterfaceText(Source):
         return f"interface:{self.language}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The language; the package that holds the messages is pinned."""
-        return {"source": self.spec(), "version": 1}
+        """The language, and the version of the package that holds the messages."""
+        return {"source": self.spec(), "version": importlib.metadata.version("homeassistant")}
 
 
 def examples(task: str, language: str, split: Split) -> list[dict[str, Any]]:
@@ -75,7 +76,7 @@ def examples(task: str, language: str, split: Split) -> list[dict[str, Any]]:
         known = {text for place, text in every.items() if split_of(place) == "train"}
         here = {place: text for place, text in here.items() if text not in known}
     unique = {text: place for place, text in here.items()}
-    rng = np.random.default_rng([len(task), *language.encode(), *split.encode()])
+    rng = np.random.default_rng([*task.encode(), *language.encode(), *split.encode()])
     made = _MAKERS[task]({place: text for text, place in unique.items()}, language, rng)
     return [made[i] for i in rng.permutation(len(made))]
 
@@ -154,7 +155,7 @@ def _continuation(
 ) -> list[dict[str, Any]]:
     halves = []
     for text in here.values():
-        words, between = _words(text)
+        words, between = _words(text, language)
         if len(words) >= 8:
             half = len(words) // 2
             halves.append((between.join(words[:half]), between.join(words[half:])))
@@ -173,7 +174,7 @@ def _continuation(
 def _cloze(
     here: Mapping[Place, str], language: str, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    texts = [_words(text) for text in here.values()]
+    texts = [_words(text, language) for text in here.values()]
     texts = [(words, between) for words, between in texts if len(words) >= 6]
     every = [word for words, _ in texts for word in words if _is_word(word)]
     made = []
@@ -190,13 +191,11 @@ def _cloze(
     return made
 
 
-def _words(text: str) -> tuple[Sequence[str], str]:
-    """A text's words and what stands between them; its characters where it has no spaces to speak of, as Chinese."""
-    words = text.split()
-    if len(text) > 12 * len(words) and not text.isascii():
-        pairs = "".join(words)
-        return [pairs[i : i + 2] for i in range(0, len(pairs), 2)], ""
-    return words, " "
+def _words(text: str, language: str) -> tuple[Sequence[str], str]:
+    """A text's words and what stands between them; pairs of characters in languages that put no spaces between words."""
+    if language.startswith(("zh", "ja", "th")):
+        return [text[i : i + 2] for i in range(0, len(text), 2)], ""
+    return text.split(), " "
 
 
 def _is_word(word: str) -> bool:

@@ -13,15 +13,16 @@ from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series, 
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("zero_shot_before", "zero_shot_after")
 GROUPS: tuple[Group, ...] = get_args(Group)
 Found = Mapping[str, Any]
 
 
 def read(place: pathlib.Path) -> dict[str, Found]:
-    """What both runs of a seed left."""
-    read_one = lambda name: json.loads((place / name / "found.json").read_text(encoding="utf-8"))
-    return {name: read_one(name) for name in STAGES}
+    """What a seed's models were found to do, and which one fine-tuning selected."""
+    read_one = lambda *names: json.loads(place.joinpath(*names).read_text(encoding="utf-8"))
+    found = {name: read_one(name, "found.json") for name in STAGES}
+    return found | {"chosen": read_one("finetune", "chosen.json")}
 
 
 def accuracy(found: Found, *, new: bool = True, **where: str) -> float:
@@ -46,17 +47,23 @@ def figures(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The named figures as means over seeds, and those of each seed."""
     each: dict[str, list[float]] = {
-        "val_loss": [seed["pretrain"]["val_loss"]["all"] for seed in seeds],
-        "zero_shot_before": [accuracy(seed["pretrain"]) for seed in seeds],
-        "zero_shot_after": [accuracy(seed["finetune"]) for seed in seeds],
+        "val_loss": [seed["zero_shot_before"]["val_loss"]["all"] for seed in seeds],
+        "zero_shot_before": [accuracy(seed["zero_shot_before"]) for seed in seeds],
+        "zero_shot_after": [accuracy(seed["zero_shot_after"]) for seed in seeds],
         "chance": [
             float(
-                np.mean([c["chance"] for c in s["pretrain"]["accuracy"] if c["group"] != "learned"])
+                np.mean(
+                    [
+                        c["chance"]
+                        for c in s["zero_shot_before"]["accuracy"]
+                        if c["group"] != "learned"
+                    ]
+                )
             )
             for s in seeds
         ],
-        "val_loss_after": [seed["finetune"]["val_loss"]["all"] for seed in seeds],
-        "chosen_step": [float(seed["finetune"]["step"]) for seed in seeds],
+        "val_loss_after": [seed["zero_shot_after"]["val_loss"]["all"] for seed in seeds],
+        "chosen_step": [float(seed["chosen"]["step"]) for seed in seeds],
     }
     for group in GROUPS:
         name = group.replace(" ", "_")
@@ -101,7 +108,7 @@ def _by_group(seeds: Sequence[Mapping[str, Found]]) -> list[list[str]]:
         "new task": "new, in all languages",
     }
     for group in GROUPS:
-        cells = [c for c in seeds[0]["pretrain"]["accuracy"] if c["group"] == group]
+        cells = [c for c in seeds[0]["zero_shot_before"]["accuracy"] if c["group"] == group]
         if cells:
             chance = float(np.mean([cell["chance"] for cell in cells]))
             both = [_spread([accuracy(s[stage], group=group) for s in seeds]) for stage in STAGES]
@@ -112,7 +119,7 @@ def _by_group(seeds: Sequence[Mapping[str, Found]]) -> list[list[str]]:
 def _by(seeds: Sequence[Mapping[str, Found]], key: str) -> list[list[str]]:
     rows = [[key, "chance", "before", "after"]]
     only_new = key == "language"
-    cells = seeds[0]["pretrain"]["accuracy"]
+    cells = seeds[0]["zero_shot_before"]["accuracy"]
     for name in dict.fromkeys(cell[key] for cell in cells):
         of_name = [c for c in cells if c[key] == name and (not only_new or c["group"] != "learned")]
         if of_name:
@@ -170,11 +177,11 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, 
         axes[0].plot(tokens / 1e6, losses.mean(0), color=COLORS[0], label="training")
         axes[0].fill_between(tokens / 1e6, losses.min(0), losses.max(0), color=COLORS[0], alpha=0.2)
         axes[0].set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="Pretraining")
-        cells = [c for c in seeds[0]["pretrain"]["accuracy"] if c["group"] != "learned"]
+        cells = [c for c in seeds[0]["zero_shot_before"]["accuracy"] if c["group"] != "learned"]
         names = list(dict.fromkeys(cell["language"] for cell in cells))
         for shift, stage, color, label in (
-            (-0.2, "pretrain", COLORS[-1], "before fine-tuning"),
-            (0.2, "finetune", COLORS[1], "after"),
+            (-0.2, "zero_shot_before", COLORS[-1], "before fine-tuning"),
+            (0.2, "zero_shot_after", COLORS[1], "after"),
         ):
             values = np.array(
                 [[accuracy(seed[stage], language=name) for name in names] for seed in seeds]

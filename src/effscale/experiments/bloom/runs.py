@@ -1,7 +1,9 @@
-"""The runs of a seed: pretraining, and fine-tuning on prompted tasks; each leaves a model folder."""
+"""The runs of each seed: pretraining, and fine-tuning on prompted tasks. Each leaves a model folder, which is evaluated by itself."""
 
+import dataclasses
 import functools
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +16,12 @@ from jax.experimental import multihost_utils
 from effscale.data import batch_rows, make_dataset, packed_rows
 from effscale.experiments.bloom.config import Config
 from effscale.experiments.bloom.corpus import Prepared
+from effscale.experiments.bloom.messages import Split
 from effscale.experiments.bloom.tasks import Accuracy, Tasks, evaluate_tasks
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.interop import load_pretrained, save_pretrained
-from effscale.models import Transformer
-from effscale.parallel import batch_shard, shard_batch, shardings
+from effscale.models import Transformer, with_config
+from effscale.parallel import batch_shard, on_first, shard_batch, shardings
 from effscale.rlhf.data import RecordEncoder, fine_tuning_rows
 from effscale.training import (
     AdamWConfig,
@@ -37,20 +40,20 @@ from effscale.training import (
 from effscale.training.serialize import write_json
 
 _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
-CHOSEN_BY = 16
-"""Validation examples of a cell by which a checkpoint of fine-tuning is chosen."""
 
 
 class Runs:
-    """Both runs of one seed.
+    """The runs of all seeds, which share what is compiled.
 
     Args:
         config: What the experiment was told.
         folder: The run folder.
         mesh: The devices.
-        seed: Decides what is random.
         prepared: The corpus.
         tasks: The tasks.
+
+    Raises:
+        ValueError: The tasks make too few rows for a batch.
     """
 
     def __init__(
@@ -58,182 +61,211 @@ class Runs:
         config: Config,
         folder: RunFolder,
         mesh: jax.sharding.Mesh,
-        seed: int,
         prepared: Prepared,
         tasks: Tasks,
     ):
-        self.config, self.folder, self.mesh, self.seed = config, folder, mesh, seed
+        self.config, self.folder, self.mesh = config, folder, mesh
         self.prepared, self.tasks = prepared, tasks
-        self.stop_id = next(iter(prepared.corpora.values())).eos_id
+        self._part = batch_shard(mesh)
+        self._place = functools.partial(shard_batch, mesh=mesh)
+        self._model = config.model.build(prepared.tokenizer.get_vocab_size())
+        how = config.pretrain
+        adam = AdamWConfig(b2=config.b2, weight_decay=config.weight_decay)
+        self._optimizer = adam.build(how.schedule(config.length).build())
+        self._step = make_train_step(
+            next_token_loss,
+            self._optimizer,
+            accumulate=how.accumulate,
+            clip=Clip(config.clip_norm),
+        )
+        self._staged = self._stage()
 
-    def place(self, name: str) -> pathlib.Path:
-        """The folder of a run."""
-        return self.folder.path / f"seed-{self.seed}" / name
-
-    def run(self) -> None:
-        """Makes both runs, goes on with one that was stopped, or leaves finished ones as they are.
+    def run(self, seed: int) -> None:
+        """Makes both runs of a seed, continues one that was stopped, or leaves finished ones as they are.
 
         Raises:
             StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
         """
-        once(self.folder, f"seed-{self.seed}/pretrain", self._pretrain)
-        once(self.folder, f"seed-{self.seed}/finetune", self._finetune)
+        steps = {
+            "pretrain": self._pretrain,
+            "zero_shot_before": functools.partial(self._evaluate, model="pretrain"),
+            "finetune": self._finetune,
+            "zero_shot_after": functools.partial(self._evaluate, model="finetune"),
+        }
+        for name, step in steps.items():
+            once(self.folder, f"seed-{seed}/{name}", functools.partial(step, seed))
 
-    def _pretrain(self) -> None:
-        config, how = self.config, self.config.pretrain
-        ramp = how.ramp()
-        optimizer = self._adam(config.weight_decay).build(how.schedule(config.length).build())
-        step = make_train_step(
-            next_token_loss,
-            optimizer,
-            accumulate=how.accumulate,
-            clip=Clip(config.clip_norm),
+    def close(self) -> None:
+        """Ends the thread that compiles."""
+        self._staged.close()
+
+    def place(self, seed: int, name: str) -> pathlib.Path:
+        """The folder of a run."""
+        return self.folder.path / f"seed-{seed}" / name
+
+    def task_rows(self, seed: int) -> dict[str, np.ndarray]:
+        """The packed rows of fine-tuning.
+
+        Raises:
+            ValueError: There are fewer than a batch.
+        """
+        batch = self.config.finetune.batch_size
+        encoder = RecordEncoder(tokenizer=self.prepared.tokenizer, end_id=self.prepared.end_id)
+        rows = fine_tuning_rows(
+            self.tasks.records(seed), encoder, length=self.config.length, weigh="record"
         )
-        place = functools.partial(shard_batch, mesh=self.mesh)
-        staged = lambda: StagedStep(step, ramp, resize_rows, place_batch=place)
-        first = staged()
-        model = config.model.build(self.prepared.tokenizer.get_vocab_size())
+        count = len(rows["input_ids"])
+        if count < batch:
+            raise ValueError(
+                f"the tasks make {count} packed rows of length={self.config.length}, fewer than finetune.batch_size={batch}"
+            )
+        return rows
+
+    def _stage(self) -> StagedStep:
+        # Each process shapes its own part of a batch.
+        sizes = self.config.pretrain.ramp().map(lambda size: size // self._part.count)
+        return StagedStep(self._step, sizes, resize_rows, place_batch=self._place)
+
+    def _pretrain(self, seed: int) -> None:
+        config, how = self.config, self.config.pretrain
 
         def create() -> TrainState:
-            fresh = Transformer(model, rngs=nnx.Rngs(self.seed))
-            return create_train_state(fresh, optimizer, key=jax.random.key(self.seed))
+            fresh = Transformer(self._model, rngs=nnx.Rngs(seed))
+            return create_train_state(fresh, self._optimizer, key=jax.random.key(seed))
 
         stores = [corpus.train for corpus in self.prepared.corpora.values()]
         weights = [self.prepared.weights[name] for name in self.prepared.corpora]
         # As BLOOM: documents follow each other in a row, and attention does not stop between them.
         rows = packed_rows(
-            stores, length=config.length, seed=self.seed, weights=weights, cross_document=True
+            stores, length=config.length, seed=seed, weights=weights, cross_document=True
         )
-        try:
-            state = train_to_end(
-                self.folder,
-                f"seed-{self.seed}/pretrain",
-                first,
-                self._batches(rows, ramp),
-                create=create,
-                num_steps=how.steps,
-                evaluate=lambda state: {"val_loss": self._validate(state.model)["all"]},
-                every=config.checkpoint_every,
-                restage=staged,
-                layout=shardings(jax.eval_shape(create), self.mesh),
-                place_batch=place,
-            )
-        finally:
-            first.close()
-        losses = self._validate(state.model)
-        found = self._judge(state.model, "test", config.eval_examples)
-        self._leave("pretrain", state.model, {"val_loss": losses, "accuracy": found})
+        state = train_to_end(
+            self.folder,
+            f"seed-{seed}/pretrain",
+            self._staged,
+            self._batches(rows, how.ramp()),
+            create=create,
+            num_steps=how.steps,
+            evaluate=lambda state: {"val_loss": self._validate(state.model)["all"]},
+            every=config.checkpoint_every,
+            restage=self._stage,
+            compile_first=False,
+            layout=shardings(jax.eval_shape(create), self.mesh),
+            place_batch=self._place,
+        )
+        self._save(seed, "pretrain", state.model)
 
-    def _finetune(self) -> None:
+    def _finetune(self, seed: int) -> None:
         config, how = self.config, self.config.finetune
-        base = self.place("pretrain") / "model"
-        encoder = RecordEncoder(
-            tokenizer=self.prepared.tokenizer, end_id=self.stop_id, format="deepspeed_chat"
-        )
-        packed = fine_tuning_rows(
-            self.tasks.records(self.seed), encoder, length=config.length, weigh="record"
-        )
-        count = len(packed["input_ids"])
-        if count < how.batch_size:
-            raise ValueError(
-                f"the tasks make {count} packed rows, fewer than finetune.batch_size={how.batch_size}"
-            )
-        rows = grain.MapDataset.range(count).map(
+        packed = self.task_rows(seed)
+        rows = grain.MapDataset.range(len(packed["input_ids"])).map(
             lambda i: {name: array[i] for name, array in packed.items()}
         )
-        rows = rows.shuffle(seed=self.seed).repeat(None)
-        optimizer = self._adam(how.weight_decay).build(how.learning_rate)
-        step = make_train_step(next_token_loss, optimizer, clip=Clip(config.clip_norm))
-        best = KeepBest(self.place("finetune") / "best")
+        rows = rows.shuffle(seed=seed).repeat(None)
+        optimizer = AdamWConfig(b2=config.b2, weight_decay=how.weight_decay).build(
+            how.learning_rate
+        )
+        step = make_train_step(
+            next_token_loss, optimizer, accumulate=how.accumulate, clip=Clip(config.clip_norm)
+        )
+        best = KeepBest(self.place(seed, "finetune") / "best")
 
         def create() -> TrainState:
-            model = load_pretrained(base, dtype="float32", mesh=self.mesh)
-            return create_train_state(model, optimizer, key=jax.random.key(self.seed))
+            return create_train_state(
+                self._load(seed, "pretrain"), optimizer, key=jax.random.key(seed)
+            )
 
-        def look(state: TrainState) -> Mapping[str, float]:
-            found = self._judge(state.model, "validation", CHOSEN_BY)
-            new = [each.median for each in found if each.cell.group != "learned"]
-            value = float(np.mean(new)) if new else 0.0
+        def select(state: TrainState) -> Mapping[str, float]:
+            found = self._judge(state.model, "validation", config.selection_examples)
+            value = float(np.mean([each.median for each in found if each.cell.group != "learned"]))
             best.offer(int(state.step), state.model, value)
             return {"validation_accuracy": value}
 
         state = train_to_end(
             self.folder,
-            f"seed-{self.seed}/finetune",
+            f"seed-{seed}/finetune",
             jax.jit(step, donate_argnums=0),
             self._batches(rows, how.batch_size),
             create=create,
             trace_create=False,  # weights of a file are no part of a program
             num_steps=how.steps,
-            evaluate=look,
+            evaluate=select,
             every=how.eval_every,
-            place_batch=functools.partial(shard_batch, mesh=self.mesh),
+            place_batch=self._place,
         )
         chosen = best.restore(state.model)
-        accuracy = self._judge(chosen.model, "test", config.eval_examples)
-        losses = self._validate(chosen.model)
-        told = {"val_loss": losses, "accuracy": accuracy, "step": chosen.step}
-        self._leave("finetune", chosen.model, told)
+        self._save(seed, "finetune", chosen.model)
 
-    def _adam(self, weight_decay: float) -> AdamWConfig:
-        return AdamWConfig(b2=self.config.b2, weight_decay=weight_decay)
+        def finish() -> None:
+            write_json(
+                self.place(seed, "finetune") / "chosen.json",
+                {"step": chosen.step, "validation_accuracy": chosen.value},
+            )
+            shutil.rmtree(self.place(seed, "finetune") / "best")
+
+        on_first(finish)
+
+    def _evaluate(self, seed: int, model: str) -> None:
+        """Losses and accuracies of the model that a run has left."""
+        name = {"pretrain": "zero_shot_before", "finetune": "zero_shot_after"}[model]
+        loaded = self._load(seed, model)
+        accuracies = self._judge(loaded, "test", self.config.eval_examples)
+        found = {
+            "val_loss": self._validate(loaded),
+            "accuracy": [_plain(each) for each in accuracies],
+        }
+
+        def write() -> None:
+            self.place(seed, name).mkdir(parents=True, exist_ok=True)
+            write_json(self.place(seed, name) / "found.json", found)
+
+        on_first(write)
 
     def _batches(self, rows: grain.MapDataset, sizes: Any) -> Any:
-        part = batch_shard(self.mesh)
+        part = self._part
         options = {"process_index": part.index, "process_count": part.count}
         return iter(batch_rows(rows, batch_size=sizes, **options))
 
     def _validate(self, model: Transformer) -> dict[str, float]:
-        """The loss on the held-out text of each component, in nats a token, and under ``all`` their mean by the mixture's weights."""
-        part = batch_shard(self.mesh)
-        losses = {}
+        """The loss on the first held-out rows of each component, in nats a token, and under ``all`` their mean by the mixture's weights."""
+        config, losses = self.config, {}
         for name, corpus in self.prepared.corpora.items():
             batches = make_dataset(
                 corpus.validation,
-                batch_size=self.config.pretrain.batch_size,
-                length=self.config.length,
+                batch_size=config.pretrain.batch_size,
+                length=config.length,
                 shuffle=False,
                 num_epochs=1,
                 remainder="pad",
                 cross_document=True,
-                process_index=part.index,
-                process_count=part.count,
+                process_index=self._part.index,
+                process_count=self._part.count,
             )
-            place = functools.partial(shard_batch, mesh=self.mesh)
-            losses[name] = evaluate(model, _EVAL_STEP, batches, place_batch=place)["loss"]
+            first = (batch for batch, _ in zip(batches, range(config.eval_batches), strict=False))
+            losses[name] = evaluate(model, _EVAL_STEP, first, place_batch=self._place)["loss"]
         weights = self.prepared.weights
         return losses | {"all": sum(weights[name] * loss for name, loss in losses.items())}
 
-    def _judge(self, model: Transformer, split: Any, count: int) -> list[Accuracy]:
+    def _judge(self, model: Transformer, split: Split, count: int) -> list[Accuracy]:
         if jax.process_count() > 1:
             # Every process judges a whole copy; they come to the same.
             model = multihost_utils.process_allgather(model, tiled=True)
-        return evaluate_tasks(
-            self.tasks,
-            list(self.tasks.cells()),
-            model,
-            self.prepared.tokenizer,
-            split=split,
-            count=count,
-            start_id=self.stop_id,
-            batch_size=self.config.eval_batch,
+        options = {"split": split, "count": count, "batch_size": self.config.eval_batch}
+        return evaluate_tasks(self.tasks, model, self.prepared.tokenizer, **options)
+
+    def _load(self, seed: int, name: str) -> Transformer:
+        """The model of a run, in float32, which computes as it did there."""
+        model = load_pretrained(self.place(seed, name) / "model", dtype="float32", mesh=self.mesh)
+        how = self.config.model
+        return with_config(
+            model, dataclasses.replace(model.config, dtype=how.dtype, remat=how.remat)
         )
 
-    def _leave(self, name: str, model: Transformer, told: Mapping[str, Any]) -> None:
-        """The model as a folder, and what was found about it."""
-        save_pretrained(model, self.place(name) / "model", tokenizer=self.prepared.tokenizer)
-        if jax.process_index() == 0:
-            plain = {**told, "accuracy": [_plain(each) for each in told["accuracy"]]}
-            write_json(self.place(name) / "found.json", plain)
+    def _save(self, seed: int, name: str, model: Transformer) -> None:
+        save_pretrained(model, self.place(seed, name) / "model", tokenizer=self.prepared.tokenizer)
 
 
 def _plain(found: Accuracy) -> dict[str, Any]:
-    cell = found.cell
-    return {
-        "task": cell.task,
-        "language": cell.language,
-        "group": cell.group,
-        "templates": dict(found.of_template),
-        "median": found.median,
-        "chance": found.chance,
-    }
+    cell = dataclasses.asdict(found.cell)
+    templates = {"templates": dict(found.of_template), "median": found.median}
+    return {**cell, **templates, "chance": found.chance}

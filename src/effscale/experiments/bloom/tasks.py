@@ -1,6 +1,7 @@
 """Prompted tasks in several languages: what a model is fine-tuned on, and what it is asked without having seen it."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,14 +45,18 @@ class Tasks:
         config: What the experiment was told.
 
     Raises:
-        ValueError: ``new_tasks`` names one that is not there, or nothing is left to learn.
+        ValueError: ``new_tasks`` names one that is not there, two tasks have the same name, or nothing is left to learn.
         FileNotFoundError: There is no task.
     """
 
     def __init__(self, config: Config):
         self._config = config
-        read = read_tasks(config.tasks or FOLDER)
-        self._tasks = {task.name: task for task in read}
+        self._examples: dict[tuple[Cell, Split], list[dict[str, Any]]] = {}
+        self._tasks: dict[str, PromptedTask] = {}
+        for task in read_tasks(config.tasks or FOLDER):
+            if task.name in self._tasks:
+                raise ValueError(f"two files in {config.tasks} have the task {task.name!r}")
+            self._tasks[task.name] = task
         for name in config.new_tasks:
             if name not in self._tasks:
                 raise ValueError(f"new_tasks has {name!r}: {did_you_mean(name, self._tasks)}")
@@ -72,40 +77,59 @@ class Tasks:
                 yield Cell(task, language, group)
 
     def examples(self, cell: Cell, split: Split) -> list[dict[str, Any]]:
-        """The labelled examples of a cell; none where the task has none in the language."""
-        if self._config.tasks is None:
-            return messages.examples(cell.task, cell.language, split)
-        file = self._config.tasks / cell.task / cell.language / f"{split}.jsonl"
-        if not file.is_file():
-            return []
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        """The labelled examples of a cell, shuffled in the same way each time; none where the task has none in the language."""
+        key = cell, split
+        if key not in self._examples:
+            self._examples[key] = self._read(cell, split)
+        return self._examples[key]
 
     def check(self) -> None:
-        """Refuses examples that do not fit their templates, before anything is trained.
+        """Refuses examples that do not fit their templates, and what cannot be learned or evaluated, before anything is trained.
 
         Raises:
-            ValueError: An example lacks a field, or a template of a task that is evaluated has no choices.
+            ValueError: An example lacks a field, a task that is evaluated has no choices, or there are too few examples.
         """
-        for cell in self.cells():
+        every = list(self.cells())
+        for cell in every:
             for split in get_args(Split):
-                for made in self._task(cell).prompted(self.examples(cell, split)).values():
+                for made in self._tasks[cell.task].prompted(self.examples(cell, split)).values():
                     if split != "train" and not all(prompted.choices for prompted in made):
                         raise ValueError(
                             f"task {cell.task!r}: only tasks with choices can be evaluated; add choices to its templates"
                         )
-        if not self.records(0):
+        for task in self._tasks:
+            if not any(self.examples(cell, "test") for cell in every if cell.task == task):
+                raise ValueError(f"task {task!r} has no test examples in {self._config.languages}")
+        if not any(self.examples(cell, "train") for cell in every if cell.group == "learned"):
             learned = sorted(set(self._tasks) - set(self._config.new_tasks))
             raise ValueError(
                 f"no training examples for the tasks {learned} in the languages that are not new"
             )
+        for split, count in (
+            ("validation", self._config.selection_examples),
+            ("test", self._config.eval_examples),
+        ):
+            enough = [cell for cell in every if self.prompted(cell, split, count)]
+            if not any(cell.group != "learned" for cell in enough):
+                raise ValueError(
+                    f"no task has {min(MIN_EXAMPLES, count)} {split} examples in a new language, and no new task has: add them, and see --new-languages and --new-tasks"
+                )
+
+    def digest(self) -> str:
+        """What identifies templates and examples."""
+        content = [repr(task) for task in self._tasks.values()]
+        for cell in self.cells():
+            content += [
+                json.dumps(self.examples(cell, split), sort_keys=True) for split in get_args(Split)
+            ]
+        return hashlib.blake2b("\n".join(content).encode(), digest_size=16).hexdigest()
 
     def records(self, seed: int) -> list[Record]:
         """What a model is fine-tuned on: learned tasks in learned languages, each capped."""
         found = []
         for cell in self.cells():
             if cell.group == "learned":
-                made = self._task(cell).prompted(
+                made = self._tasks[cell.task].prompted(
                     self.examples(cell, "train"), cap=self._config.finetune.cap, seed=seed
                 )
                 found += [prompted.record() for each in made.values() for prompted in each]
@@ -116,13 +140,24 @@ class Tasks:
         chosen = self.examples(cell, split)[:count]
         if len(chosen) < min(MIN_EXAMPLES, count):
             return {}
-        return self._task(cell).prompted(chosen)
+        return self._tasks[cell.task].prompted(chosen)
 
-    def _task(self, cell: Cell) -> PromptedTask:
-        return self._tasks[cell.task]
+    def _read(self, cell: Cell, split: Split) -> list[dict[str, Any]]:
+        if self._config.tasks is None:
+            return messages.examples(cell.task, cell.language, split)
+        file = self._config.tasks / cell.task / cell.language / f"{split}.jsonl"
+        if not file.is_file():
+            return []
+        with file.open(encoding="utf-8-sig") as lines:
+            read = [_line(file, number, line) for number, line in enumerate(lines, 1)]
+        made = [example for example in read if example is not None]
+        order = np.random.default_rng([*cell.task.encode(), *split.encode()]).permutation(len(made))
+        return [made[i] for i in order]  # a file may be sorted by label
 
 
-def _line(file: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+def _line(file: pathlib.Path, number: int, line: str) -> dict[str, Any] | None:
+    if not line.strip():
+        return None
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -154,34 +189,31 @@ class Accuracy:
 
 def evaluate_tasks(
     tasks: Tasks,
-    cells: Sequence[Cell],
     model: Any,
     tokenizer: tokenizers.Tokenizer,
     *,
     split: Split,
     count: int,
-    start_id: int,
     batch_size: int,
 ) -> list[Accuracy]:
     """Rank evaluation of the cells that have enough examples: the likeliest choice after the prompt is the answer."""
-    asked: list[tuple[Cell, str, Prompted]] = []
-    for cell in cells:
-        for template, each in tasks.prompted(cell, split, count).items():
-            asked += [(cell, template, prompted) for prompted in each]
-    if not asked:
-        return []
-    found = rank_answers(
+    asked = [
+        (cell, template, prompted)
+        for cell in tasks.cells()
+        for template, each in tasks.prompted(cell, split, count).items()
+        for prompted in each
+    ]
+    best = rank_answers(
         model,
         tokenizer,
         [prompted.prompt for _, _, prompted in asked],
         [prompted.answers for _, _, prompted in asked],
-        start_id=start_id,
         batch_size=batch_size,
-    )
+    ).best
     right: dict[Cell, dict[str, list[bool]]] = {}
     choices: dict[Cell, list[int]] = {}
-    for (cell, template, prompted), best in zip(asked, found.best, strict=True):
-        right.setdefault(cell, {}).setdefault(template, []).append(best == prompted.answer)
+    for (cell, template, prompted), chosen in zip(asked, best, strict=True):
+        right.setdefault(cell, {}).setdefault(template, []).append(chosen == prompted.answer)
         choices.setdefault(cell, []).append(len(prompted.choices))
     return [
         Accuracy(

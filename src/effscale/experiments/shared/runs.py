@@ -85,6 +85,7 @@ def train_to_end(
     layout: Any = None,
     trace_create: bool = True,
     place_batch: Callable[[Any], Any] | None = None,
+    compile_first: bool = True,
 ) -> S:
     """Trains one of the runs of a run folder, from the start or from its checkpoint, with all of its files in a folder of its own.
 
@@ -103,6 +104,7 @@ def train_to_end(
         layout: Shardings of the state; None leaves it on one device.
         trace_create: As in `effscale.training.resume_or_start`.
         place_batch: Puts a batch on the devices.
+        compile_first: As in `run_to_end`.
 
     Returns:
         The last state.
@@ -122,6 +124,7 @@ def train_to_end(
             evaluate=evaluate,
             eval_every=every,
             restage=restage,
+            compile_first=compile_first,
             frozen=frozen,
             layout=layout,
             trace_create=trace_create,

@@ -53,7 +53,7 @@ class Prompted:
 class PromptTemplate:
     """How an example becomes a prompt with its target.
 
-    Texts hold fields of the example in braces, ``{premise}``; a brace of its own is doubled. Nothing in a template is run.
+    Texts hold fields of the example in braces, ``{premise}``; write ``{{`` for a literal brace. Nothing in a template is run.
 
     Attributes:
         name: Of the template.
@@ -79,11 +79,22 @@ class PromptTemplate:
         check(self, bool(self.name), "name", "a text")
         for text in self._texts:
             _fields(text, self.name)
+        if isinstance(self.choices, str) and not self._field_of_choices:
+            raise PromptTemplateError(
+                f"template {self.name!r}: choices={self.choices!r} must be a list of texts, or '{{field}}' for a field that holds one"
+            )
 
     @property
     def _texts(self) -> tuple[str, ...]:
         listed = (self.choices,) if isinstance(self.choices, str) else self.choices
         return (self.input, self.target, *listed)
+
+    @property
+    def _field_of_choices(self) -> str:
+        """The name in ``{field}``; empty where choices are no such text."""
+        text = self.choices if isinstance(self.choices, str) else ""
+        inner = text[1:-1]
+        return inner if text == f"{{{inner}}}" and inner.isidentifier() else ""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -99,10 +110,18 @@ class PromptTemplate:
         """
         prompt, target = (self._filled(text, example) for text in (self.input, self.target))
         if isinstance(self.choices, str):
-            (name,) = _fields(self.choices, self.name) or (self.choices,)
-            choices = tuple(str(choice) for choice in self._value(name, example))
+            listed = self._value(self._field_of_choices, example)
+            if not isinstance(listed, list | tuple):
+                raise PromptTemplateError(
+                    f"template {self.name!r}: the field {self._field_of_choices!r} must hold a list of choices, not {listed!r}"
+                )
+            choices = tuple(map(str, listed))
         else:
             choices = tuple(self._filled(choice, example) for choice in self.choices)
+        if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
+            raise PromptTemplateError(
+                f"template {self.name!r}: choices {choices} must be two different ones at least"
+            )
         for kind, text in (("prompt", prompt), ("target", target)):
             if not text.strip():
                 raise PromptTemplateError(f"template {self.name!r}: the {kind} is empty")
@@ -154,7 +173,7 @@ class PromptedTask:
 
         Args:
             examples: The labelled examples.
-            cap: How many to take at most for each template, drawn anew for each, so that large sets do not drown small ones. xP3 has 100,000.
+            cap: At most this many examples per template, drawn independently, so that large sets do not drown small ones. xP3 has 100,000.
             seed: Decides which.
 
         Returns:
@@ -275,7 +294,7 @@ def _fields(text: str, name: str) -> tuple[str, ...]:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
         raise PromptTemplateError(
-            f"template {name!r}: {text!r}: {error}; a brace of its own is doubled"
+            f"template {name!r}: {text!r}: {error}; write {{{{ for a literal brace"
         ) from error
     found = []
     for _, field, form, conversion in pieces:
