@@ -7,7 +7,7 @@ others, and for tasks that were not learned at all.
 
     python -m effscale.experiments.bloom
     python -m effscale.experiments.bloom --data FOLDER --languages en fr sw --new-languages sw --tasks TASKS --new-tasks nli
-    python -m effscale.experiments.bloom --preset bloom-560m --data FOLDER --tasks TASKS
+    python -m effscale.experiments.bloom --preset bloom-560m --data FOLDER --tasks TASKS --tokenizer tokenizer.json
     python -m effscale.experiments.bloom --out runs/mine --resume
 
 The default corpus comes with `make assets`; nothing is downloaded here. FOLDER holds a folder of text for each language, TASKS a YAML file and examples for each task.
