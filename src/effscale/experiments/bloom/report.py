@@ -25,19 +25,19 @@ def read(place: pathlib.Path) -> dict[str, Found]:
     return found | {"chosen": read_one("finetune", "chosen.json")}
 
 
-def accuracy(found: Found, *, new: bool = True, **where: str) -> float:
+def accuracy(found: Found, *, figure: str = "median", **where: str) -> float:
     """The mean over cells of their medians over templates.
 
     Args:
-        found: Of one run.
-        new: Take only cells that fine-tuning did not see, unless a group is asked for.
-        where: Take only cells of this ``task``, ``language`` or ``group``.
+        found: Of one model.
+        figure: ``chance`` in place of the median.
+        where: Take only cells of this ``task``, ``language`` or ``group``; without a group, those that fine-tuning did not see.
     """
     cells = [
-        cell["median"]
+        cell[figure]
         for cell in found["accuracy"]
         if all(cell[key] == value for key, value in where.items())
-        and (not new or "group" in where or cell["group"] != "learned")
+        and ("group" in where or cell["group"] != "learned")
     ]
     return float(np.mean(cells)) if cells else float("nan")
 
@@ -46,34 +46,31 @@ def figures(
     seeds: Sequence[Mapping[str, Found]], prepared: Prepared
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The named figures as means over seeds, and those of each seed."""
+    before, after = ([seed[stage] for seed in seeds] for stage in STAGES)
     each: dict[str, list[float]] = {
-        "val_loss": [seed["zero_shot_before"]["val_loss"]["all"] for seed in seeds],
-        "zero_shot_before": [accuracy(seed["zero_shot_before"]) for seed in seeds],
-        "zero_shot_after": [accuracy(seed["zero_shot_after"]) for seed in seeds],
-        "chance": [
-            float(
-                np.mean(
-                    [
-                        c["chance"]
-                        for c in s["zero_shot_before"]["accuracy"]
-                        if c["group"] != "learned"
-                    ]
-                )
-            )
-            for s in seeds
-        ],
-        "val_loss_after": [seed["zero_shot_after"]["val_loss"]["all"] for seed in seeds],
+        "val_loss": [found["val_loss"]["all"] for found in before],
+        "val_loss_after": [found["val_loss"]["all"] for found in after],
+        "zero_shot_before": [accuracy(found) for found in before],
+        "zero_shot_after": [accuracy(found) for found in after],
+        "chance": [accuracy(found, figure="chance") for found in before],
         "chosen_step": [float(seed["chosen"]["step"]) for seed in seeds],
     }
+    tasks = dict.fromkeys(cell["task"] for cell in before[0]["accuracy"])
     for group in GROUPS:
-        name = group.replace(" ", "_")
-        for stage, when in zip(STAGES, ("before", "after"), strict=True):
-            values = [accuracy(seed[stage], group=group) for seed in seeds]
-            if np.isfinite(values).all():
-                each[f"{name}_{when}"] = values
-    ratios = _ratios(prepared)
+        wheres: dict[str, dict[str, str]] = {"": {"group": group}}
+        wheres |= {f"{task}_": {"group": group, "task": task} for task in tasks}
+        kinds = (
+            ("before", before, "median"),
+            ("after", after, "median"),
+            ("chance", before, "chance"),
+        )
+        for prefix, where in wheres.items():
+            for kind, found, figure in kinds:
+                values = [accuracy(one, figure=figure, **where) for one in found]
+                if np.isfinite(values).all():
+                    each[f"{prefix}{group.replace(' ', '_')}_{kind}"] = values
     named = {name: float(np.mean(values)) for name, values in each.items()}
-    named |= {"fertility_ratio_max": max(ratios.values())}
+    named |= {"fertility_ratio_max": max(_ratios(prepared).values())}
     return named, each
 
 
@@ -85,13 +82,25 @@ def _ratios(prepared: Prepared) -> dict[str, float]:
 
 def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str, list[list[str]]]:
     """What the terminal and the page show."""
+    cells = seeds[0]["zero_shot_before"]["accuracy"]
+    names = lambda key: list(dict.fromkeys(cell[key] for cell in cells))
+    words: dict[Group, str] = {
+        "learned": "learned, in the languages of fine-tuning",
+        "new language": "learned, in new languages",
+        "new task": "not learned, in all languages",
+    }
+    groups = {f"tasks that were {words[group]}": {"group": group} for group in GROUPS}
+    tasks = {
+        f"{task}: {words[group]}": {"task": task, "group": group}
+        for task in names("task")
+        for group in GROUPS
+    }
+    languages = {language: {"language": language} for language in names("language")}
     return {
-        "Accuracy by group, mean over tasks and languages (and deviation over seeds)": _by_group(
-            seeds
-        ),
-        "Accuracy by task": _by(seeds, "task"),
-        "Accuracy by language, where fine-tuning did not see task and language together": _by(
-            seeds, "language"
+        "Accuracy, before and after fine-tuning (and deviation over seeds)": _rows(seeds, groups),
+        "Accuracy by task": _rows(seeds, tasks),
+        "Accuracy by language, where fine-tuning did not see task and language together": _rows(
+            seeds, languages
         ),
         "The corpus": _corpus(prepared),
         "Tokens a word in held-out text, and the loss on it in nats a token": _by_component(
@@ -100,34 +109,15 @@ def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str
     }
 
 
-def _by_group(seeds: Sequence[Mapping[str, Found]]) -> list[list[str]]:
-    rows = [["tasks", "chance", "before", "after"]]
-    words = {
-        "learned": "learned, in languages that they were learned in",
-        "new language": "learned, in new languages",
-        "new task": "new, in all languages",
-    }
-    for group in GROUPS:
-        cells = [c for c in seeds[0]["zero_shot_before"]["accuracy"] if c["group"] == group]
-        if cells:
-            chance = float(np.mean([cell["chance"] for cell in cells]))
-            both = [_spread([accuracy(s[stage], group=group) for s in seeds]) for stage in STAGES]
-            rows.append([words[group], f"{100 * chance:.0f} %", *both])
-    return rows
-
-
-def _by(seeds: Sequence[Mapping[str, Found]], key: str) -> list[list[str]]:
-    rows = [[key, "chance", "before", "after"]]
-    only_new = key == "language"
-    cells = seeds[0]["zero_shot_before"]["accuracy"]
-    for name in dict.fromkeys(cell[key] for cell in cells):
-        of_name = [c for c in cells if c[key] == name and (not only_new or c["group"] != "learned")]
-        if of_name:
-            chance = float(np.mean([cell["chance"] for cell in of_name]))
-            both = [
-                _spread([accuracy(s[stage], new=only_new, **{key: name}) for s in seeds])
-                for stage in STAGES
-            ]
+def _rows(
+    seeds: Sequence[Mapping[str, Found]], wheres: Mapping[str, Mapping[str, str]]
+) -> list[list[str]]:
+    """A row for each choice of cells that has some."""
+    rows = [["cells", "chance", "before", "after"]]
+    for name, where in wheres.items():
+        chance = accuracy(seeds[0][STAGES[0]], figure="chance", **where)
+        if np.isfinite(chance):
+            both = [_spread([accuracy(seed[stage], **where) for seed in seeds]) for stage in STAGES]
             rows.append([name, f"{100 * chance:.0f} %", *both])
     return rows
 
@@ -198,7 +188,7 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, 
             axes[1].hlines(
                 100 * chance, at - 0.45, at + 0.45, color=COLORS[2], linestyle="--", label=label
             )
-        axes[1].set_xticks(range(len(names)), names)
+        axes[1].set_xticks(range(len(names)), names, rotation=30)
         axes[1].set(
             ylabel="zero-shot accuracy (%)",
             title="What fine-tuning did not see, by language",

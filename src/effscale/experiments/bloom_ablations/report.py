@@ -1,0 +1,82 @@
+"""What came out: the loss of each arm at the length of training and at longer ones."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from effscale.experiments.bloom_ablations.config import ArmName, Config
+from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+from effscale.experiments.shared.results import deviation
+from effscale.experiments.shared.search import Found
+
+Losses = Mapping[ArmName, np.ndarray]
+"""Of each arm, by seed and length."""
+
+
+def read(folder: pathlib.Path, config: Config) -> Losses:
+    """The losses of all runs; NaN where one diverged."""
+
+    def losses(arm: ArmName, seed: int) -> list[float]:
+        file = folder / arm / f"seed-{seed}" / "final.json"
+        found = json.loads(file.read_text(encoding="utf-8"))["losses"]
+        return [np.nan if loss is None else loss for loss in found]
+
+    return {
+        arm: np.array([losses(arm, seed) for seed in range(config.seeds)]) for arm in config.arms
+    }
+
+
+def figures(losses: Losses, config: Config) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The named figures as means over seeds, and those of each seed; none of a length at which a run diverged."""
+    each = {
+        f"{arm}_val_loss" + ("" if times == 1 else f"_{times}_times_longer"): found[:, i].tolist()
+        for arm, found in losses.items()
+        for i, times in enumerate(config.times_longer)
+        if np.isfinite(found[:, i]).all()
+    }
+    return {name: float(np.mean(values)) for name, values in each.items()}, each
+
+
+def tables(
+    losses: Losses, config: Config, found: Mapping[ArmName, Found]
+) -> dict[str, Sequence[Sequence[str]]]:
+    """What the terminal and the page show."""
+    lengths = [f"{config.length * times} tokens" for times in config.times_longer]
+    rows = [["arm", *lengths]]
+    for arm, values in losses.items():
+        shown = (f"{column.mean():.3f} ± {deviation(column):.3f}" for column in values.T)
+        rows.append([arm, *shown])
+    searched = [["arm", "rate", "warmup", "points", "settled"]]
+    for arm, one in found.items():
+        rate, warmup = one.best
+        searched.append(
+            [arm, f"{rate:g}", str(warmup), str(len(one.losses)), "yes" if one.settled else "no"]
+        )
+    return {
+        "Loss on held-out text in rows of a length, in nats a token": rows,
+        "What each arm's search found": searched,
+    }
+
+
+def draw(path: pathlib.Path, losses: Losses, config: Config) -> None:
+    """The loss over the length of rows: mean and range of seeds."""
+    plt = pyplot()
+    lengths = [config.length * times for times in config.times_longer]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.0, 3.6))
+        for color, (arm, values) in zip(COLORS, losses.items(), strict=False):
+            axes.plot(lengths, values.mean(0), "o-", color=color, markersize=4, label=arm)
+            axes.fill_between(lengths, values.min(0), values.max(0), color=color, alpha=0.2)
+        axes.axvline(config.length, color="gray", linewidth=1, linestyle="--")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(
+            xlabel=f"tokens in a row of evaluation (rows of training have {config.length})",
+            ylabel="loss (nats per token)",
+        )
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
