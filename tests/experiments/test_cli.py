@@ -113,6 +113,19 @@ def test_own_errors_become_messages_and_others_keep_their_traceback(monkeypatch,
         preset("gpt-2")
 
 
+def test_too_little_memory_becomes_advice(monkeypatch, capsys):
+    monkeypatch.delenv("EFFSCALE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as stopped, messages():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Out of memory allocating 9 bytes" in said
+    assert "accumulate" in said
+    monkeypatch.setenv("EFFSCALE_TRACEBACK", "1")
+    with pytest.raises(jax.errors.JaxRuntimeError), messages():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_ends_with_the_status_of_its_signal(capsys, number, status):
     with pytest.raises(SystemExit) as stop, messages():

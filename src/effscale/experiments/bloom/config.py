@@ -274,8 +274,11 @@ def _bloom(
     final: float = 1e-5,
     tuned: int = 2048,
 ) -> Config:
-    """BLOOM's published settings for one of its sizes, of a corpus that the user has."""
+    """BLOOM's published settings for one of its sizes; the paths stand for a corpus, tasks and a tokenizer that the user has."""
     return Config(
+        data=pathlib.Path("FOLDER"),
+        tasks=pathlib.Path("TASKS"),
+        tokenizer=pathlib.Path("TOKENIZER"),
         vocab_size=250_680,
         length=2048,
         model=ModelConfig(

@@ -64,6 +64,13 @@ def messages() -> Iterator[None]:
             )
             raise SystemExit(128 + signal.SIGINT) from None
         except (ValueError, OSError, RuntimeError, ImportError) as error:
+            if "RESOURCE_EXHAUSTED" in str(error) and not keep_tracebacks:
+                print(
+                    f"error: a device has too little memory ({str(error).splitlines()[0]}); use smaller batches, more micro-batches (accumulate), "
+                    "recompute more (remat), divide the model over more devices (mesh), or take a smaller model",
+                    file=sys.stderr,
+                )
+                raise SystemExit(2) from None
             known = _raised_here(error) and not is_broken_connection(error)
             if keep_tracebacks or not known:
                 raise
