@@ -19,7 +19,8 @@ from effscale.evaluation import (
     score_continuations,
     text_log_probs,
 )
-from effscale.models import Transformer, bloom, gpt2
+from effscale.models import MLPConfig, Transformer, bloom, gpt2
+from effscale.moe import MoEConfig, RouterConfig, with_experts
 
 VOCAB = 50
 
@@ -214,3 +215,12 @@ def test_bad_input(model):
         text_log_probs(model, [[]], start_id=0, max_length=4)
     with pytest.raises(ValueError, match="prompt 0 has no answers"):
         rank_answers(model, None, ["a"], [[]])
+
+
+def test_experts_that_see_later_tokens_are_refused():
+    router = RouterConfig(k=1, chosen_by="experts")
+    moe = MoEConfig(num_experts=2, expert=MLPConfig(d_ff=16), router=router)
+    config = with_experts(gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=50), moe)
+    model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    with pytest.raises(ValueError, match="chosen_by='experts'"):
+        score_continuations(model, [[1, 2]], [[3]])

@@ -50,7 +50,8 @@ def score_continuations(
         max_length: Tokens that the model may read at once; a longer context loses its beginning. None: as many as a Transformer has positions; otherwise without bound.
 
     Raises:
-        ValueError: A context or continuation is empty, their numbers differ, or a continuation has more than ``max_length`` tokens.
+        ValueError: A context or continuation is empty, their numbers differ, a continuation has more than ``max_length`` tokens, or the
+            experts of the model choose their tokens, of which some come later.
 
     Example:
         >>> from flax import nnx
@@ -64,6 +65,14 @@ def score_continuations(
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    if isinstance(model, Transformer):
+        for number, block in enumerate(model.config.layers):
+            # By name, as a technique is not known here.
+            router = getattr(block.feed_forward, "router", None)
+            if getattr(router, "chosen_by", "tokens") == "experts":
+                raise ValueError(
+                    f"the experts of layer {number} choose among all tokens of a batch, also later ones (chosen_by='experts'), so that nothing can be said of a continuation"
+                )
     positions = model.config.max_length if isinstance(model, Transformer) else None
     limits = [limit for limit in (max_length, positions) if limit is not None]
     max_length = min(limits, default=None)
