@@ -6,7 +6,7 @@ on the same batches in the same order. Every arm gets the same search for its ra
 end with them, until the mean loss of the same seeds misses the goal; the last that reached it counts. Times are those of the steps: compilations and evaluations are left out and
 reported beside them. Each run is kept in --folder, so that a benchmark that was stopped goes on.
 
-    python benchmarks/time_to_loss.py --folder /tmp/time_to_loss
+    python benchmarks/time_to_loss.py --folder runs/time_to_loss
 """
 
 import argparse
@@ -208,7 +208,9 @@ def compare(folder: pathlib.Path, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="where runs are kept")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, default="runs/time_to_loss", help="where runs are kept"
+    )
     parser.add_argument("--steps", type=int, default=400, help="steps of transformers' run")
     parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
     parser.add_argument("--rounds", type=int, default=1, help="for `make bench`; one is all")
