@@ -17,6 +17,7 @@ from effscale.experiments.data_efficiency.experiment import main
 from effscale.experiments.data_efficiency.figures import draw
 from effscale.experiments.data_efficiency.runs import Runner
 from effscale.experiments.lab_book import MAX_FIGURE_BYTES
+from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_plan import make_plan
 from effscale.experiments.shared.results import show_rows
 from effscale.experiments.shared.saved import config_from_json
@@ -249,7 +250,9 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
 
     config = PRESETS["smoke"].pretraining("none", 1.0)
     batches = lambda stores, seed: None
-    training = SimpleNamespace(config=config, train=train, batches=batches)
+    training = Pretraining.__new__(Pretraining)
+    training.config, training.mesh = config, runner.mesh
+    training.train, training.batches = train, batches
     runner._trainings = {("none", 1.0): training}
     folder = RunFolder.create(tmp_path / "run")
     runner.run(folder, "none", 1.0, 0, Point(1e-3, 4))

@@ -1,30 +1,24 @@
 """The runs of the experiment ``bloom_ablations``: each arm's search, and its runs by seed."""
 
-import dataclasses
 import itertools
 import json
 import math
-import sys
 from typing import Any
 
 import jax
 
 from effscale.data import Corpus, make_dataset
 from effscale.experiments.bloom_ablations.config import ArmName, Config
-from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.experiments.shared.pretraining import Pretraining
-from effscale.experiments.shared.pretraining_config import FREE
-from effscale.experiments.shared.runs import once
+from effscale.experiments.shared.pretraining_run import pretrain_once
 from effscale.experiments.shared.search import Found, Point
 from effscale.training import (
     RunFolder,
-    TrainingDivergedError,
     TrainState,
     evaluate,
     make_eval_step,
     next_token_loss,
 )
-from effscale.training.serialize import write_json
 
 _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
 
@@ -74,39 +68,20 @@ class Runner:
         self._once(folder, f"{arm}/seed-{seed}", arm, seed, point)
 
     def _once(self, folder: RunFolder, name: str, arm: ArmName, seed: int, point: Point) -> None:
-        training, place = self._trainings[arm], folder.path / name
-        config = self.config.pretraining(arm, seed, point)
-        config = dataclasses.replace(config, out=place, resume=True)
+        training = self._trainings[arm]
 
         def measure(state: TrainState) -> dict[str, float]:
-            loss = self._loss(state, 1, config.eval_batches)
+            loss = self._loss(state, 1, self.config.eval_batches)
             return {"part_val_loss": loss, "val_tokens_seen": int(state.tokens)}
 
-        def train() -> None:
-            with jax.set_mesh(self.mesh):
-                try:
-                    trained = training.train(
-                        training.batches([self.corpus.train], seed=seed),
-                        place,
-                        config=config,
-                        evaluate=measure,
-                        tensorboard=folder.tensorboard / name,
-                        free_fields=FREE,
-                    )
-                except (
-                    TrainingDivergedError
-                ) as error:  # a result, after which the other runs are made
-                    print(f"{name} diverged at step {error.step}", file=sys.stderr)
-                    losses: list[float | None] = [None] * len(self.config.times_longer)
-                    write_json(place / "final.json", {"losses": losses})
-                    return
-                if trained.stopped_reason == "signal":
-                    message = f"stopped and saved {name} at step {int(trained.state.step)}"
-                    raise StoppedBySignal(message, trained.signal)
-                found = [self._loss(trained.state, n, None) for n in self.config.times_longer]
-            write_json(place / "final.json", {"losses": found})
-
-        once(folder, name, train)
+        times = self.config.times_longer
+        pretrain_once(
+            *(folder, name, training, self.config.pretraining(arm, seed, point)),
+            batches=lambda: training.batches([self.corpus.train], seed=seed),
+            evaluate=measure,
+            final=lambda trained: {"losses": [self._loss(trained.state, n, None) for n in times]},
+            diverged={"losses": [None for _ in times]},
+        )
 
     def _held_out(self, times: int) -> Any:
         """Held-out batches of rows that are so many times longer, with as many tokens in a batch."""

@@ -1,22 +1,18 @@
 """The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
 
-import dataclasses
 import gc
 import json
-import sys
 
 import jax
 
 from effscale.data import Corpus
 from effscale.experiments.data_efficiency.config import Config
-from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import FREE
 from effscale.experiments.shared.pretraining_plan import Technique
-from effscale.experiments.shared.runs import once
+from effscale.experiments.shared.pretraining_run import pretrain_once
 from effscale.experiments.shared.search import Found, Point
-from effscale.training import RunFolder, TrainingDivergedError, TrainState
-from effscale.training.serialize import write_json
+from effscale.training import RunFolder, TrainState
 
 
 class Runner:
@@ -79,42 +75,25 @@ class Runner:
         point: Point,
     ) -> None:
         training = self._trainings[technique, fraction]
-        place = folder.path / name
         config = self.config.pretraining(technique, fraction, seed, point)
-        config = dataclasses.replace(config, out=place, resume=True)
 
         def measure(state: TrainState) -> dict[str, float]:
             loss = training.validate(state, self._held_out, config.eval_batches)
             return loss | training.plan.consumed(int(state.step))
 
-        def train() -> None:
-            with jax.set_mesh(self.mesh):
-                try:
-                    trained = training.train(
-                        training.batches([self.corpus.train], seed=seed),
-                        place,
-                        config=config,
-                        evaluate=measure,
-                        tensorboard=folder.tensorboard / name,
-                        # Older checkpoints hold the quickstart's prompts as well.
-                        free_fields=(*FREE, "samples", "sample_tokens"),
-                        compile_first=True,
-                    )
-                except TrainingDivergedError as error:  # a result, from which the other runs go on
-                    print(f"{name} diverged at step {error.step}", file=sys.stderr)
-                    write_json(place / "final.json", {"val_loss": None, "diverged": True})
-                    return
-                step = int(trained.state.step)
-                if trained.stopped_reason == "signal":
-                    message = f"stopped and saved {name} at step {step}"
-                    raise StoppedBySignal(message, trained.signal)
-                final = {
-                    "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
-                    "num_compilations": len(trained.compilations),
-                }
-            write_json(place / "final.json", final)
-
-        once(folder, name, train)
+        pretrain_once(
+            *(folder, name, training, config),
+            batches=lambda: training.batches([self.corpus.train], seed=seed),
+            evaluate=measure,
+            final=lambda trained: {
+                "val_loss": training.validate(trained.state, self._held_out)["val_loss"],
+                "num_compilations": len(trained.compilations),
+            },
+            diverged={"val_loss": None, "diverged": True},
+            # Older checkpoints hold the quickstart's prompts as well.
+            free_fields=(*FREE, "samples", "sample_tokens"),
+            compile_first=True,
+        )
 
     def forget(self, technique: Technique, fraction: float) -> None:
         """Lets go of what was compiled, when all seeds are done.
