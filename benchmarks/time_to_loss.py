@@ -178,12 +178,19 @@ def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> d
     return json.loads(file.read_text())
 
 
+def best_rate(folder: pathlib.Path, arm: str, steps: int) -> float:
+    """The best of RATES, or beyond them as long as the best one is the first or the last."""
+    tried = list(RATES)
+    while True:
+        best = min(tried, key=lambda rate: run(folder, arm, rate, steps, SEARCH_SEED)["loss"])
+        if min(tried) < best < max(tried):
+            return best
+        tried.append(best * 2 if best == max(tried) else best / 2)
+
+
 def compare(folder: pathlib.Path, steps: int) -> str:
     """The table."""
-    rates = {
-        arm: min(RATES, key=lambda rate: run(folder, arm, rate, steps, SEARCH_SEED)["loss"])
-        for arm in ARMS
-    }
+    rates = {arm: best_rate(folder, arm, steps) for arm in ARMS}
     mean = lambda runs, key: statistics.mean(each[key] for each in runs)
     of = lambda arm, count: [run(folder, arm, rates[arm], count, seed) for seed in SEEDS]
     theirs = of("transformers", steps)

@@ -1,5 +1,6 @@
 """Rotary frequencies for longer sequences, against transformers and by what they are meant to do."""
 
+import dataclasses
 import math
 import types
 
@@ -82,12 +83,28 @@ def test_transformers_computes_the_same(scaling):
 )
 def test_transformers_computes_the_same_everywhere(factor, length, low, more, base, dim, truncate):
     shared = {"factor": factor, "original_max_length": length}
-    check(Llama3Scaling(**shared, low_freq_factor=low, high_freq_factor=low + more), dim, base)
+    llama3 = Llama3Scaling(**shared, low_freq_factor=low, high_freq_factor=low + more)
     yarn = YarnScaling(**shared, beta_slow=low, beta_fast=low + more, truncate=truncate)
-    expected, amplitude = theirs(yarn, dim, base)
-    # Their ramp is in float32, and steep where it is a thousandth of a pair wide.
-    np.testing.assert_allclose(yarn.scale(plain(dim, base), base), expected, rtol=1e-4)
-    assert yarn.amplitude == pytest.approx(amplitude, rel=1e-12)
+    # Their frequencies and ramps are in float32, and a ramp that is a thousandth of a pair wide enlarges its rounding without
+    # limit. So theirs must be what ours gives for inputs changed by float32's rounding: of a power with its exponent,
+    # log(1e6) / 2**24, and of a few products. Whole numbers, which truncated ramps begin and end at, are exact in float32.
+    rounding = 1.5e-6
+    before = plain(dim, base)
+    shift = 0.0 if truncate else 2 * math.log(base) * rounding  # of a ramp's ends, by a 1.5e-6 of themselves
+    changed = {
+        llama3: [llama3.scale(before * (1 + sign * rounding), base) for sign in (-1, 0, 1)],
+        yarn: [
+            dataclasses.replace(
+                yarn, beta_slow=low * (1 + sign * shift), beta_fast=(low + more) * (1 + sign * shift)
+            ).scale(before, base)
+            for sign in (-1, 0, 1)
+        ],
+    }
+    for scaling, found in changed.items():
+        expected, amplitude = theirs(scaling, dim, base)
+        assert (expected >= np.min(found, axis=0) * (1 - rounding)).all(), scaling
+        assert (expected <= np.max(found, axis=0) * (1 + rounding)).all(), scaling
+        assert scaling.amplitude == pytest.approx(amplitude, rel=1e-12)
 
 
 GOLDEN = {
