@@ -87,7 +87,7 @@ bench: $(DEV)
 aot: $(AOT_VENV)/.with-aot
 	$(AOT_VENV)/bin/python -m kernels_pallas.aot \
 		--programs kernels_pallas.attention.aot kernels_pallas.cross_entropy.aot kernels_pallas.expert_matmul.aot \
-		kernels_pallas.packed_matmul.aot kernels_pallas.quantized_matmul.aot kernels_pallas.top_k_gating.aot \
+		kernels_pallas.packed_matmul.aot kernels_pallas.quantized_matmul.aot kernels_pallas.sign_compress.aot kernels_pallas.top_k_gating.aot \
 		effscale.experiments.aot effscale.experiments.aot_attention effscale.experiments.aot_moe_decoding effscale.experiments.aot_quantization $(ARGS)
 
 # Runs every notebook and keeps what it shows.
