@@ -1,6 +1,6 @@
 """Time until a GPT reaches the validation loss at which transformers' own Trainer ends, plain and with random-LTD.
 
-8 layers, 192 wide, 6 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a cosine with a tenth of warm-up,
+8 layers, 128 wide, 4 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a cosine with a tenth of warm-up,
 on the same batches in the same order. Every arm gets the same search for its rate: each of RATES over the whole budget, with a seed of its own
 (SEARCH_SEED); the best is kept. Then transformers trains with the seeds 0, 1, 2, and the mean of its last losses is the goal. Each of our arms is run over shorter and shorter budgets, whose schedules
 end with them, until the mean loss of the same seeds misses the goal; the last that reached it counts. Times are those of the steps: compilations and evaluations are left out and
@@ -19,7 +19,7 @@ import time
 
 from harness import _machine, _versions, table
 
-LAYERS, WIDTH, HEADS, LENGTH, BATCH, VOCAB = 8, 192, 6, 256, 8, 1024
+LAYERS, WIDTH, HEADS, LENGTH, BATCH, VOCAB = 8, 128, 4, 256, 8, 1024
 RATES = (1e-3, 2e-3, 4e-3)
 BUDGETS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
 SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=pathlib.Path, default="runs/time_to_loss", help="where runs are kept"
     )
-    parser.add_argument("--steps", type=int, default=400, help="steps of transformers' run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of transformers' run")
     parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
     parser.add_argument("--rounds", type=int, default=1, help="for `make bench`; one is all")
     parser.add_argument("--newest", help="for `make bench`; not used")
