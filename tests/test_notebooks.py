@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -50,10 +51,26 @@ def test_a_reader_sees_outputs(path):
         cell.source
         for cell in notebook.cells
         if cell.cell_type == "code" and not cell.source.startswith("%%capture")
-        if not cell.outputs
+        if cell.id != "install" and not cell.outputs
     ]
     assert silent == []
     assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_second_cell_installs_where_nothing_is_installed(path, monkeypatch):
+    cell = nbformat.read(path, as_version=4).cells[1]
+    assert cell.id == "install"
+    commands: list[str] = []
+    python = re.sub(r"^( +)[!%](.*)$", r"\1run(r'\2')", cell.source, flags=re.MULTILINE)
+    exec(compile(python, path.name, "exec"), {"run": commands.append})
+    assert not commands  # effscale is here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(compile(python, path.name, "exec"), {"run": commands.append})
+    assert commands[:2] == [
+        "git clone --quiet {REPOSITORY} effscale",
+        "pip install --quiet ./effscale",
+    ]
 
 
 def test_there_are_notebooks():
