@@ -62,7 +62,7 @@ def curriculum_from_deepspeed(
     rankings: Mapping[str, Ranking] | None = None,
     functions: Functions | None = None,
 ) -> DeepSpeedCurriculum:
-    """Reads the curricula of a DeepSpeed configuration.
+    """Read the curricula of a DeepSpeed configuration.
 
     A curriculum is on if its own ``enabled`` says so, as in DeepSpeed. The switches above it, which DeepSpeed does not
     consult, may be left out; one that says otherwise is an error. Metrics called ``seqlen_truncate`` and
@@ -114,7 +114,7 @@ def curriculum_from_deepspeed(
 def pacing_from_deepspeed(
     config: Block, *, function: Callable[[int], int] | None = None, name: str = "metric"
 ) -> Pacing:
-    """The pacing function of a metric's block, or of the older ``curriculum_learning``.
+    """Return the pacing function of a metric's block, or of the older ``curriculum_learning``.
 
     It counts steps from 1. Values are DeepSpeed's but in two places: where those, rounded down to a multiple of
     ``difficulty_step``, fall below ``min_difficulty``, ours do not; and from ``total_curriculum_step`` on ours are
@@ -183,7 +183,7 @@ def pacing_from_deepspeed(
 
 
 def _from_one(function: Callable[[int], int], step: int) -> int:
-    """A function that counts steps from 1, as DeepSpeed's do, for a pacing that begins at 0."""
+    """Return a function that counts steps from 1, as DeepSpeed's do, for a pacing that begins at 0."""
     return function(max(step, 1))
 
 
@@ -262,7 +262,7 @@ def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengt
     check_keys(block, where, required=("enabled", "curriculum_type", *PACING))
     if block["curriculum_type"] != "seqlen":
         raise ValueError(
-            f"{where}.curriculum_type={block['curriculum_type']!r}: must be 'seqlen', the only one there was"
+            f"{where}.curriculum_type must be 'seqlen', the only one there was, got {block['curriculum_type']!r}"
         )
     return SequenceLengthCurriculum(
         pacing=pacing_from_deepspeed(block, function=function, name=where)

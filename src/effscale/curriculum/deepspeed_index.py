@@ -22,7 +22,7 @@ def ranking_from_deepspeed(
     index_to_sample: str | os.PathLike[str],
     index_to_metric: str | os.PathLike[str] | None = None,
 ) -> Ranking:
-    """Reads a difficulty index.
+    """Read a difficulty index.
 
     Args:
         index_to_sample: The path of ``..._index_to_sample`` without ``.idx`` and ``.bin``.
@@ -55,7 +55,7 @@ def ranking_from_deepspeed(
 
 
 def metric_from_deepspeed(path: str | os.PathLike[str]) -> Integer[np.ndarray, " values"]:
-    """Reads the values of ``..._sample_to_metric``, by sample, or of ``..._metric_value``, such as counts of tokens.
+    """Read the values of ``..._sample_to_metric``, by sample, or of ``..._metric_value``, such as counts of tokens.
 
     ``rank`` makes a ranking of the former; ``VocabularyRarity`` takes the latter.
 

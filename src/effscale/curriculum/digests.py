@@ -14,7 +14,7 @@ SAMPLED_ROWS = 64
 
 
 def fingerprint(source: Any) -> str:
-    """A digest of a source of rows, to check that an index belongs to it.
+    """Return a digest of a source of rows, to check that an index belongs to it.
 
     For `PackedTokens` it is made of the token store's digest and the options of packing. For any other
     source, of its length and of the contents of 64 rows spread evenly over it: a change of a single
@@ -58,7 +58,7 @@ def _add_row(digest: Any, row: Any, index: int) -> None:
 
 
 def metric_digest(metric: Any) -> str | None:
-    """A digest of a metric and its parameters, or None where it cannot be told from others.
+    """Return a digest of a metric and its parameters, or None where it cannot be told from others.
 
     A metric may have an attribute ``digest``, a string. Otherwise it is what pickle writes of it,
     and for a function its source too, so that work done with an earlier version is not taken for that

@@ -60,7 +60,7 @@ class DifficultyIndex:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, verify: Verify = "once") -> "DifficultyIndex":
-        """Opens an index after checking it.
+        """Open an index after checking it.
 
         Args:
             folder: The index's folder.
@@ -107,7 +107,7 @@ class DifficultyIndex:
         return self.manifest["source"]
 
     def check_source(self, source: Any) -> None:
-        """Checks that a source is the one that was analyzed.
+        """Check that a source is the one that was analyzed.
 
         Raises:
             ValueError: It is another.
@@ -121,7 +121,7 @@ class DifficultyIndex:
             )
 
     def ranking(self, metric: str, source: Any = None) -> Ranking:
-        """The samples in order of difficulty, memory-mapped.
+        """Return the samples in order of difficulty, memory-mapped.
 
         Args:
             metric: The name of the metric.
@@ -137,14 +137,14 @@ class DifficultyIndex:
         return Ranking(self._map(entry["samples"]), self._map(entry["values"]))
 
     def values(self, metric: str) -> Shaped[np.ndarray, " samples"]:
-        """The difficulty of sample 0, 1, ...; raises like `ranking`."""
+        """Return the difficulty of sample 0, 1, ...; raises like `ranking`."""
         ranking = self.ranking(metric)
         values = np.empty_like(ranking.values)
         values[ranking.samples] = ranking.values
         return values
 
     def percentiles(self, metric: str) -> dict[int, int | float]:
-        """The value at every fifth percentile, from 0 (the smallest) to 100 (the largest).
+        """Return the value at every fifth percentile, from 0 (the smallest) to 100 (the largest).
 
         At percentile p that is the smallest value v such that at least p % of the samples are at most v.
         """
@@ -188,7 +188,7 @@ def shards_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
-    """The size of a file, and its digest."""
+    """Return the size of a file, and its digest."""
     facts: dict[str, Any] = {"bytes": path.stat().st_size}
     if digest:
         with open(path, "rb") as stream:
@@ -198,7 +198,7 @@ def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
 
 
 def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    """Writes ``index.json`` beside the files of an index."""
+    """Write ``index.json`` beside the files of an index."""
     paths = sorted(path for path in folder.iterdir() if path.name != INDEX)
     files = {path.name: describe_file(path) for path in paths}
     manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}

@@ -44,7 +44,7 @@ def loss_ratio(losses: Shaped[np.ndarray, " steps"]) -> Float[np.ndarray, " step
 
 
 def unstable_steps(losses: Shaped[np.ndarray, " steps"], threshold: float = 1.2) -> int:
-    """The number of steps whose ``loss_ratio`` is above the threshold, or whose loss is not finite.
+    """Return the number of steps whose ``loss_ratio`` is above the threshold, or whose loss is not finite.
 
     >>> unstable_steps(np.array([4.0, 2.0, 3.0, 1.0, np.nan]))
     2
@@ -100,7 +100,7 @@ def with_metrics(
     step: Callable[..., tuple[Any, Mapping[str, Any]]],
     function: Callable[[Any], Mapping[str, Any]],
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A training step that reports more.
+    """Return a training step that reports more.
 
     Args:
         step: ``step(state, batch) -> (state, metrics)``, not jitted; keyword arguments (``frozen``) are passed on to it.

@@ -117,9 +117,11 @@ def steps_then_tokens(
 
 def _check(peak: Any, warmup_steps: Any, total_tokens: Any, final: Any) -> None:
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} must not be negative; 0 means no warmup")
+        raise ValueError(
+            f"warmup_steps must not be negative, got {warmup_steps}; 0 means no warmup"
+        )
     if total_tokens < 1:
-        raise ValueError(f"total_tokens={total_tokens} must be at least 1")
+        raise ValueError(f"total_tokens must be at least 1, got {total_tokens}")
     ScheduleConfig(peak=peak, total=1, final=final)  # it checks these two
 
 

@@ -67,7 +67,7 @@ class SequenceLengthCurriculum:
         check(self, longest % self.multiple_of == 0, "multiple_of", divisor)
 
     def check(self, length: int) -> None:
-        """Raises a ValueError unless the schedule ends at the rows' ``length``.
+        """Raise a ValueError unless the schedule ends at the rows' ``length``.
 
         ``shape_batch`` does so too: a run whose lengths never reach the rows' would end on a model that has not seen its
         last positions.
@@ -80,7 +80,7 @@ class SequenceLengthCurriculum:
             )
 
     def stages(self, batch_size: int, *, process_count: int = 1) -> Stages[int]:
-        """The length by training step.
+        """Return the length by training step.
 
         Args:
             batch_size: Rows of a full-length batch over all processes. Only the clocks ``samples`` (rows read) and
@@ -93,7 +93,7 @@ class SequenceLengthCurriculum:
         """
         if process_count < 1 or batch_size % process_count:
             raise ValueError(
-                f"process_count={process_count}: must be a divisor of batch_size={batch_size}"
+                f"process_count must be a divisor of batch_size={batch_size}, got {process_count}"
             )
         full, own_rows = self.pacing(self.pacing.end), batch_size // process_count
 
@@ -108,7 +108,7 @@ class SequenceLengthCurriculum:
         return stages(self.pacing, cost=cost).map(self._rounded)
 
     def shape_batch(self, batch: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """The batch as a stage wants it; give it and ``stages`` to :class:`effscale.training.StagedStep`."""
+        """Return the batch as a stage wants it; give it and ``stages`` to :class:`effscale.training.StagedStep`."""
         self.check(token_shape(batch, self.field)[1])
         if self.mode == "truncate":
             return truncate(batch, length, field=self.field)
@@ -119,7 +119,7 @@ class SequenceLengthCurriculum:
 
 
 def truncate(batch: Mapping[str, Any], length: int, *, field: str = "input_ids") -> dict[str, Any]:
-    """The first ``length`` tokens of each row, with their labels; the rest is discarded.
+    """Return the first ``length`` tokens of each row, with their labels; the rest is discarded.
 
     What has the shape ``(rows, seq)`` of the tokens is cut, by a view; all else passes. As ``labels`` are shifted
     already, the last input keeps its label, the first token beyond the cut.
@@ -199,7 +199,7 @@ def reshape(
 
 
 def reshaped_rows(rows: int, seq: int, length: int, rows_multiple_of: int = 2) -> int:
-    """The number of rows that ``reshape`` makes.
+    """Return the number of rows that ``reshape`` makes.
 
     >>> reshaped_rows(8, 1023, 127), reshaped_rows(8, 1023, 500), reshaped_rows(8, 1023, 1023)
     (64, 16, 8)
@@ -245,7 +245,7 @@ def truncate_padded(
     """
     shape = token_shape(batch, field)
     if multiple_of < 1:
-        raise ValueError(f"multiple_of={multiple_of} must be at least 1")
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
     if length is None:
         if getattr(batch.get("attention_mask"), "shape", None) != shape:
             raise ValueError(
@@ -257,7 +257,7 @@ def truncate_padded(
 
 
 def _longest(mask: np.ndarray) -> int:
-    """The greatest length of a row over all processes, at least 1."""
+    """Return the greatest length of a row over all processes, at least 1."""
     columns = np.flatnonzero(mask.any(axis=0))
     longest = int(columns[-1]) + 1 if columns.size else 1
     if jax.process_count() > 1:
@@ -266,7 +266,7 @@ def _longest(mask: np.ndarray) -> int:
 
 
 def _from_zero(positions: np.ndarray) -> np.ndarray:
-    """Counts a document that begins before the piece from the piece's start; those that begin in it do already."""
+    """Count a document that begins before the piece from the piece's start; those that begin in it do already."""
     follows = np.diff(positions, axis=1) == 1
     first = np.pad(
         np.logical_and.accumulate(follows, axis=1), ((0, 0), (1, 0)), constant_values=True
@@ -276,4 +276,4 @@ def _from_zero(positions: np.ndarray) -> np.ndarray:
 
 def _check_length(length: int, width: int) -> None:
     if not 1 <= length <= width:
-        raise ValueError(f"length={length}: must be from 1 to the rows' {width} tokens")
+        raise ValueError(f"length must be from 1 to the rows' {width} tokens, got {length}")

@@ -72,7 +72,7 @@ class LossDrivenBatches(grain.IterDataset):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Prepares the batches.
+        """Prepare the batches.
 
         Args:
             rows: The samples by id, with a length; pytrees of arrays.
@@ -94,20 +94,20 @@ class LossDrivenBatches(grain.IterDataset):
         num = len(ranking.samples)
         faults = [
             (num != len(rows), f"a ranking of {num} samples for {len(rows)} rows"),
-            (not math.isfinite(target_loss), f"target_loss={target_loss}: it must be finite"),
+            (not math.isfinite(target_loss), f"target_loss must be finite, got {target_loss}"),
             (
                 not 1 <= min_difficulty <= max_difficulty <= num,
                 f"min_difficulty={min_difficulty}, max_difficulty={max_difficulty}: they must rise from 1 to at most "
                 f"the number of samples, {num}",
             ),
-            (window < 1, f"window={window}: it must be at least 1"),
+            (window < 1, f"window must be at least 1, got {window}"),
             (
                 not 0 <= process_index < process_count,
-                f"process_index={process_index}: it must be from 0 to process_count-1={process_count - 1}",
+                f"process_index must be from 0 to process_count-1={process_count - 1}, got {process_index}",
             ),
             (
                 batch_size < 1 or batch_size % process_count != 0,
-                f"batch_size={batch_size}: it must be a multiple of process_count={process_count}",
+                f"batch_size must be a multiple of process_count={process_count}, got {batch_size}",
             ),
         ]
         check_seed(seed)
@@ -169,7 +169,7 @@ class LossDrivenIterator(grain.DatasetIterator):
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def _learn(self) -> None:
-        """Takes the losses of all batches but the last one into account."""
+        """Take the losses of all batches but the last one into account."""
         batches = self._batches
         while self._reported and self._reported[0][0] < self._step:
             loss = float(self._reported.pop(0)[1])

@@ -26,7 +26,7 @@ NO_LABEL = -100  # a label outside of every vocabulary; no loss counts it
 
 
 def tokens_of(batch: Batch, field: str) -> Integer[np.ndarray, "rows length"]:
-    """The tokens of a batch, as they are.
+    """Return the tokens of a batch, as they are.
 
     Raises:
         ValueError: There are none of this name.
@@ -63,7 +63,7 @@ def sequence_length(batch: Batch, *, field: str = "input_ids") -> Int64[np.ndarr
 
 
 def _tokens(batch: Batch, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that count and where they do, each ``[rows, length]`` or ``[rows, length + 1]``.
+    """Return the tokens that count and where they do, each ``[rows, length]`` or ``[rows, length + 1]``.
 
     A row for next-token prediction of ``length`` is made of ``length + 1`` tokens: its inputs and
     its last label, unless that is -100. A padded row (one with an ``attention_mask``) is its real
@@ -102,7 +102,7 @@ class TokenCounts:
 
     def __init__(self, vocab_size: int, *, field: str = "input_ids"):
         if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size}: it must be at least 1.")
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
         self.vocab_size, self.field = vocab_size, field
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " vocab"]:
@@ -128,7 +128,7 @@ class VocabularyRarity:
     """
 
     def __init__(self, counts: Integer[np.ndarray, " vocab"], *, field: str = "input_ids"):
-        """Prepares the rarity of each token.
+        """Prepare the rarity of each token.
 
         Args:
             counts: How often each token occurs, from `count_vocabulary` or `effscale.data.token_counts`.
@@ -151,7 +151,7 @@ class VocabularyRarity:
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
-        """The rarity of each row."""
+        """Return the rarity of each row."""
         ids, real = _tokens(batch, self.field)
         _check_ids(ids, real, len(self.rarity), "counts")
         rarity = self.rarity.take(ids, mode="clip")
@@ -179,7 +179,7 @@ class LengthThenRarity:
     def __init__(
         self, counts: Integer[np.ndarray, " vocab"], max_length: int, *, field: str = "input_ids"
     ):
-        """Prepares the metric.
+        """Prepare the metric.
 
         Args:
             counts: As for `VocabularyRarity`.
@@ -206,7 +206,7 @@ class LengthThenRarity:
         return f"{self.rarity.digest}-{self.max_length}"
 
     def __call__(self, batch: Batch) -> Int64[np.ndarray, " rows"]:
-        """The rank of each row."""
+        """Return the rank of each row."""
         lengths = sequence_length(batch, field=self.rarity.field)
         if lengths.max(initial=0) > self.max_length:
             raise ValueError(

@@ -26,7 +26,7 @@ class Clusters:
     """
 
     def __init__(self, stage: Integer[np.ndarray, " n"], num_stages: int, seed: int):
-        """Groups samples.
+        """Group samples.
 
         Args:
             stage: For each sample the cluster it is in; ``num_stages`` or more: in none.
@@ -62,7 +62,7 @@ class Clusters:
     def sample(
         self, cluster: Int64[np.ndarray, " m"], draw: Int64[np.ndarray, " m"]
     ) -> Int64[np.ndarray, " m"]:
-        """The ids of the samples that draws from clusters give; draws of a cluster count from 0."""
+        """Return the ids of the samples that draws from clusters give; draws of a cluster count from 0."""
         size = self.sizes[cluster]
         number, place = np.divmod(draw, size)
         place = permute(place, size, fold_in(self._order_keys[cluster], number))
@@ -101,7 +101,7 @@ def next_draws(
     skip: int,
     count: int,
 ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"], Int64[np.ndarray, " open"]]:
-    """Draws from the open clusters, in the order in which they are due.
+    """Draw from the open clusters, in the order in which they are due.
 
     A cluster's draws are due at a rate in proportion to its size, so every stretch of the result holds the clusters in
     proportion to their sizes, and each cluster's draws come in their order. The work does not depend on ``skip``.
@@ -149,7 +149,7 @@ class GrowingOrder:
     """
 
     def __init__(self, clusters: Clusters, starts: Sequence[int]):
-        """Prepares the order.
+        """Prepare the order.
 
         Args:
             clusters: The clusters, none empty.
@@ -167,7 +167,7 @@ class GrowingOrder:
             self._drawn.append(np.append(drawn, 0))
 
     def __call__(self, first: int, count: int) -> Int64[np.ndarray, " count"]:
-        """The samples at positions ``first`` to ``first + count - 1``, between which no cluster may open."""
+        """Return the samples at positions ``first`` to ``first + count - 1``, between which no cluster may open."""
         k = int(np.searchsorted(self._starts, first, side="right")) - 1
         cluster, draw, _ = self._draws(k, first - int(self._starts[k]), count)
         return self.clusters.sample(cluster, draw)

@@ -9,7 +9,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def scramble(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """A fixed permutation of the 64-bit numbers after which neighbours have nothing in common.
+    """Return a fixed permutation of the 64-bit numbers after which neighbours have nothing in common.
 
     It is the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """
@@ -21,7 +21,7 @@ def scramble(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 def fold_in(
     key: UInt64[np.ndarray, "*shape"], number: Int64[np.ndarray, "*shape"]
 ) -> UInt64[np.ndarray, "*shape"]:
-    """A new key for each number, as `jax.random.fold_in` makes them, on the host and for many at once."""
+    """Return a new key for each number, as `jax.random.fold_in` makes them, on the host and for many at once."""
     return scramble(key + _STEP * (number.astype(np.uint64) + np.uint64(1)))
 
 

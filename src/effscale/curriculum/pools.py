@@ -72,7 +72,7 @@ def growing_order(
     seed: int,
     tokens_per_row: int | None,
 ) -> GrowingOrder:
-    """The order of a curriculum; see `effscale.curriculum.sampler.curriculum_rows`."""
+    """Return the order of a curriculum; see `effscale.curriculum.sampler.curriculum_rows`."""
     limits = {
         name: difficulty
         for name, difficulty in difficulties.items()

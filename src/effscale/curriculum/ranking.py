@@ -25,7 +25,7 @@ class Ranking(NamedTuple):
 
 
 def rank(values: Shaped[np.ndarray, " n"]) -> Ranking:
-    """Ranks samples by difficulty; samples of one difficulty stay in the order of their ids.
+    """Rank samples by difficulty; samples of one difficulty stay in the order of their ids.
 
     Args:
         values: The difficulty of sample 0, 1, ...: integers, floats or booleans.
@@ -52,7 +52,7 @@ def rank(values: Shaped[np.ndarray, " n"]) -> Ranking:
 
 
 def check_ranking(ranking: Ranking) -> None:
-    """Raises a ValueError that says what is wrong unless this is a ranking.
+    """Raise a ValueError that says what is wrong unless this is a ranking.
 
     It costs a pass over the ids and the values, and a byte of memory per sample. The order of equal values does not
     matter.
@@ -89,7 +89,7 @@ def raise_stages(
     samples: Integer[np.ndarray, " n"],
     bounds: Sequence[int],
 ) -> None:
-    """Raises the stages of samples, in place, to at least those of their places in a ranking.
+    """Raise the stages of samples, in place, to at least those of their places in a ranking.
 
     Args:
         stage: By sample.

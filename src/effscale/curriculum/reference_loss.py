@@ -34,7 +34,7 @@ class ReferenceLoss:
         rows: int = 8,
         length: int | None = None,
     ):
-        """Prepares the metric.
+        """Prepare the metric.
 
         Args:
             model: The reference model, on the device where it is to run.
@@ -48,7 +48,7 @@ class ReferenceLoss:
             ValueError: ``rows`` is below 1.
         """
         if rows < 1:
-            raise ValueError(f"rows={rows}: it must be at least 1.")
+            raise ValueError(f"rows must be at least 1, got {rows}")
         self.model, self.loss, self.rows, self.length = model, loss, rows, length
 
     @property
@@ -64,7 +64,7 @@ class ReferenceLoss:
         return digest.hexdigest()
 
     def __call__(self, batch: Batch) -> Float32[np.ndarray, " rows"]:
-        """The loss of each row."""
+        """Return the loss of each row."""
         count, length = batch["input_ids"].shape
         if self.length is not None and length > self.length:
             raise ValueError(

@@ -79,7 +79,7 @@ def curriculum_rows(
         "tokens_per_row": 1 if tokens_per_row is None else tokens_per_row,
     }.items():
         if value < 1:
-            raise ValueError(f"{name}={value}: it must be at least 1.")
+            raise ValueError(f"{name} must be at least 1, got {value}")
     check_seed(seed)
     if not difficulties:
         raise ValueError("difficulties={}: give at least one.")

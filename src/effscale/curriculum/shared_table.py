@@ -36,7 +36,7 @@ class SharedTable:
     values: Shaped[np.ndarray, " n"]
 
     def __init__(self, length: int, dtype: np.dtype):
-        """Makes a table.
+        """Make a table.
 
         Args:
             length: How many numbers.
@@ -91,7 +91,7 @@ class SharedTable:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserves the space: writing to a map of a file that the disk has no room for kills the process."""
+    """Reserve the space: writing to a map of a file that the disk has no room for kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return

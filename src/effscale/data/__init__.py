@@ -1,7 +1,7 @@
 """Text to batches: sources, tokenizers, token stores, splits, packing and grain pipelines.
 
-`prepare_corpus` goes from a source to token stores in one call and `make_dataset` from stores to
-batches; everything that they are made of can be used alone.
+Call `prepare_corpus` to turn a source into token stores, and `make_dataset` to turn token stores into
+batches. The parts they are built from can also be used separately.
 """
 
 from typing import TYPE_CHECKING
@@ -87,7 +87,7 @@ _NEEDS_GRAIN = ("batch_rows", "make_dataset", "packed_rows")
 
 
 def __getattr__(name: str):
-    # grain imports jax and orbax, most of a second; only the pipelines need it.
+    # Importing grain loads jax and orbax, which takes most of a second; only the pipelines need it.
     if name in _NEEDS_GRAIN:
         from effscale.data import pipeline
 

@@ -16,7 +16,7 @@ from effscale.data.writer import TokenStoreWriter
 
 
 class Progress(NamedTuple):
-    """How far the building of stores has come."""
+    """Progress of writing token stores."""
 
     documents: int
     characters: int
@@ -35,33 +35,33 @@ def write_splits(
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> dict[str, TokenStore]:
-    """Encodes documents and writes each part of the corpus as a token store.
+    """Encode documents and write each split of the corpus as a token store.
 
-    Memory does not grow with the corpus.
+    Memory use does not grow with the size of the corpus.
 
     Args:
         documents: The documents, read once.
-        folders: A folder for each part of ``splits``.
+        folders: The output folder of each split.
         tokenizer: The tokenizer.
-        splits: Which document goes where.
-        eos_token: The token to put at the end of each document; None finds the tokenizer's own.
+        splits: Which documents go to which split.
+        eos_token: The token to append to each document; None uses the tokenizer's end-of-document token.
         parse_special_tokens: As in `encode_documents`.
-        metadata: Plain values for the manifests.
-        overwrite: Replace existing stores.
-        progress: Called after each batch.
+        metadata: Plain values to store in the manifests.
+        overwrite: Whether to replace existing stores.
+        progress: Called after each batch of documents.
 
     Returns:
         The stores, opened.
 
     Raises:
-        ValueError: ``folders`` does not match ``splits``, or the tokenizer has no such token.
+        ValueError: ``folders`` does not match ``splits``, or the tokenizer has no such end-of-document token.
         FileExistsError: A folder exists and ``overwrite`` is false.
-        DiskFullError: The disk is full; no store is left.
+        DiskFullError: The disk is full; no partial store is left behind.
     """
     if set(folders) != set(splits.fractions):
         raise ValueError(
-            f"folders for {sorted(folders)} and splits {sorted(splits.fractions)}: "
-            "give one folder for each split."
+            f"folders must have one entry for each split, got {sorted(folders)} for the splits "
+            f"{sorted(splits.fractions)}"
         )
     eos_id = separator_id(tokenizer, eos_token)
     digest = tokenizer_digest(tokenizer)
@@ -98,7 +98,7 @@ def write_splits(
             )
             if progress is not None:
                 progress(done)
-    # What was written a moment ago is still in memory, and reading it would say little of the disk.
+    # The files just written are still in the page cache, so reading them back would not check the disk.
     return {name: TokenStore.open(folder, verify="size") for name, folder in folders.items()}
 
 
@@ -113,7 +113,7 @@ def write_store(
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> TokenStore:
-    """Encodes documents and writes them as one token store; see `write_splits`."""
+    """Encode documents and write them as one token store. Arguments as in `write_splits`."""
     stores = write_splits(
         documents,
         {"all": folder},

@@ -1,4 +1,4 @@
-"""Keys of a cache of built files."""
+"""Cache keys for built files."""
 
 import hashlib
 import json
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def request_key(request: Mapping[str, Any]) -> str:
-    """A short name for a request of plain values; another request has another."""
+    """Return a short cache key for a request made of plain values; different requests get different keys."""
     return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""From sources to a tokenizer and token stores in one call, kept for the next time."""
+"""From sources to a tokenizer and token stores in one call, with a cache."""
 
 import contextlib
 import itertools
@@ -39,13 +39,13 @@ class Corpus:
     """A corpus ready for training.
 
     Attributes:
-        tokenizer: Encodes and decodes its text.
+        tokenizer: The tokenizer of the corpus.
         train: The training documents.
-        validation: The documents held out.
+        validation: The held-out documents.
         eos_id: The token that ends each document.
-        folder: Where all of it is.
-        skipped: The documents that were left out when it was built.
-        num_bytes: Bytes of its documents' text in UTF-8.
+        folder: The folder that contains the corpus.
+        skipped: The documents that were left out when the corpus was built.
+        num_bytes: The size of the text in UTF-8 bytes.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -76,32 +76,31 @@ def prepare_corpus(
     verify: Verify = "once",
     progress: Callable[[Progress], object] | None = None,
 ) -> Corpus:
-    """Trains or loads a tokenizer and writes token stores of the documents, or reopens them.
+    """Train or load a tokenizer and write token stores of the documents, or reopen cached ones.
 
-    The result goes to ``corpus-<key>`` in ``folder``, where the key stands for everything that the
-    result depends on (the sources and the sizes and times of their files, the tokenizer, the
-    split). The same request later opens what is there, and another request does not touch it. A
-    damaged corpus is built again, which is logged as a warning. Of several processes that ask at
-    once, one builds and the others wait.
+    The result is written to ``corpus-<key>`` in ``folder``. The key is a hash of everything the result depends on: the sources,
+    the sizes and times of their files, the tokenizer and the split. A later call with the same arguments opens the existing
+    result; a call with other arguments does not touch it. A damaged corpus is built again, with a warning in the log. If several
+    processes make the same request at the same time, one builds and the others wait.
 
     Args:
         sources: The corpus; several sources are read one after another.
-        folder: The cache.
+        folder: The cache folder.
         vocab_size: Train a byte-level BPE of this size on the training documents.
-        tokenizer: Or use this one (a path is a ``tokenizer.json`` or its folder).
-        validation_fraction: The share of documents to hold out, by the hash of their text.
-        seed: Decides which documents are held out and which are sampled.
-        sample_characters: Train the tokenizer on a random sample of training documents of this
-            size in all, the same share from each source.
-        eos_token: The token at the end of each document; None finds the tokenizer's own.
-        parse_special_tokens: Whether a special token's name in a text means that token.
+        tokenizer: Or use this tokenizer (a path names a ``tokenizer.json`` or its folder).
+        validation_fraction: The share of documents to hold out, chosen by the hash of their text.
+        seed: Seed for which documents are held out and which are sampled.
+        sample_characters: Train the tokenizer on a random sample of the training documents of this total size, with the same
+            share from each source.
+        eos_token: The token to append to each document; None uses the tokenizer's end-of-document token.
+        parse_special_tokens: Whether the name of a special token in a text is encoded as that token.
         verify: How to check an existing corpus, see `TokenStore.open`.
         progress: Called as the stores are written.
 
     Raises:
         ValueError: An argument is out of range, or a split would be empty.
-        DocumentError: A document is unusable and its source does not skip.
-        DiskFullError: The disk is full; nothing half-written is left.
+        DocumentError: A document is unusable and its source does not skip it.
+        DiskFullError: The disk is full; no partial corpus is left behind.
     """
     sources = _as_tuple(sources)
     folder = pathlib.Path(folder).absolute()
@@ -123,7 +122,7 @@ def prepare_corpus(
                 return _open(target, verify)
             except (CorruptTokenStoreError, OSError, ValueError, KeyError) as error:
                 logger.warning("%s is damaged and is built again: %s", target, error)
-        # A process without the lock (not every file system has locks) may have been faster.
+        # Not every file system supports locks, so another process may have finished first.
         with contextlib.suppress(FileExistsError), atomic_folder(target, overwrite=True) as work:
             skipped, size = SkipReport(), _Size()
             stores = write_splits(
@@ -158,16 +157,16 @@ def prepare_mixture(
     sample_characters: int = SAMPLE_CHARACTERS,
     **options: Any,
 ) -> tuple[Corpus, ...]:
-    """Prepares each source as a corpus of its own, all with one tokenizer.
+    """Prepare each source as a separate corpus, all with the same tokenizer.
 
-    For a weighted mixture: ``make_dataset([c.train for c in corpora], weights=...)``.
+    To train on a weighted mixture, use ``make_dataset([c.train for c in corpora], weights=...)``.
 
     Args:
         sources: The components.
-        folder: The cache.
+        folder: The cache folder.
         vocab_size: Train a tokenizer of this size on a sample of all components.
-        tokenizer: Or use this one.
-        validation_fraction: The share of documents to hold out of each component.
+        tokenizer: Or use this tokenizer.
+        validation_fraction: The share of each component's documents to hold out.
         seed: As in `prepare_corpus`.
         sample_characters: As in `prepare_corpus`.
         **options: Further arguments of `prepare_corpus`.
@@ -195,14 +194,14 @@ def prepare_mixture(
 def _as_tuple(sources: Source | Sequence[Source]) -> tuple[Source, ...]:
     result = (sources,) if isinstance(sources, Source) else tuple(sources)
     if not result:
-        raise ValueError("sources=[]: give at least one source.")
+        raise ValueError("sources must have at least one source, got []")
     return result
 
 
 def _splits(validation_fraction: float, seed: int) -> Splits:
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction={validation_fraction}: it must be at least 0 and below 1."
+            f"validation_fraction must be at least 0 and below 1, got {validation_fraction}"
         )
     return Splits(
         fractions={"train": 1 - validation_fraction, "validation": validation_fraction}, seed=seed
@@ -214,7 +213,7 @@ def _read(sources: tuple[Source, ...], skipped: SkipReport) -> Iterator[Document
 
 
 class _Size:
-    """Counts the bytes of documents that pass."""
+    """Counts the bytes of documents that pass through."""
 
     num_bytes = 0
 
@@ -234,13 +233,13 @@ def _check_sizes(
     total = sum(counts.values())
     specs = ", ".join(source.spec() for source in sources)
     if not total:
-        raise ValueError(f"the corpus {specs} has no documents: {skipped}.")
+        raise ValueError(f"the corpus {specs} has no documents: {skipped}")
     for name, count in counts.items():
         if not count and splits.fractions[name] > 0:
             raise ValueError(
                 f"the corpus {specs} has {total} documents, and none of them fell to {name} "
-                f"(fraction {splits.fractions[name]:g}); {skipped}. Use more documents (TextFiles has a "
-                "separator for files with several), another fraction or another seed."
+                f"(fraction {splits.fractions[name]:g}); {skipped}. Use more documents (with TextFiles, set a "
+                "separator to get several documents per file), another fraction or another seed."
             )
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus, trained once."""
+"""The tokenizer of a corpus, trained once and cached."""
 
 import logging
 import os
@@ -24,19 +24,18 @@ def corpus_tokenizer(
     tokenizer: tokenizers.Tokenizer | str | os.PathLike[str] | None,
     sample_characters: int,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer given, or else the one trained on these sources, now or earlier.
+    """Return the given tokenizer, or one trained on these sources, now or by an earlier call.
 
-    A trained tokenizer is kept in ``folder`` under a key of what it depends on. It has seen a random
-    sample of the training documents only, of ``sample_characters`` in all, the same share from each
-    source.
+    A trained tokenizer is cached in ``folder`` under a hash of what it depends on. It is trained on a random sample of the
+    training documents, of ``sample_characters`` in total, with the same share from each source.
 
     Raises:
         ValueError: Both or neither of ``vocab_size`` and ``tokenizer`` are given, or there are no training documents.
     """
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError(
-            f"vocab_size={vocab_size} and tokenizer={tokenizer!r}: give one of them, "
-            "to train a tokenizer or to use one."
+            "pass either vocab_size, to train a tokenizer, or tokenizer, to use one, "
+            f"got vocab_size={vocab_size} and tokenizer={tokenizer!r}"
         )
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer
@@ -63,11 +62,11 @@ def corpus_tokenizer(
         trained = train_tokenizer(texts, vocab_size=vocab_size)
         if trained.get_vocab_size() < vocab_size:
             logger.warning(
-                "the text gives only %d of the %d tokens asked for; the vocabulary has %d",
+                "the text yields only %d of the %d requested tokens; the vocabulary has %d",
                 trained.get_vocab_size(), vocab_size, trained.get_vocab_size(),
             )  # fmt: skip
         save_tokenizer(trained, file)
-        # As read back, so that a later run that loads it finds the same key.
+        # Return it as read back, so that a later run that loads it computes the same key.
         return load_tokenizer(file)
 
 
@@ -87,6 +86,6 @@ def _training_texts(
     if not texts:
         specs = ", ".join(source.spec() for source in sources)
         raise ValueError(
-            f"no text to train a tokenizer on: {specs} has no documents for training; {skipped}."
+            f"no text to train a tokenizer on: {specs} has no training documents; {skipped}"
         )
     return texts

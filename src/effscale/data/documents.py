@@ -1,4 +1,4 @@
-"""What every corpus is made of: documents, the sources that yield them, and the account of what was left out."""
+"""Documents, the sources that yield them, and reports of documents that were left out."""
 
 import abc
 import collections
@@ -27,11 +27,11 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a corpus, the unit that splits and segment ids respect.
+    """One document of a corpus. Splits never divide a document, and each gets its own segment id.
 
     Attributes:
         text: The content.
-        source: Where it came from, for messages: a path, a path and line, a topic.
+        source: Where it came from, for messages: a path, a path and line, or a topic.
     """
 
     text: str
@@ -39,17 +39,17 @@ class Document:
 
 
 class DocumentError(ValueError):
-    """A document that cannot be used, met by a source with ``on_error="raise"``.
+    """An unusable document in a source with ``on_error="raise"``.
 
     Attributes:
-        where: The file, and the line or row where there is one.
-        reason: The kind of fault, the key under which a skip would be counted.
+        where: The file, and the line or row if there is one.
+        reason: The kind of fault, which is also the key of skipped documents in a `SkipReport`.
     """
 
     def __init__(self, reason: Reason, where: str, detail: str):
         super().__init__(
-            f"{where}: {detail}. Mend or leave out this input, "
-            'or pass on_error="skip" to count such documents and go on.'
+            f"{where}: {detail}. Fix or remove this input, "
+            'or pass on_error="skip" to count such documents and continue.'
         )
         self.reason = reason
         self.where = where
@@ -57,12 +57,12 @@ class DocumentError(ValueError):
 
 @dataclass
 class SkipReport:
-    """The account of the documents that were left out.
+    """A count of the documents that were left out.
 
     Attributes:
-        counts: How many, by reason.
-        examples: The first few, in words.
-        max_examples: How many examples to keep.
+        counts: The number of documents by reason.
+        examples: Descriptions of the first few.
+        max_examples: The number of examples to keep.
 
     >>> report = SkipReport()
     >>> report.add("empty", "notes.txt", "the file is empty")
@@ -88,29 +88,29 @@ class SkipReport:
         return f"{self.total} documents skipped ({counts}), e.g. {'; '.join(self.examples)}"
 
     def add(self, reason: Reason, where: str, detail: str) -> None:
-        """Counts one document that was left out."""
+        """Count one document that was left out."""
         self.counts[reason] += 1
         if len(self.examples) < self.max_examples:
             self.examples.append(f"{where}: {detail}")
 
     def merge(self, other: "SkipReport") -> None:
-        """Adds another report to this one."""
+        """Add another report to this one."""
         self.counts.update(other.counts)
         self.examples.extend(other.examples[: self.max_examples - len(self.examples)])
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, as manifests hold it."""
+        """Return the report as plain values, as stored in manifests."""
         return {"counts": dict(sorted(self.counts.items())), "examples": list(self.examples)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
-    """A corpus as a configuration: a frozen dataclass whose documents can be read any number of times.
+    """The base class of corpora: a frozen dataclass whose documents can be read any number of times.
 
     A subclass implements ``_read``, ``spec`` and ``fingerprint``.
 
     Attributes:
-        on_error: What to do with a document that is unreadable, empty, not UTF-8 or lacks its
+        on_error: What to do with a document that is unreadable, empty, not UTF-8 or missing its
             field: ``"raise"`` a `DocumentError`, or ``"skip"`` and count it.
     """
 
@@ -119,16 +119,16 @@ class Source(abc.ABC):
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error={self.on_error!r}: it must be "raise" or "skip".')
+            raise ValueError(f'on_error must be "raise" or "skip", got {self.on_error!r}')
 
     def documents(
         self, report: SkipReport | None = None, *, log: bool = True
     ) -> Iterator[Document]:
-        """Yields the documents in an order that depends on nothing but the source.
+        """Yield the documents in an order that depends only on the source.
 
         Args:
-            report: Receives the count of documents left out, complete once the iterator has ended.
-            log: Whether to log that count, with the first few documents: as a warning, unless leaving out is what the source is for.
+            report: Receives the counts of documents left out; complete once the iterator is exhausted.
+            log: Whether to log the counts with the first few examples. The log level is warning, except for sources whose purpose is to leave out documents.
 
         Raises:
             DocumentError: A document cannot be used and ``on_error`` is ``"raise"``.
@@ -144,15 +144,15 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
-        """Yields the documents and hands every unusable one to `_fault`."""
+        """Yield the documents and pass every unusable one to `_fault`."""
 
     @abc.abstractmethod
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the source in the string form that `parse_source` reads."""
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What the content depends on, as plain values: caches are keyed by it."""
+        """Return what the content depends on, as plain values; cache keys are made from it."""
 
     def _fault(self, skipped: SkipReport, reason: Reason, where: str, detail: str) -> None:
         if self.on_error == "raise":
@@ -160,21 +160,19 @@ class Source(abc.ABC):
         skipped.add(reason, where, detail)
 
     def _accept(self, skipped: SkipReport, text: object, where: str) -> Iterator[Document]:
-        """Yields the document, or hands it to `_fault` if it is not a text with content."""
+        """Yield the document, or pass it to `_fault` if it is not a nonempty text."""
         if not isinstance(text, str):
-            self._fault(
-                skipped, "not_text", where, f"{type(text).__name__} where text was expected"
-            )
+            self._fault(skipped, "not_text", where, f"{type(text).__name__} instead of text")
         elif not text or text.isspace():
             self._fault(skipped, "empty", where, "the document is empty")
         elif not _is_unicode(text):
-            self._fault(skipped, "not_utf8", where, "the text holds a lone surrogate")
+            self._fault(skipped, "not_utf8", where, "the text contains a lone surrogate")
         else:
             yield Document(text, where)
 
 
 def _is_unicode(text: str) -> bool:
-    # JSON escapes can spell half of a surrogate pair, which no UTF-8 file can hold.
+    # JSON escapes can spell half of a surrogate pair, which UTF-8 cannot represent.
     if text.isascii():
         return True
     try:

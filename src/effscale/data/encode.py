@@ -1,4 +1,4 @@
-"""Text to token ids, in batches of bounded size."""
+"""Encode text as token ids, in batches of bounded size."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import tokenizers
 from effscale.data.documents import Document
 from effscale.data.tokenizer import split_text
 
-# Encoding takes more than a hundred bytes of working memory a character.
+# Encoding takes more than a hundred bytes of working memory per character.
 BATCH_CHARACTERS = 1 << 20
 
 
@@ -28,17 +28,17 @@ def encode_documents(
     parse_special_tokens: bool = False,
     batch_characters: int = BATCH_CHARACTERS,
 ) -> Iterator[list[EncodedPiece]]:
-    """Encodes documents in order, several at once on all cores.
+    """Encode documents in order, several at a time on all cores.
 
-    A document may come as several pieces, in order, the last of them marked. Whatever truncation or
-    padding the tokenizer was saved with is ignored, and it adds no special tokens of its own.
+    A document may come as several pieces, in order, the last of them marked. Truncation and padding
+    settings saved with the tokenizer are ignored, and it adds no special tokens.
 
     Args:
         documents: The documents.
-        tokenizer: The tokenizer, which is left as it is.
-        parse_special_tokens: Whether the name of a special token inside a text means that token.
-            By default it is text like any other, so that a document cannot forge a separator.
-        batch_characters: How much text to encode at a time.
+        tokenizer: The tokenizer, which is not modified.
+        parse_special_tokens: Whether the name of a special token in a text is encoded as that token.
+            By default it is encoded as ordinary text, so that a document cannot forge a separator.
+        batch_characters: The number of characters to encode at a time.
     """
     encoder = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     encoder.no_truncation()

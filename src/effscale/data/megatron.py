@@ -1,9 +1,9 @@
-r"""Megatron's indexed data sets: a ``.bin`` of values, and an ``.idx`` that says which of them belong together.
+r"""Megatron's indexed datasets: a ``.bin`` file of values, and an ``.idx`` file that divides them into items.
 
-Corpora of Megatron-LM and Megatron-DeepSpeed have this format, and so have the indexes of DeepSpeed's data analyzer.
-Little-endian and without gaps, an ``.idx`` holds: the magic ``MMIDIDX\0\0``; uint64 version 1; uint8 type of the values;
-uint64 number of items; uint64 number of document boundaries; an int32 length for each item, in values; an int64 place for
-each item in the ``.bin``, in bytes; and the int64 document boundaries, in items. Nothing is unpickled.
+Corpora of Megatron-LM and Megatron-DeepSpeed use this format, and so do the indexes of DeepSpeed's data analyzer.
+An ``.idx`` file is little-endian, without padding, and contains: the magic bytes ``MMIDIDX\0\0``; uint64 version 1; uint8 type
+of the values; uint64 number of items; uint64 number of document boundaries; for each item, an int32 length in values; for each
+item, an int64 position in the ``.bin`` in bytes; and the int64 document boundaries, in items. Nothing is unpickled.
 """
 
 import functools
@@ -23,8 +23,8 @@ HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 WINDOWS, WINDOW = 64, 4096
 
-# Of what one code means in different programs, the size of the .bin tells. Megatron-LM has floats under 6 and 7,
-# which no token or sample number is, and uint16 under 8, where DeepSpeed has uint64.
+# The size of the .bin decides where one code means different types in different programs. In Megatron-LM, 6 and 7 are
+# floats, which cannot be tokens or sample numbers, and 8 is uint16, where DeepSpeed has uint64.
 TYPES = {
     1: ("u1",),
     2: ("i1",),
@@ -38,26 +38,26 @@ TYPES = {
 
 
 class CorruptIndexedDataError(RuntimeError):
-    """An indexed data set is damaged, or not one.
+    """An indexed dataset is damaged, or the file is not one.
 
     Attributes:
-        file: The file at fault.
-        field: What in it is wrong.
+        file: The damaged file.
+        field: The part of it that is wrong.
     """
 
     def __init__(self, file: str | os.PathLike[str], field: str, expected: str, found: object):
         super().__init__(
-            f"corrupt indexed data set: {os.fspath(file)!r}: {field}: expected {expected}, found {found}"
+            f"{os.fspath(file)}: corrupt indexed dataset, {field}: expected {expected}, found {found}"
         )
         self.file, self.field = pathlib.Path(file), field
 
 
 class IndexedData(NamedTuple):
-    """An indexed data set; item ``i`` is ``values[bounds[i]:bounds[i + 1]]``.
+    """An indexed dataset; item ``i`` is ``values[bounds[i]:bounds[i + 1]]``.
 
     Attributes:
-        values: The values of all items, memory-mapped, read only.
-        bounds: Where items begin and end, one more than there are items.
+        values: The values of all items, memory-mapped and read-only.
+        bounds: The boundaries of the items, one more than the number of items.
         documents: The document boundaries, in items.
     """
 
@@ -67,9 +67,9 @@ class IndexedData(NamedTuple):
 
 
 def read_indexed(prefix: str | os.PathLike[str]) -> IndexedData:
-    """Reads ``prefix.idx``, checks that it fits ``prefix.bin``, and maps that.
+    """Read ``prefix.idx``, check that it fits ``prefix.bin``, and memory-map the values.
 
-    Items must lie one behind the other, as all known writers put them.
+    Items must be contiguous, as all known writers store them.
 
     Args:
         prefix: The path without ``.idx`` and ``.bin``.
@@ -92,7 +92,7 @@ def read_indexed(prefix: str | os.PathLike[str]) -> IndexedData:
                 raise CorruptIndexedDataError(index, field, repr(wanted), repr(found))
         if code not in TYPES:
             raise CorruptIndexedDataError(index, "type of values", f"one of {[*TYPES]}", code)
-        # Before anything of that many items is allocated.
+        # Check the size before allocating arrays of that many items.
         wanted = HEADER.size + 12 * num_items + 8 * num_boundaries
         if size != wanted:
             raise CorruptIndexedDataError(
@@ -120,7 +120,10 @@ def read_indexed(prefix: str | os.PathLike[str]) -> IndexedData:
         item = int(wrong[0])
         place = int(bounds[item]) * dtype.itemsize
         raise CorruptIndexedDataError(
-            index, f"place of item {item}", f"byte {place}, behind the item before", places[item]
+            index,
+            f"position of item {item}",
+            f"byte {place}, right after the previous item",
+            places[item],
         )
     _check_documents(index, documents, num_items)
     values = np.memmap(data, dtype, mode="r") if total else np.zeros(0, dtype)
@@ -128,16 +131,16 @@ def read_indexed(prefix: str | os.PathLike[str]) -> IndexedData:
 
 
 class MegatronTokens(TokenStore):
-    """A corpus that Megatron's ``preprocess_data.py`` wrote, in place of a :class:`TokenStore`.
+    """A corpus written by Megatron's ``preprocess_data.py``, for use in place of a `TokenStore`.
 
-    `PackedTokens`, `packed_rows`, `make_dataset` and `token_counts` take it as it is; nothing is converted. A document is
-    what Megatron calls one, however many sentences it was cut into; empty ones are left out.
+    `PackedTokens`, `packed_rows`, `make_dataset` and `token_counts` accept it directly; nothing is converted. A document is
+    what Megatron calls a document, regardless of the number of sentences it was split into; empty ones are left out.
 
-    Rows that are packed from it are other rows than the samples that Megatron's ``GPTDataset`` cuts and shuffles: a
-    difficulty index that was made of those numbers other things.
+    Rows packed from it differ from the samples that Megatron's ``GPTDataset`` cuts and shuffles. A difficulty index made for
+    those samples does not apply to these rows.
 
-    The digest that tells corpora apart is of the whole ``.idx`` and, as reading terabytes to open them would take too long,
-    of 64 windows of 4 KiB that are spread evenly over the ``.bin``. A small change between them is not noticed.
+    Corpora are told apart by a digest of the whole ``.idx`` and of 64 windows of 4 KiB, spread evenly over the ``.bin``, as
+    reading terabytes on opening would take too long. A small change between the windows is not noticed.
 
     >>> import pathlib, struct, tempfile
     >>> prefix = tempfile.mkdtemp() + "/corpus"
@@ -159,7 +162,7 @@ class MegatronTokens(TokenStore):
         tokenizer_digest: str | None,
         verify: Verify = "once",
     ):
-        self.folder, self._verify = prefix, verify  # the prefix is what messages name
+        self.folder, self._verify = prefix, verify  # messages name the prefix
         self.tokens, bounds, documents = read_indexed(prefix)
         index = _existing(prefix, ".idx")
         if documents[-1] != len(bounds) - 1:
@@ -191,7 +194,7 @@ class MegatronTokens(TokenStore):
         self.manifest["digest"] = manifest_digest(self.manifest)
 
     @classmethod
-    def open(  # pyrefly: ignore[bad-override] the files do not say what the arguments do
+    def open(  # pyrefly: ignore[bad-override] the files lack what the arguments provide
         cls,
         prefix: str | os.PathLike[str],
         *,
@@ -200,29 +203,29 @@ class MegatronTokens(TokenStore):
         tokenizer_digest: str | None = None,
         verify: Verify = "once",
     ) -> "MegatronTokens":
-        """Opens a corpus after checking it.
+        """Open a corpus after checking it.
 
         Args:
             prefix: The path without ``.idx`` and ``.bin``, such as ``.../my-corpus_text_document``.
-            vocab_size: Every id is below it. The files do not say it.
-            eos_id: The token at the end of each document, if ``--append-eod`` put one there.
-            tokenizer_digest: From `tokenizer_digest`, to tell corpora of different tokenizers apart.
-            verify: ``"full"`` reads all tokens, as fast as the disk gives them, and checks that they are in the
-                vocabulary. ``"once"`` does so unless this machine has done it since the file last changed. ``"size"`` only
-                compares the files with one another. The format has no checksums, so changes within the
-                vocabulary are not found.
+            vocab_size: An upper bound on the ids (exclusive). The files do not contain it.
+            eos_id: The token at the end of each document, if ``--append-eod`` added one.
+            tokenizer_digest: The result of `tokenizer_digest`, to distinguish corpora with different tokenizers.
+            verify: ``"full"`` reads all tokens, at the speed of the disk, and checks that they are in the
+                vocabulary. ``"once"`` does the same unless this machine has already done it since the file last changed.
+                ``"size"`` only compares the files with one another. The format has no checksums, so changes within the
+                vocabulary are not detected.
 
         Raises:
             FileNotFoundError: One of the files is missing.
-            CorruptIndexedDataError: A file is truncated or altered, or holds ids outside of the vocabulary.
+            CorruptIndexedDataError: A file is truncated or altered, or contains ids outside the vocabulary.
             ValueError: An argument is out of range.
         """
         check_verify(verify)
         if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size}: it must be at least 1.")
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
         if eos_id is not None and not 0 <= eos_id < vocab_size:
             raise ValueError(
-                f"eos_id={eos_id}: it must be from 0 to vocab_size-1={vocab_size - 1}."
+                f"eos_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_id}"
             )
         path = pathlib.Path(prefix).absolute()
         corpus = cls(
@@ -241,7 +244,7 @@ class MegatronTokens(TokenStore):
 
     @property
     def tokens_path(self) -> pathlib.Path:
-        """The file of the tokens."""
+        """The file that contains the tokens."""
         return _existing(self.folder, ".bin")
 
     def _check_ids(self) -> None:
@@ -269,13 +272,13 @@ def _existing(prefix: str | os.PathLike[str], suffix: str) -> pathlib.Path:
     path = pathlib.Path(os.fspath(prefix) + suffix)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {str(path)!r}: give the path of an indexed data set without its .idx and .bin."
+            f"{path}: file not found. Pass the path of an indexed dataset without .idx and .bin."
         )
     return path
 
 
 def _digest_of_windows(path: pathlib.Path) -> str:
-    """Of a file's first and last bytes and of some between them; of all bytes if it is small."""
+    """Return a digest of windows spread over a file, its first and last bytes included; of all bytes if the file is small."""
     digest, size = hashlib.blake2b(digest_size=16), path.stat().st_size
     with open(path, "rb") as stream:
         if size <= WINDOWS * WINDOW:
@@ -290,11 +293,11 @@ def _digest_of_windows(path: pathlib.Path) -> str:
 def _check_documents(index: pathlib.Path, documents: np.ndarray, num_items: int) -> None:
     if not documents.size or documents[0] != 0:
         found = int(documents[0]) if documents.size else "none"
-        raise CorruptIndexedDataError(index, "document boundaries", "a first one of 0", found)
+        raise CorruptIndexedDataError(index, "document boundaries", "0 as the first", found)
     if documents[-1] > num_items or (np.diff(documents) < 0).any():
         raise CorruptIndexedDataError(
             index,
             "document boundaries",
-            f"rising numbers up to {num_items}",
+            f"increasing numbers up to {num_items}",
             f"up to {documents.max()}",
         )

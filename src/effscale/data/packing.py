@@ -1,4 +1,4 @@
-"""Packing: documents end to end, cut into rows of one length."""
+"""Packing: documents are joined end to end and cut into rows of one length."""
 
 import operator
 
@@ -11,19 +11,19 @@ Row = dict[str, Shaped[np.ndarray, " length"]]
 
 
 class PackedTokens:
-    """The rows of a token store, a random-access data source for grain.
+    """The rows of a token store, as a random-access data source for grain.
 
     The store's tokens are one long sequence ``t``; row ``r`` predicts ``t[rL+1 : rL+L+1]`` from
-    ``t[rL : rL+L]``. So every token but the very first is a label exactly once, and a row is a pure
-    function of its index.
+    ``t[rL : rL+L]``. So every token except the very first is a label exactly once, and a row depends
+    only on its index.
 
     A row is a dict of arrays of ``length``:
 
     - ``input_ids``, ``labels``: int32.
-    - ``loss_weights``: float32; 0 where the label belongs to another document than its input, and
-      in padding; else 1.
+    - ``loss_weights``: float32; 0 in padding and where the label belongs to a different document than
+      its input; 1 elsewhere.
     - ``segment_ids``: int32; 1, 2, ... for the documents of the row, 0 for padding.
-    - ``positions``: int32; from 0 at the start of each document, and of the row.
+    - ``positions``: int32; counted from 0 at the start of each document and of the row.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class PackedTokens:
         drop_remainder: bool = True,
         pad_id: int = 0,
     ):
-        """Prepares the rows.
+        """Create the data source.
 
         Args:
-            store: The tokens.
+            store: The token store.
             length: The number of tokens in a row.
-            cross_document: Treat the row as one document: a single segment, running positions, and
-                every label counts.
-            drop_remainder: Leave out the last row if it is not full, or else pad it.
-            pad_id: The token to pad with.
+            cross_document: Whether to treat the row as one document: a single segment, continuous positions, and
+                a loss on every label.
+            drop_remainder: Whether to drop the last row if it is not full; otherwise it is padded.
+            pad_id: The padding token.
 
         Raises:
             ValueError: ``length`` or ``pad_id`` is out of range.
         """
         if length < 1:
-            raise ValueError(f"length={length}: a row needs at least 1 token.")
+            raise ValueError(f"length must be at least 1, got {length}")
         if not 0 <= pad_id < store.vocab_size:
-            raise ValueError(f"pad_id={pad_id}: it must be from 0 to {store.vocab_size - 1}.")
+            raise ValueError(f"pad_id must be from 0 to {store.vocab_size - 1}, got {pad_id}")
         self.store, self.length, self.pad_id = store, length, pad_id
         self.cross_document, self.drop_remainder = cross_document, drop_remainder
         labels = max(store.num_tokens - 1, 0)
@@ -71,7 +71,7 @@ class PackedTokens:
         weights = np.ones(count, np.float32)
         starts = np.zeros(1, np.int64)
         if not self.cross_document:
-            # The documents that begin at a label of this row.
+            # The documents whose first token is a label of this row.
             first, last = np.searchsorted(self.store.offsets, (start, stop), side="right")
             bounds = np.asarray(self.store.offsets[first:last]) - start
             weights[bounds - 1] = 0

@@ -1,4 +1,4 @@
-"""Batches for training: shuffled, mixed, split over processes, and resumable to the batch."""
+"""Batches for training: shuffled, mixed, split over processes, and resumable at any batch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from effscale.training.stages import Stages
 
 MAX_ROWS = 2**32
-"""grain shuffles numbers of 32 bits."""
+"""grain shuffles 32-bit indices."""
 
 
 def packed_rows(
@@ -28,50 +28,54 @@ def packed_rows(
     cross_document: bool = False,
     drop_remainder: bool = True,
 ) -> grain.MapDataset:
-    """The rows of one store, of shards or of a mixture, in the order of training.
+    """Return the rows of one store, of a sharded corpus or of a mixture, in training order.
 
-    A `grain.MapDataset`: any further transformation of grain applies to it.
+    The result is a `grain.MapDataset`, so any other grain transformation can be applied to it.
 
     Args:
-        stores: The store, a corpus in shards, or the components of a mixture.
-        length: Tokens in a row.
-        seed: Decides the order; each epoch has its own.
+        stores: A token store, a sharded corpus, or the components of a mixture.
+        length: The number of tokens in a row.
+        seed: The seed of the order; each epoch has a different order.
         shuffle: Whether to shuffle the rows of each store.
-        weights: The share of rows from each store; by default in proportion to their rows.
-        num_epochs: How often to go through the data, without end if None. A mixture ends when the
-            first of its components has been gone through so often.
+        weights: The share of rows from each store; by default in proportion to their number of rows.
+        num_epochs: The number of passes over the data; None repeats it forever. A mixture ends when the
+            first of its components has made that many passes.
         cross_document: As in `PackedTokens`.
         drop_remainder: As in `PackedTokens`.
 
     Raises:
-        ValueError: A store holds less than a row, the stores' vocabularies differ, or an argument
+        ValueError: A store has less than one row, the stores' vocabularies differ, or an argument
             is out of range.
     """
     stores = [stores] if isinstance(stores, (TokenStore, TokenShards)) else list(stores)
     _check_stores(stores)
     if weights is not None and len(weights) != len(stores):
-        raise ValueError(f"{len(weights)} weights for {len(stores)} stores: give one for each.")
+        raise ValueError(
+            f"weights must have one entry for each of the {len(stores)} stores, got {len(weights)}"
+        )
     if weights is not None and not all(np.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(f"weights={list(weights)}: each must be finite and above 0.")
+        raise ValueError(f"weights must be finite and above 0, got {list(weights)}")
     if num_epochs is not None and num_epochs < 1:
-        raise ValueError(f"num_epochs={num_epochs}: it must be at least 1, or None for no end.")
+        raise ValueError(
+            f"num_epochs must be at least 1, or None to repeat forever, got {num_epochs}"
+        )
     check_seed(seed)
     components, sizes = [], []
     for index, store in enumerate(stores):
         rows = pack(store, length, cross_document=cross_document, drop_remainder=drop_remainder)
         if not len(rows):
             raise ValueError(
-                f"{str(store.folder)!r} has {store.num_tokens} tokens, less than one row of "
-                f"length={length} and its next token: use a shorter length or more text."
+                f"{store.folder}: {store.num_tokens} tokens are fewer than one row of "
+                f"length={length} and its next token. Use a shorter length or more text."
             )
         dataset = grain.MapDataset.source(rows)
         if shuffle and len(rows) > MAX_ROWS:
             raise ValueError(
-                f"{str(store.folder)!r} makes {len(rows)} rows of length={length}, and at most {MAX_ROWS} can be shuffled "
-                "together: use longer rows, or divide the corpus into several components of a mixture."
+                f"{store.folder}: the store has {len(rows)} rows of length={length}, but at most {MAX_ROWS} can be shuffled "
+                "together. Use longer rows, or divide the corpus into several components of a mixture."
             )
         if shuffle:
-            # grain adds the epoch's number to the seed, so components need seeds far apart.
+            # grain adds the epoch number to the seed, so the seeds of the components must be far apart.
             words = np.random.SeedSequence([seed, index]).generate_state(1)
             dataset = dataset.shuffle(seed=int(words[0]))
         components.append(dataset.repeat(num_epochs))
@@ -92,25 +96,25 @@ def batch_rows(
     num_threads: int = 2,
     prefetch: int = 8,
 ) -> grain.IterDataset:
-    """Batches rows, each process reading only its own.
+    """Batch rows; each process reads only its own part.
 
-    Global batch ``b`` is rows ``b * batch_size`` to ``(b + 1) * batch_size`` whatever the number of
-    processes; process ``p`` gets the ``p``-th of ``process_count`` equal, contiguous parts of it.
-    That is the layout of a batch axis sharded over processes in order, and concatenating the
-    processes' parts gives the batch of a single process.
+    Global batch ``b`` consists of rows ``b * batch_size`` to ``(b + 1) * batch_size`` for any number of
+    processes; process ``p`` gets the ``p``-th of ``process_count`` equal, contiguous parts. This is
+    the layout of a batch axis that is sharded over the processes in order: concatenating the parts of
+    all processes gives the batch of a single process.
 
-    The iterator's state (``get_state``, ``set_state``) is the number of batches taken, the same on all
-    processes, so a run can resume on another number of processes, with the same ``batch_size``.
+    The iterator's state (``get_state``, ``set_state``) is the number of batches taken, which is the same on all
+    processes. So a run can resume on a different number of processes with the same ``batch_size``.
 
     Args:
         rows: The rows, in order.
-        batch_size: Rows in a global batch; or the number for each batch, as `effscale.training.batch_ramp` gives it. The rows
-            are then dealt out in the same order, without a gap.
-        process_index: Which process this is.
-        process_count: How many there are.
-        pad_to_batch: Fill the last batch with rows of zeros (no weight, no segment) instead of leaving it out.
-        num_threads: Threads that read ahead; 0 reads in the caller's thread.
-        prefetch: Batches to read ahead.
+        batch_size: The number of rows in a global batch, or the number for each batch, as ``effscale.training.batch_ramp``
+            returns it; the rows are then still taken in order, without gaps.
+        process_index: The index of this process.
+        process_count: The number of processes.
+        pad_to_batch: Whether to fill the last batch with rows of zeros (weight 0, segment 0) instead of dropping it.
+        num_threads: The number of threads that read ahead; 0 reads in the caller's thread.
+        prefetch: The number of batches to read ahead.
 
     Raises:
         ValueError: ``process_count`` does not divide ``batch_size``, there are fewer rows than one
@@ -123,7 +127,7 @@ def batch_rows(
         _check_batch(size, process_index, process_count)
     if grows:
         if pad_to_batch:
-            raise ValueError("pad_to_batch=True needs batches of one size")
+            raise ValueError("pad_to_batch=True needs a constant batch_size")
         dataset = _growing(rows, batch_size, process_index, process_count)
     else:
         dataset = _even(rows, batch_size, process_index, process_count, pad_to_batch)
@@ -133,23 +137,23 @@ def batch_rows(
 
 def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= process_index < process_count:
         raise ValueError(
-            f"process_index={process_index}: it must be from 0 to process_count-1="
-            f"{process_count - 1}."
+            f"process_index must be from 0 to process_count-1={process_count - 1}, "
+            f"got {process_index}"
         )
     if batch_size % process_count:
         raise ValueError(
-            f"batch_size={batch_size} does not divide over process_count={process_count} "
-            f"processes: use a multiple, such as {-(-batch_size // process_count) * process_count}."
+            f"batch_size must be a multiple of process_count={process_count}, got {batch_size}. "
+            f"Use a multiple, such as {-(-batch_size // process_count) * process_count}."
         )
 
 
 def _too_few(rows: grain.MapDataset, batch_size: int) -> ValueError:
     return ValueError(
-        f"the corpus has {len(rows)} rows and batch_size={batch_size}: "
-        "use a smaller batch, shorter rows or more text."
+        f"the corpus has {len(rows)} rows, fewer than batch_size={batch_size}. "
+        "Use a smaller batch, shorter rows or more text."
     )
 
 
@@ -207,43 +211,43 @@ def make_dataset(
     num_threads: int = 2,
     prefetch: int = 8,
 ) -> grain.IterDataset:
-    """The batches of one token store, of shards or of a mixture: `packed_rows`, then `batch_rows`.
+    """Return the batches of one token store, of a sharded corpus or of a mixture: `packed_rows`, then `batch_rows`.
 
     A batch is a dict of arrays of shape ``[batch_size // process_count, length]`` with the keys of
-    `PackedTokens`. ``iter()`` of the result has ``get_state`` and ``set_state`` and goes into an
-    orbax checkpoint as it is.
+    `PackedTokens`. The iterator has ``get_state`` and ``set_state``, so it can be saved in an
+    Orbax checkpoint.
 
     Args:
-        stores: The store, a corpus in shards, or the components of a mixture.
-        batch_size: Rows in a global batch.
-        length: Tokens in a row.
-        seed: Decides the order.
-        shuffle: Whether to shuffle; evaluation wants False.
+        stores: A token store, a sharded corpus, or the components of a mixture.
+        batch_size: The number of rows in a global batch.
+        length: The number of tokens in a row.
+        seed: The seed of the order.
+        shuffle: Whether to shuffle; use False for evaluation.
         weights: The share of rows from each store.
-        num_epochs: How often to go through the data, without end if None.
-        process_index: Which process this is.
-        process_count: How many there are.
+        num_epochs: The number of passes over the data; None repeats it forever.
+        process_index: The index of this process.
+        process_count: The number of processes.
         cross_document: As in `PackedTokens`.
-        remainder: ``"drop"`` what does not fill a row and a batch, or ``"pad"`` it with rows of
+        remainder: ``"drop"`` drops what does not fill a row and a batch; ``"pad"`` pads it with rows of
             weight 0, so that an evaluation counts every token.
-        num_threads: Threads that read ahead; 0 reads in the caller's thread.
-        prefetch: Batches to read ahead.
+        num_threads: The number of threads that read ahead; 0 reads in the caller's thread.
+        prefetch: The number of batches to read ahead.
 
     Raises:
         ValueError: The corpus is too small for one batch, or an argument is out of range.
     """
     if remainder not in ("drop", "pad"):
-        raise ValueError(f'remainder={remainder!r}: it must be "drop" or "pad".')
+        raise ValueError(f'remainder must be "drop" or "pad", got {remainder!r}')
     if remainder == "pad" and num_epochs is None:
-        raise ValueError('remainder="pad" without num_epochs: endless data has no remainder.')
+        raise ValueError('remainder="pad" needs num_epochs, as endless data has no remainder')
     listed = [stores] if isinstance(stores, (TokenStore, TokenShards)) else list(stores)
     if remainder == "drop":
         available = sum(len(pack(store, length)) for store in listed)
         if available < batch_size:
             tokens = sum(store.num_tokens for store in listed)
             raise ValueError(
-                f"the corpus is too small for one batch: {tokens} tokens make {available} rows of "
-                f"length={length} and batch_size={batch_size}. Use more text, shorter rows or a "
+                f"the corpus is too small for one batch: {tokens} tokens are {available} rows of "
+                f"length={length}, fewer than batch_size={batch_size}. Use more text, shorter rows or a "
                 "smaller batch."
             )
     rows = packed_rows(
@@ -269,13 +273,13 @@ def make_dataset(
 
 def _check_stores(stores: Sequence[TokenStore | TokenShards]) -> None:
     if not stores:
-        raise ValueError("stores=[]: give at least one token store.")
+        raise ValueError("stores must have at least one token store, got []")
     digests = {store.manifest["tokenizer"] for store in stores}
     if len(digests) > 1:
         raise ValueError(
-            "the stores were encoded with different tokenizers: "
+            "all stores must be encoded with the same tokenizer, got  "
             + ", ".join(
                 f"{str(store.folder)!r} ({store.manifest['tokenizer']})" for store in stores
             )
-            + ". Build them with one tokenizer (prepare_mixture does)."
+            + ". Build them with one tokenizer, for instance with prepare_mixture."
         )

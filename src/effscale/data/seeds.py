@@ -1,18 +1,18 @@
-"""What may be a seed."""
+"""Validation of seeds."""
 
 import numbers
 from typing import Any
 
 
 def check_seed(seed: Any) -> None:
-    """Raises a ValueError unless ``seed`` is an integer, Python's or NumPy's, and not negative.
+    """Raise a ValueError unless ``seed`` is a nonnegative integer, of Python or NumPy.
 
-    NumPy would take an empty tuple or a list as well, without saying what it makes of them.
+    NumPy would also accept an empty tuple or a list, without documenting what it does with them.
 
     Example:
         >>> check_seed(())
         Traceback (most recent call last):
-        ValueError: seed=(): it must be an integer, 0 or above.
+        ValueError: seed must be an integer, 0 or above, got ()
     """
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed={seed!r}: it must be an integer, 0 or above.")
+        raise ValueError(f"seed must be an integer, 0 or above, got {seed!r}")

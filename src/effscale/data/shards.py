@@ -1,4 +1,4 @@
-"""A corpus in several token stores, as many hosts write it, read as one."""
+"""A corpus in several token stores, for instance written by many hosts, read as one."""
 
 import bisect
 import glob
@@ -15,31 +15,31 @@ from effscale.data.store import TokenStore, Verify
 
 
 class TokenShards:
-    """One corpus in several token stores. `packed_rows` and `make_dataset` take it in place of a store.
+    """A corpus in several token stores. `packed_rows` and `make_dataset` accept it in place of a store.
 
-    The rows of all shards are shuffled together, and an epoch holds each of them once. In a mixture, by contrast, each store is a
-    component with a share of its own, and the epoch ends with the component that ends first.
+    The rows of all shards are shuffled together, and an epoch contains each of them once. In a mixture, by contrast, each store is a
+    component with a separate share, and the epoch ends when the first component ends.
 
     Attributes:
-        shards: The stores, in an order that belongs to the corpus: other shards or another order make other rows.
+        shards: The stores. Their order is part of the corpus: with a different order or other shards, the rows differ.
 
     Args:
-        shards: The stores, at least one, all of one tokenizer.
+        shards: The stores, at least one, all encoded with the same tokenizer.
 
     Raises:
-        ValueError: There is no shard, or the shards are of different tokenizers.
+        ValueError: ``shards`` is empty, or the shards were encoded with different tokenizers.
     """
 
     def __init__(self, shards: Sequence[TokenStore]):
         if not shards:
-            raise ValueError("shards=[]: give at least one token store.")
+            raise ValueError("shards must have at least one token store, got []")
         self.shards = tuple(shards)
         first = self.shards[0]
         for shard in self.shards[1:]:
             if _vocabulary(shard) != _vocabulary(first):
                 raise ValueError(
-                    f"{str(shard.folder)!r} was encoded with another tokenizer than {str(first.folder)!r}: "
-                    "write all shards of a corpus with one."
+                    f"{shard.folder}: encoded with a different tokenizer than {first.folder}. "
+                    "Write all shards of a corpus with the same tokenizer."
                 )
 
     @classmethod
@@ -51,28 +51,29 @@ class TokenShards:
         process_index: int = 0,
         process_count: int = 1,
     ) -> "TokenShards":
-        """Opens the shards whose folders match a pattern, in the order of their names.
+        """Open the shards whose folders match a pattern, in the order of their names.
 
         Args:
-            pattern: Such as ``corpus/shard_*``, as `glob.glob` takes it.
-            verify: As in `TokenStore.open`. Of several processes, each verifies so only its part of the shards, and of the others
-                the sizes. Together they read the corpus once; one that finds damage ends with an error, and the run with it.
-            process_index: Which process this is.
-            process_count: How many there are.
+            pattern: A pattern for `glob.glob`, such as ``corpus/shard_*``.
+            verify: As in `TokenStore.open`. With several processes, each verifies the contents of its part of the shards and
+                only the sizes of the others, so that together they read the corpus once. A process that finds damage raises an
+                error, which ends the run.
+            process_index: The index of this process.
+            process_count: The number of processes.
 
         Raises:
             FileNotFoundError: No folder matches.
             CorruptTokenStoreError: A shard is damaged.
-            ValueError: The shards are of different tokenizers, or the process does not exist.
+            ValueError: The shards were encoded with different tokenizers, or ``process_index`` is out of range.
         """
         if not 0 <= process_index < process_count:
             raise ValueError(
-                f"process_index={process_index}: it must be from 0 to process_count-1={process_count - 1}."
+                f"process_index must be from 0 to process_count-1={process_count - 1}, got {process_index}"
             )
         folders = sorted(name for name in glob.glob(os.fspath(pattern)) if os.path.isdir(name))
         if not folders:
             raise FileNotFoundError(
-                f"no folder matches {os.fspath(pattern)!r}; write_store makes one for each shard."
+                f"no folder matches {os.fspath(pattern)!r}. Create one for each shard with write_store."
             )
         return cls(
             [
@@ -85,12 +86,12 @@ class TokenShards:
 
     @property
     def folder(self) -> pathlib.Path:
-        """The folder that holds all shards."""
+        """The folder that contains all shards."""
         return pathlib.Path(os.path.commonpath([shard.folder for shard in self.shards]))
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What identifies the corpus: the tokenizer's digest, and one over the digests of the shards in their order."""
+        """The identity of the corpus: the digest of the tokenizer, and a digest over those of the shards in order."""
         digests = "".join(shard.manifest["digest"] for shard in self.shards)
         return {
             "tokenizer": self.shards[0].manifest["tokenizer"],
@@ -109,7 +110,7 @@ class TokenShards:
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below this."""
+        """The size of the vocabulary; every id is smaller."""
         return self.shards[0].vocab_size
 
     @property
@@ -122,13 +123,13 @@ class TokenShards:
 
 
 class PackedShards:
-    """The rows of all shards, one shard after the other: a random-access data source for grain.
+    """The rows of all shards, one shard after another, as a random-access data source for grain.
 
-    No row spans two shards, so with ``drop_remainder`` each shard leaves out up to a row at its end.
+    No row spans two shards, so with ``drop_remainder`` up to one row is dropped at the end of each shard.
 
     Args:
         shards: The corpus.
-        length: Tokens in a row.
+        length: The number of tokens in a row.
         options: As in `PackedTokens`.
     """
 
@@ -153,7 +154,7 @@ class PackedShards:
 def pack(
     store: TokenStore | TokenShards, length: int, **options: Any
 ) -> PackedTokens | PackedShards:
-    """The rows of a store or of shards; options as in `PackedTokens`."""
+    """Return the rows of a store or of a sharded corpus, with the options of `PackedTokens`."""
     if isinstance(store, TokenShards):
         return PackedShards(store, length, **options)
     return PackedTokens(store, length, **options)

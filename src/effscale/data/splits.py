@@ -1,4 +1,4 @@
-"""Splits by document: what a text is decides where it goes, so that copies stay together."""
+"""Splits by document: the text decides the split, so that copies stay together."""
 
 import hashlib
 import itertools
@@ -9,12 +9,12 @@ from effscale.data.seeds import check_seed
 
 
 def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
-    """A number in [0, 1) that is uniform over texts and the same on every machine.
+    """Return a number in [0, 1) that is uniform over texts and the same on every machine.
 
     Args:
-        text: The text, compared by its exact content.
-        seed: Another seed gives an independent number.
-        purpose: Up to 16 bytes; another purpose gives an independent number.
+        text: The text; texts are compared by their exact content.
+        seed: Different seeds give independent numbers.
+        purpose: Up to 16 bytes; different purposes give independent numbers.
     """
     digest = hashlib.blake2b(
         text.encode(), digest_size=8, salt=int(seed).to_bytes(16, "little"), person=purpose
@@ -24,14 +24,14 @@ def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The parts of a corpus and the fraction of documents that each gets.
+    """The splits of a corpus and the fraction of documents that each gets.
 
-    A document's part is a function of its text and the seed alone: not of its place in the corpus,
-    nor of the other documents. So two documents with the same text are never in two parts.
+    The split of a document is a function of its text and the seed only. It does not depend on its position in the corpus
+    or on the other documents. So two documents with the same text are never in different splits.
 
     Attributes:
-        fractions: The parts' names and their shares, which sum to 1.
-        seed: Another seed draws other documents.
+        fractions: The names of the splits and their shares, which sum to 1.
+        seed: The seed of the assignment.
 
     >>> Splits(fractions={"train": 0.5, "validation": 0.5}).assign("some text")
     'train'
@@ -44,24 +44,26 @@ class Splits:
 
     def __post_init__(self):
         if not self.fractions:
-            raise ValueError("fractions={}: name at least one part.")
+            raise ValueError("fractions must have at least one split, got {}")
         for name, fraction in self.fractions.items():
             if not 0 <= fraction <= 1:
-                raise ValueError(f"fractions[{name!r}]={fraction}: it must be from 0 to 1.")
+                raise ValueError(f"fractions[{name!r}] must be from 0 to 1, got {fraction}")
         total = sum(self.fractions.values())
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"fractions={dict(self.fractions)}: they sum to {total}, not 1.")
+            raise ValueError(
+                f"fractions must sum to 1, got {dict(self.fractions)}, which sum to {total}"
+            )
         check_seed(self.seed)
         if self.seed >= 2**64:
-            raise ValueError(f"seed={self.seed}: it must be from 0 to 2**64-1.")
+            raise ValueError(f"seed must be from 0 to 2**64-1, got {self.seed}")
 
     def assign(self, text: str) -> str:
-        """The name of the part that a text belongs to."""
+        """Return the name of the split that a text belongs to."""
         place = text_hash(text, seed=self.seed, purpose=b"split")
         names = [name for name, fraction in self.fractions.items() if fraction > 0]
         bounds = itertools.accumulate(self.fractions[name] for name in names)
         for name, bound in zip(names, bounds, strict=True):
             if place < bound:
                 return name
-        # The fractions' sum may be a rounding error short of 1.
+        # Rounding can make the sum of the fractions slightly less than 1.
         return names[-1]

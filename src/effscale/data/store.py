@@ -1,8 +1,8 @@
-"""A token store: a corpus as token ids in a memory-mapped folder that is written once.
+"""A token store: a corpus as token ids, in a folder that is written once and memory-mapped.
 
-The folder holds ``tokens.bin`` (all ids, little-endian uint16, or uint32 for more than 65536 ids),
+The folder contains ``tokens.bin`` (all ids, little-endian uint16, or uint32 for more than 65536 ids),
 ``offsets.bin`` (int64; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``) and
-``manifest.json`` (counts, the tokenizer's digest, where the text came from, sizes and digests).
+``manifest.json`` (counts, the tokenizer's digest, the source of the text, sizes and digests).
 """
 
 import functools
@@ -24,36 +24,36 @@ OFFSET_DTYPE = np.dtype("<i8")
 READ_BYTES = 1 << 22
 
 Verify = Literal["once", "size", "full"]
-"""How a folder is checked when it is opened: contents ``"once"`` per machine, sizes only, or contents each time."""
+"""How a folder is checked when it is opened: contents once per machine, only the sizes, or contents every time."""
 
 
 class CorruptTokenStoreError(RuntimeError):
     """A token store is damaged: truncated, altered or incomplete.
 
     Attributes:
-        file: The file at fault.
-        expected: What the manifest promises.
-        found: What is there.
+        file: The damaged file.
+        expected: What the manifest states.
+        found: What was found.
     """
 
     def __init__(self, file: os.PathLike[str], expected: str, found: str):
         super().__init__(
-            f"corrupt token store: {os.fspath(file)!r}: expected {expected}, found {found}. "
-            "Delete the folder and build it again."
+            f"{os.fspath(file)}: corrupt token store, expected {expected}, found {found}. "
+            "Delete the folder and build the store again."
         )
         self.file, self.expected, self.found = pathlib.Path(file), expected, found
 
 
 class TokenStore:
-    """Read access to a token store; `open` is the way to make one.
+    """Read access to a token store. Create it with `open`.
 
-    It can be pickled (for data-loading processes): only the folder's name travels, and how it is verified.
+    It can be pickled for data-loading processes: the pickle contains only the path of the folder and how to verify it.
 
     Attributes:
-        folder: Where it is.
-        manifest: What is written beside the data.
-        tokens: All token ids, memory-mapped, read only.
-        offsets: The boundaries of the documents, one more than there are documents.
+        folder: The folder of the store.
+        manifest: The content of ``manifest.json``.
+        tokens: All token ids, memory-mapped and read-only.
+        offsets: The boundaries of the documents, one more than the number of documents.
     """
 
     folder: pathlib.Path
@@ -68,24 +68,24 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, verify: Verify = "once") -> "TokenStore":
-        """Opens a store after checking it.
+        """Open a store after checking it.
 
         Args:
             folder: The store's folder.
             verify: ``"full"`` reads the files, at about 1 GB/s, compares their digests with the manifest and checks
-                that all ids are in the vocabulary. ``"once"`` does so unless this machine has done it since the files
-                last changed, so that later opens cost nothing; see `effscale.data.verified`. ``"size"`` compares only
-                the files' sizes.
+                that all ids are in the vocabulary. ``"once"`` does the same unless this machine has already done it since the
+                files last changed, so that later opens cost nothing; see ``effscale.data.verified``. ``"size"`` only compares
+                the sizes of the files.
 
         Raises:
-            FileNotFoundError: There is no such folder.
+            FileNotFoundError: The folder does not exist.
             CorruptTokenStoreError: A file is missing, truncated or altered.
         """
         check_verify(verify)
         path = pathlib.Path(folder).absolute()
         if not path.is_dir():
             raise FileNotFoundError(
-                f"no token store at {str(path)!r}; build one with write_store or prepare_corpus."
+                f"{path}: no token store found. Build one with write_store or prepare_corpus."
             )
         manifest = read_manifest(
             path / MANIFEST, FORMAT, VERSION, CorruptTokenStoreError, "build the store again"
@@ -109,12 +109,12 @@ class TokenStore:
 
     @property
     def tokens_path(self) -> pathlib.Path:
-        """The file of the tokens."""
+        """The file that contains the tokens."""
         return self.folder / TOKENS
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens, separators included."""
+        """The number of tokens, including separators."""
         return self.manifest["num_tokens"]
 
     @property
@@ -124,7 +124,7 @@ class TokenStore:
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below this."""
+        """The size of the vocabulary; every id is smaller."""
         return self.manifest["vocab_size"]
 
     @property
@@ -133,15 +133,15 @@ class TokenStore:
         return self.manifest["eos_id"]
 
     def document(self, index: int) -> Integer[np.ndarray, " length"]:
-        """The ids of one document, its separator included."""
+        """Return the ids of one document, including its separator."""
         if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of a store of {self.num_documents}")
+            raise IndexError(f"index must be from 0 to {self.num_documents - 1}, got {index}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def chunks(self, size: int = 1 << 22) -> Iterator[Integer[np.ndarray, " chunk"]]:
-        """Yields all tokens in order, ``size`` at a time, through plain reads.
+        """Yield all tokens in order, ``size`` at a time, with plain reads.
 
-        Unlike pages of a memory map, what was read does not add to the process's resident memory.
+        Unlike the pages of a memory map, data read this way does not add to the resident memory of the process.
         """
         with open(self.tokens_path, "rb") as stream:
             while block := stream.read(size * self.tokens.dtype.itemsize):
@@ -158,11 +158,11 @@ class TokenStore:
 
     @property
     def _verify_again(self) -> Verify:
-        """How a worker process verifies: it need not read again what its parent has read in full."""
+        """Return how a worker process verifies; it does not repeat the full check of its parent."""
         return "size" if self._verify == "size" else "once"
 
     def _check_content(self, name: str) -> None:
-        """Compares a file with its digest, and tokens with the vocabulary, in one reading."""
+        """Compare a file with its digest, and tokens with the vocabulary, in one pass."""
         path, digest, largest = self.folder / name, hashlib.blake2b(digest_size=16), 0
         with open(path, "rb") as stream:
             while block := stream.read(READ_BYTES):
@@ -177,13 +177,13 @@ class TokenStore:
 
 
 def check_verify(verify: Verify) -> None:
-    """Raises a ValueError for another way to verify."""
+    """Raise a ValueError unless ``verify`` is valid."""
     if verify not in get_args(Verify):
-        raise ValueError(f'verify={verify!r}: it must be "once", "size" or "full".')
+        raise ValueError(f'verify must be "once", "size" or "full", got {verify!r}')
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """The digest of a manifest without its own ``digest`` entry."""
+    """Return the digest of a manifest without its ``digest`` entry."""
     content = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -195,14 +195,14 @@ def read_manifest(
     corrupt: Callable[[pathlib.Path, str, str], Exception],
     again: str,
 ) -> dict[str, Any]:
-    """The manifest of a folder that was written once, after checking it.
+    """Read and check the manifest of a folder that was written once.
 
     Args:
-        path: The file.
-        kind: The ``format`` that it must be of.
-        version: The ``version`` that is read.
-        corrupt: Makes the error of a damaged file, of the file, what was expected and what was found.
-        again: What would do about another version.
+        path: The manifest file.
+        kind: The required ``format``.
+        version: The supported ``version``.
+        corrupt: Creates the error for a damaged file from the file, what was expected and what was found.
+        again: The advice for an unsupported version.
     """
     try:
         manifest = json.loads(path.read_bytes())
@@ -214,8 +214,8 @@ def read_manifest(
         raise corrupt(path, f"format {kind!r}", "another or none")
     if manifest.get("version") != version:
         raise ValueError(
-            f"{str(path)!r} has format version {manifest.get('version')!r} and this effscale reads "
-            f"version {version}: {again}, or use the effscale that wrote it."
+            f"{path}: format version {manifest.get('version')!r} is not supported; this effscale reads "
+            f"version {version}. To use it, {again}, or use the effscale version that wrote it."
         )
     digest = manifest_digest(manifest)
     if manifest.get("digest") != digest:

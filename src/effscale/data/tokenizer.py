@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, load any ``tokenizer.json``, save one."""
+"""Train byte-level BPE tokenizers, and load and save ``tokenizer.json`` files."""
 
 import difflib
 import hashlib
@@ -14,15 +14,15 @@ from effscale.atomic import atomic_file
 DEFAULT_SEPARATOR = "<|endoftext|>"
 
 Splitting = Literal["gpt2", "bloom"]
-"""How a text falls into words, beyond which no token reaches."""
+"""How a text is split into words; no token crosses a word boundary."""
 
 BLOOM_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 """BLOOM's special tokens, in the order of their ids."""
 
-# A word holds no white space, round bracket, bar, or mark that ends a clause in the scripts of BLOOM's languages.
+# A word contains no white space, parenthesis, bar, or mark that ends a clause in the scripts of BLOOM's languages.
 _BLOOM_WORD = " ?[^()|\\s.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c]+"
 
-# The names under which published tokenizers keep the token that ends a document.
+# The names that published tokenizers use for the end-of-document token.
 _SEPARATORS = (
     DEFAULT_SEPARATOR,
     "<|end_of_text|>",
@@ -40,27 +40,28 @@ def train_tokenizer(
     special_tokens: Sequence[str] = (DEFAULT_SEPARATOR,),
     splitting: Splitting = "gpt2",
 ) -> tokenizers.Tokenizer:
-    """Trains a byte-level BPE, the algorithm of GPT-2; the same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer with the algorithm of GPT-2; the same texts give the same tokenizer.
 
-    Every string can be encoded and is decoded to itself: the 256 bytes are tokens. For a tokenizer like BLOOM's give
+    Every string can be encoded, and decoding returns it unchanged, as all 256 bytes are tokens. For a tokenizer like BLOOM's, pass
     ``splitting="bloom", special_tokens=BLOOM_TOKENS``.
 
     Args:
-        texts: The training texts; they are streamed and not kept.
-        vocab_size: The number of tokens, special ones and the 256 bytes included. Texts with little
-            variety may give fewer.
-        special_tokens: They get the first ids, in this order.
-        splitting: ``"gpt2"`` keeps letters, digits, other signs and white space apart. ``"bloom"`` ends words at white space, round
-            brackets, the bar and the full stops, commas and question marks of several scripts only, so that letters, digits and signs of code may share a token, and so may spaces.
+        texts: The training texts; they are streamed, not kept in memory.
+        vocab_size: The number of tokens, including special tokens and the 256 bytes. Texts with little
+            variety can yield fewer.
+        special_tokens: The special tokens; they get the first ids, in this order.
+        splitting: ``"gpt2"`` keeps letters, digits, other characters and white space apart. ``"bloom"`` ends words only at white
+            space, parentheses, the bar, and the full stops, commas and question marks of several scripts. So letters, digits and
+            symbols in code can share a token, and so can spaces.
 
     Returns:
-        A fast tokenizer.
+        A fast tokenizer, of the ``tokenizers`` library.
 
     Raises:
-        ValueError: ``vocab_size`` has no room for the bytes and special tokens, there is no text, or ``splitting`` is unknown.
+        ValueError: ``vocab_size`` is too small for the bytes and special tokens, there is no text, or ``splitting`` is unknown.
 
     References:
-        Le Scao et al., "BLOOM", 2022, section 3.3.
+        Le Scao et al., "BLOOM" (2022), section 3.3. https://arxiv.org/abs/2211.05100
 
     >>> tokenizer = train_tokenizer(["low lower lowest"] * 4, vocab_size=262)
     >>> tokenizer.decode(tokenizer.encode("lower").ids)
@@ -69,11 +70,11 @@ def train_tokenizer(
     smallest = 256 + len(set(special_tokens))
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size={vocab_size}: a byte-level BPE needs at least {smallest} "
-            f"(256 bytes and {len(set(special_tokens))} special tokens)."
+            f"vocab_size must be at least {smallest} for a byte-level BPE "
+            f"(256 bytes and {len(set(special_tokens))} special tokens), got {vocab_size}"
         )
     if splitting not in get_args(Splitting):
-        raise ValueError(f"splitting={splitting!r}: must be one of {get_args(Splitting)}")
+        raise ValueError(f"splitting must be one of {get_args(Splitting)}, got {splitting!r}")
     seen = 0
 
     def pieces():
@@ -89,13 +90,13 @@ def train_tokenizer(
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(special_tokens),
-        # Sorted, so that the ids of the bytes do not depend on a set's order.
+        # Sorted, so that the ids of the bytes do not depend on the iteration order of a set.
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(pieces(), trainer)
     if not seen:
-        raise ValueError("no text to train a tokenizer on: the corpus is empty.")
+        raise ValueError("no text to train a tokenizer on: the corpus is empty")
     return tokenizer
 
 
@@ -111,19 +112,21 @@ def _pre_tokenizer(splitting: Splitting) -> tokenizers.pre_tokenizers.PreTokeniz
 
 
 def fertility(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
-    """Tokens per word, where words are what white space divides: how finely a tokenizer cuts a language.
+    """Return the number of tokens per word, a measure of how finely a tokenizer splits a language.
 
-    In languages without spaces these "words" are whole sentences: compare two tokenizers on the same texts by the ratio of their fertilities.
+    Words are separated by white space. In languages without spaces these "words" are whole sentences, so compare two tokenizers
+    on the same texts by the ratio of their fertilities.
 
     Args:
         tokenizer: A tokenizer.
-        texts: Texts of one language; they are streamed.
+        texts: Texts in one language; they are streamed.
 
     Raises:
-        ValueError: The texts have no word.
+        ValueError: The texts have no words.
 
     References:
-        Le Scao et al., "BLOOM", 2022, section 3.3, where a multilingual tokenizer is compared with one of each language.
+        Le Scao et al., "BLOOM" (2022), section 3.3, which compares a multilingual tokenizer with monolingual ones.
+            https://arxiv.org/abs/2211.05100
 
     >>> texts = ["low lower lowest"] * 4
     >>> fertility(train_tokenizer(texts, vocab_size=262), texts), fertility(train_tokenizer(texts, vocab_size=257), texts)
@@ -135,40 +138,40 @@ def fertility(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
         for piece in split_text(text):
             tokens += len(tokenizer.encode(piece, add_special_tokens=False).ids)
     if not words:
-        raise ValueError("the texts have no word to count tokens of")
+        raise ValueError("the texts have no words, so their fertility is undefined")
     return tokens / words
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """Loads a ``tokenizer.json``, or the one in a folder.
+    """Load a tokenizer from a ``tokenizer.json`` or from its folder.
 
-    Truncation and padding that were switched on when the file was saved are switched off: they are settings of the program
-    that saved it, and would cut every text.
+    Truncation and padding that were enabled when the file was saved are disabled: they are settings of the program
+    that saved it and would truncate every text.
 
     Args:
-        path: The file, or a folder such as a downloaded model's.
+        path: The file, or a folder such as that of a downloaded model.
 
     Raises:
-        FileNotFoundError: There is no such file; the message says what the folder holds.
+        FileNotFoundError: The file does not exist; the message lists the content of the folder.
         ValueError: The file is not a tokenizer.
     """
     place = pathlib.Path(path)
-    # Those of os.path, unlike pathlib's, know no name that is too long for the file system.
+    # Unlike pathlib, os.path raises no error for a name that is too long for the file system.
     file = place / "tokenizer.json" if os.path.isdir(place) else place
     if not os.path.isfile(file):
         folder = file.parent
         there = sorted(e.name for e in folder.iterdir()) if os.path.isdir(folder) else []
-        hint = f"the folder holds {there[:10]}" if there else "the folder is absent or empty"
+        hint = f"the folder contains {there[:10]}" if there else "the folder is absent or empty"
         raise FileNotFoundError(
-            f"no tokenizer at {str(file)!r}: {hint}. Give a tokenizer.json or a folder with one "
-            "(transformers writes it with save_pretrained on a fast tokenizer)."
+            f"{file}: tokenizer not found; {hint}. Pass a tokenizer.json or a folder with one "
+            "(transformers writes it when you call save_pretrained on a fast tokenizer)."
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    # The library raises bare Exception for whatever it cannot read.
+    # The library raises a bare Exception for anything it cannot read.
     except Exception as error:
         raise ValueError(
-            f"{str(file)!r} is not a tokenizer.json that tokenizers {tokenizers.__version__} "
+            f"{file}: not a tokenizer.json that tokenizers {tokenizers.__version__} "
             f"can read: {error}"
         ) from error
     tokenizer.no_truncation()
@@ -177,14 +180,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes a tokenizer, whole or not at all.
+    """Save a tokenizer atomically.
 
     Args:
         tokenizer: The tokenizer.
-        path: A file that ends in ``.json``, or a folder, where it becomes ``tokenizer.json``.
+        path: A file that ends in ``.json``, or a folder, in which ``tokenizer.json`` is written.
 
     Returns:
-        The file.
+        The path of the file.
     """
     file = pathlib.Path(path)
     if file.suffix != ".json":
@@ -196,16 +199,16 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]
 
 
 def tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
-    """A digest of all that decides how text is encoded; stores carry it."""
+    """Return a digest of everything that affects how text is encoded; token stores record it."""
     return hashlib.blake2b(tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
 def separator_id(tokenizer: tokenizers.Tokenizer, token: str | None = None) -> int:
-    """The id of the token that ends a document.
+    """Return the id of the token that ends a document.
 
     Args:
         tokenizer: The tokenizer.
-        token: Its name; None looks for the usual ones (``<|endoftext|>``, ``</s>``, ...).
+        token: The name of the token; None tries the usual ones (``<|endoftext|>``, ``</s>``, ...).
 
     Raises:
         ValueError: The tokenizer has no such token.
@@ -217,18 +220,18 @@ def separator_id(tokenizer: tokenizers.Tokenizer, token: str | None = None) -> i
     special = [added.content for added in tokenizer.get_added_tokens_decoder().values()]
     near = difflib.get_close_matches(token or DEFAULT_SEPARATOR, special, n=3, cutoff=0.3)
     raise ValueError(
-        f"the tokenizer has no {f'token {token!r}' if token else 'usual end-of-document token'}; "
-        f"name one of its special tokens: {near or special[:10]}."
+        f"the tokenizer has no {f'token {token!r}' if token else 'usual end-of-document token'}. "
+        f"Pass the name of one of its special tokens: {near or special[:10]}."
     )
 
 
 def split_text(text: str, limit: int = 1 << 18) -> list[str]:
-    """Cuts a long text into pieces that a byte-level BPE encodes as it would the whole.
+    """Split a long text into pieces that a byte-level BPE encodes exactly like the whole text.
 
-    An encoder's working memory is more than a hundred times the text that it is given at once. A cut
-    before white space that follows a letter or digit is where the pre-tokenizers of GPT-2 and its
-    successors cut anyway, so it changes no token. Only a text without such a place for ``limit``
-    characters is cut elsewhere.
+    An encoder's working memory is more than a hundred times the size of the text it gets in one call. A cut
+    before white space that follows a letter or digit is a place where the pre-tokenizers of GPT-2 and its
+    successors cut anyway, so it changes no token. A text is cut elsewhere only if it has no such place for
+    ``limit`` characters.
 
     >>> split_text("one two three", limit=5)
     ['one', ' two', ' thre', 'e']

@@ -1,9 +1,9 @@
-"""Checks of whole files that run once per machine.
+"""File checks that run once per machine.
 
-Reading a terabyte to compare its digest takes a quarter of an hour, so a check that has passed is remembered until the
-file changes. What is remembered is a mark, an empty file in the user's cache folder. Its name is a digest of the file's
-path, size, times and inode and of what was checked: a mark can neither be damaged nor be taken for that of another state,
-and processes that leave the same one at the same time agree.
+Comparing the digest of a terabyte takes a quarter of an hour, so a check that has passed is not repeated until the
+file changes. A passed check is recorded as an empty marker file in the user's cache folder. The marker's name is a digest of
+the file's path, size, times and inode and of what was checked. So a marker cannot be damaged or mistaken for that of another
+state, and processes that create the same marker at the same time agree.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from effscale.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-# A smaller file is read about as fast as a mark is found on a network file system, and leaves none.
+# Reading a smaller file is about as fast as looking up its marker on a network file system, so it gets none.
 MIN_BYTES = 1 << 24
 
 
 def verify_once(
     path: pathlib.Path, check: Callable[[], object], promises: Mapping[str, str | int]
 ) -> None:
-    """Runs a check of a file, unless it has passed on this machine and the file is the same since.
+    """Run a check of a file, unless it has passed on this machine and the file has not changed since.
 
-    Changes are told by the file's size, inode and times. Where the cache folder cannot be written, the check runs
-    each time.
+    Changes are detected by the file's size, inode and times. If the cache folder is not writable, the check runs
+    every time.
 
     Args:
         path: The file.
-        check: Reads the file and raises an exception unless it is as promised.
-        promises: What the check compares the file with, in plain values.
+        check: Reads the file and raises an exception if it is not as promised.
+        promises: What the check compares the file with, as plain values.
     """
     mark = _mark(path, promises)
     if mark is None or path.stat().st_size < MIN_BYTES:
@@ -40,7 +40,7 @@ def verify_once(
     elif not os.path.exists(mark):
         logger.info("verifying %s, once on this machine", path)
         check()
-        # Not if the file changed while it was read.
+        # Write no marker if the file changed during the check.
         if mark == _mark(path, promises):
             with contextlib.suppress(OSError):
                 mark.parent.mkdir(parents=True, exist_ok=True)

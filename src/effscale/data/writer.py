@@ -1,4 +1,4 @@
-"""Writing a token store: streaming, with digests, and whole or not at all."""
+"""Writing token stores: streaming, atomic and with digests."""
 
 import contextlib
 import hashlib
@@ -24,10 +24,10 @@ from effscale.data.store import (
 
 
 class TokenStoreWriter:
-    """A context manager that writes a token store as ids come in.
+    """A context manager that writes a token store while ids arrive.
 
-    Nothing is kept in memory. The folder appears when the block ends well; after an exception there
-    is none.
+    Nothing is kept in memory. The folder appears when the block ends without an exception; after an
+    exception no folder is left.
 
     >>> import tempfile
     >>> from effscale.data import TokenStore
@@ -50,24 +50,24 @@ class TokenStoreWriter:
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ):
-        """Prepares to write.
+        """Create the writer.
 
         Args:
             folder: The store's folder, which must not exist yet.
-            vocab_size: Every id must be below it; it decides between uint16 and uint32.
-            eos_id: A token to put at the end of each document.
-            tokenizer_digest: From `tokenizer_digest`, to tell stores of different tokenizers apart.
-            metadata: Plain values to keep in the manifest, such as the source.
-            overwrite: Replace an existing folder once the new one is complete.
+            vocab_size: The size of the vocabulary. It also selects uint16 or uint32 as the type of the ids.
+            eos_id: A token to append to each document.
+            tokenizer_digest: The result of `tokenizer_digest`, to distinguish stores with different tokenizers.
+            metadata: Plain values to store in the manifest, such as the source.
+            overwrite: Whether to replace an existing folder once the new one is complete.
 
         Raises:
             ValueError: ``vocab_size`` or ``eos_id`` is out of range.
         """
         if not 1 <= vocab_size <= 2**32:
-            raise ValueError(f"vocab_size={vocab_size}: it must be from 1 to 2**32.")
+            raise ValueError(f"vocab_size must be from 1 to 2**32, got {vocab_size}")
         if eos_id is not None and not 0 <= eos_id < vocab_size:
             raise ValueError(
-                f"eos_id={eos_id}: it must be from 0 to vocab_size-1={vocab_size - 1}."
+                f"eos_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_id}"
             )
         self.folder = pathlib.Path(folder)
         self.vocab_size, self.eos_id = vocab_size, eos_id
@@ -89,7 +89,7 @@ class TokenStoreWriter:
         return self
 
     def write(self, ids: Sequence[int] | Integer[np.ndarray, " length"]) -> None:
-        """Appends ids to the document at hand.
+        """Append ids to the current document.
 
         Raises:
             ValueError: An id is negative or not below ``vocab_size``.
@@ -97,14 +97,14 @@ class TokenStoreWriter:
         array = np.asarray(ids, np.int64)
         if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
             raise ValueError(
-                f"token ids from {array.min()} to {array.max()} do not fit vocab_size="
-                f"{self.vocab_size}: give the size of the tokenizer that made them."
+                f"token ids must be from 0 to vocab_size-1={self.vocab_size - 1}, got ids from {array.min()} to "
+                f"{array.max()}. Set vocab_size to that of the tokenizer that made them."
             )
         self._tokens.write(array.astype(self._dtype))
         self.num_tokens += array.size
 
     def end_document(self) -> None:
-        """Ends the document at hand; one without tokens is counted and not stored."""
+        """End the current document; one without tokens is counted but not stored."""
         if self.num_tokens == self._start:
             self.empty_documents += 1
             return
@@ -115,13 +115,13 @@ class TokenStoreWriter:
         self._start = self.num_tokens
 
     def add_document(self, ids: Sequence[int] | Integer[np.ndarray, " length"]) -> None:
-        """Appends a whole document."""
+        """Append a whole document."""
         self.write(ids)
         self.end_document()
 
     def __exit__(self, kind, error, traceback):
         if kind is not None:
-            # The stack hands the exception on, so the folder's context throws its work away.
+            # The stack passes the exception on, so the context of the folder discards the partial files.
             return self._stack.__exit__(kind, error, traceback)
         with self._stack:
             if self.num_tokens != self._start:
@@ -151,7 +151,7 @@ class TokenStoreWriter:
 
 
 class _DigestingFile:
-    """A file that is digested as it is written."""
+    """A file whose digest is computed while it is written."""
 
     def __init__(self, path: pathlib.Path):
         self._stream = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
@@ -177,6 +177,6 @@ class _DigestingFile:
         if kind is None:
             self._stream.close()
             return
-        # Flushing to a full disk fails again; the first failure is the one to report.
+        # Flushing to a full disk fails again; report only the first failure.
         with contextlib.suppress(OSError):
             self._stream.close()

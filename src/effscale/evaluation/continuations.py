@@ -64,7 +64,7 @@ def score_continuations(
     if len(contexts) != len(continuations):
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(model, Transformer):
         for number, block in enumerate(model.config.layers):
             # By name, as a technique is not known here.
@@ -121,7 +121,7 @@ def _batch(
 
 
 def padded(count: int, unit: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds so many."""
+    """Return the least of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds so many."""
     units = -(-count // unit)
     power = 1
     while True:

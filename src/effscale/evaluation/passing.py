@@ -22,7 +22,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
         (0.155, 0.822)
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"k={k}: must be from 1 to samples={samples}")
+        raise ValueError(f"k must be from 1 to samples={samples}, got {k}")
     if not 0 <= passed <= samples:
-        raise ValueError(f"passed={passed}: must be from 0 to samples={samples}")
+        raise ValueError(f"passed must be from 0 to samples={samples}, got {passed}")
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)

@@ -34,7 +34,7 @@ def rank_answers(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> Ranking:
-    """The answer to each prompt whose tokens are likeliest after it: rank evaluation, as of T0 and BLOOMZ.
+    """Return the answer to each prompt whose tokens are likeliest after it: rank evaluation, as of T0 and BLOOMZ.
 
     Prompt and answer are encoded together, so that tokens are those of the whole text. What is scored begins with the first token that the prompt alone does not have: where
     a token holds the end of the prompt and the beginning of the answer, with that token.
@@ -67,7 +67,7 @@ def rank_answers(
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts and answers to {len(answers)}")
     if normalize not in get_args(Normalization):
-        raise ValueError(f"normalize={normalize!r}: must be one of {get_args(Normalization)}")
+        raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     if not prompts:
         return Ranking(np.zeros(0, np.int64), [])
     begin = [] if start_id is None else [start_id]
@@ -98,7 +98,7 @@ def rank_answers(
 
 
 def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens of prompt and answer, divided before the first that the prompt alone does not have; one at least is the answer's."""
+    """Return the tokens of prompt and answer, divided before the first that the prompt alone does not have; one at least is the answer's."""
     alone, whole = _ids(tokenizer, prompt.rstrip()), _ids(tokenizer, prompt + answer)
     shared = 0
     while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:

@@ -40,7 +40,7 @@ def text_log_probs(
         (1,)
     """
     if max_length < 1:
-        raise ValueError(f"max_length={max_length}: must be at least 1")
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
     contexts, continuations, owners = [], [], []
     for number, text in enumerate(texts):
         if not len(text):

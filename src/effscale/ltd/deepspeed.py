@@ -19,7 +19,7 @@ OPTIONAL = (
 
 
 def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
-    """Reads random-LTD out of a DeepSpeed configuration.
+    """Read random-LTD out of a DeepSpeed configuration.
 
     It is on if its own ``enabled`` says so, as in DeepSpeed. How the model's layers are called, masked and laid out
     (``model_mask_name``, ``model_type``, ``hidden_state_order``) is the model's affair here, and what a batch holds the
@@ -76,7 +76,7 @@ def _pacing(schedule: Any, where: str) -> Any:
     check_keys(schedule, where, required=(*values, "schedule_type", "schedule_config"))
     if schedule["schedule_type"] != "fixed_linear":
         raise ValueError(
-            f"{where}.schedule_type={schedule['schedule_type']!r}: must be 'fixed_linear', the only one there is"
+            f"{where}.schedule_type must be 'fixed_linear', the only one there is, got {schedule['schedule_type']!r}"
         )
     steps, there = schedule["schedule_config"], f"{where}.schedule_config"
     check_keys(steps, there, required=("require_steps", "seq_per_step"))
@@ -89,7 +89,7 @@ def _pacing(schedule: Any, where: str) -> Any:
 
 
 def _agree(block: Mapping[str, Any], layers: tuple[int, ...], where: str) -> None:
-    """Checks the numbers of layers that the configuration says twice."""
+    """Check the numbers of layers that the configuration says twice."""
     if "random_ltd_layer_num" in block:
         number = whole_number(block["random_ltd_layer_num"], f"{where}.random_ltd_layer_num")
         if number != len(layers):

@@ -6,7 +6,7 @@ from effscale.models import TransformerConfig
 def dropping_layers(
     config: TransformerConfig, layers: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
-    """The numbers of the layers that drop tokens, in order; layers count from 0 through the whole model.
+    """Return the numbers of the layers that drop tokens, in order; layers count from 0 through the whole model.
 
     Args:
         config: The model's.

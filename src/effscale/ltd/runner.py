@@ -58,7 +58,7 @@ def token_dropping(
         (1, 8, 16)
     """
     if kept < 1:
-        raise ValueError(f"kept={kept}: must be at least 1")
+        raise ValueError(f"kept must be at least 1, got {kept}")
     chosen = dropping_layers(config, layers)
     ends = list(itertools.accumulate(len(g.blocks) * g.repeat for g in config.groups))
     layers_of = [range(start, stop) for start, stop in itertools.pairwise([0, *ends])]

@@ -51,7 +51,7 @@ def sample_kept(
 
 
 def _own_to_shard(key: PRNGKeyArray) -> PRNGKeyArray:
-    """The key with this shard's place along those batch axes that a `jax.shard_map` has taken over."""
+    """Return the key with this shard's place along those batch axes that a `jax.shard_map` has taken over."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     axes = tuple(a for a in current_rules().lookup("batch") if types.get(a) == AxisType.Manual)

@@ -103,7 +103,7 @@ class RandomLTD:
         check(self, self.pacing(0) >= 1, "pacing", "of at least 1 token")
 
     def check(self, config: TransformerConfig, length: int | None = None) -> None:
-        """Raises an error where the schedule does not suit a model.
+        """Raise an error where the schedule does not suit a model.
 
         Args:
             config: The model's.
@@ -123,7 +123,7 @@ class RandomLTD:
             raise ValueError(f"pacing ends at {last} kept tokens and {what} of {length}")
 
     def loss(self, loss_fn: Callable[..., Loss]) -> Callable[..., Loss]:
-        """The loss of one of effscale's models, with tokens dropped where a batch says so.
+        """Return the loss of one of effscale's models, with tokens dropped where a batch says so.
 
         The layers of another model drop tokens by :func:`effscale.ltd.sample_kept`, :func:`effscale.ltd.take_tokens` and
         :func:`effscale.ltd.put_tokens`; docs/random_ltd.md has an example.
@@ -184,7 +184,7 @@ class RandomLTD:
         return stages(self.pacing, cost=lambda kept: each)
 
     def shape_batch(self, batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
-        """The batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened.
+        """Return the batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened.
 
         Raises:
             ValueError: Rows are longer than what is kept in the end, so that no step would see whole ones; or there

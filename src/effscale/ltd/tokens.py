@@ -53,7 +53,7 @@ def put_tokens(
 
 
 def take_context(context: Context, kept: Int[Array, "batch kept"]) -> Context:
-    """The context of the kept tokens alone: they keep their positions, their segments and their being real.
+    """Return the context of the kept tokens alone: they keep their positions, their segments and their being real.
 
     Positions rise, so a causal layer may go by the order of slots.
     """

@@ -15,7 +15,7 @@ def load_balance(
     experts: Int[Array, "tokens choices"],
     used: Bool[Array, "tokens"] | None = None,
 ) -> Float[Array, ""]:
-    r"""The load-balancing loss: 1 if the load is even, up to E if one expert gets everything.
+    r"""Return the load-balancing loss: 1 if the load is even, up to E if one expert gets everything.
 
     .. math:: L = E \sum_e f_e P_e
 
@@ -78,7 +78,7 @@ def expert_choice_statistics(
     choice: ExpertChoice,
     used: Bool[Array, "tokens"] | None = None,
 ) -> dict[str, Any]:
-    """The same where experts choose; ``dropped`` is the share of tokens that no expert took."""
+    """Return the same where experts choose; ``dropped`` is the share of tokens that no expert took."""
     left = (choice.counts() == 0).astype(jnp.float32)
     return _statistics(probs, choice.sizes, _mean(left[:, None], used)[0], used)
 

@@ -29,7 +29,7 @@ WITHIN: dict[str, Callable[[Array], Array]] = {
 
 
 def kernel_routes(logits: Float[Array, "tokens experts"]) -> bool:
-    """Whether the choice is one kernel where programs are made for now."""
+    """Return whether the choice is one kernel where programs are made for now."""
     return dispatch.platform() == "tpu" and gating_api.why_not("tpu", logits) is None
 
 
@@ -40,7 +40,7 @@ def route(
     *,
     normalize: bool,
 ) -> Routing:
-    """The routing without a capacity that :func:`effscale.moe.top_k_routing` makes of a softmax, by :func:`kernels_pallas.top_k_gating`.
+    """Return the routing without a capacity that :func:`effscale.moe.top_k_routing` makes of a softmax, by :func:`kernels_pallas.top_k_gating`.
 
     Places in ``order`` that no expert has hold ``tokens * k``, the number of no item.
     """
@@ -56,7 +56,7 @@ def route(
 def kernels_serve(
     experts: Any, tokens: Float[Array, "groups tokens d_model"], routing: Routing
 ) -> bool:
-    """Whether :func:`by_kernels` can run these experts where programs are made for now."""
+    """Return whether :func:`by_kernels` can run these experts where programs are made for now."""
     plain = type(experts) is MLP and all(
         isinstance(variable.get_value(), jax.Array)
         for _, variable in nnx.to_flat_state(nnx.state(experts))
@@ -81,7 +81,7 @@ def by_kernels(
     routing: Routing,
     implementation: expert_api.Implementation | None = None,
 ) -> Float[Array, "1 tokens d_model"]:
-    """The weighted sums of what the experts make of each token, by :mod:`kernels_pallas.expert_matmul`.
+    """Return the weighted sums of what the experts make of each token, by :mod:`kernels_pallas.expert_matmul`.
 
     Args:
         experts: Their parameters stacked, all plain arrays.
@@ -106,6 +106,6 @@ def by_kernels(
 
 
 def _kernels(experts: MLP) -> tuple[Array, Array | None, Array]:
-    """The stacked matrices: up, gate if there is one, and down."""
+    """Return the stacked matrices: up, gate if there is one, and down."""
     gate = None if experts.gate is None else experts.gate.kernel.get_value()
     return experts.up.kernel.get_value(), gate, experts.down.kernel.get_value()

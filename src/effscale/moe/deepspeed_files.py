@@ -20,7 +20,7 @@ Whole: TypeAlias = Shaped[Array, "..."] | Shaped[np.ndarray, "..."]
 def read_deepspeed_experts(
     folder: str | os.PathLike[str],
 ) -> dict[str, dict[str, Shaped[np.ndarray, "experts ..."]]]:
-    """The experts of a DeepSpeed checkpoint, stacked: one array for each parameter of an expert of a layer.
+    """Return the experts of a DeepSpeed checkpoint, stacked: one array for each parameter of an expert of a layer.
 
     Args:
         folder: The folder of one checkpoint, such as ``.../global_step1000``, or the one above it, whose file ``latest`` names it.
@@ -81,7 +81,7 @@ def write_deepspeed_experts(
     experts: Mapping[str, Mapping[str, Stacked]],
     rest: Mapping[str, Whole] | None = None,
 ) -> None:
-    """Writes experts as DeepSpeed does, a file for each; its engine loads them with any ``ep_size``.
+    """Write experts as DeepSpeed does, a file for each; its engine loads them with any ``ep_size``.
 
     Args:
         folder: The folder of the checkpoint; made if it is not there. DeepSpeed takes its name for the checkpoint's ``tag``.

@@ -69,7 +69,7 @@ def expert_choice(
     num_tokens, _ = probs.shape
     if not 1 <= capacity <= num_tokens:
         raise ValueError(
-            f"capacity={capacity}: must be from 1 to the number of tokens, {num_tokens}"
+            f"capacity must be from 1 to the number of tokens, {num_tokens}, got {capacity}"
         )
     by = jax.lax.stop_gradient(probs)
     if used is not None:

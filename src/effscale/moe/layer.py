@@ -76,7 +76,7 @@ class MoEConfig:
         k = self.router.k
         if k > self.num_experts:
             raise ValueError(
-                f"RouterConfig.k={k}: must be at most num_experts={self.num_experts} of MoEConfig"
+                f"RouterConfig.k must be at most num_experts={self.num_experts} of MoEConfig, got {k}"
             )
         choice(self, "mix", typing.get_args(Mix))
         if self.dispatch is not None:
@@ -98,7 +98,7 @@ class MoEConfig:
         return each + d_model * (self.num_experts + extra)
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MoE":
-        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        """Return the module; ``std`` and ``out_std`` are of the initial inner and output weights."""
         return MoE(self, d_model, std=std, out_std=out_std, rngs=rngs)
 
 
@@ -125,7 +125,7 @@ class MoE(nnx.Module):
         context: Context,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """The output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
+        """Return the output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
         groups = _groups(self.config.groups, x.shape[0], training=key is not None)
         tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
@@ -145,7 +145,7 @@ class MoE(nnx.Module):
         return y, report | captured
 
     def for_decoding(self) -> "MoE":
-        """The same layer with each expert's arrays beside the stack, so that few tokens read the weights of their own experts alone.
+        """Return the same layer with each expert's arrays beside the stack, so that few tokens read the weights of their own experts alone.
 
         Decoding asks for it, of layers that are not stacked. It takes the experts' memory twice. On CPUs a product with a part of a
         stack copies that part first; elsewhere the stack alone does.

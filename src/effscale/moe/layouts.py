@@ -14,7 +14,7 @@ def with_experts(
     *,
     every: int = 2,
 ) -> TransformerConfig:
-    """The model with a mixture of experts in every second layer.
+    """Return the model with a mixture of experts in every second layer.
 
     Args:
         config: A model without experts.
@@ -43,7 +43,7 @@ def with_experts(
         [0, 4, 0, 4, 0, 8]
     """
     if every < 1:
-        raise ValueError(f"every={every}: must be at least 1")
+        raise ValueError(f"every must be at least 1, got {every}")
     blocks = list(config.layers)
     places = range(every - 1, len(blocks), every)
     counts = [moe.num_experts] * len(places) if num_experts is None else list(num_experts)

@@ -36,7 +36,7 @@ def load_megatron_moe(
     dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> Transformer:
-    """Loads a GPT with experts that Megatron-DeepSpeed saved: of standard or residual layers, in each n-th layer or as a pyramid.
+    """Load a GPT with experts that Megatron-DeepSpeed saved: of standard or residual layers, in each n-th layer or as a pyramid.
 
     Tensors are read one at a time, each into its place. The vocabulary keeps the rows that Megatron pads it with.
 
@@ -101,7 +101,7 @@ def load_megatron_moe(
 
 
 def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> None:
-    """Writes a GPT with experts as Megatron-DeepSpeed does, without the state of an optimizer.
+    """Write a GPT with experts as Megatron-DeepSpeed does, without the state of an optimizer.
 
     Args:
         model: A GPT-2 with experts in some of its layers, all of its own feed-forward's kind.
@@ -145,7 +145,7 @@ def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> Non
 
 
 def _args_of(config: TransformerConfig) -> dict[str, Any]:
-    """The arguments with which the config comes back the same."""
+    """Return the arguments with which the config comes back the same."""
     try:
         args = to_args(config)
         back = from_args(args, config.num_layers)
@@ -162,7 +162,7 @@ def _args_of(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A state dict in the nested form of Megatron's: the language model's parts, and the embeddings apart."""
+    """Return a state dict in the nested form of Megatron's: the language model's parts, and the embeddings apart."""
     nested: dict[str, Any] = {}
     for name, array in flat.items():
         root, section, inner = name.split(".", 2)

@@ -169,7 +169,7 @@ class Router(nnx.Module):
         *,
         drops: bool = True,
     ) -> tuple[Routing | ExpertChoice, Float[Array, ""], dict[str, Array]]:
-        """The routing of tokens that share their capacity, the auxiliary loss, and what to watch.
+        """Return the routing of tokens that share their capacity, the auxiliary loss, and what to watch.
 
         Args:
             x: The tokens.

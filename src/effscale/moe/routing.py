@@ -132,7 +132,7 @@ def top_k_routing(
     """
     _num_tokens, num_experts = probs.shape
     if not 1 <= k <= num_experts:
-        raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")
+        raise ValueError(f"k must be from 1 to the number of experts, {num_experts}, got {k}")
     if priority is None:
         priority = _default_priority(k, key is not None)
     if priority == "random" and key is None:

@@ -32,7 +32,7 @@ def mixture_of_students_loss(
     alpha: float = 1.0,
     temperature: float = 1.0,
 ) -> Loss:
-    """The student's language-model loss, and how far its distribution is from the teacher's, both in nats a token.
+    """Return the student's language-model loss, and how far its distribution is from the teacher's, both in nats a token.
 
     The teacher is what the step is given as ``frozen``; its auxiliary losses do not count, and nothing is dropped at random in it.
     Tokens without a label count in neither part (in DeepSpeed's code they count in the second). The logits are never held whole.
@@ -87,7 +87,7 @@ def mixture_of_students_loss(
 def staged_distillation(
     step: Callable[..., tuple[Any, Any]], stop: int, **options: Any
 ) -> StagedStep:
-    """A step that learns from the teacher up to step ``stop``, and then on alone, without running the teacher at all.
+    """Return a step that learns from the teacher up to step ``stop``, and then on alone, without running the teacher at all.
 
     Args:
         step: From :func:`effscale.training.make_train_step` with :func:`mixture_of_students_loss`, not jitted.
@@ -98,7 +98,7 @@ def staged_distillation(
         A step for ``fit(step_fn=step, before_step=step.before_step, frozen=teacher)``.
     """
     if stop < 1:
-        raise ValueError(f"stop={stop}: must be at least 1 step with the teacher")
+        raise ValueError(f"stop must be at least 1 step with the teacher, got {stop}")
 
     def mark(batch: Any, learns: bool) -> Any:
         return batch if learns else {**batch, ALONE: np.zeros((), np.float32)}

@@ -20,7 +20,7 @@ def upcycle(
     every: int = 2,
     rngs: nnx.Rngs,
 ) -> Transformer:
-    """A model whose experts, and whose shared part, begin as copies of a trained model's feed-forward; routers are new.
+    """Return a model whose experts, and whose shared part, begin as copies of a trained model's feed-forward; routers are new.
 
     Where the weights of a token add up to 1 (``normalize`` of ``kept`` or ``chosen``, so k of 2 or more), nothing is dropped and there is
     no shared part or a ``weighted`` one, the new model computes what the old one did, and training goes on from there. With k = 1 the
@@ -81,7 +81,7 @@ def upcycle(
 
 
 def _filled(module: Any, values: Any) -> Any:
-    """A module with other arrays, which keep its own metadata."""
+    """Return a module with other arrays, which keep its own metadata."""
     return jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(values))
 
 

@@ -16,7 +16,7 @@ from effscale.parallel.workers import PerWorker, SendsBytes, as_local, bound_axi
 
 
 def mean(gradients: Any, axis_name: str | None) -> Any:
-    """The mean over workers, uncompressed; on CPU in float32 at least."""
+    """Return the mean over workers, uncompressed; on CPU in float32 at least."""
     if axis_name is None:
         return gradients
 
@@ -52,7 +52,7 @@ def compressed(tree: Any, errors: Any, workers: Workers) -> tuple[Any, Any]:
 def agree(
     tree: Any, errors: PerWorker | None, workers: Workers | None
 ) -> tuple[Any, PerWorker | None]:
-    """The mean over workers in one bit per number, with the errors of `init_errors`; the tree itself on one worker."""
+    """Return the mean over workers in one bit per number, with the errors of `init_errors`; the tree itself on one worker."""
     if workers is None or errors is None:
         return tree, None
     tree, new = compressed(tree, errors.value, workers)

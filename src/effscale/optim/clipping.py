@@ -18,7 +18,7 @@ def squared_norm(tree: Any) -> jax.Array:
 
 
 def mean_squared_norm(gradients: Any, axis_name: str | None) -> jax.Array:
-    """The mean over workers of `squared_norm`: finite only if all gradients of all workers are."""
+    """Return the mean over workers of `squared_norm`: finite only if all gradients of all workers are."""
     square = squared_norm(gradients)
     return square if axis_name is None else jax.lax.pmean(as_local(square, axis_name), axis_name)
 
@@ -33,7 +33,7 @@ def clipped_locally(gradients: Any, axis_name: str | None, clip: Clip | None) ->
 
 
 def clipped_mean(gradients: Any, axis_name: str | None, clip: Clip | None) -> Any:
-    """The mean over workers, uncompressed, in float32 at least, clipped by the norm that ``clip.by`` says."""
+    """Return the mean over workers, uncompressed, in float32 at least, clipped by the norm that ``clip.by`` says."""
     g = in_float32(mean(gradients, axis_name))
     if clip is None:
         return g

@@ -34,7 +34,7 @@ _PASSED_OVER = (
 def optimizer_from_deepspeed(
     config: Mapping[str, Any], learning_rate: Any = None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Reads a 1-bit optimizer out of a DeepSpeed configuration.
+    """Read a 1-bit optimizer out of a DeepSpeed configuration.
 
     ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes
     ``Clip(norm, by="local")``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
@@ -92,12 +92,12 @@ def optimizer_from_deepspeed(
 
 def _betas(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"optimizer.params.betas={value!r}: must be two numbers")
+        raise ValueError(f"optimizer.params.betas must be two numbers, got {value!r}")
     b1, b2 = (float(_number(one, "optimizer.params.betas")) for one in value)
     return b1, b2
 
 
 def _number(value: Any, where: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}={value!r}: must be a number")
+        raise ValueError(f"{where} must be a number, got {value!r}")
     return value

@@ -28,11 +28,11 @@ class VarianceRatio:
 
     def __post_init__(self):
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} must lie in (0, 1]")
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1; 1 / (1 - b2) is usual")
+            raise ValueError(f"window must be at least 1, got {self.window}; 1 / (1 - b2) is usual")
         if self.start < 0:
-            raise ValueError(f"start={self.start} must not be negative")
+            raise ValueError(f"start must not be negative, got {self.start}")
 
 
 class RatioState(NamedTuple):
@@ -43,7 +43,7 @@ class RatioState(NamedTuple):
 
 
 def init_ratio(criterion: VarianceRatio | None) -> RatioState | None:
-    """The state before the first step."""
+    """Return the state before the first step."""
     if criterion is None:
         return None
     return RatioState(jnp.zeros((criterion.window,), jnp.float32), jnp.zeros((), jnp.bool_))
@@ -65,7 +65,7 @@ def watch_variance(
 
 
 def is_frozen(freeze_step: Any, state: RatioState | None, count: jax.Array) -> jax.Array:
-    """Whether the step number ``count`` + 1 is past the warm-up."""
+    """Return whether the step number ``count`` + 1 is past the warm-up."""
     frozen = count >= freeze_step
     return frozen if state is None else frozen | state.reached
 

@@ -15,7 +15,7 @@ and ``experts``; none of any other array."""
 
 
 def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
-    """A tree of integers like the parameters; see `Stacked`."""
+    """Return a tree of integers like the parameters; see `Stacked`."""
     leaves, structure = jax.tree.flatten(params)
     if isinstance(stacked, int):
         dims = [stacked] * len(leaves)
@@ -38,12 +38,12 @@ def _unnamed(leaf: NamedLeaf) -> int:
 
 
 def layer_shape(x: Any, dims: int) -> tuple[int, ...]:
-    """The shape of one number a layer that broadcasts against the array."""
+    """Return the shape of one number a layer that broadcasts against the array."""
     return (*jnp.shape(x)[:dims], *(1,) * (jnp.ndim(x) - dims))
 
 
 def norms(x: jax.Array, dims: int) -> jax.Array:
-    """The L2 norm of each layer, in float32, of `layer_shape`."""
+    """Return the L2 norm of each layer, in float32, of `layer_shape`."""
     axes = tuple(range(dims, x.ndim))
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
 
@@ -61,7 +61,7 @@ class TrustRatio(NamedTuple):
         return jnp.where(self.defined(params, update, dims), ratio, 1.0)
 
     def defined(self, params: Any, update: Any, dims: int) -> jax.Array:
-        """Whether neither norm is zero."""
+        """Return whether neither norm is zero."""
         return (norms(params, dims) > 0) & (norms(update, dims) > 0)
 
     def check(self) -> None:

@@ -25,7 +25,7 @@ def moments_like(params: Any, dtype: DTypeLike | None = None) -> Any:
 def check_mu_dtype(mu_dtype: DTypeLike | None) -> None:
     """Raise a ``ValueError`` for a type in which no momentum can be kept."""
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise ValueError(f"mu_dtype={mu_dtype!r} must be a floating-point type, or None")
+        raise ValueError(f"mu_dtype must be a floating-point type, or None, got {mu_dtype!r}")
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
@@ -34,12 +34,12 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
 
 
 def corrected(moments: Any, correction: Any) -> Any:
-    """The moments divided by their `bias_correction`."""
+    """Return the moments divided by their `bias_correction`."""
     return jax.tree.map(lambda m: m / correction.astype(m.dtype), moments)
 
 
 def where_known(mu: Any, nu: Any) -> Any:
-    """The momentum, and zero where the variance is zero.
+    """Return the momentum, and zero where the variance is zero.
 
     One bit cannot say zero. What never had a gradient would be told plus or minus the scale, and divided by nothing but epsilon.
     """
@@ -57,7 +57,7 @@ def lerp(old: Any, new: Any, decay: Any) -> Any:
 
 
 def masked(tree: Any, mask: Any, params: Any) -> Any:
-    """The tree times a mask: None, a tree like it (or a function from the parameters to one) of arrays that broadcast."""
+    """Return the tree times a mask: None, a tree like it (or a function from the parameters to one) of arrays that broadcast."""
     if mask is None:
         return tree
     structure = jax.tree.structure(mask)

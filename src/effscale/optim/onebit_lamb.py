@@ -294,7 +294,7 @@ def share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
 
 
 def _scaling_coeff(mu: Any, dims: Any) -> Any:
-    """The mean over layers of the momentum's root mean square, by that of each layer."""
+    """Return the mean over layers of the momentum's root mean square, by that of each layer."""
 
     def root_mean_square(m: Any, d: int) -> Any:
         return norms(m, d) / jnp.sqrt(jnp.float32(max(1, m[(0,) * d].size)))

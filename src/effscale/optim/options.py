@@ -7,7 +7,7 @@ import jax
 
 
 def known(value: Any) -> float | None:
-    """The number that an option is; None if only the running program knows it, or if it is None."""
+    """Return the number that an option is; None if only the running program knows it, or if it is None."""
     return None if value is None or isinstance(value, jax.core.Tracer) else float(value)
 
 

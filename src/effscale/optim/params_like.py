@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def unlike_params(params: Any, make: Callable[[], Any]) -> Any:
-    """A part of a state that is a tree like the parameters, of arrays that are not shaped like them.
+    """Return a part of a state that is a tree like the parameters, of arrays that are not shaped like them.
 
     `optax.tree.map_params` initialises the state once more, with a placeholder that holds no arrays. Wherever the placeholder
     comes back it maps over a copy of the parameters; where a single array stands, the whole part is passed to

@@ -14,15 +14,15 @@ def zeros_of_mean(x: Any) -> jax.Array:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The type, or float32 in place of a smaller one."""
+    """Return the type, or float32 in place of a smaller one."""
     return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
 
 
 def in_float32(tree: Any) -> Any:
-    """The tree in at least float32."""
+    """Return the tree in at least float32."""
     return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
 
 
 def in_types_of(like: Any, tree: Any) -> Any:
-    """The tree in the types of another."""
+    """Return the tree in the types of another."""
     return jax.tree.map(lambda a, x: x.astype(a.dtype), like, tree)

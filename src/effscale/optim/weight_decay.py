@@ -13,5 +13,5 @@ def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformatio
 
 
 def is_zero(weight_decay: Any) -> bool:
-    """Whether a weight decay is known to be zero; one that is injected never is."""
+    """Return whether a weight decay is known to be zero; one that is injected never is."""
     return isinstance(weight_decay, int | float) and weight_decay == 0

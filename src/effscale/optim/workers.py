@@ -44,7 +44,7 @@ class Workers:
 
 
 def axis_of(workers: Workers | None) -> str | None:
-    """The workers' axis; None for one worker.
+    """Return the workers' axis; None for one worker.
 
     Raises:
         ValueError: This is something else, such as the name of the axis.
@@ -55,7 +55,7 @@ def axis_of(workers: Workers | None) -> str | None:
 
 
 def with_scales(workers: Workers | None, scales: Scales) -> Workers | None:
-    """The workers, with these scales where they were not chosen."""
+    """Return the workers, with these scales where they were not chosen."""
     if workers is None or workers.scales is not None:
         return workers
     return dataclasses.replace(workers, scales=scales)

@@ -9,7 +9,7 @@ from effscale.training.stages import Stages
 
 
 def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[int]:
-    r"""The batch size at each step, when it grows from ``start`` to ``final`` over the first ``samples`` rows.
+    r"""Return the batch size at each step, when it grows from ``start`` to ``final`` over the first ``samples`` rows.
 
     With :math:`n = (\text{final} - \text{start}) / \text{increment}` and :math:`c` rows consumed before a step, the step takes
     :math:`\text{start} + \text{increment} \lfloor c / (\text{samples} / n) \rfloor` rows, and ``final`` from ``samples`` rows on. It is what
@@ -61,7 +61,7 @@ def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[i
 
 
 def resize_rows(batch: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
-    """A batch of so many rows, for ``StagedStep(shape_batch=resize_rows)``: the batch itself if it has them, or else one of that shape.
+    """Return a batch of so many rows, for ``StagedStep(shape_batch=resize_rows)``: the batch itself if it has them, or else one of that shape.
 
     The rows that are added are there for their shape, from which steps to come are compiled.
 

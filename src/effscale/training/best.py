@@ -42,7 +42,7 @@ class KeepBest:
         self._value: float | None = None
 
     def offer(self, step: int, model: Any, value: float) -> None:
-        """Keeps the model in place of the one kept so far if its value is greater; one that is not finite never is.
+        """Keep the model in place of the one kept so far if its value is greater; one that is not finite never is.
 
         Args:
             step: Batches consumed by the model.
@@ -61,7 +61,7 @@ class KeepBest:
             self._value = value
 
     def restore(self, abstract_model: Any) -> Best:
-        """The best model so far.
+        """Return the best model so far.
 
         Args:
             abstract_model: A model of the wanted structure: arrays or ``jax.ShapeDtypeStruct``.

@@ -132,7 +132,7 @@ class ShapeBuckets:
             compile_next()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's value.
+        """Return the function's value.
 
         Raises:
             ValueError: An array of a donated argument is part of another argument, which would be deleted with it.
@@ -234,7 +234,7 @@ class ShapeBuckets:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def _words(self, args: tuple[Any, ...]) -> str:
-        """The positional arguments that are not donated, as these are what changes between buckets."""
+        """Return the positional arguments that are not donated, as these are what changes between buckets."""
         kept = [
             arg for position, arg in enumerate(args) if position not in self.donate_argnums
         ] or args
@@ -251,7 +251,7 @@ def _is_described(x: Any) -> bool:
 
 
 def _placement(x: Any) -> Any:
-    """The sharding that matters: None for arrays that JAX may move freely and for those on the default device.
+    """Return the sharding that matters: None for arrays that JAX may move freely and for those on the default device.
 
     The two would otherwise count as two signatures, and the first step of a run turns the one into the other.
     """

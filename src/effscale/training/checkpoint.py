@@ -89,10 +89,10 @@ class Checkpoints:
         asynchronous: bool = True,
     ):
         if keep < 1:
-            raise ValueError(f"keep={keep} must be at least 1")
+            raise ValueError(f"keep must be at least 1, got {keep}")
         if every is not None and every < 1:
             raise ValueError(
-                f"every={every} must be at least 1; None saves only at the end and when stopped"
+                f"every must be at least 1, got {every}; None saves only at the end and when stopped"
             )
         self.folder = folder_path(folder)
         self.config = None if config is None else json.loads(json.dumps(to_json(config)))
@@ -386,7 +386,7 @@ class Checkpoints:
 
 
 def _digests(path: AnyPath, name: str) -> dict[str, Any]:
-    """The digests of a checkpoint on process 0, of which each process computes a part; nothing on the others."""
+    """Return the digests of a checkpoint on process 0, of which each process computes a part; nothing on the others."""
     part = digest_part(path, jax.process_index(), jax.process_count())
     said = collect_on_first(f"digests/{name}", json.dumps(part))
     return {name: entry for text in said if text for name, entry in json.loads(text).items()}
@@ -445,7 +445,7 @@ def _read_iterator(path: AnyPath) -> Any:
 
 
 def _encode(state: Any) -> Any:
-    """An iterator's state as JSON: grain's are dicts of numbers, or bytes."""
+    """Return an iterator's state as JSON: grain's are dicts of numbers, or bytes."""
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     return {"json": to_json(state)}

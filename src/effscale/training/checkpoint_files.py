@@ -36,7 +36,7 @@ _STEP = re.compile(r"step_(\d{8,})$")
 
 
 def step_folder(folder: AnyPath, step: int) -> AnyPath:
-    """The folder of one checkpoint."""
+    """Return the folder of one checkpoint."""
     return folder / f"step_{step:08d}"
 
 
@@ -46,12 +46,12 @@ def finished_steps(folder: AnyPath) -> list[int]:
 
 
 def writing_mark(path: AnyPath) -> AnyPath:
-    """The file that stands beside a checkpoint from before it is written until its manifest is."""
+    """Return the file that stands beside a checkpoint from before it is written until its manifest is."""
     return path.with_name(path.name + WRITING)
 
 
 def is_step_folder(path: pathlib.PurePath) -> bool:
-    """Whether a path has the name of a checkpoint."""
+    """Return whether a path has the name of a checkpoint."""
     return _STEP.match(path.name) is not None
 
 
@@ -121,7 +121,7 @@ class JsonItem:
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """The tree's leaves by name; without those that hold no element, which Orbax refuses."""
+    """Return the tree's leaves by name; without those that hold no element, which Orbax refuses."""
     leaves = named_leaves(tree)
     found = {leaf.name or "value": leaf.leaf for leaf in leaves}
     if len(found) < len(leaves):
@@ -132,7 +132,7 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def unflat(tree: Any, values: Mapping[str, Any]) -> Any:
-    """The tree with its leaves taken from ``values``."""
+    """Return the tree with its leaves taken from ``values``."""
     leaves = [
         values[leaf.name or "value"]
         if getattr(leaf.leaf, "size", 1)
@@ -235,7 +235,7 @@ def _per_worker_leaves(tree: Any) -> list[bool]:
 
 
 def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
-    """Whether what is in a `PerWorker` is of other shapes in the checkpoint."""
+    """Return whether what is in a `PerWorker` is of other shapes in the checkpoint."""
     return any(
         mine and leaf.name in saved and saved[leaf.name][0] != list(leaf.leaf.shape)
         for leaf, mine in zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
@@ -243,7 +243,7 @@ def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
 
 
 def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
-    """The abstract tree with what is in a `PerWorker` in the shapes of the checkpoint, whole on every device."""
+    """Return the abstract tree with what is in a `PerWorker` in the shapes of the checkpoint, whole on every device."""
 
     def leaf_as_saved(leaf: Any, mine: bool) -> Any:
         if not mine or leaf.name not in saved:
@@ -292,7 +292,7 @@ def no_such_step(folder: AnyPath, step: int) -> str:
 
 
 def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
-    """The newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
+    """Return the newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
     root = folder_path(folder)
     if (root / "checkpoints").is_dir():
         root = root / "checkpoints"
@@ -315,7 +315,7 @@ def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
 
 
 def read_checkpoint_config(folder: str | os.PathLike[str], step: int | None = None) -> Any:
-    """The config that a run was saved with, as plain JSON values.
+    """Return the config that a run was saved with, as plain JSON values.
 
     Args:
         folder: A run folder or its ``checkpoints`` folder.

@@ -25,25 +25,25 @@ class Counter:
 
     @classmethod
     def of(cls, value: int) -> "Counter":
-        """The counter that stands at ``value``.
+        """Return the counter that stands at ``value``.
 
         Raises:
             ValueError: ``value`` is negative or does not fit into 64 bits.
         """
         if not 0 <= value < 2**64:
-            raise ValueError(f"value={value} must lie in [0, 2**64)")
+            raise ValueError(f"value must be in [0, 2**64), got {value}")
         return cls(jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF))
 
     def add(self, amount: Any) -> "Counter":
-        """The counter advanced by ``amount``, a non-negative integer below 2^32 (traced or not)."""
+        """Return the counter advanced by ``amount``, a non-negative integer below 2^32 (traced or not)."""
         low = self.low + jnp.asarray(amount).astype(jnp.uint32)
         return Counter(self.high + (low < self.low).astype(jnp.uint32), low)
 
     def to_float32(self) -> jax.Array:
-        """The nearest float32, good to 6e-8 relative: what schedules take."""
+        """Return the nearest float32, good to 6e-8 relative: what schedules take."""
         return self.high.astype(jnp.float32) * jnp.float32(2.0**32) + self.low.astype(jnp.float32)
 
     def __int__(self) -> int:
-        """The exact value, as a Python integer (waits for the device)."""
+        """Return the exact value, as a Python integer (waits for the device)."""
         high, low = jax.device_get((self.high, self.low))
         return (int(high) << 32) | int(low)

@@ -48,7 +48,7 @@ def update_if(
 
 
 def loses_finite(new: Any, old: Any) -> jax.Array:
-    """Whether any number that was finite in ``old`` is infinite or NaN in ``new``.
+    """Return whether any number that was finite in ``old`` is infinite or NaN in ``new``.
 
     What was not finite before may stay so: optimizers keep an infinity as "no best value yet".
     """

@@ -21,14 +21,14 @@ class HasItems(Protocol):
     """
 
     def to_items(self) -> Mapping[str, Any]:
-        """The items by name. Together they hold all arrays of the state, each once."""
+        """Return the items by name. Together they hold all arrays of the state, each once."""
 
     def with_items(self, items: Mapping[str, Any]) -> Any:
-        """The state with its arrays replaced by those of ``items``; the inverse of ``to_items``."""
+        """Return the state with its arrays replaced by those of ``items``; the inverse of ``to_items``."""
 
 
 def items_of(state: Any) -> dict[str, Any]:
-    """The items of a state.
+    """Return the items of a state.
 
     A field (or key) that is a tree is an item, one that is a single array belongs to the item ``arrays``, and one that has
     items of its own adds them as ``field.item``. Fields without arrays are left out.
@@ -72,7 +72,7 @@ def items_of(state: Any) -> dict[str, Any]:
 
 
 def state_of(state: Any, items: Mapping[str, Any]) -> Any:
-    """The state with its arrays replaced by those of its items.
+    """Return the state with its arrays replaced by those of its items.
 
     Args:
         state: A state of the wanted structure; only its structure is used.
@@ -98,7 +98,7 @@ def state_of(state: Any, items: Mapping[str, Any]) -> Any:
 
 
 def _parts(state: Any) -> list[tuple[str, Any]]:
-    """The fields of a pytree with their names, those that are None included."""
+    """Return the fields of a pytree with their names, those that are None included."""
     below = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: node is not state)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), part) for path, part in below]
 

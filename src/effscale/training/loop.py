@@ -93,7 +93,7 @@ def fit(
         "max_skipped_in_row": max_skipped_in_row,
     }.items():
         if not value >= 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise ValueError(f"{name} must be at least 1, got {value}")
     step = int(state.step)
     if step > num_steps:
         raise ValueError(f"num_steps={num_steps}, but the state has already made {step} steps")
@@ -166,7 +166,7 @@ def resume_or_start(
     shardings: Any = None,
     trace_create: bool = True,
 ) -> tuple[T, int]:
-    """The newest checkpoint's state, or a new one; the data iterator is set to match.
+    """Return the newest checkpoint's state, or a new one; the data iterator is set to match.
 
     The newest one continues a run exactly, even where it was saved amid skipped updates. To go back to before them, choose
     the ``step`` that `TrainingDivergedError` names.

@@ -41,11 +41,11 @@ class Loss:
         return {name: value / safe_weight(self.weight) for name, value in self.metrics.items()}
 
     def in_float32(self) -> "Loss":
-        """The same sums in float32, the type in which they are added up."""
+        """Return the same sums in float32, the type in which they are added up."""
         return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), self)
 
 
 def safe_weight(weight: Any) -> jax.Array:
-    """The weight, or one where it is zero, so that an empty batch divides to zero and not to NaN."""
+    """Return the weight, or one where it is zero, so that an empty batch divides to zero and not to NaN."""
     weight = jnp.asarray(weight, jnp.float32)
     return jnp.where(weight == 0, jnp.ones_like(weight), weight)

@@ -99,12 +99,12 @@ def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | No
 
 
 def _part_of(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
-    """The names that fall to one of several processes, about as many bytes to each; the same on all of them."""
+    """Return the names that fall to one of several processes, about as many bytes to each; the same on all of them."""
     return sorted(sizes, key=lambda name: (-sizes[name], name))[index::count]
 
 
 def _sizes(folder: pathlib.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """The size of each file that is there; its digest, which takes long, is left open."""
+    """Return the size of each file that is there; its digest, which takes long, is left open."""
     return {name: (path.stat().st_size, "") for name in names if (path := folder / name).is_file()}
 
 
@@ -133,7 +133,7 @@ def _part(block: Any, key: str, kind: type) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two equal names, `json` would drop the first, and that file would go unchecked."""
+    """Return a JSON object; of two equal names, `json` would drop the first, and that file would go unchecked."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name occurs twice in it")

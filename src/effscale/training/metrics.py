@@ -103,7 +103,7 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a JSONL file; a half-written last line is left out."""
+    """Return the records of a JSONL file; a half-written last line is left out."""
     records = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -135,7 +135,7 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
 
 
 def _step_of(line: str) -> int | float:
-    """The step of a record; a line that cannot be read belongs to no step and is dropped."""
+    """Return the step of a record; a line that cannot be read belongs to no step and is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -229,7 +229,7 @@ class _Place:
             return None
 
     def look(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The owner and all names, with an error that says what to do where the store cannot be reached."""
+        """Return the owner and all names, with an error that says what to do where the store cannot be reached."""
         try:
             return self.owner(), self.names()
         except (
@@ -262,7 +262,7 @@ class _Place:
 
 
 def _step_of(name: str) -> str | None:
-    """The checkpoint that an object belongs to, by name."""
+    """Return the checkpoint that an object belongs to, by name."""
     path = pathlib.PurePosixPath(name)
     return next((str(parent) for parent in path.parents if is_step_folder(parent)), None)
 

@@ -107,7 +107,7 @@ def masked_token_loss(
 
 
 def add_reports(loss: Loss, reports: Any) -> Loss:
-    r"""A loss with what the model's layers report: their auxiliary loss is added, the rest become metrics.
+    r"""Return a loss with what the model's layers report: their auxiliary loss is added, the rest become metrics.
 
     .. math:: \frac{L}{w} \to \frac{L}{w} + \sum_l a_l
 
@@ -201,6 +201,6 @@ def head_loss(
 def counted_weights(
     labels: Int[Array, "*batch"], weights: Array | None, vocab_size: int
 ) -> Float[Array, "*batch"]:
-    """The weight of each token: as given, or 1; and 0 where its label lies outside the vocabulary."""
+    """Return the weight of each token: as given, or 1; and 0 where its label lies outside the vocabulary."""
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights
     return jnp.where((labels >= 0) & (labels < vocab_size), weights, 0.0)

@@ -30,7 +30,7 @@ class Pacing:
         check(self, self.clock in get_args(Clock), "clock", f"one of {', '.join(get_args(Clock))}")
 
     def __call__(self, t: int) -> int:
-        """The difficulty at count ``t``, which is 0 or more."""
+        """Return the difficulty at count ``t``, which is 0 or more."""
         raise NotImplementedError
 
     @property
@@ -39,7 +39,7 @@ class Pacing:
         raise NotImplementedError
 
     def first(self, level: int) -> int:
-        """The smallest count at which the difficulty is ``level`` or more.
+        """Return the smallest count at which the difficulty is ``level`` or more.
 
         Raises:
             ValueError: It never is.
@@ -123,7 +123,7 @@ class RootPacing(Pacing):
         return step if step <= 8 else math.ceil(step / 8) * 8
 
     def __call__(self, t: int) -> int:
-        """The difficulty at count ``t``."""
+        """Return the difficulty at count ``t``."""
         if t >= self.total:
             return self.max_difficulty
         share = (t / self.total) ** (1 / self.root_degree)
@@ -189,7 +189,7 @@ class DiscretePacing(Pacing):
         return self.max_step[-1] + 1 if self.max_step else 0
 
     def __call__(self, t: int) -> int:
-        """The difficulty at count ``t``."""
+        """Return the difficulty at count ``t``."""
         return self.difficulty[sum(t > count for count in self.max_step)]
 
 
@@ -241,7 +241,7 @@ class CustomPacing(Pacing):
         return self.total
 
     def __call__(self, t: int) -> int:
-        """The difficulty at count ``t``."""
+        """Return the difficulty at count ``t``."""
         if t >= self.total:
             return self.max_difficulty
         value = self.function(t)

@@ -59,7 +59,7 @@ def _walk(tree: Any) -> Iterator[NamedLeaf]:
 
 
 def named_leaves(tree: Any) -> list[NamedLeaf]:
-    """The leaves of a tree in the order of ``jax.tree.leaves``, with names and logical axes.
+    """Return the leaves of a tree in the order of ``jax.tree.leaves``, with names and logical axes.
 
     Args:
         tree: Any pytree; ``nnx`` modules may sit anywhere in it.
@@ -74,7 +74,7 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
 
 
 def map_named(function: Callable[[NamedLeaf], Any], tree: Any) -> Any:
-    """The tree with each leaf replaced by ``function(named_leaf)``."""
+    """Return the tree with each leaf replaced by ``function(named_leaf)``."""
     return jax.tree.unflatten(jax.tree.structure(tree), [function(leaf) for leaf in _walk(tree)])
 
 
@@ -93,7 +93,7 @@ def _fixed(tree: Any) -> list[bool]:
 
 
 def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
-    """A tree of bools: True where a leaf is trained.
+    """Return a tree of bools: True where a leaf is trained.
 
     A leaf is trained if it is of a floating (or complex) type and ``trainable`` accepts its name. Integers, PRNG keys
     and what belongs to a packed weight, its scales included, never are.
@@ -142,14 +142,14 @@ def partition(tree: Any, trainable: Trainable = None) -> tuple[Any, Any]:
 
 
 def combine(first: Any, second: Any) -> Any:
-    """The inverse of ``partition``: each None of ``first`` filled from ``second``."""
+    """Return the inverse of ``partition``: each None of ``first`` filled from ``second``."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda node: node is None
     )
 
 
 def decay_mask(params: Any, *, include: str | None = None, exclude: str | None = None) -> Any:
-    """A tree of bools: True where weight decay applies, which is on matrices and not on biases or norm scales.
+    """Return a tree of bools: True where weight decay applies, which is on matrices and not on biases or norm scales.
 
     The number of dimensions does not tell them apart, as a bias of a stacked group is a matrix. So a leaf decays if
     its Variable's ``axes`` metadata names at least two axes after those that stack layers and experts; without that

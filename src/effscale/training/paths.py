@@ -9,12 +9,12 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names a place on another machine, such as ``gs://bucket/run``."""
+    """Return whether a path names a place on another machine, such as ``gs://bucket/run``."""
     return _URL.match(path) is not None
 
 
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path of a file or folder on this machine.
+    """Return the absolute path of a file or folder on this machine.
 
     Raises:
         ValueError: ``path`` is a URL, as of a bucket, which `pathlib` would take for a relative folder.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def token_shape(batch: Mapping[str, Any], field: str) -> tuple[int, int]:
-    """The shape ``(rows, seq)`` of a batch's tokens.
+    """Return the shape ``(rows, seq)`` of a batch's tokens.
 
     Args:
         batch: Of arrays by name.

@@ -133,7 +133,7 @@ class RunFolder:
         return folder
 
     def config(self) -> Any:
-        """The config as it was written, in plain JSON values.
+        """Return the config as it was written, in plain JSON values.
 
         Raises:
             ValueError: ``config.json`` is damaged.
@@ -154,7 +154,7 @@ class RunFolder:
         write_json(self.results_file, results)
 
     def results(self) -> dict[str, Any]:
-        """The named figures."""
+        """Return the named figures."""
         return json.loads(self.results_file.read_text(encoding="utf-8"))
 
     def write_report(self, title: str, results: Mapping[str, Any], text: str = "") -> None:
@@ -224,7 +224,7 @@ def _resume(folder: RunFolder, data: dict[str, Any]) -> RunFolder:
 
 
 def _check_data(folder: RunFolder, data: dict[str, Any]) -> None:
-    """Compares the parts of the data that the run has learned from already, and keeps those that are new to it."""
+    """Compare the parts of the data that the run has learned from already, and keeps those that are new to it."""
     saved = folder._saved()
     known = saved.get("data") or {}
     found = [

@@ -28,7 +28,7 @@ class Schedule:
     unit: Unit = "steps"
 
     def __call__(self, count: Any) -> Any:
-        """The value at ``count``."""
+        """Return the value at ``count``."""
         return self.function(count)
 
 
@@ -77,7 +77,7 @@ class ScheduleConfig:
             check(self, ends, "total", wanted)
 
     def build(self) -> Schedule:
-        """The schedule; its function takes integers or floats, traced or not."""
+        """Return the schedule; its function takes integers or floats, traced or not."""
         warmup = float(self.warmup)  # billions of tokens do not fit into 32 bits
 
         def value(count: Any) -> jax.Array:
@@ -117,14 +117,14 @@ def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None
     if tokens_per_step is None:
         return Schedule(schedule, "tokens")
     if not is_finite(tokens_per_step) or tokens_per_step < 1:
-        raise ValueError(f"tokens_per_step={tokens_per_step!r} must be at least 1 and finite")
+        raise ValueError(f"tokens_per_step must be at least 1 and finite, got {tokens_per_step!r}")
     return Schedule(
         lambda tokens: schedule(jnp.asarray(tokens, jnp.float32) / tokens_per_step), "tokens"
     )
 
 
 def value_at(schedule: float | jax.Array | Callable[[Any], Any], count: Any, tokens: Any) -> Any:
-    """A learning rate in float32: a number, or a schedule's value at the updates made or, by its unit, the tokens seen.
+    """Return a learning rate in float32: a number, or a schedule's value at the updates made or, by its unit, the tokens seen.
 
     Raises:
         ValueError: A schedule by tokens, and ``tokens`` is None.
@@ -185,7 +185,7 @@ def scale_by_learning_rate(
     is_array = isinstance(learning_rate, jax.Array | np.ndarray)
     if not (is_array or callable(learning_rate) or is_finite(learning_rate)):
         raise ValueError(
-            f"learning_rate={learning_rate!r} must be a finite number, a schedule or an optax transformation"
+            f"learning_rate must be a finite number, a schedule or an optax transformation, got {learning_rate!r}"
         )
     if isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens":
         return scale_by_token_schedule(learning_rate.function)

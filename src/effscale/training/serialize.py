@@ -14,7 +14,7 @@ from effscale.atomic import atomic_file
 
 
 def to_json(value: Any) -> Any:
-    """A config (dataclasses, mappings, sequences, paths, enums, types, NumPy scalars) as plain JSON values.
+    """Return a config (dataclasses, mappings, sequences, paths, enums, types, NumPy scalars) as plain JSON values.
 
     Two configs are the same run's if these are equal; what has no form in JSON is named by its ``repr`` or,
     for functions and classes, by its qualified name.
@@ -45,7 +45,7 @@ def to_json(value: Any) -> Any:
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The fields, by dotted name, in which two JSON values differ.
+    """Return the fields, by dotted name, in which two JSON values differ.
 
     A field that one of them lacks and the other has as None is the same in both: most fields that were added later, to
     configs that had been saved without them, mean by None that all is as before.

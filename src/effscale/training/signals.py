@@ -27,7 +27,7 @@ class StopSignal:
 
     def __init__(self, *, sync_every: int = 16):
         if sync_every < 1:
-            raise ValueError(f"sync_every={sync_every} must be at least 1")
+            raise ValueError(f"sync_every must be at least 1, got {sync_every}")
         self.sync_every = sync_every
         self.received: int | None = None
         self._heeded = False
@@ -52,7 +52,7 @@ class StopSignal:
         self.received = number
 
     def should_stop(self, step: int, *, last: bool = False) -> bool:
-        """Whether to stop after ``step``; the same answer on every process.
+        """Return whether to stop after ``step``; the same answer on every process.
 
         Args:
             step: The step.

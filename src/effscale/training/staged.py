@@ -54,13 +54,13 @@ class StagedStep:
         self._prepared = False
 
     def before_step(self, step: int, batch: Any) -> Any:
-        """The batch in the shape of the step; for ``fit(before_step=...)``."""
+        """Return the batch in the shape of the step; for ``fit(before_step=...)``."""
         if not self._prepared:
             self._coming = step, batch
         return self._shape_batch(batch, self.stages(step))
 
     def __call__(self, state: Any, batch: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The step itself; for ``fit(step_fn=...)``. Keyword arguments (``frozen``) are the same in every stage."""
+        """Return the step itself; for ``fit(step_fn=...)``. Keyword arguments (``frozen``) are the same in every stage."""
         out = self._buckets(state, batch, **kwargs)
         if not self._prepared and self._coming is not None:
             self._prepare(out[0], *self._coming, kwargs)

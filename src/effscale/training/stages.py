@@ -38,19 +38,19 @@ class Stages(Generic[T]):
     def __post_init__(self):
         if len(self.starts) != len(self.values) or not self.starts or self.starts[0] != 0:
             raise ValueError(
-                f"starts={self.starts} must begin with 0 and have one step for each of {len(self.values)} values"
+                f"starts must begin with 0 and have one step for each of {len(self.values)} values, got {self.starts}"
             )
         if list(self.starts) != sorted(set(self.starts)):
-            raise ValueError(f"starts={self.starts} must rise")
+            raise ValueError(f"starts must rise, got {self.starts}")
 
     def index(self, step: int) -> int:
-        """The number of the stage that ``step`` lies in."""
+        """Return the number of the stage that ``step`` lies in."""
         if step < 0:
-            raise ValueError(f"step={step} must be at least 0")
+            raise ValueError(f"step must be at least 0, got {step}")
         return bisect.bisect_right(self.starts, step) - 1
 
     def __call__(self, step: int) -> T:
-        """The value at ``step``."""
+        """Return the value at ``step``."""
         return self.values[self.index(step)]
 
     def total(self, num_steps: int, cost: Callable[[T], int]) -> int:
@@ -62,7 +62,7 @@ class Stages(Generic[T]):
         )
 
     def steps_until(self, amount: int, cost: Callable[[T], int]) -> int:
-        """The fewest steps that cost ``amount`` or more together: the length of a run that stops by tokens consumed.
+        """Return the fewest steps that cost ``amount`` or more together: the length of a run that stops by tokens consumed.
 
         Raises:
             ValueError: The last stage costs nothing, and the stages before it too little.
@@ -83,14 +83,14 @@ class Stages(Generic[T]):
         raise ValueError(f"amount={amount} is never reached: the last stage costs nothing")
 
     def map(self, function: Callable[[T], S]) -> "Stages[S]":
-        """The stages of another value; neighbours that become equal are one stage."""
+        """Return the stages of another value; neighbours that become equal are one stage."""
         return _joined(self.starts, tuple(function(value) for value in self.values))
 
 
 def stages(
     pacing: Pacing, *, offset: int = 1, cost: Callable[[int], int] | None = None
 ) -> Stages[int]:
-    """The stages of a pacing function.
+    """Return the stages of a pacing function.
 
     Args:
         pacing: The function.

@@ -54,12 +54,12 @@ class TrainState:
     skipped_in_row: Any
 
     def to_items(self) -> dict[str, Any]:
-        """The named items of a checkpoint: the model and its average lie apart, so that they can be read alone."""
+        """Return the named items of a checkpoint: the model and its average lie apart, so that they can be read alone."""
         items = {"model": self.model, "train": dataclasses.replace(self, model=None, ema=None)}
         return items if self.ema is None else items | {"ema": self.ema}
 
     def with_items(self, items: Mapping[str, Any]) -> "TrainState":
-        """The state that has these items; the inverse of ``to_items``."""
+        """Return the state that has these items; the inverse of ``to_items``."""
         return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
 
 
@@ -71,7 +71,7 @@ def create_train_state(
     ema: bool = False,
     trainable: Trainable = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     The state takes the model's arrays over; a step that donates its state deletes them, so keep using
     ``state.model`` and not ``model``. Where the model is sharded over a mesh, scalars are replicated over it.
@@ -102,7 +102,7 @@ def create_train_state(
 
 
 def ema_model(state: TrainState) -> Any:
-    """The model with its trained leaves replaced by their moving average.
+    """Return the model with its trained leaves replaced by their moving average.
 
     Raises:
         ValueError: The state keeps no average.
@@ -113,7 +113,7 @@ def ema_model(state: TrainState) -> Any:
 
 
 def abstract(tree: Any) -> Any:
-    """The tree with each array replaced by its shape, type and sharding."""
+    """Return the tree with each array replaced by its shape, type and sharding."""
 
     def describe(x: Any) -> Any:
         if not hasattr(x, "dtype"):

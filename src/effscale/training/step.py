@@ -56,7 +56,7 @@ def make_train_step(
     tokens_per_batch: Callable[[Any], Any] = count_tokens,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    r"""A training step.
+    r"""Return a training step.
 
     The gradient is that of the mean over the whole batch,
     :math:`\nabla \sum_m L_m / \sum_m w_m` over micro-batches m with sums :math:`L_m` and weights :math:`w_m`,
@@ -97,14 +97,14 @@ def make_train_step(
             the optimizer does not average over the workers of ``axis_name``, or state and ``ema_decay`` disagree.
     """
     if not is_finite(accumulate) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r} must be at least 1")
+        raise ValueError(f"accumulate must be at least 1, got {accumulate!r}")
     check_clip(clip)
     if clip is not None and axis_name is not None:
         raise ValueError(
             f"clip={clip} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give clip to it"
         )
     if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
-        raise ValueError(f"ema_decay={ema_decay!r} must lie in [0, 1); 0.999 is usual")
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay!r}; 0.999 is usual")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(
@@ -233,7 +233,7 @@ def _sum_of_gradients(
 
 
 def frozen_argument(frozen: Any) -> tuple[Any, ...]:
-    """The fourth argument of a loss function, which is there only if something is given."""
+    """Return the fourth argument of a loss function, which is there only if something is given."""
     return () if frozen is None else (frozen,)
 
 

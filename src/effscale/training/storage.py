@@ -22,7 +22,7 @@ AnyPath = pathlib.Path | epath.Path
 
 
 def folder_path(path: str | os.PathLike[str]) -> AnyPath:
-    """The folder that a path names: absolute on this machine, or ``gs://bucket/...``.
+    """Return the folder that a path names: absolute on this machine, or ``gs://bucket/...``.
 
     Raises:
         ImportError: A bucket is named, and the package that reaches it is missing.
@@ -57,7 +57,7 @@ def folder_path(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def is_local(path: AnyPath) -> bool:
-    """Whether a path is on this machine."""
+    """Return whether a path is on this machine."""
     return isinstance(path, pathlib.Path)
 
 
@@ -103,7 +103,7 @@ def stored_checksums(folder: AnyPath) -> dict[str, tuple[int, str]]:
 
 
 def _store(path: AnyPath) -> Any:
-    """The file system of a bucket by fsspec, the one that etils and Orbax use, without its cache of listings.
+    """Return the file system of a bucket by fsspec, the one that etils and Orbax use, without its cache of listings.
 
     The arrays do not pass through it, but through TensorStore, so what it remembers of a folder would be out of date.
     """

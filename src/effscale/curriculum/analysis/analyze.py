@@ -58,7 +58,7 @@ def analyze(
     progress: Callable[[AnalysisProgress], object] | None = None,
     run: Runner | None = None,
 ) -> DifficultyIndex:
-    """Ranks the samples of a corpus by difficulty.
+    """Rank the samples of a corpus by difficulty.
 
     Finished shards are kept in a folder beside the index, named ``.<folder>.analysis``, until the index
     is complete. After a crash the same call goes on from there. If the index is there already, of the
@@ -153,7 +153,7 @@ def accumulate(
     progress: Callable[[AnalysisProgress], object] | None = None,
     run: Runner | None = None,
 ) -> Shaped[np.ndarray, "..."]:
-    """The sum over a corpus of what a function gives for each batch.
+    """Return the sum over a corpus of what a function gives for each batch.
 
     Sums of integers are exact. Those of floating numbers are taken in the order of the samples, so
     they depend on the sizes of batches and shards in their last bits, and on nothing else.
@@ -251,7 +251,7 @@ def _mapped(
 
 def _plan(source: Any, batch_size: int, shard_size: int | None) -> list[Shard]:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(source, TokenStore):
         raise ValueError(f"{source!r} has no rows: give PackedTokens(store, length).")
     if len(source) == 0:

@@ -30,7 +30,7 @@ Runner = Callable[[MapFunction, Sequence[Shard]], Iterator[tuple[Shard, Columns]
 
 
 def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
-    """Cuts samples into shards; by default about 256, but of at least 1024 samples each.
+    """Cut samples into shards; by default about 256, but of at least 1024 samples each.
 
     >>> [str(shard) for shard in plan_shards(10, 6)]
     ['shard 0 (samples 0 to 5)', 'shard 1 (samples 6 to 9)']
@@ -38,7 +38,7 @@ def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
     if shard_size is None:
         shard_size = max(-(-num_samples // 256), 1024)
     if shard_size < 1:
-        raise ValueError(f"shard_size={shard_size}: it must be at least 1.")
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     starts = range(0, num_samples, shard_size)
     return [
         Shard(index, start, min(start + shard_size, num_samples))
@@ -49,7 +49,7 @@ def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
 def map_metrics(
     source: Any, metrics: Mapping[str, Metric], batch_size: int, shard: Shard
 ) -> Columns:
-    """The samples of a shard, and their values by each metric.
+    """Return the samples of a shard, and their values by each metric.
 
     Raises:
         ValueError: A metric's values are not one finite number a row.
@@ -74,7 +74,7 @@ def map_metrics(
 def map_total(
     source: Any, function: Callable[[Batch], Any], batch_size: int, shard: Shard
 ) -> Columns:
-    """The sum of a function's arrays over the batches of a shard.
+    """Return the sum of a function's arrays over the batches of a shard.
 
     Raises:
         ValueError: The arrays are of different shapes, or not of finite numbers.

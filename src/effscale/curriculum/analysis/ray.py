@@ -14,7 +14,7 @@ PREFIX = "column:"  # a metric may have the name of an argument of NumPy's
 
 
 def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Columns]]:
-    """Maps shards with Ray Data: ``analyze(..., run=ray_runner)``.
+    """Map shards with Ray Data: ``analyze(..., run=ray_runner)``.
 
     It uses the cluster that Ray is connected to, or else starts Ray on this machine. The source must
     be readable on every node, as a token store on a shared disk is; values come back through Ray, so

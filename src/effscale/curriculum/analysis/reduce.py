@@ -23,7 +23,7 @@ def sort_metric(
     num_threads: int,
     memory_limit: str,
 ) -> dict[str, Any]:
-    """Writes the values of a metric with their samples, sorted, as a Parquet file and as two arrays.
+    """Write the values of a metric with their samples, sorted, as a Parquet file and as two arrays.
 
     DuckDB sorts and PyArrow writes: the file is then the same to the byte for any number of threads.
 
@@ -101,7 +101,7 @@ def sort_metric(
 
 
 def _array(target: pathlib.Path, name: str, kind: Any, length: int) -> IO[bytes]:
-    """A new ``.npy`` file of a column, whose numbers are to be written behind its header."""
+    """Return a new ``.npy`` file of a column, whose numbers are to be written behind its header."""
     # Not `open_memmap`: where the disk is full, writing to it kills the process.
     stream = open(target.with_name(f"{target.stem}.{name}s.npy"), "wb")  # noqa: SIM115
     dtype = np.dtype(kind.to_pandas_dtype())
@@ -111,7 +111,7 @@ def _array(target: pathlib.Path, name: str, kind: Any, length: int) -> IO[bytes]
 
 
 def _row_groups(batches: Iterable[Any]) -> Iterator[Any]:
-    """Cuts a stream of Arrow batches, of whatever sizes DuckDB makes them, into equal tables."""
+    """Cut a stream of Arrow batches, of whatever sizes DuckDB makes them, into equal tables."""
     import pyarrow as pa
 
     waiting: list[Any] = []

@@ -35,11 +35,11 @@ class ShardFolder:
         self.folder, self.identity = folder, identity
 
     def path(self, shard: Shard) -> pathlib.Path:
-        """The file of a shard."""
+        """Return the file of a shard."""
         return self.folder / f"{shard.index:05d}.parquet"
 
     def write(self, shard: Shard, columns: Columns) -> None:
-        """Writes a finished shard."""
+        """Write a finished shard."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -49,7 +49,7 @@ class ShardFolder:
             pq.write_table(table, temporary, write_page_checksum=True)
 
     def is_finished(self, shard: Shard) -> bool:
-        """Whether the shard is there, whole, and of this analysis."""
+        """Return whether the shard is there, whole, and of this analysis."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -63,7 +63,7 @@ class ShardFolder:
             return False
 
     def remove(self) -> None:
-        """Removes the folder; last of all what marks it as ours."""
+        """Remove the folder; last of all what marks it as ours."""
         for path in self.folder.iterdir():
             if path.name != MARKER:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -104,7 +104,7 @@ def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFol
 
 
 def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Removes the shards of an index that is finished, if its process died before it did so."""
+    """Remove the shards of an index that is finished, if its process died before it did so."""
     if _owner(folder / MARKER).get("identity") != identity:
         return
     # Whoever has the folder removes it, and where nothing can be written nothing is removed.
@@ -148,7 +148,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _locked(folder: pathlib.Path) -> ProcessLock:
-    """The lock of the folder's marker, held."""
+    """Return the lock of the folder's marker, held."""
     path = folder / MARKER
     while True:
         if folder.exists() and not path.exists() and not _is_empty(folder):

@@ -15,9 +15,9 @@ MAX_TRIES = 3
 
 
 def local_runner(num_workers: int) -> Runner:
-    """Maps shards in ``num_workers`` processes, or in this one if 0."""
+    """Map shards in ``num_workers`` processes, or in this one if 0."""
     if num_workers < 0:
-        raise ValueError(f"num_workers={num_workers}: it must be at least 0.")
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
     if num_workers == 0:
         return lambda function, shards: ((shard, function(shard)) for shard in shards)
     return lambda function, shards: _in_processes(function, shards, num_workers)
@@ -26,7 +26,7 @@ def local_runner(num_workers: int) -> Runner:
 def _in_processes(
     function: MapFunction, shards: Sequence[Shard], num_workers: int
 ) -> Iterator[tuple[Shard, Columns]]:
-    """Maps shards in processes; the shard of one that is killed is mapped again.
+    """Map shards in processes; the shard of one that is killed is mapped again.
 
     When a process dies its pool breaks, and any of the shards under way may be the reason. Those
     are tried again after all others and one at a time, so that a shard that always kills its

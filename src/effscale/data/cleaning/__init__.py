@@ -1,4 +1,4 @@
-"""Corpora without documents that are short, repetitive, in another language or duplicates; and datasheets of corpora."""
+"""Filter out documents that are short, repetitive, duplicated or in the wrong language, and write datasheets of corpora."""
 
 from effscale.data.cleaning.cleaned import Cleaned
 from effscale.data.cleaning.datasheet import DatasheetEntry, write_datasheet

@@ -1,4 +1,4 @@
-"""A source without the documents that are not wanted."""
+"""A source that filters the documents of another source."""
 
 import itertools
 import logging
@@ -13,16 +13,16 @@ from effscale.data.cleaning.quality import Quality
 from effscale.data.documents import Document, Reason, SkipReport, Source
 
 BATCH = 64
-"""Documents that are examined together."""
+"""The number of documents examined together."""
 
 
 class Examined(NamedTuple):
-    """What is asked of each document by itself, and so of many at a time.
+    """The result of the checks that look at one document at a time.
 
     Attributes:
-        fault: Of its quality.
-        digest: By which it equals others.
-        signature: By which it resembles others.
+        fault: The quality fault, if any.
+        digest: Equal for documents with the same text.
+        signature: The MinHash signature, to find similar documents.
     """
 
     fault: tuple[Reason, str] | None
@@ -32,27 +32,27 @@ class Examined(NamedTuple):
 
 Examine = Callable[[Sequence[str]], list[Examined]]
 Runner = Callable[[Examine, Iterable[Sequence[str]]], Iterator[list[Examined]]]
-"""Examines batches of texts, in their order."""
+"""Examines batches of texts and yields the results in the same order."""
 
 
 def local_runner(examine: Examine, batches: Iterable[Sequence[str]]) -> Iterator[list[Examined]]:
-    """Examines in this process, one batch after another."""
+    """Examine the batches one after another in this process."""
     return map(examine, batches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned(Source):
-    """The documents of another source that are good enough, and of equal or similar ones the first.
+    """The documents of another source that pass the quality bounds, without duplicates.
 
-    It is a source like any other: `prepare_corpus` takes it, keeps the result, and the corpus's ``skipped`` says how many documents
-    were left out, by reason. Duplicates are looked for within the source only.
+    It is a source like any other: pass it to `prepare_corpus`, which caches the result. The ``skipped`` report of the corpus
+    counts the documents that were left out, by reason. Duplicates are searched only within the source; the first copy is kept.
 
     Attributes:
-        source: The other source.
-        quality: What a document has to be like.
-        duplicates: Whether to leave out a document whose text was there before, but for upper case and white space.
-        near_duplicates: Whether, and from which similarity on, to leave out one that resembles an earlier document; None keeps it.
-        run: Who examines documents: by default this process; :func:`effscale.data.cleaning.ray_runner` gives them to a cluster.
+        source: The source to filter.
+        quality: The bounds a document must meet.
+        duplicates: Whether to leave out a document whose text appeared before, ignoring case and white space.
+        near_duplicates: When to leave out a document that resembles an earlier one; None keeps all of them.
+        run: What examines the documents: by default this process; ``effscale.data.cleaning.ray_runner`` uses a Ray cluster.
 
     Example:
         >>> from effscale.data import StandardLibrary
@@ -75,19 +75,19 @@ class Cleaned(Source):
         super().__post_init__()
         if self.on_error != "raise":
             raise ValueError(
-                f"on_error={self.on_error!r}: give it to the source that is cleaned, which reads the documents"
+                f'on_error must be "raise" here, got {self.on_error!r}. Set on_error on the source that is cleaned, which reads the documents.'
             )
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
         index = None if self.near_duplicates is None else self.near_duplicates.index()
         seen: set[bytes] = set()
-        documents = self.source.documents(skipped)  # which warns of what it cannot read itself
+        documents = self.source.documents(skipped)  # it warns about unreadable documents itself
         for document, found in self._examined(documents):
             fault = found.fault
             if fault is None and self.duplicates and found.digest in seen:
-                fault = "duplicate", "the same text was there before"
+                fault = "duplicate", "the same text appeared before"
             if fault is None and _resembles(index, found.signature):
-                fault = "near_duplicate", "it resembles a document before it"
+                fault = "near_duplicate", "it resembles an earlier document"
             if fault is None:
                 seen.add(found.digest)
                 yield document
@@ -107,7 +107,7 @@ class Cleaned(Source):
             yield from zip(ready, results, strict=True)
 
     def examine(self, texts: Sequence[str]) -> list[Examined]:
-        """What is asked of each text by itself."""
+        """Run the checks that look at one text at a time."""
         near = self.near_duplicates
         found = []
         for text in texts:
@@ -117,11 +117,11 @@ class Cleaned(Source):
         return found
 
     def spec(self) -> str:
-        """The other source in its string form."""
+        """Return the string form of the filtered source."""
         return self.source.spec()
 
     def fingerprint(self) -> dict[str, Any]:
-        """That of the other source, and what is asked of documents."""
+        """Return the fingerprint of the filtered source, with the filter settings."""
         near = self.near_duplicates
         return {
             "version": 1,

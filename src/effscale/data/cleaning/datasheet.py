@@ -1,4 +1,4 @@
-"""What a corpus is made of, for those who read about a model that was trained on it."""
+"""Datasheets: what a training corpus is made of."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from effscale.models.validation import check, is_finite
 
 @dataclass(frozen=True, kw_only=True)
 class DatasheetEntry:
-    """A component of a mixture.
+    """One component of a mixture.
 
     Attributes:
-        name: Of the component.
+        name: The name of the component.
         language: Its language, or the programming language of its code.
-        licence: Under which its text may be used.
-        corpus: What `prepare_corpus` made of it.
-        weight: Its share of the training rows; 1 for all of them.
+        licence: The license of its text.
+        corpus: The corpus that `prepare_corpus` returned.
+        weight: Its share of the training rows; 1 if it is the only component.
 
     Raises:
         ValueError: A name is empty, or the weight is out of range.
@@ -35,7 +35,12 @@ class DatasheetEntry:
 
     def __post_init__(self):
         for name in ("name", "language", "licence"):
-            check(self, bool(getattr(self, name).strip()), name, "a text; say 'unknown' if it is")
+            check(
+                self,
+                bool(getattr(self, name).strip()),
+                name,
+                "a nonempty text; use 'unknown' if you do not know it",
+            )
         check(
             self, is_finite(self.weight) and 0 < self.weight <= 1, "weight", "above 0 and at most 1"
         )
@@ -44,23 +49,27 @@ class DatasheetEntry:
 def write_datasheet(
     folder: str | os.PathLike[str], entries: Sequence[DatasheetEntry]
 ) -> pathlib.Path:
-    """Writes ``datasheet.md`` and ``datasheet.json``: documents, bytes, tokens, language, licence and weight of each component, and what was left out of it.
+    """Write ``datasheet.md`` and ``datasheet.json`` for a training corpus.
+
+    For each component they list documents, bytes, tokens, language, license and weight, and what was left out.
 
     Args:
-        folder: Where to, such as the run folder or the one of the token stores.
+        folder: The output folder, such as the run folder or the folder of the token stores.
         entries: The components.
 
     Returns:
         The Markdown file.
 
     Raises:
-        ValueError: There is no component.
+        ValueError: ``entries`` is empty.
 
     References:
-        Gebru et al., "Datasheets for datasets", 2018. The corpus of BLOOM has such a table: Laurençon et al., "The BigScience ROOTS Corpus", 2022.
+        Gebru et al., "Datasheets for Datasets" (2018). https://arxiv.org/abs/1803.09010
+        Laurençon et al., "The BigScience ROOTS Corpus" (2022), which has such a table for BLOOM's corpus.
+            https://arxiv.org/abs/2303.03915
     """
     if not entries:
-        raise ValueError("entries=[]: a datasheet needs at least one component")
+        raise ValueError("entries must have at least one component, got []")
     rows: list[dict[str, Any]] = [
         {
             "name": entry.name,
@@ -82,7 +91,7 @@ def write_datasheet(
     lines = [
         "# Datasheet",
         "",
-        "Documents, bytes (UTF-8) and tokens are those that were kept, training and held-out text together. The weight is a component's share of the training rows.",
+        "Documents, bytes (UTF-8) and tokens count what was kept, training and held-out text together. The weight is a component's share of the training rows.",
         "",
         "| name | language | licence | weight | documents | bytes | tokens | left out |",
         "|---|---|---|---:|---:|---:|---:|---|",

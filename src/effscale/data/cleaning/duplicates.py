@@ -1,4 +1,4 @@
-"""Documents that are there already: letter by letter, or nearly."""
+"""Exact and near duplicates among documents."""
 
 import hashlib
 import zlib
@@ -11,31 +11,33 @@ from jaxtyping import UInt32
 from effscale.models.validation import check
 
 SLICE = 4096
-"""N-grams that are hashed together."""
+"""The number of n-grams hashed together."""
 
 
 def digest(text: str) -> bytes:
-    """What equal texts have in common, in 16 bytes. Upper case and the amount of white space do not matter."""
+    """Return a 16-byte digest of a text that ignores case and the amount of white space."""
     return hashlib.blake2b(_plain(text).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearDuplicates:
-    """When two documents are nearly the same: by the share of character n-grams that they have in common, which MinHash estimates.
+    """Near-duplicate detection by MinHash.
+
+    Two documents are near duplicates if they share a large fraction of their character n-grams, which MinHash estimates.
 
     Attributes:
-        threshold: The Jaccard similarity of their sets of n-grams from which on the later one is left out. For small edits of a
-            paragraph it is about 0.9.
-        ngram: Characters of an n-gram.
-        permutations: Numbers in a document's signature. The estimate's standard deviation is about
+        threshold: The Jaccard similarity of the n-gram sets from which on the later document counts as a duplicate. Small edits
+            of a paragraph give about 0.9.
+        ngram: The number of characters in an n-gram.
+        permutations: The length of a signature. The standard deviation of the estimate is about
             ``sqrt(threshold * (1 - threshold) / permutations)``, 0.035 by default.
 
     Raises:
         ValueError: A field is out of range.
 
     References:
-        Broder, "On the resemblance and containment of documents", 1997. Lee et al., "Deduplicating training data makes language
-        models better", 2022.
+        Broder, "On the resemblance and containment of documents" (1997).
+        Lee et al., "Deduplicating Training Data Makes Language Models Better" (2022). https://arxiv.org/abs/2107.06499
 
     Example:
         >>> index = NearDuplicates(threshold=0.5).index()
@@ -55,27 +57,27 @@ class NearDuplicates:
         check(self, self.permutations >= 16, "permutations", "at least 16")
 
     def signature(self, text: str) -> UInt32[np.ndarray, "permutations"]:
-        """The MinHash signature of a text.
+        """Return the MinHash signature of a text.
 
         Raises:
             ModuleNotFoundError: The extra ``cleaning`` is not installed.
         """
         plain, found = _plain(text), self.minhash()
         count = max(len(plain) - self.ngram + 1, 1)
-        for first in range(0, count, SLICE):  # all at once take a kilobyte each
+        for first in range(0, count, SLICE):  # each n-gram takes a kilobyte while hashed
             starts = range(first, min(first + SLICE, count))
             found.update_batch({plain[i : i + self.ngram].encode() for i in starts})
         return found.hashvalues.astype(np.uint32)
 
     def minhash(self, signature: UInt32[np.ndarray, "permutations"] | None = None) -> Any:
-        """Datasketch's object of a signature, or of a text without n-grams."""
+        """Return the datasketch object of a signature; without a signature, that of a text without n-grams."""
         make = _datasketch().MinHash
         options = {"num_perm": self.permutations, "hashfunc": zlib.crc32, "scheme": "affine32"}
         return make(**options, hashvalues=signature)
 
     @property
     def bands(self) -> tuple[int, int]:
-        """How many bands of how many numbers the index compares: as long as they find 99 % of the pairs of just this similarity."""
+        """Return the number of bands and their length, the longest with which the index finds 99% of the pairs at the threshold."""
         for rows in range(self.permutations, 1, -1):
             bands = self.permutations // rows
             if 1 - (1 - self.threshold**rows) ** bands >= 0.99:
@@ -83,15 +85,15 @@ class NearDuplicates:
         return self.permutations, 1
 
     def index(self) -> "NearDuplicateIndex":
-        """An empty index of signatures."""
+        """Return an empty index of signatures."""
         return NearDuplicateIndex(self)
 
 
 class NearDuplicateIndex:
-    """The signatures of the documents so far, some kilobytes each.
+    """An index of the signatures seen so far, a few kilobytes each.
 
     Args:
-        near: What makes duplicates.
+        near: The definition of a near duplicate.
     """
 
     def __init__(self, near: NearDuplicates):
@@ -100,9 +102,9 @@ class NearDuplicateIndex:
         self._signatures: list[np.ndarray] = []
 
     def add(self, signature: UInt32[np.ndarray, "permutations"]) -> bool:
-        """Whether a document is nearly the same as one that was added before; if not, it is added."""
+        """Return whether a document is a near duplicate of an earlier one; if it is not, add it."""
         hashed = self._near.minhash(signature)
-        # The index finds candidates; their signatures decide.
+        # The index returns candidates; comparing their signatures decides.
         for candidate in self._index.query(hashed):
             if (self._signatures[candidate] == signature).mean() >= self._near.threshold:
                 return True
@@ -119,6 +121,8 @@ def _datasketch() -> Any:
     try:
         import datasketch
     except ModuleNotFoundError as error:
-        error.add_note("Near duplicates are found by datasketch: pip install 'effscale[cleaning]'.")
+        error.add_note(
+            "Finding near duplicates needs datasketch: install it with pip install 'effscale[cleaning]'"
+        )
         raise
     return datasketch

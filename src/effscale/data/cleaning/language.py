@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid, whose model of 97 languages is inside its package."""
+"""Language identification with py3langid, whose package includes a model of 97 languages."""
 
 import functools
 from typing import Any
@@ -7,15 +7,15 @@ from effscale.models.validation import did_you_mean
 
 
 def identify_language(text: str) -> tuple[str, float]:
-    """The language of a text, and the confidence in it.
+    """Identify the language of a text.
 
-    Short texts are often taken for a related language.
+    Short texts are often mistaken for a related language.
 
     Args:
         text: The text.
 
     Returns:
-        The code of ISO 639-1 (``en``, ``zh``), and a confidence from 0 to 1.
+        The ISO 639-1 code (``en``, ``zh``), and the confidence from 0 to 1.
 
     Raises:
         ModuleNotFoundError: The extra ``cleaning`` is not installed.
@@ -28,14 +28,16 @@ def identify_language(text: str) -> tuple[str, float]:
 
 
 def check_language(language: str) -> None:
-    """Refuses a language that :func:`identify_language` never finds.
+    """Raise an error for a language that ``identify_language`` cannot return.
 
     Raises:
-        ValueError: The language is not known.
+        ValueError: The language is unknown.
     """
     known = _identifier().labels
     if language not in known:
-        raise ValueError(f"language={language!r}: {did_you_mean(language, known)}")
+        raise ValueError(
+            f"language must be a known ISO 639-1 code, got {language!r}: {did_you_mean(language, known)}"
+        )
 
 
 @functools.cache
@@ -43,6 +45,8 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ModuleNotFoundError as error:
-        error.add_note("Languages are identified by py3langid: pip install 'effscale[cleaning]'.")
+        error.add_note(
+            "Identifying languages needs py3langid: install it with pip install 'effscale[cleaning]'"
+        )
         raise
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,4 +1,4 @@
-"""What a document has to be like, by measures that need no trained model."""
+"""Quality bounds on documents, from measures that need no trained model."""
 
 import collections
 import math
@@ -11,19 +11,19 @@ from effscale.models.validation import check, is_finite
 
 
 def character_repetition(text: str, length: int = 10) -> float:
-    r"""The share of a text's character n-grams that its most frequent ones make up.
+    r"""Return the share of a text's character n-grams that are copies of its most frequent ones.
 
     Of :math:`d` distinct n-grams, :math:`r` of which occur more than once, the :math:`\min(\lfloor\sqrt d\rfloor, r)` most frequent are counted.
 
     Args:
         text: The text.
-        length: Characters of an n-gram.
+        length: The number of characters in an n-gram.
 
     Returns:
-        From 0 to 1; 0 for a text with no n-gram.
+        From 0 to 1; 0 for a text shorter than an n-gram.
 
     References:
-        Laurençon et al., "The BigScience ROOTS Corpus", 2022, appendix on the filters of OSCAR.
+        Laurençon et al., "The BigScience ROOTS Corpus" (2022), appendix on the OSCAR filters. https://arxiv.org/abs/2303.03915
 
     >>> character_repetition("na" * 30), character_repetition("The quick brown fox jumps over the lazy dog.")
     (0.5098039215686274, 0.0)
@@ -35,17 +35,19 @@ def character_repetition(text: str, length: int = 10) -> float:
 
 
 def word_repetition(text: str, length: int = 5) -> float:
-    """The share of a text's word n-grams that occur more than once. Words are what white space divides, in lower case.
+    """Return the share of a text's word n-grams that occur more than once.
+
+    Words are separated by white space and compared in lower case.
 
     Args:
         text: The text.
-        length: Words of an n-gram.
+        length: The number of words in an n-gram.
 
     Returns:
-        From 0 to 1; 0 for a text with no n-gram.
+        From 0 to 1; 0 for a text shorter than an n-gram.
 
     References:
-        Laurençon et al., "The BigScience ROOTS Corpus", 2022, appendix on the filters of OSCAR.
+        Laurençon et al., "The BigScience ROOTS Corpus" (2022), appendix on the OSCAR filters. https://arxiv.org/abs/2303.03915
 
     >>> word_repetition("to be or not to be", length=2)
     0.4
@@ -62,21 +64,21 @@ def _counts(items: Sequence[Hashable], length: int) -> collections.Counter[Hasha
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Bounds that a document has to keep. By default none is set but those of repetition, which suit prose of most languages.
+    """Bounds that a document must meet. By default only repetition is bounded, with values that suit prose in most languages.
 
     ROOTS sets its bounds by language: for English at most 0.106 for characters, for Portuguese 0.25, for Chinese 0.2 with n-grams of 3.
 
     Attributes:
-        min_characters: Fewest characters.
-        max_character_repetition: Greatest :func:`character_repetition`; None: any.
-        character_ngram: Characters of an n-gram there.
-        max_word_repetition: Greatest :func:`word_repetition`; None: any.
-        word_ngram: Words of an n-gram there.
-        language: The language that a document has to be in, as :func:`identify_language` names it; None: any.
-        min_language_confidence: The least confidence with which that language has to be found.
+        min_characters: The minimum number of characters.
+        max_character_repetition: The maximum ``character_repetition``; None sets no bound.
+        character_ngram: The number of characters in its n-grams.
+        max_word_repetition: The maximum ``word_repetition``; None sets no bound.
+        word_ngram: The number of words in its n-grams.
+        language: The required language, as ``identify_language`` names it; None allows any.
+        min_language_confidence: The minimum confidence with which that language must be identified.
 
     Raises:
-        ValueError: A bound is out of range, or the language is not known.
+        ValueError: A bound is out of range, or the language is unknown.
 
     Example:
         >>> Quality(min_characters=20).fault("Too short.")
@@ -103,7 +105,7 @@ class Quality:
             check_language(self.language)
 
     def fault(self, text: str) -> tuple[Reason, str] | None:
-        """Why a document is left out: the kind of fault, and what was found; None if it is kept."""
+        """Return why to leave out a document (the kind of fault and the details), or None to keep it."""
         if len(text) < self.min_characters:
             return (
                 "short",

@@ -1,18 +1,18 @@
-"""Documents examined on a cluster."""
+"""Examine documents on a Ray cluster."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 PREFETCH = 4
-"""Batches under way for each of the cluster's processors."""
+"""Batches in flight per processor of the cluster."""
 
 
 def ray_runner(examine: Any, batches: Iterable[Sequence[str]]) -> Iterator[Any]:
-    """Lets the workers of Ray examine documents: ``Cleaned(..., run=ray_runner)``.
+    """Examine documents with Ray workers: ``Cleaned(..., run=ray_runner)``.
 
-    It uses the cluster that Ray is connected to, or else starts Ray on this machine. This process reads the documents and compares
-    their digests and signatures; what takes the time, n-grams and hashing, is done by the workers. The batch of a lost worker is
+    It uses the cluster that Ray is connected to, or starts Ray on this machine. This process reads the documents and compares
+    their digests and signatures; the workers do the expensive part, n-grams and hashing. If a worker is lost, its batch is
     examined again.
 
     Raises:
@@ -21,7 +21,7 @@ def ray_runner(examine: Any, batches: Iterable[Sequence[str]]) -> Iterator[Any]:
     try:
         import ray
     except ModuleNotFoundError as error:
-        error.add_note("Ray is in the extra: pip install 'effscale[ray]'.")
+        error.add_note("ray_runner needs Ray: install it with pip install 'effscale[ray]'")
         raise
     if not ray.is_initialized():
         ray.init()

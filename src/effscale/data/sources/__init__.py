@@ -1,4 +1,4 @@
-"""Where documents come from: one frozen dataclass a kind of corpus, each with ``documents()``."""
+"""Sources of documents: one frozen dataclass per kind of corpus, each with a ``documents()`` method."""
 
 from effscale.data.sources.hugging_face import HuggingFace
 from effscale.data.sources.json_lines import JsonLines

@@ -1,23 +1,23 @@
-"""The field of a record that holds the text."""
+"""The field of a record that contains the text."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def check(field: str) -> None:
-    """Refuses an empty field name."""
+    """Raise an error for an empty field name."""
     if not field:
-        raise ValueError("field='': give the name of the field that holds the text.")
+        raise ValueError("field must be the name of the field that contains the text, got ''")
 
 
 def missing(field: str, names: Iterable[object]) -> str:
-    """Says that a field is absent and which ones are there, the nearest first.
+    """Return a message that a field is missing, with the fields that exist, the most similar first.
 
     >>> missing("txt", ["id", "text"])
-    "no field 'txt'; there are 'text', 'id'"
+    "no field 'txt'; the fields are 'text', 'id'"
     """
     present = [str(name) for name in names]
     near = difflib.get_close_matches(field, present, n=3)
     listed = near + [name for name in present if name not in near]
     shown = ", ".join(repr(name) for name in listed[:12]) or "none"
-    return f"no field {field!r}; there are {shown}"
+    return f"no field {field!r}; the fields are {shown}"

@@ -11,22 +11,22 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 BLOCK = 1 << 20
-# What reading a file may raise; a damaged gzip file shows in three ways.
+# The errors of reading a file; a damaged gzip file can raise any of the three.
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 def as_paths(paths: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]") -> tuple[str, ...]:
-    """One path or several, as a tuple of strings."""
+    """Return one or several paths as a tuple of strings."""
     if isinstance(paths, (str, os.PathLike)):
         paths = (paths,)
     result = tuple(os.fspath(path) for path in paths)
     if not result:
-        raise ValueError("paths=(): give at least one path or glob.")
+        raise ValueError("paths must have at least one path or glob, got ()")
     return result
 
 
 def expand(paths: Sequence[str]) -> list[pathlib.Path]:
-    """The files that paths and globs name, each once, those of a glob in sorted order.
+    """Return the files that paths and globs match, each once; those of a glob are sorted.
 
     Raises:
         FileNotFoundError: A path or glob matches nothing.
@@ -36,7 +36,7 @@ def expand(paths: Sequence[str]) -> list[pathlib.Path]:
     for pattern in paths:
         if os.path.isdir(pattern):
             raise ValueError(
-                f"{pattern!r} is a folder: name its files with a glob, such as "
+                f"{pattern}: is a folder. Match its files with a glob, such as "
                 f"{os.path.join(pattern, '**', '*.txt')!r}."
             )
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
@@ -44,14 +44,14 @@ def expand(paths: Sequence[str]) -> list[pathlib.Path]:
         if not files:
             raise FileNotFoundError(
                 f"no file matches {pattern!r} (working folder {os.getcwd()!r}). "
-                "Globs may use *, ? and **."
+                "Globs can contain *, ? and **."
             )
         found.update(dict.fromkeys(files))
     return list(found)
 
 
 def fingerprint(paths: Sequence[str]) -> str:
-    """A digest of the names, sizes and modification times of the files."""
+    """Return a digest of the names, sizes and modification times of the files."""
     digest = hashlib.blake2b(digest_size=16)
     for path in expand(paths):
         status = path.stat()
@@ -60,7 +60,7 @@ def fingerprint(paths: Sequence[str]) -> str:
 
 
 def open_binary(path: pathlib.Path) -> io.BufferedIOBase:
-    """Opens a file for reading bytes, through gzip if its name ends in ``.gz``."""
+    """Open a file for reading bytes, decompressing it if its name ends in ``.gz``."""
     return cast(
         io.BufferedIOBase, gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     )
@@ -69,11 +69,11 @@ def open_binary(path: pathlib.Path) -> io.BufferedIOBase:
 def split_stream(
     stream: io.BufferedIOBase, separator: bytes | None, limit: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields the line number and the bytes of each piece between separators.
+    """Yield the line number and the bytes of each piece between separators.
 
-    A piece longer than ``limit`` is cut at its last line end before the limit, or else between two
-    characters, so that memory stays bounded whatever the file. The pieces and separators together
-    are the stream, byte for byte.
+    A piece longer than ``limit`` is cut at the last line end before the limit, or else between two
+    characters, so that memory stays bounded for any file. The pieces and separators concatenate
+    to the stream, byte for byte.
     """
     buffer, line = b"", 1
     while True:
@@ -104,7 +104,7 @@ def _cut(buffer: bytes, start: int, stop: int) -> int:
     newline = buffer.rfind(b"\n", start, stop)
     if newline >= 0:
         return newline + 1
-    # 0b10xxxxxx continues a character; a character has at most three such bytes.
+    # 0b10xxxxxx is a continuation byte; a character has at most three such bytes.
     for cut in range(stop, max(start, stop - 4), -1):
         if buffer[cut] & 0xC0 != 0x80:
             return cut

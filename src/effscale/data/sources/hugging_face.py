@@ -1,4 +1,4 @@
-"""Hugging Face data sets, from a folder or from the hub, as a corpus."""
+"""Hugging Face datasets, from a folder or from the Hub, as a corpus."""
 
 import os
 import pathlib
@@ -12,16 +12,16 @@ from effscale.data.sources import fields
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFace(Source):
-    """A data set of the `datasets` library; needs the extra ``hf``.
+    """A dataset of the `datasets` library; needs the extra ``hf``.
 
-    A folder written by ``save_to_disk`` is memory-mapped; a folder of data files, or a name on the
-    hub, is streamed. A folder needs no network.
+    A folder written by ``save_to_disk`` is memory-mapped; a folder of data files or a dataset on the
+    Hub is streamed. A folder needs no network.
 
     Attributes:
-        name: A name on the hub, such as ``"Salesforce/wikitext"``, or a local folder.
-        config: The configuration of the data set, where it has several.
+        name: A name on the Hub, such as ``"Salesforce/wikitext"``, or a local folder.
+        config: The configuration of the dataset, if it has several.
         split: The split to read.
-        field: The column that holds the text.
+        field: The column that contains the text.
     """
 
     name: str | os.PathLike[str]
@@ -33,7 +33,7 @@ class HuggingFace(Source):
         super().__post_init__()
         object.__setattr__(self, "name", os.fspath(self.name))
         if not self.name:
-            raise ValueError("name='': give a data set's name or folder.")
+            raise ValueError("name must be the name or folder of a dataset, got ''")
         fields.check(self.field)
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
@@ -46,7 +46,7 @@ class HuggingFace(Source):
                 yield from self._accept(skipped, record[self.field], where)
         if not rows:
             where = f"{self.name}[{self.split}]"
-            self._fault(skipped, "empty", where, "the data set has no rows")
+            self._fault(skipped, "empty", where, "the dataset has no rows")
 
     def _load(self) -> Any:
         try:
@@ -54,8 +54,8 @@ class HuggingFace(Source):
             import datasets  # pyrefly: ignore[missing-import]
         except ImportError as error:
             raise ImportError(
-                "reading Hugging Face data sets needs the datasets library: "
-                "pip install 'effscale[hf]'."
+                "reading Hugging Face datasets needs datasets: "
+                "install it with pip install 'effscale[hf]'"
             ) from error
         folder = pathlib.Path(self.name)
         try:
@@ -69,7 +69,7 @@ class HuggingFace(Source):
         except (OSError, ValueError) as error:
             place = "folder" if folder.is_dir() else "name (no such local folder)"
             raise ValueError(
-                f"cannot load the Hugging Face data set {self.name!r} ({place}), "
+                f"cannot load the Hugging Face dataset {self.name!r} ({place}), "
                 f"config {self.config!r}, split {self.split!r}: {error}"
             ) from error
 
@@ -79,12 +79,12 @@ class HuggingFace(Source):
         return splits[self.split]
 
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the string form of the source, as `parse_source` reads it."""
         config = f":{self.config}" if self.config else ""
         return f"hf:{self.name}{config}#{self.field}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The names, and for a folder its files' sizes and times; a change on the hub is not seen."""
+        """Return the names and, for a folder, the sizes and times of its files; changes on the Hub are not detected."""
         folder = pathlib.Path(self.name)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {

@@ -12,11 +12,11 @@ from effscale.data.sources import fields, files
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(Source):
-    """One JSON object a line, plain or gzipped (``.gz``); one of its fields is the document.
+    """JSON Lines files, plain or gzipped (``.gz``): one JSON object per line, with the document in one of its fields.
 
     Attributes:
         paths: Files and globs.
-        field: The field that holds the text.
+        field: The field that contains the text.
     """
 
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -52,7 +52,7 @@ class JsonLines(Source):
             self._fault(skipped, "bad_json", where, f"not JSON ({error})")
         else:
             if not isinstance(record, dict):
-                detail = f"{type(record).__name__} where a JSON object was expected"
+                detail = f"{type(record).__name__} instead of a JSON object"
                 self._fault(skipped, "bad_json", where, detail)
             elif self.field not in record:
                 self._fault(skipped, "missing_field", where, fields.missing(self.field, record))
@@ -60,11 +60,11 @@ class JsonLines(Source):
                 yield from self._accept(skipped, record[self.field], where)
 
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the string form of the source, as `parse_source` reads it."""
         return f"jsonl:{','.join(files.as_paths(self.paths))}#{self.field}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The files' names, sizes and times, and the field."""
+        """Return the names, sizes and times of the files, and the field."""
         return {
             "source": self.spec(),
             "files": files.fingerprint(files.as_paths(self.paths)),

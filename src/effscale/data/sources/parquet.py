@@ -13,12 +13,12 @@ from effscale.data.sources import fields, files
 class Parquet(Source):
     """Parquet files with a column of text; needs the extra ``parquet`` (pyarrow).
 
-    Rows are read in batches, so memory depends on the batch and the files' page size only.
+    Rows are read in batches, so memory use depends only on the batch size and the page size of the files.
 
     Attributes:
         paths: Files and globs.
-        field: The column that holds the text.
-        batch_rows: How many rows to hold at a time.
+        field: The column that contains the text.
+        batch_rows: The number of rows to read at a time.
     """
 
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -30,7 +30,7 @@ class Parquet(Source):
         object.__setattr__(self, "paths", files.as_paths(self.paths))
         fields.check(self.field)
         if self.batch_rows < 1:
-            raise ValueError(f"batch_rows={self.batch_rows}: it must be at least 1.")
+            raise ValueError(f"batch_rows must be at least 1, got {self.batch_rows}")
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
         try:
@@ -38,7 +38,7 @@ class Parquet(Source):
             import pyarrow.parquet as pq
         except ImportError as error:
             raise ImportError(
-                "reading Parquet files needs pyarrow: pip install 'effscale[parquet]'."
+                "reading Parquet files needs pyarrow: install it with pip install 'effscale[parquet]'"
             ) from error
         for path in files.expand(files.as_paths(self.paths)):
             row = 0
@@ -61,11 +61,11 @@ class Parquet(Source):
                 self._fault(skipped, "empty", str(path), "the file has no rows")
 
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the string form of the source, as `parse_source` reads it."""
         return f"parquet:{','.join(files.as_paths(self.paths))}#{self.field}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The files' names, sizes and times, and the column."""
+        """Return the names, sizes and times of the files, and the column."""
         return {
             "source": self.spec(),
             "files": files.fingerprint(files.as_paths(self.paths)),

@@ -1,4 +1,4 @@
-"""Sources and mixtures in the string form of the command line."""
+"""Sources and mixtures from their string form on the command line."""
 
 import difflib
 import os
@@ -18,16 +18,15 @@ _WEIGHTED = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.+)", re.DOTALL)
 
 
 def parse_source(spec: str, *, on_error: OnError | None = None) -> Source:
-    """Makes a source from its string form.
+    """Create a source from its string form.
 
     Args:
         spec: ``stdlib``, ``text:GLOB``, ``jsonl:GLOB#field``, ``parquet:GLOB#field`` or
-            ``hf:NAME[:CONFIG]#field``. Several globs are joined by commas; the field is ``text``
-            where none is given.
-        on_error: What to do with unusable documents; None leaves the source's own default.
+            ``hf:NAME[:CONFIG]#field``. Separate several globs by commas. The default field is ``text``.
+        on_error: What to do with unusable documents; None keeps the default of the source.
 
     Raises:
-        ValueError: The kind is unknown or what it needs is absent.
+        ValueError: The kind is unknown, or the string lacks a file or dataset.
 
     >>> parse_source("jsonl:shards/*.jsonl#content")
     JsonLines(on_error='raise', paths=('shards/*.jsonl',), field='content')
@@ -40,9 +39,11 @@ def parse_source(spec: str, *, on_error: OnError | None = None) -> Source:
     if kind not in known[1:]:
         near = difflib.get_close_matches(kind, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"corpus {spec!r}: the forms are {_FORMS}.{hint}")
+        raise ValueError(f"corpus must have one of the forms {_FORMS}, got {spec!r}.{hint}")
     if not rest or rest.startswith("#"):
-        raise ValueError(f"corpus {spec!r} names no {'data set' if kind == 'hf' else 'file'}.")
+        raise ValueError(
+            f"corpus must name a {'dataset' if kind == 'hf' else 'file'}, got {spec!r}"
+        )
     if kind == "text":
         return TextFiles(paths=_globs(rest), **options)
     name, hash_sign, field = rest.rpartition("#")
@@ -61,17 +62,17 @@ def parse_source(spec: str, *, on_error: OnError | None = None) -> Source:
 def parse_mixture(
     specs: str | Sequence[str], *, on_error: OnError | None = None
 ) -> tuple[tuple[Source, ...], tuple[float, ...]]:
-    """Makes the sources and weights of a mixture, each ``[WEIGHT*]SPEC``.
+    """Create the sources and weights of a mixture from strings of the form ``[WEIGHT*]SPEC``.
 
     Args:
-        specs: The components; without a weight a component weighs 1.
+        specs: The components; the default weight is 1.
         on_error: As in `parse_source`.
 
     Returns:
-        The sources and their weights, scaled to a sum of 1.
+        The sources and their weights, normalized to sum to 1.
 
     Raises:
-        ValueError: There is no component, or a weight is zero.
+        ValueError: ``specs`` is empty, or a weight is zero.
 
     >>> sources, weights = parse_mixture(["3*stdlib", "1*text:books/*.txt"])
     >>> weights
@@ -80,13 +81,15 @@ def parse_mixture(
     if isinstance(specs, str):
         specs = [specs]
     if not specs:
-        raise ValueError("a mixture needs at least one corpus.")
+        raise ValueError("a mixture needs at least one corpus")
     sources, weights = [], []
     for spec in specs:
         match = _WEIGHTED.fullmatch(spec)
         weight = float(match[1]) if match else 1.0
         if weight <= 0:
-            raise ValueError(f"corpus {spec!r}: its weight must be above 0; leave it out instead.")
+            raise ValueError(
+                f"the weight of a corpus must be above 0, got {spec!r}. Leave the corpus out instead."
+            )
         sources.append(parse_source(match[2] if match else spec, on_error=on_error))
         weights.append(weight)
     total = sum(weights)
@@ -94,5 +97,5 @@ def parse_mixture(
 
 
 def _globs(text: str) -> list[str]:
-    # A file may have a comma in its name.
+    # A file name can contain a comma.
     return [text] if os.path.exists(text) else [part for part in text.split(",") if part]

@@ -10,7 +10,7 @@ from typing import Any
 
 from effscale.data.documents import Document, OnError, SkipReport, Source
 
-# Tests are data more than text, and site-packages is not the standard library.
+# Tests are mostly data rather than text, and site-packages is not part of the standard library.
 _EXCLUDED = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -19,14 +19,14 @@ _TOPICS = "pydoc_data/topics.py"
 
 @dataclass(frozen=True, kw_only=True)
 class StandardLibrary(Source):
-    """The source files of the running interpreter's library and the topics of its ``help()``.
+    """The source files of this Python's standard library and the topics of its ``help()``.
 
     Each source file outside the test folders is a document, and so is each topic of
-    ``pydoc_data.topics``, which is English prose. Empty files, as some ``__init__.py`` are, do not
-    count as documents. The content differs a little between Python versions.
+    ``pydoc_data.topics``, which is English prose. Empty files, such as some ``__init__.py``, are not
+    documents. The content differs a little between Python versions.
 
     Attributes:
-        on_error: Skips by default, as nobody can mend the library.
+        on_error: ``"skip"`` by default, as you cannot fix the standard library.
 
     >>> first = next(StandardLibrary().documents())
     >>> first.source
@@ -57,11 +57,11 @@ class StandardLibrary(Source):
                 yield from self._accept(skipped, text, f"pydoc_data.topics:{name}")
 
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the string form of the source, as `parse_source` reads it."""
         return "stdlib"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The interpreter's version and the files' names and sizes."""
+        """Return the Python version and the names and sizes of the files."""
         root = _root()
         digest = hashlib.blake2b(digest_size=16)
         for name in [*_files(root), _TOPICS]:
@@ -83,7 +83,7 @@ def _files(root: pathlib.Path) -> list[str]:
     names = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        # _sysconfigdata describes the machine that built Python; the topics come as prose.
+        # _sysconfigdata describes the machine that built Python; the topics are added separately, as prose.
         if not (
             _EXCLUDED.intersection(relative.parts)
             or relative.name.startswith("_sysconfigdata")
@@ -92,7 +92,7 @@ def _files(root: pathlib.Path) -> list[str]:
             names.append(relative.as_posix())
     if not names:
         raise FileNotFoundError(
-            f"this Python has no library source files in {str(root)!r} (it may be zipped); "
-            "choose another corpus, such as text:GLOB."
+            f"this Python has no library source files in {str(root)!r} (it may be zipped). "
+            "Choose another corpus, such as text:GLOB."
         )
     return sorted(names)

@@ -15,13 +15,13 @@ _BOM = b"\xef\xbb\xbf"
 class TextFiles(Source):
     r"""UTF-8 text files, plain or gzipped (``.gz``).
 
-    Each file is a document, or each piece between separators. Pieces of white space are no documents.
+    Each file is a document, or each piece between separators. Pieces that are only white space are skipped.
 
     Attributes:
         paths: Files and globs (``**`` goes into subfolders).
-        separator: What stands between the documents of a file, such as ``"\n"``, ``"\n\n"`` or
-            ``"<|endoftext|>"``; without one a file is one document.
-        max_document_bytes: A longer document is read as several, cut at line ends, so that a file
+        separator: The text between the documents of a file, such as ``"\n"``, ``"\n\n"`` or
+            ``"<|endoftext|>"``. None makes each file one document.
+        max_document_bytes: A longer document is split into several, cut at line ends, so that files
             larger than memory can be read.
 
     Raises:
@@ -37,11 +37,11 @@ class TextFiles(Source):
         super().__post_init__()
         object.__setattr__(self, "paths", files.as_paths(self.paths))
         if self.separator == "":
-            raise ValueError("separator='': give the text between documents, or None.")
+            raise ValueError("separator must be the text between documents or None, got ''")
         if self.max_document_bytes < 4:
             raise ValueError(
-                f"max_document_bytes={self.max_document_bytes}: it must be at least 4, "
-                "the longest character in UTF-8."
+                f"max_document_bytes must be at least 4, the longest character in UTF-8, "
+                f"got {self.max_document_bytes}"
             )
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
@@ -78,11 +78,11 @@ class TextFiles(Source):
             yield from self._accept(skipped, text, where)
 
     def spec(self) -> str:
-        """The source in the string form that `parse_source` reads."""
+        """Return the string form of the source, as `parse_source` reads it."""
         return "text:" + ",".join(files.as_paths(self.paths))
 
     def fingerprint(self) -> dict[str, Any]:
-        """The files' names, sizes and times, and how they are cut into documents."""
+        """Return the names, sizes and times of the files, and how they are split into documents."""
         return {
             "source": self.spec(),
             "files": files.fingerprint(files.as_paths(self.paths)),

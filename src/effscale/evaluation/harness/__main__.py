@@ -26,7 +26,7 @@ def evaluate(
     apply_chat_template: bool = False,
     output: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks of EleutherAI's lm-evaluation-harness on a model folder, and shows its table.
+    """Run tasks of EleutherAI's lm-evaluation-harness on a model folder, and shows its table.
 
     Args:
         model: The model folder or GGUF file.
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _matching(tasks: str, manager: Any) -> list[str]:
-    """The names of tasks that are meant, of which some may have wildcards."""
+    """Return the names of tasks that are meant, of which some may have wildcards."""
     given = [name.strip() for name in tasks.split(",") if name.strip()]
     if not given:
         raise ValueError(f"--tasks {tasks!r}: must name at least one task")
@@ -89,7 +89,7 @@ def _matching(tasks: str, manager: Any) -> list[str]:
 
 
 def _of_transformers(folder: pathlib.Path) -> Any:
-    """The folder's tokenizer with its chat template."""
+    """Return the folder's tokenizer with its chat template."""
     try:
         from transformers import AutoTokenizer
     except ImportError:

@@ -24,7 +24,7 @@ def continue_texts(
     rows: int,
     room: int,
 ) -> list[str]:
-    """The text after each context, without the stop string that ends it.
+    """Return the text after each context, without the stop string that ends it.
 
     As in the harness, answers are decoded by themselves: a tokenizer that drops a text's first space drops theirs.
 

@@ -10,7 +10,7 @@ MAX_LENGTH = 2048
 
 
 def check_model(model: Any) -> None:
-    """Refuses a Transformer that predicts no next token, or whose rows depend on the other rows of their batch.
+    """Refuse a Transformer that predicts no next token, or whose rows depend on the other rows of their batch.
 
     Raises:
         ValueError: It says what would do.
@@ -44,5 +44,5 @@ def length_of(model: Any, codec: Codec, given: int | None) -> int:
         return min(known, default=MAX_LENGTH)
     if given < 1 or (positions is not None and given > positions):
         most = "" if positions is None else f", and at most the model's {positions} positions"
-        raise ValueError(f"max_length={given}: must be at least 1{most}")
+        raise ValueError(f"max_length must be at least 1{most}, got {given}")
     return given

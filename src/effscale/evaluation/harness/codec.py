@@ -49,7 +49,7 @@ class Codec:
         return list(getattr(encoded, "ids", encoded))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """Return the text of tokens, without special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     @functools.cached_property
@@ -69,7 +69,7 @@ class Codec:
 
 
 def codec_of(tokenizer: Any) -> Codec:
-    """The codec of a tokenizer of tokenizers or transformers, or of a model's folder or GGUF file.
+    """Return the codec of a tokenizer of tokenizers or transformers, or of a model's folder or GGUF file.
 
     Args:
         tokenizer: A tokenizer, or a path. A text begins with the token that the folder or the tokenizer says, without one with what ends a text, as in the harness.

@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         if dtype is not None and not _is_path(model):
             raise ValueError(f"dtype={dtype!r} is for a model that is loaded from a path")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         # Where generation_config.json is looked for.
         self.folder = next((given for given in (model, tokenizer) if _is_path(given)), None)
         codec = codec_of(model if tokenizer is None else tokenizer)
@@ -133,7 +133,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, by the template of a tokenizer of transformers.
+        """Return the text of a chat, by the template of a tokenizer of transformers.
 
         Raises:
             ValueError: The tokenizer is none of transformers.
@@ -243,7 +243,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
             room = self.max_length - sampling.max_new_tokens
             if room < 1:
                 raise ValueError(
-                    f"max_gen_toks={sampling.max_new_tokens}: must be below max_length={self.max_length}, so that a context fits"
+                    f"max_gen_toks must be below max_length={self.max_length}, so that a context fits, got {sampling.max_new_tokens}"
                 )
             contexts = [self._context(requests[i].args[0])[-room:] for i in members]
             for batch in self._batches(list(map(len, contexts)), "answers", disable_tqdm):

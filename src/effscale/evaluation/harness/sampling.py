@@ -33,7 +33,7 @@ def sampling_of(
     folder: str | os.PathLike[str] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[SamplingConfig, list[str]]:
-    """A task's ``generation_kwargs`` as a config, and its stop strings.
+    """Return a task's ``generation_kwargs`` as a config, and its stop strings.
 
     Args:
         gen_kwargs: ``until``, ``do_sample``, ``temperature``, ``max_gen_toks`` or one of its other names, and `FIELDS`.
@@ -47,7 +47,7 @@ def sampling_of(
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
     if not isinstance(gen_kwargs, Mapping):
-        raise ValueError(f"generation_kwargs={gen_kwargs!r}: must be a dict")
+        raise ValueError(f"generation_kwargs must be a dict, got {gen_kwargs!r}")
     given: dict[str, Any] = {**normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_TOKS)}
     until = handle_stop_sequences(given.pop("until"), eos=codec.end_text)
     new, sample = given.pop("max_gen_toks"), given.pop("do_sample")
@@ -58,7 +58,7 @@ def sampling_of(
         )
     for name, harmless in (("num_beams", 1), ("num_return_sequences", 1)):
         if given.pop(name, harmless) != harmless:
-            raise ValueError(f"{name}={gen_kwargs[name]!r}: must be {harmless}")
+            raise ValueError(f"{name} must be {harmless}, got {gen_kwargs[name]!r}")
     for name in given:
         if name not in FIELDS:
             known = ("until", "do_sample", "temperature", *LENGTHS, *FIELDS)

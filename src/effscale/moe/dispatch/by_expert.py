@@ -9,14 +9,14 @@ from effscale.moe.expert_choice import ExpertChoice
 def dispatch(
     x: Float[Array, "tokens d_model"], choice: ExpertChoice
 ) -> Float[Array, "experts capacity d_model"]:
-    """The tokens in the buffers of their experts; rows without one are zero."""
+    """Return the tokens in the buffers of their experts; rows without one are zero."""
     return x.at[choice.tokens].get(mode="fill", fill_value=0)
 
 
 def combine(
     y: Float[Array, "experts capacity d_model"], choice: ExpertChoice
 ) -> Float[Array, "tokens d_model"]:
-    """The weighted sum of what the experts made of each token."""
+    """Return the weighted sum of what the experts made of each token."""
     weighted = y * choice.weights[..., None].astype(y.dtype)
     zeros = jnp.zeros((choice.num_tokens, y.shape[-1]), y.dtype)
     return zeros.at[choice.tokens].add(weighted, mode="drop")

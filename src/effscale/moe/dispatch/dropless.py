@@ -20,18 +20,18 @@ from kernels_pallas import grouped_matmul
 
 
 def dispatch(x: Float[Array, "tokens d_model"], routing: Routing) -> Float[Array, "items d_model"]:
-    """The token of each item, sorted by expert; padding comes last."""
+    """Return the token of each item, sorted by expert; padding comes last."""
     return rows_of_items(x, _rows(routing), routing.order)
 
 
 def combine(y: Float[Array, "items d_model"], routing: Routing) -> Float[Array, "tokens d_model"]:
-    """The weighted sum of what the experts made of each token."""
+    """Return the weighted sum of what the experts made of each token."""
     found = items_of_rows(y, _rows(routing), routing.order)
     return (found * routing.weights[..., None].astype(y.dtype)).sum(1)
 
 
 def _rows(routing: Routing) -> Int[Array, "tokens k"]:
-    """The place of each item in ``order``; past the last for padding, which no expert gets."""
+    """Return the place of each item in ``order``; past the last for padding, which no expert gets."""
     rows = jnp.append(routing.starts, 0)[routing.experts] + routing.positions
     return jnp.where(routing.experts < routing.num_experts, rows, routing.order.shape[0])
 
@@ -61,7 +61,7 @@ class GroupedWeight:
         return self.weight.dtype
 
     def astype(self, dtype: Any) -> "GroupedWeight":
-        """The same weights, computing in ``dtype``."""
+        """Return the same weights, computing in ``dtype``."""
         return dataclasses.replace(self, weight=self.weight.astype(dtype))
 
     def matmul(self, x: Any, bias: Any, activation: Any) -> Array:
@@ -71,7 +71,7 @@ class GroupedWeight:
 
 
 def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Module:
-    """A stack of experts that reads sorted rows, each of which belongs to one of them.
+    """Return a stack of experts that reads sorted rows, each of which belongs to one of them.
 
     Args:
         experts: A feed-forward with its parameters stacked; all of them must be kernels and biases of :class:`effscale.models.Dense`.
@@ -89,7 +89,7 @@ def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Mo
 
 
 def can_be_grouped(experts: nnx.Module) -> bool:
-    """Whether :func:`grouped_experts` takes them: dense layers alone, and plain arrays."""
+    """Return whether :func:`grouped_experts` takes them: dense layers alone, and plain arrays."""
     weights = (variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(experts)))
     return not _others(experts) and all(isinstance(weight, jax.Array) for weight in weights)
 

@@ -54,7 +54,7 @@ def exchanged(
 def _by_expert(
     counts: Int[Array, "devices experts"], rows: int
 ) -> tuple[Int[Array, "rows"], Int[Array, "rows"]]:
-    """The order in which rows that lie by sender, and there by expert, lie by expert; and its inverse."""
+    """Return the order in which rows that lie by sender, and there by expert, lie by expert; and its inverse."""
     ends = jnp.cumsum(counts.reshape(-1))
     block = (jnp.arange(rows)[:, None] >= ends[None]).sum(1)
     # Rows that nobody sent belong to a block after the last, and to an expert after the last.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 def rows_of_items(
     x: Float[Array, "tokens width"], slots: Int[Array, "tokens k"], items: Int[Array, "rows"]
 ) -> Float[Array, "rows width"]:
-    """The token of each row's item.
+    """Return the token of each row's item.
 
     Args:
         x: Tokens.
@@ -29,7 +29,7 @@ rows_of_items.defvjp(
 def items_of_rows(
     y: Float[Array, "rows width"], slots: Int[Array, "tokens k"], items: Int[Array, "rows"]
 ) -> Float[Array, "tokens k width"]:
-    """The row of each item, and zeros for an item that has none; arguments as in :func:`rows_of_items`."""
+    """Return the row of each item, and zeros for an item that has none; arguments as in :func:`rows_of_items`."""
     return _take(y, slots)
 
 

@@ -14,7 +14,7 @@ from effscale.moe.routing import Routing
 def dispatch(
     x: Float[Array, "tokens d_model"], routing: Routing
 ) -> Float[Array, "experts capacity d_model"]:
-    """The tokens in the buffers of their experts; rows that nobody took are zero."""
+    """Return the tokens in the buffers of their experts; rows that nobody took are zero."""
     mask = _one_hot(routing).sum(1)
     return jnp.einsum("tec,td->ecd", mask.astype(x.dtype), x)
 
@@ -22,7 +22,7 @@ def dispatch(
 def combine(
     y: Float[Array, "experts capacity d_model"], routing: Routing
 ) -> Float[Array, "tokens d_model"]:
-    """The weighted sum of what the experts made of each token."""
+    """Return the weighted sum of what the experts made of each token."""
     weights = jnp.einsum("tkec,tk->tec", _one_hot(routing), routing.weights)
     return jnp.einsum("tec,ecd->td", weights.astype(y.dtype), y)
 

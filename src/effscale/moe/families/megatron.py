@@ -40,7 +40,7 @@ TRUNK = rows(
 
 
 def table(version: float) -> tuple[Rule, ...]:
-    """The rows of the trunk; the version of the checkpoint tells how queries, keys and values lie in one matrix."""
+    """Return the rows of the trunk; the version of the checkpoint tells how queries, keys and values lie in one matrix."""
     orders = {0: "(n h d)", 1: "(h d n)"}
     if version >= 2:
         return TRUNK

@@ -31,7 +31,7 @@ GELUS = {"openai_gelu": "gelu_tanh", "onnx_safe": "gelu", "squared_relu": "relu2
 
 
 def from_args(values: Mapping[str, Any], tensors: int) -> TransformerConfig:
-    """The config, from the arguments of Megatron-DeepSpeed.
+    """Return the config, from the arguments of Megatron-DeepSpeed.
 
     Args:
         values: The arguments, by name.
@@ -88,7 +88,7 @@ def from_args(values: Mapping[str, Any], tensors: int) -> TransformerConfig:
 
 
 def to_args(config: TransformerConfig) -> dict[str, Any]:
-    """The arguments of Megatron-DeepSpeed, from a config; whether they give the same one back is not asked.
+    """Return the arguments of Megatron-DeepSpeed, from a config; whether they give the same one back is not asked.
 
     Raises:
         ValueError: The config has no experts, or parts of other kinds.

@@ -20,7 +20,7 @@ from effscale.moe.layer import MoEConfig
 
 
 def mixtral(*, num_experts: int, k: int, aux_loss: float, **dense: Any) -> TransformerConfig:
-    """A Mixtral; ``dense`` are the arguments of :func:`effscale.models.llama`."""
+    """Return a Mixtral; ``dense`` are the arguments of :func:`effscale.models.llama`."""
     config = llama(**dense)
     expert: Any = config.blocks[0].feed_forward
     experts = {"num_experts": num_experts, "k": k, "expert": expert}

@@ -57,7 +57,7 @@ def with_mixtures(
     sparse: Sequence[bool] | None = None,
     shared: MLPConfig | None = None,
 ) -> TransformerConfig:
-    """A dense model with experts in its layers, routed as in transformers: nothing is dropped.
+    """Return a dense model with experts in its layers, routed as in transformers: nothing is dropped.
 
     Args:
         config: The dense model.
@@ -90,7 +90,7 @@ def with_mixtures(
 
 
 def mixtures(config: TransformerConfig) -> list[MoEConfig]:
-    """The mixtures of the layers that have one.
+    """Return the mixtures of the layers that have one.
 
     Raises:
         ValueError: If there is none, or their experts are no MLPs.
@@ -104,7 +104,7 @@ def mixtures(config: TransformerConfig) -> list[MoEConfig]:
 
 
 def plain(config: TransformerConfig) -> TransformerConfig:
-    """The config without what counts in training alone, or only says how experts are computed."""
+    """Return the config without what counts in training alone, or only says how experts are computed."""
 
     def of(block: Any) -> Any:
         moe = block.feed_forward
@@ -135,7 +135,7 @@ def plain(config: TransformerConfig) -> TransformerConfig:
 
 
 def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, ...]:
-    """The fields of numbers of experts and of the loss, with their defaults."""
+    """Return the fields of numbers of experts and of the loss, with their defaults."""
     return (
         Field(experts, num, "num_experts", write=lambda config: mixtures(config)[0].num_experts),
         Field("num_experts_per_tok", k, "k", write=lambda config: mixtures(config)[0].router.k),
@@ -144,18 +144,18 @@ def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, .
 
 
 def expert_activation() -> Field:
-    """The field of the activation of experts."""
+    """Return the field of the activation of experts."""
     write = lambda config: their_activation(_expert(config).activation)
     return Field("hidden_act", "silu", "activation", read=our_activation, write=write)
 
 
 def expert_width(name: str, default: int, argument: str) -> Field:
-    """The field of the inner width of an expert."""
+    """Return the field of the inner width of an expert."""
     return Field(name, default, argument, write=lambda config: _expert(config).d_ff)
 
 
 def is_normalized(config: TransformerConfig) -> bool:
-    """Whether the weights of a token's experts add up to 1."""
+    """Return whether the weights of a token's experts add up to 1."""
     router = mixtures(config)[0].router
     return router.normalize in ("chosen", "kept") or (router.normalize is None and router.k > 1)
 
@@ -165,7 +165,7 @@ def _expert(config: TransformerConfig) -> Any:
 
 
 def _aux_loss(config: TransformerConfig) -> float:
-    """The coefficient in transformers' measure; of the numbers that round to ours, the one with the fewest digits."""
+    """Return the coefficient in transformers' measure; of the numbers that round to ours, the one with the fewest digits."""
     found = mixtures(config)
     k, balance, layers = found[0].router.k, found[0].router.balance, len(found)
     whole = balance * layers / k

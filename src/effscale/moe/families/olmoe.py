@@ -25,7 +25,7 @@ from effscale.moe.layer import MoEConfig
 def olmoe(
     *, num_experts: int, k: int, normalized: bool, aux_loss: float, **dense: Any
 ) -> TransformerConfig:
-    """An OLMoE; ``dense`` are the arguments of :func:`effscale.models.llama`."""
+    """Return an OLMoE; ``dense`` are the arguments of :func:`effscale.models.llama`."""
     config = llama(qk_norm="all", **dense)
     expert: Any = config.blocks[0].feed_forward
     experts = {"num_experts": num_experts, "k": k, "expert": expert}
@@ -39,7 +39,7 @@ def read(fields: Json) -> dict[str, Any]:
 
 
 def architecture(heads: Heads) -> str:
-    """The class in transformers that has these heads; it has none for classes."""
+    """Return the class in transformers that has these heads; it has none for classes."""
     if not heads:
         return "OlmoeModel"
     if len(heads) == 1 and isinstance(heads[0], LMHead) and heads[0].name == "lm":

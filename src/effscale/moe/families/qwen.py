@@ -44,7 +44,7 @@ def qwen_moe(
     shared_d_ff: int | None = None,
     **dense: Any,
 ) -> TransformerConfig:
-    """A Qwen with experts; ``dense`` are the arguments of :func:`effscale.models.llama`, with the width of layers without any."""
+    """Return a Qwen with experts; ``dense`` are the arguments of :func:`effscale.models.llama`, with the width of layers without any."""
     config = llama(**dense)
     mlp: Any = config.blocks[0].feed_forward
     return with_mixtures(
@@ -60,12 +60,12 @@ def qwen_moe(
 
 
 def qwen2_moe(*, bias: bool, **options: Any) -> TransformerConfig:
-    """A Qwen2-MoE: biases of query, key and value alone."""
+    """Return a Qwen2-MoE: biases of query, key and value alone."""
     return qwen_moe(bias=bias, out_bias=False, **options)
 
 
 def qwen3_moe(**options: Any) -> TransformerConfig:
-    """A Qwen3-MoE: norms of queries and keys."""
+    """Return a Qwen3-MoE: norms of queries and keys."""
     return qwen_moe(qk_norm="head", **options)
 
 
@@ -101,7 +101,7 @@ def read_qwen2(fields: Json) -> dict[str, Any]:
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
-    """The same, the other way round."""
+    """Return the same, the other way round."""
     return _write(config) | windows.write(config)
 
 
@@ -114,14 +114,14 @@ def read_qwen3(fields: Json) -> dict[str, Any]:
 
 
 def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
-    """The same, the other way round."""
+    """Return the same, the other way round."""
     window = config.layers[0].attention.window
     fields = {} if window is None else {"sliding_window": window}
     return _write(config) | fields | {"use_sliding_window": window is not None}
 
 
 def shared_width(config: TransformerConfig) -> int:
-    """The inner width of the shared expert.
+    """Return the inner width of the shared expert.
 
     Raises:
         ValueError: If there is none.

@@ -54,7 +54,7 @@ class ZeroOneAdamState(NamedTuple):
     nu_count: Any = None
 
     def local_params(self, params: Any) -> Any:
-        """The parameters where a worker stands, within `effscale.parallel.per_worker`."""
+        """Return the parameters where a worker stands, within `effscale.parallel.per_worker`."""
         if not isinstance(self.own, PerWorker):
             return params
         moved, shared = self.own.value.moved, as_local(params, self.own.axis_name)

@@ -57,13 +57,13 @@ class Policies(NamedTuple):
             check_count(name, value, 0 if name == "var_freeze_step" else 1)
 
     def init(self) -> PolicyState:
-        """The counters before the first step."""
+        """Return the counters before the first step."""
         # An array of its own for each: a state that is donated must hold none twice.
         counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0, 1))
         return PolicyState(*counters, local=jnp.zeros((), jnp.bool_))
 
     def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
-        """The `Round` of the step after ``count`` others, and the counters after it."""
+        """Return the `Round` of the step after ``count`` others, and the counters after it."""
         t = count + 1
         # There is no way back, also where a run goes on with a later var_freeze_step.
         first_stage = (t <= self.var_freeze_step) & ~state.local
@@ -91,14 +91,14 @@ class Policies(NamedTuple):
         )
 
     def rounds(self, steps: int) -> np.ndarray:
-        """The `Round` of each of the first steps, int32.
+        """Return the `Round` of each of the first steps, int32.
 
         >>> Policies(var_freeze_step=4, var_update_scaler=1, local_step_scaler=2, local_step_clipper=2).rounds(10).tolist()
         [0, 0, 1, 0, 3, 3, 2, 3, 2, 3]
         """
         self.check()
         if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
+            raise ValueError(f"steps must be at least 1, got {steps}")
 
         def body(state: PolicyState, count: jax.Array) -> tuple[PolicyState, jax.Array]:
             kind, state = self.step(state, count)
@@ -119,5 +119,5 @@ def halving_steps(decay: float, every: int) -> int:
     35863
     """
     if not 0 < decay < 1:
-        raise ValueError(f"decay={decay} must lie in (0, 1)")
+        raise ValueError(f"decay must be in (0, 1), got {decay}")
     return round(every * math.log(0.5) / math.log(decay))

@@ -105,7 +105,7 @@ class Rules(NamedTuple):
     exp_avg_mask: Any
 
     def unbiased(self, when: Any, mu: Any, nu: Any, count: Any, nu_count: Any) -> tuple[Any, Any]:
-        """The moments after so many steps and decays of the variance, corrected for their start at zero where ``when`` holds."""
+        """Return the moments after so many steps and decays of the variance, corrected for their start at zero where ``when`` holds."""
         if not self.bias_correction:
             return mu, nu
         of_mu = jnp.where(when, moments.bias_correction(self.b1, count), 1.0)
@@ -113,11 +113,11 @@ class Rules(NamedTuple):
         return corrected(mu, of_mu), corrected(nu, of_nu)
 
     def moving(self, tree: Any, nu: Any, params: Any) -> Any:
-        """The tree, and zero where the mask or a variance that was never learned says that nothing moves."""
+        """Return the tree, and zero where the mask or a variance that was never learned says that nothing moves."""
         return where_known(masked(tree, self.exp_avg_mask, params), nu)
 
     def learned(self, nu: Any, g: Any, step: Step) -> Any:
-        """The variance, with the squares of averages in a step of its policy."""
+        """Return the variance, with the squares of averages in a step of its policy."""
 
         def one(v: Any, x: Any) -> Any:
             by_update = self.var_decay == "update"
@@ -146,7 +146,7 @@ class Moved(NamedTuple):
 
 
 def alone(rules: Rules, step: Step, mu: Any, nu: Any, g: Any, own: OwnWay, params: Any) -> Moved:
-    """A step of one worker: there is nobody to wait for, so that each step moves the parameters."""
+    """Return a step of one worker: there is nobody to wait for, so that each step moves the parameters."""
     one_bit = step.first_stage & ~step.variance
     mu = lerp(mu, _select(one_bit, rules.moving(g, nu, params), g), rules.b1)
     mu = _select(step.first_stage, mu, rules.moving(mu, nu, params))
@@ -168,7 +168,7 @@ def together(
     workers: Workers,
     mean_in_full: Callable[[], Any],
 ) -> Moved:
-    """A step of one of several workers, whose gradient is ``g``; ``mean_in_full`` averages gradients uncompressed."""
+    """Return a step of one of several workers, whose gradient is ``g``; ``mean_in_full`` averages gradients uncompressed."""
     mine: OwnWay = own.value
     momentum = lerp(in_types_of(nu, mine.momentum), g, rules.b1)
     ahead = jax.tree.map(lambda m, r: rules.b1 * m + r, mu, momentum)
@@ -206,5 +206,5 @@ def _select(condition: Any, these: Any, others: Any) -> Any:
 
 
 def _where(condition: Any, tree: Any) -> Any:
-    """The tree, and zeros where the condition does not hold."""
+    """Return the tree, and zeros where the condition does not hold."""
     return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
