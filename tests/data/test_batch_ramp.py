@@ -77,7 +77,7 @@ def test_the_position_is_kept_over_another_number_of_processes():
 
 
 def test_a_size_that_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch_size=6 does not divide over process_count=4"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of process_count=4, got 6"):
         batch_rows(rows(100), batch_size=batch_ramp(4, 2, 20, 12), process_count=4)
 
 

@@ -131,7 +131,7 @@ def test_a_given_tokenizer_by_object_or_path(books, tokenizer, tmp_path):
     assert by_object.folder == by_path.folder
     assert by_object.validation.num_documents == 0
     for options in ({}, {"tokenizer": tokenizer, "vocab_size": 300}):
-        with pytest.raises(ValueError, match="give one of them"):
+        with pytest.raises(ValueError, match="pass either vocab_size"):
             prepare_corpus(books, tmp_path / "c", **options)
 
 
@@ -151,7 +151,7 @@ def test_empty_splits_and_corpora_are_errors(tmp_path, tokenizer):
         prepare_corpus(nothing, tmp_path / "c", vocab_size=300)
     with pytest.raises(ValueError, match="at least one source"):
         prepare_corpus([], tmp_path / "c", vocab_size=300)
-    with pytest.raises(ValueError, match=r"validation_fraction=1\.0"):
+    with pytest.raises(ValueError, match=r"validation_fraction must be .*got 1\.0"):
         prepare_corpus(one, tmp_path / "c", tokenizer=tokenizer, validation_fraction=1.0)
     assert not list((tmp_path / "c").glob("corpus-*"))
 

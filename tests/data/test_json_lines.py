@@ -23,9 +23,9 @@ BAD = {
     "bad_json": ('{"text": ', r"a\.jsonl:2: not JSON"),
     "missing_field": (
         '{"txt": "x", "id": 1}',
-        r"a\.jsonl:2: no field 'text'; there are 'txt', 'id'",
+        r"a\.jsonl:2: no field 'text'; the fields are 'txt', 'id'",
     ),
-    "not_text": ('{"text": 3}', r"a\.jsonl:2: int where text was expected"),
+    "not_text": ('{"text": 3}', r"a\.jsonl:2: int instead of text"),
     "not_utf8": (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 \(byte 0xff\)"),
     "empty": ('{"text": " "}', r"a\.jsonl:2: the document is empty"),
 }
@@ -57,5 +57,5 @@ def test_an_empty_file_is_a_fault(tmp_path):
 
 
 def test_an_empty_field_is_refused():
-    with pytest.raises(ValueError, match="field=''"):
+    with pytest.raises(ValueError, match="field must be .*got ''"):
         JsonLines(paths="a", field="")

@@ -99,7 +99,7 @@ def test_altered_lengths_and_places_are_errors(tmp_path_factory, at, value):
     if whole[at] == value:
         assert items_of(read_indexed(prefix)) == items
     else:
-        with pytest.raises(CorruptIndexedDataError, match=r"lengths|place of item|size"):
+        with pytest.raises(CorruptIndexedDataError, match=r"lengths|position of item|size"):
             read_indexed(prefix)
 
 
@@ -108,17 +108,17 @@ def test_items_that_do_not_lie_in_order_are_an_error(tmp_path):
     index = bytearray(prefix.with_suffix(".idx").read_bytes())
     index[42:58] = struct.pack("<qq", 4, 0)
     prefix.with_suffix(".idx").write_bytes(index)
-    with pytest.raises(CorruptIndexedDataError, match=r"place of item 0: expected byte 0.*found 4"):
+    with pytest.raises(CorruptIndexedDataError, match=r"position of item 0: expected byte 0.*found 4"):
         read_indexed(prefix)
 
 
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([], "first one of 0.*none"),
-        ([1, 2], "first one of 0"),
+        ([], "0 as the first.*none"),
+        ([1, 2], "0 as the first"),
         ([0, 3], "up to 2"),
-        ([0, 2, 1], "rising"),
+        ([0, 2, 1], "increasing"),
     ],
 )
 def test_impossible_document_boundaries(tmp_path, documents, message):
@@ -197,9 +197,9 @@ def test_corpora_of_equal_document_lengths_have_different_digests(tmp_path, leng
 
 def test_bad_arguments_and_corpora(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", [[1, 2], [9]], "<i4")
-    with pytest.raises(ValueError, match="vocab_size=0"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
         MegatronTokens.open(prefix, vocab_size=0)
-    with pytest.raises(ValueError, match="eos_id=9"):
+    with pytest.raises(ValueError, match="eos_id must be from 0 to .*got 9"):
         MegatronTokens.open(prefix, vocab_size=9, eos_id=9)
     MegatronTokens.open(prefix, vocab_size=9, verify="size")
     for verify in ("once", "full"):
@@ -208,7 +208,7 @@ def test_bad_arguments_and_corpora(tmp_path):
         ):
             MegatronTokens.open(prefix, vocab_size=9, verify=verify)
     MegatronTokens.open(prefix, vocab_size=10)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.idx.*without its"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.idx.*without \.idx"):
         MegatronTokens.open(tmp_path / "nowhere", vocab_size=9)
     write_indexed(tmp_path / "analysis", [[1], [2]], documents=[0])
     with pytest.raises(

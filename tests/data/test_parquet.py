@@ -29,9 +29,9 @@ def test_reads_a_column_in_batches(table):
 
 
 def test_faults_are_named(table):
-    with pytest.raises(DocumentError, match=r"a\.parquet:row 5: NoneType where text"):
+    with pytest.raises(DocumentError, match=r"a\.parquet:row 5: NoneType instead of text"):
         list(Parquet(paths=table, field="body").documents())
-    with pytest.raises(DocumentError, match=r"no field 'bdy'; there are 'body', 'number'"):
+    with pytest.raises(DocumentError, match=r"no field 'bdy'; the fields are 'body', 'number'"):
         list(Parquet(paths=table, field="bdy").documents())
     table.write_bytes(table.read_bytes()[:-20])
     with pytest.raises(DocumentError, match=r"a\.parquet: cannot be read"):
@@ -46,5 +46,5 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_impossible_batch_is_refused():
-    with pytest.raises(ValueError, match="batch_rows=0"):
+    with pytest.raises(ValueError, match="batch_rows must be at least 1, got 0"):
         Parquet(paths="a", batch_rows=0)

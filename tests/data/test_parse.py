@@ -37,11 +37,11 @@ def test_the_field_may_be_left_out_and_errors_may_be_skipped():
     ("spec", "message"),
     [
         ("jsnl:a", "Did you mean 'jsonl'"),
-        ("stdlib:x", "the forms are stdlib"),
-        ("books/*.txt", "the forms are stdlib"),
-        ("text:", "names no file"),
-        ("hf:#text", "names no data set"),
-        ("jsonl:a#", "field=''"),
+        ("stdlib:x", "one of the forms stdlib"),
+        ("books/*.txt", "one of the forms stdlib"),
+        ("text:", "must name a file"),
+        ("hf:#text", "must name a dataset"),
+        ("jsonl:a#", "field must be.*got ''"),
     ],
 )
 def test_unknown_forms_are_refused(spec, message):

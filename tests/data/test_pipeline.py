@@ -180,11 +180,11 @@ def test_rows_are_an_ordinary_grain_dataset(stores):
 
 def test_too_small_a_corpus_names_the_numbers(make_store):
     store = make_store([[1, 2, 3, 4, 5, 6, 7, 8, 9]])
-    with pytest.raises(ValueError, match=r"9 tokens make 2 rows of length=4 and batch_size=3"):
+    with pytest.raises(ValueError, match=r"9 tokens are 2 rows of length=4, fewer than batch_size=3"):
         make_dataset(store, batch_size=3, length=4)
-    with pytest.raises(ValueError, match=r"9 tokens, less than one row of length=64"):
+    with pytest.raises(ValueError, match=r"9 tokens are fewer than one row of length=64"):
         make_dataset([store, make_store([[1] * 600])], batch_size=1, length=64)
-    with pytest.raises(ValueError, match=r"2 rows and batch_size=3"):
+    with pytest.raises(ValueError, match=r"2 rows, fewer than batch_size=3"):
         batch_rows(packed_rows(store, length=4, num_epochs=1), batch_size=3)
     # Padded, one batch is possible.
     assert (
@@ -195,13 +195,13 @@ def test_too_small_a_corpus_names_the_numbers(make_store):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "use a multiple, such as 8"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"process_index": 1}, "process_index=1"),
-        ({"weights": [1.0]}, "1 weights for 3 stores"),
+        ({"batch_size": 6, "process_count": 4}, "Use a multiple, such as 8"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"process_index": 1}, "process_index must be from 0 to process_count-1=0, got 1"),
+        ({"weights": [1.0]}, "one entry for each of the 3 stores, got 1"),
         ({"weights": [1.0, 0.0, 1.0]}, "above 0"),
-        ({"num_epochs": 0}, "num_epochs=0"),
-        ({"seed": -1}, "seed=-1"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1.*got 0"),
+        ({"seed": -1}, "seed must be.*got -1"),
         ({"remainder": "pad"}, "endless data"),
     ],
 )
@@ -214,5 +214,5 @@ def test_stores_must_exist_and_share_a_tokenizer(make_store):
     with pytest.raises(ValueError, match="at least one token store"):
         packed_rows([], length=4)
     left, right = (make_store([[1] * 40], tokenizer_digest=name) for name in "ab")
-    with pytest.raises(ValueError, match="different tokenizers"):
+    with pytest.raises(ValueError, match="encoded with the same tokenizer"):
         make_dataset([left, right], batch_size=1, length=4)

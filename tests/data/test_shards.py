@@ -89,19 +89,19 @@ def test_each_process_verifies_its_part(corpus, tmp_path):
 def test_bad_shards_are_refused(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder matches .*nothing_\*"):
         TokenShards.open(corpus / "nothing_*")
-    with pytest.raises(ValueError, match="process_index=4: it must be from 0 to process_count-1=3"):
+    with pytest.raises(ValueError, match="process_index must be from 0 to process_count-1=3, got 4"):
         TokenShards.open(corpus / "shard_*", process_index=4, process_count=4)
     with pytest.raises(ValueError, match="at least one"):
         TokenShards([])
     for name in "ab":
         write(tmp_path / name, [[1] * 9], tokenizer_digest=name)
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match="a different tokenizer"):
         TokenShards.open(tmp_path / "*")
 
 
 def test_more_rows_than_can_be_shuffled_are_refused(corpus, monkeypatch):
     monkeypatch.setattr("effscale.data.pipeline.MAX_ROWS", 100)
-    with pytest.raises(ValueError, match=r"makes 210 rows .* at most 100 can be shuffled"):
+    with pytest.raises(ValueError, match=r"has 210 rows .* at most 100 can be shuffled"):
         packed_rows(TokenShards.open(corpus / "shard_*"), length=LENGTH)
 
 

@@ -1,4 +1,4 @@
-"""Training: the state, the step, the loop, and what a run leaves behind."""
+"""Training: the state, the step, the loop, checkpoints and run folders."""
 
 from effscale.training.batch_ramp import batch_ramp, resize_rows
 from effscale.training.best import Best, KeepBest

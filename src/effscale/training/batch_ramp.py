@@ -1,4 +1,4 @@
-"""Batches that grow: the ramp of GPT-3 and BLOOM."""
+"""Batch-size ramp, as used for GPT-3 and BLOOM."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from effscale.training.stages import Stages
 
 
 def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[int]:
-    r"""Return the batch size at each step, when it grows from ``start`` to ``final`` over the first ``samples`` rows.
+    r"""Return the batch size at each step of a ramp from ``start`` to ``final`` over the first ``samples`` rows.
 
     With :math:`n = (\text{final} - \text{start}) / \text{increment}` and :math:`c` rows consumed before a step, the step takes
     :math:`\text{start} + \text{increment} \lfloor c / (\text{samples} / n) \rfloor` rows, and ``final`` from ``samples`` rows on. It is what
@@ -17,19 +17,19 @@ def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[i
     samples (``ScheduleConfig(unit="tokens")``), as BLOOM's are.
 
     Args:
-        start: Rows of the first batch.
-        increment: By how many rows it grows each time.
-        samples: Rows over which it grows; 0 begins with ``final``.
-        final: Rows of the last batch.
+        start: The number of rows in the first batch.
+        increment: The number of rows by which it grows each time.
+        samples: The number of rows over which it grows; 0 starts with ``final``.
+        final: The number of rows in the last batch.
 
     Returns:
-        The stages; each size is one more shape to compile. ``total`` and ``steps_until`` with ``cost=lambda rows: rows`` count rows.
+        The stages; each size is one more shape to compile. To count rows, call ``total`` and ``steps_until`` with ``cost=lambda rows: rows``.
 
     Raises:
-        ValueError: A number is out of range, or ``increment`` does not lead from ``start`` to ``final``.
+        ValueError: A number is out of range, or ``increment`` does not divide ``final - start``.
 
     References:
-        Le Scao et al., "BLOOM", 2022, table 3: 192 + 16 over 9,765,625 rows up to 2,048.
+        Le Scao et al., "BLOOM" (2022), table 3: 192 + 16 over 9,765,625 rows up to 2,048. https://arxiv.org/abs/2211.05100
 
     >>> bloom = batch_ramp(192, 16, 9_765_625, 2048)
     >>> bloom(0), len(bloom.values), bloom.starts[1], bloom(10**9)
@@ -37,18 +37,18 @@ def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[i
     """
     if min(start, increment, final) < 1 or samples < 0:
         raise ValueError(
-            f"batch_ramp({start}, {increment}, {samples}, {final}): sizes must be at least 1, and samples at least 0"
+            f"start, increment and final must be at least 1 and samples at least 0, got batch_ramp({start}, {increment}, {samples}, {final})"
         )
     if final < start or (final - start) % increment:
         raise ValueError(
-            f"increment={increment} does not lead from start={start} to final={final}: it must divide their difference, {final - start}"
+            f"increment must divide the difference from start={start} to final={final}, {final - start}, got {increment}"
         )
     times = (final - start) // increment
     if not times or not samples:
         return Stages((0,), (final,))
     starts, sizes, step, consumed = [0], [start], 0, 0
     for number in range(1, times + 1):
-        # The first step before which number/times of the samples are behind.
+        # The first step before which number/times of the samples are consumed.
         missing = -(-samples * number // times) - consumed
         steps = max(-(-missing // sizes[-1]), 0)
         if steps == 0:  # the batch was larger than a stage
@@ -61,9 +61,10 @@ def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[i
 
 
 def resize_rows(batch: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
-    """Return a batch of so many rows, for ``StagedStep(shape_batch=resize_rows)``: the batch itself if it has them, or else one of that shape.
+    """Return a batch with ``rows`` rows, for ``StagedStep(shape_batch=resize_rows)``.
 
-    The rows that are added are there for their shape, from which steps to come are compiled.
+    A batch that already has that many rows is returned as it is. Otherwise the result only has the right shape, for compiling
+    later steps in advance; its content is meaningless.
 
     >>> resize_rows({"input_ids": np.zeros((2, 8))}, 4)["input_ids"].shape
     (4, 8)

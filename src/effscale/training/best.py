@@ -1,4 +1,4 @@
-"""The best model of a run by a figure of its evaluations, beside the checkpoints that the run goes on from."""
+"""Keep the best model of a run by an evaluation metric, separately from the checkpoints the run resumes from."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from effscale.training.state import abstract
 
 
 class Best(NamedTuple):
-    """A model, the step after which it was evaluated, and the figure that made it the best, in float32."""
+    """A model, the step after which it was evaluated, and its metric in float32."""
 
     model: Any
     step: int
@@ -19,13 +19,13 @@ class Best(NamedTuple):
 
 
 class KeepBest:
-    """Keeps the model with the greatest value of a figure, such as the accuracy on held-out examples.
+    """Keep the model with the greatest value of a metric, such as the accuracy on held-out examples.
 
-    It lies in a folder of its own as a checkpoint, whole and with checksums, so it outlives a kill; a run that goes on from an
-    earlier step comes past the same values again and leaves it as it is. Of equal values the first counts.
+    The model is stored in a separate folder as a complete checkpoint with checksums, so it survives a killed run. A run that
+    resumes from an earlier step reaches the same values again and does not overwrite it. Of equal values, the first is kept.
 
     Args:
-        folder: Where the model is kept; made when first needed.
+        folder: The folder for the model; it is created when first needed.
 
     Example:
         >>> import tempfile
@@ -42,38 +42,40 @@ class KeepBest:
         self._value: float | None = None
 
     def offer(self, step: int, model: Any, value: float) -> None:
-        """Keep the model in place of the one kept so far if its value is greater; one that is not finite never is.
+        """Keep the model if its value is greater than that of the model kept so far. Values that are not finite are ignored.
 
         Args:
-            step: Batches consumed by the model.
+            step: The number of batches the model has consumed.
             model: Any pytree; it may be donated as soon as this returns.
-            value: What it is judged by.
+            value: The metric.
 
         Raises:
-            CheckpointError: It could not be written.
+            CheckpointError: The model could not be written.
         """
         if self._value is None:
             empty = self._checkpoints.is_empty
             self._value = -math.inf if empty else self.restore(model).value
-        value = float(np.float32(value))  # as it comes back, so that it is equal to itself
+        value = float(
+            np.float32(value)
+        )  # rounded as when read back, so that equal values compare equal
         if math.isfinite(value) and value > self._value:
             self._checkpoints.save(step, _Kept(model, np.array(value, np.float32)), force=True)
             self._value = value
 
     def restore(self, abstract_model: Any) -> Best:
-        """Return the best model so far.
+        """Return the best model kept so far.
 
         Args:
-            abstract_model: A model of the wanted structure: arrays or ``jax.ShapeDtypeStruct``.
+            abstract_model: A model with the expected structure, of arrays or ``jax.ShapeDtypeStruct``.
 
         Raises:
-            FileNotFoundError: None has been kept.
-            CheckpointError: It is damaged, or of another model.
+            FileNotFoundError: No model has been kept.
+            CheckpointError: The checkpoint is damaged or belongs to a different model.
         """
         wanted = _Kept(abstract(abstract_model), np.zeros((), np.float32))
         restored = self._checkpoints.restore(wanted)
         if restored is None:
-            raise FileNotFoundError(f"{self._checkpoints.folder} holds no model")
+            raise FileNotFoundError(f"{self._checkpoints.folder}: no model has been kept")
         return Best(restored.state.model, restored.step, float(restored.state.value))
 
 

@@ -1,7 +1,7 @@
-"""One executable a shape, compiled before it is needed.
+"""One executable per shape, compiled before it is needed.
 
-Curricula and token dropping change shapes while training. Their schedules yield few distinct shapes, the buckets;
-``ShapeBuckets`` compiles the next one in a background thread while the present one runs.
+Curricula and token dropping change shapes during training. Their schedules yield few distinct shapes, the buckets.
+``ShapeBuckets`` compiles the next one in a background thread while the current one runs.
 """
 
 import collections
@@ -27,7 +27,7 @@ class Compilation:
     """One compilation.
 
     Attributes:
-        signature: Shapes and types of the arguments' leaves that differ between buckets, in words.
+        signature: A description of the shapes and types that differ between buckets.
         seconds: Time to trace, lower and compile.
         background: Whether it ran in the background.
     """
@@ -40,15 +40,15 @@ class Compilation:
 class _Executable(NamedTuple):
     compiled: Any
     carries: bool
-    """Whether the first output has the signature of the first argument, so that it need not be looked at again."""
+    """Whether the first output has the signature of the first argument, so that it does not have to be computed again."""
 
 
 class ShapeBuckets:
     """A function with one executable for each signature of its arguments.
 
-    The signature is the tree structure, shapes, types and shardings of all arguments, keyword arguments included. An unknown
-    one is compiled at the call; one given to ``prepare`` before is ready, or waited for. Where the function returns an
-    argument's successor (a training state), that output keeps the argument's shardings, so that no second compilation follows.
+    The signature is the tree structure, shapes, types and shardings of all arguments, including keyword arguments. A new
+    signature is compiled at the call; one that was passed to ``prepare`` is ready or is waited for. If the function returns the
+    successor of an argument (a training state), that output keeps the argument's shardings, so that no second compilation follows.
 
     Args:
         function: A pure function of pytrees, not jitted.
@@ -86,11 +86,11 @@ class ShapeBuckets:
 
     @property
     def num_compilations(self) -> int:
-        """Number of executables compiled so far."""
+        """The number of executables compiled so far."""
         return len(self.compilations)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Compile for these arguments in the background, unless that is done or under way.
+        """Compile for these arguments in the background, unless this is already done or in progress.
 
         Args:
             *args: Arguments as in a call, or ``jax.ShapeDtypeStruct`` in place of arrays. On a mesh these must carry
@@ -102,11 +102,11 @@ class ShapeBuckets:
         with self._lock:
             if self._closed:
                 raise RuntimeError(
-                    "these buckets are closed: nothing is compiled in the background any more"
+                    "these buckets are closed, so nothing can be compiled in the background"
                 )
             if self._executables.setdefault(key, future) is not future:
                 return
-        # The thread sees the same mesh and context variables, but holds no array alive.
+        # The thread sees the same mesh and context variables but keeps no array alive.
         described = _described(args, kwargs)
         mesh, context = jax.sharding.get_mesh(), contextvars.copy_context()
 
@@ -121,10 +121,10 @@ class ShapeBuckets:
                 self._worker.start()
 
     def _work(self) -> None:
-        """What the thread does: one compilation after another, until there is none."""
+        """Run the waiting compilations one after another, in the thread."""
         while True:
             with self._lock:
-                # When Python exits it waits for this thread, but need not for what has not begun.
+                # On exit Python waits for this thread, so skip compilations that have not started.
                 if not self._waiting or not threading.main_thread().is_alive():
                     self._worker = None
                     return
@@ -132,11 +132,11 @@ class ShapeBuckets:
             compile_next()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the function's value.
+        """Call the function with the executable for these arguments.
 
         Raises:
-            ValueError: An array of a donated argument is part of another argument, which would be deleted with it.
-            Exception: Whatever tracing or compiling raised, in the background or here.
+            ValueError: An array of a donated argument is also part of another argument, so it would be deleted there too.
+            Exception: Any error of tracing or compiling, in the background or at the call.
         """
         key = self._key(args, kwargs)
         executable = self._executable(key, args, kwargs)
@@ -147,12 +147,12 @@ class ShapeBuckets:
         return out
 
     def wait(self) -> None:
-        """Wait until everything given to ``prepare`` is compiled; raise what went wrong."""
+        """Wait until everything passed to ``prepare`` is compiled, and raise any error that occurred."""
         for future in list(self._executables.values()):
             future.result()
 
     def close(self) -> None:
-        """Give up what has not begun to compile, and wait for what has."""
+        """Cancel compilations that have not started, and wait for the others."""
         with self._lock:
             self._closed, worker = True, self._worker
             self._waiting.clear()
@@ -173,7 +173,7 @@ class ShapeBuckets:
         return future.result()
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an executable is looked up by: the mesh, then one part an argument."""
+        """Return the key of an executable: the mesh, then one entry per argument."""
         parts: list[Any] = [jax.sharding.get_abstract_mesh()]
         for position, arg in enumerate(args):
             if position == 0 and self._carried is not None and self._carried[0]() is arg:
@@ -213,7 +213,7 @@ class ShapeBuckets:
         outputs = out if isinstance(out, tuple) else (out,)
         pinned: list[Any] = [None] * len(outputs)
         carries = False
-        # Only donated arguments are expected to come back, and the first output must be able to hold a weak reference.
+        # Only donated arguments are expected to be returned updated, and the first output must support weak references.
         for position in self.donate_argnums:
             wanted = _shapes(args[position])
             for index, output in enumerate(outputs):
@@ -234,7 +234,7 @@ class ShapeBuckets:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def _words(self, args: tuple[Any, ...]) -> str:
-        """Return the positional arguments that are not donated, as these are what changes between buckets."""
+        """Describe the positional arguments that are not donated, which are what changes between buckets."""
         kept = [
             arg for position, arg in enumerate(args) if position not in self.donate_argnums
         ] or args
@@ -253,7 +253,7 @@ def _is_described(x: Any) -> bool:
 def _placement(x: Any) -> Any:
     """Return the sharding that matters: None for arrays that JAX may move freely and for those on the default device.
 
-    The two would otherwise count as two signatures, and the first step of a run turns the one into the other.
+    Otherwise the two would count as different signatures, although the first step of a run turns one into the other.
     """
     sharding = getattr(x, "sharding", None)
     if sharding is None or (isinstance(x, jax.Array) and not x.committed):
@@ -264,7 +264,7 @@ def _placement(x: Any) -> Any:
 
 
 def _normal(sharding: Any) -> Any:
-    """P("data", None) and P("data") are one placement."""
+    """Return the canonical form of a sharding: P("data", None) and P("data") are the same placement."""
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
     spec = list(sharding.spec)
@@ -294,7 +294,7 @@ def _shapes(tree: Any) -> Any:
 def _check_not_donated_twice(
     donate_argnums: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Name an array that would be deleted while another argument needs it; JAX gives its number among all leaves."""
+    """Raise an error that names an array that is donated and also used by another argument; JAX's error only has its leaf number."""
     donated = [args[position] for position in donate_argnums]
     mine = {id(x) for x in jax.tree.leaves(donated) if isinstance(x, jax.Array)}
     others = {str(i): arg for i, arg in enumerate(args) if i not in donate_argnums} | kwargs
@@ -302,8 +302,8 @@ def _check_not_donated_twice(
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             if id(x) in mine:
                 raise ValueError(
-                    f"argument {name}{jax.tree_util.keystr(path)} is also an array of an argument that is donated, and would "
-                    "be deleted: give a copy, jax.tree.map(jnp.copy, ...)"
+                    f"argument {name}{jax.tree_util.keystr(path)} is also an array of a donated argument and would "
+                    "be deleted. Pass a copy, jax.tree.map(jnp.copy, ...)."
                 )
 
 

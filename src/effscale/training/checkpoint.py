@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, whole or not at all, and checked when read."""
+"""Checkpoints of a run: written atomically in the background, and verified when read."""
 
 import base64
 import contextlib
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 _SAVES = itertools.count()  # the same on all processes, as they save together
 
-_START_AFRESH = "to start afresh, choose another folder or move this one away"
+_START_AFRESH = "to start a new run, choose another folder or move this one away"
 
 
 class Restored(NamedTuple):
-    """A state read back, the step it was saved at, and (step, reason) of damaged checkpoints passed over."""
+    """A restored state, the step it was saved at, and (step, reason) for each damaged checkpoint that was skipped."""
 
     state: Any
     step: int
@@ -57,23 +57,24 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
-    A checkpoint holds the whole state, the position of the data iterator and the config. The state is a ``TrainState`` or any
-    other pytree; its parts are saved side by side under their names (`effscale.training.HasItems`). It counts from the moment
-    its checksums are written, which is last; older ones are deleted only then. So a crash, a kill or a full disk at any
-    moment leaves the previous one. ``restore`` verifies the checksums and falls back to the next older checkpoint.
-    A checkpoint that this run neither restored nor saved is never overwritten.
+    A checkpoint contains the whole state, the position of the data iterator and the config. The state is a ``TrainState`` or any
+    other pytree; its parts are saved separately under their names (`effscale.training.HasItems`).
+
+    A checkpoint is complete once its checksums are written, as the last step; older ones are deleted only after that. So after a
+    crash, a kill or a full disk, the previous checkpoint is still there. ``restore`` verifies the checksums and falls back to
+    the next older checkpoint. A checkpoint that this run neither restored nor saved is never overwritten.
 
     Args:
-        folder: Where they lie: a local folder, made when first needed, or ``gs://bucket/...`` (the extra ``gcs``).
-        config: The run's config (dataclass or mapping). It is saved, and a checkpoint of another one is refused.
+        folder: Where to store them: a local folder, created when first needed, or ``gs://bucket/...`` (the extra ``gcs``).
+        config: The run's config (dataclass or mapping). It is saved, and restoring a checkpoint with a different config raises an error.
         free_fields: Dotted names of config fields that may change between runs, such as ``num_steps``.
-        keep: How many to keep. One more is kept while updates are being skipped, so that the ``keep`` from before stay.
-        every: ``save`` acts on multiples of this step; None leaves only ``force=True``.
-        asynchronous: Write in a background thread. Errors then surface at the next ``save``, ``check`` or ``wait``.
+        keep: The number of checkpoints to keep. While updates are being skipped one more is kept, so that the last ``keep`` from before stay.
+        every: ``save`` writes at multiples of this step; None writes only with ``force=True``.
+        asynchronous: Whether to write in a background thread. Errors are then raised by the next ``save``, ``check`` or ``wait``.
 
     Raises:
-        ValueError: An option is out of range, or ``folder`` is a URL that is not ``gs://``.
-        OSError: A bucket cannot be read, as without credentials.
+        ValueError: An option is out of range, or ``folder`` is a URL that does not start with ``gs://``.
+        OSError: A bucket cannot be read, for instance because credentials are missing.
 
     >>> checkpoints = Checkpoints("runs/example/checkpoints", every=500)  # doctest: +SKIP
     """
@@ -92,7 +93,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         if every is not None and every < 1:
             raise ValueError(
-                f"every must be at least 1, got {every}; None saves only at the end and when stopped"
+                f"every must be at least 1, got {every}. Use None to save only at the end and when stopped."
             )
         self.folder = folder_path(folder)
         self.config = None if config is None else json.loads(json.dumps(to_json(config)))
@@ -102,50 +103,50 @@ class Checkpoints:
         self._error: CheckpointError | None = None
         self._cleaned = False
         self._start: int | None = (
-            None  # the step restored from: newer ones on disk belong to another past
+            None  # the step restored from: newer ones on disk belong to an abandoned continuation
         )
         self._saved: set[int] = set()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
+        """The steps of the finished checkpoints, in ascending order."""
         return finished_steps(self.folder)
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint."""
+        """The step of the newest finished checkpoint."""
         return self.steps[-1] if self.steps else None
 
     @property
     def last_good(self) -> int | None:
-        """Step of the newest finished checkpoint that was not saved amid skipped updates."""
+        """The step of the newest finished checkpoint that was not saved while updates were being skipped."""
         return last_good(self.folder)
 
     @property
     def is_empty(self) -> bool:
-        """Whether the folder holds no checkpoint, not even one that cannot be verified."""
+        """Whether the folder has no checkpoint, including those that cannot be verified."""
         return not (self.steps or without_manifest(self.folder))
 
     def save(
         self, step: int, state: Any, data_iterator: Any = None, *, force: bool = False
     ) -> bool:
-        """Save, if ``step`` is a multiple of ``every`` or ``force`` is set, and this step is not saved yet.
+        """Save if ``step`` is a multiple of ``every`` or ``force`` is set, unless this step is already saved.
 
         The state may be donated to the next step as soon as this returns.
 
         Args:
-            step: Batches consumed by ``state``.
-            state: The training state: any pytree. Its ``skipped_in_row``, if it has one, says whether it was saved amid
-                skipped updates.
-            data_iterator: Anything with ``get_state`` and ``set_state``, such as a grain iterator.
-            force: Save whatever ``every`` says.
+            step: The number of batches that ``state`` has consumed.
+            state: The training state: any pytree. Its ``skipped_in_row``, if it has one, tells whether it is saved while
+                updates are being skipped.
+            data_iterator: Any object with ``get_state`` and ``set_state``, such as a grain iterator.
+            force: Whether to save regardless of ``every``.
 
         Returns:
             Whether a checkpoint is being written.
 
         Raises:
-            CheckpointError: This save failed, a previous one did in the background, or the folder holds checkpoints of this
-                step or later ones that are not this run's.
+            CheckpointError: This save failed, a previous save failed in the background, or the folder contains checkpoints of
+                this step or later ones that this run neither restored nor saved.
         """
         self.check()
         if step in self._saved or not (
@@ -188,20 +189,20 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, data_iterator: Any = None, step: int | None = None
     ) -> Restored | None:
-        """Read the newest sound checkpoint.
+        """Restore the newest intact checkpoint.
 
         Args:
-            abstract_state: A state of the wanted structure: arrays or ``jax.ShapeDtypeStruct``. The shardings in it
-                say where the arrays go; they may be of another mesh than the one saved from.
-            data_iterator: Set to the saved position.
-            step: Read this one only. Newer ones are moved to ``set_aside/`` when the run saves again.
+            abstract_state: A state with the expected structure, of arrays or ``jax.ShapeDtypeStruct``. Its shardings decide
+                where the arrays are placed; they may belong to a different mesh than the one they were saved from.
+            data_iterator: The iterator to set to the saved position.
+            step: Restore only this checkpoint. Newer ones are moved to ``set_aside/`` when the run saves again.
 
         Returns:
-            The state with its step, or None if nothing has been saved.
+            The state and its step, or None if nothing has been saved.
 
         Raises:
-            CheckpointError: The checkpoint is of another config or model, or all are damaged or have lost their manifests.
-            FileNotFoundError: There is no checkpoint of ``step``.
+            CheckpointError: The checkpoint belongs to a different config or model, or all are damaged or lack their manifests.
+            FileNotFoundError: No checkpoint of ``step`` exists.
         """
         self.wait()
         steps = self.steps
@@ -211,7 +212,7 @@ class Checkpoints:
         if lost and not steps:
             raise CheckpointError(f"{cannot_be_verified(self.folder, lost)}; {_START_AFRESH}")
         for left in [*leftovers(self.folder), *lost]:
-            logger.warning("%s was not finished and is passed over", left)
+            logger.warning("%s was not finished and is skipped", left)
         skipped: list[tuple[int, str]] = []
         for candidate in [step] if step is not None else reversed(steps):
             path = step_folder(self.folder, candidate)
@@ -228,14 +229,14 @@ class Checkpoints:
                 return Restored(state, candidate, skipped)
             skipped.append((candidate, problem))
             logger.warning(
-                "the checkpoint of step %d is damaged (%s): trying the one before it",
+                "the checkpoint of step %d is damaged (%s); trying the previous one",
                 candidate,
                 problem,
             )
         if skipped:
             listed = "; ".join(f"step {number}: {reason}" for number, reason in skipped)
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used ({listed}); {_START_AFRESH}"
+                f"{self.folder}: no usable checkpoint ({listed}); {_START_AFRESH}"
             )
         return None
 
@@ -246,29 +247,29 @@ class Checkpoints:
             raise error
 
     def wait(self) -> None:
-        """Wait until what is being written is safe on disk; raise if it could not be written."""
+        """Wait until the current write has finished; raise an error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            _barrier("effscale_checkpoint_written")  # process 0 alone writes the checksums
+            _barrier("effscale_checkpoint_written")  # only process 0 writes the checksums
         self.check()
 
     def clean(self, step: int) -> None:
-        """Make room for checkpoints from ``step`` on.
+        """Prepare the folder for checkpoints from ``step`` on.
 
-        What a killed run left half-written is deleted. Checkpoints newer than the one restored, and those whose
-        manifest is lost, are moved to ``set_aside/``. Called before the first save: until then the folder is only read, so a run
-        can be looked at while it goes on.
+        Partial checkpoints of a killed run are deleted. Checkpoints newer than the restored one, and those without a
+        manifest, are moved to ``set_aside/``. ``save`` calls this before the first checkpoint; until then the folder is only
+        read, so you can look at a run while it is in progress.
 
         Raises:
-            CheckpointError: There are checkpoints of ``step`` or later that this run neither restored nor saved.
+            CheckpointError: The folder has checkpoints of ``step`` or later that this run neither restored nor saved.
         """
         past = self._newer_than_restored() if not self._cleaned else []
         others = [s for s in self.steps if s >= step and s not in {*self._saved, *past}]
         if others:
             raise CheckpointError(
-                f"{self.folder} already holds {_listed(others)}, which this run was not resumed from, so step {step} is not "
-                "saved there; resume from them (resume_or_start, or Checkpoints.restore), or choose another folder"
+                f"{self.folder}: already contains {_listed(others)}, which this run was not resumed from, so step {step} is not "
+                "saved there. Resume from them (resume_or_start, or Checkpoints.restore), or choose another folder."
             )
         if self._cleaned:
             return
@@ -280,18 +281,18 @@ class Checkpoints:
                 remove(left)
             for newer in past:
                 path = step_folder(self.folder, newer)
-                self._set_aside(path, f"the run goes on from step {self._start}")
+                self._set_aside(path, f"the run continues from step {self._start}")
             for lost in without_manifest(self.folder):
                 self._set_aside(lost, f"it has no {MANIFEST} and cannot be verified")
         _barrier("effscale_checkpoints_clean")
 
     def close(self) -> None:
-        """Finish writing. Needed at the end: Python's exit cuts a write short."""
+        """Finish writing. Call this at the end, as the exit of Python would cut off a write."""
         self.wait()
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """A context that is left only when no write is under way; errors of the write stay for ``check``."""
+        """A context that exits only when no write is in progress; errors of the write are left for ``check``."""
         try:
             yield
         finally:
@@ -331,7 +332,7 @@ class Checkpoints:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        """Keep what is to be kept; that something cannot be deleted is no reason to stop a run."""
+        """Delete checkpoints beyond ``keep``. A failed deletion does not stop the run."""
         for old in superseded(self.folder, self.keep):
             try:
                 delete_checkpoint(step_folder(self.folder, old))
@@ -339,7 +340,7 @@ class Checkpoints:
                 logger.warning("the checkpoint of step %d could not be deleted: %s", old, error)
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
-        """Take away what was half-written, and say what happened."""
+        """Remove the partial checkpoint and return the error."""
         path = step_folder(self.folder, step)
         if jax.process_index() == 0:
             unfinished = [] if (path / MANIFEST).exists() else [path]
@@ -348,20 +349,20 @@ class Checkpoints:
                 *self.folder.glob(f"{path.name}{TEMPORARY}*"),
                 writing_mark(path),
             ]:
-                with contextlib.suppress(Exception):  # what is left is deleted by the next run
+                with contextlib.suppress(Exception):  # the next run deletes what remains
                     remove(left)
         previous = self.latest
         kept = (
-            "there is no earlier one"
+            "no earlier one exists"
             if previous is None
-            else f"the one of step {previous} is intact"
+            else f"the checkpoint of step {previous} is intact"
         )
         if is_local(self.folder):
             free, advice = _free_space(self.folder), "Free some space, keep fewer (keep=)"
         else:
-            free, advice = "the bucket was readable at the start", "See that it can be written"
+            free, advice = "the bucket was readable at the start", "Check that it is writable"
         return CheckpointError(
-            f"the checkpoint of step {step} could not be written to {self.folder} ({error}); {free}; {kept}. "
+            f"{self.folder}: the checkpoint of step {step} could not be written ({error}); {free}; {kept}. "
             f"{advice} or choose another folder, then resume."
         )
 
@@ -378,15 +379,16 @@ class Checkpoints:
         }
         if found:
             listed = "; ".join(
-                f"{name}: {old!r} there, {new!r} here" for name, (old, new) in found.items()
+                f"{name}: {old!r} in the checkpoint, {new!r} in this run"
+                for name, (old, new) in found.items()
             )
             raise CheckpointError(
-                f"{path} is of another config ({listed}); resume with the saved values, or start a new run folder"
+                f"{path}: saved with a different config ({listed}). Resume with the saved values, or start a new run folder."
             )
 
 
 def _digests(path: AnyPath, name: str) -> dict[str, Any]:
-    """Return the digests of a checkpoint on process 0, of which each process computes a part; nothing on the others."""
+    """Return the digests of a checkpoint on process 0, and nothing on the others. Each process computes a part of them."""
     part = digest_part(path, jax.process_index(), jax.process_count())
     said = collect_on_first(f"digests/{name}", json.dumps(part))
     return {name: entry for text in said if text for name, entry in json.loads(text).items()}
@@ -412,7 +414,7 @@ def _barrier(name: str) -> None:
 
 
 def _first_problem(problem: str | None) -> str | None:
-    """What the first process to have a problem says, on all processes alike."""
+    """Return the problem of the first process that has one, the same on all processes."""
     if jax.process_count() == 1:
         return problem
     from jax.experimental import multihost_utils
@@ -428,7 +430,7 @@ def _iterator_file() -> str:
 
 
 def _read_iterator(path: AnyPath) -> Any:
-    """This process's position; where another number of processes saved, the position on which all of them agreed."""
+    """Return the data position of this process. If a different number of processes saved, return the position they agree on."""
     file = path / "iterator" / _iterator_file()
     if file.is_file():
         return _decode(json.loads(file.read_text(encoding="utf-8")))
@@ -436,16 +438,16 @@ def _read_iterator(path: AnyPath) -> Any:
     positions = {file.read_text(encoding="utf-8") for file in files}
     if len(positions) != 1:
         have = ", ".join(file.stem for file in files) or "none"
-        differ = ", and those differ" if files else ""
+        differ = ", which differ" if files else ""
         raise CheckpointError(
-            f"{path} has no data position for process {jax.process_index()} of {jax.process_count()} (it has: {have}{differ}); "
-            "resume with the number of processes it was saved by, or restore without a data iterator"
+            f"{path}: no data position for process {jax.process_index()} of {jax.process_count()} (it has: {have}{differ}). "
+            "Resume with the number of processes it was saved by, or restore without a data iterator."
         )
     return _decode(json.loads(positions.pop()))
 
 
 def _encode(state: Any) -> Any:
-    """Return an iterator's state as JSON: grain's are dicts of numbers, or bytes."""
+    """Return an iterator's state as JSON; the states of grain are dicts of numbers, or bytes."""
     if isinstance(state, bytes):
         return {"bytes": base64.b64encode(state).decode()}
     return {"json": to_json(state)}

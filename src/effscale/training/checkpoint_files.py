@@ -1,4 +1,4 @@
-"""How a checkpoint lies on disk: names, what was saved, and reading it without a training state.
+"""The layout of a checkpoint on disk, and reading it without a training state.
 
 ::
 
@@ -41,12 +41,12 @@ def step_folder(folder: AnyPath, step: int) -> AnyPath:
 
 
 def finished_steps(folder: AnyPath) -> list[int]:
-    """Steps of the checkpoints that were written to the end, ascending."""
+    """Return the steps of the completely written checkpoints, in ascending order."""
     return [step for step, path in _steps(folder) if (path / MANIFEST).exists()]
 
 
 def writing_mark(path: AnyPath) -> AnyPath:
-    """Return the file that stands beside a checkpoint from before it is written until its manifest is."""
+    """Return the marker file of a checkpoint, which exists until its manifest is written."""
     return path.with_name(path.name + WRITING)
 
 
@@ -56,12 +56,12 @@ def is_step_folder(path: pathlib.PurePath) -> bool:
 
 
 def without_manifest(folder: AnyPath) -> list[AnyPath]:
-    """Checkpoints that were written to the end and cannot be verified, as their manifest is lost."""
+    """Return completely written checkpoints that cannot be verified, as their manifest is missing."""
     return [path for path in _without_manifest(folder) if not writing_mark(path).exists()]
 
 
 def leftovers(folder: AnyPath) -> list[AnyPath]:
-    """What a run that was killed has left half-written or half-deleted; it can be deleted."""
+    """Return partially written or partially deleted checkpoints of a killed run; they can be deleted."""
     if not folder.is_dir():
         return []
     killed = [path for path in _without_manifest(folder) if writing_mark(path).exists()]
@@ -73,13 +73,13 @@ def leftovers(folder: AnyPath) -> list[AnyPath]:
 
 
 def delete_checkpoint(path: AnyPath) -> None:
-    """Delete a checkpoint, so that one of which only half is deleted never counts."""
+    """Delete a checkpoint such that a partially deleted one is never taken for a complete one."""
     if is_local(path):
         doomed = path.with_name(path.name + DELETED)
         move(path, doomed)
         remove(doomed)
         return
-    # Without a rename, it becomes again what it was while it was written.
+    # Where renaming is not possible, mark it as if it were still being written.
     writing_mark(path).write_text("")
     remove(path / MANIFEST)
     remove(path)
@@ -91,7 +91,7 @@ def _without_manifest(folder: AnyPath) -> list[AnyPath]:
 
 
 def _steps(folder: AnyPath) -> list[tuple[int, AnyPath]]:
-    """Step and folder of all checkpoints, ascending."""
+    """Return step and folder of all checkpoints, in ascending order."""
     if not folder.is_dir():
         return []
     found = [(_STEP.match(entry.name), entry) for entry in folder.iterdir()]
@@ -101,14 +101,14 @@ def _steps(folder: AnyPath) -> list[tuple[int, AnyPath]]:
 class JsonItem:
     """A JSON file inside an Orbax checkpoint (Orbax's ``StatefulCheckpointable`` protocol).
 
-    The value is fixed when ``save`` is called, before the training goes on.
+    The value is fixed when ``save`` is called, before training continues.
     """
 
     def __init__(self, name: str, value: Any):
         self.name, self.text = name, json.dumps(value, indent=1)
 
     async def save(self, directory: Any) -> Any:
-        """Write ``<directory>/<name>`` once Orbax has made the directory."""
+        """Write ``<directory>/<name>`` once Orbax has created the directory."""
 
         async def write() -> None:
             (await directory.await_creation() / self.name).write_text(self.text)
@@ -116,17 +116,17 @@ class JsonItem:
         return write()
 
     async def load(self, directory: Any) -> Any:
-        """Part of the protocol; the file is read without Orbax."""
+        """Not supported; part of the protocol, but the file is read without Orbax."""
         raise NotImplementedError(f"{directory} is read as plain JSON")
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Return the tree's leaves by name; without those that hold no element, which Orbax refuses."""
+    """Return the tree's leaves by name, without empty arrays, which Orbax cannot save."""
     leaves = named_leaves(tree)
     found = {leaf.name or "value": leaf.leaf for leaf in leaves}
     if len(found) < len(leaves):
         raise CheckpointError(
-            "two leaves of the state have one name; rename an attribute or a key that holds a dot"
+            "two leaves of the state have the same name. Rename an attribute or a key that contains a dot."
         )
     return {name: leaf for name, leaf in found.items() if getattr(leaf, "size", 1)}
 
@@ -143,7 +143,7 @@ def unflat(tree: Any, values: Mapping[str, Any]) -> Any:
 
 
 def describe(items: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape and type of every leaf, for ``run.json``."""
+    """Return the shape and type of every leaf, for ``run.json``."""
     return {
         item: {
             name: [list(leaf.shape), str(leaf.dtype)]
@@ -156,19 +156,19 @@ def describe(items: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: AnyPath) -> None:
-    """Raise if the leaves of a checkpoint are not those that are asked for."""
+    """Raise an error if the leaves of a checkpoint are not those requested."""
     problems = []
     for item, leaves in wanted.items():
         have = saved.get(item)
         if have is None:
-            problems.append(f"it holds no {item!r} (only {', '.join(sorted(saved))})")
+            problems.append(f"it has no {item!r} (only {', '.join(sorted(saved))})")
             continue
-        problems += [f"{item}: {name} is not in it" for name in leaves.keys() - have.keys()]
+        problems += [f"{item}: {name} is missing" for name in leaves.keys() - have.keys()]
         problems += [
-            f"{item}: {name} is in it but not asked for" for name in have.keys() - leaves.keys()
+            f"{item}: {name} is saved but not requested" for name in have.keys() - leaves.keys()
         ]
         problems += [
-            f"{item}: {name} is {have[name]} in it, {leaves[name]} asked for"
+            f"{item}: {name} is saved as {have[name]}, requested as {leaves[name]}"
             for name in leaves.keys() & have.keys()
             if have[name] != leaves[name]
         ]
@@ -176,30 +176,32 @@ def check_structure(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: 
         shown = "; ".join(sorted(problems)[:6]) + (
             f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         )
-        raise CheckpointError(f"{where} was saved from another model, optimizer or option: {shown}")
+        raise CheckpointError(
+            f"{where}: saved from a different model, optimizer or option: {shown}"
+        )
 
 
 def read_run(path: AnyPath) -> dict[str, Any]:
-    """``run.json`` of one checkpoint.
+    """Return the content of ``run.json`` of a checkpoint.
 
     Raises:
-        OSError, ValueError: It cannot be read, as of a checkpoint that is damaged.
+        OSError, ValueError: It cannot be read, for instance because the checkpoint is damaged.
     """
     run = json.loads((path / "run" / "run.json").read_text(encoding="utf-8"))
     if not isinstance(run, dict):
-        raise ValueError(f"{path}: run.json holds no object")
+        raise ValueError(f"{path}: run.json is not an object")
     return run
 
 
 def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
-    """Read some of a checkpoint's items into trees like those given (arrays or their abstract form).
+    """Read some of a checkpoint's items into trees like the given ones (arrays or their abstract form).
 
-    What was saved by another number of workers is handed over as `effscale.parallel.resize_workers` says.
+    Parts saved by a different number of workers are converted as in ``effscale.parallel.resize_workers``.
 
     Raises:
-        CheckpointError: The checkpoint holds other leaves than those asked for.
+        CheckpointError: The leaves of the checkpoint differ from those requested.
     """
-    # Orbax takes a good half second to import; only who reads or writes pays for it.
+    # Importing Orbax takes over half a second, so only reads and writes import it.
     from orbax.checkpoint import v1 as ocp
 
     saved = read_run(path)["leaves"]
@@ -229,13 +231,13 @@ def load_items(path: AnyPath, items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _per_worker_leaves(tree: Any) -> list[bool]:
-    """For each leaf of the tree, whether it lies in a `PerWorker`."""
+    """Return, for each leaf of the tree, whether it is in a `PerWorker`."""
     nodes = jax.tree.leaves(tree, is_leaf=is_per_worker)
     return [is_per_worker(node) for node in nodes for _ in jax.tree.leaves(node)]
 
 
 def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
-    """Return whether what is in a `PerWorker` is of other shapes in the checkpoint."""
+    """Return whether the shapes in a `PerWorker` differ in the checkpoint."""
     return any(
         mine and leaf.name in saved and saved[leaf.name][0] != list(leaf.leaf.shape)
         for leaf, mine in zip(named_leaves(tree), _per_worker_leaves(tree), strict=True)
@@ -243,7 +245,7 @@ def _workers_differ(tree: Any, saved: Mapping[str, Any]) -> bool:
 
 
 def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
-    """Return the abstract tree with what is in a `PerWorker` in the shapes of the checkpoint, whole on every device."""
+    """Return the abstract tree with each `PerWorker` in the shapes of the checkpoint, replicated on every device."""
 
     def leaf_as_saved(leaf: Any, mine: bool) -> Any:
         if not mine or leaf.name not in saved:
@@ -258,7 +260,7 @@ def _as_saved(tree: Any, saved: Mapping[str, Any]) -> Any:
 
 
 def _hand_over(loaded: Any, wanted: Any, path: AnyPath) -> Any:
-    """What another number of workers saved, for as many as are wanted."""
+    """Convert a tree saved by a different number of workers."""
     mine = _per_worker_leaves(wanted)
     workers = {x.shape[0] for x, own in zip(jax.tree.leaves(wanted), mine, strict=True) if own}
     (number,) = workers
@@ -268,31 +270,31 @@ def _hand_over(loaded: Any, wanted: Any, path: AnyPath) -> Any:
     ]
     if shapes != [x.shape for x in jax.tree.leaves(wanted) if hasattr(x, "shape")]:
         raise CheckpointError(
-            f"{path} was saved on a mesh whose axes beside the workers' divide the parameters differently; resume on a mesh "
-            "that differs along the workers' axis only"
+            f"{path}: saved on a mesh whose axes other than the workers' divide the parameters differently. Resume on a mesh "
+            "that differs only along the workers' axis."
         )
     places = jax.tree.map(lambda x: getattr(x, "sharding", None), wanted)
     return jax.jit(resize, out_shardings=places)(loaded)
 
 
 def cannot_be_verified(folder: AnyPath, lost: Sequence[AnyPath]) -> str:
-    """What to say of a folder in which no checkpoint has its manifest."""
+    """Return the message for a folder in which no checkpoint has its manifest."""
     return (
-        f"{folder} holds {', '.join(path.name for path in lost)} but the manifest.json of none: they cannot be verified, and "
+        f"{folder}: contains {', '.join(path.name for path in lost)}, all without manifest.json. They cannot be verified and "
         "are left as they are"
     )
 
 
 def no_such_step(folder: AnyPath, step: int) -> str:
-    """What to say where there is no checkpoint of a step."""
+    """Return the message for a missing checkpoint."""
     there = ", ".join(map(str, finished_steps(folder))) or "none"
     lost = " (one without its manifest.json, which cannot be verified)"
     unverified = lost if step_folder(folder, step).is_dir() else ""
-    return f"{folder} holds no checkpoint of step {step}{unverified}; there are {there}"
+    return f"{folder}: no checkpoint of step {step}{unverified}; available steps: {there}"
 
 
 def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
-    """Return the newest sound checkpoint (or that of ``step``) of a run folder or of its ``checkpoints``."""
+    """Return the newest intact checkpoint (or that of ``step``) of a run folder or of its ``checkpoints`` folder."""
     root = folder_path(folder)
     if (root / "checkpoints").is_dir():
         root = root / "checkpoints"
@@ -300,7 +302,7 @@ def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
     if not steps:
         if lost := without_manifest(root):
             raise CheckpointError(cannot_be_verified(root, lost))
-        raise FileNotFoundError(f"{root} holds no checkpoint")
+        raise FileNotFoundError(f"{root}: no checkpoint found")
     if step is not None and step not in steps:
         raise FileNotFoundError(no_such_step(root, step))
     problems = []
@@ -311,19 +313,19 @@ def _newest(folder: str | os.PathLike[str], step: int | None) -> AnyPath:
             return path
         logger.warning("%s is damaged: %s", path, problem)
         problems.append(f"step {candidate}: {problem}")
-    raise CheckpointError(f"no checkpoint in {root} can be used: {'; '.join(problems)}")
+    raise CheckpointError(f"{root}: no usable checkpoint: {'; '.join(problems)}")
 
 
 def read_checkpoint_config(folder: str | os.PathLike[str], step: int | None = None) -> Any:
-    """Return the config that a run was saved with, as plain JSON values.
+    """Return the saved config of a run, as plain JSON values.
 
     Args:
         folder: A run folder or its ``checkpoints`` folder.
-        step: The checkpoint; None takes the newest sound one.
+        step: The checkpoint; None takes the newest intact one.
 
     Raises:
-        FileNotFoundError: There is no checkpoint, or none of that step.
-        CheckpointError: There are checkpoints, and all are damaged.
+        FileNotFoundError: No checkpoint exists, or none of that step.
+        CheckpointError: All checkpoints are damaged.
     """
     return read_run(_newest(folder, step))["config"]
 
@@ -336,22 +338,22 @@ def restore_model(
     ema: bool = False,
     item: str = "model",
 ) -> tuple[Any, int]:
-    """Read a model alone, as for generation, while the run may still be going on.
+    """Read only the model from a checkpoint, for instance for generation. The run may still be in progress.
 
     Args:
         folder: A run folder or its ``checkpoints`` folder.
-        abstract_model: The module, or its abstract form as from ``jax.eval_shape``; shardings in it are obeyed.
-        step: The checkpoint; None takes the newest sound one.
-        ema: Take the moving average in place of the trained leaves.
-        item: Where the model lies in a state of your own: the name of its field, or ``field.model`` where the field is a
+        abstract_model: The module, or its abstract form from ``jax.eval_shape``; arrays are placed with its shardings.
+        step: The checkpoint; None takes the newest intact one.
+        ema: Whether to read the moving average in place of the trained leaves.
+        item: The place of the model in a custom state: the name of its field, or ``field.model`` if the field is a
             ``TrainState``.
 
     Returns:
         The module and its step.
 
     Raises:
-        FileNotFoundError: There is no checkpoint, or none of that step.
-        CheckpointError: All are damaged, the model is another, or no average was kept.
+        FileNotFoundError: No checkpoint exists, or none of that step.
+        CheckpointError: All checkpoints are damaged, the model differs, or no average was kept.
     """
     path = _newest(folder, step)
     run = read_run(path)
@@ -360,7 +362,7 @@ def restore_model(
     average = f"{item.removesuffix('model')}ema"
     names = run["leaves"].get(average)
     if names is None:
-        raise CheckpointError(f"{path} holds no moving average; restore with ema=False")
+        raise CheckpointError(f"{path}: no moving average was saved. Restore with ema=False.")
     averaged, _ = partition(abstract_model, lambda name: name in names)
     items = load_items(path, {item: abstract_model, average: averaged})
     return combine(items[average], items[item]), run["step"]

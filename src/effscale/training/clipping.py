@@ -12,23 +12,23 @@ from jaxtyping import Array, Float
 from effscale.models.validation import is_finite
 
 ClipBy = Literal["synchronised", "local"]
-"""Whose norm decides where several workers hold gradients of their own.
+"""Whose norm decides if several workers have separate gradients.
 
 ``synchronised``: the root mean square of the workers' norms, one number for all of them, whether or not they average their
-gradients. It is at least the norm of the mean gradient, and up to the square root of the number of workers more where noise
+gradients. It is at least the norm of the mean gradient, and larger by up to the square root of the number of workers where noise
 dominates. ``local``, as in DeepSpeed: the norm of the mean gradient while gradients are averaged, and each worker's own norm once
-only momenta are. Each worker's own norm is larger, so where it binds, steps become smaller when compression begins.
+only momenta are averaged. Each worker's own norm is larger, so if it exceeds the limit, steps become smaller when compression begins.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Scale the gradient so that its global norm is at most ``norm``.
+    """Gradient clipping: scale the gradient so that its global norm is at most ``norm``.
 
     Attributes:
-        norm: The greatest norm. May be a traced array, so that a schedule can set it.
-        by: Whose norm decides, see `ClipBy`. It makes a difference only for workers that hold gradients of their own, within
-            `effscale.parallel.per_worker`.
+        norm: The maximum norm. It may be a traced array, so that a schedule can set it.
+        by: Whose norm decides, see `ClipBy`. It matters only if workers have separate gradients, within
+            ``effscale.parallel.per_worker``.
 
     Raises:
         ValueError: ``norm`` is not a positive, finite number, or ``by`` is unknown.
@@ -48,13 +48,13 @@ class Clip:
             number = float(norm) if is_array else norm
             if not (is_finite(number) and number > 0):
                 raise ValueError(
-                    f"Clip(norm={norm!r}): norm must be a positive, finite number; clip=None does not clip"
+                    f"norm must be a positive, finite number, got Clip(norm={norm!r}). Use clip=None to disable clipping."
                 )
         if self.by not in get_args(ClipBy):
-            raise ValueError(f"by={self.by!r} is unknown; one of {', '.join(get_args(ClipBy))}")
+            raise ValueError(f"by must be one of {', '.join(get_args(ClipBy))}, got {self.by!r}")
 
     def factor(self, norm: Float[Array, ""]) -> Float[Array, ""]:
-        """What a gradient of this norm is multiplied by: at most 1."""
+        """Return the factor, at most 1, by which to multiply a gradient of this norm."""
         largest = jnp.asarray(self.norm, jnp.float32)
         return largest / jnp.maximum(norm, largest)
 
@@ -62,4 +62,4 @@ class Clip:
 def check_clip(clip: object) -> None:
     """Raise a ``ValueError`` unless this is a `Clip` or None: a number, for instance."""
     if clip is not None and not isinstance(clip, Clip):
-        raise ValueError(f"clip={clip!r}: give the object, clip=Clip({clip!r})")
+        raise ValueError(f"clip must be a Clip or None, got {clip!r}. Use clip=Clip({clip!r}).")

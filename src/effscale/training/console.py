@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where there is one, now and then a line where there is not."""
+"""Progress on the console: a bar on a terminal, periodic lines elsewhere."""
 
 import sys
 import time
@@ -13,9 +13,9 @@ class ConsoleWriter:
     """A progress bar with loss, tokens/s and time left; plain lines if the output is not a terminal.
 
     Args:
-        num_steps: Steps of the whole run.
-        start_step: Step at which the run goes on, when resumed.
-        every_seconds: Least time between plain lines.
+        num_steps: The number of steps of the whole run.
+        start_step: The step from which a resumed run continues.
+        every_seconds: The minimum time between plain lines.
         console: A ``rich.console.Console``; None writes to standard error.
     """
 
@@ -72,7 +72,7 @@ class ConsoleWriter:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        # What a step tells, among it losses (an auxiliary one), is no evaluation.
+        # Losses that a step reports, such as an auxiliary loss, are not evaluation results.
         of_step = "loss" in values or "skipped_in_row" in values
         evaluated = not of_step and any(map(_is_shown, values))
         if evaluated or step >= self.num_steps or now - self._last_line >= self.every_seconds:
@@ -90,17 +90,17 @@ class ConsoleWriter:
         return f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, as output is not buffered."""
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it as it is."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def _is_shown(name: str) -> bool:
-    """Losses, and what reinforcement learning is after."""
+    """Return whether to show a metric: losses, and the goals of reinforcement learning."""
     return name.endswith("loss") or name in ("score", "kl")
 
 

@@ -1,4 +1,4 @@
-"""A counter that stays exact beyond 2^31 without 64-bit types: tokens seen are counted in it."""
+"""A counter for the tokens seen, exact beyond 2^31 without 64-bit types."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ class Counter:
     """A non-negative integer below 2^64 in two uint32 limbs, usable under ``jax.jit``.
 
     JAX has no 64-bit integers unless ``jax_enable_x64`` is set, an int32 overflows at 2.1 billion tokens, and a
-    float32 stops counting single tokens at 16.8 million.
+    float32 cannot count single tokens beyond 16.8 million.
 
     >>> counter = Counter.of(2**32 - 1).add(2)
     >>> int(counter), float(counter.to_float32())
@@ -25,7 +25,7 @@ class Counter:
 
     @classmethod
     def of(cls, value: int) -> "Counter":
-        """Return the counter that stands at ``value``.
+        """Create a counter with the given value.
 
         Raises:
             ValueError: ``value`` is negative or does not fit into 64 bits.
@@ -35,15 +35,15 @@ class Counter:
         return cls(jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF))
 
     def add(self, amount: Any) -> "Counter":
-        """Return the counter advanced by ``amount``, a non-negative integer below 2^32 (traced or not)."""
+        """Return a counter increased by ``amount``, a non-negative integer below 2^32 (traced or not)."""
         low = self.low + jnp.asarray(amount).astype(jnp.uint32)
         return Counter(self.high + (low < self.low).astype(jnp.uint32), low)
 
     def to_float32(self) -> jax.Array:
-        """Return the nearest float32, good to 6e-8 relative: what schedules take."""
+        """Return the nearest float32, with a relative error up to 6e-8, for schedules."""
         return self.high.astype(jnp.float32) * jnp.float32(2.0**32) + self.low.astype(jnp.float32)
 
     def __int__(self) -> int:
-        """Return the exact value, as a Python integer (waits for the device)."""
+        """Return the exact value as a Python integer; this waits for the device."""
         high, low = jax.device_get((self.high, self.low))
         return (int(high) << 32) | int(low)

@@ -1,4 +1,4 @@
-"""Evaluation as a true mean over everything seen."""
+"""Evaluation: exact means over all batches."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,9 +11,9 @@ from effscale.training.step import LossFunction, frozen_argument
 
 
 def make_eval_step(loss_fn: LossFunction) -> Callable[..., Loss]:
-    """``eval_step(model, batch, *, frozen=None) -> Loss``: the sums of a batch.
+    """Return ``eval_step(model, batch, *, frozen=None) -> Loss``, which computes the sums of a batch.
 
-    The loss gets ``key=None`` (no dropout), and ``frozen`` as its fourth argument if it is given.
+    The loss function gets ``key=None`` (no dropout), and ``frozen`` as its fourth argument if it is given.
     """
 
     def eval_step(model: Any, batch: Any, *, frozen: Any = None) -> Loss:
@@ -31,29 +31,29 @@ def evaluate(
     place_batch: Callable[[Any], Any] | None = None,
     prefix: str = "",
 ) -> dict[str, Any]:
-    """Mean loss and metrics over all batches, weighted by what each batch holds.
+    """Return the mean loss and metrics over all batches, weighted by the weight of each batch.
 
     Args:
         model: The module.
-        eval_step: From ``make_eval_step``, jitted.
-        batches: Host batches; the last one may be smaller, or padded with rows of zero weight.
-        frozen: What the loss reads and nothing trains, such as a teacher, already on the devices.
-        place_batch: Puts a host batch on the devices.
-        prefix: Put before each name, as in ``val_``.
+        eval_step: The result of ``make_eval_step``, jitted.
+        batches: Host batches; the last one may be smaller, or padded with rows of weight zero.
+        frozen: What the loss reads without training it, such as a teacher, already on the devices.
+        place_batch: Moves a host batch to the devices.
+        prefix: A prefix for each name, such as ``val_``.
 
     Returns:
-        ``loss``, ``weight`` and the means of ``Loss.metrics``, as Python floats; of a metric that is an array, as a
+        ``loss``, ``weight`` and the means of ``Loss.metrics``, as Python floats; a metric that is an array becomes a
         (nested) list of them.
 
     Raises:
-        ValueError: There was no batch, or the batches had no weight.
+        ValueError: There were no batches, or the batches had no weight.
     """
     sums: dict[str, Any] = {}
     pending: list[Loss] = []
     given = {} if frozen is None else {"frozen": frozen}
 
     def add_up() -> None:
-        # In Python floats and float64: float32 sums would lose the small addends of a long evaluation.
+        # Sum in Python floats and float64, as float32 would lose the small addends of a long evaluation.
         for loss in jax.device_get(pending):
             for name, value in {"loss": loss.total, "weight": loss.weight, **loss.metrics}.items():
                 wide = np.asarray(value, np.float64) if np.ndim(value) else float(value)
@@ -62,12 +62,12 @@ def evaluate(
 
     for batch in batches:
         pending.append(eval_step(model, place_batch(batch) if place_batch else batch, **given))
-        if len(pending) == 16:  # the device is kept busy while few results wait
+        if len(pending) == 16:  # fetch rarely enough to keep the device busy
             add_up()
     add_up()
     if not sums.get("weight"):
         raise ValueError(
-            "evaluation saw no batch with weight; the data set may be smaller than one batch"
+            "evaluation saw no batch with weight; the dataset may be smaller than one batch"
         )
     weight = sums.pop("weight")
     return {prefix + "weight": weight} | {

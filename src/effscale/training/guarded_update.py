@@ -1,4 +1,4 @@
-"""Updates that are made only where everything they write stays finite, and otherwise leave what was there bit for bit."""
+"""Updates that apply only if the result is finite, and otherwise leave the state unchanged bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,19 +15,19 @@ Check = Callable[[Any, Any], jax.Array]
 def update_if(
     condition: jax.Array, update: Update, old: Any, axis_name: str | None = None
 ) -> tuple[Any, jax.Array]:
-    """``update(old)`` where the condition holds and the update keeps everything finite, else ``old``.
+    """Return ``update(old)`` if the condition holds and the update keeps everything finite, else ``old``.
 
-    A finite gradient does not make a finite update: a learning rate, a weight or a moment can overflow. So the update
-    is computed, checked, and only then written.
+    A finite gradient does not guarantee a finite update: a learning rate, a weight or a moment can overflow. So the update
+    is computed and checked before it is applied.
 
     Args:
         condition: A scalar, the same on all devices.
-        update: From a tree to a tree of the same structure, without side effects.
+        update: A function from a tree to a tree with the same structure, without side effects.
         old: The tree; it may be donated.
-        axis_name: The workers' axis, where ``update`` runs in ``per_worker`` and communicates over it.
+        axis_name: The workers' axis, if ``update`` runs in ``per_worker`` and communicates over it.
 
     Returns:
-        The tree, and whether the update was made (a bool scalar, the same on all workers).
+        The tree, and whether the update was applied (a bool scalar, the same on all workers).
     """
 
     def keeps_finite(new: Any, old: Any) -> jax.Array:
@@ -50,7 +50,7 @@ def update_if(
 def loses_finite(new: Any, old: Any) -> jax.Array:
     """Return whether any number that was finite in ``old`` is infinite or NaN in ``new``.
 
-    What was not finite before may stay so: optimizers keep an infinity as "no best value yet".
+    Values that were not finite before are allowed to stay so: optimizers use an infinity for "no best value yet".
     """
     lost = jnp.zeros((), bool)
     for after, before in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
@@ -62,10 +62,10 @@ def loses_finite(new: Any, old: Any) -> jax.Array:
 def by_branch(
     condition: jax.Array, update: Update, check: Check, old: Any
 ) -> tuple[Any, jax.Array]:
-    """``update_if`` as control flow, for CPU.
+    """Compute ``update_if`` with control flow, for CPU.
 
-    A branch lets XLA update the moments in place. The update is computed twice, the first time only to look at it: with
-    AdamW that took a third of the time, and less than half of the memory, of keeping both states to choose from.
+    A branch lets XLA update the moments in place. The update is computed twice, the first time only for the check. With
+    AdamW this took a third of the time, and less than half the memory, of keeping both states and selecting one.
     """
     condition = jax.lax.cond(
         condition, lambda old: check(update(old), old), lambda old: jnp.zeros((), bool), old
@@ -76,9 +76,9 @@ def by_branch(
 def by_selection(
     condition: jax.Array, update: Update, check: Check, old: Any
 ) -> tuple[Any, jax.Array]:
-    """``update_if`` element by element, for accelerators, where a branch would wait for the host.
+    """Compute ``update_if`` by elementwise selection, for accelerators, where a branch would wait for the host.
 
-    XLA fuses the update into the check and, once more, into the selection, which writes in place.
+    XLA fuses the update into the check, and again into the selection, which writes in place.
     """
     new = update(old)
     condition = condition & check(new, old)

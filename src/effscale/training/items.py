@@ -1,4 +1,4 @@
-"""The named items of a state: the parts that a checkpoint keeps side by side."""
+"""The named items of a state, which a checkpoint saves separately."""
 
 import re
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ import jax
 from effscale.training.errors import CheckpointError
 
 ARRAYS = "arrays"
-"""The item of those fields of a state that are single arrays, such as counters and keys."""
-_TAKEN = ("run", "iterator")  # what a checkpoint holds beside the state
+"""The item for the fields of a state that are single arrays, such as counters and keys."""
+_TAKEN = ("run", "iterator")  # what a checkpoint contains in addition to the state
 
 
 @runtime_checkable
 class HasItems(Protocol):
-    """A state that says itself what its items are, as `TrainState` does.
+    """A state that defines its items itself, like `TrainState`.
 
-    Any other pytree has one item for each field, under the field's name.
+    Any other pytree has one item per field, under the name of the field.
     """
 
     def to_items(self) -> Mapping[str, Any]:
-        """Return the items by name. Together they hold all arrays of the state, each once."""
+        """Return the items by name. Together they contain all arrays of the state, each once."""
 
     def with_items(self, items: Mapping[str, Any]) -> Any:
         """Return the state with its arrays replaced by those of ``items``; the inverse of ``to_items``."""
@@ -30,14 +30,14 @@ class HasItems(Protocol):
 def items_of(state: Any) -> dict[str, Any]:
     """Return the items of a state.
 
-    A field (or key) that is a tree is an item, one that is a single array belongs to the item ``arrays``, and one that has
-    items of its own adds them as ``field.item``. Fields without arrays are left out.
+    A field (or key) that is a tree becomes an item; a field that is a single array belongs to the item ``arrays``; and a field
+    that defines its items adds them as ``field.item``. Fields without arrays are left out.
 
     Args:
         state: Any pytree, or its abstract form.
 
     Raises:
-        CheckpointError: A name occurs twice, is reserved, or cannot be that of a folder.
+        CheckpointError: A name occurs twice, is reserved, or is not a valid folder name.
 
     >>> import jax.numpy as jnp
     >>> sorted(items_of({"actor": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(2)}, "ema": None, "step": jnp.int32(3)}))
@@ -61,12 +61,12 @@ def items_of(state: Any) -> dict[str, Any]:
     for name in items:
         if name in _TAKEN or not re.fullmatch(r"[\w.-]+", name):
             raise CheckpointError(
-                f"a part of the state cannot be saved under the name {name!r}; use letters, digits and _, and none of "
-                f"{', '.join(_TAKEN)}"
+                f"a part of the state cannot be saved under the name {name!r}. Use letters, digits and _, but not "
+                f"{' or '.join(_TAKEN)}."
             )
     if len(items) < len(found):
         raise CheckpointError(
-            f"two parts of the state would be saved under one name ({', '.join(sorted(name for name, _ in found))}); rename one"
+            f"two parts of the state would be saved under the same name ({', '.join(sorted(name for name, _ in found))}). Rename one of them."
         )
     return items
 
@@ -75,8 +75,8 @@ def state_of(state: Any, items: Mapping[str, Any]) -> Any:
     """Return the state with its arrays replaced by those of its items.
 
     Args:
-        state: A state of the wanted structure; only its structure is used.
-        items: As from `items_of`.
+        state: A state with the expected structure; only its structure is used.
+        items: The items, as `items_of` returns them.
     """
     if isinstance(state, HasItems):
         return state.with_items(items)
@@ -98,7 +98,7 @@ def state_of(state: Any, items: Mapping[str, Any]) -> Any:
 
 
 def _parts(state: Any) -> list[tuple[str, Any]]:
-    """Return the fields of a pytree with their names, those that are None included."""
+    """Return the fields of a pytree with their names, including those that are None."""
     below = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda node: node is not state)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), part) for path, part in below]
 

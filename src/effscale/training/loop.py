@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop."""
 
 import contextlib
 import logging
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class FitResult(NamedTuple):
-    """What ``fit`` returns.
+    """The result of ``fit``.
 
     Attributes:
-        state: The last state.
+        state: The final state.
         history: The records written: ``{"step": ..., "loss": ...}``.
-        stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: saved, resume to go on) or ``data`` (it ended).
-        signal: Number of the signal, or None.
+        stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: the state was saved, so you can resume) or ``data`` (the data ended).
+        signal: The number of the signal, or None.
     """
 
     state: Any
@@ -54,38 +54,38 @@ def fit(
     before_step: Callable[[int, Any], Any] | None = None,
     sync_every: int = 16,
 ) -> FitResult:
-    """Train until ``state.step`` is ``num_steps``.
+    """Train until ``state.step`` reaches ``num_steps``.
 
-    Metrics are read one step late: while the device works at a step, the host fetches the previous one's, so that
-    no step waits for the host. A run resumed from a checkpoint writes the same records as one that never stopped.
+    Metrics are read one step late: while the device computes a step, the host fetches the metrics of the previous one, so that
+    no step waits for the host. A run resumed from a checkpoint writes the same records as an uninterrupted one.
 
     Args:
-        state: Where to start: a ``TrainState``, or any pytree whose ``step`` says how many batches have been consumed
+        state: The initial state: a ``TrainState``, or any pytree whose ``step`` is the number of batches consumed
             (`effscale.training.CountsSteps`).
-        step_fn: ``step_fn(state, batch) -> (state, metrics)``, which adds one to ``step``: from ``make_train_step``, through
-            ``ShapeBuckets`` or ``jax.jit``, or of your own. It may donate the state.
-        data_iterator: Batches; with ``checkpoints`` its position is saved through ``get_state``.
-        num_steps: Steps of the whole run, those before a resume included.
-        frozen: What the step reads and does not change, such as a teacher or a reference model: any pytree, already on the
-            devices. The step is then called as ``step_fn(state, batch, frozen=frozen)``. It is in no checkpoint, so give it
-            again to resume.
-        checkpoints: Saves by its own ``every``, when stopped by a signal, and at the end.
-        writer: Takes metrics; used on process 0 only.
-        evaluate: ``evaluate(state) -> metrics``; called each ``eval_every`` steps and at the end.
-        eval_every: None evaluates at the end only.
-        log_every: Write metrics each that many steps.
-        max_skipped_in_row: Stop when that many updates in a row have been skipped.
-        place_batch: Host batch to device batch, for instance sharding it over a mesh.
-        before_step: ``before_step(step, batch) -> batch``, on the host, where a curriculum crops the batch.
-        sync_every: With several processes, how often they agree whether to stop; after the last step they do in any case.
+        step_fn: ``step_fn(state, batch) -> (state, metrics)``, which adds one to ``step``: the result of ``make_train_step``,
+            wrapped in ``ShapeBuckets`` or ``jax.jit``, or a custom function. It may donate the state.
+        data_iterator: The batches; with ``checkpoints``, their position is saved with ``get_state``.
+        num_steps: The number of steps of the whole run, including those before a resume.
+        frozen: What the step reads without changing it, such as a teacher or a reference model: any pytree, already on the
+            devices. The step is then called as ``step_fn(state, batch, frozen=frozen)``. It is not saved in checkpoints, so pass
+            it again to resume.
+        checkpoints: Saves at its interval ``every``, when a signal stops the run, and at the end.
+        writer: Receives the metrics; used only on process 0.
+        evaluate: ``evaluate(state) -> metrics``; called every ``eval_every`` steps and at the end.
+        eval_every: The number of steps between evaluations; None evaluates only at the end.
+        log_every: The number of steps between records.
+        max_skipped_in_row: Stop after this number of consecutive skipped updates.
+        place_batch: Converts a host batch to a device batch, for instance by sharding it over a mesh.
+        before_step: ``before_step(step, batch) -> batch``, called on the host, for instance for a curriculum that crops the batch.
+        sync_every: With several processes, the number of steps after which they agree whether to stop; they always do after the last step.
 
     Returns:
-        The final state, the records and why it ended.
+        The final state, the records and the reason why training ended.
 
     Raises:
         TrainingDivergedError: ``max_skipped_in_row`` updates in a row were skipped.
         CheckpointError: A checkpoint could not be written.
-        ValueError: An option is out of range, or ``frozen`` is not where the state is.
+        ValueError: An option is out of range, or ``frozen`` is not on the devices of the state.
     """
     for name, value in {
         "log_every": log_every,
@@ -96,7 +96,9 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {value}")
     step = int(state.step)
     if step > num_steps:
-        raise ValueError(f"num_steps={num_steps}, but the state has already made {step} steps")
+        raise ValueError(
+            f"num_steps must be at least {step}, the steps that the state has already made, got {num_steps}"
+        )
     given = {} if frozen is None else {"frozen": check_on_device(frozen, state)}
     log = _Log(
         writer if jax.process_index() == 0 else None,
@@ -109,7 +111,7 @@ def fit(
         checkpoints.clean(step + 1)
 
     reason = "finished"
-    # However the run ends, what is being written is written to the end: Python's exit would cut it short.
+    # However the run ends, finish pending writes: the exit of Python would cut them off.
     with (
         contextlib.nullcontext() if checkpoints is None else checkpoints.settled(),
         StopSignal(sync_every=sync_every) as stop,
@@ -129,7 +131,7 @@ def fit(
             step += 1
             log.late(step, metrics)
 
-            # The last evaluation comes before the last checkpoint: a run resumed from that has nothing left to write.
+            # Evaluate before saving the last checkpoint, so that a run resumed from it has nothing left to write.
             due = step == num_steps or (eval_every is not None and step % eval_every == 0)
             if evaluate is not None and due:
                 log.catch_up()
@@ -139,12 +141,12 @@ def fit(
                 checkpoints.check()
                 if checkpoints.every is not None and step % checkpoints.every == 0:
                     log.catch_up()
-                    log.flush()  # records up to here must outlive whatever the checkpoint outlives
+                    log.flush()  # records up to here must be as durable as the checkpoint
                     checkpoints.save(step, state, data_iterator)
-            # After the last step, too: the caller would go on to evaluate what it was asked to leave.
+            # Check after the last step too: the caller would otherwise continue with an evaluation despite the signal.
             if stop.should_stop(step, last=step == num_steps):
                 reason = "signal"
-                logger.warning("a signal asks to stop: saving at step %d", step)
+                logger.warning("received a signal to stop: saving at step %d", step)
                 break
         log.catch_up()
         if evaluate is not None and reason == "data" and (eval_every is None or step % eval_every):
@@ -166,37 +168,38 @@ def resume_or_start(
     shardings: Any = None,
     trace_create: bool = True,
 ) -> tuple[T, int]:
-    """Return the newest checkpoint's state, or a new one; the data iterator is set to match.
+    """Restore the newest checkpoint, or create a new state, and set the data iterator to match.
 
-    The newest one continues a run exactly, even where it was saved amid skipped updates. To go back to before them, choose
-    the ``step`` that `TrainingDivergedError` names.
+    The newest checkpoint continues a run exactly, even if it was saved while updates were being skipped. To return to a
+    checkpoint from before the skipped updates, pass the ``step`` that `TrainingDivergedError` names.
 
     Args:
-        checkpoints: Where to look.
-        create: Makes a new state, a ``TrainState`` or any other pytree; to resume, only its shapes are taken, and nothing is
+        checkpoints: The checkpoints of the run.
+        create: Creates a new state, a ``TrainState`` or any other pytree. When resuming, only its shapes are used, and nothing is
             computed.
         data_iterator: Its position is restored.
-        resume: False always starts afresh, and wants a folder without checkpoints.
-        step: The checkpoint to resume from in place of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
-        shardings: A state of shardings (``effscale.parallel.shardings``); None leaves everything on the first device,
+        resume: Whether to resume. False always starts a new run and requires a folder without checkpoints.
+        step: The checkpoint to resume from instead of the newest. Newer ones are moved to ``set_aside/`` when the run saves.
+        shardings: A state of shardings (``effscale.parallel.shardings``). None leaves everything on the first device,
             or where ``create`` puts it.
-        trace_create: False runs ``create`` eagerly. When resuming, it is run as well, and only the shapes and shardings of its arrays are used. Use it where ``create`` reads
-            weights from a file, which would become constants of the compiled program, and lays them out on a mesh.
+        trace_create: Whether to trace ``create``. False runs it eagerly, also when resuming, where only the shapes and
+            shardings of its arrays are used. Use False if ``create`` reads weights from a file, which would become constants of
+            the compiled program, and lays them out on a mesh.
 
     Returns:
-        The state and its step; of a new state without ``step``, 0.
+        The state and its step; 0 for a new state without ``step``.
 
     Raises:
-        CheckpointError: The checkpoints are of another config, or all damaged; or there are some and ``resume`` is False.
-        FileNotFoundError: There is no checkpoint of ``step``.
-        ValueError: A ``step`` is given and ``resume`` is False.
+        CheckpointError: The checkpoints have a different config or are all damaged; or some exist and ``resume`` is False.
+        FileNotFoundError: No checkpoint of ``step`` exists.
+        ValueError: ``step`` is given and ``resume`` is False.
     """
     if step is not None and not resume:
-        raise ValueError(f"step={step} is a checkpoint to resume from, but resume=False")
+        raise ValueError(f"step must be None with resume=False, got {step}")
     checkpoints.wait()
     if not resume and not checkpoints.is_empty:
         raise CheckpointError(
-            f"{checkpoints.folder} already holds checkpoints, and resume=False starts afresh; choose another folder, or resume"
+            f"{checkpoints.folder}: already contains checkpoints, and resume=False starts a new run. Choose another folder, or resume."
         )
     if resume and (step is not None or not checkpoints.is_empty):
         wanted = jax.eval_shape(create) if trace_create else abstract(create())
@@ -217,7 +220,7 @@ def resume_or_start(
 
 
 class _Log:
-    """Metrics on their way from the device to the writer, one step behind."""
+    """Passes metrics from the device to the writer, one step late."""
 
     def __init__(
         self,
@@ -235,13 +238,13 @@ class _Log:
         self._clock: tuple[float, int] | None = None
 
     def late(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take a step's metrics, and handle those of the step before."""
+        """Accept the metrics of a step, and handle those of the previous one."""
         previous, self._waiting = self._waiting, (step, metrics)
         if previous is not None:
             self._handle(*previous)
 
     def catch_up(self) -> None:
-        """Handle what still waits."""
+        """Handle the pending metrics."""
         previous, self._waiting = self._waiting, None
         if previous is not None:
             self._handle(*previous)
@@ -262,7 +265,7 @@ class _Log:
     def write(
         self, step: int, values: Mapping[str, Any], timing: Mapping[str, float] | None = None
     ) -> None:
-        """Write a record at once."""
+        """Write a record immediately."""
         self.history.append({"step": step, **values})
         if self._writer is not None:
             self._writer.write(step, values, timing)
@@ -273,11 +276,11 @@ class _Log:
             self._writer.flush()
 
     def restart_clock(self) -> None:
-        """Leave the time since the last step out of the speed."""
+        """Exclude the time since the last step from the speed."""
         self._clock = None
 
     def _timing(self) -> dict[str, float]:
-        """Speed since the record before; the first record has none, as it holds the compilation."""
+        """Return the speed since the previous record; the first record has none, as it includes the compilation."""
         now, last = time.perf_counter(), self._clock
         self._clock = (now, self._tokens)
         if last is None or now == last[0]:

@@ -1,8 +1,8 @@
-"""Checksums of a folder: the file that makes a checkpoint count.
+"""Checksums of a folder: the file that marks a checkpoint as complete.
 
-Orbax notices a missing file but not every flipped bit. The manifest lists each file with its size and BLAKE2b digest; it
-is written last, and atomically, so a folder without one was never finished. In a bucket it lists the CRC-32C that the store
-keeps of each object: no byte is read again, and an object that is missing, cut or replaced is found by one listing.
+Orbax detects a missing file but not every flipped bit. The manifest lists each file with its size and BLAKE2b digest. It
+is written last and atomically, so a folder without one is incomplete. In a bucket it lists the CRC-32C that the store
+keeps for each object: no byte is read again, and one listing finds objects that are missing, truncated or replaced.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 
 
 def digest(path: pathlib.Path) -> str:
-    """BLAKE2b of a file's content, 128 bits, in hexadecimal."""
+    """Return the 128-bit BLAKE2b digest of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -30,7 +30,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def digest_part(folder: AnyPath, index: int, count: int) -> dict[str, tuple[int, str]]:
-    """Size and digest of the files that fall to one of several processes, by name; in a bucket the store has all digests."""
+    """Return size and digest, by name, of the files assigned to this process; in a bucket the store has all digests."""
     if not isinstance(folder, pathlib.Path):
         return {}
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
@@ -42,7 +42,7 @@ def write_manifest(folder: AnyPath, known: Mapping[str, Sequence[Any]] | None = 
 
     Args:
         folder: The folder.
-        known: Size and digest of files that were digested already, by name. Others, and those of another size, are read.
+        known: Known sizes and digests by file name. Other files, and those whose size differs, are read.
     """
     if isinstance(folder, pathlib.Path):
         files = {}
@@ -59,14 +59,14 @@ def write_manifest(folder: AnyPath, known: Mapping[str, Sequence[Any]] | None = 
 
 
 def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | None:
-    """What is wrong with a folder, or None if it is as it was written. Never raises, whatever the manifest holds.
+    """Return what is wrong with a folder, or None if it is as it was written. Never raises, even for an invalid manifest.
 
-    Sizes are compared first, so that a truncated file is found without reading the others.
+    Sizes are compared first, which finds a truncated file without reading the others.
 
     Args:
         folder: The folder.
-        index: Which of ``count`` processes this is; each looks at its part of the files. A bucket is listed by the first alone.
-        count: How many processes there are.
+        index: The index of this process; each process checks its part of the files. Only the first lists a bucket.
+        count: The number of processes.
     """
     if index and not is_local(folder):
         return None
@@ -74,7 +74,7 @@ def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | No
     try:
         files = _read_manifest(folder, kind)
     except FileNotFoundError:
-        return f"{MANIFEST} is missing: the checkpoint was not finished"
+        return f"{MANIFEST} is missing: the checkpoint is incomplete"
     except (ValueError, OSError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:
@@ -99,28 +99,28 @@ def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | No
 
 
 def _part_of(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
-    """Return the names that fall to one of several processes, about as many bytes to each; the same on all of them."""
+    """Return the names assigned to one of several processes, with about the same number of bytes for each. All processes compute the same assignment."""
     return sorted(sizes, key=lambda name: (-sizes[name], name))[index::count]
 
 
 def _sizes(folder: pathlib.Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Return the size of each file that is there; its digest, which takes long, is left open."""
+    """Return the size of each existing file, with an empty digest, as computing it is slow."""
     return {name: (path.stat().st_size, "") for name in names if (path := folder / name).is_file()}
 
 
 def _read_manifest(folder: AnyPath, kind: str) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file, by its name relative to the folder.
+    """Return size and digest of each file, by its name relative to the folder.
 
     Raises:
-        ValueError: The file is no manifest.
+        ValueError: The file is not a manifest.
     """
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     files = _part(json.loads(text, object_pairs_hook=_without_duplicates), "files", dict)
     if not files:
-        raise ValueError("it lists no file")
+        raise ValueError("it lists no files")
     for name in files:
         if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
-            raise ValueError(f"{name!r} is outside of the folder")
+            raise ValueError(f"{name!r} is outside the folder")
     return {
         name: (_part(entry, "bytes", int), _part(entry, kind, str)) for name, entry in files.items()
     }
@@ -128,13 +128,13 @@ def _read_manifest(folder: AnyPath, kind: str) -> dict[str, tuple[int, str]]:
 
 def _part(block: Any, key: str, kind: type) -> Any:
     if not isinstance(block, dict) or not isinstance(block.get(key), kind):
-        raise ValueError(f"it has no {key!r} where one belongs")
+        raise ValueError(f"it has no valid {key!r}")
     return block[key]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of two equal names, `json` would drop the first, and that file would go unchecked."""
+    """Return a JSON object without duplicate names: `json` would drop the first of two, and that file would not be checked."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name occurs twice in it")
+        raise ValueError("it contains a name twice")
     return found

@@ -1,4 +1,4 @@
-"""Metrics as plain numbers, and their writers: to a JSONL file, to TensorBoard, to several at once."""
+"""Metrics as plain numbers, and writers to JSONL files, TensorBoard or several outputs."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
 
 Values = Mapping[str, Any]
-"""Metrics by name: numbers, and arrays of them (``fit`` gives nested lists)."""
+"""Metrics by name: numbers, and arrays of them (``fit`` passes nested lists)."""
 
 
 def plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as Python numbers, arrays as (nested) lists of them; waits for the device."""
+    """Return metrics as Python numbers, and arrays as (nested) lists of them. This waits for the device."""
     return {name: _plain(jax.device_get(value)) for name, value in metrics.items()}
 
 
 def _plain(value: Any) -> Any:
-    """Float32 values are rounded to what float32 tells apart, to keep records short."""
+    """Round float32 values to the digits that float32 distinguishes, to keep records short."""
     if isinstance(value, Counter):
         return int(value)
     if getattr(value, "ndim", 0):
@@ -39,28 +39,28 @@ def _plain(value: Any) -> Any:
 
 @runtime_checkable
 class MetricsWriter(Protocol):
-    """What ``fit`` writes to."""
+    """The interface of the writers that ``fit`` accepts."""
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
-        """Take the metrics of a step; ``timing`` holds what a clock measured and no run repeats."""
+        """Write the metrics of a step; ``timing`` contains measured times, which differ between runs."""
 
     def flush(self) -> None:
-        """Bring everything to disk; called before each checkpoint."""
+        """Write everything to disk; called before each checkpoint."""
 
     def close(self) -> None:
-        """Flush and release what is held."""
+        """Flush and release resources."""
 
 
 class JsonlWriter:
-    """One JSON object a line: ``{"step": 10, "loss": 2.3}``; a metric that is an array is a list.
+    """Writes one JSON object per line: ``{"step": 10, "loss": 2.3}``; a metric that is an array becomes a list.
 
-    Values that a clock measured go to a second file, ``timing.jsonl`` beside it, so that two runs with the same numbers
-    give the same bytes. A resumed run first cuts records beyond the restored step off, and any half-written last line.
+    Measured times go to a second file, ``timing.jsonl`` in the same folder, so that two runs with the same numbers
+    write the same bytes. A resumed run first removes records beyond the restored step, and any incomplete last line.
     NaN and infinities, which JSON does not have, are written as null.
 
     Args:
-        path: The file; missing folders are made.
-        resume_step: Step from which the run goes on: later records are dropped. None keeps all.
+        path: The file; missing folders are created.
+        resume_step: The step from which the run continues; later records are removed. None keeps all records.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
@@ -79,16 +79,16 @@ class JsonlWriter:
         self._timing_file: IO[str] | None = None
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
-        """Append a line, and one of timing if there is any."""
+        """Append a line, and a line of timing if given."""
         self._file.write(_line(step, values))
-        self._file.flush()  # a killed process then loses nothing that was written
+        self._file.flush()  # so that a killed process loses no complete record
         if timing:
             if self._timing_file is None:
                 self._timing_file = open(self.timing_path, "a", encoding="utf-8")  # noqa: SIM115
             self._timing_file.write(_line(step, timing))
 
     def flush(self) -> None:
-        """Bring both files to disk."""
+        """Write both files to disk."""
         for file in (self._file, self._timing_file):
             if file is not None and not file.closed:
                 file.flush()
@@ -103,7 +103,7 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file; a half-written last line is left out."""
+    """Read the records of a JSONL file; an incomplete last line is left out."""
     records = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -135,7 +135,7 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
 
 
 def _step_of(line: str) -> int | float:
-    """Return the step of a record; a line that cannot be read belongs to no step and is dropped."""
+    """Return the step of a record; an unreadable line has no valid step and is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -143,14 +143,14 @@ def _step_of(line: str) -> int | float:
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard events, through tensorboardX.
+    """Writes scalars as TensorBoard events, through tensorboardX.
 
-    Each entry of a metric that is an array is a scalar of its own, ``load/0``, ``load/1``, ...: a curve per expert, and not a
-    histogram that forgets which is which. TensorBoard shows them in one section.
+    Each entry of a metric that is an array is a separate scalar, ``load/0``, ``load/1``, ...: a curve per expert instead of a
+    histogram without their identities. TensorBoard shows them in one section.
 
     Args:
-        folder: Where the event files go.
-        resume_step: Step from which the run goes on: TensorBoard hides later events of the files before.
+        folder: The folder for the event files.
+        resume_step: The step from which the run continues; TensorBoard hides later events of earlier files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None):
@@ -166,7 +166,7 @@ class TensorBoardWriter:
                 self._writer.add_scalar(name, entry, step)
 
     def flush(self) -> None:
-        """Bring the events to disk."""
+        """Write the events to disk."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -189,17 +189,17 @@ class MultiWriter:
         self.writers = tuple(writers)
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
-        """Give the metrics to each."""
+        """Pass the metrics to each writer."""
         for writer in self.writers:
             writer.write(step, values, timing)
 
     def flush(self) -> None:
-        """Flush each."""
+        """Flush each writer."""
         for writer in self.writers:
             writer.flush()
 
     def close(self) -> None:
-        """Close each, the others too if one fails."""
+        """Close each writer, even if one of them fails."""
         errors = []
         for writer in self.writers:
             try:

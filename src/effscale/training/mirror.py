@@ -1,4 +1,4 @@
-"""A copy of a run folder in an object store, kept up to date while the run goes on, and brought back."""
+"""Mirror a run folder to an object store during the run, and fetch it back."""
 
 import json
 import logging
@@ -19,35 +19,35 @@ from effscale.training.serialize import write_json
 logger = logging.getLogger(__name__)
 
 OWNER = "mirror.json"
-"""Says of which run the copy is, and which process writes it."""
+"""Identifies the run and the process that writes the copy."""
 
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _PARTIAL = (TEMPORARY, DELETED, WRITING)
 
 
 class MirrorError(RuntimeError):
-    """A copy is not up to date, or another process has taken it over."""
+    """A mirror is not up to date, or another process has taken it over."""
 
 
 class RunMirror:
-    """Copies a run folder to a store that fsspec knows, such as ``s3://`` or ``gs://``. It is a `MetricsWriter`, for ``fit``.
+    """Mirrors a run folder to a store that fsspec supports, such as ``s3://`` or ``gs://``. It is a `MetricsWriter` for ``fit``.
 
-    Each ``flush``, which ``fit`` calls before a checkpoint, copies in the background what has changed: small files whole, and
-    checkpoints that are finished, each with its manifest last, so that one without it does not count. Those that the run
-    deletes are deleted there. A store that cannot be reached stops no run: the next flush tries again, and only ``close``
-    raises an error if something is still missing. `fetch_run` brings the copy back.
+    Each ``flush``, which ``fit`` calls before a checkpoint, copies changes in the background: small files as a whole, and
+    finished checkpoints, each with its manifest last, so that an incomplete copy is never taken for a checkpoint. Checkpoints
+    that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next flush tries
+    again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
-    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``; one that later finds another
-    name there copies no more and stops with a `MirrorError`. Of two processes that go on with one run, the later one keeps the copy.
+    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``; if it later finds another
+    name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run, the later one keeps the mirror.
 
     Args:
-        folder: The run folder, local or on a file system that all hosts share. Of several processes, only process 0 has a mirror.
-        url: Where the copy lies, such as ``s3://bucket/runs/a``.
-        checkpoints: Whether to copy checkpoints; False where they are written to a bucket anyway.
+        folder: The run folder, local or on a file system shared by all hosts. With several processes, create a mirror only on process 0.
+        url: The place of the copy, such as ``s3://bucket/runs/a``.
+        checkpoints: Whether to copy checkpoints. Use False if they are written to a bucket anyway.
 
     Raises:
-        FileExistsError: ``url`` holds another run, or something else.
-        ImportError: The package for such a store is missing.
+        FileExistsError: ``url`` contains a different run, or something else.
+        ImportError: The package for this kind of store is missing.
         MirrorError: The store cannot be reached.
 
     >>> import tempfile
@@ -68,11 +68,11 @@ class RunMirror:
         run = json.loads(own.read_text(encoding="utf-8"))["run"] if own.exists() else None
         if owner is None and names:
             raise FileExistsError(
-                f"{url} holds something that is no copy of a run; choose another place"
+                f"{url}: contains something other than a copy of a run. Choose another place."
             )
         if owner is not None and owner.get("run") != run:
             raise FileExistsError(
-                f"{url} holds the copy of another run; choose another place, or fetch_run and resume that one"
+                f"{url}: contains the copy of a different run. Choose another place, or fetch_run and resume that run."
             )
         process = f"{os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
         self._name = {"run": run or uuid.uuid4().hex, "process": process}
@@ -83,13 +83,13 @@ class RunMirror:
             raise self._there.failure("written", error) from error
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
-        """Do nothing: what is copied are the files that other writers write."""
+        """Do nothing, as the mirror copies the files of other writers."""
 
     def flush(self) -> None:
-        """Copy in the background what has changed.
+        """Copy changes in the background.
 
         Raises:
-            MirrorError: Another process has taken the copy over.
+            MirrorError: Another process has taken over the mirror.
         """
         self._wait()
         if isinstance(self._error, MirrorError):
@@ -100,10 +100,10 @@ class RunMirror:
         self._thread.start()
 
     def close(self) -> None:
-        """Copy what has changed, and wait until all is there.
+        """Copy changes, and wait until everything is copied.
 
         Raises:
-            MirrorError: Something could not be copied, or another process has taken the copy over.
+            MirrorError: Something could not be copied, or another process has taken over the mirror.
         """
         self._wait()
         if not isinstance(self._error, MirrorError):
@@ -113,7 +113,7 @@ class RunMirror:
             raise error
         if error is not None:
             raise MirrorError(
-                f"{self._there.url} is no complete copy of {self.folder}: {error}"
+                f"{self._there.url}: the copy of {self.folder} is incomplete: {error}"
             ) from error
 
     def _wait(self) -> None:
@@ -125,13 +125,13 @@ class RunMirror:
         try:
             owner = self._there.owner()
             if owner != self._name:
-                taker = owner["process"] if owner else "one that removed mirror.json"
+                taker = owner["process"] if owner else "(unknown, mirror.json was removed)"
                 raise MirrorError(
-                    f"{self._there.url} was taken over by process {taker}; end one of the two runs"
+                    f"{self._there.url}: taken over by process {taker}. End one of the two runs."
                 )
             self._copy()
             self._error = None
-        except Exception as error:  # whatever the client of the store raises
+        except Exception as error:  # any error of the store's client
             self._error = error
 
     def _copy(self) -> None:
@@ -153,7 +153,7 @@ class RunMirror:
                 self._there.remove_checkpoint(name)
 
     def _copy_checkpoint(self, path: pathlib.Path, name: str) -> None:
-        """Copy a checkpoint, once; one that the run deletes meanwhile is left without a manifest, and does not count."""
+        """Copy a checkpoint once. If the run deletes it meanwhile, the copy has no manifest and so is not a valid checkpoint."""
         if name in self._copied or self._there.has(f"{name}/{MANIFEST}"):
             return
         files = [
@@ -170,28 +170,28 @@ class RunMirror:
 
 
 def fetch_run(url: str, folder: str | os.PathLike[str]) -> pathlib.Path:
-    """Bring the copy of a run back, to go on with it: ``RunFolder.create(folder, resume=True)``.
+    """Fetch a mirrored run, to resume it with ``RunFolder.create(folder, resume=True)``.
 
     Checkpoints without a manifest are left out. Those with one are verified when they are restored.
 
     Args:
-        url: Where a `RunMirror` copied the run to.
+        url: The URL to which a `RunMirror` copied the run.
         folder: The local folder, which must not exist yet.
 
     Raises:
         FileExistsError: The folder exists.
-        FileNotFoundError: There is no copy at ``url``.
-        ImportError: The package for such a store is missing.
+        FileNotFoundError: ``url`` contains no copy of a run.
+        ImportError: The package for this kind of store is missing.
         MirrorError: The store cannot be reached.
     """
     target, there = pathlib.Path(folder), _Place(url)
     if target.exists():
         raise FileExistsError(
-            f"{target} exists; choose another folder, or resume the run that it holds"
+            f"{target}: already exists. Choose another folder, or resume the run in it."
         )
     owner, names = there.look()
     if owner is None:
-        raise FileNotFoundError(f"{url} holds no copy of a run")
+        raise FileNotFoundError(f"{url}: contains no copy of a run")
     finished = {
         name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}")
     }
@@ -203,7 +203,7 @@ def fetch_run(url: str, folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 class _Place:
-    """A folder of a store, by fsspec."""
+    """A folder in a store, accessed through fsspec."""
 
     def __init__(self, url: str):
         import fsspec
@@ -212,14 +212,14 @@ class _Place:
         try:
             self._store, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            package, extra = _PACKAGES.get(url.partition(":")[0], ("a package of fsspec's", ""))
-            install = f": pip install 'effscale[{extra}]'" if extra else ""
+            package, extra = _PACKAGES.get(url.partition(":")[0], ("a package of fsspec", ""))
+            install = f": install it with pip install 'effscale[{extra}]'" if extra else ""
             raise ImportError(f"{url} needs {package}{install} ({error})") from None
 
     def failure(self, what: str, error: Exception) -> MirrorError:
         return MirrorError(
-            f"{self.url} cannot be {what} ({type(error).__name__}: {error}); see that the bucket exists, and that the credentials for it are "
-            "where the client of its store looks for them, such as AWS_ACCESS_KEY_ID, or gcloud auth application-default login"
+            f"{self.url}: cannot be {what} ({type(error).__name__}: {error}). Check that the bucket exists, and that the credentials for it are "
+            "where the client of its store looks for them, such as AWS_ACCESS_KEY_ID, or gcloud auth application-default login."
         )
 
     def owner(self) -> dict[str, Any] | None:
@@ -229,12 +229,10 @@ class _Place:
             return None
 
     def look(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Return the owner and all names, with an error that says what to do where the store cannot be reached."""
+        """Return the owner and all names, raising an error that says what to do if the store cannot be reached."""
         try:
             return self.owner(), self.names()
-        except (
-            Exception
-        ) as error:  # whatever the client raises: of credentials, of rights, of the network
+        except Exception as error:  # any error of the client: credentials, permissions, network
             raise self.failure("read", error) from error
 
     def names(self) -> list[str]:
@@ -255,20 +253,20 @@ class _Place:
         self._store.get_file(f"{self._root}/{name}", str(target))
 
     def remove_checkpoint(self, name: str) -> None:
-        """Remove the manifest first, so that a checkpoint of which only half is removed does not count."""
+        """Remove a checkpoint, its manifest first, so that a partially removed one is not a valid checkpoint."""
         if self.has(f"{name}/{MANIFEST}"):
             self._store.rm_file(f"{self._root}/{name}/{MANIFEST}")
         self._store.rm(f"{self._root}/{name}", recursive=True)
 
 
 def _step_of(name: str) -> str | None:
-    """Return the checkpoint that an object belongs to, by name."""
+    """Return the name of the checkpoint that an object belongs to."""
     path = pathlib.PurePosixPath(name)
     return next((str(parent) for parent in path.parents if is_step_folder(parent)), None)
 
 
 def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files of a run and, each as a whole, its checkpoints; without locks, what is half-written and what was set aside."""
+    """Yield the files of a run and the folders of its checkpoints, without locks, partial checkpoints and those set aside."""
     for path in sorted(folder.iterdir()):
         if path.name in (LOCK, "set_aside") or any(part in path.name for part in _PARTIAL):
             continue

@@ -1,4 +1,4 @@
-"""What a language model is trained for, as functions to :class:`effscale.training.Loss`."""
+"""Training objectives of language models, as functions that return an ``effscale.training.Loss``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,20 +20,20 @@ def next_token_loss(
     z_loss: float = 0.0,
     run_group: RunGroup = run_group,
 ) -> Loss:
-    r"""Cross entropy of each next token, summed; the logits are never held whole.
+    r"""Return the summed cross entropy of each next token, without materializing all logits.
 
     .. math:: L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)
 
     Args:
         model: A causal model with a head named ``lm``.
-        batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and where present ``loss_weights``, ``attention_mask``,
-            ``segment_ids`` and ``positions``. A label outside the vocabulary, such as -100, does not count.
-        key: Turns dropout on.
-        z_loss: Coefficient of the squared log normalizer.
-        run_group: How a group of layers is run; see :meth:`Transformer.encode`.
+        batch: ``input_ids`` and ``labels`` of shape ``(batch, seq)``, and optionally ``loss_weights``, ``attention_mask``,
+            ``segment_ids`` and ``positions``. A label outside the vocabulary, such as -100, is ignored.
+        key: The key of dropout; None disables it.
+        z_loss: The coefficient of the squared log normalizer.
+        run_group: How to run a group of layers; see ``Transformer.encode``.
 
     Returns:
-        The sum and the sum of weights. Their quotient is in nats a token.
+        The sum of the loss and of the weights. Their quotient is in nats per token.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,20 +66,21 @@ def masked_token_loss(
     *,
     run_group: RunGroup = run_group,
 ) -> Loss:
-    """Cross entropy of the hidden tokens of each row, summed, as BERT is pretrained.
+    """Return the summed cross entropy of the masked tokens of each row, the pretraining loss of BERT.
 
     Args:
         model: A model with a head named ``mlm``.
-        batch: ``input_ids`` with tokens hidden, and ``labels``, both of shape ``(batch, seq)``: the true token where one is to be
-            told, and elsewhere a number outside the vocabulary, such as -100. Where present ``attention_mask``,
+        batch: ``input_ids`` with tokens masked, and ``labels``, both of shape ``(batch, seq)``: the original token at masked
+            positions, and elsewhere a number outside the vocabulary, such as -100. Optionally ``attention_mask``,
             ``loss_weights``, ``segment_ids``, ``positions`` and ``type_ids``.
-        key: Turns dropout on.
-        run_group: How a group of layers is run; see :meth:`Transformer.encode`.
+        key: The key of dropout; None disables it.
+        run_group: How to run a group of layers; see ``Transformer.encode``.
 
     Returns:
-        The sum and the sum of weights. Their quotient is in nats a hidden token.
+        The sum of the loss and of the weights. Their quotient is in nats per masked token.
 
-    Source: Devlin et al., "BERT", 2018, section 3.1.
+    References:
+        Devlin et al., "BERT" (2018), section 3.1. https://arxiv.org/abs/1810.04805
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,25 +108,25 @@ def masked_token_loss(
 
 
 def add_reports(loss: Loss, reports: Any) -> Loss:
-    r"""Return a loss with what the model's layers report: their auxiliary loss is added, the rest become metrics.
+    r"""Return a loss extended by the reports of the model's layers: their auxiliary losses are added, the rest become metrics.
 
     .. math:: \frac{L}{w} \to \frac{L}{w} + \sum_l a_l
 
     The auxiliary losses :math:`a_l` come with their coefficients from the layers. They are means over the tokens that a layer
     sees, so the sum :math:`L` grows by :math:`w \sum_l a_l`, and micro-batches count by their weights. The objectives of this
-    module do that already; a loss of your own ends in a call of this function.
+    module already do this; call this function at the end of a custom loss.
 
     Args:
-        loss: The task's.
-        reports: Of :meth:`effscale.models.Transformer.encode`.
+        loss: The loss of the task.
+        reports: The reports of ``effscale.models.Transformer.encode``.
 
     Returns:
-        The loss. Where layers report an ``aux_loss``, its metrics hold that sum as ``aux_loss`` and the loss without it, from
-        which a perplexity follows, as ``task_loss``. Other scalars and vectors are metrics under their names, as
-        :func:`effscale.models.report_means` has them. Without reports it is ``loss`` itself.
+        The loss. If layers report an ``aux_loss``, its metrics contain that sum as ``aux_loss`` and the loss without it, which
+        gives the perplexity, as ``task_loss``. Other scalars and vectors become metrics under their names, as in
+        ``effscale.models.report_means``. Without reports the result is ``loss`` itself.
 
     Raises:
-        ValueError: A report has the name of a metric that ``loss`` has already; see :func:`effscale.models.aux_loss`.
+        ValueError: A report has the name of an existing metric of ``loss``; see ``effscale.models.aux_loss``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -146,7 +147,7 @@ def add_reports(loss: Loss, reports: Any) -> Loss:
         return loss
     if taken := metrics.keys() & loss.metrics.keys():
         raise ValueError(
-            f"layers report {sorted(taken)}, which the loss has as metrics already; rename them"
+            f"layers report {sorted(taken)}, which are already metrics of the loss. Rename the metrics of the loss."
         )
     return Loss(total, loss.weight, {**loss.metrics, **metrics})
 
@@ -160,18 +161,18 @@ def head_loss(
     *,
     z_loss: float = 0.0,
 ) -> Loss:
-    """Cross entropy of labels under a head over the vocabulary, for objectives of your own; the logits are never held whole.
+    """Return the cross entropy under a vocabulary head, for custom objectives, without materializing all logits.
 
     Args:
         model: A model with the head.
-        head: Its name, ``lm`` or ``mlm``.
-        hidden: From :meth:`effscale.models.Transformer.encode`.
-        labels: Token ids; one outside the vocabulary, such as -100, does not count.
-        weights: Of each token; None: 1.
-        z_loss: Coefficient of the squared log normalizer.
+        head: The name of the head, ``lm`` or ``mlm``.
+        hidden: The hidden states from ``effscale.models.Transformer.encode``.
+        labels: Token ids; a label outside the vocabulary, such as -100, is ignored.
+        weights: The weight of each token; None means 1.
+        z_loss: The coefficient of the squared log normalizer.
 
     Returns:
-        The sum and the sum of weights, without what layers report; see :func:`add_reports`.
+        The sum of the loss and of the weights, without the reports of the layers; see ``add_reports``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -201,6 +202,6 @@ def head_loss(
 def counted_weights(
     labels: Int[Array, "*batch"], weights: Array | None, vocab_size: int
 ) -> Float[Array, "*batch"]:
-    """Return the weight of each token: as given, or 1; and 0 where its label lies outside the vocabulary."""
+    """Return the weight of each token: as given (default 1), and 0 where its label is outside the vocabulary."""
     weights = jnp.ones(labels.shape, jnp.float32) if weights is None else weights
     return jnp.where((labels >= 0) & (labels < vocab_size), weights, 0.0)

@@ -1,4 +1,4 @@
-"""What a step reads at every call must lie where the step runs."""
+"""Check that the inputs a step reads at every call are on its devices."""
 
 from typing import Any, TypeVar
 
@@ -11,10 +11,10 @@ Tree = TypeVar("Tree")
 
 
 def check_on_device(frozen: Tree, state: Any) -> Tree:
-    """``frozen`` as it is, if none of its arrays would have to travel to the devices of the state at every step.
+    """Return ``frozen`` unchanged, after checking that its arrays need no transfer to the devices of the state at every step.
 
     Raises:
-        ValueError: An array lies on the host, or on fewer devices than the state.
+        ValueError: An array is on the host, or on fewer devices than the state.
     """
     wanted = max((_num_devices(x) for x in jax.tree.leaves(state)), default=1)
     for name, x, *_ in named_leaves(frozen):
@@ -24,7 +24,7 @@ def check_on_device(frozen: Tree, state: Any) -> Tree:
         where = f"on {found} of the state's {wanted} devices" if found else "on the host"
         place = "jax.device_put(frozen)" if wanted == 1 else "effscale.parallel.shard(frozen, mesh)"
         raise ValueError(
-            f"{name} of frozen lies {where}, so it would be copied at every step; place it once: {place}"
+            f"{name} of frozen is {where}, so it would be copied at every step. Place it once with {place}."
         )
     return frozen
 

@@ -13,9 +13,10 @@ from effscale.training.schedules import scale_by_learning_rate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW with the semantics of ``optax.adamw``, decaying matrices only.
+    """AdamW as in ``optax.adamw``, with weight decay only on matrices.
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019 (arXiv:1711.05101).
+    References:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), ICLR. https://arxiv.org/abs/1711.05101
 
     >>> optimizer = AdamWConfig(weight_decay=0.1).build(1e-3)
     """
@@ -25,7 +26,7 @@ class AdamWConfig:
     b2: float = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
 
@@ -43,18 +44,18 @@ class AdamWConfig:
         learning_rate: float | Callable[[Any], Any] | optax.GradientTransformation,
         mask: Callable[[Any], Any] | None = decay_mask,
     ) -> optax.GradientTransformationExtraArgs:
-        """The optimizer.
+        """Build the optimizer.
 
         Args:
-            learning_rate: A number, an optax schedule, a ``Schedule`` (which may count tokens), or the last link itself, such as
-                ``effscale.curriculum.steps_then_tokens``.
-            mask: From the trained leaves to a tree of bools, True where weight decay applies; None decays everything.
+            learning_rate: A number, an optax schedule, a ``Schedule`` (which can count tokens), or the final transformation,
+                such as ``effscale.curriculum.steps_then_tokens``.
+            mask: A function from the trained leaves to a tree of bools, True where weight decay applies; None decays everything.
 
         Returns:
-            An optax transformation that takes extra arguments.
+            An optax transformation that accepts extra arguments.
 
         Raises:
-            ValueError: ``learning_rate`` is a number that is not finite, or nothing of the above.
+            ValueError: ``learning_rate`` is a number that is not finite, or none of the above.
         """
         return optax.chain(
             optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),

@@ -1,7 +1,7 @@
-"""Pacing functions: how difficult, or how long, as a function of what was trained on.
+"""Pacing functions: the difficulty or length of samples as a function of training progress.
 
-They are those of the Data Efficiency paper, and random-LTD's schedule is one of them. A pacing function never falls, so
-what it takes are few values in a known order: the buckets that a training step is compiled for.
+They are those of the Data Efficiency paper, and include the schedule of random-LTD. A pacing function never decreases, so
+it takes few values in a known order: the buckets for which a training step is compiled.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ NUM_LEVELS = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pacing:
-    """What all pacing functions share; use one of the classes below.
+    """The base class of pacing functions; use one of its subclasses.
 
-    ``pacing(t)`` is the difficulty at count ``t``. The clock says what ``t`` counts: training steps, or the samples or tokens
+    ``pacing(t)`` is the difficulty at count ``t``. The clock decides what ``t`` counts: training steps, or the samples or tokens
     consumed before a step.
     """
 
     clock: Clock = "steps"
-    """What is counted."""
+    """What to count: ``steps``, ``samples`` or ``tokens``."""
 
     def __post_init__(self):
         check(self, self.clock in get_args(Clock), "clock", f"one of {', '.join(get_args(Clock))}")
@@ -35,18 +35,20 @@ class Pacing:
 
     @property
     def end(self) -> int:
-        """The count from which on the difficulty is the greatest."""
+        """The count at which the maximum difficulty is reached."""
         raise NotImplementedError
 
     def first(self, level: int) -> int:
         """Return the smallest count at which the difficulty is ``level`` or more.
 
         Raises:
-            ValueError: It never is.
+            ValueError: The difficulty never reaches ``level``.
         """
         low, high = 0, self.end
         if level > self(high):
-            raise ValueError(f"level={level} is never reached; the greatest is {self(high)}")
+            raise ValueError(
+                f"level must be at most the maximum difficulty {self(high)}, got {level}"
+            )
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self(middle) >= level else (middle + 1, high)
@@ -54,7 +56,7 @@ class Pacing:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The difficulties that are taken, from the smallest to the greatest."""
+        """The difficulties the function takes, in ascending order."""
         return tuple(self._levels())
 
     def _levels(self) -> Iterator[int]:
@@ -73,7 +75,7 @@ def _check_at_least(config: Pacing, least: int, field: str, name_of_least: str =
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootPacing(Pacing):
-    r"""From the smallest to the greatest difficulty along a root.
+    r"""Root pacing: from the minimum to the maximum difficulty along a root of the count.
 
     .. math:: d(t) = \left\lfloor (t/T)^{1/k} (d_1 - d_0) + d_0 \right\rfloor_g
 
@@ -81,7 +83,8 @@ class RootPacing(Pacing):
     :math:`t = T` on. In the original, rounding can fall below :math:`d_0`, and a :math:`d_1` that is no multiple of
     :math:`g` is reached only after :math:`T`; elsewhere both agree.
 
-    Source: Li et al., "DeepSpeed Data Efficiency", 2022, section 3.1.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), section 3.1. https://arxiv.org/abs/2212.03597
 
     >>> pacing = RootPacing(min_difficulty=1, max_difficulty=100, total=110_000, difficulty_step=1)
     >>> [pacing(t) for t in (11, 12, 100, 27_500, 110_000)]
@@ -89,16 +92,16 @@ class RootPacing(Pacing):
     """
 
     min_difficulty: int
-    """Where it starts."""
+    """The initial difficulty."""
     max_difficulty: int
-    """Where it ends."""
+    """The final difficulty."""
     total: int
-    """The count at which it ends, ``total_curriculum_step`` in DeepSpeed."""
+    """The count at which the final difficulty is reached, ``total_curriculum_step`` in DeepSpeed."""
     difficulty_step: int | None = None
-    """Granularity. Where difficulty is a length each level is a shape to compile, and None makes about a dozen at most;
-    where it is a percentile or a value nothing is compiled, and 1 is fine."""
+    """The granularity. If the difficulty is a length, each level is one shape to compile, and None makes at most about a
+    dozen. If it is a percentile or a value, nothing is compiled, and 1 is fine."""
     root_degree: int = 2
-    """1 is linear; with a greater degree the difficulty rises faster at first."""
+    """The degree of the root. 1 is linear; with a greater degree the difficulty rises faster at first."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,12 +114,12 @@ class RootPacing(Pacing):
 
     @property
     def end(self) -> int:
-        """The count from which on the difficulty is the greatest."""
+        """The count at which the maximum difficulty is reached."""
         return self.total
 
     @property
     def granularity(self) -> int:
-        """``difficulty_step``, or what makes about a dozen levels: a multiple of 8 where it is above 8."""
+        """``difficulty_step``, or by default a value that makes about a dozen levels, rounded to a multiple of 8 above 8."""
         if self.difficulty_step is not None:
             return self.difficulty_step
         step = max(1, math.ceil((self.max_difficulty - self.min_difficulty) / NUM_LEVELS))
@@ -136,7 +139,7 @@ class RootPacing(Pacing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearPacing(RootPacing):
-    """From the smallest to the greatest difficulty along a line: :class:`RootPacing` of degree 1.
+    """Linear pacing: ``RootPacing`` of degree 1.
 
     >>> pacing = LinearPacing(min_difficulty=2, max_difficulty=10, total=8, difficulty_step=2)
     >>> [pacing(t) for t in range(1, 11)]
@@ -149,7 +152,7 @@ class LinearPacing(RootPacing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscretePacing(Pacing):
-    """Given difficulties up to given counts.
+    """Discrete pacing: given difficulties up to given counts.
 
     >>> pacing = DiscretePacing(difficulty=(1, 2, 3), max_step=(5, 10))
     >>> [pacing(t) for t in (1, 5, 6, 10, 11)]
@@ -157,35 +160,35 @@ class DiscretePacing(Pacing):
     """
 
     difficulty: tuple[int, ...]
-    """The difficulties, rising."""
+    """The difficulties, in ascending order."""
     max_step: tuple[int, ...]
-    """The last count of each difficulty but the last one."""
+    """The last count of each difficulty except the last."""
 
     def __post_init__(self):
         super().__post_init__()
         rising = lambda numbers: list(numbers) == sorted(set(numbers))
         check(self, len(self.difficulty) >= 1, "difficulty", "at least one number")
-        check(self, rising(self.difficulty), "difficulty", "rising numbers")
+        check(self, rising(self.difficulty), "difficulty", "increasing numbers")
         from_zero = lambda numbers: all(is_finite(number) and number >= 0 for number in numbers)
         check(self, from_zero(self.difficulty), "difficulty", "finite numbers from 0")
-        wanted = f"one number for each difficulty but the last, {len(self.difficulty) - 1}"
+        wanted = f"one number for each difficulty except the last, {len(self.difficulty) - 1}"
         check(self, len(self.max_step) == len(self.difficulty) - 1, "max_step", wanted)
-        check(self, rising(self.max_step), "max_step", "rising numbers")
+        check(self, rising(self.max_step), "max_step", "increasing numbers")
         check(self, from_zero(self.max_step), "max_step", "finite numbers from 0")
 
     @property
     def min_difficulty(self) -> int:
-        """Where it starts."""
+        """The initial difficulty."""
         return self.difficulty[0]
 
     @property
     def max_difficulty(self) -> int:
-        """Where it ends."""
+        """The final difficulty."""
         return self.difficulty[-1]
 
     @property
     def end(self) -> int:
-        """The count from which on the difficulty is the greatest."""
+        """The count at which the maximum difficulty is reached."""
         return self.max_step[-1] + 1 if self.max_step else 0
 
     def __call__(self, t: int) -> int:
@@ -195,9 +198,9 @@ class DiscretePacing(Pacing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CustomPacing(Pacing):
-    """Any function that does not fall, up to a count from which on the difficulty is the greatest.
+    """Custom pacing: any function that does not decrease, up to a count at which the maximum difficulty is reached.
 
-    That it does not fall is checked at a thousand counts, as everywhere would take forever with tokens as the clock.
+    The function is checked at a thousand counts, as checking all counts would take too long with tokens as the clock.
 
     >>> pacing = CustomPacing(function=lambda t: 8 * 2 ** (t // 100), min_difficulty=8, max_difficulty=64, total=300)
     >>> [pacing(t) for t in (0, 100, 250, 300, 9_999)]
@@ -205,11 +208,11 @@ class CustomPacing(Pacing):
     """
 
     function: Callable[[int], int]
-    """Difficulty by count, in whole numbers."""
+    """The function from a count to a difficulty, in whole numbers."""
     min_difficulty: int
     """A lower bound of its values."""
     max_difficulty: int
-    """Where it ends; the function's greater values are taken for this one."""
+    """The final difficulty; greater values of the function are clipped to it."""
     total: int
     """The count at which the function has reached ``max_difficulty``."""
 
@@ -220,24 +223,24 @@ class CustomPacing(Pacing):
         first, last = self.function(0), self.function(self.total)
         if first < self.min_difficulty:
             raise ValueError(
-                f"function={name} is {first} at 0, below min_difficulty={self.min_difficulty}"
+                f"function must be at least min_difficulty={self.min_difficulty}, got {name}, which is {first} at 0"
             )
         if last < self.max_difficulty:
             raise ValueError(
-                f"function={name} is {last} at total={self.total} and never reaches "
-                f"max_difficulty={self.max_difficulty}; use a greater total or a smaller max_difficulty"
+                f"function must reach max_difficulty={self.max_difficulty}, got {name}, which is {last} at "
+                f"total={self.total}. Use a greater total or a smaller max_difficulty."
             )
         places = sorted({self.total * i // 1000 for i in range(1001)})
         values = [self.function(t) for t in places]
         for t, before, after in zip(places[1:], values[:-1], values[1:], strict=True):
             if after < before:
                 raise ValueError(
-                    f"function={name} falls from {before} to {after} before count {t}; a curriculum must not fall"
+                    f"function must not decrease, got {name}, which falls from {before} to {after} before count {t}"
                 )
 
     @property
     def end(self) -> int:
-        """The count from which on the difficulty is the greatest."""
+        """The count at which the maximum difficulty is reached."""
         return self.total
 
     def __call__(self, t: int) -> int:
@@ -246,5 +249,5 @@ class CustomPacing(Pacing):
             return self.max_difficulty
         value = self.function(t)
         if value != int(value):
-            raise ValueError(f"function gives {value} at {t}; a difficulty is a whole number")
+            raise ValueError(f"function must return whole numbers, got {value} at {t}")
         return min(int(value), self.max_difficulty)

@@ -1,7 +1,7 @@
-"""Names of leaves, and splitting a tree into what is trained and what is not.
+"""Names of leaves, and splitting a tree into trained and frozen parts.
 
-A leaf's name is its path in dots, ``groups.0.attention.query.kernel``; the ``value`` that an ``nnx.Variable`` puts
-between itself and its content is left out. Where a weight is itself a tree (a LoRA pair, a packed tensor) its
+The name of a leaf is its path in dots, ``groups.0.attention.query.kernel``, without the ``value`` that an ``nnx.Variable`` adds
+between itself and its content. If a weight is itself a tree (a LoRA pair, a packed weight), its
 fields follow: ``...query.kernel.a``.
 """
 
@@ -16,7 +16,7 @@ from flax import nnx
 from effscale.models.name_patterns import name_search
 
 Trainable = str | Callable[[str], bool] | None
-"""Which leaves are trained: a regular expression searched in the name, a predicate on the name, or None for all."""
+"""The leaves to train: a regular expression searched in the name, a predicate on the name, or None for all."""
 
 
 class NamedLeaf(NamedTuple):
@@ -29,7 +29,7 @@ class NamedLeaf(NamedTuple):
 
     @property
     def stacked(self) -> int:
-        """How many of the leading logical axes stack separate tensors: ``layers``, and ``experts`` before others."""
+        """The number of leading logical axes that stack separate tensors: ``layers``, and ``experts`` in front of others."""
         axes = self.axes or ()
         layers = int(axes[:1] == ("layers",))
         return layers + (axes[layers : layers + 1] == ("experts",) and len(axes) > layers + 1)
@@ -52,7 +52,7 @@ def _walk(tree: Any) -> Iterator[NamedLeaf]:
             continue
         axes = node.get_metadata().get("axes")
         for inner, leaf in jax.tree_util.tree_leaves_with_path(node):
-            # A Variable has one child, its value, whose key says nothing.
+            # A Variable has one child, its value, whose key is of no interest.
             yield NamedLeaf(
                 _join(name, keystr(inner[1:], simple=True, separator=".")), leaf, name, axes
             )
@@ -62,10 +62,10 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
     """Return the leaves of a tree in the order of ``jax.tree.leaves``, with names and logical axes.
 
     Args:
-        tree: Any pytree; ``nnx`` modules may sit anywhere in it.
+        tree: Any pytree; it may contain ``nnx`` modules anywhere.
 
     Returns:
-        One ``NamedLeaf`` a leaf.
+        One ``NamedLeaf`` per leaf.
 
     >>> [leaf.name for leaf in named_leaves({"linear": nnx.Linear(2, 3, rngs=nnx.Rngs(0))})]
     ['linear.bias', 'linear.kernel']
@@ -83,7 +83,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _fixed(tree: Any) -> list[bool]:
-    """Of each leaf, whether it is a part of a weight that cannot be trained; see `effscale.models.Weight`."""
+    """Return, for each leaf, whether it is a part of a weight that cannot be trained; see ``effscale.models.Weight``."""
     is_fixed = lambda node: getattr(node, "fixed_weight", False) is True
     return [
         is_fixed(node)
@@ -95,16 +95,16 @@ def _fixed(tree: Any) -> list[bool]:
 def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
     """Return a tree of bools: True where a leaf is trained.
 
-    A leaf is trained if it is of a floating (or complex) type and ``trainable`` accepts its name. Integers, PRNG keys
-    and what belongs to a packed weight, its scales included, never are.
+    A leaf is trained if it has a floating-point (or complex) type and ``trainable`` accepts its name. Integers, PRNG keys
+    and all parts of a packed weight, including its scales, are never trained.
 
     Args:
         tree: The model.
         trainable: A regular expression (``re.search``), a predicate on the name, or None for everything.
 
     Raises:
-        ValueError: Nothing at all would be trained, or nothing by one of the pattern's alternatives (``head`` of
-            ``"embed|head"``).
+        ValueError: Nothing would be trained, or one of the alternatives of the pattern (``head`` of
+            ``"embed|head"``) matches nothing.
     """
     leaves = named_leaves(tree)
     can_be = [
@@ -120,15 +120,15 @@ def trainable_mask(tree: Any, trainable: Trainable = None) -> Any:
     if not any(mask):
         names = ", ".join(leaf.name for leaf in leaves[:8])
         raise ValueError(
-            f"trainable={trainable!r} leaves nothing to train; names are like: {names or '(the tree has no leaves)'}"
+            f"trainable must match at least one trainable leaf, got {trainable!r}. The names look like: {names or '(the tree has no leaves)'}."
         )
     return jax.tree.unflatten(jax.tree.structure(tree), mask)
 
 
 def partition(tree: Any, trainable: Trainable = None) -> tuple[Any, Any]:
-    """Split a tree into (trained, frozen): two trees of the same classes with None in each other's places.
+    """Split a tree into (trained, frozen): two trees of the same classes, each with None in place of the leaves of the other.
 
-    None is an empty subtree to JAX, so gradients, optimizer states and weight decay exist for the trained part only.
+    To JAX, None is an empty subtree, so gradients, optimizer states and weight decay exist only for the trained part.
 
     >>> trained, frozen = partition({"kernel": jnp.ones(2), "packed": jnp.zeros(2, jnp.int8)})
     >>> trained["packed"], frozen["kernel"]
@@ -142,23 +142,23 @@ def partition(tree: Any, trainable: Trainable = None) -> tuple[Any, Any]:
 
 
 def combine(first: Any, second: Any) -> Any:
-    """Return the inverse of ``partition``: each None of ``first`` filled from ``second``."""
+    """Merge two partial trees, the inverse of ``partition``: each None of ``first`` is filled from ``second``."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, first, second, is_leaf=lambda node: node is None
     )
 
 
 def decay_mask(params: Any, *, include: str | None = None, exclude: str | None = None) -> Any:
-    """Return a tree of bools: True where weight decay applies, which is on matrices and not on biases or norm scales.
+    """Return a tree of bools: True where weight decay applies, on matrices but not on biases or norm scales.
 
-    The number of dimensions does not tell them apart, as a bias of a stacked group is a matrix. So a leaf decays if
-    its Variable's ``axes`` metadata names at least two axes after those that stack layers and experts; without that
-    metadata, if the last part of the Variable's name is ``kernel`` or ``embedding``.
+    The number of dimensions does not distinguish them, as the bias of a stacked group is a matrix. So a leaf decays if
+    the ``axes`` metadata of its Variable names at least two axes after those that stack layers and experts. Without this
+    metadata, a leaf decays if the last part of the Variable's name is ``kernel`` or ``embedding``.
 
     Args:
         params: The trained part of a model.
-        include: Regular expression; leaves whose name it finds decay, whatever the rule says.
-        exclude: Regular expression; leaves whose name it finds do not. It wins over ``include``.
+        include: A regular expression; leaves whose name it matches decay, regardless of the rule.
+        exclude: A regular expression; leaves whose name it matches do not decay. It takes precedence over ``include``.
 
     >>> mask = decay_mask(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     >>> mask.kernel.get_value(), mask.bias.get_value()

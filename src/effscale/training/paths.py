@@ -1,10 +1,10 @@
-"""Paths of folders that a run writes to."""
+"""Paths of the folders that a run writes to."""
 
 import os
 import pathlib
 import re
 
-# pathlib makes "gs:/bucket" of "gs://bucket", so one slash is enough; a single letter is a drive of Windows.
+# pathlib turns "gs://bucket" into "gs:/bucket", so one slash is enough; a single letter is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -17,15 +17,15 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """Return the absolute path of a file or folder on this machine.
 
     Raises:
-        ValueError: ``path`` is a URL, as of a bucket, which `pathlib` would take for a relative folder.
+        ValueError: ``path`` is a URL, for instance of a bucket, which `pathlib` would take for a relative folder.
 
     >>> local_path("gs://bucket/run")
     Traceback (most recent call last):
     ...
-    ValueError: 'gs://bucket/run' is a URL, and a run folder is local: give a local path, and RunMirror copies the run there
+    ValueError: a run folder must be local, got 'gs://bucket/run'. Use a local path, and RunMirror to copy the run to a bucket.
     """
     if is_url(os.fspath(path)):
         raise ValueError(
-            f"{os.fspath(path)!r} is a URL, and a run folder is local: give a local path, and RunMirror copies the run there"
+            f"a run folder must be local, got {os.fspath(path)!r}. Use a local path, and RunMirror to copy the run to a bucket."
         )
     return pathlib.Path(path).resolve()

@@ -1,14 +1,14 @@
-"""Which checkpoints of a run are kept, and which one is good to go back to."""
+"""Which checkpoints of a run to keep, and which one to return to."""
 
 from effscale.training.checkpoint_files import finished_steps, read_run, step_folder
 from effscale.training.storage import AnyPath
 
 
 def superseded(folder: AnyPath, keep: int) -> list[int]:
-    """Steps of the checkpoints that can be deleted.
+    """Return the steps of the checkpoints that can be deleted.
 
-    Kept are the newest ``keep`` that were saved right after an update, and the newest of all. While updates are being
-    skipped one after another nothing is learned, so saves of that time never push out those from before it.
+    The newest ``keep`` checkpoints saved right after an update are kept, and the newest of all. While consecutive updates are
+    skipped the model does not change, so checkpoints from that time never replace those from before it.
     """
     good, skipping = _by_kind(folder)
     newest = max(good + skipping, default=None)
@@ -17,13 +17,13 @@ def superseded(folder: AnyPath, keep: int) -> list[int]:
 
 
 def last_good(folder: AnyPath) -> int | None:
-    """Step of the newest checkpoint that was saved right after an update and not amid skipped ones."""
+    """Return the step of the newest checkpoint that was saved right after an update, not while updates were being skipped."""
     good, _ = _by_kind(folder)
     return good[-1] if good else None
 
 
 def _by_kind(folder: AnyPath) -> tuple[list[int], list[int]]:
-    """Steps saved right after an update, and steps saved amid skipped ones; what cannot be read is neither."""
+    """Return the steps saved right after an update, and those saved while updates were being skipped, without unreadable checkpoints."""
     good: list[int] = []
     skipping: list[int] = []
     for step in finished_steps(folder):

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, with what, and what came out."""
+"""The folder of a run: config, environment, metrics and results."""
 
 import dataclasses
 import datetime
@@ -28,10 +28,10 @@ _PACKAGES = ("effscale", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Names of a run's files. ``create`` makes a new folder or, if told to resume, opens one, for one process at a time.
+    """A run folder. ``create`` makes a new folder or opens one to resume; only one process can use it at a time.
 
     Attributes:
-        path: The folder, absolute.
+        path: The absolute path of the folder.
     """
 
     path: pathlib.Path
@@ -48,35 +48,35 @@ class RunFolder:
         data: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> "RunFolder":
-        """Make the folder of a new run, and write ``config.json`` into it.
+        """Create the folder of a new run and write ``config.json`` into it, or open the folder of a run to resume.
 
-        The folder is locked until `close`, the end of a ``with`` block or the end of the process, so that no second process writes there at the same
-        time. With several processes, process 0 does this and the others learn what came of it.
+        The folder is locked until `close`, the end of a ``with`` block or the end of the process, so that no other process writes
+        to it at the same time. With several processes, process 0 does this and shares the outcome with the others.
 
         Args:
             path: The folder; None chooses ``<root>/<name>/<time>``.
-            name: Name of the experiment, needed without ``path``.
-            root: Where runs lie.
+            name: The name of the experiment; required without ``path``.
+            root: The parent folder of runs.
             config: The run's config (dataclass or mapping).
-            data: What the run learns from, as names of its parts and plain values that change with their content, such as digests. It is kept in
-                ``config.json``, and a resume with other values for a part is refused.
-            resume: Open an existing folder to go on; its ``config.json`` is left as it is, but for new parts of ``data``.
+            data: The training data: the names of its parts, with plain values that change with their content, such as digests. It is
+                saved in ``config.json``, and resuming with different values raises an error.
+            resume: Whether to open an existing folder and continue. Its ``config.json`` is not changed, except for new parts of ``data``.
 
         Returns:
             The folder.
 
         Raises:
-            FileExistsError: The folder holds something and ``resume`` is not set.
-            FileNotFoundError: ``resume`` is set and there is no such folder, or it has no ``config.json``.
-            LockedError: Another process is writing the folder.
-            ValueError: Neither ``path`` nor ``name`` is given, ``resume`` without ``path``, or a path that is a URL; or the
-                run to resume has learned from other data.
+            FileExistsError: The folder is not empty and ``resume`` is False.
+            FileNotFoundError: ``resume`` is True and the folder does not exist or has no ``config.json``.
+            LockedError: Another process is writing to the folder.
+            ValueError: Neither ``path`` nor ``name`` is given; ``resume`` is True without ``path``; ``path`` is a URL; or the
+                run to resume was trained on different data.
         """
         if path is None:
             if resume:
-                raise ValueError("resume=True needs the path of the run to go on with")
+                raise ValueError("resume=True needs the path of the run to resume")
             if name is None:
-                raise ValueError("give the path of the run folder, or the name of the experiment")
+                raise ValueError("pass path, the run folder, or name, the name of the experiment")
             path = _unused(local_path(root) / name)
         where, data = local_path(path), to_json(data or {})
         opened = on_first(
@@ -85,7 +85,7 @@ class RunFolder:
         return cls(where) if opened is None else opened
 
     def close(self) -> None:
-        """Let other processes write the folder. A second call does nothing."""
+        """Release the lock of the folder. A second call does nothing."""
         if self._lock is not None:
             self._lock.release()
 
@@ -102,38 +102,38 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> pathlib.Path:
-        """``metrics.jsonl``: a line a logged step."""
+        """``metrics.jsonl``: one line per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def results_file(self) -> pathlib.Path:
-        """``results.json``: the named figures."""
+        """``results.json``: the results by name."""
         return self.path / "results.json"
 
     @property
     def report_file(self) -> pathlib.Path:
-        """``report.md``: what a reader should know."""
+        """``report.md``: a summary of the run."""
         return self.path / "report.md"
 
     @property
     def checkpoints(self) -> pathlib.Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def tensorboard(self) -> pathlib.Path:
-        """Folder of TensorBoard's events."""
+        """The folder of the TensorBoard events."""
         return self.path / "tensorboard"
 
     @property
     def figures(self) -> pathlib.Path:
-        """Folder of figures; made at the first use."""
+        """The folder of the figures, created on first use."""
         folder = self.path / "figures"
         folder.mkdir(exist_ok=True)
         return folder
 
     def config(self) -> Any:
-        """Return the config as it was written, in plain JSON values.
+        """Return the config as written, in plain JSON values.
 
         Raises:
             ValueError: ``config.json`` is damaged.
@@ -144,26 +144,26 @@ class RunFolder:
         try:
             saved = json.loads(self.config_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self.config_file} cannot be read: {error}") from None
+            raise ValueError(f"{self.config_file}: cannot be read ({error})") from None
         if not isinstance(saved, dict) or "config" not in saved:
-            raise ValueError(f"{self.config_file} cannot be read: it holds no config")
+            raise ValueError(f"{self.config_file}: has no config")
         return saved
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write the named figures."""
+        """Write ``results.json``."""
         write_json(self.results_file, results)
 
     def results(self) -> dict[str, Any]:
-        """Return the named figures."""
+        """Read ``results.json``."""
         return json.loads(self.results_file.read_text(encoding="utf-8"))
 
     def write_report(self, title: str, results: Mapping[str, Any], text: str = "") -> None:
-        """Write ``report.md``: a title, some text, the table of results and the figures there are.
+        """Write ``report.md``: a title, a text, the table of results and the figures that exist.
 
         Args:
             title: The heading.
-            results: Rows of the table.
-            text: Markdown put before the table.
+            results: The rows of the table.
+            text: Markdown to put before the table.
         """
         rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in results.items())
         parts = [f"# {title}", text.strip(), f"| figure | value |\n|---|---|\n{rows}"]
@@ -174,28 +174,30 @@ class RunFolder:
 
 
 def check_unused(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError if a new run's folder holds something already.
+    """Raise FileExistsError if the folder of a new run already contains something.
 
-    ``RunFolder.create`` asks this itself; a run that prepares for long may want the answer first.
+    ``RunFolder.create`` does this itself; call it earlier if a run needs a long preparation.
     """
     folder = local_path(path)
     if folder.exists() and (
         not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())
     ):
         raise FileExistsError(
-            f"{folder} already holds a run; choose another folder, or resume to go on with it"
+            f"{folder}: already contains a run. Choose another folder, or resume it."
         )
 
 
 def check_resumable(path: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if a folder holds no run to go on with; ``RunFolder.create`` asks this itself."""
+    """Raise FileNotFoundError if a folder contains no run to resume. ``RunFolder.create`` does this itself."""
     folder = pathlib.Path(path).resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; run without resume to start there")
+        raise FileNotFoundError(
+            f"{folder}: does not exist. Run without resume to start a new run there."
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder} has no config.json, so there is no telling which run it holds; restore that file, or start afresh: without "
-            "resume (on the command line: without --resume), in a new folder (with another --out)"
+            f"{folder}: has no config.json, so the run in it is unknown. Restore that file, or start a new run without "
+            "resume (on the command line: without --resume) in a new folder (with another --out)."
         )
 
 
@@ -204,7 +206,7 @@ def _start(folder: RunFolder, config: Any, data: dict[str, Any]) -> RunFolder:
     folder.path.mkdir(parents=True, exist_ok=True)
     folder = _locked(folder)
     try:
-        check_unused(folder.path)  # another process may have been faster
+        check_unused(folder.path)  # another process may have created a run meanwhile
         write_json(folder.config_file, {"config": to_json(config), "data": data, **environment()})
     except BaseException:
         folder.close()
@@ -224,24 +226,24 @@ def _resume(folder: RunFolder, data: dict[str, Any]) -> RunFolder:
 
 
 def _check_data(folder: RunFolder, data: dict[str, Any]) -> None:
-    """Compare the parts of the data that the run has learned from already, and keeps those that are new to it."""
+    """Compare the data with that of the run so far, and record new parts."""
     saved = folder._saved()
     known = saved.get("data") or {}
     found = [
-        f"{name}: {there!r} there, {here!r} here"
+        f"{name}: {there!r} in the folder, {here!r} now"
         for part in data
         if part in known
         for name, (there, here) in differences(known[part], data[part], part).items()
     ]
     if found:
         raise ValueError(
-            f"{folder.path} holds a run that learns from other data ({'; '.join(found)}); restore the files that it was started "
-            "with, or start a new run in another folder"
+            f"{folder.path}: the run was trained on different data ({'; '.join(found)}). Restore the files that it was started "
+            "with, or start a new run in another folder."
         )
     if data.keys() - known.keys():
         if not known:
             logger.warning(
-                "%s keeps no digests of its data, so that they cannot be compared with today's",
+                "%s has no digests of its data, so the data cannot be compared with the current data",
                 folder.config_file,
             )
         write_json(folder.config_file, saved | {"data": known | data})
@@ -252,12 +254,12 @@ def _locked(folder: RunFolder) -> RunFolder:
     try:
         lock.acquire()
     except LockedError as error:
-        raise LockedError(f"{error}; wait for it to end, or choose another folder") from None
+        raise LockedError(f"{error}. Wait for it to end, or choose another folder.") from None
     return dataclasses.replace(folder, _lock=lock)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git revision, machine and devices, as JSON values."""
+    """Return versions, git revision, machine and devices, as JSON values."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -279,14 +281,14 @@ def environment() -> dict[str, Any]:
 
 
 def _usable_cpus() -> int | None:
-    """Cores that this process may run on: fewer than the machine's where it is pinned."""
+    """Return the number of cores this process may use, which is smaller than the machine's if it is pinned."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def git_revision() -> str | None:
-    """Revision of the source tree this package lies in, with ``+changes`` if it is modified; None outside of git."""
+    """Return the git revision of this package's source tree, with ``+changes`` if it is modified; None outside git."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
@@ -295,7 +297,7 @@ def git_revision() -> str | None:
         ).stdout.strip()
 
     try:
-        # Ask whether this file is tracked: an installed package may lie inside some other project's repository.
+        # Check that this file is tracked: an installed package may be inside another project's repository.
         git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
         return git("rev-parse", "HEAD") + (
             "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
@@ -305,7 +307,7 @@ def git_revision() -> str | None:
 
 
 def _unused(folder: pathlib.Path) -> pathlib.Path:
-    """``folder/<time>``, with a number behind it if two runs start in one second; the same on all processes."""
+    """Return ``folder/<time>``, with a number appended if two runs start in the same second; the same on all processes."""
     now = int(datetime.datetime.now().timestamp())
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Learning rates as functions of updates made or of tokens seen."""
+"""Learning rates as functions of the number of updates or of tokens seen."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,11 +17,11 @@ Kind = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A function of a count, with the unit of that count.
+    """A schedule: a function of a count, with the unit of the count.
 
     Attributes:
-        function: Maps the count to a value; any optax schedule will do.
-        unit: ``steps``: updates made, as optax counts them. ``tokens``: tokens seen before the step.
+        function: Maps the count to a value; any optax schedule works.
+        unit: ``steps``: the number of updates, as optax counts them. ``tokens``: the tokens seen before the step.
     """
 
     function: Callable[[Any], Any]
@@ -34,12 +34,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    r"""Warmup from zero to ``peak``, then a decay.
+    r"""A linear warmup from zero to ``peak``, followed by a decay.
 
     With progress :math:`p = (t - \text{warmup}) / (\text{total} - \text{warmup})` in [0, 1]:
-    ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
-    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{\max(\text{warmup}, 1) / t}`, never under ``final``;
-    ``constant`` stays.
+    ``linear`` decays as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
+    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{\max(\text{warmup}, 1) / t}`, but at least ``final``;
+    ``constant`` stays at ``peak``.
 
     >>> schedule = ScheduleConfig(kind="cosine", peak=1.0, warmup=10, total=110, final=0.1).build()
     >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 60, 110, 500)]
@@ -47,37 +47,37 @@ class ScheduleConfig:
     """
 
     kind: Kind = "cosine"
-    """Shape of the decay."""
+    """The shape of the decay."""
     peak: float = 1e-3
-    """Value at the end of the warmup."""
+    """The value at the end of the warmup."""
     warmup: int = 0
-    """Length of the warmup, in units."""
+    """The length of the warmup, in ``unit``."""
     total: int | None = None
-    """Where the decay ends, in units, warmup included; linear and cosine need it."""
+    """The end of the decay, in ``unit`` and including the warmup; required for linear and cosine."""
     final: float = 0.0
-    """Value at the end of the decay."""
+    """The value at the end of the decay."""
     unit: Unit = "steps"
-    """Count updates or tokens. With batches that change size, as curricula make them, count tokens."""
+    """Count updates (``steps``) or ``tokens``. If the batch size changes, as with curricula, count tokens."""
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} is unknown; one of {', '.join(get_args(Kind))}")
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.unit not in get_args(Unit):
-            raise ValueError(f"unit={self.unit!r} is unknown; one of {', '.join(get_args(Unit))}")
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
         peak, warmup, total, final = self.peak, self.warmup, self.total, self.final
         check(self, is_finite(peak) and peak >= 0, "peak", "finite and not negative")
         wanted = "finite and not negative; 0 means no warmup"
         check(self, is_finite(warmup) and warmup >= 0, "warmup", wanted)
         check(self, is_finite(final) and 0 <= final <= peak, "final", f"between 0 and peak={peak}")
         if self.kind in ("linear", "cosine"):
-            wanted = f"the count at which the decay ends, as kind={self.kind!r} has one"
+            wanted = f"the count at which the decay ends, which kind={self.kind!r} needs"
             check(self, total is not None, "total", wanted)
             wanted = f"finite and greater than warmup={warmup}"
             ends = total is not None and is_finite(total) and total > warmup
             check(self, ends, "total", wanted)
 
     def build(self) -> Schedule:
-        """Return the schedule; its function takes integers or floats, traced or not."""
+        """Build the schedule. Its function accepts integers or floats, traced or not."""
         warmup = float(self.warmup)  # billions of tokens do not fit into 32 bits
 
         def value(count: Any) -> jax.Array:
@@ -103,12 +103,12 @@ class ScheduleConfig:
 
 
 def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None) -> Schedule:
-    """Let a schedule count tokens seen.
+    """Make a schedule count tokens seen.
 
     Args:
-        schedule: Any schedule. Without ``tokens_per_step`` its argument is taken to be tokens already.
-        tokens_per_step: The number of tokens that one of the schedule's steps stands for. A schedule tuned in steps of
-            full batches then keeps its meaning when a curriculum makes some batches smaller.
+        schedule: Any schedule. Without ``tokens_per_step`` its argument is the number of tokens.
+        tokens_per_step: The number of tokens equivalent to one step of the schedule. With it, a schedule tuned in steps of
+            full batches keeps its meaning when a curriculum makes some batches smaller.
 
     >>> schedule = by_tokens(optax.linear_schedule(1.0, 0.0, 100), tokens_per_step=1024)
     >>> float(schedule(jnp.float32(50 * 1024)))
@@ -124,17 +124,19 @@ def by_tokens(schedule: Callable[[Any], Any], tokens_per_step: int | None = None
 
 
 def value_at(schedule: float | jax.Array | Callable[[Any], Any], count: Any, tokens: Any) -> Any:
-    """Return a learning rate in float32: a number, or a schedule's value at the updates made or, by its unit, the tokens seen.
+    """Evaluate a learning rate in float32: a number, or the value of a schedule at the number of updates or tokens, by its unit.
 
     Raises:
-        ValueError: A schedule by tokens, and ``tokens`` is None.
+        ValueError: The schedule counts tokens and ``tokens`` is None.
 
     >>> float(value_at(by_tokens(lambda tokens: tokens / 10), 3, jnp.float32(5.0)))
     0.5
     """
     if isinstance(schedule, Schedule) and schedule.unit == "tokens":
         if tokens is None:
-            raise ValueError("a schedule by tokens needs optimizer.update(..., tokens=tokens_seen)")
+            raise ValueError(
+                "a schedule that counts tokens needs optimizer.update(..., tokens=tokens_seen)"
+            )
         return jnp.asarray(schedule(tokens), jnp.float32)
     return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
 
@@ -142,13 +144,13 @@ def value_at(schedule: float | jax.Array | Callable[[Any], Any], count: Any, tok
 def scale_by_token_schedule(
     schedule: Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply updates by ``-schedule(tokens)``, with ``tokens`` given to ``update`` as an extra argument.
+    """Multiply updates by ``-schedule(tokens)``, with ``tokens`` passed to ``update`` as an extra argument.
 
-    DeepSpeed and BLOOM schedule the learning rate by samples or tokens consumed; with batches that change size this
-    is not a function of the number of updates. The state is empty: the train state counts the tokens.
+    DeepSpeed and BLOOM schedule the learning rate by samples or tokens consumed. If the batch size changes, this
+    is not a function of the number of updates. The state is empty, as the train state counts the tokens.
 
     Args:
-        schedule: Maps tokens seen (float32) to a learning rate.
+        schedule: A function from tokens seen (float32) to a learning rate.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` whose ``update`` needs ``tokens=``.
@@ -175,10 +177,10 @@ def scale_by_token_schedule(
 def scale_by_learning_rate(
     learning_rate: float | jax.Array | Callable[[Any], Any] | optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """The last link of an optimizer: a number, an optax schedule (counts updates), a ``Schedule`` by tokens, or the link itself.
+    """Return the final transformation of an optimizer, from a number, an optax schedule (counts updates), a ``Schedule`` or the transformation itself.
 
     Raises:
-        ValueError: A number that is not finite, or nothing of these.
+        ValueError: ``learning_rate`` is a number that is not finite, or none of these.
     """
     if isinstance(learning_rate, optax.GradientTransformation):
         return learning_rate

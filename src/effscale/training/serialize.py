@@ -1,4 +1,4 @@
-"""Configs as JSON, and files that are written whole or not at all."""
+"""Configs as JSON, and atomic writes of files."""
 
 import dataclasses
 import enum
@@ -16,7 +16,7 @@ from effscale.atomic import atomic_file
 def to_json(value: Any) -> Any:
     """Return a config (dataclasses, mappings, sequences, paths, enums, types, NumPy scalars) as plain JSON values.
 
-    Two configs are the same run's if these are equal; what has no form in JSON is named by its ``repr`` or,
+    Two configs belong to the same run if their results are equal. What has no JSON form is represented by its ``repr`` or,
     for functions and classes, by its qualified name.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -47,8 +47,8 @@ def to_json(value: Any) -> Any:
 def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the fields, by dotted name, in which two JSON values differ.
 
-    A field that one of them lacks and the other has as None is the same in both: most fields that were added later, to
-    configs that had been saved without them, mean by None that all is as before.
+    A field that is missing in one and None in the other counts as equal: for most fields that are added to a config later,
+    None means that nothing changes.
 
     >>> differences({"model": {"layers": 2}, "seed": 0}, {"model": {"layers": 3}, "seed": 0})
     {'model.layers': (2, 3)}
@@ -65,11 +65,11 @@ def differences(first: Any, second: Any, prefix: str = "") -> dict[str, tuple[An
 
 
 def write_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a reader, or a crash, finds the old content or the new one and nothing between."""
+    """Write a text file so that a reader finds either the old or the new content, even after a crash."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """``value``, made plain by ``to_json``, as an indented JSON file, written atomically."""
+    """Write ``value``, converted by ``to_json``, atomically as an indented JSON file."""
     write_atomic(path, json.dumps(to_json(value), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM (a scheduler's warning) and Ctrl-C."""
+"""Stopping a run by SIGTERM (a scheduler's warning) or Ctrl-C."""
 
 import logging
 import signal
@@ -13,16 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Within this context SIGTERM and SIGINT ask the run to save and end; a second SIGINT interrupts at once.
+    """A context in which SIGTERM and SIGINT ask the run to save and stop; a second SIGINT interrupts immediately.
 
-    No signal is lost: one that came too late for ``should_stop`` is raised again when the context ends, for whoever handles signals there.
-    Handlers can be set in the main thread only; elsewhere the signals keep their meaning.
+    No signal is lost: one that arrives too late for ``should_stop`` is raised again when the context ends, for the previous
+    handler. Handlers can only be set in the main thread; in other threads the signals keep their meaning.
 
     Args:
-        sync_every: With several processes, they compare notes each that many steps, so that all stop at one step.
+        sync_every: With several processes, the number of steps after which they synchronize, so that all stop at the same step.
 
     Attributes:
-        received: The signal, once there was one; where ``should_stop`` has answered yes, the same on every process.
+        received: The signal, if one has arrived. Once ``should_stop`` has returned True, it is the same on every process.
     """
 
     def __init__(self, *, sync_every: int = 16):
@@ -56,7 +56,7 @@ class StopSignal:
 
         Args:
             step: The step.
-            last: There is no further step, so that the processes compare notes whatever ``sync_every`` says.
+            last: Whether this is the last step, so that the processes synchronize regardless of ``sync_every``.
         """
         if jax.process_count() > 1:
             if step % self.sync_every and not last:

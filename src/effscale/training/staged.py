@@ -1,4 +1,4 @@
-"""A training step under a schedule of shapes."""
+"""A training step with a schedule of shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,18 @@ from effscale.training.state import abstract
 
 
 class StagedStep:
-    """A training step whose batches take another shape in each stage of a schedule.
+    """A training step whose batches change shape in each stage of a schedule.
 
-    Batches are shaped on the host, and there is one executable a shape. After the first step all shapes that are still to
-    come are compiled in a background thread, in the order in which they are needed, so that no later step waits for
-    a compilation unless its stage begins before its turn has come.
+    Batches are shaped on the host, with one executable per shape. After the first step, all later shapes are compiled in a
+    background thread in the order in which they are needed. So no later step waits for a compilation, unless its stage begins
+    before its compilation has finished.
 
     Args:
-        step: From ``make_train_step``, not jitted.
+        step: The result of ``make_train_step``, not jitted.
         stages: The schedule.
-        shape_batch: ``shape_batch(batch, value) -> batch``: the batch as the stage of that value wants it.
-        place_batch: As given to ``fit``; the shapes to come are placed by it too.
-        donate_argnums: As in ``jax.jit``; the state is donated.
+        shape_batch: ``shape_batch(batch, value) -> batch``, which gives the batch the shape for this value of the schedule.
+        place_batch: The same function as passed to ``fit``; it also places the later shapes for compilation.
+        donate_argnums: As in ``jax.jit``; the state is donated by default.
 
     Example:
         Rows grow from 4 to 8 tokens after two steps.
@@ -54,13 +54,13 @@ class StagedStep:
         self._prepared = False
 
     def before_step(self, step: int, batch: Any) -> Any:
-        """Return the batch in the shape of the step; for ``fit(before_step=...)``."""
+        """Give the batch the shape of the step; for ``fit(before_step=...)``."""
         if not self._prepared:
             self._coming = step, batch
         return self._shape_batch(batch, self.stages(step))
 
     def __call__(self, state: Any, batch: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Return the step itself; for ``fit(step_fn=...)``. Keyword arguments (``frozen``) are the same in every stage."""
+        """Run the step; for ``fit(step_fn=...)``. Keyword arguments (``frozen``) must be the same in every stage."""
         out = self._buckets(state, batch, **kwargs)
         if not self._prepared and self._coming is not None:
             self._prepare(out[0], *self._coming, kwargs)
@@ -69,12 +69,12 @@ class StagedStep:
 
     @property
     def compilations(self) -> list[Compilation]:
-        """What was compiled so far."""
+        """The compilations so far."""
         return self._buckets.compilations
 
     @property
     def num_compilations(self) -> int:
-        """Number of executables compiled so far; in the end one a distinct shape."""
+        """The number of executables compiled so far; in the end one per distinct shape."""
         return self._buckets.num_compilations
 
     def wait(self) -> None:
@@ -82,7 +82,7 @@ class StagedStep:
         self._buckets.wait()
 
     def close(self) -> None:
-        """Give up what has not begun to compile, and wait for what has; Python's exit does so too."""
+        """Cancel compilations that have not started, and wait for the others. The exit of Python does the same."""
         self._buckets.close()
 
     def _prepare(self, state: Any, step: int, batch: Any, kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Stages: the stretches of a training run in which a schedule keeps its value.
+"""Stages: the steps of a training run during which a schedule keeps its value.
 
-Schedules change shapes, and shapes are static. So what matters of a schedule is at which steps it changes, what its
-values are, and what a run costs under it; all three follow from the list of stages.
+Schedules change shapes, and shapes are static. So three things about a schedule matter: the steps at which it changes, its
+values, and the cost of a run. All three follow from the list of stages.
 """
 
 import bisect
@@ -17,7 +17,7 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class Stages(Generic[T]):
-    """A value for each training step, constant over stretches; the last stretch has no end.
+    """A piecewise constant function of the training step; the last stage has no end.
 
     Attributes:
         starts: The first step of each stage; the first is 0.
@@ -41,10 +41,10 @@ class Stages(Generic[T]):
                 f"starts must begin with 0 and have one step for each of {len(self.values)} values, got {self.starts}"
             )
         if list(self.starts) != sorted(set(self.starts)):
-            raise ValueError(f"starts must rise, got {self.starts}")
+            raise ValueError(f"starts must be increasing, got {self.starts}")
 
     def index(self, step: int) -> int:
-        """Return the number of the stage that ``step`` lies in."""
+        """Return the index of the stage that contains ``step``."""
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
         return bisect.bisect_right(self.starts, step) - 1
@@ -54,7 +54,7 @@ class Stages(Generic[T]):
         return self.values[self.index(step)]
 
     def total(self, num_steps: int, cost: Callable[[T], int]) -> int:
-        """What the first ``num_steps`` steps cost together, if one costs ``cost(value)``."""
+        """Return the total cost of the first ``num_steps`` steps, each of which costs ``cost(value)``."""
         ends = (*self.starts[1:], num_steps)
         return sum(
             max(0, min(end, num_steps) - start) * cost(value)
@@ -62,10 +62,10 @@ class Stages(Generic[T]):
         )
 
     def steps_until(self, amount: int, cost: Callable[[T], int]) -> int:
-        """Return the fewest steps that cost ``amount`` or more together: the length of a run that stops by tokens consumed.
+        """Return the minimum number of steps whose total cost is at least ``amount``, for instance to stop a run by tokens consumed.
 
         Raises:
-            ValueError: The last stage costs nothing, and the stages before it too little.
+            ValueError: The last stage costs nothing, and the earlier stages cost less than ``amount``.
         """
         spent = 0
         for start, end, value in zip(
@@ -80,10 +80,12 @@ class Stages(Generic[T]):
             if end is None:
                 break
             spent += (end - start) * each
-        raise ValueError(f"amount={amount} is never reached: the last stage costs nothing")
+        raise ValueError(
+            f"amount must be reachable, got {amount}, but the last stage costs nothing"
+        )
 
     def map(self, function: Callable[[T], S]) -> "Stages[S]":
-        """Return the stages of another value; neighbours that become equal are one stage."""
+        """Apply a function to the values; neighboring stages that become equal are merged."""
         return _joined(self.starts, tuple(function(value) for value in self.values))
 
 
@@ -94,10 +96,10 @@ def stages(
 
     Args:
         pacing: The function.
-        offset: With steps as the clock, step ``b`` (from 0) takes the value at ``b + offset``. Curricula count from 1
-            and random-LTD from 0, as in DeepSpeed.
-        cost: With samples or tokens as the clock, how many of them a step of a difficulty consumes. Step ``b`` takes
-            the value at what the steps before it consumed.
+        offset: With steps as the clock, step ``b`` (from 0) takes the value at ``b + offset``. As in DeepSpeed, curricula
+            count from 1 and random-LTD from 0.
+        cost: With samples or tokens as the clock, the number of them that a step at a given difficulty consumes. Step ``b``
+            takes the value at what the steps before it consumed.
 
     Returns:
         The difficulty by step.
@@ -118,19 +120,19 @@ def stages(
         starts: dict[int, int] = {}
         for level in pacing.levels:
             starts[max(0, pacing.first(level) - offset)] = (
-                level  # of those begun by step 0, the last
+                level  # of the stages that start at step 0, the last
             )
         return Stages(tuple(starts), tuple(starts.values()))
     if cost is None:
         raise ValueError(
-            f"clock={pacing.clock!r} needs cost, the {pacing.clock} that a step of a difficulty consumes"
+            f"clock={pacing.clock!r} needs cost, a function from a difficulty to the {pacing.clock} that a step consumes"
         )
     begun, values, step, consumed = [0], [pacing(0)], 0, 0
     last = pacing(pacing.end)
     while values[-1] < last:
         each = cost(values[-1])
         if each < 1:
-            raise ValueError(f"cost is {each} at difficulty {values[-1]}; it must be at least 1")
+            raise ValueError(f"cost must be at least 1, got {each} at difficulty {values[-1]}")
         steps = -(-(pacing.first(values[-1] + 1) - consumed) // each)
         step, consumed = step + steps, consumed + steps * each
         begun.append(step)
@@ -139,7 +141,7 @@ def stages(
 
 
 def merge(*parts: Stages[Any]) -> Stages[tuple[Any, ...]]:
-    """Several schedules as one, whose value is the tuple of theirs.
+    """Merge several schedules into one whose value is the tuple of their values.
 
     >>> merge(Stages((0, 10), (64, 128)), Stages((0, 5), (32, 48)))
     Stages(starts=(0, 5, 10), values=((64, 32), (64, 48), (128, 48)))

@@ -15,10 +15,10 @@ from effscale.training.partition import Trainable, combine, partition
 
 @runtime_checkable
 class CountsSteps(Protocol):
-    """What ``fit`` asks of a state: any pytree with ``step``, the batches that it has consumed.
+    """The interface of states that ``fit`` accepts: any pytree with ``step``, the number of batches consumed.
 
-    Two more are used where a state has them: ``tokens``, for the speed, and ``skipped_in_row``, by which checkpoints tell what
-    was saved amid skipped updates. Both may be properties.
+    Two more attributes are used if they exist: ``tokens``, for the speed, and ``skipped_in_row``, by which checkpoints know
+    that updates were being skipped. Both may be properties.
     """
 
     @property
@@ -29,19 +29,19 @@ class CountsSteps(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step reads and writes, for one model.
+    """Everything a training step reads and writes, for one model.
 
-    A state of your own (several models, phases) is any pytree with ``step``; a ``TrainState`` may be a part of it.
+    A custom state (several models, phases) is any pytree with ``step``; it may contain a ``TrainState``.
 
     Attributes:
-        model: The whole module, frozen leaves included.
-        opt_state: State of the optimizer over the trained leaves.
-        step: int32 scalar, batches consumed. It advances when an update is skipped, so that data stays in line.
-        tokens: Tokens seen, exact (see ``Counter``).
-        key: The run's PRNG key. It never changes; a step's key is ``fold_in(key, step)``.
-        ema: Exponential moving average of the trained leaves, or None.
-        skipped: int32 scalar, updates skipped in all.
-        skipped_in_row: int32 scalar, updates skipped since the last one that was made.
+        model: The whole module, including frozen leaves.
+        opt_state: The state of the optimizer over the trained leaves.
+        step: The number of batches consumed, an int32 scalar. It also advances when an update is skipped, so that it matches the data.
+        tokens: The exact number of tokens seen (see ``Counter``).
+        key: The PRNG key of the run. It never changes; the key of a step is ``fold_in(key, step)``.
+        ema: The exponential moving average of the trained leaves, or None.
+        skipped: The total number of skipped updates, an int32 scalar.
+        skipped_in_row: The number of updates skipped since the last applied one, an int32 scalar.
     """
 
     model: Any
@@ -54,12 +54,12 @@ class TrainState:
     skipped_in_row: Any
 
     def to_items(self) -> dict[str, Any]:
-        """Return the named items of a checkpoint: the model and its average lie apart, so that they can be read alone."""
+        """Return the named items of a checkpoint: the model and its average are separate, so that each can be read without the other."""
         items = {"model": self.model, "train": dataclasses.replace(self, model=None, ema=None)}
         return items if self.ema is None else items | {"ema": self.ema}
 
     def with_items(self, items: Mapping[str, Any]) -> "TrainState":
-        """Return the state that has these items; the inverse of ``to_items``."""
+        """Return the state with these items; the inverse of ``to_items``."""
         return dataclasses.replace(items["train"], model=items["model"], ema=items.get("ema"))
 
 
@@ -71,17 +71,17 @@ def create_train_state(
     ema: bool = False,
     trainable: Trainable = None,
 ) -> TrainState:
-    """Return the state before the first step.
+    """Create the state before the first step.
 
-    The state takes the model's arrays over; a step that donates its state deletes them, so keep using
-    ``state.model`` and not ``model``. Where the model is sharded over a mesh, scalars are replicated over it.
+    The state takes over the arrays of the model. A step that donates its state deletes them, so from then on use
+    ``state.model``, not ``model``. If the model is sharded over a mesh, scalars are replicated over it.
 
     Args:
-        model: A module: any pytree.
-        optimizer: Any optax transformation; it sees the trained leaves only.
+        model: A module, or any pytree.
+        optimizer: Any optax transformation; it sees only the trained leaves.
         key: A typed PRNG key (``jax.random.key``).
-        ema: Keep a moving average of the trained leaves (the step's ``ema_decay`` sets its rate).
-        trainable: Which leaves are trained; see ``partition``. Give the same to ``make_train_step``.
+        ema: Whether to keep a moving average of the trained leaves; ``ema_decay`` of the step sets its rate.
+        trainable: The leaves to train, see ``partition``. Pass the same value to ``make_train_step``.
 
     Returns:
         A ``TrainState`` at step zero.
@@ -93,7 +93,7 @@ def create_train_state(
         step=jnp.zeros((), jnp.int32),
         tokens=Counter.of(0),
         key=key,
-        # A copy: a buffer that occurs twice in a state cannot be donated.
+        # A copy, as a buffer that occurs twice in a state cannot be donated.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
@@ -105,10 +105,12 @@ def ema_model(state: TrainState) -> Any:
     """Return the model with its trained leaves replaced by their moving average.
 
     Raises:
-        ValueError: The state keeps no average.
+        ValueError: The state has no average.
     """
     if state.ema is None:
-        raise ValueError("the state has ema=None; create it with create_train_state(..., ema=True)")
+        raise ValueError(
+            "the state has ema=None. Create it with create_train_state(..., ema=True)."
+        )
     return combine(state.ema, state.model)
 
 
@@ -118,7 +120,7 @@ def abstract(tree: Any) -> Any:
     def describe(x: Any) -> Any:
         if not hasattr(x, "dtype"):
             return x
-        # A weak type is a part of what a step is compiled for, such as that of a number in an optimizer's state.
+        # A step is compiled for weak types too, such as that of a number in an optimizer's state.
         weak = bool(getattr(x, "weak_type", False))
         sharding = getattr(x, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
@@ -127,9 +129,9 @@ def abstract(tree: Any) -> Any:
 
 
 def _on_one_mesh(state: TrainState) -> TrainState:
-    """Replicate what lies on one device over the mesh that the other leaves lie on.
+    """Replicate leaves that are on one device over the mesh of the other leaves.
 
-    Otherwise the first step would return these leaves with another placement than it got, and the second step
+    Otherwise the first step would return these leaves with a different placement than it got, and the second step
     would be compiled again.
     """
     arrays = [

@@ -22,19 +22,19 @@ from effscale.training.schedules import Schedule
 from effscale.training.state import TrainState
 
 LossFunction = Callable[..., Loss]
-"""``loss_fn(model, batch, key) -> Loss``, or ``loss_fn(model, batch, key, frozen)`` where the step is given ``frozen``.
+"""``loss_fn(model, batch, key) -> Loss``, or ``loss_fn(model, batch, key, frozen)`` if ``frozen`` is passed to the step.
 
-Evaluation passes ``key=None``, which means no dropout.
+Evaluation passes ``key=None``, which disables dropout.
 """
 
 Metrics = dict[str, Any]
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: the size of ``input_ids``, padding included, or else the number of examples.
+    """Return the number of tokens in a batch: the size of ``input_ids``, including padding, or else the number of examples.
 
     Raises:
-        ValueError: The batch holds scalars only, so it has no examples to count.
+        ValueError: The batch has only scalars, so it has no examples to count.
     """
     if isinstance(batch, Mapping) and "input_ids" in batch:
         return batch["input_ids"].size
@@ -56,40 +56,40 @@ def make_train_step(
     tokens_per_batch: Callable[[Any], Any] = count_tokens,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    r"""Return a training step.
+    r"""Create a training step.
 
     The gradient is that of the mean over the whole batch,
     :math:`\nabla \sum_m L_m / \sum_m w_m` over micro-batches m with sums :math:`L_m` and weights :math:`w_m`,
-    which differs from the mean of the micro-batches' means as soon as they hold unequal numbers of tokens.
+    which differs from the mean of the micro-batch means if they have unequal numbers of tokens.
 
     The update is skipped if the loss or the gradient is not finite, if the batch has no weight, or if the update would
-    make any number of the model or the optimizer state infinite or NaN, as an overflowing learning rate does. Model,
-    optimizer state and average then stay bit for bit as they were, on every device alike; ``step`` and ``tokens`` count on,
+    make any number of the model or the optimizer state infinite or NaN, for instance by an overflowing learning rate. Model,
+    optimizer state and average then stay bit for bit as they were, on every device; ``step`` and ``tokens`` still advance,
     as the batch is consumed.
 
     Args:
-        loss_fn: ``loss_fn(model, batch, key) -> Loss``; it gets a fourth argument where the step is given ``frozen``.
-        optimizer: Any optax transformation. Its update gets ``tokens=`` (float32, tokens seen before this step).
-        accumulate: Number of micro-batches; the leading dimension of the batch must be a multiple. Micro-batch m
-            holds rows m, m + accumulate, ..., so that each spans all devices that the batch is sharded over. Scalars of
+        loss_fn: ``loss_fn(model, batch, key) -> Loss``; it gets a fourth argument if ``frozen`` is passed to the step.
+        optimizer: Any optax transformation. Its update gets ``tokens=`` (float32, the tokens seen before this step).
+        accumulate: The number of micro-batches; the leading dimension of the batch must be a multiple. Micro-batch m
+            consists of rows m, m + accumulate, ..., so that each spans all devices over which the batch is sharded. Scalars of
             the batch go to every micro-batch.
-        clip: The greatest global norm of the gradient, ``Clip(1.0)``; None does not clip.
-        ema_decay: Rate of the moving average, for a state made with ``ema=True``.
-        trainable: Which leaves are trained, as given to ``create_train_state``.
-        learning_rate: The schedule, only to be reported as a metric.
-        tokens_per_batch: Tokens that a batch adds to the count.
-        axis_name: The workers' axis of an optimizer that averages over workers itself (`effscale.optim`), for a step
-            within `effscale.parallel.per_worker`. The optimizer gets each worker's own gradient, taken at
-            `effscale.parallel.worker_params` and scaled so that the mean over workers is the gradient of the whole
-            batch; ``grad_norm`` is then the root mean square of the workers' norms, dropout differs between them, and the
-            metric ``sent_bytes`` is what each device sent for the update.
+        clip: The maximum global norm of the gradient, such as ``Clip(1.0)``; None disables clipping.
+        ema_decay: The rate of the moving average, for a state created with ``ema=True``.
+        trainable: The leaves to train, as passed to ``create_train_state``.
+        learning_rate: The schedule, used only to report it as a metric.
+        tokens_per_batch: The number of tokens that a batch adds to the count.
+        axis_name: The workers' axis of an optimizer that averages over workers itself (``effscale.optim``), for a step
+            within ``effscale.parallel.per_worker``. The optimizer gets each worker's separate gradient, taken at
+            ``effscale.parallel.worker_params`` and scaled so that the mean over workers is the gradient of the whole
+            batch. ``grad_norm`` is then the root mean square of the workers' norms, dropout differs between workers, and the
+            metric ``sent_bytes`` is the number of bytes each device sent for the update.
 
     Returns:
-        ``step(state, batch, *, frozen=None) -> (state, metrics)``. Give it to ``ShapeBuckets`` or to ``jax.jit`` with the
-        state donated. ``frozen`` is any pytree that the loss reads and nothing trains, such as a teacher or a reference
-        model: the loss gets it whole as its fourth argument, for each micro-batch and on each worker. As an argument of
-        the compiled program it is neither copied nor built in as a constant. Metrics: ``loss`` (mean), ``grad_norm``
-        (before clipping), ``weight``, ``tokens`` (a ``Counter``), ``skipped`` (updates skipped in all),
+        ``step(state, batch, *, frozen=None) -> (state, metrics)``. Pass it to ``ShapeBuckets`` or to ``jax.jit`` with the
+        state donated. ``frozen`` is any pytree that the loss reads without training it, such as a teacher or a reference
+        model: the loss gets it as its fourth argument, for each micro-batch and on each worker. As an argument of
+        the compiled program it is neither copied nor embedded as a constant. Metrics: ``loss`` (mean), ``grad_norm``
+        (before clipping), ``weight``, ``tokens`` (a ``Counter``), ``skipped`` (the total number of skipped updates),
         ``skipped_in_row``, the means of ``Loss.metrics``, and ``learning_rate`` if a schedule is given.
 
     Raises:
@@ -101,10 +101,12 @@ def make_train_step(
     check_clip(clip)
     if clip is not None and axis_name is not None:
         raise ValueError(
-            f"clip={clip} with axis_name={axis_name!r}: the mean gradient is known to the optimizer only; give clip to it"
+            f"clip must be None with axis_name={axis_name!r}, got {clip}. Only the optimizer knows the mean gradient, so pass clip to the optimizer."
         )
     if ema_decay is not None and not (is_finite(ema_decay) and 0 <= ema_decay < 1):
-        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay!r}; 0.999 is usual")
+        raise ValueError(
+            f"ema_decay must be in [0, 1), got {ema_decay!r}. A common value is 0.999."
+        )
     optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(
@@ -112,7 +114,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         if (state.ema is None) != (ema_decay is None):
             raise ValueError(
-                f"ema_decay={ema_decay} but the state was created with ema={state.ema is not None}; give both or none"
+                f"ema_decay={ema_decay} does not match the state, which was created with ema={state.ema is not None}. Set both or neither."
             )
         params, untrained = partition(state.model, trainable)
         key = jax.random.fold_in(state.key, state.step)
@@ -143,15 +145,15 @@ def make_train_step(
 
         def update(old: Any) -> Any:
             params, opt_state, ema = old
-            # Optax mixes integer counts with floats, which strict dtype promotion would refuse.
+            # Optax mixes integer counts with floats, which strict dtype promotion does not allow.
             with jax.numpy_dtype_promotion("standard"):
                 seen = state.tokens.to_float32()
                 take = settled(functools.partial(optimizer.update, tokens=seen), axis_name)
                 updates, opt_state = take(gradients, opt_state, params)
             if axis_name and any(differs(u, axis_name) for u in jax.tree.leaves(updates)):
                 raise ValueError(
-                    f"the optimizer's updates differ between the workers along {axis_name!r}: it does not average; take one "
-                    "of effscale.optim with these workers, or put effscale.optim.mean_over_workers before it"
+                    f"the optimizer's updates differ between the workers along {axis_name!r}, as it does not average. Use an optimizer "
+                    "of effscale.optim with these workers, or put effscale.optim.mean_over_workers before it."
                 )
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
@@ -171,7 +173,7 @@ def make_train_step(
         )
         metrics = _metrics(new_state, loss, norm)
         if axis_name is not None:
-            # The state of a step that is skipped is that of the step before it.
+            # A skipped step has the state of the previous step.
             metrics["sent_bytes"] = jnp.where(made, sent_bytes(opt_state), 0.0)
         if learning_rate is not None:
             by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
@@ -192,7 +194,7 @@ def _sum_of_gradients(
     accumulate: int,
     axis_name: str | None = None,
 ) -> tuple[Any, Loss]:
-    """Gradient of the summed loss, in float32, and the sums."""
+    """Return the gradient of the summed loss, in float32, and the sums."""
     given = frozen_argument(frozen)
 
     def total(params: Any, batch: Any, key: Any) -> tuple[jax.Array, Loss]:
@@ -202,13 +204,13 @@ def _sum_of_gradients(
         loss = loss_fn(model, batch, key, *given)
         if any(x is not y for x, y in zip(jax.tree.leaves(changing), before, strict=True)):
             raise ValueError(
-                "loss_fn changed running statistics or random streams of the model in place, and a step that is traced "
-                "loses such changes: use nnx.BatchNorm with use_running_average=True, and give dropout streams of the key "
-                "that loss_fn gets, rngs=nnx.Rngs(key)"
+                "loss_fn changed running statistics or random streams of the model in place, and a traced step "
+                "loses such changes. Use nnx.BatchNorm with use_running_average=True, and create dropout streams from the key "
+                "that loss_fn gets, rngs=nnx.Rngs(key)."
             )
         if not isinstance(loss, Loss):
             raise TypeError(
-                f"loss_fn returned {type(loss).__name__}; it must return Loss(total, weight, metrics)"
+                f"loss_fn must return Loss(total, weight, metrics), got {type(loss).__name__}"
             )
         loss = loss.in_float32()
         return loss.total, loss
@@ -233,7 +235,7 @@ def _sum_of_gradients(
 
 
 def frozen_argument(frozen: Any) -> tuple[Any, ...]:
-    """Return the fourth argument of a loss function, which is there only if something is given."""
+    """Return the fourth argument of a loss function as a tuple, empty if ``frozen`` is None."""
     return () if frozen is None else (frozen,)
 
 
@@ -243,18 +245,18 @@ def _changing_variables(model: Any) -> list[nnx.Variable]:
 
 
 def split_batch(x: Any, accumulate: int) -> jax.Array:
-    """[batch, ...] to [accumulate, batch / accumulate, ...], each micro-batch with rows of every device.
+    """Reshape [batch, ...] to [accumulate, batch / accumulate, ...], with rows of every device in each micro-batch.
 
-    The batch is cut with ``accumulate`` as the minor axis: a sharded leading dimension stays sharded in place, and
-    no row moves between devices. A scalar (a coefficient or a key, of no dimensions) has no rows to cut: each micro-batch
+    The batch is split with ``accumulate`` as the minor axis: a sharded leading dimension stays sharded in place, and
+    no row moves between devices. A scalar (a coefficient or a key, without dimensions) has no rows to split: each micro-batch
     gets it, as [accumulate].
     """
     if not np.ndim(x):
         return jnp.broadcast_to(x, (accumulate,))
     if x.shape[0] % accumulate:
         raise ValueError(
-            f"a batch of {x.shape[0]} rows cannot be cut into accumulate={accumulate} micro-batches; "
-            f"use a batch that is a multiple of {accumulate}"
+            f"the rows of a batch must be a multiple of accumulate={accumulate} micro-batches, "
+            f"got {x.shape[0]}"
         )
     return jnp.moveaxis(jnp.reshape(x, (x.shape[0] // accumulate, accumulate, *x.shape[1:])), 1, 0)
 
@@ -274,6 +276,6 @@ def _metrics(state: TrainState, loss: Loss, norm: jax.Array) -> Metrics:
     }
     if taken := metrics.keys() & loss.metrics.keys():
         raise ValueError(
-            f"Loss.metrics uses reserved names: {', '.join(sorted(taken))}; rename them"
+            f"Loss.metrics must not use reserved names, got {', '.join(sorted(taken))}. Rename them."
         )
     return metrics | loss.means()

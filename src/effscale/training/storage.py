@@ -1,8 +1,8 @@
-"""Folders of checkpoints on local disks and in Google Cloud Storage, and the few operations in which these differ.
+"""Checkpoint folders on local disks and in Google Cloud Storage, and the operations in which these differ.
 
-A bucket has no folders, no rename and no append. An object appears whole or not at all, and the store keeps a checksum of each.
-So a checkpoint there is written in place, the mark beside it says that it is unfinished, and its manifest, written last, says
-that it is complete.
+A bucket has no folders, no rename and no append. An object appears completely or not at all, and the store keeps a checksum of
+each. So in a bucket a checkpoint is written in place: a marker object says that it is unfinished, and its manifest, written
+last, says that it is complete.
 """
 
 import importlib.util
@@ -22,36 +22,34 @@ AnyPath = pathlib.Path | epath.Path
 
 
 def folder_path(path: str | os.PathLike[str]) -> AnyPath:
-    """Return the folder that a path names: absolute on this machine, or ``gs://bucket/...``.
+    """Return the folder of a path: an absolute path on this machine, or ``gs://bucket/...``.
 
     Raises:
-        ImportError: A bucket is named, and the package that reaches it is missing.
-        ValueError: The path is a URL of another kind: Orbax writes arrays to local folders and Google Cloud Storage alone.
-        OSError: The bucket cannot be read, as without credentials.
+        ImportError: The path names a bucket, and the package to access it is missing.
+        ValueError: The path is a different kind of URL: Orbax writes arrays only to local folders and Google Cloud Storage.
+        OSError: The bucket cannot be read, for instance because credentials are missing.
     """
     text = os.fspath(path)
     if not is_url(text):
         return local_path(path)
     if not re.match(r"gs:/", text):
         raise ValueError(
-            f"{text!r}: checkpoints are written to local folders and to gs:// only, as Orbax writes its arrays; give a local folder, "
-            "and RunMirror copies what is finished to any store that fsspec knows, or mount the bucket"
+            f"checkpoints must be in a local folder or gs://, where Orbax can write arrays, got {text!r}. Use a local folder "
+            "and RunMirror, which copies finished checkpoints to any store that fsspec supports, or mount the bucket."
         )
     if re.search(r"[*?\[]", text):
         raise ValueError(
-            f"{text!r} holds *, ? or [, which clients of buckets take for patterns; choose another name"
+            f"the path of a bucket must not contain *, ? or [, which clients treat as patterns, got {text!r}"
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise ImportError(f"{text!r} needs gcsfs: pip install 'effscale[gcs]'")
+        raise ImportError(f"{text!r} needs gcsfs: install it with pip install 'effscale[gcs]'")
     folder = epath.Path(re.sub(r"^gs:/+", "gs://", text))
     try:
         _store(folder).find(str(folder), maxdepth=1)
-    except (
-        Exception
-    ) as error:  # whatever the client raises: of credentials, of rights, of the network
+    except Exception as error:  # any error of the client: credentials, permissions, network
         raise OSError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); see that the bucket exists, and log in (gcloud auth application-default login), or give the "
-            "machine's service account the role Storage Object Admin on the bucket"
+            f"{folder}: cannot be read ({type(error).__name__}: {error}). Check that the bucket exists, and log in (gcloud auth application-default login) or give the "
+            "machine's service account the role Storage Object Admin on the bucket."
         ) from error
     return folder
 
@@ -62,16 +60,16 @@ def is_local(path: AnyPath) -> bool:
 
 
 def make_folder(path: AnyPath) -> None:
-    """Make a local folder with its parents; a bucket needs none."""
+    """Create a local folder with its parents; buckets need no folders."""
     if is_local(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: AnyPath) -> None:
-    """Remove a folder with all that is in it, or a file.
+    """Remove a file, or a folder with its content.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The path does not exist.
     """
     if not is_local(path):
         _store(path).rm(str(path), recursive=True)
@@ -82,7 +80,7 @@ def remove(path: AnyPath) -> None:
 
 
 def move(source: AnyPath, target: AnyPath) -> None:
-    """Move a folder. In a bucket its objects are copied by the store, one by one, and then removed."""
+    """Move a folder. In a bucket, the store copies its objects one by one, and then they are removed."""
     if is_local(source):
         make_folder(target.parent)
         source.rename(target)
@@ -93,7 +91,7 @@ def move(source: AnyPath, target: AnyPath) -> None:
 
 
 def stored_checksums(folder: AnyPath) -> dict[str, tuple[int, str]]:
-    """Size and CRC-32C of each object below a folder of a bucket, by name; the store computed them when it took the object."""
+    """Return size and CRC-32C, by name, of each object in a folder of a bucket; the store computed them on upload."""
     found = _store(folder).find(str(folder), detail=True)
     root = str(folder).removeprefix("gs://").rstrip("/") + "/"
     return {
@@ -103,9 +101,9 @@ def stored_checksums(folder: AnyPath) -> dict[str, tuple[int, str]]:
 
 
 def _store(path: AnyPath) -> Any:
-    """Return the file system of a bucket by fsspec, the one that etils and Orbax use, without its cache of listings.
+    """Return the fsspec file system of a bucket, the one that etils and Orbax use, without its cache of listings.
 
-    The arrays do not pass through it, but through TensorStore, so what it remembers of a folder would be out of date.
+    Orbax writes the arrays through TensorStore instead, so the cached listing of a folder would be out of date.
     """
     store = epath_backend.fsspec_backend.fs(str(path))
     store.dircache.use_listings_cache = False

@@ -1,4 +1,4 @@
-"""Cross entropy over the vocabulary for any head weight, never holding all logits at once."""
+"""Cross entropy over the vocabulary for any head weight, without materializing all logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from effscale.models import Weight, matmul, transpose
 from kernels_pallas import cross_entropy
 from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens, token_losses
 
-# Tokens whose logits exist at a time.
+# The number of tokens whose logits exist at the same time.
 CHUNK = 512
 
 
@@ -25,19 +25,19 @@ def vocabulary_cross_entropy(
     z_loss: float,
     token_axes: Sequence[str],
 ) -> Float[Array, ""]:
-    """`kernels_pallas.cross_entropy`, extended to structured weights, whose own ``matmul`` computes the logits.
+    """Return the cross entropy over the vocabulary: `kernels_pallas.cross_entropy`, extended to structured weights.
 
-    A structured weight (packed, or a LoRA pair) is never made dense. Its logits are computed in the type of ``hidden``, summed in
-    float32, and computed again in the backward pass.
+    A structured weight (packed, or a LoRA pair) is never made dense: its ``matmul`` method computes the logits, in the type of
+    ``hidden``. They are summed in float32, and computed again in the backward pass.
 
     Args:
-        hidden: What the head's weight is applied to.
+        hidden: The input of the head.
         weight: Any weight of shape ``(vocab, width)``.
-        labels: In ``[0, vocab)``; another one does not count if its weight is 0.
-        weights: Of each token.
-        bias: Of the logits, or None.
-        z_loss: Coefficient of the squared log normalizer.
-        token_axes: Mesh axes that shard the tokens. Only plain arrays use them; for structured weights the compiler decides.
+        labels: Labels in ``[0, vocab)``; any other label is ignored if its weight is 0.
+        weights: The weight of each token.
+        bias: The bias of the logits, or None.
+        z_loss: The coefficient of the squared log normalizer.
+        token_axes: The mesh axes that shard the tokens. Only plain arrays use them; for structured weights the compiler decides.
     """
     if not isinstance(weight, Weight):
         return cross_entropy(
