@@ -152,7 +152,7 @@ def test_a_model_that_is_good_enough_from_the_start_sees_everything():
         ({"window": 0}, "window=0"),
         ({"seed": -1}, "seed=-1"),
         ({"process_index": 1}, "process_index=1"),
-        ({"process_count": 4}, "batch_size=6: it must be a multiple of process_count=4"),
+        ({"process_count": 4}, "batch_size must be a multiple of process_count=4, got 6"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -322,13 +322,13 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
     with pytest.raises(SystemExit) as stop:
         main([*small, "--batch-size", "8", "--out", str(folder)])  # eight devices are here
     assert stop.value.code == 2
-    assert "already holds a run; choose another folder, or resume" in capsys.readouterr().err
+    assert "already contains a run. Choose another folder, or resume" in capsys.readouterr().err
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(copy), "--resume", "--batch-size", "8"])
     assert stop.value.code == 2
-    assert "is of another config (batch_size: 4 there, 8 here)" in capsys.readouterr().err
+    assert "saved with a different config (batch_size: 4 in the checkpoint, 8 in this run)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

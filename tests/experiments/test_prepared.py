@@ -68,10 +68,10 @@ def test_a_run_does_not_go_on_with_another_corpus(begun, name, capsys):
         experiment.main(words)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert f"error: {out} holds a run that learns from other data" in message
+    assert f"error: {out}: the run was trained on different data" in message
     assert "tokenizer.digest: " in message
     assert "now.jsonl#text.train.documents: " in message or "validation.documents: " in message
-    assert "restore the files that it was started with, or start a new run" in message
+    assert "Restore the files that it was started with, or start a new run" in message
     assert content(out) == before
 
 
@@ -84,5 +84,5 @@ def test_two_processes_do_not_resume_one_run(begun, capsys):
         experiment.main(words)
     other.release()
     assert stop.value.code == 2
-    assert f"is writing {out}; wait for it to end" in capsys.readouterr().err
+    assert f"is writing {out}. Wait for it to end" in capsys.readouterr().err
     assert content(out) == before

@@ -174,7 +174,7 @@ def test_a_config_stands_in_for_the_arguments(folder):
         ({"num_experts": [10**9]}, "1000000000 experts in each of 2 layers"),
         ({"num_experts": [3, 3, 3]}, "one number, or one for each of 2 layers"),
         ({"num_experts": [3, 5]}, r"missing: .*layers\.3.*deepspeed_experts\.3"),
-        ({"topk": 4}, "k=4: must be at most num_experts"),
+        ({"topk": 4}, "k must be at most num_experts.*got 4"),
         ({"mlp_type": "other"}, "mlp_type='other': must be standard or residual"),
         ({"checkpoint_version": 0.5}, "checkpoint_version=0.5: must be 0, 1, or 2"),
     ],

@@ -233,7 +233,7 @@ def test_no_optimizer_moves_a_packed_weight():
     assert mask["bias"]
     assert mask["other"].a
     assert not any(jax.tree.leaves((mask["kernel"], mask["other"].base)))
-    with pytest.raises(ValueError, match="leaves nothing to train"):
+    with pytest.raises(ValueError, match="must match at least one trainable leaf"):
         trainable_mask({"kernel": weight})
 
 

@@ -46,7 +46,7 @@ def test_a_run_that_goes_on_from_an_earlier_step_ends_with_the_same_model(tmp_pa
 
 
 def test_a_folder_without_a_model_and_one_of_another(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no model"):
+    with pytest.raises(FileNotFoundError, match="no model has been kept"):
         KeepBest(tmp_path).restore(model(0))
     offer(KeepBest(tmp_path), {1: 0.5})
     with pytest.raises(CheckpointError):

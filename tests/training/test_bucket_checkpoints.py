@@ -129,17 +129,17 @@ def test_one_that_was_not_finished_does_not_count(toy, bucket, monkeypatch):
 
 def test_a_step_of_another_run_is_never_overwritten(toy, bucket):
     save_steps(toy, bucket, 1, 2)
-    with pytest.raises(CheckpointError, match="already holds the checkpoint of step 2"):
+    with pytest.raises(CheckpointError, match="already contains the checkpoint of step 2"):
         Checkpoints(bucket).save(2, fresh(toy), force=True)
 
 
 def test_a_bucket_that_cannot_be_read_says_what_to_do(server):
-    with pytest.raises(OSError, match=r"gs://nowhere/run cannot be read .*gcloud auth .*Admin"):
+    with pytest.raises(OSError, match=r"gs://nowhere/run: cannot be read .*gcloud auth .*Admin"):
         Checkpoints("gs://nowhere/run")
 
 
 def test_a_name_that_is_a_pattern_is_refused():
-    with pytest.raises(ValueError, match=r"'gs://bucket/run\*' holds \*"):
+    with pytest.raises(ValueError, match=r"must not contain \*.*got 'gs://bucket/run\*'"):
         Checkpoints("gs://bucket/run*")
 
 

@@ -14,11 +14,11 @@ from effscale.training import Clip, make_train_step
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": 0.0}, r"norm=0\.0.*positive, finite"),
+        ({"norm": 0.0}, r"norm must be a positive, finite number, got .*norm=0\.0"),
         ({"norm": float("inf")}, "norm=inf"),
         ({"norm": jnp.float32("nan")}, "norm=Array"),
         ({"norm": "abc"}, "norm='abc'"),
-        ({"norm": 1.0, "by": "globally"}, "by='globally' is unknown; one of synchronised, local"),
+        ({"norm": 1.0, "by": "globally"}, "by must be one of synchronised, local, got 'globally'"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message, monkeypatch):
@@ -37,9 +37,9 @@ def test_a_number_is_answered_with_the_object(monkeypatch):
         lambda: onebit_lamb(1.0, clip=1.0),
         lambda: zero_one_adam(1.0, clip=1.0),
     ):
-        with pytest.raises(ValueError, match=r"clip=1\.0: give the object, clip=Clip\(1\.0\)"):
+        with pytest.raises(ValueError, match=r"clip must be a Clip or None, got 1\.0\. Use clip=Clip\(1\.0\)"):
             make()
-    with pytest.raises(ValueError, match=r"give the object, workers=Workers\('data'\)"):
+    with pytest.raises(ValueError, match=r"Use workers=Workers\('data'\)"):
         onebit_lamb(1.0, workers="data")
 
 

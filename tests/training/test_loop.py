@@ -115,7 +115,7 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
     checkpoints = Checkpoints(tmp_path, every=2)
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(
-        TrainingDivergedError, match=r"step 8: the last 3 updates.*step 4 in .*step=4.*What to try"
+        TrainingDivergedError, match=r"step 8: the last 3 updates.*step 4 in .*step=4.*Try a lower peak"
     ) as caught:
         fit(
             fresh(toy),
@@ -174,7 +174,7 @@ def test_checkpoints_from_before_the_skips_stay_and_can_be_gone_back_to(toy, tmp
 
 def test_without_checkpoints_divergence_says_so(toy):
     batches = itertools.repeat(empty_batch(toy))
-    with pytest.raises(TrainingDivergedError, match="there is no checkpoint from before"):
+    with pytest.raises(TrainingDivergedError, match="no checkpoint from before them exists"):
         fit(fresh(toy), step_of(toy), batches, num_steps=10, max_skipped_in_row=2)
 
 
@@ -267,7 +267,7 @@ def test_a_failed_background_save_stops_the_run(toy, tmp_path, monkeypatch):
         importlib.import_module("effscale.training.checkpoint"), "write_manifest", refuse
     )
     with pytest.raises(
-        CheckpointError, match=r"step 2 could not be written.*disk full.*there is no earlier one"
+        CheckpointError, match=r"step 2 could not be written.*disk full.*no earlier one exists"
     ):
         fit(
             fresh(toy),
@@ -321,23 +321,23 @@ def test_a_start_afresh_wants_a_folder_without_checkpoints(toy, tmp_path):
     create = lambda: fresh(toy)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, create(), force=True)
-    with pytest.raises(CheckpointError, match=r"resume=False .*choose another folder, or resume"):
+    with pytest.raises(CheckpointError, match=r"resume=False .*Choose another folder, or resume"):
         resume_or_start(Checkpoints(tmp_path), create, resume=False)
-    with pytest.raises(ValueError, match=r"step=5 .*resume=False"):
+    with pytest.raises(ValueError, match=r"step must be None with resume=False, got 5"):
         resume_or_start(Checkpoints(tmp_path), create, resume=False, step=5)
     # A loop that does not ask is told at its start, and not at its first save.
-    with pytest.raises(CheckpointError, match=r"holds the checkpoint of step 5, .* so step 1 "):
+    with pytest.raises(CheckpointError, match=r"contains the checkpoint of step 5, .* so step 1 "):
         fit(create(), step_of(toy), toy.batches(), num_steps=9, checkpoints=Checkpoints(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.parametrize("name", ["log_every", "eval_every", "max_skipped_in_row"])
 def test_bad_options(toy, name):
-    with pytest.raises(ValueError, match=f"{name}=0"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         fit(fresh(toy), step_of(toy), toy.batches(), num_steps=1, **{name: 0})
 
 
 def test_a_state_beyond_the_end(toy):
     done = fit(fresh(toy), step_of(toy), toy.batches(), num_steps=2).state
-    with pytest.raises(ValueError, match=r"num_steps=1.*already made 2"):
+    with pytest.raises(ValueError, match=r"num_steps must be at least 2, .*already made, got 1"):
         fit(done, step_of(toy), toy.batches(), num_steps=1)

@@ -197,7 +197,7 @@ def test_a_dict_is_a_state_of_a_loop_of_ones_own(tmp_path):
     assert (start, state["net"]["w"].tolist(), int(state["count"])) == (1, [2.0] * 3, 4)
     assert state["none"] is None
     other = {"net": {"w": jnp.ones(3)}, "count": {"of": jnp.int32(4)}}
-    with pytest.raises(CheckpointError, match=r"another model.*holds no 'count'"):
+    with pytest.raises(CheckpointError, match=r"a different model.*has no 'count'"):
         Checkpoints(tmp_path).restore(other)
 
 
@@ -218,7 +218,7 @@ def test_items_are_the_fields_by_name():
     [
         ({"run": {"w": jnp.ones(2)}}, "name 'run'"),
         ({"a/b": {"w": jnp.ones(2)}}, "name 'a/b'"),
-        ({"arrays": {"w": jnp.ones(2)}, "step": jnp.int32(0)}, "under one name .arrays, arrays"),
+        ({"arrays": {"w": jnp.ones(2)}, "step": jnp.int32(0)}, "under the same name .arrays, arrays"),
     ],
 )
 def test_names_that_a_checkpoint_cannot_have(tmp_path, state, message):

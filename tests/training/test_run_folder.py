@@ -64,7 +64,7 @@ def test_bad_requests(tmp_path):
         RunFolder.create()
     with pytest.raises(ValueError, match="resume=True needs the path"):
         RunFolder.create(name="x", root=tmp_path, resume=True)
-    with pytest.raises(FileNotFoundError, match="run without resume"):
+    with pytest.raises(FileNotFoundError, match="Run without resume"):
         RunFolder.create(tmp_path / "absent", resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
@@ -115,14 +115,14 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
     folder.close()
     other.acquire()
     before = folder.config_file.read_bytes()
-    with pytest.raises(LockedError, match=r"another process \(pid .*is writing .*/run; wait"):
+    with pytest.raises(LockedError, match=r"another process \(pid .*is writing .*/run\. Wait"):
         RunFolder.create(tmp_path / "run", data={"text": {}}, resume=True)
     other.release()
     assert folder.config_file.read_bytes() == before
     (tmp_path / "new").mkdir()
     other = ProcessLock(tmp_path / "new" / ".lock", "working")
     other.acquire()
-    with pytest.raises(LockedError, match=r"is writing .*/new; wait"):
+    with pytest.raises(LockedError, match=r"is writing .*/new\. Wait"):
         RunFolder.create(tmp_path / "new", config={"seed": 1})
     other.release()
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == [".lock"]
@@ -137,7 +137,7 @@ def test_a_folder_without_its_config_is_not_resumed(tmp_path):
     ):
         RunFolder.create(tmp_path, resume=True)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
         RunFolder.create(tmp_path, data={}, resume=True).config()
 
 
@@ -147,17 +147,17 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path, caplog):
     RunFolder.create(tmp_path / "run", config={"seed": 0}, data=data).close()
     before = (tmp_path / "run" / "config.json").read_bytes()
     changed = {**data, "text": {"train": {"documents": 4, "digest": "c"}}}
-    message = r"text\.train\.digest: 'b' there, 'c' here; text\.train\.documents: 3 there, 4 here\); restore"
+    message = r"text\.train\.digest: 'b' in the folder, 'c' now; text\.train\.documents: 3 in the folder, 4 now\)\. Restore"
     with pytest.raises(ValueError, match=message):
         resume(data=changed)
     resume(data=data).close()
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     resume(data={"task": {"digest": "d"}}).close()  # another part of the run
-    with pytest.raises(ValueError, match=r"task\.digest: 'd' there"):
+    with pytest.raises(ValueError, match=r"task\.digest: 'd' in the folder"):
         resume(data={"task": {"digest": "e"}})
     with pytest.raises(ValueError, match=r"text\.train"):
         resume(data=changed)
     # A run from before digests were kept.
     RunFolder.create(tmp_path / "old", config={}).close()
     RunFolder.create(tmp_path / "old", data=data, resume=True).close()
-    assert "keeps no digests of its data" in caplog.text
+    assert "has no digests of its data" in caplog.text

@@ -181,7 +181,7 @@ def test_losses_of_other_names_are_refused():
     with pytest.raises(ValueError, match=r"reports 'balance_loss': only 'aux_loss' is added"):
         add_reports(Loss(jnp.float32(1), jnp.float32(1)), reports)
     reports = (({"accuracy": jnp.ones(2)},),)
-    with pytest.raises(ValueError, match=r"\['accuracy'\], which the loss has"):
+    with pytest.raises(ValueError, match=r"\['accuracy'\], which are already metrics of the loss"):
         add_reports(Loss(jnp.float32(1), jnp.float32(1), {"accuracy": jnp.float32(1)}), reports)
 
 

@@ -1,6 +1,8 @@
-"""Curriculum learning: which samples are drawn when, how long rows are, and whether a run is stable.
+"""Curriculum learning: the order of samples, the sequence length, and measures of training stability.
 
-The parts are those of "DeepSpeed Data Efficiency" (arXiv 2212.03597) and of sequence-length warmup (arXiv 2108.06084).
+References:
+    Li et al., "DeepSpeed Data Efficiency" (2022). https://arxiv.org/abs/2212.03597
+    Li et al., "The Stability-Efficiency Dilemma" (2021), sequence-length warmup. https://arxiv.org/abs/2108.06084
 """
 
 import importlib
@@ -85,7 +87,7 @@ __all__ = [
     "with_metrics",
 ]
 
-# Loaded when first asked for: processes that only map shards need neither JAX nor grain.
+# Imported on first use, as processes that only map shards need neither JAX nor grain.
 _MODULES = {
     "AnalysisProgress": "analysis.analyze",
     "accumulate": "analysis.analyze",

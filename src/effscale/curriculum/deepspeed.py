@@ -1,7 +1,7 @@
-"""Curricula as DeepSpeed's JSON configuration describes them.
+"""Curricula from DeepSpeed's JSON configuration.
 
-Both blocks are read: ``data_efficiency``, and the older ``curriculum_learning`` at the top level. What is unknown,
-missing or contradictory is an error, where DeepSpeed passes over it.
+Both forms are read: ``data_efficiency``, and the older ``curriculum_learning`` at the top level. Unknown, missing
+or contradictory settings raise an error, where DeepSpeed ignores them.
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ PACING = ("min_difficulty", "max_difficulty", "schedule_type", "schedule_config"
 METRIC = ("difficulty_type", "clustering_type", *PACING)
 PATHS = ("index_to_sample_path", "index_to_metric_path")
 LENGTHS: Mapping[str, Mode] = {"seqlen_truncate": "truncate", "seqlen_reshape": "reshape"}
-"""Metrics that DeepSpeed's examples know by name, and shape batches by."""
+"""Metrics whose names DeepSpeed's examples interpret as ways to shape batches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSpeedCurriculum:
-    """What a configuration asks for.
+    """The curricula of a configuration.
 
     Attributes:
-        difficulties: For ``curriculum_rows``; empty if the order of samples is not touched.
-        sequence_length: For the training step, or None. DeepSpeed's BERT example rounds its lengths up to multiples of 8:
-            ``dataclasses.replace(sequence_length, multiple_of=8)``.
-        seed: For ``curriculum_rows``.
-        num_epochs: The run has ``num_epochs * len(rows) // batch_size`` steps in all.
+        difficulties: The argument of ``curriculum_rows``; empty if the order of samples does not change.
+        sequence_length: The curriculum for the training step, or None. DeepSpeed's BERT example rounds its lengths up to multiples
+            of 8: ``dataclasses.replace(sequence_length, multiple_of=8)``.
+        seed: The seed for ``curriculum_rows``.
+        num_epochs: The number of epochs; the run has ``num_epochs * len(rows) // batch_size`` steps in total.
     """
 
     difficulties: Mapping[str, Difficulty] = dataclasses.field(default_factory=dict)
@@ -64,23 +64,24 @@ def curriculum_from_deepspeed(
 ) -> DeepSpeedCurriculum:
     """Read the curricula of a DeepSpeed configuration.
 
-    A curriculum is on if its own ``enabled`` says so, as in DeepSpeed. The switches above it, which DeepSpeed does not
-    consult, may be left out; one that says otherwise is an error. Metrics called ``seqlen_truncate`` and
-    ``seqlen_reshape`` become the sequence-length curriculum, and must have ``clustering_type="single_cluster"``: ordering
-    samples as well takes a second metric, of another name. Of the others, those with
-    ``clustering_type="single_cluster"`` leave the order of samples alone, whatever their name.
+    As in DeepSpeed, a curriculum is active if its own ``enabled`` is true. DeepSpeed ignores the switches above it. They can be
+    left out; one that contradicts it raises an error.
 
-    ``data_cluster_path`` and ``num_workers`` have no counterpart: nothing is written, and reading ahead is safe.
-    ``data_routing`` is for :func:`effscale.ltd.random_ltd_from_deepspeed`.
+    Metrics named ``seqlen_truncate`` and ``seqlen_reshape`` become the sequence-length curriculum, and must have
+    ``clustering_type="single_cluster"``. To order samples as well, add a second metric with a different name. Other metrics with
+    ``clustering_type="single_cluster"`` do not change the order of samples.
+
+    ``data_cluster_path`` and ``num_workers`` have no equivalent: nothing is written, and reading ahead is safe.
+    ``data_routing`` is read by ``effscale.ltd.random_ltd_from_deepspeed``.
 
     Args:
         config: The whole configuration, from ``json.load``.
-        rankings: Samples by difficulty for metrics that need them, by name; for the others, the files under
+        rankings: The rankings of metrics by name. For metrics that need one and are not listed, the files at
             ``index_to_sample_path`` and ``index_to_metric_path`` are read.
-        functions: The schedules of metrics with ``schedule_type="custom"``, by name; ``seqlen`` is the older block's.
+        functions: The schedules of metrics with ``schedule_type="custom"``, by name; ``seqlen`` is that of the older form.
 
     Raises:
-        ValueError: A key is unknown or missing, a value is out of range, or the configuration has no such block.
+        ValueError: A key is unknown or missing, a value is out of range, or the configuration has neither block.
         FileNotFoundError: An index is missing.
         CorruptIndexedDataError: An index is damaged.
 
@@ -105,7 +106,7 @@ def curriculum_from_deepspeed(
     if older is not None and switch(older, "curriculum_learning"):
         if found.sequence_length is not None:
             raise ValueError(
-                "curriculum_learning and data_efficiency both ask for a sequence-length curriculum; keep one"
+                "curriculum_learning and data_efficiency both define a sequence-length curriculum. Keep one of them."
             )
         found = dataclasses.replace(found, sequence_length=_older(older, functions.get("seqlen")))
     return found
@@ -114,19 +115,20 @@ def curriculum_from_deepspeed(
 def pacing_from_deepspeed(
     config: Block, *, function: Callable[[int], int] | None = None, name: str = "metric"
 ) -> Pacing:
-    """Return the pacing function of a metric's block, or of the older ``curriculum_learning``.
+    """Return the pacing function of a metric, or of the older ``curriculum_learning``.
 
-    It counts steps from 1. Values are DeepSpeed's but in two places: where those, rounded down to a multiple of
-    ``difficulty_step``, fall below ``min_difficulty``, ours do not; and from ``total_curriculum_step`` on ours are
-    ``max_difficulty``, which DeepSpeed reaches later where it is no multiple of ``difficulty_step``. With
-    ``fixed_discrete`` the first and last ``difficulty`` must be ``min_difficulty`` and ``max_difficulty``, and with
-    ``custom`` a ``total_curriculum_step`` says when the function has got there. The function is never asked for a step
-    below 1.
+    It counts steps from 1. Values equal DeepSpeed's, with two exceptions. They never fall below ``min_difficulty``, as DeepSpeed's
+    can when they are rounded down to a multiple of ``difficulty_step``. And they are ``max_difficulty`` from
+    ``total_curriculum_step`` on, which DeepSpeed reaches later if it is not a multiple of ``difficulty_step``.
+
+    With ``fixed_discrete`` the first and last ``difficulty`` must be ``min_difficulty`` and ``max_difficulty``. With
+    ``custom``, ``total_curriculum_step`` is the step at which the function reaches the maximum. The function is never called with
+    a step below 1.
 
     Args:
-        config: The block; only the keys of its schedule are looked at.
-        function: The schedule of ``custom``, from the step to a difficulty.
-        name: What errors call the block.
+        config: The block of the metric; only the keys of its schedule are read.
+        function: The schedule for ``custom``, from the step to a difficulty.
+        name: The name of the block in errors.
 
     Raises:
         ValueError: A key is unknown or missing, or a value is out of range.
@@ -141,7 +143,9 @@ def pacing_from_deepspeed(
     check_keys(config, name, required=PACING, optional=config)
     kind, where = config["schedule_type"], f"{name}.schedule_config"
     if kind not in SCHEDULES:
-        raise ValueError(f"{name}.schedule_type={kind!r}: {did_you_mean(str(kind), SCHEDULES)}")
+        raise ValueError(
+            f"{name}.schedule_type must be one of {', '.join(SCHEDULES)}, got {kind!r}: {did_you_mean(str(kind), SCHEDULES)}"
+        )
     schedule = config["schedule_config"]
     check_keys(schedule, where, required=SCHEDULES[kind])
     low, high = (
@@ -153,14 +157,14 @@ def pacing_from_deepspeed(
         )
         if not difficulty or (difficulty[0], difficulty[-1]) != (low, high):
             raise ValueError(
-                f"{where}.difficulty={list(difficulty)}: must go from min_difficulty={low} to max_difficulty={high}"
+                f"{where}.difficulty must go from min_difficulty={low} to max_difficulty={high}, got {list(difficulty)}"
             )
         return DiscretePacing(difficulty=difficulty, max_step=max_step)
     total = whole_number(schedule["total_curriculum_step"], f"{where}.total_curriculum_step")
     if kind == "custom":
         if function is None:
             raise ValueError(
-                f"{name}.schedule_type='custom': needs a function from steps to difficulties"
+                f"{name}.schedule_type='custom' needs a function from steps to difficulties"
             )
         return CustomPacing(
             function=functools.update_wrapper(functools.partial(_from_one, function), function),
@@ -183,7 +187,7 @@ def pacing_from_deepspeed(
 
 
 def _from_one(function: Callable[[int], int], step: int) -> int:
-    """Return a function that counts steps from 1, as DeepSpeed's do, for a pacing that begins at 0."""
+    """Call a function that counts steps from 1, like DeepSpeed's, for a pacing that starts at 0."""
     return function(max(step, 1))
 
 
@@ -202,7 +206,7 @@ def _data_efficiency(
     for where, above in ((outer, block), (middle, sampling)):
         if not above.get("enabled", True):
             raise ValueError(
-                f"{where}.enabled is false and {inner}.enabled is true, by which DeepSpeed goes; let both say the same"
+                f"{where}.enabled is false, but {inner}.enabled, which DeepSpeed uses, is true. Set both to the same value."
             )
     check_keys(
         learning, inner, required=("enabled", "curriculum_metrics"), optional=("data_cluster_path",)
@@ -231,14 +235,14 @@ def _metrics(
         if name in LENGTHS:
             if metric["clustering_type"] != "single_cluster":
                 raise ValueError(
-                    f"{place}.clustering_type={metric['clustering_type']!r}: must be 'single_cluster', as {name} shapes "
-                    "batches and orders nothing; give what orders the samples as a metric of another name"
+                    f"{place}.clustering_type must be 'single_cluster', as {name} shapes batches and does not order samples, "
+                    f"got {metric['clustering_type']!r}. To order samples, add a metric with a different name."
                 )
             lengths[name] = SequenceLengthCurriculum(pacing=pacing, mode=LENGTHS[name])
         else:
             difficulties[name] = _difficulty(metric, pacing, rankings.get(name), place)
     if len(lengths) > 1:
-        raise ValueError(f"{where}: {' and '.join(lengths)} exclude each other; keep one")
+        raise ValueError(f"{where}: {' and '.join(lengths)} exclude each other. Keep one of them.")
     return difficulties, next(iter(lengths.values()), None)
 
 
@@ -262,7 +266,7 @@ def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengt
     check_keys(block, where, required=("enabled", "curriculum_type", *PACING))
     if block["curriculum_type"] != "seqlen":
         raise ValueError(
-            f"{where}.curriculum_type must be 'seqlen', the only one there was, got {block['curriculum_type']!r}"
+            f"{where}.curriculum_type must be 'seqlen', the only type, got {block['curriculum_type']!r}"
         )
     return SequenceLengthCurriculum(
         pacing=pacing_from_deepspeed(block, function=function, name=where)

@@ -1,4 +1,4 @@
-"""What tells one corpus, or one metric, from another."""
+"""Digests that identify corpora and metrics."""
 
 import hashlib
 import inspect
@@ -16,15 +16,15 @@ SAMPLED_ROWS = 64
 def fingerprint(source: Any) -> str:
     """Return a digest of a source of rows, to check that an index belongs to it.
 
-    For `PackedTokens` it is made of the token store's digest and the options of packing. For any other
-    source, of its length and of the contents of 64 rows spread evenly over it: a change of a single
-    row between them is not noticed.
+    For `PackedTokens` it is computed from the token store's digest and the packing options. For any other
+    source, it is computed from its length and the content of 64 rows spread evenly over it: a change of a single
+    row between them is not detected.
 
     Args:
-        source: Has ``len()`` and gives rows, dicts of arrays, by position.
+        source: A source with ``len()`` that returns rows, dicts of arrays, by position.
 
     Raises:
-        ValueError: A row is no dict, or holds objects.
+        ValueError: A row is not a dict, or contains objects.
     """
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, PackedTokens):
@@ -41,7 +41,7 @@ def fingerprint(source: Any) -> str:
     digest.update(str(count).encode())
     sampled = min(count, SAMPLED_ROWS)
     for number in range(sampled):
-        # From the first to the last row, in whole numbers: floats are not exact above 2^53.
+        # From the first to the last row, in integer arithmetic, as floats are not exact above 2^53.
         index = number * (count - 1) // max(sampled - 1, 1)
         _add_row(digest, source[index], index)
     return f"rows-{digest.hexdigest()}"
@@ -49,26 +49,26 @@ def fingerprint(source: Any) -> str:
 
 def _add_row(digest: Any, row: Any, index: int) -> None:
     if not isinstance(row, dict):
-        raise ValueError(f"row {index} is {type(row).__name__}: it must be a dict of arrays.")
+        raise ValueError(f"row {index} must be a dict of arrays, got {type(row).__name__}")
     for key in sorted(row):
         array = np.asarray(row[key])
         if array.dtype.hasobject:
-            raise ValueError(f"field {key!r} of row {index} holds objects: it must be an array.")
+            raise ValueError(f"field {key!r} of row {index} must be a numeric array, got objects")
         digest.update(f"{key}{array.dtype.str}{array.shape}".encode() + array.tobytes())
 
 
 def metric_digest(metric: Any) -> str | None:
-    """Return a digest of a metric and its parameters, or None where it cannot be told from others.
+    """Return a digest of a metric and its parameters, or None if it cannot be identified.
 
-    A metric may have an attribute ``digest``, a string. Otherwise it is what pickle writes of it,
-    and for a function its source too, so that work done with an earlier version is not taken for that
-    of a later one. What the function calls is not looked at. A lambda or a closure has no digest.
+    A metric may have an attribute ``digest``, a string. Otherwise the digest is computed from its pickle,
+    and for a function also from its source, so that results of an earlier version are not mistaken for those
+    of a later one. Functions that it calls are not considered. A lambda or a closure has no digest.
     """
     if isinstance(getattr(metric, "digest", None), str):
         return f"{type(metric).__qualname__}-{metric.digest}"
     try:
         content = pickle.dumps(metric, protocol=4)
-    except Exception:  # each type has its own way to refuse
+    except Exception:  # each type raises a different error
         return None
     try:
         code = inspect.getsource(metric if inspect.isroutine(metric) else type(metric))

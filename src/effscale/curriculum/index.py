@@ -1,14 +1,14 @@
 """A difficulty index: the samples of a corpus in order of difficulty, in a folder that is written once.
 
-For each metric the folder holds ``<metric>.parquet``, with a row for each sample and two columns:
+For each metric the folder contains ``<metric>.parquet``, with a row for each sample and two columns:
 
 - ``value``: the difficulty; int64, or double.
 - ``sample``: the position of the sample in the source; int64.
 
-sorted by (value, sample). Any tool that reads Parquet reads it. ``<metric>.values.npy`` and ``<metric>.samples.npy`` are
-the same columns as NumPy arrays, which training maps into memory. ``index.json`` says how many samples there are, which
-source they are of (see `fingerprint`), of each metric its smallest and largest value and every fifth percentile, and the
-sizes and digests of the files.
+sorted by (value, sample). Any tool that reads Parquet can read it. ``<metric>.values.npy`` and ``<metric>.samples.npy`` are
+the same columns as NumPy arrays, which training memory-maps. ``index.json`` contains the number of samples, the
+fingerprint of their source (see `fingerprint`), for each metric its smallest and largest value and every fifth percentile, and
+the sizes and digests of the files.
 """
 
 import functools
@@ -36,23 +36,23 @@ class CorruptIndexError(RuntimeError):
     """A difficulty index is damaged: truncated, altered or incomplete.
 
     Attributes:
-        file: The file at fault.
+        file: The damaged file.
     """
 
     def __init__(self, file: pathlib.Path, expected: str, found: str):
         super().__init__(
-            f"corrupt difficulty index: {str(file)!r}: expected {expected}, found {found}. "
+            f"{file}: corrupt difficulty index, expected {expected}, found {found}.  "
             "Delete the folder and analyze the corpus again."
         )
         self.file = file
 
 
 class DifficultyIndex:
-    """Read access to a difficulty index; `open` and `analyze` give one.
+    """Read access to a difficulty index. Create it with `open` or `analyze`.
 
     Attributes:
-        folder: Where it is.
-        manifest: The contents of ``index.json``.
+        folder: The folder of the index.
+        manifest: The content of ``index.json``.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any], verify: Verify = "once"):
@@ -63,22 +63,22 @@ class DifficultyIndex:
         """Open an index after checking it.
 
         Args:
-            folder: The index's folder.
-            verify: ``"once"`` compares the files' sizes with ``index.json`` now, and the digests of a metric's files when
-                it is used, unless this machine has done that since they last changed. ``"size"`` never compares
-                digests, ``"full"`` those of all files now.
+            folder: The folder of the index.
+            verify: ``"once"`` compares the files' sizes with ``index.json`` immediately. It compares the digests of a metric's
+                files when the metric is used, unless this machine has already done so since they last changed. ``"size"``
+                never compares digests; ``"full"`` compares those of all files immediately.
 
         Raises:
-            FileNotFoundError: There is no such folder.
+            FileNotFoundError: The folder does not exist.
             CorruptIndexError: A file is missing, truncated or altered.
         """
         check_verify(verify)
         path = pathlib.Path(folder).absolute()
         if not path.is_dir():
-            hint = "build one with analyze"
+            hint = "Build one with analyze"
             if shards_folder(path).is_dir():
-                hint = "an analysis was begun; run analyze again to finish it"
-            raise FileNotFoundError(f"no difficulty index at {str(path)!r}: {hint}.")
+                hint = "An unfinished analysis was found; run analyze again to finish it"
+            raise FileNotFoundError(f"{path}: no difficulty index found. {hint}.")
         manifest = read_manifest(
             path / INDEX,
             FORMAT,
@@ -98,7 +98,7 @@ class DifficultyIndex:
 
     @property
     def num_samples(self) -> int:
-        """How many samples are ranked."""
+        """The number of samples."""
         return self.manifest["num_samples"]
 
     @property
@@ -110,14 +110,14 @@ class DifficultyIndex:
         """Check that a source is the one that was analyzed.
 
         Raises:
-            ValueError: It is another.
+            ValueError: It is a different source.
         """
         found = fingerprint(source)
         if found != self.fingerprint:
             raise ValueError(
-                f"the difficulty index {str(self.folder)!r} was built for {self.num_samples} samples "
-                f"with fingerprint {self.fingerprint}, and this source has {len(source)} samples with "
-                f"fingerprint {found}: give the source that was analyzed, or analyze this one."
+                f"{self.folder}: the difficulty index was built for {self.num_samples} samples "
+                f"with fingerprint {self.fingerprint}, but this source has {len(source)} samples with "
+                f"fingerprint {found}. Use the source that was analyzed, or analyze this one."
             )
 
     def ranking(self, metric: str, source: Any = None) -> Ranking:
@@ -125,10 +125,10 @@ class DifficultyIndex:
 
         Args:
             metric: The name of the metric.
-            source: What is to be trained on; if given, `check_source` is called with it.
+            source: The source to train on; if given, it is checked with `check_source`.
 
         Raises:
-            ValueError: There is no such metric, or the source is not the one that was analyzed.
+            ValueError: The metric does not exist, or the source is not the one that was analyzed.
             CorruptIndexError: The file is damaged.
         """
         entry = self._entry(metric)
@@ -137,7 +137,7 @@ class DifficultyIndex:
         return Ranking(self._map(entry["samples"]), self._map(entry["values"]))
 
     def values(self, metric: str) -> Shaped[np.ndarray, " samples"]:
-        """Return the difficulty of sample 0, 1, ...; raises like `ranking`."""
+        """Return the difficulty of sample 0, 1, ...; raises the same errors as `ranking`."""
         ranking = self.ranking(metric)
         values = np.empty_like(ranking.values)
         values[ranking.samples] = ranking.values
@@ -146,7 +146,7 @@ class DifficultyIndex:
     def percentiles(self, metric: str) -> dict[int, int | float]:
         """Return the value at every fifth percentile, from 0 (the smallest) to 100 (the largest).
 
-        At percentile p that is the smallest value v such that at least p % of the samples are at most v.
+        The value at percentile p is the smallest v such that at least p% of the samples are at most v.
         """
         return dict(zip(PERCENTILES, self._entry(metric)["percentiles"], strict=True))
 
@@ -171,7 +171,7 @@ class DifficultyIndex:
     def _entry(self, metric: str) -> dict[str, Any]:
         if metric not in self.metrics:
             raise ValueError(
-                f"no metric {metric!r} in the index: {did_you_mean(metric, self.metrics)}"
+                f"metric must be in the index, got {metric!r}: {did_you_mean(metric, self.metrics)}"
             )
         return self.manifest["metrics"][metric]
 
@@ -183,12 +183,12 @@ class DifficultyIndex:
 
 
 def shards_folder(folder: pathlib.Path) -> pathlib.Path:
-    """Where the finished shards are while the index of a folder is made."""
+    """Return the folder of the finished shards during an analysis."""
     return folder.with_name(f".{folder.name}.analysis")
 
 
 def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
-    """Return the size of a file, and its digest."""
+    """Return the size of a file and, by default, its digest."""
     facts: dict[str, Any] = {"bytes": path.stat().st_size}
     if digest:
         with open(path, "rb") as stream:
@@ -198,7 +198,7 @@ def describe_file(path: pathlib.Path, *, digest: bool = True) -> dict[str, Any]:
 
 
 def write_manifest(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    """Write ``index.json`` beside the files of an index."""
+    """Write ``index.json`` into the folder of an index."""
     paths = sorted(path for path in folder.iterdir() if path.name != INDEX)
     files = {path.name: describe_file(path) for path in paths}
     manifest = {"format": FORMAT, "version": VERSION, **content, "files": files}

@@ -1,7 +1,7 @@
-"""Signs of an unstable run: how far the loss rose, and how large Adam's estimate of the gradient's variance is.
+"""Signs of an unstable run: increases of the loss, and large estimates of the gradient's variance in Adam.
 
-The paper on sequence-length warmup finds that large values of the latter come with rises of the former, and that long
-sequences cause them early in training. All of these can be logged for any run.
+The paper on sequence-length warmup finds that large variance estimates coincide with increases of the loss, and that long
+sequences cause them early in training. You can log all of these in any run.
 """
 
 import functools
@@ -19,12 +19,12 @@ from effscale.training import MetricsWriter
 
 
 def loss_ratio(losses: Shaped[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
-    r"""Each loss over the smallest one before it.
+    r"""Return the ratio of each loss to the smallest earlier loss.
 
     .. math:: \rho_t = \ell_t / \min_{i < t} \ell_i, \qquad \rho_0 = 1
 
-    A loss that falls keeps it at 1 or less; more than 1.2 is the usual sign of instability. A loss that is not finite
-    has a ratio that is not, and counts in no minimum.
+    While the loss decreases the ratio is at most 1; a ratio above 1.2 is the usual sign of instability. The ratio of a loss that
+    is not finite is not finite either, and such a loss is ignored in later minima.
 
     Args:
         losses: Positive training losses, step by step.
@@ -33,7 +33,8 @@ def loss_ratio(losses: Shaped[np.ndarray, " steps"]) -> Float[np.ndarray, " step
         >>> loss_ratio(np.array([4.0, 2.0, 3.0, 1.0])).tolist()
         [1.0, 0.5, 1.5, 0.5]
 
-    Source: Li et al., "The Stability-Efficiency Dilemma", 2021, section 3.
+    References:
+        Li et al., "The Stability-Efficiency Dilemma" (2021), section 3. https://arxiv.org/abs/2108.06084
     """
     losses = np.asarray(losses, np.float64)
     finite = np.where(np.isfinite(losses), losses, np.nan)
@@ -49,11 +50,11 @@ def unstable_steps(losses: Shaped[np.ndarray, " steps"], threshold: float = 1.2)
     >>> unstable_steps(np.array([4.0, 2.0, 3.0, 1.0, np.nan]))
     2
     """
-    return int(np.sum(~(loss_ratio(losses) <= threshold)))  # NaN is no less
+    return int(np.sum(~(loss_ratio(losses) <= threshold)))  # NaN counts as unstable
 
 
 def variance_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    r"""Norm and maximum of Adam's variance state.
+    r"""Return the norm and the maximum of Adam's variance state.
 
     With the second moment :math:`v` as ``optax.scale_by_adam`` holds it, without the correction of its bias, and
     sums and maximum over all parameters:
@@ -64,30 +65,31 @@ def variance_metrics(opt_state: Any) -> dict[str, jax.Array]:
     are what Megatron-DeepSpeed logs as ``variance_sqrt_l1`` and ``variance_sqrt_abs_max``.
 
     Args:
-        opt_state: The state of an optimizer, with ``optax.ScaleByAdamState`` anywhere in it: in chains, masks,
-            ``optax.MultiSteps`` and so on. Of several, all count. (``optax.adamax`` and ``optax.nadam`` keep theirs in that
-            type, too, and Adamax's is no variance.)
+        opt_state: The state of an optimizer with ``optax.ScaleByAdamState`` anywhere in it: in chains, masks,
+            ``optax.MultiSteps`` and so on. If there are several, all count. (``optax.adamax`` and ``optax.nadam`` also use this
+            type, but that of Adamax is not a variance.)
 
     Returns:
-        ``variance_norm`` and ``variance_max``, float32 scalars. Give it to ``with_metrics``.
+        ``variance_norm`` and ``variance_max``, float32 scalars. Log them with ``with_metrics``.
 
     Raises:
-        ValueError: There is no Adam in it.
+        ValueError: The state contains no Adam.
 
     Example:
         >>> state = optax.adam(1e-3).init({"w": jnp.ones(3)})
         >>> {name: float(value) for name, value in variance_metrics(state).items()}
         {'variance_norm': 0.0, 'variance_max': 0.0}
 
-    Source: Li et al., "The Stability-Efficiency Dilemma", 2021, section 3.
+    References:
+        Li et al., "The Stability-Efficiency Dilemma" (2021), section 3. https://arxiv.org/abs/2108.06084
     """
     is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
     moments = jax.tree.leaves([state.nu for state in states])
     if not moments:
         raise ValueError(
-            "the optimizer's state holds no optax.ScaleByAdamState with parameters; "
-            "only Adam and what is built on optax.scale_by_adam has a variance"
+            "the optimizer's state contains no optax.ScaleByAdamState with parameters. "
+            "Only Adam and optimizers built on optax.scale_by_adam have a variance."
         )
     roots = [jnp.sqrt(v.astype(jnp.float32)) for v in moments]
     return {
@@ -100,14 +102,14 @@ def with_metrics(
     step: Callable[..., tuple[Any, Mapping[str, Any]]],
     function: Callable[[Any], Mapping[str, Any]],
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Return a training step that reports more.
+    """Return a training step that reports additional metrics.
 
     Args:
         step: ``step(state, batch) -> (state, metrics)``, not jitted; keyword arguments (``frozen``) are passed on to it.
-        function: From the new state to further metrics; it is traced together with the step.
+        function: A function from the new state to additional metrics; it is traced together with the step.
 
     Returns:
-        The step. It raises a ValueError while it is traced if both report the same name.
+        The step. Tracing it raises a ValueError if both report the same name.
 
     Example:
         >>> from effscale.training import make_train_step, next_token_loss
@@ -121,7 +123,7 @@ def with_metrics(
         more = function(state)
         if taken := metrics.keys() & more.keys():
             raise ValueError(
-                f"the step reports {', '.join(sorted(taken))} already; rename the function's"
+                f"the step already reports {', '.join(sorted(taken))}. Rename the metrics of the function."
             )
         return state, {**metrics, **more}
 
@@ -129,16 +131,16 @@ def with_metrics(
 
 
 class LossRatioWriter:
-    """A writer that adds ``loss_ratio`` to each record with a ``loss``, and gives all to another writer.
+    """A writer that adds ``loss_ratio`` to each record with a ``loss`` and passes all records to another writer.
 
-    It compares with the losses that were written: with ``fit(log_every=1)``, those of all steps. An evaluation that is
-    written to it, too, must call its own otherwise, such as ``val_loss``.
+    It compares each loss with those written before: with ``fit(log_every=1)``, the losses of all steps. If evaluations are
+    written to it too, their loss must have a different name, such as ``val_loss``.
 
     Args:
-        writer: Where the records go.
-        records: Of a resumed run, the records up to where it goes on, such as ``read_jsonl(path)`` once
-            ``JsonlWriter(path, resume_step=...)`` has cut off the later ones. The ratios are then those of a run that
-            never stopped.
+        writer: The writer of the records.
+        records: For a resumed run, the records up to the step where it resumes, such as ``read_jsonl(path)`` after
+            ``JsonlWriter(path, resume_step=...)`` has removed the later ones. The ratios are then those of an
+            uninterrupted run.
 
     Example:
         >>> import tempfile
@@ -155,7 +157,7 @@ class LossRatioWriter:
     def __init__(self, writer: MetricsWriter, records: Iterable[Mapping[str, Any]] = ()):
         self._writer, self._smallest = writer, math.nan
         for record in records:
-            # JSON has no NaN: such a loss was written as null.
+            # JSON has no NaN, so such a loss was written as null.
             if record.get("loss") is not None:
                 self._see(record["loss"])
 
@@ -168,7 +170,7 @@ class LossRatioWriter:
     def write(
         self, step: int, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None
     ) -> None:
-        """Add the ratio if there is a loss, and hand on."""
+        """Add the ratio if there is a loss, and pass the record on."""
         if "loss" in values:
             values = {**values, "loss_ratio": self._see(values["loss"])}
         self._writer.write(step, values, timing)

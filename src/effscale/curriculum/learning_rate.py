@@ -1,4 +1,4 @@
-"""The learning rate that goes with batches of changing length: warmup by steps, decay by tokens."""
+"""The learning rate for batches of changing length: warmup by steps, decay by tokens."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,12 +12,12 @@ Decay = Literal["linear", "cosine", "inverse_sqrt"]
 
 
 class StepsThenTokensState(NamedTuple):
-    """What the schedule remembers.
+    """The state of the schedule.
 
     Attributes:
-        count: int32, updates made.
-        origin: float32, tokens seen when the warmup ended, from where the decay counts.
-        learning_rate: float32, that of the last update.
+        count: The number of updates, int32.
+        origin: The tokens seen at the end of the warmup, where the decay starts, float32.
+        learning_rate: The learning rate of the last update, float32.
     """
 
     count: Any
@@ -33,7 +33,7 @@ def steps_then_tokens(
     kind: Decay = "cosine",
     final: float | jax.Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Multiply updates by minus a learning rate that warms up by steps and decays by tokens.
+    r"""Multiply updates by a negative learning rate that warms up by steps and decays by tokens.
 
     After :math:`n` updates and :math:`x` tokens, with a warmup of :math:`w` updates, at whose end :math:`x_w` tokens had
     been seen, and a total of :math:`D` tokens:
@@ -42,41 +42,43 @@ def steps_then_tokens(
         \eta = \text{peak} \cdot n/w \quad (n \le w), \qquad
         p = (x - x_w)/(D - x_w) \quad (n > w)
 
-    where ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
+    where ``linear`` decays as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
     ``inverse_sqrt`` is :math:`\text{peak} \sqrt{x_w/x}`. Beyond :math:`D` tokens it is ``final``.
 
-    With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would last too long, and a decay
-    by steps would come too early. The token count at the end of the warmup is noted when it is reached, so it is right for
+    With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would take too long, and a decay
+    by steps would come too early. The token count at the end of the warmup is recorded when it is reached, so it is right for
     any schedule of lengths.
 
-    The numbers may be scalar arrays, so ``optax.inject_hyperparams(steps_then_tokens, static_args="kind")`` keeps them in
-    the optimizer's state: one compiled step then serves every peak and warmup of a search.
+    The numbers can be scalar arrays, so ``optax.inject_hyperparams(steps_then_tokens, static_args="kind")`` keeps them in
+    the optimizer's state: one compiled step then works for every peak and warmup of a search.
 
     Args:
-        peak: The rate at the end of the warmup.
-        warmup_steps: Updates of the warmup.
-        total_tokens: Tokens of the run, those of the warmup included.
-        kind: Shape of the decay.
-        final: The rate at the end.
+        peak: The learning rate at the end of the warmup.
+        warmup_steps: The number of warmup updates.
+        total_tokens: The number of tokens of the run, including the warmup.
+        kind: The shape of the decay.
+        final: The learning rate at the end.
 
     Returns:
-        The last link of an optimizer, whose ``update`` needs ``tokens=``, the tokens seen before it, as
-        ``make_train_step`` gives them.
+        The final transformation of an optimizer. Its ``update`` needs ``tokens=``, the tokens seen before the step, which
+        ``make_train_step`` passes.
 
     Raises:
         ValueError: An argument is out of range.
 
-    Sources: Li et al., "The Stability-Efficiency Dilemma", 2021, section 4; the rule is that of Megatron-DeepSpeed.
+    References:
+        Li et al., "The Stability-Efficiency Dilemma" (2021), section 4; the rule is that of Megatron-DeepSpeed.
+            https://arxiv.org/abs/2108.06084
 
     Example:
         >>> optimizer = optax.chain(
         ...     optax.scale_by_adam(), steps_then_tokens(peak=1e-3, warmup_steps=100, total_tokens=1_000_000))
     """
     if kind not in get_args(Decay):
-        raise ValueError(f"kind={kind!r} is unknown; one of {', '.join(get_args(Decay))}")
+        raise ValueError(f"kind must be one of {', '.join(get_args(Decay))}, got {kind!r}")
     if not any(isinstance(x, jax.Array) for x in (peak, warmup_steps, total_tokens, final)):
         _check(peak, warmup_steps, total_tokens, final)
-        total_tokens = float(total_tokens)  # as an integer it may not fit into 32 bits
+        total_tokens = float(total_tokens)  # an integer might not fit into 32 bits
 
     def decayed(tokens: jax.Array, origin: jax.Array) -> jax.Array:
         if kind == "inverse_sqrt":
@@ -118,25 +120,25 @@ def steps_then_tokens(
 def _check(peak: Any, warmup_steps: Any, total_tokens: Any, final: Any) -> None:
     if warmup_steps < 0:
         raise ValueError(
-            f"warmup_steps must not be negative, got {warmup_steps}; 0 means no warmup"
+            f"warmup_steps must not be negative, got {warmup_steps}. Use 0 for no warmup."
         )
     if total_tokens < 1:
         raise ValueError(f"total_tokens must be at least 1, got {total_tokens}")
-    ScheduleConfig(peak=peak, total=1, final=final)  # it checks these two
+    ScheduleConfig(peak=peak, total=1, final=final)  # checks these two
 
 
 def current_learning_rate(opt_state: Any) -> dict[str, jax.Array]:
-    """``{"learning_rate": ...}`` of the last update, from the state of an optimizer that holds ``steps_then_tokens``.
+    """Return ``{"learning_rate": ...}`` of the last update, from the state of an optimizer with ``steps_then_tokens``.
 
     Log it with ``with_metrics(step, lambda state: current_learning_rate(state.opt_state))``.
 
     Raises:
-        ValueError: The optimizer holds none, or several.
+        ValueError: The optimizer contains none or several of them.
     """
     is_ours = lambda x: isinstance(x, StepsThenTokensState)
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} schedules of steps_then_tokens; it must hold one"
+            f"the optimizer's state must contain one schedule of steps_then_tokens, got {len(found)}"
         )
     return {"learning_rate": found[0].learning_rate}

@@ -1,8 +1,8 @@
-"""Short sequences first: training batches are cut to a length that grows.
+"""Sequence-length curriculum: training batches are cut to a growing length.
 
-Rows are tokenized and packed at the full length and cut on the host, just before the step; evaluation sees whole rows,
-as only training batches are cut. The lengths are few (:class:`effscale.training.Pacing`), each is compiled once, and
-:class:`effscale.training.StagedStep` does so before it is needed.
+Rows are tokenized and packed at the full length, and cut on the host just before the step. Only training batches are cut, so
+evaluation sees whole rows. There are few lengths (``effscale.training.Pacing``). Each is compiled once, and
+``effscale.training.StagedStep`` does so before it is needed.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ Mode = Literal["truncate", "reshape"]
 class SequenceLengthCurriculum:
     """Sequence-length warmup.
 
-    Batches keep their number of rows under ``truncate``, so that tokens a step ramp up with the length: do not ramp up the
+    With ``truncate`` batches keep their number of rows, so the tokens per step grow with the length. Do not ramp up the
     batch size as well. Let the learning rate decay by tokens and warm up by steps
-    (:func:`effscale.curriculum.steps_then_tokens`).
+    (``effscale.curriculum.steps_then_tokens``).
 
-    Sources: Li et al., "The Stability-Efficiency Dilemma", 2021 (sequence-length warmup, ``truncate``); Li et al.,
-    "DeepSpeed Data Efficiency", 2022 (``seqtru`` and ``seqres``).
+    References:
+        Li et al., "The Stability-Efficiency Dilemma" (2021), sequence-length warmup (``truncate``). https://arxiv.org/abs/2108.06084
+        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqtru`` and ``seqres``. https://arxiv.org/abs/2212.03597
 
     Example:
         >>> import numpy as np
@@ -44,22 +45,25 @@ class SequenceLengthCurriculum:
     """
 
     pacing: Pacing
-    """The length by count; it must end at the rows' length."""
+    """The pacing function of the length; it must end at the full row length."""
     mode: Mode = "truncate"
-    """Drop what is beyond the length, or make more, shorter rows of it."""
+    """Whether to drop tokens beyond the length (``truncate``) or to cut them into more, shorter rows (``reshape``)."""
     multiple_of: int = 1
-    """Lengths are rounded up to a multiple of it; the original does so with 8 for BERT."""
+    """Round lengths up to a multiple of this number; the original uses 8 for BERT."""
     rows_multiple_of: int = 2
-    """``reshape`` makes a multiple of so many rows. The original's is 2; a batch that is sharded or accumulated needs a
-    multiple of its parts. With several processes it is counted in each."""
+    """``reshape`` produces a multiple of this number of rows. The original uses 2; a sharded or accumulated batch needs a
+    multiple of its parts. With several processes it applies to each process."""
     field: str = "input_ids"
-    """The name of the tokens in a batch. What has their shape is cut as they are."""
+    """The name of the tokens in a batch. Arrays of the same shape are cut in the same way."""
 
     def __post_init__(self):
         shortest, longest = self.pacing(0), self.pacing(self.pacing.end)
         check(self, self.mode in get_args(Mode), "mode", f"one of {', '.join(get_args(Mode))}")
         check(
-            self, shortest >= 1, "pacing", f"a schedule of lengths from 1, and not from {shortest}"
+            self,
+            shortest >= 1,
+            "pacing",
+            f"a schedule of lengths of at least 1, but it starts at {shortest}",
         )
         for field in ("multiple_of", "rows_multiple_of"):
             check(self, getattr(self, field) >= 1, field, "at least 1")
@@ -67,29 +71,29 @@ class SequenceLengthCurriculum:
         check(self, longest % self.multiple_of == 0, "multiple_of", divisor)
 
     def check(self, length: int) -> None:
-        """Raise a ValueError unless the schedule ends at the rows' ``length``.
+        """Raise a ValueError unless the schedule ends at ``length``, that of full rows.
 
-        ``shape_batch`` does so too: a run whose lengths never reach the rows' would end on a model that has not seen its
-        last positions.
+        ``shape_batch`` does this too: if the lengths never reach the full rows, the model has not seen its
+        last positions at the end of training.
         """
         longest = self.pacing(self.pacing.end)
         if longest != length:
             raise ValueError(
-                f"SequenceLengthCurriculum.pacing ends at {longest} and the rows have {length} tokens: "
-                f"let the pacing end at {length}, or pack rows of {longest}"
+                f"SequenceLengthCurriculum.pacing must end at the row length {length}, got {longest}. "
+                f"Let the pacing end at {length}, or pack rows of {longest} tokens."
             )
 
     def stages(self, batch_size: int, *, process_count: int = 1) -> Stages[int]:
-        """Return the length by training step.
+        """Return the length at each training step.
 
         Args:
-            batch_size: Rows of a full-length batch over all processes. Only the clocks ``samples`` (rows read) and
+            batch_size: The number of full-length rows in a batch over all processes. Only the clocks ``samples`` (rows read) and
                 ``tokens`` (inputs trained on) need it.
-            process_count: Processes among which a batch is divided, ``jax.process_count()``. Each reshapes its own rows, so
-                that under ``reshape`` the number of pieces depends on it, and so does which pieces a batch holds.
+            process_count: The number of processes that share a batch, ``jax.process_count()``. Each reshapes its own rows, so
+                with ``reshape`` the number of pieces, and which pieces a batch contains, depend on it.
 
         Raises:
-            ValueError: The rows of a batch cannot be divided equally among the processes.
+            ValueError: ``process_count`` does not divide the rows of a batch.
         """
         if process_count < 1 or batch_size % process_count:
             raise ValueError(
@@ -108,7 +112,7 @@ class SequenceLengthCurriculum:
         return stages(self.pacing, cost=cost).map(self._rounded)
 
     def shape_batch(self, batch: Mapping[str, Any], length: int) -> dict[str, Any]:
-        """Return the batch as a stage wants it; give it and ``stages`` to :class:`effscale.training.StagedStep`."""
+        """Return the batch with the length of a stage. Pass this method and ``stages`` to ``effscale.training.StagedStep``."""
         self.check(token_shape(batch, self.field)[1])
         if self.mode == "truncate":
             return truncate(batch, length, field=self.field)
@@ -119,23 +123,25 @@ class SequenceLengthCurriculum:
 
 
 def truncate(batch: Mapping[str, Any], length: int, *, field: str = "input_ids") -> dict[str, Any]:
-    """Return the first ``length`` tokens of each row, with their labels; the rest is discarded.
+    """Return the first ``length`` tokens of each row, with their labels; the rest is dropped.
 
-    What has the shape ``(rows, seq)`` of the tokens is cut, by a view; all else passes. As ``labels`` are shifted
-    already, the last input keeps its label, the first token beyond the cut.
+    Arrays with the shape ``(rows, seq)`` of the tokens are cut, as views; everything else is unchanged. As ``labels`` are
+    already shifted, the last input keeps its label, the first token beyond the cut.
 
     Args:
-        batch: With tokens of shape ``(rows, seq)``.
-        length: From 1 to ``seq``.
+        batch: A batch with tokens of shape ``(rows, seq)``.
+        length: The length, from 1 to ``seq``.
         field: The name of the tokens.
 
     Returns:
-        The batch with rows of ``length``.
+        The batch with rows of ``length`` tokens.
 
     Raises:
-        ValueError: ``length`` is out of range, or there are no such tokens of two dimensions.
+        ValueError: ``length`` is out of range, or ``field`` is missing or does not have two dimensions.
 
-    Source: Li et al., "The Stability-Efficiency Dilemma", 2021, section 4; ``seqtru`` of "DeepSpeed Data Efficiency".
+    References:
+        Li et al., "The Stability-Efficiency Dilemma" (2021), section 4. https://arxiv.org/abs/2108.06084
+        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqtru``. https://arxiv.org/abs/2212.03597
     """
     shape = token_shape(batch, field)
     _check_length(length, shape[1])
@@ -146,7 +152,7 @@ def truncate(batch: Mapping[str, Any], length: int, *, field: str = "input_ids")
 def reshape(
     batch: Mapping[str, Any], length: int, *, rows_multiple_of: int = 2, field: str = "input_ids"
 ) -> dict[str, Any]:
-    r"""Each row cut into pieces of ``length`` tokens, so that a step has about as many tokens as at full length.
+    r"""Cut each row into pieces of ``length`` tokens, so that a step has about the same number of tokens as at full length.
 
     With its last label a row is :math:`W` tokens, and a piece takes :math:`c = \text{length} + 1` of them, the last one
     as a label only. First come the :math:`\lfloor W/c \rfloor` pieces from each row's start, row by row; then, of each
@@ -154,28 +160,29 @@ def reshape(
     :math:`\lceil \text{rows} \cdot W/c \rceil`, rounded down to a multiple of ``rows_multiple_of``. So the number of rows
     depends on shapes only. At the full length the batch passes as it is.
 
-    A piece is to the model what a packed row is: ``positions`` begin at 0 in it, also for a document that began before;
-    ``segment_ids``, ``loss_weights`` and whatever else has the shape ``(rows, seq)`` are those of its tokens. Arrays with
-    another shape and a leading dimension of ``rows`` repeat the row's entry for each of its pieces; all else passes.
+    To the model a piece is like a packed row: ``positions`` start at 0, even for a document that started earlier.
+    ``segment_ids``, ``loss_weights`` and other arrays of shape ``(rows, seq)`` are those of its tokens. Arrays with
+    another shape and a leading dimension of ``rows`` repeat the row's entry for each of its pieces; everything else is unchanged.
 
     Args:
-        batch: Of NumPy arrays, with tokens of shape ``(rows, seq)``.
-        length: From 1 to ``seq``.
-        rows_multiple_of: See above. If there are fewer rows than that, they stay as they are.
+        batch: A batch of NumPy arrays, with tokens of shape ``(rows, seq)``.
+        length: The length of a piece, from 1 to ``seq``.
+        rows_multiple_of: See above. If there are fewer rows than this, they are kept.
         field: The name of the tokens.
 
     Returns:
         A batch of ``reshaped_rows(rows, seq, length, rows_multiple_of)`` rows of ``length``.
 
     Raises:
-        ValueError: As ``truncate``.
+        ValueError: As for ``truncate``.
 
     Example:
         >>> batch = {"input_ids": np.arange(9)[None], "labels": np.arange(1, 10)[None]}
         >>> reshape(batch, 3, rows_multiple_of=1)["input_ids"].tolist()  # 10 tokens, 4 a piece
         [[0, 1, 2], [4, 5, 6], [6, 7, 8]]
 
-    Source: ``seqres`` of Li et al., "DeepSpeed Data Efficiency", 2022, as Megatron-DeepSpeed lays it out.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqres``, with the layout of Megatron-DeepSpeed. https://arxiv.org/abs/2212.03597
     """
     rows, width = shape = token_shape(batch, field)
     _check_length(length, width)
@@ -199,7 +206,7 @@ def reshape(
 
 
 def reshaped_rows(rows: int, seq: int, length: int, rows_multiple_of: int = 2) -> int:
-    """Return the number of rows that ``reshape`` makes.
+    """Return the number of rows that ``reshape`` produces.
 
     >>> reshaped_rows(8, 1023, 127), reshaped_rows(8, 1023, 500), reshaped_rows(8, 1023, 1023)
     (64, 16, 8)
@@ -217,31 +224,32 @@ def truncate_padded(
     *,
     field: str = "input_ids",
 ) -> dict[str, Any]:
-    """Padded rows, as BERT has them, cut at a length that is rounded up to a multiple.
+    """Cut padded rows, as for BERT, at a length that is rounded up to a multiple.
 
-    With ``length=None`` nothing real is lost: the length is that of the longest row, up to the last nonzero entry of
-    ``attention_mask``, over the batches of all processes (which all must call this). Batches of rows of like length,
-    as a curriculum over lengths draws them, then cost what they hold. Each distinct length is a compilation:
+    With ``length=None`` no real token is lost: the length is that of the longest row, up to the last nonzero entry of
+    ``attention_mask``, over the batches of all processes (which all must call this function). Batches of rows with similar
+    lengths, as drawn by a curriculum over lengths, then cost little padding. Each distinct length is a compilation:
     choose ``multiple_of`` so that there are few.
 
     Args:
-        batch: With tokens of shape ``(rows, seq)`` and, for ``length=None``, ``attention_mask`` likewise.
+        batch: A batch with tokens of shape ``(rows, seq)`` and, for ``length=None``, an ``attention_mask`` of this shape.
         length: Where to cut, before rounding; None: see above.
-        multiple_of: The cut is at the next multiple, at most at ``seq``.
+        multiple_of: The length is rounded up to a multiple of this number, but at most to ``seq``.
         field: The name of the tokens.
 
     Returns:
-        As ``truncate``.
+        The batch with shorter rows.
 
     Raises:
-        ValueError: As ``truncate``, or there is no ``attention_mask``.
+        ValueError: As for ``truncate``, or ``attention_mask`` is missing.
 
     Example:
         >>> mask = np.arange(16)[None] < 5
         >>> truncate_padded({"input_ids": np.ones((1, 16)), "attention_mask": mask})["input_ids"].shape
         (1, 8)
 
-    Source: ``seqtru`` and ``seqreo`` for BERT of Li et al., "DeepSpeed Data Efficiency", 2022.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqtru`` and ``seqreo`` for BERT. https://arxiv.org/abs/2212.03597
     """
     shape = token_shape(batch, field)
     if multiple_of < 1:
@@ -249,7 +257,7 @@ def truncate_padded(
     if length is None:
         if getattr(batch.get("attention_mask"), "shape", None) != shape:
             raise ValueError(
-                f"length=None needs an attention_mask of shape {shape}; give one, or a length"
+                f"length=None needs an attention_mask of shape {shape}. Add one, or pass a length."
             )
         length = _longest(np.asarray(batch["attention_mask"]))
     _check_length(length, shape[1])
@@ -257,7 +265,7 @@ def truncate_padded(
 
 
 def _longest(mask: np.ndarray) -> int:
-    """Return the greatest length of a row over all processes, at least 1."""
+    """Return the length of the longest row over all processes, at least 1."""
     columns = np.flatnonzero(mask.any(axis=0))
     longest = int(columns[-1]) + 1 if columns.size else 1
     if jax.process_count() > 1:
@@ -266,7 +274,7 @@ def _longest(mask: np.ndarray) -> int:
 
 
 def _from_zero(positions: np.ndarray) -> np.ndarray:
-    """Count a document that begins before the piece from the piece's start; those that begin in it do already."""
+    """Count a document that starts before the piece from the start of the piece; those that start in it are already right."""
     follows = np.diff(positions, axis=1) == 1
     first = np.pad(
         np.logical_and.accumulate(follows, axis=1), ((0, 0), (1, 0)), constant_values=True

@@ -1,4 +1,4 @@
-"""A curriculum that moves on as the training loss falls."""
+"""A curriculum that advances as the training loss decreases."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from effscale.data.seeds import check_seed
 
 
 class LossDrivenBatches(grain.IterDataset):
-    r"""Batches from the easiest samples first, then from more and more as the model becomes competent.
+    r"""Batches from the easiest samples first, then from a growing pool as the model becomes competent.
 
     The competence is how much of the way from the first loss :math:`L_1` to a target the running mean :math:`\bar L` of the
     losses has gone, and the pool is that many percentiles of the ranking:
@@ -21,13 +21,13 @@ class LossDrivenBatches(grain.IterDataset):
     .. math:: d = d_0 + \lfloor c \, (d_1 - d_0) \rfloor, \quad c = \frac{L_1 - \bar L}{L_1 - L_\text{target}}
 
     with :math:`c` between 0 and 1. It never shrinks: harder samples may raise the loss again. Within the pool the order is
-    that of `effscale.curriculum.sampler.curriculum_rows`. A target that the model does not reach leaves the hardest samples
-    out for good, so choose one that it surely does, and look at ``difficulty`` of the iterator while it trains.
+    that of ``effscale.curriculum.curriculum_rows``. If the model does not reach the target, the hardest samples are never
+    used. So choose a target that it surely reaches, and watch the iterator's ``difficulty`` during training.
 
-    The loss is reported to the iterator, so what it gives is not a function of the position; its state is in ``get_state``
-    and ``set_state``, exactly. A loss is taken into account two batches later: so the host need not wait for the step that
-    the device is working at, and a resumed run does what an uninterrupted one does. All processes draw the same if they
-    report the same losses. To use it in `effscale.training.fit`::
+    The batches depend on the losses reported to the iterator, not only on the position; ``get_state`` and ``set_state`` save
+    and restore this state exactly. A loss takes effect two batches later. So the host does not wait for the step that
+    the device is computing, and a resumed run draws the same batches as an uninterrupted one. All processes draw the same
+    batches if they report the same losses. To use it in `effscale.training.fit`::
 
         batches = iter(LossDrivenBatches(rows, ranking, batch_size=8, target_loss=3.0))
 
@@ -38,11 +38,12 @@ class LossDrivenBatches(grain.IterDataset):
 
         fit(state, step_and_report, batches, num_steps=1000)
 
-    It gives whole batches and reads nothing ahead, as the next batch depends on the losses; transform ``rows`` rather than the
+    It yields whole batches and reads nothing ahead, as the next batch depends on the losses. Transform ``rows`` rather than the
     result, whose iterator would hide ``report``.
 
-    Source: the competence follows Platanios et al., "Competence-based curriculum learning for neural machine translation",
-    2019, where it is a function of the step.
+    References:
+        Platanios et al., "Competence-based Curriculum Learning for Neural Machine Translation" (2019), where the competence is a
+            function of the step. https://arxiv.org/abs/1903.09848
 
     >>> from effscale.curriculum.ranking import rank
     >>> batches = iter(LossDrivenBatches(range(8), rank(np.arange(8)), batch_size=2, target_loss=1.0, max_difficulty=4))
@@ -72,33 +73,36 @@ class LossDrivenBatches(grain.IterDataset):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Prepare the batches.
+        """Create the dataset.
 
         Args:
             rows: The samples by id, with a length; pytrees of arrays.
             ranking: The samples from the easiest to the hardest.
-            batch_size: Rows in a global batch.
+            batch_size: The number of rows in a global batch.
             target_loss: The mean loss at which all samples are available.
-            min_difficulty: Percentiles that are available at first.
-            max_difficulty: In how many percentiles the ranking is divided; the remainder is in the last one.
-            window: The mean is over all losses until there are so many, then each new one has this share of it.
-            seed: Decides the order.
-            process_index: Which process this is; it gets a contiguous part of each batch, as in `effscale.data.batch_rows`.
-            process_count: How many there are.
+            min_difficulty: The number of percentiles available at first.
+            max_difficulty: The number of parts into which the ranking is divided; the last one includes the remainder.
+            window: The mean is over all losses until there are this many; after that, each new loss has a weight of 1 / window.
+            seed: The seed of the order.
+            process_index: The index of this process; it gets a contiguous part of each batch, as in `effscale.data.batch_rows`.
+            process_count: The number of processes.
 
         Raises:
-            ValueError: The ranking is none of these rows, or an argument is out of range.
+            ValueError: The ranking does not match the rows, or an argument is out of range.
         """
         super().__init__()
         check_ranking(ranking)
         num = len(ranking.samples)
         faults = [
-            (num != len(rows), f"a ranking of {num} samples for {len(rows)} rows"),
+            (
+                num != len(rows),
+                f"ranking must have one sample for each of the {len(rows)} rows, got {num}",
+            ),
             (not math.isfinite(target_loss), f"target_loss must be finite, got {target_loss}"),
             (
                 not 1 <= min_difficulty <= max_difficulty <= num,
-                f"min_difficulty={min_difficulty}, max_difficulty={max_difficulty}: they must rise from 1 to at most "
-                f"the number of samples, {num}",
+                f"min_difficulty and max_difficulty must be increasing, from 1 to at most the number of samples {num}, "
+                f"got {min_difficulty} and {max_difficulty}",
             ),
             (window < 1, f"window must be at least 1, got {window}"),
             (
@@ -127,7 +131,7 @@ class LossDrivenBatches(grain.IterDataset):
         self.clusters = Clusters(stage, num_clusters, seed)
 
     def __iter__(self) -> "LossDrivenIterator":
-        """A new iterator, from the start."""
+        """Return a new iterator from the start."""
         return LossDrivenIterator(self)
 
 
@@ -135,8 +139,8 @@ class LossDrivenIterator(grain.DatasetIterator):
     """The iterator of `LossDrivenBatches`.
 
     Attributes:
-        difficulty: How many percentiles are available.
-        mean: The running mean of the losses; None before there is one.
+        difficulty: The number of percentiles available.
+        mean: The running mean of the losses; None before the first loss.
     """
 
     def __init__(self, batches: LossDrivenBatches):
@@ -151,7 +155,7 @@ class LossDrivenIterator(grain.DatasetIterator):
         self.difficulty = batches.min_difficulty
 
     def report(self, loss: Any) -> None:
-        """Take the loss of the batch drawn last: a number or an array of one; it is not waited for. NaN is ignored."""
+        """Report the loss of the last batch: a number or an array with one element, which is not waited for. NaN is ignored."""
         self._reported.append((self._step, loss))
 
     def __next__(self) -> Any:
@@ -169,7 +173,7 @@ class LossDrivenIterator(grain.DatasetIterator):
         return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def _learn(self) -> None:
-        """Take the losses of all batches but the last one into account."""
+        """Update the mean with the losses of all batches except the last one."""
         batches = self._batches
         while self._reported and self._reported[0][0] < self._step:
             loss = float(self._reported.pop(0)[1])
@@ -191,7 +195,7 @@ class LossDrivenIterator(grain.DatasetIterator):
                 self._drawn.append(0)
 
     def get_state(self) -> dict[str, Any]:
-        """Plain numbers; waits for the losses reported."""
+        """Return the state as plain numbers; this waits for the reported losses."""
         self._reported = [(step, float(loss)) for step, loss in self._reported]
         return {
             "step": self._step,
@@ -206,12 +210,12 @@ class LossDrivenIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where the state was taken."""
+        """Continue where the state was saved."""
         clusters = len(self._batches.clusters.sizes)
         if len(state["opened"]) > clusters:
             raise ValueError(
-                f"the state has {len(state['opened'])} pools and this curriculum {clusters}: "
-                "it is of another min_difficulty or max_difficulty"
+                f"the state must have at most {clusters} pools, like this curriculum, got {len(state['opened'])}. "
+                "It was saved with a different min_difficulty or max_difficulty."
             )
         self._step, self._time = state["step"], state["time"]
         self._opened, self._drawn = list(state["opened"]), list(state["drawn"])

@@ -1,4 +1,4 @@
-"""The order in which samples are drawn from pools that grow."""
+"""The order in which samples are drawn from growing pools."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,19 @@ from effscale.curriculum.permutation import fold_in, permute
 from effscale.curriculum.ranking import blocks
 from effscale.curriculum.shared_table import SharedTable
 
-# How far, in draws, from where they would be due on average the draws wanted are looked for first. It only decides how
-# often a search succeeds at once.
+# How far, in draws, around their average due time the wanted draws are searched first. It only decides how
+# often a search succeeds at the first attempt.
 _MARGIN = 2.0
 
 
 class Clusters:
     """Samples in groups that become available one after another.
 
-    Each cluster is an endless stream: all of its samples once in random order, again in another order, and so on. Any
-    place of a stream is computed at once, from the seed. The ids of the samples are in a table that worker processes share.
+    Each cluster is an endless stream: all of its samples once in random order, then again in another order, and so on. Any
+    position of a stream is computed directly from the seed. The ids of the samples are in a table that worker processes share.
 
     Attributes:
+        sizes: The number of samples in each cluster.
         sizes: How many samples each cluster has.
     """
 
@@ -29,9 +30,9 @@ class Clusters:
         """Group samples.
 
         Args:
-            stage: For each sample the cluster it is in; ``num_stages`` or more: in none.
-            num_stages: How many clusters there are.
-            seed: Decides the order in each cluster and between them.
+            stage: The cluster of each sample; ``num_stages`` or more means none.
+            num_stages: The number of clusters.
+            seed: The seed of the order in each cluster and between them.
         """
         self.sizes = count_stages(stage, num_stages)[:num_stages]
         self._starts = np.cumsum(self.sizes) - self.sizes
@@ -44,14 +45,14 @@ class Clusters:
 
     @property
     def samples(self) -> Integer[np.ndarray, " m"]:
-        """The ids of all samples, cluster after cluster, rising in each."""
+        """The ids of all samples, cluster after cluster, in ascending order within each."""
         return self._table.values
 
     def _fill(self, stage: Integer[np.ndarray, " n"]) -> None:
-        """A stable sort by stage, block by block: each continues its clusters where the one before it stopped."""
+        """Sort the samples stably by stage, block by block; each block continues where the previous one stopped."""
         ends = self._starts.copy()
         for block in blocks(len(stage)):
-            # NumPy sorts 8 and 16-bit numbers in a time that is linear in their count.
+            # NumPy sorts 8 and 16-bit numbers in linear time.
             order = np.argsort(stage[block], kind="stable")
             counts = np.bincount(stage[block], minlength=len(ends))[: len(ends)]
             order = order[: counts.sum()]
@@ -62,7 +63,7 @@ class Clusters:
     def sample(
         self, cluster: Int64[np.ndarray, " m"], draw: Int64[np.ndarray, " m"]
     ) -> Int64[np.ndarray, " m"]:
-        """Return the ids of the samples that draws from clusters give; draws of a cluster count from 0."""
+        """Return the ids of the samples drawn from clusters; the draws of a cluster count from 0."""
         size = self.sizes[cluster]
         number, place = np.divmod(draw, size)
         place = permute(place, size, fold_in(self._order_keys[cluster], number))
@@ -85,7 +86,7 @@ class Clusters:
 def count_stages(
     stage: Integer[np.ndarray, " n"], num_stages: int
 ) -> Int64[np.ndarray, " at_least_num_stages"]:
-    """How many samples each stage has; at least ``num_stages`` numbers, more if greater stages occur."""
+    """Count the samples of each stage; returns at least ``num_stages`` numbers, more if greater stages occur."""
     counts = np.zeros(num_stages, np.int64)
     for block in blocks(len(stage)):
         here = np.bincount(stage[block], minlength=len(counts))
@@ -103,19 +104,19 @@ def next_draws(
 ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " count"], Int64[np.ndarray, " open"]]:
     """Draw from the open clusters, in the order in which they are due.
 
-    A cluster's draws are due at a rate in proportion to its size, so every stretch of the result holds the clusters in
-    proportion to their sizes, and each cluster's draws come in their order. The work does not depend on ``skip``.
+    The draws of a cluster are due at a rate proportional to its size. So every part of the result contains the clusters in
+    proportion to their sizes, with the draws of each cluster in order. The work does not depend on ``skip``.
 
     Args:
-        clusters: The clusters; as many of them are open as ``opened`` has elements.
+        clusters: The clusters; the first ``len(opened)`` of them are open.
         opened: When each was opened.
-        drawn: How often each was drawn from until ``now``.
+        drawn: The number of draws from each until ``now``.
         now: The time.
-        skip: How many draws to leave out first.
-        count: How many draws to return, at least 1.
+        skip: The number of draws to skip first.
+        count: The number of draws to return, at least 1.
 
     Returns:
-        The clusters, the draws, and how often each cluster was drawn from before the first of them.
+        The clusters, the draws, and the number of draws from each cluster before the first of them.
     """
     sizes = clusters.sizes[: len(drawn)]
     total = int(sizes.sum())
@@ -141,7 +142,7 @@ def next_draws(
 
 
 class GrowingOrder:
-    """The order of a curriculum whose clusters open at known positions.
+    """The order of a curriculum with clusters that open at known positions.
 
     While ``P`` samples are available each is expected ``1 / P`` times at every position, so a sample that becomes available
     at position ``x`` is expected ``sum(1 / P(i) for i in range(x, y))`` times until ``y``; its actual visits
@@ -149,11 +150,11 @@ class GrowingOrder:
     """
 
     def __init__(self, clusters: Clusters, starts: Sequence[int]):
-        """Prepare the order.
+        """Create the order.
 
         Args:
-            clusters: The clusters, none empty.
-            starts: The position at which each opens, rising from 0.
+            clusters: The clusters, none of them empty.
+            starts: The position at which each opens, increasing from 0.
         """
         self.clusters = clusters
         self._starts = np.asarray(starts, np.int64)

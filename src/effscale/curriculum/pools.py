@@ -1,4 +1,4 @@
-"""Which samples are available when."""
+"""The pool of samples available at each step."""
 
 import bisect
 import dataclasses
@@ -17,7 +17,7 @@ from effscale.training.stages import Stages, merge, stages
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Difficulty:
-    """A metric of difficulty and how much of it is allowed when.
+    """A difficulty metric with its schedule.
 
     The names are those of DeepSpeed's configuration.
     """
@@ -25,40 +25,40 @@ class Difficulty:
     ranking: Ranking | None = None
     """The samples from the easiest to the hardest; not needed with ``"single_cluster"``."""
     pacing: Pacing
-    """The difficulty by training step, counted from 1, or by samples or tokens consumed before the step."""
+    """The pacing of the difficulty, by training steps counted from 1, or by samples or tokens consumed before the step."""
     difficulty_type: Literal["value", "percentile"] = "value"
-    """At difficulty ``d``, ``"value"`` allows the samples with a value of at most ``d``, and ``"percentile"`` the first
-    ``d`` of ``max_difficulty`` equal parts of the ranking; what does not divide evenly is in the last part."""
+    """How to interpret difficulty ``d``. ``"value"`` allows the samples with a value of at most ``d``, and ``"percentile"`` the first
+    ``d`` of ``max_difficulty`` equal parts of the ranking; the last part includes the remainder."""
     clustering_type: Literal["schedule_based", "single_cluster"] = "schedule_based"
-    """``"single_cluster"`` restricts nothing: for a difficulty that is applied to the rows themselves, as a length is."""
+    """Whether to restrict the pool of samples. ``"single_cluster"`` does not: for a difficulty that is applied to the rows themselves, such as a length."""
 
     def __post_init__(self):
         choice(self, "difficulty_type", ("value", "percentile"))
         choice(self, "clustering_type", ("schedule_based", "single_cluster"))
         if self.clustering_type == "single_cluster":
             return
-        needed = 'a ranking of the samples, or clustering_type="single_cluster" to restrict nothing'
+        needed = 'a ranking of the samples, unless clustering_type="single_cluster"'
         check(self, self.ranking is not None, "ranking", needed)
         assert self.ranking is not None
         check_ranking(self.ranking)
         n, parts = len(self.ranking.samples), self.greatest
         if self.difficulty_type == "percentile" and n < parts:
             raise ValueError(
-                f"Difficulty.ranking has {n} samples, fewer than the {parts} percentiles of the pacing: "
-                f"use a max_difficulty of at most {n}"
+                f"Difficulty.ranking must have at least {parts} samples for the {parts} percentiles of the pacing, got {n}. "
+                f"Use a max_difficulty of at most {n}."
             )
 
     @property
     def greatest(self) -> int:
-        """The difficulty at the end."""
+        """The final difficulty."""
         return self.pacing(self.pacing.end)
 
     def num_allowed(self, difficulty: int) -> int:
-        """How many samples, from the start of the ranking, are allowed at a difficulty."""
+        """Return the number of samples, from the start of the ranking, that are allowed at a difficulty."""
         assert self.ranking is not None
         samples, values = self.ranking
         if self.difficulty_type == "value":
-            # NumPy's search would convert all values first, where they are of another type.
+            # NumPy's search would first convert all values if their type differs.
             return bisect.bisect_right(values, difficulty, key=lambda value: value.item())
         if difficulty >= self.greatest:
             return len(samples)
@@ -72,7 +72,7 @@ def growing_order(
     seed: int,
     tokens_per_row: int | None,
 ) -> GrowingOrder:
-    """Return the order of a curriculum; see `effscale.curriculum.sampler.curriculum_rows`."""
+    """Return the order of a curriculum; see ``effscale.curriculum.curriculum_rows``."""
     limits = {
         name: difficulty
         for name, difficulty in difficulties.items()
@@ -84,7 +84,7 @@ def growing_order(
             for name, difficulty in limits.items()
         )
     )
-    # For each sample the first stage at which it is allowed, and the number of stages if there is none.
+    # For each sample the first stage at which it is allowed, or the number of stages if it never is.
     stage = np.zeros(num_rows, np.min_scalar_type(len(merged.values)))
     for i, difficulty in enumerate(limits.values()):
         assert difficulty.ranking is not None
@@ -96,10 +96,10 @@ def growing_order(
     if sizes[-1]:
         reach = ", ".join(f"{name} {limit.greatest}" for name, limit in limits.items())
         warnings.warn(
-            f"{sizes[-1]} of {num_rows} samples are never drawn: they are harder than the greatest difficulty ({reach})",
+            f"{sizes[-1]} of {num_rows} samples are never drawn, as they are harder than the maximum difficulty ({reach})",
             stacklevel=3,
         )
-    # Stages at which nothing new becomes available are none.
+    # Skip stages at which nothing new becomes available.
     opens = np.flatnonzero(sizes[:-1])
     number = np.full(len(sizes), len(opens), stage.dtype)
     number[opens] = np.arange(len(opens))
@@ -116,11 +116,11 @@ def _stages(
     num_samples, clock = len(difficulty.ranking.samples), difficulty.pacing.clock
     if num_samples != num_rows:
         raise ValueError(
-            f"the ranking of {name!r} has {num_samples} samples and the data set {num_rows} rows: "
-            "rank the rows that are trained on."
+            f"the ranking of {name!r} must have one sample for each of the {num_rows} rows, got {num_samples}. "
+            "Rank the rows that you train on."
         )
     if clock == "tokens" and tokens_per_row is None:
-        raise ValueError(f"the pacing of {name!r} counts tokens: give tokens_per_row.")
+        raise ValueError(f"the pacing of {name!r} counts tokens, so it needs tokens_per_row")
     consumed = batch_size * (tokens_per_row or 1) if clock == "tokens" else batch_size
     return stages(difficulty.pacing, cost=lambda _: consumed)
 
@@ -131,10 +131,10 @@ def _nothing_at_first(limits: Mapping[str, Difficulty], firsts: Sequence[int]) -
         if not limit.num_allowed(first):
             least = 1 if limit.difficulty_type == "percentile" else limit.ranking.values[0]
             return (
-                f"no sample is available at first: the pacing of {name!r} begins at {first}, and the smallest "
-                f"{limit.difficulty_type} is {least}. Begin there, or higher."
+                f"no sample is available at first: the pacing of {name!r} starts at {first}, and the smallest "
+                f"{limit.difficulty_type} is {least}. Start at {least} or higher."
             )
     return (
-        f"no sample is available at first: none is allowed by all of {', '.join(map(repr, limits))}. "
-        "Begin at greater difficulties."
+        f"no sample is available at first: no sample is allowed by all of {', '.join(map(repr, limits))}. "
+        "Start at greater difficulties."
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Integer, Shaped
 
-# Rankings may be larger than memory, so that nothing of their length is computed at once.
+# Rankings may be larger than memory, so they are processed in blocks.
 BLOCK = 1 << 20
 
 
@@ -17,7 +17,7 @@ class Ranking(NamedTuple):
 
     Attributes:
         samples: The ids, sorted by (value, id): a permutation of ``range(n)``.
-        values: Their difficulties in that order, so they never fall.
+        values: The difficulties in this order, so they never decrease.
     """
 
     samples: Integer[np.ndarray, " n"]
@@ -25,42 +25,44 @@ class Ranking(NamedTuple):
 
 
 def rank(values: Shaped[np.ndarray, " n"]) -> Ranking:
-    """Rank samples by difficulty; samples of one difficulty stay in the order of their ids.
+    """Rank samples by difficulty; samples with the same difficulty stay in the order of their ids.
 
     Args:
         values: The difficulty of sample 0, 1, ...: integers, floats or booleans.
 
     Raises:
-        ValueError: There are no values, they cannot be ordered, or one is NaN.
+        ValueError: ``values`` is empty, its type has no order, or a value is NaN.
 
     >>> rank(np.array([3, 1, 3, 0])).samples.tolist()
     [3, 1, 0, 2]
     """
     if not len(values):
-        raise ValueError("no values: a ranking needs at least one sample.")
+        raise ValueError("values must have at least one sample")
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"values of dtype {values.dtype}: difficulties must be real numbers.")
+        raise ValueError(f"values must be real numbers, got dtype {values.dtype}")
     if values.dtype.kind == "f":
         missing = np.flatnonzero(np.isnan(values))
         if len(missing):
             raise ValueError(
-                f"the difficulty of sample {missing[0]} is {values[missing[0]]} (and of "
-                f"{len(missing) - 1} more): a metric must give each sample a number."
+                f"the difficulty of sample {missing[0]} must be a number, got {values[missing[0]]} (also for "
+                f"{len(missing) - 1} more samples)"
             )
     samples = np.argsort(values, kind="stable")
     return Ranking(samples, values[samples])
 
 
 def check_ranking(ranking: Ranking) -> None:
-    """Raise a ValueError that says what is wrong unless this is a ranking.
+    """Raise a ValueError that describes the problem unless this is a valid ranking.
 
-    It costs a pass over the ids and the values, and a byte of memory per sample. The order of equal values does not
+    The check takes a pass over the ids and the values, and a byte of memory per sample. The order of equal values does not
     matter.
     """
     samples, values = ranking
     n = len(samples)
     if len(values) != n or not n:
-        raise ValueError(f"a ranking of {n} samples and {len(values)} values: give one for each.")
+        raise ValueError(
+            f"a ranking must have one value for each of its {n} samples, got {len(values)}"
+        )
     seen = np.zeros(n, bool)
     for block in blocks(n):
         ids = samples[block]
@@ -69,8 +71,8 @@ def check_ranking(ranking: Ranking) -> None:
         seen[ids] = True
     if not seen.all():
         raise ValueError(
-            f"the samples of a ranking must be each of 0 to {n - 1} once; they go from "
-            f"{samples.min()} to {samples.max()} and hold {len(np.unique(samples))} different ids."
+            f"the samples of a ranking must be each of 0 to {n - 1} once, got ids from "
+            f"{samples.min()} to {samples.max()}, {len(np.unique(samples))} of them different"
         )
     for block in blocks(n):
         here = values[block.start : block.stop + 1]
@@ -79,8 +81,8 @@ def check_ranking(ranking: Ranking) -> None:
         if len(falls):
             at = block.start + int(falls[0])
             raise ValueError(
-                f"the values of a ranking must not fall: {values[at]} is followed by "
-                f"{values[at + 1]} at place {at + 1}. `rank` makes a ranking from values by sample."
+                f"the values of a ranking must not decrease, got {values[at]} followed by "
+                f"{values[at + 1]} at position {at + 1}. Use `rank` to create a ranking from values by sample."
             )
 
 
@@ -89,12 +91,12 @@ def raise_stages(
     samples: Integer[np.ndarray, " n"],
     bounds: Sequence[int],
 ) -> None:
-    """Raise the stages of samples, in place, to at least those of their places in a ranking.
+    """Raise the stages of samples, in place, to at least those of their positions in a ranking.
 
     Args:
-        stage: By sample.
+        stage: The stage of each sample.
         samples: The ids of a ranking.
-        bounds: Where the stages 0, 1, ... begin in it: from 0, never falling.
+        bounds: The positions in the ranking at which the stages 0, 1, ... start: from 0, never decreasing.
 
     >>> stage = np.array([0, 3, 0, 0])
     >>> raise_stages(stage, np.array([2, 1, 0, 3]), [0, 1, 3])
@@ -108,5 +110,5 @@ def raise_stages(
 
 
 def blocks(length: int) -> Iterator[slice]:
-    """Stretches of a table, one after another."""
+    """Yield consecutive blocks of a table."""
     return (slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))

@@ -14,16 +14,16 @@ from effscale.training import Loss, next_token_loss
 
 
 class ReferenceLoss:
-    r"""The mean loss of each row under a model that is already trained, in nats a token.
+    r"""The mean loss of each row under a trained reference model, in nats per token.
 
     .. math:: \frac{\sum_t w_t \ell_t}{\sum_t w_t}
 
-    over the row's own tokens; 0 for a row without weight. A metric for `analyze`. The original
-    has none like it, as its values are integers. For losses that come from elsewhere no class is
+    over the row's own tokens; 0 for a row without weight. It is a metric for `analyze`. The original
+    has no such metric, as its values are integers. If you have losses from elsewhere, no class is
     needed: any function from a batch to losses is a metric.
 
-    The model sees ``rows`` rows at a time, always as many, so that one program is compiled a length and
-    a row's loss does not depend on the batch it comes in.
+    The model always sees ``rows`` rows at a time, so that one program is compiled per length and
+    the loss of a row does not depend on the rest of the batch.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class ReferenceLoss:
         rows: int = 8,
         length: int | None = None,
     ):
-        """Prepare the metric.
+        """Create the metric.
 
         Args:
-            model: The reference model, on the device where it is to run.
-            loss: From ``(model, batch)`` to a `Loss`; a function of a module, to be picklable.
-            rows: Rows in one call of the model.
-            length: Pad all rows to so many tokens, so that rows of many lengths need one program;
-                None takes them as they come. Fields whose first axis is not that of the tokens stay
-                as they are.
+            model: The reference model, on the device on which to run it.
+            loss: A function from ``(model, batch)`` to a `Loss`; a function of a module, so that it can be pickled.
+            rows: The number of rows in one call of the model.
+            length: Pad all rows to this number of tokens, so that rows of different lengths need only one program;
+                None does not pad. Fields whose first axis is not that of the tokens are not
+                changed.
 
         Raises:
             ValueError: ``rows`` is below 1.
@@ -53,12 +53,12 @@ class ReferenceLoss:
 
     @property
     def digest(self) -> str:
-        """Tells models and losses apart, by their weights and names."""
+        """The digest, which depends on the weights of the model and the name of the loss."""
         digest = hashlib.blake2b(digest_size=16)
         for path, leaf in jax.tree.leaves_with_path(self.model):
             array = np.asarray(leaf)
             digest.update(f"{path}{array.dtype}{array.shape}".encode() + array.tobytes())
-        # A loss without a name of its own, such as a partial, is known by its representation.
+        # A loss without a name, such as a partial, is identified by its representation.
         name = getattr(self.loss, "__qualname__", repr(self.loss))
         digest.update(f"{name}-{self.length}".encode())
         return digest.hexdigest()
@@ -68,7 +68,7 @@ class ReferenceLoss:
         count, length = batch["input_ids"].shape
         if self.length is not None and length > self.length:
             raise ValueError(
-                f"a row of {length} tokens: length={self.length} must be at least that."
+                f"length must be at least {length}, the tokens of a row, got {self.length}"
             )
         if "attention_mask" not in batch and "segment_ids" not in batch:
             batch = {**batch, "segment_ids": np.ones((count, length), np.int32)}
@@ -92,7 +92,7 @@ class ReferenceLoss:
 def _row_losses(model: Any, batch: Any, loss: Callable[..., Loss]) -> Float32[Array, " rows"]:
     def one(row):
         found = loss(model, {key: values[None] for key, values in row.items()})
-        # How hard a row is, without what layers add to balance their experts.
+        # The difficulty of a row, without the losses that balance experts.
         return found.means().get("task_loss", found.mean())
 
     return jax.vmap(one)(batch).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Rows in the order of a curriculum: easy ones first, then more and more."""
+"""Rows in the order of a curriculum: easy ones first, then a growing pool."""
 
 import sys
 from collections.abc import Mapping
@@ -22,42 +22,45 @@ def curriculum_rows(
     num_steps: int | None = None,
     tokens_per_row: int | None = None,
 ) -> grain.MapDataset:
-    """Rows in the order of a curriculum.
+    """Return rows in the order of a curriculum.
 
     At each step the samples that every difficulty allows are available, and all of them are equally likely. The samples
-    that became available at the same step are a cluster; they are drawn without replacement, in a new random order after
-    each pass, and every stretch of rows holds the clusters in proportion to their sizes, but for a few rows. Where
-    fewer samples are available than a batch holds, passes follow each other within it: batches keep their size, while
+    that became available at the same step form a cluster. They are drawn without replacement, in a new random order for
+    each pass, and any range of rows contains the clusters in proportion to their sizes, up to a few rows. If
+    fewer samples are available than a batch has rows, a batch contains several passes: batches keep their size, while
     DeepSpeed's shrink.
 
-    Which row is where is a pure function of the seed and the position. So there is no state, nothing is written, processes
-    do not talk, a run resumes at any step at once (`get_state` of the iterator is a number), and reading ahead is safe.
-    Element ``i`` belongs to global batch ``i // batch_size``. The result is a `grain.MapDataset` that composes as any: with
-    ``map``, `effscale.data.batch_rows`, or ``mix`` (where ``batch_size`` is the number of rows that a batch takes from this
-    component). Worker processes share the table of the samples, which is a temporary file where it is large. Apply
-    ``random_map`` to the result, not to ``rows``, for another augmentation at each visit of a sample.
+    The row at a position is a pure function of the seed and the position. So there is no state, nothing is written, processes
+    do not communicate, a run resumes at any step immediately (`get_state` of the iterator is a number), and reading ahead is safe.
+    Element ``i`` belongs to global batch ``i // batch_size``.
+
+    The result is a `grain.MapDataset` that composes like any other: with ``map``, `effscale.data.batch_rows`, or ``mix`` (where
+    ``batch_size`` is the number of rows that a batch takes from this component). Worker processes share the table of samples,
+    which is a temporary file if it is large. To augment each visit of a sample differently, apply ``random_map`` to the result,
+    not to ``rows``.
 
     Args:
-        rows: The samples by id: a data set with a length, such as `effscale.data.PackedTokens` or a `grain.MapDataset`
+        rows: The samples by id: a dataset with a length, such as `effscale.data.PackedTokens` or a `grain.MapDataset`
             that neither shuffles nor repeats.
         difficulties: The difficulties by name, or a single one.
-        batch_size: Rows in a global batch.
-        seed: Decides the order.
-        num_steps: Batches in all; without end if None.
-        tokens_per_row: Tokens that a row counts for, where a pacing has tokens as its clock. With rows whose length
-            changes while training, use another clock.
+        batch_size: The number of rows in a global batch.
+        seed: The seed of the order.
+        num_steps: The total number of batches; None means endless.
+        tokens_per_row: The number of tokens that a row counts for, if a pacing uses tokens as its clock. If the length of rows
+            changes during training, use another clock.
 
     Returns:
-        The rows; ``num_steps * batch_size`` of them.
+        The rows, ``num_steps * batch_size`` in number.
 
     Raises:
-        ValueError: A ranking has another length than the rows, no sample is available at the first step, or an argument is
+        ValueError: The length of a ranking differs from the number of rows, no sample is available at the first step, or an argument is
             out of range.
 
     Warns:
-        UserWarning: Some samples are harder than the greatest difficulty and never drawn.
+        UserWarning: Some samples are harder than the maximum difficulty and are never drawn.
 
-    Source: Li et al., "DeepSpeed Data Efficiency", 2022, section 3.1.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), section 3.1. https://arxiv.org/abs/2212.03597
 
     >>> import numpy as np
     >>> from effscale.curriculum.ranking import rank
@@ -82,11 +85,11 @@ def curriculum_rows(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_seed(seed)
     if not difficulties:
-        raise ValueError("difficulties={}: give at least one.")
+        raise ValueError("difficulties must have at least one entry, got {}")
     if not 0 < len(rows) < sys.maxsize:
         raise ValueError(
-            f"the data set has {len(rows)} rows: there must be some, and not without end "
-            "(leave repeat out; the curriculum repeats them)."
+            f"rows must have a finite length of at least 1, got {len(rows)}. "
+            "Do not call repeat; the curriculum repeats the rows."
         )
     order = growing_order(difficulties, len(rows), batch_size, seed, tokens_per_row)
     length = sys.maxsize if num_steps is None else num_steps * batch_size
@@ -109,8 +112,8 @@ class CurriculumRows:
         batch, place = divmod(int(index), self._batch_size)
         samples = self._batches.get(batch)
         if samples is None:
-            # A batch's order is computed at once, as one costs hardly more than an element. Threads that do so at the
-            # same time find the same, and need no lock.
+            # Compute the order of a whole batch, which costs little more than one element. Threads that do so at the
+            # same time get the same result and need no lock.
             if len(self._batches) >= 64:
                 self._batches.clear()
             samples = self._order(batch * self._batch_size, self._batch_size)

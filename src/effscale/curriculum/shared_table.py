@@ -1,4 +1,4 @@
-"""Tables of numbers that the processes of a machine share."""
+"""Tables of numbers shared by the processes of a machine."""
 
 import errno
 import os
@@ -12,19 +12,19 @@ from jaxtyping import Shaped
 
 from effscale.data import DiskFullError
 
-# Up to this size a table travels with what is pickled, and needs no file.
+# Tables up to this size are pickled with their content and need no file.
 MAX_PICKLED_BYTES = 1 << 24
 
 
 class SharedTable:
     """A table that is written once and then read by this process and its workers.
 
-    A large table is a temporary file (in ``TMPDIR``) that is mapped into memory. Pickled it is the file's name, so worker
-    processes map the same pages and copy nothing. The file is removed with the table of the process that made it, so a
-    pickled table is of use to processes on the same machine while that one runs. A small table is pickled whole.
+    A large table is a memory-mapped temporary file (in ``TMPDIR``). Its pickle contains only the file's name, so worker
+    processes map the same pages and copy nothing. The file is removed together with the table in the process that created it,
+    so a pickled table can be used only on the same machine while that process runs. A small table is pickled as a whole.
 
     Attributes:
-        values: The numbers; zero at first, and read only once pickled.
+        values: The numbers; zero at first, and read-only once pickled.
 
     >>> import pickle
     >>> table = SharedTable(3, np.dtype(np.uint8))
@@ -36,14 +36,14 @@ class SharedTable:
     values: Shaped[np.ndarray, " n"]
 
     def __init__(self, length: int, dtype: np.dtype):
-        """Make a table.
+        """Create a table.
 
         Args:
-            length: How many numbers.
-            dtype: Of which type.
+            length: The number of entries.
+            dtype: The type of the entries.
 
         Raises:
-            DiskFullError: There is no room for the file.
+            DiskFullError: The disk has no room for the file.
         """
         self._path: str | None = None
         size = length * dtype.itemsize
@@ -60,12 +60,12 @@ class SharedTable:
                 raise
             raise DiskFullError(
                 error.errno,
-                f"there is no room for a table of {size / 1e9:.1f} GB in {tempfile.gettempdir()!r}: "
-                "set TMPDIR to a folder on another disk",
+                f"no room for a table of {size / 1e9:.1f} GB in {tempfile.gettempdir()!r}. "
+                "Set TMPDIR to a folder on another disk",
             ) from error
         finally:
             os.close(descriptor)
-        # Not as a memmap, which would be pickled by its contents where it is taken out.
+        # Not as a memmap, which would be pickled with its content if it is used separately.
         self.values = np.asarray(np.memmap(self._path, dtype, mode="r+", shape=(length,)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,15 +83,15 @@ class SharedTable:
         except FileNotFoundError:
             raise FileNotFoundError(
                 errno.ENOENT,
-                "the process that set the curriculum up has ended, or is on another machine, so its table is not here; "
-                "call curriculum_rows in this process",
+                "the process that created the curriculum has ended or is on another machine, so its table is not available. "
+                "Call curriculum_rows in this process",
                 self._path,
             ) from None
         self.values = np.asarray(mapped)
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Reserve the space: writing to a map of a file that the disk has no room for kills the process."""
+    """Reserve the space, as writing to a mapped file without room on the disk kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return
@@ -100,6 +100,6 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _remove(path: str, owner: int) -> None:
-    # A forked process runs finalizers, too.
+    # A forked process runs finalizers too.
     if os.getpid() == owner:
         pathlib.Path(path).unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""The difficulty of every sample, measured once by many processes and kept as an index."""
+"""Measure the difficulty of every sample once, in many processes, and store it as an index."""

@@ -1,8 +1,8 @@
-"""Analysis of a corpus before training: how difficult is each sample?
+"""Analysis of a corpus before training: the difficulty of each sample.
 
 A map computes the values of each metric shard by shard, in processes or on a cluster, and a reduce
-sorts them into a `DifficultyIndex`. Neither holds the corpus, or the values, in memory. The result does
-not depend on the number of workers, of shards, or of rows in a batch.
+sorts them into a `DifficultyIndex`. Neither keeps the corpus or the values in memory. The result does
+not depend on the number of workers or shards, or on the batch size.
 """
 
 import functools
@@ -39,7 +39,7 @@ from effscale.data import TokenStore, token_counts
 
 
 class AnalysisProgress(NamedTuple):
-    """How far an analysis has come."""
+    """The progress of an analysis."""
 
     samples: int
     num_samples: int
@@ -60,35 +60,36 @@ def analyze(
 ) -> DifficultyIndex:
     """Rank the samples of a corpus by difficulty.
 
-    Finished shards are kept in a folder beside the index, named ``.<folder>.analysis``, until the index
-    is complete. After a crash the same call goes on from there. If the index is there already, of the
-    same source and metrics, it is opened. Neither holds for metrics that have no digest (see
-    `metric_digest`), such as lambdas and closures: they are computed again, as they may have changed.
+    Finished shards are kept next to the index, in a folder named ``.<folder>.analysis``, until the index
+    is complete. After a crash, the same call resumes from there. If an index of the same source and
+    metrics already exists, it is opened. Metrics without a digest (see `metric_digest`), such as lambdas
+    and closures, are always computed again, as they may have changed.
 
-    One process analyzes into a folder at a time. Another is refused, if the file system has locks.
+    Only one process can analyze into a folder at a time. If the file system has locks, a second one
+    raises an error.
 
     Args:
-        source: Has ``len()`` and gives rows, dicts of arrays, by position: a `PackedTokens`, a
-            `grain.MapDataset`, a list. The position is the sample's id. See `read_rows` for rows of
-            unequal length, and for sources that give whole ranges of rows at once.
-        metrics: By name; see `effscale.curriculum.metrics`. The names are those of the files.
-        folder: Where the index goes.
-        num_workers: Processes; 0 computes in this one, as a metric on an accelerator must. The memory
-            of each is that of a batch and of the values of a shard.
-        batch_size: Rows given to a metric at once.
-        shard_size: Samples in a shard; by default there are about 256 shards of at least 1024.
-        memory_limit: What the sort may use, as DuckDB writes it. What does not fit goes to the disk.
-        overwrite: Replace an index of another source or other metrics.
+        source: A source with ``len()`` that returns rows, dicts of arrays, by position: a `PackedTokens`, a
+            `grain.MapDataset`, a list. The position is the id of the sample. See `read_rows` for rows of
+            different lengths, and for sources that return whole ranges of rows.
+        metrics: The metrics by name; see `effscale.curriculum.metrics`. The files are named after them.
+        folder: The folder of the index.
+        num_workers: The number of processes; 0 computes in this process, which metrics on an accelerator
+            need. Each process uses the memory of a batch and of the values of a shard.
+        batch_size: The number of rows passed to a metric in one call.
+        shard_size: The number of samples in a shard; by default about 256 shards, of at least 1024 samples each.
+        memory_limit: The memory limit of the sort, in DuckDB's notation. The rest is spilled to disk.
+        overwrite: Whether to replace an index of another source or other metrics.
         progress: Called when shards are finished.
-        run: Where shards are mapped instead of in local processes, such as
-            `effscale.curriculum.analysis.ray.ray_runner`.
+        run: How to map shards instead of in local processes, such as
+            ``effscale.curriculum.analysis.ray.ray_runner``.
 
     Raises:
-        ValueError: The source is empty, an argument is out of range, or a metric gives something
-            else than one finite number a row.
-        FileExistsError: There is another index, or one of a metric without a digest, and
-            ``overwrite`` is false; or there is something else where finished shards go.
-        RuntimeError: A shard's process was killed again and again, or another process analyzes into
+        ValueError: The source is empty, an argument is out of range, or a metric does not return
+            one finite number per row.
+        FileExistsError: A different index, or one with a metric without a digest, exists and
+            ``overwrite`` is false; or the place of the finished shards is taken by something else.
+        RuntimeError: The process of a shard was killed repeatedly, or another process analyzes into
             this folder.
         DiskFullError: The disk is full. Finished shards are kept.
 
@@ -102,7 +103,8 @@ def analyze(
         >>> index.ranking("length", source=source).samples
         array([1, 2, 0])
 
-    Source: arXiv 2212.03597, section 3.1.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), section 3.1. https://arxiv.org/abs/2212.03597
     """
     target = pathlib.Path(folder).absolute()
     _check_names(metrics)
@@ -153,14 +155,14 @@ def accumulate(
     progress: Callable[[AnalysisProgress], object] | None = None,
     run: Runner | None = None,
 ) -> Shaped[np.ndarray, "..."]:
-    """Return the sum over a corpus of what a function gives for each batch.
+    """Sum the results of a function over the batches of a corpus.
 
-    Sums of integers are exact. Those of floating numbers are taken in the order of the samples, so
-    they depend on the sizes of batches and shards in their last bits, and on nothing else.
+    Sums of integers are exact. Sums of floating-point numbers are taken in the order of the samples, so
+    their last bits depend on the batch and shard sizes, and on nothing else.
 
     Args:
         source: As for `analyze`.
-        function: From a batch to an array of numbers, whose shape does not depend on the batch.
+        function: A function from a batch to an array of numbers whose shape does not depend on the batch.
         num_workers: As for `analyze`.
         batch_size: As for `analyze`.
         shard_size: As for `analyze`.
@@ -168,11 +170,11 @@ def accumulate(
         run: As for `analyze`.
 
     Raises:
-        ValueError: The source is empty, or the arrays are of different shapes or not of numbers.
+        ValueError: The source is empty, or the arrays have different shapes or are not numeric.
     """
     shards = _plan(source, batch_size, shard_size)
     mapped = functools.partial(map_total, source, function, batch_size)
-    # Whatever comes early waits for its turn.
+    # Results that arrive early wait for their turn.
     early: dict[int, np.ndarray] = {}
     total, turn = None, 0
     for shard, columns in _mapped(
@@ -198,13 +200,13 @@ def count_vocabulary(
     progress: Callable[[AnalysisProgress], object] | None = None,
     run: Runner | None = None,
 ) -> Int64[np.ndarray, " vocab"]:
-    """How often each token occurs in a corpus.
+    """Count how often each token occurs in a corpus.
 
     Args:
-        source: Rows as for `analyze`, or a `TokenStore`, which is counted in this process, whatever the keyword
-            arguments. Rows for next-token prediction count their ``length + 1`` tokens, so that the first token of
-            all but one row of a `PackedTokens` is counted twice, as `VocabularyRarity` sees it twice.
-        vocab_size: Every id is below it.
+        source: Rows as for `analyze`, or a `TokenStore`, which is always counted in this process, regardless of
+            the keyword arguments. Rows for next-token prediction count their ``length + 1`` tokens. So the first
+            token of each row of a `PackedTokens` except one is counted twice, just as `VocabularyRarity` sees it twice.
+        vocab_size: The size of the vocabulary; every id is smaller.
         field: The name of the tokens in a row.
         num_workers: As for `analyze`.
         batch_size: As for `analyze`.
@@ -213,7 +215,7 @@ def count_vocabulary(
         run: As for `analyze`.
 
     Raises:
-        ValueError: The source is empty or has an id that is not below ``vocab_size``.
+        ValueError: The source is empty or contains an id outside the vocabulary.
     """
     if not isinstance(source, TokenStore):
         return accumulate(
@@ -228,7 +230,7 @@ def count_vocabulary(
     counts = token_counts(source)
     if counts[vocab_size:].any():
         raise ValueError(
-            f"vocab_size={vocab_size}: {source!r} has token {np.flatnonzero(counts)[-1]}."
+            f"vocab_size must be above the greatest token {np.flatnonzero(counts)[-1]} of {source!r}, got {vocab_size}"
         )
     counts = counts[:vocab_size]
     return np.pad(counts, (0, vocab_size - len(counts)))
@@ -253,26 +255,28 @@ def _plan(source: Any, batch_size: int, shard_size: int | None) -> list[Shard]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(source, TokenStore):
-        raise ValueError(f"{source!r} has no rows: give PackedTokens(store, length).")
+        raise ValueError(f"{source!r} has no rows. Use PackedTokens(store, length).")
     if len(source) == 0:
-        raise ValueError("the source has no samples.")
+        raise ValueError("the source has no samples")
     if len(source) == sys.maxsize:
-        raise ValueError("the source has no end: analyze one epoch, before it is repeated.")
+        raise ValueError("the source is endless. Analyze one epoch, before it is repeated.")
     return plan_shards(len(source), shard_size)
 
 
 def _check_names(metrics: Mapping[str, Metric]) -> None:
     if not metrics:
-        raise ValueError("metrics={}: give at least one metric.")
+        raise ValueError("metrics must have at least one metric, got {}")
     seen = {SAMPLE}
     for name in metrics:
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
             raise ValueError(
-                f"metric {name!r}: a name is that of a file, of letters, digits and any of _ . -"
+                f"the name of a metric must be a file name of letters, digits, '_', '.' and '-', got {name!r}"
             )
-        # Neither columns of DuckDB nor files everywhere tell upper from lower case.
+        # DuckDB columns and some file systems are case-insensitive.
         if name.lower() in seen:
-            raise ValueError(f"metric {name!r}: the name is taken, whatever its case.")
+            raise ValueError(
+                f"the names of metrics must differ by more than case, got {name!r} twice"
+            )
         seen.add(name.lower())
 
 
@@ -285,12 +289,12 @@ def _existing(target: pathlib.Path, identity: dict[str, Any]) -> DifficultyIndex
             if not unknown:
                 return index
             raise FileExistsError(
-                f"{str(target)!r} exists, of this source, and whether it is of these metrics cannot be "
-                f"told: {', '.join(map(repr, unknown))} has no digest, as lambdas and closures have none. "
-                "Open it with DifficultyIndex.open, pass overwrite=True to compute it again, or use a "
-                "function of a module or give it an attribute digest, a string."
+                f"{target}: an index of this source exists, but it is unknown whether it is of these metrics, "
+                f"as {', '.join(map(repr, unknown))} has no digest (lambdas and closures have none). "
+                "Open it with DifficultyIndex.open, pass overwrite=True to compute it again, use a "
+                "function of a module, or set an attribute digest, a string."
             )
     raise FileExistsError(
-        f"{str(target)!r} exists and is not the index of this source and these metrics. Choose another "
+        f"{target}: exists and is not the index of this source and these metrics. Choose another "
         "folder, or pass overwrite=True to replace it."
     )

@@ -1,4 +1,4 @@
-"""The map of an analysis: what is computed of one shard, wherever that is."""
+"""The map of an analysis: the computation for one shard, in any process."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ Runner = Callable[[MapFunction, Sequence[Shard]], Iterator[tuple[Shard, Columns]
 
 
 def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
-    """Cut samples into shards; by default about 256, but of at least 1024 samples each.
+    """Divide samples into shards; by default about 256, of at least 1024 samples each.
 
     >>> [str(shard) for shard in plan_shards(10, 6)]
     ['shard 0 (samples 0 to 5)', 'shard 1 (samples 6 to 9)']
@@ -49,10 +49,10 @@ def plan_shards(num_samples: int, shard_size: int | None = None) -> list[Shard]:
 def map_metrics(
     source: Any, metrics: Mapping[str, Metric], batch_size: int, shard: Shard
 ) -> Columns:
-    """Return the samples of a shard, and their values by each metric.
+    """Compute the values of each metric for the samples of a shard.
 
     Raises:
-        ValueError: A metric's values are not one finite number a row.
+        ValueError: A metric does not return one finite number per row.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     for start, batch in _batches(source, batch_size, shard):
@@ -64,8 +64,8 @@ def map_metrics(
     for name, values in parts.items():
         if len({part.dtype for part in values}) > 1:
             raise ValueError(
-                f"metric {name!r} gives integers for some batches of {shard} and floating numbers "
-                "for others: it must give one kind."
+                f"metric {name!r} must return either integers or floating-point numbers, got both for "
+                f"batches of {shard}"
             )
         columns[name] = np.concatenate(values)
     return columns
@@ -74,10 +74,10 @@ def map_metrics(
 def map_total(
     source: Any, function: Callable[[Batch], Any], batch_size: int, shard: Shard
 ) -> Columns:
-    """Return the sum of a function's arrays over the batches of a shard.
+    """Sum the results of a function over the batches of a shard.
 
     Raises:
-        ValueError: The arrays are of different shapes, or not of finite numbers.
+        ValueError: The arrays have different shapes or are not finite.
     """
     total = None
     for start, batch in _batches(source, batch_size, shard):
@@ -85,7 +85,7 @@ def map_total(
         part = _as_numbers(_called(function, "the function", batch, start, size), "the function")
         if not np.isfinite(part).all():
             raise ValueError(
-                f"the function gives numbers that are not finite for samples {start} to {start + size - 1}."
+                f"the function must return finite numbers, got others for samples {start} to {start + size - 1}"
             )
         total = part if total is None else added(total, part)
     assert total is not None  # a shard has at least one sample
@@ -93,11 +93,11 @@ def map_total(
 
 
 def added(total: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Their sum; an error if a batch of another size has another shape."""
+    """Return the sum, or raise an error if the shape depends on the batch size."""
     if total.shape != part.shape:
         raise ValueError(
-            f"the function gives shape {total.shape} for some batches and {part.shape} for others: "
-            "it must not depend on the number of rows."
+            f"the shape of the function's result must not depend on the number of rows, got {total.shape} for some "
+            f"batches and {part.shape} for others"
         )
     return total + part
 
@@ -121,13 +121,13 @@ def _as_numbers(values: Any, what: str) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"{what} gives values of type {array.dtype}, such as {array.ravel()[:1].tolist()}: "
-            "they must be integers or floating numbers of NumPy's own types."
+            f"{what} must have integers or floating-point numbers of NumPy's types, "
+            f"got type {array.dtype}, such as {array.ravel()[:1].tolist()}"
         )
     if array.dtype.kind == "f":
         return array.astype(np.float64)
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{what} gives {array.max()}: integers must be below 2**63.")
+        raise ValueError(f"{what} must have integers below 2**63, got {array.max()}")
     return array.astype(np.int64)
 
 
@@ -136,12 +136,12 @@ def _checked(name: str, values: Any, start: int, size: int) -> np.ndarray:
     array = np.asarray(values)
     if array.shape != (size,):
         raise ValueError(
-            f"{what} gives shape {array.shape}: it must be ({size},), one value a sample."
+            f"{what} must have shape ({size},), one value per sample, got {array.shape}"
         )
     array = _as_numbers(array, what)
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
         raise ValueError(
-            f"metric {name!r} of sample {start + bad[0]} is {array[bad[0]]}: it must be a finite number."
+            f"metric {name!r} of sample {start + bad[0]} must be a finite number, got {array[bad[0]]}"
         )
     return array

@@ -1,4 +1,4 @@
-"""An analysis on a cluster, by Ray Data."""
+"""Run an analysis on a cluster with Ray Data."""
 
 import functools
 import io
@@ -10,15 +10,15 @@ import numpy as np
 from effscale.curriculum.analysis.map import Columns, MapFunction, Shard
 from effscale.curriculum.analysis.workers import MAX_TRIES
 
-PREFIX = "column:"  # a metric may have the name of an argument of NumPy's
+PREFIX = "column:"  # a metric may have the name of a NumPy argument
 
 
 def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Columns]]:
     """Map shards with Ray Data: ``analyze(..., run=ray_runner)``.
 
-    It uses the cluster that Ray is connected to, or else starts Ray on this machine. The source must
-    be readable on every node, as a token store on a shared disk is; values come back through Ray, so
-    the index's folder is needed on this machine only. The shard of a lost worker is run again, a
+    It uses the cluster that Ray is connected to, or starts Ray on this machine. The source must
+    be readable on every node, for instance a token store on a shared disk. Values are returned through Ray, so
+    only this machine needs the folder of the index. The shard of a lost worker is run again, a
     few times.
 
     Raises:
@@ -27,7 +27,7 @@ def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple
     try:
         import ray.data
     except ModuleNotFoundError as error:
-        error.add_note("Ray Data is in the extra: pip install 'effscale[ray]'.")
+        error.add_note("ray_runner needs Ray Data: install it with pip install 'effscale[ray]'")
         raise
     if not shards:
         return
@@ -42,7 +42,7 @@ def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple
 
 
 def _map_one(function: MapFunction, row: dict[str, Any]) -> dict[str, Any]:
-    # As bytes: Ray would make its own types of arrays, and may cut large blocks.
+    # As bytes, because Ray converts arrays to other types and may split large blocks.
     stream = io.BytesIO()
     columns = function(Shard(**row))
     np.savez(stream, allow_pickle=False, **{PREFIX + name: columns[name] for name in columns})

@@ -1,4 +1,4 @@
-"""The reduce of an analysis: the values of all shards, sorted outside of memory by DuckDB."""
+"""The reduce of an analysis: DuckDB sorts the values of all shards out of core."""
 
 import contextlib
 import pathlib
@@ -25,22 +25,22 @@ def sort_metric(
 ) -> dict[str, Any]:
     """Write the values of a metric with their samples, sorted, as a Parquet file and as two arrays.
 
-    DuckDB sorts and PyArrow writes: the file is then the same to the byte for any number of threads.
+    DuckDB sorts and PyArrow writes, so that the file is byte for byte the same for any number of threads.
 
     Args:
         shards: Parquet files with a column ``sample`` and one named like the metric.
         metric: The metric.
-        target: The Parquet file to write. The arrays go beside it.
-        num_samples: How many samples the shards have.
+        target: The Parquet file to write. The arrays are written to the same folder.
+        num_samples: The total number of samples in the shards.
         spill: A folder for what does not fit into memory.
-        num_threads: Threads of the sort.
-        memory_limit: What the sort may use, as DuckDB writes it: ``"1GB"``.
+        num_threads: The number of threads of the sort.
+        memory_limit: The memory limit of the sort, in DuckDB's notation: ``"1GB"``.
 
     Returns:
         The metric's entry of ``index.json``.
 
     Raises:
-        ValueError: Some shards hold integers and others floating numbers.
+        ValueError: Some shards contain integers and others floating-point numbers.
     """
     import duckdb
     import pyarrow as pa
@@ -49,10 +49,10 @@ def sort_metric(
     types = {str(pq.read_schema(path).field(metric).type) for path in shards}
     if len(types) > 1:
         raise ValueError(
-            f"metric {metric!r} gives integers for some samples and floating numbers for others: "
-            "it must give one kind."
+            f"metric {metric!r} must return either integers or floating-point numbers, "
+            "got both for different samples"
         )
-    # The smallest place that has at least p % of the samples up to it, in whole numbers.
+    # The smallest position with at least p% of the samples up to it, in integer arithmetic.
     places = [max(-(-num_samples * percent // 100), 1) - 1 for percent in PERCENTILES]
     percentiles: list[int | float] = []
     schema = pa.schema({"value": pa.type_for_alias(types.pop()), SAMPLE: pa.int64()})
@@ -89,7 +89,9 @@ def sort_metric(
                 percentiles.append(table["value"][places[len(percentiles)] - offset].as_py())
             offset += len(table)
     if offset != num_samples:
-        raise RuntimeError(f"the shards of {metric!r} have {offset} samples and not {num_samples}.")
+        raise RuntimeError(
+            f"the shards of {metric!r} have {offset} samples instead of {num_samples}"
+        )
     return {
         "file": target.name,
         **{f"{name}s": pathlib.Path(stream.name).name for name, stream in arrays.items()},
@@ -101,8 +103,8 @@ def sort_metric(
 
 
 def _array(target: pathlib.Path, name: str, kind: Any, length: int) -> IO[bytes]:
-    """Return a new ``.npy`` file of a column, whose numbers are to be written behind its header."""
-    # Not `open_memmap`: where the disk is full, writing to it kills the process.
+    """Open a new ``.npy`` file of a column and write its header; the numbers follow."""
+    # Not `open_memmap`, as writing to it kills the process when the disk is full.
     stream = open(target.with_name(f"{target.stem}.{name}s.npy"), "wb")  # noqa: SIM115
     dtype = np.dtype(kind.to_pandas_dtype())
     header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
@@ -111,7 +113,7 @@ def _array(target: pathlib.Path, name: str, kind: Any, length: int) -> IO[bytes]
 
 
 def _row_groups(batches: Iterable[Any]) -> Iterator[Any]:
-    """Cut a stream of Arrow batches, of whatever sizes DuckDB makes them, into equal tables."""
+    """Split a stream of Arrow batches of any size into equal tables."""
     import pyarrow as pa
 
     waiting: list[Any] = []

@@ -1,4 +1,4 @@
-"""Rows of any source as batches of arrays."""
+"""Read the rows of any source as batches of arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,17 @@ from effscale.data import PackedTokens
 
 
 def read_rows(source: Any, start: int, stop: int) -> Batch:
-    """Rows ``start`` to ``stop`` of a source, stacked.
+    """Read rows ``start`` to ``stop`` of a source as a batch.
 
-    A source is read whole ranges at a time if it is a `PackedTokens` or has a method
-    ``rows(start, stop)`` that returns a dict of arrays with one row each; otherwise row by row.
-    Rows of unequal length are padded at the end: ``labels`` with -100, which no loss counts, and the
+    Whole ranges are read at a time if the source is a `PackedTokens` or has a method
+    ``rows(start, stop)`` that returns a dict of arrays with one row each; otherwise rows are read one by one.
+    Rows of different lengths are padded at the end: ``labels`` with -100, which every loss ignores, and the
     rest with zeros. If they have neither ``attention_mask`` nor ``segment_ids``, the batch gets
     ``segment_ids``: 1, and 0 in the padding. The length of a row is that of ``input_ids``, or else of all
-    fields whose lengths differ between rows. If these disagree, there are no ``segment_ids``.
+    fields whose lengths differ between rows. If these disagree, no ``segment_ids`` are added.
 
     Raises:
-        ValueError: A row is no dict, has other fields than the first, or does not fit with it.
+        ValueError: A row is not a dict, or its fields or shapes do not match those of the first.
     """
     if isinstance(source, PackedTokens):
         return _packed_rows(source, start, stop)
@@ -29,8 +29,8 @@ def read_rows(source: Any, start: int, stop: int) -> Batch:
         for key, values in batch.items():
             if values.shape[:1] != (stop - start,):
                 raise ValueError(
-                    f"rows({start}, {stop}) has {key!r} of shape {values.shape}: "
-                    f"its first axis must be {stop - start}."
+                    f"rows({start}, {stop}) must return arrays with a first axis of {stop - start}, "
+                    f"got {key!r} of shape {values.shape}"
                 )
         return batch
     return _stack([source[index] for index in range(start, stop)], start)
@@ -41,7 +41,7 @@ def _stack(rows: list[Any], start: int) -> Batch:
         if not isinstance(row, Mapping) or row.keys() != rows[0].keys():
             found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(
-                f"row {start + number} is {found}: rows must be dicts of the same fields."
+                f"rows must be dicts with the same fields, got {found} for row {start + number}"
             )
     fields = {key: [np.asarray(row[key]) for row in rows] for key in rows[0]}
     if not {"attention_mask", "segment_ids"} & fields.keys():
@@ -63,8 +63,8 @@ def _padded(key: str, arrays: list[np.ndarray], start: int) -> list[np.ndarray]:
     for number, array in enumerate(arrays):
         if array.ndim != arrays[0].ndim or array.shape[1:] != arrays[0].shape[1:]:
             raise ValueError(
-                f"field {key!r} of row {start + number} has shape {array.shape} and that of row {start} "
-                f"{arrays[0].shape}: only the first axis may differ."
+                f"the shapes of field {key!r} must differ only in the first axis, got {array.shape} for row "
+                f"{start + number} and {arrays[0].shape} for row {start}"
             )
     longest = max(len(array) for array in arrays)
     rest = [(0, 0)] * (arrays[0].ndim - 1)
@@ -75,11 +75,11 @@ def _padded(key: str, arrays: list[np.ndarray], start: int) -> list[np.ndarray]:
 
 
 def _packed_rows(packed: PackedTokens, start: int, stop: int) -> Batch:
-    """What stacking ``packed[start] ... packed[stop - 1]`` gives, from one read of the file."""
+    """Return the rows ``packed[start] ... packed[stop - 1]`` stacked, with one read of the file."""
     store, length = packed.store, packed.length
     first, last = start * length, min(stop * length, store.num_tokens - 1)
     size = store.tokens.dtype.itemsize
-    # A plain read: pages of the memory map would count as this process's memory.
+    # A plain read, as pages of the memory map would count as memory of this process.
     window = np.fromfile(
         store.tokens_path, store.tokens.dtype, count=last - first + 1, offset=first * size
     ).astype(np.int32)
@@ -88,7 +88,7 @@ def _packed_rows(packed: PackedTokens, start: int, stop: int) -> Batch:
     begins[:, 0] = True
     weights = np.ones(count, np.float32)
     if not packed.cross_document:
-        # The documents that begin at a label of these rows.
+        # The documents whose first token is a label of these rows.
         low, high = np.searchsorted(store.offsets, (first, last), side="right")
         bounds = np.asarray(store.offsets[low:high]) - first
         weights[bounds - 1] = 0

@@ -1,4 +1,4 @@
-"""The files of finished shards, which a later run of the same analysis takes up."""
+"""The files of finished shards, which a later run of the same analysis reuses."""
 
 import contextlib
 import errno
@@ -21,14 +21,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardFolder:
-    """Finished shards of one analysis as Parquet files, ``00000.parquet`` and so on.
+    """The finished shards of an analysis as Parquet files, ``00000.parquet`` and so on.
 
-    A file has a column ``sample`` and one for each metric. It appears whole, has checksums, and
-    says of which source and metrics it is.
+    A file has a column ``sample`` and one for each metric. It is written atomically, has checksums, and
+    records its source and metrics.
 
     Args:
-        folder: Where the files are.
-        identity: What the shards must be of, in plain values.
+        folder: The folder of the files.
+        identity: The source and metrics of the shards, as plain values.
     """
 
     def __init__(self, folder: pathlib.Path, identity: dict[str, Any]):
@@ -49,12 +49,12 @@ class ShardFolder:
             pq.write_table(table, temporary, write_page_checksum=True)
 
     def is_finished(self, shard: Shard) -> bool:
-        """Return whether the shard is there, whole, and of this analysis."""
+        """Return whether the file of the shard exists, is intact and belongs to this analysis."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         if None in self.identity["metrics"].values():
-            return False  # a metric that has no digest may have changed
+            return False  # a metric without a digest may have changed
         try:
             with pq.ParquetFile(self.path(shard), page_checksum_verification=True) as file:
                 label = (file.schema_arrow.metadata or {}).get(KEY)
@@ -63,12 +63,12 @@ class ShardFolder:
             return False
 
     def remove(self) -> None:
-        """Remove the folder; last of all what marks it as ours."""
+        """Remove the folder, the marker file last."""
         for path in self.folder.iterdir():
             if path.name != MARKER:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (self.folder / MARKER).unlink()
-        # Another process may have taken the folder between the two.
+        # Another process may have claimed the folder in between.
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -78,13 +78,13 @@ class ShardFolder:
 
 @contextlib.contextmanager
 def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFolder]:
-    """Makes the folder of an analysis, or takes up one that is there, for this process alone.
+    """Create the folder of an analysis, or open an existing one, for exclusive use by this process.
 
-    A file marks the folder as ours and is locked, see `effscale.locks`.
+    A locked marker file identifies the folder, see ``effscale.locks``.
 
     Raises:
-        FileExistsError: Something else is there.
-        LockedError: Another process has the folder.
+        FileExistsError: The place is taken by something else.
+        LockedError: Another process is using the folder.
     """
     with full_disk_errors(folder):
         lock = _locked(folder)
@@ -96,7 +96,7 @@ def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFol
         try:
             yield shards
         finally:
-            # Nothing is worth keeping if no shard was finished.
+            # Keep nothing if no shard was finished.
             if folder.exists() and not any(folder.glob("*.parquet")):
                 shards.remove()
     finally:
@@ -104,10 +104,10 @@ def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[ShardFol
 
 
 def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Remove the shards of an index that is finished, if its process died before it did so."""
+    """Remove the shards of a finished index whose process died before removing them."""
     if _owner(folder / MARKER).get("identity") != identity:
         return
-    # Whoever has the folder removes it, and where nothing can be written nothing is removed.
+    # A process that is using the folder removes it itself; a read-only folder is left.
     with contextlib.suppress(OSError, RuntimeError):
         lock = _locked(folder)
         try:
@@ -118,7 +118,7 @@ def remove_leftovers(folder: pathlib.Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def full_disk_errors(path: pathlib.Path) -> Iterator[None]:
-    """Makes errors of a full disk, those of DuckDB's too, `DiskFullError`.
+    """Convert errors of a full disk, including DuckDB's, to `DiskFullError`.
 
     Raises:
         DiskFullError: The disk or a quota is full.
@@ -132,7 +132,7 @@ def full_disk_errors(path: pathlib.Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             errno.ENOSPC,
-            f"the disk is full ({error}) while writing {str(path)!r}. Free some space and run it "
+            f"the disk is full ({error}) while writing {str(path)!r}. Free some space and run the analysis "
             "again; finished shards are kept",
         ) from error
 
@@ -142,18 +142,18 @@ def _is_full(error: Exception) -> bool:
 
     if isinstance(error, OSError):
         return error.errno in FULL
-    # DuckDB stops by itself when its files have filled nine tenths of the free space.
+    # DuckDB stops when its files have filled nine tenths of the free space.
     texts = (os.strerror(errno.ENOSPC), "max_temp_directory_size")
     return isinstance(error, duckdb.Error) and any(text in str(error) for text in texts)
 
 
 def _locked(folder: pathlib.Path) -> ProcessLock:
-    """Return the lock of the folder's marker, held."""
+    """Acquire the lock of the folder's marker."""
     path = folder / MARKER
     while True:
         if folder.exists() and not path.exists() and not _is_empty(folder):
             raise FileExistsError(
-                f"{str(folder)!r} is where finished shards go, and something else is there: move it "
+                f"{folder}: is where finished shards are kept, but contains something else. Move it "
                 "away, or choose another folder for the index."
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _locked(folder: pathlib.Path) -> ProcessLock:
             if not path.exists():
                 continue
             raise LockedError(
-                f"{error}: wait for it, or choose another folder for the index."
+                f"{error}. Wait for it to end, or choose another folder for the index."
             ) from None
         return lock
 

@@ -1,4 +1,4 @@
-"""Where the shards of an analysis are mapped on one machine: in this process or in others."""
+"""Map the shards of an analysis on one machine, in this process or in others."""
 
 import collections
 import concurrent.futures
@@ -15,7 +15,7 @@ MAX_TRIES = 3
 
 
 def local_runner(num_workers: int) -> Runner:
-    """Map shards in ``num_workers`` processes, or in this one if 0."""
+    """Return a runner that maps shards in ``num_workers`` processes, or in this one if 0."""
     if num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, got {num_workers}")
     if num_workers == 0:
@@ -26,11 +26,11 @@ def local_runner(num_workers: int) -> Runner:
 def _in_processes(
     function: MapFunction, shards: Sequence[Shard], num_workers: int
 ) -> Iterator[tuple[Shard, Columns]]:
-    """Map shards in processes; the shard of one that is killed is mapped again.
+    """Map shards in processes; if a process is killed, its shard is mapped again.
 
-    When a process dies its pool breaks, and any of the shards under way may be the reason. Those
-    are tried again after all others and one at a time, so that a shard that always kills its
-    process is found, and costs no other.
+    When a process dies its pool breaks, and any of the shards in progress may be the reason. Those
+    are tried again after all others and one at a time. So a shard that always kills its
+    process is identified and does not affect the others.
     """
     content = _pickled(function)
     waiting = collections.deque(shards)
@@ -39,7 +39,7 @@ def _in_processes(
         running: dict[concurrent.futures.Future[Columns], Shard] = {}
         pool = concurrent.futures.ProcessPoolExecutor(
             min(num_workers, len(waiting)),
-            # A fork would copy the threads' locks of JAX.
+            # A fork would copy JAX's thread locks.
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
             initargs=(content,),
@@ -64,10 +64,10 @@ def _in_processes(
                 deaths[shard] += 1
                 if deaths[shard] == MAX_TRIES:
                     raise RuntimeError(
-                        f"{shard} was given up: its process was killed {MAX_TRIES} times. If memory ran "
+                        f"{shard} failed: its process was killed {MAX_TRIES} times. If memory ran "
                         "out, use fewer workers or a smaller batch_size. A script that starts processes "
                         "must do so under `if __name__ == '__main__':`. With num_workers=0 the error "
-                        "shows in this process. Finished shards are kept."
+                        "occurs in this process. Finished shards are kept."
                     ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -78,7 +78,7 @@ def _pickled(function: MapFunction) -> bytes:
         return pickle.dumps(function)
     except Exception as error:
         error.add_note(
-            "The source and the metrics must be picklable to be used in other processes: make them "
+            "The source and the metrics must be picklable to be used in other processes. Make them "
             "functions or classes of a module, or use num_workers=0."
         )
         raise
@@ -89,7 +89,7 @@ _function: MapFunction | None = None
 
 
 def _begin(content: bytes) -> None:
-    """What a worker does first: it takes the function, and watches the process that wants it."""
+    """Initialize a worker: load the function, and watch the parent process."""
     global _content
     _content = content
 
@@ -97,13 +97,13 @@ def _begin(content: bytes) -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()
-        os._exit(1)  # the parent was killed, so nobody waits for the result
+        os._exit(1)  # the parent was killed, so the result is not needed
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _call(shard: Shard) -> Columns:
-    # Not before the first shard: an error here is reported, one in the initializer is not.
+    # Load it with the first shard: an error here is reported, one in the initializer is not.
     global _function
     if _function is None:
         _function = pickle.loads(_content)
