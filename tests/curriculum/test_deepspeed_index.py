@@ -90,8 +90,8 @@ def test_counts_of_tokens(tmp_path):
     [
         ([[0, 2], [1]], [[4]], r"index_to_metric\.idx.*items: expected one value for each of 2"),
         ([[0, 2], [1]], [[4, 5], [6]], r"index_to_metric\.idx.*items.*found 3 values in 2 items"),
-        ([[0, 2], [1]], [[5], [5]], r"index_to_metric\.bin.*values: expected rising"),
-        ([[0, 2], [1]], [[6], [5]], r"index_to_metric\.bin.*values: expected rising"),
+        ([[0, 2], [1]], [[5], [5]], r"index_to_metric\.bin.*values: expected increasing"),
+        ([[0, 2], [1]], [[6], [5]], r"index_to_metric\.bin.*values: expected increasing"),
         ([[0, 2], [2]], [[5], [6]], r"index_to_sample\.bin.*ids: expected each sample once"),
         ([[0, 2], [3]], [[5], [6]], r"index_to_sample\.bin.*from 0 to 3"),
         ([], [], r"index_to_sample\.bin.*ids.*0 samples"),

@@ -99,13 +99,13 @@ def test_digests_tell_metrics_apart():
 
 def test_an_unknown_metric_is_answered_with_the_near_names(index):
     for call in (index.ranking, index.values, index.percentiles):
-        with pytest.raises(ValueError, match=r"'rarety'.*did you mean 'rarity'\?"):
+        with pytest.raises(ValueError, match=r"got 'rarety'.*did you mean 'rarity'\?"):
             call("rarety")
 
 
 def test_what_is_missing_or_damaged_is_named(index):
     folder = index.folder
-    with pytest.raises(FileNotFoundError, match="build one with analyze"):
+    with pytest.raises(FileNotFoundError, match="Build one with analyze"):
         DifficultyIndex.open(folder / "nowhere")
 
     for name in ("rarity.parquet", "rarity.samples.npy", "rarity.values.npy"):

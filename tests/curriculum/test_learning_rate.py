@@ -96,9 +96,9 @@ def test_a_training_step_reports_it_and_skipped_updates_do_not_count():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "constant"}, "kind='constant'.*inverse_sqrt"),
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"total_tokens": 0}, "total_tokens=0"),
+        ({"kind": "constant"}, "kind must be one of .*inverse_sqrt, got 'constant'"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        ({"total_tokens": 0}, "total_tokens must be at least 1, got 0"),
         ({"peak": -1.0}, "peak=-1.0"),
         ({"final": 2.0}, "final=2.0.*peak=1.0"),
     ],
@@ -113,5 +113,5 @@ def test_what_is_missing_is_named():
     transform = steps_then_tokens(peak=1.0, warmup_steps=1, total_tokens=9)
     with pytest.raises(ValueError, match="tokens="):
         transform.update(jnp.ones(1), transform.init(None))
-    with pytest.raises(ValueError, match="holds 0 schedules"):
+    with pytest.raises(ValueError, match="one schedule of steps_then_tokens, got 0"):
         current_learning_rate(optax.adam(0.1).init(jnp.ones(1)))

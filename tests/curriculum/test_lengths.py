@@ -181,11 +181,11 @@ def test_all_processes_cut_at_the_longest_row_of_all(monkeypatch):
 @pytest.mark.parametrize("length", [0, -1, 11])
 def test_lengths_that_the_rows_do_not_have(cut, length):
     batch, _ = packed_batch(2, 10)
-    with pytest.raises(ValueError, match=f"length={length}: must be from 1 to the rows' 10 tokens"):
+    with pytest.raises(ValueError, match=f"length must be from 1 to the rows' 10 tokens, got {length}"):
         cut(batch, length)
-    with pytest.raises(ValueError, match=r"it has image \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"got image \(2, 3, 3\)"):
         cut({"image": np.zeros((2, 3, 3))}, length)
-    with pytest.raises(ValueError, match=r"it has input_ids \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"got input_ids \(2, 3, 3\)"):
         cut({"input_ids": np.zeros((2, 3, 3))}, length)
 
 
@@ -198,7 +198,7 @@ def linear(low, high, total=30, **options):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pacing": linear(0, 8)}, "pacing=.*lengths from 1, and not from 0"),
+        ({"pacing": linear(0, 8)}, "pacing=.*lengths of at least 1, but it starts at 0"),
         (
             {"pacing": linear(2, 12), "multiple_of": 8},
             "multiple_of=8: must be a divisor of the full length 12",
@@ -220,7 +220,7 @@ def test_a_schedule_that_does_not_end_at_the_full_length(mode, last):
     curriculum = SequenceLengthCurriculum(pacing=linear(2, last), mode=mode)
     batch, _ = packed_batch(2, 10)
     for call in (lambda: curriculum.check(10), lambda: curriculum.shape_batch(batch, 4)):
-        with pytest.raises(ValueError, match=f"pacing ends at {last} and the rows have 10 tokens"):
+        with pytest.raises(ValueError, match=f"pacing must end at the row length 10, got {last}"):
             call()
 
 
@@ -273,7 +273,7 @@ def test_the_tokens_of_all_processes_are_counted_as_each_cuts_its_rows(process_c
 def test_a_batch_that_the_processes_cannot_share():
     curriculum = SequenceLengthCurriculum(pacing=linear(3, 24))
     for process_count in (0, 3, 16):
-        with pytest.raises(ValueError, match=f"process_count={process_count}: .*batch_size=8"):
+        with pytest.raises(ValueError, match=f"process_count must be a divisor of batch_size=8, got {process_count}"):
             curriculum.stages(8, process_count=process_count)
 
 
@@ -329,7 +329,7 @@ def test_tokens_may_have_any_name(mode):
     np.testing.assert_array_equal(found["kind"], expected["kind"])
     padded = truncate_padded({"tokens": ids, "attention_mask": ids % 12 < 5}, field="tokens")
     np.testing.assert_array_equal(padded["tokens"], ids[:, :8])
-    with pytest.raises(ValueError, match=r"needs input_ids.*it has tokens \(4, 12\).*field="):
+    with pytest.raises(ValueError, match=r"must have input_ids.*got tokens \(4, 12\).*field="):
         known.shape_batch({"tokens": ids}, 8)
-    with pytest.raises(ValueError, match="ends at 12 and the rows have 11 tokens"):
+    with pytest.raises(ValueError, match="must end at the row length 11, got 12"):
         own.shape_batch({"tokens": ids[:, 1:]}, 8)

@@ -17,7 +17,7 @@ def test_samples_are_sorted_by_value_and_id(values):
 
 def test_infinities_are_ranked_and_nan_is_named():
     assert rank(np.array([np.inf, 0.0, -np.inf])).samples.tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match=r"sample 1 is nan \(and of 1 more\)"):
+    with pytest.raises(ValueError, match=r"sample 1 must be a number, got nan \(also for 1 more"):
         rank(np.array([0.0, np.nan, 1.0, np.nan], np.float32))
 
 
@@ -31,12 +31,12 @@ def test_values_that_cannot_be_ranked():
 @pytest.mark.parametrize(
     ("samples", "values", "message"),
     [
-        ([0, 1], [1, 2, 3], "2 samples and 3 values"),
-        ([0, 2], [1, 2], "from 0 to 2 and hold 2 different ids"),
+        ([0, 1], [1, 2, 3], "each of its 2 samples, got 3"),
+        ([0, 2], [1, 2], "from 0 to 2, 2 of them different"),
         ([0, -1], [1, 2], "from -1 to 0"),
-        ([1, 1, 0], [1, 2, 3], "each of 0 to 2 once; they go from 0 to 1 and hold 2 different"),
-        ([0, 1, 2], [1, 3, 2], "3 is followed by 2 at place 2"),
-        ([0, 1], [1.0, np.nan], "is followed by nan"),
+        ([1, 1, 0], [1, 2, 3], "each of 0 to 2 once, got ids from 0 to 1, 2 of them different"),
+        ([0, 1, 2], [1, 3, 2], "got 3 followed by 2 at position 2"),
+        ([0, 1], [1.0, np.nan], "followed by nan"),
     ],
 )
 def test_what_is_not_a_ranking(samples, values, message):

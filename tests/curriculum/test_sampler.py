@@ -193,7 +193,7 @@ def test_samples_and_tokens_are_counted_before_the_step():
 def test_tokens_need_to_be_told_how_many():
     pacing = DiscretePacing(difficulty=(3, 9), max_step=(9,), clock="tokens")
     difficulty = Difficulty(ranking=rank(np.arange(10)), pacing=pacing)
-    with pytest.raises(ValueError, match="pacing of 'length' counts tokens: give tokens_per_row"):
+    with pytest.raises(ValueError, match="pacing of 'length' counts tokens, so it needs tokens_per_row"):
         curriculum_rows(range(10), {"length": difficulty}, batch_size=4)
 
 
@@ -405,7 +405,7 @@ def test_processes_share_a_large_table(large, monkeypatch):
     np.testing.assert_array_equal(ids(build(), 0, 500), ids(rows, 0, 500))
     del rows
     assert not list(folder.iterdir())
-    with pytest.raises(FileNotFoundError, match="call curriculum_rows in this process"):
+    with pytest.raises(FileNotFoundError, match="Call curriculum_rows in this process"):
         pickle.loads(pickled)
 
 
@@ -427,7 +427,7 @@ def test_a_disk_without_room_for_the_table_is_said(large, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DiskFullError, match=r"0\.0 GB.*set TMPDIR"):
+    with pytest.raises(DiskFullError, match=r"0\.0 GB.*Set TMPDIR"):
         build()
     assert not list(folder.iterdir())
 
@@ -437,7 +437,7 @@ def test_a_disk_without_room_for_the_table_is_said(large, monkeypatch):
 
 def test_fewer_samples_than_percentiles():
     """DeepSpeed draws from an empty cluster and fails."""
-    with pytest.raises(ValueError, match="has 5 samples, fewer than the 10 percentiles"):
+    with pytest.raises(ValueError, match="at least 10 samples for the 10 percentiles of the pacing, got 5"):
         Difficulty(
             ranking=rank(np.arange(5)), pacing=linear(1, 10, 5), difficulty_type="percentile"
         )
@@ -446,10 +446,10 @@ def test_fewer_samples_than_percentiles():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pacing": linear(1, 9, 50)}, r"'rarity' begins at 1, and the smallest value is 3"),
+        ({"pacing": linear(1, 9, 50)}, r"'rarity' starts at 1, and the smallest value is 3"),
         (
             {"pacing": linear(0, 5, 10), "difficulty_type": "percentile"},
-            r"'rarity' begins at 0, and the smallest percentile is 1",
+            r"'rarity' starts at 0, and the smallest percentile is 1",
         ),
     ],
 )
@@ -465,7 +465,7 @@ def test_an_empty_first_intersection():
         name: Difficulty(ranking=rank(values), pacing=linear(3, 9, 4))
         for name, values in {"a": up, "b": down}.items()
     }
-    with pytest.raises(ValueError, match="none is allowed by all of 'a', 'b'"):
+    with pytest.raises(ValueError, match="no sample is allowed by all of 'a', 'b'"):
         curriculum_rows(range(10), both, batch_size=2)
 
 
@@ -479,14 +479,14 @@ def test_samples_that_are_too_hard_are_said_to_be_left_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"num_steps": 0}, "num_steps=0"),
-        ({"tokens_per_row": 0}, "tokens_per_row=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"difficulties": {}}, "give at least one"),
-        ({"rows": range(61)}, "ranking of 'rarity' has 60 samples and the data set 61 rows"),
-        ({"rows": []}, "has 0 rows"),
-        ({"rows": grain.MapDataset.range(60).repeat()}, "leave repeat out"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"tokens_per_row": 0}, "tokens_per_row must be at least 1, got 0"),
+        ({"seed": -1}, "got -1"),
+        ({"difficulties": {}}, "at least one entry, got {}"),
+        ({"rows": range(61)}, "ranking of 'rarity' must have one sample for each of the 61 rows, got 60"),
+        ({"rows": []}, "finite length of at least 1, got 0"),
+        ({"rows": grain.MapDataset.range(60).repeat()}, "Do not call repeat"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -44,8 +44,8 @@ class DeepSpeedCurriculum:
 
     Attributes:
         difficulties: The argument of ``curriculum_rows``; empty if the order of samples does not change.
-        sequence_length: The curriculum for the training step, or None. DeepSpeed's BERT example rounds its lengths up to multiples
-            of 8: ``dataclasses.replace(sequence_length, multiple_of=8)``.
+        sequence_length: The curriculum for the training step, or None. DeepSpeed's BERT example rounds its lengths up to
+            multiples of 8: ``dataclasses.replace(sequence_length, multiple_of=8)``.
         seed: The seed for ``curriculum_rows``.
         num_epochs: The number of epochs; the run has ``num_epochs * len(rows) // batch_size`` steps in total.
     """
@@ -117,8 +117,8 @@ def pacing_from_deepspeed(
 ) -> Pacing:
     """Return the pacing function of a metric, or of the older ``curriculum_learning``.
 
-    It counts steps from 1. Values equal DeepSpeed's, with two exceptions. They never fall below ``min_difficulty``, as DeepSpeed's
-    can when they are rounded down to a multiple of ``difficulty_step``. And they are ``max_difficulty`` from
+    It counts steps from 1. Values equal DeepSpeed's, with two exceptions. They never fall below ``min_difficulty``, as
+    DeepSpeed's can when they are rounded down to a multiple of ``difficulty_step``. And they are ``max_difficulty`` from
     ``total_curriculum_step`` on, which DeepSpeed reaches later if it is not a multiple of ``difficulty_step``.
 
     With ``fixed_discrete`` the first and last ``difficulty`` must be ``min_difficulty`` and ``max_difficulty``. With

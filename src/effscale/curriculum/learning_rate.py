@@ -42,7 +42,7 @@ def steps_then_tokens(
         \eta = \text{peak} \cdot n/w \quad (n \le w), \qquad
         p = (x - x_w)/(D - x_w) \quad (n > w)
 
-    where ``linear`` decays as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
+    where ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
     ``inverse_sqrt`` is :math:`\text{peak} \sqrt{x_w/x}`. Beyond :math:`D` tokens it is ``final``.
 
     With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would take too long, and a decay

@@ -29,7 +29,8 @@ class SequenceLengthCurriculum:
     (``effscale.curriculum.steps_then_tokens``).
 
     References:
-        Li et al., "The Stability-Efficiency Dilemma" (2021), sequence-length warmup (``truncate``). https://arxiv.org/abs/2108.06084
+        Li et al., "The Stability-Efficiency Dilemma" (2021), sequence-length warmup (``truncate``).
+            https://arxiv.org/abs/2108.06084
         Li et al., "DeepSpeed Data Efficiency" (2022), ``seqtru`` and ``seqres``. https://arxiv.org/abs/2212.03597
 
     Example:
@@ -182,7 +183,8 @@ def reshape(
         [[0, 1, 2], [4, 5, 6], [6, 7, 8]]
 
     References:
-        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqres``, with the layout of Megatron-DeepSpeed. https://arxiv.org/abs/2212.03597
+        Li et al., "DeepSpeed Data Efficiency" (2022), ``seqres``, with the layout of Megatron-DeepSpeed.
+            https://arxiv.org/abs/2212.03597
     """
     rows, width = shape = token_shape(batch, field)
     _check_length(length, width)

@@ -30,9 +30,9 @@ def curriculum_rows(
     fewer samples are available than a batch has rows, a batch contains several passes: batches keep their size, while
     DeepSpeed's shrink.
 
-    The row at a position is a pure function of the seed and the position. So there is no state, nothing is written, processes
-    do not communicate, a run resumes at any step immediately (`get_state` of the iterator is a number), and reading ahead is safe.
-    Element ``i`` belongs to global batch ``i // batch_size``.
+    The row at a position is a pure function of the seed and the position. So there is no state, nothing is written,
+    processes do not communicate, a run resumes at any step immediately (`get_state` of the iterator is a number), and
+    reading ahead is safe. Element ``i`` belongs to global batch ``i // batch_size``.
 
     The result is a `grain.MapDataset` that composes like any other: with ``map``, `effscale.data.batch_rows`, or ``mix`` (where
     ``batch_size`` is the number of rows that a batch takes from this component). Worker processes share the table of samples,
@@ -53,8 +53,8 @@ def curriculum_rows(
         The rows, ``num_steps * batch_size`` in number.
 
     Raises:
-        ValueError: The length of a ranking differs from the number of rows, no sample is available at the first step, or an argument is
-            out of range.
+        ValueError: The length of a ranking differs from the number of rows, no sample is available at the first step, or
+            an argument is out of range.
 
     Warns:
         UserWarning: Some samples are harder than the maximum difficulty and are never drawn.

@@ -128,7 +128,8 @@ class Source(abc.ABC):
 
         Args:
             report: Receives the counts of documents left out; complete once the iterator is exhausted.
-            log: Whether to log the counts with the first few examples. The log level is warning, except for sources whose purpose is to leave out documents.
+            log: Whether to log the counts with the first few examples. The log level is warning, except for sources whose
+                purpose is to leave out documents.
 
         Raises:
             DocumentError: A document cannot be used and ``on_error`` is ``"raise"``.

@@ -17,8 +17,8 @@ from effscale.data.store import TokenStore, Verify
 class TokenShards:
     """A corpus in several token stores. `packed_rows` and `make_dataset` accept it in place of a store.
 
-    The rows of all shards are shuffled together, and an epoch contains each of them once. In a mixture, by contrast, each store is a
-    component with a separate share, and the epoch ends when the first component ends.
+    The rows of all shards are shuffled together, and an epoch contains each of them once. In a mixture, by contrast, each
+    store is a component with a separate share, and the epoch ends when the first component ends.
 
     Attributes:
         shards: The stores. Their order is part of the corpus: with a different order or other shards, the rows differ.

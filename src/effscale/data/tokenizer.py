@@ -42,8 +42,8 @@ def train_tokenizer(
 ) -> tokenizers.Tokenizer:
     """Train a byte-level BPE tokenizer with the algorithm of GPT-2; the same texts give the same tokenizer.
 
-    Every string can be encoded, and decoding returns it unchanged, as all 256 bytes are tokens. For a tokenizer like BLOOM's, pass
-    ``splitting="bloom", special_tokens=BLOOM_TOKENS``.
+    Every string can be encoded, and decoding returns it unchanged, as all 256 bytes are tokens. For a tokenizer like
+    BLOOM's, pass ``splitting="bloom", special_tokens=BLOOM_TOKENS``.
 
     Args:
         texts: The training texts; they are streamed, not kept in memory.

@@ -1,4 +1,4 @@
-"""How good a language model is: log-probabilities of answers and texts, ranks of answers, programs that pass."""
+"""Evaluation of language models: log-probabilities of answers and texts, ranks of answers, programs that pass tests."""
 
 from effscale.evaluation.continuations import ContinuationScores, score_continuations
 from effscale.evaluation.passing import pass_at_k

@@ -1,4 +1,4 @@
-"""What a model gives a continuation of a context."""
+"""Log-probabilities of continuations of a context."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,16 +11,16 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from effscale.models import Transformer, matmul, transpose
 
 BUCKET = 32
-"""Rows and continuations are padded to the next of 1, 2, 3, 4, 6, 8, 12, ... times so many tokens (continuations: a quarter of it), so that few shapes are compiled."""
+"""The unit of padding: rows are padded to 1, 2, 3, 4, 6, 8, 12, ... times this number of tokens (continuations: a quarter of it), so that few shapes are compiled."""
 
 
 class ContinuationScores(NamedTuple):
-    """What :func:`score_continuations` returns.
+    """The result of ``score_continuations``.
 
     Attributes:
-        log_probs: Of each whole continuation, in nats.
-        greedy: Whether each is what the model would say if it always took the likeliest token.
-        cut: How many contexts were cut at their beginning.
+        log_probs: The log-probability of each whole continuation, in nats.
+        greedy: Whether each continuation is what greedy decoding would produce.
+        cut: The number of contexts that were cut at the beginning.
     """
 
     log_probs: Shaped[np.ndarray, "items"]
@@ -36,22 +36,25 @@ def score_continuations(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> ContinuationScores:
-    """Log-probabilities of continuations, each after its own context.
+    """Return the log-probabilities of continuations, each after its own context.
 
-    Rows of like length share a batch, are padded on the right, and each length is compiled once. Logits are computed for the continuations alone.
+    Rows of similar length share a batch and are padded on the right, and each length is compiled once. Logits are computed only
+    for the continuations.
 
     Args:
-        model: A causal :class:`effscale.models.Transformer` with a head named ``lm``; its weights may be packed. The experts of a mixture must have no capacity
-            (``RouterConfig(eval_capacity_factor=None)``), or rows of a batch compete for them. Or any other pytree that can be called: given token ids of shape
-            ``(rows, length)``, padded on the right, it returns logits of shape ``(rows, length, vocab)``; an nnx module, or ``jax.tree_util.Partial(apply, params)``.
-        contexts: Token ids; at least one each, such as the token that begins a text.
-        continuations: Token ids; as many as contexts.
-        batch_size: Rows of a batch.
-        max_length: Tokens that the model may read at once; a longer context loses its beginning. None: as many as a Transformer has positions; otherwise without bound.
+        model: A causal ``effscale.models.Transformer`` with a head named ``lm``; its weights may be packed. The experts of a
+            mixture must have no capacity (``RouterConfig(eval_capacity_factor=None)``), as rows of a batch would compete for it.
+            Or any other pytree that can be called: given token ids of shape ``(rows, length)``, padded on the right, it returns
+            logits of shape ``(rows, length, vocab)``; for instance an nnx module, or ``jax.tree_util.Partial(apply, params)``.
+        contexts: Token ids, at least one for each context, such as the token that begins a text.
+        continuations: Token ids, one continuation for each context.
+        batch_size: The number of rows in a batch.
+        max_length: The maximum number of tokens that the model reads; a longer context loses its beginning. None uses the
+            number of positions of a Transformer, and no limit for other models.
 
     Raises:
-        ValueError: A context or continuation is empty, their numbers differ, a continuation has more than ``max_length`` tokens, or the
-            experts of the model choose their tokens, of which some come later.
+        ValueError: A context or continuation is empty, their numbers differ, a continuation has more than ``max_length``
+            tokens, or the experts of the model choose their tokens, which depends on later tokens.
 
     Example:
         >>> from flax import nnx
@@ -62,16 +65,18 @@ def score_continuations(
         (2,)
     """
     if len(contexts) != len(continuations):
-        raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations")
+        raise ValueError(
+            f"continuations must have one entry for each of the {len(contexts)} contexts, got {len(continuations)}"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(model, Transformer):
         for number, block in enumerate(model.config.layers):
-            # By name, as a technique is not known here.
+            # By name, as this package does not import techniques.
             router = getattr(block.feed_forward, "router", None)
             if getattr(router, "chosen_by", "tokens") == "experts":
                 raise ValueError(
-                    f"the experts of layer {number} choose among all tokens of a batch, also later ones (chosen_by='experts'), so that nothing can be said of a continuation"
+                    f"the experts of layer {number} choose among all tokens of a batch, including later ones (chosen_by='experts'), so the probability of a continuation is undefined"
                 )
     positions = model.config.max_length if isinstance(model, Transformer) else None
     limits = [limit for limit in (max_length, positions) if limit is not None]
@@ -81,12 +86,12 @@ def score_continuations(
         if not len(context) or not len(continuation):
             empty = "context" if not len(context) else "continuation"
             raise ValueError(f"the {empty} of item {number} is empty")
-        # The last token of a row is predicted and not read.
+        # The last token of a row is predicted but not read.
         ids = [*context, *continuation]
         if max_length is not None and len(ids) - 1 > max_length:
             if len(continuation) > max_length:
                 raise ValueError(
-                    f"the continuation of item {number} has {len(continuation)} tokens, more than max_length={max_length}"
+                    f"the continuation of item {number} must have at most max_length={max_length} tokens, got {len(continuation)}"
                 )
             ids, cut = ids[-max_length - 1 :], cut + 1
         rows.append((ids, len(continuation)))
@@ -102,7 +107,7 @@ def score_continuations(
 def _batch(
     rows: Sequence[tuple[Sequence[int], int]], size: int, limit: int | None
 ) -> tuple[np.ndarray, ...]:
-    """Tokens to read; where each continuation is predicted, what follows there, and which of these are real."""
+    """Return the tokens to read, the positions where continuations are predicted, the labels there, and which of these are real."""
     length = padded(max(len(ids) for ids, _ in rows) - 1, BUCKET)
     if limit is not None:
         length = min(length, limit)
@@ -121,7 +126,7 @@ def _batch(
 
 
 def padded(count: int, unit: int) -> int:
-    """Return the least of 1, 2, 3, 4, 6, 8, 12, 16, ... units that holds so many."""
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... units that is at least ``count``."""
     units = -(-count // unit)
     power = 1
     while True:

@@ -1,4 +1,4 @@
-"""Programs that pass their tests."""
+"""The pass@k metric: programs that pass their tests."""
 
 import math
 
@@ -7,15 +7,15 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     r"""The chance that at least one of k programs passes, estimated without bias from more of them: :math:`1 - \binom{n - c}{k} / \binom{n}{k}`.
 
     Args:
-        samples: Programs n that were drawn for a problem.
-        passed: Those c of them that pass its tests.
-        k: How many may be tried.
+        samples: The number n of programs drawn for a problem.
+        passed: The number c of them that pass its tests.
+        k: The number of attempts.
 
     Raises:
-        ValueError: k is larger than ``samples``, or ``passed`` is.
+        ValueError: ``k`` or ``passed`` is out of range.
 
     References:
-        Chen et al., "Evaluating Large Language Models Trained on Code", 2021, section 2.1.
+        Chen et al., "Evaluating Large Language Models Trained on Code" (2021), section 2.1. https://arxiv.org/abs/2107.03374
 
     Example:
         >>> round(pass_at_k(200, 31, 1), 3), round(pass_at_k(200, 31, 10), 3)

@@ -1,4 +1,4 @@
-"""Questions with a few answers, of which the model takes the one that it finds likeliest."""
+"""Rank the answers to a question by their likelihood under the model."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,11 +12,11 @@ Normalization = Literal["none", "token", "byte"]
 
 
 class Ranking(NamedTuple):
-    """What :func:`rank_answers` returns.
+    """The result of ``rank_answers``.
 
     Attributes:
-        best: The number of the likeliest answer to each prompt.
-        log_probs: For each prompt, those of its answers, divided as asked.
+        best: The index of the most likely answer to each prompt.
+        log_probs: The log-probabilities of the answers to each prompt, normalized as requested.
     """
 
     best: Shaped[np.ndarray, "prompts"]
@@ -34,26 +34,30 @@ def rank_answers(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> Ranking:
-    """Return the answer to each prompt whose tokens are likeliest after it: rank evaluation, as of T0 and BLOOMZ.
+    """Find the most likely answer to each prompt: rank evaluation, as for T0 and BLOOMZ.
 
-    Prompt and answer are encoded together, so that tokens are those of the whole text. What is scored begins with the first token that the prompt alone does not have: where
-    a token holds the end of the prompt and the beginning of the answer, with that token.
+    Prompt and answer are encoded together, so that the tokens are those of the whole text. The score starts with the
+    first token that the prompt without the answer does not have. If a token contains the end of the prompt and the
+    beginning of the answer, the score starts with that token.
 
     Args:
-        model: As in :func:`score_continuations`.
-        tokenizer: The model's, of tokenizers or transformers. It adds no special tokens here.
-        prompts: Texts.
-        answers: For each prompt, texts that could follow it, with the space that divides them if there is one.
-        normalize: ``"none"`` compares sums of log-probabilities, as T0 and BLOOMZ do; ``"token"`` and ``"byte"`` divide them by the answer's length.
-        start_id: A token before each prompt, such as the one that begins a text; needed where a prompt is empty.
-        batch_size: Rows of a batch.
-        max_length: Tokens that the model may read at once; a longer prompt loses its beginning.
+        model: As in ``score_continuations``.
+        tokenizer: The tokenizer of the model, of tokenizers or transformers. It adds no special tokens here.
+        prompts: The prompts.
+        answers: The possible answers to each prompt, including the space after the prompt if there is one.
+        normalize: ``"none"`` compares sums of log-probabilities, as T0 and BLOOMZ do; ``"token"`` and ``"byte"`` divide
+            them by the length of the answer.
+        start_id: A token before each prompt, such as the one that begins a text; required if a prompt is empty.
+        batch_size: The number of rows in a batch.
+        max_length: The maximum number of tokens that the model reads; a longer prompt loses its beginning.
 
     Raises:
-        ValueError: A prompt has no answers, an answer is empty, there is no token before it, or ``normalize`` is unknown.
+        ValueError: A prompt has no answers, an answer is empty, no token precedes it, or ``normalize`` is unknown.
 
     References:
-        Sanh et al., "Multitask Prompted Training", 2021, section 6; Muennighoff et al., "Crosslingual Generalization through Multitask Finetuning", 2022.
+        Sanh et al., "Multitask Prompted Training Enables Zero-Shot Task Generalization" (2021), section 6.
+            https://arxiv.org/abs/2110.08207
+        Muennighoff et al., "Crosslingual Generalization through Multitask Finetuning" (2022). https://arxiv.org/abs/2211.01786
 
     Example:
         >>> from flax import nnx
@@ -65,7 +69,9 @@ def rank_answers(
         (1,)
     """
     if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts and answers to {len(answers)}")
+        raise ValueError(
+            f"answers must have one entry for each of the {len(prompts)} prompts, got {len(answers)}"
+        )
     if normalize not in get_args(Normalization):
         raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     if not prompts:
@@ -81,7 +87,7 @@ def rank_answers(
             context, continuation = _divided(tokenizer, prompt, answer)
             if not (begin or context):
                 raise ValueError(
-                    f"prompt {number} has no token of its own before its answers: give start_id, the token that begins a text"
+                    f"prompt {number} has no token before its answers. Pass start_id, the token that begins a text."
                 )
             contexts.append([*begin, *context])
             continuations.append(continuation)
@@ -98,7 +104,7 @@ def rank_answers(
 
 
 def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of prompt and answer, divided before the first that the prompt alone does not have; one at least is the answer's."""
+    """Return the tokens of prompt and answer, split before the first token that the prompt without the answer does not have. The answer gets at least one."""
     alone, whole = _ids(tokenizer, prompt.rstrip()), _ids(tokenizer, prompt + answer)
     shared = 0
     while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:

@@ -1,4 +1,4 @@
-"""What a model gives whole texts, longer than it can read."""
+"""Log-probabilities of whole texts, which may be longer than the model can read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +17,19 @@ def text_log_probs(
     max_length: int,
     batch_size: int = 8,
 ) -> Shaped[np.ndarray, "texts"]:
-    """Log-probabilities of texts in nats, of which every token is predicted once.
+    """Return the log-probabilities of texts in nats; every token is predicted once.
 
-    A text is read in windows of ``max_length`` tokens, as the evaluation harness of EleutherAI does: each window predicts the tokens after those of the window before, the first of them from one token
-    alone, and the last window reaches back, so that it is full. Perplexity is therefore higher than with all of the context that fits. ``exp(-sum / tokens)`` is the perplexity for each token; divided by bytes in place of tokens, models of different tokenizers can be compared.
+    A text is read in windows of ``max_length`` tokens, as in EleutherAI's evaluation harness. Each window predicts the
+    tokens after those of the previous window, the first of them from only one token, and the last window reaches back so
+    that it is full. Perplexity is therefore higher than with the full context that fits. ``exp(-sum / tokens)`` is the
+    perplexity per token; divide by bytes instead of tokens to compare models with different tokenizers.
 
     Args:
-        model: As in :func:`score_continuations`.
-        texts: Token ids; at least one each.
-        start_id: What stands before the first token.
-        max_length: Tokens that the model reads at once.
-        batch_size: Windows of a batch.
+        model: As in ``score_continuations``.
+        texts: Token ids, at least one for each text.
+        start_id: The token before the first one.
+        max_length: The maximum number of tokens that the model reads.
+        batch_size: The number of windows in a batch.
 
     Raises:
         ValueError: A text is empty, or ``max_length`` is below 1.
@@ -48,7 +50,7 @@ def text_log_probs(
         ids = [start_id, *text]
         for begin in range(0, len(text), max_length):
             end = min(begin + max_length, len(text))
-            # ids[end] is the last that this window predicts, and it reads what lies before.
+            # ids[end] is the last token that this window predicts; it reads those before.
             first = max(0, end - max_length)
             contexts.append(ids[first : begin + 1])
             continuations.append(ids[begin + 1 : end + 1])

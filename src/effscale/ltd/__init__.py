@@ -1,4 +1,4 @@
-"""Random layerwise token dropping (random-LTD): middle layers train on some of each row's tokens."""
+"""Random layerwise token dropping (random-LTD): the middle layers train on a random subset of each row's tokens."""
 
 from effscale.ltd.accounting import layer_token_average, training_flops
 from effscale.ltd.deepspeed import random_ltd_from_deepspeed

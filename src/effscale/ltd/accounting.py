@@ -1,4 +1,4 @@
-"""What a training step costs when layers drop tokens: layer tokens and floating-point operations."""
+"""The cost of a training step when layers drop tokens: layer tokens and floating-point operations."""
 
 from effscale.ltd.layers import dropping_layers
 from effscale.models import BlockConfig, LMHead, PatchInputs, TransformerConfig
@@ -6,20 +6,22 @@ from effscale.models.attention import CAUSAL_BLOCKS, MIN_CAUSAL_BLOCK
 
 
 def layer_token_average(length: int, kept: int, num_layers: int, num_ltd_layers: int) -> int:
-    r"""Tokens of a row that a layer processes on average, rounded down.
+    r"""Return the average number of tokens of a row that a layer processes, rounded down.
 
     .. math:: \lfloor (S (L - L_{ltd}) + r L_{ltd}) / L \rfloor
 
     Args:
-        length: Tokens of the row, as the batch has it.
-        kept: Tokens that dropping layers keep; ``length`` or more: all.
-        num_layers: Layers of the model.
-        num_ltd_layers: Layers that drop tokens.
+        length: The number of tokens of the row in the batch.
+        kept: The number of tokens that dropping layers keep; ``length`` or more means all.
+        num_layers: The number of layers of the model.
+        num_ltd_layers: The number of layers that drop tokens.
 
     Returns:
         The average.
 
-    Source: Li et al., "DeepSpeed Data Efficiency", 2022, section 3.2; rounded as Megatron-DeepSpeed counts.
+    References:
+        Li et al., "DeepSpeed Data Efficiency" (2022), section 3.2; rounded as in Megatron-DeepSpeed.
+            https://arxiv.org/abs/2212.03597
 
     Example:
         >>> layer_token_average(2048, 128, 24, 22)
@@ -35,26 +37,26 @@ def training_flops(
     kept: int | None = None,
     layers: tuple[int, ...] | None = None,
 ) -> int:
-    """Floating-point operations of a row's forward and backward pass.
+    """Return the floating-point operations of the forward and backward pass of a row.
 
-    Counted are matrix products, a multiplication and an addition as two: projections, feed-forward, attention scores and
-    mixing, the embedding of patches, the projections of a narrower embedding, and heads over the vocabulary at every
+    Matrix products are counted, with a multiplication and an addition as two operations: projections, feed-forward, attention
+    scores and mixing, the embedding of patches, the projections of a narrower embedding, and heads over the vocabulary at every
     token. The backward pass counts twice the forward pass. Causal attention counts the scores that the model computes,
-    masked ones included. Softmax, norms, activations, products on one vector per row, and what is computed again to
+    including masked ones. Softmax, norms, activations, products on one vector per row, and recomputation to
     save memory are not counted.
 
     Args:
-        config: The model's. A feed-forward config of your own needs the method ``multiplications(d_model)`` that
-            :class:`effscale.models.MLPConfig` has: those of one token's forward pass.
-        length: Tokens of a row.
-        kept: Tokens that dropping layers keep; None: no layer drops.
-        layers: Numbers of the layers that drop tokens; None: all but the first and the last.
+        config: The config of the model. A custom feed-forward config needs a method ``multiplications(d_model)`` like that of
+            ``effscale.models.MLPConfig``: the multiplications of one token's forward pass.
+        length: The number of tokens in a row.
+        kept: The number of tokens that dropping layers keep; None means that no layer drops tokens.
+        layers: The numbers of the layers that drop tokens; None means all except the first and the last.
 
     Returns:
-        Operations.
+        The number of operations.
 
     Raises:
-        ValueError: A feed-forward's operations are not known; or see :func:`effscale.ltd.dropping_layers`.
+        ValueError: The operations of a feed-forward are unknown, or as for ``effscale.ltd.dropping_layers``.
 
     Example:
         >>> from effscale.models import preset
@@ -72,13 +74,13 @@ def training_flops(
 
 
 def _layer(block: BlockConfig, d_model: int, tokens: int, causal: bool) -> int:
-    """Multiplications of a layer's forward pass."""
+    """Return the multiplications of a layer's forward pass."""
     attention, feed_forward = block.attention, block.feed_forward
     counted = getattr(feed_forward, "multiplications", None)
     if counted is None:
         raise ValueError(
-            f"feed_forward is a {type(feed_forward).__name__}, whose operations are not known: give it a method "
-            "multiplications(d_model), those of one token's forward pass"
+            f"the operations of feed_forward are unknown, got a {type(feed_forward).__name__}. Add a method "
+            "multiplications(d_model) that returns those of one token's forward pass."
         )
     width = attention.width(d_model)
     projections = 2 * d_model * width * (attention.num_heads + attention.kv_heads)
@@ -87,14 +89,14 @@ def _layer(block: BlockConfig, d_model: int, tokens: int, causal: bool) -> int:
 
 
 def _scores(tokens: int, causal: bool) -> int:
-    """Scores that a head computes: causal ones in blocks of queries, each against the keys up to its end."""
+    """Return the scores that a head computes. Causal ones are computed in blocks of queries, each against the keys up to its end."""
     if causal and tokens % CAUSAL_BLOCKS == 0 and tokens >= CAUSAL_BLOCKS * MIN_CAUSAL_BLOCK:
         return tokens**2 * (CAUSAL_BLOCKS + 1) // (2 * CAUSAL_BLOCKS)
     return tokens**2
 
 
 def _ends(config: TransformerConfig, length: int) -> int:
-    """Multiplications before the first layer and after the last."""
+    """Return the multiplications before the first layer and after the last."""
     inputs = config.inputs
     if isinstance(inputs, PatchInputs):
         return (length - 1) * inputs.patch_size**2 * inputs.channels * config.d_model

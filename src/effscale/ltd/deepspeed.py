@@ -1,4 +1,4 @@
-"""Random-LTD as DeepSpeed's JSON configuration describes it."""
+"""Random-LTD from DeepSpeed's JSON configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,21 +19,21 @@ OPTIONAL = (
 
 
 def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
-    """Read random-LTD out of a DeepSpeed configuration.
+    """Read random-LTD from a DeepSpeed configuration.
 
-    It is on if its own ``enabled`` says so, as in DeepSpeed. How the model's layers are called, masked and laid out
-    (``model_mask_name``, ``model_type``, ``hidden_state_order``) is the model's affair here, and what a batch holds the
-    batch's; both are passed over. ``layer_token_lr_schedule``, which DeepSpeed does not run, must be off: let
-    ``RandomLTD.tokens_per_batch`` count and ``ScheduleConfig(unit="tokens")`` follow.
+    As in DeepSpeed, it is active if its own ``enabled`` is true. The settings about the layout of the model (``model_mask_name``,
+    ``model_type``, ``hidden_state_order``) and about the batch are ignored, as effscale takes them from the model and the batch.
+    ``layer_token_lr_schedule``, which DeepSpeed does not implement, must be off. Instead, count with
+    ``RandomLTD.tokens_per_batch`` and use ``ScheduleConfig(unit="tokens")``.
 
     Args:
         config: The whole configuration, from ``json.load``.
 
     Returns:
-        The technique, or None if it is off.
+        The ``RandomLTD``, or None if it is off.
 
     Raises:
-        ValueError: A key is unknown or missing, a value is out of range, or numbers contradict each other.
+        ValueError: A key is unknown or missing, a value is out of range, or values contradict each other.
 
     Example:
         >>> ltd = random_ltd_from_deepspeed({"data_efficiency": {"data_routing": {"random_ltd": {
@@ -55,14 +55,14 @@ def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
     for where, above in ((outer, config[outer]), (middle, routing)):
         if not above.get("enabled", True):
             raise ValueError(
-                f"{where}.enabled is false and {inner}.enabled is true, by which DeepSpeed goes; let both say the same"
+                f"{where}.enabled is false, but {inner}.enabled, which DeepSpeed uses, is true. Set both to the same value."
             )
     check_keys(block, inner, required=REQUIRED, optional=OPTIONAL)
     learning_rate = block.get("layer_token_lr_schedule", {"enabled": False})
     if switch(learning_rate, f"{inner}.layer_token_lr_schedule"):
         raise ValueError(
-            f"{inner}.layer_token_lr_schedule.enabled is true: give the learning rate as a schedule by tokens, "
-            'ScheduleConfig(unit="tokens"), and count tokens by RandomLTD.tokens_per_batch'
+            f"{inner}.layer_token_lr_schedule.enabled must be false, got true. Use a learning rate by tokens, "
+            'ScheduleConfig(unit="tokens"), and count tokens with RandomLTD.tokens_per_batch.'
         )
     layers = whole_numbers(block["random_ltd_layer_id"], f"{inner}.random_ltd_layer_id")
     _agree(block, layers, inner)
@@ -76,7 +76,7 @@ def _pacing(schedule: Any, where: str) -> Any:
     check_keys(schedule, where, required=(*values, "schedule_type", "schedule_config"))
     if schedule["schedule_type"] != "fixed_linear":
         raise ValueError(
-            f"{where}.schedule_type must be 'fixed_linear', the only one there is, got {schedule['schedule_type']!r}"
+            f"{where}.schedule_type must be 'fixed_linear', the only type, got {schedule['schedule_type']!r}"
         )
     steps, there = schedule["schedule_config"], f"{where}.schedule_config"
     check_keys(steps, there, required=("require_steps", "seq_per_step"))
@@ -89,16 +89,16 @@ def _pacing(schedule: Any, where: str) -> Any:
 
 
 def _agree(block: Mapping[str, Any], layers: tuple[int, ...], where: str) -> None:
-    """Check the numbers of layers that the configuration says twice."""
+    """Check the redundant layer counts of the configuration."""
     if "random_ltd_layer_num" in block:
         number = whole_number(block["random_ltd_layer_num"], f"{where}.random_ltd_layer_num")
         if number != len(layers):
             raise ValueError(
-                f"{where}.random_ltd_layer_num={number}: random_ltd_layer_id names {len(layers)} layers"
+                f"{where}.random_ltd_layer_num must be {len(layers)}, the number of layers in random_ltd_layer_id, got {number}"
             )
     if "total_layer_num" in block:
         total = whole_number(block["total_layer_num"], f"{where}.total_layer_num")
         if outside := [layer for layer in layers if not 0 <= layer < total]:
             raise ValueError(
-                f"{where}.random_ltd_layer_id names {outside}; total_layer_num={total} has layers 0 to {total - 1}"
+                f"{where}.random_ltd_layer_id must be from 0 to {total - 1} with total_layer_num={total}, got {outside}"
             )

@@ -1,4 +1,4 @@
-"""Which layers drop tokens."""
+"""The layers that drop tokens."""
 
 from effscale.models import TransformerConfig
 
@@ -6,15 +6,15 @@ from effscale.models import TransformerConfig
 def dropping_layers(
     config: TransformerConfig, layers: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
-    """Return the numbers of the layers that drop tokens, in order; layers count from 0 through the whole model.
+    """Return the numbers of the layers that drop tokens, in order; layers are counted from 0 through the whole model.
 
     Args:
-        config: The model's.
-        layers: The numbers; None: all but the first and the last, as in the paper.
+        config: The config of the model.
+        layers: The numbers; None means all except the first and the last, as in the paper.
 
     Raises:
-        ValueError: None is given and there is no layer between the first and the last; or a number is no layer's, or
-            is given twice; or there is none.
+        ValueError: ``layers`` is empty, contains a duplicate or a number that is not a layer; or it is None and the model has no
+            layers between the first and the last.
 
     Example:
         >>> from effscale.models import preset
@@ -24,16 +24,18 @@ def dropping_layers(
     if layers is None:
         if config.num_layers < 3:
             raise ValueError(
-                f"layers=None drops tokens in all layers but the first and the last, and of "
-                f"{config.num_layers} none is left; use a model of 3 layers or more, or name the layers"
+                f"layers=None drops tokens in all layers except the first and the last, which leaves none of "
+                f"{config.num_layers}. Use a model with at least 3 layers, or name the layers."
             )
         return tuple(range(1, config.num_layers - 1))
     if not layers:
-        raise ValueError("layers=(): name at least one layer, or None for all but first and last")
+        raise ValueError(
+            "layers must have at least one layer, got (). Use None for all layers except the first and the last."
+        )
     if outside := [layer for layer in layers if not 0 <= layer < config.num_layers]:
         raise ValueError(
-            f"layers={layers} names {outside}; the model has layers 0 to {config.num_layers - 1}"
+            f"layers must be from 0 to {config.num_layers - 1}, got {layers}, of which {outside} are not in the model"
         )
     if len(set(layers)) < len(layers):
-        raise ValueError(f"layers={layers} names a layer twice")
+        raise ValueError(f"layers must not have duplicates, got {layers}")
     return tuple(sorted(layers))

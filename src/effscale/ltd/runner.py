@@ -1,4 +1,4 @@
-"""Layers run on some of the tokens only."""
+"""Run layers on a subset of the tokens."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,31 +22,32 @@ def token_dropping(
     key: PRNGKeyArray,
     layers: tuple[int, ...] | None = None,
 ) -> RunGroup:
-    r"""Random layerwise token dropping: the way to run a model's layers on ``kept`` tokens each.
+    r"""Return a ``run_group`` function that runs each layer of a model on ``kept`` random tokens.
 
     A layer :math:`f` with kept positions :math:`K`, drawn independently for each layer and row, maps the stream :math:`h` to
 
     .. math:: h'_K = f(h_K), \qquad h'_i = h_i \quad (i \notin K).
 
-    Kept tokens attend to one another only, under the mask and with the positions that they have in the whole row. No
-    token is special: the class token may be dropped, and padding is kept as often as what is not. The gradient is that of
-    the formula. Where a row has at most ``kept`` tokens the model runs as it always does. What feed-forwards report,
-    and what is captured, must have one shape whatever the number of tokens.
+    Kept tokens attend only to one another, with the mask and the positions that they have in the whole row. No
+    token is special: the class token may be dropped, and padding is kept as often as real tokens. The gradient is that of
+    the formula. If a row has at most ``kept`` tokens, the model runs as usual. The reports of feed-forwards, and captured
+    values, must have a shape that does not depend on the number of tokens.
 
     Args:
-        config: The model's.
-        kept: Tokens that each dropping layer keeps of a row.
-        key: What is kept follows from it. It may be the key that turns dropout on.
-        layers: Numbers of the layers that drop tokens, counted from 0; None: all but the first and the last.
+        config: The config of the model.
+        kept: The number of tokens of a row that each dropping layer keeps.
+        key: The key that decides which tokens are kept. It may be the same as the key of dropout.
+        layers: The numbers of the layers that drop tokens, counted from 0; None means all except the first and the last.
 
     Returns:
-        What ``run_group`` of :meth:`effscale.models.Transformer.encode` takes.
+        A value for ``run_group`` of ``effscale.models.Transformer.encode``.
 
     Raises:
-        ValueError: ``kept`` is below 1; see :func:`dropping_layers`; or, when run, there is a cache: tokens are dropped
-            in training only.
+        ValueError: ``kept`` is below 1; as for ``dropping_layers``; or, when run, there is a cache: tokens can be dropped
+            only in training.
 
-    Source: Yao et al., "Random-LTD", 2022, section 3.1 and algorithm 1.
+    References:
+        Yao et al., "Random-LTD" (2022), section 3.1 and algorithm 1. https://arxiv.org/abs/2211.11586
 
     Example:
         >>> from flax import nnx
@@ -67,7 +68,7 @@ def token_dropping(
         index: int, group: BlockGroup, x: Array, context: Context, cache: Any, group_key: Any
     ) -> tuple[Array, Any, Any]:
         if cache is not None:
-            raise ValueError("tokens cannot be dropped with a cache, which holds every token")
+            raise ValueError("tokens cannot be dropped with a cache, which contains every token")
         batch, length = x.shape[:2]
         if kept >= length:
             return run_group(index, group, x, context, cache, group_key)
@@ -96,7 +97,7 @@ def token_dropping(
 
 
 def _stretches(drops: list[bool], width: int) -> Iterator[tuple[int, int]]:
-    """First and last but one repetition of each run of repetitions whose ``width`` blocks drop alike."""
+    """Yield start and stop of each run of repetitions whose ``width`` blocks drop tokens in the same way."""
     patterns = [tuple(drops[i : i + width]) for i in range(0, len(drops), width)]
     stop = 0
     for _, alike in itertools.groupby(patterns):

@@ -1,4 +1,4 @@
-"""Random-LTD as a training run uses it: a schedule of kept tokens around any loss."""
+"""Random-LTD for training runs: a schedule of kept tokens around any loss."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ KEPT = "kept_tokens"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of placeholders, too
+@typing.no_type_check  # JAX also creates it from placeholders
 class KeptTokens:
-    """How many tokens dropping layers keep, as a part of a batch.
+    """The number of tokens that dropping layers keep, as a part of a batch.
 
-    It has no arrays: the number is in the batch's structure, so that each number is a program of its own.
+    It has no arrays: the number is static, so that each number is a separate program.
     """
 
     kept: int = dataclasses.field(metadata={"static": True})
@@ -40,7 +40,7 @@ def mslg(
     seq_per_step: int | None = None,
     clock: Clock = "steps",
 ) -> LinearPacing:
-    r"""Monotonic Sequence Length Growth: kept tokens along a line.
+    r"""Return the pacing of Monotonic Sequence Length Growth: linear growth of the number of kept tokens.
 
     .. math:: r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})
 
@@ -48,13 +48,14 @@ def mslg(
     Step ``b`` (from 0) takes :math:`r_b`. The names are DeepSpeed's.
 
     Args:
-        min_value: Tokens kept at first.
-        max_value: Tokens kept in the end: the whole row.
+        min_value: The number of tokens kept at first.
+        max_value: The number of tokens kept at the end: the whole row.
         require_steps: :math:`R`, the count at which all are kept.
         seq_per_step: :math:`g`. Each value is a program to compile; None makes about a dozen.
-        clock: What is counted.
+        clock: What to count.
 
-    Source: Yao et al., "Random-LTD", 2022, section 3.2.
+    References:
+        Yao et al., "Random-LTD" (2022), section 3.2. https://arxiv.org/abs/2211.11586
 
     Example:
         >>> growth = mslg(min_value=128, max_value=2048, require_steps=200_000, seq_per_step=16)
@@ -74,10 +75,12 @@ def mslg(
 class RandomLTD:
     """Random layerwise token dropping during training.
 
-    Source: Yao et al., "Random-LTD", 2022; Li et al., "DeepSpeed Data Efficiency", 2022, section 3.2.
+    References:
+        Yao et al., "Random-LTD" (2022). https://arxiv.org/abs/2211.11586
+        Li et al., "DeepSpeed Data Efficiency" (2022), section 3.2. https://arxiv.org/abs/2212.03597
 
     Example:
-        A model trained with it; ``fit(step_fn=step, before_step=step.before_step)`` does the rest.
+        Train a model with it; ``fit(step_fn=step, before_step=step.before_step)`` does the rest.
 
         >>> from effscale.models import gpt2
         >>> from effscale.training import AdamWConfig, StagedStep, make_train_step, next_token_loss
@@ -92,26 +95,26 @@ class RandomLTD:
     """
 
     pacing: Pacing
-    """Kept tokens by count, such as :func:`mslg`."""
+    """The pacing of the number of kept tokens, such as ``mslg``."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers that drop tokens, counted from 0; None: all but the first and the last."""
+    """The numbers of the layers that drop tokens, counted from 0; None means all except the first and the last."""
     field: str | None = "input_ids"
-    """The name of the tokens in a batch, whose length is checked. None: batches have no tokens, as those of images.
-    (Batches with ``images``, which effscale's image models take, need no None.)"""
+    """The name of the tokens in a batch, whose length is checked. None if batches have no tokens, such as images.
+    (Batches with ``images`` for effscale's image models do not need None.)"""
 
     def __post_init__(self):
         check(self, self.pacing(0) >= 1, "pacing", "of at least 1 token")
 
     def check(self, config: TransformerConfig, length: int | None = None) -> None:
-        """Raise an error where the schedule does not suit a model.
+        """Raise an error if the schedule does not fit a model.
 
         Args:
-            config: The model's.
-            length: Tokens of a whole row; None: as many as the model has positions.
+            config: The config of the model.
+            length: The number of tokens in a whole row; None uses the number of positions of the model.
 
         Raises:
-            ValueError: The layers are not the model's; or the schedule ends below the whole row, so that no step
-                trains on it, or above, so that it drops nothing for a part of its steps.
+            ValueError: The layers are not in the model; or the schedule ends below the whole row, so that no step
+                trains on it, or above, so that it drops nothing during a part of its steps.
         """
         dropping_layers(config, self.layers)
         if length is None:
@@ -119,23 +122,25 @@ class RandomLTD:
             length = inputs.num_tokens if isinstance(inputs, PatchInputs) else config.max_length
         last = self.pacing(self.pacing.end)
         if length is not None and last != length:
-            what = "never reaches the whole row" if last < length else "is longer than the row"
-            raise ValueError(f"pacing ends at {last} kept tokens and {what} of {length}")
+            what = "so it never reaches the whole row" if last < length else "more than the row has"
+            raise ValueError(
+                f"pacing must end at the row length {length}, got {last} kept tokens, {what}"
+            )
 
     def loss(self, loss_fn: Callable[..., Loss]) -> Callable[..., Loss]:
-        """Return the loss of one of effscale's models, with tokens dropped where a batch says so.
+        """Wrap the loss of an effscale model so that it drops tokens where a batch requires it.
 
-        The layers of another model drop tokens by :func:`effscale.ltd.sample_kept`, :func:`effscale.ltd.take_tokens` and
-        :func:`effscale.ltd.put_tokens`; docs/random_ltd.md has an example.
+        The layers of other models can drop tokens with ``effscale.ltd.sample_kept``, ``effscale.ltd.take_tokens`` and
+        ``effscale.ltd.put_tokens``; docs/random_ltd.md has an example.
 
         Args:
             loss_fn: ``loss_fn(model, batch, key, *, run_group) -> Loss``, such as
-                :func:`effscale.training.next_token_loss`.
+                ``effscale.training.next_token_loss``.
 
         Returns:
-            ``loss_fn(model, batch, key) -> Loss``; a fourth argument (``frozen``) is passed on. Tokens are dropped where there
-            is a key, as with dropout, and the batch has been through :meth:`shape_batch`; so evaluation sees all tokens. It
-            raises a TypeError for a model that is none of effscale's.
+            ``loss_fn(model, batch, key) -> Loss``; a fourth argument (``frozen``) is passed on. Tokens are dropped if there
+            is a key, as with dropout, and the batch comes from ``shape_batch``; so evaluation sees all tokens. The function
+            raises a TypeError for models other than effscale's.
         """
 
         @functools.wraps(loss_fn)
@@ -151,8 +156,8 @@ class RandomLTD:
                 config = getattr(model, "config", None)
                 if not isinstance(config, TransformerConfig):
                     raise TypeError(
-                        f"RandomLTD.loss runs the layers of effscale's models, and this model is a {type(model).__name__}. "
-                        f"Give your own loss instead: it reads batch[{KEPT!r}].kept, and its layers drop tokens by "
+                        f"RandomLTD.loss needs an effscale model, got a {type(model).__name__}. "
+                        f"Use a custom loss instead: read batch[{KEPT!r}].kept, and let its layers drop tokens with "
                         "sample_kept, take_tokens and put_tokens (docs/random_ltd.md, Your own model)."
                     )
                 options["run_group"] = token_dropping(
@@ -163,51 +168,51 @@ class RandomLTD:
         return with_dropping
 
     def stages(self, batch_size: int | None = None, length: int | None = None) -> Stages[int]:
-        """Kept tokens by training step.
+        """Return the number of kept tokens at each training step.
 
         Args:
-            batch_size: Rows of a batch; the clocks ``samples`` and ``tokens`` need it.
-            length: Tokens of a row; the clock ``tokens`` needs it. All of a row's tokens count, dropped or not.
+            batch_size: The number of rows in a batch; the clocks ``samples`` and ``tokens`` need it.
+            length: The number of tokens in a row; the clock ``tokens`` needs it. All tokens of a row count, dropped or not.
 
         Raises:
-            ValueError: The clock needs more than is given.
+            ValueError: An argument that the clock needs is missing.
         """
         if self.pacing.clock == "steps":
             return stages(self.pacing, offset=0)
         by_tokens = self.pacing.clock == "tokens"
         if batch_size is None or (by_tokens and length is None):
             raise ValueError(
-                f"clock={self.pacing.clock!r} needs batch_size, and with tokens length; "
-                f"given are batch_size={batch_size} and length={length}"
+                f"clock={self.pacing.clock!r} needs batch_size, and also length for tokens, "
+                f"got batch_size={batch_size} and length={length}"
             )
         each = batch_size * (length or 1) if by_tokens else batch_size
         return stages(self.pacing, cost=lambda kept: each)
 
     def shape_batch(self, batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
-        """Return the batch with the number of tokens that dropping layers keep: at most all of a row that a curriculum has shortened.
+        """Return the batch with the number of tokens that dropping layers keep, at most the length of its rows.
 
         Raises:
-            ValueError: Rows are longer than what is kept in the end, so that no step would see whole ones; or there
-                are no tokens of the name ``field``.
+            ValueError: Rows are longer than the final number of kept tokens, so that no step would see whole rows; or
+                the batch has no tokens named ``field``.
         """
         if self.field is not None and "images" not in batch:
             length, last = token_shape(batch, self.field)[1], self.pacing(self.pacing.end)
             if length > last:
                 raise ValueError(
-                    f"RandomLTD.pacing ends at {last} kept tokens and the rows have {length}: let it end at the row's length"
+                    f"RandomLTD.pacing must end at the row length {length}, got {last} kept tokens"
                 )
-            kept = min(kept, length)  # one program, and not one for each greater number
+            kept = min(kept, length)  # one program instead of one for each greater number
         return {**batch, KEPT: KeptTokens(kept)}
 
     def tokens_per_batch(self, config: TransformerConfig) -> Callable[[Any], int]:
-        """What a batch counts for, averaged over layers; for ``make_train_step(tokens_per_batch=...)``.
+        """Return the function that counts a batch's tokens, averaged over layers; for ``make_train_step(tokens_per_batch=...)``.
 
         A learning rate by tokens (``ScheduleConfig(unit="tokens")``) is then a LayerToken learning rate, and a run that
-        stops by tokens consumed counts those that layers have processed. Rows that a curriculum has shortened
-        count as they are.
+        stops by tokens consumed counts the tokens that layers have processed. Rows that a curriculum has shortened
+        count with their shortened length.
 
         Args:
-            config: The model's.
+            config: The config of the model.
 
         Returns:
             A function of a batch.
@@ -216,7 +221,7 @@ class RandomLTD:
 
         def tokens(batch: Mapping[str, Any]) -> int:
             if isinstance(config.inputs, PatchInputs):
-                rows, length = count_tokens(batch), config.inputs.num_tokens  # it counts examples
+                rows, length = count_tokens(batch), config.inputs.num_tokens  # counts examples
             else:
                 rows, length = token_shape(batch, self.field or "input_ids")
             kept = batch[KEPT].kept if KEPT in batch else length

@@ -1,4 +1,4 @@
-"""Kept tokens taken out of the stream and put back."""
+"""Take kept tokens out of the residual stream and put them back."""
 
 import dataclasses
 from typing import Any
@@ -18,18 +18,18 @@ PROMISES: dict[str, Any] = {
 def take_tokens(
     x: Shaped[Array, "rows seq *features"], kept: Int[Array, "batch kept"]
 ) -> Shaped[Array, "batch kept *features"]:
-    """``x[row, kept[row]]`` of each row.
+    """Return ``x[row, kept[row]]`` for each row.
 
     Args:
-        x: Rows of tokens; a single row stands for all.
-        kept: Positions, rising in each row and not checked to lie within the sequence.
+        x: Rows of tokens; a single row is used for all.
+        kept: Positions, in increasing order in each row. They are not checked to be within the sequence.
 
     Example:
         >>> import jax.numpy as jnp
         >>> take_tokens(jnp.array([[10, 11, 12]]), jnp.array([[0, 2], [1, 2]])).tolist()
         [[10, 12], [11, 12]]
     """
-    # Mapped over rows: the compiler then knows the batch dimension, and moves no row between devices.
+    # Mapped over rows, so that the compiler knows the batch dimension and moves no row between devices.
     take = lambda row, kept: row.at[kept].get(**PROMISES)
     if x.shape[0] == 1:
         return jax.vmap(take, (None, 0))(x[0], kept)
@@ -41,7 +41,7 @@ def put_tokens(
     kept: Int[Array, "batch kept"],
     y: Shaped[Array, "batch kept *features"],
 ) -> Shaped[Array, "batch seq *features"]:
-    """``x`` with ``y`` at the kept tokens; the others pass by.
+    """Return ``x`` with ``y`` at the kept tokens; the other tokens are unchanged.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,9 +53,9 @@ def put_tokens(
 
 
 def take_context(context: Context, kept: Int[Array, "batch kept"]) -> Context:
-    """Return the context of the kept tokens alone: they keep their positions, their segments and their being real.
+    """Return the context of only the kept tokens, with their positions, segments and padding mask.
 
-    Positions rise, so a causal layer may go by the order of slots.
+    Positions are increasing, so a causal layer can rely on the order of slots.
     """
 
     def take(value: Any) -> Any:

@@ -23,7 +23,8 @@ def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[i
         final: The number of rows in the last batch.
 
     Returns:
-        The stages; each size is one more shape to compile. To count rows, call ``total`` and ``steps_until`` with ``cost=lambda rows: rows``.
+        The stages; each size is one more shape to compile. To count rows, call ``total`` and ``steps_until`` with
+        ``cost=lambda rows: rows``.
 
     Raises:
         ValueError: A number is out of range, or ``increment`` does not divide ``final - start``.

@@ -47,8 +47,9 @@ class ShapeBuckets:
     """A function with one executable for each signature of its arguments.
 
     The signature is the tree structure, shapes, types and shardings of all arguments, including keyword arguments. A new
-    signature is compiled at the call; one that was passed to ``prepare`` is ready or is waited for. If the function returns the
-    successor of an argument (a training state), that output keeps the argument's shardings, so that no second compilation follows.
+    signature is compiled at the call; one that was passed to ``prepare`` is ready or is waited for. If the function
+    returns the successor of an argument (a training state), that output keeps the argument's shardings, so that no second
+    compilation follows.
 
     Args:
         function: A pure function of pytrees, not jitted.

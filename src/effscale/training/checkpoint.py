@@ -66,9 +66,11 @@ class Checkpoints:
 
     Args:
         folder: Where to store them: a local folder, created when first needed, or ``gs://bucket/...`` (the extra ``gcs``).
-        config: The run's config (dataclass or mapping). It is saved, and restoring a checkpoint with a different config raises an error.
+        config: The run's config (dataclass or mapping). It is saved, and restoring a checkpoint with a different config
+            raises an error.
         free_fields: Dotted names of config fields that may change between runs, such as ``num_steps``.
-        keep: The number of checkpoints to keep. While updates are being skipped one more is kept, so that the last ``keep`` from before stay.
+        keep: The number of checkpoints to keep. While updates are being skipped one more is kept, so that the last
+            ``keep`` from before stay.
         every: ``save`` writes at multiples of this step; None writes only with ``force=True``.
         asynchronous: Whether to write in a background thread. Errors are then raised by the next ``save``, ``check`` or ``wait``.
 

@@ -14,10 +14,11 @@ from effscale.models.validation import is_finite
 ClipBy = Literal["synchronised", "local"]
 """Whose norm decides if several workers have separate gradients.
 
-``synchronised``: the root mean square of the workers' norms, one number for all of them, whether or not they average their
-gradients. It is at least the norm of the mean gradient, and larger by up to the square root of the number of workers where noise
-dominates. ``local``, as in DeepSpeed: the norm of the mean gradient while gradients are averaged, and each worker's own norm once
-only momenta are averaged. Each worker's own norm is larger, so if it exceeds the limit, steps become smaller when compression begins.
+``synchronised``: the root mean square of the workers' norms, one number for all of them, whether or not they average
+their gradients. It is at least the norm of the mean gradient, and larger by up to the square root of the number of
+workers where noise dominates. ``local``, as in DeepSpeed: the norm of the mean gradient while gradients are averaged, and
+each worker's own norm once only momenta are averaged. Each worker's own norm is larger, so if it exceeds the limit, steps
+become smaller when compression begins.
 """
 
 

@@ -27,7 +27,8 @@ class FitResult(NamedTuple):
     Attributes:
         state: The final state.
         history: The records written: ``{"step": ..., "loss": ...}``.
-        stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: the state was saved, so you can resume) or ``data`` (the data ended).
+        stopped_reason: ``finished``, ``signal`` (SIGTERM or Ctrl-C: the state was saved, so you can resume) or ``data``
+            (the data ended).
         signal: The number of the signal, or None.
     """
 
@@ -76,8 +77,10 @@ def fit(
         log_every: The number of steps between records.
         max_skipped_in_row: Stop after this number of consecutive skipped updates.
         place_batch: Converts a host batch to a device batch, for instance by sharding it over a mesh.
-        before_step: ``before_step(step, batch) -> batch``, called on the host, for instance for a curriculum that crops the batch.
-        sync_every: With several processes, the number of steps after which they agree whether to stop; they always do after the last step.
+        before_step: ``before_step(step, batch) -> batch``, called on the host, for instance for a curriculum that crops
+            the batch.
+        sync_every: With several processes, the number of steps after which they agree whether to stop; they always do
+            after the last step.
 
     Returns:
         The final state, the records and the reason why training ended.

@@ -38,10 +38,12 @@ class RunMirror:
     again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
     Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``; if it later finds another
-    name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run, the later one keeps the mirror.
+    name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run, the later one keeps
+    the mirror.
 
     Args:
-        folder: The run folder, local or on a file system shared by all hosts. With several processes, create a mirror only on process 0.
+        folder: The run folder, local or on a file system shared by all hosts. With several processes, create a mirror
+            only on process 0.
         url: The place of the copy, such as ``s3://bucket/runs/a``.
         checkpoints: Whether to copy checkpoints. Use False if they are written to a bucket anyway.
 

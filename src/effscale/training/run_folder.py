@@ -58,9 +58,10 @@ class RunFolder:
             name: The name of the experiment; required without ``path``.
             root: The parent folder of runs.
             config: The run's config (dataclass or mapping).
-            data: The training data: the names of its parts, with plain values that change with their content, such as digests. It is
-                saved in ``config.json``, and resuming with different values raises an error.
-            resume: Whether to open an existing folder and continue. Its ``config.json`` is not changed, except for new parts of ``data``.
+            data: The training data: the names of its parts, with plain values that change with their content, such as
+                digests. It is saved in ``config.json``, and resuming with different values raises an error.
+            resume: Whether to open an existing folder and continue. Its ``config.json`` is not changed, except for new
+                parts of ``data``.
 
         Returns:
             The folder.

@@ -36,7 +36,8 @@ class TrainState:
     Attributes:
         model: The whole module, including frozen leaves.
         opt_state: The state of the optimizer over the trained leaves.
-        step: The number of batches consumed, an int32 scalar. It also advances when an update is skipped, so that it matches the data.
+        step: The number of batches consumed, an int32 scalar. It also advances when an update is skipped, so that it
+            matches the data.
         tokens: The exact number of tokens seen (see ``Counter``).
         key: The PRNG key of the run. It never changes; the key of a step is ``fold_in(key, step)``.
         ema: The exponential moving average of the trained leaves, or None.

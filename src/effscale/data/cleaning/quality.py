@@ -66,7 +66,8 @@ def _counts(items: Sequence[Hashable], length: int) -> collections.Counter[Hasha
 class Quality:
     """Bounds that a document must meet. By default only repetition is bounded, with values that suit prose in most languages.
 
-    ROOTS sets its bounds by language: for English at most 0.106 for characters, for Portuguese 0.25, for Chinese 0.2 with n-grams of 3.
+    ROOTS sets its bounds by language: for English at most 0.106 for characters, for Portuguese 0.25, for Chinese 0.2 with
+    n-grams of 3.
 
     Attributes:
         min_characters: The minimum number of characters.

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness with models of this library: ``HarnessModel``; on the command line ``python -m effscale.evaluation.harness``."""
+"""Run EleutherAI's lm-evaluation-harness on effscale models: ``HarnessModel``, or ``python -m effscale.evaluation.harness`` on the command line."""
 
 from effscale.evaluation.harness.model import HarnessModel
 

@@ -1,4 +1,4 @@
-"""Evaluates a model folder on tasks of the harness: ``python -m effscale.evaluation.harness --model FOLDER --tasks NAMES``."""
+"""Evaluate a model folder on tasks of the harness: ``python -m effscale.evaluation.harness --model FOLDER --tasks NAMES``."""
 
 import difflib
 import json
@@ -26,27 +26,29 @@ def evaluate(
     apply_chat_template: bool = False,
     output: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Run tasks of EleutherAI's lm-evaluation-harness on a model folder, and shows its table.
+    """Run tasks of EleutherAI's lm-evaluation-harness on a model folder, and print the table of results.
 
     Args:
         model: The model folder or GGUF file.
-        tasks: Names of tasks or groups, with commas between them; ``*`` stands for any letters.
-        include_path: A folder with tasks of your own. Only these are known then; otherwise those that come with the harness, whose data are downloaded from the
-            Hugging Face hub.
-        num_fewshot: Examples before each question, in place of what the task says.
-        limit: Only so many questions of each task.
-        batch_size: Rows of a batch.
-        max_length: Tokens that the model reads at once; by default what its folder says.
-        dtype: Type of the weights; by default that of the file.
-        gen_kwargs: Options of generation in place of the tasks', such as temperature=0.8,max_gen_toks=64.
-        apply_chat_template: Put questions into the model's chat template, which needs transformers.
-        output: A file for the results, as JSON.
+        tasks: The names of tasks or groups, separated by commas; ``*`` matches any letters.
+        include_path: A folder with custom tasks. With it, only these are known; otherwise the tasks of the harness, whose
+            data are downloaded from the Hugging Face Hub.
+        num_fewshot: The number of examples before each question, instead of the task's default.
+        limit: The maximum number of questions of each task.
+        batch_size: The number of rows in a batch.
+        max_length: The maximum number of tokens that the model reads; by default that of the model folder.
+        dtype: The type of the weights; by default that of the file.
+        gen_kwargs: Options of generation instead of the task's, such as temperature=0.8,max_gen_toks=64.
+        apply_chat_template: Whether to put questions into the model's chat template, which needs transformers.
+        output: A JSON file for the results.
     """
     if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"--include-path {str(include_path)!r} is no folder")
+        raise ValueError(f"--include-path must be a folder, got {str(include_path)!r}")
     tokenizer = _of_transformers(model) if apply_chat_template else None
     options = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
-    lm = HarnessModel(model, tokenizer, **options)  # before lm_eval: it says what is missing
+    lm = HarnessModel(
+        model, tokenizer, **options
+    )  # before importing lm_eval, as it reports what is missing
 
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -72,19 +74,21 @@ def evaluate(
     if output is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         output.write_text(text + "\n", encoding="utf-8")
-        print(f"written: {output}")
+        print(f"wrote {output}")
     return results
 
 
 def _matching(tasks: str, manager: Any) -> list[str]:
-    """Return the names of tasks that are meant, of which some may have wildcards."""
+    """Return the names of the requested tasks, with wildcards expanded."""
     given = [name.strip() for name in tasks.split(",") if name.strip()]
     if not given:
-        raise ValueError(f"--tasks {tasks!r}: must name at least one task")
+        raise ValueError(f"--tasks must name at least one task, got {tasks!r}")
     for one in given:
         if not manager.match_tasks([one]):
             near = difflib.get_close_matches(one, manager.all_tasks, n=5) or manager.all_tasks[:5]
-            raise ValueError(f"--tasks: there is no {one!r}; there is {', '.join(near) or 'none'}")
+            raise ValueError(
+                f"--tasks must be known tasks, got {one!r}; similar tasks: {', '.join(near) or 'none'}"
+            )
     return manager.match_tasks(given)
 
 
@@ -94,13 +98,13 @@ def _of_transformers(folder: pathlib.Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise ImportError(
-            "--apply-chat-template needs transformers: pip install 'effscale[torch]'"
+            "--apply-chat-template needs transformers: install it with pip install 'effscale[torch]'"
         ) from None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see ``--help``. With ``EFFSCALE_TRACEBACK=1`` in the environment errors keep their traceback."""
+    """Run the command line; see ``--help``. Set ``EFFSCALE_TRACEBACK=1`` in the environment to see tracebacks of errors."""
     try:
         tyro.cli(evaluate, args=argv, prog="python -m effscale.evaluation.harness")
     except (ValueError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Answers to a batch of contexts, up to the first stop string."""
+"""Generate answers to a batch of contexts, up to the first stop string."""
 
 from collections.abc import Sequence
 
@@ -26,17 +26,18 @@ def continue_texts(
 ) -> list[str]:
     """Return the text after each context, without the stop string that ends it.
 
-    As in the harness, answers are decoded by themselves: a tokenizer that drops a text's first space drops theirs.
+    As in the harness, answers are decoded separately from their context: a tokenizer that drops the first space of a text
+    drops theirs.
 
     Args:
         model: A causal model with a head named ``lm``, unrolled.
-        codec: Decodes.
-        contexts: Token ids, at most ``rows`` contexts.
-        sampling: Length, filters and stop tokens.
-        until: Stop strings.
-        key: For sampling.
-        rows: Rows of the batch that is compiled.
-        room: Tokens that a context may have; the batch is padded to one of few lengths up to it.
+        codec: The codec that decodes answers.
+        contexts: Token ids of at most ``rows`` contexts.
+        sampling: The length, filters and stop tokens.
+        until: The stop strings.
+        key: The key for sampling.
+        rows: The number of rows in the compiled batch.
+        room: The maximum number of tokens in a context; the batch is padded to one of few lengths up to it.
     """
     from lm_eval.models.utils import postprocess_generated_text
 

@@ -1,4 +1,4 @@
-"""Which models the harness can ask, and how much they read at once."""
+"""Check which models the harness can evaluate, and how many tokens they read."""
 
 from typing import Any
 
@@ -6,37 +6,37 @@ from effscale.evaluation.harness.codec import Codec
 from effscale.models import Transformer
 
 MAX_LENGTH = 2048
-"""Tokens that a model reads at once where nothing says how many, as in the harness."""
+"""The default for the maximum number of tokens that a model reads, as in the harness."""
 
 
 def check_model(model: Any) -> None:
-    """Refuse a Transformer that predicts no next token, or whose rows depend on the other rows of their batch.
+    """Raise an error for a Transformer that does not predict the next token, or whose rows depend on other rows of the batch.
 
     Raises:
-        ValueError: It says what would do.
+        ValueError: The model cannot be evaluated; the message says what to do.
     """
     if not isinstance(model, Transformer):
         return
     if not (model.config.causal and "lm" in model.heads):
         raise ValueError(
-            f"the harness asks causal models with a head named 'lm', and this one's heads are {list(model.heads)}"
+            f"the harness needs a causal model with a head named 'lm', got heads {list(model.heads)}"
         )
     for number, block in enumerate(model.config.layers):
-        # By name, as a technique is not known here.
+        # By name, as this package does not import techniques.
         router = getattr(block.feed_forward, "router", None)
         capacity = getattr(router, "eval_capacity_factor", None)
         if capacity is not None:
             raise ValueError(
-                f"the experts of layer {number} have eval_capacity_factor={capacity}, for which the rows of a batch would compete: "
-                "evaluate the model with RouterConfig(eval_capacity_factor=None); effscale.models.with_config changes it"
+                f"the experts of layer {number} have eval_capacity_factor={capacity}, so the rows of a batch would compete for them. "
+                "Evaluate the model with RouterConfig(eval_capacity_factor=None); effscale.models.with_config changes it."
             )
 
 
 def length_of(model: Any, codec: Codec, given: int | None) -> int:
-    """Tokens that a model reads at once: as given, or as its files, its positions or its tokenizer say.
+    """Return the maximum number of tokens that a model reads: as given, or by its files, its positions or its tokenizer.
 
     Raises:
-        ValueError: ``given`` is below 1 or more than the model's positions.
+        ValueError: ``given`` is below 1 or above the number of positions of the model.
     """
     positions = model.config.max_length if isinstance(model, Transformer) else None
     if given is None:

@@ -1,4 +1,4 @@
-"""Texts to token ids and back, as the harness's ``hf`` model does it."""
+"""Encode and decode texts like the ``hf`` model of the harness."""
 
 import dataclasses
 import functools
@@ -16,22 +16,22 @@ from effscale.interop.folder import checked_folder, read_json
 from effscale.interop.source import gguf_path
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
-"""Fields of ``config.json`` that say how many tokens a model reads, in the order in which the harness looks for them."""
+"""The fields of ``config.json`` for the number of tokens that a model reads, in the order in which the harness tries them."""
 
 UNLIMITED = 10**9
-"""transformers gives a tokenizer of a model without a limit one that is far above this."""
+"""transformers sets a limit far above this for tokenizers of models without a limit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """A tokenizer, and what the harness asks of it.
+    """A tokenizer, with the special tokens and the length that the harness needs.
 
     Attributes:
-        tokenizer: Of tokenizers or transformers.
-        start_id: What stands before a text that has nothing before it; None where nothing is known.
-        end_id: What ends a text; None where nothing is known.
-        add_special_tokens: Whether texts get the tokens with which the tokenizer begins and ends them.
-        max_length: Tokens that the model reads at once, where its files or the tokenizer say so.
+        tokenizer: A tokenizer of tokenizers or transformers.
+        start_id: The token before a text without context; None if unknown.
+        end_id: The token that ends a text; None if unknown.
+        add_special_tokens: Whether to add the tokens with which the tokenizer begins and ends texts.
+        max_length: The maximum number of tokens that the model reads, if its files or the tokenizer define it.
     """
 
     tokenizer: Any
@@ -41,7 +41,7 @@ class Codec:
     max_length: int | None = None
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids; a text that begins with the start token as a word gets no other."""
+        """Return the token ids of a text. If the text already begins with the start token as a word, no other is added."""
         if add_special_tokens is None:
             begins = self.start_text is not None and text.startswith(self.start_text)
             add_special_tokens = self.add_special_tokens and not begins
@@ -72,11 +72,12 @@ def codec_of(tokenizer: Any) -> Codec:
     """Return the codec of a tokenizer of tokenizers or transformers, or of a model's folder or GGUF file.
 
     Args:
-        tokenizer: A tokenizer, or a path. A text begins with the token that the folder or the tokenizer says, without one with what ends a text, as in the harness.
-            A tokenizer of tokenizers says nothing of it; both are then the usual token that divides documents, if it has one.
+        tokenizer: A tokenizer, or a path. The token that begins a text is taken from the folder or the tokenizer; without
+            one, it is the token that ends a text, as in the harness. A tokenizer of tokenizers defines neither; both are
+            then its usual token that divides documents, if it has one.
 
     Raises:
-        FolderError: There is no such folder, or a file cannot be read.
+        FolderError: The folder does not exist, or a file cannot be read.
     """
     if isinstance(tokenizer, str | os.PathLike):
         return _of_folder(pathlib.Path(tokenizer))
@@ -103,7 +104,7 @@ def _of_folder(place: pathlib.Path) -> Codec:
         checked_folder(place)
         config, settings = read("config.json"), read("tokenizer_config.json")
         if "added_tokens_decoder" not in settings:
-            # In the older format this file has a say, too.
+            # In the older format this file also counts.
             settings = settings | read("special_tokens_map.json")
     tokenizer = load_tokenizer(place)
     start, end = (_named(settings, role, tokenizer) for role in ("bos", "eos"))
@@ -125,7 +126,7 @@ def _named(settings: Mapping[str, Any], role: str, tokenizer: Any) -> int | None
 def _numbered(config: Mapping[str, Any], role: str) -> int | None:
     number = config.get(f"{role}_token_id")
     if isinstance(number, list) and number:
-        number = number[0]  # of several ends the first is the usual one
+        number = number[0]  # if there are several end tokens, the first is the usual one
     is_id = isinstance(number, int) and not isinstance(number, bool) and number >= 0
     return number if is_id else None
 

@@ -1,4 +1,4 @@
-"""The harness's three questions, answered by a model of this library."""
+"""The three request types of the harness, for models of this library."""
 
 import dataclasses
 import json
@@ -19,35 +19,45 @@ from effscale.models import Transformer, unroll
 
 try:
     from lm_eval.api.model import TemplateLM
-except ImportError:  # told when a model is made, so that the package can be looked at without
+except (
+    ImportError
+):  # reported when a model is created, so that the module can be imported without it
     TemplateLM = object
 
 
 class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
-    """A model for ``lm_eval.simple_evaluate``. It computes what the harness's own ``hf`` model computes from the same weights.
+    """A model for ``lm_eval.simple_evaluate``. Its results match those of the harness's ``hf`` model with the same weights.
 
-    As there, context and continuation are encoded together and divided after the context's tokens; a context that is too long loses its beginning; texts are read in windows, and each token
-    is predicted once; a task's stop strings end an answer and are cut off. Further options of :class:`effscale.generation.SamplingConfig` may stand in a task's ``generation_kwargs``.
+    As in ``hf``, context and continuation are encoded together and split after the tokens of the context; a context that
+    is too long loses its beginning; texts are read in windows, and each token is predicted once; the stop strings of a
+    task end an answer and are removed. The ``generation_kwargs`` of a task may also contain other options of
+    ``effscale.generation.SamplingConfig``.
 
     Args:
-        model: A causal :class:`effscale.models.Transformer`, packed or not; the path of a model folder or GGUF file; or, for tasks that generate nothing, any other model that
-            :func:`effscale.evaluation.score_continuations` takes. Experts must have no capacity.
-        tokenizer: The model's, of tokenizers or transformers, or the path of a folder that has it. None: that of ``model``, which is a path then.
-        batch_size: Rows of a batch.
-        max_length: Tokens that the model reads at once. None: what the folder says; else the model's positions; else what the tokenizer says; else 2048.
-        start_id: What stands before a text that has nothing before it. None: what begins a text, or else what ends one, by the folder or tokenizer.
-        stop_ids: Tokens that end an answer, besides the one that ends a text and those of the folder's ``generation_config.json``.
-        add_special_tokens: Whether the tokenizer adds to a text what it begins and ends texts with.
-        dtype: As for :func:`effscale.interop.load_pretrained`, where ``model`` is a path.
-        seed: For tasks that sample.
+        model: A causal ``effscale.models.Transformer``, packed or not; the path of a model folder or GGUF file; or, for
+            tasks that generate nothing, any other model that ``effscale.evaluation.score_continuations`` accepts. Experts
+            must have no capacity.
+        tokenizer: The tokenizer of the model, of tokenizers or transformers, or the path of a folder that contains it.
+            None uses that of ``model``, which must then be a path.
+        batch_size: The number of rows in a batch.
+        max_length: The maximum number of tokens that the model reads. None uses, in this order, the value of the folder,
+            the positions of the model, the value of the tokenizer, or 2048.
+        start_id: The token before a text without context. None uses the token that begins a text, or else the one that
+            ends it, as defined by the folder or tokenizer.
+        stop_ids: Tokens that end an answer, in addition to the one that ends a text and those of the folder's
+            ``generation_config.json``.
+        add_special_tokens: Whether the tokenizer adds the tokens with which it begins and ends texts.
+        dtype: As in ``effscale.interop.load_pretrained``, if ``model`` is a path.
+        seed: The seed for tasks that sample.
 
     Raises:
         ImportError: lm_eval is not installed.
-        ValueError: There is no tokenizer; the model predicts no next token, or its experts have a capacity; ``max_length`` is more than its positions.
-        FolderError: A path is no model folder; a ``ValueError``.
+        ValueError: The tokenizer is missing; the model does not predict the next token, or its experts have a capacity;
+            or ``max_length`` is above its number of positions.
+        FolderError: A path is not a model folder; a ``ValueError``.
 
     References:
-        Gao et al., "The Language Model Evaluation Harness", 2024.
+        Gao et al., "The Language Model Evaluation Harness" (2024). https://zenodo.org/records/12608602
 
     Example:
         >>> from flax import nnx
@@ -76,17 +86,21 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         seed: int = 0,
     ):
         if TemplateLM is object:
-            raise ImportError("lm_eval is not installed: pip install 'effscale[eval]'")
+            raise ImportError(
+                "HarnessModel needs lm_eval: install it with pip install 'effscale[eval]'"
+            )
         super().__init__()
-        # The harness would fork processes for the spread of BLEU and the like, which may hang beside JAX's threads.
+        # The harness would fork processes for the spread of BLEU and similar metrics, which can hang with JAX's threads.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if tokenizer is None and not _is_path(model):
-            raise ValueError("a model needs its tokenizer: give it, or the path of its folder")
+            raise ValueError(
+                "tokenizer must be given if model is not a path. Pass a tokenizer, or the path of its folder."
+            )
         if dtype is not None and not _is_path(model):
-            raise ValueError(f"dtype={dtype!r} is for a model that is loaded from a path")
+            raise ValueError(f"dtype must be None if model is not a path, got {dtype!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        # Where generation_config.json is looked for.
+        # The folder in which to look for generation_config.json.
         self.folder = next((given for given in (model, tokenizer) if _is_path(given)), None)
         codec = codec_of(model if tokenizer is None else tokenizer)
         self.codec = dataclasses.replace(
@@ -102,45 +116,45 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
 
     @property
     def eot_token_id(self) -> int | None:
-        """What ends a text."""
+        """The token that ends a text."""
         return self.codec.end_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it.
+        """The token before a text without context.
 
         Raises:
-            ValueError: There is no such token.
+            ValueError: No such token is known.
         """
         if self.codec.start_id is None:
             raise ValueError(
-                "a text with nothing before it needs a token that begins texts, and the tokenizer tells none: give start_id"
+                "a text without context needs a start token, and the tokenizer does not define one. Pass start_id."
             )
         return self.codec.start_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells requests that the harness keeps of one tokenizer from those of another."""
+        """The name by which the harness distinguishes cached requests of different tokenizers."""
         name = getattr(self.tokenizer, "name_or_path", None) or self.folder
         return str(name or "tokenizer").replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return self.codec.encode(string, add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return the text of a chat, by the template of a tokenizer of transformers.
+        """Return the text of a chat, formatted with the template of a transformers tokenizer.
 
         Raises:
-            ValueError: The tokenizer is none of transformers.
+            ValueError: The tokenizer is not one of transformers.
         """
         if not hasattr(self.tokenizer, "apply_chat_template"):
             raise ValueError(
-                "chat templates need a tokenizer of transformers: give AutoTokenizer.from_pretrained(folder)"
+                "chat templates need a tokenizer of transformers. Pass AutoTokenizer.from_pretrained(folder)."
             )
         return self.tokenizer.apply_chat_template(
             chat_history,
@@ -152,10 +166,10 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-probabilities of continuations, and whether each is what greedy decoding would say.
+        """Return the log-probabilities of continuations, and whether greedy decoding would produce each.
 
         Raises:
-            ValueError: A continuation has no token of its own, or more than fit; a context is empty and there is no token that begins texts.
+            ValueError: A continuation has no tokens of its own, or too many; or a context is empty and no start token is known.
         """
         for request in requests:
             if not request.args[1]:
@@ -171,12 +185,12 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         for (context, continuation), _, after in requests:
             if not after:
                 raise ValueError(
-                    f"{continuation!r:.80} has no token of its own after {context!r:.80}: "
+                    f"{continuation!r:.80} has no token of its own after {context!r:.80}, as "
                     "the tokenizer merges the two, or it is the token that begins texts"
                 )
             if len(after) > self.max_length:
                 raise ValueError(
-                    f"{continuation!r:.80} after {context!r:.80} has {len(after)} tokens, more than max_length={self.max_length}"
+                    f"{continuation!r:.80} after {context!r:.80} must have at most max_length={self.max_length} tokens, got {len(after)}"
                 )
         found: dict[int, tuple[float, bool]] = {}
         lengths = [len(before) + len(after) for _, before, after in requests]
@@ -197,10 +211,10 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probabilities of whole texts; that of an empty one is 0.
+        """Return the log-probabilities of whole texts; that of an empty text is 0.
 
         Raises:
-            ValueError: There is no token that begins texts.
+            ValueError: No start token is known.
         """
         texts = [self.tok_encode(request.args[0]) for request in requests]
         found = dict.fromkeys(range(len(texts)), 0.0)
@@ -219,14 +233,14 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         return [found[i] for i in range(len(texts))]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to contexts, up to the first stop string.
+        """Generate answers to contexts, up to the first stop string.
 
         Raises:
-            ValueError: ``generation_kwargs`` has an unknown name or an impossible value, or leaves no room for a context.
+            ValueError: ``generation_kwargs`` has an unknown name or an invalid value, or leaves no room for a context.
         """
         if not isinstance(self.model, Transformer):
             raise ValueError(
-                f"a {type(self.model).__name__} generates nothing here: only an effscale Transformer does"
+                f"generation needs an effscale Transformer, got a {type(self.model).__name__}"
             )
         found: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
@@ -271,7 +285,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     def _batches(
         self, lengths: Sequence[int], what: str, disable_tqdm: bool
     ) -> Iterator[list[int]]:
-        """Places of rows of like length, the longest first, with a bar of how many are done."""
+        """Yield the indices of rows with similar length, the longest first, with a progress bar."""
         from tqdm import tqdm
 
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

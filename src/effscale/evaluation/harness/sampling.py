@@ -1,4 +1,4 @@
-"""What a task says of generation, as a config of this library."""
+"""Convert the generation options of a task to a config of this library."""
 
 import dataclasses
 import os
@@ -12,18 +12,18 @@ from effscale.interop.source import gguf_path
 from effscale.models.validation import did_you_mean
 
 MAX_GEN_TOKS = 256
-"""New tokens where a task does not say how many, as in the harness."""
+"""The default number of new tokens, as in the harness."""
 
 TOP_K = 50
-"""Where sampling does not say of how many tokens, as in transformers."""
+"""The default of top_k in sampling, as in transformers."""
 
 FIELDS = (
     "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens",
 )  # fmt: skip
-"""Those of :class:`SamplingConfig` that a task may set under the same names, beside ``temperature``."""
+"""The fields of ``SamplingConfig`` that a task may set under the same names, in addition to ``temperature``."""
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""The harness's names for the most new tokens; the first that is there counts."""
+"""The harness's names for the maximum number of new tokens; the first one present counts."""
 
 
 def sampling_of(
@@ -37,12 +37,13 @@ def sampling_of(
 
     Args:
         gen_kwargs: ``until``, ``do_sample``, ``temperature``, ``max_gen_toks`` or one of its other names, and `FIELDS`.
-        codec: It tells what ends a text.
-        folder: Where ``generation_config.json`` lies, which counts where the task says nothing, as for the harness's ``hf`` model.
-        stop_ids: Further tokens that end a text.
+        codec: The codec that defines the end token.
+        folder: The folder of ``generation_config.json``, the defaults for options that the task does not set, as for the
+            harness's ``hf`` model.
+        stop_ids: Additional tokens that end a text.
 
     Raises:
-        ValueError: An argument is unknown, or has a value that it cannot have.
+        ValueError: An argument is unknown or has an invalid value.
     """
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -54,7 +55,7 @@ def sampling_of(
     temperature = float(given.pop("temperature", 0.0))
     if sample and not temperature > 0:
         raise ValueError(
-            f"do_sample=True with temperature={temperature:g}: sampling needs a temperature above 0, such as temperature=1.0"
+            f"temperature must be above 0 with do_sample=True, got {temperature:g}. Use, for instance, temperature=1.0."
         )
     for name, harmless in (("num_beams", 1), ("num_return_sequences", 1)):
         if given.pop(name, harmless) != harmless:
@@ -63,7 +64,7 @@ def sampling_of(
         if name not in FIELDS:
             known = ("until", "do_sample", "temperature", *LENGTHS, *FIELDS)
             raise ValueError(
-                f"generation_kwargs has {name}={given[name]!r}, which is not known here: {did_you_mean(name, known)}"
+                f"generation_kwargs must be known options, got {name}={given[name]!r}: {did_you_mean(name, known)}"
             )
     fields: dict[str, Any] = {
         **given,
