@@ -171,7 +171,7 @@ def test_a_packed_model_on_tasks_of_ones_own(tmp_path, capsys, model, tokenizer)
     assert "acc_norm" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(words.replace("functions", "funktions").split())
-    assert "there is no 'funktions'; there is functions" in capsys.readouterr().err
+    assert "got 'funktions'; similar tasks: functions" in capsys.readouterr().err
     found = json.loads((tmp_path / "out.json").read_text())
 
     # By hand, from the same functions and by this task's own rules.
@@ -230,7 +230,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
             {"temprature": 1.0},
             "temprature=1.0, which is not known here: did you mean 'temperature'",
         ),
-        ({"do_sample": True}, "needs a temperature above 0"),
+        ({"do_sample": True}, "temperature must be above 0 with do_sample=True"),
         ({"max_gen_toks": 0}, "max_new_tokens=0"),
         ({"top_p": 2.0, "temperature": 1.0}, "top_p=2.0"),
     ):
@@ -255,14 +255,14 @@ def test_tokens_that_begin_and_end_texts(tmp_path, tokenizer):
 
 
 def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenizer):
-    with pytest.raises(ValueError, match="needs its tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer must be given"):
         HarnessModel(model)
     with pytest.raises(FolderError, match="there is no folder"):
         HarnessModel(tmp_path / "none")
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         HarnessModel(model, tokenizer, batch_size=0)
     score = ClassHead(name="score", num_classes=1, pool="last")
-    with pytest.raises(ValueError, match=r"this one's heads are \['score'\]"):
+    with pytest.raises(ValueError, match=r"got heads \['score'\]"):
         HarnessModel(abstract(dataclasses.replace(model.config, heads=(score,))), tokenizer)
     block = dataclasses.replace(
         model.config.layers[0],
@@ -277,7 +277,7 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         lm.loglikelihood(requests("loglikelihood", ("Is it so?", "")), disable_tqdm=True)
     with pytest.raises(ValueError, match="has no token of its own"):
         lm.loglikelihood(requests("loglikelihood", ("", "<|endoftext|>")), disable_tqdm=True)
-    with pytest.raises(ValueError, match="tokens, more than max_length=96"):
+    with pytest.raises(ValueError, match="at most max_length=96 tokens, got"):
         lm.loglikelihood(requests("loglikelihood", ("Is", " it so" * 60)), disable_tqdm=True)
     with pytest.raises(ValueError, match="max_gen_toks must be below max_length=96.*got 256"):
         lm.generate_until(requests("generate_until", ("Is", {})), disable_tqdm=True)
@@ -285,10 +285,10 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         lm.apply_chat_template([{"role": "user", "content": "Hi"}])
     bare = dataclasses.replace(lm.codec, start_id=None)
     monkeypatch.setattr(lm, "codec", bare)
-    with pytest.raises(ValueError, match="give start_id"):
+    with pytest.raises(ValueError, match="Pass start_id"):
         lm.loglikelihood(requests("loglikelihood", ("", " yes")), disable_tqdm=True)
     table = jax.tree_util.Partial(lambda table, ids: table[ids], np.zeros((300, 300)))
-    with pytest.raises(ValueError, match="generates nothing here"):
+    with pytest.raises(ValueError, match="generation needs an effscale Transformer"):
         HarnessModel(table, tokenizer).generate_until(SAID, disable_tqdm=True)
     monkeypatch.delenv("EFFSCALE_TRACEBACK", raising=False)
     for words, said in (

@@ -184,7 +184,7 @@ def test_where_an_answer_begins(prompt, answer, context, continuation):
 
 
 def test_a_prompt_without_a_token_of_its_own(model):
-    with pytest.raises(ValueError, match=r"prompt 0 has no token of its own .* give start_id"):
+    with pytest.raises(ValueError, match=r"prompt 0 has no token before its answers.* Pass start_id"):
         rank_answers(model, Merging(), ["a"], [["b"]])
     assert rank_answers(model, Merging(), ["a"], [["b", "\x05"]], start_id=0).best.shape == (1,)
     assert rank_answers(model, Merging(), [], []).log_probs == []
@@ -205,11 +205,11 @@ def test_bad_input(model):
     for contexts, after, message in (
         ([[1]], [[]], "the continuation of item 0 is empty"),
         ([[1], []], [[1], [2]], "the context of item 1 is empty"),
-        ([[1]], [], "1 contexts and 0 continuations"),
+        ([[1]], [], "one entry for each of the 1 contexts, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             score_continuations(model, contexts, after)
-    with pytest.raises(ValueError, match="has 5 tokens, more than max_length=4"):
+    with pytest.raises(ValueError, match="at most max_length=4 tokens, got 5"):
         score_continuations(model, [[1]], [[1, 2, 3, 4, 5]], max_length=4)
     with pytest.raises(ValueError, match="text 0 is empty"):
         text_log_probs(model, [[]], start_id=0, max_length=4)

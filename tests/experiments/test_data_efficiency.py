@@ -342,7 +342,7 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
         (["--fractions", "0.5"], "must be 1.0 and others to compare with it"),
         (["--fractions", "1.0", "1.0"], "must be different values"),
         (["--seeds", "0"], "Config.seeds=0: must be at least 1"),
-        (["--model.num-layers", "2"], "of 2 none is left; use a model of 3 layers or more"),
+        (["--model.num-layers", "2"], "leaves none of 2. Use a model with at least 3 layers"),
         (["--efficiency.min-length", "512"], "min_length=512: must be at most the length of a row"),
         (["--efficiency.min-kept", "257"], "min_kept=257: must be at most the length of a row"),
         (["--efficiency.curriculum", "1.2"], "curriculum=1.2: must be above 0, at most 1"),

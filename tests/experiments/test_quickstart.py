@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--mesh.data", "3"], "describes 3 devices and there are 8"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
         (["--technique", "lt"], "invalid choice 'lt'"),
-        (["--technique", "ltd", "--model.num-layers", "2"], "use a model of 3 layers or more"),
+        (["--technique", "ltd", "--model.num-layers", "2"], "Use a model with at least 3 layers"),
         (["--technique", "cl", "--efficiency.min-length", "300"], "at most the length of a row"),
         (["--technique", "cl", "--corpus", "stdlib", "text:a.txt"], "must be one source, whose"),
         (["--resume"], "given with --out"),

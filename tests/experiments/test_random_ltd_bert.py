@@ -429,7 +429,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--finetune.test", "None"], "Recipe.test=None: must be a number of passages"),
         (["--finetune.train", "6400"], "Config.finetune.train=6400: with classes=2 and passage=16"),
         (["--ltd.min-value", "17"], "Dropping.min_value=17: must be at most the 16 tokens"),
-        (["--model.num-layers", "2"], "use a model of 3 layers or more"),
+        (["--model.num-layers", "2"], "Use a model with at least 3 layers"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
         (["--learning-rate", "inf"], "Config.learning_rate=inf: must be finite"),
         (["--early.steps", "13"], "Early.steps=13: must be at most the steps=12 of a whole run"),

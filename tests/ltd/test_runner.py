@@ -230,7 +230,7 @@ def few(num_layers):
 @pytest.mark.parametrize(
     ("num_layers", "change", "message"),
     [
-        (2, {}, "of 2 none is left"),
+        (2, {}, "leaves none of 2"),
         (4, {"layers": ()}, "at least one layer"),
         (4, {"layers": (1, 4, -1)}, r"names \[4, -1\]; the model has layers 0 to 3"),
         (4, {"layers": (1, 1)}, "twice"),

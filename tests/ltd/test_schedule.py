@@ -78,7 +78,7 @@ def test_one_program_for_all_that_drops_nothing():
 def test_rows_that_would_never_be_seen_whole_are_refused():
     last = LTD.pacing(LTD.pacing.end)
     with pytest.raises(
-        ValueError, match=f"ends at {last} kept tokens and the rows have {last + 1}"
+        ValueError, match=f"must end at the row length {last + 1}, got {last}"
     ):
         LTD.shape_batch(rows(seq=last + 1), 4)
 
@@ -86,8 +86,8 @@ def test_rows_that_would_never_be_seen_whole_are_refused():
 @pytest.mark.parametrize(
     ("options", "batch", "message"),
     [
-        ({}, {"tokens": (4, 16)}, r"needs input_ids .* it has tokens \(4, 16\).*field="),
-        ({"field": "tokens"}, {"tokens": (4, 16)}, "ends at 12 kept tokens and the rows have 16"),
+        ({}, {"tokens": (4, 16)}, r"must have input_ids .* got tokens \(4, 16\).*field="),
+        ({"field": "tokens"}, {"tokens": (4, 16)}, "must end at the row length 16, got 12"),
         ({"field": "tokens"}, {"tokens": (4, 12)}, None),
         ({}, {"images": (4, 8, 8, 3), "labels": (4,)}, None),
         ({"field": None}, {"pixels": (4, 8, 8, 3)}, None),
@@ -113,7 +113,7 @@ def test_a_model_of_ones_own_is_told_the_way():
     zero = Loss(jnp.float32(0), jnp.float32(1))
     loss = LTD.loss(lambda params, batch, key, run_group=None: zero)
     batch, key = LTD.shape_batch(rows(), 4), jax.random.key(0)
-    with pytest.raises(TypeError, match=r"is a dict.*sample_kept, take_tokens and put_tokens"):
+    with pytest.raises(TypeError, match=r"got a dict.*sample_kept, take_tokens and put_tokens"):
         loss({"kernel": jnp.ones(2)}, batch, key)
     assert loss({"kernel": jnp.ones(2)}, batch, None) is zero
 
@@ -216,15 +216,15 @@ def config(length=12, num_layers=4):
     ("length", "num_layers", "message"),
     [
         (16, 4, "ends at 12 kept tokens and never reaches the whole row of 16"),
-        (8, 4, "ends at 12 kept tokens and is longer than the row of 8"),
-        (12, 2, "3 layers or more"),
+        (8, 4, "row length 8, got 12 kept tokens, more than the row has"),
+        (12, 2, "at least 3 layers"),
     ],
 )
 def test_a_schedule_that_does_not_suit_the_model(length, num_layers, message):
     with pytest.raises(ValueError, match=message):
         LTD.check(config(length, num_layers))
     LTD.check(config())
-    with pytest.raises(ValueError, match="longer than the row of 10"):
+    with pytest.raises(ValueError, match="row length 10, .*more than the row has"):
         LTD.check(config(), length=10)
 
 

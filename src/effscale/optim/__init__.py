@@ -1,4 +1,4 @@
-"""Optimizers that send one bit per number, or nothing, as optax transformations: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
+"""1-bit optimizers as optax transformations, which send one bit per number or nothing: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
 from effscale.optim.averaging import MeanOverWorkersState, mean_over_workers
 from effscale.optim.deepspeed import optimizer_from_deepspeed

@@ -1,4 +1,4 @@
-"""The mean over workers, in full and in one bit per number, and what it sends."""
+"""The mean over workers, uncompressed and in one bit per number, and the bytes it sends."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
         g = as_local(g, axis_name)
         if jnp.dtype(g.dtype).itemsize >= 4:
             return jax.lax.pmean(g, axis_name)
-        # XLA's CPU compiler dies of a reduction in a narrow type here, and widens it elsewhere.
+        # XLA's CPU compiler crashes on a reduction in a narrow type here, and widens it elsewhere.
         wide = lambda g: jax.lax.pmean(g.astype(jnp.float32), axis_name).astype(g.dtype)
         return jax.lax.platform_dependent(
             g, cpu=wide, default=lambda g: jax.lax.pmean(g, axis_name)
@@ -34,7 +34,7 @@ def mean(gradients: Any, axis_name: str | None) -> Any:
 
 
 def init_errors(params: Any, workers: Workers | None) -> Any:
-    """Each worker's `ErrorFeedback`, in a `PerWorker`; None for one worker."""
+    """Return each worker's `ErrorFeedback` in a `PerWorker`; None for one worker."""
     if workers is None:
         return None
     make = lambda number: init_error_feedback(params, number, workers.specs)
@@ -44,7 +44,7 @@ def init_errors(params: Any, workers: Workers | None) -> Any:
 
 
 def compressed(tree: Any, errors: Any, workers: Workers) -> tuple[Any, Any]:
-    """`compressed_mean` as ``workers`` says."""
+    """Call `compressed_mean` with the options of ``workers``."""
     scales = workers.scales or "tensor"
     return compressed_mean(tree, errors, workers.axis_name, scales=scales, specs=workers.specs)
 
@@ -52,7 +52,7 @@ def compressed(tree: Any, errors: Any, workers: Workers) -> tuple[Any, Any]:
 def agree(
     tree: Any, errors: PerWorker | None, workers: Workers | None
 ) -> tuple[Any, PerWorker | None]:
-    """Return the mean over workers in one bit per number, with the errors of `init_errors`; the tree itself on one worker."""
+    """Return the mean over workers in one bit per number, with the error feedback of `init_errors`; on one worker return the tree itself."""
     if workers is None or errors is None:
         return tree, None
     tree, new = compressed(tree, errors.value, workers)
@@ -60,7 +60,7 @@ def agree(
 
 
 def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[float, float]:
-    """Bytes that a device sends for the mean in full and in one bit per number; nothing where there is one worker."""
+    """Return the bytes that a device sends for the uncompressed mean and for the mean in one bit per number; zero for one worker."""
     number = None if workers is None else bound_axis_size(workers.axis_name)
     if workers is None or number is None or number == 1:
         return 0.0, 0.0
@@ -71,11 +71,11 @@ def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[float, float]:
 
 @SendsBytes.register
 class MeanOverWorkersState(NamedTuple):
-    """State of `mean_over_workers`.
+    """The state of `mean_over_workers`.
 
     Attributes:
-        sent: float32, bytes that each worker's device sent in the last update, by formula.
-        axis: Nothing; it tells `effscale.parallel.worker_params` the axis.
+        sent: The bytes that each worker's device sent in the last update, by formula, float32.
+        axis: An empty node that tells `effscale.parallel.worker_params` the axis.
     """
 
     sent: Any
@@ -83,9 +83,9 @@ class MeanOverWorkersState(NamedTuple):
 
 
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
-    """The uncompressed mean over workers, as the first link of any optimizer within `effscale.parallel.per_worker`.
+    """Return the uncompressed mean over workers, as the first transformation of any optimizer in ``effscale.parallel.per_worker``.
 
-    What crosses the network is of the gradients' type; on CPU it is float32 where that type is narrower.
+    The gradients are sent in their own type; on CPU in float32 if their type is narrower.
 
     >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed's configurations of its 1-bit optimizers, read into optax transformations."""
+"""1-bit optimizers from DeepSpeed's JSON configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _KINDS = {
     "zerooneadam": (zero_one_adam, _ZERO_ONE),
     "onebitlamb": (onebit_lamb, ("freeze_step", *_LAMB)),
 }
-# How DeepSpeed talks, and options that do nothing in it.
+# Options of DeepSpeed's communication, and options that have no effect in DeepSpeed.
 _PASSED_OVER = (
     "cuda_aware",
     "comm_backend_name",
@@ -34,30 +34,31 @@ _PASSED_OVER = (
 def optimizer_from_deepspeed(
     config: Mapping[str, Any], learning_rate: Any = None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Read a 1-bit optimizer out of a DeepSpeed configuration.
+    """Read a 1-bit optimizer from a DeepSpeed configuration.
 
-    ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb; ``gradient_clipping`` becomes
-    ``Clip(norm, by="local")``, which is what DeepSpeed's means. Options that do nothing in DeepSpeed
-    (``bias_correction``, ``eps_inside_sqrt``) and those of its backends are passed over; for bias correction give
-    ``bias_correction=True`` among the options. Everything else in the configuration is none of this function's business.
+    ``optimizer.type`` is OneBitAdam, ZeroOneAdam or OneBitLamb. ``gradient_clipping`` becomes
+    ``Clip(norm, by="local")``, the meaning it has in DeepSpeed. Options that have no effect in DeepSpeed
+    (``bias_correction``, ``eps_inside_sqrt``) and those of its communication backends are ignored; for bias correction pass
+    ``bias_correction=True`` as an option. The rest of the configuration is not read.
 
     Args:
         config: The whole configuration, from ``json.load``.
-        learning_rate: A schedule in place of the ``lr`` of the configuration.
-        **options: Those that DeepSpeed does not have: ``workers``, ``mask``, ``exp_avg_mask``, ...
+        learning_rate: A schedule to use instead of the ``lr`` of the configuration.
+        **options: Options that DeepSpeed does not have: ``workers``, ``mask``, ``exp_avg_mask``, ...
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: A key is unknown or missing, a value is out of range, or what DeepSpeed refuses is asked for.
+        ValueError: A key is unknown or missing, a value is out of range, or an option is one that DeepSpeed does not
+            support either.
 
     Example:
         >>> optimizer = optimizer_from_deepspeed({"gradient_clipping": 1.0, "optimizer": {
         ...     "type": "OneBitAdam", "params": {"lr": 4e-4, "freeze_step": 23000, "weight_decay": 0.01}}})
 
     References:
-        DeepSpeed's `tutorial <https://www.deepspeed.ai/tutorials/onebit-adam/>`_
+        DeepSpeed, "1-bit Adam" (tutorial). https://www.deepspeed.ai/tutorials/onebit-adam/
     """
     check_keys(config, "the configuration", required=("optimizer",), optional=config)
     block = config["optimizer"]
@@ -65,15 +66,19 @@ def optimizer_from_deepspeed(
     kind = str(block["type"]).lower()
     if kind not in _KINDS:
         names = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
-        raise ValueError(f"optimizer.type={block['type']!r}: {did_you_mean(block['type'], names)}")
+        raise ValueError(
+            f"optimizer.type must be one of {', '.join(names)}, got {block['type']!r}: {did_you_mean(block['type'], names)}"
+        )
     maker, own = _KINDS[kind]
     given = block.get("params") or {}
     check_keys(given, "optimizer.params", optional=("lr", "betas", *_SHARED, *own, *_PASSED_OVER))
     if given.get("amsgrad"):
-        raise ValueError("optimizer.params.amsgrad=True: there is no AMSGrad of it; take it out")
+        raise ValueError(
+            "optimizer.params.amsgrad must be false, got True, as 1-bit optimizers have no AMSGrad variant"
+        )
     if given.get("max_grad_norm"):
         raise ValueError(
-            f"optimizer.params.max_grad_norm={given['max_grad_norm']!r}: use gradient_clipping, beside the optimizer"
+            f"optimizer.params.max_grad_norm must be 0, got {given['max_grad_norm']!r}. Use gradient_clipping, next to optimizer."
         )
     b1, b2 = _betas(given.get("betas", (0.9, 0.999)))
     chosen = {key: given[key] for key in own if key in given}

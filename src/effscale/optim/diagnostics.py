@@ -1,4 +1,4 @@
-"""What to log of the 1-bit optimizers besides the bytes they send."""
+"""Diagnostics of the 1-bit optimizers."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ _FREEZING = (OneBitAdamState, OneBitLambState, ZeroOneAdamState)
 
 
 def params_without_variance(opt_state: Any) -> Float[Array, ""]:
-    """How many parameters have a variance of zero: they have had no gradient yet.
+    """Count the parameters with a variance of zero, which have not had a gradient yet.
 
-    Once the variance is frozen such a parameter never moves again, whatever its gradient: the rows of an embedding for tokens
-    that the warm-up did not hold, for instance. In the warm-up the count says what would stay if it ended now. It should be
-    near zero before it ends; if it is not, freeze later, or give these parameters to another optimizer.
+    Once the variance is frozen such a parameter never moves again, whatever its gradient. Examples are the rows of an
+    embedding for tokens that did not occur in the warm-up. During the warm-up, the count is the number of parameters that
+    would never move if it ended now. It should be near zero before the warm-up ends. If it is not, freeze later, or use
+    another optimizer for these parameters.
 
     Args:
-        opt_state: A state that holds those of `onebit_adam`, `onebit_lamb` or `zero_one_adam`; also one that is sharded, and
-            under ``jax.jit``.
+        opt_state: A state that contains those of `onebit_adam`, `onebit_lamb` or `zero_one_adam`. It may be sharded, and
+            the function may be called under ``jax.jit``.
 
     Returns:
         The number of elements, in float32.

@@ -1,4 +1,4 @@
-"""When the warm-up of a 1-bit optimizer ends: after a number of steps, or when the variance has settled."""
+"""The end of the warm-up of a 1-bit optimizer: after a number of steps, or when the variance has settled."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -13,7 +13,10 @@ from effscale.optim.options import check_count, check_number
 class VarianceRatio:
     r"""End the warm-up when :math:`\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1` reaches a threshold.
 
-    Source: Tang et al., 1-bit Adam, 2021 (arXiv:2102.02888); DeepSpeed never shipped it.
+    DeepSpeed never implemented this criterion.
+
+    References:
+        Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
 
     >>> VarianceRatio(window=100, start=500).threshold
     0.96
@@ -22,15 +25,17 @@ class VarianceRatio:
     threshold: float = 0.96
     """The ratio that ends the warm-up."""
     window: int = 1000
-    """D, in steps; the paper takes 1 / (1 - b2)."""
+    """The distance D of the two variances, in steps; the paper uses 1 / (1 - b2)."""
     start: int = 0
-    """Steps before which the ratio is not looked at: those in which the learning rate still rises."""
+    """The step before which the ratio is ignored, usually the end of the learning-rate warmup."""
 
     def __post_init__(self):
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}; 1 / (1 - b2) is usual")
+            raise ValueError(
+                f"window must be at least 1, got {self.window}. A common value is 1 / (1 - b2)."
+            )
         if self.start < 0:
             raise ValueError(f"start must not be negative, got {self.start}")
 
@@ -52,7 +57,7 @@ def init_ratio(criterion: VarianceRatio | None) -> RatioState | None:
 def watch_variance(
     criterion: VarianceRatio | None, state: RatioState | None, count: jax.Array, nu: Any
 ) -> RatioState | None:
-    """Look at the variance after the warm-up step number ``count`` + 1."""
+    """Record the variance after the warm-up step number ``count`` + 1."""
     if criterion is None or state is None:
         return state
     norms = [jnp.sum(jnp.abs(v), dtype=jnp.float32) for v in jax.tree.leaves(nu)]
@@ -71,13 +76,13 @@ def is_frozen(freeze_step: Any, state: RatioState | None, count: jax.Array) -> j
 
 
 def check_freeze_step(freeze_step: Any) -> None:
-    """Raise a ``ValueError`` for a number that no run has."""
-    why = ": the variance has to be learned before it is frozen; 15 to 25 % of the steps are usual"
+    """Raise a ``ValueError`` for an invalid number of warm-up steps."""
+    why = ", as the variance must be learned before it is frozen (15 to 25% of the steps are usual)"
     check_count("freeze_step", freeze_step, 1, why)
 
 
 def check_moments(b1: Any, b2: Any, eps: Any) -> None:
     """Raise a ``ValueError`` for decays or an epsilon out of range."""
     for name, value in (("b1", b1), ("b2", b2)):
-        check_number(name, value, lambda b: 0 <= b < 1, "lie in [0, 1)")
+        check_number(name, value, lambda b: 0 <= b < 1, "be in [0, 1)")
     check_number("eps", eps, lambda e: e >= 0, "not be negative")

@@ -1,4 +1,4 @@
-"""LAMB with the coefficients that 1-bit LAMB has, to compare it with: bounded, and without bias correction."""
+"""LAMB with the coefficients of 1-bit LAMB (bounded, without bias correction), as a baseline for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from effscale.training.schedules import scale_by_learning_rate
 
 
 class LambState(NamedTuple):
-    """State of `lamb`: momentum and variance, the latter in at least float32."""
+    """The state of `lamb`: momentum and variance, the latter in at least float32."""
 
     mu: Any
     nu: Any
 
 
 class Lamb(NamedTuple):
-    """The options of LAMB's mathematics, which the warm-up of 1-bit LAMB shares."""
+    """The options of the LAMB update, which the warm-up of 1-bit LAMB shares."""
 
     b1: Any
     b2: Any
@@ -38,13 +38,13 @@ class Lamb(NamedTuple):
         self.trust.check()
 
     def direction(self, mu: Any, nu: Any, params: Any) -> tuple[Any, Any]:
-        """Momentum by the root of the variance, without and with weight decay."""
+        """Return the momentum divided by the root of the variance, without and with weight decay."""
         u = jax.tree.map(lambda m, v: normalised(m, v, self.eps), mu, nu)
         decay = optax.add_decayed_weights(self.weight_decay, self.mask)
         return u, decay.update(u, decay.init(params), in_float32(params))[0]
 
     def step(self, mean: Any, mu: Any, nu: Any, params: Any, dims: Any) -> "LambStep":
-        """From the mean gradient, the last moments, the parameters and how many dimensions stack layers."""
+        """Compute a step from the mean gradient, the last moments, the parameters and the number of dimensions that stack layers."""
         mu, nu = averaged_moments(mean, mu, nu, self.b1, self.b2)
         _, u = self.direction(mu, nu, params)
         coeff = jax.tree.map(self.trust, params, u, dims)
@@ -53,13 +53,13 @@ class Lamb(NamedTuple):
 
 
 def check_params(params: Any) -> None:
-    """Raise a ``ValueError`` for an update without the parameters."""
+    """Raise a ``ValueError`` if the parameters are missing."""
     if params is None:
         raise ValueError("LAMB needs the parameters: optimizer.update(gradients, state, params)")
 
 
 class LambStep(NamedTuple):
-    """What `Lamb.step` finds: the moments; each layer's coefficient, and whether it is the quotient of two norms; the update."""
+    """The result of `Lamb.step`: the moments; each layer's coefficient, and whether it is the ratio of two norms; the update."""
 
     mu: Any
     nu: Any
@@ -81,26 +81,26 @@ def lamb(
     stacked: Stacked = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LAMB with bounded coefficients.
+    r"""Create LAMB with bounded coefficients.
 
     .. math:: u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
         c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u
 
-    with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``: no bias correction, and a
-    bounded coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
+    with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``, it has no bias correction and
+    bounds the coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
     :math:`u` by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
 
     Args:
         learning_rate: A number or a schedule.
-        b1: Decay of the momentum.
-        b2: Decay of the variance.
-        eps: Added to the root of the variance.
+        b1: The decay rate of the momentum.
+        b2: The decay rate of the variance.
+        eps: Number added to the root of the variance.
         weight_decay: :math:`\lambda`; it counts in the norm of the update.
-        mask: Which parameters decay.
-        max_coeff: Greatest coefficient.
-        min_coeff: Least coefficient.
-        stacked: Leading dimensions that stack layers, each of which has a coefficient; see `Stacked`.
-        mu_dtype: The type in which the momentum is kept; None for at least float32.
+        mask: The parameters that decay.
+        max_coeff: The greatest coefficient.
+        min_coeff: The least coefficient.
+        stacked: The number of leading dimensions that stack layers, each of which has a coefficient; see `Stacked`.
+        mu_dtype: The type in which the momentum is stored; None means at least float32.
 
     Returns:
         An optax transformation, whose update needs the parameters.
@@ -109,11 +109,11 @@ def lamb(
         >>> optimizer = lamb(0.1)
         >>> params = jnp.array([3.0, -4.0])
         >>> updates, _ = optimizer.update(jnp.array([1.0, 1.0]), optimizer.init(params), params)
-        >>> [round(float(u), 4) for u in updates]  # a tenth of the parameters' length, whatever the gradient's
+        >>> [round(float(u), 4) for u in updates]  # a tenth of the parameters' norm, for any gradient
         [-0.3536, -0.3536]
 
     References:
-        You et al., `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, 2020
+        You et al., "Large Batch Optimization for Deep Learning" (2020), ICLR. https://arxiv.org/abs/1904.00962
     """
     rule = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
     rule.check()

@@ -40,16 +40,16 @@ from effscale.training.schedules import scale_by_learning_rate
 
 @SendsBytes.register
 class OneBitAdamState(NamedTuple):
-    """State of `scale_by_onebit_adam`.
+    """The state of `scale_by_onebit_adam`.
 
     Attributes:
-        count: int32, updates made.
+        count: The number of updates, int32.
         mu: The momentum, the same on all workers, in ``mu_dtype``.
-        nu: The variance, likewise, in at least float32; it stays as it is once the warm-up is over.
-        ratio: What `VarianceRatio` has seen; None without it.
+        nu: The variance, the same on all workers, in at least float32; it does not change after the warm-up.
+        ratio: The state of `VarianceRatio`; None without it.
         errors: Each worker's `ErrorFeedback`; None without an axis.
-        sent: float32, bytes that each worker's device sent in the last update, by formula.
-        nu_count: int32, updates of the variance; None without ``bias_correction``.
+        sent: The bytes that each worker's device sent in the last update, by formula, float32.
+        nu_count: The number of updates of the variance, int32; None without ``bias_correction``.
     """
 
     count: Any
@@ -74,49 +74,50 @@ def scale_by_onebit_adam(
     clip: Clip | None = None,
     workers: Workers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale by 1-bit Adam.
+    r"""Scale updates by 1-bit Adam.
 
     Warm-up, with :math:`g` the mean over workers:
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         u = m / (\sqrt v + \epsilon)
 
-    After it v stays, and the workers agree on the mean of their momenta in one bit per number:
+    After the warm-up v is frozen, and the workers exchange the mean of their momenta in one bit per number:
 
     .. math:: m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
         u = m / (\sqrt v + \epsilon)
 
     With ``bias_correction`` :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)` with :math:`\hat m = m / (1 - \beta_1^t)` and
     :math:`\hat v = v / (1 - \beta_2^k)`, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
-    ``freeze_step`` from there on. So the frozen variance keeps the correction of its last update, and the size of a step
+    ``freeze_step`` from there on. So the frozen variance keeps the correction of its last update, and the step size
     does not jump when compression begins.
 
     Args:
-        b1: Decay of the momentum.
-        b2: Decay of the variance.
-        eps: Added to the root of the variance.
-        freeze_step: Updates of the warm-up; 15 to 25 % of a run are usual.
+        b1: The decay rate of the momentum.
+        b2: The decay rate of the variance.
+        eps: Number added to the root of the variance.
+        freeze_step: The number of warm-up updates; 15 to 25% of a run are usual.
         variance_ratio: Ends the warm-up earlier, once the variance has settled.
-        bias_correction: Whether the moments are corrected for having begun at zero. DeepSpeed has an option of this name,
-            which does nothing, so by default they are not.
-        mu_dtype: The type in which the momentum is kept, e.g. ``"bfloat16"``; it is computed and exchanged in at least float32.
-            None keeps it so.
-        exp_avg_mask: What the momentum is multiplied by after each exchange: a tree like the parameters of arrays that
-            broadcast against them, or a function from parameters to such a tree, of zeros and ones. Zeros belong where the gradient is
-            always zero after the warm-up: one bit cannot say zero. (Where it was zero in the warm-up, too, as for positions
-            that no row reaches, the variance is zero, and the momentum is taken to be zero without a mask.)
-        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is; None does not clip.
-        workers: The workers to average over, ``Workers("data")``. None trains on one worker: the same two stages, nothing sent,
-            nothing compressed.
+        bias_correction: Whether to correct the moments for their start at zero. DeepSpeed has an option of this name,
+            which has no effect, so the default is False.
+        mu_dtype: The type in which the momentum is stored, e.g. ``"bfloat16"``; it is computed and exchanged in at least float32.
+            None means at least float32.
+        exp_avg_mask: A mask of zeros and ones that multiplies the momentum after each exchange: a tree like the
+            parameters of arrays that broadcast against them, or a function from parameters to such a tree. Use zeros
+            where the gradient is always zero after the warm-up, as one bit cannot represent zero. (Where the gradient was
+            zero in the warm-up too, for instance for positions that no row reaches, the variance is zero, and the
+            momentum is set to zero without a mask.)
+        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        workers: The workers to average over, such as ``Workers("data")``. None trains on one worker, with the same two stages but
+            no communication or compression.
 
     Returns:
-        An optax transformation. Its ``init`` is called within ``jax.set_mesh(mesh)``, outside of the step.
+        An optax transformation. Call its ``init`` within ``jax.set_mesh(mesh)``, outside the step.
 
     Raises:
-        ValueError: An option is out of range; no such axis; or, in the update, gradients that were averaged already.
+        ValueError: An option is out of range, the axis does not exist, or the gradients in the update are already averaged.
 
     References:
-        Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021
+        Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
     """
     check_moments(b1, b2, eps)
     check_freeze_step(freeze_step)
@@ -194,32 +195,32 @@ def onebit_adam(
     workers: Workers | None = None,
     skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""1-bit Adam with decoupled weight decay; `scale_by_onebit_adam` has the mathematics and the other options.
+    r"""Create 1-bit Adam with decoupled weight decay; see `scale_by_onebit_adam` for the formulas and further options.
 
-    In the place of ``optax.adam`` or ``optax.adamw`` give ``bias_correction=True``. Without it, as in DeepSpeed and the papers'
+    To replace ``optax.adam`` or ``optax.adamw``, pass ``bias_correction=True``. Without it, as in DeepSpeed and the papers'
     runs, the first steps are longer than Adam's, by :math:`(1 - \beta_1^t) / \sqrt{1 - \beta_2^t}`: 3.2 times at the first
-    step, 6.6 times at the twelfth, 3.2 times again at the hundredth. A learning rate that suits Adam may then diverge at once; it
-    has to rise from zero for some hundred steps, or be smaller.
+    step, 6.6 times at the twelfth, 3.2 times again at the hundredth. A learning rate tuned for Adam may then diverge immediately; let
+    it rise from zero over some hundred steps, or use a smaller one.
 
     Args:
         learning_rate: A number or a schedule (also one by tokens, `effscale.training.Schedule`).
-        b1: Decay of the momentum.
-        b2: Decay of the variance.
-        eps: Added to the root of the variance.
-        weight_decay: Added to the update as ``weight_decay * params``, before the learning rate.
-        mask: Which parameters decay, as in ``optax.adamw``.
-        freeze_step: Updates of the warm-up.
-        variance_ratio: Ends the warm-up earlier.
-        bias_correction: Whether the moments are corrected for having begun at zero, as Adam's are.
-        mu_dtype: The type in which the momentum is kept; None for at least float32.
-        exp_avg_mask: What the momentum is multiplied by.
-        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is.
-        workers: The workers to average over, ``Workers("data")``; None trains on one worker.
-        skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all, before it
-            reaches the errors; see `effscale.optim.skip_nonfinite`.
+        b1: The decay rate of the momentum.
+        b2: The decay rate of the variance.
+        eps: Number added to the root of the variance.
+        weight_decay: The weight decay: ``weight_decay * params`` is added to the update before the learning rate.
+        mask: The parameters that decay, as in ``optax.adamw``.
+        freeze_step: The number of warm-up updates.
+        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        bias_correction: Whether to correct the moments for their start at zero, as in Adam.
+        mu_dtype: The type in which the momentum is stored; None means at least float32.
+        exp_avg_mask: As in `scale_by_onebit_adam`.
+        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is.
+        workers: The workers to average over, such as ``Workers("data")``; None trains on one worker.
+        skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite, before it
+            reaches the error feedback; see ``effscale.optim.skip_nonfinite``.
 
     Returns:
-        An optax transformation. Its update needs the parameters where there is weight decay, or an ``exp_avg_mask`` that is
+        An optax transformation. Its update needs the parameters if there is weight decay, or an ``exp_avg_mask`` that is
         a function of them.
 
     Example:
@@ -237,7 +238,7 @@ def onebit_adam(
         True
 
     References:
-        Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, 2021
+        Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
     """
     links = [
         scale_by_onebit_adam(

@@ -1,4 +1,4 @@
-"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then followed from momentum in one bit per number."""
+"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then adapted while momentum is exchanged in one bit per number."""
 
 import functools
 from collections.abc import Callable
@@ -34,20 +34,20 @@ from effscale.training.schedules import scale_by_learning_rate
 
 @SendsBytes.register
 class OneBitLambState(NamedTuple):
-    """State of `onebit_lamb`; what is one number a layer broadcasts against the parameters.
+    """The state of `onebit_lamb`. Arrays with one number per layer broadcast against the parameters.
 
     Attributes:
-        count: int32, updates made.
+        count: The number of updates, int32.
         mu: The momentum, the same on all workers, in ``mu_dtype``.
         nu: The variance of the warm-up.
-        nu_fresh: The variance of the gradients as the exchanged momentum tells them, after the warm-up.
-        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up; 0 where it had none yet.
-        last_factor: What the coefficient of each layer was multiplied by last.
-        scaling_coeff: What the momentum of each layer is multiplied by so that all are alike when they are exchanged.
+        nu_fresh: The variance after the warm-up, of the gradients reconstructed from the exchanged momentum.
+        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up; 0 if it had none yet.
+        last_factor: The last factor of each layer's coefficient.
+        scaling_coeff: The factor of each layer's momentum that equalizes all layers for the exchange.
         compressing: Whether a compressed step was made.
-        ratio: What `VarianceRatio` has seen.
+        ratio: The state of `VarianceRatio`.
         errors: Each worker's `ErrorFeedback`, of the scaled momenta.
-        sent: float32, bytes that each worker's device sent in the last update, by formula.
+        sent: The bytes that each worker's device sent in the last update, by formula, float32.
     """
 
     count: Any
@@ -86,7 +86,7 @@ def onebit_lamb(
     workers: Workers | None = None,
     skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""1-bit LAMB.
+    r"""Create 1-bit LAMB.
 
     The warm-up is `effscale.optim.lamb`, of the mean gradient, and follows each layer's coefficient,
     :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where a norm is zero; a layer where one always was has 1). After it, with
@@ -100,40 +100,40 @@ def onebit_lamb(
 
     With weight decay r becomes :math:`r \rho + 1 - \rho`, :math:`\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)` of
     the update without and with it. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
-    its last value. The product of coefficient and factor is not clipped. Nothing is corrected for bias, which a coefficient
-    within its bounds would undo (see `effscale.optim.lamb`). There is no ``scale_by_onebit_lamb``, as coefficient and factor
-    count the weight decay in.
+    its last value. The product of coefficient and factor is not clipped. There is no bias correction, which a coefficient
+    within its bounds would cancel (see ``effscale.optim.lamb``). There is no ``scale_by_onebit_lamb``, as coefficient and factor
+    depend on the weight decay.
 
     Args:
         learning_rate: A number or a schedule.
-        b1: Decay of the momentum.
-        b2: Decay of the variances.
-        eps: Added to the roots of the variances.
+        b1: The decay rate of the momentum.
+        b2: The decay rate of the variances.
+        eps: Number added to the roots of the variances.
         weight_decay: :math:`\lambda`.
-        mask: Which parameters decay.
-        freeze_step: Updates of the warm-up.
-        max_coeff: Greatest coefficient of the warm-up.
-        min_coeff: Least coefficient of the warm-up.
+        mask: The parameters that decay.
+        freeze_step: The number of warm-up updates.
+        max_coeff: The greatest coefficient of the warm-up.
+        min_coeff: The least coefficient of the warm-up.
         coeff_beta: :math:`\beta_c`; the warm-up should have more than 1 / (1 - coeff_beta) steps.
-        factor_max: Greatest factor. It goes by the one number of a layer whose fresh variance fell most, so with a ``b2`` well
-            below 0.999 it grows and grows: give 1 then.
-        factor_min: Least factor.
-        factor_threshold: Greatest relative change of the factor in a step.
-        variance_ratio: Ends the warm-up earlier.
-        mu_dtype: As for `effscale.optim.scale_by_onebit_adam`.
-        exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
-        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is; None does not clip.
-        stacked: Leading dimensions that stack layers; see `Stacked`.
-        workers: The workers to average over, ``Workers("data")``, by default with one scale for the whole tree, as in the
+        factor_max: The greatest factor. It depends on the one element of a layer whose fresh variance decreased most, so with a
+            ``b2`` well below 0.999 it keeps growing; use 1 in this case.
+        factor_min: The least factor.
+        factor_threshold: The greatest relative change of the factor in a step.
+        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        mu_dtype: As in ``effscale.optim.scale_by_onebit_adam``.
+        exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
+        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        stacked: The number of leading dimensions that stack layers; see `Stacked`.
+        workers: The workers to average over, such as ``Workers("data")``, by default with one scale for the whole tree, as in the
             paper. None trains on one worker.
-        skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all; see
-            `effscale.optim.skip_nonfinite`.
+        skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite; see
+            ``effscale.optim.skip_nonfinite``.
 
     Returns:
         An optax transformation, whose update needs the parameters.
 
     Raises:
-        ValueError: As for `effscale.optim.scale_by_onebit_adam`.
+        ValueError: As for ``effscale.optim.scale_by_onebit_adam``.
 
     Example:
         >>> optimizer = onebit_lamb(0.02, freeze_step=20)
@@ -150,7 +150,7 @@ def onebit_lamb(
         True
 
     References:
-        Li et al., `1-bit LAMB <https://arxiv.org/abs/2104.06069>`_, 2021
+        Li et al., "1-bit LAMB" (2021). https://arxiv.org/abs/2104.06069
     """
     lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
     lamb.check()
@@ -204,7 +204,7 @@ def onebit_lamb(
                 mu=in_types_of(state.mu, step.mu),
                 nu=step.nu,
                 frozen_coeff=frozen,
-                # Of compressed steps before, if freeze_step was raised since.
+                # Reset the factors of earlier compressed steps, if freeze_step was increased since.
                 last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
                 compressing=jnp.zeros((), jnp.bool_),
                 ratio=watch_variance(variance_ratio, state.ratio, state.count, step.nu),
@@ -220,17 +220,17 @@ def onebit_lamb(
             )
             mu = where_known(lerp(last_mu, g, b1), state.nu)
             mu = jax.tree.map(jnp.multiply, mu, scaling)
-            # Errors of compressed steps before a second warm-up are of momenta that were scaled otherwise.
+            # Errors of compressed steps before a second warm-up belong to momenta with a different scaling.
             errors = jax.tree.map(
                 lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
             )
             mu, errors = agree(mu, errors, workers)
-            # What never had a gradient, or is masked, does not move, and has no say in the factor.
+            # Parameters that never had a gradient or are masked do not move and do not affect the factor.
             known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
             moves = masked(known, exp_avg_mask, params)
             mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
 
-            # The fresh variance goes on from that of the warm-up.
+            # The fresh variance continues from that of the warm-up.
             start = jax.tree.map(
                 lambda v, v_hat: jnp.where(state.compressing, v_hat, v), state.nu, state.nu_fresh
             )
@@ -294,7 +294,7 @@ def share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
 
 
 def _scaling_coeff(mu: Any, dims: Any) -> Any:
-    """Return the mean over layers of the momentum's root mean square, by that of each layer."""
+    """Return the mean over layers of the momentum's root mean square, divided by that of each layer."""
 
     def root_mean_square(m: Any, d: int) -> Any:
         return norms(m, d) / jnp.sqrt(jnp.float32(max(1, m[(0,) * d].size)))
@@ -302,12 +302,12 @@ def _scaling_coeff(mu: Any, dims: Any) -> Any:
     z = jax.tree.map(root_mean_square, mu, dims)
     layers = [jnp.ravel(x) for x in jax.tree.leaves(z)]
     mean = jnp.mean(jnp.concatenate(layers)) if layers else jnp.float32(1.0)
-    # A layer without momentum needs no scaling, and has no root mean square to divide by.
+    # A layer without momentum needs no scaling, and its root mean square of zero cannot be a divisor.
     return jax.tree.map(lambda x: jnp.where(x > 0, mean / jnp.where(x > 0, x, 1.0), 1.0), z)
 
 
 def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
-    check_number("coeff_beta", beta, lambda x: 0 <= x < 1, "lie in [0, 1)")
+    check_number("coeff_beta", beta, lambda x: 0 <= x < 1, "be in [0, 1)")
     check_number("factor_min", least, lambda x: x > 0, "be positive")
-    check_bounds(("factor_min", least), ("factor_max", largest), 0.0, "be ordered")
-    check_number("factor_threshold", threshold, lambda x: 0 <= x < 1, "lie in [0, 1)")
+    check_bounds(("factor_min", least), ("factor_max", largest), 0.0, "be in increasing order")
+    check_number("factor_threshold", threshold, lambda x: 0 <= x < 1, "be in [0, 1)")

@@ -1,4 +1,4 @@
-"""Types of arrays: moments and means are kept in float32 at least, updates take the type of what they are added to."""
+"""Types of arrays: moments and means are stored in at least float32, updates have the type of what they are added to."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 
 def zeros_of_mean(x: Any) -> jax.Array:
-    """Zeros like an array, of a type that is the same on all workers."""
-    sharding = jax.typeof(x).sharding  # of axes of type Explicit; empty for all others
+    """Return zeros like an array, with a type that is the same on all workers."""
+    sharding = jax.typeof(x).sharding  # for axes of type Explicit; empty for all others
     divided = any(entry is not None for entry in sharding.spec)
     return jnp.zeros(jnp.shape(x), x.dtype, device=sharding if divided else None)
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """Return the type, or float32 in place of a smaller one."""
+    """Return the type, or float32 if it is narrower."""
     return jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
 
 

@@ -1,4 +1,4 @@
-"""Steps with a gradient that is not finite are skipped, by all workers alike."""
+"""Skip steps with a gradient that is not finite, on all workers."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from effscale.parallel.shared_values import settled
 
 
 class SkipNonfiniteState(NamedTuple):
-    """State of `skip_nonfinite`: updates skipped so far (int32), and the inner state."""
+    """The state of `skip_nonfinite`: the number of skipped updates (int32) and the inner state."""
 
     skipped: jax.Array
     inner: Any
@@ -26,11 +26,11 @@ def skip_nonfinite(
     """Skip the update, on all workers, if any gradient of any worker is not finite.
 
     Updates are then zero and the inner state (moments, counters, errors) stays bit for bit as it was. The decision
-    costs one number a worker on the network. Gradients so large that their squares overflow float32 count as not finite.
+    costs one number per worker on the network. Gradients so large that their squares overflow float32 count as not finite.
 
     Args:
         inner: Any optax transformation.
-        axis_name: The workers' axis; None on one worker.
+        axis_name: The workers' axis; None for one worker.
 
     Example:
         >>> optimizer = skip_nonfinite(optax.sgd(0.1))

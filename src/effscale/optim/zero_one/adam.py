@@ -1,4 +1,4 @@
-"""0/1 Adam: a variance that is updated ever more seldom, then steps in which the workers send nothing."""
+"""0/1 Adam: a variance that is updated less and less often, then steps in which the workers send nothing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -29,18 +29,18 @@ from effscale.training.schedules import value_at
 @SendsBytes.register
 @MovesParams.register
 class ZeroOneAdamState(NamedTuple):
-    """State of `zero_one_adam`.
+    """The state of `zero_one_adam`.
 
     Attributes:
-        count: int32, updates made.
-        mu: The momentum that the workers share, in ``mu_dtype``; within local steps it only decays.
+        count: The number of updates, int32.
+        mu: The momentum that the workers share, in ``mu_dtype``; during local steps it only decays.
         nu: The variance.
         policy: The counters of both policies.
-        rates: float32, the sum of learning rates since the last synchronisation.
-        own: What each worker did by itself, a `PerWorker` of `OwnWay`. On one worker an `OwnWay` with ``moved`` only.
-        eps: float32, what is added to the root of the variance.
-        sent: float32, bytes that each worker's device sent in the last update, by formula.
-        nu_count: int32, how often the variance has decayed by ``b2``; None without ``bias_correction``.
+        rates: The sum of learning rates since the last synchronization, float32.
+        own: The local progress of each worker, a `PerWorker` of `OwnWay`. On one worker, an `OwnWay` with only ``moved``.
+        eps: The number added to the root of the variance, float32.
+        sent: The bytes that each worker's device sent in the last update, by formula, float32.
+        nu_count: The number of times the variance has decayed by ``b2``, int32; None without ``bias_correction``.
     """
 
     count: Any
@@ -54,14 +54,14 @@ class ZeroOneAdamState(NamedTuple):
     nu_count: Any = None
 
     def local_params(self, params: Any) -> Any:
-        """Return the parameters where a worker stands, within `effscale.parallel.per_worker`."""
+        """Return the local parameters of a worker, within ``effscale.parallel.per_worker``."""
         if not isinstance(self.own, PerWorker):
             return params
         moved, shared = self.own.value.moved, as_local(params, self.own.axis_name)
         is_masked = lambda node: isinstance(node, optax.MaskedNode)
 
         def local(u: Any, p: Any, v: Any) -> Any:
-            if is_masked(u):  # another optimizer's, by optax.masked or optax.partition
+            if is_masked(u):  # belongs to another optimizer, by optax.masked or optax.partition
                 return p
             return (p.astype(u.dtype) - normalised(u, v, self.eps)).astype(p.dtype)
 
@@ -88,62 +88,62 @@ def zero_one_adam(
     workers: Workers | None = None,
     skip_nonfinite: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""0/1 Adam with decoupled weight decay.
+    r"""Create 0/1 Adam with decoupled weight decay.
 
-    Up to ``var_freeze_step``: at the steps of the variance's policy (`Policies`) gradients are averaged in full and
+    Up to ``var_freeze_step``: at the steps of the variance policy (`Policies`) gradients are averaged uncompressed and
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
 
-    At the others gradients are averaged in one bit and v stays. That gradients are compressed here, and not the momentum
-    as in the paper, is DeepSpeed's way. Then v stays for good, and each worker r goes its own way until the next step of
-    the second policy:
+    At the other steps gradients are averaged in one bit and v does not change. DeepSpeed compresses gradients here, and
+    the paper the momentum; this follows DeepSpeed. After that, v is frozen, and each worker r makes local steps until the
+    next step of the second policy:
 
     .. math:: m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
         x_r = x - u_r / (\sqrt v + \epsilon)
 
     where all agree on :math:`\bar u`, the mean of u in one bit, and set :math:`x \leftarrow x - \bar u / (\sqrt v +
     \epsilon)`, :math:`m \leftarrow \bar u / \sum \gamma`, :math:`u \leftarrow 0`. There is no ``scale_by_zero_one_adam``, as what is
-    exchanged holds the learning rate.
+    exchanged includes the learning rate.
 
-    Nothing is corrected for bias, so that the first steps are several times as long as Adam's: in the place of ``optax.adam``
-    give ``bias_correction=True`` (`effscale.optim.onebit_adam` has the numbers). Then the moments of the first stage are
-    corrected as in Adam, and once more, for good, when the variance is frozen: from there on no weight in them is left to a
-    start at zero.
+    There is no bias correction by default, so the first steps are several times as long as Adam's. To replace ``optax.adam``,
+    pass ``bias_correction=True`` (``effscale.optim.onebit_adam`` has the numbers). Then the moments of the first stage are
+    corrected as in Adam, and corrected permanently when the variance is frozen: from there on they no longer contain
+    the start at zero.
 
-    The parameters x that the optimizer updates are the shared ones: between synchronisations its updates are zero, and
-    evaluation and checkpoints see what all workers agreed on last. A worker's gradient has to be taken at
+    The parameters x that the optimizer updates are the shared ones: between synchronizations its updates are zero, and
+    evaluation and checkpoints see the last synchronized parameters. Take a worker's gradient at
     ``effscale.parallel.worker_params(params, opt_state)``, which is :math:`x_r`. On one worker there is nobody to wait
     for, and each step updates the parameters.
 
     Args:
         learning_rate: A number or a schedule (also one by tokens).
-        b1: Decay of the momentum.
-        b2: Decay of the variance.
-        eps: Added to the root of the variance.
-        weight_decay: Decoupled. With several workers it acts when they synchronise, on the shared parameters, with
+        b1: The decay rate of the momentum.
+        b2: The decay rate of the variance.
+        eps: Number added to the root of the variance.
+        weight_decay: The decoupled weight decay. With several workers it acts at synchronizations, on the shared parameters, with
             the sum of the learning rates; DeepSpeed mixes it into the momentum.
-        mask: Which parameters decay, as in ``optax.adamw``.
-        var_freeze_step: Updates of the first stage; the paper takes those in which the learning rate rises. More than
-            the run has: no local steps.
-        var_update_scaler: Updates of the variance after which their interval doubles, the paper's kappa.
-        var_decay: Whether b2 acts once an ``update`` of the variance, as in the paper, or once a ``step`` between two. The first
-            keeps gradients for 1 / (1 - b2) updates, which are ever further apart, so those of the start for long.
-        local_step_scaler: Steps after which the interval of local steps doubles; see `halving_steps`.
+        mask: The parameters that decay, as in ``optax.adamw``.
+        var_freeze_step: The number of updates in the first stage; the paper uses those of the learning-rate warmup. If it
+            is larger than the number of updates of the run, there are no local steps.
+        var_update_scaler: The number of variance updates after which their interval doubles, the paper's kappa.
+        var_decay: Whether b2 applies once per ``update`` of the variance, as in the paper, or once per ``step``. The former
+            keeps gradients for 1 / (1 - b2) updates, which become less and less frequent, so early gradients stay for long.
+        local_step_scaler: The number of steps after which the interval of local steps doubles; see `halving_steps`.
         local_step_clipper: The longest interval, the paper's H.
-        bias_correction: Whether the moments are corrected for having begun at zero.
-        mu_dtype: The type in which the momentum is kept; None for at least float32.
-        exp_avg_mask: As for `effscale.optim.scale_by_onebit_adam`.
-        clip: The greatest norm of the gradient, ``Clip(1.0)``, and whose norm that is; None does not clip.
-        workers: The workers to average over, ``Workers("data")``; None trains on one worker.
-        skip_nonfinite: Whether a step in which any worker has a gradient that is not finite is skipped by all; see
-            `effscale.optim.skip_nonfinite`.
+        bias_correction: Whether to correct the moments for their start at zero.
+        mu_dtype: The type in which the momentum is stored; None means at least float32.
+        exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
+        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        workers: The workers to average over, such as ``Workers("data")``; None trains on one worker.
+        skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite; see
+            ``effscale.optim.skip_nonfinite``.
 
     Returns:
-        An optax transformation. Its update needs the parameters where there is weight decay, or an ``exp_avg_mask`` that is
+        An optax transformation. Its update needs the parameters if there is weight decay, or an ``exp_avg_mask`` that is
         a function of them.
 
     Raises:
-        ValueError: As for `effscale.optim.scale_by_onebit_adam`; or the update gets no parameters though it has weight
+        ValueError: As for ``effscale.optim.scale_by_onebit_adam``; or the update gets no parameters although there is weight
             decay.
 
     Example:
@@ -161,7 +161,7 @@ def zero_one_adam(
         True
 
     References:
-        Lu et al., `0/1 Adam <https://arxiv.org/abs/2202.06009>`_, 2022
+        Lu et al., "0/1 Adam" (2022). https://arxiv.org/abs/2202.06009
     """
     check_moments(b1, b2, eps)
     check_mu_dtype(mu_dtype)
@@ -169,10 +169,13 @@ def zero_one_adam(
     policies.check()
     if var_decay not in get_args(VarDecay):
         raise ValueError(
-            f"var_decay={var_decay!r} is unknown; one of {', '.join(get_args(VarDecay))}"
+            f"var_decay must be one of {', '.join(get_args(VarDecay))}, got {var_decay!r}"
         )
     check_count(
-        "var_freeze_step", var_freeze_step, 1, ": the variance is learned before it is frozen"
+        "var_freeze_step",
+        var_freeze_step,
+        1,
+        ", as the variance must be learned before it is frozen",
     )
 
     rules = Rules(b1, b2, eps, weight_decay, mask, var_decay, bias_correction, exp_avg_mask)
@@ -198,7 +201,7 @@ def zero_one_adam(
         check_local(updates, axis_name)
         rate = value_at(learning_rate, state.count, extra.get("tokens"))
         kind, policy = policies.step(state.policy, state.count)
-        # Without a learning rate nobody moved, and the momentum cannot be told from the way.
+        # With a learning rate of zero no worker moved, so the momentum cannot be computed from the sum.
         stuck = (kind == int(Round.SYNC)) & (state.rates + rate <= 0)
         kind = jnp.where(stuck, int(Round.LOCAL), kind)
         nu_count = state.nu_count
@@ -213,7 +216,7 @@ def zero_one_adam(
             count=optax.safe_increment(state.count),
             nu_count=nu_count,
         )
-        # In the first stage only what moves the parameters is corrected, and with its end the moments themselves, for good.
+        # In the first stage only the update is corrected; at its end the moments themselves are corrected permanently.
         mu = in_types_of(state.nu, state.mu)
         mu, nu = rules.unbiased(step.ends_first_stage, mu, state.nu, state.count, state.nu_count)
         g = clipped_locally(in_types_of(state.nu, updates), axis_name, clip)
@@ -240,7 +243,7 @@ def zero_one_adam(
 
 
 def _init_own(params: Any, mu_dtype: DTypeLike | None, workers: Workers | None) -> Any:
-    """What each worker did by itself, before the first step."""
+    """Return the initial local progress of each worker."""
     if workers is None:
         return OwnWay(None, moments_like(params), None)
 

@@ -1,4 +1,4 @@
-"""When 0/1 Adam updates its variance and when its workers talk: two policies of counters."""
+"""The two policies of 0/1 Adam: when to update the variance, and when to synchronize the workers."""
 
 import enum
 import math
@@ -12,21 +12,21 @@ from effscale.optim.options import check_count
 
 
 class Round(enum.IntEnum):
-    """What a step of 0/1 Adam sends."""
+    """The kind of a step of 0/1 Adam, by what it sends."""
 
     VARIANCE = 0
-    """Gradients in full; the variance is updated."""
+    """Uncompressed gradients; the variance is updated."""
     GRADIENT = 1
     """Gradients in one bit."""
     LOCAL = 2
-    """Nothing: each worker goes its own way."""
+    """Nothing: each worker makes a local step."""
     SYNC = 3
-    """What the workers did since the last time, in one bit."""
+    """The workers' local progress since the last synchronization, in one bit."""
 
 
 class PolicyState(NamedTuple):
-    """The two intervals, and the events and steps since each was doubled; the steps since the variance's last update, this one
-    included; all int32. And whether local steps have begun.
+    """The state of the policies, all int32: the two intervals, the events and steps since each was doubled, the steps since the
+    last update of the variance including this one, and whether local steps have begun.
     """
 
     var_interval: Any
@@ -40,9 +40,9 @@ class PolicyState(NamedTuple):
 class Policies(NamedTuple):
     r"""The options of both policies, under DeepSpeed's names.
 
-    With t = 1, 2, ... the number of the step. Up to ``var_freeze_step``, the steps whose t is a multiple of the variance's
-    interval update the variance; the interval is 1 and doubles after every ``var_update_scaler`` of them. Later, the
-    steps whose t is a multiple of the local interval synchronise; it is 1 and doubles every ``local_step_scaler`` steps, up
+    The steps are numbered t = 1, 2, ... Up to ``var_freeze_step``, the steps whose t is a multiple of the variance
+    interval update the variance. The interval is 1 and doubles after every ``var_update_scaler`` updates. Later, the
+    steps whose t is a multiple of the local interval synchronize. It is 1 and doubles every ``local_step_scaler`` steps, up
     to ``local_step_clipper``.
     """
 
@@ -58,14 +58,14 @@ class Policies(NamedTuple):
 
     def init(self) -> PolicyState:
         """Return the counters before the first step."""
-        # An array of its own for each: a state that is donated must hold none twice.
+        # A separate array for each, as a donated state must not contain an array twice.
         counters = (jnp.full((), value, jnp.int32) for value in (1, 0, 1, 0, 1))
         return PolicyState(*counters, local=jnp.zeros((), jnp.bool_))
 
     def step(self, state: PolicyState, count: Any) -> tuple[jax.Array, PolicyState]:
         """Return the `Round` of the step after ``count`` others, and the counters after it."""
         t = count + 1
-        # There is no way back, also where a run goes on with a later var_freeze_step.
+        # There is no way back, even if a run resumes with a larger var_freeze_step.
         first_stage = (t <= self.var_freeze_step) & ~state.local
         variance = first_stage & (t % state.var_interval == 0)
         sync = ~first_stage & (t % state.local_step_interval == 0)
@@ -113,7 +113,7 @@ def _doubled(interval: jax.Array, when: jax.Array, largest: Any) -> jax.Array:
 
 
 def halving_steps(decay: float, every: int) -> int:
-    """Steps in which a learning rate that is multiplied by ``decay`` each ``every`` steps halves: the paper's rule for ``local_step_scaler``.
+    """Return the steps after which a learning rate halves that is multiplied by ``decay`` every ``every`` steps: the paper's rule for ``local_step_scaler``.
 
     >>> halving_steps(0.99, 520)
     35863

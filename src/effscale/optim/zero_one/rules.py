@@ -1,4 +1,4 @@
-"""The mathematics of one step of 0/1 Adam, on one worker and together with others."""
+"""The update rules of one step of 0/1 Adam, for one worker and for several."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -18,17 +18,17 @@ from effscale.parallel.onebit.error_feedback import ErrorFeedback
 from effscale.parallel.workers import PerWorker
 
 VarDecay = Literal["update", "step"]
-"""What the variance decays by ``b2`` in. ``update``: each of its updates, as in the paper. ``step``: each step, so in an update by b2
-to the power of the steps since the last; then the variance is as old as Adam's, and learned from fewer gradients."""
+"""When the variance decays by ``b2``. ``update``: once per update of the variance, as in the paper. ``step``: once per step, so an
+update applies b2 to the power of the steps since the last; the variance is then as old as Adam's, and learned from fewer gradients."""
 
 
 class OwnWay(NamedTuple):
-    """What a worker did by itself since the last synchronisation.
+    """The local progress of a worker since the last synchronization.
 
     Attributes:
         momentum: The part of its momentum that comes from its own gradients, in ``mu_dtype``.
-        moved: float32, the sum of learning rate times momentum; divided by the root of the variance it is how far the
-            worker went from the shared parameters.
+        moved: The sum of learning rate times momentum, float32; divided by the root of the variance it is the distance of the
+            worker from the shared parameters.
         errors: The worker's `ErrorFeedback`.
     """
 
@@ -38,15 +38,15 @@ class OwnWay(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What is known of a step before its gradients are looked at.
+    """What is known about a step before its gradients.
 
     Attributes:
         kind: Its `Round`.
         before: The counters of the policies before it.
         rate: Its learning rate.
-        rates_before: The sum of the learning rates since the last synchronisation, without this step's.
-        count: Steps, with this one.
-        nu_count: How often the variance has decayed by ``b2``, with this step; None without bias correction.
+        rates_before: The sum of the learning rates since the last synchronization, without this step's.
+        count: The number of steps, including this one.
+        nu_count: The number of times the variance has decayed by ``b2``, including this step; None without bias correction.
     """
 
     kind: jax.Array
@@ -63,17 +63,17 @@ class Step(NamedTuple):
 
     @property
     def local(self) -> jax.Array:
-        """Whether each worker goes its own way."""
+        """Whether this is a local step."""
         return self.kind == int(Round.LOCAL)
 
     @property
     def sync(self) -> jax.Array:
-        """Whether the workers agree on what they did by themselves."""
+        """Whether the workers synchronize."""
         return self.kind == int(Round.SYNC)
 
     @property
     def first_stage(self) -> jax.Array:
-        """Whether the variance is still learned."""
+        """Whether the variance is still being learned."""
         return ~(self.local | self.sync)
 
     @property
@@ -83,17 +83,17 @@ class Step(NamedTuple):
 
     @property
     def rates(self) -> jax.Array:
-        """The sum of the learning rates since the last synchronisation, with this step's; 0 in the first stage."""
+        """The sum of the learning rates since the last synchronization, including this step's; 0 in the first stage."""
         return jnp.where(self.first_stage, 0.0, self.rates_before + self.rate)
 
     @property
     def since(self) -> jax.Array:
-        """``rates`` in a synchronisation; elsewhere the quotient by it is not used, and must not be 0 / 0."""
+        """``rates`` in a synchronization; in other steps the quotient is unused and must not be 0 / 0."""
         return jnp.where(self.sync, self.rates, 1.0)
 
 
 class Rules(NamedTuple):
-    """The options of the mathematics."""
+    """The options of the update rules."""
 
     b1: Any
     b2: Any
@@ -105,7 +105,7 @@ class Rules(NamedTuple):
     exp_avg_mask: Any
 
     def unbiased(self, when: Any, mu: Any, nu: Any, count: Any, nu_count: Any) -> tuple[Any, Any]:
-        """Return the moments after so many steps and decays of the variance, corrected for their start at zero where ``when`` holds."""
+        """Return the moments, corrected for their start at zero where ``when`` holds, after ``count`` steps and ``nu_count`` decays."""
         if not self.bias_correction:
             return mu, nu
         of_mu = jnp.where(when, moments.bias_correction(self.b1, count), 1.0)
@@ -113,11 +113,11 @@ class Rules(NamedTuple):
         return corrected(mu, of_mu), corrected(nu, of_nu)
 
     def moving(self, tree: Any, nu: Any, params: Any) -> Any:
-        """Return the tree, and zero where the mask or a variance that was never learned says that nothing moves."""
+        """Return the tree, with zero where the mask or a variance of zero prevents movement."""
         return where_known(masked(tree, self.exp_avg_mask, params), nu)
 
     def learned(self, nu: Any, g: Any, step: Step) -> Any:
-        """Return the variance, with the squares of averages in a step of its policy."""
+        """Return the variance, updated with the squared mean gradient in a step of its policy."""
 
         def one(v: Any, x: Any) -> Any:
             by_update = self.var_decay == "update"
@@ -127,7 +127,7 @@ class Rules(NamedTuple):
         return jax.tree.map(one, nu, g)
 
     def updates(self, way: Any, mu: Any, nu: Any, params: Any, step: Step) -> Any:
-        """Minus the way along mu / (sqrt(nu) + eps) + weight_decay * params."""
+        """Return the updates, minus ``way`` along mu / (sqrt(nu) + eps) + weight_decay * params."""
         mu, nu = self.unbiased(step.first_stage, mu, nu, step.count, step.nu_count)
         out = jax.tree.map(lambda m, v: normalised(way * m, v, self.eps), mu, nu)
         if not is_zero(self.weight_decay):
@@ -137,7 +137,7 @@ class Rules(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What a step leaves: updates in float32, momentum, variance, and what workers did by themselves."""
+    """The result of a step: updates in float32, momentum, variance, and the workers' local progress."""
 
     updates: Any
     mu: Any
@@ -146,7 +146,7 @@ class Moved(NamedTuple):
 
 
 def alone(rules: Rules, step: Step, mu: Any, nu: Any, g: Any, own: OwnWay, params: Any) -> Moved:
-    """Return a step of one worker: there is nobody to wait for, so that each step moves the parameters."""
+    """Make a step on a single worker, where each step updates the parameters."""
     one_bit = step.first_stage & ~step.variance
     mu = lerp(mu, _select(one_bit, rules.moving(g, nu, params), g), rules.b1)
     mu = _select(step.first_stage, mu, rules.moving(mu, nu, params))
@@ -168,13 +168,13 @@ def together(
     workers: Workers,
     mean_in_full: Callable[[], Any],
 ) -> Moved:
-    """Return a step of one of several workers, whose gradient is ``g``; ``mean_in_full`` averages gradients uncompressed."""
+    """Make a step on one of several workers with gradient ``g``; ``mean_in_full`` averages gradients uncompressed."""
     mine: OwnWay = own.value
     momentum = lerp(in_types_of(nu, mine.momentum), g, rules.b1)
     ahead = jax.tree.map(lambda m, r: rules.b1 * m + r, mu, momentum)
     ahead = rules.moving(ahead, nu, params)
     moved = jax.tree.map(lambda u, m: u + step.rate * m, mine.moved, ahead)
-    # The errors were those of gradients in the first stage; from here on they are those of `moved`.
+    # In the first stage the errors belong to gradients; from here on they belong to `moved`.
     errors = _where(step.first_stage | step.before.local, mine.errors)
 
     def in_full() -> Any:
@@ -186,7 +186,7 @@ def together(
     def not_at_all() -> Any:
         return jax.tree.map(zeros_of_mean, nu), errors
 
-    # All else is done in any round: what a conditional hands through, XLA copies.
+    # Everything else runs in every round, as XLA copies what a conditional passes through.
     which = jnp.array([0, 1, 2, 1])[step.kind]
     mean, errors = jax.lax.switch(which, [in_full, in_one_bit, not_at_all])
     mean = _select(step.variance, mean, rules.moving(mean, nu, params))
