@@ -1,4 +1,4 @@
-"""Mixture of experts: DeepSpeed-MoE."""
+"""Mixture of experts, as in DeepSpeed-MoE."""
 
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ _MODELS = ("load_megatron_moe", "save_megatron_moe")
 
 
 def __getattr__(name: str):
-    # They import effscale.interop, and with it tokenizers; only who reads or writes files needs it.
+    # These import effscale.interop and tokenizers, which only reading and writing files need.
     if name in _FILES:
         from effscale.moe import deepspeed_files
 

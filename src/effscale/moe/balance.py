@@ -1,4 +1,4 @@
-"""What keeps a router's load even, and what tells that it is not."""
+"""Losses that balance the load of a router, and statistics of the load."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ def load_balance(
     dropped; gradients flow through :math:`P` alone.
 
     Args:
-        probs: Probabilities of the experts, float32.
-        experts: The choices that count. DeepSpeed and GShard count first choices for k = 2, all for more.
+        probs: The probabilities of the experts, float32.
+        experts: The choices that count. DeepSpeed and GShard count first choices for k = 2, and all choices for more.
         used: False at padding, which does not count.
 
     References:
-        Fedus et al., "Switch Transformers", 2021, equation 4. transformers takes the sum of :math:`f` over the k choices, k times as
-        much, over the tokens of all layers together.
+        Fedus et al., "Switch Transformers" (2021), equation 4. transformers instead sums :math:`f` over the k choices, which makes it k
+            times as large, and counts the tokens of all layers together. https://arxiv.org/abs/2101.03961
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,7 +47,7 @@ def z_loss(
     r"""The mean of :math:`(\log \sum_e e^{l_e})^2`, which keeps a router's logits small.
 
     References:
-        Zoph et al., "ST-MoE", 2022, equation 5; its coefficient is 0.001.
+        Zoph et al., "ST-MoE" (2022), equation 5; its coefficient is 0.001. https://arxiv.org/abs/2202.08906
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,11 +62,11 @@ def router_statistics(
     routing: Routing,
     used: Bool[Array, "tokens"] | None = None,
 ) -> dict[str, Any]:
-    """What to watch of a router.
+    """Return statistics of a router to monitor.
 
     Returns:
-        ``load``: the share of all choices that fell on each expert, which is 1 / E each if it is even; ``dropped``: the share of choices
-        without a place; ``router_entropy``: the mean entropy of the probabilities, in nats: ln E if the router does not care.
+        ``load``: the share of all choices that fell on each expert, 1 / E each if it is even; ``dropped``: the share of choices
+        without a place; ``router_entropy``: the mean entropy of the probabilities in nats, ln E if the router has no preference.
     """
     choices = routing.sizes.sum()
     dropped = (choices - routing.kept.sum()) / jnp.maximum(choices, 1)
@@ -78,7 +78,7 @@ def expert_choice_statistics(
     choice: ExpertChoice,
     used: Bool[Array, "tokens"] | None = None,
 ) -> dict[str, Any]:
-    """Return the same where experts choose; ``dropped`` is the share of tokens that no expert took."""
+    """Return the same statistics if experts choose; ``dropped`` is the share of tokens that no expert chose."""
     left = (choice.counts() == 0).astype(jnp.float32)
     return _statistics(probs, choice.sizes, _mean(left[:, None], used)[0], used)
 

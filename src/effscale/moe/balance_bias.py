@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias of the choice alone, which moves towards an even load after each step."""
+"""Load balancing without a loss: a bias used only for the choice, which moves towards an even load after each step."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from effscale.training.partition import map_named
 
 NAME = "balance_bias"
 
-# The gradient is only asked for its sign. It is so small that it weighs nothing in the norm by which all gradients are clipped.
+# Only the sign of the gradient is used. It is so small that it does not matter in the norm for gradient clipping.
 SCALE = 1e-6
 
 
 def nudge(bias: Float[Array, "experts"], load: Float[Array, "experts"]) -> Float[Array, ""]:
-    """Zero, with a gradient that says by its sign which experts have more than their share.
+    """Return zero, with a gradient whose signs tell which experts have more than their share.
 
-    Added to the auxiliary loss, it makes the load known to the optimizer: over micro-batches and devices signs are those of the whole
-    batch, as gradients are summed.
+    Added to the auxiliary loss, it passes the load to the optimizer. As gradients are summed over micro-batches and devices, the
+    signs are those of the whole batch.
     """
     excess = jax.lax.stop_gradient(load - 1 / load.shape[0])
     value = SCALE * (bias * excess).sum()
@@ -28,18 +28,18 @@ def nudge(bias: Float[Array, "experts"], load: Float[Array, "experts"]) -> Float
 def with_balance_bias(
     optimizer: optax.GradientTransformation, rate: float = 1e-3
 ) -> optax.GradientTransformation:
-    r"""An optimizer that moves the routers' balance biases by a fixed step, and leaves all else to another optimizer.
+    r"""Return an optimizer that moves the routers' balance biases by a fixed step, and passes the rest to another optimizer.
 
     .. math:: b_e \leftarrow b_e - \gamma\, \mathrm{sign}(f_e - 1/E)
 
     with the load :math:`f` of the step. It needs routers with ``RouterConfig(balance_by_bias=True)``.
 
     Args:
-        optimizer: For all other parameters.
+        optimizer: The optimizer of all other parameters.
         rate: The step, :math:`\gamma`; DeepSeek-V3 takes 0.001, and 0 at the end of the training.
 
     References:
-        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024
+        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (2024). https://arxiv.org/abs/2408.15664
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Few tokens through the experts in few operations, on platforms that have kernels for it.
+"""Kernels for experts with few tokens, which need few operations, on platforms that support them.
 
-As in DeepSpeed-MoE's inference: the router's choice is one operation, and makes a table of which token goes where; tokens are gathered by that
-table within the product that reads them, and what the experts make of a token is weighted and summed within the product that makes it.
-Only the weights of experts that were chosen are read.
+As in DeepSpeed-MoE's inference, the router's choice is one operation, which also computes a table of which token goes
+where. The product that reads tokens gathers them by that table, and the product that computes the outputs weights and
+sums them. Only the weights of chosen experts are read.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ from kernels_pallas.expert_matmul import api as expert_api
 from kernels_pallas.top_k_gating import api as gating_api
 
 MOST_TOKENS = 256
-"""Of more, the products take the time and not the weights, and XLA's own kernel of sorted rows has larger tiles."""
+"""With more tokens, the time is spent on products instead of weights, and XLA's kernel for sorted rows has larger tiles."""
 WITHIN: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 }
-"""Activations in other operations than elsewhere: kernels have no complementary error function."""
+"""Activations that the kernels compute with different operations, as they have no complementary error function."""
 
 
 def kernel_routes(logits: Float[Array, "tokens experts"]) -> bool:
-    """Return whether the choice is one kernel where programs are made for now."""
+    """Return whether the choice is one kernel on the current platform."""
     return dispatch.platform() == "tpu" and gating_api.why_not("tpu", logits) is None
 
 
@@ -40,9 +40,9 @@ def route(
     *,
     normalize: bool,
 ) -> Routing:
-    """Return the routing without a capacity that :func:`effscale.moe.top_k_routing` makes of a softmax, by :func:`kernels_pallas.top_k_gating`.
+    """Return the routing without a capacity, like ``effscale.moe.top_k_routing`` of a softmax, with ``kernels_pallas.top_k_gating``.
 
-    Places in ``order`` that no expert has hold ``tokens * k``, the number of no item.
+    Positions in ``order`` that belong to no expert contain ``tokens * k``, which is not a valid item.
     """
     weights, experts, positions, sizes = top_k_gating(logits, k, used, normalize=normalize)
     items, real = experts.size, experts < sizes.shape[0]
@@ -56,7 +56,7 @@ def route(
 def kernels_serve(
     experts: Any, tokens: Float[Array, "groups tokens d_model"], routing: Routing
 ) -> bool:
-    """Return whether :func:`by_kernels` can run these experts where programs are made for now."""
+    """Return whether ``by_kernels`` can run these experts on the current platform."""
     plain = type(experts) is MLP and all(
         isinstance(variable.get_value(), jax.Array)
         for _, variable in nnx.to_flat_state(nnx.state(experts))
@@ -81,13 +81,13 @@ def by_kernels(
     routing: Routing,
     implementation: expert_api.Implementation | None = None,
 ) -> Float[Array, "1 tokens d_model"]:
-    """Return the weighted sums of what the experts make of each token, by :mod:`kernels_pallas.expert_matmul`.
+    """Return the weighted sums of the experts' outputs for each token, with ``kernels_pallas.expert_matmul``.
 
     Args:
-        experts: Their parameters stacked, all plain arrays.
-        tokens: A single group.
-        routing: Its own, without a capacity and with the leading dimension of groups.
-        implementation: Of the three ops.
+        experts: The experts with stacked parameters, all plain arrays.
+        tokens: The tokens of a single group.
+        routing: The routing of the group, without a capacity and with the leading dimension of groups.
+        implementation: The implementation of the three ops.
     """
     x, by = tokens[0], {"implementation": implementation}
     cast: Callable[[Any], Any] = lambda a: None if a is None else a.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""DeepSpeed's files of experts, in and out: for a model of one's own."""
+"""Read and write DeepSpeed's expert files, for custom models."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -20,18 +20,19 @@ Whole: TypeAlias = Shaped[Array, "..."] | Shaped[np.ndarray, "..."]
 def read_deepspeed_experts(
     folder: str | os.PathLike[str],
 ) -> dict[str, dict[str, Shaped[np.ndarray, "experts ..."]]]:
-    """Return the experts of a DeepSpeed checkpoint, stacked: one array for each parameter of an expert of a layer.
+    """Read the experts of a DeepSpeed checkpoint, stacked: one array for each parameter of the experts in a layer.
 
     Args:
-        folder: The folder of one checkpoint, such as ``.../global_step1000``, or the one above it, whose file ``latest`` names it.
+        folder: The folder of one checkpoint, such as ``.../global_step1000``, or its parent, whose file ``latest`` names
+            the checkpoint.
 
     Returns:
-        For each layer with experts, in the order of the model, by the name of DeepSpeed's ``MoE`` in it: the arrays, by the names that they
-        have in one expert, ``[num_experts, ...]``. They are laid out as in PyTorch: ``nn.Linear.weight`` is ``(out, in)``.
+        For each layer with experts, in the order of the model and by the name of DeepSpeed's ``MoE`` module: the arrays
+        ``[num_experts, ...]``, by their names in one expert. They have PyTorch's layout: ``nn.Linear.weight`` is ``(out, in)``.
 
     Raises:
-        FolderError: A file is missing, damaged or not one of experts; the experts of a layer are not alike.
-        ImportError: There is no torch.
+        FolderError: A file is missing, damaged or not an expert file; or the experts of a layer differ in their parameters.
+        ImportError: torch is not installed.
 
     Example:
         >>> import tempfile
@@ -56,23 +57,24 @@ def read_deepspeed_experts(
 
 
 def read_deepspeed_rest(folder: str | os.PathLike[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """What is no expert in a DeepSpeed checkpoint with experts: routers, the dense part of residual layers, all other layers.
+    """Read everything except the experts from a DeepSpeed checkpoint: routers, the dense part of residual layers, all other layers.
 
     Args:
-        folder: As for :func:`read_deepspeed_experts`.
+        folder: As for ``read_deepspeed_experts``.
 
     Returns:
-        The arrays by their names in the model. A layer's router is ``NAME.deepspeed_moe.gate.wg.weight``, ``[num_experts, d_model]``. The dense
-        part of a residual layer is ``NAME.mlp...``, and its two logits for each token ``NAME.coefficient``, the experts' first.
+        The arrays by their names in the model. The router of a layer is ``NAME.deepspeed_moe.gate.wg.weight``,
+        ``[num_experts, d_model]``. The dense part of a residual layer is ``NAME.mlp...``, and its two logits for each
+        token ``NAME.coefficient``, that of the experts first.
 
     Raises:
-        FolderError: As there.
-        ImportError: There is no torch.
+        FolderError: As for ``read_deepspeed_experts``.
+        ImportError: torch is not installed.
     """
     tensors = DeepSpeedMoE(checked_folder(folder))
     firsts = tuple(expert_tensor(prefix, 0, "").removesuffix("0.") for prefix in tensors.experts)
     names = [name for name in tensors.infos if not name.startswith(firsts)]
-    # Copies, as what is read is a view of the file.
+    # Copies, as the arrays read are views of the file.
     return {name: np.array(tensors.read(name)) for name in names}
 
 
@@ -81,20 +83,21 @@ def write_deepspeed_experts(
     experts: Mapping[str, Mapping[str, Stacked]],
     rest: Mapping[str, Whole] | None = None,
 ) -> None:
-    """Write experts as DeepSpeed does, a file for each; its engine loads them with any ``ep_size``.
+    """Write experts like DeepSpeed, one file for each; its engine loads them with any ``ep_size``.
 
     Args:
-        folder: The folder of the checkpoint; made if it is not there. DeepSpeed takes its name for the checkpoint's ``tag``.
-        experts: For each layer with experts, by the name of DeepSpeed's ``MoE`` in the model and in the order of ``model.named_modules()``:
-            the arrays ``[num_experts, ...]``, laid out as in PyTorch, by the names that they have in one expert.
-        rest: All other parameters and buffers of the model, by their names in its ``state_dict()``. With them the folder is a whole checkpoint, which
-            ``engine.load_checkpoint(parent, tag, load_module_only=True)`` takes; without, DeepSpeed needs a ``mp_rank_00_model_states.pt``
-            from elsewhere.
+        folder: The folder of the checkpoint; it is created if needed. DeepSpeed uses its name as the ``tag`` of the checkpoint.
+        experts: For each layer with experts, by the name of DeepSpeed's ``MoE`` module and in the order of
+            ``model.named_modules()``: the arrays ``[num_experts, ...]`` with PyTorch's layout, by their names in one
+            expert.
+        rest: All other parameters and buffers of the model, by their names in its ``state_dict()``. With them the folder
+            is a complete checkpoint for ``engine.load_checkpoint(parent, tag, load_module_only=True)``. Without them,
+            DeepSpeed needs a ``mp_rank_00_model_states.pt`` from elsewhere.
 
     Raises:
-        FolderError: The folder holds experts already, or cannot take the files.
-        ImportError: There is no torch.
-        ValueError: The arrays of a layer are of different numbers of experts, or there are none; a router in ``rest`` is of another number.
+        FolderError: The folder already contains experts, or the files cannot be written.
+        ImportError: torch is not installed.
+        ValueError: The arrays of a layer or a router in ``rest`` have different numbers of experts, or there are none.
 
     Example:
         >>> import tempfile
@@ -110,7 +113,7 @@ def write_deepspeed_experts(
         gate = (rest or {}).get(f"{prefix}.deepspeed_moe.gate.wg.weight")
         if gate is not None and gate.shape[:1] != (count,):
             raise ValueError(
-                f"the router of {prefix!r} has the shape {tuple(gate.shape)}, and there are {count} experts"
+                f"the router of {prefix!r} must have {count} experts, got shape {tuple(gate.shape)}"
             )
 
     def files() -> Iterator[tuple[str, Any]]:
@@ -135,7 +138,7 @@ def _count(prefix: str, arrays: Mapping[str, Any]) -> int:
     if len(counts) != 1 or 0 in counts:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         raise ValueError(
-            f"experts[{prefix!r}] has arrays of the shapes {shapes}: all must begin with the number of experts"
+            f"the arrays of experts[{prefix!r}] must all have the number of experts as their first dimension, got shapes {shapes}"
         )
     return counts.pop()
 

@@ -1,7 +1,7 @@
-"""Routing the other way round: experts choose their tokens, so that the load is even without a loss, and nothing else is dropped.
+"""Expert-choice routing: experts choose their tokens, so that the load is even without a loss.
 
-A token may be chosen by several experts or by none. Whether it is depends on all tokens of its group, later ones too, so this is for
-encoders and for models that read whole inputs; a causal model that is trained so cannot be decoded.
+A token can be chosen by several experts or by none. This depends on all tokens of its group, including later ones. So use
+it only for encoders and for models that read whole inputs; a causal model trained with it cannot be decoded.
 """
 
 import dataclasses
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also creates it from shapes and placeholders
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice:
-    """An assignment of tokens to experts, told by expert.
+    """An assignment of tokens to experts, by expert.
 
     Attributes:
-        tokens: The tokens that each expert chose, the most probable first; ``num_tokens`` in rows that padding would have filled.
-        weights: What the expert's output for each is weighted by, float32; 0 in such rows.
-        sizes: How many tokens each expert has.
-        num_tokens: Tokens that there are.
+        tokens: The tokens that each expert chose, the most probable first; ``num_tokens`` in rows that would contain padding.
+        weights: The weight of the expert's output for each, float32; 0 in such rows.
+        sizes: The number of tokens of each expert.
+        num_tokens: The total number of tokens.
     """
 
     tokens: Int[Array, "experts capacity"]
@@ -31,7 +31,7 @@ class ExpertChoice:
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
     def counts(self) -> Int[Array, "tokens"]:
-        """How many experts chose each token."""
+        """Count the experts that chose each token."""
         zeros = jnp.zeros(self.num_tokens, jnp.int32)
         return zeros.at[self.tokens.reshape(-1)].add(1, mode="drop")
 
@@ -42,14 +42,15 @@ def expert_choice(
     *,
     used: Bool[Array, "tokens"] | None = None,
 ) -> ExpertChoice:
-    r"""Each expert takes the tokens with the highest probability of it.
+    r"""Assign to each expert the tokens with the highest probability for it.
 
     .. math:: y_t = \sum_{e:\, t \in \mathrm{TopK}(S^\top_e, C)} S_{t e}\, E_e(x_t)
 
     Args:
         probs: The probability of each expert for each token, S, float32. Gradients flow through the weights.
-        capacity: Tokens that an expert takes, C; :func:`effscale.moe.expert_capacity` makes it of the mean number of experts of a token.
-        used: False at padding, which no expert takes.
+        capacity: The number of tokens per expert, C; ``effscale.moe.expert_capacity`` computes it from the mean number of
+            experts per token.
+        used: False at padding, which no expert chooses.
 
     Returns:
         The assignment.
@@ -58,7 +59,7 @@ def expert_choice(
         ValueError: The capacity is above the number of tokens.
 
     References:
-        Zhou et al., "Mixture-of-Experts with Expert Choice Routing", 2022, section 3.2.
+        Zhou et al., "Mixture-of-Experts with Expert Choice Routing" (2022), section 3.2. https://arxiv.org/abs/2202.09368
 
     Example:
         >>> import jax.numpy as jnp

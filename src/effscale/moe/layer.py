@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a block's feed-forward."""
+"""A mixture of experts as the feed-forward of a block."""
 
 import dataclasses
 import functools
@@ -31,14 +31,14 @@ Dispatch = Literal["table", "one_hot", "dropless"]
 Mix = Literal["weighted", "sum", "gated"]
 
 FEW_TOKENS = 16
-"""Of so few, buffers with a place for each cost less than sorting: reading the weights is what takes the time."""
+"""Up to this number of tokens, buffers with room for all of them cost less than sorting, as most of the time is spent on reading weights."""
 COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
-"""Logits of each way to mix."""
+"""The number of logits of each way to mix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A feed-forward of several experts, of which each token takes k.
+    """A mixture of experts: a feed-forward of several experts, k of which process each token.
 
     Example:
         >>> import dataclasses
@@ -50,26 +50,27 @@ class MoEConfig:
     """
 
     num_experts: int
-    """Experts, E."""
+    """The number of experts E."""
     expert: FeedForwardConfig
-    """Each of them."""
+    """The feed-forward of each expert."""
     router: RouterConfig = RouterConfig()
-    """How tokens choose."""
+    """The router."""
     shared: FeedForwardConfig | None = None
-    """A feed-forward that every token takes besides: the dense part of a residual MoE, or a shared expert."""
+    """An additional feed-forward for every token: the dense part of a residual MoE, or a shared expert."""
     mix: Mix = "weighted"
-    """How the shared part is added: ``weighted``: both parts weighted by a softmax of two logits for each token, as DeepSpeed's
-    ``use_residual`` does it; ``sum``: as they are, as the paper writes it; ``gated``: the shared part times a sigmoid, as Qwen2-MoE."""
+    """How to add the shared part. ``weighted`` weights both parts by a softmax of two logits for each token, like DeepSpeed's
+    ``use_residual``; ``sum`` adds them, as in the paper; ``gated`` multiplies the shared part by a sigmoid, as in Qwen2-MoE."""
     dispatch: Dispatch | None = None
-    """How tokens get to their experts: ``table``: gathered into a buffer for each expert; ``one_hot``: the same by products with one-hot
-    arrays, the slow reference; ``dropless``: sorted by expert, for routers without a capacity. None: ``dropless`` where the
-    router's capacity factor is None and there are more than a few tokens, otherwise ``table``."""
+    """How to move tokens to their experts. ``table`` gathers them into a buffer for each expert; ``one_hot`` does the same by products with
+    one-hot arrays, as a slow reference; ``dropless`` sorts them by expert, for routers without a capacity. None selects
+    ``dropless`` if the router's capacity factor is None and there are more than a few tokens, otherwise ``table``."""
     groups: int | None = None
-    """Groups of rows of the batch that are routed apart from each other, each with capacities of its own; None: one on each device that
-    has rows of its own, as DeepSpeed does it. A number makes results independent of the mesh; it should be a multiple of the devices that share
-    the batch. Outside training, a batch that it does not divide makes as many groups as it can."""
+    """The number of groups of batch rows that are routed separately, each with its own capacities. None uses one group per device that
+    has its own rows, as in DeepSpeed. A fixed number makes results independent of the mesh; it should be a multiple of
+    the number of devices that share the batch. Outside training, a batch that it does not divide uses the largest
+    possible number of groups."""
     exchange: Exchange = Exchange()
-    """How tokens travel between devices that hold different experts."""
+    """How to exchange tokens between devices with different experts."""
 
     def __post_init__(self):
         check(self, self.num_experts >= 1, "num_experts", "at least 1")
@@ -82,28 +83,28 @@ class MoEConfig:
         if self.dispatch is not None:
             choice(self, "dispatch", typing.get_args(Dispatch))
             by_tokens = self.router.chosen_by == "tokens"
-            check(self, by_tokens, "dispatch", "None where RouterConfig.chosen_by='experts'")
+            check(self, by_tokens, "dispatch", "None with RouterConfig.chosen_by='experts'")
         check(self, self.groups is None or self.groups >= 1, "groups", "at least 1, or None")
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The points of the experts, whose arrays get a leading expert dimension."""
+        """The capture points of the experts, whose arrays get a leading expert dimension."""
         return tuple(getattr(self.expert, "points", ()))
 
     def multiplications(self, d_model: int) -> int:
-        """Multiplications of one token's forward pass: of the k experts that it takes, the router and the shared part."""
+        """Return the multiplications of one token's forward pass: of its k experts, the router and the shared part."""
         parts = [self.expert] * self.router.k + ([] if self.shared is None else [self.shared])
         extra = 0 if self.shared is None else COEFFICIENTS[self.mix]
         each = sum(typing.cast(Any, part).multiplications(d_model) for part in parts)
         return each + d_model * (self.num_experts + extra)
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MoE":
-        """Return the module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        """Create the module; ``std`` and ``out_std`` are the standard deviations of the initial inner and output weights."""
         return MoE(self, d_model, std=std, out_std=out_std, rngs=rngs)
 
 
 class MoE(nnx.Module):
-    """Router, experts with their parameters stacked, and the shared part."""
+    """The module of a mixture of experts: router, experts with stacked parameters, and the shared part."""
 
     def __init__(
         self, config: MoEConfig, d_model: int, *, std: float, out_std: float, rngs: nnx.Rngs
@@ -125,38 +126,38 @@ class MoE(nnx.Module):
         context: Context,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """Return the output, and a report: the auxiliary loss, the router's statistics, and what was asked for."""
+        """Return the output, and a report: the auxiliary loss, the router's statistics, and captured values."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
         groups = _groups(self.config.groups, x.shape[0], training=key is not None)
         tokens = constrain(x.reshape(groups, -1, x.shape[-1]), "batch", None, None)
         used = None if context.real is None else context.real.reshape(groups, -1)
         group_keys = None if keys[0] is None else jax.random.split(keys[0], groups)
-        # While decoding, a token must not be dropped for the sake of other rows.
+        # While decoding, a token must not be dropped because of other rows.
         route = functools.partial(self.router, drops=not context.cached)
         routing, aux, found = each_group(route, tokens, used, group_keys)
         y, captured = self._experts(tokens, routing, context, keys[1])
         y = constrain(y.reshape(x.shape), "batch", "seq", "embed_act")
         if self.shared is not None:
             y = self._mixed(x, y, self.shared(x, context, keys[2])[0])
-        # A group of much padding weighs less than a full one.
+        # A group with much padding weighs less than a full one.
         choices = routing.sizes.sum(-1).astype(jnp.float32)
         share = choices / jnp.maximum(choices.sum(), 1)
         report = jax.tree.map(lambda a: jnp.tensordot(share, a, 1), {AUX_LOSS: aux, **found})
         return y, report | captured
 
     def for_decoding(self) -> "MoE":
-        """Return the same layer with each expert's arrays beside the stack, so that few tokens read the weights of their own experts alone.
+        """Return the same layer with separate arrays for each expert in addition to the stack, so that few tokens read only the weights of their experts.
 
-        Decoding asks for it, of layers that are not stacked. It takes the experts' memory twice. On CPUs a product with a part of a
-        stack copies that part first; elsewhere the stack alone does.
+        Decoding calls it for layers that are not stacked. It doubles the memory of the experts. On CPUs, a product with a
+        part of a stack first copies that part; on other platforms the stack is enough.
         """
         if dispatch.platform() != "cpu" or isinstance(self.experts, nnx.Dict):
             return self
-        # The first dimension is the layer's.
+        # The first dimension is that of layers.
         take = lambda e: jax.tree.map(lambda a: a[:, e], self.experts)
         apart = [take(e) for e in range(self.config.num_experts)]
         layer = jax.tree.map(lambda a: a, self)
-        # Without the barrier the compiler may slice at each token what it was given whole.
+        # Without the barrier the compiler may slice the stack again at each token.
         apart = nnx.List(jax.lax.optimization_barrier(apart))
         layer.experts = nnx.Dict(stack=self.experts, apart=apart)
         return layer
@@ -188,7 +189,7 @@ class MoE(nnx.Module):
             many = tokens.shape[1] > FEW_TOKENS
             by = "dropless" if many and routing.capacity is None else "table"
         if by == "dropless":
-            # Sorted rows hide from a caller which rows are whose.
+            # With sorted rows a caller could not tell which row belongs to which expert.
             if not self._captures(context):
                 return by_sorted_rows(experts, tokens, routing, context, key), {}
             by = "table"
@@ -208,7 +209,7 @@ class MoE(nnx.Module):
 
 
 def _stacked(experts: Any) -> Any:
-    """Names the leading dimension of each parameter: ``experts``, which the mesh's axis of that name divides."""
+    """Name the leading dimension of each parameter ``experts``, which the mesh axis of that name divides."""
     for _, variable in nnx.to_flat_state(nnx.state(experts)):
         axes = variable.get_metadata().get("axes", ())
         variable.set_metadata("axes", ("experts", *axes))
@@ -216,11 +217,11 @@ def _stacked(experts: Any) -> Any:
 
 
 def _groups(given: int | None, batch: int, *, training: bool) -> int:
-    """How many groups of rows are routed apart: as given, or one on each device that has rows of its own."""
+    """Return the number of groups of rows that are routed separately: as given, or one per device that has its own rows."""
     if given is None:
         return math.prod(mesh_size(axis) for axis in auto_batch_axes(batch))
     if training and batch % given:
         raise ValueError(
-            f"MoEConfig.groups={given} does not divide the {batch} rows of this batch: choose a divisor, or batches of a multiple"
+            f"MoEConfig.groups must divide the {batch} rows of a batch, got {given}. Use a divisor, or batches that are a multiple."
         )
     return math.gcd(given, batch)

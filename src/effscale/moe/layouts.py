@@ -1,4 +1,4 @@
-"""Which layers of a model have experts, and how many: every second layer, or a pyramid."""
+"""Place experts in the layers of a model: in every second layer, or as a pyramid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,24 +14,25 @@ def with_experts(
     *,
     every: int = 2,
 ) -> TransformerConfig:
-    """Return the model with a mixture of experts in every second layer.
+    """Return the config with a mixture of experts in every second layer.
 
     Args:
         config: A model without experts.
         moe: The mixture.
-        num_experts: Experts of each of the layers that have them, first to last, as in a pyramid:
-            ``[32] * 10 + [64] * 2`` for the 12 of 24 layers of 350M+PR-MoE-32/64. A 0 leaves a layer as it is. None: ``moe.num_experts`` in
-            each.
-        every: Layers ``every``, ``2 * every``, ..., counted from 1, have experts; 1: all.
+        num_experts: The number of experts in each layer that has them, first to last, for instance of a pyramid:
+            ``[32] * 10 + [64] * 2`` for the 12 of 24 layers of 350M+PR-MoE-32/64. A 0 leaves a layer unchanged. None means
+            ``moe.num_experts`` in each.
+        every: Layers ``every``, ``2 * every``, ..., counted from 1, have experts; 1 means all.
 
     Returns:
-        The config. Layers that take turns alike are one group, whose compile time does not grow with their number.
+        The config. Layers that alternate regularly form one group, whose compile time does not grow with their number.
 
     Raises:
-        ValueError: ``num_experts`` has another length than there are layers to have them.
+        ValueError: The length of ``num_experts`` differs from the number of layers with experts.
 
     References:
-        Rajbhandari et al., "DeepSpeed-MoE", 2022, section 4.1 (PR-MoE: ``shared`` in the config makes the residual part).
+        Rajbhandari et al., "DeepSpeed-MoE" (2022), section 4.1 (PR-MoE: ``shared`` in the config makes the residual part).
+            https://arxiv.org/abs/2201.05596
 
     Example:
         >>> from effscale.models import MLPConfig, gpt2
@@ -49,7 +50,7 @@ def with_experts(
     counts = [moe.num_experts] * len(places) if num_experts is None else list(num_experts)
     if len(counts) != len(places):
         raise ValueError(
-            f"num_experts has {len(counts)} entries, and {len(places)} of the {len(blocks)} layers have experts with every={every}"
+            f"num_experts must have one entry for each of the {len(places)} layers with experts (every={every}, {len(blocks)} layers), got {len(counts)}"
         )
     for place, count in zip(places, counts, strict=True):
         if count:

@@ -1,4 +1,4 @@
-"""GPTs with experts, from and to checkpoints of Megatron-DeepSpeed."""
+"""Load and save GPTs with experts as checkpoints of Megatron-DeepSpeed."""
 
 import argparse
 import collections
@@ -26,7 +26,7 @@ from effscale.moe.families.megatron import MEGATRON, table
 from effscale.moe.families.megatron_args import from_args, to_args
 
 VERSION = 3.0
-"""Of checkpoints written here: that of Megatron-DeepSpeed."""
+"""The version of checkpoints written here, that of Megatron-DeepSpeed."""
 
 
 def load_megatron_moe(
@@ -36,24 +36,24 @@ def load_megatron_moe(
     dtype: Any = None,
     mesh: Mesh | None = None,
 ) -> Transformer:
-    """Load a GPT with experts that Megatron-DeepSpeed saved: of standard or residual layers, in each n-th layer or as a pyramid.
+    """Load a GPT with experts saved by Megatron-DeepSpeed, with standard or residual layers, in every n-th layer or as a pyramid.
 
-    Tensors are read one at a time, each into its place. The vocabulary keeps the rows that Megatron pads it with.
+    Tensors are read one at a time. The vocabulary keeps the rows that Megatron adds as padding.
 
     Args:
-        folder: The folder of one checkpoint, such as ``.../global_step1000``, or the one above it, whose file ``latest`` names it. It was
-            trained with ``--no-pipeline-parallel`` and one tensor-parallel rank.
-        config: The model's. None: as the arguments tell that Megatron-DeepSpeed keeps in the checkpoint.
-        dtype: As for :func:`effscale.interop.load_pretrained`.
-        mesh: As there.
+        folder: The folder of one checkpoint, such as ``.../global_step1000``, or its parent, whose file ``latest`` names
+            the checkpoint. It must have been trained with ``--no-pipeline-parallel`` and one tensor-parallel rank.
+        config: The config of the model. None reads it from the arguments that Megatron-DeepSpeed stores in the checkpoint.
+        dtype: As for ``effscale.interop.load_pretrained``.
+        mesh: As for ``effscale.interop.load_pretrained``.
 
     Returns:
-        The model, which gives logits ``[batch, seq, vocab]``.
+        The model, which returns logits ``[batch, seq, vocab]``.
 
     Raises:
-        FolderError: A file or tensor is missing or not what it should be; the arguments are not in the checkpoint, or describe a model that is
-            not expressed here, such as one with rotary positions.
-        ImportError: There is no torch.
+        FolderError: A file or tensor is missing or invalid; or the arguments are not in the checkpoint or describe a model that
+            effscale does not support, such as one with rotary positions.
+        ImportError: torch is not installed.
 
     References:
         Megatron-DeepSpeed, ``megatron/model`` and ``megatron/checkpointing.py``.
@@ -76,7 +76,7 @@ def load_megatron_moe(
         fields = tensors.fields
         if "checkpoint_version" not in fields:
             raise FolderError(
-                f"{str(tensors.folder / REST)!r} has no checkpoint_version, which says how queries, keys and values are ordered: it is not the "
+                f"{tensors.folder / REST}: has no checkpoint_version, which determines the order of queries, keys and values, so it is not a "
                 "checkpoint of Megatron-DeepSpeed"
             )
         version = Fields(REST, fields).number("checkpoint_version")
@@ -84,7 +84,7 @@ def load_megatron_moe(
             args = fields.get("args")
             if not isinstance(args, Bystander) or not args.values:
                 raise FolderError(
-                    f"{str(tensors.folder / REST)!r} has no args, which tell what the model is: give its config"
+                    f"{tensors.folder / REST}: has no args, which describe the model. Pass its config."
                 )
             config = from_args(args.values, len(tensors.infos))
         check_experts(config, len(tensors.infos))
@@ -95,23 +95,24 @@ def load_megatron_moe(
         return load_source(source, dtype=dtype, mesh=mesh)
     except FolderError as error:
         error.add_note(
-            "In place of config.json, the config given or the args in the checkpoint count."
+            "The config passed, or the args in the checkpoint, take the place of config.json."
         )
         raise
 
 
 def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> None:
-    """Write a GPT with experts as Megatron-DeepSpeed does, without the state of an optimizer.
+    """Save a GPT with experts like Megatron-DeepSpeed, without the state of an optimizer.
 
     Args:
-        model: A GPT-2 with experts in some of its layers, all of its own feed-forward's kind.
-        folder: The folder of the checkpoint, such as ``.../global_step0``; made if it is not there. To train from it, give Megatron-DeepSpeed the
-            folder above with ``--finetune``, and ``--load-tag`` with its name.
+        model: A GPT-2 with experts in some of its layers, all of the same kind as its dense feed-forward.
+        folder: The folder of the checkpoint, such as ``.../global_step0``; it is created if needed. To train from it,
+            pass the parent folder to Megatron-DeepSpeed with ``--finetune``, and the name of the folder with
+            ``--load-tag``.
 
     Raises:
-        FolderError: The folder holds experts already, or cannot take the files.
-        ImportError: There is no torch.
-        ValueError: Megatron-DeepSpeed has no such model.
+        FolderError: The folder already contains experts, or the files cannot be written.
+        ImportError: torch is not installed.
+        ValueError: Megatron-DeepSpeed does not support the model.
     """
     args = _args_of(model.config)
     leaves, axes = parameters(model), sizes(model.config)
@@ -145,24 +146,24 @@ def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> Non
 
 
 def _args_of(config: TransformerConfig) -> dict[str, Any]:
-    """Return the arguments with which the config comes back the same."""
+    """Return arguments that convert back to the same config."""
     try:
         args = to_args(config)
         back = from_args(args, config.num_layers)
     except ValueError as error:
-        raise ValueError(f"Megatron-DeepSpeed has no such model: {error}") from error
+        raise ValueError(f"Megatron-DeepSpeed does not support this model: {error}") from error
     ours, theirs = (essence(MEGATRON.plain(one)) for one in (config, back))
     different = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
     if different:
         path = different[0]
         raise ValueError(
-            f"Megatron-DeepSpeed has no such model: {path} is {ours.get(path)!r}, and would be {theirs.get(path)!r} there"
+            f"Megatron-DeepSpeed does not support this model: {path} must be {theirs.get(path)!r}, got {ours.get(path)!r}"
         )
     return args
 
 
 def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return a state dict in the nested form of Megatron's: the language model's parts, and the embeddings apart."""
+    """Return a state dict in Megatron's nested form: the parts of the language model, with the embeddings separate."""
     nested: dict[str, Any] = {}
     for name, array in flat.items():
         root, section, inner = name.split(".", 2)

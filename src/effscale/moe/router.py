@@ -1,4 +1,4 @@
-"""The router: scores of experts, noise, and what a layer's configuration says of them."""
+"""The router: scores of experts, noise, and their configuration."""
 
 import dataclasses
 import math
@@ -26,49 +26,49 @@ from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, 
 Noise = Literal["jitter", "gumbel", "gumbel_second"]
 
 JITTER = 1e-2
-"""The router's input is multiplied by a factor between 1 - JITTER and 1 + JITTER."""
+"""Jitter multiplies the router's input by a factor between 1 - JITTER and 1 + JITTER."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How tokens choose experts. The defaults are those of DeepSpeed's ``MoE``, where no other is argued for."""
+    """The router of a mixture. Defaults are those of DeepSpeed's ``MoE``, unless stated otherwise."""
 
     k: int = 1
-    """Experts of each token; their mean number where experts choose."""
+    """The number of experts per token; the mean number if experts choose."""
     chosen_by: Literal["tokens", "experts"] = "tokens"
-    """Who chooses: ``tokens`` their k experts, or ``experts`` as many tokens as they have room for
-    (:func:`effscale.moe.expert_choice`). The latter keeps the load even without a loss, but looks at all tokens of a group at once: it is
-    not for causal models, and does not decode."""
+    """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room
+    (``effscale.moe.expert_choice``). The latter keeps the load even without a loss, but looks at all tokens of a group
+    together: it is not for causal models and cannot be decoded."""
     capacity_factor: float | None = 1.0
-    """Room of each expert in training, as a multiple of its share of the choices; what finds no room is dropped and goes on along the
-    residual stream alone. None: nothing is dropped (DeepSpeed's ``drop_tokens=False``)."""
+    """The capacity of each expert in training, as a multiple of its share of the choices. Choices beyond it are dropped: the token
+    continues only along the residual stream. None drops nothing (DeepSpeed's ``drop_tokens=False``)."""
     eval_capacity_factor: float | None = 1.0
-    """The same outside training, that is, without a key. With a cache, in decoding, nothing is dropped whatever it says."""
+    """The capacity factor outside training, that is, without a key. Decoding with a cache never drops anything."""
     min_capacity: int = 4
-    """Least room of an expert, in tokens."""
+    """The minimum capacity of an expert, in tokens."""
     priority: Priority | None = None
-    """Who gets a place where there are too few, as :func:`effscale.moe.top_k_routing` says. None: at random for k = 1 in training
-    (DeepSpeed's ``use_rts``), first choices before second ones for k = 2, by probability for more."""
+    """Which tokens get a place if an expert has too few, see ``effscale.moe.top_k_routing``. None selects at random for k = 1 in training
+    (DeepSpeed's ``use_rts``), first choices before second ones for k = 2, and by probability for more."""
     normalize: Normalize | None = None
-    """Whether a token's weights add up to 1, as :func:`effscale.moe.top_k_routing` says. None: not for k = 1; over the kept ones for more."""
+    """How to normalize the weights of a token, see ``effscale.moe.top_k_routing``. None does not normalize for k = 1, and normalizes over the kept ones for more."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become probabilities; ``sigmoid`` scores each expert by itself, as in DeepSeek-V3."""
+    """How to convert logits to probabilities; ``sigmoid`` scores each expert separately, as in DeepSeek-V3."""
     scale: float = 1.0
-    """What all weights are multiplied by at the end."""
+    """A factor for all weights."""
     noise: Noise | None = None
-    """In training only: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the logits by which the choice is
-    made (DeepSpeed's ``RSample``); ``gumbel_second`` to those of all choices but the first. (DeepSpeed does the last for k = 2 by default,
-    in evaluation as well; here nothing is random unless asked for.)"""
+    """The noise in training: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the logits used for the choice
+    (DeepSpeed's ``RSample``); ``gumbel_second`` adds it for all choices except the first. (By default, DeepSpeed does the
+    last for k = 2, also in evaluation; here nothing is random by default.)"""
     balance: float = 0.01
-    """Coefficient of the load-balancing loss; DeepSpeed's scripts take 0.01."""
+    """The coefficient of the load-balancing loss; DeepSpeed's scripts use 0.01."""
     balance_choices: Literal["first", "all"] | None = None
-    """Which choices count as load in that loss. None: the first for k up to 2, all for more, as DeepSpeed."""
+    """The choices that count in this loss. As in DeepSpeed, None counts the first for k up to 2, and all for more."""
     z_loss: float = 0.0
-    """Coefficient of the router's z-loss; ST-MoE takes 0.001."""
+    """The coefficient of the router's z-loss; ST-MoE uses 0.001."""
     balance_by_bias: bool = False
-    """Add a bias to the scores by which experts are chosen, and to nothing else; :func:`effscale.moe.with_balance_bias` moves it
-    towards an even load in each step, in place of a loss (``balance=0``), as in DeepSeek-V3. Without it the optimizer of the other
-    parameters would move the bias at its own rate, which is far too much."""
+    """Whether to add a bias to the scores used for the choice, and to nothing else. ``effscale.moe.with_balance_bias`` moves it
+    towards an even load in each step, instead of a loss (``balance=0``), as in DeepSeek-V3. Without that optimizer, the
+    optimizer of the other parameters would move the bias at its own rate, which is far too large."""
 
     def __post_init__(self):
         check(self, self.k >= 1, "k", "at least 1")
@@ -88,13 +88,13 @@ class RouterConfig:
             self,
             self.noise != "gumbel_second" or self.k >= 2,
             "noise",
-            f"for k of 2 or more: with k={self.k} there is no second choice",
+            f"used with k of at least 2, as k={self.k} has no second choice",
         )
         check(
             self,
             self.noise in (None, "jitter") or not self.balance_by_bias,
             "noise",
-            "None or jitter with balance_by_bias, whose scores are probabilities and no logits",
+            "None or jitter with balance_by_bias, whose scores are probabilities instead of logits",
         )
         choice(self, "chosen_by", ("tokens", "experts"))
         if self.chosen_by == "experts":
@@ -104,7 +104,7 @@ class RouterConfig:
                     self,
                     given,
                     name,
-                    "a number where experts choose as many tokens as they have room for",
+                    "a number with chosen_by='experts', which choose tokens up to their capacity",
                 )
             for name in ("priority", "normalize", "balance_choices"):
                 unset = getattr(self, name) is None
@@ -112,19 +112,19 @@ class RouterConfig:
                     self,
                     unset,
                     name,
-                    "None where chosen_by='experts', for it orders the choices of tokens",
+                    "None with chosen_by='experts', as it orders the choices of tokens",
                 )
             check(
                 self,
                 self.noise in (None, "jitter"),
                 "noise",
-                "None or jitter where chosen_by='experts'",
+                "None or jitter with chosen_by='experts'",
             )
             check(
                 self,
                 not self.balance_by_bias,
                 "balance_by_bias",
-                "False where chosen_by='experts', whose load is even",
+                "False with chosen_by='experts', whose load is even",
             )
         if self.balance_choices is not None:
             choice(self, "balance_choices", ("first", "all"))
@@ -132,7 +132,7 @@ class RouterConfig:
             check(self, 0 <= getattr(self, name) < math.inf, name, "0 or more, and finite")
 
     def capacity(self, num_tokens: int, num_experts: int, *, training: bool) -> int | None:
-        """Rows of each expert's buffer for so many tokens; None where nothing is dropped."""
+        """Return the number of rows in each expert's buffer for ``num_tokens`` tokens; None if nothing is dropped."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor is None:
             return None
@@ -142,7 +142,7 @@ class RouterConfig:
 
 
 class Router(nnx.Module):
-    """A linear map to a logit for each expert, and the choice made of it; all in float32."""
+    """The module of a router: a linear map to a logit for each expert, and the choice of experts, all in float32."""
 
     def __init__(
         self,
@@ -169,16 +169,16 @@ class Router(nnx.Module):
         *,
         drops: bool = True,
     ) -> tuple[Routing | ExpertChoice, Float[Array, ""], dict[str, Array]]:
-        """Return the routing of tokens that share their capacity, the auxiliary loss, and what to watch.
+        """Return the routing of tokens that share a capacity, the auxiliary loss, and statistics.
 
         Args:
             x: The tokens.
             used: False at padding.
-            key: In training; None outside, where nothing is random and ``eval_capacity_factor`` counts.
+            key: The key in training; None outside training, where nothing is random and ``eval_capacity_factor`` applies.
             drops: Whether experts have a capacity at all.
 
         Raises:
-            ValueError: Experts choose, and have no capacity to choose by.
+            ValueError: Experts choose, but have no capacity.
         """
         config = self.config
         keys: Any = (None, None) if key is None else jax.random.split(key)
@@ -238,7 +238,7 @@ class Router(nnx.Module):
         capacity = config.capacity(*probs.shape, training=training)
         if capacity is None or not drops:
             raise ValueError(
-                "RouterConfig.chosen_by='experts' does not decode: experts choose among all tokens at once; choose chosen_by='tokens'"
+                "RouterConfig.chosen_by='experts' cannot be decoded, as experts choose among all tokens together. Use chosen_by='tokens'."
             )
         routing = expert_choice(probs, capacity, used=used)
         if config.scale != 1.0:
@@ -248,13 +248,13 @@ class Router(nnx.Module):
         return routing, aux, found
 
     def _distribution(self, probs: Array) -> Array:
-        """Probabilities that add up to 1, of any score."""
+        """Return probabilities that sum to 1, for any score."""
         if self.config.score == "softmax":
             return probs
         return probs / jnp.maximum(probs.sum(-1, keepdims=True), jnp.finfo(jnp.float32).eps)
 
 
 def _first_as_before(scores: Array, noisy: Array) -> Array:
-    """Noisy scores in which the highest of the scores without noise stays the first."""
+    """Return noisy scores in which the highest score without noise stays the first."""
     first = jax.nn.one_hot(scores.argmax(-1), scores.shape[-1], dtype=bool)
     return jnp.where(first, jnp.inf, noisy)

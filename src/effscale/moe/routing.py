@@ -1,8 +1,8 @@
-"""Which tokens go to which experts, and where they stand there.
+"""The assignment of tokens to experts and to places in their buffers.
 
-A router gives each token a score for each expert. :func:`top_k_routing` makes a :class:`Routing` of them: the k experts of each token,
-what their outputs are weighted by, and a place in each expert's buffer, as far as there is room. :mod:`effscale.moe.dispatch`
-moves tokens by it.
+A router gives each token a score for each expert. ``top_k_routing`` turns the scores into a ``Routing``: the k experts of
+each token, the weights of their outputs, and a place in each expert's buffer, as far as there is room.
+``effscale.moe.dispatch`` moves tokens accordingly.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Priority = Literal["token", "choice", "random", "probability"]
 Normalize = Literal["kept", "chosen", "none"]
 
 
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also creates it from shapes and placeholders
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -27,12 +27,12 @@ class Routing:
 
     Attributes:
         experts: The experts of each token, the most probable first; ``num_experts`` for padding.
-        weights: What each expert's output is weighted by, float32; 0 where the item is dropped.
+        weights: The weight of each expert's output, float32; 0 if the item is dropped.
         kept: Whether the item has a place.
-        positions: Its place in the buffer of its expert; of no use where it is dropped.
-        order: All items sorted by expert, and within an expert by who comes first. Padding stands at the end.
-        sizes: How many items chose each expert, before any was dropped.
-        capacity: Rows of an expert's buffer; None where nothing is dropped.
+        positions: The place of the item in the buffer of its expert; meaningless if it is dropped.
+        order: All items sorted by expert, and by priority within an expert. Padding is at the end.
+        sizes: The number of items that chose each expert, before dropping.
+        capacity: The number of rows in an expert's buffer; None if nothing is dropped.
     """
 
     experts: Int[Array, "tokens k"]
@@ -45,41 +45,41 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """Experts that could be chosen."""
+        """The number of experts."""
         return self.sizes.shape[0]
 
     @property
     def buffer_rows(self) -> int:
-        """Rows of an expert's buffer; without a capacity as many as there are tokens, for none can choose it twice."""
+        """The number of rows in an expert's buffer; without a capacity it is the number of tokens, as no token can choose an expert twice."""
         return self.experts.shape[0] if self.capacity is None else self.capacity
 
     @property
     def starts(self) -> Int[Array, "experts"]:
-        """Where the items of each expert begin in ``order``."""
+        """The position in ``order`` at which the items of each expert start."""
         return jnp.cumsum(self.sizes) - self.sizes
 
 
 def expert_capacity(
     num_tokens: int, num_experts: int, factor: float, *, k: int = 1, min_capacity: int = 4
 ) -> int:
-    r"""Rows of each expert's buffer: ``factor`` times its share of the items, rounded up.
+    r"""Return the number of rows in each expert's buffer: ``factor`` times its share of the items, rounded up.
 
     .. math:: C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))
 
-    More than one place for each token would stay empty, so it is at most ``num_tokens`` (DeepSpeed failed there until 2026).
+    It is at most ``num_tokens``, as a token needs at most one place (DeepSpeed failed in this case until 2026).
 
     Args:
-        num_tokens: Tokens that are routed together, T.
-        num_experts: Experts, E.
-        factor: Capacity factor, f: 1 is enough if the load is even.
-        k: Experts of each token.
-        min_capacity: Least capacity.
+        num_tokens: The number T of tokens that are routed together.
+        num_experts: The number E of experts.
+        factor: The capacity factor f; 1 is enough if the load is even.
+        k: The number of experts per token.
+        min_capacity: The minimum capacity.
 
     Example:
         >>> expert_capacity(6, 3, 1.0, k=2)
         4
     """
-    # In float32, as the original computes it.
+    # In float32, like the original.
     share = np.float32(num_tokens / num_experts) * np.float32(k * factor)
     return min(num_tokens, max(math.ceil(float(share)), min_capacity))
 
@@ -95,23 +95,25 @@ def top_k_routing(
     normalize: Normalize | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Routing:
-    """Each token goes to the k experts with the highest scores.
+    """Assign each token to the k experts with the highest scores.
 
     Args:
-        probs: The probability of each expert for each token, after the softmax (or sigmoid), in float32. Gradients flow through the weights that
-            are made of them; choices have none.
-        k: Experts of each token.
-        capacity: Rows of each expert's buffer; see :func:`expert_capacity`. Items that find no room are dropped. None: none is.
-        scores: What the choice is made by, such as logits with noise; None: ``probs``.
-        used: False at padding, which goes nowhere.
-        priority: Who gets a place where an expert has too few: ``token``: earlier tokens; ``choice``: all first choices before all second
-            ones, then earlier tokens; ``probability``: the most probable (with these two, later tokens can take the places of earlier ones); ``random``: whoever is drawn (random token selection,
-            which needs ``key``). None: as DeepSpeed, ``random`` for k = 1 (``token`` without a key), ``choice`` for 2, and
+        probs: The probability of each expert for each token, after the softmax (or sigmoid), in float32. Gradients flow
+            through the weights computed from them; choices have no gradient.
+        k: The number of experts per token.
+        capacity: The number of rows in each expert's buffer; see ``expert_capacity``. Items without room are dropped.
+            None drops nothing.
+        scores: The scores used for the choice, such as logits with noise; None uses ``probs``.
+        used: False at padding, which goes to no expert.
+        priority: Which items get a place if an expert has too few. ``token``: earlier tokens; ``choice``: all first
+            choices before all second ones, then earlier tokens; ``probability``: the most probable; ``random``: random
+            token selection, which needs ``key``. With ``choice`` and ``probability``, later tokens can take the places of
+            earlier ones. None follows DeepSpeed: ``random`` for k = 1 (``token`` without a key), ``choice`` for 2, and
             ``probability`` for more.
-        normalize: Whether the weights of a token add up to 1: ``kept``: those of the items that were kept; ``chosen``: those of all k
-            before any was dropped; ``none``: they are the probabilities as they are. None: ``none`` for k = 1 (where 1 would teach the
-            router nothing), otherwise ``kept``, as DeepSpeed has it.
-        key: For random token selection.
+        normalize: How to normalize the weights of a token. ``kept``: the weights of its kept items sum to 1; ``chosen``:
+            those of all k items sum to 1 before dropping; ``none``: they are the probabilities. None follows DeepSpeed:
+            ``none`` for k = 1 (where a weight of 1 would give the router no gradient), otherwise ``kept``.
+        key: The key for random token selection.
 
     Returns:
         The assignment.
@@ -120,8 +122,9 @@ def top_k_routing(
         ValueError: k is above the number of experts, or ``priority="random"`` without a key.
 
     References:
-        Rajbhandari et al., "DeepSpeed-MoE", 2022; Lepikhin et al., "GShard", 2020 (two experts); Fedus et al., "Switch Transformers",
-        2021 (one).
+        Rajbhandari et al., "DeepSpeed-MoE" (2022). https://arxiv.org/abs/2201.05596
+        Lepikhin et al., "GShard" (2020), two experts. https://arxiv.org/abs/2006.16668
+        Fedus et al., "Switch Transformers" (2021), one expert. https://arxiv.org/abs/2101.03961
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -141,7 +144,7 @@ def top_k_routing(
         normalize = "none" if k == 1 else "kept"
 
     by = jax.lax.stop_gradient(probs if scores is None else scores)
-    # Without the barrier XLA sorts all scores where a part of the choices (the first ones) is used, too: ten times as slow on a CPU.
+    # Without the barrier XLA sorts all scores if a part of the choices (the first ones) is used elsewhere, ten times as slow on a CPU.
     experts = jax.lax.optimization_barrier(jax.lax.top_k(by, k)[1])
     chosen = jnp.take_along_axis(probs, experts, axis=1)
     if used is not None:
@@ -169,7 +172,7 @@ def _place(
     chosen: Float[Array, "tokens k"],
     key: Any,
 ) -> tuple[Int[Array, "items"], Int[Array, "experts"], Int[Array, "tokens k"]]:
-    """Items sorted by expert and priority; how many each expert has; the rank of each item in its expert."""
+    """Return the items sorted by expert and priority, the number of items of each expert, and the rank of each item in its expert."""
     num_tokens, k = experts.shape
     items = num_tokens * k
     number = jnp.arange(items, dtype=jnp.int32)

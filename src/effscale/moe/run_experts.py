@@ -1,7 +1,7 @@
-"""How the experts of a layer get to work on their tokens: by buffers, by sorted rows, or one token after another.
+"""Run the experts of a layer on their tokens: with buffers, with sorted rows, or one token after another.
 
-Each function maps groups of tokens with their routing to the weighted sums of what the experts made of them. Buffers alone also give what was
-asked for at the points of the experts, since only there a row's place says whose it is.
+Each function maps groups of tokens with their routing to the weighted sums of the experts' outputs. Only buffers also
+return values captured at the points of the experts, since only with buffers the position of a row identifies its expert.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,9 +31,10 @@ from kernels_pallas import dispatch as kernels
 
 
 def each_group(function: Callable[..., Any], *operands: Any) -> Any:
-    """``function`` of each group: of all that have a leading dimension of groups.
+    """Apply ``function`` to each group: to the operands without their leading dimension of groups.
 
-    A single group, the usual case on one device, goes without ``vmap``: gathers with a batch dimension are several times slower on CPUs.
+    A single group, the usual case on one device, does not use ``vmap``: gathers with a batch dimension are several times
+    slower on CPUs.
     """
     groups = jax.tree.leaves(operands)[0].shape[0]
     if groups > 1:
@@ -52,19 +53,19 @@ def by_buffers(
     by: str,
     exchange: Exchange,
 ) -> tuple[Float[Array, "groups tokens d_model"], dict[str, Array]]:
-    """Each expert reads the tokens in its buffer, where the mesh says so on another device.
+    """Run experts on the tokens in their buffers, on different devices if the mesh divides experts.
 
     Args:
-        experts: A feed-forward with its parameters stacked.
-        tokens: The groups.
-        routing: Of each group.
-        context: Of the tokens; experts may not ask it where they stand.
-        key: In training.
-        by: ``table`` or ``one_hot``: how tokens get into the buffers, unless experts chose them.
-        exchange: How they travel.
+        experts: A feed-forward with stacked parameters.
+        tokens: The groups of tokens.
+        routing: The routing of each group.
+        context: The context of the tokens; experts must not use their positions.
+        key: The key in training.
+        by: How to move tokens into the buffers, ``table`` or ``one_hot``, unless experts chose them.
+        exchange: How to exchange tokens between devices.
 
     Returns:
-        The sums, and what was asked for, with a leading expert dimension.
+        The sums, and captured values with a leading expert dimension.
     """
     chosen = isinstance(routing, ExpertChoice)
     module: Any = by_expert if chosen else {"table": table, "one_hot": one_hot}[by]
@@ -87,10 +88,11 @@ def by_sorted_rows(
     context: Context,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "groups tokens d_model"]:
-    """Tokens sorted by expert, without a capacity: nothing is dropped.
+    """Run experts on tokens sorted by expert, without a capacity: nothing is dropped.
 
-    TPUs have a kernel that multiplies each row by its own expert's weights; elsewhere :func:`effscale.moe.sorted_experts.run_sorted` does.
-    Each device sorts the tokens of its own groups. Where the mesh divides experts, rows travel to them and back.
+    TPUs have a kernel that multiplies each row by its own expert's weights; on other platforms
+    ``effscale.moe.sorted_experts.run_sorted`` does. Each device sorts the tokens of its own groups. If the mesh divides
+    experts, rows are sent to them and back.
     """
     check_experts(routing.sizes.shape[-1])
     batch, divided = auto_batch_axes(tokens.shape[0]), expert_axes()
@@ -129,16 +131,16 @@ def one_by_one(
     routing: Routing,
     context: Context,
 ) -> Float[Array, "groups tokens d_model"]:
-    """Each choice of each token in its turn: only the weights of the experts that were chosen are read.
+    """Run each choice of each token in turn, so that only the weights of chosen experts are read.
 
     Args:
-        experts: Each with arrays of its own.
-        tokens: A single group.
-        routing: Its own, with the leading dimension of groups.
-        context: Of the tokens.
+        experts: The experts, each with its own arrays.
+        tokens: The tokens of a single group.
+        routing: The routing of the group, with the leading dimension of groups.
+        context: The context of the tokens.
     """
     k = routing.experts.shape[-1]
-    # An item that has no place goes to a branch after the last, which does nothing.
+    # An item without a place goes to a branch after the last, which does nothing.
     chosen = jnp.where(routing.kept, routing.experts, len(experts)).reshape(-1)
     weights = routing.weights.reshape(-1).astype(tokens.dtype)
     nothing = lambda x: jnp.zeros_like(x)

@@ -1,7 +1,8 @@
-"""Experts that read sorted rows, without a capacity: a buffer for the even share of each, and a loop over what does not fit.
+"""Run experts on sorted rows without a capacity: a buffer for the even share of each expert, and a loop over the rest.
 
-With an even load nearly all rows are in the buffers, which are one batched run of all experts. Rows beyond an expert's share go through it a
-tile at a time. So the cost is that of capacity factor 1, and a little more for each row above it; nothing is dropped.
+With an even load nearly all rows are in the buffers, which all experts process as one batch. Rows beyond an expert's
+share are processed one tile at a time. So the cost is that of capacity factor 1, and a little more for each row above it;
+nothing is dropped.
 """
 
 import functools
@@ -26,17 +27,17 @@ def run_sorted(
     *,
     expected_rows: int,
 ) -> Float[Array, "rows d_model"]:
-    """What the expert of each row makes of it.
+    """Return the output of each row's expert.
 
     Args:
-        experts: A feed-forward of any kind, with its parameters stacked.
-        rows: Those of expert 0, then those of expert 1, and so on. Rows after the last expert's give zeros.
-        sizes: How many each expert has.
-        context: Of the tokens; experts may not ask it where they stand.
-        key: In training.
-        expected_rows: How many rows belong to an expert at all, about. It decides about speed alone.
+        experts: A feed-forward of any kind, with stacked parameters.
+        rows: The rows of expert 0, then those of expert 1, and so on. Rows after those of the last expert give zeros.
+        sizes: The number of rows of each expert.
+        context: The context of the tokens; experts must not use their positions.
+        key: The key in training.
+        expected_rows: The approximate number of rows that belong to an expert. It affects only the speed.
     """
-    # In a shard_map a gradient has to vary as its operand does.
+    # In a shard_map a gradient must vary like its operand.
     experts, rows, sizes = vary((experts, rows, sizes), varying_axes(experts, rows, sizes))
     share = math.ceil(expected_rows / sizes.shape[0])
     return _run(experts, rows, sizes, context, key, share)
@@ -69,7 +70,7 @@ def _backward(share: int, kept: Any, g: Array) -> tuple[Any, ...]:
     places = Places(sizes, rows.shape[0], share)
     to_experts, to_buffers = back(places.buffers(g))
     padded, padded_g = places.pad(rows), places.pad(g)
-    # Integers, such as those of packed weights, have gradients without numbers, which a loop cannot carry.
+    # Integers, such as those of packed weights, have gradients without values, which a loop cannot carry.
     leaves, structure = jax.tree.flatten(to_experts)
     numbers = [i for i, leaf in enumerate(leaves) if leaf.dtype != jax.dtypes.float0]
 
@@ -105,7 +106,7 @@ def _all_experts(
 def _one_expert(
     context: Context, key: Any, tile: Array, expert: Any, rows: Float[Array, "tile d_model"]
 ) -> Float[Array, "tile d_model"]:
-    # A stream of its own: `split` makes those of the buffers.
+    # A separate random stream, as `split` creates those of the buffers.
     own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, 1), tile)
     return expert(rows[None], context, own)[0][0]
 

@@ -1,11 +1,13 @@
-r"""Mixture of Students: a shallower mixture of experts that learns from a deeper one, and then on alone.
+r"""Mixture of Students: distill a deep mixture of experts into a shallower one, which then continues without the teacher.
 
 .. math:: L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l
 
-with the divergence averaged over tokens. DeepSpeed-MoE's finding is that learning from the teacher to the end hurts: the student's own
-loss stops falling, so the teacher leaves before (in the paper after 400,000 steps, out of about 570,000).
+with the divergence averaged over tokens. DeepSpeed-MoE finds that learning from the teacher until the end hurts: the
+student's own loss stops decreasing. So the teacher is removed earlier (in the paper after 400,000 of about 570,000
+steps).
 
-Source: Rajbhandari et al., "DeepSpeed-MoE", 2022, section 4.2.
+References:
+    Rajbhandari et al., "DeepSpeed-MoE" (2022), section 4.2. https://arxiv.org/abs/2201.05596
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from effscale.training.objectives import counted_weights
 from kernels_pallas import kl_divergence
 
 ALONE = "without_teacher"
-"""An entry of a batch by whose presence the teacher is not asked."""
+"""The name of a batch entry whose presence disables the teacher."""
 
 
 def mixture_of_students_loss(
@@ -32,22 +34,24 @@ def mixture_of_students_loss(
     alpha: float = 1.0,
     temperature: float = 1.0,
 ) -> Loss:
-    """Return the student's language-model loss, and how far its distribution is from the teacher's, both in nats a token.
+    """Return the student's language-model loss plus the divergence of its distribution from the teacher's, both in nats per token.
 
-    The teacher is what the step is given as ``frozen``; its auxiliary losses do not count, and nothing is dropped at random in it.
-    Tokens without a label count in neither part (in DeepSpeed's code they count in the second). The logits are never held whole.
+    The teacher is the ``frozen`` argument of the step. Its auxiliary losses do not count, and it uses no dropout. Tokens
+    without a label count in neither part (in DeepSpeed's code they count in the second). The logits are never
+    materialized as a whole.
 
     Args:
         model: The student, with a head ``lm``.
-        batch: As for :func:`effscale.training.next_token_loss`. With an entry ``without_teacher``, of any value, it is that loss alone.
-        key: In training.
-        teacher: Any causal model of the same vocabulary.
-        alpha: Weight of the divergence.
-        temperature: What both models' logits are divided by.
+        batch: As for ``effscale.training.next_token_loss``. With an entry ``without_teacher``, of any value, the result
+            is only that loss.
+        key: The key in training.
+        teacher: Any causal model with the same vocabulary.
+        alpha: The weight of the divergence.
+        temperature: The temperature, by which the logits of both models are divided.
 
     Returns:
-        The sum over tokens. Where the teacher was asked, metrics hold the divergence as ``divergence`` and the language model's loss alone as
-        ``task_loss``.
+        The sum over tokens. If the teacher is used, metrics include the divergence as ``divergence`` and the loss of only
+        the language model as ``task_loss``.
 
     Raises:
         ValueError: The vocabularies differ.
@@ -87,18 +91,18 @@ def mixture_of_students_loss(
 def staged_distillation(
     step: Callable[..., tuple[Any, Any]], stop: int, **options: Any
 ) -> StagedStep:
-    """Return a step that learns from the teacher up to step ``stop``, and then on alone, without running the teacher at all.
+    """Return a step that learns from the teacher up to step ``stop``, and then continues without running the teacher.
 
     Args:
-        step: From :func:`effscale.training.make_train_step` with :func:`mixture_of_students_loss`, not jitted.
-        stop: Steps with the teacher.
-        options: Of :class:`effscale.training.StagedStep`.
+        step: The result of ``effscale.training.make_train_step`` with ``mixture_of_students_loss``, not jitted.
+        stop: The number of steps with the teacher.
+        options: Options of ``effscale.training.StagedStep``.
 
     Returns:
         A step for ``fit(step_fn=step, before_step=step.before_step, frozen=teacher)``.
     """
     if stop < 1:
-        raise ValueError(f"stop must be at least 1 step with the teacher, got {stop}")
+        raise ValueError(f"stop must be at least 1, got {stop}")
 
     def mark(batch: Any, learns: bool) -> Any:
         return batch if learns else {**batch, ALONE: np.zeros((), np.float32)}

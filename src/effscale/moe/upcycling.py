@@ -1,4 +1,4 @@
-"""Sparse upcycling: a mixture of experts that begins as a dense model."""
+"""Sparse upcycling: a mixture of experts initialized from a dense model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,27 +20,28 @@ def upcycle(
     every: int = 2,
     rngs: nnx.Rngs,
 ) -> Transformer:
-    """Return a model whose experts, and whose shared part, begin as copies of a trained model's feed-forward; routers are new.
+    """Create a mixture from a trained dense model: experts and the shared part are copies of its feed-forward, routers are new.
 
-    Where the weights of a token add up to 1 (``normalize`` of ``kept`` or ``chosen``, so k of 2 or more), nothing is dropped and there is
-    no shared part or a ``weighted`` one, the new model computes what the old one did, and training goes on from there. With k = 1 the
-    experts' outputs are multiplied by a probability, and the model has to recover from that.
+    The new model computes the same as the old one, so that training continues from there, if three conditions hold: the
+    weights of a token sum to 1 (``normalize`` of ``kept`` or ``chosen``, so k of 2 or more), nothing is dropped, and
+    there is no shared part or a ``weighted`` one. With k = 1 the experts' outputs are multiplied by a probability, from
+    which the model has to recover.
 
     Args:
-        model: A model without experts in the layers that are to get them.
+        model: A model without experts in the layers that will get them.
         moe: The mixture; its ``expert`` must be the model's feed-forward, and ``shared`` the same or None.
-        num_experts: As in :func:`effscale.moe.with_experts`.
-        every: As there.
-        rngs: Source of the routers' weights.
+        num_experts: As in ``effscale.moe.with_experts``.
+        every: As in ``effscale.moe.with_experts``.
+        rngs: The source of the routers' weights.
 
     Returns:
-        The new model; everything but the layers with experts is shared with the old one.
+        The new model, which shares everything except the layers with experts with the old one.
 
     Raises:
-        ValueError: The expert is of another kind than the model's feed-forward.
+        ValueError: The config of the expert differs from the model's feed-forward.
 
     References:
-        Komatsuzaki et al., `Sparse Upcycling <https://arxiv.org/abs/2212.05055>`_, 2022
+        Komatsuzaki et al., "Sparse Upcycling" (2022). https://arxiv.org/abs/2212.05055
 
     Example:
         >>> from effscale.models import gpt2
@@ -81,7 +82,7 @@ def upcycle(
 
 
 def _filled(module: Any, values: Any) -> Any:
-    """Return a module with other arrays, which keep its own metadata."""
+    """Return the module with other arrays and its own metadata."""
     return jax.tree.unflatten(jax.tree.structure(module), jax.tree.leaves(values))
 
 
@@ -89,5 +90,5 @@ def _check(moe: MoEConfig, own: Any, numbers: Sequence[int]) -> None:
     for name, part in (("expert", moe.expert), ("shared", moe.shared)):
         if part is not None and part != own:
             raise ValueError(
-                f"MoEConfig.{name}={part} cannot begin as the feed-forward of layers {list(numbers)}, which is {own}"
+                f"MoEConfig.{name} must be the feed-forward of layers {list(numbers)}, {own}, got {part}"
             )

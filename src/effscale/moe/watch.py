@@ -1,4 +1,4 @@
-"""A warning when a router sends everything to few experts."""
+"""Warn when a router sends most tokens to few experts."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ def effective_experts(load: Sequence[float]) -> float:
     r"""How many experts a load is worth: :math:`e^{H}`, with its entropy :math:`H`; all of them if it is even, 1 if one has everything.
 
     Args:
-        load: The share of the choices that fell on each expert.
+        load: The share of choices of each expert.
 
     Example:
         >>> round(effective_experts([0.25, 0.25, 0.25, 0.25]), 6), effective_experts([1.0, 0.0, 0.0, 0.0])
@@ -24,14 +24,14 @@ def effective_experts(load: Sequence[float]) -> float:
 
 
 class RouterWatch:
-    """A writer that warns when a metric ``load`` shows that a router has collapsed, and gives all records to another writer.
+    """A writer that warns when a metric ``load`` shows that a router has collapsed, and passes all records to another writer.
 
-    ``load`` is a mean over layers (of one size, where there are several), so a single layer of many can hide in it.
+    ``load`` is a mean over layers (with the same number of experts), so it can hide a single collapsed layer among many.
 
     Args:
-        writer: Where the records go.
-        least: Share of the experts, from 0 to 1, that a load has to be worth.
-        patience: Records in a row that have to show it; a router is uneven at the start.
+        writer: The writer of the records.
+        least: The minimum number of effective experts, as a share of all experts from 0 to 1.
+        patience: The number of consecutive records below it before the warning, as a router is uneven at the start.
 
     Example:
         >>> import warnings
@@ -49,7 +49,7 @@ class RouterWatch:
         self._in_row: dict[str, int] = {}
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
-        """Look at the loads, and hand the record on."""
+        """Check the loads, and pass the record on."""
         for name, load in plain(values).items():
             if name.split("/")[0] == "load" and isinstance(load, list) and sum(load) > 0:
                 self._look(step, name, load)
@@ -62,9 +62,9 @@ class RouterWatch:
         if row == self._patience:
             first = max(range(len(load)), key=lambda expert: load[expert])
             warnings.warn(
-                f"step {step}, {name}: the router has collapsed: its load is worth {worth:.1f} of {len(load)} experts for {row} records, and "
-                f"expert {first} gets {100 * load[first]:.0f} % of the choices. A larger RouterConfig.balance, a z_loss of 1e-3 or a lower "
-                "learning rate helps",
+                f"step {step}, {name}: the router has collapsed. Its load is equivalent to {worth:.1f} of {len(load)} experts for {row} records, and "
+                f"expert {first} gets {100 * load[first]:.0f}% of the choices. Use a larger RouterConfig.balance, a z_loss of 1e-3 or a lower "
+                "learning rate.",
                 stacklevel=3,
             )
 

@@ -1,1 +1,1 @@
-"""Ways of bringing tokens to their experts and back."""
+"""Ways to move tokens to their experts and back."""

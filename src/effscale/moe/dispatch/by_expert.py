@@ -1,4 +1,4 @@
-"""Tokens to experts and back where experts chose them: gathered, and added up."""
+"""Move tokens to experts and back if experts chose them: gather, then add up."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,14 +9,14 @@ from effscale.moe.expert_choice import ExpertChoice
 def dispatch(
     x: Float[Array, "tokens d_model"], choice: ExpertChoice
 ) -> Float[Array, "experts capacity d_model"]:
-    """Return the tokens in the buffers of their experts; rows without one are zero."""
+    """Return the tokens in the buffers of their experts; empty rows are zero."""
     return x.at[choice.tokens].get(mode="fill", fill_value=0)
 
 
 def combine(
     y: Float[Array, "experts capacity d_model"], choice: ExpertChoice
 ) -> Float[Array, "tokens d_model"]:
-    """Return the weighted sum of what the experts made of each token."""
+    """Return the weighted sum of the experts' outputs for each token."""
     weighted = y * choice.weights[..., None].astype(y.dtype)
     zeros = jnp.zeros((choice.num_tokens, y.shape[-1]), y.dtype)
     return zeros.at[choice.tokens].add(weighted, mode="drop")

@@ -1,7 +1,7 @@
-"""Tokens sorted by expert, without buffers of a fixed size: no expert has a limit (as in MegaBlocks).
+"""Tokens sorted by expert, without buffers of a fixed size, so that experts have no limit (as in MegaBlocks).
 
-The experts then read rows of which each belongs to one of them. Any feed-forward made of :class:`effscale.models.Dense` can do so:
-:func:`grouped_experts` replaces its stacked kernels by weights that multiply each row with its expert's part.
+The experts then read rows, each of which belongs to one of them. Any feed-forward made of ``effscale.models.Dense`` can do so:
+``grouped_experts`` replaces its stacked kernels by weights that multiply each row by the part of its expert.
 """
 
 import dataclasses
@@ -25,26 +25,26 @@ def dispatch(x: Float[Array, "tokens d_model"], routing: Routing) -> Float[Array
 
 
 def combine(y: Float[Array, "items d_model"], routing: Routing) -> Float[Array, "tokens d_model"]:
-    """Return the weighted sum of what the experts made of each token."""
+    """Return the weighted sum of the experts' outputs for each token."""
     found = items_of_rows(y, _rows(routing), routing.order)
     return (found * routing.weights[..., None].astype(y.dtype)).sum(1)
 
 
 def _rows(routing: Routing) -> Int[Array, "tokens k"]:
-    """Return the place of each item in ``order``; past the last for padding, which no expert gets."""
+    """Return the position of each item in ``order``; beyond the last for padding, which goes to no expert."""
     rows = jnp.append(routing.starts, 0)[routing.experts] + routing.positions
     return jnp.where(routing.experts < routing.num_experts, rows, routing.order.shape[0])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also creates it from shapes and placeholders
 class GroupedWeight:
-    """A stack of weights that multiplies sorted rows, each with the weight of its group; see :class:`effscale.models.Weight`.
+    """A stack of weights that multiplies sorted rows, each by the weight of its group; see ``effscale.models.Weight``.
 
     Attributes:
         weight: The weights of all groups.
-        sizes: How many rows each group has.
+        sizes: The number of rows in each group.
     """
 
     weight: Float[Array, "groups d_in d_out"]
@@ -52,12 +52,12 @@ class GroupedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one group's weight."""
+        """The shape of one group's weight."""
         return tuple(self.weight.shape[1:])
 
     @property
     def dtype(self) -> Any:
-        """Type in which it computes."""
+        """The type in which it computes."""
         return self.weight.dtype
 
     def astype(self, dtype: Any) -> "GroupedWeight":
@@ -65,7 +65,7 @@ class GroupedWeight:
         return dataclasses.replace(self, weight=self.weight.astype(dtype))
 
     def matmul(self, x: Any, bias: Any, activation: Any) -> Array:
-        """``activation(x W + b)`` with the weight of each row's group, and a bias of shape ``(groups, d_out)``."""
+        """Return ``activation(x W + b)`` with the weight of each row's group, and a bias of shape ``(groups, d_out)``."""
         weight = dense(self.weight).astype(x.dtype)
         return finish(grouped_matmul(x, weight, self.sizes, bias), None, activation)
 
@@ -74,28 +74,28 @@ def grouped_experts(experts: nnx.Module, sizes: Int[Array, "experts"]) -> nnx.Mo
     """Return a stack of experts that reads sorted rows, each of which belongs to one of them.
 
     Args:
-        experts: A feed-forward with its parameters stacked; all of them must be kernels and biases of :class:`effscale.models.Dense`.
-        sizes: How many rows each expert has.
+        experts: A feed-forward with stacked parameters, all of them kernels and biases of ``effscale.models.Dense``.
+        sizes: The number of rows of each expert.
 
     Raises:
-        ValueError: It has another parameter, which cannot be chosen by row.
+        ValueError: The experts have another parameter, which cannot be selected by row.
     """
     others = _others(experts)
     if others:
         raise ValueError(
-            f"grouped_experts needs experts of dense layers alone, and these have {', '.join(others)}"
+            f"grouped_experts needs experts of only dense layers, got {', '.join(others)}"
         )
     return map_weights(experts, lambda weight: GroupedWeight(weight, sizes))
 
 
 def can_be_grouped(experts: nnx.Module) -> bool:
-    """Return whether :func:`grouped_experts` takes them: dense layers alone, and plain arrays."""
+    """Return whether ``grouped_experts`` accepts the experts: only dense layers, with plain arrays."""
     weights = (variable.get_value() for _, variable in nnx.to_flat_state(nnx.state(experts)))
     return not _others(experts) and all(isinstance(weight, jax.Array) for weight in weights)
 
 
 def _others(experts: nnx.Module) -> list[str]:
-    """Parameters that are no kernel or bias of a dense layer."""
+    """Return the parameters that are not a kernel or bias of a dense layer."""
     return [
         ".".join(map(str, path))
         for path, _ in nnx.to_flat_state(nnx.state(experts))

@@ -1,6 +1,6 @@
-"""Sorted tokens that travel to the devices of their experts and back, as many as there are: nothing is dropped or padded.
+"""Exchange of sorted tokens with the devices of their experts and back: all of them, without dropping or padding.
 
-What one device along the expert axis does, inside a `jax.shard_map`.
+The functions describe what one device along the expert axis does, inside a `jax.shard_map`.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ def exchanged(
     work: Work,
     axis_name: Any,
 ) -> Float[Array, "items d_model"]:
-    """What the experts of all devices make of this device's rows.
+    """Return the outputs of the experts on all devices for the rows of this device.
 
-    The buffer for what is received has room for all rows of all devices, as one expert might be everybody's choice.
+    The receive buffer has room for all rows of all devices, as all of them might choose the same expert.
 
     Args:
-        rows: Sorted by expert; rows after the last expert's stay at home and come back as zeros.
-        sizes: How many each expert gets.
-        work: From rows that are sorted by this device's experts, and how many each has, to what they make of them.
+        rows: Rows sorted by expert. Rows after those of the last expert are not sent, and their result is zero.
+        sizes: The number of rows for each expert.
+        work: A function from rows sorted by this device's experts, and the number of rows of each, to their outputs.
         axis_name: The mesh axis over which experts are divided, in order.
     """
     devices, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
@@ -54,10 +54,10 @@ def exchanged(
 def _by_expert(
     counts: Int[Array, "devices experts"], rows: int
 ) -> tuple[Int[Array, "rows"], Int[Array, "rows"]]:
-    """Return the order in which rows that lie by sender, and there by expert, lie by expert; and its inverse."""
+    """Return the order that sorts rows by expert which are sorted by sender and then by expert, and its inverse."""
     ends = jnp.cumsum(counts.reshape(-1))
     block = (jnp.arange(rows)[:, None] >= ends[None]).sum(1)
-    # Rows that nobody sent belong to a block after the last, and to an expert after the last.
+    # Rows that no device sent belong to a block and an expert after the last.
     expert = jnp.where(block < ends.shape[0], block % counts.shape[1], counts.shape[1])
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     inverse = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))

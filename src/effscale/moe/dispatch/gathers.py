@@ -1,4 +1,4 @@
-"""Rows that move both ways by gathers: where differentiation would make a scatter, the gradient is the other gather."""
+"""Move rows by gathers in both directions: the gradient of one gather is the other, where differentiation would produce a scatter."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 def rows_of_items(
     x: Float[Array, "tokens width"], slots: Int[Array, "tokens k"], items: Int[Array, "rows"]
 ) -> Float[Array, "rows width"]:
-    """Return the token of each row's item.
+    """Return the token of the item in each row.
 
     Args:
-        x: Tokens.
-        slots: The row of each item; ``rows`` or more where it has none.
-        items: The item of each row, ``token * k + choice``; ``tokens * k`` where the row is empty, which gives zeros.
+        x: The tokens.
+        slots: The row of each item; ``rows`` or more if it has none.
+        items: The item of each row, ``token * k + choice``; ``tokens * k`` if the row is empty, which gives zeros.
     """
     return _take(x, items // slots.shape[1])
 
@@ -29,7 +29,7 @@ rows_of_items.defvjp(
 def items_of_rows(
     y: Float[Array, "rows width"], slots: Int[Array, "tokens k"], items: Int[Array, "rows"]
 ) -> Float[Array, "tokens k width"]:
-    """Return the row of each item, and zeros for an item that has none; arguments as in :func:`rows_of_items`."""
+    """Return the row of each item, with zeros for items without a row. Arguments as in ``rows_of_items``."""
     return _take(y, slots)
 
 
@@ -40,6 +40,6 @@ items_of_rows.defvjp(
 
 
 def _take(a: Array, index: Array) -> Array:
-    """Rows of ``a``, and zeros for an index past the last."""
+    """Return rows of ``a``, with zeros for indices beyond the last."""
     inside = (index < a.shape[0])[..., None]
     return jnp.where(inside, a[jnp.minimum(index, a.shape[0] - 1)], 0)

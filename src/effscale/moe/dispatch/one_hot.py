@@ -1,7 +1,7 @@
-"""Tokens to experts and back by products with one-hot arrays of shape [tokens, experts, capacity]: the reference.
+"""Move tokens to experts and back by products with one-hot arrays of shape [tokens, experts, capacity]: the reference.
 
-As GShard and DeepSpeed write it. The products cost time and memory that grow with the square of the number of tokens;
-:mod:`effscale.moe.dispatch.table` computes the same.
+GShard and DeepSpeed do it this way. The time and memory of the products grow with the square of the number of tokens;
+``effscale.moe.dispatch.table`` computes the same.
 """
 
 import jax
@@ -14,7 +14,7 @@ from effscale.moe.routing import Routing
 def dispatch(
     x: Float[Array, "tokens d_model"], routing: Routing
 ) -> Float[Array, "experts capacity d_model"]:
-    """Return the tokens in the buffers of their experts; rows that nobody took are zero."""
+    """Return the tokens in the buffers of their experts; empty rows are zero."""
     mask = _one_hot(routing).sum(1)
     return jnp.einsum("tec,td->ecd", mask.astype(x.dtype), x)
 
@@ -22,7 +22,7 @@ def dispatch(
 def combine(
     y: Float[Array, "experts capacity d_model"], routing: Routing
 ) -> Float[Array, "tokens d_model"]:
-    """Return the weighted sum of what the experts made of each token."""
+    """Return the weighted sum of the experts' outputs for each token."""
     weights = jnp.einsum("tkec,tk->tec", _one_hot(routing), routing.weights)
     return jnp.einsum("tec,ecd->td", weights.astype(y.dtype), y)
 

@@ -1,4 +1,4 @@
-"""Families of transformers that have experts; :mod:`effscale.interop` finds them here by their ``model_type``."""
+"""Families of transformers with experts; ``effscale.interop`` finds them here by their ``model_type``."""
 
 from effscale.interop.families.family import Family
 from effscale.moe.families.mixtral import MIXTRAL

@@ -1,4 +1,4 @@
-"""Experts that are one tensor, as transformers 5 has them in memory, under the names of single experts, as they are in files."""
+"""Read fused experts, as transformers 5 has them in memory, under the names of single experts, as they are in files."""
 
 import re
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
 
 class Split:
-    """Tensors in which ``experts.gate_up_proj`` ``[E, 2 f, d]`` and ``experts.down_proj`` ``[E, d, f]`` are 3 E matrices.
+    """Tensors in which ``experts.gate_up_proj`` ``[E, 2 f, d]`` and ``experts.down_proj`` ``[E, d, f]`` appear as 3 E matrices.
 
     Args:
-        tensors: The tensors; without a fused one among them, all stay as they are.
-        gate: Name of an expert's gate.
-        up: Name of what the gate multiplies.
-        down: Name of the second layer.
+        tensors: The tensors; if none of them is fused, they are unchanged.
+        gate: The name of an expert's gate.
+        up: The name of the layer that the gate multiplies.
+        down: The name of the second layer.
 
     Raises:
-        FolderError: An expert is there by itself as well.
+        FolderError: An expert also exists separately.
     """
 
     def __init__(self, tensors: MixedTensors, *, gate: str, up: str, down: str):
@@ -43,13 +43,15 @@ class Split:
                 for expert in range(num):
                     own = f"{match[1]}.{expert}.{part}.weight"
                     if own in tensors.infos:
-                        raise FolderError(f"{name!r} holds {own!r}, which is there by itself, too.")
+                        raise FolderError(
+                            f"{name!r} contains {own!r}, which also exists separately"
+                        )
                     infos[own] = TensorInfo((where.stop - where.start, width), info.dtype)
                     self._parts[own] = (name, expert, where)
         self.infos: Mapping[str, TensorInfo] = infos
 
     def read(self, name: str) -> Any:
-        """One tensor; the fused one that it is a part of stays in memory until another is read."""
+        """Read one tensor; the fused tensor that contains it stays in memory until another is read."""
         if name not in self._parts:
             return self._tensors.read(name)
         fused, expert, where = self._parts[name]

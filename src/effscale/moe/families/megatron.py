@@ -1,4 +1,4 @@
-"""GPTs with experts of Megatron-DeepSpeed. transformers has no such family, so it is none of those that ``load_pretrained`` knows."""
+"""GPTs with experts of Megatron-DeepSpeed. transformers has no such family, so ``load_pretrained`` does not support it."""
 
 from effscale.interop.families.family import Family
 from effscale.interop.table import (
@@ -36,18 +36,16 @@ TRUNK = rows(
     linear(f"{LAYER}.mlp.coefficient", "feed_forward.coefficient"),
     norm("language_model.encoder.final_layernorm", "final_norm"),
 )
-"""The rows of checkpoints of version 2 and later."""
+"""The table rows of checkpoints of version 2 and later."""
 
 
 def table(version: float) -> tuple[Rule, ...]:
-    """Return the rows of the trunk; the version of the checkpoint tells how queries, keys and values lie in one matrix."""
+    """Return the table rows of the trunk; the checkpoint version determines the order of queries, keys and values in their matrix."""
     orders = {0: "(n h d)", 1: "(h d n)"}
     if version >= 2:
         return TRUNK
     if version not in orders:
-        raise FolderError(
-            f"the checkpoint has checkpoint_version={version}: must be 0, 1, or 2 and more"
-        )
+        raise FolderError(f"checkpoint_version must be 0, 1, or at least 2, got {version}")
     order, parts = orders[version], lambda kind: tuple(f"{part}.{kind}" for part in QUERY_KEY_VALUE)
     other = (
         Rule(f"{ATTENTION}.weight", parts("kernel"), f"{order} i -> n i (h d)"),
@@ -69,4 +67,4 @@ MEGATRON = Family(
     feed_forwards=(MLPConfig, MoEConfig),
     plain=plain,
 )
-"""Its config comes from the arguments of the training (`effscale.moe.families.megatron_args`) in place of a ``config.json``."""
+"""The config is read from the training arguments (``effscale.moe.families.megatron_args``) instead of a ``config.json``."""

@@ -1,4 +1,4 @@
-"""The arguments of Megatron-DeepSpeed's training, which tell what a GPT with experts is, and back."""
+"""Convert Megatron-DeepSpeed's training arguments to the config of a GPT with experts, and back."""
 
 import math
 from collections.abc import Mapping
@@ -24,36 +24,38 @@ ONLY = {
     "apply_residual_connection_post_layernorm": False,
     "num_experts_switch": None,
 }
-"""Arguments with the one value that each may have."""
+"""Arguments for which only one value is supported."""
 
 GELUS = {"openai_gelu": "gelu_tanh", "onnx_safe": "gelu", "squared_relu": "relu2"}
-"""Arguments that choose an activation, in the order in which Megatron asks for them."""
+"""Arguments that select an activation, in the order in which Megatron checks them."""
 
 
 def from_args(values: Mapping[str, Any], tensors: int) -> TransformerConfig:
-    """Return the config, from the arguments of Megatron-DeepSpeed.
+    """Create a config from the arguments of Megatron-DeepSpeed.
 
     Args:
         values: The arguments, by name.
-        tensors: How many tensors the checkpoint has, which bounds the layers.
+        tensors: The number of tensors in the checkpoint, an upper bound on the number of layers.
 
     Raises:
-        FolderError: They describe a model that is not expressed here.
+        FolderError: The arguments describe a model that effscale does not support.
     """
     args = Fields(WHERE, values)
     for name, wanted in ONLY.items():
         if values.get(name, wanted) not in (wanted, None):
             raise FolderError(
-                f"{WHERE} have {name}={shown(values[name])}, and effscale computes only {name}={wanted!r}"
+                f"{WHERE} must have {name}={wanted!r}, the only supported value, got {shown(values[name])}"
             )
     layers, heads = args.whole("num_layers", least=1), args.whole("num_attention_heads", least=1)
     d_model = args.whole("hidden_size", least=1)
     if layers > tensors:
-        raise FolderError(f"{WHERE} have num_layers={layers}, and there are {tensors} tensors")
+        raise FolderError(
+            f"{WHERE} must have num_layers of at most {tensors}, the number of tensors, got {layers}"
+        )
     for name, wanted in (("num_key_value_heads", heads), ("kv_channels", d_model // heads)):
         if args.whole(name, wanted) != wanted:
-            raise FolderError(f"{WHERE} have {name}={values[name]}: must be {wanted}")
-    # Megatron's kernel of bias and activation rounds the factor of GELU's tanh as BLOOM does.
+            raise FolderError(f"{WHERE} must have {name}={wanted}, got {values[name]}")
+    # Megatron's fused kernel of bias and activation rounds the factor of GELU's tanh like BLOOM.
     fused = args.flag("bias_gelu_fusion", True)
     chosen: Any = next(
         (ours for name, ours in GELUS.items() if values.get(name)),
@@ -78,7 +80,7 @@ def from_args(values: Mapping[str, Any], tensors: int) -> TransformerConfig:
         counts = counts * (layers // every)
     if len(counts) != layers // every:
         raise FolderError(
-            f"{WHERE} have num_experts={shown(counts)}: must be one number, or one for each of {layers // every} layers"
+            f"{WHERE} must have num_experts as one number, or one for each of {layers // every} layers, got {shown(counts)}"
         )
     if max(counts, default=1) <= 1:
         return dense
@@ -88,10 +90,10 @@ def from_args(values: Mapping[str, Any], tensors: int) -> TransformerConfig:
 
 
 def to_args(config: TransformerConfig) -> dict[str, Any]:
-    """Return the arguments of Megatron-DeepSpeed, from a config; whether they give the same one back is not asked.
+    """Create the arguments of Megatron-DeepSpeed from a config, without checking that they convert back to the same config.
 
     Raises:
-        ValueError: The config has no experts, or parts of other kinds.
+        ValueError: The config has no experts, or parts that Megatron-DeepSpeed does not support.
     """
     first = mixtures(config)[0]
     sizes = [getattr(layer.feed_forward, "num_experts", 1) for layer in config.layers]
@@ -135,7 +137,7 @@ def _mixture(args: Fields, dense: TransformerConfig) -> MoEConfig:
     expert: Any = dense.blocks[0].feed_forward
     k, kind = args.whole("topk", 1, least=1), args.text("mlp_type", "standard")
     if kind not in ("standard", "residual"):
-        raise FolderError(f"{WHERE} have mlp_type={shown(kind)}: must be standard or residual")
+        raise FolderError(f"{WHERE} must have mlp_type standard or residual, got {shown(kind)}")
     drops = args.flag("moe_token_dropping", True)
     factor = lambda name: args.number(name, 1.0) if drops else None
     sampled = k == 2 and args.flag("moe_top2_2nd_expert_sampling", True)

@@ -1,4 +1,4 @@
-"""Mixtral in transformers: a Mistral whose layers have experts. ``router_jitter_noise``, of training alone, is left out."""
+"""Mixtral in transformers: a Mistral whose layers have experts. ``router_jitter_noise``, which only matters in training, is ignored."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from effscale.moe.layer import MoEConfig
 
 
 def mixtral(*, num_experts: int, k: int, aux_loss: float, **dense: Any) -> TransformerConfig:
-    """Return a Mixtral; ``dense`` are the arguments of :func:`effscale.models.llama`."""
+    """Return the config of a Mixtral; ``dense`` are the arguments of ``effscale.models.llama``."""
     config = llama(**dense)
     expert: Any = config.blocks[0].feed_forward
     experts = {"num_experts": num_experts, "k": k, "expert": expert}
@@ -28,14 +28,14 @@ def mixtral(*, num_experts: int, k: int, aux_loss: float, **dense: Any) -> Trans
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Rotary positions, the width of a head, and the number of experts by its other name."""
+    """Read rotary positions, the width of a head, and the number of experts under its other name."""
     found = rotary(fields, base=1e6, longest=131072) | {"head_dim": fields["head_dim"]}
     other = fields["num_experts"]
     return found if other is None else found | {"num_experts": other}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """Rotary positions, and the width of a head."""
+    """Write rotary positions and the width of a head."""
     return rope.write(config) | unusual_head_dim(config)
 
 

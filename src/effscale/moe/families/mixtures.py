@@ -1,7 +1,8 @@
-r"""What the families have in common: mixtures without capacities, as ``config.json`` tells them, and back.
+r"""The common part of the families: read and write mixtures without capacities in ``config.json``.
 
-transformers' load-balancing loss counts all k choices, so that an even load is k and not 1, and is one number for all layers
-together. Here it is a mean over choices, and each layer adds its own. So ``router_aux_loss_coef`` is divided over the layers:
+The load-balancing loss of transformers counts all k choices, so that its value for an even load is k instead of 1, and it
+is one number for all layers together. Here it is a mean over choices, and each layer adds a separate loss. So
+``router_aux_loss_coef`` is divided over the layers:
 
 .. math:: balance = coef \cdot k / layers
 """
@@ -38,11 +39,11 @@ EXPERTS = (
         "o i -> i o",
     ),
 )
-"""The rows of the tables of OLMoE and the Qwens."""
+"""The table rows of the experts of OLMoE and the Qwen families."""
 
 
 def split(tensors: MixedTensors) -> Split:
-    """Single experts of the fused ones under the names of OLMoE and the Qwens."""
+    """Split fused experts into single ones, with the names of OLMoE and the Qwen families."""
     return Split(tensors, gate="gate_proj", up="up_proj", down="down_proj")
 
 
@@ -57,17 +58,17 @@ def with_mixtures(
     sparse: Sequence[bool] | None = None,
     shared: MLPConfig | None = None,
 ) -> TransformerConfig:
-    """Return a dense model with experts in its layers, routed as in transformers: nothing is dropped.
+    """Return the config of a dense model with experts in its layers, routed as in transformers, without dropping.
 
     Args:
         config: The dense model.
-        num_experts: Experts of a layer.
-        k: Experts of each token.
-        expert: Each of them.
-        normalized: Whether the weights of a token's experts add up to 1.
-        aux_loss: The coefficient of the load-balancing loss, in transformers' measure.
-        sparse: Which layers have experts; None: all.
-        shared: An expert that every token takes besides, times a gate.
+        num_experts: The number of experts in a layer.
+        k: The number of experts per token.
+        expert: The config of each expert.
+        normalized: Whether the weights of a token's experts sum to 1.
+        aux_loss: The coefficient of the load-balancing loss, as transformers defines it.
+        sparse: The layers that have experts; None means all.
+        shared: An additional expert for every token, multiplied by a gate.
     """
     layers = config.num_layers if sparse is None else sum(sparse)
     router = RouterConfig(
@@ -90,21 +91,21 @@ def with_mixtures(
 
 
 def mixtures(config: TransformerConfig) -> list[MoEConfig]:
-    """Return the mixtures of the layers that have one.
+    """Return the mixtures of the layers that have experts.
 
     Raises:
-        ValueError: If there is none, or their experts are no MLPs.
+        ValueError: No layer has experts, or the experts are not MLPs.
     """
     found = [p for p in (b.feed_forward for b in config.layers) if isinstance(p, MoEConfig)]
     if not found:
         raise ValueError("the config has no experts")
     if not all(isinstance(moe.expert, MLPConfig) for moe in found):
-        raise ValueError("the config has experts that are no MLPs")
+        raise ValueError("the experts of the config must be MLPs")
     return found
 
 
 def plain(config: TransformerConfig) -> TransformerConfig:
-    """Return the config without what counts in training alone, or only says how experts are computed."""
+    """Return the config without options that only matter in training or only select how experts are computed."""
 
     def of(block: Any) -> Any:
         moe = block.feed_forward
@@ -135,7 +136,7 @@ def plain(config: TransformerConfig) -> TransformerConfig:
 
 
 def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, ...]:
-    """Return the fields of numbers of experts and of the loss, with their defaults."""
+    """Return the fields of the numbers of experts and of the loss, with their defaults."""
     return (
         Field(experts, num, "num_experts", write=lambda config: mixtures(config)[0].num_experts),
         Field("num_experts_per_tok", k, "k", write=lambda config: mixtures(config)[0].router.k),
@@ -144,18 +145,18 @@ def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, .
 
 
 def expert_activation() -> Field:
-    """Return the field of the activation of experts."""
+    """Return the field for the activation of experts."""
     write = lambda config: their_activation(_expert(config).activation)
     return Field("hidden_act", "silu", "activation", read=our_activation, write=write)
 
 
 def expert_width(name: str, default: int, argument: str) -> Field:
-    """Return the field of the inner width of an expert."""
+    """Return the field for the inner width of an expert."""
     return Field(name, default, argument, write=lambda config: _expert(config).d_ff)
 
 
 def is_normalized(config: TransformerConfig) -> bool:
-    """Return whether the weights of a token's experts add up to 1."""
+    """Return whether the weights of a token's experts sum to 1."""
     router = mixtures(config)[0].router
     return router.normalize in ("chosen", "kept") or (router.normalize is None and router.k > 1)
 
@@ -165,7 +166,7 @@ def _expert(config: TransformerConfig) -> Any:
 
 
 def _aux_loss(config: TransformerConfig) -> float:
-    """Return the coefficient in transformers' measure; of the numbers that round to ours, the one with the fewest digits."""
+    """Return the coefficient as transformers defines it: of the numbers that round to ours, the one with the fewest digits."""
     found = mixtures(config)
     k, balance, layers = found[0].router.k, found[0].router.balance, len(found)
     whole = balance * layers / k

@@ -25,7 +25,7 @@ from effscale.moe.layer import MoEConfig
 def olmoe(
     *, num_experts: int, k: int, normalized: bool, aux_loss: float, **dense: Any
 ) -> TransformerConfig:
-    """Return an OLMoE; ``dense`` are the arguments of :func:`effscale.models.llama`."""
+    """Return the config of an OLMoE; ``dense`` are the arguments of ``effscale.models.llama``."""
     config = llama(qk_norm="all", **dense)
     expert: Any = config.blocks[0].feed_forward
     experts = {"num_experts": num_experts, "k": k, "expert": expert}
@@ -33,18 +33,20 @@ def olmoe(
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Rotary positions, and the number of experts by its other name."""
+    """Read rotary positions, and the number of experts under its other name."""
     found, other = rotary(fields, longest=4096), fields["num_local_experts"]
     return found if other is None else found | {"num_experts": other}
 
 
 def architecture(heads: Heads) -> str:
-    """Return the class in transformers that has these heads; it has none for classes."""
+    """Return the class of transformers with these heads; it has none for classification."""
     if not heads:
         return "OlmoeModel"
     if len(heads) == 1 and isinstance(heads[0], LMHead) and heads[0].name == "lm":
         return "OlmoeForCausalLM"
-    raise ValueError(f"transformers has no Olmoe with the heads {[head.name for head in heads]}")
+    raise ValueError(
+        f"transformers has no OLMoE class with the heads {[head.name for head in heads]}"
+    )
 
 
 OLMOE = Family(

@@ -1,4 +1,4 @@
-"""Qwen2-MoE and Qwen3-MoE in transformers: relatives of Llama in whose layers, or some of them, there are experts."""
+"""Qwen2-MoE and Qwen3-MoE in transformers: relatives of Llama with experts in all or some layers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def qwen_moe(
     shared_d_ff: int | None = None,
     **dense: Any,
 ) -> TransformerConfig:
-    """Return a Qwen with experts; ``dense`` are the arguments of :func:`effscale.models.llama`, with the width of layers without any."""
+    """Return the config of a Qwen with experts; ``dense`` are the arguments of ``effscale.models.llama``, with the width of layers without experts."""
     config = llama(**dense)
     mlp: Any = config.blocks[0].feed_forward
     return with_mixtures(
@@ -60,17 +60,17 @@ def qwen_moe(
 
 
 def qwen2_moe(*, bias: bool, **options: Any) -> TransformerConfig:
-    """Return a Qwen2-MoE: biases of query, key and value alone."""
+    """Return the config of a Qwen2-MoE, with biases only of query, key and value."""
     return qwen_moe(bias=bias, out_bias=False, **options)
 
 
 def qwen3_moe(**options: Any) -> TransformerConfig:
-    """Return a Qwen3-MoE: norms of queries and keys."""
+    """Return the config of a Qwen3-MoE, with norms of queries and keys."""
     return qwen_moe(qk_norm="head", **options)
 
 
 def read_layers(fields: Json) -> tuple[bool, ...] | None:
-    """Which layers have experts; None: all."""
+    """Return which layers have experts; None means all."""
     typed = Fields("config.json", fields)
     step = typed.whole("decoder_sparse_step", least=1)
     dense = set(typed.wholes("mlp_only_layers", []))
@@ -81,7 +81,7 @@ def read_layers(fields: Json) -> tuple[bool, ...] | None:
 
 
 def write_layers(config: TransformerConfig) -> dict[str, Any]:
-    """Which layers have experts, by a step where that says it, and the width of those that have none."""
+    """Write which layers have experts, as a step if possible, and the width of layers without experts."""
     parts = [layer.feed_forward for layer in config.layers]
     sparse = [isinstance(part, MoEConfig) for part in parts]
     widths = [part.d_ff for part in parts if isinstance(part, MLPConfig)]
@@ -94,19 +94,19 @@ def write_layers(config: TransformerConfig) -> dict[str, Any]:
 
 
 def read_qwen2(fields: Json) -> dict[str, Any]:
-    """Rotary positions, windows of every second layer up to ``max_window_layers``, and which layers have experts."""
+    """Read rotary positions, windows of every second layer up to ``max_window_layers``, and which layers have experts."""
     last = fields["max_window_layers"]
     window = windows.read(fields, lambda layer: layer % 2 == 0 and layer < last)
     return _read(fields) | {"window": window}
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
-    """Return the same, the other way round."""
+    """Write what ``read_qwen2`` reads."""
     return _write(config) | windows.write(config)
 
 
 def read_qwen3(fields: Json) -> dict[str, Any]:
-    """Rotary positions, one window for all layers, which layers have experts, and their number by its other name."""
+    """Read rotary positions, one window for all layers, which layers have experts, and their number under its other name."""
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
     other = fields["num_local_experts"]
     found = _read(fields) | {"window": window}
@@ -114,7 +114,7 @@ def read_qwen3(fields: Json) -> dict[str, Any]:
 
 
 def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
-    """Return the same, the other way round."""
+    """Write what ``read_qwen3`` reads."""
     window = config.layers[0].attention.window
     fields = {} if window is None else {"sliding_window": window}
     return _write(config) | fields | {"use_sliding_window": window is not None}
@@ -124,11 +124,11 @@ def shared_width(config: TransformerConfig) -> int:
     """Return the inner width of the shared expert.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: The config has no shared expert.
     """
     shared = mixtures(config)[0].shared
     if not isinstance(shared, MLPConfig):
-        raise ValueError(f"the config has no shared expert that is an MLP: {shared!r}")
+        raise ValueError(f"the shared expert of the config must be an MLP, got {shared!r}")
     return shared.d_ff
 
 
