@@ -462,7 +462,9 @@ def test_an_index_of_a_metric_without_a_digest_is_not_taken_for_another(parts, t
     run = functools.partial(analyze, parts.Remainders(9), folder=tmp_path / "index")
     metrics = {"m": lambda batch: batch["input_ids"][:, 0]}
     run(metrics)
-    with pytest.raises(FileExistsError, match=r"it is unknown whether .*'m' has no digest.*lambdas"):
+    with pytest.raises(
+        FileExistsError, match=r"it is unknown whether .*'m' has no digest.*lambdas"
+    ):
         run(metrics)
     metrics["m"].digest = "first token"
     assert run(metrics, overwrite=True).num_samples == run(metrics).num_samples == 9
@@ -471,9 +473,18 @@ def test_an_index_of_a_metric_without_a_digest_is_not_taken_for_another(parts, t
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (lambda batch: np.where(batch["x"] == 13, np.nan, 1.0), "metric 'm' of sample 13 must be a finite number, got nan"),
-        (lambda batch: np.where(batch["x"] == 13, -np.inf, 1.0), "metric 'm' of sample 13 must be a finite number, got -inf"),
-        (lambda batch: batch["x"][:, None], r"metric 'm' of samples 0 to 9 must have shape \(10,\).*got \(10, 1\)"),
+        (
+            lambda batch: np.where(batch["x"] == 13, np.nan, 1.0),
+            "metric 'm' of sample 13 must be a finite number, got nan",
+        ),
+        (
+            lambda batch: np.where(batch["x"] == 13, -np.inf, 1.0),
+            "metric 'm' of sample 13 must be a finite number, got -inf",
+        ),
+        (
+            lambda batch: batch["x"][:, None],
+            r"metric 'm' of samples 0 to 9 must have shape \(10,\).*got \(10, 1\)",
+        ),
         (lambda batch: 3, r"metric 'm' of samples 0 to 9 must have shape \(10,\).*got \(\)"),
         (lambda batch: batch["x"][1:], r"must have shape \(10,\).*got \(9,\)"),
         (
@@ -483,7 +494,10 @@ def test_an_index_of_a_metric_without_a_digest_is_not_taken_for_another(parts, t
         (lambda batch: batch["x"] * 1j, "got type complex128"),
         (lambda batch: [None] * 10, "got type object"),
         (lambda batch: batch["x"].astype(np.uint64) + np.uint64(2**63), "below 2\\*\\*63"),
-        (lambda batch: batch["x"] + (0.5 if batch["x"][0] else 0), "'m' must return either integers or floating-point numbers"),
+        (
+            lambda batch: batch["x"] + (0.5 if batch["x"][0] else 0),
+            "'m' must return either integers or floating-point numbers",
+        ),
     ],
 )
 @pytest.mark.parametrize("shard_size", [10, 40])
@@ -518,12 +532,24 @@ def test_impossible_arguments_are_refused(parts, store, tmp_path):
         (lambda: analyze(source, {"": parts.token}, folder), "got ''"),
         (lambda: analyze(source, {"Sample": parts.token}, folder), "twice"),
         (lambda: analyze(source, {"a": parts.token, "A": parts.token}, folder), "'A' twice"),
-        (lambda: analyze(source, metrics, folder, batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: analyze(source, metrics, folder, shard_size=0), "shard_size must be at least 1, got 0"),
-        (lambda: analyze(source, metrics, folder, num_workers=-1), "num_workers must be at least 0, got -1"),
+        (
+            lambda: analyze(source, metrics, folder, batch_size=0),
+            "batch_size must be at least 1, got 0",
+        ),
+        (
+            lambda: analyze(source, metrics, folder, shard_size=0),
+            "shard_size must be at least 1, got 0",
+        ),
+        (
+            lambda: analyze(source, metrics, folder, num_workers=-1),
+            "num_workers must be at least 0, got -1",
+        ),
         (lambda: analyze([1, 2], metrics, folder), "row 0 must be a dict of arrays, got int"),
         (lambda: analyze(store, metrics, folder), "PackedTokens"),
-        (lambda: analyze([{"a": [object()]}], metrics, folder), "field 'a' of row 0 must be a numeric array, got objects"),
+        (
+            lambda: analyze([{"a": [object()]}], metrics, folder),
+            "field 'a' of row 0 must be a numeric array, got objects",
+        ),
         (lambda: accumulate([{"a": 1}, {"b": 1}], parts.token), r"got \['b'\] for row 1"),
         (
             lambda: accumulate([{"a": np.ones((2, 2))}, {"a": np.ones((2, 3))}], parts.token),

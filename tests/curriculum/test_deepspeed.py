@@ -100,7 +100,7 @@ def test_custom_schedules_need_their_function_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule_type": "fixed_rot"}, "voc.schedule_type='fixed_rot': did you mean 'fixed_root'"),
+        ({"schedule_type": "fixed_rot"}, "voc.schedule_type must be one of .*got 'fixed_rot': did you mean 'fixed_root'"),
         ({"schedule_config": 3}, "voc.schedule_config=3: must be an object"),
         ({"schedule_config": {"total_curriculum_step": 3}}, "voc.schedule_config: needs difficulty_step, root_degree"),
         ({"min_difficulty": 1.5}, "voc.min_difficulty=1.5: must be a whole number"),
@@ -189,9 +189,7 @@ def test_reshaping_and_metrics_that_order_nothing():
 @pytest.mark.parametrize("name", ["seqlen_truncate", "seqlen_reshape"])
 def test_a_metric_of_lengths_that_also_clusters_is_refused(name):
     config = whole(**{name: {**TRUNCATE, "clustering_type": "schedule_based"}})
-    with pytest.raises(
-        ValueError, match=rf"{name}\.clustering_type must be 'sin"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}\.clustering_type must be 'sin"):
         curriculum_from_deepspeed(config)
 
 

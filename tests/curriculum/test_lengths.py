@@ -181,7 +181,9 @@ def test_all_processes_cut_at_the_longest_row_of_all(monkeypatch):
 @pytest.mark.parametrize("length", [0, -1, 11])
 def test_lengths_that_the_rows_do_not_have(cut, length):
     batch, _ = packed_batch(2, 10)
-    with pytest.raises(ValueError, match=f"length must be from 1 to the rows' 10 tokens, got {length}"):
+    with pytest.raises(
+        ValueError, match=f"length must be from 1 to the rows' 10 tokens, got {length}"
+    ):
         cut(batch, length)
     with pytest.raises(ValueError, match=r"got image \(2, 3, 3\)"):
         cut({"image": np.zeros((2, 3, 3))}, length)
@@ -273,7 +275,10 @@ def test_the_tokens_of_all_processes_are_counted_as_each_cuts_its_rows(process_c
 def test_a_batch_that_the_processes_cannot_share():
     curriculum = SequenceLengthCurriculum(pacing=linear(3, 24))
     for process_count in (0, 3, 16):
-        with pytest.raises(ValueError, match=f"process_count must be a divisor of batch_size=8, got {process_count}"):
+        with pytest.raises(
+            ValueError,
+            match=f"process_count must be a divisor of batch_size=8, got {process_count}",
+        ):
             curriculum.stages(8, process_count=process_count)
 
 

@@ -147,7 +147,10 @@ def test_a_model_that_is_good_enough_from_the_start_sees_everything():
         ({"rows": range(48)}, "one sample for each of the 48 rows, got 47"),
         ({"target_loss": float("nan")}, "target_loss must be finite, got nan"),
         ({"min_difficulty": 0}, "min_difficulty and .*got 0 and "),
-        ({"min_difficulty": 10}, "min_difficulty and max_difficulty must be increasing.*got 10 and 9"),
+        (
+            {"min_difficulty": 10},
+            "min_difficulty and max_difficulty must be increasing.*got 10 and 9",
+        ),
         ({"max_difficulty": 48}, "at most the number of samples 47.*and 48"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"seed": -1}, "seed must be.*got -1"),

@@ -193,7 +193,9 @@ def test_samples_and_tokens_are_counted_before_the_step():
 def test_tokens_need_to_be_told_how_many():
     pacing = DiscretePacing(difficulty=(3, 9), max_step=(9,), clock="tokens")
     difficulty = Difficulty(ranking=rank(np.arange(10)), pacing=pacing)
-    with pytest.raises(ValueError, match="pacing of 'length' counts tokens, so it needs tokens_per_row"):
+    with pytest.raises(
+        ValueError, match="pacing of 'length' counts tokens, so it needs tokens_per_row"
+    ):
         curriculum_rows(range(10), {"length": difficulty}, batch_size=4)
 
 
@@ -437,7 +439,9 @@ def test_a_disk_without_room_for_the_table_is_said(large, monkeypatch):
 
 def test_fewer_samples_than_percentiles():
     """DeepSpeed draws from an empty cluster and fails."""
-    with pytest.raises(ValueError, match="at least 10 samples for the 10 percentiles of the pacing, got 5"):
+    with pytest.raises(
+        ValueError, match="at least 10 samples for the 10 percentiles of the pacing, got 5"
+    ):
         Difficulty(
             ranking=rank(np.arange(5)), pacing=linear(1, 10, 5), difficulty_type="percentile"
         )
@@ -484,7 +488,10 @@ def test_samples_that_are_too_hard_are_said_to_be_left_out():
         ({"tokens_per_row": 0}, "tokens_per_row must be at least 1, got 0"),
         ({"seed": -1}, "got -1"),
         ({"difficulties": {}}, "at least one entry, got {}"),
-        ({"rows": range(61)}, "ranking of 'rarity' must have one sample for each of the 61 rows, got 60"),
+        (
+            {"rows": range(61)},
+            "ranking of 'rarity' must have one sample for each of the 61 rows, got 60",
+        ),
         ({"rows": []}, "finite length of at least 1, got 0"),
         ({"rows": grain.MapDataset.range(60).repeat()}, "Do not call repeat"),
     ],

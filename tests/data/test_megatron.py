@@ -108,7 +108,9 @@ def test_items_that_do_not_lie_in_order_are_an_error(tmp_path):
     index = bytearray(prefix.with_suffix(".idx").read_bytes())
     index[42:58] = struct.pack("<qq", 4, 0)
     prefix.with_suffix(".idx").write_bytes(index)
-    with pytest.raises(CorruptIndexedDataError, match=r"position of item 0: expected byte 0.*found 4"):
+    with pytest.raises(
+        CorruptIndexedDataError, match=r"position of item 0: expected byte 0.*found 4"
+    ):
         read_indexed(prefix)
 
 

@@ -180,7 +180,9 @@ def test_rows_are_an_ordinary_grain_dataset(stores):
 
 def test_too_small_a_corpus_names_the_numbers(make_store):
     store = make_store([[1, 2, 3, 4, 5, 6, 7, 8, 9]])
-    with pytest.raises(ValueError, match=r"9 tokens are 2 rows of length=4, fewer than batch_size=3"):
+    with pytest.raises(
+        ValueError, match=r"9 tokens are 2 rows of length=4, fewer than batch_size=3"
+    ):
         make_dataset(store, batch_size=3, length=4)
     with pytest.raises(ValueError, match=r"9 tokens are fewer than one row of length=64"):
         make_dataset([store, make_store([[1] * 600])], batch_size=1, length=64)

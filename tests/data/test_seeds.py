@@ -9,7 +9,9 @@ from effscale.data.seeds import check_seed
 
 @pytest.mark.parametrize("seed", [(), [], (1, 2), -1, 1.0, True, None, "1"], ids=repr)
 def test_what_is_no_seed_is_named(seed):
-    with pytest.raises(ValueError, match=rf"seed must be an integer, 0 or above, got {re.escape(repr(seed))}"):
+    with pytest.raises(
+        ValueError, match=rf"seed must be an integer, 0 or above, got {re.escape(repr(seed))}"
+    ):
         check_seed(seed)
 
 

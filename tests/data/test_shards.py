@@ -89,7 +89,9 @@ def test_each_process_verifies_its_part(corpus, tmp_path):
 def test_bad_shards_are_refused(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder matches .*nothing_\*"):
         TokenShards.open(corpus / "nothing_*")
-    with pytest.raises(ValueError, match="process_index must be from 0 to process_count-1=3, got 4"):
+    with pytest.raises(
+        ValueError, match="process_index must be from 0 to process_count-1=3, got 4"
+    ):
         TokenShards.open(corpus / "shard_*", process_index=4, process_count=4)
     with pytest.raises(ValueError, match="at least one"):
         TokenShards([])

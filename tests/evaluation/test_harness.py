@@ -293,7 +293,7 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
     monkeypatch.delenv("EFFSCALE_TRACEBACK", raising=False)
     for words, said in (
         (f"--model {tmp_path}/none --tasks a --include-path {tmp_path}", "there is no folder"),
-        (f"--model {tmp_path} --tasks a --include-path {tmp_path}/none", "is no folder"),
+        (f"--model {tmp_path} --tasks a --include-path {tmp_path}/none", "must be a folder, got"),
     ):
         with pytest.raises(SystemExit):
             main(words.split())

@@ -184,7 +184,9 @@ def test_where_an_answer_begins(prompt, answer, context, continuation):
 
 
 def test_a_prompt_without_a_token_of_its_own(model):
-    with pytest.raises(ValueError, match=r"prompt 0 has no token before its answers.* Pass start_id"):
+    with pytest.raises(
+        ValueError, match=r"prompt 0 has no token before its answers.* Pass start_id"
+    ):
         rank_answers(model, Merging(), ["a"], [["b"]])
     assert rank_answers(model, Merging(), ["a"], [["b", "\x05"]], start_id=0).best.shape == (1,)
     assert rank_answers(model, Merging(), [], []).log_probs == []

@@ -328,7 +328,10 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(copy), "--resume", "--batch-size", "8"])
     assert stop.value.code == 2
-    assert "saved with a different config (batch_size: 4 in the checkpoint, 8 in this run)" in capsys.readouterr().err
+    assert (
+        "saved with a different config (batch_size: 4 in the checkpoint, 8 in this run)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

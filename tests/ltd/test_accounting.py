@@ -156,5 +156,8 @@ def test_a_feed_forward_of_ones_own_says_its_operations():
 
 
 def test_unknown_feed_forwards_are_an_error():
-    with pytest.raises(ValueError, match=r"operations of feed_forward are unknown, got a Other.* multiplications\(d_model\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"operations of feed_forward are unknown, got a Other.* multiplications\(d_model\)",
+    ):
         training_flops(with_feed_forward(Other()), 1024)

@@ -74,7 +74,10 @@ def test_off_is_off_and_contradictions_are_errors():
         ({"total_layer_num": 20}, r"from 0 to 19 with total_layer_num=20, got \[20, 21, 22\]"),
         ({"enabled": 1}, "enabled=1: must be true or false"),
         ({"layer_token_lr_schedule": {"enabled": True}}, 'unit="tokens"'),
-        ({"random_ltd_schedule__schedule_type": "fixed_root"}, "schedule_type must be .*got 'fixed_root'"),
+        (
+            {"random_ltd_schedule__schedule_type": "fixed_root"},
+            "schedule_type must be .*got 'fixed_root'",
+        ),
         ({"random_ltd_schedule__min_value": 1.5}, "min_value=1.5: must be a whole number"),
         ({"random_ltd_schedule__schedule_config__seq_per_step": None}, "needs seq_per_step"),
         ({"random_ltd_schedule__max_value": 64}, "max_difficulty=64"),

@@ -77,9 +77,7 @@ def test_one_program_for_all_that_drops_nothing():
 
 def test_rows_that_would_never_be_seen_whole_are_refused():
     last = LTD.pacing(LTD.pacing.end)
-    with pytest.raises(
-        ValueError, match=f"must end at the row length {last + 1}, got {last}"
-    ):
+    with pytest.raises(ValueError, match=f"must end at the row length {last + 1}, got {last}"):
         LTD.shape_batch(rows(seq=last + 1), 4)
 
 
@@ -215,7 +213,7 @@ def config(length=12, num_layers=4):
 @pytest.mark.parametrize(
     ("length", "num_layers", "message"),
     [
-        (16, 4, "ends at 12 kept tokens and never reaches the whole row of 16"),
+        (16, 4, "row length 16, got 12 kept tokens, so it never reaches the whole row"),
         (8, 4, "row length 8, got 12 kept tokens, more than the row has"),
         (12, 2, "at least 3 layers"),
     ],

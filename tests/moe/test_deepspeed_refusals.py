@@ -135,9 +135,9 @@ def test_what_cannot_be_written_is_refused(folder):
     with pytest.raises(FolderError, match="holds files of experts already"):
         write_deepspeed_experts(folder, experts)
     unequal = {"moe": {"up": np.ones((2, 3)), "down": np.ones((3, 3))}}
-    with pytest.raises(ValueError, match=r"experts\['moe'\] has arrays of the shapes"):
+    with pytest.raises(ValueError, match=r"arrays of experts\['moe'\] must all have .*got shapes"):
         write_deepspeed_experts(folder / "new", unequal)
     gate = {"first.deepspeed_moe.gate.wg.weight": np.ones((3, oracle.D))}
-    with pytest.raises(ValueError, match=r"the router of 'first' has the shape \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"the router of 'first' must have .*got shape \(3, 6\)"):
         write_deepspeed_experts(folder / "new", experts, gate)
     assert not (folder / "new").exists()

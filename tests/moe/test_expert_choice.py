@@ -103,7 +103,9 @@ def test_gradients_on_eight_devices():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="capacity=10: must be from 1 to the number of tokens, 9"):
+    with pytest.raises(
+        ValueError, match="capacity must be from 1 to the number of tokens, 9, got 10"
+    ):
         expert_choice(jnp.ones((9, 3)), 10)
     for given_, named in (
         ({"capacity_factor": None}, "capacity_factor"),
@@ -118,7 +120,7 @@ def test_bad_input():
     dense = gpt2(num_layers=2, d_model=D, num_heads=2, vocab_size=23, max_length=16)
     moe = MoEConfig(num_experts=E, expert=MLPConfig(d_ff=12), router=ROUTER)
     model = jax.jit(lambda: Transformer(with_experts(dense, moe), rngs=nnx.Rngs(0)))()
-    with pytest.raises(ValueError, match="does not decode"):
+    with pytest.raises(ValueError, match="cannot be decoded"):
         decode(
             model, jnp.zeros((1, 4), jnp.int32), SamplingConfig(max_new_tokens=2, temperature=0.0)
         )

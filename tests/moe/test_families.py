@@ -63,7 +63,10 @@ REFUSED = {
         lambda: routed(eval_capacity_factor=1.0),
         r"router\.eval_capacity_factor is 1\.0, and mixtral has None",
     ),
-    "sigmoids": (lambda: routed(score="sigmoid"), r"score is 'sigmoid', and mixtral has 'softmax'"),
+    "sigmoids": (
+        lambda: routed(score="sigmoid"),
+        r"score must be 'softmax', got 'sigmoid', and mixtral has 'softmax'",
+    ),
     "a scale": (lambda: routed(scale=2.5), r"scale is 2\.5, and mixtral has 1\.0"),
     "a bias of the choice": (lambda: routed(balance_by_bias=True), "balance_by_bias is True"),
     "weights as they are": (
@@ -141,7 +144,7 @@ def test_an_expert_that_is_missing_and_one_that_is_there_twice(tmp_path):
         load_pretrained(write_folder(tmp_path / "fewer", fewer, case.json))
     fused = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((3, 24, 8), np.float32)}
     with pytest.raises(
-        FolderError, match=r"holds .*experts\.0\.w1\.weight', which is there by itself"
+        FolderError, match=r"contains .*experts\.0\.w1\.weight', which also exists separately"
     ):
         load_pretrained(write_folder(tmp_path / "twice", tensors | fused, case.json))
 

@@ -151,7 +151,7 @@ def test_a_config_stands_in_for_the_arguments(folder):
     states = torch.load(path, weights_only=False)
     del states["args"]
     torch.save(states, path)
-    with pytest.raises(FolderError, match="has no args, which tell what the model is: give its"):
+    with pytest.raises(FolderError, match="has no args, which describe the model. Pass its"):
         load_megatron_moe(folder)
     given = load_megatron_moe(folder, model.config, dtype="bfloat16")
     assert given.embed.tokens.embedding.get_value().dtype == jnp.bfloat16
@@ -166,17 +166,20 @@ def test_a_config_stands_in_for_the_arguments(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"use_rotary_position_embeddings": True}, "have use_rotary_position_embeddings=True"),
-        ({"normalization": "rmsnorm"}, "computes only normalization='layernorm'"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads=1: must be 2"),
-        ({"num_layers": 10**9}, "num_layers=1000000000, and there are"),
+        (
+            {"use_rotary_position_embeddings": True},
+            "must have use_rotary_position_embeddings=False.*got True",
+        ),
+        ({"normalization": "rmsnorm"}, "must have normalization='layernorm'.*got 'rmsnorm'"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=2, got 1"),
+        ({"num_layers": 10**9}, "num_layers of at most .*got 1000000000"),
         ({"num_layers": "four"}, "num_layers='four': must be a whole number"),
         ({"num_experts": [10**9]}, "1000000000 experts in each of 2 layers"),
         ({"num_experts": [3, 3, 3]}, "one number, or one for each of 2 layers"),
         ({"num_experts": [3, 5]}, r"missing: .*layers\.3.*deepspeed_experts\.3"),
         ({"topk": 4}, "k must be at most num_experts.*got 4"),
-        ({"mlp_type": "other"}, "mlp_type='other': must be standard or residual"),
-        ({"checkpoint_version": 0.5}, "checkpoint_version=0.5: must be 0, 1, or 2"),
+        ({"mlp_type": "other"}, "mlp_type standard or residual, got 'other'"),
+        ({"checkpoint_version": 0.5}, "checkpoint_version must be 0, 1, or at least 2, got 0.5"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(folder, args, message):
@@ -210,14 +213,19 @@ def test_a_model_that_was_made_here(tmp_path):
     [
         (
             lambda: here(mix="sum", shared=MLPConfig(d_ff=32)),
-            "mix is 'sum', and would be 'weighted'",
+            "mix must be 'weighted', got 'sum'",
         ),
-        (lambda: here(expert=MLPConfig(d_ff=4)), "feed_forward.d_ff is 32, and would be 4"),
-        (lambda: here(router=RouterConfig(score="sigmoid")), "score is 'sigmoid'"),
+        (lambda: here(expert=MLPConfig(d_ff=4)), "feed_forward.d_ff must be 4, got 32"),
+        (
+            lambda: here(router=RouterConfig(score="sigmoid")),
+            "score must be 'softmax', got 'sigmoid'",
+        ),
         (lambda: gpt2(num_layers=1, d_model=8, num_heads=2), "the config has no experts"),
     ],
 )
 def test_what_megatron_does_not_have_is_refused(tmp_path, config, message):
     model = abstract(config())
-    with pytest.raises(ValueError, match=f"Megatron-DeepSpeed has no such model.*{message}"):
+    with pytest.raises(
+        ValueError, match=f"Megatron-DeepSpeed does not support this model.*{message}"
+    ):
         save_megatron_moe(model, tmp_path)

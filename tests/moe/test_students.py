@@ -78,5 +78,5 @@ def test_the_teacher_leaves(models):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="stop=0"):
+    with pytest.raises(ValueError, match="stop must be at least 1, got 0"):
         staged_distillation(lambda state, batch: (state, {}), 0)

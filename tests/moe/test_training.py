@@ -61,7 +61,7 @@ def test_upcycling_needs_experts_of_the_models_own_kind():
     dense = jax.eval_shape(lambda: Transformer(DENSE, rngs=nnx.Rngs(0)))
     with pytest.raises(
         ValueError,
-        match=r"MoEConfig.expert=.*d_ff=8.* cannot begin as the feed-forward of layers \[1, 3\]",
+        match=r"MoEConfig.expert must be the feed-forward of layers \[1, 3\], .*got .*d_ff=8",
     ):
         upcycle(dense, MoEConfig(num_experts=2, expert=MLPConfig(d_ff=8)), rngs=nnx.Rngs(1))
 
@@ -100,7 +100,7 @@ def test_a_collapsed_router_is_told_once_with_its_figures():
         for step, load in enumerate([one, even, even, one]):
             writer.write(step, {"load": load, "loss": 1.0})
     with pytest.warns(
-        UserWarning, match=r"step 4, load: .* worth 1\.5 of 8 experts .* expert 0 gets 93 %"
+        UserWarning, match=r"step 4, load: .* equivalent to 1\.5 of 8 experts .* expert 0 gets 93%"
     ):
         writer.write(4, {"load": jnp.asarray(one)})
     with warnings.catch_warnings():

@@ -71,5 +71,5 @@ def test_local_steps_that_have_begun_go_on_under_a_later_freeze_step():
 
 
 def test_no_steps():
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         Policies().rounds(0)

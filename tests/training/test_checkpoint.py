@@ -277,9 +277,7 @@ def test_urls_are_refused(toy, tmp_path, monkeypatch):
         lambda: RunFolder.create("gs://bucket/run"),
         lambda: RunFolder.create(name="a", root="s3://bucket/run"),
     ):
-        with pytest.raises(
-            ValueError, match=r"a run folder must be local, got '\w+://bucket/run'"
-        ):
+        with pytest.raises(ValueError, match=r"a run folder must be local, got '\w+://bucket/run'"):
             use()
     assert list(tmp_path.iterdir()) == []
 
@@ -312,7 +310,9 @@ def test_another_config_is_refused_by_field(toy, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.width: 8 in the checkpoint, 16 in this run"):
         Checkpoints(tmp_path, config=other, free_fields=["model.num_steps"]).restore(fresh(toy))
     longer = {"model": Config(num_steps=200), "data": "a"}
-    with pytest.raises(CheckpointError, match=r"model\.num_steps: 100 in the checkpoint, 200 in this run"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.num_steps: 100 in the checkpoint, 200 in this run"
+    ):
         Checkpoints(tmp_path, config=longer).restore(fresh(toy))
     assert (
         Checkpoints(tmp_path, config=longer, free_fields=["model.num_steps"])

@@ -37,7 +37,9 @@ def test_a_number_is_answered_with_the_object(monkeypatch):
         lambda: onebit_lamb(1.0, clip=1.0),
         lambda: zero_one_adam(1.0, clip=1.0),
     ):
-        with pytest.raises(ValueError, match=r"clip must be a Clip or None, got 1\.0\. Use clip=Clip\(1\.0\)"):
+        with pytest.raises(
+            ValueError, match=r"clip must be a Clip or None, got 1\.0\. Use clip=Clip\(1\.0\)"
+        ):
             make()
     with pytest.raises(ValueError, match=r"Use workers=Workers\('data'\)"):
         onebit_lamb(1.0, workers="data")

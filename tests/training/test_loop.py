@@ -115,7 +115,8 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
     checkpoints = Checkpoints(tmp_path, every=2)
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(
-        TrainingDivergedError, match=r"step 8: the last 3 updates.*step 4 in .*step=4.*Try a lower peak"
+        TrainingDivergedError,
+        match=r"step 8: the last 3 updates.*step 4 in .*step=4.*Try a lower peak",
     ) as caught:
         fit(
             fresh(toy),

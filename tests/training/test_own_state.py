@@ -218,7 +218,10 @@ def test_items_are_the_fields_by_name():
     [
         ({"run": {"w": jnp.ones(2)}}, "name 'run'"),
         ({"a/b": {"w": jnp.ones(2)}}, "name 'a/b'"),
-        ({"arrays": {"w": jnp.ones(2)}, "step": jnp.int32(0)}, "under the same name .arrays, arrays"),
+        (
+            {"arrays": {"w": jnp.ones(2)}, "step": jnp.int32(0)},
+            "under the same name .arrays, arrays",
+        ),
     ],
 )
 def test_names_that_a_checkpoint_cannot_have(tmp_path, state, message):

@@ -113,7 +113,10 @@ def test_a_custom_function_is_latched_and_bounded():
         ),
         (lambda: DiscretePacing(difficulty=(), max_step=()), "difficulty"),
         (lambda: DiscretePacing(difficulty=(2, 1), max_step=(3,)), r"difficulty=\(2, 1\)"),
-        (lambda: DiscretePacing(difficulty=(1, 2), max_step=(3, 4)), "max_step.*except the last, 1"),
+        (
+            lambda: DiscretePacing(difficulty=(1, 2), max_step=(3, 4)),
+            "max_step.*except the last, 1",
+        ),
         (lambda: DiscretePacing(difficulty=(1, 2, 3), max_step=(4, 4)), "max_step"),
     ],
 )
@@ -131,9 +134,13 @@ def test_custom_functions_that_cannot_be_are_refused():
     def falls(t):
         return 20 - abs(t - 20)
 
-    with pytest.raises(ValueError, match="function must reach max_difficulty=.*got never, which is 5 at total=50"):
+    with pytest.raises(
+        ValueError, match="function must reach max_difficulty=.*got never, which is 5 at total=50"
+    ):
         CustomPacing(function=never, min_difficulty=0, max_difficulty=8, total=50)
-    with pytest.raises(ValueError, match="function must not decrease, got falls, which falls from 20 to 19"):
+    with pytest.raises(
+        ValueError, match="function must not decrease, got falls, which falls from 20 to 19"
+    ):
         CustomPacing(function=falls, min_difficulty=0, max_difficulty=8, total=30)
     with pytest.raises(ValueError, match="at least min_difficulty=1"):
         CustomPacing(function=never, min_difficulty=1, max_difficulty=5, total=50)
