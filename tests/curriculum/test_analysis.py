@@ -592,7 +592,7 @@ def test_sums_over_a_corpus_are_exact_for_any_workers(parts, store):
         assert counts.tolist() == np.bincount(flat, minlength=45).tolist()
     whole = count_vocabulary(store, 45)
     assert whole.tolist() == np.bincount(store.tokens, minlength=45).tolist()
-    with pytest.raises(ValueError, match="vocab_size must be above .*got 10"):
+    with pytest.raises(ValueError, match=r"vocab_size must be above .*got 10"):
         count_vocabulary(store, 10)
     with pytest.raises(ValueError, match="token"):
         count_vocabulary(rows, 10)

@@ -159,7 +159,7 @@ def test_impossible_metrics_are_refused():
         LengthThenRarity(COUNTS, 0)
     with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
         TokenCounts(0)
-    with pytest.raises(ValueError, match="max_length must be at least 4, .*got 3"):
+    with pytest.raises(ValueError, match=r"max_length must be at least 4, .*got 3"):
         LengthThenRarity(COUNTS, 3)({"input_ids": np.zeros((1, 4), np.int32)})
 
 
@@ -197,7 +197,7 @@ def test_reference_loss_does_not_depend_on_the_batch(model):
         np.testing.assert_array_equal(metric(part), together[start:stop])
     # Padding to a length changes no loss beyond rounding: padded positions carry no weight.
     np.testing.assert_allclose(together, ReferenceLoss(model, rows=5)(batch), rtol=1e-5)
-    with pytest.raises(ValueError, match="length must be at least .*got 5"):
+    with pytest.raises(ValueError, match=r"length must be at least .*got 5"):
         ReferenceLoss(model, length=5)(batch)
 
 

@@ -52,7 +52,7 @@ def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"effscale\[hf\]"):
         list(HuggingFace(name="owner/data").documents())
-    with pytest.raises(ValueError, match="name must be .*got ''"):
+    with pytest.raises(ValueError, match=r"name must be .*got ''"):
         HuggingFace(name="")
 
 

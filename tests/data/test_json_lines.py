@@ -57,5 +57,5 @@ def test_an_empty_file_is_a_fault(tmp_path):
 
 
 def test_an_empty_field_is_refused():
-    with pytest.raises(ValueError, match="field must be .*got ''"):
+    with pytest.raises(ValueError, match=r"field must be .*got ''"):
         JsonLines(paths="a", field="")

@@ -201,7 +201,7 @@ def test_bad_arguments_and_corpora(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", [[1, 2], [9]], "<i4")
     with pytest.raises(ValueError, match="vocab_size must be at least 1, got 0"):
         MegatronTokens.open(prefix, vocab_size=0)
-    with pytest.raises(ValueError, match="eos_id must be from 0 to .*got 9"):
+    with pytest.raises(ValueError, match=r"eos_id must be from 0 to .*got 9"):
         MegatronTokens.open(prefix, vocab_size=9, eos_id=9)
     MegatronTokens.open(prefix, vocab_size=9, verify="size")
     for verify in ("once", "full"):

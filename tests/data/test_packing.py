@@ -103,7 +103,7 @@ def test_bad_arguments_are_refused(make_store):
     store = make_store([[1, 2, 3]])
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         PackedTokens(store, 0)
-    with pytest.raises(ValueError, match="pad_id must be from 0 to .*got 1000"):
+    with pytest.raises(ValueError, match=r"pad_id must be from 0 to .*got 1000"):
         PackedTokens(store, 2, pad_id=1000)
     with pytest.raises(IndexError, match="row 1 of 1"):
         PackedTokens(store, 2)[1]

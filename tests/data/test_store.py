@@ -54,9 +54,9 @@ def test_ids_outside_the_vocabulary_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_impossible_arguments_are_refused(tmp_path, make_store):
-    with pytest.raises(ValueError, match="vocab_size must be .*got 0"):
+    with pytest.raises(ValueError, match=r"vocab_size must be .*got 0"):
         TokenStoreWriter(tmp_path / "store", vocab_size=0)
-    with pytest.raises(ValueError, match="eos_id must be from 0 to .*got 10"):
+    with pytest.raises(ValueError, match=r"eos_id must be from 0 to .*got 10"):
         TokenStoreWriter(tmp_path / "store", vocab_size=10, eos_id=10)
     with pytest.raises(FileNotFoundError, match="no token store found"):
         TokenStore.open(tmp_path / "nowhere")

@@ -117,7 +117,7 @@ def test_load_says_what_is_wrong(tmp_path):
         load_tokenizer(tmp_path)
     for content in ("{", json.dumps({"model": 1})):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match="not a tokenizer.json"):
+        with pytest.raises(ValueError, match=r"not a tokenizer.json"):
             load_tokenizer(tmp_path)
 
 

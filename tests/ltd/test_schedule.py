@@ -222,7 +222,7 @@ def test_a_schedule_that_does_not_suit_the_model(length, num_layers, message):
     with pytest.raises(ValueError, match=message):
         LTD.check(config(length, num_layers))
     LTD.check(config())
-    with pytest.raises(ValueError, match="row length 10, .*more than the row has"):
+    with pytest.raises(ValueError, match=r"row length 10, .*more than the row has"):
         LTD.check(config(), length=10)
 
 

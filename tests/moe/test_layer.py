@@ -225,5 +225,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="groups must divide the 2 rows of a batch, got 3"):
         make(groups=3)(X, context(), jax.random.key(0))
     dense = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=23, max_length=16)
-    with pytest.raises(ValueError, match="one entry for each of the 2 layers with experts .*got 3"):
+    with pytest.raises(
+        ValueError, match=r"one entry for each of the 2 layers with experts .*got 3"
+    ):
         with_experts(dense, MoEConfig(num_experts=2, expert=mlp), [2, 2, 2])

@@ -151,7 +151,7 @@ def test_a_config_stands_in_for_the_arguments(folder):
     states = torch.load(path, weights_only=False)
     del states["args"]
     torch.save(states, path)
-    with pytest.raises(FolderError, match="has no args, which describe the model. Pass its"):
+    with pytest.raises(FolderError, match=r"has no args, which describe the model. Pass its"):
         load_megatron_moe(folder)
     given = load_megatron_moe(folder, model.config, dtype="bfloat16")
     assert given.embed.tokens.embedding.get_value().dtype == jnp.bfloat16

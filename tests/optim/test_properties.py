@@ -235,7 +235,7 @@ def test_a_momentum_in_half_precision(name):
     for a, b, s in zip(*map(jax.tree.leaves, (*ends, start)), strict=True):
         assert (a != b).any()
         np.testing.assert_allclose(a - s, b - s, rtol=0.05, atol=1e-4)
-    with pytest.raises(ValueError, match="mu_dtype must be .*got 'int8'"):
+    with pytest.raises(ValueError, match=r"mu_dtype must be .*got 'int8'"):
         build(name, mu_dtype="int8")
 
 

@@ -168,7 +168,7 @@ def test_places_that_are_taken_are_refused(run, url, tmp_path):
         RunMirror(other, f"{url}x")
     with pytest.raises(FileNotFoundError, match="contains no copy of a run"):
         fetch_run(f"{url}y", tmp_path / "back")
-    with pytest.raises(FileExistsError, match="[Cc]hoose another folder"):
+    with pytest.raises(FileExistsError, match=r"[Cc]hoose another folder"):
         fetch_run(url, other)
 
 

@@ -135,7 +135,7 @@ def test_custom_functions_that_cannot_be_are_refused():
         return 20 - abs(t - 20)
 
     with pytest.raises(
-        ValueError, match="function must reach max_difficulty=.*got never, which is 5 at total=50"
+        ValueError, match=r"function must reach max_difficulty=.*got never, which is 5 at total=50"
     ):
         CustomPacing(function=never, min_difficulty=0, max_difficulty=8, total=50)
     with pytest.raises(

@@ -102,7 +102,7 @@ def test_steps_in_tokens_keep_the_schedule_when_batches_shrink():
     assert in_tokens.unit == "tokens"
     assert float(in_tokens(512 * 12)) == float(in_steps(12))
     assert float(in_tokens(256 * 12)) == float(in_steps(6))
-    with pytest.raises(ValueError, match="tokens_per_step must be .*got 0"):
+    with pytest.raises(ValueError, match=r"tokens_per_step must be .*got 0"):
         by_tokens(in_steps, 0)
 
 

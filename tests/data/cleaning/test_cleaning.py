@@ -112,7 +112,7 @@ def test_a_long_text_has_the_signature_of_all_its_n_grams():
 
 
 def test_on_error_belongs_to_the_source(folder):
-    with pytest.raises(ValueError, match="on_error must be .*got 'skip'"):
+    with pytest.raises(ValueError, match=r"on_error must be .*got 'skip'"):
         cleaned(folder, on_error="skip")
 
 
