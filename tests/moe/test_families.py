@@ -65,7 +65,7 @@ REFUSED = {
     ),
     "sigmoids": (
         lambda: routed(score="sigmoid"),
-        r"score must be 'softmax', got 'sigmoid', and mixtral has 'softmax'",
+        r"score is 'sigmoid', and mixtral has 'softmax'",
     ),
     "a scale": (lambda: routed(scale=2.5), r"scale is 2\.5, and mixtral has 1\.0"),
     "a bias of the choice": (lambda: routed(balance_by_bias=True), "balance_by_bias is True"),
