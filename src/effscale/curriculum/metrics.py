@@ -53,7 +53,9 @@ def real_tokens(batch: Batch, field: str = "input_ids") -> Bool[np.ndarray, "row
 
 
 def sequence_length(batch: Batch, *, field: str = "input_ids") -> Int64[np.ndarray, " rows"]:
-    """Return the number of tokens in each row, without padding. For another ``field`` use ``functools.partial(sequence_length, field="text")``.
+    """Return the number of tokens in each row, without padding.
+
+    As a metric of another ``field`` use ``functools.partial(sequence_length, field="text")``.
 
     >>> ids = np.zeros((2, 4), np.int32)
     >>> sequence_length({"input_ids": ids, "attention_mask": np.array([[1, 1, 1, 0], [1, 1, 1, 1]])})

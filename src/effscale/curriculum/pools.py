@@ -27,10 +27,12 @@ class Difficulty:
     pacing: Pacing
     """The pacing of the difficulty, by training steps counted from 1, or by samples or tokens consumed before the step."""
     difficulty_type: Literal["value", "percentile"] = "value"
-    """How to interpret difficulty ``d``. ``"value"`` allows the samples with a value of at most ``d``, and ``"percentile"`` the first
-    ``d`` of ``max_difficulty`` equal parts of the ranking; the last part includes the remainder."""
+    """How to interpret difficulty ``d``. ``"value"`` allows the samples with a value of at most ``d``, and
+    ``"percentile"`` the first ``d`` of ``max_difficulty`` equal parts of the ranking; the last part includes the
+    remainder."""
     clustering_type: Literal["schedule_based", "single_cluster"] = "schedule_based"
-    """Whether to restrict the pool of samples. ``"single_cluster"`` does not: for a difficulty that is applied to the rows themselves, such as a length."""
+    """Whether to restrict the pool of samples. ``"single_cluster"`` does not: for a difficulty that is applied to the
+    rows themselves, such as a length."""
 
     def __post_init__(self):
         choice(self, "difficulty_type", ("value", "percentile"))

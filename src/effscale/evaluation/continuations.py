@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from effscale.models import Transformer, matmul, transpose
 
 BUCKET = 32
-"""The unit of padding: rows are padded to 1, 2, 3, 4, 6, 8, 12, ... times this number of tokens (continuations: a quarter of it), so that few shapes are compiled."""
+"""The unit of padding: rows are padded to 1, 2, 3, 4, 6, 8, 12, ... times this number of tokens (continuations: a
+quarter of it), so that few shapes are compiled."""
 
 
 class ContinuationScores(NamedTuple):

@@ -104,7 +104,10 @@ def rank_answers(
 
 
 def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of prompt and answer, split before the first token that the prompt without the answer does not have. The answer gets at least one."""
+    """Return the tokens of prompt and answer, of which the answer gets at least one.
+
+    They are split before the first token that the prompt without the answer does not have.
+    """
     alone, whole = _ids(tokenizer, prompt.rstrip()), _ids(tokenizer, prompt + answer)
     shared = 0
     while shared < min(len(alone), len(whole) - 1) and alone[shared] == whole[shared]:

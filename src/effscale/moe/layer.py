@@ -31,7 +31,8 @@ Dispatch = Literal["table", "one_hot", "dropless"]
 Mix = Literal["weighted", "sum", "gated"]
 
 FEW_TOKENS = 16
-"""Up to this number of tokens, buffers with room for all of them cost less than sorting, as most of the time is spent on reading weights."""
+"""Up to this number of tokens, buffers with room for all of them cost less than sorting, as most of the time is spent
+on reading weights."""
 COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
 """The number of logits of each way to mix."""
 
@@ -61,14 +62,15 @@ class MoEConfig:
     """How to add the shared part. ``weighted`` weights both parts by a softmax of two logits for each token, like DeepSpeed's
     ``use_residual``; ``sum`` adds them, as in the paper; ``gated`` multiplies the shared part by a sigmoid, as in Qwen2-MoE."""
     dispatch: Dispatch | None = None
-    """How to move tokens to their experts. ``table`` gathers them into a buffer for each expert; ``one_hot`` does the same by products with
-    one-hot arrays, as a slow reference; ``dropless`` sorts them by expert, for routers without a capacity. None selects
-    ``dropless`` if the router's capacity factor is None and there are more than a few tokens, otherwise ``table``."""
+    """How to move tokens to their experts. ``table`` gathers them into a buffer for each expert; ``one_hot`` does the
+    same by products with one-hot arrays, as a slow reference; ``dropless`` sorts them by expert, for routers without a
+    capacity. None selects ``dropless`` if the router's capacity factor is None and there are more than a few tokens,
+    otherwise ``table``."""
     groups: int | None = None
-    """The number of groups of batch rows that are routed separately, each with its own capacities. None uses one group per device that
-    has its own rows, as in DeepSpeed. A fixed number makes results independent of the mesh; it should be a multiple of
-    the number of devices that share the batch. Outside training, a batch that it does not divide uses the largest
-    possible number of groups."""
+    """The number of groups of batch rows that are routed separately, each with its own capacities. None uses one group
+    per device that has its own rows, as in DeepSpeed. A fixed number makes results independent of the mesh; it should
+    be a multiple of the number of devices that share the batch. Outside training, a batch that it does not divide uses
+    the largest possible number of groups."""
     exchange: Exchange = Exchange()
     """How to exchange tokens between devices with different experts."""
 
@@ -146,7 +148,9 @@ class MoE(nnx.Module):
         return y, report | captured
 
     def for_decoding(self) -> "MoE":
-        """Return the same layer with separate arrays for each expert in addition to the stack, so that few tokens read only the weights of their experts.
+        """Return the same layer with separate arrays for each expert in addition to the stack.
+
+        With few tokens, it reads only the weights of their experts.
 
         Decoding calls it for layers that are not stacked. It doubles the memory of the experts. On CPUs, a product with a
         part of a stack first copies that part; on other platforms the stack is enough.

@@ -9,9 +9,9 @@ from effscale.optim.options import check_bounds
 from effscale.training.partition import NamedLeaf, named_leaves
 
 Stacked = Any
-"""The number of leading dimensions of each array that stack separate tensors: a tree of integers like the parameters, or one integer
-for all. None counts the dimensions that the logical axes of an ``nnx.Variable`` do not name, and the leading ones named
-``layers`` and ``experts``; it is zero for any other array."""
+"""The number of leading dimensions of each array that stack separate tensors: a tree of integers like the parameters,
+or one integer for all. None counts the dimensions that the logical axes of an ``nnx.Variable`` do not name, and the
+leading ones named ``layers`` and ``experts``; it is zero for any other array."""
 
 
 def stacked_dims(params: Any, stacked: Stacked = None) -> Any:

@@ -16,7 +16,10 @@ def averaged_moments(mean: Any, mu: Any, nu: Any, b1: Any, b2: Any) -> tuple[Any
 
 
 def moments_like(params: Any, dtype: DTypeLike | None = None) -> Any:
-    """Return zeros in a given type, or in at least float32, as second moments that decay by 0.999 would not change in a narrower type."""
+    """Return zeros in a given type, or in at least float32.
+
+    In a narrower type, second moments that decay by 0.999 would not change.
+    """
     check_real(params)
     type_of = lambda p: at_least_float32(p.dtype) if dtype is None else dtype
     return jax.tree.map(lambda p: jnp.zeros_like(p, type_of(p)), params)

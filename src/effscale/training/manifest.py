@@ -99,7 +99,10 @@ def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | No
 
 
 def _part_of(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
-    """Return the names assigned to one of several processes, with about the same number of bytes for each. All processes compute the same assignment."""
+    """Return the names assigned to one of several processes, with about the same number of bytes for each.
+
+    All processes compute the same assignment.
+    """
     return sorted(sizes, key=lambda name: (-sizes[name], name))[index::count]
 
 

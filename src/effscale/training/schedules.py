@@ -177,7 +177,9 @@ def scale_by_token_schedule(
 def scale_by_learning_rate(
     learning_rate: float | jax.Array | Callable[[Any], Any] | optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Return the final transformation of an optimizer, from a number, an optax schedule (counts updates), a ``Schedule`` or the transformation itself.
+    """Return the final transformation of an optimizer, which applies the learning rate.
+
+    The learning rate is a number, an optax schedule (counts updates), a ``Schedule`` or the transformation itself.
 
     Raises:
         ValueError: ``learning_rate`` is a number that is not finite, or none of these.

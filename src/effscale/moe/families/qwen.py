@@ -44,7 +44,10 @@ def qwen_moe(
     shared_d_ff: int | None = None,
     **dense: Any,
 ) -> TransformerConfig:
-    """Return the config of a Qwen with experts; ``dense`` are the arguments of ``effscale.models.llama``, with the width of layers without experts."""
+    """Return the config of a Qwen with experts.
+
+    ``dense`` are the arguments of ``effscale.models.llama``, with the width of layers without experts.
+    """
     config = llama(**dense)
     mlp: Any = config.blocks[0].feed_forward
     return with_mixtures(

@@ -113,7 +113,9 @@ def _doubled(interval: jax.Array, when: jax.Array, largest: Any) -> jax.Array:
 
 
 def halving_steps(decay: float, every: int) -> int:
-    """Return the steps after which a learning rate halves that is multiplied by ``decay`` every ``every`` steps: the paper's rule for ``local_step_scaler``.
+    """Return the number of steps in which a decaying learning rate halves, the paper's rule for ``local_step_scaler``.
+
+    The learning rate is multiplied by ``decay`` every ``every`` steps.
 
     >>> halving_steps(0.99, 520)
     35863

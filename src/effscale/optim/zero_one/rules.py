@@ -18,8 +18,9 @@ from effscale.parallel.onebit.error_feedback import ErrorFeedback
 from effscale.parallel.workers import PerWorker
 
 VarDecay = Literal["update", "step"]
-"""When the variance decays by ``b2``. ``update``: once per update of the variance, as in the paper. ``step``: once per step, so an
-update applies b2 to the power of the steps since the last; the variance is then as old as Adam's, and learned from fewer gradients."""
+"""When the variance decays by ``b2``. ``update``: once per update of the variance, as in the paper. ``step``: once per
+step, so an update applies b2 to the power of the steps since the last; the variance is then as old as Adam's, and
+learned from fewer gradients."""
 
 
 class OwnWay(NamedTuple):
