@@ -225,7 +225,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
     config, _ = sampling_of({"temperature": 0.5}, codec, folder=tmp_path)
     assert (config.temperature, config.top_p, config.top_k) == (0.5, 0.9, 50)
     for given, said in (
-        ({"num_beams": 4}, "num_beams=4: must be 1"),
+        ({"num_beams": 4}, "num_beams must be 1, got 4"),
         (
             {"temprature": 1.0},
             "temprature=1.0, which is not known here: did you mean 'temperature'",

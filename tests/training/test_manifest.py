@@ -32,12 +32,12 @@ def test_any_flipped_bit_of_a_manifest_is_found_and_none_crashes(folder):
     ("text", "reason"),
     [
         ("", "cannot be read"),
-        ("[]", "no 'files'"),
-        ('{"files": []}', "no 'files'"),
+        ("[]", "no valid 'files'"),
+        ('{"files": []}', "no valid 'files'"),
         ('{"files": {}}', "lists no files"),
-        ('{"files": {"run.json": 3}}', "no 'bytes'"),
-        ('{"files": {"run.json": {"bytes": "3", "blake2b": ""}}}', "no 'bytes'"),
-        ('{"files": {"run.json": {"bytes": 19}}}', "no 'blake2b'"),
+        ('{"files": {"run.json": 3}}', "no valid 'bytes'"),
+        ('{"files": {"run.json": {"bytes": "3", "blake2b": ""}}}', "no valid 'bytes'"),
+        ('{"files": {"run.json": {"bytes": 19}}}', "no valid 'blake2b'"),
         ('{"files": {"../run.json": {"bytes": 19, "blake2b": ""}}}', "outside the folder"),
         ('{"files": {"/run.json": {"bytes": 19, "blake2b": ""}}}', "outside the folder"),
         (
