@@ -228,7 +228,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
         ({"num_beams": 4}, "num_beams must be 1, got 4"),
         (
             {"temprature": 1.0},
-            "temprature=1.0, which is not known here: did you mean 'temperature'",
+            "must be known options, got temprature=1.0: did you mean 'temperature'",
         ),
         ({"do_sample": True}, "temperature must be above 0 with do_sample=True"),
         ({"max_gen_toks": 0}, "max_new_tokens=0"),

@@ -74,7 +74,7 @@ def test_a_resume_with_another_config_names_the_difference(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(folder), "--resume", "--learning-rate", "1e-3"])
     assert stop.value.code == 2
-    assert "learning_rate: 0.01 in the checkpoint, 0.001 in this run" in capsys.readouterr().err
+    assert "learning_rate: 0.01 there, 0.001 here" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--resume"], "given with --out"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
         (["--corpus", "text:/absent/*.txt"], "no file matches '/absent/*.txt'"),
-        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(

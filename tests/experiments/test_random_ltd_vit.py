@@ -286,7 +286,7 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
         (["--image-model", "two"], "leaves none of 2. Use a model with at least 3 layers"),
         (["--resume"], "given with --out"),
-        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
