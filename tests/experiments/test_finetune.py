@@ -351,7 +351,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
 def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
     before = {path: path.stat().st_mtime_ns for path in compared.rglob("[!.]*")}
     for words, message in (
-        ([*options, "--out", str(compared)], "already holds a run"),
+        ([*options, "--out", str(compared)], "already contains a run"),
         (
             ["--out", str(compared), "--resume", "--fashion.epochs", "4"],
             "is of another config (fashion.epochs: 3 there, 4 here)",

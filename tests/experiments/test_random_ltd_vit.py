@@ -309,7 +309,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
 def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")}
     for words, message in (
-        ([*options, "--out", str(finished)], "already holds a run"),
+        ([*options, "--out", str(finished)], "already contains a run"),
         (
             ["--out", str(finished), "--resume", "--ltd.share", "0.7"],
             "is of another config (ltd.share: 0.5 there, 0.7 here)",

@@ -391,7 +391,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
 def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
     for words, message in (
-        ([*options, "--out", str(folder)], "already holds a run"),
+        ([*options, "--out", str(folder)], "already contains a run"),
         (
             ["--out", str(folder), "--resume", "--curriculum", "1.2"],
             "is of another config (curriculum: 1.0 there, 1.2 here)",
