@@ -2,9 +2,9 @@
 
     python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
 
-Any module can contribute: `--programs` names modules with a function `programs()` that returns
-`Program`s. Each target is compiled for in a process of its own, since libtpu talks on stderr. The exit
-status is 1 if a program did not compile. `aot-requirements.txt` has the compilers.
+Any module can contribute: ``--programs`` names modules with a function ``programs()`` that returns
+``Program``s. Each target is compiled for in a process of its own, since libtpu talks on stderr. The exit
+status is 1 if a program did not compile. ``aot-requirements.txt`` has the compilers.
 """
 
 import argparse
@@ -45,14 +45,14 @@ class Program:
 
     name: str
     lower: Callable[[Sequence[Any]], Any]
-    """From the target's devices to a `jax.stages.Lowered`, for as many of them as it likes."""
+    """From the target's devices to a ``jax.stages.Lowered``, for as many of them as it likes."""
     flops: float | None = None
     """Floating-point operations over all devices, if known; XLA counts a loop's body once."""
     targets: tuple[str, ...] = ("v5e", "v6e", "h100")
     without: str | None = None
     """A regular expression that finds nothing in the compiled program, or it counts as failed."""
     report: Callable[[str], str] | None = None
-    """From the compiled program to what is to be said of it; a `ValueError` counts as failed."""
+    """From the compiled program to what is to be said of it; a ``ValueError`` counts as failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

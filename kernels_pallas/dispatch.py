@@ -1,8 +1,8 @@
 """How every op chooses its implementation.
 
-An op offers implementations by name. `None` asks for the best one for the platform that the
+An op offers implementations by name. ``None`` asks for the best one for the platform that the
 program is lowered for, which need not be the one it is traced on: a CPU host compiles for TPUs. So
-the choice between platforms is left to `jax.lax.platform_dependent`, and each implementation says
+the choice between platforms is left to ``jax.lax.platform_dependent``, and each implementation says
 beforehand, from shapes and types alone, whether it can serve.
 """
 
@@ -20,7 +20,7 @@ class Unsupported(NotImplementedError):
 
 
 def check_name(name: str | None, known: Iterable[str]) -> None:
-    """Raise a `ValueError` with the near names unless `name` is None or known."""
+    """Raise a ``ValueError`` with the near names unless ``name`` is None or known."""
     known = list(known)
     if name is not None and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -29,7 +29,7 @@ def check_name(name: str | None, known: Iterable[str]) -> None:
 
 
 def auto_partitioned() -> tuple[str, ...]:
-    """Mesh axes that the compiler partitions over: none in a `jax.shard_map` over all of them.
+    """Mesh axes that the compiler partitions over: none in a ``jax.shard_map`` over all of them.
 
     A Pallas kernel is opaque to the partitioner, so it can serve only where there are none.
     """
@@ -80,7 +80,7 @@ def platform() -> str:
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
-    """Call `functions[platform](*operands)` for the platform of lowering, or `"default"`."""
+    """Call ``functions[platform](*operands)`` for the platform of lowering, or ``"default"``."""
     functions = dict(functions)
     default = functions.pop("default")
     if not functions:

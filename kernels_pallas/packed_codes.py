@@ -1,4 +1,4 @@
-"""Codes of 8, 4, 2 and 1 bits in bytes, in planes: how the weights of `quantized_matmul` and `packed_matmul` lie in memory.
+"""Codes of 8, 4, 2 and 1 bits in bytes, in planes: how the weights of ``quantized_matmul`` and ``packed_matmul`` lie in memory.
 
 A row of k codes of b bits is cut into 8 / b planes of consecutive codes, and byte i holds the i-th code of each plane, the first
 plane in its lowest bits. Codes are two's complement, but for those of one bit: 1 where the bit is set and -1 elsewhere.

@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: the kernels with gradients, on eight devices."""
+"""What ``python -m kernels_pallas.aot`` compiles of this op: the kernels with gradients, on eight devices."""
 
 import dataclasses
 import functools

@@ -41,7 +41,7 @@ def attention(
     query, keys and values.
 
     Args:
-        query: Already scaled, so commonly divided by the root of `head_dim`.
+        query: Already scaled, so commonly divided by the root of ``head_dim``.
         keys: As many heads as the query or a divisor of it.
         values: As many as the keys.
         causal: Whether a token sees only itself and those before it.
@@ -53,7 +53,7 @@ def attention(
         head_axes: The same for the heads.
         implementation: "reference" (plain jnp, all scores), "splash" (TPU), "cudnn" (Hopper GPUs) or None: splash where
             it can serve and the mesh in use is of TPUs or, without a mesh, this process has TPUs and lowers the program
-            for them; `fallback` otherwise. cuDNN is taken only by its name, as it has not run on a GPU yet.
+            for them; ``fallback`` otherwise. cuDNN is taken only by its name, as it has not run on a GPU yet.
         fallback: From query, keys and values to the output, in place of "reference" where no kernel serves.
 
     Returns:
@@ -71,7 +71,7 @@ def attention(
         True
 
     References:
-        Dao, `FlashAttention-2 <https://arxiv.org/abs/2307.08691>`_; Press et al., `Train Short, Test Long
+        Dao, `FlashAttention-2 <https://arxiv.org/abs/2307.08691>``_; Press et al., ``Train Short, Test Long
         <https://arxiv.org/abs/2108.12409>`_ (ALiBi).
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
@@ -134,7 +134,7 @@ def why_not(
 
 
 def check_operands(query: Any, keys: Any, values: Any, segments: Any, alibi: Alibi | None) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     batch, heads, seq, width = query.shape
     if keys.shape != values.shape or keys.shape[::2] != (batch, seq) or keys.shape[3] != width:
         raise ValueError(

@@ -1,7 +1,7 @@
 """A kernel on each device's rows and heads, with its own gradient.
 
-The custom gradient is around two `jax.shard_map`s, one for each pass, and does not lie within one: of the forms that were
-tried only this one also works inside another, checked `jax.shard_map`. Theirs are not checked, as splash does not say what
+The custom gradient is around two ``jax.shard_map``s, one for each pass, and does not lie within one: of the forms that were
+tried only this one also works inside another, checked ``jax.shard_map``. Theirs are not checked, as splash does not say what
 its results vary over; the types are put back outside.
 """
 
@@ -25,7 +25,7 @@ class Plan:
     """What of a call is fixed when it is traced."""
 
     kernel: Any
-    """The module `tpu` or `gpu`."""
+    """The module ``tpu`` or ``gpu``."""
     causal: bool
     rows: tuple[str, ...] = ()
     """Mesh axes that divide the batch."""
@@ -43,7 +43,7 @@ def auto_axes() -> tuple[str, ...]:
 
 
 def dividing(axes: Sequence[str], size: int) -> tuple[str, ...]:
-    """Those of the axes that the compiler partitions over and that divide what the ones before them left of `size`."""
+    """Those of the axes that the compiler partitions over and that divide what the ones before them left of ``size``."""
     chosen, sizes = [], jax.sharding.get_abstract_mesh().shape
     for axis in axes:
         if axis in auto_axes() and sizes[axis] > 1 and size % sizes[axis] == 0:

@@ -1,4 +1,4 @@
-"""Hopper GPUs: cuDNN's fused attention, through the primitives that `jax.nn.dot_product_attention` ends in.
+"""Hopper GPUs: cuDNN's fused attention, through the primitives that ``jax.nn.dot_product_attention`` ends in.
 
 The public function asks the device of the host for what it can do, so it cannot be traced where that is a CPU.
 """
@@ -20,7 +20,7 @@ Gradients = tuple[Array, Array, Array]
 
 
 def why_not(query: Any, wide: int, segments: Any) -> str | None:
-    """The reason why cuDNN cannot serve such a query, with heads of `wide` features, or None."""
+    """The reason why cuDNN cannot serve such a query, with heads of ``wide`` features, or None."""
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the query is {query.dtype}, and it takes bfloat16 and float16"
     if segments is not None:

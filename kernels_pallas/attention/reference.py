@@ -18,7 +18,7 @@ def reference(
     segments: Int[Array, "batch seq"] | None = None,
     alibi: Alibi | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """What `kernels_pallas.attention` computes."""
+    """What ``kernels_pallas.attention`` computes."""
     batch, heads, seq, width = query.shape
     grouped = (batch, keys.shape[1], heads // keys.shape[1], seq)
     scores = jnp.einsum(

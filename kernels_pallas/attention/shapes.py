@@ -12,7 +12,7 @@ from kernels_pallas.attention.alibi import Alibi
 
 
 class Operands(NamedTuple):
-    """Arguments of `attention` that are arrays, or their types."""
+    """Arguments of ``attention`` that are arrays, or their types."""
 
     query: Float[Array, "batch heads seq head_dim"]
     keys: Float[Array, "batch kv_heads seq head_dim"]

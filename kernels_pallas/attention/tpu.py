@@ -1,7 +1,7 @@
 """TPU: JAX's splash attention.
 
 Its backward pass in two kernels is called directly, with what the forward pass kept: differentiated through, splash does
-not work in a `jax.shard_map` within a checked one. The one-kernel backward keeps a query gradient for each block of keys,
+not work in a ``jax.shard_map`` within a checked one. The one-kernel backward keeps a query gradient for each block of keys,
 which takes most of the memory that is to be saved.
 """
 
@@ -23,7 +23,7 @@ Gradients = tuple[Array, Array, Array]
 
 
 def why_not(query: Any, wide: int) -> str | None:
-    """The reason why splash cannot serve such a query, with heads of `wide` features, or None."""
+    """The reason why splash cannot serve such a query, with heads of ``wide`` features, or None."""
     seq = query.shape[2]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the query is {query.dtype}, and it takes float32 and bfloat16"

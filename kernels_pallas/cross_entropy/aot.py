@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op, on one device and on eight."""
+"""What ``python -m kernels_pallas.aot`` compiles of this op, on one device and on eight."""
 
 import functools
 from collections.abc import Sequence

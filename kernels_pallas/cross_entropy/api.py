@@ -34,16 +34,16 @@ def cross_entropy(
     token_axes: Sequence[str] = (),
     implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
-    r"""Sum over tokens of the weighted softmax cross entropy of `hidden @ vocab_weight.T + bias`.
+    r"""Sum over tokens of the weighted softmax cross entropy of ``hidden @ vocab_weight.T + bias``.
 
     .. math:: \sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
         l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}
 
     The logits never exist all at once in float32 (except in the reference). The matrix products
-    take operands in the type of `hidden` (`vocab_weight` is cast to it) and sum in float32;
+    take operands in the type of ``hidden`` (``vocab_weight`` is cast to it) and sum in float32;
     softmax and loss are float32; each gradient has the type of its operand, so a float32
-    `vocab_weight` gets a float32 gradient under bfloat16 `hidden`. Differentiable (once, in
-    reverse mode) in `hidden`, `vocab_weight`, `bias` and `weights`.
+    ``vocab_weight`` gets a float32 gradient under bfloat16 ``hidden``. Differentiable (once, in
+    reverse mode) in ``hidden``, ``vocab_weight``, ``bias`` and ``weights``.
 
     Args:
         hidden: Final hidden states, float32 or bfloat16.
@@ -57,7 +57,7 @@ def cross_entropy(
         z_loss: Coefficient of the squared log normalizer, which keeps the logits from drifting
             (1e-4 in PaLM).
         token_axes: Mesh axes that shard the tokens, for use under a mesh whose axes the compiler
-            partitions. Each device then handles its own tokens and the gradient of `vocab_weight`
+            partitions. Each device then handles its own tokens and the gradient of ``vocab_weight``
             is summed over the devices once, instead of once a chunk. Without it the result is the
             same and the communication more.
         implementation: "reference" (plain jnp, whole logits), "chunked" (jnp, a chunk of tokens at
@@ -69,7 +69,7 @@ def cross_entropy(
         tokens for the mean.
 
     Raises:
-        ValueError: An operand has an impossible shape or type, `z_loss` is negative, a name is
+        ValueError: An operand has an impossible shape or type, ``z_loss`` is negative, a name is
         unknown.
         NotImplementedError: The named implementation cannot serve these operands.
 
@@ -97,7 +97,7 @@ def cross_entropy(
 def check_operands(
     hidden: Any, vocab_weight: Any, labels: Any, weights: Any, bias: Any, z_loss: float
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     if (
         len(hidden.shape) != 2
         or len(vocab_weight.shape) != 2
@@ -143,7 +143,7 @@ def why_not(name: str, hidden: Any, vocab_weight: Any) -> str | None:
 
 
 def _shardable(token_axes: Sequence[str], tokens: int) -> tuple[str, ...]:
-    """Those of `token_axes` that the ambient mesh has and the compiler partitions."""
+    """Those of ``token_axes`` that the ambient mesh has and the compiler partitions."""
     if isinstance(token_axes, str):
         raise ValueError(
             f"token_axes={token_axes!r} must be a tuple of axis names: ({token_axes!r},)."
@@ -177,7 +177,7 @@ def _on_device(implementation, z_loss, axes, operands):
 
 
 def _over_tokens(call, axes, operands, *, gradients):
-    """Call on each device's own tokens, and sum what belongs to all; `call` itself without axes.
+    """Call on each device's own tokens, and sum what belongs to all; ``call`` itself without axes.
 
     The custom gradient is around this, as JAX cannot differentiate a shard_map within another.
     """

@@ -4,8 +4,8 @@ Logits exist for one chunk of tokens only. Where gradients are wanted they are c
 pass, since the loss is a sum and its cotangent therefore one number that scales them later: three
 matrix products where the usual recomputation takes four, and one exponential a logit.
 
-For a token with logits `l`, label `y` and weight `w`, with `m = max(l)`, `p = exp(l - m)`,
-`s = sum(p)` and `lse = m + log(s)`,
+For a token with logits ``l``, label ``y`` and weight ``w``, with ``m = max(l)``, ``p = exp(l - m)``,
+``s = sum(p)`` and ``lse = m + log(s)``,
 
     loss    = w (lse - l[y] + z lse²)
     dloss/dl = w ((1 + 2 z lse) p / s - onehot(y))
@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One chunk's losses, and the gradient of its logits as `scale[:, None] * direction`."""
+    """One chunk's losses, and the gradient of its logits as ``scale[:, None] * direction``."""
 
     losses: Float[Array, " chunk"]
     direction: Float[Array, "chunk vocab"]
@@ -54,7 +54,7 @@ TileFunction = Callable[
 
 
 def chunk_size(tokens: int, target: int) -> int:
-    """Tokens in a chunk: at most `target`, and a divisor of `tokens` if one is near."""
+    """Tokens in a chunk: at most ``target``, and a divisor of ``tokens`` if one is near."""
     fewest = max(math.ceil(tokens / target), 1)
     chunks = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
     return max(math.ceil(tokens / chunks), 1)
@@ -67,7 +67,7 @@ def _chunk(hidden: Array, vocab_weight: Array, target: int | None) -> int:
 
 
 def split_tokens(values: Array, chunk: int, fill: int = 0) -> Array:
-    """[tokens, ...] as [chunks, chunk, ...]; a chunk takes every `chunks`-th token.
+    """[tokens, ...] as [chunks, chunk, ...]; a chunk takes every ``chunks``-th token.
 
     The stride matters where a mesh shards the tokens: each chunk then lies on all the devices
     alike, while a chunk of neighbours would lie on one of them.
@@ -170,7 +170,7 @@ def chunked_loss_and_gradients(
         weights: Weight of each token.
         z_loss: Coefficient of the squared log normalizer.
         chunk_tokens: Tokens in a chunk; None chooses one for CPUs.
-        tile: What turns a chunk's logits into losses and gradients; None is `softmax_tile`.
+        tile: What turns a chunk's logits into losses and gradients; None is ``softmax_tile``.
     """
     tokens, chunk = hidden.shape[0], _chunk(hidden, vocab_weight, chunk_tokens)
     dtype = hidden.dtype

@@ -2,7 +2,7 @@
 
 The kernel takes a chunk's float32 logits and gives each row's log normalizer and, in the type of
 the matrix products, the gradient of its logits: a warpgroup reads its row twice and writes it
-once. Everything around it is `chunked`.
+once. Everything around it is ``chunked``.
 """
 
 import functools
@@ -74,9 +74,9 @@ def softmax_rows(
     dtype: Any,
     interpret: Any = None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows padded"]]:
-    """Each row's log normalizer over `vocab` logits, and its loss's gradient by them in `dtype`.
+    """Each row's log normalizer over ``vocab`` logits, and its loss's gradient by them in ``dtype``.
 
-    `padded` is a multiple of 1024; the gradient beyond `vocab` is 0, and so it is at no label if
+    ``padded`` is a multiple of 1024; the gradient beyond ``vocab`` is 0, and so it is at no label if
     the label is negative.
     """
     axes = varying_axes(logits, labels)
@@ -125,7 +125,7 @@ def gpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = None,
 ) -> tuple[Float[Array, ""], chunked.Gradients]:
-    """The loss, and gradients in their operands' types; `interpret` as in `plgpu.kernel`."""
+    """The loss, and gradients in their operands' types; ``interpret`` as in ``plgpu.kernel``."""
     tokens, vocab = hidden.shape[0], vocab_weight.shape[0]
 
     def tile(logits, labels, weights):

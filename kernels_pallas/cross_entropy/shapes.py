@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Operands(NamedTuple):
-    """Arguments of `cross_entropy`, or their types."""
+    """Arguments of ``cross_entropy``, or their types."""
 
     hidden: Float[Array, "tokens d"]
     vocab_weight: Float[Array, "vocab d"]
@@ -27,7 +27,7 @@ class Shape:
     d: int
     vocab: int
     dtype: str = "float32"
-    """Of `hidden`; the vocabulary's weight is float32, as parameters are."""
+    """Of ``hidden``; the vocabulary's weight is float32, as parameters are."""
     tags: frozenset[str] = frozenset()
     """Who runs it: "test", "bench", "aot"."""
 

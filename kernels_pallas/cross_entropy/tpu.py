@@ -3,7 +3,7 @@
 Two kernels walk the same tiles of [tokens, vocab] logits.
 
 - The forward kernel holds a tile of tokens while the vocabulary streams by, and keeps a running
-  maximum and sum (the online softmax), the label's logit, and, for the gradient of `hidden`, the
+  maximum and sum (the online softmax), the label's logit, and, for the gradient of ``hidden``, the
   running mean of the other words' embeddings as attention does with its values:
 
       dloss/dh = w (c sum_{v != y} p[v] W[v]  +  (c p[y] - 1) W[y]),   c = 1 + 2 z lse
@@ -14,7 +14,7 @@ Two kernels walk the same tiles of [tokens, vocab] logits.
 - The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the
   logits for its gradient.
 
-That is four matrix products where `chunked` has three, for memory that does not depend on the
+That is four matrix products where ``chunked`` has three, for memory that does not depend on the
 vocabulary.
 """
 
@@ -97,9 +97,9 @@ def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
 def _call(
     kernel, blocks, swap, operands, columns, results, scratch, products, interpret
 ) -> list[Array]:
-    """Run a kernel over all tiles of [tokens, vocab]; `swap` makes words the outer loop.
+    """Run a kernel over all tiles of [tokens, vocab]; ``swap`` makes words the outer loop.
 
-    `columns` are further operands of one number a token. `results` are triples (shape, dtype,
+    ``columns`` are further operands of one number a token. ``results`` are triples (shape, dtype,
     "token" | "word" | "row"), the last naming what the leading dimension runs over, or a row of
     one number a word.
     """
@@ -163,7 +163,7 @@ def _forward(operands: _Operands, *, with_gradient: bool, interpret: Any) -> lis
 
 
 def _weight_gradient(operands: _Operands, columns, dtype, interpret) -> tuple[Array, Array]:
-    """[vocab, wide] in `dtype`, and the float32 [vocab] gradient of the bias."""
+    """[vocab, wide] in ``dtype``, and the float32 [vocab] gradient of the bias."""
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
     blocks = min(operands.streams, _padded(tokens)), operands.stays
     results = [
@@ -206,7 +206,7 @@ def tpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = False,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The loss, and gradients in their operands' types; `interpret` as in `pl.pallas_call`."""
+    """The loss, and gradients in their operands' types; ``interpret`` as in ``pl.pallas_call``."""
     width = hidden.shape[1]
     operands = _prepare(hidden, vocab_weight, bias, labels)
     normalizer, at_label, others = _forward(operands, with_gradient=True, interpret=interpret)

@@ -1,8 +1,8 @@
-"""The bodies of the TPU kernels; `tpu` says what they compute and how they are called.
+"""The bodies of the TPU kernels; ``tpu`` says what they compute and how they are called.
 
 Arrays with one number a token are columns [tokens, 1], those with one number a word are rows [1,
-vocab]. A tile that overhangs its array reads undefined values there: rows of `weight` and `hidden`
-are zeroed before a sum can meet them, and the bias row is padded with `LOWEST`, which no softmax
+vocab]. A tile that overhangs its array reads undefined values there: rows of ``weight`` and ``hidden``
+are zeroed before a sum can meet them, and the bias row is padded with ``LOWEST``, which no softmax
 sees.
 """
 
@@ -26,7 +26,7 @@ def _indices(start: Any, shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _keep_rows(values: Array, start: Any, size: int) -> Array:
-    """Zeros in place of the rows beyond `size`, which only an overhanging tile has."""
+    """Zeros in place of the rows beyond ``size``, which only an overhanging tile has."""
     if size % values.shape[0] == 0:
         return values
     return jnp.where(_indices(start, values.shape, 0) < size, values, jnp.zeros_like(values))
@@ -37,7 +37,7 @@ def forward_kernel(
 ) -> None:
     """Grid (token tiles, vocabulary tiles): the online softmax and the other words' mean.
 
-    `more` is the result of that mean (only with the gradient), three columns of scratch, and the
+    ``more`` is the result of that mean (only with the gradient), three columns of scratch, and the
     mean's scratch (only with the gradient).
     """
     *mean_result, peak, total, picked = more[:4] if with_gradient else more
@@ -88,7 +88,7 @@ def weight_kernel(
     *,
     tokens: int,
 ) -> None:
-    """Grid (vocabulary tiles, token tiles): sums of the logits' gradient, with `hidden` and alone."""
+    """Grid (vocabulary tiles, token tiles): sums of the logits' gradient, with ``hidden`` and alone."""
     tile = pl.program_id(1)
 
     @pl.when(tile == 0)

@@ -42,18 +42,18 @@ def gather_matmul(
 
     Args:
         x: Tokens in any order; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `x`.
+        weight: A matrix for each group, of the type of ``x``.
         sizes: How many rows each group has; the rows of group 0 come first. Rows after the last group give zeros.
         source: The token of each row, from 0 to tokens - 1.
         bias: Added to the product; None adds nothing.
         gate: The matrices of a second product; None: there is none.
         gate_bias: Added to the gate's product; None adds nothing.
         activation: From float32 to float32, element by element. The kernel can only hold what Pallas knows: erf, and not erfc.
-        implementation: "reference" (a sorted copy and `grouped_matmul`), "tpu" (a Pallas kernel), or None: the best one that can serve
+        implementation: "reference" (a sorted copy and ``grouped_matmul``), "tpu" (a Pallas kernel), or None: the best one that can serve
             on the platform the program is lowered for.
 
     Returns:
-        The products of the rows, sorted by group, in the type of `x`.
+        The products of the rows, sorted by group, in the type of ``x``.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -91,20 +91,20 @@ def matmul_scatter(
     .. math:: y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})
 
     Rows after the last group count for no token. Sums are float32. Reverse mode only, by the plain form. For which sizes there is a kernel, and
-    why there is none for GPUs, says :func:`gather_matmul`.
+    why there is none for GPUs, says ``gather_matmul``.
 
     Args:
-        h: Rows sorted by group, as `gather_matmul` gives them; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `h`.
+        h: Rows sorted by group, as ``gather_matmul`` gives them; float32 or bfloat16.
+        weight: A matrix for each group, of the type of ``h``.
         sizes: How many rows each group has.
-        target: The token of each row, from 0 to `num_tokens` - 1.
+        target: The token of each row, from 0 to ``num_tokens`` - 1.
         scale: float32, what each row is weighted by.
         bias: Added to each row before it is weighted; None adds nothing.
         num_tokens: Rows of the result.
-        implementation: As for `gather_matmul`.
+        implementation: As for ``gather_matmul``.
 
     Returns:
-        The sums, in the type of `h`; zeros for tokens that no row names.
+        The sums, in the type of ``h``; zeros for tokens that no row names.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -138,14 +138,14 @@ def sort_rows(
     """Which token stands in each row when rows are sorted by expert, and what it is weighted by: from a router's table to the other two ops.
 
     Args:
-        experts: The experts of each token, as `kernels_pallas.top_k_gating` gives them; from the number of groups on: none.
+        experts: The experts of each token, as ``kernels_pallas.top_k_gating`` gives them; from the number of groups on: none.
         positions: Its place with each of them; no two may have the same one.
         weights: float32, what the experts' outputs are weighted by.
         sizes: How many tokens each expert has.
-        implementation: As for `gather_matmul`.
+        implementation: As for ``gather_matmul``.
 
     Returns:
-        `token` and `weight` of each of `tokens * k` rows; 0 after the last expert's. There is no gradient.
+        ``token`` and ``weight`` of each of ``tokens * k`` rows; 0 after the last expert's. There is no gradient.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -171,7 +171,7 @@ def sort_rows(
 def check_gather(
     x: Any, weight: Any, sizes: Any, source: Any, bias: Any, gate: Any, gate_bias: Any
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     check_product(x, weight, sizes, bias)
     if source.ndim != 1:
         raise ValueError(f"source {source.shape} must have one dimension")
@@ -185,7 +185,7 @@ def check_gather(
 
 
 def check_scatter(h: Any, weight: Any, sizes: Any, target: Any, scale: Any, bias: Any) -> None:
-    """The same for `matmul_scatter`."""
+    """The same for ``matmul_scatter``."""
     check_product(h, weight, sizes, bias)
     for name, value in (("target", target), ("scale", scale)):
         if value.shape != h.shape[:1]:
@@ -195,7 +195,7 @@ def check_scatter(h: Any, weight: Any, sizes: Any, target: Any, scale: Any, bias
 
 
 def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> str | None:
-    """The reason why an implementation of `gather_matmul` cannot serve these operands here, or None if it can."""
+    """The reason why an implementation of ``gather_matmul`` cannot serve these operands here, or None if it can."""
     if name != "tpu":
         return None
     if 0 in (*x.shape, *weight.shape, *source.shape):
@@ -206,7 +206,7 @@ def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> st
 
 
 def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | None:
-    """The same for `matmul_scatter`."""
+    """The same for ``matmul_scatter``."""
     if name != "tpu":
         return None
     if 0 in (*h.shape, *weight.shape, num_tokens):
@@ -217,7 +217,7 @@ def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | No
 
 
 def why_not_sort(name: str, experts: Any) -> str | None:
-    """The same for `sort_rows`."""
+    """The same for ``sort_rows``."""
     if name != "tpu":
         return None
     if experts.size == 0:

@@ -1,4 +1,4 @@
-"""Plain jnp: a sorted copy of the tokens, `grouped_matmul`, and a sum over each token's rows."""
+"""Plain jnp: a sorted copy of the tokens, ``grouped_matmul``, and a sum over each token's rows."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 class Rows(NamedTuple):
-    """What stands in the rows that are sorted by group; see `kernels_pallas.expert_matmul.sort_rows`."""
+    """What stands in the rows that are sorted by group; see ``kernels_pallas.expert_matmul.sort_rows``."""
 
     token: Int[Array, " rows"]
     weight: Float[Array, " rows"]
@@ -22,7 +22,7 @@ def sort_rows(
     weights: Float[Array, "tokens k"],
     sizes: Int[Array, " groups"],
 ) -> Rows:
-    """See `kernels_pallas.expert_matmul.sort_rows`."""
+    """See ``kernels_pallas.expert_matmul.sort_rows``."""
     starts = jnp.append(jnp.cumsum(sizes) - sizes, experts.size)
     number = jnp.minimum(experts, sizes.shape[0])
     # Choices of no group are sent past the last row, where nothing is written.
@@ -42,7 +42,7 @@ def gather_matmul(
     gate_bias: Float[Array, "groups d_out"] | None,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.expert_matmul.gather_matmul`."""
+    """See ``kernels_pallas.expert_matmul.gather_matmul``."""
     rows = x[source]
     product = lambda weight, bias: grouped_matmul(rows, weight, sizes, bias).astype(jnp.float32)
     up = product(weight, bias)
@@ -60,7 +60,7 @@ def matmul_scatter(
     bias: Float[Array, "groups d_out"] | None,
     num_tokens: int,
 ) -> Float[Array, "tokens d_out"]:
-    """See `kernels_pallas.expert_matmul.matmul_scatter`."""
+    """See ``kernels_pallas.expert_matmul.matmul_scatter``."""
     y = grouped_matmul(h, weight, sizes, bias).astype(jnp.float32)
     # What is multiplied by zero must not be a row of no group: nobody says what is in it.
     real = jnp.arange(target.shape[0]) < sizes.sum()

@@ -24,19 +24,19 @@ def grouped_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Rows that are sorted by group, each times the matrix of its group: :math:`y_r = x_r W_{g(r)} + b_{g(r)}`.
 
-    The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in `x`, `weight` and `bias`.
+    The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in ``x``, ``weight`` and ``bias``.
 
     Args:
         x: The rows of group 0, then those of group 1, and so on; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `x`.
+        weight: A matrix for each group, of the type of ``x``.
         sizes: How many rows each group has. Rows after the last group give zeros.
         bias: Added to each row; None adds nothing.
         implementation: "reference" (a masked product, groups times the work), "buffers" (a batched product, and a loop over rows that do not fit),
-            "ragged_dot" (`jax.lax.ragged_dot`, which is a kernel on TPUs and a masked product elsewhere), or None:
+            "ragged_dot" (``jax.lax.ragged_dot``, which is a kernel on TPUs and a masked product elsewhere), or None:
             "ragged_dot" in programs for TPUs, otherwise "buffers".
 
     Returns:
-        The products, in the type of `x`.
+        The products, in the type of ``x``.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -61,7 +61,7 @@ def grouped_matmul(
 
 
 def check_operands(x: Any, weight: Any, sizes: Any, bias: Any) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     groups, d_in, d_out = weight.shape
     if x.shape[1] != d_in:
         raise ValueError(

@@ -19,7 +19,7 @@ def grouped_matmul(
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.grouped_matmul`."""
+    """See ``kernels_pallas.grouped_matmul``."""
     # In a shard_map a gradient has to vary as its operand does.
     x, weight, sizes, bias = vary((x, weight, sizes, bias), varying_axes(x, weight, sizes, bias))
     y = _product(x, weight, sizes, math.ceil(x.shape[0] / weight.shape[0]))

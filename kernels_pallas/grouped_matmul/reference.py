@@ -11,7 +11,7 @@ def grouped_matmul(
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.grouped_matmul`; makes a masked copy of `x` for each group."""
+    """See ``kernels_pallas.grouped_matmul``; makes a masked copy of ``x`` for each group."""
     mine = jax.nn.one_hot(group_of_rows(sizes, x.shape[0]), sizes.shape[0], dtype=x.dtype)
     product = {"preferred_element_type": jnp.float32, "precision": "highest"}
     y = jnp.einsum("rg,ri,gio->ro", mine, x, weight, **product)

@@ -71,7 +71,7 @@ def kl_divergence(
 def check_operands(
     hidden: Any, vocab_weight: Any, teacher_hidden: Any, teacher_weight: Any
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is a shape."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is a shape."""
     if vocab_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"the student has a vocabulary of {vocab_weight.shape[0]} and the teacher one of {teacher_weight.shape[0]}: they must "

@@ -15,7 +15,7 @@ CHUNK = 256
 def chunked(
     student: Output, teacher: Output, weights: Float[Array, " tokens"], temperature: float
 ) -> Float[Array, ""]:
-    """See `kernels_pallas.kl_divergence`."""
+    """See ``kernels_pallas.kl_divergence``."""
     chunk = chunk_size(student.hidden.shape[0], CHUNK)
 
     @jax.checkpoint

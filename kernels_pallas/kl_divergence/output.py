@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 class Output(NamedTuple):
-    """Logits as the product that gives them: `hidden @ vocab_weight.T + bias`.
+    """Logits as the product that gives them: ``hidden @ vocab_weight.T + bias``.
 
     Attributes:
         hidden: Final hidden states, float32 or bfloat16.

@@ -24,5 +24,5 @@ def token_divergences(
 def reference(
     student: Output, teacher: Output, weights: Float[Array, " tokens"], temperature: float
 ) -> Float[Array, ""]:
-    """The weighted sum; see `kernels_pallas.kl_divergence`."""
+    """The weighted sum; see ``kernels_pallas.kl_divergence``."""
     return (weights * token_divergences(student, teacher, temperature)).sum()

@@ -33,7 +33,7 @@ def packed_matmul(
 
     Args:
         x: Inputs, float32 or bfloat16.
-        weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
+        weight: Codes of the weight, a row for each output, packed as ``kernels_pallas.packed_codes`` says.
         scale: float32, of each group and output. One group means a scale for each output.
         zero: float32, what is added to each number of a group; None adds nothing.
         bias: Added to each output; None adds nothing.
@@ -43,7 +43,7 @@ def packed_matmul(
             platform the program is lowered for.
 
     Returns:
-        The outputs, in the type of `x`; sums are float32.
+        The outputs, in the type of ``x``; sums are float32.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -75,7 +75,7 @@ def packed_matmul(
 
 
 def check_operands(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, bits: int) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     if bits not in BITS:
         raise ValueError(f"bits={bits} must be one of {BITS}")
     (d_out, width), d_in = weight.shape, x.shape[1]

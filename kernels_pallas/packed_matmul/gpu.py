@@ -42,7 +42,7 @@ def why_not(x: Any, weight: Any, groups: int, bits: int) -> str | None:
 
 
 def _kernel(x, weight, scale, *more, bits: int, with_zero: bool, activation: Any) -> None:
-    """`more` is the zero points with the inputs' sums and the bias, if they are there, the result, and shared memory."""
+    """``more`` is the zero points with the inputs' sums and the bias, if they are there, the result, and shared memory."""
     *rest, out, codes_smem, out_smem = more
     zero, input_sums = (rest.pop(0), rest.pop(0)) if with_zero else (None, None)
     planes, rows, width = x.shape
@@ -128,7 +128,7 @@ def packed_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.packed_matmul``; ``interpret`` as in ``plgpu.kernel``."""
     rows, (d_out, width) = x.shape[0], weight.shape
     padded = jnp.pad(x, ((0, -rows % 8), (0, 0)))
     planes = padded.reshape(-1, 8 // bits, width).transpose(1, 0, 2)

@@ -33,7 +33,7 @@ def reference(
     bits: int,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`."""
+    """See ``kernels_pallas.packed_matmul``."""
     kernel = values(weight, scale, zero, bits).astype(x.dtype)
     y = jnp.einsum("ti,oi->to", x, kernel, preferred_element_type=jnp.float32)
     return finish(y, bias, activation).astype(x.dtype)

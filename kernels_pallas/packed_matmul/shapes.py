@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int8
 
 
 class Operands(NamedTuple):
-    """Arguments of `packed_matmul`, or their types."""
+    """Arguments of ``packed_matmul``, or their types."""
 
     x: Float[Array, "rows d_in"]
     weight: Int8[Array, "d_out bytes"]
@@ -31,7 +31,7 @@ class Shape:
     groups: int = 1
     with_zero: bool = False
     dtype: str = "float32"
-    """Of `x`."""
+    """Of ``x``."""
     tags: frozenset[str] = frozenset()
     """Who runs it: "test", "gpu test", "bench", "aot"."""
 

@@ -74,7 +74,7 @@ def _chunks(rows: int, width: int, groups: int, bits: int, itemsize: int) -> tup
 def _kernel(
     x_ref, weight_ref, scale_ref, *more, bits, width, chunk, shares, with_zero, activation
 ) -> None:
-    """`more` is the zero points and the bias, if they are there, and the result."""
+    """``more`` is the zero points and the bias, if they are there, and the result."""
     *rest, out_ref = more
     zero_ref = rest.pop(0) if with_zero else None
     bias = rest[0][...] if rest else None
@@ -116,7 +116,7 @@ def _kernel(
 
 
 def _shared_out(x: Array, size: int, shares: int, valid: Any) -> Array:
-    """The inputs of a chunk in float32, as often as groups share it, each time those of one of them; `valid` of them are real."""
+    """The inputs of a chunk in float32, as often as groups share it, each time those of one of them; ``valid`` of them are real."""
     x = x.astype(jnp.float32)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     x = jnp.where(lane < valid, x, 0.0)
@@ -138,7 +138,7 @@ def packed_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.packed_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     rows, (d_out, width), groups = x.shape[0], weight.shape, scale.shape[0]
     planes, itemsize = 8 // bits, x.dtype.itemsize
     chunk, shares, padded = _chunks(rows, width, groups, bits, itemsize)

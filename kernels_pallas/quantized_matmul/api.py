@@ -39,7 +39,7 @@ def quantized_matmul(
 
     Args:
         x: Inputs, float32 or bfloat16. The scale of a row of zeros is one.
-        weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
+        weight: Codes of the weight, a row for each output, packed as ``kernels_pallas.packed_codes`` says.
         scale: float32, of each output.
         bias: Added to each output; None adds nothing.
         code_sums: The sum of each output's codes, :math:`\sum_i c_{oi}`: gives the inputs of each row a zero point. None
@@ -50,7 +50,7 @@ def quantized_matmul(
             platform the program is lowered for.
 
     Returns:
-        The outputs, in the type of `x`.
+        The outputs, in the type of ``x``.
 
     Raises:
         ValueError: Operands that cannot go together, or an unknown name.
@@ -85,7 +85,7 @@ def quantized_matmul(
 
 
 def check_operands(x: Any, weight: Any, scale: Any, bias: Any, code_sums: Any, bits: int) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     if bits not in BITS:
         raise ValueError(f"bits={bits} must be one of {BITS}")
     (d_out, width), d_in = weight.shape, x.shape[1]

@@ -45,7 +45,7 @@ def load_vector(ref: Any, layout: Any) -> Any:
 
 
 def _kernel(codes, weight, *more, vectors: tuple[str, ...], activation: Any) -> None:
-    """`more` is a vector for each of these names, the result, and shared memory for it."""
+    """``more`` is a vector for each of these names, the result, and shared memory for it."""
     *given, out, out_smem = more
     by_name = dict(zip(vectors, given, strict=True))
     steps = codes.shape[1] // _BYTES
@@ -112,7 +112,7 @@ def quantized_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.quantized_matmul``; ``interpret`` as in ``plgpu.kernel``."""
     assert bits == 8, "why_not lets no others through"
     rows, d_out = x.shape[0], weight.shape[0]
     padded = jnp.pad(x, ((0, -rows % (2 * _ROWS)), (0, 0)))

@@ -66,7 +66,7 @@ def reference(
     bits: int,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`."""
+    """See ``kernels_pallas.quantized_matmul``."""
     codes, row_scale, zero = quantize_rows(x, symmetric=code_sums is None)
     width = weight.shape[1]
     sums = jnp.zeros((x.shape[0], weight.shape[0]), jnp.int32)

@@ -11,7 +11,7 @@ from kernels_pallas.packed_codes import unpack_planes
 
 
 class Operands(NamedTuple):
-    """Arguments of `quantized_matmul`, or their types."""
+    """Arguments of ``quantized_matmul``, or their types."""
 
     x: Float[Array, "rows d_in"]
     weight: Int8[Array, "d_out bytes"]
@@ -31,9 +31,9 @@ class Shape:
     bits: int = 8
     """Of a code of the weight."""
     zero_points: bool = False
-    """Of the rows of `x`."""
+    """Of the rows of ``x``."""
     dtype: str = "float32"
-    """Of `x`."""
+    """Of ``x``."""
     tags: frozenset[str] = frozenset()
     """Who runs it: "test", "bench", "aot"."""
 

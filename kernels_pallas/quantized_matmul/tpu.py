@@ -138,7 +138,7 @@ def quantized_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.quantized_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     (rows, d_in), (d_out, width) = x.shape, weight.shape
     planes, wide = 8 // bits, _padded(width)
     fitting = tiles(d_in, bits, x.dtype.itemsize)

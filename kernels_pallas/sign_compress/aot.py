@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: both sides of the exchange, as kernels and in plain jnp."""
+"""What ``python -m kernels_pallas.aot`` compiles of this op: both sides of the exchange, as kernels and in plain jnp."""
 
 import functools
 from collections.abc import Sequence

@@ -78,7 +78,7 @@ def average(
         corrected: float32, the server's :math:`c`; zeros at first.
         scale: float32, the server's :math:`s`; zero at first.
         size: int32, elements of the part that count; the rest is padding. It may differ between servers.
-        implementation: As for `compress`.
+        implementation: As for ``compress``.
 
     Returns:
         The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.

@@ -82,7 +82,7 @@ def compress(
     size: int,
     interpret: Any = None,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.compress`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.sign_compress.compress``; ``interpret`` as in ``plgpu.kernel``."""
     servers, _, width = x.shape
     axes, tiles = varying_axes(x, corrected, scale), pl.cdiv(width, _TILE)
     bits, new, squares = plgpu.kernel(
@@ -145,7 +145,7 @@ def average(
     *,
     interpret: Any = None,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.average`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.sign_compress.average``; ``interpret`` as in ``plgpu.kernel``."""
     workers, width = bits.shape
     axes, tiles = varying_axes(bits, scales, corrected, scale, size), pl.cdiv(width, _TILE)
     sent, new, squares = plgpu.kernel(

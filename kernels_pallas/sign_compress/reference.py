@@ -17,7 +17,7 @@ def pack(positive: Bool[Array, "*batch 8 bytes"]) -> UInt8[Array, "*batch bytes"
 
 
 def unpack(bits: UInt8[Array, "*batch bytes"]) -> Bool[Array, "*batch 8 bytes"]:
-    """The inverse of `pack`."""
+    """The inverse of ``pack``."""
     shape = (*bits.shape[:-1], 8, bits.shape[-1])
     rows = jnp.broadcast_to(bits[..., None, :], shape)
     return (rows >> _shifts(shape)) & jnp.uint8(1) == 1
@@ -39,7 +39,7 @@ def compress(
     *,
     size: int,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.compress`."""
+    """See ``kernels_pallas.sign_compress.compress``."""
     corrected = x.astype(jnp.float32) + (corrected - quantized(corrected, scale))
     if size < x.size:
         positions = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
@@ -54,7 +54,7 @@ def average(
     scale: Float[Array, ""],
     size: Int[Array, ""],
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.average`."""
+    """See ``kernels_pallas.sign_compress.average``."""
     sent = lambda worker: _expanded(bits[worker], scales[worker])
     # One worker after the other: of a reduction over workers XLA's CPU compiler makes scalar code, forty times slower.
     workers = bits.shape[0]
@@ -70,7 +70,7 @@ def average(
 def expand(
     bits: UInt8[Array, "workers bytes"], scales: Float[Array, " workers"]
 ) -> Float[Array, "workers 8 bytes"]:
-    """See `kernels_pallas.sign_compress.expand`."""
+    """See ``kernels_pallas.sign_compress.expand``."""
     return _expanded(bits, scales[:, None, None])
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 
 class Compressed(NamedTuple):
-    """Arguments of `compress`, or their types."""
+    """Arguments of ``compress``, or their types."""
 
     x: Float[Array, "workers 8 bytes"]
     corrected: Float[Array, "workers 8 bytes"]
@@ -17,7 +17,7 @@ class Compressed(NamedTuple):
 
 
 class Averaged(NamedTuple):
-    """Arguments of `average`, or their types."""
+    """Arguments of ``average``, or their types."""
 
     bits: UInt8[Array, "workers bytes"]
     scales: Float[Array, " workers"]
@@ -36,12 +36,12 @@ class Shape:
     size: int
     """Elements that count."""
     dtype: str = "float32"
-    """Of `x`."""
+    """Of ``x``."""
     tags: frozenset[str] = frozenset()
     """Who runs it: "test", "bench", "aot"."""
 
     def compressed(self, key: Array) -> Compressed:
-        """Random arguments of `compress`; some of the sums are zero."""
+        """Random arguments of ``compress``; some of the sums are zero."""
         keys = jax.random.split(key, 2)
         block = (self.workers, 8, self.bytes)
         x = jax.random.normal(keys[0], block).astype(self.dtype)
@@ -52,7 +52,7 @@ class Shape:
         return Compressed(x, last, jnp.float32(0.5))
 
     def averaged(self, key: Array, server: int = 0) -> Averaged:
-        """Random arguments of `average`, at one of the servers."""
+        """Random arguments of ``average``, at one of the servers."""
         keys = jax.random.split(key, 3)
         part = 8 * self.bytes
         return Averaged(
@@ -81,7 +81,7 @@ class Shape:
         return compressed, averaged
 
     def moved(self) -> tuple[int, int]:
-        """Bytes that `compress` and `average` cannot do without: each operand read once, each result written once."""
+        """Bytes that ``compress`` and ``average`` cannot do without: each operand read once, each result written once."""
         part, itemsize = 8 * self.bytes, jnp.dtype(self.dtype).itemsize
         compressed = self.workers * (part * (itemsize + 4 + 4) + self.bytes)
         averaged = self.workers * self.bytes + part * (4 + 4) + self.bytes

@@ -56,7 +56,7 @@ def _error(corrected: Array, scale: Array) -> Array:
 
 
 def _in_place(corrected: int, interpret: Any) -> dict[int, int]:
-    """The new sum takes the place of the old one, `corrected`. The interpreters would give it the shape of whole tiles."""
+    """The new sum takes the place of the old one, ``corrected``. The interpreters would give it the shape of whole tiles."""
     return {} if interpret else {corrected: 1}
 
 
@@ -91,7 +91,7 @@ def compress(
     size: int,
     interpret: Any = False,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.compress`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.sign_compress.compress``; ``interpret`` as in ``pl.pallas_call``."""
     servers, _, width = x.shape
     tile = _tile(servers, width)
     axes = varying_axes(x, corrected, scale)
@@ -169,7 +169,7 @@ def average(
     *,
     interpret: Any = False,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.average`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.sign_compress.average``; ``interpret`` as in ``pl.pallas_call``."""
     workers, width = bits.shape
     tile = _tile(max(1, workers // 8), width)
     axes = varying_axes(bits, scales, corrected, scale, size)

@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: the kernel, and plain jnp to compare with."""
+"""What ``python -m kernels_pallas.aot`` compiles of this op: the kernel, and plain jnp to compare with."""
 
 import functools
 from collections.abc import Sequence

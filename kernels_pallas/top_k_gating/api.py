@@ -28,7 +28,7 @@ def top_k_gating(
         \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|
 
     So each expert counts its tokens in the order in which they come, and nobody is dropped. Of equal logits the expert with the
-    lower number goes first. Differentiable in `logits` through the weights; the choice has no gradient.
+    lower number goes first. Differentiable in ``logits`` through the weights; the choice has no gradient.
 
     There is no kernel for GPUs. The count runs from the first token to the last. The blocks of a Mosaic GPU kernel run at the same time and in any
     order, so it would take either a single block, which leaves all but one multiprocessor idle, or a second pass over the tokens;
@@ -43,8 +43,8 @@ def top_k_gating(
             program is lowered for.
 
     Returns:
-        `weights`, float32, the probabilities of the chosen experts, the highest first, and 0 at padding; `experts`, int32, their
-        numbers, and the number of experts at padding; `positions`, int32, 0 at padding; and `sizes`, int32, how many
+        ``weights``, float32, the probabilities of the chosen experts, the highest first, and 0 at padding; ``experts``, int32, their
+        numbers, and the number of experts at padding; ``positions``, int32, 0 at padding; and ``sizes``, int32, how many
         tokens chose each expert.
 
     Raises:
@@ -75,7 +75,7 @@ def top_k_gating(
 
 
 def check_operands(logits: Any, k: int, used: Any) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands cannot go together; all they need is shape and dtype."""
     num_tokens, num_experts = logits.shape
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Gating(NamedTuple):
-    """The choice of each token; see `kernels_pallas.top_k_gating`."""
+    """The choice of each token; see ``kernels_pallas.top_k_gating``."""
 
     weights: Float[Array, "tokens k"]
     experts: Int[Array, "tokens k"]
@@ -23,7 +23,7 @@ def top_k_gating(
     k: int,
     normalize: bool,
 ) -> Gating:
-    """See `kernels_pallas.top_k_gating`."""
+    """See ``kernels_pallas.top_k_gating``."""
     num_tokens, num_experts = logits.shape
     probs = jax.nn.softmax(logits)
     # Without the barrier XLA's CPU compiler may sort all experts of each token, ten times as slow.

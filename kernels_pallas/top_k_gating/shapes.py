@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 
 class Operands(NamedTuple):
-    """Arrays among the arguments of `top_k_gating`, or their types."""
+    """Arrays among the arguments of ``top_k_gating``, or their types."""
 
     logits: Float[Array, "tokens experts"]
     used: Bool[Array, " tokens"] | None

@@ -94,7 +94,7 @@ def top_k_gating(
     normalize: bool,
     interpret: Any = False,
 ) -> Gating:
-    """See `kernels_pallas.top_k_gating`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.top_k_gating``; ``interpret`` as in ``pl.pallas_call``."""
     num_tokens, num_experts = logits.shape
     wide = pl.cdiv(num_experts, _SUBLANES) * _SUBLANES
     tile = min(_TILE, pl.cdiv(num_tokens, _LANES) * _LANES)

@@ -1,4 +1,4 @@
-"""Pallas TPU kernel of `gather_matmul`: the sorted rows exist in VMEM alone.
+"""Pallas TPU kernel of ``gather_matmul``: the sorted rows exist in VMEM alone.
 
 The tokens are read once, as they lie. Tiles of outputs are the outer loop and steps through the rows the inner one; in its first round each
 tile of rows is gathered, into scratch memory, where the other rounds find it. A weight is read once, and only if its
@@ -33,7 +33,7 @@ def _outputs(x: Any, rows: int, gate: Any) -> int | None:
 
 
 def _gather(source_ref: Any, tokens_ref: Any, picked_ref: Any, first: Any) -> None:
-    """The tokens of a tile's rows. One row at a time is for 32 bits only, so `tokens_ref` and `picked_ref` are float32."""
+    """The tokens of a tile's rows. One row at a time is for 32 bits only, so ``tokens_ref`` and ``picked_ref`` are float32."""
     tokens = tokens_ref.shape[0]
 
     def one(row, _):
@@ -91,7 +91,7 @@ def gather_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.expert_matmul.gather_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.gather_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     (tokens, d_in), (groups, _, d_out), rows = x.shape, weight.shape, source.shape[0]
     tile, outputs = vmem.tile_of_rows(rows), _outputs(x, rows, gate)
     assert outputs is not None, "why_not lets no such operands through"

@@ -1,4 +1,4 @@
-"""Pallas TPU kernel of `sort_rows`: a loop over numbers in scalar memory, since a scatter of so few is several operations."""
+"""Pallas TPU kernel of ``sort_rows``: a loop over numbers in scalar memory, since a scatter of so few is several operations."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def sort_rows(
     sizes: Int[Array, " groups"],
     interpret: Any = False,
 ) -> Rows:
-    """See `kernels_pallas.expert_matmul.sort_rows`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.sort_rows``; ``interpret`` as in ``pl.pallas_call``."""
     axes = varying_axes(experts, positions, weights, sizes)
     numbers = pl.BlockSpec(memory_space=pltpu.SMEM)
     token, weight = pl.pallas_call(

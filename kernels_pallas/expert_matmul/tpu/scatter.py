@@ -1,4 +1,4 @@
-"""Pallas TPU kernel of `matmul_scatter`: what the experts make of a token is summed in VMEM, in float32.
+"""Pallas TPU kernel of ``matmul_scatter``: what the experts make of a token is summed in VMEM, in float32.
 
 Tiles of outputs are the outer loop and steps through the sorted rows the inner one. The sums of all tokens stay in scratch memory
 meanwhile; behind each product its rows are added to them, one after another, so no two meet.
@@ -63,7 +63,7 @@ def matmul_scatter(
     num_tokens: int,
     interpret: Any = False,
 ) -> Float[Array, "tokens d_out"]:
-    """See `kernels_pallas.expert_matmul.matmul_scatter`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.matmul_scatter``; ``interpret`` as in ``pl.pallas_call``."""
     (rows, d_in), (groups, _, d_out) = h.shape, weight.shape
     tile = vmem.tile_of_rows(rows)
     outputs = vmem.scatter_outputs(num_tokens, rows, d_in, h.dtype)

@@ -23,7 +23,7 @@ class Steps(NamedTuple):
         group: Its group; that of the step before where it is of rows of no group.
         tile: Its tile.
         first: Its first row.
-        last: The row after its last; `first` where the step has none.
+        last: The row after its last; ``first`` where the step has none.
         filled: How many rows belong to a group at all.
     """
 
@@ -45,7 +45,7 @@ def make_steps(
         sizes: How many rows each group has.
         rows: All rows.
         tile: Rows of a tile.
-        interpret: As in `pl.pallas_call`.
+        interpret: As in ``pl.pallas_call``.
 
     Example:
         >>> import jax.numpy as jnp

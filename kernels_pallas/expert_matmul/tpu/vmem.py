@@ -27,7 +27,7 @@ def padded(size: int, multiple: int) -> int:
 
 
 def gather_outputs(tokens: int, d_in: int, rows: int, weights: int, dtype: Any) -> int | None:
-    """Outputs of a tile of `gather_matmul` with so many weights, the most that fit; None: none do."""
+    """Outputs of a tile of ``gather_matmul`` with so many weights, the most that fit; None: none do."""
     tile, itemsize, wide = tile_of_rows(rows), dtype.itemsize, padded(d_in, 128)
     inputs = wide * (padded(tokens, 16) * (itemsize + 4) + tile * 4 + padded(rows, tile) * itemsize)
 
@@ -39,7 +39,7 @@ def gather_outputs(tokens: int, d_in: int, rows: int, weights: int, dtype: Any) 
 
 
 def scatter_outputs(tokens: int, rows: int, d_in: int, dtype: Any) -> int | None:
-    """Outputs of a tile of `matmul_scatter`, the most that fit; None: none do."""
+    """Outputs of a tile of ``matmul_scatter``, the most that fit; None: none do."""
     tile, itemsize, wide = tile_of_rows(rows), dtype.itemsize, padded(d_in, 128)
 
     def rest(outputs: int) -> int:

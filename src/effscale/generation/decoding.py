@@ -17,7 +17,7 @@ from effscale.models import Transformer, grow_cache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What :func:`decode` and :func:`effscale.generation.generate` return.
+    """What ``decode`` and ``effscale.generation.generate`` return.
 
     With ``num_return_sequences=n``, the ``n`` answers to a prompt are ``n`` rows in succession.
 
@@ -55,7 +55,7 @@ def decode(
     logits: bool = False,
     scores: bool = False,
 ) -> Generated:
-    """Continues each row of a prompt that lies on the devices: :func:`effscale.generation.generate` without its checks.
+    """Continues each row of a prompt that lies on the devices: ``effscale.generation.generate`` without its checks.
 
     Nothing goes to the host, so it can be part of a compiled loop, such as that of reinforcement learning. Token ids must lie
     in the vocabulary, and padding on the left.
@@ -70,13 +70,13 @@ def decode(
         attention_mask: Nonzero at real tokens; None: all are real.
         key: For sampling; may be left out only when greedy.
         processors: Functions of your own, ``(logits, history) -> logits``, which act before the temperature; see
-            :class:`effscale.generation.History`. They are part of the compiled program: another function is another compilation.
+            ``effscale.generation.History``. They are part of the compiled program: another function is another compilation.
         log_probs: Whether to return the new tokens' log-probabilities, which costs one pass over the logits of each token.
         logits: Whether to return the logits: ``batch * max_new_tokens * vocab`` numbers.
         scores: Whether to return what the tokens were drawn from, which is as large.
 
     Returns:
-        Tokens, masks and lengths; see :class:`Generated`.
+        Tokens, masks and lengths; see ``Generated``.
 
     Raises:
         ValueError: While tracing: ``key`` is missing, the prompt and ``max_new_tokens`` exceed the model's positions, or a

@@ -58,19 +58,19 @@ def sampling_from_folder(
     Read are ``do_sample`` (without it decoding is greedy), ``temperature``, ``top_k`` (50 where the file samples and does not
     say), ``top_p``, ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size``, ``num_return_sequences``, ``suppress_tokens``,
     ``max_new_tokens`` or ``max_length``, ``min_new_tokens`` or ``min_length``, ``eos_token_id`` and ``pad_token_id`` (the first
-    stop token where there is none). Where the file says nothing of the length, it is :class:`SamplingConfig`'s default, not
+    stop token where there is none). Where the file says nothing of the length, it is ``SamplingConfig``'s default, not
     transformers' 20 tokens. A folder without that file gives what its ``config.json`` says of these fields.
 
     Args:
         folder: A model folder on this machine.
         do_sample: Whether to sample, in place of what the file says.
         prompt_length: The prompts' length with padding. ``max_length`` and ``min_length`` count the prompt, so they need it.
-        **changes: Fields of :class:`SamplingConfig` in place of the file's. A ``temperature`` above 0 samples, with the file's
+        **changes: Fields of ``SamplingConfig`` in place of the file's. A ``temperature`` above 0 samples, with the file's
             filters.
 
     Raises:
         FolderError: There is no such folder or file, or a field has a value that it cannot have; a ``ValueError``.
-        ValueError: A change is no field of :class:`SamplingConfig`.
+        ValueError: A change is no field of ``SamplingConfig``.
 
     Warns:
         UserWarning: With the names of fields that would change what is generated and are not read, such as ``num_beams``.

@@ -39,15 +39,15 @@ def generate(
 
     Args:
         model: A causal model with a head named ``lm``. If you call this often, give ``effscale.models.unroll(model)``; see
-            :func:`decode`.
-        prompt: Token ids of shape ``(batch, seq)``, padded on the left; :func:`left_pad` makes one from lists.
+            ``decode``.
+        prompt: Token ids of shape ``(batch, seq)``, padded on the left; ``left_pad`` makes one from lists.
         config: Length, filters and stop tokens.
         attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
         key: For sampling; may be left out only when greedy. The same key gives the same tokens, and a row's tokens
             do not depend on the other rows.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`decode`.
+        processors: Functions of your own, ``(logits, history) -> logits``; see ``decode``.
         stop_strings: A row ends with the token that completes one of these in the text of its answer, wherever in a token it begins or
-            ends. The text is looked at after every few tokens; :func:`answer_texts` cuts it where the string begins.
+            ends. The text is looked at after every few tokens; ``answer_texts`` cuts it where the string begins.
         tokenizer: What turns tokens into text; needed for ``stop_strings`` only.
         log_probs: Whether to return the new tokens' log-probabilities.
         logits: Whether to return the model's logits of each new token.
@@ -55,7 +55,7 @@ def generate(
 
     Returns:
         Tokens of shape ``(batch * num_return_sequences, seq + max_new_tokens)``, their mask, and each answer's length; see
-        :class:`Generated`.
+        ``Generated``.
 
     Raises:
         ValueError: If the model is not causal or has no ``lm`` head; the prompt is not an array of integers, holds an

@@ -70,7 +70,7 @@ def begin(
     key: PRNGKeyArray,
     plan: Plan,
 ) -> tuple[Constants, Carry]:
-    """Reads the prompt and draws the first token of each row, with a model that is :func:`ready`."""
+    """Reads the prompt and draws the first token of each row, with a model that is ``ready``."""
     config = plan.config
     length, new = prompt.shape[1], config.max_new_tokens
     cache = empty_cache(model.config, prompt.shape[0], stages(length, new)[0])

@@ -1,6 +1,6 @@
 """What changes logits before a token is drawn from them, and the order in which it acts.
 
-:func:`process` and :func:`warp` are that order: what they call is a function of logits each, and an option that is off is not called.
+``process`` and ``warp`` are that order: what they call is a function of logits each, and an option that is off is not called.
 """
 
 import math
@@ -86,7 +86,7 @@ def warp(
 
 
 def may_forbid_all(config: SamplingConfig, processors: Sequence[LogitsProcessor]) -> bool:
-    """Whether :func:`process` can leave no token that may follow."""
+    """Whether ``process`` can leave no token that may follow."""
     return bool(
         processors
         or config.no_repeat_ngram_size
@@ -108,7 +108,7 @@ def add_bias(
 def penalize(
     logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: float
 ) -> Float[Array, "batch vocab"]:
-    """Makes tokens already seen less likely; see :class:`SamplingConfig`."""
+    """Makes tokens already seen less likely; see ``SamplingConfig``."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -1,4 +1,4 @@
-"""Tokens as they come: the loop of :func:`effscale.generation.decode`, a few tokens at a time."""
+"""Tokens as they come: the loop of ``effscale.generation.decode``, a few tokens at a time."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 
 class Stream(Iterator[Chunk]):
-    """An iterator over the tokens that a model draws; :func:`stream` makes one."""
+    """An iterator over the tokens that a model draws; ``stream`` makes one."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Stream(Iterator[Chunk]):
         self._cut = True
 
     def generated(self) -> Generated:
-        """What was drawn so far, as :func:`effscale.generation.generate` returns it."""
+        """What was drawn so far, as ``effscale.generation.generate`` returns it."""
         out = gathered(self._constants, self._carry)
         # The next chunk takes the arrays of the carry over.
         return _cut(out, self.plan.config) if self._cut else jax.tree.map(jnp.copy, out)
@@ -119,7 +119,7 @@ def stream(
 ) -> Stream:
     """Continues each row of ``prompt`` and yields the new tokens as they come.
 
-    The tokens are those of :func:`effscale.generation.generate` with the same key, whatever ``chunk`` is. What is compiled is one
+    The tokens are those of ``effscale.generation.generate`` with the same key, whatever ``chunk`` is. What is compiled is one
     program that draws up to ``chunk`` tokens; between its calls the cache stays on the devices.
 
     Args:
@@ -129,17 +129,17 @@ def stream(
         attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
         key: For sampling; may be left out only when greedy.
         chunk: How many tokens of each row come at once.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`effscale.generation.decode`.
+        processors: Functions of your own, ``(logits, history) -> logits``; see ``effscale.generation.decode``.
         log_probs: Whether ``stream(...).generated()`` is to have the new tokens' log-probabilities.
         logits: Whether it is to have the model's logits.
         scores: Whether it is to have what each token was drawn from.
 
     Returns:
-        An iterator over :class:`Chunk`. It ends when every row has ended. Its method ``stop(row, length)`` ends a row early, and
+        An iterator over ``Chunk``. It ends when every row has ended. Its method ``stop(row, length)`` ends a row early, and
         ``generated()`` is all that was drawn so far.
 
     Raises:
-        ValueError: As :func:`effscale.generation.generate`; for logits of no use, when their chunk is asked for.
+        ValueError: As ``effscale.generation.generate``; for logits of no use, when their chunk is asked for.
 
     Example:
         >>> from flax import nnx

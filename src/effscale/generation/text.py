@@ -143,7 +143,7 @@ def answer_texts(
 
     Args:
         tokenizer: What turns tokens into text.
-        generated: From :func:`effscale.generation.generate` or :func:`effscale.generation.decode`.
+        generated: From ``effscale.generation.generate`` or ``effscale.generation.decode``.
         stop_strings: Those that ``generate`` had, or others.
         skip_special_tokens: Whether special tokens are no text.
 
@@ -201,13 +201,13 @@ def stream_text(
         chunk: How many tokens are drawn at once.
         words: Whether a piece ends with a whole word; otherwise with a whole character.
         skip_special_tokens: Whether special tokens are no text.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`effscale.generation.decode`.
+        processors: Functions of your own, ``(logits, history) -> logits``; see ``effscale.generation.decode``.
 
     Returns:
         An iterator over pieces of text, none of them empty.
 
     Raises:
-        ValueError: As :func:`effscale.generation.stream`; or the config asks for several answers.
+        ValueError: As ``effscale.generation.stream``; or the config asks for several answers.
     """
     config = SamplingConfig() if config is None else config
     if config.num_return_sequences != 1:

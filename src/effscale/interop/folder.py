@@ -29,9 +29,9 @@ NOT_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler")
 def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     """Opens the weights of a model folder, without reading them.
 
-    Taken is the first of `NAMES` that is there; else Megatron-DeepSpeed's layer files
-    (`effscale.interop.files.megatron`); else DeepSpeed's files of experts
-    (`effscale.interop.files.deepspeed_moe`); else the only other ``*.safetensors`` file, or the only
+    Taken is the first of ``NAMES`` that is there; else Megatron-DeepSpeed's layer files
+    (``effscale.interop.files.megatron``); else DeepSpeed's files of experts
+    (``effscale.interop.files.deepspeed_moe``); else the only other ``*.safetensors`` file, or the only
     other ``*.bin`` file.
 
     Args:

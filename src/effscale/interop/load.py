@@ -52,7 +52,7 @@ def load_pretrained(
         folder: A folder with ``config.json`` and weights; or a GGUF file of a Llama.
         dtype: Type of the parameters and of what the model computes in: float32, bfloat16 or float16. None: that of
             the file, tensor by tensor.
-        mesh: Where the parameters lie, by the rules of :mod:`effscale.parallel`; None: on the default device.
+        mesh: Where the parameters lie, by the rules of ``effscale.parallel``; None: on the default device.
         heads: The heads of the model, such as a reward's or a classifier's on the trunk of a language model; ``()``: the
             trunk alone. A head that the folder has, by its name, is loaded; ``score``, ``classes`` and ``value`` with one
             output are the same head under three names. Heads of the folder that are not among these are left out. None:
@@ -99,7 +99,7 @@ def load_pretrained(
 def load_source(
     source: Source, *, dtype: Any = None, mesh: Mesh | None = None, key: PRNGKeyArray | None = None
 ) -> Transformer:
-    """A model from an open source; the arguments are those of :func:`load_pretrained`."""
+    """A model from an open source; the arguments are those of ``load_pretrained``."""
     chosen = None if dtype is None else float_type(dtype)
     computes = chosen or _most_common(source)
     types = _types(source, chosen, computes)
@@ -121,7 +121,7 @@ def fill(
     Args:
         source: The source.
         types: By the names of tensors.
-        mesh: As in :func:`load_pretrained`.
+        mesh: As in ``load_pretrained``.
         initial: The parameters for which there is no tensor.
     """
     model = abstract(source.config)

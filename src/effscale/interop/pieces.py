@@ -60,7 +60,7 @@ class WeightPieces:
     """A weight, which may consist of several arrays, filled layer by layer.
 
     Args:
-        like: The shapes and types of its arrays: a `jax.ShapeDtypeStruct`, or a structured weight of them.
+        like: The shapes and types of its arrays: a ``jax.ShapeDtypeStruct``, or a structured weight of them.
         shardings: How they are divided, likewise; None: they lie on the default device.
     """
 
@@ -73,7 +73,7 @@ class WeightPieces:
         ]
 
     def put(self, place: tuple[int, ...], weight: Any) -> None:
-        """Writes the weight at ``place`` of the leading dimensions; see `Pieces.put`."""
+        """Writes the weight at ``place`` of the leading dimensions; see ``Pieces.put``."""
         for pieces, array in zip(self.arrays, jax.tree.leaves(weight), strict=True):
             pieces.put(place, array)
 

@@ -92,7 +92,7 @@ def write_model(
     fields: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model folder; see :func:`save_pretrained`.
+    """Writes a model folder; see ``save_pretrained``.
 
     Args:
         model: As there.
@@ -103,7 +103,7 @@ def write_model(
         tokenizer: As there.
         store: Writes weights with structure in another way.
         fields: Further fields of ``config.json``.
-        metadata: For the header of each file; see `effscale.interop.files.writer.write_tensors`.
+        metadata: For the header of each file; see ``effscale.interop.files.writer.write_tensors``.
     """
     more, (family, fields) = fields or {}, describe(model.config, model_type_of(like))
     chosen = None if dtype is None else float_type(dtype)

@@ -8,7 +8,7 @@ from effscale.interop.tensors import FolderError, TensorInfo, Tensors
 
 
 class Shards:
-    """Several containers as one; see `effscale.interop.tensors.Tensors`.
+    """Several containers as one; see ``effscale.interop.tensors.Tensors``.
 
     Where the files have metadata of ours, it is the same in all of them.
 

@@ -127,7 +127,7 @@ def check_layers(where: str, fields: Mapping[str, Any], tensors: int) -> None:
 
 
 def check_experts(config: TransformerConfig, tensors: int) -> None:
-    """Refuses more experts than there are tensors, as :func:`check_layers` does it for layers."""
+    """Refuses more experts than there are tensors, as ``check_layers`` does it for layers."""
     counts = [getattr(layer.feed_forward, "num_experts", 0) for layer in config.layers]
     if sum(counts) > tensors:
         raise FolderError(

@@ -1,7 +1,7 @@
 """One table a family: each tensor's name and layout there and here, read in both directions.
 
-A :class:`Rule` is a row. Its layout is an einops pattern from their tensor to ours; exchanged around the arrow it leads
-back. The axes with a size that the shapes do not tell (heads, the patch) take it from the model's config; see :func:`sizes`.
+A ``Rule`` is a row. Its layout is an einops pattern from their tensor to ours; exchanged around the arrow it leads
+back. The axes with a size that the shapes do not tell (heads, the patch) take it from the model's config; see ``sizes``.
 """
 
 import dataclasses

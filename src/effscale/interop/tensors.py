@@ -29,8 +29,8 @@ class TensorInfo:
 
     Attributes:
         shape: Its dimensions.
-        dtype: The type of its elements; one that is not in `DTYPES` is refused by ``read``.
-        form: None for arrays. Of a `StructuredTensor`, what the weights that are made of it have in common with others that
+        dtype: The type of its elements; one that is not in ``DTYPES`` is refused by ``read``.
+        form: None for arrays. Of a ``StructuredTensor``, what the weights that are made of it have in common with others that
             can lie in one stack with them.
     """
 
@@ -45,7 +45,7 @@ ToOurs = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 @runtime_checkable
 class StructuredTensor(Protocol):
-    """A tensor that becomes a structured weight (`effscale.models.Weight`) rather than an array: codes with scales, for instance."""
+    """A tensor that becomes a structured weight (``effscale.models.Weight``) rather than an array: codes with scales, for instance."""
 
     def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[Any, ...]:
         """Our weights, whose arrays are NumPy's, one for each parameter that the tensor fills.
@@ -80,15 +80,15 @@ class Tensors(Protocol):
 
 @runtime_checkable
 class MixedTensors(Protocol):
-    """`Tensors` of which some may be structured: those whose info has a ``form``."""
+    """``Tensors`` of which some may be structured: those whose info has a ``form``."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """As in `Tensors`."""
+        """As in ``Tensors``."""
         ...
 
     def read(self, name: str) -> np.ndarray | StructuredTensor:
-        """As in `Tensors`."""
+        """As in ``Tensors``."""
         ...
 
 

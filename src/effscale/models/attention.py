@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         std: Standard deviation of the initial input projections.
         out_std: The same of the output projection.
         rngs: Source of the initial values.
-        implementation: See :class:`TransformerConfig`.
+        implementation: See ``TransformerConfig``.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ def in_blocks(
     rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Attention with scores in float32, of a causal sequence in :data:`CAUSAL_BLOCKS` blocks of queries."""
+    """Attention with scores in float32, of a causal sequence in ``CAUSAL_BLOCKS`` blocks of queries."""
     seq = query.shape[2]
     count = (
         CAUSAL_BLOCKS if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0 else 1

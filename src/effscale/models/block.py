@@ -147,7 +147,7 @@ class BlockGroup(nnx.Module):
         """Runs a stretch of the group's repetitions, each block as ``run_block`` says.
 
         Args:
-            run_block: ``(block, x, cache, key, input)`` to ``(x, cache, report)``, as :class:`Block` itself with a context.
+            run_block: ``(block, x, cache, key, input)`` to ``(x, cache, report)``, as ``Block`` itself with a context.
             x: The residual stream.
             cache: Keys and values of the layers that are run, in order; or None.
             key: For dropout; None: no dropout. A layer's own key does not depend on the stretch.
@@ -157,7 +157,7 @@ class BlockGroup(nnx.Module):
                 stretch's repetitions, or None.
 
         Returns:
-            As :meth:`__call__`.
+            As ``__call__``.
         """
         stop = self.repeat if stop is None else stop
         depth, width = stop - start, len(self.blocks)
@@ -203,7 +203,7 @@ def rematerialize(
 
     Args:
         function: Any function of arrays.
-        remat: The policy, or the points that are kept; see :class:`TransformerConfig`.
+        remat: The policy, or the points that are kept; see ``TransformerConfig``.
         prevent_cse: Whether to keep the compiler from merging both computations again, which inside a scan it
             cannot do anyway.
     """

@@ -1,8 +1,8 @@
 """What a transformer is made of, as small frozen dataclasses that check themselves when made.
 
-:class:`TransformerConfig` holds the parts; :mod:`effscale.models.families` writes it for each family and
-:mod:`effscale.models.presets` for each published size. A part that a technique brings (a mixture of experts in
-place of :class:`effscale.models.MLPConfig`) only needs the same ``build``.
+``TransformerConfig`` holds the parts; ``effscale.models.families`` writes it for each family and
+``effscale.models.presets`` for each published size. A part that a technique brings (a mixture of experts in
+place of ``effscale.models.MLPConfig``) only needs the same ``build``.
 """
 
 import dataclasses
@@ -115,11 +115,11 @@ class FeedForwardConfig(Protocol):
     """The place of a block's feed-forward: anything with this ``build`` may stand there.
 
     The built module maps ``(x, context, key)`` to ``(y, report)``: ``x`` and ``y`` of shape ``(batch, seq, d_model)``;
-    ``context`` the :class:`effscale.models.Context` of these tokens, which says what is padding and whether there is a
+    ``context`` the ``effscale.models.Context`` of these tokens, which says what is padding and whether there is a
     cache; ``key`` a PRNG key in training, else None; ``report`` a dict of arrays that the model hands on, stacked over
     layers. Objectives add its entry ``aux_loss``, a scalar, to the loss; its other scalars and vectors become metrics.
 
-    A config may name points of its module in an attribute ``points``; see :mod:`effscale.models.points`.
+    A config may name points of its module in an attribute ``points``; see ``effscale.models.points``.
     """
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> Any:
@@ -260,7 +260,7 @@ class TransformerConfig:
     remat: Remat | tuple[str, ...] = "none"
     """What the backward pass computes again to save memory: nothing (``none``), everything in a layer (``full``), all but
     matrix products (``dots``), or all but the products without a batch dimension (``dots_no_batch``). A tuple names the
-    points of a layer that are kept, such as ``("query", "key", "value", "attention_mixed")``; see :attr:`points`."""
+    points of a layer that are kept, such as ``("query", "key", "value", "attention_mixed")``; see ``points``."""
     attention_implementation: AttentionImplementation | None = None
     """How attention is computed: ``blocks`` of queries with their scores in float32, anywhere; ``splash``, JAX's fused kernel
     for TPUs; ``cudnn``, for Hopper GPUs; None: ``splash`` in programs for TPUs where it can serve, otherwise ``blocks``.

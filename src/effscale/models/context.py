@@ -45,7 +45,7 @@ class Context:
     def real(self) -> Bool[Array, "batch seq"] | None:
         """Which queries are real tokens, as routing must know; None: all.
 
-        Padding is what the mask says, and in packed rows segment 0, as :mod:`effscale.data` packs them.
+        Padding is what the mask says, and in packed rows segment 0, as ``effscale.data`` packs them.
         """
         if self.segments is None:
             return self.valid

@@ -66,7 +66,7 @@ class VocabularyHead(nnx.Module):
         """The last affine map taken apart, for a loss that never holds all logits.
 
         Returns:
-            Its input, its weight of shape ``(vocab, width)`` (any weight: see :func:`effscale.models.dense`), and its
+            Its input, its weight of shape ``(vocab, width)`` (any weight: see ``effscale.models.dense``), and its
             bias or None.
         """
         if self.transform is not None and self.norm is not None and self.activation is not None:
@@ -138,7 +138,7 @@ class ClassifierHead(nnx.Module):
 def pool(
     hidden: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"] | None, kind: Pool
 ) -> Float[Array, "batch d_model"] | Float[Array, "batch seq d_model"]:
-    """The vector that stands for each row; see :class:`ClassHead`."""
+    """The vector that stands for each row; see ``ClassHead``."""
     if kind == "none":
         return hidden
     if kind == "first":

@@ -59,7 +59,7 @@ class Dense(nnx.Module):
         return matmuls(x, self.affine(activation, point=point))[0]
 
     def affine(self, activation: Activation | None = None, *, point: str | None = None) -> Affine:
-        """The layer's weight and bias, with what follows, for :func:`effscale.models.matmuls`."""
+        """The layer's weight and bias, with what follows, for ``effscale.models.matmuls``."""
         bias = None if self.bias is None else self.bias.get_value()
         return Affine(self.kernel.get_value(), bias, activation, point)
 

@@ -111,7 +111,7 @@ def add_lora(
         rank: Inner width of the pair, at least 1.
         key: For ``A``, drawn uniformly from ``±1/sqrt(in)``.
         alpha: The scale is ``alpha / rank``; by default ``alpha = rank``.
-        where: As in :func:`effscale.models.map_weights`.
+        where: As in ``effscale.models.map_weights``.
 
     Returns:
         The adapted model. Train it with ``trainable=is_adapter`` so that the base stays as it is.
@@ -154,7 +154,7 @@ def merge_lora(model: Model) -> Model:
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Drops every LoRA pair and gives back the base weights, bit for bit those before :func:`add_lora`."""
+    """Drops every LoRA pair and gives back the base weights, bit for bit those before ``add_lora``."""
     return map_weights(model, lambda w: w.base if isinstance(w, LoRA) else w, lambda path: True)
 
 

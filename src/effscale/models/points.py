@@ -3,7 +3,7 @@
 The backward pass can keep what stands there instead of computing it again (``TransformerConfig.remat``), and a caller
 can have it handed out (``Transformer.encode(capture=...)``). A feed-forward of one's own may bring further points: its
 config names them in an attribute ``points``, and its module marks each with ``jax.ad_checkpoint.checkpoint_name`` and
-reports it through :meth:`effscale.models.Context.captured`.
+reports it through ``effscale.models.Context.captured``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

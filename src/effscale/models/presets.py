@@ -157,7 +157,7 @@ def preset(name: str) -> TransformerConfig:
     """The config of a published size.
 
     Args:
-        name: A key of :data:`PRESETS`, such as ``"gpt2"`` or ``"bloom-560m"``.
+        name: A key of ``PRESETS``, such as ``"gpt2"`` or ``"bloom-560m"``.
 
     Returns:
         The config; change a field with ``dataclasses.replace``.

@@ -66,7 +66,7 @@ def take_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
 
 
 def replace_layers(model: Transformer, layers: Sequence[int], source: Transformer) -> Transformer:
-    """The model with the layers of another at some places: the inverse of :func:`take_layers`.
+    """The model with the layers of another at some places: the inverse of ``take_layers``.
 
     Args:
         model: Any model of the library.

@@ -43,7 +43,7 @@ class Encoded:
         hidden: The residual stream after the final norm, at the embedding's width where that is another.
         cache: The updated cache, where one was given.
         reports: For each group, for each block, what its feed-forward reported, with a leading layer dimension.
-        captured: In the same way what ``capture`` asked for; :func:`effscale.models.by_layer` puts layers in one array.
+        captured: In the same way what ``capture`` asked for; ``effscale.models.by_layer`` puts layers in one array.
     """
 
     hidden: Float[Array, "batch seq d_model"]
@@ -113,7 +113,7 @@ class Transformer(nnx.Module):
                 count from 0 in each segment.
             type_ids: Kind of each token, for models that have kinds; by default 0.
             key: Turns dropout on.
-            run_group: How a group of layers is run; see :meth:`encode`.
+            run_group: How a group of layers is run; see ``encode``.
 
         Returns:
             Logits of shape ``(batch, seq, vocab)`` for a model whose only head is ``lm``; else a dict with
@@ -150,12 +150,12 @@ class Transformer(nnx.Module):
         """What the heads make of hidden states.
 
         Args:
-            hidden: From :meth:`encode`.
+            hidden: From ``encode``.
             valid: True at real tokens; None: all are real.
-            key: Turns dropout on; it may be the one that :meth:`encode` had.
+            key: Turns dropout on; it may be the one that ``encode`` had.
 
         Returns:
-            As :meth:`__call__`.
+            As ``__call__``.
         """
         pooled = None
         if self.pooler is not None:
@@ -189,11 +189,11 @@ class Transformer(nnx.Module):
         """Everything up to the heads.
 
         Args:
-            inputs: As in :meth:`__call__`.
-            attention_mask: As in :meth:`__call__`.
-            positions: As in :meth:`__call__`.
-            segment_ids: As in :meth:`__call__`; not together with a cache.
-            type_ids: As in :meth:`__call__`.
+            inputs: As in ``__call__``.
+            attention_mask: As in ``__call__``.
+            positions: As in ``__call__``.
+            segment_ids: As in ``__call__``; not together with a cache.
+            type_ids: As in ``__call__``.
             cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow, and ``attention_mask``
                 is of these only. It must have room for them: a full one overwrites its last slots.
             key: Turns dropout on.
@@ -207,7 +207,7 @@ class Transformer(nnx.Module):
             Hidden states, updated cache, reports, and what was captured.
 
         Raises:
-            ValueError: As in :meth:`__call__`; or if ``inputs`` are more tokens than the cache has slots, or ``capture``
+            ValueError: As in ``__call__``; or if ``inputs`` are more tokens than the cache has slots, or ``capture``
                 names no point.
         """
         config = self.config

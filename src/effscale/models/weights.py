@@ -1,8 +1,8 @@
-"""The weight protocol: a weight is anything that :func:`matmul` accepts.
+"""The weight protocol: a weight is anything that ``matmul`` accepts.
 
 Dense layers, heads, embeddings and the decoding loop never ask what their weight is. A plain array is a weight; so is any
-registered pytree with the members of :class:`Weight` (a LoRA pair, a packed integer tensor, a pruned matrix).
-Techniques are then functions from a model to a model that swap leaves; see :func:`map_weights`.
+registered pytree with the members of ``Weight`` (a LoRA pair, a packed integer tensor, a pruned matrix).
+Techniques are then functions from a model to a model that swap leaves; see ``map_weights``.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,15 @@ Model = TypeVar("Model")
 class Weight(Protocol):
     """What a structured weight offers.
 
-    The last two dimensions are ``(in, out)``; any before them are stacked layers or experts, which :func:`jax.lax.scan`
-    and :func:`jax.vmap` take off before the weight is used.
+    The last two dimensions are ``(in, out)``; any before them are stacked layers or experts, which ``jax.lax.scan``
+    and ``jax.vmap`` take off before the weight is used.
 
     Three members are optional:
 
     - ``partition(axes)``: the logical axes of each of its arrays, from those of the dense weight, so that it shards.
     - ``input_form`` and ``prepare(x)``: a weight that turns its input into another form first (8-bit codes and their
       steps) names that form with any hashable value. Projections of one input whose weights name the same form then share it:
-      :func:`matmuls` calls ``prepare`` once for all of them and hands the result to each ``matmul`` in place of ``x``.
+      ``matmuls`` calls ``prepare`` once for all of them and hands the result to each ``matmul`` in place of ``x``.
     - ``fixed_weight``: True for a weight that is never trained; an optimizer would decay the scales of a packed one.
     """
 
@@ -57,7 +57,7 @@ class Weight(Protocol):
     ) -> Float[Array, "rows d_out"]:
         """``activation(x W + b)`` for ``x`` of shape ``(rows, in)``, in the type of this weight.
 
-        A weight whose kernel fuses the bias or the activation does so here; :func:`finish` is for the others.
+        A weight whose kernel fuses the bias or the activation does so here; ``finish`` is for the others.
         """
         ...
 
@@ -86,14 +86,14 @@ def dense(weight: Any) -> Float[Array, "*shape"]:
 
 
 class Affine(NamedTuple):
-    """A map ``activation(x W + b)``: what :func:`matmuls` computes one or several of.
+    """A map ``activation(x W + b)``: what ``matmuls`` computes one or several of.
 
     Attributes:
         weight: Any weight of shape ``(in, out)``.
         bias: ``(out,)``; None adds nothing.
-        activation: A name of :data:`effscale.models.ACTIVATIONS`; None applies none.
+        activation: A name of ``effscale.models.ACTIVATIONS``; None applies none.
         point: Name of the value before the activation, which the backward pass can keep instead of computing it again (see
-            :mod:`effscale.models.points`). Of a weight that is no array it is the value after it.
+            ``effscale.models.points``). Of a weight that is no array it is the value after it.
     """
 
     weight: Any
@@ -117,9 +117,9 @@ def matmul(
 
     Args:
         x: The input; its type is that of the computation and of the result.
-        weight: An array or a :class:`Weight` of shape ``(d_in, d_out)``.
+        weight: An array or a ``Weight`` of shape ``(d_in, d_out)``.
         bias: Added to the product; None adds nothing.
-        activation: A name of :data:`effscale.models.ACTIVATIONS`; None applies none.
+        activation: A name of ``effscale.models.ACTIVATIONS``; None applies none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -132,8 +132,8 @@ def matmul(
 def matmuls(
     x: Float[Array, "*batch d_in"], *affines: Affine
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """Several maps of one input, as query, key and value are: :func:`matmul` of each, except that weights that first turn
-    the input into another form share it; see :class:`Weight`.
+    """Several maps of one input, as query, key and value are: ``matmul`` of each, except that weights that first turn
+    the input into another form share it; see ``Weight``.
 
     Example:
         >>> import jax.numpy as jnp

@@ -12,7 +12,7 @@ from effscale.parallel.rules import current_rules, spec_over
 def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "*shape"]:
     """Say how an activation lies on the mesh, by the logical names of its dimensions.
 
-    The identity when no mesh is set (`jax.set_mesh`) or it has one device. Inside `jax.shard_map` only the
+    The identity when no mesh is set (``jax.set_mesh``) or it has one device. Inside ``jax.shard_map`` only the
     axes that are still automatic count, so a model runs unchanged under a technique that takes ``data`` into
     its own hands.
 
@@ -22,7 +22,7 @@ def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "
             whole on every device.
 
     Returns:
-        `x`, constrained.
+        ``x``, constrained.
 
     Raises:
         ValueError: not one name a dimension, or a name without a rule.
@@ -52,7 +52,7 @@ def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "
 def auto_batch_axes(rows: int) -> tuple[str, ...]:
     """The axes of the mesh in use that divide ``rows`` rows of a batch and that the compiler still partitions.
 
-    For operations that a technique or kernel takes over by `jax.shard_map`: they are the axes to take.
+    For operations that a technique or kernel takes over by ``jax.shard_map``: they are the axes to take.
 
     Args:
         rows: rows of the global batch.

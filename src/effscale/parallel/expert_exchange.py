@@ -69,7 +69,7 @@ def to_experts(
         exchange: How they travel.
 
     Returns:
-        The same array, divided by experts and no more by groups along the expert axis. Inside a `jax.shard_map` over that axis, where
+        The same array, divided by experts and no more by groups along the expert axis. Inside a ``jax.shard_map`` over that axis, where
         shapes are those of one device: this device's experts, and the groups of all.
 
     Example:
@@ -83,7 +83,7 @@ def to_experts(
 def to_tokens(
     x: Float[Array, "experts groups capacity d_model"], exchange: Exchange = Exchange()
 ) -> Float[Array, "_ _ capacity d_model"]:
-    """What the experts made of the buffers, brought back: the inverse of `to_experts`."""
+    """What the experts made of the buffers, brought back: the inverse of ``to_experts``."""
     return _exchange(x, exchange, there=False)
 
 

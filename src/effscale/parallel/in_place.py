@@ -9,7 +9,7 @@ import jax
 def refusing_lost_changes(step: Callable[..., Any], runner: str) -> Callable[..., Any]:
     """The step, which raises if it replaces arrays of its arguments in place and does not return them.
 
-    ``nnx.Optimizer.update`` and ``nnx.BatchNorm`` do so. The arguments within `jax.shard_map` or `jax.vmap` are copies, so without
+    ``nnx.Optimizer.update`` and ``nnx.BatchNorm`` do so. The arguments within ``jax.shard_map`` or ``jax.vmap`` are copies, so without
     this a step that relies on it would do nothing, and say nothing.
 
     Args:

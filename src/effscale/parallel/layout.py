@@ -26,7 +26,7 @@ Tree = TypeVar("Tree")
 class Placement:
     """A mesh and a table of sharding rules, used both to place arrays and to trace functions.
 
-    Because both come from one object, a model cannot be placed by one table and traced by another. :meth:`shard` also moves a model
+    Because both come from one object, a model cannot be placed by one table and traced by another. ``shard`` also moves a model
     from the layout of one placement to that of another, for example from training to generation.
 
     Attributes:
@@ -55,17 +55,17 @@ class Placement:
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator["Placement"]:
-        """Make mesh and rules those of this thread inside the ``with`` block, as `jax.set_mesh` and `use_rules` do."""
+        """Make mesh and rules those of this thread inside the ``with`` block, as ``jax.set_mesh`` and ``use_rules`` do."""
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield self
 
     def shardings(self, tree: Tree) -> Tree:
-        """See `effscale.parallel.shardings`."""
+        """See ``effscale.parallel.shardings``."""
         with use_rules(self.rules):
             return shardings(tree, self.mesh)
 
     def shard(self, tree: Tree) -> Tree:
-        """See `effscale.parallel.shard`."""
+        """See ``effscale.parallel.shard``."""
         with use_rules(self.rules):
             return shard(tree, self.mesh)
 
@@ -81,16 +81,16 @@ class Placement:
             return jax.jit(create, out_shardings=places)(*args)
 
     def batch_sharding(self) -> NamedSharding:
-        """See `effscale.parallel.batch_sharding`."""
+        """See ``effscale.parallel.batch_sharding``."""
         with use_rules(self.rules):
             return batch_sharding(self.mesh)
 
     def batch_shard(self) -> BatchShard:
-        """See `effscale.parallel.batch_shard`."""
+        """See ``effscale.parallel.batch_shard``."""
         with use_rules(self.rules):
             return batch_shard(self.mesh)
 
     def shard_batch(self, batch: PyTree) -> PyTree:
-        """See `effscale.parallel.shard_batch`."""
+        """See ``effscale.parallel.shard_batch``."""
         with use_rules(self.rules):
             return shard_batch(batch, self.mesh)

@@ -1,7 +1,7 @@
 """Several JAX processes on this one machine, to try out and to test programs for many.
 
 ``python -m effscale.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
-each with four virtual CPU devices. The program has to call `effscale.parallel.initialize` first.
+each with four virtual CPU devices. The program has to call ``effscale.parallel.initialize`` first.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def launch_local(
     heartbeat_timeout: int | None = None,
     echo: bool = False,
 ) -> list[ProcessResult]:
-    """Run a command in several processes that find each other through `initialize`.
+    """Run a command in several processes that find each other through ``initialize``.
 
     When one fails the others are ended at once: they would wait for it in a collective. SIGTERM and Ctrl-C are handed on to the processes, and
     what they need to save is waited for; a second Ctrl-C ends them at once.
@@ -82,7 +82,7 @@ def launch_local(
         platform: JAX_PLATFORMS of the processes.
         env: further environment variables.
         timeout: seconds after which all are ended.
-        heartbeat_timeout: as in `DistributedConfig`, for a process that hangs; None leaves it as it is.
+        heartbeat_timeout: as in ``DistributedConfig``, for a process that hangs; None leaves it as it is.
         echo: repeat their output line by line, marked with the process number, while they run.
 
     Returns:

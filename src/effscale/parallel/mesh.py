@@ -34,7 +34,7 @@ class MeshConfig:
     """Devices that split heads, feed-forward width and vocabulary of one replica."""
 
     def __post_init__(self):
-        """Check the sizes on their own; the number of devices is known at `build`."""
+        """Check the sizes on their own; the number of devices is known at ``build``."""
         for axis in AXES:
             size = getattr(self, axis)
             if isinstance(size, bool) or not isinstance(size, int) or not (size >= 1 or size == -1):
@@ -46,7 +46,7 @@ class MeshConfig:
             raise ValueError(f"{self} leaves {' and '.join(free)} open: only one axis may be -1")
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
-        """Sizes in the order of `AXES` for this many devices.
+        """Sizes in the order of ``AXES`` for this many devices.
 
         Raises:
             ValueError: the devices cannot be divided so.
@@ -71,7 +71,7 @@ class MeshConfig:
         return given
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Make the mesh; enter it with `jax.set_mesh`.
+        """Make the mesh; enter it with ``jax.set_mesh``.
 
         Where devices are on several TPU slices or hosts of GPUs, the first axes lie across these, and ``tensor`` within one as far as it fits.
 
@@ -79,7 +79,7 @@ class MeshConfig:
             devices: the devices to use; all of every process by default.
 
         Returns:
-            A mesh with the axes `AXES`, all of type Auto.
+            A mesh with the axes ``AXES``, all of type Auto.
 
         Raises:
             ValueError: the devices cannot be divided so.
@@ -100,7 +100,7 @@ class MeshConfig:
 def over_slices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices of several TPU slices or hosts of GPUs, with a slower network between these, in the order of a mesh.
 
-    `jax.make_mesh` refuses them.
+    ``jax.make_mesh`` refuses them.
 
     Args:
         shape: Sizes of the axes.

@@ -100,7 +100,7 @@ def ending_together(advice: str = "start all processes again") -> Iterator[None]
     """Within this context, the failure of one process ends them all, at once and with a message that says why.
 
     Without it, a process that fails waits for the others in JAX's shutdown, and they wait for it in a collective. A process that loses another one
-    prints which one is gone, as far as that can be told, and ends with status 75 (`LOST_PEER`). One that fails by itself prints its traceback, tells
+    prints which one is gone, as far as that can be told, and ends with status 75 (``LOST_PEER``). One that fails by itself prints its traceback, tells
     the others, and ends with status 1, or with that of its ``SystemExit``. An exit status of 0, or above 128 (stopped by a signal), ends a process in
     the usual way: the others are doing the same. Nothing changes in a run of a single process.
 
@@ -149,7 +149,7 @@ def is_broken_connection(error: BaseException | None) -> bool:
 
 
 def watch_peers() -> None:
-    """Tells the coordinator where this process runs, and listens for the failures of others; `initialize` calls it."""
+    """Tells the coordinator where this process runs, and listens for the failures of others; ``initialize`` calls it."""
     state = _state()
     if state.client is None or state.num_processes == 1:
         return
@@ -164,7 +164,7 @@ class _Watch:
     A collective that waits for another process does not notice that; and when the coordinator ends, JAX ends all others with a stack of C++ functions.
 
     Attributes:
-        advice: What to do then; None outside of `ending_together`, where nothing is done.
+        advice: What to do then; None outside of ``ending_together``, where nothing is done.
     """
 
     def __init__(self):

@@ -20,19 +20,19 @@ Tree = TypeVar("Tree")
 def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """The sharding of every array in a tree of modules, optimizer states and bare arrays, by the rules in force.
 
-    An `nnx.Variable` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided
+    An ``nnx.Variable`` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided
     by the rules; every other array is replicated. Optimizer states keep the metadata, so their moments lie
     where the parameters lie. A statistic of fewer dimensions than ``axes`` has names (a factored second
     moment) is replicated. A value that is itself a pytree (a LoRA pair, a quantized tensor) is asked for
     ``partition(axes)``, a tree of axes like itself; without that method ``axes`` holds for each of its arrays.
-    The arrays in a `PerWorker` are divided over its axis first, and then as they would be without.
+    The arrays in a ``PerWorker`` are divided over its axis first, and then as they would be without.
 
     Args:
-        tree: arrays or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` gives.
+        tree: arrays or ``jax.ShapeDtypeStruct``, such as ``jax.eval_shape`` gives.
         mesh: the mesh.
 
     Returns:
-        The same tree with a `NamedSharding` in the place of every array: what `jax.jit` takes as
+        The same tree with a ``NamedSharding`` in the place of every array: what ``jax.jit`` takes as
         ``in_shardings`` or ``out_shardings``. ``jax.jit(init, out_shardings=shardings(jax.eval_shape(init),
         mesh))()`` makes parameters that are sharded from birth.
 
@@ -50,7 +50,7 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 
 
 def shard(tree: Tree, mesh: Mesh) -> Tree:
-    """Lay a tree of arrays out on a mesh, as `shardings` says, however it lies now.
+    """Lay a tree of arrays out on a mesh, as ``shardings`` says, however it lies now.
 
     With several processes each must hold the same values of every array that is not yet a global one.
     """
@@ -67,7 +67,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 class BatchShard(NamedTuple):
-    """The part of a global batch that this process loads: part `index` of `count` equal ones."""
+    """The part of a global batch that this process loads: part ``index`` of ``count`` equal ones."""
 
     index: int
     count: int
@@ -77,7 +77,7 @@ def batch_shard(mesh: Mesh) -> BatchShard:
     """Which part of every global batch this process has to load.
 
     Processes that hold the same rows (a ``tensor`` axis that spans them) get the same index, so this is what
-    a data pipeline shards by, not `jax.process_index`.
+    a data pipeline shards by, not ``jax.process_index``.
 
     Raises:
         ValueError: the rows of two processes overlap without being the same.
@@ -105,12 +105,12 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Make global arrays of the rows that this process has loaded.
 
     Args:
-        batch: a tree of numpy arrays whose first dimension is the batch: the rows of `batch_shard`. With one
+        batch: a tree of numpy arrays whose first dimension is the batch: the rows of ``batch_shard``. With one
             process that is the whole batch. Scalars are replicated.
         mesh: the mesh.
 
     Returns:
-        The same tree of `jax.Array`, divided as `batch_sharding` says.
+        The same tree of ``jax.Array``, divided as ``batch_sharding`` says.
 
     Raises:
         ValueError: arrays of different numbers of rows, or rows that the mesh cannot divide.
@@ -142,7 +142,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _place_of_many(x: Any, sharding: NamedSharding) -> jax.Array:
-    """`jax.device_put` refuses most arrays of one process when the sharding spans several."""
+    """``jax.device_put`` refuses most arrays of one process when the sharding spans several."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(x)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -159,7 +159,7 @@ def _is_variable(node: object) -> bool:
 
 
 def _is_unit(node: object) -> bool:
-    """What is divided as a whole: a node that says how, or what `_is_variable` finds."""
+    """What is divided as a whole: a node that says how, or what ``_is_variable`` finds."""
     return isinstance(node, PerWorker | nnx.Variable) or hasattr(node, "partition_specs")
 
 

@@ -19,7 +19,7 @@ def ragged_all_to_all(
     *,
     axis_name: Any,
 ) -> Shaped[Array, "rows_out *row"]:
-    """Each device along an axis sends a piece of its rows to each other: `jax.lax.ragged_all_to_all`, also where XLA has none.
+    """Each device along an axis sends a piece of its rows to each other: ``jax.lax.ragged_all_to_all``, also where XLA has none.
 
     On TPUs and GPUs it is that function. Elsewhere pieces are sent padded to the length of the whole operand.
 

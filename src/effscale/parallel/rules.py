@@ -105,9 +105,9 @@ _context = jax.make_user_context(default_value=None)
 
 @contextlib.contextmanager
 def use_rules(rules: Rules) -> Iterator[Rules]:
-    """Make `rules` the table of this thread inside the ``with`` block.
+    """Make ``rules`` the table of this thread inside the ``with`` block.
 
-    A new thread starts with `DEFAULT_RULES`, as it starts without a mesh.
+    A new thread starts with ``DEFAULT_RULES``, as it starts without a mesh.
 
     >>> with use_rules(DEFAULT_RULES | {"seq": "tensor"}):
     ...     current_rules()["seq"]
@@ -118,7 +118,7 @@ def use_rules(rules: Rules) -> Iterator[Rules]:
 
 
 def current_rules() -> Rules:
-    """The table in force: that of the innermost `use_rules`, otherwise `DEFAULT_RULES`."""
+    """The table in force: that of the innermost ``use_rules``, otherwise ``DEFAULT_RULES``."""
     return DEFAULT_RULES if _context.value is None else _context.value
 
 
@@ -138,7 +138,7 @@ def logical_spec(
             and the dimensions before them (such as stacked layers) stay whole.
         shape: the array's shape.
         mesh: the mesh.
-        rules: the table; that of `use_rules` by default.
+        rules: the table; that of ``use_rules`` by default.
 
     Returns:
         A spec with one entry for every dimension.
@@ -164,7 +164,7 @@ def spec_over(
     known: Sequence[str],
     rules: Rules | None = None,
 ) -> PartitionSpec:
-    """`logical_spec` over a part of a mesh: `sizes` of the axes to use, `known` the names of all its axes."""
+    """``logical_spec`` over a part of a mesh: ``sizes`` of the axes to use, ``known`` the names of all its axes."""
     if len(axes) > len(shape):
         raise ValueError(
             f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}"

@@ -1,6 +1,6 @@
 """Values that are the same on all workers although their type says that they may differ.
 
-`jax.shard_map` types a value by all that it was made from, not by what it depends on: ``jnp.zeros_like(gradient)``, which is how
+``jax.shard_map`` types a value by all that it was made from, not by what it depends on: ``jnp.zeros_like(gradient)``, which is how
 optax freezes a parameter, counts as different on each worker, and so does the parameter that it is added to.
 """
 
@@ -50,7 +50,7 @@ _POINTWISE = frozenset(
 def settled(function: Callable[..., Any], axis_name: str | None) -> Callable[..., Any]:
     """The function, with results typed as the same on all workers where they depend on nothing that differs.
 
-    A result outside of a `PerWorker` that is typed as different is computed again from what the workers share, if sums,
+    A result outside of a ``PerWorker`` that is typed as different is computed again from what the workers share, if sums,
     products and the like lead from there to it. Nothing crosses the network for that. All other results stay as they are.
 
     Args:

@@ -14,7 +14,7 @@ VARIABLES = {
     "num_processes": "EFFSCALE_NUM_PROCESSES",
     "process_id": "EFFSCALE_PROCESS_ID",
 }
-"""Environment variables that stand in for fields of `DistributedConfig` which are None."""
+"""Environment variables that stand in for fields of ``DistributedConfig`` which are None."""
 
 HEARTBEAT_VARIABLE = "EFFSCALE_HEARTBEAT_TIMEOUT"
 """The same for its ``heartbeat_timeout``."""
@@ -71,9 +71,9 @@ class DistributedConfig:
 def initialize(config: DistributedConfig | None = None) -> bool:
     """Join the other processes of this run, if there are any. Call it before anything asks for a device.
 
-    The fields of `config` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``,
+    The fields of ``config`` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``,
     ``EFFSCALE_PROCESS_ID`` and ``EFFSCALE_HEARTBEAT_TIMEOUT``, then what JAX finds in the environment of SLURM, Open MPI, Kubernetes (an
-    indexed Job) or a TPU slice. A second call does nothing. What happens when a process is lost later on is up to `ending_together`.
+    indexed Job) or a TPU slice. A second call does nothing. What happens when a process is lost later on is up to ``ending_together``.
 
     Args:
         config: explicit settings.

@@ -1,4 +1,4 @@
-"""For a `jax.shard_map` of one's own in the place of `per_worker`: where a state with `PerWorker` lies, and how it goes in and out."""
+"""For a ``jax.shard_map`` of one's own in the place of ``per_worker``: where a state with ``PerWorker`` lies, and how it goes in and out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from effscale.parallel.workers import PerWorker, as_local, is_per_worker
 
 
 def worker_specs(tree: Any) -> Any:
-    """The ``in_specs`` and ``out_specs`` of a state: the workers' axis for the arrays in a `PerWorker`, ``P()`` for all others.
+    """The ``in_specs`` and ``out_specs`` of a state: the workers' axis for the arrays in a ``PerWorker``, ``P()`` for all others.
 
-    They name the workers' axis alone, for a `jax.shard_map` that is manual over it (``axis_names={axis_name}``). Where the
-    arrays lie on all axes of a mesh, for `jax.device_put` and `jax.jit`, is what `effscale.parallel.shardings` says.
+    They name the workers' axis alone, for a ``jax.shard_map`` that is manual over it (``axis_names={axis_name}``). Where the
+    arrays lie on all axes of a mesh, for ``jax.device_put`` and ``jax.jit``, is what ``effscale.parallel.shardings`` says.
 
     Args:
         tree: A state between steps, or its shapes.
@@ -33,10 +33,10 @@ def worker_specs(tree: Any) -> Any:
 
 
 def unstack_workers(tree: Any) -> Any:
-    """A state as a worker sees it, first in the body of a `jax.shard_map`: each `PerWorker` without its leading dimension.
+    """A state as a worker sees it, first in the body of a ``jax.shard_map``: each ``PerWorker`` without its leading dimension.
 
     Args:
-        tree: The state as `worker_specs` handed it in: the leading dimension of a `PerWorker` is one worker.
+        tree: The state as ``worker_specs`` handed it in: the leading dimension of a ``PerWorker`` is one worker.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,7 +47,7 @@ def unstack_workers(tree: Any) -> Any:
 
 
 def stack_workers(tree: Any) -> Any:
-    """The inverse of `unstack_workers`, last in the body of a `jax.shard_map`.
+    """The inverse of ``unstack_workers``, last in the body of a ``jax.shard_map``.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Steps that each worker along a mesh axis takes by itself.
 
 A technique that decides what crosses the network needs the gradient of each worker, where the compiler would hand it the
-sum over all. So its step runs in a `jax.shard_map` over one mesh axis, the workers' axis; the compiler keeps all others.
+sum over all. So its step runs in a ``jax.shard_map`` over one mesh axis, the workers' axis; the compiler keeps all others.
 """
 
 import functools
@@ -24,22 +24,22 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
 
     The last positional argument of the step is the batch: its arrays are divided by their first dimension (scalars are
     not). All other arguments, keyword arguments such as ``frozen`` among them, and the result are the same on all workers
-    but for what sits in a `PerWorker`.
+    but for what sits in a ``PerWorker``.
 
     Each worker gets copies of the arguments. A step that changes them in place, as ``nnx.Optimizer.update`` does, must return
     what it changed.
 
     Args:
         step: ``step(*state, batch, **shared) -> tree``.
-        axis_name: The workers' axis, of the mesh in use (`jax.set_mesh`). Over its other axes the compiler divides the
+        axis_name: The workers' axis, of the mesh in use (``jax.set_mesh``). Over its other axes the compiler divides the
             work as it does without.
 
     Returns:
-        A function with the step's arguments and result, for `jax.jit`.
+        A function with the step's arguments and result, for ``jax.jit``.
 
     Raises:
         ValueError: While tracing: no such axis in the mesh; rows that cannot be divided; a state of another number of
-            workers; a result that differs between workers outside of a `PerWorker`; or an argument that is changed in
+            workers; a result that differs between workers outside of a ``PerWorker``; or an argument that is changed in
             place and not returned.
 
     Example:
@@ -89,10 +89,10 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
 
 
 def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> Step:
-    """`per_worker` on one device: the workers are a `jax.vmap`, with the same collectives.
+    """``per_worker`` on one device: the workers are a ``jax.vmap``, with the same collectives.
 
     Args:
-        step: As for `per_worker`.
+        step: As for ``per_worker``.
         num_workers: Workers; the rows of a batch are divided among them.
         axis_name: The name by which the step knows the axis.
 
@@ -100,7 +100,7 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
         A function with the step's arguments and result.
 
     Raises:
-        ValueError: As for `per_worker`.
+        ValueError: As for ``per_worker``.
 
     Example:
         >>> step = simulate_workers(lambda scale, batch: jax.lax.pmean(scale * batch.sum(), "data"), 4)
@@ -180,7 +180,7 @@ def _map_per_worker(function: Callable[[Any], Any], tree: Any, axis_name: str) -
 
 
 def _by_kind(tree: Any, axis_name: str, own: Any, shared: Any) -> Any:
-    """The tree with ``own`` for each array in a `PerWorker` of the axis, and ``shared`` for each other."""
+    """The tree with ``own`` for each array in a ``PerWorker`` of the axis, and ``shared`` for each other."""
 
     def visit(node: Any) -> list[Any]:
         if _mine(node, axis_name):

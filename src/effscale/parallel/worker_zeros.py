@@ -14,12 +14,12 @@ from effscale.parallel.workers import PerWorker, bound_axis_size
 def per_worker_zeros(
     make: Callable[[int], Any], axis_name: str, num_workers: int | None = None
 ) -> PerWorker:
-    """Zeros for each worker, where the axis is bound (`jax.shard_map`, `jax.vmap`) and where it is not.
+    """Zeros for each worker, where the axis is bound (``jax.shard_map``, ``jax.vmap``) and where it is not.
 
     Args:
         make: From the number of workers to one worker's zeros.
         axis_name: The workers' axis.
-        num_workers: How many there are, where neither a bound axis nor the mesh in use (`jax.set_mesh`) says it.
+        num_workers: How many there are, where neither a bound axis nor the mesh in use (``jax.set_mesh``) says it.
 
     Raises:
         ValueError: Nobody says how many workers there are, or two differ.

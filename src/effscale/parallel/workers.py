@@ -1,6 +1,6 @@
 """What differs between the workers along a mesh axis, and what their arrays' types say about it.
 
-What is the same on all workers is an ordinary array; what differs sits in a `PerWorker`. `effscale.parallel.worker_steps`
+What is the same on all workers is an ordinary array; what differs sits in a ``PerWorker``. ``effscale.parallel.worker_steps``
 runs steps on such trees.
 """
 
@@ -23,7 +23,7 @@ class PerWorker:
     """A tree whose arrays differ between the workers along an axis.
 
     In a state between steps its arrays have a leading dimension, the workers, that is divided over the axis. Within
-    `per_worker` (or `simulate_workers`) each worker sees its own part, without that dimension.
+    ``per_worker`` (or ``simulate_workers``) each worker sees its own part, without that dimension.
     """
 
     value: Any
@@ -33,7 +33,7 @@ class PerWorker:
 class SendsBytes(abc.ABC):
     """A node of an optimizer's state that counts what its update sent.
 
-    Register a state of your own with ``SendsBytes.register``, which also decorates a NamedTuple; `sent_bytes` then counts it.
+    Register a state of your own with ``SendsBytes.register``, which also decorates a NamedTuple; ``sent_bytes`` then counts it.
 
     Attributes:
         sent: float32, bytes that each worker's device sent in the last update.
@@ -45,7 +45,7 @@ class SendsBytes(abc.ABC):
 class MovesParams(abc.ABC):
     """A node of an optimizer's state that lets workers go their own ways for some steps.
 
-    Register a state of your own with ``MovesParams.register``; `worker_params` then asks it where the worker stands.
+    Register a state of your own with ``MovesParams.register``; ``worker_params`` then asks it where the worker stands.
     """
 
     @abc.abstractmethod
@@ -54,7 +54,7 @@ class MovesParams(abc.ABC):
 
 
 def is_per_worker(node: object) -> bool:
-    """Whether a node of a tree is a `PerWorker`; for ``is_leaf=``."""
+    """Whether a node of a tree is a ``PerWorker``; for ``is_leaf=``."""
     return isinstance(node, PerWorker)
 
 
@@ -67,17 +67,17 @@ def bound_axis_size(axis_name: str) -> int | None:
 
 
 def is_manual(axis_name: str) -> bool:
-    """Whether code runs in a `jax.shard_map` over the axis, and not in a `jax.vmap`."""
+    """Whether code runs in a ``jax.shard_map`` over the axis, and not in a ``jax.vmap``."""
     return axis_name in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def has_types(axis_name: str) -> bool:
-    """Whether types say what differs between workers: not in `jax.vmap`, `jax.pmap` and ``jax.shard_map(check_vma=False)``."""
+    """Whether types say what differs between workers: not in ``jax.vmap``, ``jax.pmap`` and ``jax.shard_map(check_vma=False)``."""
     return is_manual(axis_name) and axis_name in _varying(jax.lax.axis_index(axis_name))
 
 
 def differs(x: Any, axis_name: str) -> bool:
-    """Whether the type of an array says that it differs between workers; never where there are no types (`has_types`)."""
+    """Whether the type of an array says that it differs between workers; never where there are no types (``has_types``)."""
     return is_manual(axis_name) and axis_name in _varying(x)
 
 
@@ -98,12 +98,12 @@ def gather(x: jax.Array, axis_name: str) -> jax.Array:
 
 
 def worker_params(params: Any, opt_state: Any) -> Any:
-    """The parameters at which a worker takes its gradient, within `per_worker`.
+    """The parameters at which a worker takes its gradient, within ``per_worker``.
 
-    They are typed as the worker's own, so that `jax.grad` gives the worker's own gradient. Where the optimizer lets
+    They are typed as the worker's own, so that ``jax.grad`` gives the worker's own gradient. Where the optimizer lets
     workers go their own ways for some steps (0/1 Adam), they are the worker's own in value, too: a node of the
-    optimizer's state that is a `MovesParams` says where. The parameters themselves stay the same
-    on all workers. Without any `PerWorker` in the state, as on one worker, they are returned as they are.
+    optimizer's state that is a ``MovesParams`` says where. The parameters themselves stay the same
+    on all workers. Without any ``PerWorker`` in the state, as on one worker, they are returned as they are.
 
     Args:
         params: The parameters, as the optimizer knows them. Of an ``nnx`` module: ``nnx.state(model, nnx.Param)``, or what
@@ -144,7 +144,7 @@ def worker_params(params: Any, opt_state: Any) -> Any:
 
 
 def sent_bytes(opt_state: Any) -> jax.Array:
-    """Bytes that each device sent in the last update: the sum of ``sent`` over its `SendsBytes` (float32).
+    """Bytes that each device sent in the last update: the sum of ``sent`` over its ``SendsBytes`` (float32).
 
     A skipped update leaves the state as it was, so this is of the update before it; the metric of
     ``make_train_step(axis_name=)`` is zero then.

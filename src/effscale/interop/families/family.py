@@ -25,7 +25,7 @@ class Family:
     Attributes:
         model_type: As in ``config.json``.
         class_name: What the names of its classes in transformers begin with.
-        make: Its function in :mod:`effscale.models.families`.
+        make: Its function in ``effscale.models.families``.
         fields: The table of the fields of ``config.json``.
         only: Further fields, with the one value that each may have.
         read: Arguments of ``make`` that the table does not give, or gives otherwise, from ``config.json`` with defaults

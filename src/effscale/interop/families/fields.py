@@ -1,7 +1,7 @@
 """One table per family: each field of ``config.json`` and the argument of ours that it is, read in both directions.
 
-A :class:`Field` is a row. Forwards it gives an argument of the family's function in :mod:`effscale.models.families`;
-backwards it is written from the place where a config keeps that argument's value, see :data:`PLACES`.
+A ``Field`` is a row. Forwards it gives an argument of the family's function in ``effscale.models.families``;
+backwards it is written from the place where a config keeps that argument's value, see ``PLACES``.
 
 Example:
     >>> from effscale.models import preset

@@ -40,18 +40,18 @@ class Bystander:
 
 
 class ModelStates(TorchFile):
-    """The state dict under ``module``, flat; see `effscale.interop.files.torch.TorchFile`.
+    """The state dict under ``module``, flat; see ``effscale.interop.files.torch.TorchFile``.
 
     Megatron's is a dict of dicts, whose keys are joined by points to the names of the parameters.
 
     The file also holds objects of DeepSpeed's and Megatron's own classes. The restricted unpickler makes a
-    `Bystander` of each in place of importing its class; an object of any other class is refused, as in every file.
+    ``Bystander`` of each in place of importing its class; an object of any other class is refused, as in every file.
 
     Args:
         path: The file.
 
     Attributes:
-        fields: What else is known of the model: those of `KEPT` that the file has.
+        fields: What else is known of the model: those of ``KEPT`` that the file has.
 
     Raises:
         ImportError: There is no torch.

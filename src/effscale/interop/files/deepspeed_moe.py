@@ -33,7 +33,7 @@ def expert_tensor(prefix: str, expert: int, name: str) -> str:
 
 
 class DeepSpeedMoE:
-    """All tensors of such a checkpoint, under their names in the whole model; see `effscale.interop.tensors.Tensors`.
+    """All tensors of such a checkpoint, under their names in the whole model; see ``effscale.interop.tensors.Tensors``.
 
     Experts have the numbers that they have in their layer, not those that they had in some process: files are alike for every ``ep_size``.
     The file of the rest may be absent; where it is there, its routers say how many experts a layer must have.
@@ -43,7 +43,7 @@ class DeepSpeedMoE:
 
     Attributes:
         experts: For each layer with experts, in the order of the model: its name, and how many it has.
-        fields: What the file of the rest says of the model; see `effscale.interop.files.deepspeed.KEPT`.
+        fields: What the file of the rest says of the model; see ``effscale.interop.files.deepspeed.KEPT``.
 
     Raises:
         FolderError: A file is missing, damaged or not of this kind; the experts of a layer are not alike; the files are those of several

@@ -26,7 +26,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "padding_token_id")
 
 
 class GGUFFile:
-    """The tensors of a GGUF file; see `effscale.interop.tensors.Tensors`.
+    """The tensors of a GGUF file; see ``effscale.interop.tensors.Tensors``.
 
     Names are the file's (``blk.0.attn_q.weight``) and shapes NumPy's, ``(out, in)`` for a matrix. Every tensor is given in
     float32, whatever it is packed as. The rows of ``attn_q`` and ``attn_k`` are in llama.cpp's order: it rotates
@@ -67,7 +67,7 @@ class GGUFFile:
         return _kind(self.header.entries[name]).name
 
     def read_bytes(self, name: str) -> np.ndarray:
-        """The bytes of one tensor as they are in the file, one row of it in each row; see `read`."""
+        """The bytes of one tensor as they are in the file, one row of it in each row; see ``read``."""
         return _read_bytes(self.header, name)
 
 

@@ -44,7 +44,7 @@ WHOLE = re.compile(r"(layernorm\.\w+|ln_f\.\w+|(self_attention\.dense|mlp\.dense
 
 
 class MegatronBloom:
-    """A Megatron-DeepSpeed folder under Hugging Face's names; see `effscale.interop.tensors.Tensors`.
+    """A Megatron-DeepSpeed folder under Hugging Face's names; see ``effscale.interop.tensors.Tensors``.
 
     Files are called ``layer_XX-model_YY-model_states.pt`` with the layer XX and the rank YY. A tensor
     is put together when it is read, from mapped files. What every rank holds whole (layer norms,

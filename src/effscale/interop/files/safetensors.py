@@ -47,14 +47,14 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """One safetensors file; see `effscale.interop.tensors.Tensors`.
+    """One safetensors file; see ``effscale.interop.tensors.Tensors``.
 
     The ``safetensors`` library judges the header: lengths, offsets without gaps or overlaps, and
     shapes that fit them. Data is then read with plain reads, not through a memory map: the pages of
     a map count as resident memory until it is closed, and a file cut short while it is mapped
     kills the process.
 
-    The files that `effscale.interop.files.writer` makes carry a checksum of every tensor (its name, type,
+    The files that ``effscale.interop.files.writer`` makes carry a checksum of every tensor (its name, type,
     shape and data), so any damage to them is noticed. Files of others carry none: damage to
     their header is noticed unless it happens to be a valid header again, and a flipped bit in
     their data cannot be known from the file.
@@ -63,7 +63,7 @@ class SafetensorsFile:
         path: The file.
 
     Attributes:
-        metadata: Texts of ours in the header, by key; see `effscale.interop.files.writer.write_tensors`.
+        metadata: Texts of ours in the header, by key; see ``effscale.interop.files.writer.write_tensors``.
 
     Raises:
         FolderError: The file cannot be read or is not a sound safetensors file.

@@ -23,7 +23,7 @@ RESIDENT_PART = 16
 
 
 class TorchFile:
-    """One ``.bin`` or ``.pt`` file; see `effscale.interop.tensors.Tensors`.
+    """One ``.bin`` or ``.pt`` file; see ``effscale.interop.tensors.Tensors``.
 
     It is read with ``torch.load(weights_only=True)``: a pickle that names anything but tensors and
     plain containers is refused before anything in it is called. Tensors come from a memory map; only
@@ -32,7 +32,7 @@ class TorchFile:
     Torch does not look at the checksums in such an archive, so a flipped bit in the data goes
     unnoticed; in safetensors files of ours it would not.
 
-    A checkpoint that holds the model beside other things, under one of the names in `NESTED`, is
+    A checkpoint that holds the model beside other things, under one of the names in ``NESTED``, is
     taken for the model. Within the model's state dict everything must be a tensor: what is not
     (a step counter, a packed weight of some other library) shows that the file is more than a
     model's weights, and leaving it out silently could leave out a weight.

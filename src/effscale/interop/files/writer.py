@@ -56,7 +56,7 @@ def write_tensors(
     that format, so a folder that holds them is refused. Anything else in the folder is left alone.
 
     The bytes of a file depend on the tensors only. Each file carries checksums in its metadata
-    (`effscale.interop.files.safetensors.SafetensorsFile`), which other readers ignore.
+    (``effscale.interop.files.safetensors.SafetensorsFile``), which other readers ignore.
 
     Args:
         folder: Where to; made if it does not exist.
@@ -64,7 +64,7 @@ def write_tensors(
         max_shard_size: The most bytes of tensors in a file, as a number or like ``"500MB"`` (10**6)
             or ``"1GiB"`` (2**30). A tensor that is larger has a file of its own.
         before_move: Called when all is written and nothing is in its place yet.
-        metadata: Text for the header of every file, by keys that begin with `effscale.interop.files.safetensors.PREFIX`;
+        metadata: Text for the header of every file, by keys that begin with ``effscale.interop.files.safetensors.PREFIX``;
             under the checksum, too.
 
     Returns:

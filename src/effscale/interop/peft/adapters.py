@@ -46,18 +46,18 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
     a pair gets zeros, one of a smaller rank is filled up with zeros, and one of another scale has the ratio, a power of
     two, in its B; all of that is exact. The pairs keep the type they have in the file, and lie where the weights lie.
 
-    ``merge_lora`` of :mod:`effscale.models` then folds them into the weights, and ``unmerge_lora`` drops them.
+    ``merge_lora`` of ``effscale.models`` then folds them into the weights, and ``unmerge_lora`` drops them.
 
     Modules that the adapter holds whole (``modules_to_save``: a classifier, a reward's score, embeddings) take the place of the
     model's own, for good: ``unmerge_lora`` does not bring these back.
 
     Args:
-        model: The base, as :func:`effscale.interop.load_pretrained` gives it, with the heads that the adapter has; or any
+        model: The base, as ``effscale.interop.load_pretrained`` gives it, with the heads that the adapter has; or any
             transformer of its shape.
         folder: With ``adapter_config.json`` and ``adapter_model.safetensors``, or the ``adapter_model.bin`` of old.
 
     Returns:
-        A model with :class:`effscale.models.LoRA` weights; the given one stays as it is.
+        A model with ``effscale.models.LoRA`` weights; the given one stays as it is.
 
     Raises:
         FolderError: If a file is missing or damaged; or the adapter is of another kind (DoRA and the like), trains more
@@ -144,7 +144,7 @@ def save_adapter(
     step if they are trained further; what it can do to that end does not outlast its own saving and loading.
 
     Args:
-        model: With LoRA pairs, from :func:`effscale.models.add_lora` or :func:`load_adapter`.
+        model: With LoRA pairs, from ``effscale.models.add_lora`` or ``load_adapter``.
         folder: Where to; made if it is not there. An adapter in it is replaced.
         base: Folder or name of the base model, which the adapter's config then names.
         modules_to_save: Modules that are written whole, by their paths in transformers or what these end in, such as

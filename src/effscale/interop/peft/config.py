@@ -37,7 +37,7 @@ class Scaling:
         alpha: The scale is ``alpha / rank``, or with ``root`` ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         root: Which of both.
         ranks: Other ranks, by a module's path or a regular expression that its end matches
-            (:mod:`effscale.interop.peft.patterns`).
+            (``effscale.interop.peft.patterns``).
         alphas: Other alphas, likewise.
     """
 

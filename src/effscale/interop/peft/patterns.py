@@ -1,6 +1,6 @@
 r"""Regular expressions of ``adapter_config.json``, matched in linear time.
 
-PEFT runs them with :mod:`re`, which tries one way after another: on ``(a+)+b`` it does not come back from a name of forty letters.
+PEFT runs them with ``re``, which tries one way after another: on ``(a+)+b`` it does not come back from a name of forty letters.
 Here all ways are followed at once, as the set of places in the name that are reached (Thompson, "Regular Expression Search
 Algorithm", 1968), so that no file can make us wait. The part of the language that names of modules need is taken: letters, ``.``,
 classes, ``\d`` and its like, repetitions of these, alternatives, groups that may be optional, ``^`` and ``$``. The rest (a repeated

@@ -35,7 +35,7 @@ class Residual:
         return corrected - quantized(corrected, scale)
 
     def partition_specs(self) -> list[P]:
-        """How each array is divided, for `effscale.parallel.shardings`."""
+        """How each array is divided, for ``effscale.parallel.shardings``."""
         return [self.spec, P()]
 
 
@@ -45,7 +45,7 @@ class ErrorFeedback:
     """The errors that a worker keeps: of all it sends, and of the part that it is the server of.
 
     Attributes:
-        worker: The tree with a `Residual` of the same shape in the place of each tensor.
+        worker: The tree with a ``Residual`` of the same shape in the place of each tensor.
         server: The same with the worker's part: [shards, 8, bytes], padded.
     """
 
@@ -59,7 +59,7 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
     Args:
         tree: Arrays like those to be averaged.
         num_workers: Workers that take part.
-        specs: See `effscale.parallel.compressed_mean`.
+        specs: See ``effscale.parallel.compressed_mean``.
 
     Example:
         >>> errors = init_error_feedback({"w": jnp.ones((3, 5))}, num_workers=4)
@@ -79,7 +79,7 @@ def structure_of(tree: Any) -> Any:
     """The structure of a tree's errors: without the ``nnx.Variable`` around an array.
 
     ``nnx.Optimizer`` puts each leaf of a state into a variable of its own, and takes it out again; it does not find its way back to
-    a `Residual` that sits in one.
+    a ``Residual`` that sits in one.
     """
     return jax.tree.structure(nnx.as_pure(tree))
 

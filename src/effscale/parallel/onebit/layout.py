@@ -87,5 +87,5 @@ def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> Ten
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a `jax.P` names."""
+    """The mesh axes that an entry of a ``jax.P`` names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -48,12 +48,12 @@ def compressed_mean(
 
     Args:
         tree: Arrays, different on each worker: momenta, gradients.
-        errors: From `init_error_feedback` or the last call. With other axes than the workers' in the mesh its arrays
-            should be divided as `Residual.spec` says, as `effscale.parallel.shardings` does: undivided ones are correct
+        errors: From ``init_error_feedback`` or the last call. With other axes than the workers' in the mesh its arrays
+            should be divided as ``Residual.spec`` says, as ``effscale.parallel.shardings`` does: undivided ones are correct
             and take more memory.
-        axis_name: The workers' axis, bound by `per_worker` or `simulate_workers` (or `jax.shard_map`, `jax.vmap`).
+        axis_name: The workers' axis, bound by ``per_worker`` or ``simulate_workers`` (or ``jax.shard_map``, ``jax.vmap``).
         scales: How many scales there are.
-        specs: A tree of `jax.P` like ``tree``: how each array is divided over the other axes. By default the logical
+        specs: A tree of ``jax.P`` like ``tree``: how each array is divided over the other axes. By default the logical
             axes of an ``nnx.Variable`` say it, and any other array counts as whole.
 
     Returns:

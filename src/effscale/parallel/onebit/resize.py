@@ -11,14 +11,14 @@ from effscale.parallel.workers import PerWorker, is_per_worker
 
 
 def resize_workers(tree: Any, num_workers: int) -> Any:
-    """The tree with what is in its `PerWorker` for another number of workers.
+    """The tree with what is in its ``PerWorker`` for another number of workers.
 
     The mean over workers is kept: each new worker gets the mean of the old ones' arrays and errors. Servers' errors are
     errors of the mean, in parts; they are cut anew. So what the exchange owes, the mean error of the workers and the
     servers' errors, is owed by the new workers. With the same number the tree is returned as it is.
 
     Args:
-        tree: A state between steps: the arrays of a `PerWorker` have the workers as their first dimension.
+        tree: A state between steps: the arrays of a ``PerWorker`` have the workers as their first dimension.
         num_workers: Workers from now on. One sends nothing, so it never gets at what is owed.
 
     Raises:

@@ -15,7 +15,7 @@ def mean_bytes(tree: Any, num_workers: int, *, specs: Any = None) -> float:
     Args:
         tree: Arrays, or what has a shape and a dtype.
         num_workers: Workers; one sends nothing.
-        specs: See `effscale.parallel.compressed_mean`.
+        specs: See ``effscale.parallel.compressed_mean``.
 
     >>> mean_bytes(jnp.zeros(1000), 4)
     6000.0
@@ -31,7 +31,7 @@ def mean_bytes(tree: Any, num_workers: int, *, specs: Any = None) -> float:
 def compressed_mean_bytes(
     tree: Any, num_workers: int, *, scales: Scales = "tensor", specs: Any = None
 ) -> float:
-    r"""Bytes that a device sends in one `compressed_mean`.
+    r"""Bytes that a device sends in one ``compressed_mean``.
 
     With :math:`B` bytes of a server's part of all tensors and S scales of four bytes, :math:`2 (W - 1) (B + 4 S)`: about
     1/32 of what float32 takes.
@@ -39,8 +39,8 @@ def compressed_mean_bytes(
     Args:
         tree: Arrays, or what has a shape and a dtype.
         num_workers: Workers; one sends nothing.
-        scales: See `effscale.parallel.compressed_mean`.
-        specs: See `effscale.parallel.compressed_mean`.
+        scales: See ``effscale.parallel.compressed_mean``.
+        specs: See ``effscale.parallel.compressed_mean``.
 
     >>> compressed_mean_bytes(jnp.zeros(1000), 4)  # 32 bytes of signs for each server, and a scale
     216.0
