@@ -144,12 +144,12 @@ def test_whole_numbers_may_have_a_point():
 
 
 NAMED = {
-    "architectures": ("gpt2", {"architectures": 5}, "architectures=5: must be a list of names"),
+    "architectures": ("gpt2", {"architectures": 5}, "architectures must be a list of names.*, got 5"),
     "class": ("gpt2", {"architectures": {"a": 1}}, r"architectures=\{'a': 1\}: must be a list"),
-    "zero": ("llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings=0: must be a whole number from 1"),
+    "zero": ("llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings must be a whole number from 1.*, got 0"),
     "huge": ("gpt2", {"n_inner": 10**400}, r"n_inner=1000\d*\.\.\.0+: must be a whole number"),
-    "label": ("llama", {"rope_parameters": ROPE | {"factor": "2"}}, "in rope_parameters, has factor='2': must be a finite"),
-    "sizes": ("vit", {"image_size": []}, r"image_size=\[\]: must be a whole number"),
+    "label": ("llama", {"rope_parameters": ROPE | {"factor": "2"}}, "in rope_parameters, has factor must be a finite.*, got '2'"),
+    "sizes": ("vit", {"image_size": []}, r"image_size must be a whole number.*, got \[\]"),
 }  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def test_settings_beside_a_tokenizer_json(settings, byte_level, tmp_path, auto):
     ("settings", "message"),
     [
         ({"tokenizer_class": "RobertaTokenizer"}, "names a 'RobertaTokenizer'.* AutoTokenizer"),
-        ({"add_prefix_space": "yes"}, "add_prefix_space='yes': must be true or false"),
+        ({"add_prefix_space": "yes"}, "add_prefix_space must be true or false.*, got 'yes'"),
         ({"bos_token": 5}, "has the token 5: must be a string or an object"),
         ({"pad_token": {"lstrip": True}}, "has no content: must be a string"),
         ({"additional_special_tokens": "<x>"}, "has special tokens '<x>': must be a list"),

@@ -109,7 +109,7 @@ def test_a_custom_function_is_latched_and_bounded():
         (lambda: rooted(1, 4, 10, degree=0), "root_degree=0"),
         (
             lambda: rooted(1, 4, 10, clock="hours"),
-            "clock='hours': must be one of steps, samples, tokens",
+            "clock must be one of steps, samples, tokens.*, got 'hours'",
         ),
         (lambda: DiscretePacing(difficulty=(), max_step=()), "difficulty"),
         (lambda: DiscretePacing(difficulty=(2, 1), max_step=(3,)), r"difficulty=\(2, 1\)"),
