@@ -279,7 +279,7 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         lm.loglikelihood(requests("loglikelihood", ("", "<|endoftext|>")), disable_tqdm=True)
     with pytest.raises(ValueError, match="tokens, more than max_length=96"):
         lm.loglikelihood(requests("loglikelihood", ("Is", " it so" * 60)), disable_tqdm=True)
-    with pytest.raises(ValueError, match="max_gen_toks must be below max_length=96.*, got 256"):
+    with pytest.raises(ValueError, match=r"max_gen_toks must be below max_length=96.*, got 256"):
         lm.generate_until(requests("generate_until", ("Is", {})), disable_tqdm=True)
     with pytest.raises(ValueError, match="tokenizer of transformers"):
         lm.apply_chat_template([{"role": "user", "content": "Hi"}])

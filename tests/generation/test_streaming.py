@@ -230,7 +230,7 @@ def test_bad_arguments_are_named(gpt):
     config = SamplingConfig(max_new_tokens=2, num_return_sequences=2)
     with pytest.raises(ValueError, match="num_return_sequences=2: stream_text gives one answer"):
         stream_text(gpt, TOKENIZER, "a", config, key=jax.random.key(0))
-    with pytest.raises(ValueError, match="chunk must be an integer, at least 1.*, got 0"):
+    with pytest.raises(ValueError, match=r"chunk must be an integer, at least 1.*, got 0"):
         stream(gpt, [[1]], SAMPLING, key=jax.random.key(0), chunk=0)
     with pytest.raises(ValueError, match=r"stop_strings=\('a',\) need a tokenizer"):
         generate(gpt, [[1]], SAMPLING, key=jax.random.key(0), stop_strings="a")

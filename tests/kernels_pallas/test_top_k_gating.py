@@ -109,7 +109,7 @@ def test_each_platform_gets_its_own():
 
 def test_bad_input():
     logits = jnp.zeros((4, 3))
-    with pytest.raises(ValueError, match="k must be from 1 to the number of experts, 3.*, got 4"):
+    with pytest.raises(ValueError, match=r"k must be from 1 to the number of experts, 3.*, got 4"):
         top_k_gating(logits, 4)
     with pytest.raises(ValueError, match="logits are bfloat16; routing needs float32"):
         top_k_gating(logits.astype(jnp.bfloat16), 1)

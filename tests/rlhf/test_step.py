@@ -327,12 +327,12 @@ def test_bad_input(made):
             broken(create(), prompts())
     with pytest.raises(ValueError, match=r"weights for \['x'\]"):
         learner(PPO, weights={"x": 1.0})[0](create(), prompts())
-    with pytest.raises(ValueError, match="number must be a divisor.*, got 3"):
+    with pytest.raises(ValueError, match=r"number must be a divisor.*, got 3"):
         learner(PPO, minibatches=3)[0](create(), prompts())
     shared = create()
     with pytest.raises(ValueError, match="the reference has arrays of the actor"):
         learner(PPO, reference=shared.actor.model)[0](shared, prompts())
-    with pytest.raises(ValueError, match="epochs must be at least 1.*, got 0"):
+    with pytest.raises(ValueError, match=r"epochs must be at least 1.*, got 0"):
         learner(PPO, epochs=0)
     with pytest.raises(ValueError, match="PPO needs a critic"):
         make_policy_step(
