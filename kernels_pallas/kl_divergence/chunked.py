@@ -1,4 +1,4 @@
-"""A chunk of tokens at a time: logits of both models exist for one chunk only, and are computed again for the gradient."""
+"""One chunk of tokens at a time: logits of both models exist for only one chunk, and are recomputed for the gradient."""
 
 import jax
 import jax.numpy as jnp
