@@ -92,7 +92,7 @@ def test_unknown_points_are_refused_with_the_list(tiny, tokens):
     model = tiny("gpt2")
     ids = tokens(model.config, 1, 4)
     with pytest.raises(
-        ValueError, match=r"capture='scores': 'scores' is no point.*attention_scores"
+        ValueError, match=r"capture='scores': 'scores' is not a point.*attention_scores"
     ):
         model.encode(ids, capture="scores")
     encoded = model.encode(ids, capture="query")

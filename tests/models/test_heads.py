@@ -141,7 +141,7 @@ def test_patches_are_read_row_by_row(tiny):
 
 
 def test_errors(tiny, tokens):
-    with pytest.raises(ValueError, match=r"pool='pooled' needs TransformerConfig.pooler=True"):
+    with pytest.raises(ValueError, match=r"pool='pooled' needs a pooler\. Set TransformerConfig\.pooler=True"):
         Transformer(
             bert(
                 num_layers=1,

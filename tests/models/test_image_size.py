@@ -114,5 +114,5 @@ def test_errors(tiny):
         resize_images(model, 0)
     with pytest.raises(ValueError, match=r"image_size must be a multiple.*, got -4"):
         resize_images(model, -4)
-    with pytest.raises(ValueError, match=r"for models of images; the inputs here are TokenInputs"):
+    with pytest.raises(ValueError, match=r"model must be an image model, got one with the inputs TokenInputs"):
         resize_images(tiny("gpt2"), 8)

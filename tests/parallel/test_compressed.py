@@ -227,7 +227,7 @@ def unchecked():
 
 def test_bad_input(unchecked):
     x = jnp.ones((2, 4))
-    with pytest.raises(ValueError, match="not bound"):
+    with pytest.raises(ValueError, match="axis_name must be a bound axis, got 'data'"):
         compressed_mean(x, init_error_feedback(x, 2), "data")
     with pytest.raises(ValueError, match="scales='row'"):
         compressed_mean(x, init_error_feedback(x, 2), "data", scales="row")
@@ -257,7 +257,7 @@ def test_meshes_and_specs_that_do_not_fit():
     with jax.set_mesh(MeshConfig().build(jax.devices()[:2])):
         with pytest.raises(ValueError, match="simulate_workers outside of"):
             simulate_workers(mean_step(), 2)(zeros(x, 2), x)
-        with pytest.raises(ValueError, match=r"names 'tensr'.*in use: data"):
+        with pytest.raises(ValueError, match=r"names 'tensr'.*current mesh: data"):
             init_error_feedback(x, 2, P("tensr"))
 
         def step(errors, x):
