@@ -95,9 +95,9 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
     ("fields", "changes", "message"),
     [
         ({"top_k": "many"}, {"do_sample": True}, r"_config\.json' has top_k='many': must be"),
-        ({"do_sample": 1}, {}, r"has do_sample must be true or false.*, got 1"),
-        ({"eos_token_id": [1, "a"]}, {}, r"has eos_token_id must be a list of whole.*, got \[1, 'a'\]"),
-        ({"eos_token_id": 1.5}, {}, r"has eos_token_id must be a whole number.*, got 1\.5"),
+        ({"do_sample": 1}, {}, r"do_sample must be true or false.*, got 1"),
+        ({"eos_token_id": [1, "a"]}, {}, r"eos_token_id must be a list of whole.*, got \[1, 'a'\]"),
+        ({"eos_token_id": 1.5}, {}, r"eos_token_id must be a whole number.*, got 1\.5"),
         ({"do_sample": True, "top_p": 7}, {}, r"json': SamplingConfig\.top_p must be in.*, got 7\.0"),
         (
             {"max_new_tokens": 0},
@@ -116,7 +116,7 @@ def test_values_that_cannot_be_are_named_with_their_file(tmp_path, fields, chang
 def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"folder must be a local folder, got '.*absent'"):
         sampling_from_folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"neither generation_config\.json .* holds nothing"):
+    with pytest.raises(ValueError, match=r"no generation_config\.json .* contains nothing"):
         sampling_from_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text("[1")
     with pytest.raises(ValueError, match="cannot be read as JSON"):

@@ -64,7 +64,7 @@ def test_every_layout_and_type(tmp_path, new_format):
     assert_holds(file, state_dict())
     with pytest.raises(ValueError, match="read-only"):
         file.read("f32")[0, 0] = 1
-    with pytest.raises(FolderError, match=r"pytorch_model.bin' has no tensor 'nope'"):
+    with pytest.raises(FolderError, match=r"pytorch_model\.bin': no tensor 'nope'\."):
         file.read("nope")
 
 
@@ -103,8 +103,8 @@ def test_a_model_inside_a_checkpoint_is_found(tmp_path, wrap):
         ({"a": torch.ones(1), "b": {"c": torch.ones(1)}}, r"more than tensors: 'b' \(dict\)"),
         ({3: torch.ones(1)}, r"more than tensors: 3 \(Tensor\)"),
         ({str(i): i for i in range(11)}, r"'9' \(int\) \.\.\."),
-        (torch.ones(1), "holds a Tensor, not a state dict"),
-        ([torch.ones(1)], "holds a list, not a state dict"),
+        (torch.ones(1), "contains a Tensor, not a state dict"),
+        ([torch.ones(1)], "contains a list, not a state dict"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, content, reason):
@@ -172,7 +172,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, payload, form):
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"once upon a time\n" * 9, "damaged or holds more|Error"),
+        (b"once upon a time\n" * 9, "damaged or contains more|Error"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\n", "git-lfs pointer"),
         (b"PK\x03\x04" + b"\0" * 100, "central directory"),
         (b"<html><body>not found</body></html>", "a web page"),
@@ -185,7 +185,7 @@ def test_what_is_no_torch_file_is_said(tmp_path, content, reason):
 
 
 def test_absent_and_truncated_files(tmp_path):
-    with pytest.raises(FolderError, match=r"a.bin.*there is no such file"):
+    with pytest.raises(FolderError, match=r"a\.bin': is not a valid PyTorch file of weights: the file does not exist"):
         TorchFile(tmp_path / "a.bin")
     for new_format in (True, False):
         buffer = io.BytesIO()

@@ -132,7 +132,7 @@ def test_names_that_cannot_serve(tiny):
     assert shape(splash(dropping), ids).shape == (2, SEQ, 37)
     with (
         use_rules(DEFAULT_RULES | {"seq": "tensor"}),
-        pytest.raises(Unsupported, match=r"rules divide them over \('tensor',\)"),
+        pytest.raises(Unsupported, match=r"sharding rules split them over \('tensor',\)"),
     ):
         shape(splash("llama"), ids)
 

@@ -122,7 +122,7 @@ def test_errors(tiny, tokens):
         empty_cache(model.config, 1, 25)
     cache = empty_cache(model.config, 1, 4)
     ids = tokens(model.config, 1, 5)
-    with pytest.raises(ValueError, match="5 tokens do not fit a cache of 4 slots"):
+    with pytest.raises(ValueError, match="inputs must have at most the cache's 4 slots, got 5"):
         model.encode(ids, cache=cache)
-    with pytest.raises(ValueError, match="segment_ids cannot be given together with a cache"):
+    with pytest.raises(ValueError, match="segment_ids cannot be combined with a cache"):
         model.encode(ids[:, :2], cache=cache, segment_ids=jnp.zeros((1, 2), jnp.int32))

@@ -96,6 +96,6 @@ def test_unknown_points_are_refused_with_the_list(tiny, tokens):
     ):
         model.encode(ids, capture="scores")
     encoded = model.encode(ids, capture="query")
-    with pytest.raises(ValueError, match=r"no layer reports 'key'; there are: query"):
+    with pytest.raises(ValueError, match=r"no layer reports 'key'\. Reported entries: query"):
         by_layer(encoded.captured, "key")
     assert model.encode(ids).captured == ()

@@ -63,7 +63,7 @@ def other_kind(fields: Mapping[str, Any]) -> list[str]:
         wrong.append(f"peft_type={shown(fields.get('peft_type'))}: only LORA is supported")
     for name, kind in OTHER_KINDS.items():
         if fields.get(name):
-            wrong.append(f"{name}={shown(fields[name])}: {kind} is not supported")
+            wrong.append(f"{name}={shown(fields[name])}: not supported ({kind})")
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         wrong.append(
