@@ -392,7 +392,7 @@ def test_another_kind_of_adapter(base, tmp_path):
         warnings.simplefilter("ignore")
         peft.get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(
-        FolderError, match="peft_type='IA3': only LORA is supported\n  .*c_attn\\.ia3_l: "
+        FolderError, match=r"peft_type='IA3': only LORA is supported\n  .*c_attn\.ia3_l: "
     ):
         load_adapter(load_pretrained(folder), tmp_path)
 

@@ -275,7 +275,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_sentencepiece_model_alone(tmp_path):
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(FolderError, match="no tokenizer .*converts tokenizer.model to tokenizer.json"):
+    with pytest.raises(FolderError, match=r"no tokenizer .*converts tokenizer.model to tokenizer.json"):
         load_tokenizer(tmp_path)
 
 

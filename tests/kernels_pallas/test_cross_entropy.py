@@ -193,7 +193,7 @@ def test_unused_gradients_cost_nothing():
         ({"hidden": (24, 31)}, r"\(24, 31\).*transpose a \[d, vocab\] kernel"),
         ({"hidden": (2, 12, 32)}, r"Reshape \[batch, seq, d\]"),
         ({"labels": (23,)}, r"labels must have the shape \(24,\), got \(23,\)"),
-        ({"weights": (24, 1)}, rr"weights must have the shape \(24,\), got \(24, 1\)"),
+        ({"weights": (24, 1)}, r"weights must have the shape \(24,\), got \(24, 1\)"),
         ({"bias": (65,)}, r"bias must have the shape \(64,\), got \(65,\)"),
     ],
 )

@@ -57,7 +57,7 @@ def test_bad_input():
     zeros = jnp.zeros((2, 8, 4))
     with pytest.raises(ValueError, match="with size 8 for the last but one, got"):
         sign_compress.compress(jnp.zeros((2, 4, 4)), jnp.zeros((2, 4, 4)), jnp.float32(0), size=1)
-    with pytest.raises(ValueError, match="corrected must have the shape of x, .*, got"):
+    with pytest.raises(ValueError, match=r"corrected must have the shape of x, .*, got"):
         sign_compress.compress(zeros, jnp.zeros((1, 8, 4)), jnp.float32(0), size=1)
     with pytest.raises(ValueError, match="size must be between 0 and the 64 elements of x, got 65"):
         sign_compress.compress(zeros, zeros, jnp.float32(0), size=65)

@@ -115,7 +115,7 @@ def test_bad_input():
         top_k_gating(logits.astype(jnp.bfloat16), 1)
     with pytest.raises(ValueError, match=r"used must have the shape \(4,\), got \(3,\)"):
         api.check_operands(logits, 1, jnp.ones(3, bool))
-    with pytest.raises(ValueError, match="implementation must be None or one of .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"implementation must be None or one of .*, got 'gpu'"):
         check_name("gpu", api.IMPLEMENTATIONS)
     many = Shape(name="many", tokens=8, experts=4096, k=1).abstract().logits
     with pytest.raises(Unsupported, match="a tile of 4096 experts has no room"):
