@@ -135,7 +135,7 @@ def test_processors_that_give_no_logits_are_named(gpt):
     with pytest.raises(ValueError, match=r"processors must be hashable functions .*, got 3"):
         checked_processors([3])
     nothing = lambda logits, history: logits - jnp.inf
-    with pytest.raises(ValueError, match=r"row 0 of the prompt.* no token was left .*processors"):
+    with pytest.raises(ValueError, match=r"row 0 of the prompt.* every token was excluded .*processors"):
         generate(gpt, [[1]], config, processors=[nothing])
 
 
@@ -232,7 +232,7 @@ def test_bad_arguments_are_named(gpt):
         stream_text(gpt, TOKENIZER, "a", config, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"chunk must be an integer of at least 1, got 0"):
         stream(gpt, [[1]], SAMPLING, key=jax.random.key(0), chunk=0)
-    with pytest.raises(ValueError, match=r"stop_strings=\('a',\) need a tokenizer"):
+    with pytest.raises(ValueError, match=r"stop_strings=\('a',\) needs a tokenizer"):
         generate(gpt, [[1]], SAMPLING, key=jax.random.key(0), stop_strings="a")
     with pytest.raises(ValueError, match="stop_strings: '' must be a string, not empty"):
         AnswerText(TOKENIZER, stop_strings=[""])

@@ -106,7 +106,7 @@ def test_no_folder(tmp_path):
     with pytest.raises(FolderError, match="no folder"):
         read_json(tmp_path / "nope", "config.json")
     write(tmp_path, "model.safetensors", a=1)
-    with pytest.raises(FolderError, match=r"is a file: give the folder"):
+    with pytest.raises(FolderError, match=r"is a file; pass the folder"):
         open_tensors(tmp_path / "model.safetensors")
 
 
@@ -199,7 +199,7 @@ def test_json(tmp_path):
     with pytest.raises(FolderError, match=r"config\.json': is not JSON: line 3, column 7: Expecting ':' delimiter"):
         read_json(tmp_path, "config.json")
     path.write_text("[1]")
-    with pytest.raises(FolderError, match="holds a JSON list where an object"):
+    with pytest.raises(FolderError, match="must be a JSON object .*, got a list"):
         read_json(tmp_path, "config.json")
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)

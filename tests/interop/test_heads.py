@@ -190,12 +190,12 @@ def test_a_head_of_another_form_is_not_initialized_in_silence(folder):
     ):
         load_pretrained(lm, heads=(LMHead(tied=False),), key=KEY)
     with pytest.raises(
-        ValueError, match="'lm' has tied=True, and the folder's 'lm' is a matrix of its own"
+        ValueError, match="'lm' has tied=True, but the folder's 'lm' is a separate matrix"
     ):
         load_pretrained(lm, heads=(LMHead(bias=True),))
     tied = folder("gpt2", "GPT2LMHeadModel")
     with pytest.raises(
-        ValueError, match="'lm' has tied=False, and the folder's 'lm' is the embedding's transpose"
+        ValueError, match="'lm' has tied=False, but the folder's 'lm' is the transposed embedding"
     ):
         load_pretrained(tied, heads=(LMHead(tied=False),), key=KEY)
 

@@ -133,7 +133,7 @@ def test_every_truncation_is_noticed(small):
     for data in (ours, save(FEW)):
         for length in range(len(data)):
             put(path, data[:length])
-            with pytest.raises(FolderError, match=r"damaged\.safetensors': is not a valid safetensors file: the file is empty"):
+            with pytest.raises(FolderError, match=r"damaged\.safetensors': is not a valid safetensors file"):
                 read_all(path)
         put(path, data + b"\0")
         with pytest.raises(FolderError, match="is not a valid"):
@@ -286,7 +286,7 @@ BAD = {
 def test_what_is_no_safetensors_file_is_said(tmp_path, case):
     content, reason = BAD[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(FolderError, match=rf"bad.safetensors' is not a valid.*{reason}.*again"):
+    with pytest.raises(FolderError, match=rf"bad.safetensors': is not a valid.*{reason}.*again"):
         read_all(tmp_path / "bad.safetensors")
 
 

@@ -150,7 +150,7 @@ def test_sources_that_are_refused(folder):
     (folder / "config.json").unlink()
     (folder / "a.gguf").touch()
     (folder / "b.gguf").touch()
-    with pytest.raises(FolderError, match=r"name one, such as 'a\.gguf'"):
+    with pytest.raises(FolderError, match=r"Pass one of them, such as 'a\.gguf'"):
         load_pretrained(folder)
 
 

@@ -112,12 +112,12 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
     assert "groups of 48 inputs neither divide 128 nor are a multiple" in why("tpu", groups=16)
     assert "groups of 256 inputs do not divide the 384 inputs of a plane" in why("tpu", groups=3)
-    assert "x has 129 rows, and it is for 128 at most" in why("tpu", rows=129)
+    assert "x has 129 rows, and the kernel supports at most 128" in why("tpu", rows=129)
     assert "d_in=16777216 leaves no room" in why("tpu", d_in=2**24)
-    assert "x is float32, and it takes bfloat16" in why("gpu", dtype="float32")
-    assert "x has 65 rows, and it is for 64 at most" in why("gpu", rows=65)
+    assert "x is float32, and the kernel supports bfloat16" in why("gpu", dtype="float32")
+    assert "x has 65 rows, and the kernel supports at most 64" in why("gpu", rows=65)
     assert "multiples of 128 outputs and of 64 bytes" in why("gpu", d_out=64)
-    assert "groups of 32 inputs are no multiple of 64" in why("gpu", groups=24)
+    assert "groups of 32 inputs are not a multiple of 64" in why("gpu", groups=24)
 
 
 def test_bad_input():
