@@ -234,7 +234,7 @@ def test_bad_arguments_are_named(gpt):
         stream(gpt, [[1]], SAMPLING, key=jax.random.key(0), chunk=0)
     with pytest.raises(ValueError, match=r"stop_strings=\('a',\) needs a tokenizer"):
         generate(gpt, [[1]], SAMPLING, key=jax.random.key(0), stop_strings="a")
-    with pytest.raises(ValueError, match="stop_strings: '' must be a string, not empty"):
+    with pytest.raises(ValueError, match="stop_strings must be non-empty strings, got ''"):
         AnswerText(TOKENIZER, stop_strings=[""])
     with pytest.raises(ValueError, match="logit_bias: 300 is outside the model's vocabulary"):
         generate(gpt, [[1]], SamplingConfig(temperature=0.0, logit_bias={300: 1.0}))

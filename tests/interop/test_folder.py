@@ -203,7 +203,7 @@ def test_json(tmp_path):
         read_json(tmp_path, "config.json")
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
-        with pytest.raises(FolderError, match=r"config.json' (cannot be read|is not JSON)"):
+        with pytest.raises(FolderError, match=r"config.json': (cannot be read|is not JSON)"):
             read_json(tmp_path, "config.json")
     path.unlink()
     path.mkdir()

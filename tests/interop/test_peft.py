@@ -406,7 +406,7 @@ def test_an_adapter_of_another_size_or_family(base, tmp_path):
         r"wrong shape: base_model\.model\.transformer\.h\.0\.attn\.c_attn\.lora_A\.weight \[2, 24\], but the model and a rank of 2 need \[2, 16\]"
     )
     assert error.match(r"h\.2\.attn\.c_attn\.lora_B\.weight \[72, 2\], but .* need \[48, 2\]")
-    assert error.match(r"transformer\.h\.3\.attn\.c_attn: there is no such module in this model")
+    assert error.match(r"transformer\.h\.3\.attn\.c_attn: this model has no such module")
     with pytest.raises(
         FolderError, match=r"beside this llama:\n  transformer\.h\.0\.attn\.c_attn: there is no"
     ):

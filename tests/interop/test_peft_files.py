@@ -378,7 +378,7 @@ def test_folders_and_files(adapter):
     with pytest.raises(FolderError, match=r"has no adapter_model\.safetensors and no adapter_m"):
         load_adapter(model, folder)
     file.symlink_to(folder / "gone")
-    with pytest.raises(FolderError, match="there is no such file"):
+    with pytest.raises(FolderError, match="the file does not exist"):
         load_adapter(model, folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FolderError, match=r"has no adapter_config\.json"):

@@ -123,7 +123,7 @@ def test_modules_that_cannot_be_saved(tmp_path):
     for names, message in (
         ("score", r"modules_to_save must be a tuple of names, such as \('score',\), got 'score'"),
         (("lm_head", "score"), r"modules_to_save must name modules, .* end in .*lm_head.*, got \['score'\]"),
-        (("norm", "q_proj"), r"layers\.0\.self_attn\.q_proj\.weight has a pair; merge_lora it, or leave it out"),
+        (("norm", "q_proj"), r"layers\.0\.self_attn\.q_proj\.weight has a pair; merge it with merge_lora, or remove it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             save_adapter(model, tmp_path / "none", modules_to_save=names)
