@@ -104,8 +104,8 @@ def test_custom_schedules_need_their_function_again():
         ({"schedule_config": 3}, "voc.schedule_config must be an object.*, got 3"),
         ({"schedule_config": {"total_curriculum_step": 3}}, "voc.schedule_config: needs difficulty_step, root_degree"),
         ({"min_difficulty": 1.5}, "voc.min_difficulty must be a whole number.*, got 1.5"),
-        ({"min_difficulty": True}, "voc.min_difficulty=True"),
-        ({"min_difficulty": float("inf")}, "voc.min_difficulty=inf"),
+        ({"min_difficulty": True}, r"voc.min_difficulty must be .*, got True"),
+        ({"min_difficulty": float("inf")}, r"voc.min_difficulty must be .*, got inf"),
         ({"max_difficulty": 0}, "max_difficulty must be a finite number, at least min_difficulty=1.*, got 0"),
         (
             block("fixed_discrete", 1, 5, difficulty=[1, 2], max_step=[3]),
@@ -190,7 +190,7 @@ def test_reshaping_and_metrics_that_order_nothing():
 def test_a_metric_of_lengths_that_also_clusters_is_refused(name):
     config = whole(**{name: {**TRUNCATE, "clustering_type": "schedule_based"}})
     with pytest.raises(
-        ValueError, match=rf"{name}\.clustering_type must be 'sin.*, got 'schedule_based'"
+        ValueError, match=rf"{name}\.clustering_type='schedule_based': must be 'sin"
     ):
         curriculum_from_deepspeed(config)
 
@@ -274,7 +274,7 @@ METRICS = f"{LEARNING}.curriculum_metrics"
         ({}, "neither"),
         (changed("sed", 1), "data_efficiency: unknown key 'sed': did you mean 'seed'"),
         (changed("data_sampling.epochs", 1), "data_efficiency.data_sampling: unknown key 'epochs'"),
-        (changed("data_sampling.num_epochs", "2"), "data_efficiency.data_sampling.num_epochs='2'"),
+        (changed("data_sampling.num_epochs", "2"), r"data_efficiency.data_sampling.num_epochs must be .*, got '2'"),
         (changed(f"{LEARNING}.enabled", None), f"{LEARNING}: needs enabled"),
         (changed(f"{LEARNING}.enabled", "false"), f"{LEARNING}.enabled must be true or false.*, got 'false'"),
         (changed(f"{LEARNING}.curriculum_metrics", None), "needs curriculum_metrics"),
@@ -283,7 +283,7 @@ METRICS = f"{LEARNING}.curriculum_metrics"
         (changed(f"{METRICS}.voc.root_degree", 2), "voc: unknown key 'root_degree'"),
         (changed(f"{METRICS}.voc.schedule_config.root_degre", 2), "unknown key 'root_degre': did you mean 'root_degree'"),
         (changed(f"{METRICS}.seqlen_reshape", TRUNCATE), "seqlen_truncate and seqlen_reshape exclude each other"),
-        ({"curriculum_learning": {**LEGACY, "curriculum_type": "voc"}}, "curriculum_type must be 'seqlen'.*, got 'voc'"),
+        ({"curriculum_learning": {**LEGACY, "curriculum_type": "voc"}}, "curriculum_type='voc': must be 'seqlen'"),
         ({"curriculum_learning": LEGACY, **whole(voc=VOCABULARY, seqlen_truncate=TRUNCATE)}, "both ask for a sequence-length curriculum"),
         ({"curriculum_learning": {**LEGACY, "difficulty_step": 8}}, "curriculum_learning: unknown key 'difficulty_step'"),
     ],

@@ -225,7 +225,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
     config, _ = sampling_of({"temperature": 0.5}, codec, folder=tmp_path)
     assert (config.temperature, config.top_p, config.top_k) == (0.5, 0.9, 50)
     for given, said in (
-        ({"num_beams": 4}, "num_beams must be 1.*, got 4"),
+        ({"num_beams": 4}, "num_beams=4: must be 1"),
         (
             {"temprature": 1.0},
             "temprature=1.0, which is not known here: did you mean 'temperature'",
@@ -279,7 +279,7 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         lm.loglikelihood(requests("loglikelihood", ("", "<|endoftext|>")), disable_tqdm=True)
     with pytest.raises(ValueError, match="tokens, more than max_length=96"):
         lm.loglikelihood(requests("loglikelihood", ("Is", " it so" * 60)), disable_tqdm=True)
-    with pytest.raises(ValueError, match=r"max_gen_toks must be below max_length=96.*, got 256"):
+    with pytest.raises(ValueError, match="max_gen_toks=256: must be below max_length=96"):
         lm.generate_until(requests("generate_until", ("Is", {})), disable_tqdm=True)
     with pytest.raises(ValueError, match="tokenizer of transformers"):
         lm.apply_chat_template([{"role": "user", "content": "Hi"}])

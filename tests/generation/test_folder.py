@@ -71,7 +71,7 @@ def test_fields_that_would_change_the_answer_are_named(tmp_path):
         "early_stopping": True,
     }
     folder = written(tmp_path, **fields)
-    names = r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'; give generate stop_strings=$"
+    names = r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'\. Pass stop_strings= to generate$"
     with pytest.warns(UserWarning, match=rf"generation_config\.json': ignoring unsupported fields: {names}"):
         sampling_from_folder(folder)
     with pytest.warns(UserWarning, match=r"ignoring unsupported fields: num_beams=4, typical_p=0\.9"):

@@ -171,7 +171,7 @@ REFUSED = {
     "neox-odd-rotary": ("gpt_neox", {"rotary_pct": 0.2}, "rotary_fraction must make an even number .*, got 0.2, which makes 3"),
     "neox-no-rotary": ("gpt_neox", {"rotary_pct": 0.0}, "rotary_fraction must be above 0.*, got 0.0"),
     "llama-odd-head": ("llama", {"head_dim": 5}, r"TransformerConfig\.positions must be rotary over an even number of at most head_dim=5 dimensions, got Rotary"),
-    "mixtral-too-few": ("mixtral", {"num_local_experts": 1}, r"config\.json describes an invalid model: RouterConfig\.k=2: must be at most num_experts=1 of MoEConfig"),
+    "mixtral-too-few": ("mixtral", {"num_local_experts": 1}, r"RouterConfig\.k.* must be at most num_experts=1"),
     "mixtral-none": ("mixtral", {"num_local_experts": 0, "num_experts_per_tok": 0}, "k must be at least 1.*, got 0"),
     "mixtral-negative-loss": ("mixtral", {"router_aux_loss_coef": -0.1}, r"balance must be 0 or more.*, got -0\.1"),
     "olmoe-clip": ("olmoe", {"clip_qkv": 8.0}, r"config\.json: clip_qkv must be None, the only supported value, got 8\.0"),

@@ -199,7 +199,7 @@ def test_json(tmp_path):
     with pytest.raises(FolderError, match=r"config\.json': is not JSON: line 3, column 7: Expecting ':' delimiter"):
         read_json(tmp_path, "config.json")
     path.write_text("[1]")
-    with pytest.raises(FolderError, match="must be a JSON object .*, got a list"):
+    with pytest.raises(FolderError, match=r"must be a JSON object .*, got a list"):
         read_json(tmp_path, "config.json")
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)

@@ -408,6 +408,6 @@ def test_an_adapter_of_another_size_or_family(base, tmp_path):
     assert error.match(r"h\.2\.attn\.c_attn\.lora_B\.weight \[72, 2\], but .* need \[48, 2\]")
     assert error.match(r"transformer\.h\.3\.attn\.c_attn: this model has no such module")
     with pytest.raises(
-        FolderError, match=r"beside this llama:\n  transformer\.h\.0\.attn\.c_attn: there is no"
+        FolderError, match=r"to this llama:\n  transformer\.h\.0\.attn\.c_attn: this model has no"
     ):
         load_adapter(load_pretrained(base("llama")[0]), tmp_path)

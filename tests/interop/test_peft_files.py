@@ -384,7 +384,7 @@ def test_folders_and_files(adapter):
     with pytest.raises(FolderError, match=r"has no adapter_config\.json"):
         load_adapter(model, folder)
     (folder / "file").write_text("")
-    with pytest.raises(FolderError, match="is a file; give a folder"):
+    with pytest.raises(FolderError, match="is a file; pass a folder"):
         save_adapter(adapted(model), folder / "file")
 
 

@@ -234,7 +234,7 @@ def few(num_layers):
         (4, {"layers": ()}, "at least one layer"),
         (4, {"layers": (1, 4, -1)}, r"names \[4, -1\]; the model has layers 0 to 3"),
         (4, {"layers": (1, 1)}, "twice"),
-        (4, {"kept": 0}, "kept must be at least 1.*, got 0"),
+        (4, {"kept": 0}, "kept=0: must be at least 1"),
     ],
 )
 def test_bad_input(num_layers, change, message):

@@ -214,7 +214,7 @@ def test_in_a_model_it_is_a_pair_of_layers_that_is_scanned():
 
 def test_bad_input():
     mlp = MLPConfig(d_ff=4)
-    with pytest.raises(ValueError, match=r"RouterConfig.k must be at most num_experts=2.*, got 3"):
+    with pytest.raises(ValueError, match=r"RouterConfig.k=3: must be at most num_experts=2"):
         MoEConfig(num_experts=2, expert=mlp, router=RouterConfig(k=3))
     with pytest.raises(
         ValueError, match=r"capacity_factor must be above 0 and finite, or None.*, got -1.0"

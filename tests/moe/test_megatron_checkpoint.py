@@ -168,15 +168,15 @@ def test_a_config_stands_in_for_the_arguments(folder):
     [
         ({"use_rotary_position_embeddings": True}, "have use_rotary_position_embeddings=True"),
         ({"normalization": "rmsnorm"}, "computes only normalization='layernorm'"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads must be 2.*, got 1"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=1: must be 2"),
         ({"num_layers": 10**9}, "num_layers=1000000000, and there are"),
         ({"num_layers": "four"}, "num_layers must be a whole number.*, got 'four'"),
         ({"num_experts": [10**9]}, "1000000000 experts in each of 2 layers"),
         ({"num_experts": [3, 3, 3]}, "one number, or one for each of 2 layers"),
         ({"num_experts": [3, 5]}, r"missing: .*layers\.3.*deepspeed_experts\.3"),
-        ({"topk": 4}, "k must be at most num_experts.*, got 4"),
-        ({"mlp_type": "other"}, "mlp_type must be standard or residual.*, got 'other'"),
-        ({"checkpoint_version": 0.5}, "checkpoint_version must be 0, 1, or 2.*, got 0.5"),
+        ({"topk": 4}, "k=4: must be at most num_experts"),
+        ({"mlp_type": "other"}, "mlp_type='other': must be standard or residual"),
+        ({"checkpoint_version": 0.5}, "checkpoint_version=0.5: must be 0, 1, or 2"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(folder, args, message):

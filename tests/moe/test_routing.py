@@ -154,7 +154,7 @@ def test_z_loss():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"k must be from 1 to the number of experts, 3.*, got 4"):
+    with pytest.raises(ValueError, match="k=4: must be from 1 to the number of experts, 3"):
         top_k_routing(PROBS, 4)
     with pytest.raises(ValueError, match="priority='random' needs a key"):
         top_k_routing(PROBS, priority="random")

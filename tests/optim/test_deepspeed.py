@@ -95,13 +95,13 @@ def test_a_schedule_takes_the_place_of_the_rate():
         (with_optimizer("OneBitAdam", freeze_steps=1), "unknown key 'freeze_steps'"),
         (with_optimizer("OneBitAdam", amsgrad=True), "amsgrad=True"),
         (with_optimizer("OneBitAdam", max_grad_norm=1.0), "use gradient_clipping"),
-        (with_optimizer("OneBitAdam", betas=0.9), "betas must be two numbers.*, got 0.9"),
+        (with_optimizer("OneBitAdam", betas=0.9), "betas=0.9: must be two numbers"),
         (with_optimizer("OneBitAdam", betas=[0.9, 1.0]), "b2=1.0"),
         (with_optimizer("ZeroOneAdam", freeze_step=1), "unknown key 'freeze_step'"),
         (with_optimizer("OneBitAdam", freeze_step="100"), "freeze_step must be a whole.*, got '100'"),
-        (with_optimizer("OneBitAdam", eps="tiny"), "eps must be a number.*, got 'tiny'"),
-        (with_optimizer("OneBitAdam", lr=None), "lr must be a number.*, got None"),
-        ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params=\[1\]"),
+        (with_optimizer("OneBitAdam", eps="tiny"), "eps='tiny': must be a number"),
+        (with_optimizer("OneBitAdam", lr=None), "lr=None: must be a number"),
+        ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params must be .*, got \[1\]"),
     ],
 )
 def test_bad_input(config, message):

@@ -327,7 +327,7 @@ def test_bad_input(made):
             broken(create(), prompts())
     with pytest.raises(ValueError, match=r"weights for \['x'\]"):
         learner(PPO, weights={"x": 1.0})[0](create(), prompts())
-    with pytest.raises(ValueError, match=r"number must be a divisor.*, got 3"):
+    with pytest.raises(ValueError, match="number=3: must be a divisor"):
         learner(PPO, minibatches=3)[0](create(), prompts())
     shared = create()
     with pytest.raises(ValueError, match="the reference has arrays of the actor"):

@@ -83,7 +83,7 @@ def check_keys(
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}: {did_you_mean(str(key), known)}")
     if missing := [key for key in required if key not in block]:
-        raise ValueError(f"{where}: missing {', '.join(missing)}")
+        raise ValueError(f"{where}: needs {', '.join(missing)}")
 
 
 def switch(block: Any, where: str) -> bool:

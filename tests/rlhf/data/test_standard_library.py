@@ -90,7 +90,7 @@ def test_shares_that_are_none():
     for held_out in (0.0, 1.0):
         with pytest.raises(ValueError, match=f"held_out={held_out}"):
             standard_library_pairs(held_out=held_out)
-    with pytest.raises(ValueError, match=r"rejected must be at least 1.*, got 0"):
+    with pytest.raises(ValueError, match="rejected=0: must be at least 1"):
         standard_library_pairs(rejected=0)
     with pytest.raises(ValueError, match=r"train would have \d functions and classes"):
         standard_library_pairs(held_out=0.99999)
