@@ -1,4 +1,4 @@
-"""Array functions with Pallas kernels for TPU and GPU and a jnp form everywhere else."""
+"""Array functions with Pallas kernels for TPU and GPU, and plain jnp implementations for all other platforms."""
 
 from kernels_pallas.attention import attention
 from kernels_pallas.cross_entropy import cross_entropy

@@ -1,10 +1,10 @@
-"""Compile programs for TPUs and GPUs on a machine that has neither, and print what they take.
+"""Compile programs for TPUs and GPUs on a machine without either, and print the resources they need.
 
     python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
 
-Any module can contribute: `--programs` names modules with a function `programs()` that returns
-`Program`s. Each target is compiled for in a process of its own, since libtpu talks on stderr. The exit
-status is 1 if a program did not compile. `aot-requirements.txt` has the compilers.
+Any module can contribute: ``--programs`` names modules with a function ``programs()`` that returns a list of
+``Program``. Each target is compiled for in a separate process, because libtpu writes to stderr. The exit
+status is 1 if a program did not compile. ``aot-requirements.txt`` lists the compilers.
 """
 
 import argparse
@@ -41,23 +41,23 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Something to compile for a target."""
+    """A program to compile for a target."""
 
     name: str
     lower: Callable[[Sequence[Any]], Any]
-    """From the target's devices to a `jax.stages.Lowered`, for as many of them as it likes."""
+    """Maps the target's devices to a ``jax.stages.Lowered``; it may use any number of them."""
     flops: float | None = None
-    """Floating-point operations over all devices, if known; XLA counts a loop's body once."""
+    """Floating-point operations over all devices, if known; XLA counts the body of a loop only once."""
     targets: tuple[str, ...] = ("v5e", "v6e", "h100")
     without: str | None = None
-    """A regular expression that finds nothing in the compiled program, or it counts as failed."""
+    """A regular expression that must not match the compiled program; a match counts as a failure."""
     report: Callable[[str], str] | None = None
-    """From the compiled program to what is to be said of it; a `ValueError` counts as failed."""
+    """Maps the compiled program to a note for the table; a ``ValueError`` counts as a failure."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What came of one program on one target; sizes are bytes on each device."""
+    """The result of one program on one target; sizes are bytes on each device."""
 
     target: str
     program: str
@@ -70,26 +70,26 @@ class Row:
     collectives: int = 0
     flops: float | None = None
     accessed: float | None = None
-    """Bytes read and written, as the compiler counts them; those of a kernel as it is declared. A loop's body counts once."""
+    """Bytes read and written, as the compiler counts them and kernels declare them. The body of a loop counts once."""
     optimal: float | None = None
-    """Seconds, of the compiler's cost model, likewise."""
+    """Seconds estimated by the compiler's cost model; the body of a loop counts once."""
     cycles: int | None = None
-    """What the TPU compiler expects of each of its own operations outside of loops; kernels are not in it."""
+    """Cycles that the TPU compiler expects for its own operations outside of loops; kernels are not included."""
     note: str = ""
     error: str = ""
 
 
 def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Row:
-    """Compile one program; an error becomes part of the row."""
+    """Compile one program; an error is recorded in the row."""
     start = time.perf_counter()
     try:
         compiled = program.lower(devices).compile()
-    except Exception as error:  # whatever a compiler raises is the result to report
+    except Exception as error:  # any compiler error is a result to report
         return Row(target=target, program=program.name, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if program.without and (found := re.search(program.without, text)):
-        error = f"the compiled program holds {found[0]}"
+        error = f"the compiled program contains {found[0]}"
         return Row(target=target, program=program.name, error=error)
     try:
         note = "" if program.report is None else program.report(text)
@@ -112,7 +112,7 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
         collectives=len(_COLLECTIVE.findall(text)),
         flops=program.flops,
         accessed=costs.get("bytes accessed"),
-        # A second is taken off for each operation that the model does not know.
+        # The cost model adds a second for each operation that it does not know; remove these.
         optimal=costs["optimal_seconds"] % 1 if "optimal_seconds" in costs else None,
         cycles=sum(cycles) if cycles else None,
         note=note,
@@ -120,13 +120,13 @@ def compile_program(program: Program, target: str, devices: Sequence[Any]) -> Ro
 
 
 def programs_of(modules: Sequence[str], target: str) -> list[Program]:
-    """The programs that the named modules have for a target."""
+    """Return the programs that the named modules provide for a target."""
     found = [program for name in modules for program in importlib.import_module(name).programs()]
     return [program for program in found if target in program.targets]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """Format the rows as a Markdown table."""
     header = (
         "target program compile_s arguments outputs temporaries total kernels collectives TFLOP "
         "accessed optimal_us kcycles note"
@@ -150,7 +150,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _compile_all(target: str, modules: Sequence[str], only: str) -> None:
-    """In the child: one JSON line a program on stdout."""
+    """In the child process: write one line of JSON per program to stdout."""
     devices = TARGETS[target].devices()
     for program in programs_of(modules, target):
         if only in program.name:
@@ -183,15 +183,20 @@ def _run_child(target: str, arguments: argparse.Namespace) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, compile, print; returns the exit status."""
+    """Parse the command line, compile, and print; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels_pallas.aot", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument(
-        "--programs", nargs="+", default=list(OWN_PROGRAMS), help="modules with programs()"
+        "--programs",
+        nargs="+",
+        default=list(OWN_PROGRAMS),
+        help="modules with a function programs()",
     )
-    parser.add_argument("--only", default="", help="only programs whose name holds this")
+    parser.add_argument(
+        "--only", default="", help="compile only programs whose name contains this text"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
     parser.add_argument("--child", choices=TARGETS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -209,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in failed:
         print(f"\n{row.target} {row.program}\n{row.error}", file=sys.stderr)
     if not rows:
-        print(f"no program's name holds {arguments.only!r}", file=sys.stderr)
+        print(f"no program has a name that contains {arguments.only!r}", file=sys.stderr)
     return 1 if failed or not rows else 0
 
 

@@ -1,8 +1,8 @@
 """Machines that programs can be compiled for from a host that has none of them.
 
-The compilers are the real ones: libtpu's for TPUs; XLA:GPU with ptxas for the H100. So a program
-that compiles here compiles there, and its memory is what it will take. Whether it computes the
-right numbers there, and how fast, cannot be seen this way.
+The compilers are the real ones: libtpu's for TPUs, and XLA:GPU with ptxas for the H100. So a program
+that compiles here also compiles there, and its memory use is accurate. Compiling does not show whether
+it computes the right numbers there, or how fast it is.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of accelerator, and how many of them."""
+    """A kind of accelerator, and the number of devices."""
 
     name: str
     platform: str
@@ -41,7 +41,7 @@ class Target:
     options: tuple[tuple[str, Any], ...] = ()
 
     def devices(self) -> Sequence[Any]:
-        """Device descriptions to make a mesh or a sharding of; nothing can be put on them."""
+        """Return device descriptions for a mesh or a sharding; arrays cannot be placed on them."""
         from jax.experimental import topologies
 
         name = {"topology_name": self.topology} if self.platform == "tpu" else {"topology_name": ""}
@@ -51,12 +51,12 @@ class Target:
         return topologies.get_topology_desc(platform=self.platform, **name, **options).devices
 
     def environment(self) -> dict[str, str]:
-        """The environment of a process that compiles for this target."""
+        """Return the environment of a process that compiles for this target."""
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        # libtpu's lock guards a chip; nobody here touches one, and two compilations may meet.
+        # libtpu's lock protects a chip. No chip is used here, and two compilations may run at the same time.
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-        # The CUDA plugin loads libcupti by name at start.
+        # The CUDA plugin loads libcupti by name at start-up.
         if (spec := importlib.util.find_spec("nvidia")) and spec.submodule_search_locations:
             folders = [pathlib.Path(p) / "cu13" / "lib" for p in spec.submodule_search_locations]
             paths = [*map(str, folders), environment.get("LD_LIBRARY_PATH", "")]
@@ -72,7 +72,7 @@ TARGETS = {
         Target(name="v5p", platform="tpu", topology="v5p:2x2x2"),
         Target(name="v5p-64", platform="tpu", topology="v5p:4x4x4"),
         Target(name="v5p-512", platform="tpu", topology="v5p:8x8x8"),
-        # partitions x hosts x devices a host
+        # partitions x hosts x devices per host
         Target(name="h100", platform="cuda", topology="1x1x8", options=(("target_config", _H100),)),
     )
 }

@@ -1,9 +1,9 @@
 """How every op chooses its implementation.
 
-An op offers implementations by name. `None` asks for the best one for the platform that the
-program is lowered for, which need not be the one it is traced on: a CPU host compiles for TPUs. So
-the choice between platforms is left to `jax.lax.platform_dependent`, and each implementation says
-beforehand, from shapes and types alone, whether it can serve.
+An op offers implementations by name. ``None`` requests the best one for the platform that the
+program is lowered for, which may differ from the platform it is traced on: a CPU host can compile for
+TPUs. So ``jax.lax.platform_dependent`` chooses between platforms, and each implementation reports in
+advance, from only shapes and dtypes, whether it supports the operands.
 """
 
 import difflib
@@ -16,22 +16,22 @@ HOPPER_CAPABILITY = "9.0"
 
 
 class Unsupported(NotImplementedError):
-    """An implementation was asked for by name and cannot serve these operands here."""
+    """An implementation was requested by name but does not support these operands here."""
 
 
 def check_name(name: str | None, known: Iterable[str]) -> None:
-    """Raise a `ValueError` with the near names unless `name` is None or known."""
+    """Raise a ``ValueError`` with similar names unless ``name`` is None or known."""
     known = list(known)
     if name is not None and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"implementation={name!r} is not one of {known} or None.{hint}")
+        raise ValueError(f"implementation must be None or one of {known}, got {name!r}.{hint}")
 
 
 def auto_partitioned() -> tuple[str, ...]:
-    """Mesh axes that the compiler partitions over: none in a `jax.shard_map` over all of them.
+    """Return the mesh axes that the compiler partitions over: none in a ``jax.shard_map`` over all of them.
 
-    A Pallas kernel is opaque to the partitioner, so it can serve only where there are none.
+    A Pallas kernel is opaque to the partitioner, so it can be used only if there are none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -39,14 +39,14 @@ def auto_partitioned() -> tuple[str, ...]:
     manual = jax.sharding.AxisType.Manual
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
     others = tuple(name for name, kind in pairs if kind != manual)
-    # Within a shard_map JAX wants every axis manual before it lowers a kernel, those of size one
-    # too.
+    # Inside a shard_map, JAX requires every axis to be manual before it lowers a kernel, including those of
+    # size one.
     within = len(others) < len(mesh.axis_names)
     return tuple(name for name in others if within or mesh.shape[name] > 1)
 
 
 def mesh_platform() -> str | None:
-    """The platform of the mesh in use: cpu, tpu or cuda. None without one: the program may be lowered for any."""
+    """Return the platform of the current mesh (cpu, tpu or cuda), or None without a mesh: the target may be any platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return None
@@ -54,7 +54,7 @@ def mesh_platform() -> str | None:
 
 
 def hopper_in_use() -> bool:
-    """Whether the GPU of the mesh in use, or else of this process, is a Hopper (H100, H200)."""
+    """Return whether the GPU of the current mesh, or otherwise of this process, is a Hopper (H100, H200)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.platform in ("cuda", "gpu") and any(
@@ -66,8 +66,8 @@ def hopper_in_use() -> bool:
 
 
 def accelerator() -> str | None:
-    """The name of the implementations, "tpu" or "gpu", that serve where programs are made for now: on the mesh in use, or else
-    on this process's devices. None for others, where an op need not be traced for machines that are not there.
+    """Return "tpu" or "gpu", the implementations for the platform that programs are currently built for: that of the current
+    mesh, or otherwise of this process. Return None for other platforms, so that an op is not traced for absent hardware.
     """
     if platform() == "tpu":
         return "tpu"
@@ -75,12 +75,12 @@ def accelerator() -> str | None:
 
 
 def platform() -> str:
-    """The platform that programs are made for now: that of the mesh in use, or else of this process."""
+    """Return the platform that programs are currently built for: that of the current mesh, or otherwise of this process."""
     return mesh_platform() or jax.default_backend()
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
-    """Call `functions[platform](*operands)` for the platform of lowering, or `"default"`."""
+    """Call ``functions[platform](*operands)`` for the platform of lowering, or ``"default"``."""
     functions = dict(functions)
     default = functions.pop("default")
     if not functions:

@@ -1,8 +1,8 @@
-"""Types of arrays inside `jax.shard_map`: which manual mesh axes a value varies over.
+"""Types of arrays inside ``jax.shard_map``: which manual mesh axes a value varies over.
 
-A `jax.shard_map` with its checks on types every array by the mesh axes it differs along. Loops
-want the type of their carry not to change, and kernels want the type of their results spelled out;
-both are one line with the functions here, and nothing happens outside a `jax.shard_map`.
+A ``jax.shard_map`` with its checks on types every array by the mesh axes along which it differs. Loops
+need a carry whose type does not change, and kernels need explicit result types. Both take one line
+with the functions here, which do nothing outside a ``jax.shard_map``.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from jaxtyping import Array
 
 
 def varying_axes(*values: Any) -> frozenset[str]:
-    """The manual mesh axes that at least one of `values` (pytrees of arrays) varies over."""
+    """Return the manual mesh axes that at least one of ``values`` (pytrees of arrays) varies over."""
     types = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(values)]
     return frozenset().union(*(t.varying for t in types))
 
 
 def vary(value: Any, axes: Sequence[str] | frozenset[str]) -> Any:
-    """Mark the arrays in `value` as varying over `axes`; gradients are summed over those added."""
+    """Mark the arrays in ``value`` as varying over ``axes``; gradients are summed over those added."""
 
     def mark(leaf: Array) -> Array:
         missing = tuple(sorted(set(axes) - jax.typeof(leaf).manual_axis_type.varying))
@@ -29,6 +29,6 @@ def vary(value: Any, axes: Sequence[str] | frozenset[str]) -> Any:
 
 
 def result_type(shape: tuple[int, ...], dtype: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result that varies over `axes`."""
+    """Return the type of a kernel's result that varies over ``axes``."""
     kind = jax.sharding.ManualAxisType(varying=axes) if axes else None
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

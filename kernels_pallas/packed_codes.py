@@ -1,7 +1,7 @@
-"""Codes of 8, 4, 2 and 1 bits in bytes, in planes: how the weights of `quantized_matmul` and `packed_matmul` lie in memory.
+"""Codes of 8, 4, 2 and 1 bits packed into bytes, in planes: the memory layout of the weights of ``quantized_matmul`` and ``packed_matmul``.
 
-A row of k codes of b bits is cut into 8 / b planes of consecutive codes, and byte i holds the i-th code of each plane, the first
-plane in its lowest bits. Codes are two's complement, but for those of one bit: 1 where the bit is set and -1 elsewhere.
+A row of k codes of b bits is divided into 8 / b planes of consecutive codes. Byte i holds the i-th code of each plane, the
+first plane in its lowest bits. Codes are two's complement, except for one bit: 1 if the bit is set, otherwise -1.
 """
 
 import numpy as np
@@ -13,11 +13,11 @@ BITS = (1, 2, 4, 8)
 def unpack_planes(
     packed: Int[Array, "*batch bytes"], bits: int
 ) -> list[Int[Array, "*batch bytes"]]:
-    """The planes of codes, first to last.
+    """Return the planes of codes, first to last.
 
     Args:
-        packed: int8; or int32 of the same numbers, for processors that have no operations on bytes.
-        bits: Of a code.
+        packed: int8; or int32 of the same numbers, for processors without byte operations.
+        bits: Number of bits per code.
 
     Example:
         >>> import jax.numpy as jnp
@@ -30,13 +30,13 @@ def unpack_planes(
     if bits == 1:
         ones = [(packed >> number(plane)) & number(1) for plane in range(8)]
         return [one + one - number(1) for one in ones]
-    # Up to the highest bits, then down again with the sign.
+    # Shift left to the highest bits, then right with sign extension.
     top = 8 * packed.dtype.itemsize - bits
     return [(packed << number(top - plane * bits)) >> number(top) for plane in range(8 // bits)]
 
 
 def unpack_words(words: Int32[Array, "*shape"], bits: int) -> list[Int32[Array, "*shape"]]:
-    """The planes of codes of words of four bytes each, for vector units that shift 32 bits and not 8.
+    """Return the planes of codes of four-byte words, for vector units that shift 32 bits but not 8.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,18 +46,18 @@ def unpack_words(words: Int32[Array, "*shape"], bits: int) -> list[Int32[Array, 
     """
     if bits == 8:
         return [words]
-    # A code with its sign bit flipped lies half of the range above the number that it stands for; of one bit, twice the code
-    # lies one above it.
+    # A code with its sign bit flipped is half of the range above the number that it represents; for one bit, twice the code
+    # is one above it.
     half, sign = _bytes(1 << (bits - 1)), _bytes(0x80)
     planes = []
     for plane in range(8 // bits):
         codes = (words >> np.int32(plane * bits)) & _bytes((1 << bits) - 1)
         above = codes + codes if bits == 1 else codes ^ half
-        # With the highest bit of each byte set, nothing is borrowed from the byte above.
+        # With the highest bit of each byte set, nothing is borrowed from the next byte.
         planes.append(((above | sign) - half) ^ sign)
     return planes
 
 
 def _bytes(value: int) -> np.int32:
-    """A byte four times."""
+    """Repeat a byte four times."""
     return np.uint32(value * 0x01010101).view(np.int32)

@@ -45,7 +45,7 @@ def write_to_a_full_disk(folder, buffering):
 @pytest.mark.parametrize("buffering", [16, 1 << 16])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, buffering):
-    message = r"the disk is full .*store.*nothing half-written"
+    message = r"the disk is full .*store.*incomplete files were removed"
     with pytest.raises(DiskFullError, match=message) as caught:
         write_to_a_full_disk(tmp_path / "store", buffering)
     assert caught.value.errno == errno.ENOSPC

@@ -1,4 +1,4 @@
-"""Softmax attention that never holds all scores, where the hardware has a kernel for it."""
+"""Softmax attention that avoids holding all scores on hardware with a suitable kernel."""
 
 from kernels_pallas.attention.api import Alibi, attention
 

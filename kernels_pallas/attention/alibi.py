@@ -1,4 +1,4 @@
-"""ALiBi without a bias array: six more features of each query and key, whose product is the bias.
+"""ALiBi without a bias array: six additional features of each query and key, whose product is the bias.
 
 With a slope :math:`m` as the sum of three bfloat16 numbers, :math:`m = m_1 + m_2 + m_3`, and a position
 :math:`p = h + l` of a multiple of 256 and a rest, each of the six products :math:`m_i h` and :math:`m_i l` is of
@@ -19,17 +19,17 @@ MAX_POSITION = 2**16
 class Alibi(NamedTuple):
     """A bias of ``slopes[head] * positions[row, key]`` on the scores.
 
-    Relative to the query it would differ by a constant per row of scores, which softmax does not see.
+    The bias relative to the query would differ by a constant per row of scores, which softmax ignores.
     """
 
     slopes: Float[np.ndarray, " heads"]
-    """float32, known when the program is traced."""
+    """Slope of each head, float32, known when the program is traced."""
     positions: Int[Array, "rows seq"]
-    """Of the keys; below 65,536. One row stands for all."""
+    """Positions of the keys, below 65,536. A single row applies to all rows."""
 
 
 def split_slopes(slopes: Float[np.ndarray, " heads"]) -> Float[np.ndarray, "heads 3"]:
-    """Three bfloat16 numbers for each slope, as float32; their sum is the slope.
+    """Split each slope into three bfloat16 numbers, stored as float32, whose sum is the slope.
 
     Example:
         >>> split_slopes(np.asarray([0.5, 1 / 3], np.float32)).sum(1) == np.asarray([0.5, 1 / 3], np.float32)
@@ -47,7 +47,7 @@ def with_features(
     keys: Float[Array, "batch kv_heads seq head_dim"],
     alibi: Alibi,
 ) -> tuple[Float[Array, "batch heads seq wide"], Float[Array, "batch kv_heads seq wide"]]:
-    """The query and the keys with six more features, whose product is the bias."""
+    """Add six features to the query and the keys, whose product is the bias."""
     three = split_slopes(alibi.slopes)
     of_query = jnp.asarray(np.concatenate([three, three], -1))[None, :, None]
     positions = jnp.asarray(alibi.positions)

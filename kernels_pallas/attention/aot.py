@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: the kernels with gradients, on eight devices."""
+"""Programs of this op for ``python -m kernels_pallas.aot``: the kernels with gradients, on eight devices."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ TPUS = ("v5e", "v6e", "v5p")
 
 
 def gradient(shape: Shape, **options: Any) -> Any:
-    """Value and gradients of the op's sum, of a shape's operands."""
+    """Return a function that computes the op's sum and its gradients for the operands of a shape."""
 
     def total(query, keys, values, segments, positions):
         out = attention(
@@ -39,7 +39,7 @@ def gradient(shape: Shape, **options: Any) -> Any:
 
 
 def lower_on_eight(function: Any, shape: Shape, devices: Sequence[Any]) -> Any:
-    """A function of a shape's operands, of rows in four parts and heads in two."""
+    """Lower a function of a shape's operands, with rows in four parts and heads in two."""
     mesh = Mesh(
         np.asarray(devices).reshape(4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
     )
@@ -53,13 +53,13 @@ def lower_on_eight(function: Any, shape: Shape, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the kernel of the target; none may hold an array of scores."""
+    """Return each shape tagged "aot", in the kernel of the target; none may contain an array of scores."""
     found = []
     for shape in with_tag("aot"):
         for name, targets in (("splash", TPUS), ("cudnn", ("h100",))):
             if name == "cudnn" and shape.dtype == "float32":
                 continue
-            # cuDNN is used for rows of one segment.
+            # cuDNN is used only for rows with one segment.
             which = shape if name == "splash" else dataclasses.replace(shape, packed=False)
             function = gradient(which, implementation=name)
             program = Program(

@@ -1,8 +1,8 @@
-"""A kernel on each device's rows and heads, with its own gradient.
+"""A kernel for each device's rows and heads, with a custom gradient.
 
-The custom gradient is around two `jax.shard_map`s, one for each pass, and does not lie within one: of the forms that were
-tried only this one also works inside another, checked `jax.shard_map`. Theirs are not checked, as splash does not say what
-its results vary over; the types are put back outside.
+The custom gradient is around two ``jax.shard_map``s, one for each pass, instead of inside one: of the forms that were
+tried, only this one also works inside another, checked ``jax.shard_map``. The two are unchecked, because splash does not
+declare what its results vary over; the types are restored outside.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from kernels_pallas.manual_axes import vary, varying_axes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What of a call is fixed when it is traced."""
+    """The static part of a call."""
 
     kernel: Any
-    """The module `tpu` or `gpu`."""
+    """The module ``tpu`` or ``gpu``."""
     causal: bool
     rows: tuple[str, ...] = ()
     """Mesh axes that divide the batch."""
@@ -34,7 +34,7 @@ class Plan:
 
 
 def auto_axes() -> tuple[str, ...]:
-    """Axes of the mesh in use that the compiler partitions over."""
+    """Return the axes of the current mesh that the compiler partitions over."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
@@ -43,7 +43,7 @@ def auto_axes() -> tuple[str, ...]:
 
 
 def dividing(axes: Sequence[str], size: int) -> tuple[str, ...]:
-    """Those of the axes that the compiler partitions over and that divide what the ones before them left of `size`."""
+    """Return those of the axes that the compiler partitions over and that divide what earlier axes left of ``size``."""
     chosen, sizes = [], jax.sharding.get_abstract_mesh().shape
     for axis in axes:
         if axis in auto_axes() and sizes[axis] > 1 and size % sizes[axis] == 0:
@@ -59,8 +59,8 @@ def fused(
     values: Float[Array, "batch kv_heads seq head_dim"],
     segments: Int[Array, "batch seq"] | None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Attention by the plan's kernel. Differentiable, once, in query, keys and values."""
-    # Where the axes divide the query's heads alone, each device's queries have their keys with copies of these.
+    """Compute attention with the plan's kernel. Differentiable once, in query, keys and values."""
+    # If the axes divide only the query's heads, keys are copied so that each device has those of its queries.
     ways = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in plan.heads)
     copies = math.lcm(keys.shape[1], ways) // keys.shape[1]
     if copies > 1:

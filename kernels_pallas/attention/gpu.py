@@ -1,6 +1,6 @@
-"""Hopper GPUs: cuDNN's fused attention, through the primitives that `jax.nn.dot_product_attention` ends in.
+"""Hopper GPUs: cuDNN's fused attention, through the primitives that implement ``jax.nn.dot_product_attention``.
 
-The public function asks the device of the host for what it can do, so it cannot be traced where that is a CPU.
+The public function queries the capabilities of the host's device, so it cannot be traced on a host with only a CPU.
 """
 
 import functools
@@ -13,26 +13,28 @@ from jaxtyping import Array, Float
 
 _MULTIPLE = 8
 _MAX_HEAD_DIM = 256
-# Bias, lengths and offsets of packed rows, and pages: none of them is used.
+# Bias, lengths and offsets of packed rows, and pages, all of which are unused.
 _ABSENT = 7
 
 Gradients = tuple[Array, Array, Array]
 
 
 def why_not(query: Any, wide: int, segments: Any) -> str | None:
-    """The reason why cuDNN cannot serve such a query, with heads of `wide` features, or None."""
+    """Return why cuDNN does not support such a query, with heads of ``wide`` features, or None."""
     if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the query is {query.dtype}, and it takes bfloat16 and float16"
+        return f"the query is {query.dtype}, and cuDNN supports bfloat16 and float16"
     if segments is not None:
-        return "rows have padding or several segments, and it is used for rows of one"
+        return "rows have padding or several segments, and cuDNN is used only for rows with one segment"
     if wide > _MAX_HEAD_DIM:
-        return f"heads are {wide} features wide, and it takes {_MAX_HEAD_DIM} (ALiBi adds six)"
+        return (
+            f"heads are {wide} features wide, and cuDNN supports {_MAX_HEAD_DIM} (ALiBi adds six)"
+        )
     return _missing()
 
 
 @functools.cache
 def _missing() -> str | None:
-    """What this version of JAX lacks of the names used here."""
+    """Return what this version of JAX lacks of the names used here."""
     try:
         _primitives()
         _options(True)
@@ -72,7 +74,7 @@ def forward(
     *,
     causal: bool,
 ) -> tuple[Float[Array, "batch heads seq head_dim"], Float[Array, "batch heads seq"]]:
-    """The output, and the float32 log normalizer of each row of scores."""
+    """Return the output, and the float32 log normalizer of each row of scores."""
     primitive, _ = _primitives()
     absent = [jnp.zeros(0, query.dtype)] * _ABSENT
     operands = [_laid_out(x, query) for x in (query, keys, values)]
@@ -91,7 +93,7 @@ def backward(
     *,
     causal: bool,
 ) -> Gradients:
-    """Gradients by query, keys and values."""
+    """Return the gradients of query, keys and values."""
     _, primitive = _primitives()
     absent = [jnp.zeros(0, query.dtype)] * _ABSENT
     operands = [_laid_out(x, query) for x in (query, keys, values)]
@@ -102,7 +104,7 @@ def backward(
 
 
 def _laid_out(x: Array, query: Array) -> Array:
-    """[batch, seq, heads, width], as wide as the query and a multiple of eight."""
+    """Return ``x`` as [batch, seq, heads, width], as wide as the query and a multiple of eight."""
     wide = query.shape[-1] + -query.shape[-1] % _MULTIPLE
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, wide - x.shape[-1])))
     return x.transpose(0, 2, 1, 3)

@@ -1,4 +1,4 @@
-"""Attention in plain jnp, as the formula reads; all scores exist at once, in float32."""
+"""Attention in plain jnp, following the formula; it holds all scores at the same time, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def reference(
     segments: Int[Array, "batch seq"] | None = None,
     alibi: Alibi | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """What `kernels_pallas.attention` computes."""
+    """Compute the same as ``kernels_pallas.attention``."""
     batch, heads, seq, width = query.shape
     grouped = (batch, keys.shape[1], heads // keys.shape[1], seq)
     scores = jnp.einsum(

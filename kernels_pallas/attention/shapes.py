@@ -12,7 +12,7 @@ from kernels_pallas.attention.alibi import Alibi
 
 
 class Operands(NamedTuple):
-    """Arguments of `attention` that are arrays, or their types."""
+    """Array arguments of ``attention``, or their types."""
 
     query: Float[Array, "batch heads seq head_dim"]
     keys: Float[Array, "batch kv_heads seq head_dim"]
@@ -31,17 +31,17 @@ class Shape:
     seq: int
     head_dim: int
     kv_heads: int | None = None
-    """None: as many as heads."""
+    """Key and value heads; None: the same number as ``heads``."""
     causal: bool = True
     packed: bool = True
-    """Whether rows hold several segments and padding."""
+    """Whether rows contain several segments and padding."""
     alibi: bool = False
     dtype: str = "bfloat16"
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "aot"."""
+    """What the shape is used for: "test", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands; if packed, segments of unequal length and padding at the end of each row but the last."""
+        """Return random operands; if packed, segments of unequal length and padding at the end of each row but the last."""
         keys = jax.random.split(key, 3)
         types = self.abstract()
         scale = self.head_dim**-0.5
@@ -64,7 +64,7 @@ class Shape:
         )
 
     def abstract(self) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
 
         def array(*shape: int, dtype: Any = self.dtype) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype)
@@ -80,7 +80,7 @@ class Shape:
         )
 
     def bias(self, positions: Any) -> Alibi | None:
-        """The ALiBi bias at the operands' positions, with slopes from 1/2 down that bfloat16 does not hold."""
+        """Return the ALiBi bias at the operands' positions, with slopes from 1/2 down that bfloat16 cannot represent."""
         if positions is None:
             return None
         slopes = 2.0 ** (-8 / self.heads * np.arange(1, self.heads + 1))
@@ -92,7 +92,7 @@ class Shape:
         return products // 2 if self.causal else products
 
     def scores(self) -> str:
-        """A regular expression that finds arrays whose last two dimensions are a quarter of the sequence or more."""
+        """A regular expression that matches arrays whose last two dimensions are a quarter of the sequence or more."""
         part = "|".join(str(self.seq * quarters // 4) for quarters in range(1, 5))
         return rf"\b\w+\[(?:\d+,)+(?:{part}),(?:{part})\]"
 
@@ -144,5 +144,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

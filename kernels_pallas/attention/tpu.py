@@ -1,8 +1,8 @@
 """TPU: JAX's splash attention.
 
-Its backward pass in two kernels is called directly, with what the forward pass kept: differentiated through, splash does
-not work in a `jax.shard_map` within a checked one. The one-kernel backward keeps a query gradient for each block of keys,
-which takes most of the memory that is to be saved.
+Its two-kernel backward pass is called directly, with the residuals of the forward pass, because differentiating through
+splash does not work in a ``jax.shard_map`` inside a checked one. The one-kernel backward pass keeps a query gradient for
+each block of keys, which uses most of the memory that should be saved.
 """
 
 import functools
@@ -14,23 +14,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _BLOCKS = (512, 384, 256, 128)
-# The widest that was compiled, in float32.
+# The largest width that was compiled, in float32.
 _MAX_HEAD_DIM = 256
-# Pallas serves v4 and later.
+# Pallas supports v4 and later.
 _TOO_OLD = ("TPU v2", "TPU v3")
 
 Gradients = tuple[Array, Array, Array]
 
 
 def why_not(query: Any, wide: int) -> str | None:
-    """The reason why splash cannot serve such a query, with heads of `wide` features, or None."""
+    """Return why splash does not support such a query, with heads of ``wide`` features, or None."""
     seq = query.shape[2]
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the query is {query.dtype}, and it takes float32 and bfloat16"
+        return f"the query is {query.dtype}, and splash supports float32 and bfloat16"
     if seq % 128:
-        return f"seq={seq} is no multiple of 128; pad the rows to {seq + -seq % 128}"
+        return f"seq={seq} is not a multiple of 128; pad the rows to {seq + -seq % 128}"
     if wide > _MAX_HEAD_DIM:
-        return f"heads are {wide} features wide, and it takes {_MAX_HEAD_DIM} (ALiBi adds six)"
+        return (
+            f"heads are {wide} features wide, and splash supports {_MAX_HEAD_DIM} (ALiBi adds six)"
+        )
     if jax.default_backend() == "tpu" and jax.devices()[0].device_kind.startswith(_TOO_OLD):
         return f"{jax.devices()[0].device_kind} is older than v4"
     return _missing()
@@ -38,7 +40,7 @@ def why_not(query: Any, wide: int) -> str | None:
 
 @functools.cache
 def _missing() -> str | None:
-    """What this version of JAX lacks of the names used here."""
+    """Return what this version of JAX lacks of the names used here."""
     try:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
 
@@ -88,7 +90,7 @@ def forward(
     *,
     causal: bool,
 ) -> tuple[Float[Array, "batch heads seq head_dim"], Float[Array, "batch heads seq"]]:
-    """The output, and the float32 log normalizer of each row of scores."""
+    """Return the output, and the float32 log normalizer of each row of scores."""
     kernel = _kernel(query.shape[1], query.shape[2], causal)
 
     def row(query, keys, values, segments):
@@ -109,7 +111,7 @@ def backward(
     *,
     causal: bool,
 ) -> Gradients:
-    """Gradients by query, keys and values."""
+    """Return the gradients of query, keys and values."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
 
     kernel = _kernel(query.shape[1], query.shape[2], causal)

@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op, on one device and on eight."""
+"""Programs of this op for ``python -m kernels_pallas.aot``, on one device and on eight."""
 
 import functools
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def _on_one(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def _on_eight(shape: Shape, token_axes: Sequence[str], devices: Sequence[Any]) -> Any:
-    """Tokens over eight devices, the weight on each, the implementation left to the op."""
+    """Lower with tokens divided over eight devices and the weight on each; the op chooses the implementation."""
     mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
     specs = P("data"), P(), P(), P("data"), P("data")
     types = [
@@ -47,7 +47,7 @@ def _on_eight(shape: Shape, token_axes: Sequence[str], devices: Sequence[Any]) -
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the target's kernel and in the chunked form to compare with."""
+    """Return each shape tagged "aot", in the target's kernel and in the chunked form for comparison."""
     found = []
     for shape in with_tag("aot"):
         for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):

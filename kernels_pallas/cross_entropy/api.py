@@ -1,4 +1,4 @@
-"""The public function: checks, choice of an implementation, and the gradient they share."""
+"""The public function: checks, the choice of an implementation, and their common gradient."""
 
 import functools
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from kernels_pallas.manual_axes import vary, varying_axes
 Implementation = Literal["reference", "chunked", "tpu", "gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "chunked", "tpu", "gpu")
 
-# Where the sums over a vocabulary live in HBM, few large chunks cost less traffic than many that
-# fit a cache.
+# If the sums over a vocabulary are in HBM, a few large chunks cost less memory traffic than many that
+# fit in a cache.
 _ACCELERATOR_CHUNK = 1024
 
 
@@ -34,44 +34,43 @@ def cross_entropy(
     token_axes: Sequence[str] = (),
     implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
-    r"""Sum over tokens of the weighted softmax cross entropy of `hidden @ vocab_weight.T + bias`.
+    r"""Sum the weighted softmax cross-entropy of ``hidden @ vocab_weight.T + bias`` over tokens.
 
     .. math:: \sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
         l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}
 
-    The logits never exist all at once in float32 (except in the reference). The matrix products
-    take operands in the type of `hidden` (`vocab_weight` is cast to it) and sum in float32;
-    softmax and loss are float32; each gradient has the type of its operand, so a float32
-    `vocab_weight` gets a float32 gradient under bfloat16 `hidden`. Differentiable (once, in
-    reverse mode) in `hidden`, `vocab_weight`, `bias` and `weights`.
+    The full float32 logits never exist at the same time (except in the reference). The matrix products
+    take operands in the dtype of ``hidden`` (``vocab_weight`` is cast to it) and accumulate in float32.
+    Softmax and loss are float32. Each gradient has the dtype of its operand, so a float32
+    ``vocab_weight`` gets a float32 gradient even if ``hidden`` is bfloat16. The op is differentiable
+    once, in reverse mode, in ``hidden``, ``vocab_weight``, ``bias`` and ``weights``.
 
     Args:
         hidden: Final hidden states, float32 or bfloat16.
         vocab_weight: The output projection in the layout of an embedding table, float32 or
             bfloat16.
         labels: Target ids. A token whose label is outside [0, vocab) is ignored: its weight counts
-            as 0. That covers the customary -100, and keeps a label beyond the vocabulary from
-            reading another row.
-        weights: float32 weight of each token; None weighs every token 1.
+            as 0. This covers the usual -100, and a label beyond the vocabulary cannot read another row.
+        weights: float32 weight of each token; None gives every token the weight 1.
         bias: Bias of the logits.
         z_loss: Coefficient of the squared log normalizer, which keeps the logits from drifting
             (1e-4 in PaLM).
         token_axes: Mesh axes that shard the tokens, for use under a mesh whose axes the compiler
-            partitions. Each device then handles its own tokens and the gradient of `vocab_weight`
-            is summed over the devices once, instead of once a chunk. Without it the result is the
-            same and the communication more.
-        implementation: "reference" (plain jnp, whole logits), "chunked" (jnp, a chunk of tokens at
-            a time), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
-            platform the program is lowered for.
+            partitions. Each device then processes its own tokens, and the gradient of ``vocab_weight``
+            is summed over the devices once instead of once per chunk. Without it, the result is the
+            same but needs more communication.
+        implementation: "reference" (plain jnp, whole logits), "chunked" (jnp, one chunk of tokens at
+            a time), "tpu" or "gpu" (Pallas kernels), or None: the best one for the platform that the
+            program is lowered for.
 
     Returns:
-        The float32 sum of the weighted losses. Divide by the sum of the weights of the counted
-        tokens for the mean.
+        The float32 sum of the weighted losses. For the mean, divide by the sum of the weights of the
+        tokens that count.
 
     Raises:
-        ValueError: An operand has an impossible shape or type, `z_loss` is negative, a name is
-        unknown.
-        NotImplementedError: The named implementation cannot serve these operands.
+        ValueError: An operand has an invalid shape or dtype, ``z_loss`` is negative, or a name is
+            unknown.
+        NotImplementedError: The named implementation does not support these operands.
 
     Examples:
         >>> import jax.numpy as jnp, kernels_pallas
@@ -81,8 +80,8 @@ def cross_entropy(
         5.5452 = 2 ln 16
 
     References:
-        Chowdhery et al, `PaLM: Scaling Language Modeling with Pathways
-        <https://arxiv.org/abs/2204.02311>`_, section 5 (z-loss).
+        Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways" (2022), section 5, for the z-loss.
+            https://arxiv.org/abs/2204.02311
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(hidden, vocab_weight, labels, weights, bias, z_loss)
@@ -97,41 +96,41 @@ def cross_entropy(
 def check_operands(
     hidden: Any, vocab_weight: Any, labels: Any, weights: Any, bias: Any, z_loss: float
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     if (
         len(hidden.shape) != 2
         or len(vocab_weight.shape) != 2
         or hidden.shape[1] != vocab_weight.shape[1]
     ):
         raise ValueError(
-            f"hidden {hidden.shape} and vocab_weight {vocab_weight.shape} must be [tokens, d] and [vocab, d] with one d;"
-            " reshape [batch, seq, d] to [batch * seq, d], and transpose a [d, vocab] kernel."
+            f"hidden and vocab_weight must be [tokens, d] and [vocab, d] with the same d, got {hidden.shape} and {vocab_weight.shape}."
+            " Reshape [batch, seq, d] to [batch * seq, d], and transpose a [d, vocab] kernel."
         )
     expected = {"labels": (labels, hidden.shape[0]), "weights": (weights, hidden.shape[0])}
     for name, (value, size) in {**expected, "bias": (bias, vocab_weight.shape[0])}.items():
         if value is not None and tuple(value.shape) != (size,):
-            raise ValueError(f"{name} has shape {value.shape}, and must be ({size},) here.")
+            raise ValueError(f"{name} must have the shape ({size},), got {value.shape}.")
     for name, value in {"hidden": hidden, "vocab_weight": vocab_weight, "bias": bias}.items():
         if value is not None and value.dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(f"{name} is {value.dtype}; cast it to float32 or bfloat16.")
+            raise ValueError(f"{name} must be float32 or bfloat16, got {value.dtype}.")
     if weights is not None and weights.dtype != jnp.float32:
-        raise ValueError(f"weights is {weights.dtype}; cast it to float32, the type of the loss.")
+        raise ValueError(f"weights must be float32, the dtype of the loss, got {weights.dtype}.")
     if not jnp.issubdtype(labels.dtype, jnp.signedinteger):
         raise ValueError(
-            f"labels is {labels.dtype}; cast it to int32 (a signed type, since negative labels are ignored)."
+            f"labels must have a signed integer dtype, such as int32, because negative labels are ignored, got {labels.dtype}."
         )
     if z_loss < 0:
-        raise ValueError(f"z_loss={z_loss} must be at least 0, which leaves the term out.")
+        raise ValueError(f"z_loss must be at least 0 (0 disables the term), got {z_loss}.")
 
 
 def why_not(name: str, hidden: Any, vocab_weight: Any) -> str | None:
-    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    """Return why an implementation does not support these operands here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
     if axes := dispatch.auto_partitioned():
         return (
             f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; name the axes that"
-            " shard the tokens in token_axes, or call it within jax.shard_map over all of them"
+            " shard the tokens in token_axes, or call it inside jax.shard_map over all of them"
         )
     if 0 in hidden.shape or 0 in vocab_weight.shape:
         return f"hidden {hidden.shape} or vocab_weight {vocab_weight.shape} is empty"
@@ -143,10 +142,10 @@ def why_not(name: str, hidden: Any, vocab_weight: Any) -> str | None:
 
 
 def _shardable(token_axes: Sequence[str], tokens: int) -> tuple[str, ...]:
-    """Those of `token_axes` that the ambient mesh has and the compiler partitions."""
+    """Return those of ``token_axes`` that the current mesh has and the compiler partitions."""
     if isinstance(token_axes, str):
         raise ValueError(
-            f"token_axes={token_axes!r} must be a tuple of axis names: ({token_axes!r},)."
+            f"token_axes must be a tuple of axis names, such as ({token_axes!r},), got {token_axes!r}."
         )
     axes = tuple(axis for axis in token_axes if axis in dispatch.auto_partitioned())
     mesh = jax.sharding.get_abstract_mesh()
@@ -155,8 +154,8 @@ def _shardable(token_axes: Sequence[str], tokens: int) -> tuple[str, ...]:
         shards *= mesh.shape[axis]
     if tokens % shards:
         raise ValueError(
-            f"token_axes={axes} split {tokens} tokens into {shards} unequal parts; use a multiple of {shards} tokens,"
-            " or leave token_axes out."
+            f"token_axes={axes} split {tokens} tokens into {shards} unequal parts. Use a multiple of {shards} tokens,"
+            " or omit token_axes."
         )
     return axes
 
@@ -169,17 +168,17 @@ def _on_device(implementation, z_loss, axes, operands):
     labels = labels.astype(jnp.int32)
     counted = (labels >= 0) & (labels < vocab_weight.shape[0])
     labels, weights = jnp.where(counted, labels, -1), jnp.where(counted, weights, 0.0)
-    # Within a shard_map all operands take one type here, so that what follows need not know;
-    # `vary` sums their gradients.
+    # Inside a shard_map, all operands are given the same type here, so that the following code does not
+    # depend on it; `vary` sums their gradients.
     operands = (hidden, vocab_weight, bias, labels, weights)
     operands = vary(operands, varying_axes(operands))
     return _summed(implementation, z_loss, axes, *operands)
 
 
 def _over_tokens(call, axes, operands, *, gradients):
-    """Call on each device's own tokens, and sum what belongs to all; `call` itself without axes.
+    """Call ``call`` on each device's own tokens and sum the shared results; without axes, just call it.
 
-    The custom gradient is around this, as JAX cannot differentiate a shard_map within another.
+    The custom gradient is around this function, because JAX cannot differentiate a shard_map inside another.
     """
     if not axes:
         return call(*operands)
@@ -203,7 +202,7 @@ def _over_tokens(call, axes, operands, *, gradients):
 
 
 def _functions(implementation, z_loss, hidden, vocab_weight, *, gradients: bool) -> dict[str, Any]:
-    """One function a platform, from operands to the loss, or to the loss and its gradients."""
+    """Return one function per platform, from operands to the loss, or to the loss and its gradients."""
     if implementation in ("tpu", "gpu"):
         names = {"default": implementation}
     else:
@@ -240,7 +239,7 @@ def _function(name, z_loss, gradients, platform):
 
 def _run(implementation, z_loss, axes, operands, *, gradients):
     def call(*operands):
-        # Within the shard_map over the tokens, if there is one: kernels can serve only there.
+        # Inside the shard_map over the tokens, if there is one, because kernels can run only there.
         if implementation is not None and (reason := why_not(implementation, *operands[:2])):
             raise dispatch.Unsupported(
                 f"cross_entropy: implementation={implementation!r} cannot serve: {reason}."

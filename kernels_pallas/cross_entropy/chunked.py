@@ -1,17 +1,18 @@
-"""A chunk of tokens at a time in plain jnp: what CPUs run, and the fallback everywhere else.
+"""One chunk of tokens at a time in plain jnp: the implementation for CPUs, and the fallback elsewhere.
 
-Logits exist for one chunk of tokens only. Where gradients are wanted they are computed in the same
-pass, since the loss is a sum and its cotangent therefore one number that scales them later: three
-matrix products where the usual recomputation takes four, and one exponential a logit.
+Logits exist for only one chunk of tokens. If gradients are needed, they are computed in the same
+pass. This is possible because the loss is a sum, so its cotangent is a single number that scales the
+gradients later. It takes three matrix products instead of the usual four with recomputation, and
+one exponential per logit.
 
-For a token with logits `l`, label `y` and weight `w`, with `m = max(l)`, `p = exp(l - m)`,
-`s = sum(p)` and `lse = m + log(s)`,
+For a token with logits ``l``, label ``y`` and weight ``w``, with ``m = max(l)``, ``p = exp(l - m)``,
+``s = sum(p)`` and ``lse = m + log(s)``,
 
     loss    = w (lse - l[y] + z lse²)
     dloss/dl = w ((1 + 2 z lse) p / s - onehot(y))
 
-The last line is subtracted in float32 before it is rounded to the type of the matrix products, so
-a token that the model predicts with confidence keeps its small gradient in bfloat16.
+The subtraction in the last line is done in float32 before rounding to the dtype of the matrix products,
+so a token that the model predicts with confidence keeps its small gradient in bfloat16.
 """
 
 import math
@@ -24,24 +25,24 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.manual_axes import vary, varying_axes
 
-# Measured on CPUs: smaller chunks make slower products, larger ones leave the cache. Where the sums of
-# the weight's gradient are beyond the cache themselves, each chunk pays for a pass over them.
+# Measured on CPUs: smaller chunks make slower products, larger ones leave the cache. If the sums of
+# the weight's gradient exceed the cache themselves, each chunk needs another pass over them.
 _CHUNK, _CHUNK_OF_LARGE = 256, 512
 _LARGE_WEIGHT = 2**24
 
 
 class Gradients(NamedTuple):
-    """What the forward pass leaves for the backward pass, each for a cotangent of one."""
+    """The gradients that the forward pass computes, for a cotangent of 1."""
 
     hidden: Float[Array, "tokens d"]
     vocab_weight: Float[Array, "vocab d"]
     bias: Float[Array, " vocab"] | None
     weights: Float[Array, " tokens"]
-    """The token's own loss, which is the gradient of its weight."""
+    """The loss of each token, which is the gradient of its weight."""
 
 
 class Tile(NamedTuple):
-    """One chunk's losses, and the gradient of its logits as `scale[:, None] * direction`."""
+    """The losses of one chunk, and the gradient of its logits as ``scale[:, None] * direction``."""
 
     losses: Float[Array, " chunk"]
     direction: Float[Array, "chunk vocab"]
@@ -54,7 +55,7 @@ TileFunction = Callable[
 
 
 def chunk_size(tokens: int, target: int) -> int:
-    """Tokens in a chunk: at most `target`, and a divisor of `tokens` if one is near."""
+    """Return the number of tokens per chunk: at most ``target``, and a divisor of ``tokens`` if one is near."""
     fewest = max(math.ceil(tokens / target), 1)
     chunks = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
     return max(math.ceil(tokens / chunks), 1)
@@ -67,10 +68,10 @@ def _chunk(hidden: Array, vocab_weight: Array, target: int | None) -> int:
 
 
 def split_tokens(values: Array, chunk: int, fill: int = 0) -> Array:
-    """[tokens, ...] as [chunks, chunk, ...]; a chunk takes every `chunks`-th token.
+    """Reshape [tokens, ...] to [chunks, chunk, ...]; a chunk takes every ``chunks``-th token.
 
-    The stride matters where a mesh shards the tokens: each chunk then lies on all the devices
-    alike, while a chunk of neighbours would lie on one of them.
+    The stride matters if a mesh shards the tokens: each chunk is then spread evenly over all devices,
+    while a chunk of neighboring tokens would be on one of them.
     """
     chunks = math.ceil(values.shape[0] / chunk)
     padding = [(0, chunks * chunk - values.shape[0])] + [(0, 0)] * (values.ndim - 1)
@@ -94,7 +95,7 @@ def _logits(hidden: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def token_losses(logits: Array, labels: Array, log_normalizer: Array, z_loss: float) -> Array:
-    """Each token's own loss, 0 for a negative label."""
+    """Return the loss of each token, 0 for a negative label."""
     at_label = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
     losses = log_normalizer - at_label
     if z_loss:
@@ -103,7 +104,7 @@ def token_losses(logits: Array, labels: Array, log_normalizer: Array, z_loss: fl
 
 
 def softmax_tile(logits: Array, labels: Array, weights: Array, *, z_loss: float) -> Tile:
-    """Losses and logit gradients of one chunk; a negative label, whose weight is 0, has none."""
+    """Return the losses and logit gradients of one chunk; both are 0 for a negative label, whose weight is 0."""
     peak = jnp.max(logits, axis=1)
     unnormalized = jnp.exp(logits - peak[:, None])
     total = jnp.sum(unnormalized, axis=1)
@@ -114,7 +115,7 @@ def softmax_tile(logits: Array, labels: Array, weights: Array, *, z_loss: float)
         probability = unnormalized * ((1.0 + 2.0 * z_loss * log_normalizer) / total)[:, None]
         direction, scale = jnp.where(is_label, probability - 1.0, probability), weights
     else:
-        # The division by `total` is left to the [chunk] vector: one pass less over the chunk's
+        # The division by `total` is left to the [chunk] vector, which saves one pass over the chunk's
         # logits.
         direction = jnp.where(is_label, unnormalized - total[:, None], unnormalized)
         scale = weights / total
@@ -131,7 +132,7 @@ def chunked_loss(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
 ) -> Float[Array, ""]:
-    """The loss alone. Labels are in [0, vocab), or negative for a token that does not count."""
+    """Compute only the loss. Labels are in [0, vocab), or negative for a token that does not count."""
     chunk = _chunk(hidden, vocab_weight, chunk_tokens)
     weight = vocab_weight.astype(hidden.dtype)
 
@@ -160,17 +161,17 @@ def chunked_loss_and_gradients(
     chunk_tokens: int | None = None,
     tile: TileFunction | None = None,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The loss and its gradients in one pass, the gradients in their operands' types.
+    """Compute the loss and its gradients in one pass; the gradients have the dtypes of their operands.
 
     Args:
         hidden: Final hidden states.
         vocab_weight: The output projection in the layout of an embedding table.
         bias: Bias of the logits, or None.
-        labels: In [0, vocab), or negative for a token that does not count and whose weight is 0.
+        labels: In [0, vocab), or negative for a token that does not count and has weight 0.
         weights: Weight of each token.
         z_loss: Coefficient of the squared log normalizer.
-        chunk_tokens: Tokens in a chunk; None chooses one for CPUs.
-        tile: What turns a chunk's logits into losses and gradients; None is `softmax_tile`.
+        chunk_tokens: Number of tokens per chunk; None chooses one for CPUs.
+        tile: Function that computes losses and gradients from the logits of a chunk; None: ``softmax_tile``.
     """
     tokens, chunk = hidden.shape[0], _chunk(hidden, vocab_weight, chunk_tokens)
     dtype = hidden.dtype

@@ -1,8 +1,8 @@
-"""Hopper GPUs: matrix products by cuBLAS a chunk at a time, and one Mosaic GPU kernel between them.
+"""Hopper GPUs: matrix products by cuBLAS one chunk at a time, with one Mosaic GPU kernel between them.
 
-The kernel takes a chunk's float32 logits and gives each row's log normalizer and, in the type of
-the matrix products, the gradient of its logits: a warpgroup reads its row twice and writes it
-once. Everything around it is `chunked`.
+The kernel takes the float32 logits of a chunk and returns the log normalizer of each row and, in the
+dtype of the matrix products, the gradient of its logits: a warpgroup reads its row twice and writes it
+once. Everything around it is ``chunked``.
 """
 
 import functools
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.cross_entropy import chunked
 from kernels_pallas.manual_axes import result_type, varying_axes
 
-# What the 128 threads of a warpgroup hold of a row at a time: two loads of 16 bytes each.
+# The part of a row that the 128 threads of a warpgroup hold at a time: two loads of 16 bytes each.
 _TILE = 1024
 _LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
-# 128 MiB of float32 logits: enough rows to fill 132 multiprocessors, and small beside 80 GB.
+# 128 MiB of float32 logits: enough rows to fill 132 multiprocessors, and small compared with 80 GB.
 _CHUNK_LOGITS = 2**25
 _MIN_CHUNK, _MAX_CHUNK = 256, 8192
 
@@ -42,8 +42,8 @@ def _kernel(logits_ref, labels_ref, normalizer_ref, gradient_ref, *, vocab, z_lo
         higher = jnp.maximum(peaks, logits)
         return higher, sums * jnp.exp(peaks - higher) + jnp.exp(logits - higher)
 
-    # Each of the 1024 positions keeps its own maximum and sum, so the threads meet once a row and
-    # not once a tile. A position that saw only padding holds _LOWEST, and the last factor takes
+    # Each of the 1024 positions keeps its own maximum and sum, so the threads synchronize once per row
+    # instead of once per tile. A position that saw only padding holds _LOWEST, and the last factor sets
     # its sum to 0.
     start = tuple(
         plgpu.layout_cast(jnp.full((_TILE,), fill, jnp.float32), layout) for fill in (_LOWEST, 0.0)
@@ -74,10 +74,10 @@ def softmax_rows(
     dtype: Any,
     interpret: Any = None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows padded"]]:
-    """Each row's log normalizer over `vocab` logits, and its loss's gradient by them in `dtype`.
+    """Return the log normalizer of each row over ``vocab`` logits, and the gradient of its loss by them in ``dtype``.
 
-    `padded` is a multiple of 1024; the gradient beyond `vocab` is 0, and so it is at no label if
-    the label is negative.
+    ``padded`` is a multiple of 1024. The gradient beyond ``vocab`` is 0; if the label is negative, no
+    label is subtracted.
     """
     axes = varying_axes(logits, labels)
     rows, padded = logits.shape
@@ -108,7 +108,7 @@ def gpu_loss(
     *,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """The loss alone: with no gradient to write XLA's own reductions do."""
+    """Compute only the loss: without a gradient to write, XLA's own reductions suffice."""
     chunk = _chunk_size(hidden.shape[0], vocab_weight.shape[0])
     return chunked.chunked_loss(
         hidden, vocab_weight, bias, labels, weights, z_loss=z_loss, chunk_tokens=chunk
@@ -125,7 +125,7 @@ def gpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = None,
 ) -> tuple[Float[Array, ""], chunked.Gradients]:
-    """The loss, and gradients in their operands' types; `interpret` as in `plgpu.kernel`."""
+    """Compute the loss and gradients in the dtypes of their operands; ``interpret`` as in ``plgpu.kernel``."""
     tokens, vocab = hidden.shape[0], vocab_weight.shape[0]
 
     def tile(logits, labels, weights):
@@ -136,7 +136,7 @@ def gpu_loss_and_gradients(
             chunked.token_losses(logits, labels, normalizer, z_loss), gradient, weights
         )
 
-    # Whole tiles for the kernel, and aligned rows for cuBLAS: 50257 would have it fall back to
+    # Whole tiles for the kernel, and aligned rows for cuBLAS: with 50257 it would fall back to
     # slow kernels.
     padding = -vocab % _TILE
     total, gradients = chunked.chunked_loss_and_gradients(

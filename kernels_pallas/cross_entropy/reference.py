@@ -1,4 +1,4 @@
-"""The loss written down plainly, whole logits and all, for the others to be compared with."""
+"""A plain implementation of the loss with whole logits, for comparison with the others."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ def logits_of(
     vocab_weight: Float[Array, "vocab d"],
     bias: Float[Array, " vocab"] | None,
 ) -> Float[Array, "tokens vocab"]:
-    """`hidden @ vocab_weight.T + bias`: operands in the type of `hidden`, sums in float32."""
+    """Compute ``hidden @ vocab_weight.T + bias``: operands in the dtype of ``hidden``, sums in float32."""
     logits = jnp.einsum(
         "td,vd->tv", hidden, vocab_weight.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -26,7 +26,7 @@ def reference(
     *,
     z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """Sum of the weighted losses; see `kernels_pallas.cross_entropy` for the arguments."""
+    """Sum the weighted losses; see ``kernels_pallas.cross_entropy`` for the arguments."""
     vocab = vocab_weight.shape[0]
     logits = logits_of(hidden, vocab_weight, bias)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)

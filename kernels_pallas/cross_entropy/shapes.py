@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Operands(NamedTuple):
-    """Arguments of `cross_entropy`, or their types."""
+    """Arguments of ``cross_entropy``, or their types."""
 
     hidden: Float[Array, "tokens d"]
     vocab_weight: Float[Array, "vocab d"]
@@ -27,12 +27,12 @@ class Shape:
     d: int
     vocab: int
     dtype: str = "float32"
-    """Of `hidden`; the vocabulary's weight is float32, as parameters are."""
+    """Dtype of ``hidden``; the vocabulary's weight is float32, like parameters."""
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "bench", "aot"."""
+    """What the shape is used for: "test", "bench", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands; of eight tokens one has the label -100 and one a confident prediction."""
+        """Return random operands; of every eight tokens, one has the label -100 and one a confident prediction."""
         keys = jax.random.split(key, 6)
         weight = jax.random.normal(keys[0], (self.vocab, self.d)) * self.d**-0.5
         labels = jax.random.randint(keys[1], (self.tokens,), 0, self.vocab)
@@ -48,7 +48,7 @@ class Shape:
         )
 
     def abstract(self, sharding: Any = None) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
 
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -86,5 +86,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

@@ -1,21 +1,21 @@
 """Pallas TPU kernels: no logit ever leaves VMEM.
 
-Two kernels walk the same tiles of [tokens, vocab] logits.
+Two kernels iterate over the same tiles of [tokens, vocab] logits.
 
-- The forward kernel holds a tile of tokens while the vocabulary streams by, and keeps a running
-  maximum and sum (the online softmax), the label's logit, and, for the gradient of `hidden`, the
-  running mean of the other words' embeddings as attention does with its values:
+- The forward kernel holds a tile of tokens while the vocabulary streams by. It keeps a running
+  maximum and sum (the online softmax), the label's logit, and, for the gradient of ``hidden``, the
+  running mean of the other words' embeddings, as attention does with its values:
 
       dloss/dh = w (c sum_{v != y} p[v] W[v]  +  (c p[y] - 1) W[y]),   c = 1 + 2 z lse
 
-  The label's own row is left out of the sum and added outside the kernel. If the sum held it, a
-  token predicted with confidence would get its small gradient as the difference of two large
-  rounded vectors.
-- The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the
-  logits for its gradient.
+    The label's own row is left out of the sum and added outside the kernel. If the sum included it, a
+    token predicted with confidence would get its small gradient as the difference of two large
+    rounded vectors.
+  - The weight kernel holds a tile of the vocabulary while the tokens stream by, and recomputes the
+    logits for its gradient.
 
-That is four matrix products where `chunked` has three, for memory that does not depend on the
-vocabulary.
+  This takes four matrix products where ``chunked`` takes three, but its memory does not depend on the
+  vocabulary.
 """
 
 import functools
@@ -31,8 +31,8 @@ from kernels_pallas.cross_entropy.chunked import Gradients
 from kernels_pallas.cross_entropy.tpu_kernels import LOWEST, forward_kernel, weight_kernel
 from kernels_pallas.manual_axes import result_type, varying_axes
 
-# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is
-# the compiler's.
+# v5e and later generations have at least 64 MiB of VMEM; the compiler gets what the budget leaves of
+# the limit.
 _VMEM_LIMIT = 56 * 2**20
 _VMEM_BUDGET = 40 * 2**20
 _TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
@@ -40,7 +40,7 @@ _LANES = 128
 
 
 def why_not(hidden: Any, vocab_weight: Any) -> str | None:
-    """The reason why the kernels cannot serve these operands, or None."""
+    """Return why the kernels do not support these operands, or None."""
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
         if kind.startswith(_TOO_OLD):
@@ -51,15 +51,15 @@ def why_not(hidden: Any, vocab_weight: Any) -> str | None:
 
 
 def tiles(width: int, itemsize: int) -> tuple[int, int] | None:
-    """Rows of the operand that stays and of the one that streams by, the largest that fit in VMEM.
+    """Return the largest numbers of resident and of streamed rows that fit in VMEM together.
 
-    The reuse of the streamed operand, and so the intensity, grows with the rows that stay.
+    The reuse of the streamed operand, and so the arithmetic intensity, grows with the number of resident rows.
     """
     for stays in (1024, 512, 256, 128):
         for streams in (512, 256, 128):
             operands = 2 * itemsize * width * (stays + streams)  # double buffered
             sums = 3 * 4 * width * stays  # accumulator and double-buffered result, float32
-            logits = 4 * 4 * stays * streams  # about four float32 values a logit at a time
+            logits = 4 * 4 * stays * streams  # about four float32 values per logit at a time
             if operands + sums + logits <= _VMEM_BUDGET:
                 return stays, streams
     return None
@@ -70,7 +70,7 @@ def _padded(size: int, multiple: int = _LANES) -> int:
 
 
 class _Operands(NamedTuple):
-    """The operands as the kernels want them, and the rows of a tile that stay and stream."""
+    """The operands in the form that the kernels need, and the numbers of resident and streamed rows of a tile."""
 
     hidden: Array  # [tokens, wide], with `wide` the width as whole lanes
     weight: Array  # [vocab, wide]
@@ -84,7 +84,7 @@ def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
     width, vocab = hidden.shape[1], vocab_weight.shape[0]
     wide = _padded(width)
     fitting = tiles(wide, hidden.dtype.itemsize)
-    assert fitting is not None, "why_not lets no such width through"
+    assert fitting is not None, "why_not rejects such widths"
     stays, streams = fitting
     weight = vocab_weight.astype(hidden.dtype)
     if wide != width:
@@ -97,11 +97,11 @@ def _prepare(hidden, vocab_weight, bias, labels) -> _Operands:
 def _call(
     kernel, blocks, swap, operands, columns, results, scratch, products, interpret
 ) -> list[Array]:
-    """Run a kernel over all tiles of [tokens, vocab]; `swap` makes words the outer loop.
+    """Run a kernel over all tiles of [tokens, vocab]; ``swap`` makes words the outer loop.
 
-    `columns` are further operands of one number a token. `results` are triples (shape, dtype,
-    "token" | "word" | "row"), the last naming what the leading dimension runs over, or a row of
-    one number a word.
+    ``columns`` are additional operands with one number per token. ``results`` are triples (shape, dtype,
+    "token" | "word" | "row"); the last names what the leading dimension runs over, or a row with one
+    number per word.
     """
     block_tokens, block_words = blocks
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
@@ -148,7 +148,7 @@ def _call(
 
 
 def _forward(operands: _Operands, *, with_gradient: bool, interpret: Any) -> list[Array]:
-    """Log normalizer, label's logit, [tokens, 1]; the mean of the other words, [tokens, wide]."""
+    """Return log normalizer and label's logit, [tokens, 1], and the mean of the other words, [tokens, wide]."""
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
     blocks = min(operands.stays, _padded(tokens)), operands.streams
     column = ((tokens, 1), jnp.float32, "token")
@@ -163,7 +163,7 @@ def _forward(operands: _Operands, *, with_gradient: bool, interpret: Any) -> lis
 
 
 def _weight_gradient(operands: _Operands, columns, dtype, interpret) -> tuple[Array, Array]:
-    """[vocab, wide] in `dtype`, and the float32 [vocab] gradient of the bias."""
+    """Return the gradient [vocab, wide] in ``dtype``, and the float32 [vocab] gradient of the bias."""
     (tokens, wide), vocab = operands.hidden.shape, operands.weight.shape[0]
     blocks = min(operands.streams, _padded(tokens)), operands.stays
     results = [
@@ -190,7 +190,7 @@ def tpu_loss(
     z_loss: float = 0.0,
     interpret: Any = False,
 ) -> Float[Array, ""]:
-    """The loss alone. Labels are in [0, vocab), or negative where the weight is 0."""
+    """Compute only the loss. Labels are in [0, vocab), or negative if the weight is 0."""
     operands = _prepare(hidden, vocab_weight, bias, labels)
     normalizer, at_label = _forward(operands, with_gradient=False, interpret=interpret)
     return jnp.sum(weights * _losses(labels, normalizer, at_label, z_loss))
@@ -206,13 +206,13 @@ def tpu_loss_and_gradients(
     z_loss: float = 0.0,
     interpret: Any = False,
 ) -> tuple[Float[Array, ""], Gradients]:
-    """The loss, and gradients in their operands' types; `interpret` as in `pl.pallas_call`."""
+    """Compute the loss and gradients in the dtypes of their operands; ``interpret`` as in ``pl.pallas_call``."""
     width = hidden.shape[1]
     operands = _prepare(hidden, vocab_weight, bias, labels)
     normalizer, at_label, others = _forward(operands, with_gradient=True, interpret=interpret)
     losses = _losses(labels, normalizer, at_label, z_loss)
     weight, smooth = weights[:, None], 1.0 + 2.0 * z_loss * normalizer
-    # c p[y] - 1, in a form that does not cancel where p[y] is near 1.
+    # c p[y] - 1, in a form without cancellation if p[y] is near 1.
     log_probability = at_label - normalizer
     share = jnp.expm1(log_probability) + (smooth - 1.0) * jnp.exp(log_probability)
     own = vocab_weight[jnp.maximum(labels, 0)].astype(hidden.dtype).astype(jnp.float32)

@@ -1,9 +1,9 @@
-"""The bodies of the TPU kernels; `tpu` says what they compute and how they are called.
+"""The bodies of the TPU kernels; ``tpu`` documents what they compute and how they are called.
 
-Arrays with one number a token are columns [tokens, 1], those with one number a word are rows [1,
-vocab]. A tile that overhangs its array reads undefined values there: rows of `weight` and `hidden`
-are zeroed before a sum can meet them, and the bias row is padded with `LOWEST`, which no softmax
-sees.
+Arrays with one number per token are columns [tokens, 1]; those with one number per word are rows [1,
+vocab]. A tile that extends past its array reads undefined values there: rows of ``weight`` and ``hidden``
+are zeroed before they enter a sum, and the bias row is padded with ``LOWEST``, which contributes nothing to
+a softmax.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def _indices(start: Any, shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _keep_rows(values: Array, start: Any, size: int) -> Array:
-    """Zeros in place of the rows beyond `size`, which only an overhanging tile has."""
+    """Set the rows beyond ``size`` to zero; only a tile that extends past the array has such rows."""
     if size % values.shape[0] == 0:
         return values
     return jnp.where(_indices(start, values.shape, 0) < size, values, jnp.zeros_like(values))
@@ -35,10 +35,10 @@ def _keep_rows(values: Array, start: Any, size: int) -> Array:
 def forward_kernel(
     hidden, weight, bias, labels, normalizer, at_label, *more, vocab: int, with_gradient: bool
 ) -> None:
-    """Grid (token tiles, vocabulary tiles): the online softmax and the other words' mean.
+    """Compute the online softmax and the mean of the other words; grid (token tiles, vocabulary tiles).
 
-    `more` is the result of that mean (only with the gradient), three columns of scratch, and the
-    mean's scratch (only with the gradient).
+    ``more`` is the result of that mean (only with the gradient), three columns of scratch memory, and the
+    mean's scratch memory (only with the gradient).
     """
     *mean_result, peak, total, picked = more[:4] if with_gradient else more
     mean = more[4:]
@@ -88,7 +88,7 @@ def weight_kernel(
     *,
     tokens: int,
 ) -> None:
-    """Grid (vocabulary tiles, token tiles): sums of the logits' gradient, with `hidden` and alone."""
+    """Sum the logits' gradient, multiplied by ``hidden`` and by itself; grid (vocabulary tiles, token tiles)."""
     tile = pl.program_id(1)
 
     @pl.when(tile == 0)

@@ -1,4 +1,4 @@
-"""The products of experts on both sides of their hidden layer: rows taken from unsorted tokens, and weighted sums for each token."""
+"""The products before and after the hidden layer of experts: rows gathered from unsorted tokens, and weighted sums per token."""
 
 from kernels_pallas.expert_matmul.api import gather_matmul, matmul_scatter, sort_rows
 

@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of these ops: gated experts, by the kernels and in plain jnp."""
+"""Programs of these ops for ``python -m kernels_pallas.aot``: gated experts, by the kernels and in plain jnp."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from kernels_pallas.expert_matmul.shapes import Operands, Shape, with_tag
 
 
 def experts(operands: Operands, implementation: Any) -> jax.Array:
-    """What the experts make of their tokens."""
+    """Apply the experts to their tokens."""
     o, by = operands, {"implementation": implementation}
     inputs = (o.x, o.up, o.sizes, o.token_of_row, o.up_bias, o.gate, o.gate_bias)
     h = gather_matmul(*inputs, activation=jax.nn.silu, **by)
@@ -27,7 +27,7 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the kernels for TPUs and in plain jnp for all targets; of those tagged "edge" the kernels."""
+    """Return each shape tagged "aot", in the TPU kernels and in plain jnp for all targets; for those tagged "edge", only the kernels."""
     tpus = ("v5e", "v6e")
     chosen = [(shape, "tpu", tpus) for tag in ("aot", "edge") for shape in with_tag(tag)]
     chosen += [(shape, "reference", (*tpus, "h100")) for shape in with_tag("aot")]

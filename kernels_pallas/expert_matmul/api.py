@@ -28,36 +28,38 @@ def gather_matmul(
     activation: Callable[[Array], Array] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
-    r"""Rows that are taken from unsorted tokens, each times the matrix of its group: the experts' first projection.
+    r"""Gather rows from unsorted tokens and multiply each by the matrix of its group: the experts' first projection.
 
     .. math:: y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
         y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})
 
-    with a gate. The kernel is for few tokens, as in decoding, where reading weights takes the time: it reads those of groups that have rows, and
-    the sorted copy of the tokens is never written. Sums, activation and gating are float32. Reverse mode only, by the plain form.
+    with a gate. The kernel is for few tokens, as in decoding, where reading weights dominates: it reads only the weights of
+    groups that have rows, and never writes the sorted copy of the tokens. Sums, activation and gating are float32. The op is
+    differentiable in reverse mode, through the plain implementation.
 
-    There is no kernel for GPUs. A Hopper's copy engine fetches rectangles, and not rows by a list (Blackwell's does), and its
-    matrix units read what they multiply from shared memory: rows would have to pass through registers one by one, and the sums
-    of a token, which blocks compute at the same time, would need atomic additions, in another order at each run.
+    There is no GPU kernel. A Hopper's copy engine fetches rectangles instead of lists of rows (Blackwell's can), and its
+    matrix units read their operands from shared memory, so rows would have to pass through registers one by one. The sums
+    of a token, which blocks compute in parallel, would need atomic additions, whose order differs between runs.
 
     Args:
         x: Tokens in any order; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `x`.
-        sizes: How many rows each group has; the rows of group 0 come first. Rows after the last group give zeros.
+        weight: One matrix per group, in the dtype of ``x``.
+        sizes: Number of rows of each group; the rows of group 0 come first. Rows after the last group give zeros.
         source: The token of each row, from 0 to tokens - 1.
         bias: Added to the product; None adds nothing.
-        gate: The matrices of a second product; None: there is none.
+        gate: The matrices of the gate's product; None: no gate.
         gate_bias: Added to the gate's product; None adds nothing.
-        activation: From float32 to float32, element by element. The kernel can only hold what Pallas knows: erf, and not erfc.
-        implementation: "reference" (a sorted copy and `grouped_matmul`), "tpu" (a Pallas kernel), or None: the best one that can serve
-            on the platform the program is lowered for.
+        activation: Elementwise function from float32 to float32. The kernel supports only what Pallas can lower: erf, but
+            not erfc.
+        implementation: "reference" (a sorted copy and ``grouped_matmul``), "tpu" (a Pallas kernel), or None: the best one
+            for the platform that the program is lowered for.
 
     Returns:
-        The products of the rows, sorted by group, in the type of `x`.
+        The products of the rows, sorted by group, in the dtype of ``x``.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: The operands do not match, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -66,7 +68,8 @@ def gather_matmul(
         [4.0, 10.0, 20.0]
 
     References:
-        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+        Rajbhandari et al., "DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI
+            Scale" (2022), section 5.4. https://arxiv.org/abs/2201.05596
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_gather(x, weight, sizes, source, bias, gate, gate_bias)
@@ -86,29 +89,29 @@ def matmul_scatter(
     num_tokens: int,
     implementation: Implementation | None = None,
 ) -> Float[Array, "tokens d_out"]:
-    r"""Sorted rows, each times the matrix of its group, and their weighted sum for each token: the experts' last projection.
+    r"""Multiply sorted rows by the matrices of their groups and sum them per token with weights: the experts' last projection.
 
     .. math:: y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})
 
-    Rows after the last group count for no token. Sums are float32. Reverse mode only, by the plain form. For which sizes there is a kernel, and
-    why there is none for GPUs, says :func:`gather_matmul`.
+    Rows after the last group are ignored. Sums are float32. The op is differentiable in reverse mode, through the plain
+    implementation. ``gather_matmul`` documents which sizes the kernel is for, and why there is no GPU kernel.
 
     Args:
-        h: Rows sorted by group, as `gather_matmul` gives them; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `h`.
-        sizes: How many rows each group has.
-        target: The token of each row, from 0 to `num_tokens` - 1.
-        scale: float32, what each row is weighted by.
+        h: Rows sorted by group, as ``gather_matmul`` returns them; float32 or bfloat16.
+        weight: One matrix per group, in the dtype of ``h``.
+        sizes: Number of rows of each group.
+        target: The token of each row, from 0 to ``num_tokens`` - 1.
+        scale: float32 weight of each row.
         bias: Added to each row before it is weighted; None adds nothing.
-        num_tokens: Rows of the result.
-        implementation: As for `gather_matmul`.
+        num_tokens: Number of rows of the result.
+        implementation: As for ``gather_matmul``.
 
     Returns:
-        The sums, in the type of `h`; zeros for tokens that no row names.
+        The sums, in the dtype of ``h``; zeros for tokens that no row names.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: The operands do not match, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -118,7 +121,8 @@ def matmul_scatter(
         [10.0, 6.0]
 
     References:
-        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+        Rajbhandari et al., "DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI
+            Scale" (2022), section 5.4. https://arxiv.org/abs/2201.05596
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_scatter(h, weight, sizes, target, scale, bias)
@@ -135,21 +139,22 @@ def sort_rows(
     *,
     implementation: Implementation | None = None,
 ) -> Rows:
-    """Which token stands in each row when rows are sorted by expert, and what it is weighted by: from a router's table to the other two ops.
+    """Sort rows by expert: return the token and the weight of each row, from a router's table for the other two ops.
 
     Args:
-        experts: The experts of each token, as `kernels_pallas.top_k_gating` gives them; from the number of groups on: none.
-        positions: Its place with each of them; no two may have the same one.
-        weights: float32, what the experts' outputs are weighted by.
-        sizes: How many tokens each expert has.
-        implementation: As for `gather_matmul`.
+        experts: The experts of each token, as ``kernels_pallas.top_k_gating`` returns them; numbers from the number of
+            groups on mean none.
+        positions: The token's position within each of them; positions must be distinct.
+        weights: float32 weights of the experts' outputs.
+        sizes: Number of tokens of each expert.
+        implementation: As for ``gather_matmul``.
 
     Returns:
-        `token` and `weight` of each of `tokens * k` rows; 0 after the last expert's. There is no gradient.
+        ``token`` and ``weight`` of each of ``tokens * k`` rows; 0 after the rows of the last expert. There is no gradient.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: The operands do not match, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -160,7 +165,7 @@ def sort_rows(
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     if not experts.shape == positions.shape == weights.shape:
         raise ValueError(
-            f"experts {experts.shape}, positions {positions.shape} and weights {weights.shape} must be of one shape"
+            f"experts, positions and weights must have the same shape, got {experts.shape}, {positions.shape} and {weights.shape}"
         )
     operands = jax.lax.stop_gradient((experts, positions, weights, sizes))
     return _run(
@@ -171,31 +176,31 @@ def sort_rows(
 def check_gather(
     x: Any, weight: Any, sizes: Any, source: Any, bias: Any, gate: Any, gate_bias: Any
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     check_product(x, weight, sizes, bias)
     if source.ndim != 1:
-        raise ValueError(f"source {source.shape} must have one dimension")
+        raise ValueError(f"source must have one dimension, got the shape {source.shape}")
     if gate is None:
         if gate_bias is not None:
-            raise ValueError("gate_bias needs a gate")
+            raise ValueError("gate_bias needs gate")
         return
     if gate.shape != weight.shape:
-        raise ValueError(f"gate {gate.shape} must be of the shape of weight, {weight.shape}")
+        raise ValueError(f"gate must have the shape of weight, {weight.shape}, got {gate.shape}")
     check_product(x, gate, sizes, gate_bias)
 
 
 def check_scatter(h: Any, weight: Any, sizes: Any, target: Any, scale: Any, bias: Any) -> None:
-    """The same for `matmul_scatter`."""
+    """Do the same for ``matmul_scatter``."""
     check_product(h, weight, sizes, bias)
     for name, value in (("target", target), ("scale", scale)):
         if value.shape != h.shape[:1]:
             raise ValueError(
-                f"{name} {value.shape} must be one for each of the rows of h {h.shape}"
+                f"{name} must have one entry for each row of h {h.shape}, got the shape {value.shape}"
             )
 
 
 def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> str | None:
-    """The reason why an implementation of `gather_matmul` cannot serve these operands here, or None if it can."""
+    """Return why an implementation of ``gather_matmul`` does not support these operands here, or None if it does."""
     if name != "tpu":
         return None
     if 0 in (*x.shape, *weight.shape, *source.shape):
@@ -206,7 +211,7 @@ def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> st
 
 
 def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | None:
-    """The same for `matmul_scatter`."""
+    """Do the same for ``matmul_scatter``."""
     if name != "tpu":
         return None
     if 0 in (*h.shape, *weight.shape, num_tokens):
@@ -217,11 +222,11 @@ def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | No
 
 
 def why_not_sort(name: str, experts: Any) -> str | None:
-    """The same for `sort_rows`."""
+    """Do the same for ``sort_rows``."""
     if name != "tpu":
         return None
     if experts.size == 0:
-        return f"experts {experts.shape} are empty"
+        return f"experts {experts.shape} is empty"
     from kernels_pallas.expert_matmul.tpu import rows
 
     return _partitioned() or rows.why_not(experts)
@@ -230,14 +235,14 @@ def why_not_sort(name: str, experts: Any) -> str | None:
 def _partitioned() -> str | None:
     if axes := dispatch.auto_partitioned():
         return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
             "jax.shard_map over all of them"
         )
     return None
 
 
 def _run(op: str, name: str | None, why_not: Any, operands: Any, *options: Any) -> Any:
-    """The op by a named implementation, or by the best one of the platform that the program is lowered for."""
+    """Run the op by a named implementation, or by the best one for the platform that the program is lowered for."""
     if name is not None and (reason := why_not(name)):
         raise dispatch.Unsupported(f"{op}: implementation={name!r} cannot serve: {reason}.")
     plain = lambda *operands: getattr(reference, op)(*operands, *options)

@@ -1,4 +1,4 @@
-"""Plain jnp: a sorted copy of the tokens, `grouped_matmul`, and a sum over each token's rows."""
+"""Plain jnp: a sorted copy of the tokens, ``grouped_matmul``, and a sum over each token's rows."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 class Rows(NamedTuple):
-    """What stands in the rows that are sorted by group; see `kernels_pallas.expert_matmul.sort_rows`."""
+    """The token and weight of each row, sorted by group; see ``kernels_pallas.expert_matmul.sort_rows``."""
 
     token: Int[Array, " rows"]
     weight: Float[Array, " rows"]
@@ -22,10 +22,10 @@ def sort_rows(
     weights: Float[Array, "tokens k"],
     sizes: Int[Array, " groups"],
 ) -> Rows:
-    """See `kernels_pallas.expert_matmul.sort_rows`."""
+    """See ``kernels_pallas.expert_matmul.sort_rows``."""
     starts = jnp.append(jnp.cumsum(sizes) - sizes, experts.size)
     number = jnp.minimum(experts, sizes.shape[0])
-    # Choices of no group are sent past the last row, where nothing is written.
+    # Choices without a group are sent past the last row, where nothing is written.
     row = jnp.where(experts < sizes.shape[0], starts[number] + positions, experts.size)
     place = lambda a: jnp.zeros(a.size, a.dtype).at[row].set(a, mode="drop")
     token = jnp.broadcast_to(jnp.arange(len(experts), dtype=jnp.int32)[:, None], experts.shape)
@@ -42,7 +42,7 @@ def gather_matmul(
     gate_bias: Float[Array, "groups d_out"] | None,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.expert_matmul.gather_matmul`."""
+    """See ``kernels_pallas.expert_matmul.gather_matmul``."""
     rows = x[source]
     product = lambda weight, bias: grouped_matmul(rows, weight, sizes, bias).astype(jnp.float32)
     up = product(weight, bias)
@@ -60,9 +60,9 @@ def matmul_scatter(
     bias: Float[Array, "groups d_out"] | None,
     num_tokens: int,
 ) -> Float[Array, "tokens d_out"]:
-    """See `kernels_pallas.expert_matmul.matmul_scatter`."""
+    """See ``kernels_pallas.expert_matmul.matmul_scatter``."""
     y = grouped_matmul(h, weight, sizes, bias).astype(jnp.float32)
-    # What is multiplied by zero must not be a row of no group: nobody says what is in it.
+    # Rows without a group must not be multiplied by zero, because their contents are undefined.
     real = jnp.arange(target.shape[0]) < sizes.sum()
     y = y * jnp.where(real, scale, 0)[:, None]
     total = jnp.zeros((num_tokens, weight.shape[2]), jnp.float32)
@@ -74,6 +74,6 @@ def finish(
     gate: Float[Array, "..."] | None,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "..."]:
-    """What follows the products, in float32: the activation of one, or that of the gate times the other."""
+    """Apply what follows the products, in float32: the activation, or the activation of the gate times the other product."""
     act = (lambda y: y) if activation is None else activation
     return act(up) if gate is None else act(gate) * up

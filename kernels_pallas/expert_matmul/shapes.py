@@ -37,15 +37,15 @@ class Shape:
     d_ff: int
     bias: bool = False
     load: Load = "random"
-    """Who chooses whom: "one": all tokens the last expert; "nobody": all tokens are padding."""
+    """How tokens choose experts; "one": all tokens choose the last expert; "nobody": all tokens are padding."""
     padding: int = 0
-    """How many of the tokens are padding."""
+    """Number of tokens that are padding."""
     dtype: str = "float32"
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "aot", and "edge", of which only the kernels are compiled."""
+    """What the shape is used for: "test", "aot", and "edge", for which only the kernels are compiled."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands; rows of padding come last, with numbers that must not matter."""
+        """Return random operands; rows of padding come last, with values that must not matter."""
         keys = iter(jax.random.split(key, 9))
         normal = lambda *shape: jax.random.normal(next(keys), shape).astype(self.dtype)
         experts = jax.random.randint(next(keys), (self.tokens, self.k), 0, self.experts)
@@ -72,7 +72,7 @@ class Shape:
         )
 
     def abstract(self, sharding: Any = None) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
         found = jax.eval_shape(self.operands, jax.random.key(0))
         place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
         return jax.tree.map(place, found)
@@ -105,7 +105,7 @@ SHAPES: tuple[Shape, ...] = (
     _test("nobody", tokens=9, experts=3, k=2, d_model=16, d_ff=16, bias=True, load="nobody"),
     _test("tiles", tokens=100, experts=6, k=4, d_model=64, d_ff=640, padding=3, dtype="bfloat16"),
     _test("many experts", tokens=20, experts=70, k=2, d_model=24, d_ff=16, bias=True),
-    # Mixtral 8x7B, OLMoE and Qwen3-30B-A3B in decoding, and in reading a short prompt.
+    # Mixtral 8x7B, OLMoE and Qwen3-30B-A3B in decoding, and in prefill of a short prompt.
     _aot("mixtral 1", tokens=1, **MIXTRAL),
     _aot("mixtral 8", tokens=8, **MIXTRAL),
     _aot("mixtral 256", tokens=256, **MIXTRAL),
@@ -114,7 +114,7 @@ SHAPES: tuple[Shape, ...] = (
     _aot("olmoe 256", tokens=256, padding=3, **OLMOE),
     _aot("qwen3 1", tokens=1, **QWEN3),
     _aot("qwen3 8", tokens=8, **QWEN3),
-    # As much as is thought to fit in VMEM.
+    # The largest sizes that should fit in VMEM.
     Shape(name="mixtral 768", tokens=768, dtype="bfloat16", tags=_tags("edge"), **MIXTRAL),
     Shape(name="mixtral-f32 512", tokens=512, tags=_tags("edge"), **MIXTRAL),
     Shape(name="olmoe-f32 448", tokens=448, tags=_tags("edge"), **OLMOE),
@@ -135,5 +135,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

@@ -1,4 +1,4 @@
-"""A product of sorted rows, in which each group of rows has a matrix of its own."""
+"""A product of sorted rows in which each group of rows has its own matrix."""
 
 from kernels_pallas.grouped_matmul.api import grouped_matmul
 

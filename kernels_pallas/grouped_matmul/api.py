@@ -24,22 +24,22 @@ def grouped_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Rows that are sorted by group, each times the matrix of its group: :math:`y_r = x_r W_{g(r)} + b_{g(r)}`.
 
-    The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in `x`, `weight` and `bias`.
+    The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in ``x``, ``weight`` and ``bias``.
 
     Args:
         x: The rows of group 0, then those of group 1, and so on; float32 or bfloat16.
-        weight: A matrix for each group, of the type of `x`.
-        sizes: How many rows each group has. Rows after the last group give zeros.
+        weight: One matrix per group, in the dtype of ``x``.
+        sizes: Number of rows of each group. Rows after the last group give zeros.
         bias: Added to each row; None adds nothing.
-        implementation: "reference" (a masked product, groups times the work), "buffers" (a batched product, and a loop over rows that do not fit),
-            "ragged_dot" (`jax.lax.ragged_dot`, which is a kernel on TPUs and a masked product elsewhere), or None:
-            "ragged_dot" in programs for TPUs, otherwise "buffers".
+        implementation: "reference" (a masked product, with the number of groups times the work), "buffers" (a batched product,
+            and a loop over rows that do not fit), "ragged_dot" (``jax.lax.ragged_dot``, which is a kernel on TPUs and a
+            masked product elsewhere), or None: "ragged_dot" in programs for TPUs, otherwise "buffers".
 
     Returns:
-        The products, in the type of `x`.
+        The products, in the dtype of ``x``.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
+        ValueError: The operands do not match, or a name is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -61,20 +61,20 @@ def grouped_matmul(
 
 
 def check_operands(x: Any, weight: Any, sizes: Any, bias: Any) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     groups, d_in, d_out = weight.shape
     if x.shape[1] != d_in:
         raise ValueError(
-            f"weight {weight.shape} takes {d_in} inputs, and x {x.shape} has {x.shape[1]}"
+            f"x must have the {d_in} inputs of weight {weight.shape}, got the shape {x.shape}"
         )
     if sizes.shape != (groups,):
         raise ValueError(
-            f"sizes {sizes.shape} must be one for each of the {groups} groups of weight"
+            f"sizes must have one entry for each of the {groups} groups of weight, got the shape {sizes.shape}"
         )
     if weight.dtype != x.dtype:
-        raise ValueError(f"weight is {weight.dtype} and x is {x.dtype}: give both in one type")
+        raise ValueError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
     if bias is not None and bias.shape != (groups, d_out):
-        raise ValueError(f"bias {bias.shape} must be ({groups}, {d_out}) here")
+        raise ValueError(f"bias must have the shape ({groups}, {d_out}), got {bias.shape}")
 
 
 def _ragged_dot(x: Array, weight: Array, sizes: Array, bias: Array | None) -> Array:

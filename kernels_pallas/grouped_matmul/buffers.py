@@ -1,4 +1,4 @@
-"""The product by a buffer for the even share of each group, and a loop over what does not fit."""
+"""The product with one buffer for the even share of each group, and a loop over rows that do not fit."""
 
 import functools
 import math
@@ -19,8 +19,8 @@ def grouped_matmul(
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.grouped_matmul`."""
-    # In a shard_map a gradient has to vary as its operand does.
+    """See ``kernels_pallas.grouped_matmul``."""
+    # In a shard_map, a gradient must vary like its operand.
     x, weight, sizes, bias = vary((x, weight, sizes, bias), varying_axes(x, weight, sizes, bias))
     y = _product(x, weight, sizes, math.ceil(x.shape[0] / weight.shape[0]))
     if bias is not None:
@@ -50,7 +50,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _rows_times(x: Array, weight: Array, sizes: Array, share: int, *, transposed: bool) -> Array:
-    """Each row times the matrix of its group, or times its transpose, in float32."""
+    """Multiply each row by the matrix of its group, or by its transpose, in float32."""
     places = Places(sizes, x.shape[0], share)
     contract = 2 if transposed else 1
     product = lambda a, w, batch: jax.lax.dot_general(
@@ -70,7 +70,7 @@ def _rows_times(x: Array, weight: Array, sizes: Array, share: int, *, transposed
 
 
 def _weight_gradient(x: Array, g: Array, sizes: Array, share: int) -> Array:
-    """The sum over each group's rows of ``x_r g_r^T``, in float32."""
+    """Return the sum of ``x_r g_r^T`` over the rows of each group, in float32."""
     places = Places(sizes, x.shape[0], share)
     product = {"preferred_element_type": jnp.float32}
     total = jnp.einsum("gri,gro->gio", places.buffers(x), places.buffers(g), **product)

@@ -1,4 +1,4 @@
-"""The product, written for trust: each row with its own matrix."""
+"""A simple implementation for comparison: each row with its own matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def grouped_matmul(
     sizes: Int[Array, " groups"],
     bias: Float[Array, "groups d_out"] | None = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.grouped_matmul`; makes a masked copy of `x` for each group."""
+    """Compute the same as ``kernels_pallas.grouped_matmul``, with a masked copy of ``x`` for each group."""
     mine = jax.nn.one_hot(group_of_rows(sizes, x.shape[0]), sizes.shape[0], dtype=x.dtype)
     product = {"preferred_element_type": jnp.float32, "precision": "highest"}
     y = jnp.einsum("rg,ri,gio->ro", mine, x, weight, **product)
@@ -21,6 +21,6 @@ def grouped_matmul(
 
 
 def group_of_rows(sizes: Int[Array, " groups"], rows: int) -> Int[Array, " rows"]:
-    """The group of each row; the number of groups for rows that belong to none."""
+    """Return the group of each row; the number of groups for rows that belong to none."""
     passed = jnp.arange(rows)[:, None] >= jnp.cumsum(sizes)[None]
     return passed.sum(1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The divergence of a student's distribution over a vocabulary from its teacher's, without whole logits."""
+"""KL divergence of a student's distribution over a vocabulary from its teacher's, without whole logits."""
 
 from kernels_pallas.kl_divergence.api import kl_divergence
 

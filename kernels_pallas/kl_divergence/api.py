@@ -28,28 +28,29 @@ def kl_divergence(
     temperature: float = 1.0,
     implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
-    r"""Sum over tokens of the divergence of a model's next-token distribution from its teacher's.
+    r"""Sum the divergence of a model's next-token distribution from its teacher's over tokens.
 
     .. math:: \sum_t w_t \, \mathrm{KL}(p^T_t \,\|\, p^S_t), \qquad p_t = \mathrm{softmax}(l_t / \tau), \quad l_t = W h_t + b
 
-    Softmax and sums are float32. No gradient goes to the teacher. Logits never exist all at once (except in the reference).
+    Softmax and sums are float32. The teacher gets no gradient. The full logits never exist at the same time (except in the
+    reference).
 
     Args:
         hidden: The student's final hidden states, float32 or bfloat16.
         vocab_weight: The student's output projection in the layout of an embedding table.
-        teacher_hidden: The teacher's.
-        teacher_vocab_weight: The teacher's.
-        weights: float32 weight of each token; None weighs every token 1.
+        teacher_hidden: The teacher's final hidden states.
+        teacher_vocab_weight: The teacher's output projection.
+        weights: float32 weight of each token; None gives every token the weight 1.
         bias: Bias of the student's logits.
         teacher_bias: Bias of the teacher's logits.
         temperature: What logits are divided by, :math:`\tau`. Gradients shrink with its square, which distillation makes up for.
-        implementation: "reference" (whole logits), "chunked" (a chunk of tokens at a time), or None: "chunked".
+        implementation: "reference" (whole logits), "chunked" (one chunk of tokens at a time), or None: "chunked".
 
     Returns:
         The float32 sum, in nats.
 
     Raises:
-        ValueError: Vocabularies of two sizes, other operands that do not fit, or a temperature that is not above 0.
+        ValueError: The vocabularies differ in size, other operands do not match, or the temperature is not above 0.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -60,7 +61,7 @@ def kl_divergence(
     """
     dispatch.check_name(implementation, FUNCTIONS)
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be above 0, and finite")
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     check_operands(hidden, vocab_weight, teacher_hidden, teacher_vocab_weight)
     student = Output(hidden, vocab_weight, bias)
     teacher = jax.lax.stop_gradient(Output(teacher_hidden, teacher_vocab_weight, teacher_bias))
@@ -71,15 +72,14 @@ def kl_divergence(
 def check_operands(
     hidden: Any, vocab_weight: Any, teacher_hidden: Any, teacher_weight: Any
 ) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is a shape."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape."""
     if vocab_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
-            f"the student has a vocabulary of {vocab_weight.shape[0]} and the teacher one of {teacher_weight.shape[0]}: they must "
-            "share it"
+            f"the student must have the teacher's vocabulary of {teacher_weight.shape[0]}, got one of {vocab_weight.shape[0]}"
         )
     if hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
-            f"the student has {hidden.shape[0]} tokens and the teacher {teacher_hidden.shape[0]}: give both the same"
+            f"the student must have the teacher's {teacher_hidden.shape[0]} tokens, got {hidden.shape[0]}"
         )
     for who, x, weight in (
         ("student", hidden, vocab_weight),
@@ -87,5 +87,5 @@ def check_operands(
     ):
         if x.shape[1] != weight.shape[1]:
             raise ValueError(
-                f"the {who}'s hidden states {x.shape} and output projection {weight.shape} differ in width"
+                f"the {who}'s hidden states and output projection must have the same width, got {x.shape} and {weight.shape}"
             )

@@ -1,4 +1,4 @@
-"""A chunk of tokens at a time: logits of both models exist for one chunk only, and are computed again for the gradient."""
+"""One chunk of tokens at a time: logits of both models exist for only one chunk, and are recomputed for the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CHUNK = 256
 def chunked(
     student: Output, teacher: Output, weights: Float[Array, " tokens"], temperature: float
 ) -> Float[Array, ""]:
-    """See `kernels_pallas.kl_divergence`."""
+    """See ``kernels_pallas.kl_divergence``."""
     chunk = chunk_size(student.hidden.shape[0], CHUNK)
 
     @jax.checkpoint

@@ -1,4 +1,4 @@
-"""What a model's distribution over the vocabulary is made of."""
+"""The parts of a model's distribution over the vocabulary."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 class Output(NamedTuple):
-    """Logits as the product that gives them: `hidden @ vocab_weight.T + bias`.
+    """Logits, represented by the product that computes them: ``hidden @ vocab_weight.T + bias``.
 
     Attributes:
         hidden: Final hidden states, float32 or bfloat16.

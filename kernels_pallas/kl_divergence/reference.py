@@ -1,4 +1,4 @@
-"""The divergence written down plainly, whole logits of both and all."""
+"""A plain implementation of the divergence, with the whole logits of both models."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,18 @@ from kernels_pallas.kl_divergence.output import Output
 def token_divergences(
     student: Output, teacher: Output, temperature: float
 ) -> Float[Array, " tokens"]:
-    """Of each token, in nats, at softened logits."""
+    """Return the divergence of each token, in nats, at softened logits."""
     own, other = (
         jax.nn.log_softmax(logits_of(o.hidden, o.vocab_weight, o.bias) / temperature)
         for o in (student, teacher)
     )
     probability = jnp.exp(other)
-    # A token that the teacher excludes, with a logit of minus infinity, counts for nothing.
+    # A token that the teacher excludes, with a logit of minus infinity, contributes nothing.
     return jnp.where(probability > 0, probability * (other - own), 0.0).sum(-1)
 
 
 def reference(
     student: Output, teacher: Output, weights: Float[Array, " tokens"], temperature: float
 ) -> Float[Array, ""]:
-    """The weighted sum; see `kernels_pallas.kl_divergence`."""
+    """Return the weighted sum; see ``kernels_pallas.kl_divergence``."""
     return (weights * token_divergences(student, teacher, temperature)).sum()

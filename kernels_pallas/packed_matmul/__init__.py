@@ -1,4 +1,4 @@
-"""A product of floats and packed weights that become floats only within it, for the few rows of decoding."""
+"""A product of floats and packed weights, which are dequantized only inside it, for the few rows of decoding."""
 
 from kernels_pallas.packed_matmul.api import packed_matmul
 

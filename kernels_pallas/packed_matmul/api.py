@@ -1,4 +1,4 @@
-"""The public function: checks, and the choice of an implementation."""
+"""The public function: checks and the choice of an implementation."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def packed_matmul(
     activation: Callable[[Array], Array] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
-    r"""A product of floats with a weight of packed codes, for few rows: what counts is that the weight is read once, as it is stored.
+    r"""Multiply floats by a weight of packed codes, for few rows, reading the packed weight only once.
 
     .. math:: y_{to} = \mathrm{act}\Big(\sum_i x_{ti} \, (w_{g(i) o} \, c_{oi} + z_{g(i) o}) + b_o\Big)
 
@@ -33,21 +33,22 @@ def packed_matmul(
 
     Args:
         x: Inputs, float32 or bfloat16.
-        weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
-        scale: float32, of each group and output. One group means a scale for each output.
-        zero: float32, what is added to each number of a group; None adds nothing.
+        weight: Codes of the weight, one row per output, packed as ``kernels_pallas.packed_codes`` describes.
+        scale: float32 scale of each group and output. One group means one scale per output.
+        zero: float32 offset added to each number of a group; None adds nothing.
         bias: Added to each output; None adds nothing.
-        bits: Of a code of the weight: 8, 4, 2 or 1.
-        activation: From float32 to float32, element by element. A kernel can only hold what Pallas knows: erf, and not erfc.
-        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
-            platform the program is lowered for.
+        bits: Number of bits per code of the weight: 8, 4, 2 or 1.
+        activation: Elementwise function from float32 to float32. A kernel supports only what Pallas can lower: erf, but not
+            erfc.
+        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one for the platform that
+            the program is lowered for.
 
     Returns:
-        The outputs, in the type of `x`; sums are float32.
+        The outputs, in the dtype of ``x``; sums are float32.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: The operands do not match, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -75,32 +76,32 @@ def packed_matmul(
 
 
 def check_operands(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, bits: int) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     if bits not in BITS:
-        raise ValueError(f"bits={bits} must be one of {BITS}")
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")
     (d_out, width), d_in = weight.shape, x.shape[1]
     if width * (8 // bits) != d_in:
         raise ValueError(
-            f"weight {weight.shape} holds rows of {width * (8 // bits)} codes of {bits} bits, and x {x.shape} has {d_in} inputs"
+            f"x must have the {width * (8 // bits)} inputs of weight {weight.shape} with {bits}-bit codes, got the shape {x.shape}"
         )
     groups = scale.shape[0]
     if scale.shape[1] != d_out or groups == 0 or d_in % groups:
         raise ValueError(
-            f"scale {scale.shape} must be [groups, {d_out}], in groups that divide the {d_in} inputs"
+            f"scale must be [groups, {d_out}] with groups that divide the {d_in} inputs, got {scale.shape}"
         )
     if zero is not None and zero.shape != scale.shape:
-        raise ValueError(f"zero {zero.shape} must be of the shape of scale, {scale.shape}")
+        raise ValueError(f"zero must have the shape of scale, {scale.shape}, got {zero.shape}")
     if bias is not None and tuple(bias.shape) != (d_out,):
-        raise ValueError(f"bias has shape {bias.shape}, and must be ({d_out},) here")
+        raise ValueError(f"bias must have the shape ({d_out},), got {bias.shape}")
 
 
 def why_not(name: str, x: Any, weight: Any, scale: Any, bits: int) -> str | None:
-    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    """Return why an implementation does not support these operands here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
     if axes := dispatch.auto_partitioned():
         return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
             "jax.shard_map over all of them"
         )
     if 0 in x.shape or 0 in weight.shape:

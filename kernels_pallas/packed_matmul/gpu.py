@@ -1,7 +1,7 @@
-"""Hopper GPUs: a Mosaic GPU kernel that turns codes into floats in registers, on their way to the matrix units.
+"""Hopper GPUs: a Mosaic GPU kernel that dequantizes in registers on the way to the matrix units.
 
-The product is transposed: a warpgroup takes 64 outputs, whose codes it holds as the left operand, and the few rows of the inputs are the
-right one.
+The product is transposed: a warpgroup computes 64 outputs, whose codes are the left operand, and the few rows of the
+inputs are the right one.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels_pallas.quantized_matmul.gpu import load_vector
 from kernels_pallas.quantized_matmul.reference import finish
 
 _OUTPUTS = 64
-# Bytes of a weight's row in one step, and inputs of each plane: 128 bytes of bfloat16, which one copy swizzles.
+# Bytes of a weight's row per step, and inputs of each plane: 128 bytes of bfloat16, which one copy swizzles.
 _CHUNK = 64
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _STAGES = 4
@@ -28,21 +28,21 @@ MAX_ROWS = 64
 
 
 def why_not(x: Any, weight: Any, groups: int, bits: int) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     (rows, d_in), (d_out, width) = x.shape, weight.shape
     if x.dtype != jnp.bfloat16:
-        return f"x is {x.dtype}, and it takes bfloat16"
+        return f"x is {x.dtype}, and the kernel supports bfloat16"
     if rows > MAX_ROWS:
-        return f"x has {rows} rows, and it is for {MAX_ROWS} at most"
+        return f"x has {rows} rows, and the kernel supports at most {MAX_ROWS}"
     if width % _CHUNK or d_out % (2 * _OUTPUTS):
         return f"weight {weight.shape} must have multiples of {2 * _OUTPUTS} outputs and of {_CHUNK} bytes"
     if groups > 1 and (d_in // groups) % _CHUNK:
-        return f"groups of {d_in // groups} inputs are no multiple of {_CHUNK}"
+        return f"groups of {d_in // groups} inputs are not a multiple of {_CHUNK}"
     return None
 
 
 def _kernel(x, weight, scale, *more, bits: int, with_zero: bool, activation: Any) -> None:
-    """`more` is the zero points with the inputs' sums and the bias, if they are there, the result, and shared memory."""
+    """Run the kernel; ``more`` is the zero points with the inputs' sums and the bias, if present, the result, and shared memory."""
     *rest, out, codes_smem, out_smem = more
     zero, input_sums = (rest.pop(0), rest.pop(0)) if with_zero else (None, None)
     planes, rows, width = x.shape
@@ -128,7 +128,7 @@ def packed_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.packed_matmul``; ``interpret`` as in ``plgpu.kernel``."""
     rows, (d_out, width) = x.shape[0], weight.shape
     padded = jnp.pad(x, ((0, -rows % 8), (0, 0)))
     planes = padded.reshape(-1, 8 // bits, width).transpose(1, 0, 2)

@@ -1,4 +1,4 @@
-"""Plain jnp: what the kernels are compared with, and what serves where they do not."""
+"""Plain jnp: the reference for the kernels, and the fallback if they do not support the operands."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def values(
     zero: Float[Array, "groups d_out"] | None,
     bits: int,
 ) -> Float[Array, "d_out d_in"]:
-    """The numbers that the codes stand for, in float32."""
+    """Return the numbers that the codes represent, in float32."""
     codes = jnp.concatenate(unpack_planes(weight, bits), axis=1).astype(jnp.float32)
     grouped = codes.reshape(weight.shape[0], scale.shape[0], -1) * scale.T[:, :, None]
     if zero is not None:
@@ -33,7 +33,7 @@ def reference(
     bits: int,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`."""
+    """Compute the same as ``kernels_pallas.packed_matmul``."""
     kernel = values(weight, scale, zero, bits).astype(x.dtype)
     y = jnp.einsum("ti,oi->to", x, kernel, preferred_element_type=jnp.float32)
     return finish(y, bias, activation).astype(x.dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int8
 
 
 class Operands(NamedTuple):
-    """Arguments of `packed_matmul`, or their types."""
+    """Arguments of ``packed_matmul``, or their types."""
 
     x: Float[Array, "rows d_in"]
     weight: Int8[Array, "d_out bytes"]
@@ -27,16 +27,16 @@ class Shape:
     d_in: int
     d_out: int
     bits: int
-    """Of a code of the weight."""
+    """Number of bits per code of the weight."""
     groups: int = 1
     with_zero: bool = False
     dtype: str = "float32"
-    """Of `x`."""
+    """Dtype of ``x``."""
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "gpu test", "bench", "aot"."""
+    """What the shape is used for: "test", "gpu test", "bench", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands."""
+        """Return random operands."""
         keys = jax.random.split(key, 5)
         size = (self.d_out, self.d_in * self.bits // 8)
         of_groups = (self.groups, self.d_out)
@@ -49,7 +49,7 @@ class Shape:
         )
 
     def abstract(self, sharding: Any = None) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
 
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -64,7 +64,7 @@ class Shape:
         )
 
     def moved(self) -> int:
-        """Bytes that cannot be done without: each operand read once, the result written once."""
+        """Minimum memory traffic in bytes: each operand read once, the result written once."""
         operands = self.abstract()
         sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(operands)]
         return sum(sizes) + self.rows * self.d_out * operands.x.dtype.itemsize
@@ -154,5 +154,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

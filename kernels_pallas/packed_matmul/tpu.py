@@ -1,8 +1,8 @@
-"""Pallas TPU kernel: packed weights stream through VMEM once, and no float of them leaves it.
+"""Pallas TPU kernel: packed weights stream through VMEM once, and their dequantized form never leaves it.
 
-Inputs with a scale of their own have a product of their own, which the scale multiplies: that is cheaper than multiplying the codes,
-as rows are few. A product takes whole registers of 128 lanes. Groups that are narrower share one: the rows then go in once for each
-group of a register, with zeros in place of the others' inputs.
+Inputs of each scale have a separate product, which is then multiplied by the scale. This is cheaper than multiplying the
+codes, because there are few rows. A product takes whole registers of 128 lanes. Narrower groups share one: the rows are
+then used once for each group of a register, with zeros in place of the other groups' inputs.
 """
 
 import functools
@@ -27,14 +27,14 @@ MAX_ROWS = 128
 
 
 def why_not(x: Any, weight: Any, groups: int, bits: int) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
         if kind.startswith(_TOO_OLD):
             return f"{kind} has too little VMEM"
     (rows, d_in), width = x.shape, weight.shape[1]
     if rows > MAX_ROWS:
-        return f"x has {rows} rows, and it is for {MAX_ROWS} at most"
+        return f"x has {rows} rows, and the kernel supports at most {MAX_ROWS}"
     if groups > 1:
         size = d_in // groups
         if size % _LANES and _LANES % size:
@@ -47,7 +47,7 @@ def why_not(x: Any, weight: Any, groups: int, bits: int) -> str | None:
 
 
 def _outputs(rows: int, width: int, groups: int, bits: int, itemsize: int) -> int | None:
-    """Outputs of a tile, the most that fit in VMEM."""
+    """Return the maximum number of outputs per tile that fit in VMEM."""
     planes = 8 // bits
     chunk, shares, padded = _chunks(rows, width, groups, bits, itemsize)
     wide = pl.cdiv(width, chunk) * chunk
@@ -63,7 +63,7 @@ def _outputs(rows: int, width: int, groups: int, bits: int, itemsize: int) -> in
 
 
 def _chunks(rows: int, width: int, groups: int, bits: int, itemsize: int) -> tuple[int, int, int]:
-    """Bytes of a row in one product, groups that share it, and rows as whole registers."""
+    """Return the bytes of a row in one product, the number of groups that share it, and rows as whole registers."""
     size = width * (8 // bits) // groups
     padded = pl.cdiv(rows, 32 // itemsize) * (32 // itemsize)
     if groups == 1:
@@ -74,7 +74,7 @@ def _chunks(rows: int, width: int, groups: int, bits: int, itemsize: int) -> tup
 def _kernel(
     x_ref, weight_ref, scale_ref, *more, bits, width, chunk, shares, with_zero, activation
 ) -> None:
-    """`more` is the zero points and the bias, if they are there, and the result."""
+    """Run the kernel; ``more`` is the zero points and the bias, if present, and the result."""
     *rest, out_ref = more
     zero_ref = rest.pop(0) if with_zero else None
     bias = rest[0][...] if rest else None
@@ -101,7 +101,7 @@ def _kernel(
             )
             for share in range(shares):
                 own = slice(share * rows, (share + 1) * rows)
-                # What lies past the last group has zeros as its inputs.
+                # Positions past the last group have zeros as inputs.
                 group = jax.lax.div(plane * width + step * chunk, size) + share
                 group = pl.ds(jnp.minimum(group, groups - 1), 1)
                 total += products[own] * scale_ref[group, :]
@@ -116,7 +116,7 @@ def _kernel(
 
 
 def _shared_out(x: Array, size: int, shares: int, valid: Any) -> Array:
-    """The inputs of a chunk in float32, as often as groups share it, each time those of one of them; `valid` of them are real."""
+    """Return the inputs of a chunk in float32, repeated for each group that shares it, with only that group's; ``valid`` are real."""
     x = x.astype(jnp.float32)
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     x = jnp.where(lane < valid, x, 0.0)
@@ -138,12 +138,12 @@ def packed_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.packed_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.packed_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     rows, (d_out, width), groups = x.shape[0], weight.shape, scale.shape[0]
     planes, itemsize = 8 // bits, x.dtype.itemsize
     chunk, shares, padded = _chunks(rows, width, groups, bits, itemsize)
     outputs = _outputs(rows, width, groups, bits, itemsize)
-    assert outputs is not None, "why_not lets no such width through"
+    assert outputs is not None, "why_not rejects such widths"
     wide = pl.cdiv(width, chunk) * chunk
     of_groups = pl.BlockSpec((groups, outputs), lambda j: (0, j))
     row = pl.BlockSpec((1, outputs), lambda j: (0, j))
@@ -181,7 +181,7 @@ def packed_matmul(
         ),
         interpret=interpret,
     )(
-        # Each plane's inputs begin at a whole register.
+        # The inputs of each plane begin at a whole register.
         x.reshape(rows, planes, width).transpose(1, 0, 2),
         weight,
         scale,

@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: the kernels, and plain jnp to compare with."""
+"""Programs of this op for ``python -m kernels_pallas.aot``: the kernels, and plain jnp for comparison."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the target's kernel and in plain jnp."""
+    """Return each shape tagged "aot", in the target's kernel and in plain jnp."""
     found = []
     for shape in with_tag("aot"):
         for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):

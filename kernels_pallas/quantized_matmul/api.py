@@ -1,4 +1,4 @@
-"""The public function: checks, and the choice of an implementation."""
+"""The public function: checks and the choice of an implementation."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def quantized_matmul(
     activation: Callable[[Array], Array] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
-    r"""A product of integers between floats: the inputs are quantized row by row, and bias and activation follow.
+    r"""Multiply quantized inputs and weights as integers: quantize each row, multiply, then apply scales, bias and activation.
 
     .. math:: y_{to} = \mathrm{act}\Big(s_t \, w_o \sum_i q_{ti} \, c_{oi} + b_o\Big), \qquad
         s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)
@@ -38,23 +38,24 @@ def quantized_matmul(
         q_{ti} = \mathrm{round}\big((x_{ti} - z_t) / s_t\big)
 
     Args:
-        x: Inputs, float32 or bfloat16. The scale of a row of zeros is one.
-        weight: Codes of the weight, a row for each output, packed as `kernels_pallas.packed_codes` says.
-        scale: float32, of each output.
+        x: Inputs, float32 or bfloat16. A row of zeros has the scale 1.
+        weight: Codes of the weight, one row per output, packed as ``kernels_pallas.packed_codes`` describes.
+        scale: float32 scale of each output.
         bias: Added to each output; None adds nothing.
         code_sums: The sum of each output's codes, :math:`\sum_i c_{oi}`: gives the inputs of each row a zero point. None
             quantizes them symmetrically.
-        bits: Of a code of the weight: 8, 4, 2 or 1.
-        activation: From float32 to float32, element by element. A kernel can only hold what Pallas knows: erf, and not erfc.
-        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve on the
-            platform the program is lowered for.
+        bits: Number of bits per code of the weight: 8, 4, 2 or 1.
+        activation: Elementwise function from float32 to float32. A kernel supports only what Pallas can lower: erf, but not
+            erfc.
+        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one for the platform that
+            the program is lowered for.
 
     Returns:
-        The outputs, in the type of `x`.
+        The outputs, in the dtype of ``x``.
 
     Raises:
-        ValueError: Operands that cannot go together, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: The operands do not match, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -63,7 +64,8 @@ def quantized_matmul(
         [[-380.0, -316.0]]
 
     References:
-        Yao et al, `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, section 4.3.
+        Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers" (2022),
+            section 4.3. https://arxiv.org/abs/2206.01861
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(x, weight, scale, bias, code_sums, bits)
@@ -85,28 +87,28 @@ def quantized_matmul(
 
 
 def check_operands(x: Any, weight: Any, scale: Any, bias: Any, code_sums: Any, bits: int) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     if bits not in BITS:
-        raise ValueError(f"bits={bits} must be one of {BITS}")
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")
     (d_out, width), d_in = weight.shape, x.shape[1]
     if width * (8 // bits) != d_in:
         raise ValueError(
-            f"weight {weight.shape} holds rows of {width * (8 // bits)} codes of {bits} bits, and x {x.shape} has {d_in} inputs"
+            f"x must have the {width * (8 // bits)} inputs of weight {weight.shape} with {bits}-bit codes, got the shape {x.shape}"
         )
     for name, value in (("scale", scale), ("bias", bias), ("code_sums", code_sums)):
         if value is not None and tuple(value.shape) != (d_out,):
-            raise ValueError(f"{name} has shape {value.shape}, and must be ({d_out},) here")
+            raise ValueError(f"{name} must have the shape ({d_out},), got {value.shape}")
     if d_in * STEPS * 128 >= 2**31:
         raise ValueError(f"the sum of {d_in} products of codes may overflow 32 bits")
 
 
 def why_not(name: str, x: Any, weight: Any, bits: int) -> str | None:
-    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    """Return why an implementation does not support these operands here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
     if axes := dispatch.auto_partitioned():
         return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
             "jax.shard_map over all of them"
         )
     if 0 in x.shape or 0 in weight.shape:

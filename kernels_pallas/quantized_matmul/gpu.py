@@ -1,7 +1,7 @@
-"""Hopper GPUs: a Mosaic GPU kernel of 8-bit products, with scales, bias and activation behind them.
+"""Hopper GPUs: a Mosaic GPU kernel of 8-bit products, followed by scales, bias and activation.
 
-Rows are quantized by XLA, which fuses that with what makes them. Two warpgroups multiply a tile of rows each, in registers, by the
-same outputs' weights, which a third one brings.
+XLA quantizes the rows and fuses this with the computation that makes them. Two warpgroups each multiply one tile of rows, in
+registers, by the weights of the same outputs, which a third warpgroup loads.
 """
 
 import functools
@@ -18,34 +18,34 @@ from jaxtyping import Array, Float, Int8, Int32
 from kernels_pallas.manual_axes import result_type, varying_axes
 from kernels_pallas.quantized_matmul.reference import finish, quantize_rows
 
-# Of one warpgroup: 64 rows, 128 outputs; and the 128 bytes of a row that one copy swizzles.
+# Sizes of one warpgroup: 64 rows and 128 outputs; and the 128 bytes of a row that one copy swizzles.
 _ROWS, _OUTPUTS, _BYTES = 64, 128, 128
 _STAGES = 4
 
 
 def why_not(x: Any, weight: Any, bits: int) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     (d_out, d_in), dtype = weight.shape, x.dtype
     if bits != 8:
-        return f"weights have {bits} bits, and it takes 8"
+        return f"weights have {bits} bits, and the kernel supports 8"
     if d_in % _BYTES or d_out % _OUTPUTS:
         return (
             f"weight {weight.shape} must have multiples of {_OUTPUTS} outputs and {_BYTES} inputs"
         )
     if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"x is {dtype}, and it takes float32 and bfloat16"
+        return f"x is {dtype}, and the kernel supports float32 and bfloat16"
     return None
 
 
 def load_vector(ref: Any, layout: Any) -> Any:
-    """A vector from global memory, by plain loads."""
-    # Until jax 0.12 there is an index.
+    """Load a vector from global memory, by plain loads."""
+    # Before jax 0.12, there is an index argument.
     index = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
     return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
 def _kernel(codes, weight, *more, vectors: tuple[str, ...], activation: Any) -> None:
-    """`more` is a vector for each of these names, the result, and shared memory for it."""
+    """Run the kernel; ``more`` is a vector for each of these names, the result, and shared memory for it."""
     *given, out, out_smem = more
     by_name = dict(zip(vectors, given, strict=True))
     steps = codes.shape[1] // _BYTES
@@ -112,8 +112,8 @@ def quantized_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`; `interpret` as in `plgpu.kernel`."""
-    assert bits == 8, "why_not lets no others through"
+    """See ``kernels_pallas.quantized_matmul``; ``interpret`` as in ``plgpu.kernel``."""
+    assert bits == 8, "why_not rejects other numbers of bits"
     rows, d_out = x.shape[0], weight.shape[0]
     padded = jnp.pad(x, ((0, -rows % (2 * _ROWS)), (0, 0)))
     codes, row_scale, row_zero = quantize_rows(padded, symmetric=code_sums is None)

@@ -1,4 +1,4 @@
-"""Plain jnp: what the kernels are compared with, and what serves where they do not."""
+"""Plain jnp: the reference for the kernels, and the fallback if they do not support the operands."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, Int8, Int32
 from kernels_pallas.packed_codes import unpack_planes
 
 STEPS = 127
-"""The largest code of an input; the smallest is its negative, or with zero points one less."""
+"""The largest code of an input; the smallest is its negative, or one less with zero points."""
 
 
 class Rows(NamedTuple):
-    """Inputs as codes of 8 bits; ``zero``, the number that the code 0 stands for, is None where that is 0."""
+    """Inputs as 8-bit codes; ``zero``, the number that the code 0 represents, is None if that is 0."""
 
     codes: Int8[Array, "rows d_in"]
     scale: Float[Array, " rows"]
@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
 
 def quantize_rows(x: Float[Array, "rows d_in"], *, symmetric: bool) -> Rows:
-    """Each row with a scale of its own, and a zero point unless ``symmetric``."""
+    """Quantize each row with its own scale, and with a zero point unless ``symmetric``."""
     x = x.astype(jnp.float32)
     if symmetric:
         scale, zero = symmetric_scale(jnp.max(jnp.abs(x), axis=1)), None
@@ -33,7 +33,7 @@ def quantize_rows(x: Float[Array, "rows d_in"], *, symmetric: bool) -> Rows:
 
 
 def symmetric_scale(largest: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The scale of rows with these magnitudes; that of a row of zeros is one."""
+    """Return the scale of rows with these maximum magnitudes; a row of zeros has the scale 1."""
     scale = largest / STEPS
     return jnp.where(scale == 0, 1.0, scale)
 
@@ -41,7 +41,7 @@ def symmetric_scale(largest: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 def range_scale(
     low: Float[Array, "*rows"], high: Float[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """The scale of rows that range from ``low`` to ``high``, and what the code 0 stands for: a multiple of it, or a row's only number."""
+    """Return the scale of rows from ``low`` to ``high``, and what the code 0 represents: a multiple of it, or a constant row's value."""
     scale = (high - low) / (2 * STEPS + 1)
     scale = jnp.where(scale == 0, 1.0, scale)
     return scale, jnp.where(high == low, low, (jnp.round(low / scale) + STEPS + 1) * scale)
@@ -50,7 +50,7 @@ def range_scale(
 def encode(
     x: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None
 ) -> Float[Array, "..."]:
-    """The codes of numbers, as floats."""
+    """Return the codes of numbers, as floats."""
     if zero is None:
         return jnp.clip(jnp.round(x / scale), -STEPS, STEPS)
     return jnp.clip(jnp.round((x - zero) / scale), -STEPS - 1, STEPS)
@@ -66,7 +66,7 @@ def reference(
     bits: int,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`."""
+    """Compute the same as ``kernels_pallas.quantized_matmul``."""
     codes, row_scale, zero = quantize_rows(x, symmetric=code_sums is None)
     width = weight.shape[1]
     sums = jnp.zeros((x.shape[0], weight.shape[0]), jnp.int32)
@@ -86,7 +86,7 @@ def finish(
     bias: Float[Array, "..."] | None,
     activation: Callable[[Array], Array] | None,
 ) -> Float[Array, "rows d_out"]:
-    """The bias, of shape ``(d_out,)`` or ``(1, d_out)``, and the activation, in float32."""
+    """Apply the bias, of shape ``(d_out,)`` or ``(1, d_out)``, and the activation, in float32."""
     if bias is not None:
         y = y + bias.reshape(1, -1).astype(jnp.float32)
     return y if activation is None else activation(y)

@@ -11,7 +11,7 @@ from kernels_pallas.packed_codes import unpack_planes
 
 
 class Operands(NamedTuple):
-    """Arguments of `quantized_matmul`, or their types."""
+    """Arguments of ``quantized_matmul``, or their types."""
 
     x: Float[Array, "rows d_in"]
     weight: Int8[Array, "d_out bytes"]
@@ -29,16 +29,16 @@ class Shape:
     d_in: int
     d_out: int
     bits: int = 8
-    """Of a code of the weight."""
+    """Number of bits per code of the weight."""
     zero_points: bool = False
-    """Of the rows of `x`."""
+    """Whether the rows of ``x`` have zero points."""
     dtype: str = "float32"
-    """Of `x`."""
+    """Dtype of ``x``."""
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "bench", "aot"."""
+    """What the shape is used for: "test", "bench", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands; the second row is zero."""
+        """Return random operands; the second row is zero."""
         keys = jax.random.split(key, 4)
         x = jax.random.normal(keys[0], (self.rows, self.d_in)).astype(self.dtype)
         size = (self.d_out, self.d_in * self.bits // 8)
@@ -54,7 +54,7 @@ class Shape:
         )
 
     def abstract(self, sharding: Any = None) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
 
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -157,5 +157,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

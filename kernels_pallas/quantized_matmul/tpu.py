@@ -1,7 +1,7 @@
-"""Pallas TPU kernel: the inputs are quantized in VMEM, so no pass over them is left outside.
+"""Pallas TPU kernel: the inputs are quantized in VMEM, so no separate pass over them is needed.
 
-A tile of rows stays while the outputs' weights stream by. At the first of them the rows are quantized, into scratch memory; the
-others find the codes there. Weights are unpacked in VMEM, four codes of a word at a time.
+A tile of rows stays while the weights of the outputs stream by. The first of these steps quantizes the rows into scratch
+memory; the others reuse the codes. Weights are unpacked in VMEM, four codes of a word at a time.
 """
 
 import functools
@@ -18,17 +18,17 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 from kernels_pallas.packed_codes import unpack_words
 from kernels_pallas.quantized_matmul.reference import encode, finish, range_scale, symmetric_scale
 
-# The generations from v5e on have at least 64 MiB of VMEM; what the budget leaves of the limit is the compiler's.
+# v5e and later generations have at least 64 MiB of VMEM; the compiler gets what the budget leaves of the limit.
 _VMEM_LIMIT = 56 * 2**20
 _VMEM_BUDGET = 40 * 2**20
 _TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 _LANES = 128
-# Rows that are quantized at a time: the sublanes of a register of bytes.
+# Number of rows that are quantized at a time: the sublanes of a register of bytes.
 _CHUNK = 32
 
 
 def why_not(x: Any, bits: int) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
         if kind.startswith(_TOO_OLD):
@@ -39,13 +39,13 @@ def why_not(x: Any, bits: int) -> str | None:
 
 
 def tiles(d_in: int, bits: int, itemsize: int) -> tuple[int, int] | None:
-    """Rows that stay and outputs that stream by, the largest that fit in VMEM."""
+    """Return the largest numbers of resident rows and of streamed outputs that fit in VMEM together."""
     planes = 8 // bits
     wide = _padded(d_in // planes)
     for rows in (512, 256, 128, 64, 32):
         for outputs in (512, 256, 128):
             inputs = planes * wide * rows * (2 * itemsize + 1)  # double buffered; codes
-            floats = 3 * 4 * planes * wide * _CHUNK  # in the making of the codes
+            floats = 3 * 4 * planes * wide * _CHUNK  # while the codes are computed
             weights = wide * outputs * (2 if bits == 8 else 2 + 3 * planes)  # words and planes
             results = rows * outputs * (2 * itemsize + 3 * 4)
             if inputs + floats + weights + results <= _VMEM_BUDGET:
@@ -58,14 +58,14 @@ def _padded(size: int, multiple: int = _LANES) -> int:
 
 
 def _quantize(x_ref: Any, codes_ref: Any, scales_ref: Any, zeros_ref: Any, width: int) -> None:
-    """Codes and scales of the rows, and their zero points where there is memory for them."""
+    """Compute codes and scales of the rows, and their zero points if there is memory for them."""
     planes, rows, wide = x_ref.shape
 
     def some_rows(chunk, _):
         where = pl.ds(chunk * _CHUNK, _CHUNK)
         x = x_ref[:, where, :].astype(jnp.float32)
 
-        def real(x, otherwise):  # the tile overhangs the array, and reads undefined values there
+        def real(x, otherwise):  # the tile extends past the array and reads undefined values there
             if wide == width:
                 return x
             inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) < width
@@ -90,7 +90,7 @@ def _kernel(
     x_ref, weight_ref, vectors, out_ref, codes_ref, scales_ref, zeros_ref,
     *, bits: int, width: int, activation: Any,
 ) -> None:  # fmt: skip
-    """``vectors`` are of the outputs; codes, scales and zero points of the rows are kept in scratch memory."""
+    """Run the kernel; ``vectors`` belong to the outputs; codes, scales and zero points of the rows are in scratch memory."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -100,7 +100,7 @@ def _kernel(
     if bits < 8:
         words = pltpu.bitcast(weight_ref[...], jnp.int32)
         planes = [pltpu.bitcast(plane, jnp.int8) for plane in unpack_words(words, bits)]
-    # What codes overhang meets zeros of the input.
+    # Codes past the end are multiplied by zero inputs.
     parts = [
         jax.lax.dot_general(
             codes_ref[plane],
@@ -120,7 +120,7 @@ def _kernel(
 
 
 class _Vectors(NamedTuple):
-    """What each output has."""
+    """The vectors of the outputs."""
 
     scale: Any
     bias: Any
@@ -138,18 +138,18 @@ def quantized_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.quantized_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.quantized_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     (rows, d_in), (d_out, width) = x.shape, weight.shape
     planes, wide = 8 // bits, _padded(width)
     fitting = tiles(d_in, bits, x.dtype.itemsize)
-    assert fitting is not None, "why_not lets no such width through"
+    assert fitting is not None, "why_not rejects such widths"
     block_rows, block_outputs = min(fitting[0], _padded(rows, _CHUNK)), fitting[1]
     grid = pl.cdiv(rows, block_rows), pl.cdiv(d_out, block_outputs)
     axes = varying_axes(x, weight, scale, bias, code_sums)
     row = pl.BlockSpec((1, block_outputs), lambda i, j: (0, j))
     vectors = jax.tree.map(lambda a: a[None], _Vectors(scale, bias, code_sums))
     of_rows = pltpu.VMEM((block_rows, 1), jnp.float32)
-    # Each plane's inputs begin at a whole register.
+    # The inputs of each plane begin at a whole register.
     inputs = x.reshape(rows, planes, width).transpose(1, 0, 2)
     return pl.pallas_call(
         functools.partial(_kernel, bits=bits, width=width, activation=activation),

@@ -1,4 +1,4 @@
-"""Signs of numbers as bits, with the error that this makes kept for the next time: what 1-bit optimizers send."""
+"""Signs of numbers as bits, with the compression error kept for the next step: what 1-bit optimizers send."""
 
 from kernels_pallas.sign_compress.api import average, compress, expand
 

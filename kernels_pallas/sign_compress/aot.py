@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: both sides of the exchange, as kernels and in plain jnp."""
+"""Programs of this op for ``python -m kernels_pallas.aot``: both sides of the exchange, as kernels and in plain jnp."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from kernels_pallas.sign_compress.shapes import Shape, with_tag
 def _compress(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
     types, _ = shape.abstract(SingleDeviceSharding(devices[0]))
     function = functools.partial(api.compress, size=shape.size, implementation=implementation)
-    # The old sums are of no more use, and the new ones take their place.
+    # The old sums are no longer needed, and the new ones replace them in memory.
     return jax.jit(function, donate_argnums=1).lower(*types)
 
 
@@ -26,7 +26,7 @@ def _average(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the target's kernel and in plain jnp to compare with."""
+    """Return each shape tagged "aot", in the target's kernel and in plain jnp for comparison."""
     found = []
     for shape in with_tag("aot"):
         for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):

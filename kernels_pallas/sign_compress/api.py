@@ -19,7 +19,7 @@ def compress(
     size: int,
     implementation: Implementation | None = None,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    r"""Add the error of the last time, and keep of the sum its signs.
+    r"""Add the compression error of the previous step to ``x``, and return the signs of the sum as bits.
 
     With :math:`c` the sum of last time and :math:`s` the scale that went with its signs, the error is
     :math:`e = c - s \, \mathrm{sg}(c)`, and
@@ -30,12 +30,12 @@ def compress(
     :math:`c'` is kept and not the error: x and c are read once, and c' is written once.
 
     Args:
-        x: What to compress, of any floating type. A part for each server.
+        x: Numbers to compress, of any floating dtype, with one part per server.
         corrected: float32, :math:`c`; zeros at first.
         scale: float32, :math:`s`; zero at first.
-        size: Elements from the first that count; the rest is padding, whose sum stays zero.
-        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve
-            on the platform the program is lowered for.
+        size: Number of leading elements that count; the rest is padding, whose sum stays zero.
+        implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one for the platform
+            that the program is lowered for.
 
     Returns:
         The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
@@ -49,9 +49,9 @@ def compress(
     """
     _check_block("x", x, 3)
     if x.shape != corrected.shape:
-        raise ValueError(f"corrected {corrected.shape} must be of the shape of x, {x.shape}")
+        raise ValueError(f"corrected must have the shape of x, {x.shape}, got {corrected.shape}")
     if not 0 <= size <= x.size:
-        raise ValueError(f"size={size} must lie between 0 and the {x.size} elements of x")
+        raise ValueError(f"size must be between 0 and the {x.size} elements of x, got {size}")
 
     def call(module: Any) -> Any:
         return lambda *operands: module.compress(*operands, size=size)
@@ -68,7 +68,7 @@ def average(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    r"""What a server does: average what the workers sent, and compress the average in turn.
+    r"""Average what the workers sent, and compress the average in turn: the server's side of the exchange.
 
     .. math:: d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')
 
@@ -77,8 +77,8 @@ def average(
         scales: float32, :math:`s_r`.
         corrected: float32, the server's :math:`c`; zeros at first.
         scale: float32, the server's :math:`s`; zero at first.
-        size: int32, elements of the part that count; the rest is padding. It may differ between servers.
-        implementation: As for `compress`.
+        size: int32, number of elements of the part that count; the rest is padding. It may differ between servers.
+        implementation: As for ``compress``.
 
     Returns:
         The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
@@ -93,19 +93,19 @@ def average(
     _check_block("corrected", corrected, 2)
     if bits.shape != (scales.shape[0], corrected.shape[1]):
         raise ValueError(
-            f"bits {bits.shape} must be [workers, bytes], here {(scales.shape[0], corrected.shape[1])}"
+            f"bits must be [workers, bytes], here {(scales.shape[0], corrected.shape[1])}, got {bits.shape}"
         )
     operands = (bits, scales, corrected, scale, size)
     return _run("average", implementation, lambda module: module.average, operands)
 
 
 def why_not(name: str, workers: int, width: int) -> str | None:
-    """The reason why an implementation cannot serve so many workers and bytes here, or None if it can."""
+    """Return why an implementation does not support this many workers and bytes here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
     if axes := dispatch.auto_partitioned():
         return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
             "jax.shard_map over all of them"
         )
     if workers == 0 or width == 0:
@@ -120,7 +120,7 @@ def why_not(name: str, workers: int, width: int) -> str | None:
 
 
 def _run(op: str, implementation: str | None, call: Any, operands: Any) -> Any:
-    """The op by a named implementation, or by the best one of the platform that the program is lowered for."""
+    """Run the op by a named implementation, or by the best one for the platform that the program is lowered for."""
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     workers, width = operands[0].shape[0], operands[0].shape[-1]
     if implementation is not None and (reason := why_not(implementation, workers, width)):
@@ -151,7 +151,7 @@ def _module(name: str) -> Any:
 def expand(
     bits: UInt8[Array, "workers bytes"], scales: Float[Array, " workers"]
 ) -> Float[Array, "workers 8 bytes"]:
-    """The numbers that bits and scales stand for, in float32.
+    """Return the numbers that bits and scales represent, in float32.
 
     Example:
         >>> import jax.numpy as jnp
@@ -164,5 +164,5 @@ def expand(
 def _check_block(name: str, x: Array, ndim: int) -> None:
     if x.ndim != ndim or x.shape[-2] != 8:
         raise ValueError(
-            f"{name} {x.shape} must have {ndim} dimensions, the last but one of size 8"
+            f"{name} must have {ndim} dimensions, with size 8 for the last but one, got {x.shape}"
         )

@@ -1,4 +1,4 @@
-"""Mosaic GPU kernels for Hopper: a warpgroup takes a tile of columns, its eight rows one after another.
+"""Mosaic GPU kernels for Hopper: a warpgroup processes a tile of columns, one of its eight rows after another.
 
 The eight signs of a byte are in the same thread, so packing needs no exchange between threads.
 """
@@ -14,22 +14,22 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from kernels_pallas.manual_axes import result_type, vary, varying_axes
 
-# Columns of a tile: what 128 threads hold of a row in loads of 16 bytes.
+# Columns per tile: what 128 threads hold of a row in loads of 16 bytes.
 _TILE = 512
 _ALIGNED = 16
 
 
 def why_not(width: int) -> str | None:
-    """The reason why the kernels cannot serve rows of so many bytes, or None."""
+    """Return why the kernels do not support rows of this many bytes, or None."""
     if width < _TILE or width % _ALIGNED:
-        return f"rows of {width} bytes of signs: it takes at least {_TILE}, and a multiple of {_ALIGNED}"
+        return f"rows have {width} bytes of signs, and the kernel needs at least {_TILE}, and a multiple of {_ALIGNED}"
     return None
 
 
 def _columns(width: int) -> tuple[Any, Any, Any]:
-    """First column of this block's tile, its columns, and which of them no other block takes.
+    """Return the first column of this block's tile, its columns, and which of them belong to no other block.
 
-    The last tile reaches back into the one before it, so that each is whole; both write the same there.
+    The last tile overlaps the one before it, so that each is whole; both write the same values there.
     """
     tile = jax.lax.axis_index("tile")
     first = jnp.minimum(tile * _TILE, width - _TILE)
@@ -62,7 +62,7 @@ def _compress_kernel(
     byte, squares = _zeros(jnp.int32), _zeros(jnp.float32)
     for k in range(8):
         row = 8 * server + k
-        # Position row * width + column is below size; as rows, since the product may not fit into 32 bits.
+        # Positions row * width + column below size, compared by row because the product may not fit in 32 bits.
         end = jnp.where(row < whole, width, jnp.where(row == whole, rest, 0))
         x = _load(x_ref, (server, k), first).astype(jnp.float32)
         new = x + _error(_load(corrected_ref, (server, k), first), scale)
@@ -82,7 +82,7 @@ def compress(
     size: int,
     interpret: Any = None,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.compress`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.sign_compress.compress``; ``interpret`` as in ``plgpu.kernel``."""
     servers, _, width = x.shape
     axes, tiles = varying_axes(x, corrected, scale), pl.cdiv(width, _TILE)
     bits, new, squares = plgpu.kernel(
@@ -96,7 +96,7 @@ def compress(
         grid_names=("server", "tile"),
         interpret=interpret,
     )(x, corrected, scale.reshape(1))
-    # What a kernel of Mosaic GPU gives has lost the axes of its declared type.
+    # The result of a Mosaic GPU kernel lacks the axes of its declared type.
     return vary((bits, new, jnp.sum(squares)), axes)
 
 
@@ -145,7 +145,7 @@ def average(
     *,
     interpret: Any = None,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.average`; `interpret` as in `plgpu.kernel`."""
+    """See ``kernels_pallas.sign_compress.average``; ``interpret`` as in ``plgpu.kernel``."""
     workers, width = bits.shape
     axes, tiles = varying_axes(bits, scales, corrected, scale, size), pl.cdiv(width, _TILE)
     sent, new, squares = plgpu.kernel(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 
 class Compressed(NamedTuple):
-    """Arguments of `compress`, or their types."""
+    """Arguments of ``compress``, or their types."""
 
     x: Float[Array, "workers 8 bytes"]
     corrected: Float[Array, "workers 8 bytes"]
@@ -17,7 +17,7 @@ class Compressed(NamedTuple):
 
 
 class Averaged(NamedTuple):
-    """Arguments of `average`, or their types."""
+    """Arguments of ``average``, or their types."""
 
     bits: UInt8[Array, "workers bytes"]
     scales: Float[Array, " workers"]
@@ -28,20 +28,20 @@ class Averaged(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A tensor of one worker: so many bytes of signs for each of so many servers."""
+    """A tensor of one worker: the bytes of signs for each server, and the number of servers."""
 
     name: str
     workers: int
     bytes: int
     size: int
-    """Elements that count."""
+    """Number of elements that count."""
     dtype: str = "float32"
-    """Of `x`."""
+    """Dtype of ``x``."""
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "bench", "aot"."""
+    """What the shape is used for: "test", "bench", "aot"."""
 
     def compressed(self, key: Array) -> Compressed:
-        """Random arguments of `compress`; some of the sums are zero."""
+        """Return random arguments of ``compress``; some of the sums are zero."""
         keys = jax.random.split(key, 2)
         block = (self.workers, 8, self.bytes)
         x = jax.random.normal(keys[0], block).astype(self.dtype)
@@ -52,7 +52,7 @@ class Shape:
         return Compressed(x, last, jnp.float32(0.5))
 
     def averaged(self, key: Array, server: int = 0) -> Averaged:
-        """Random arguments of `average`, at one of the servers."""
+        """Return random arguments of ``average``, at one of the servers."""
         keys = jax.random.split(key, 3)
         part = 8 * self.bytes
         return Averaged(
@@ -64,7 +64,7 @@ class Shape:
         )
 
     def abstract(self, sharding: Any = None) -> tuple[Compressed, Averaged]:
-        """Types of both functions' arguments, for compilation without memory."""
+        """Return the types of both functions' arguments, for compilation without memory."""
 
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -81,7 +81,7 @@ class Shape:
         return compressed, averaged
 
     def moved(self) -> tuple[int, int]:
-        """Bytes that `compress` and `average` cannot do without: each operand read once, each result written once."""
+        """Minimum memory traffic of ``compress`` and ``average`` in bytes: each operand read once, each result written once."""
         part, itemsize = 8 * self.bytes, jnp.dtype(self.dtype).itemsize
         compressed = self.workers * (part * (itemsize + 4 + 4) + self.bytes)
         averaged = self.workers * self.bytes + part * (4 + 4) + self.bytes
@@ -103,12 +103,12 @@ SHAPES = (
     Shape(
         name="16M-bf16", workers=4, bytes=2**19, size=2**24, dtype="bfloat16", tags=_tags("bench")
     ),
-    # BERT-Large's word embeddings among 64 workers, and a GPT's of 1.5 billion in all among 256.
+    # BERT-Large's word embeddings among 64 workers, and all of a 1.5-billion-parameter GPT among 256.
     Shape(name="bert-large-words", workers=64, bytes=61_056, size=30_522 * 1024, tags=_tags("aot")),
     Shape(name="gpt2-1.5b-mlp", workers=256, bytes=240_000, size=491_520_000, tags=_tags("aot")),
 )
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

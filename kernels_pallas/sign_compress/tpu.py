@@ -1,7 +1,7 @@
 """Pallas TPU kernels: one read of each operand, one write of each result.
 
-Eight rows of bytes * 128 lanes are just the sublanes of a vector register, so the eight signs of a byte lie above each
-other: packing is a sum over sublanes. The sum of squares grows in a block that stays in VMEM while the tiles pass by.
+Eight rows of bytes * 128 lanes are exactly the sublanes of a vector register, so the eight signs of a byte are above each
+other: packing is a sum over sublanes. The sum of squares accumulates in a block that stays in VMEM while the tiles pass by.
 """
 
 import functools
@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int, UInt8
 from kernels_pallas.manual_axes import result_type, varying_axes
 
 _LANES = 128
-# Of the 8 rows of all workers in a tile, in float32; double buffers and temporaries take a dozen times as much.
+# Size of the 8 rows of all workers in a tile, in float32; double buffers and temporaries take a dozen times as much.
 _TILE_BYTES = 2**20
 _VMEM_LIMIT = 56 * 2**20
 _MAX_WORKERS = 512
 
 
 def why_not(workers: int) -> str | None:
-    """The reason why the kernels cannot serve so many workers, or None."""
+    """Return why the kernels do not support this many workers, or None."""
     if workers > _MAX_WORKERS:
         return (
             f"a tile of {workers} workers is too large for VMEM, which has room for {_MAX_WORKERS}"
@@ -32,13 +32,13 @@ def why_not(workers: int) -> str | None:
 
 
 def _tile(workers: int, size: int) -> int:
-    """Bytes of a row in a tile: whole lanes."""
+    """Return the bytes of a row in a tile: whole lanes."""
     fitting = max(1, _TILE_BYTES // (workers * 8 * 4 * _LANES)) * _LANES
     return min(fitting, pl.cdiv(size, _LANES) * _LANES)
 
 
 def _signs(corrected: Array) -> Array:
-    """Bytes, as int32, of the signs of [..., 8, lanes]: row 0 is the highest bit."""
+    """Return the bytes, as int32, of the signs of [..., 8, lanes]: row 0 is the highest bit."""
     shape = corrected.shape
     weights = jnp.left_shift(1, 7 - jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2))
     return jnp.sum(jnp.where(corrected >= 0, weights, 0), axis=-2)
@@ -56,7 +56,7 @@ def _error(corrected: Array, scale: Array) -> Array:
 
 
 def _in_place(corrected: int, interpret: Any) -> dict[int, int]:
-    """The new sum takes the place of the old one, `corrected`. The interpreters would give it the shape of whole tiles."""
+    """Let the new sum replace the old one, ``corrected``, in memory. The interpreters would give it the shape of whole tiles."""
     return {} if interpret else {corrected: 1}
 
 
@@ -91,7 +91,7 @@ def compress(
     size: int,
     interpret: Any = False,
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.compress`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.sign_compress.compress``; ``interpret`` as in ``pl.pallas_call``."""
     servers, _, width = x.shape
     tile = _tile(servers, width)
     axes = varying_axes(x, corrected, scale)
@@ -169,7 +169,7 @@ def average(
     *,
     interpret: Any = False,
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
-    """See `kernels_pallas.sign_compress.average`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.sign_compress.average``; ``interpret`` as in ``pl.pallas_call``."""
     workers, width = bits.shape
     tile = _tile(max(1, workers // 8), width)
     axes = varying_axes(bits, scales, corrected, scale, size)

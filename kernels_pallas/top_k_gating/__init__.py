@@ -1,4 +1,4 @@
-"""The router's choice in one op: probabilities, the k experts of each token, and its place with each of them."""
+"""The router's choice in one op: probabilities, the k experts of each token, and its position within each of them."""
 
 from kernels_pallas.top_k_gating.api import top_k_gating
 from kernels_pallas.top_k_gating.reference import Gating

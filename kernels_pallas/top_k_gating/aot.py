@@ -1,4 +1,4 @@
-"""What `python -m kernels_pallas.aot` compiles of this op: the kernel, and plain jnp to compare with."""
+"""Programs of this op for ``python -m kernels_pallas.aot``: the kernel, and plain jnp for comparison."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
 
 
 def programs() -> list[Program]:
-    """Each shape tagged "aot", in the kernel for TPUs and in plain jnp for all targets."""
+    """Return each shape tagged "aot", in the TPU kernel and in plain jnp for all targets."""
     return [
         Program(
             name=f"top_k_gating {shape.name} {implementation}",

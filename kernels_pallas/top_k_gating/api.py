@@ -22,34 +22,34 @@ def top_k_gating(
     normalize: bool = False,
     implementation: Implementation | None = None,
 ) -> Gating:
-    r"""The k most probable experts of each token, and its place among the tokens that chose the same one.
+    r"""Choose the k most probable experts of each token, and its position among the tokens that chose the same expert.
 
     .. math:: p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
         \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|
 
-    So each expert counts its tokens in the order in which they come, and nobody is dropped. Of equal logits the expert with the
-    lower number goes first. Differentiable in `logits` through the weights; the choice has no gradient.
+    So each expert counts its tokens in order, and no token is dropped. Among equal logits, the expert with the lower number
+    comes first. Differentiable in ``logits`` through the weights; the choice has no gradient.
 
-    There is no kernel for GPUs. The count runs from the first token to the last. The blocks of a Mosaic GPU kernel run at the same time and in any
-    order, so it would take either a single block, which leaves all but one multiprocessor idle, or a second pass over the tokens;
-    XLA makes that of the plain form as well.
+    There is no GPU kernel. The count runs from the first token to the last, but the blocks of a Mosaic GPU kernel run in
+    parallel and in any order. It would take either a single block, which leaves all but one multiprocessor idle, or a
+    second pass over the tokens, which XLA also generates from the plain implementation.
 
     Args:
-        logits: float32, of each expert for each token.
-        k: Experts of each token.
+        logits: float32 logits of each expert for each token.
+        k: Number of experts per token.
         used: False at padding, which no expert counts. None: all tokens are real.
-        normalize: Whether the weights of each token are divided by their sum.
-        implementation: "reference" (plain jnp), "tpu" (a Pallas kernel), or None: the best one that can serve on the platform the
+        normalize: Whether to divide the weights of each token by their sum.
+        implementation: "reference" (plain jnp), "tpu" (a Pallas kernel), or None: the best one for the platform that the
             program is lowered for.
 
     Returns:
-        `weights`, float32, the probabilities of the chosen experts, the highest first, and 0 at padding; `experts`, int32, their
-        numbers, and the number of experts at padding; `positions`, int32, 0 at padding; and `sizes`, int32, how many
-        tokens chose each expert.
+        ``weights``, float32, the probabilities of the chosen experts, highest first, and 0 at padding; ``experts``, int32,
+        their numbers, and the number of experts at padding; ``positions``, int32, 0 at padding; and ``sizes``, int32, the
+        number of tokens that chose each expert.
 
     Raises:
-        ValueError: k is not from 1 to the number of experts, logits are not float32, or an unknown name.
-        NotImplementedError: The named implementation cannot serve these operands here.
+        ValueError: k is not from 1 to the number of experts, logits are not float32, or a name is unknown.
+        NotImplementedError: The named implementation does not support these operands here.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -58,8 +58,10 @@ def top_k_gating(
         >>> gating.experts.tolist(), gating.positions.tolist(), gating.sizes.tolist()
         ([[0, 1], [0, 1], [0, 2]], [[0, 0], [1, 1], [2, 0]], [3, 2, 1])
 
+
     References:
-        Rajbhandari et al, `DeepSpeed-MoE <https://arxiv.org/abs/2201.05596>`_, section 5.4.
+        Rajbhandari et al., "DeepSpeed-MoE: Advancing Mixture-of-Experts Inference and Training to Power Next-Generation AI
+            Scale" (2022), section 5.4. https://arxiv.org/abs/2201.05596
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(logits, k, used)
@@ -75,27 +77,27 @@ def top_k_gating(
 
 
 def check_operands(logits: Any, k: int, used: Any) -> None:
-    """Raise a `ValueError` if operands cannot go together; all they need is shape and dtype."""
+    """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
     num_tokens, num_experts = logits.shape
     if not 1 <= k <= num_experts:
-        raise ValueError(f"k={k}: must be from 1 to the number of experts, {num_experts}")
+        raise ValueError(f"k must be from 1 to the number of experts, {num_experts}, got {k}")
     if logits.dtype != "float32":
-        raise ValueError(f"logits are {logits.dtype}; routing needs float32")
+        raise ValueError(f"logits must be float32, got {logits.dtype}")
     if used is not None and used.shape != (num_tokens,):
-        raise ValueError(f"used {used.shape} must be ({num_tokens},) here")
+        raise ValueError(f"used must have the shape ({num_tokens},), got {used.shape}")
 
 
 def why_not(name: str, logits: Any) -> str | None:
-    """The reason why an implementation cannot serve these operands here, or None if it can."""
+    """Return why an implementation does not support these operands here, or None if it does."""
     if name != "tpu":
         return None
     if axes := dispatch.auto_partitioned():
         return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it within "
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
             "jax.shard_map over all of them"
         )
     if 0 in logits.shape:
-        return f"logits {logits.shape} are empty"
+        return f"logits {logits.shape} is empty"
     from kernels_pallas.top_k_gating import tpu
 
     return tpu.why_not(logits.shape[1])

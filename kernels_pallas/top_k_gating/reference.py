@@ -1,4 +1,4 @@
-"""Plain jnp: what the kernel is compared with, and what serves where it does not."""
+"""Plain jnp: the reference for the kernel, and the fallback if it does not support the operands."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Gating(NamedTuple):
-    """The choice of each token; see `kernels_pallas.top_k_gating`."""
+    """The choice of each token; see ``kernels_pallas.top_k_gating``."""
 
     weights: Float[Array, "tokens k"]
     experts: Int[Array, "tokens k"]
@@ -23,10 +23,10 @@ def top_k_gating(
     k: int,
     normalize: bool,
 ) -> Gating:
-    """See `kernels_pallas.top_k_gating`."""
+    """See ``kernels_pallas.top_k_gating``."""
     num_tokens, num_experts = logits.shape
     probs = jax.nn.softmax(logits)
-    # Without the barrier XLA's CPU compiler may sort all experts of each token, ten times as slow.
+    # Without the barrier, XLA's CPU compiler may sort all experts of each token, which takes ten times as long.
     chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
     experts = jax.lax.optimization_barrier(chosen)
     weights = jnp.take_along_axis(probs, experts, axis=1)
@@ -38,7 +38,7 @@ def top_k_gating(
 
     flat, items = experts.reshape(-1), num_tokens * k
     number = jnp.arange(items, dtype=jnp.int32)
-    # Sorting expert and number as one is three times as fast on a CPU.
+    # Sorting expert and number as one value is three times as fast on a CPU.
     packs = (num_experts + 1) * items < 2**31
     order = jnp.sort(flat * items + number) % items if packs else jnp.argsort(flat, stable=True)
     sizes = (flat[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
@@ -53,5 +53,5 @@ def top_k_gating(
 
 
 def at_least_epsilon(total: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What weights are divided by to add up to 1; a token that is padding has only zeros."""
+    """Return the divisor that makes weights add up to 1; the weights of padding are all zero."""
     return jnp.maximum(total, jnp.finfo(jnp.float32).eps)

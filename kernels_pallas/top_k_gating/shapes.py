@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 
 class Operands(NamedTuple):
-    """Arrays among the arguments of `top_k_gating`, or their types."""
+    """Array arguments of ``top_k_gating``, or their types."""
 
     logits: Float[Array, "tokens experts"]
     used: Bool[Array, " tokens"] | None
@@ -26,14 +26,14 @@ class Shape:
     padding: bool = False
     """Whether some tokens are padding."""
     favourite: int | None = None
-    """An expert that every token puts first."""
+    """An expert that every token prefers."""
     levels: int | None = None
-    """How many different logits there are: few make ties."""
+    """Number of different logits: a small number makes ties."""
     tags: frozenset[str] = frozenset()
-    """Who runs it: "test", "aot"."""
+    """What the shape is used for: "test", "aot"."""
 
     def operands(self, key: Array) -> Operands:
-        """Random operands."""
+        """Return random operands."""
         keys = jax.random.split(key, 2)
         logits = 2 * jax.random.normal(keys[0], (self.tokens, self.experts))
         if self.levels is not None:
@@ -44,7 +44,7 @@ class Shape:
         return Operands(logits, used)
 
     def abstract(self, sharding: Any = None) -> Operands:
-        """Types of the operands, for compilation without memory."""
+        """Return the types of the operands, for compilation without memory."""
 
         def array(dtype: Any, *shape: int) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -74,5 +74,5 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def with_tag(tag: str) -> tuple[Shape, ...]:
-    """The shapes that carry a tag."""
+    """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)

@@ -19,12 +19,12 @@ from kernels_pallas.top_k_gating.reference import Gating, at_least_epsilon
 
 _LANES, _SUBLANES = 128, 8
 _TILE = 256
-# A tile of so many experts, with its temporaries, takes 20 MiB of VMEM.
+# A tile of this many experts, with its temporaries, takes 20 MiB of VMEM.
 _MAX_EXPERTS = 2048
 
 
 def why_not(num_experts: int) -> str | None:
-    """The reason why the kernel cannot serve so many experts, or None."""
+    """Return why the kernel does not support this many experts, or None."""
     if num_experts > _MAX_EXPERTS:
         return f"a tile of {num_experts} experts has no room in VMEM, which takes {_MAX_EXPERTS}"
     return None
@@ -34,7 +34,7 @@ def _kernel(
     logits_ref, used_ref, weights_ref, experts_ref, positions_ref, sizes_ref, counts_ref,
     *, k: int, num_tokens: int, num_experts: int, normalize: bool,
 ) -> None:  # fmt: skip
-    """``counts_ref`` is of the tokens before this tile; ``used_ref`` is None where all tokens are real."""
+    """Run the kernel; ``counts_ref`` counts the tokens before this tile; ``used_ref`` is None if all tokens are real."""
     step = pl.program_id(0)
 
     @pl.when(step == 0)
@@ -44,7 +44,7 @@ def _kernel(
     shape = logits_ref.shape
     expert = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     token = step * shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-    # The tile overhangs the array, and reads undefined values there.
+    # The tile extends past the array and reads undefined values there.
     real = token < num_tokens
     if used_ref is not None:
         real = real & (used_ref[...] != 0)
@@ -94,7 +94,7 @@ def top_k_gating(
     normalize: bool,
     interpret: Any = False,
 ) -> Gating:
-    """See `kernels_pallas.top_k_gating`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.top_k_gating``; ``interpret`` as in ``pl.pallas_call``."""
     num_tokens, num_experts = logits.shape
     wide = pl.cdiv(num_experts, _SUBLANES) * _SUBLANES
     tile = min(_TILE, pl.cdiv(num_tokens, _LANES) * _LANES)

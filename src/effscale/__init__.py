@@ -1,7 +1,7 @@
 """effscale: train and serve large transformers with less data, communication, bits and active parameters.
 
-Import the pieces from their subpackages (``effscale.models``, ``effscale.training``, ...); this module
-holds only the version, so that importing it costs nothing.
+Import what you need from the subpackages (``effscale.models``, ``effscale.training``, ...). This module
+defines only the version, so importing it is cheap.
 """
 
 __version__ = "0.1.0"

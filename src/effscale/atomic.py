@@ -1,4 +1,4 @@
-"""Files and folders that come into being whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import contextlib
 import errno
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 
 
 class DiskFullError(OSError):
-    """The disk filled up while a folder was written; what was there before is untouched."""
+    """The disk filled up while a folder was written; the previous contents are unchanged."""
 
 
 @contextlib.contextmanager
 def atomic_folder(
     target: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder beside ``target`` that becomes ``target`` if the block succeeds.
+    """Yield a temporary folder next to ``target`` that replaces ``target`` if the block succeeds.
 
-    The files are flushed to the disk before the folder is renamed, so neither an exception nor a
-    power cut leaves a half-written folder under the final name. Temporary folders that a killed
-    process left are removed by the next writer.
+    The files are flushed to disk before the folder is renamed, so neither an exception nor a power
+    cut leaves a half-written folder under the final name. The next writer removes temporary folders
+    left by a killed process.
 
     Args:
-        target: The folder to make.
-        overwrite: Replace an existing one; it stays in place until the new one is complete.
+        target: The folder to create.
+        overwrite: Replace an existing folder. It stays in place until the new one is complete.
 
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false.
@@ -34,7 +34,7 @@ def atomic_folder(
     target = pathlib.Path(target).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(
-            f"{str(target)!r} exists; it is written once. Choose another folder, "
+            f"{str(target)!r} already exists. Choose another folder, "
             "or pass overwrite=True to replace it."
         )
     temporary = target.parent / _temporary_name(target, "tmp")
@@ -51,17 +51,17 @@ def atomic_folder(
             raise DiskFullError(
                 error.errno,
                 f"the disk is full ({error.strerror}) while writing {str(target)!r}. "
-                "Free some space or choose a folder on another disk, and run it again; "
-                "nothing half-written was left",
+                "Free some space or choose a folder on another disk, then run again. "
+                "The incomplete files were removed",
             ) from error
         raise
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives a temporary path beside ``target`` for a file that becomes ``target`` if the block succeeds.
+    """Yield a temporary path next to ``target`` for a file that replaces ``target`` if the block succeeds.
 
-    A reader, or a crash, finds the old content or the new one and nothing between.
+    After a crash, or for a concurrent reader, the file has either the old content or the new one, never a mixture.
     """
     target = pathlib.Path(target)
     temporary = target.with_name(_temporary_name(target, "tmp"))
@@ -102,7 +102,7 @@ def _sync(folder: pathlib.Path) -> None:
 
 
 def flush(path: pathlib.Path) -> None:
-    """Brings a file, or the list of a folder's entries, to the disk."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

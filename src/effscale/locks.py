@@ -1,4 +1,4 @@
-"""Locks between processes: on an entry of a cache, on a folder of shards, on a run."""
+"""Locks between processes: for a cache entry, a folder of shards, or a run."""
 
 import contextlib
 import json
@@ -15,31 +15,31 @@ logger = logging.getLogger(__name__)
 
 
 class LockedError(RuntimeError):
-    """Another process holds a lock; the message names that process if it is known."""
+    """Another process holds the lock; the message identifies that process if it is known."""
 
 
 class ProcessLock:
-    """A lock that the operating system frees when the process that holds it ends, however it ends.
+    """A lock that the operating system releases when the process that holds it ends, even if it is killed.
 
-    The lock file records its holder and is left in place: a file that nobody holds locks nothing. On a file system that has no locks, ``acquire``
-    logs a warning and goes on without one.
+    The lock file records its holder and is never deleted; a leftover file that no process holds does not lock anything.
+    On a file system without locks, ``acquire`` logs a warning and continues without a lock.
 
     Args:
-        path: The lock file; its folder is made if it is missing.
-        purpose: What the holder is doing, for messages, such as "writing runs/a".
-        reentrant: Let this process take the lock again while it holds it; each ``acquire`` then needs its ``release``. By default a second lock of
-            the same process is refused as another process's would be.
+        path: The lock file; its folder is created if it is missing.
+        purpose: What the holder is doing, used in messages, such as "writing runs/a".
+        reentrant: Let this process acquire the lock again while it holds it; each ``acquire`` then needs its own ``release``.
+            By default, a second lock in the same process is refused like one in another process.
     """
 
     def __init__(self, path: str | os.PathLike[str], purpose: str, *, reentrant: bool = False):
         self.path, self.purpose = pathlib.Path(path), purpose
-        # A soft lock, filelock's substitute where flock is missing, would outlive a process that is killed.
+        # A soft lock, filelock's fallback where flock is missing, would survive a process that is killed.
         self._lock = filelock.FileLock(
             self.path, thread_local=False, is_singleton=reentrant, fallback_to_soft=False
         )
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Takes the lock.
+        """Acquire the lock.
 
         Args:
             wait: Wait until the lock is free.
@@ -63,15 +63,15 @@ class ProcessLock:
             )  # fmt: skip
             return
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+        with contextlib.suppress(OSError):  # Windows does not allow writing to a locked file
             self.path.write_text(json.dumps(self._record() | holder), encoding="utf-8")
 
     def release(self) -> None:
-        """Frees the lock if it is held."""
+        """Release the lock if it is held."""
         self._lock.release()
 
     def _record(self) -> dict[str, Any]:
-        """What the lock file says; its owner may keep more there than the holder."""
+        """Return the contents of the lock file; its owner may store more there than the holder."""
         try:
             record = json.loads(self.path.read_bytes())
         except (OSError, ValueError):
@@ -81,7 +81,7 @@ class ProcessLock:
 
 @contextlib.contextmanager
 def locked(target: pathlib.Path, purpose: str) -> Iterator[None]:
-    """Waits for the lock that belongs to a file or folder, a hidden file beside it, and holds it."""
+    """Hold the lock of a file or folder, a hidden file next to it, waiting until it is free."""
     lock = ProcessLock(target.parent / f".{target.name}.lock", purpose)
     lock.acquire(wait=True)
     try:

@@ -71,10 +71,10 @@ def test_fields_that_would_change_the_answer_are_named(tmp_path):
         "early_stopping": True,
     }
     folder = written(tmp_path, **fields)
-    names = r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'; give generate stop_strings=$"
-    with pytest.warns(UserWarning, match=rf"generation_config\.json': not applied: {names}"):
+    names = r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'\. Pass stop_strings= to generate$"
+    with pytest.warns(UserWarning, match=rf"generation_config\.json': ignoring unsupported fields: {names}"):
         sampling_from_folder(folder)
-    with pytest.warns(UserWarning, match=r"not applied: num_beams=4, typical_p=0\.9"):
+    with pytest.warns(UserWarning, match=r"ignoring unsupported fields: num_beams=4, typical_p=0\.9"):
         sampling_from_folder(folder, do_sample=True)
 
 
@@ -84,8 +84,8 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
         warnings.simplefilter("always")
         assert sampling_from_folder(folder) == SamplingConfig(temperature=0.0)
     assert [str(w.message).split(": ")[1] for w in told] == [
-        "max_length=50 counts the prompt and is not applied",
-        "min_length=8 counts the prompt and is not applied",
+        "max_length=50 is ignored because it counts the prompt",
+        "min_length=8 is ignored because it counts the prompt",
     ]
     found = sampling_from_folder(folder, max_new_tokens=9, min_new_tokens=3)
     assert (found.max_new_tokens, found.min_new_tokens) == (9, 3)
@@ -94,18 +94,18 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "changes", "message"),
     [
-        ({"top_k": "many"}, {"do_sample": True}, r"_config\.json' has top_k='many': must be"),
-        ({"do_sample": 1}, {}, r"has do_sample=1: must be true or false"),
-        ({"eos_token_id": [1, "a"]}, {}, r"has eos_token_id=\[1, 'a'\]: must be a list of whole"),
-        ({"eos_token_id": 1.5}, {}, r"has eos_token_id=1\.5: must be a whole number"),
-        ({"do_sample": True, "top_p": 7}, {}, r"json': SamplingConfig\.top_p=7\.0: must be in"),
+        ({"top_k": "many"}, {"do_sample": True}, r"_config\.json': top_k must be .*, got 'many'"),
+        ({"do_sample": 1}, {}, r"do_sample must be true or false.*, got 1"),
+        ({"eos_token_id": [1, "a"]}, {}, r"eos_token_id must be a list of whole.*, got \[1, 'a'\]"),
+        ({"eos_token_id": 1.5}, {}, r"eos_token_id must be a whole number.*, got 1\.5"),
+        ({"do_sample": True, "top_p": 7}, {}, r"json': SamplingConfig\.top_p must be in.*, got 7\.0"),
         (
             {"max_new_tokens": 0},
             {"pad_id": 3},
-            r"with \{'pad_id': 3\}: SamplingConfig\.max_new_tokens=0",
+            r"with \{'pad_id': 3\}: SamplingConfig\.max_new_tokens must be at least 1, got 0",
         ),
-        ({"max_length": 5}, {"prompt_length": 5}, r"max_new_tokens=0: must be at least 1"),
-        ({}, {"top_q": 1}, r"top_q is no field of SamplingConfig: did you mean 'top_"),
+        ({"max_length": 5}, {"prompt_length": 5}, r"max_new_tokens must be at least 1.*, got 0"),
+        ({}, {"top_q": 1}, r"top_q is not a field of SamplingConfig: did you mean 'top_"),
     ],
 )
 def test_values_that_cannot_be_are_named_with_their_file(tmp_path, fields, changes, message):
@@ -114,13 +114,13 @@ def test_values_that_cannot_be_are_named_with_their_file(tmp_path, fields, chang
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder '.*absent'"):
+    with pytest.raises(ValueError, match=r"folder must be a local folder, got '.*absent'"):
         sampling_from_folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"neither generation_config\.json .* holds nothing"):
+    with pytest.raises(ValueError, match=r"no generation_config\.json .* contains nothing"):
         sampling_from_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text("[1")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         sampling_from_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds a JSON list: must be an object"):
+    with pytest.raises(ValueError, match="must be a JSON object, got a list"):
         sampling_from_folder(tmp_path)

@@ -133,7 +133,7 @@ NONE = {
     ),
     "experts": (
         lambda: changed(gpt2(**TEXT), feed_forward=Experts()),
-        "no family whose feed-forward is a Experts",
+        "transformers has no family with the feed-forward Experts",
     ),
     "kinds of token": (
         lambda: replace(gpt2(**TEXT), inputs=replace(gpt2(**TEXT).inputs, type_vocab_size=2)),
@@ -151,7 +151,7 @@ NONE = {
     ),
     "another pool": (
         lambda: replace(gpt2(**TEXT), heads=(ClassHead(num_classes=3, pool="mean"),)),
-        "pool='mean', and transformers' has 'last'",
+        "transformers has no family with this config: the head 'classes' must have pool='last', as in transformers, got 'mean'",
     ),
     "a head of berts": (
         lambda: replace(bert(**TEXT), heads=(ClassHead(name="mood", num_classes=3, pool="pooled"),)),
@@ -179,11 +179,11 @@ NONE = {
     ),
     "a bias of classes": (
         lambda: replace(gpt2(**TEXT), heads=(ClassHead(num_classes=3, pool="last"),)),
-        "the head 'classes' has bias=True, and transformers' has False",
+        "transformers has no family with this config: the head 'classes' must have bias=False, as in transformers, got True",
     ),
     "classes without a bias": (
         lambda: replace(vit(**SIZE, image_size=8, patch_size=4), heads=(ClassHead(num_classes=3, bias=False),)),
-        "the head 'classes' has bias=False, and transformers' has True",
+        "transformers has no family with this config: the head 'classes' must have bias=True, as in transformers, got False",
     ),
     "three next sentences": (
         lambda: bert(**TEXT, heads=(ClassHead(name="nsp", num_classes=3, pool="pooled"),)),

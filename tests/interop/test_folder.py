@@ -57,7 +57,7 @@ def test_shards_are_read_as_one(sharded):
     tensors = open_tensors(sharded)
     assert values(tensors) == {"a": 1, "b": 2, "c": 3}
     assert tensors.infos["c"].shape == (2,)
-    with pytest.raises(FolderError, match="have no tensor 'd'"):
+    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': no tensor 'd' in its files\."):
         tensors.read("d")
 
 
@@ -83,16 +83,16 @@ def test_a_single_file_of_another_name(tmp_path, torch):
 def test_several_files_of_pytorch(tmp_path):
     for name in ("a.bin", "b.bin"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FolderError, match=r"a.bin, b.bin. Name the right one 'pytorch_model.bin'"):
+    with pytest.raises(FolderError, match=r"has several files that could be the weights: a\.bin, b\.bin\. Rename the right one to 'pytorch_model\.bin'"):
         open_tensors(tmp_path)
 
 
 def test_no_weights(tmp_path):
-    with pytest.raises(FolderError, match=r"holds no weights: neither model.safetensors.*empty\.$"):
+    with pytest.raises(FolderError, match=r"has no weights: no model\.safetensors.*empty\.$"):
         open_tensors(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "onnx").mkdir()
-    with pytest.raises(FolderError, match=r"holds no weights.* It holds: config.json, onnx/\.$"):
+    with pytest.raises(FolderError, match=r"has no weights.* It contains: config.json, onnx/\.$"):
         open_tensors(tmp_path)
     for i in range(25):
         (tmp_path / f"log{i}").touch()
@@ -101,19 +101,19 @@ def test_no_weights(tmp_path):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(FolderError, match=r"no folder 'gpt2' here. Nothing is downloaded.*hf down"):
+    with pytest.raises(FolderError, match=r"there is no folder 'gpt2'\. Models are not downloaded automatically.*hf download"):
         open_tensors("gpt2")
     with pytest.raises(FolderError, match="no folder"):
         read_json(tmp_path / "nope", "config.json")
     write(tmp_path, "model.safetensors", a=1)
-    with pytest.raises(FolderError, match=r"is a file: give the folder"):
+    with pytest.raises(FolderError, match=r"is a file; pass the folder"):
         open_tensors(tmp_path / "model.safetensors")
 
 
 def test_missing_shards_are_all_named(sharded):
     for i in (1, 2):
         (sharded / f"model-0000{i}-of-00002.safetensors").unlink()
-    message = r"2 of the 2 files .*index.json' .*model-00001-of-00002.*, model-00002-of-00002"
+    message = r"model\.safetensors\.index\.json': 2 of its 2 files are missing: model-00001-of-00002\.safetensors, model-00002-of-00002"
     with pytest.raises(FolderError, match=message):
         open_tensors(sharded)
 
@@ -123,14 +123,14 @@ def test_shards_without_an_index_are_not_read(sharded, number):
     (sharded / INDEX).unlink()
     (sharded / f"model-0000{number}-of-00002.safetensors").unlink()
     write(sharded, "another.safetensors", a=7)
-    with pytest.raises(FolderError, match=r"shards but no index.*did not finish"):
+    with pytest.raises(FolderError, match=r"shards but no index.*was not completed"):
         open_tensors(sharded)
 
 
 def test_a_tensor_that_is_not_where_the_index_says(sharded):
     first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     write_index(sharded, {"a": first, "b": second, "c": second})
-    with pytest.raises(FolderError, match=r"1 tensors .* the first 'b' not in 'model-00002"):
+    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': does not match its files: 1 tensors are not where it lists them, the first is 'b' in 'model-00002"):
         open_tensors(sharded)
 
 
@@ -143,7 +143,7 @@ def test_a_tensor_that_the_index_does_not_name_is_listed(sharded):
     write_index(sharded, {"a": first, "b": first, "c": second})
     assert values(open_tensors(sharded))["b"] == 2
     write_index(sharded, {"a": first, "c": second})
-    with pytest.raises(FolderError, match=r"does not name 'b', which both .* hold"):
+    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': does not name 'b', which both 'model-00001-of-00002\.safetensors' and 'model-00002-of-00002\.safetensors' contain"):
         open_tensors(sharded)
 
 
@@ -156,14 +156,14 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
     write_index(folder, {"a": name})
-    with pytest.raises(FolderError, match="outside its folder, refused"):
+    with pytest.raises(FolderError, match="outside its folder, which is not allowed"):
         open_tensors(folder)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(FolderError, match=r"index.json' has no weight_map"):
+    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': has no weight_map from names of tensors to names of files\."):
         open_tensors(tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_links_as_in_the_hubs_cache(tmp_path):
     write_index(folder, {"a": "shard.safetensors"})
     assert values(open_tensors(folder)) == {"a": 1}
     (folder / "model.safetensors").symlink_to("../blobs/gone")
-    with pytest.raises(FolderError, match=r"model.safetensors.*there is no such file"):
+    with pytest.raises(FolderError, match=r"model\.safetensors': is not a valid safetensors file: the file does not exist"):
         open_tensors(folder)
 
 
@@ -190,20 +190,20 @@ def test_without_torch_its_files_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_json(tmp_path):
-    with pytest.raises(FolderError, match=r"has no config.json. It is empty"):
+    with pytest.raises(FolderError, match=r"has no config\.json\. It is empty"):
         read_json(tmp_path, "config.json")
     path = tmp_path / "config.json"
     path.write_text('{"model_type": "gpt2", "ü": [1]}', encoding="utf-8")
     assert read_json(tmp_path, "config.json") == {"model_type": "gpt2", "ü": [1]}
     path.write_text('{\n  "a": 1,\n  "b" 2\n}')
-    with pytest.raises(FolderError, match=r"config.json' is not JSON: line 3, column 7: Expecting"):
+    with pytest.raises(FolderError, match=r"config\.json': is not JSON: line 3, column 7: Expecting ':' delimiter"):
         read_json(tmp_path, "config.json")
     path.write_text("[1]")
-    with pytest.raises(FolderError, match="holds a JSON list where an object"):
+    with pytest.raises(FolderError, match=r"must be a JSON object .*, got a list"):
         read_json(tmp_path, "config.json")
     for content in (b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
-        with pytest.raises(FolderError, match=r"config.json' (cannot be read|is not JSON)"):
+        with pytest.raises(FolderError, match=r"config.json': (cannot be read|is not JSON)"):
             read_json(tmp_path, "config.json")
     path.unlink()
     path.mkdir()

@@ -113,7 +113,7 @@ def test_layers_are_bounded_by_the_tensors(model_type, folders):
     folder = folders[model_type]
     more = {LAYERS[model_type]: 2_000_000_000, "scale_attn_by_inverse_layer_idx": True}
     (folder / "config.json").write_text(json.dumps(case_of(model_type).json | more))
-    with pytest.raises(FolderError, match=r"=2000000000, and there are \d+ tensors in all"):
+    with pytest.raises(FolderError, match=r"must be at most the number of tensors, \d+, got 2000000000"):
         open_source(folder)
 
 
@@ -121,7 +121,7 @@ def test_a_width_of_any_size_is_compared_with_the_tensors(folders):
     folder, fields = folders["gpt2"], case_of("gpt2").json
     (folder / "config.json").write_text(json.dumps(fields | {"n_embd": 2**31 - 2}))
     with pytest.raises(
-        FolderError, match=r"wte.weight \[31, 8\], where config.json means \[31, 21"
+        FolderError, match=r"wrong shape: wte\.weight \[31, 8\], but config\.json needs \[31, 2147483646\]"
     ):
         load_pretrained(folder)
 
@@ -144,12 +144,12 @@ def test_whole_numbers_may_have_a_point():
 
 
 NAMED = {
-    "architectures": ("gpt2", {"architectures": 5}, "architectures=5: must be a list of names"),
-    "class": ("gpt2", {"architectures": {"a": 1}}, r"architectures=\{'a': 1\}: must be a list"),
-    "zero": ("llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings=0: must be a whole number from 1"),
-    "huge": ("gpt2", {"n_inner": 10**400}, r"n_inner=1000\d*\.\.\.0+: must be a whole number"),
-    "label": ("llama", {"rope_parameters": ROPE | {"factor": "2"}}, "in rope_parameters, has factor='2': must be a finite"),
-    "sizes": ("vit", {"image_size": []}, r"image_size=\[\]: must be a whole number"),
+    "architectures": ("gpt2", {"architectures": 5}, "architectures must be a list of names.*, got 5"),
+    "class": ("gpt2", {"architectures": {"a": 1}}, r"config\.json: architectures must be a list of names, got \{'a': 1\}"),
+    "zero": ("llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings must be a whole number from 1.*, got 0"),
+    "huge": ("gpt2", {"n_inner": 10**400}, r"config\.json: n_inner must be a whole number from 0 to 2147483647, got 100000000000000000\.\.\.0000000000000000000"),
+    "label": ("llama", {"rope_parameters": ROPE | {"factor": "2"}}, r"config\.json, in rope_parameters: factor must be a finite number, got '2'"),
+    "sizes": ("vit", {"image_size": []}, r"image_size must be a whole number.*, got \[\]"),
 }  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_names_that_are_too_long_for_the_file_system(folders, tmp_path):
     (tmp_path / "a" / "model.safetensors").unlink()
     index = {"weight_map": {"w": f"{long}.safetensors"}}
     (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FolderError, match=r"1 of the 1 files that .* are not there"):
+    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': 1 of its 1 files are missing:"):
         load_pretrained(tmp_path / "a")
 
 

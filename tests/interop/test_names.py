@@ -117,7 +117,7 @@ def test_berts_bias_has_two_names_and_the_decoder_s_counts(tied, tmp_path):
     case = example("bert", "BertForMaskedLM", tie_word_embeddings=tied)
     _, tensors, fields = original(case, tmp_path)
     decoders = tensors["cls.predictions.bias"] + 1
-    with pytest.warns(UserWarning, match="decoder.bias and cls.predictions.bias should be one"):
+    with pytest.warns(UserWarning, match="decoder.bias and cls.predictions.bias should be the same"):
         model = load(tmp_path, tensors | {"cls.predictions.decoder.bias": decoders}, fields)
     np.testing.assert_array_equal(model.heads["mlm"].bias.get_value(), decoders)
 
@@ -275,7 +275,7 @@ def test_files_of_torch(model_type, shards, hf, tmp_path):
     assert bits_of(load_pretrained(tmp_path / "files")) == bits_of(expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*not a number:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*contains NaN:UserWarning")
 def test_random_bits_under_bare_names(tmp_path):
     case = example("opt", "OPTForCausalLM", word_embed_proj_dim=5, do_layer_norm_before=False)
     model = model_of_bits(case.config, "float16")

@@ -180,7 +180,7 @@ def test_names_of_another_version(name, here, there, tmp_path):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     rewrite(tmp_path, tensors=tensors | renamed)
-    with pytest.raises(FolderError, match=r": a second pair, after that of "):
+    with pytest.raises(FolderError, match=r": a second pair, in addition to that of "):
         load_adapter(model, tmp_path)
 
 
@@ -312,37 +312,37 @@ def test_all_that_is_wrong_is_in_one_error(adapter):
     with pytest.raises(FolderError) as error:
         load_adapter(model, folder)
     assert str(error.value).splitlines()[1:] == [
-        "  use_dora=True: DoRA is not taken",
-        f"  {start}.0.mlp.up_proj.weight: a whole trained weight that modules_to_save does not name is not taken",
-        f"  {start}.0.self_attn.q_proj.lora_magnitude_vector: magnitudes, as DoRA has them, are not taken",
+        "  use_dora=True: not supported (DoRA)",
+        f"  {start}.0.mlp.up_proj.weight: a whole trained weight that modules_to_save does not name is not supported",
+        f"  {start}.0.self_attn.q_proj.lora_magnitude_vector: magnitudes, as in DoRA, are not supported",
         "  unexpected: something",
-        "  model.layers.0.input_layernorm: no pair works in this module",
+        "  model.layers.0.input_layernorm: PEFT does not support a pair in this module",
         f"  missing: {start}.0.self_attn.q_proj.lora_B.weight",
-        f"  of the wrong shape: {start}.1.self_attn.q_proj.lora_A.weight [3, 16], where the model and a rank of 2 mean [2, 16]",
+        f"  wrong shape: {start}.1.self_attn.q_proj.lora_A.weight [3, 16], but the model and a rank of 2 need [2, 16]",
         f"  unexpected: {start}.2.self_attn.q_proj.lora_embedding_A",
-        f"  of a type that is no float: {start}.2.self_attn.q_proj.lora_A.weight int32",
-        "  model.layers.7.self_attn.q_proj: there is no such module in this model",
+        f"  not of a float type: {start}.2.self_attn.q_proj.lora_A.weight int32",
+        "  model.layers.7.self_attn.q_proj: this model has no such module",
     ]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "VERA"}, "peft_type='VERA': only LORA is taken"),
-        ({"peft_type": None}, "peft_type=None: only LORA is taken"),
-        ({"use_qalora": True}, "QALoRA is not taken"),
-        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\]: activated LoRA"),
-        ({"layer_replication": [[0, 2]]}, "a model with repeated layers is not taken"),
+        ({"peft_type": "VERA"}, "peft_type='VERA': only LORA is supported"),
+        ({"peft_type": None}, "peft_type=None: only LORA is supported"),
+        ({"use_qalora": True}, r"use_qalora=True: not supported \(QALoRA\)"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\]: not supported \(activated LoRA\)"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\]: not supported \(a model with repeated layers\)"),
         ({"init_lora_weights": "pissa_niter_16"}, "belongs to a base with changed weights"),
-        ({"r": 0}, "has r=0: must be a whole number from 1"),
-        ({"r": "8"}, "has r='8': must be a whole number"),
-        ({"lora_alpha": math.nan}, "has lora_alpha=nan: must be a finite number"),
-        ({"lora_alpha": None}, "has lora_alpha=null: must be a finite number"),
-        ({"rank_pattern": {"(": 4}}, r"has rank_pattern=\{'\(': ...\}, .* is not taken: a '\(' is not closed"),
-        ({"rank_pattern": {"(q+)+x": 4}}, r"'\(q\+\)\+x'.*is not taken: a group is repeated by '\+'; name the modules"),
-        ({"rank_pattern": {"q_proj": 0}}, "in rank_pattern, has q_proj=0: must be a whole number from 1"),
-        ({"alpha_pattern": ["x"]}, r"has alpha_pattern=\['x'\]: must be an object"),
-        ({"rank_pattern": {"q_proj": 3}}, r"\[2, 16\], where the model and a rank of 3 mean \[3, 16\]"),
+        ({"r": 0}, r"adapter_config\.json: r must be a whole number from 1 to 2147483647, got 0"),
+        ({"r": "8"}, r"adapter_config\.json: r must be a whole number from 1 to 2147483647, got '8'"),
+        ({"lora_alpha": math.nan}, r"adapter_config\.json: lora_alpha must be a finite number, got nan"),
+        ({"lora_alpha": None}, r"adapter_config\.json: lora_alpha must be a finite number, got null"),
+        ({"rank_pattern": {"(": 4}}, r"adapter_config\.json: rank_pattern has the pattern '\(', which is not a supported regular expression: a '\(' has no"),
+        ({"rank_pattern": {"(q+)+x": 4}}, r"adapter_config\.json: rank_pattern has the pattern '\(q\+\)\+x', which is not a supported regular expression: a group is repeated by '\+'\. Name the modules"),
+        ({"rank_pattern": {"q_proj": 0}}, r"adapter_config\.json, in rank_pattern: q_proj must be a whole number from 1 to 2147483647, got 0"),
+        ({"alpha_pattern": ["x"]}, r"adapter_config\.json: alpha_pattern must be an object, got \['x'\]"),
+        ({"rank_pattern": {"q_proj": 3}}, r"wrong shape: base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight \[2, 16\], but the model and a rank of 3 need \[3, 16\]"),
         ({"alpha_pattern": {"1.self_attn.q_proj": 12}}, r"layers\.1\.self_attn\.q_proj has the scale 6\.0"),
     ],
 )  # fmt: skip
@@ -369,29 +369,29 @@ def test_folders_and_files(adapter):
     file = folder / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
-    with pytest.raises(FolderError, match="not a sound safetensors file"):
+    with pytest.raises(FolderError, match=r"adapter_model\.safetensors': is not a valid safetensors file: Error while deserializing header: incomplete"):
         load_adapter(model, folder)
     file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
     with pytest.raises(FolderError, match="does not match its checksum"):
         load_adapter(model, folder)
     file.unlink()
-    with pytest.raises(FolderError, match=r"has neither adapter_model\.safetensors nor adapter_m"):
+    with pytest.raises(FolderError, match=r"has no adapter_model\.safetensors and no adapter_m"):
         load_adapter(model, folder)
     file.symlink_to(folder / "gone")
-    with pytest.raises(FolderError, match="there is no such file"):
+    with pytest.raises(FolderError, match="the file does not exist"):
         load_adapter(model, folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FolderError, match=r"has no adapter_config\.json"):
         load_adapter(model, folder)
     (folder / "file").write_text("")
-    with pytest.raises(FolderError, match="is a file; give a folder"):
+    with pytest.raises(FolderError, match="is a file; pass a folder"):
         save_adapter(adapted(model), folder / "file")
 
 
 def test_an_adapter_of_nothing(adapter):
     model, folder = adapter
     safetensors.numpy.save_file({}, folder / "adapter_model.safetensors")
-    with pytest.raises(FolderError, match="it holds no pair"):
+    with pytest.raises(FolderError, match="it contains no pair"):
         load_adapter(model, folder)
 
 
@@ -399,7 +399,7 @@ def test_a_model_that_has_pairs(adapter):
     model, folder = adapter
     once = load_adapter(model, folder)
     with pytest.raises(
-        FolderError, match=r"attention\.query\.kernel of the model has a pair already"
+        FolderError, match=r"groups\.0\.blocks\.0\.attention\.query\.kernel of the model already has a pair; call merge_lora or unmerge_lora first"
     ):
         load_adapter(once, folder)
     save_adapter(adapted(model, r"attention\.out"), folder)
@@ -413,7 +413,7 @@ def test_values_that_are_not_a_number(adapter):
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     tensors[name] = np.full_like(tensors[name], np.nan)
     rewrite(folder, tensors=tensors)
-    with pytest.warns(UserWarning, match=rf"{name} has values that are not a number"):
+    with pytest.warns(UserWarning, match=rf"{name} contains NaN"):
         load_adapter(model, folder)
 
 
@@ -435,7 +435,7 @@ def test_scales_that_grow_too_large(tmp_path):
     half = lambda w: LoRA(w.base, *(x.astype(jnp.float16) for x in (w.a, w.b)), w.scale)
     save_adapter(map_weights(before, half, r"attention\.query"), tmp_path)
     rewrite(tmp_path, alpha_pattern={"1.self_attn.q_proj": 2**17})
-    with pytest.raises(FolderError, match=r"has the scale 65536\.0, and others .* 1\.0"):
+    with pytest.raises(FolderError, match=r"model\.layers\.1\.self_attn\.q_proj has the scale 65536\.0, but others that share its weight have 1\.0"):
         load_adapter(model, tmp_path)
     rewrite(tmp_path, alpha_pattern={"1.self_attn.q_proj": 2**7})
     load_adapter(model, tmp_path)
@@ -443,9 +443,9 @@ def test_scales_that_grow_too_large(tmp_path):
 
 def test_pairs_that_cannot_be_saved(tmp_path):
     model = build("opt")
-    with pytest.raises(ValueError, match="has no LoRA pair to save; add_lora"):
+    with pytest.raises(ValueError, match=r"the model has no LoRA pairs to save\. Add some with add_lora"):
         save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"embed\.positions\.embedding: PEFT has no pair there"):
+    with pytest.raises(ValueError, match=r"embed\.positions\.embedding: PEFT does not support a pair there"):
         save_adapter(adapted(model, r"positions\.embedding"), tmp_path)
     zero = jax.tree.map(jnp.zeros_like, adapted(model))
     with pytest.raises(ValueError, match="all LoRA pairs of the model are zero"):

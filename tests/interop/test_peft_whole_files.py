@@ -97,15 +97,15 @@ REFUSED = {
     "all of it is missing": (
         {f"{START}.score.bias": None, f"{START}.score.weight": None}, {}, r"missing: .*score\.weight\n  missing: .*score\.bias$"),
     "another number of classes": (
-        {f"{START}.score.weight": np.ones((5, 16), np.float32)}, {}, r"score\.weight \[5, 16\], where the model has \[8, 16\]$"),
-    "whole numbers": ({f"{START}.score.bias": np.ones(8, np.int32)}, {}, r"of a type that is no float: .*score\.bias int32$"),
+        {f"{START}.score.weight": np.ones((5, 16), np.float32)}, {}, r"wrong shape: base_model\.model\.score\.weight \[5, 16\], but the model needs \[8, 16\]$"),
+    "whole numbers": ({f"{START}.score.bias": np.ones(8, np.int32)}, {}, r"not of a float type: base_model\.model\.score\.bias int32$"),
     "not named": ({f"{START}.model.norm.weight": np.ones(16, np.float32)}, {}, r"norm\.weight: a whole trained weight that modules_to_save does not name"),
     "no such module": (
         {f"{START}.extra.weight": np.ones(3, np.float32)}, {"modules_to_save": ["score", "extra"]}, r"extra\.weight: the model has no such module$"),
     "beside a pair": (
         {f"{START}.model.layers.0.self_attn.q_proj.weight": np.ones((16, 16), np.float32)},
-        {"modules_to_save": ["score", "layers.0.self_attn.q_proj"]}, r"q_proj\.weight: a whole weight, beside a pair of the same$"),
-    "no list": ({}, {"modules_to_save": "score"}, r"adapter_config\.json has modules_to_save='score': must be a list of strings"),
+        {"modules_to_save": ["score", "layers.0.self_attn.q_proj"]}, r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj\.weight: a whole weight, in addition to a pair of the same$"),
+    "no list": ({}, {"modules_to_save": "score"}, r"adapter_config\.json: modules_to_save must be a list of strings, got 'score'"),
 }  # fmt: skip
 
 
@@ -121,9 +121,9 @@ def test_files_that_are_refused(case, adapter):
 def test_modules_that_cannot_be_saved(tmp_path):
     model = build()[1]
     for names, message in (
-        ("score", r"modules_to_save='score' must be a tuple of names, such as \('score',\)"),
-        (("lm_head", "score"), r"modules_to_save has \['score'\], and the model's modules .* end in .*lm_head"),
-        (("norm", "q_proj"), r"layers\.0\.self_attn\.q_proj\.weight has a pair; merge_lora it, or leave it out"),
+        ("score", r"modules_to_save must be a tuple of names, such as \('score',\), got 'score'"),
+        (("lm_head", "score"), r"modules_to_save must name modules, .* end in .*lm_head.*, got \['score'\]"),
+        (("norm", "q_proj"), r"layers\.0\.self_attn\.q_proj\.weight has a pair; merge it with merge_lora, or remove it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             save_adapter(model, tmp_path / "none", modules_to_save=names)
@@ -136,7 +136,7 @@ def test_a_model_that_is_adapted_takes_no_whole_weight_there(adapter):
     change(folder, {f"{START}.model.layers.{i}.self_attn.v_proj.weight": np.ones((8, 16), np.float32) for i in range(3)},
            modules_to_save=["score", "v_proj"])  # fmt: skip
     adapted = add_lora(base, rank=1, key=jax.random.key(0), where=r"value\.kernel")
-    with pytest.raises(FolderError, match=r"value\.kernel of the model is a LoRA, which no whole"):
+    with pytest.raises(FolderError, match=r"groups\.0\.blocks\.0\.attention\.value\.kernel of the model is a LoRA, which a whole weight cannot replace"):
         load_adapter(adapted, folder)
 
 

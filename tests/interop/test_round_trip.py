@@ -32,7 +32,7 @@ several = settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
 # Random bits are often no number, of which the loader warns.
 pytestmark = [
     pytest.mark.exact,
-    pytest.mark.filterwarnings("ignore:.*not a number:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*contains NaN:UserWarning"),
 ]
 
 

@@ -107,7 +107,7 @@ def test_files_of_the_library_are_read(tmp_path, metadata):
     for name, expected in ARRAYS.items():
         assert_same(file.read(name), expected)
         assert (file.infos[name].shape, file.infos[name].dtype) == (expected.shape, expected.dtype)
-    with pytest.raises(FolderError, match=r"a.safetensors' has no tensor 'wpe'"):
+    with pytest.raises(FolderError, match=r"a\.safetensors': no tensor 'wpe'\."):
         file.read("wpe")
     with pytest.raises(ValueError, match="read-only"):
         file.read("wte")[0, 0] = 1
@@ -119,7 +119,7 @@ def test_types_that_are_not_taken_are_named_when_read(tmp_path):
     file = SafetensorsFile(tmp_path / "a.safetensors")
     assert file.infos["a"].shape == (4,)
     assert_same(file.read("b"), arrays["b"])
-    with pytest.raises(FolderError, match=r"tensor 'a' is of type F8_E4M3, .* F64, F32"):
+    with pytest.raises(FolderError, match=r"a\.safetensors': the tensor 'a' has the type F8_E4M3, which is not supported\. Convert it to one of F64, F32, F16,"):
         file.read("a")
 
 
@@ -133,10 +133,10 @@ def test_every_truncation_is_noticed(small):
     for data in (ours, save(FEW)):
         for length in range(len(data)):
             put(path, data[:length])
-            with pytest.raises(FolderError, match=r"damaged.safetensors' is not a sound"):
+            with pytest.raises(FolderError, match=r"damaged\.safetensors': is not a valid safetensors file"):
                 read_all(path)
         put(path, data + b"\0")
-        with pytest.raises(FolderError, match="not a sound"):
+        with pytest.raises(FolderError, match="is not a valid"):
             read_all(path)
 
 
@@ -267,8 +267,8 @@ BAD = {
     "deep": (raw(b"[" * 100_000), "header"),
     "bool-of-seven": (raw({"a": one("BOOL", offsets=[0, 1])}, b"\x07"), "other than 0 and 1"),
     "checksums-are-no-json": (raw({"__metadata__": {CHECKSUMS: "{"}}), "checksums"),
-    "checksums-of-others": (raw({"__metadata__": {CHECKSUMS: '{"b": 1}'}}), "of other tensors"),
-    "checksums-are-a-list": (raw({"__metadata__": {CHECKSUMS: "[1]"}}), "of other tensors"),
+    "checksums-of-others": (raw({"__metadata__": {CHECKSUMS: '{"b": 1}'}}), "have different names"),
+    "checksums-are-a-list": (raw({"__metadata__": {CHECKSUMS: "[1]"}}), "have different names"),
     "empty": (b"", "the file is empty"),
     "short": (b"abc", "header"),
     "text": (b"once upon a time there was a file that held no weights\n", "header"),
@@ -286,12 +286,12 @@ BAD = {
 def test_what_is_no_safetensors_file_is_said(tmp_path, case):
     content, reason = BAD[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
-    with pytest.raises(FolderError, match=rf"bad.safetensors' is not a sound.*{reason}.*again"):
+    with pytest.raises(FolderError, match=rf"bad.safetensors': is not a valid.*{reason}.*again"):
         read_all(tmp_path / "bad.safetensors")
 
 
 def test_absent_files_and_folders_are_named(tmp_path):
-    with pytest.raises(FolderError, match=r"no.safetensors.*there is no such file"):
+    with pytest.raises(FolderError, match=r"no\.safetensors': is not a valid safetensors file: the file does not exist"):
         SafetensorsFile(tmp_path / "no.safetensors")
     with pytest.raises(FolderError, match="cannot be opened"):
         SafetensorsFile(tmp_path)

@@ -160,7 +160,7 @@ def test_an_earlier_save_is_replaced_and_nothing_else(tmp_path):
 )
 def test_weights_in_pytorchs_format_are_not_joined(tmp_path, name):
     (tmp_path / name).write_text("weights")
-    with pytest.raises(FolderError, match=rf"holds weights in PyTorch's format \({name}\)"):
+    with pytest.raises(FolderError, match=rf"contains weights in PyTorch's format \({name}\)"):
         write_tensors(tmp_path, ARRAYS.items())
     assert names(tmp_path) == [name]
 
@@ -168,10 +168,10 @@ def test_weights_in_pytorchs_format_are_not_joined(tmp_path, name):
 def test_what_cannot_be_written(tmp_path):
     array = np.zeros(2)
     cases = [
-        ([("a", array), ("a", array)], "'a' comes twice"),
-        ([("__metadata__", array)], "needs it"),
-        ([("a", array), ("b", np.zeros(2, complex))], "'b' is of type complex128, .* F64, F32"),
-        ([("a", np.zeros(2, ml_dtypes.float8_e4m3fn))], "'a' is of type float8_e4m3fn"),
+        ([("a", array), ("a", array)], r"the tensor 'a' occurs twice\."),
+        ([("__metadata__", array)], "the reserved name"),
+        ([("a", array), ("b", np.zeros(2, complex))], "'b' has the type complex128, .* F64, F32"),
+        ([("a", np.zeros(2, ml_dtypes.float8_e4m3fn))], "'a' has the type float8_e4m3fn"),
         ([("a", np.array(["x"]))], "'a' is of type <U1"),
         ([], "no tensors to write"),
     ]
@@ -200,7 +200,7 @@ def test_sizes(size, count):
     "size", [0, -1, "0", "0.1B", "-5GB", "GB", "", "five", "5XB", "5G", "1e9", "nan", True]
 )
 def test_what_is_no_size(tmp_path, size):
-    with pytest.raises(ValueError, match=r"max_shard_size=.* '5GB', '500MB' or '1GiB'"):
+    with pytest.raises(ValueError, match=r"max_shard_size must be .* '5GB', '500MB' or '1GiB'"):
         write_tensors(tmp_path, ARRAYS.items(), max_shard_size=size)
     assert names(tmp_path) == []
 

@@ -122,7 +122,7 @@ def test_tokens_that_the_axes_cannot_divide():
     with jax.set_mesh(mesh_of(8, 1)):
         uneven = Shape(name="uneven", tokens=20, d=8, vocab=16).abstract()
         with pytest.raises(
-            ValueError, match=r"20 tokens into 8 unequal parts; use a multiple of 8"
+            ValueError, match=r"20 tokens into 8 unequal parts\. Use a multiple of 8"
         ):
             jax.eval_shape(loss_of(("data",)), *uneven)
 

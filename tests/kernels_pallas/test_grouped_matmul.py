@@ -99,11 +99,11 @@ def test_each_platform_gets_its_own():
 def test_bad_input():
     x, weight, bias, _ = operands()
     sizes = jnp.array(SIZES["even"])
-    with pytest.raises(ValueError, match=r"takes 6 inputs, and x .* has 5"):
+    with pytest.raises(ValueError, match=r"x must have the 6 inputs of weight .*, got the shape \(100, 5\)"):
         check_operands(x[:, :5], weight, sizes, None)
-    with pytest.raises(ValueError, match=r"sizes \(4,\) must be one for each of the 5 groups"):
+    with pytest.raises(ValueError, match=r"sizes must have one entry for each of the 5 groups .*, got the shape \(4,\)"):
         check_operands(x, weight, sizes[:4], None)
-    with pytest.raises(ValueError, match=r"bias \(5, 6\) must be \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"bias must have the shape \(5, 7\), got \(5, 6\)"):
         check_operands(x, weight, sizes, bias[:, :6])
-    with pytest.raises(ValueError, match="weight is float32 and x is bfloat16"):
+    with pytest.raises(ValueError, match="weight must have the dtype of x, bfloat16, got float32"):
         grouped_matmul(x.astype(jnp.bfloat16), weight, sizes)

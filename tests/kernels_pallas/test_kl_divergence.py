@@ -84,11 +84,11 @@ def test_a_token_that_the_teacher_excludes_counts_for_nothing():
 
 def test_bad_input():
     x, w, teacher_x, teacher_w, _, _ = operands()
-    with pytest.raises(ValueError, match="a vocabulary of 40 and the teacher one of 39"):
+    with pytest.raises(ValueError, match="the teacher's vocabulary of 39, got one of 40"):
         check_operands(x, w, teacher_x, teacher_w[:39])
-    with pytest.raises(ValueError, match="600 tokens and the teacher 599"):
+    with pytest.raises(ValueError, match="the teacher's 599 tokens, got 600"):
         check_operands(x, w, teacher_x[:599], teacher_w)
-    with pytest.raises(ValueError, match=r"the teacher's hidden states .* differ in width"):
+    with pytest.raises(ValueError, match=r"the teacher's hidden states .* must have the same width, got"):
         check_operands(x, w, teacher_x, teacher_w[:, :8])
-    with pytest.raises(ValueError, match=r"temperature=0.0 must be above 0"):
+    with pytest.raises(ValueError, match=r"temperature must be above 0 and finite, got 0\.0"):
         kl_divergence(x, w, teacher_x, teacher_w, temperature=0.0)

@@ -112,19 +112,19 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
     assert "groups of 48 inputs neither divide 128 nor are a multiple" in why("tpu", groups=16)
     assert "groups of 256 inputs do not divide the 384 inputs of a plane" in why("tpu", groups=3)
-    assert "x has 129 rows, and it is for 128 at most" in why("tpu", rows=129)
+    assert "x has 129 rows, and the kernel supports at most 128" in why("tpu", rows=129)
     assert "d_in=16777216 leaves no room" in why("tpu", d_in=2**24)
-    assert "x is float32, and it takes bfloat16" in why("gpu", dtype="float32")
-    assert "x has 65 rows, and it is for 64 at most" in why("gpu", rows=65)
+    assert "x is float32, and the kernel supports bfloat16" in why("gpu", dtype="float32")
+    assert "x has 65 rows, and the kernel supports at most 64" in why("gpu", rows=65)
     assert "multiples of 128 outputs and of 64 bytes" in why("gpu", d_out=64)
-    assert "groups of 32 inputs are no multiple of 64" in why("gpu", groups=24)
+    assert "groups of 32 inputs are not a multiple of 64" in why("gpu", groups=24)
 
 
 def test_bad_input():
     x, weight, scale = jnp.zeros((2, 8)), jnp.zeros((3, 4), jnp.int8), jnp.ones((1, 3))
-    with pytest.raises(ValueError, match=r"rows of 4 codes of 8 bits, and x .* has 8 inputs"):
+    with pytest.raises(ValueError, match=r"x must have the 4 inputs of weight .* with 8-bit codes, got the shape \(2, 8\)"):
         packed_matmul(x, weight, scale)
-    with pytest.raises(ValueError, match=r"bits=3 must be one of \(1, 2, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"bits must be one of \(1, 2, 4, 8\), got 3"):
         packed_matmul(x, weight, scale, bits=3)
-    with pytest.raises(ValueError, match=r"scale \(3, 3\) must be .* groups that divide the 8"):
+    with pytest.raises(ValueError, match=r"scale must be .* groups that divide the 8 inputs, got \(3, 3\)"):
         packed_matmul(x, weight, jnp.ones((3, 3)), bits=4)

@@ -109,13 +109,13 @@ def test_each_platform_gets_its_own():
 
 def test_bad_input():
     logits = jnp.zeros((4, 3))
-    with pytest.raises(ValueError, match="k=4: must be from 1 to the number of experts, 3"):
+    with pytest.raises(ValueError, match=r"k must be from 1 to the number of experts, 3.*, got 4"):
         top_k_gating(logits, 4)
-    with pytest.raises(ValueError, match="logits are bfloat16; routing needs float32"):
+    with pytest.raises(ValueError, match="logits must be float32, got bfloat16"):
         top_k_gating(logits.astype(jnp.bfloat16), 1)
-    with pytest.raises(ValueError, match=r"used \(3,\) must be \(4,\)"):
+    with pytest.raises(ValueError, match=r"used must have the shape \(4,\), got \(3,\)"):
         api.check_operands(logits, 1, jnp.ones(3, bool))
-    with pytest.raises(ValueError, match="'gpu' is not one of"):
+    with pytest.raises(ValueError, match=r"implementation must be None or one of .*, got 'gpu'"):
         check_name("gpu", api.IMPLEMENTATIONS)
     many = Shape(name="many", tokens=8, experts=4096, k=1).abstract().logits
     with pytest.raises(Unsupported, match="a tile of 4096 experts has no room"):

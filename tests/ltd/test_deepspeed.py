@@ -69,18 +69,15 @@ def test_off_is_off_and_contradictions_are_errors():
     [
         ({"random_ltd_layers": [1]}, "unknown key 'random_ltd_layers': did you mean"),
         ({"random_ltd_layer_id": None}, "random_ltd: needs random_ltd_layer_id"),
-        ({"random_ltd_layer_id": 3}, "random_ltd_layer_id=3: must be a list"),
-        ({"random_ltd_layer_num": 21}, "random_ltd_layer_num must be 22, .*got 21"),
-        ({"total_layer_num": 20}, r"from 0 to 19 with total_layer_num=20, got \[20, 21, 22\]"),
-        ({"enabled": 1}, "enabled=1: must be true or false"),
+        ({"random_ltd_layer_id": 3}, "random_ltd_layer_id must be a list.*, got 3"),
+        ({"random_ltd_layer_num": 21}, "random_ltd_layer_num=21: random_ltd_layer_id names 22"),
+        ({"total_layer_num": 20}, r"names \[20, 21, 22\]; total_layer_num=20"),
+        ({"enabled": 1}, "enabled must be true or false.*, got 1"),
         ({"layer_token_lr_schedule": {"enabled": True}}, 'unit="tokens"'),
-        (
-            {"random_ltd_schedule__schedule_type": "fixed_root"},
-            "schedule_type must be .*got 'fixed_root'",
-        ),
-        ({"random_ltd_schedule__min_value": 1.5}, "min_value=1.5: must be a whole number"),
+        ({"random_ltd_schedule__schedule_type": "fixed_root"}, "schedule_type='fixed_root'"),
+        ({"random_ltd_schedule__min_value": 1.5}, "min_value must be a whole number.*, got 1.5"),
         ({"random_ltd_schedule__schedule_config__seq_per_step": None}, "needs seq_per_step"),
-        ({"random_ltd_schedule__max_value": 64}, "max_difficulty=64"),
+        ({"random_ltd_schedule__max_value": 64}, r"max_difficulty must be .*, got 64"),
     ],
 )
 def test_errors_name_the_key(changes, message):

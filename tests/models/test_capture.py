@@ -92,10 +92,10 @@ def test_unknown_points_are_refused_with_the_list(tiny, tokens):
     model = tiny("gpt2")
     ids = tokens(model.config, 1, 4)
     with pytest.raises(
-        ValueError, match=r"capture='scores': 'scores' is no point.*attention_scores"
+        ValueError, match=r"capture='scores': 'scores' is not a point.*attention_scores"
     ):
         model.encode(ids, capture="scores")
     encoded = model.encode(ids, capture="query")
-    with pytest.raises(ValueError, match=r"no layer reports 'key'; there are: query"):
+    with pytest.raises(ValueError, match=r"no layer reports 'key'\. Reported entries: query"):
         by_layer(encoded.captured, "key")
     assert model.encode(ids).captured == ()

@@ -141,7 +141,7 @@ def test_patches_are_read_row_by_row(tiny):
 
 
 def test_errors(tiny, tokens):
-    with pytest.raises(ValueError, match=r"pool='pooled' needs TransformerConfig.pooler=True"):
+    with pytest.raises(ValueError, match=r"pool='pooled' needs a pooler\. Set TransformerConfig\.pooler=True"):
         Transformer(
             bert(
                 num_layers=1,
@@ -157,13 +157,13 @@ def test_errors(tiny, tokens):
     )
     with pytest.raises(ValueError, match="LMHead needs token inputs"):
         Transformer(images, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="25 tokens is longer than the model's 24 positions"):
+    with pytest.raises(ValueError, match="the sequence length must be at most the model's 24 positions, got 25"):
         tiny("gpt2")(tokens(gpt2(num_layers=1, d_model=8, num_heads=1), 1, 25))
     with pytest.raises(
-        ValueError, match=r"images of shape \(8, 9, 3\): the model takes \(8, 8, 3\)"
+        ValueError, match=r"images must have the shape \(8, 8, 3\), got \(8, 9, 3\)"
     ):
         tiny("vit")(jnp.ones((1, 8, 9, 3)))
-    with pytest.raises(ValueError, match="type_ids for a model without kinds"):
+    with pytest.raises(ValueError, match="type_ids needs a model with token types"):
         tiny("gpt2")(jnp.zeros((1, 4), jnp.int32), type_ids=jnp.zeros((1, 4), jnp.int32))
 
 

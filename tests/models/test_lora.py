@@ -126,9 +126,9 @@ def test_scale_is_alpha_over_rank(tiny, getkey):
 
 def test_errors(tiny, getkey):
     model = tiny("gpt2")
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         add_lora(model, rank=0, key=getkey())
-    with pytest.raises(ValueError, match="already has a LoRA pair; merge_lora"):
+    with pytest.raises(ValueError, match=r"already has a LoRA pair\. Call merge_lora"):
         add_lora(add_lora(model, rank=1, key=getkey()), rank=1, key=getkey())
     with pytest.raises(ValueError, match=r"where='nothing' matches no parameter"):
         add_lora(model, rank=1, key=getkey(), where="nothing")

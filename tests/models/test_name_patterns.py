@@ -41,7 +41,7 @@ def test_a_pattern_chooses_as_re_search_does(pattern, chosen):
         ("lora|head", r"where='lora\|head': the alternative 'lora' matches no parameter; names are like: .*kernel\.a"),
         (r"query|kye\.kernel", r"the alternative .* matches no parameter; did you mean 'key'\?"),
         ("qeury", r"where='qeury' matches no parameter; did you mean 'query'\?"),
-        ("(", r"where='\(' is not a regular expression: missing \)"),
+        ("(", r"where must be a regular expression, got '\(': missing \)"),
     ],
 )  # fmt: skip
 def test_an_alternative_that_matches_nothing_is_an_error(pattern, message):

@@ -194,17 +194,17 @@ def test_angles():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearScaling(factor=0.0), r"LinearScaling\.factor=0\.0: must be above 0"),
-        (lambda: Llama3Scaling(factor=-1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8), r"Llama3Scaling\.factor=-1\.0"),
-        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=0.0, high_freq_factor=4.0, original_max_length=8), r"low_freq_factor=0\.0: must be above 0"),
-        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0, original_max_length=8), r"high_freq_factor=4\.0: must be above low_freq_factor=4\.0"),
-        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=0), r"original_max_length=0: must be at least 1"),
-        (lambda: YarnScaling(factor=0.0, original_max_length=8), r"YarnScaling\.factor=0\.0"),
-        (lambda: YarnScaling(factor=2.0, original_max_length=0), r"original_max_length=0: must be at least 1"),
-        (lambda: YarnScaling(factor=2.0, original_max_length=8, beta_slow=0.0), r"beta_slow=0\.0: must be above 0"),
-        (lambda: YarnScaling(factor=2.0, original_max_length=8, beta_slow=40.0), r"beta_fast=32\.0: must be at least beta_slow=40\.0"),
-        (lambda: YarnScaling(factor=2.0, original_max_length=8, attention_factor=0.0), r"attention_factor=0\.0: must be above 0, or None"),
-        (lambda: Rotary(base=1.0, scaling=YarnScaling(factor=2.0, original_max_length=8)), r"Rotary\.base=1\.0: must be above 1 with YarnScaling"),
+        (lambda: LinearScaling(factor=0.0), r"LinearScaling\.factor must be above 0.*, got 0\.0"),
+        (lambda: Llama3Scaling(factor=-1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8), r"Llama3Scaling\.factor must be above 0, got -1\.0"),
+        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=0.0, high_freq_factor=4.0, original_max_length=8), r"low_freq_factor must be above 0.*, got 0\.0"),
+        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0, original_max_length=8), r"high_freq_factor must be above low_freq_factor=4\.0.*, got 4\.0"),
+        (lambda: Llama3Scaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=0), r"original_max_length must be at least 1.*, got 0"),
+        (lambda: YarnScaling(factor=0.0, original_max_length=8), r"YarnScaling\.factor must be above 0, got 0\.0"),
+        (lambda: YarnScaling(factor=2.0, original_max_length=0), r"original_max_length must be at least 1.*, got 0"),
+        (lambda: YarnScaling(factor=2.0, original_max_length=8, beta_slow=0.0), r"beta_slow must be above 0.*, got 0\.0"),
+        (lambda: YarnScaling(factor=2.0, original_max_length=8, beta_slow=40.0), r"beta_fast must be at least beta_slow=40\.0.*, got 32\.0"),
+        (lambda: YarnScaling(factor=2.0, original_max_length=8, attention_factor=0.0), r"attention_factor must be above 0, or None.*, got 0\.0"),
+        (lambda: Rotary(base=1.0, scaling=YarnScaling(factor=2.0, original_max_length=8)), r"Rotary\.base must be above 1 with YarnScaling.*, got 1\.0"),
     ],
 )  # fmt: skip
 def test_impossible_values(make, message):

@@ -152,14 +152,14 @@ def test_one_layer_is_trained_alone(tiny):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: take_layers(m, [6]), r"layers=\[6\] names \[6\]; the model has layers 0 to 5"),
-        (lambda m: take_layers(m, []), r"layers=\[\]: name at least one"),
-        (lambda m: split_groups(m, [9]), r"at=\[9\] names \[9\]"),
-        (lambda m: replace_layers(m, [1, 1], take_layers(m, [0, 1])), r"names a layer twice"),
-        (lambda m: replace_layers(m, [1], take_layers(m, [0, 1])), r"source has 2 layers, not 1"),
+        (lambda m: take_layers(m, [6]), r"layers must be between 0 and 5, got \[6\], which names \[6\]"),
+        (lambda m: take_layers(m, []), r"layers must name at least one layer, got \[\]"),
+        (lambda m: split_groups(m, [9]), r"at must be between 0 and 5, got \[9\]"),
+        (lambda m: replace_layers(m, [1, 1], take_layers(m, [0, 1])), r"layers must be distinct, got"),
+        (lambda m: replace_layers(m, [1], take_layers(m, [0, 1])), r"one entry for each of the 2 layers of source, got"),
         (
             lambda m: replace_layers(m, [1], abstract(gpt2(num_layers=1, d_model=8, num_heads=1, vocab_size=9))),
-            r"source has d_model=8 and the model d_model=24",
+            r"source must have the model's d_model=24, got 8",
         ),
     ],
 )  # fmt: skip

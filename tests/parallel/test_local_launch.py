@@ -37,7 +37,7 @@ def test_a_failure_ends_the_others():
     )
     with pytest.raises(
         LaunchError,
-        match=r"process 1 of 2 ended with status 1, and the others were ended: [\s\S]*out of luck",
+        match=r"process 1 of 2 ended with status 1, and the others were terminated: [\s\S]*out of luck",
     ) as caught:
         launch_local(python(code), 2)
     assert caught.value.results[0].returncode < 0
@@ -94,7 +94,7 @@ def test_a_signal_that_comes_while_a_process_starts_reaches_it(monkeypatch):
 
 
 def test_time_runs_out():
-    with pytest.raises(LaunchError, match=r"1 processes were not done after 0.2 s"):
+    with pytest.raises(LaunchError, match=r"1 processes did not finish within 0.2 s"):
         launch_local(python("import time; time.sleep(600)"), 1, timeout=0.2)
 
 
@@ -102,8 +102,8 @@ def test_time_runs_out():
     ("arguments", "message"),
     [
         (([], 2), "empty command"),
-        ((["true"], 0), "num_processes=0: give 1 or more"),
-        ((["true"], 1, 0), "devices_per_process=0: give 1 or more"),
+        ((["true"], 0), "num_processes must be 1 or more, got 0"),
+        ((["true"], 1, 0), "devices_per_process must be 1 or more, got 0"),
     ],
 )
 def test_impossible_arguments(arguments, message):

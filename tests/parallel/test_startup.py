@@ -60,32 +60,32 @@ def test_the_environment_stands_in_and_flags_win(calls, monkeypatch):
 def test_a_part_of_the_flags():
     with pytest.raises(
         ValueError,
-        match=r"coordinator given without num_processes and process_id: .*EFFSCALE_NUM_PROCESSES, EFFSCALE_PROCESS_ID",
+        match=r"coordinator given without num_processes and process_id\. .*EFFSCALE_NUM_PROCESSES, EFFSCALE_PROCESS_ID",
     ):
         initialize(DistributedConfig(coordinator="host:1"))
 
 
 def test_a_variable_that_is_no_number(monkeypatch):
     monkeypatch.setenv("EFFSCALE_NUM_PROCESSES", "two")
-    with pytest.raises(ValueError, match="EFFSCALE_NUM_PROCESSES is 'two': give an integer"):
+    with pytest.raises(ValueError, match="EFFSCALE_NUM_PROCESSES must be an integer, got 'two'"):
         initialize()
 
 
 def test_a_process_id_of_the_environment_out_of_range(monkeypatch):
     monkeypatch.setenv("EFFSCALE_PROCESS_ID", "2")
-    with pytest.raises(ValueError, match=r"process_id is 2 of num_processes=2: give 0 to 1"):
+    with pytest.raises(ValueError, match=r"process_id must be 0 to 1 with num_processes=2, got 2"):
         initialize(DistributedConfig(coordinator="host:1", num_processes=2))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"coordinator": "host"}, "coordinator is 'host': give host:port"),
-        ({"num_processes": 0}, "num_processes is 0: give 1 or more"),
-        ({"process_id": -1}, "process_id is -1: give 0 or more"),
-        ({"process_id": 2, "num_processes": 2}, "process_id is 2 of num_processes=2: give 0 to 1"),
-        ({"timeout": 0}, "timeout is 0: give seconds"),
-        ({"heartbeat_timeout": 0}, "heartbeat_timeout is 0: give seconds"),
+        ({"coordinator": "host"}, "coordinator must be host:port, .*, got 'host'"),
+        ({"num_processes": 0}, "num_processes must be 1 or more, got 0"),
+        ({"process_id": -1}, "process_id must be 0 or more, got -1"),
+        ({"process_id": 2, "num_processes": 2}, "process_id must be 0 to 1 with num_processes=2, got 2"),
+        ({"timeout": 0}, "timeout must be 1 second or more, got 0"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be 1 second or more, got 0"),
     ],
 )
 def test_impossible_fields(fields, message):
@@ -130,7 +130,7 @@ def test_a_cluster_that_jax_cannot_use(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(
-        RuntimeError, match=r"Open MPI seems .* give coordinator, num_processes and process_id"
+        RuntimeError, match=r"Open MPI seems .* Set coordinator, num_processes and process_id"
     ):
         initialize()
 

@@ -13,7 +13,7 @@ def test_a_state_of_another_number_of_workers(held):
     state = PerWorker(jnp.arange(held, dtype=jnp.float32), "data")
     step = lambda state, batch: jax.tree.map(lambda x: x + batch.sum(), state)
     refused = pytest.raises(
-        ValueError, match=rf"one of {held} workers, and the axis 'data' has 8.*resize_workers"
+        ValueError, match=rf"one of {held} workers, but the axis 'data' has 8.*resize_workers"
     )
     with jax.set_mesh(MeshConfig().build()):
         with refused:

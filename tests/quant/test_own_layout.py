@@ -158,14 +158,14 @@ def test_damage(small, folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(FolderError, match="not a sound safetensors file"):
+    with pytest.raises(FolderError, match="is not a valid safetensors file"):
         load_packed(folder)
     (length,) = struct.unpack("<Q", whole[:8])
     start = whole.index(b"effscale.packed")
     for place in (start, start + 14, whole.index(b"num_blocks"), whole.index(b"is_table")):
         assert place < length
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(FolderError, match="not a sound safetensors file"):
+        with pytest.raises(FolderError, match="is not a valid safetensors file"):
             load_packed(folder)
     path.write_bytes(whole)
     file = SafetensorsFile(path)

@@ -1,8 +1,8 @@
-"""Pallas TPU kernel of `gather_matmul`: the sorted rows exist in VMEM alone.
+"""Pallas TPU kernel of ``gather_matmul``: the sorted rows exist only in VMEM.
 
-The tokens are read once, as they lie. Tiles of outputs are the outer loop and steps through the rows the inner one; in its first round each
-tile of rows is gathered, into scratch memory, where the other rounds find it. A weight is read once, and only if its
-group has rows.
+The tokens are read once, in their original order. Tiles of outputs are the outer loop, and steps through the rows the inner
+one. The first round gathers each tile of rows into scratch memory, where the other rounds find it. A weight is read once,
+and only if its group has rows.
 """
 
 import functools
@@ -22,7 +22,7 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 
 
 def why_not(x: Any, weight: Any, source: Any, gate: Any) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     outputs = _outputs(x, source.shape[0], gate)
     return vmem.why_not(source.shape[0], x.dtype, outputs)
 
@@ -33,7 +33,7 @@ def _outputs(x: Any, rows: int, gate: Any) -> int | None:
 
 
 def _gather(source_ref: Any, tokens_ref: Any, picked_ref: Any, first: Any) -> None:
-    """The tokens of a tile's rows. One row at a time is for 32 bits only, so `tokens_ref` and `picked_ref` are float32."""
+    """Gather the tokens of a tile's rows. ``tokens_ref`` and ``picked_ref`` are float32, because single rows need 32 bits."""
     tokens = tokens_ref.shape[0]
 
     def one(row, _):
@@ -75,7 +75,7 @@ def _kernel(
         y = finish(up, gate[0] if gate else None, activation)
         row = first + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
         y = jnp.where(row < steps.filled[0], y, 0).astype(out_ref.dtype)
-        # The tile's other rows have had their step, or will have it.
+        # The tile's other rows are handled in other steps.
         own = (row >= steps.first[step]) & (row < steps.last[step])
         out_ref[...] = jnp.where(own, y, out_ref[...])
 
@@ -91,10 +91,10 @@ def gather_matmul(
     activation: Callable[[Array], Array] | None,
     interpret: Any = False,
 ) -> Float[Array, "rows d_out"]:
-    """See `kernels_pallas.expert_matmul.gather_matmul`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.gather_matmul``; ``interpret`` as in ``pl.pallas_call``."""
     (tokens, d_in), (groups, _, d_out), rows = x.shape, weight.shape, source.shape[0]
     tile, outputs = vmem.tile_of_rows(rows), _outputs(x, rows, gate)
-    assert outputs is not None, "why_not lets no such operands through"
+    assert outputs is not None, "why_not rejects such operands"
     steps = make_steps(sizes, rows, tile, interpret=interpret)
     axes = varying_axes(x, weight, sizes, source, bias, gate, gate_bias)
     grid = pl.cdiv(d_out, outputs), steps.tile.shape[0]

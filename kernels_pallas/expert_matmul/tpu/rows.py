@@ -1,4 +1,4 @@
-"""Pallas TPU kernel of `sort_rows`: a loop over numbers in scalar memory, since a scatter of so few is several operations."""
+"""Pallas TPU kernel of ``sort_rows``: a loop over numbers in scalar memory, because a scatter of so few numbers takes several operations."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 
 
 def why_not(experts: Any) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     return vmem.why_not_rows(experts.shape[0] * experts.shape[1])
 
 
@@ -38,7 +38,7 @@ def _kernel(
             @pl.when(expert < groups)
             def _(choice=choice, expert=expert):
                 row = starts_ref[expert] + positions_ref[choice, token]
-                # Numbers that do not belong together must not be written past the end.
+                # Inconsistent inputs must not write past the end.
                 write(jnp.clip(row, 0, rows - 1), token, weights_ref[choice, token])
 
     filled = jax.lax.fori_loop(0, groups, one_group, jnp.int32(0))
@@ -54,7 +54,7 @@ def sort_rows(
     sizes: Int[Array, " groups"],
     interpret: Any = False,
 ) -> Rows:
-    """See `kernels_pallas.expert_matmul.sort_rows`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.sort_rows``; ``interpret`` as in ``pl.pallas_call``."""
     axes = varying_axes(experts, positions, weights, sizes)
     numbers = pl.BlockSpec(memory_space=pltpu.SMEM)
     token, weight = pl.pallas_call(

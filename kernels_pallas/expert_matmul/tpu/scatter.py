@@ -1,7 +1,7 @@
-"""Pallas TPU kernel of `matmul_scatter`: what the experts make of a token is summed in VMEM, in float32.
+"""Pallas TPU kernel of ``matmul_scatter``: the experts' outputs for a token are summed in VMEM, in float32.
 
-Tiles of outputs are the outer loop and steps through the sorted rows the inner one. The sums of all tokens stay in scratch memory
-meanwhile; behind each product its rows are added to them, one after another, so no two meet.
+Tiles of outputs are the outer loop, and steps through the sorted rows the inner one. The sums of all tokens stay in scratch
+memory meanwhile. After each product, its rows are added to them one at a time, so no two additions conflict.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 
 
 def why_not(h: Any, weight: Any, num_tokens: int) -> str | None:
-    """The reason why the kernel cannot serve these operands, or None."""
+    """Return why the kernel does not support these operands, or None."""
     rows, d_in = h.shape
     outputs = vmem.scatter_outputs(num_tokens, rows, d_in, h.dtype)
     return vmem.why_not(rows, h.dtype, outputs)
@@ -63,11 +63,11 @@ def matmul_scatter(
     num_tokens: int,
     interpret: Any = False,
 ) -> Float[Array, "tokens d_out"]:
-    """See `kernels_pallas.expert_matmul.matmul_scatter`; `interpret` as in `pl.pallas_call`."""
+    """See ``kernels_pallas.expert_matmul.matmul_scatter``; ``interpret`` as in ``pl.pallas_call``."""
     (rows, d_in), (groups, _, d_out) = h.shape, weight.shape
     tile = vmem.tile_of_rows(rows)
     outputs = vmem.scatter_outputs(num_tokens, rows, d_in, h.dtype)
-    assert outputs is not None, "why_not lets no such operands through"
+    assert outputs is not None, "why_not rejects such operands"
     steps = make_steps(sizes, rows, tile, interpret=interpret)
     axes = varying_axes(h, weight, sizes, target, scale, bias)
     of_group = lambda j, s, steps, *_: (steps.group[s], 0, j)

@@ -1,7 +1,7 @@
-"""The order in which a kernel goes through sorted rows: one step for each pair of a group and a tile of rows that share any.
+"""The order in which a kernel visits sorted rows: one step for each pair of a group and a tile that share rows.
 
-Listing them is a loop over numbers in scalar memory, and a kernel of its own: in jnp it is a dozen operations, each of which
-takes longer to start than to run.
+Listing them is a separate kernel that loops over numbers in scalar memory. In jnp it would be a dozen operations, each of
+which takes longer to start than to run.
 """
 
 import functools
@@ -17,14 +17,14 @@ from kernels_pallas.manual_axes import result_type, varying_axes
 
 
 class Steps(NamedTuple):
-    """What each step has, int32. Steps that are left over repeat the last one's blocks, so that nothing is copied for them.
+    """The properties of each step, int32. Unused steps repeat the blocks of the last one, so that nothing is copied for them.
 
     Attributes:
-        group: Its group; that of the step before where it is of rows of no group.
+        group: Its group; for rows without a group, that of the previous step.
         tile: Its tile.
         first: Its first row.
-        last: The row after its last; `first` where the step has none.
-        filled: How many rows belong to a group at all.
+        last: The row after its last; ``first`` if the step has no rows.
+        filled: Number of rows that belong to a group.
     """
 
     group: Int[Array, " steps"]
@@ -37,15 +37,15 @@ class Steps(NamedTuple):
 def make_steps(
     sizes: Int[Array, " groups"], rows: int, tile: int, *, interpret: Any = False
 ) -> Steps:
-    """The steps through rows that are sorted by group; those after the last group come at the end.
+    """List the steps through rows that are sorted by group; rows after the last group come at the end.
 
-    A tile has one step, and one more for each group that begins within it.
+    A tile has one step, plus one for each group that begins within it.
 
     Args:
-        sizes: How many rows each group has.
-        rows: All rows.
-        tile: Rows of a tile.
-        interpret: As in `pl.pallas_call`.
+        sizes: Number of rows of each group.
+        rows: Total number of rows.
+        tile: Number of rows per tile.
+        interpret: As in ``pl.pallas_call``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,7 +76,7 @@ def _kernel(sizes_ref: Any, *steps_refs: Any, rows: int, tile: int) -> None:
             ref[step] = value
 
     def add(state: Any, group: Any, first: Any, last: Any) -> Any:
-        """A step for each tile of a group's rows."""
+        """Add a step for each tile of a group's rows."""
         before, step = state
 
         def one(number: Any, step: Any) -> Any:
@@ -84,14 +84,14 @@ def _kernel(sizes_ref: Any, *steps_refs: Any, rows: int, tile: int) -> None:
             write(step, group, number, *own)
             return step + 1
 
-        # Not `//`, which also asks for the sign.
+        # Not `//`, which also handles the sign.
         begin, end = jax.lax.div(first, tile), jax.lax.div(last + tile - 1, tile)
         step = jax.lax.fori_loop(begin, jnp.where(first < last, end, begin), one, step)
         return jnp.where(first < last, group, before), step
 
     def one_group(group: Any, state: Any) -> Any:
         state, first = state
-        # Sizes that say more than there is must not write past the end.
+        # Sizes larger than the number of rows must not write past the end.
         last = jnp.clip(first + sizes_ref[group], first, rows)
         return add(state, group, first, last), last
 

@@ -1,4 +1,4 @@
-"""What fits in the memory of a TPU's core, and so how large the kernels' tiles are."""
+"""What fits in the memory of a TPU core, which determines the tile sizes of the kernels."""
 
 from typing import Any
 
@@ -6,28 +6,28 @@ import jax
 from jax.experimental import pallas as pl
 
 LIMIT = 56 * 2**20
-"""The generations from v5e on have at least 64 MiB."""
+"""v5e and later generations have at least 64 MiB."""
 _BUDGET = 44 * 2**20
 _TOO_OLD = ("TPU v2", "TPU v3", "TPU v4")
 LARGEST_TILE = 128
-"""Rows of a tile: a matrix unit takes as long to load a weight as to multiply so many."""
+"""Rows per tile: loading a weight takes a matrix unit as long as multiplying this many rows."""
 _SMALLEST_TILE = 16
-# Each has a few numbers in scalar memory.
+# Each row needs a few numbers in scalar memory.
 _MAX_ROWS = 8192
 
 
 def tile_of_rows(rows: int) -> int:
-    """Rows of a tile."""
+    """Return the number of rows per tile."""
     return min(LARGEST_TILE, padded(rows, _SMALLEST_TILE))
 
 
 def padded(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """Round up to a multiple."""
     return pl.cdiv(size, multiple) * multiple
 
 
 def gather_outputs(tokens: int, d_in: int, rows: int, weights: int, dtype: Any) -> int | None:
-    """Outputs of a tile of `gather_matmul` with so many weights, the most that fit; None: none do."""
+    """Return the maximum number of outputs per tile of ``gather_matmul`` with this many weights; None: none fit."""
     tile, itemsize, wide = tile_of_rows(rows), dtype.itemsize, padded(d_in, 128)
     inputs = wide * (padded(tokens, 16) * (itemsize + 4) + tile * 4 + padded(rows, tile) * itemsize)
 
@@ -39,7 +39,7 @@ def gather_outputs(tokens: int, d_in: int, rows: int, weights: int, dtype: Any) 
 
 
 def scatter_outputs(tokens: int, rows: int, d_in: int, dtype: Any) -> int | None:
-    """Outputs of a tile of `matmul_scatter`, the most that fit; None: none do."""
+    """Return the maximum number of outputs per tile of ``matmul_scatter``; None: none fit."""
     tile, itemsize, wide = tile_of_rows(rows), dtype.itemsize, padded(d_in, 128)
 
     def rest(outputs: int) -> int:
@@ -55,20 +55,20 @@ def _most(fixed: int, rest: Any) -> int | None:
 
 
 def why_not(rows: int, dtype: Any, outputs: int | None) -> str | None:
-    """The reason why the kernels cannot serve so many rows with tiles of so many outputs, or None."""
+    """Return why the kernels do not support this many rows and outputs per tile, or None."""
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
         if kind.startswith(_TOO_OLD):
             return f"{kind} has too little VMEM"
     if dtype not in ("float32", "bfloat16"):
-        return f"operands are {dtype}, and it takes float32 and bfloat16"
+        return f"operands are {dtype}, and the kernel supports float32 and bfloat16"
     if outputs is None:
-        return "so many tokens of this width leave no room for a tile of the weight in VMEM"
+        return "this many tokens of this width leave no room for a tile of the weight in VMEM"
     return why_not_rows(rows)
 
 
 def why_not_rows(rows: int) -> str | None:
-    """The same, of what rows take in scalar memory."""
+    """Return why the rows do not fit in scalar memory, or None."""
     if rows > _MAX_ROWS:
-        return f"{rows} rows are more than the {_MAX_ROWS} that scalar memory has room for"
+        return f"{rows} rows are more than the {_MAX_ROWS} that fit in scalar memory"
     return None

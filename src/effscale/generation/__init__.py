@@ -1,4 +1,4 @@
-"""Text from a trained model: an explicit cache, sampling, one compiled loop."""
+"""Text generation with an explicit cache, sampling, and one compiled loop."""
 
 from effscale.generation.config import SamplingConfig
 from effscale.generation.decoding import Generated, decode

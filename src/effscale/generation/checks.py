@@ -1,4 +1,4 @@
-"""What generation is given by hand, checked before anything is compiled."""
+"""Validation of the arguments of generation, before anything is compiled."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,17 +16,19 @@ from effscale.models import TokenInputs, Transformer
 def checked_prompt(
     model: Transformer, prompt: Any, config: SamplingConfig
 ) -> Int[np.ndarray, "batch seq"]:
-    """The prompt as an array, or an error that says what is wrong with it, the config's ids or the model."""
+    """Return the prompt as an array, or raise an error about the prompt, the ids in the config, or the model."""
     inputs = model.config.inputs
     if not (model.config.causal and "lm" in model.heads and isinstance(inputs, TokenInputs)):
-        raise ValueError("generate needs a causal model with a head named 'lm'")
+        raise ValueError("model must be causal with a head named 'lm'")
     ids = integers(prompt)
     if ids is None:
         raise ValueError(
-            "prompt must be an array of integers of shape (batch, seq); left_pad makes one from lists of different lengths"
+            "prompt must be an array of integers of shape (batch, seq). Use left_pad to make one from lists of different lengths"
         )
     if ids.ndim != 2 or ids.size == 0:
-        raise ValueError(f"prompt of shape {ids.shape}: must be (batch, seq), both at least 1")
+        raise ValueError(
+            f"prompt must have the shape (batch, seq), both at least 1, got {ids.shape}"
+        )
     vocabulary = f"the model's vocabulary of {inputs.vocab_size}"
     check_ids(ids, inputs.vocab_size, vocabulary)
     biased = [token for token, _ in config.biases]
@@ -39,8 +41,8 @@ def checked_prompt(
     total, limit = ids.shape[1] + config.max_new_tokens, model.config.max_length
     if limit is not None and total > limit:
         raise ValueError(
-            f"a prompt of {ids.shape[1]} and max_new_tokens={config.max_new_tokens} make {total} tokens, but the model "
-            f"has {limit} positions; at most {max(limit - ids.shape[1], 0)} new tokens fit"
+            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={config.max_new_tokens} make {total} tokens, but the model "
+            f"has {limit} positions. Set max_new_tokens to at most {max(limit - ids.shape[1], 0)}"
         )
     return ids.astype(np.int32)
 
@@ -48,24 +50,24 @@ def checked_prompt(
 def checked_mask(
     attention_mask: Any, tokens: Int[np.ndarray, "batch seq"]
 ) -> Bool[np.ndarray, "batch seq"]:
-    """The mask as an array; all true where there is none."""
+    """Return the mask as an array; without a mask, all entries are true."""
     if attention_mask is None:
         return np.ones(tokens.shape, bool)
     mask = np.asarray(attention_mask).astype(bool)
     if mask.shape != tokens.shape:
         raise ValueError(
-            f"attention_mask of shape {mask.shape}: must be that of the prompt, {tokens.shape}"
+            f"attention_mask must have the shape of the prompt, {tokens.shape}, got {mask.shape}"
         )
     if not mask[:, -1].all():
         rows = np.flatnonzero(~mask[:, -1])[:5].tolist()
         raise ValueError(
-            f"rows {rows} of the prompt are padded on the right or empty; pad on the left (see left_pad)"
+            f"rows {rows} of the prompt are padded on the right or empty. Pad on the left (see left_pad)"
         )
     return mask
 
 
 def checked_key(key: Any) -> PRNGKeyArray | None:
-    """The key, or an error that says what a key is; None stays None."""
+    """Return the key, or raise an error unless it is one PRNG key; None stays None."""
     if key is None:
         return None
     try:
@@ -73,12 +75,12 @@ def checked_key(key: Any) -> PRNGKeyArray | None:
     except TypeError:
         single = False
     if not single:
-        raise ValueError(f"key={key!r}: must be one PRNG key; use jax.random.key(0)")
+        raise ValueError(f"key must be one PRNG key, got {key!r}. Use jax.random.key(0)")
     return key
 
 
 def checked_processors(processors: Iterable[Any]) -> tuple[LogitsProcessor, ...]:
-    """The processors as a tuple, or an error that names one that cannot be called or hashed."""
+    """Return the processors as a tuple, or raise an error that names one that cannot be called or hashed."""
     found = tuple(processors)
     for processor in found:
         try:
@@ -89,7 +91,7 @@ def checked_processors(processors: Iterable[Any]) -> tuple[LogitsProcessor, ...]
             usable = callable(processor)
         if not usable:
             raise ValueError(
-                f"processors: {processor!r} must be a function (logits, history) -> logits that can be hashed"
+                f"processors must be hashable functions (logits, history) -> logits, got {processor!r}"
             )
     return found
 
@@ -100,16 +102,16 @@ def refuse_failures(
     config: SamplingConfig,
     processors: tuple[LogitsProcessor, ...],
 ) -> None:
-    """Raises a ValueError that names the first row whose logits were of no use."""
+    """Raise a ValueError that names the first row with unusable logits."""
     if not failed.any():
         return
     row = int(failed.argmax()) // config.num_return_sequences
     also = (
-        "; or no token was left that may follow (logit_bias, no_repeat_ngram_size, min_new_tokens, processors)"
+        "; or every token was excluded (logit_bias, no_repeat_ngram_size, min_new_tokens, processors)"
         if may_forbid_all(config, processors)
         else ""
     )
     raise ValueError(
-        f"the model's logits are NaN or infinite in row {row} of the prompt; check its weights, and "
-        f"that its activations fit dtype={model.config.dtype!r}{also}"
+        f"the model's logits are NaN or infinite in row {row} of the prompt. Check its weights, and "
+        f"that its activations fit in dtype={model.config.dtype!r}{also}"
     )

@@ -1,4 +1,4 @@
-"""Which tokens may follow, and when a row ends."""
+"""Sampling options: which tokens may follow, and when a row ends."""
 
 import dataclasses
 import math
@@ -24,11 +24,20 @@ Biases = Mapping[SupportsIndex, SupportsFloat] | Iterable[tuple[SupportsIndex, S
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Which tokens may follow, and when a row ends.
+    """Sampling options: which tokens may follow, and when a row ends.
 
-    The options act in this order, that of transformers: ``logit_bias``, ``repetition_penalty``, ``no_repeat_ngram_size``,
-    ``min_new_tokens``, then processors of your own, ``temperature``, ``top_k``, ``top_p``, ``min_p``. Those from ``temperature`` on
-    act only when sampling. An option that is off costs nothing.
+    The options are applied in this order, which is that of transformers: ``logit_bias``, ``repetition_penalty``,
+    ``no_repeat_ngram_size``, ``min_new_tokens``, then custom processors, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
+    ``temperature`` and the options after it apply only when sampling. Options that are off cost nothing.
+
+    References:
+        Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019), for ``top_p``. https://arxiv.org/abs/1904.09751
+        Nguyen et al., "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs" (2024).
+            https://arxiv.org/abs/2407.01082
+        Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation" (2019), section 4.1, for
+            ``repetition_penalty``. https://arxiv.org/abs/1909.05858
+        Paulus et al., "A Deep Reinforced Model for Abstractive Summarization" (2017), section 2.5, for
+            ``no_repeat_ngram_size``. https://arxiv.org/abs/1705.04304
 
     Example:
         >>> SamplingConfig(temperature=0.8, top_k=50).greedy
@@ -36,34 +45,34 @@ class SamplingConfig:
     """
 
     max_new_tokens: int = 128
-    """Tokens after the prompt, at most."""
+    """Maximum number of tokens to generate."""
     min_new_tokens: int = 0
-    """No stop token is drawn before a row has so many new tokens."""
+    """Minimum number of tokens to generate before a stop token can be drawn."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token always."""
+    """Divisor of the logits; 0 always takes the most likely token (greedy decoding)."""
     top_k: int | None = None
-    """Only the ``k`` most likely tokens may follow; None or 0: all."""
+    """Sample only from the ``k`` most likely tokens; None or 0: from all."""
     top_p: float = 1.0
-    """Only the fewest tokens whose probabilities reach ``p`` may follow (Holtzman et al., 2019); 1: all."""
+    """Sample only from the smallest set of tokens whose probabilities sum to at least ``p``; 1: from all."""
     min_p: float = 0.0
-    """Only tokens at least ``min_p`` times as probable as the likeliest one may follow (Nguyen et al., 2024); 0: all."""
+    """Sample only from tokens at least ``min_p`` times as probable as the most likely one; 0: from all."""
     repetition_penalty: float = 1.0
-    """Tokens already in the row (prompt included) have a positive logit divided by it, a negative one multiplied
-    (Keskar et al., 2019, section 4.1); 1: nothing."""
+    """Penalty for tokens that the row already contains, including the prompt: divides their positive logits and multiplies their
+    negative ones; 1: no penalty."""
     no_repeat_ngram_size: int = 0
-    """No ``n`` tokens in succession occur twice in a row (prompt included; Paulus et al., 2017, section 2.5); 0: they may."""
+    """Forbid any ``n`` consecutive tokens from occurring twice in a row, including the prompt; 0: no restriction."""
     logit_bias: Biases = ()
-    """Numbers that are added to the logits of some tokens, from their ids; minus infinity forbids one. May be a dict, and is
-    kept as a sorted tuple of pairs."""
+    """Values to add to the logits of some tokens, by token id; minus infinity forbids a token. May be a dict; stored as a
+    sorted tuple of pairs."""
     num_return_sequences: int = 1
-    """Answers to each prompt, which lie one after the other. The prompt is computed once."""
+    """Number of answers per prompt, returned as consecutive rows. The prompt is computed only once."""
     stop_ids: TokenIds = ()
-    """A row ends with the first of these that it draws. May be one id or any list, tuple or array of them, and is kept as a tuple."""
+    """Token ids that end a row when drawn. May be one id or a list, tuple or array; stored as a tuple."""
     pad_id: int = 0
-    """Fills rows that have ended."""
+    """Token id that fills rows that have ended."""
 
     def __post_init__(self):
-        # JAX needs a config that is hashable, and numbers that adapt to the type of the logits.
+        # JAX needs a hashable config, and numbers that adapt to the dtype of the logits.
         for name in _INTEGERS:
             value = getattr(self, name)
             optional = name == "top_k" and value is None
@@ -75,23 +84,23 @@ class SamplingConfig:
             object.__setattr__(self, name, float(value))
         self._keep_stop_ids()
         self._keep_logit_bias()
-        check(self, self.top_k is None or self.top_k >= 0, "top_k", "at least 0, or None")
+        check(self, self.top_k is None or self.top_k >= 0, "top_k", "at least 0 or None")
         object.__setattr__(self, "top_k", self.top_k or None)
         check(self, self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
         fits = 0 <= self.min_new_tokens <= self.max_new_tokens
         wanted = f"from 0 to max_new_tokens={self.max_new_tokens}"
         check(self, fits, "min_new_tokens", wanted)
         sensible = self.temperature == 0 or self.temperature >= 1e-6
-        check(self, sensible, "temperature", "0 (greedy), or at least 1e-6")
+        check(self, sensible, "temperature", "0 (greedy) or at least 1e-6")
         check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
         check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
         check(self, self.repetition_penalty > 0, "repetition_penalty", "above 0")
         check(self, self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "at least 0")
         check(self, self.num_return_sequences >= 1, "num_return_sequences", "at least 1")
         differ = not self.greedy or self.num_return_sequences == 1
-        wanted = "1 where decoding is greedy: all answers to a prompt would be the same"
+        wanted = "1 with greedy decoding, where all answers to a prompt would be the same"
         check(self, differ, "num_return_sequences", wanted)
-        check(self, self.pad_id >= 0, "pad_id", "a token id")
+        check(self, self.pad_id >= 0, "pad_id", "a token id, at least 0")
 
     def _keep_stop_ids(self) -> None:
         stops = integers(self.stop_ids)
@@ -115,10 +124,10 @@ class SamplingConfig:
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """``logit_bias`` as it is kept: pairs of a token id and a number."""
+        """``logit_bias`` as it is stored: pairs of a token id and a value."""
         return cast(tuple[tuple[int, float], ...], self.logit_bias)
 
     @property
     def greedy(self) -> bool:
-        """Whether no randomness is involved."""
+        """Whether decoding is deterministic."""
         return self.temperature == 0 or self.top_k == 1

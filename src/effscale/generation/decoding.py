@@ -13,24 +13,24 @@ from effscale.generation.processors import LogitsProcessor
 from effscale.models import Transformer, grow_cache
 
 
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also builds it from shapes and placeholders
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What :func:`decode` and :func:`effscale.generation.generate` return.
+    """The result of ``effscale.generation.decode`` and ``effscale.generation.generate``.
 
-    With ``num_return_sequences=n``, the ``n`` answers to a prompt are ``n`` rows in succession.
+    With ``num_return_sequences=n``, the ``n`` answers to a prompt are ``n`` consecutive rows.
 
     Attributes:
         tokens: Prompt and answer; ``pad_id`` after the end of a row.
-        mask: True at the prompt's real tokens and at the answer's, its stop token included.
-        num_new: Length of each answer, its stop token included.
-        failed: Whether a row ended because its logits became NaN or infinite, or no token was left that may follow.
-        log_probs: For each new token its log-probability under ``softmax(logits / temperature)`` (temperature 1 where greedy),
-            before penalty and filters, in float32; 0 after the end of a row. None unless they were asked for.
-        logits: What the model gave for each new token, in float32; 0 after the end of a row. None unless they were asked for.
-        scores: The same after penalties, biases, processors, temperature and filters: each new token was drawn from their
-            softmax. Minus infinity at tokens that could not follow. None unless they were asked for.
+        mask: True at the real tokens of the prompt and at the tokens of the answer, including its stop token.
+        num_new: Length of each answer, including its stop token.
+        failed: Whether a row ended because its logits became NaN or infinite, or because every token was excluded.
+        log_probs: Log-probability of each new token under ``softmax(logits / temperature)`` (temperature 1 if greedy),
+            before penalties and filters, in float32; 0 after the end of a row. None unless requested.
+        logits: The model's logits for each new token, in float32; 0 after the end of a row. None unless requested.
+        scores: The logits after penalties, biases, processors, temperature and filters; each new token was drawn from their
+            softmax. Minus infinity at excluded tokens. None unless requested.
     """
 
     tokens: Int[Array, "batch total"]
@@ -55,32 +55,32 @@ def decode(
     logits: bool = False,
     scores: bool = False,
 ) -> Generated:
-    """Continues each row of a prompt that lies on the devices: :func:`effscale.generation.generate` without its checks.
+    """Continue each row of a prompt on the devices, without the checks of ``effscale.generation.generate``.
 
-    Nothing goes to the host, so it can be part of a compiled loop, such as that of reinforcement learning. Token ids must lie
-    in the vocabulary, and padding on the left.
+    Nothing is transferred to the host, so you can call it inside a compiled loop, such as that of reinforcement learning.
+    Token ids must be within the vocabulary, and padding must be on the left.
 
-    Decoding needs each layer's weights as separate arrays, so a stacked model is copied at each call. To copy it only once, give
-    ``effscale.models.unroll(model)``.
+    Decoding needs the weights of each layer as separate arrays, so a stacked model is copied at each call. To copy it only
+    once, pass ``effscale.models.unroll(model)``.
 
     Args:
         model: A causal model with a head named ``lm``.
         prompt: Token ids.
         config: Length, filters and stop tokens.
         attention_mask: Nonzero at real tokens; None: all are real.
-        key: For sampling; may be left out only when greedy.
-        processors: Functions of your own, ``(logits, history) -> logits``, which act before the temperature; see
-            :class:`effscale.generation.History`. They are part of the compiled program: another function is another compilation.
-        log_probs: Whether to return the new tokens' log-probabilities, which costs one pass over the logits of each token.
+        key: Key for sampling; optional if greedy.
+        processors: Custom functions ``(logits, history) -> logits``, applied before the temperature; see
+            ``effscale.generation.History``. They are part of the compiled program, so another function compiles again.
+        log_probs: Whether to return the log-probabilities of the new tokens, which costs one pass over the logits per token.
         logits: Whether to return the logits: ``batch * max_new_tokens * vocab`` numbers.
-        scores: Whether to return what the tokens were drawn from, which is as large.
+        scores: Whether to return the scores that the tokens were drawn from, which are equally large.
 
     Returns:
-        Tokens, masks and lengths; see :class:`Generated`.
+        Tokens, masks and lengths; see ``effscale.generation.Generated``.
 
     Raises:
         ValueError: While tracing: ``key`` is missing, the prompt and ``max_new_tokens`` exceed the model's positions, or a
-            processor does not give logits.
+            processor does not return logits.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,18 +106,16 @@ def decode(
 
 
 def key_for(config: SamplingConfig, key: PRNGKeyArray | None) -> PRNGKeyArray:
-    """The key, or any one where nothing is drawn."""
+    """Return the key, or an arbitrary one if nothing is drawn."""
     if key is not None:
         return key
     if not config.greedy:
-        raise ValueError(
-            "sampling needs a key, such as jax.random.key(0); temperature=0 needs none"
-        )
+        raise ValueError("sampling needs a key. Pass key=jax.random.key(0), or set temperature=0")
     return jax.random.key(0)
 
 
 def gathered(constants: Constants, carry: Carry) -> Generated:
-    """What a loop has drawn so far, as its caller sees it."""
+    """Return the tokens drawn so far, in the form that the caller sees."""
     length = constants.mask.shape[1]
     new = answered(carry, carry.tokens.shape[1] - length)
     return Generated(

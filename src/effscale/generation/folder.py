@@ -1,4 +1,4 @@
-"""``generation_config.json``, which says how the makers of a model sample from it."""
+"""Read ``generation_config.json``, the sampling settings that a model's authors recommend."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from effscale.models.validation import did_you_mean
 
 NAME = "generation_config.json"
 
-# transformers fills these in where a file samples and does not name them.
+# The default of transformers for files that enable sampling without setting top_k.
 _TOP_K = 50
 
 _ALWAYS = {
@@ -27,14 +27,14 @@ _READ = {
     *_ALWAYS, *_IF_SAMPLING, "do_sample", "top_k", "max_new_tokens", "max_length", "min_length", "eos_token_id",
     "pad_token_id", "suppress_tokens",
 }  # fmt: skip
-# Fields that are not read, and the value at which each does nothing.
+# Fields that are not supported, with the value at which each has no effect.
 _NEUTRAL = {
     "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "typical_p": 1, "epsilon_cutoff": 0,
     "eta_cutoff": 0, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "guidance_scale": 1,
     "remove_invalid_values": False, "token_healing": False, "use_mtp": False,
 }  # fmt: skip
 _NEEDS_SAMPLING = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
-# Fields that change speed, memory or what is reported, or that need what this library does not have.
+# Fields that affect only speed, memory or reporting, or that need features this library does not have.
 _HARMLESS = {
     "bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "cache_implementation", "cache_config",
     "max_cache_len", "return_dict_in_generate", "return_legacy_cache", "output_attentions", "output_hidden_states",
@@ -53,27 +53,34 @@ def sampling_from_folder(
     prompt_length: int | None = None,
     **changes: Any,
 ) -> SamplingConfig:
-    """How a model folder's ``generation_config.json`` says to sample, as transformers reads it.
+    """Read the sampling settings of a model folder's ``generation_config.json``, as transformers does.
 
-    Read are ``do_sample`` (without it decoding is greedy), ``temperature``, ``top_k`` (50 where the file samples and does not
-    say), ``top_p``, ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size``, ``num_return_sequences``, ``suppress_tokens``,
-    ``max_new_tokens`` or ``max_length``, ``min_new_tokens`` or ``min_length``, ``eos_token_id`` and ``pad_token_id`` (the first
-    stop token where there is none). Where the file says nothing of the length, it is :class:`SamplingConfig`'s default, not
-    transformers' 20 tokens. A folder without that file gives what its ``config.json`` says of these fields.
+    These fields are read:
+
+    - ``do_sample``; without it, decoding is greedy
+    - ``temperature``, ``top_p``, ``min_p``, and ``top_k`` (50 if the file enables sampling without setting it)
+    - ``repetition_penalty``, ``no_repeat_ngram_size``, ``num_return_sequences``, ``suppress_tokens``
+    - ``max_new_tokens`` or ``max_length``, ``min_new_tokens`` or ``min_length``
+    - ``eos_token_id`` and ``pad_token_id`` (by default the first stop token)
+
+    If the file does not set the length, ``SamplingConfig``'s default applies instead of transformers' 20 tokens. In a folder
+    without that file, the same fields are read from ``config.json``.
 
     Args:
-        folder: A model folder on this machine.
-        do_sample: Whether to sample, in place of what the file says.
-        prompt_length: The prompts' length with padding. ``max_length`` and ``min_length`` count the prompt, so they need it.
-        **changes: Fields of :class:`SamplingConfig` in place of the file's. A ``temperature`` above 0 samples, with the file's
-            filters.
+        folder: A local model folder.
+        do_sample: Whether to sample; overrides the file.
+        prompt_length: Length of the prompts including padding; needed for ``max_length`` and ``min_length``, which count the
+            prompt.
+        **changes: Fields of ``SamplingConfig`` that override the file. A ``temperature`` above 0 enables sampling with the
+            file's filters.
 
     Raises:
-        FolderError: There is no such folder or file, or a field has a value that it cannot have; a ``ValueError``.
-        ValueError: A change is no field of :class:`SamplingConfig`.
+        FolderError: The folder or file does not exist, or a field has an invalid value; a ``ValueError``.
+        ValueError: A change is not a field of ``SamplingConfig``.
 
     Warns:
-        UserWarning: With the names of fields that would change what is generated and are not read, such as ``num_beams``.
+        UserWarning: Some fields, such as ``num_beams``, would affect the output but are not supported; the warning names
+            them.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -83,14 +90,16 @@ def sampling_from_folder(
         >>> sampling_from_folder(folder, temperature=0.7).stop_ids
         (2, 7)
     """
-    # Importing what only this function needs here keeps the package's import quick.
+    # Imported here because only this function needs it; the package itself stays quick to import.
     from effscale.interop.foreign import Fields
     from effscale.interop.tensors import FolderError
 
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     for name in changes:
         if name not in names:
-            raise ValueError(f"{name} is no field of SamplingConfig: {did_you_mean(name, names)}")
+            raise ValueError(
+                f"{name} is not a field of SamplingConfig: {did_you_mean(name, names)}"
+            )
     path = _file_of(pathlib.Path(folder))
     fields = Fields(repr(str(path)), _object_in(path))
     if do_sample is None and "temperature" in changes:
@@ -114,9 +123,9 @@ def _file_of(folder: pathlib.Path) -> pathlib.Path:
         if os.path.isfile(folder / name):
             return folder / name
     if not os.path.isdir(folder):
-        raise FolderError(f"there is no folder {str(folder)!r}: give one on this machine")
+        raise FolderError(f"folder must be a local folder, got {str(folder)!r}")
     there = ", ".join(sorted(os.listdir(folder))[:20]) or "nothing"
-    raise FolderError(f"{str(folder)!r} has neither {NAME} nor config.json; it holds {there}")
+    raise FolderError(f"{str(folder)!r}: no {NAME} and no config.json; the folder contains {there}")
 
 
 def _object_in(path: pathlib.Path) -> dict[str, Any]:
@@ -125,14 +134,14 @@ def _object_in(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+        raise FolderError(f"{str(path)!r}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise FolderError(f"{str(path)!r} holds a JSON {type(content).__name__}: must be an object")
+        raise FolderError(f"{str(path)!r}: must be a JSON object, got a {type(content).__name__}")
     return content
 
 
 def _sampling_of(fields: Any, do_sample: bool) -> dict[str, Any]:
-    """The fields that do not depend on the prompt, under this library's names."""
+    """Return the fields that do not depend on the prompt, under this library's names."""
     read = lambda kinds: {name: getattr(fields, kind)(name, None) for name, kind in kinds.items()}
     found = read(_ALWAYS)
     if do_sample:
@@ -140,7 +149,7 @@ def _sampling_of(fields: Any, do_sample: bool) -> dict[str, Any]:
     else:
         found["temperature"] = 0.0
     several = isinstance(fields.values.get("eos_token_id"), list)
-    # -1 stands for none in some files.
+    # Some files use -1 for none.
     ends = (
         fields.wholes("eos_token_id") if several else [fields.whole("eos_token_id", -1, least=-1)]
     )
@@ -152,7 +161,7 @@ def _sampling_of(fields: Any, do_sample: bool) -> dict[str, Any]:
 
 
 def _lengths_of(fields: Any, prompt_length: int | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """The least and greatest number of new tokens, where the file gives them."""
+    """Return the minimum and maximum number of new tokens, if the file sets them."""
     found = {}
     for name, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         new, length = fields.whole(name, None), fields.whole(whole, None)
@@ -161,7 +170,7 @@ def _lengths_of(fields: Any, prompt_length: int | None, changes: dict[str, Any])
         elif length and name not in changes:
             if prompt_length is None:
                 warnings.warn(
-                    f"{fields.where}: {whole}={length} counts the prompt and is not applied: give prompt_length= or {name}=",
+                    f"{fields.where}: {whole}={length} is ignored because it counts the prompt. Pass prompt_length= or {name}=",
                     stacklevel=3,
                 )
             else:
@@ -185,5 +194,5 @@ def _warn_of_others(fields: Any, do_sample: bool) -> None:
         from effscale.interop.foreign import shown
 
         said = ", ".join(f"{name}={shown(value)}" for name, value in left.items())
-        hint = "; give generate stop_strings=" if "stop_strings" in left else ""
-        warnings.warn(f"{fields.where}: not applied: {said}{hint}", stacklevel=3)
+        hint = ". Pass stop_strings= to generate" if "stop_strings" in left else ""
+        warnings.warn(f"{fields.where}: ignoring unsupported fields: {said}{hint}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The friendly face of generation: checks what it is given and what comes out."""
+"""The main entry point of generation, which validates its arguments and the result."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -35,33 +35,34 @@ def generate(
     logits: bool = False,
     scores: bool = False,
 ) -> Generated:
-    """Continues each row of ``prompt``, after checking it, and checks what comes out.
+    """Continue each row of ``prompt``, checking the arguments and the result.
 
     Args:
-        model: A causal model with a head named ``lm``. If you call this often, give ``effscale.models.unroll(model)``; see
-            :func:`decode`.
-        prompt: Token ids of shape ``(batch, seq)``, padded on the left; :func:`left_pad` makes one from lists.
+        model: A causal model with a head named ``lm``. If you call this often, pass ``effscale.models.unroll(model)``; see
+            ``effscale.generation.decode``.
+        prompt: Token ids of shape ``(batch, seq)``, padded on the left; ``left_pad`` makes one from lists.
         config: Length, filters and stop tokens.
         attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
-        key: For sampling; may be left out only when greedy. The same key gives the same tokens, and a row's tokens
-            do not depend on the other rows.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`decode`.
-        stop_strings: A row ends with the token that completes one of these in the text of its answer, wherever in a token it begins or
-            ends. The text is looked at after every few tokens; :func:`answer_texts` cuts it where the string begins.
-        tokenizer: What turns tokens into text; needed for ``stop_strings`` only.
-        log_probs: Whether to return the new tokens' log-probabilities.
+        key: Key for sampling; optional if greedy. The same key gives the same tokens, and the tokens of a row do not
+            depend on the other rows.
+        processors: Custom functions ``(logits, history) -> logits``; see ``effscale.generation.decode``.
+        stop_strings: A row ends with the token that completes one of these strings in the text of its answer; strings may
+            begin and end inside a token. The text is checked every few tokens; ``answer_texts`` cuts it where the string
+            begins.
+        tokenizer: Tokenizer that turns tokens into text; needed only for ``stop_strings``.
+        log_probs: Whether to return the log-probabilities of the new tokens.
         logits: Whether to return the model's logits of each new token.
-        scores: Whether to return what each new token was drawn from.
+        scores: Whether to return the scores that each new token was drawn from.
 
     Returns:
-        Tokens of shape ``(batch * num_return_sequences, seq + max_new_tokens)``, their mask, and each answer's length; see
-        :class:`Generated`.
+        Tokens of shape ``(batch * num_return_sequences, seq + max_new_tokens)``, their mask, and the length of each answer;
+        see ``effscale.generation.Generated``.
 
     Raises:
-        ValueError: If the model is not causal or has no ``lm`` head; the prompt is not an array of integers, holds an
+        ValueError: The model is not causal or has no ``lm`` head; the prompt is not an array of integers, contains an
             id outside the vocabulary, is empty or padded on the right, or leaves too few positions for the answer;
-            ``key`` is missing or not a PRNG key; there are stop strings but no tokenizer; the model's logits become NaN or
-            infinite, or no token is left that may follow.
+            ``key`` is missing or not a PRNG key; ``stop_strings`` is passed without a tokenizer; the model's logits become
+            NaN or infinite, or every token is excluded.
 
     Example:
         >>> import jax
@@ -79,7 +80,7 @@ def generate(
     kept = {"log_probs": log_probs, "logits": logits, "scores": scores}
     if strings:
         if tokenizer is None:
-            raise ValueError(f"stop_strings={strings!r} need a tokenizer: give tokenizer=")
+            raise ValueError(f"stop_strings={strings!r} needs a tokenizer. Pass tokenizer=")
         drawn = stream(
             model, prompt, config, attention_mask=attention_mask, key=key, processors=own, **kept
         )
@@ -91,7 +92,7 @@ def generate(
     out = decode(
         model, tokens, config, attention_mask=mask, key=checked_key(key), processors=own, **kept
     )
-    # Inside a jit of the caller's there is no value to look at yet.
+    # Inside the caller's jit, the values are not known yet.
     if not isinstance(out.failed, jax.core.Tracer):
         refuse_failures(out.failed, model, config, own)
     return out

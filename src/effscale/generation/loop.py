@@ -1,4 +1,4 @@
-"""The compiled loop over new tokens, in pieces: its beginning, one token, and as many as are wanted."""
+"""The compiled loop over new tokens, in parts: the beginning, one token, and a given number of tokens."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,29 +12,29 @@ from effscale.generation.processors import History, LogitsProcessor, may_forbid_
 from effscale.generation.sampling import choose
 from effscale.models import Transformer, empty_cache, for_decoding, matmul, transpose, unroll
 
-# Each size of the cache is compiled on its own: at most so many, each for at least so many tokens.
+# Each size of the cache is compiled separately: at most STAGES sizes, each for at least this many tokens.
 STAGES = 4
 STAGE_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a compiled loop is made for."""
+    """Everything that a compiled loop depends on."""
 
     config: SamplingConfig
-    """Which tokens may follow."""
+    """Sampling options."""
     processors: tuple[LogitsProcessor, ...] = ()
-    """Own functions of the logits."""
+    """Custom functions of the logits."""
     log_probs: bool = False
-    """Whether to keep the new tokens' log-probabilities."""
+    """Whether to keep the log-probabilities of the new tokens."""
     logits: bool = False
-    """Whether to keep what the model gives for each new token."""
+    """Whether to keep the model's logits for each new token."""
     scores: bool = False
-    """Whether to keep what each new token was drawn from."""
+    """Whether to keep the scores that each new token was drawn from."""
 
 
 class Constants(NamedTuple):
-    """What the loop reads and leaves as it is."""
+    """The values that the loop reads but does not change."""
 
     model: Transformer
     table: Any
@@ -43,7 +43,7 @@ class Constants(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What the loop hands from token to token; None stands for what the plan does not need."""
+    """The values that the loop passes from token to token; None if the plan does not need them."""
 
     step: Int[Array, ""]
     cache: Any
@@ -59,7 +59,7 @@ class Carry(NamedTuple):
 
 
 def ready(model: Transformer) -> Transformer:
-    """The model in the form in which the loop reads it; arrays that are in it already are not copied."""
+    """Return the model in the form that the loop reads; arrays already in that form are not copied."""
     return for_decoding(unroll(model))
 
 
@@ -70,13 +70,13 @@ def begin(
     key: PRNGKeyArray,
     plan: Plan,
 ) -> tuple[Constants, Carry]:
-    """Reads the prompt and draws the first token of each row, with a model that is :func:`ready`."""
+    """Read the prompt and draw the first token of each row, with a model prepared by ``ready``."""
     config = plan.config
     length, new = prompt.shape[1], config.max_new_tokens
     cache = empty_cache(model.config, prompt.shape[0], stages(length, new)[0])
     encoded = model.encode(prompt, attention_mask=mask, cache=cache)
     hidden = encoded.hidden[:, -1]
-    # The head's weight, transposed once rather than read against its rows at each token.
+    # Transpose the head's weight once, because reading it against its row order at each token is slower.
     weight = model.heads["lm"].linear(hidden, model.embed)[1]
     table = jax.lax.optimization_barrier(transpose(weight))
     hidden, cache, prompt, mask = _repeated(
@@ -107,10 +107,10 @@ def begin(
 
 
 def advance(constants: Constants, carry: Carry, until: int | Int[Array, ""], plan: Plan) -> Carry:
-    """Draws tokens until each row has ``until`` of them or has ended; the cache must have room for them."""
+    """Draw tokens until each row has ``until`` of them or has ended; the cache must have room for them."""
 
     def body(carry: Carry) -> Carry:
-        # The tokens of finished rows are padding, which routers ignore.
+        # Tokens of finished rows count as padding, which routers ignore.
         unfinished = ~carry.finished[:, None]
         encoded = constants.model.encode(
             carry.token[:, None], attention_mask=unfinished, cache=carry.cache
@@ -125,10 +125,10 @@ def advance(constants: Constants, carry: Carry, until: int | Int[Array, ""], pla
 def append(
     constants: Constants, carry: Carry, hidden: Float[Array, "batch d_model"], plan: Plan
 ) -> Carry:
-    """Draws one token for each row from what the model says of it."""
+    """Draw one token for each row from the hidden states of the last token."""
     config = plan.config
     raw = _logits(constants, hidden)
-    # One reduction tells: a maximum is NaN if any logit is, and minus infinity only if all are.
+    # One reduction is enough: a maximum is NaN if any logit is, and minus infinity only if all are.
     failed = ~jnp.isfinite(raw.max(-1))
     history = _history(constants, carry)
     logits = process(raw, history, config, plan.processors, seen=carry.seen)
@@ -138,7 +138,7 @@ def append(
     token = choose(logits, config, jax.random.fold_in(constants.key, carry.step))
 
     def kept(room: Array | None, new: Array) -> Array | None:
-        """Room for all tokens with what belongs to this one; rows that have ended stay 0."""
+        """Write the values of this token into the array of all tokens; rows that have ended keep 0."""
         if room is None:
             return None
         ended = jnp.expand_dims(carry.finished, range(1, new.ndim))
@@ -167,18 +167,18 @@ def append(
 
 
 def stages(length: int, new: int) -> list[int]:
-    """Sizes of the cache: it grows a few times, so that early tokens do not read slots that are still empty."""
+    """Return the sizes of the cache: it grows in a few stages, so that early tokens do not read slots that are still empty."""
     count = max(1, min(STAGES, new // STAGE_TOKENS))
     return [length + new * (i + 1) // count for i in range(count)]
 
 
 def answered(carry: Carry, new: int) -> Bool[Array, "batch new"]:
-    """True at the answers' tokens so far."""
+    """Return a mask that is True at the answers' tokens so far."""
     return jnp.arange(new)[None] < carry.num_new[:, None]
 
 
 def _repeated(tree: Any, times: int) -> Any:
-    """Each row of all arrays so many times in succession; the cache's count of its slots stays."""
+    """Repeat each row of all arrays ``times`` times in succession; the cache's slot count is unchanged."""
     if times == 1:
         return tree
     return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0) if a.ndim else a, tree)

@@ -1,6 +1,6 @@
-"""What changes logits before a token is drawn from them, and the order in which it acts.
+"""Transformations of the logits before a token is drawn, and the order in which they are applied.
 
-:func:`process` and :func:`warp` are that order: what they call is a function of logits each, and an option that is off is not called.
+``process`` and ``warp`` define that order. Each step is a function of logits, and options that are off are skipped.
 """
 
 import math
@@ -16,13 +16,13 @@ from effscale.generation.config import SamplingConfig
 
 
 class History(NamedTuple):
-    """What the rows hold when their next token is chosen; a processor of your own gets it.
+    """The contents of the rows when their next token is chosen, as passed to custom processors.
 
     Attributes:
-        tokens: Prompt and answer so far; what stands in columns from ``filled`` on means nothing yet.
-        mask: True at the prompt's real tokens and at the answer's so far.
-        step: New tokens so far.
-        filled: Columns of ``tokens`` that are filled: those of the prompt, padding included, and ``step``.
+        tokens: Prompt and answer so far; columns from ``filled`` on are undefined.
+        mask: True at the real tokens of the prompt and at those of the answer so far.
+        step: Number of new tokens so far.
+        filled: Number of filled columns of ``tokens``: those of the prompt, including padding, plus ``step``.
     """
 
     tokens: Int[Array, "batch total"]
@@ -32,7 +32,7 @@ class History(NamedTuple):
 
 
 LogitsProcessor = Callable[[Float[Array, "batch vocab"], History], Float[Array, "batch vocab"]]
-"""A pure function of logits (float32) and what the rows hold, which JAX can trace. It gives the new logits."""
+"""A pure function of float32 logits and the history that JAX can trace; it returns the new logits."""
 
 
 def process(
@@ -43,17 +43,17 @@ def process(
     *,
     seen: Bool[Array, "batch vocab"] | None = None,
 ) -> Float[Array, "batch vocab"]:
-    """All that acts before the temperature, in the order of transformers.
+    """Apply everything before the temperature, in the order of transformers.
 
     Args:
-        logits: The model's, float32.
-        history: What the rows hold.
-        config: Which options act.
-        processors: Own functions, which act last.
-        seen: Which tokens occur in a row; needed with a repetition penalty only.
+        logits: The model's logits, float32.
+        history: The contents of the rows.
+        config: Which options are on.
+        processors: Custom functions, applied last.
+        seen: Which tokens occur in each row; needed only with a repetition penalty.
 
     Raises:
-        ValueError: While tracing: a processor gives something else than logits of the same shape.
+        ValueError: While tracing: a processor returns something other than logits of the same shape.
     """
     if config.biases:
         logits = add_bias(logits, config.biases)
@@ -72,7 +72,7 @@ def process(
 def warp(
     logits: Float[Array, "batch vocab"], config: SamplingConfig
 ) -> Float[Array, "batch vocab"]:
-    """Temperature and the filters after it, in the order of transformers; nothing at a temperature of 0."""
+    """Apply temperature and the filters after it, in the order of transformers; a temperature of 0 changes nothing."""
     if config.temperature == 0:
         return logits
     logits = logits / config.temperature
@@ -86,7 +86,7 @@ def warp(
 
 
 def may_forbid_all(config: SamplingConfig, processors: Sequence[LogitsProcessor]) -> bool:
-    """Whether :func:`process` can leave no token that may follow."""
+    """Return whether ``process`` can exclude every token."""
     return bool(
         processors
         or config.no_repeat_ngram_size
@@ -98,24 +98,24 @@ def may_forbid_all(config: SamplingConfig, processors: Sequence[LogitsProcessor]
 def add_bias(
     logits: Float[Array, "batch vocab"], biases: Sequence[tuple[int, float]]
 ) -> Float[Array, "batch vocab"]:
-    """Adds a number to the logits of each token that is named, in every row."""
+    """Add a value to the logits of each listed token, in every row."""
     bias = np.zeros(logits.shape[-1], logits.dtype)
     for token, value in biases:
-        bias[token : token + 1] = value  # an id outside the vocabulary adds nothing
+        bias[token : token + 1] = value  # an id outside the vocabulary has no effect
     return logits + bias[None]
 
 
 def penalize(
     logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"], penalty: float
 ) -> Float[Array, "batch vocab"]:
-    """Makes tokens already seen less likely; see :class:`SamplingConfig`."""
+    """Make tokens that were already seen less likely; see ``SamplingConfig``."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def forbid(
     logits: Float[Array, "batch vocab"], ids: Int[np.ndarray, "ids"], when: Bool[Array, ""]
 ) -> Float[Array, "batch vocab"]:
-    """Minus infinity at some tokens of every row while ``when`` is true."""
+    """Set the logits of some tokens to minus infinity in every row while ``when`` is true."""
     named = np.isin(np.arange(logits.shape[-1]), ids)
     return jnp.where(named[None] & when, -jnp.inf, logits)
 
@@ -123,10 +123,10 @@ def forbid(
 def forbid_repeated_ngrams(
     logits: Float[Array, "batch vocab"], history: History, size: int
 ) -> Float[Array, "batch vocab"]:
-    """Minus infinity at each token that would be the end of ``size`` tokens which the row holds already.
+    """Set the logit of each token to minus infinity that would complete ``size`` tokens which the row already contains.
 
-    All places of the row are compared with its last ``size - 1`` tokens at once, so shapes stay the same from token to token.
-    Padding is part of nothing that could be repeated; transformers takes it for tokens.
+    All places of a row are compared with its last ``size - 1`` tokens at the same time, so shapes do not change from token to
+    token. Padding never counts as part of a repetition; transformers treats it as tokens.
     """
     tokens, mask = history.tokens, history.mask
     batch, total = tokens.shape
@@ -146,15 +146,15 @@ def forbid_repeated_ngrams(
 
 
 def keep_top_k(logits: Float[Array, "batch vocab"], k: int) -> Float[Array, "batch vocab"]:
-    """Minus infinity at all but the ``k`` largest logits of a row (ties with the last are kept)."""
+    """Set all but the ``k`` largest logits of a row to minus infinity (ties with the last are kept)."""
     threshold = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "batch vocab"]:
-    """Minus infinity at all but the fewest tokens whose probabilities sum to at least ``p``; one always stays.
+    """Set the logits outside the smallest set with probability at least ``p`` to minus infinity; one token always remains.
 
-    Of equally likely tokens at the edge, those with the larger ids stay, as in transformers' ``TopPLogitsWarper``.
+    Of equally likely tokens at the boundary, those with larger ids remain, as in transformers' ``TopPLogitsWarper``.
     """
     vocab = logits.shape[-1]
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -167,7 +167,7 @@ def keep_top_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "b
 
 
 def keep_min_p(logits: Float[Array, "batch vocab"], p: float) -> Float[Array, "batch vocab"]:
-    """Minus infinity at all tokens less than ``p`` times as probable as the likeliest one of their row."""
+    """Set the logits of tokens less than ``p`` times as probable as the row's most likely one to minus infinity."""
     threshold = logits.max(-1, keepdims=True) + math.log(p)
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
@@ -176,5 +176,7 @@ def _checked(processor: LogitsProcessor, new: Array, old: Array) -> Array:
     if getattr(new, "shape", None) != old.shape:
         name = getattr(processor, "__name__", repr(processor))
         given = getattr(new, "shape", type(new).__name__)
-        raise ValueError(f"the processor {name} gives {given}: must be logits of shape {old.shape}")
+        raise ValueError(
+            f"the processor {name} must return logits of shape {old.shape}, got {given}"
+        )
     return new.astype(old.dtype)

@@ -1,4 +1,4 @@
-"""Token ids as users give them, turned into arrays without a cast that would change one."""
+"""Conversion of users' token ids to arrays, without a cast that would change an id."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,18 +8,18 @@ from jaxtyping import Bool, Int
 
 
 def integers(values: Any) -> np.ndarray | None:
-    """The values as an array of integers; None where one is no integer, or where rows differ in length."""
+    """Return the values as an array of integers, or None if one is not an integer or rows differ in length."""
     try:
         array = np.asarray(values)
     except ValueError:  # rows of different lengths
         return None
     if array.size == 0:
-        return array.astype(np.int64)  # NumPy takes an empty list for floats
+        return array.astype(np.int64)  # NumPy makes an empty list an array of floats
     return array if array.dtype.kind in "iu" else None
 
 
 def check_ids(ids: np.ndarray, limit: int, where: str, *, name: str = "token id") -> None:
-    """Raises a ValueError that names the smallest or largest id unless all are from 0 to below ``limit``."""
+    """Raise a ValueError that names the smallest or largest id unless all are at least 0 and below ``limit``."""
     for wrong in (int(ids.min()), int(ids.max())) if ids.size else ():
         if not 0 <= wrong < limit:
             raise ValueError(f"{name} {wrong} is outside {where}")
@@ -28,17 +28,17 @@ def check_ids(ids: np.ndarray, limit: int, where: str, *, name: str = "token id"
 def left_pad(
     rows: Iterable[Any], pad_id: Any = 0
 ) -> tuple[Int[np.ndarray, "batch seq"], Bool[np.ndarray, "batch seq"]]:
-    """Pads rows of token ids on the left to one length.
+    """Pad rows of token ids on the left to the same length.
 
     Args:
         rows: One list or array of token ids per row; their lengths may differ.
-        pad_id: What stands before the shorter rows.
+        pad_id: Token id that fills the shorter rows.
 
     Returns:
-        The ids, int32, and a mask that is True at the ids that were given.
+        The ids, int32, and a mask that is True at the given ids.
 
     Raises:
-        ValueError: If there is no row, a row is empty or not a list of integers, or an id does not fit int32.
+        ValueError: There are no rows, a row is empty or not a list of integers, or an id does not fit in int32.
 
     Example:
         >>> left_pad([[5, 6, 7], [8]])[0].tolist()
@@ -46,7 +46,7 @@ def left_pad(
     """
     checked = [_int32(row, f"row {i}", ndim=1) for i, row in enumerate(rows)]
     if not checked:
-        raise ValueError("left_pad needs at least one row")
+        raise ValueError("rows must contain at least one row, got none")
     width = max(map(len, checked))
     tokens = np.full((len(checked), width), _int32(pad_id, "pad_id", ndim=0))
     mask = np.zeros(tokens.shape, bool)
@@ -59,7 +59,7 @@ def left_pad(
 def _int32(values: Any, name: str, *, ndim: int) -> np.ndarray:
     ids = integers(values)
     if ids is None or ids.ndim != ndim or ids.size == 0:
-        wanted = "an integer" if ndim == 0 else "a list of integers, not empty"
-        raise ValueError(f"{name} is {values!r}: must be {wanted}")
+        wanted = "an integer" if ndim == 0 else "a non-empty list of integers"
+        raise ValueError(f"{name} must be {wanted}, got {values!r}")
     check_ids(ids, 2**31, "int32", name=f"{name}: token id")
     return ids.astype(np.int32)

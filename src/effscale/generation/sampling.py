@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Choice of the next token from logits."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from effscale.generation.processors import warp
 
 
 def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
-    """The first index of each row's maximum, as ``argmax``: as two plain reductions, which CPUs run in vectors."""
+    """Return the first index of each row's maximum, like ``argmax``, by two plain reductions, which CPUs vectorize."""
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     last = logits.shape[-1] - 1
     return jnp.where(logits == logits.max(-1, keepdims=True), index, last).min(-1)
@@ -18,12 +18,12 @@ def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, "batch"]:
 def choose(
     logits: Float[Array, "batch vocab"], config: SamplingConfig, key: PRNGKeyArray
 ) -> Int[Array, "batch"]:
-    """Draws one token a row. A row's draw depends on ``key`` and its index, not on the other rows.
+    """Draw one token per row. The draw of a row depends on ``key`` and its index, not on the other rows.
 
     Args:
-        logits: Unnormalized log-probabilities, with all that acts before the temperature done.
+        logits: Unnormalized log-probabilities, after everything that is applied before the temperature.
         config: Temperature and filters.
-        key: Not used when greedy.
+        key: Unused if greedy.
 
     Returns:
         Token ids, int32.

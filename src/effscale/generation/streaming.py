@@ -1,4 +1,4 @@
-"""Tokens as they come: the loop of :func:`effscale.generation.decode`, a few tokens at a time."""
+"""Streaming: the loop of ``effscale.generation.decode``, a few tokens at a time."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class Chunk(NamedTuple):
     """The next tokens of each row.
 
     Attributes:
-        tokens: ``pad_id`` in rows that have ended.
-        mask: True at the answers' tokens, their stop tokens included.
+        tokens: The new tokens; ``pad_id`` in rows that have ended.
+        mask: True at the tokens of the answers, including their stop tokens.
     """
 
     tokens: Int[np.ndarray, "batch new"]
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
 
 
 class Stream(Iterator[Chunk]):
-    """An iterator over the tokens that a model draws; :func:`stream` makes one."""
+    """An iterator over the tokens that a model draws; call ``stream`` to make one."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Stream(Iterator[Chunk]):
         model = ready(model)
         table, repeated, self._carry = _begin(model, prompt, mask, key, plan)
         self._constants = Constants(model, table, repeated, key)
-        self._drawn = 1  # the prefill gives the first token
+        self._drawn = 1  # prefill draws the first token
         self._given = 0
         self._cut = False
 
@@ -81,7 +81,7 @@ class Stream(Iterator[Chunk]):
         return [row for row in rows for _ in range(self.plan.config.num_return_sequences)]
 
     def stop(self, row: int, length: int) -> None:
-        """Ends a row, whose answer is its first ``length`` tokens; the other rows go on."""
+        """End a row whose answer is its first ``length`` tokens; the other rows continue."""
         carry = self._carry
         self._carry = carry._replace(
             finished=carry.finished.at[row].set(True), num_new=carry.num_new.at[row].set(length)
@@ -89,9 +89,9 @@ class Stream(Iterator[Chunk]):
         self._cut = True
 
     def generated(self) -> Generated:
-        """What was drawn so far, as :func:`effscale.generation.generate` returns it."""
+        """Return what was drawn so far, in the form of ``effscale.generation.generate``."""
         out = gathered(self._constants, self._carry)
-        # The next chunk takes the arrays of the carry over.
+        # The next chunk reuses the arrays of the carry.
         return _cut(out, self.plan.config) if self._cut else jax.tree.map(jnp.copy, out)
 
     def _draw(self, until: int) -> None:
@@ -117,29 +117,29 @@ def stream(
     logits: bool = False,
     scores: bool = False,
 ) -> Stream:
-    """Continues each row of ``prompt`` and yields the new tokens as they come.
+    """Continue each row of ``prompt`` and yield the new tokens as they are drawn.
 
-    The tokens are those of :func:`effscale.generation.generate` with the same key, whatever ``chunk`` is. What is compiled is one
-    program that draws up to ``chunk`` tokens; between its calls the cache stays on the devices.
+    The tokens are those of ``effscale.generation.generate`` with the same key, for any ``chunk``. One program is compiled that
+    draws up to ``chunk`` tokens; between its calls, the cache stays on the devices.
 
     Args:
         model: A causal model with a head named ``lm``.
         prompt: Token ids of shape ``(batch, seq)``, padded on the left.
         config: Length, filters and stop tokens.
         attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
-        key: For sampling; may be left out only when greedy.
-        chunk: How many tokens of each row come at once.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`effscale.generation.decode`.
-        log_probs: Whether ``stream(...).generated()`` is to have the new tokens' log-probabilities.
-        logits: Whether it is to have the model's logits.
-        scores: Whether it is to have what each token was drawn from.
+        key: Key for sampling; optional if greedy.
+        chunk: Number of tokens of each row to yield at a time.
+        processors: Custom functions ``(logits, history) -> logits``; see ``effscale.generation.decode``.
+        log_probs: Whether ``stream(...).generated()`` includes the log-probabilities of the new tokens.
+        logits: Whether it includes the model's logits.
+        scores: Whether it includes the scores that each token was drawn from.
 
     Returns:
-        An iterator over :class:`Chunk`. It ends when every row has ended. Its method ``stop(row, length)`` ends a row early, and
-        ``generated()`` is all that was drawn so far.
+        An iterator over ``Chunk``, which ends when every row has ended. Its method ``stop(row, length)`` ends a row early,
+        and ``generated()`` returns everything drawn so far.
 
     Raises:
-        ValueError: As :func:`effscale.generation.generate`; for logits of no use, when their chunk is asked for.
+        ValueError: As ``effscale.generation.generate``; unusable logits raise it when their chunk is requested.
 
     Example:
         >>> from flax import nnx
@@ -152,7 +152,7 @@ def stream(
     """
     config = SamplingConfig() if config is None else config
     if not is_integer(chunk) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r}: must be an integer, at least 1")
+        raise ValueError(f"chunk must be an integer of at least 1, got {chunk!r}")
     tokens = checked_prompt(model, prompt, config)
     mask = checked_mask(attention_mask, tokens)
     plan = Plan(
@@ -173,13 +173,13 @@ def _begin(
     key: PRNGKeyArray,
     plan: Plan,
 ) -> tuple[Any, Bool[Array, "rows seq"], Carry]:
-    # Without the model, of which a compiled function would return a copy.
+    # The model is left out, because a compiled function would return a copy of it.
     constants, carry = begin(model, prompt, mask, key, plan)
     return constants.table, constants.mask, carry
 
 
 def _cut(out: Generated, config: SamplingConfig) -> Generated:
-    """Without what was drawn after the end of rows that were stopped."""
+    """Remove what was drawn after the end of rows that were stopped."""
     length = out.tokens.shape[1] - config.max_new_tokens
     new = out.mask[:, length:]
     answers = jnp.where(new, out.tokens[:, length:], config.pad_id)

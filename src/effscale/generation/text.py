@@ -13,35 +13,35 @@ from effscale.generation.processors import LogitsProcessor
 from effscale.generation.streaming import Stream, stream
 from effscale.models import Transformer
 
-# What a decoder gives for bytes that are no character, or not one yet.
+# What a decoder returns for bytes that are not, or not yet, a complete character.
 REPLACEMENT = "\ufffd"
-# So many tokens before a new one tell a decoder how it continues them, with a space or without.
+# A decoder needs this many tokens of context to decide whether the next one starts with a space.
 CONTEXT = 5
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What text needs of a tokenizer; those of tokenizers and of transformers have it."""
+    """The methods that text needs from a tokenizer; those of tokenizers and transformers have them."""
 
     def encode(self, sequence: str, /) -> Any:
-        """Token ids, or an object that has them as ``ids``."""
+        """Return token ids, or an object that has them as ``ids``."""
         ...
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
-        """The text of tokens."""
+        """Return the text of token ids."""
         ...
 
 
 class AnswerText:
-    """The text of one answer while its tokens come.
+    """The text of one answer while its tokens arrive.
 
-    Tokens of a byte-level vocabulary may hold a part of a character, and stop strings may begin and end within a token.
+    Tokens of a byte-level vocabulary may contain part of a character, and stop strings may begin and end inside a token.
 
     Args:
-        tokenizer: What turns tokens into text.
+        tokenizer: Tokenizer that turns tokens into text.
         prompt: The tokens before the answer.
-        stop_strings: The text ends before the first of these that occurs in it.
-        skip_special_tokens: Whether special tokens, such as the one that ends a row, are no text.
+        stop_strings: The text ends before the first of these strings that occurs in it.
+        skip_special_tokens: Whether to leave special tokens, such as the one that ends a row, out of the text.
 
     Example:
         >>> from effscale.data import train_tokenizer
@@ -65,13 +65,13 @@ class AnswerText:
         self._stops = checked_strings(stop_strings)
         self._longest = max(map(len, self._stops), default=0)
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        # Tokens whose text is known, in front of those whose text is not yet whole.
+        # Tokens whose text is known, followed by those whose text is not complete yet.
         self._known = list(prompt)[-CONTEXT:]
         self._pending: list[int] = []
         self._taken = 0
 
     def add(self, token: int) -> bool:
-        """Adds a token; True if the text ends here with a stop string."""
+        """Add a token; return True if the text ends here with a stop string."""
         if not self.ended:
             self.num_tokens += 1
             self._pending.append(token)
@@ -79,17 +79,18 @@ class AnswerText:
         return self.ended
 
     def end(self) -> str:
-        """The whole text, when no token follows."""
+        """Return the whole text, once no further token follows."""
         if not self.ended:
             self._read(at_end=True)
             self.ended = True
         return self.text
 
     def take(self, *, words: bool = False) -> str:
-        """The text that was not taken yet and that no further token can change.
+        """Return the text that was not taken yet and that no further token can change.
 
         Args:
-            words: Only up to the last white space, unless the text has ended. Chinese and Japanese characters are words.
+            words: Return only up to the last white space, unless the text has ended. Chinese and Japanese characters count as
+                words.
         """
         stop = len(self.text)
         if not self.ended:
@@ -115,7 +116,7 @@ class AnswerText:
             self.ended = True
 
     def _begun(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         for length in range(min(self._longest - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stops):
                 return length
@@ -123,7 +124,7 @@ class AnswerText:
 
 
 def end_at_strings(drawn: Stream, answers: Sequence[AnswerText]) -> None:
-    """Runs a stream to its end, and ends each row where its text has a stop string."""
+    """Run a stream to its end, and end each row where its text contains a stop string."""
     for new in drawn:
         for row, answer in enumerate(answers):
             for token in new.tokens[row, new.mask[row]].tolist():
@@ -139,13 +140,13 @@ def answer_texts(
     stop_strings: str | Iterable[str] = (),
     skip_special_tokens: bool = True,
 ) -> list[str]:
-    """The text of each answer, without its prompt, cut where the first stop string begins.
+    """Return the text of each answer, without its prompt, cut where the first stop string begins.
 
     Args:
-        tokenizer: What turns tokens into text.
-        generated: From :func:`effscale.generation.generate` or :func:`effscale.generation.decode`.
-        stop_strings: Those that ``generate`` had, or others.
-        skip_special_tokens: Whether special tokens are no text.
+        tokenizer: Tokenizer that turns tokens into text.
+        generated: From ``effscale.generation.generate`` or ``effscale.generation.decode``.
+        stop_strings: The strings passed to ``generate``, or others.
+        skip_special_tokens: Whether to leave special tokens out of the text.
 
     Example:
         >>> import jax.numpy as jnp
@@ -189,30 +190,30 @@ def stream_text(
     skip_special_tokens: bool = True,
     processors: Iterable[LogitsProcessor] = (),
 ) -> Iterator[str]:
-    """Continues one text and yields the answer in pieces as they come.
+    """Continue one text and yield the answer in pieces as they are drawn.
 
     Args:
         model: A causal model with a head named ``lm``.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompt: A text, or its token ids.
         config: Length, filters and stop tokens.
-        key: For sampling; may be left out only when greedy.
-        stop_strings: The answer ends before the first of these.
-        chunk: How many tokens are drawn at once.
+        key: Key for sampling; optional if greedy.
+        stop_strings: The answer ends before the first of these strings.
+        chunk: Number of tokens to draw at a time.
         words: Whether a piece ends with a whole word; otherwise with a whole character.
-        skip_special_tokens: Whether special tokens are no text.
-        processors: Functions of your own, ``(logits, history) -> logits``; see :func:`effscale.generation.decode`.
+        skip_special_tokens: Whether to leave special tokens out of the text.
+        processors: Custom functions ``(logits, history) -> logits``; see ``effscale.generation.decode``.
 
     Returns:
-        An iterator over pieces of text, none of them empty.
+        An iterator over non-empty pieces of text.
 
     Raises:
-        ValueError: As :func:`effscale.generation.stream`; or the config asks for several answers.
+        ValueError: As ``effscale.generation.stream``; or the config requests more than one answer.
     """
     config = SamplingConfig() if config is None else config
     if config.num_return_sequences != 1:
         raise ValueError(
-            f"num_return_sequences={config.num_return_sequences}: stream_text gives one answer; use stream"
+            f"num_return_sequences must be 1 for stream_text, got {config.num_return_sequences}. Use stream for more answers"
         )
     encoded = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     ids = list(getattr(encoded, "ids", encoded))
@@ -224,11 +225,11 @@ def stream_text(
 
 
 def checked_strings(strings: str | Iterable[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple, or an error that names one that is empty or no string."""
+    """Return stop strings as a tuple, or raise an error that names one that is empty or not a string."""
     found = (strings,) if isinstance(strings, str) else tuple(strings)
     for one in found:
         if not isinstance(one, str) or not one:
-            raise ValueError(f"stop_strings: {one!r} must be a string, not empty")
+            raise ValueError(f"stop_strings must be non-empty strings, got {one!r}")
     return found
 
 

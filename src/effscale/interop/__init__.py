@@ -1,4 +1,4 @@
-"""PyTorch and Hugging Face model folders, in and out."""
+"""Load and save PyTorch and Hugging Face model folders."""
 
 from effscale.interop.load import load_pretrained
 from effscale.interop.peft.adapters import load_adapter, save_adapter

@@ -1,8 +1,8 @@
-"""Model folders on the command line.
+"""Inspect, convert and compare model folders on the command line.
 
-python -m effscale.interop inspect FOLDER            what it is: family, sizes, parameters, types
-python -m effscale.interop convert FOLDER OUT        to safetensors, of another type or file size
-python -m effscale.interop compare FOLDER            here and in transformers, layer by layer
+python -m effscale.interop inspect FOLDER            show family, sizes, parameters, types
+python -m effscale.interop convert FOLDER OUT        write safetensors, with another type or file size
+python -m effscale.interop compare FOLDER            compare with transformers, layer by layer
 """
 
 import os
@@ -18,11 +18,11 @@ Folder = Annotated[pathlib.Path, tyro.conf.Positional]
 
 
 def inspect(folder: Folder, tensors: bool = False) -> None:
-    """Says what a model folder (or GGUF file) holds, without loading it.
+    """Show what a model folder (or GGUF file) contains, without loading it.
 
     Args:
         folder: The folder or file.
-        tensors: List every tensor, too: its name there, the parameter here, and how its layout changes.
+        tensors: Also list every tensor: its name in the file, the parameter of effscale, and how its layout changes.
     """
     from effscale.interop.summary import mapping, summarize
 
@@ -45,16 +45,16 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Writes the model of a folder as safetensors with config.json and tokenizer, as transformers lays it out.
+    """Write the model of a folder as safetensors with config.json and tokenizer, in the layout of transformers.
 
-    Reads whatever load_pretrained reads: safetensors, PyTorch's .bin, DeepSpeed-Chat's reward models, Megatron-DeepSpeed's
-    BLOOM, GGUF.
+    It reads everything that load_pretrained reads: safetensors, PyTorch's .bin, DeepSpeed-Chat's reward models,
+    Megatron-DeepSpeed's BLOOM, GGUF.
 
     Args:
         folder: The folder or GGUF file to read.
         out: The folder to write.
-        dtype: Type of the numbers; by default each tensor keeps its own.
-        max_shard_size: Bytes in a file at most, such as 500MB.
+        dtype: Type of the numbers; by default, each tensor keeps its own.
+        max_shard_size: Maximum size of a file, such as 500MB.
     """
     from effscale.interop.files.writer import parse_size
     from effscale.interop.load import load_pretrained
@@ -62,7 +62,7 @@ def convert(
 
     parse_size(max_shard_size)
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{str(out)!r} is a file; give a folder to write into")
+        raise FileExistsError(f"{str(out)!r}: is a file; pass a folder to write into")
     with Console(stderr=True).status(f"converting {folder}"):
         model = load_pretrained(folder, dtype=dtype)
         save_pretrained(model, out, max_shard_size=max_shard_size, like=folder)
@@ -70,15 +70,15 @@ def convert(
 
 
 def compare(folder: Folder, text: str = "The capital of France is") -> None:
-    """Runs the model here and in transformers on the same input, and shows the largest difference by layer.
+    """Run the model in effscale and in transformers on the same input, and show the largest difference by layer.
 
     Args:
-        folder: The folder; transformers must be able to load it, too.
-        text: The input. A model without a tokenizer gets random token ids, and one of images a random image.
+        folder: The folder; transformers must also be able to load it.
+        text: The input. A model without a tokenizer gets random token ids, and an image model gets a random image.
     """
     from effscale.interop.compare import compare as differences
 
-    with Console(stderr=True).status(f"running {folder} here and in transformers"):
+    with Console(stderr=True).status(f"running {folder} in effscale and in transformers"):
         found = differences(folder, text)
     table = Table("result", "largest difference", "largest value", "relative to it")
     for row in found:
@@ -88,7 +88,7 @@ def compare(folder: Folder, text: str = "The capital of France is") -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``. With ``EFFSCALE_TRACEBACK=1`` in the environment errors keep their traceback."""
+    """Run the command line; see ``--help``. With ``EFFSCALE_TRACEBACK=1`` in the environment, errors show their traceback."""
     commands = {"inspect": inspect, "convert": convert, "compare": compare}
     try:
         tyro.extras.subcommand_cli_from_dict(

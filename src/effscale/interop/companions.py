@@ -1,4 +1,4 @@
-"""What lies in a model folder beside its weights: ``config.json`` and the files of its tokenizer."""
+"""The files of a model folder other than its weights: ``config.json`` and the tokenizer's files."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 OTHER_FILES = ("generation_config.json", "preprocessor_config.json")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Fields of another config.json that may contradict what is written, under other names.
+# Fields of another config.json that may contradict the written ones under other names.
 STALE = (
     "torch_dtype", "quantization_config", "auto_map", "num_labels", "id2label", "label2id", "classifier_dropout",
     "n_embed", "num_attention_heads", "num_hidden_layers", "rope_scaling", "rope_theta", "rotary_pct",
@@ -35,15 +35,15 @@ STALE = (
 
 
 class Companions:
-    """The files that go beside a model's weights; all that can be wrong with them is found when it is made.
+    """The files that are written next to a model's weights; everything is validated on creation.
 
     Args:
-        fields: Those of ``config.json`` that the model itself tells.
-        like: A folder or GGUF file whose tokenizer, chat template and other fields go along.
-        tokenizer: A tokenizer in place of that one.
+        fields: The fields of ``config.json`` that the model defines.
+        like: A folder or GGUF file whose tokenizer, chat template and other fields to copy.
+        tokenizer: A tokenizer to use instead of that one.
 
     Raises:
-        FolderError: If ``like`` is no model folder, or the tokenizer has ids for which the model has no embedding.
+        FolderError: ``like`` is not a model folder, or the tokenizer has ids for which the model has no embedding.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Companions:
         if self.is_new:
             inherited = {name: value for name, value in inherited.items() if name not in SPECIAL}
         if inherited.get("model_type", fields["model_type"]) != fields["model_type"]:
-            # Another family's names for sizes would be taken for this one's.
+            # Size fields named as in another family could be mistaken for this family's.
             inherited = {name: inherited[name] for name in SPECIAL if name in inherited}
         self.config = dict.fromkeys(SPECIAL) | merge(inherited, fields)
         if self.tokenizer is not None:
@@ -79,7 +79,7 @@ class Companions:
                 self.config["eos_token_id"] = _end_of(self.tokenizer)
 
     def write(self, folder: pathlib.Path) -> None:
-        """Writes them all, ``config.json`` last."""
+        """Write all files, ``config.json`` last."""
         if self.like is not None and self.like.resolve() != folder.resolve():
             for name in (*(() if self.is_new else TOKENIZER_FILES), *OTHER_FILES):
                 if (self.like / name).is_file():
@@ -103,7 +103,7 @@ class Companions:
 
 
 def model_type_of(like: str | os.PathLike[str] | None) -> str | None:
-    """The family that a folder's ``config.json`` names; None where there is none or it names none."""
+    """Return the family that a folder's ``config.json`` names; None if it does not exist or names none."""
     if like is None or gguf_path(pathlib.Path(like)) is not None:
         return None
     found = read_json(like, "config.json").get("model_type")
@@ -111,11 +111,11 @@ def model_type_of(like: str | os.PathLike[str] | None) -> str | None:
 
 
 def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of another model brought up to date; names of labels stay where their number fits."""
+    """Update the ``config.json`` of another model; label names are kept if their number fits."""
     kept = {name: value for name, value in inherited.items() if name not in STALE}
     merged = kept | {name: value for name, value in fields.items() if name != "add_pooling_layer"}
     if "rope_parameters" in fields and "max_position_embeddings" in inherited:
-        # Nothing depends on it; what the model was published with says more than what its scaling lets expect.
+        # Nothing depends on it, and the published value is better than the one derived from the scaling.
         merged["max_position_embeddings"] = inherited["max_position_embeddings"]
     names = inherited.get("id2label")
     if names and len(names) == len(fields.get("id2label", {})):
@@ -124,22 +124,24 @@ def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_inherited(inherited: Mapping[str, Any]) -> None:
-    """Refuses values of another kind in those fields of another ``config.json`` that are more than copied."""
+    """Reject invalid values in those fields of another ``config.json`` that are not only copied."""
     given = Fields("the config.json of like", inherited)
     names = given.block("id2label", Fields("", {}))
     for label in names.values:
         names.text(label)
         if not label.isdecimal():
-            raise FolderError(f"{names.where} has {shown(label)}: must be the number of a class")
+            raise FolderError(
+                f"{names.where.rstrip(',')}: keys must be class numbers, got {shown(label)}"
+            )
     for name in SPECIAL:
         value = inherited.get(name)
         for one in value if isinstance(value, list) and value else [value]:
-            # -1 stands for none in some.
+            # Some files use -1 for none.
             Fields(given.where, {name: one}).whole(name, None, least=-1)
 
 
 def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
+    """Write a JSON object, completely or not at all."""
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -147,7 +149,7 @@ def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def _tokenizer_of(file: GGUFFile) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a GGUF file; a kind that is not understood is left out with a warning."""
+    """Return the tokenizer of a GGUF file; an unsupported kind is left out with a warning."""
     try:
         return gguf_tokenizer(file)
     except FolderError as error:

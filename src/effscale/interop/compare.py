@@ -1,4 +1,4 @@
-"""A folder's model here and in transformers, layer by layer on the same input."""
+"""Compare a folder's model in effscale and in transformers, layer by layer on the same input."""
 
 import dataclasses
 import os
@@ -20,10 +20,10 @@ from effscale.models import PatchInputs, Transformer, unroll
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two results lie apart.
+    """The difference between two results.
 
     Attributes:
-        name: Which result: the embeddings, a layer, or an output.
+        name: The result: the embeddings, a layer, or an output.
         largest: The largest absolute difference.
         scale: The largest absolute value in PyTorch's result.
     """
@@ -36,29 +36,29 @@ class Difference:
 def compare(
     folder: str | os.PathLike[str], text: str = "The capital of France is"
 ) -> list[Difference]:
-    """Runs the model of a folder here and in transformers, in float32 on the CPU.
+    """Run the model of a folder in effscale and in transformers, in float32 on the CPU.
 
     Args:
-        folder: A folder that transformers can load, too.
-        text: The input, where there is a tokenizer; else token ids are drawn, and so are images.
+        folder: A folder that transformers can also load.
+        text: The input, if there is a tokenizer; otherwise random token ids or images are used.
 
     Returns:
         The differences, from the embeddings to the outputs.
 
     Raises:
-        FolderError: If the folder cannot be loaded, here or there.
-        ImportError: If torch or transformers is not installed.
+        FolderError: The folder cannot be loaded by effscale or by transformers.
+        ImportError: torch or transformers is not installed.
     """
     if not os.path.isdir(folder):
         raise FolderError(
-            f"{str(folder)!r} is no folder, which transformers needs; convert it first"
+            f"{str(folder)!r}: is not a folder, which transformers needs. Convert it first"
         )
-    # Elsewhere than on a CPU products may be rounded to fewer bits, and would be compared instead of the models.
+    # On other devices, products may be rounded to fewer bits, and the comparison would show that rounding.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model = load_pretrained(folder, dtype="float32")
         if any(head.name in ("value", "choice") for head in model.config.heads):
             raise FolderError(
-                f"{str(folder)!r} has a head that transformers does not run as it is; convert it first"
+                f"{str(folder)!r}: has a head that transformers does not run as it is. Convert it first"
             )
         inputs = example(folder, model, text)
         streams, outputs = jax.jit(layer_outputs)(unroll(model), jnp.asarray(inputs))
@@ -70,16 +70,16 @@ def compare(
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """The largest difference of two arrays of one shape."""
+    """Return the largest difference between two arrays of the same shape."""
     if ours.shape != theirs.shape:
         raise FolderError(
-            f"{name} is of shape {ours.shape} here and {theirs.shape} in transformers"
+            f"{name} has the shape {ours.shape} in effscale and {theirs.shape} in transformers"
         )
     return Difference(name, float(np.abs(ours - theirs).max()), float(np.abs(theirs).max()))
 
 
 def example(folder: str | os.PathLike[str], model: Transformer, text: str) -> np.ndarray:
-    """One row of token ids of the text, or one image."""
+    """Return one row of token ids of the text, or one image."""
     generator, inputs = np.random.default_rng(0), model.config.inputs
     if isinstance(inputs, PatchInputs):
         shape = (1, inputs.image_size, inputs.image_size, inputs.channels)
@@ -88,14 +88,14 @@ def example(folder: str | os.PathLike[str], model: Transformer, text: str) -> np
     try:
         ids = np.asarray(load_tokenizer(folder).encode(text).ids, np.int32)
         if not ids.size:
-            raise FolderError(f"text={text!r} has no tokens; give some more")
+            raise FolderError(f"text must have at least one token, got {text!r}")
     except MissingTokenizerError:
         ids = generator.integers(0, inputs.vocab_size, min(limit, 32)).astype(np.int32)
     return ids[None, :limit]
 
 
 def layer_outputs(model: Transformer, inputs: jax.Array) -> tuple[list[jax.Array], dict[str, Any]]:
-    """The residual stream before and after each layer of an unrolled model, and its outputs."""
+    """Return the residual stream before and after each layer of an unrolled model, and its outputs."""
     streams: list[jax.Array] = []
 
     def run_group(index, group, x, context, cache, key):
@@ -114,13 +114,13 @@ def layer_outputs(model: Transformer, inputs: jax.Array) -> tuple[list[jax.Array
 def torch_outputs(
     folder: str | os.PathLike[str], model: Transformer, inputs: np.ndarray
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The same from transformers, with its outputs under our names."""
+    """Return the same from transformers, with its outputs under effscale's names."""
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"comparing needs torch and transformers ({error}): pip install 'effscale[torch]'"
+            f"comparing models needs torch and transformers ({error}): install them with pip install 'effscale[torch]'"
         ) from error
     source = open_source(folder)
     _, described = describe(model.config, source.family.model_type)
@@ -138,7 +138,7 @@ def torch_outputs(
         raise FolderError(f"transformers cannot load {str(folder)!r}: {error}") from error
     if found["missing_keys"] or found["mismatched_keys"]:
         raise FolderError(
-            f"transformers does not find all of a {name} in {str(folder)!r}: convert it first"
+            f"{str(folder)!r}: transformers does not find all tensors of a {name}. Convert it first"
         )
     layers = next(
         module
@@ -158,7 +158,7 @@ def torch_outputs(
 
 
 def their_names(result: Any, heads: list[str]) -> dict[str, np.ndarray]:
-    """Their outputs under our names."""
+    """Return transformers' outputs under effscale's names."""
     import torch
 
     if "start_logits" in result:

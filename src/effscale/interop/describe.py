@@ -1,4 +1,4 @@
-"""The family that a config belongs to, and its ``config.json``: the way back from a model to transformers."""
+"""Find the family of a config and its ``config.json``: the conversion from effscale back to transformers."""
 
 import dataclasses
 import re
@@ -11,23 +11,23 @@ from effscale.interop.families.family import Heads
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, TransformerConfig
 
-# Differences in an error.
+# Maximum number of differences in an error.
 SHOWN = 5
-# How a model trains and computes, not what it is.
+# Fields that affect how a model trains and computes, but not what it is.
 FREE = ("dtype", "remat", "attention_implementation", "init_std", "scale_residual_init", "groups")
 
 
 def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Family, dict[str, Any]]:
-    """The family whose config comes back the same from its ``config.json``, and the fields of that file.
+    """Return a family that can express the config in its ``config.json``, and the fields of that file.
 
-    Dropout is written where the family has a name for it, and left out elsewhere.
+    Dropout is written if the family has a name for it, and left out otherwise.
 
     Args:
-        config: The model's.
-        prefer: The ``model_type`` that is tried first: a Mistral without windows is a Llama as well.
+        config: The model's config.
+        prefer: The ``model_type`` to try first: a Mistral without windows is also a Llama.
 
     Raises:
-        ValueError: If no family can express the config; the message says what keeps the nearest one from it.
+        ValueError: No family can express the config; the message explains what the closest one lacks.
     """
     kinds = {type(block.feed_forward) for block in config.blocks}
     near: list[tuple[int, bool, str]] = []
@@ -57,13 +57,13 @@ def describe(config: TransformerConfig, prefer: str | None = None) -> tuple[Fami
         has_class = architecture is not None
         near.append((len(differences), has_class, "; ".join(differences[:SHOWN]) + more))
     for kind in kinds - known:
-        raise ValueError(f"transformers has no family whose feed-forward is a {kind.__name__}")
-    nearest = min(near)[2] if near else f"it has parts that none of {', '.join(FAMILIES)} has"
+        raise ValueError(f"transformers has no family with the feed-forward {kind.__name__}")
+    nearest = min(near)[2] if near else f"it has parts that none of {', '.join(FAMILIES)} supports"
     raise ValueError(f"transformers has no family with this config: {nearest}")
 
 
 def _as_in_files(config: TransformerConfig) -> TransformerConfig:
-    """The config with the head that a file cannot tell from classes, a score, under their name."""
+    """Return the config with a score head renamed to classes, from which a file cannot distinguish it."""
     heads = tuple(
         dataclasses.replace(head, name="classes")
         if isinstance(head, ClassHead) and head.name == "score"
@@ -75,7 +75,7 @@ def _as_in_files(config: TransformerConfig) -> TransformerConfig:
 
 
 def _heads_found(family: Family, fields: dict[str, Any], config: TransformerConfig) -> Heads:
-    """The heads that the loader would find, from the names and shapes of their tensors."""
+    """Return the heads that the loader would find, from the names and shapes of their tensors."""
     heads = {head.name: head for head in config.heads}
     tensors: dict[str, TensorInfo] = {}
     for rule in family.heads:
@@ -89,7 +89,7 @@ def _heads_found(family: Family, fields: dict[str, Any], config: TransformerConf
 
 
 def essence(config: TransformerConfig) -> dict[str, Any]:
-    """What makes a model's outputs, by path: layer by layer, so that it does not matter how they are grouped."""
+    """Return what determines a model's outputs, by path and layer by layer, so that grouping does not matter."""
     found: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
@@ -112,11 +112,11 @@ def essence(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _resolved(part: Any, config: TransformerConfig) -> dict[str, Any]:
-    """Fields of a part, without dropout and with the defaults written out."""
+    """Return the fields of a part, without dropout and with explicit defaults."""
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     fields.pop("dropout", None)
     if "transform" in fields and part.transform is None:
-        del fields["norm"]  # the transform's
+        del fields["norm"]  # the norm of the transform
     if "num_kv_heads" in fields:
         width = part.width(config.d_model)
         fields |= {"num_kv_heads": part.kv_heads, "head_dim": width}
@@ -130,12 +130,12 @@ def _resolved(part: Any, config: TransformerConfig) -> dict[str, Any]:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], family: str) -> list[str]:
-    """Says where two essences differ, once for all layers."""
+    """Describe the differences between two essences, once for all layers."""
     said: dict[str, str] = {}
     for path in [*ours, *(path for path in theirs if path not in ours)]:
         mine, other = ours.get(path), theirs.get(path)
         parent, _, _ = path.rpartition(".")
-        # Where the parts are of two kinds, their fields are beside the point.
+        # If the parts are of different kinds, their fields do not matter.
         if mine != other and ours.get(parent) == theirs.get(parent):
             where = re.sub(r"^layers\.\d+\.", "layers.", path)
             said.setdefault(where, f"{where} is {mine!r}, and {family} has {other!r}")

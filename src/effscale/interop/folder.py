@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights, and how its JSON files are read."""
+"""Find the files with the weights of a model folder, and read its JSON files."""
 
 import json
 import os
@@ -20,34 +20,34 @@ NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where the weights of a folder are looked for, in this order, which is that of transformers."""
+"""File names of weights, in the order in which they are looked for, which is that of transformers."""
 
 NOT_WEIGHTS = ("adapter_model", "training_args", "optimizer", "scheduler")
-"""What else ends like weights: an adapter is no model, and the others are left from training."""
+"""Other files with the same endings: adapters are not models, and the others are left over from training."""
 
 
 def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
-    """Opens the weights of a model folder, without reading them.
+    """Open the weights of a model folder without reading them.
 
-    Taken is the first of `NAMES` that is there; else Megatron-DeepSpeed's layer files
-    (`effscale.interop.files.megatron`); else DeepSpeed's files of experts
-    (`effscale.interop.files.deepspeed_moe`); else the only other ``*.safetensors`` file, or the only
+    The first of these that exists is used: a file in ``NAMES``; Megatron-DeepSpeed's layer files
+    (``effscale.interop.files.megatron``); DeepSpeed's files of experts
+    (``effscale.interop.files.deepspeed_moe``); the only other ``*.safetensors`` file; or the only
     other ``*.bin`` file.
 
     Args:
-        folder: A folder on this machine.
+        folder: A local folder.
 
     Returns:
-        The tensors of all files together, under the names that they have there.
+        The tensors of all files together, under their names in the files.
 
     Raises:
-        FolderError: There is no such folder, no weights in it or more than one candidate; a
-            file is damaged; a shard is missing, or does not hold what the index says.
-        ImportError: The weights are in PyTorch's format, and there is no torch.
+        FolderError: The folder does not exist, or has no weights or more than one candidate; a
+            file is damaged; a shard is missing, or does not match the index.
+        ImportError: The weights are in PyTorch's format, and torch is not installed.
     """
     folder = checked_folder(folder)
     for name in NAMES:
-        # A link to a file that is gone is an error of that file, not a reason to look further.
+        # A dangling link is an error of that file, not a reason to look further.
         if os.path.lexists(folder / name):
             return _open_indexed(folder, name) if name.endswith(".json") else _open(folder / name)
     if MegatronBloom.is_in(folder):
@@ -59,70 +59,70 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
         files = sorted(name for name in names if name.endswith(ending))
         if any(re.search(r"-\d+-of-\d+\.", name) for name in files):
             raise FolderError(
-                f"{str(folder)!r} holds shards but no index ({_listed(files)}): a download or a "
-                "save did not finish. Get the missing files, the .index.json among them, or save "
+                f"{str(folder)!r}: has shards but no index ({_listed(files)}): a download or a "
+                "save was not completed. Get the missing files, including the .index.json, or save "
                 "the model again."
             )
         if len(files) > 1:
             raise FolderError(
-                f"{str(folder)!r} holds several files that could be the weights: {_listed(files)}. "
-                f"Name the right one {NAMES[0] if ending == '.safetensors' else NAMES[2]!r}."
+                f"{str(folder)!r}: has several files that could be the weights: {_listed(files)}. "
+                f"Rename the right one to {NAMES[0] if ending == '.safetensors' else NAMES[2]!r}."
             )
         if files:
             return _open(folder / files[0])
     raise FolderError(
-        f"{str(folder)!r} holds no weights: neither {', '.join(NAMES)} nor another .safetensors or "
-        f".bin file nor Megatron-DeepSpeed's layer files nor DeepSpeed's of experts. {_content(folder)}"
+        f"{str(folder)!r}: has no weights: no {', '.join(NAMES)}, no other .safetensors or "
+        f".bin file, no layer files of Megatron-DeepSpeed and no expert files of DeepSpeed. {_content(folder)}"
     )
 
 
 def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """Reads a JSON object, such as ``config.json``, from a model folder.
+    """Read a JSON object, such as ``config.json``, from a model folder.
 
     Args:
         folder: The folder.
         name: The file's name.
 
     Raises:
-        FolderError: There is no such folder or file, or it is not JSON, or no object.
+        FolderError: The folder or file does not exist, or the file is not a JSON object.
     """
     folder = checked_folder(folder)
     path = folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(f"{str(folder)!r} has no {name}. {_content(folder)}") from None
+        raise FolderError(f"{str(folder)!r}: has no {name}. {_content(folder)}") from None
     except json.JSONDecodeError as error:
         raise FolderError(
-            f"{str(path)!r} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
-            "Download it again, or mend that line."
+            f"{str(path)!r}: is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. "
+            "Download it again, or correct that line."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{str(path)!r} cannot be read: {error}.") from error
+        raise FolderError(f"{str(path)!r}: cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise FolderError(
-            f"{str(path)!r} holds a JSON {type(content).__name__} where an object "
-            '({"key": value, ...}) is needed.'
+            f"{str(path)!r}: must be a JSON object "
+            f'({{"key": value, ...}}), got a {type(content).__name__}.'
         )
     return content
 
 
 def checked_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder as a path, after checking that it is one.
+    """Return the folder as a path, after checking that it is a folder.
 
     Raises:
         FolderError: It does not exist, or is a file.
     """
     path = pathlib.Path(folder)
-    # Those of os.path, unlike pathlib's, know no name that is too long for the file system.
+    # os.path, unlike pathlib, accepts names that are too long for the file system.
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
-        raise FolderError(f"{str(path)!r} is a file: give the folder that it lies in.")
+        raise FolderError(f"{str(path)!r}: is a file; pass the folder that contains it.")
     raise FolderError(
-        f"there is no folder {str(path)!r} here. Nothing is downloaded from a hub: give a folder on "
-        "this machine. One from the Hugging Face Hub comes with `hf download NAME --local-dir "
-        "FOLDER`, or as a clone with git-lfs."
+        f"there is no folder {str(path)!r}. Models are not downloaded automatically: pass a local folder. "
+        "To get one from the Hugging Face Hub, run `hf download NAME --local-dir FOLDER`, "
+        "or clone it with git-lfs."
     )
 
 
@@ -134,22 +134,24 @@ def _open_indexed(folder: pathlib.Path, index: str) -> Tensors:
     where = str(folder / index)
     weight_map = read_json(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FolderError(f"{where!r} has no weight_map from names of tensors to names of files.")
+        raise FolderError(f"{where!r}: has no weight_map from names of tensors to names of files.")
     files = sorted(set(weight_map.values()))
     outside = [name for name in files if not _stays_inside(name)]
     if outside:
-        raise FolderError(f"{where!r} names files outside its folder, refused: {_listed(outside)}.")
+        raise FolderError(
+            f"{where!r}: names files outside its folder, which is not allowed: {_listed(outside)}."
+        )
     missing = [name for name in files if not os.path.isfile(folder / name)]
     if missing:
         raise FolderError(
-            f"{len(missing)} of the {len(files)} files that {where!r} names are not there: "
+            f"{where!r}: {len(missing)} of its {len(files)} files are missing: "
             f"{_listed(missing)}. Download them into the same folder."
         )
     return Shards(where, {name: _open(folder / name) for name in files}, weight_map)
 
 
 def _stays_inside(name: str) -> bool:
-    # By its letters only: in the Hub's cache the files are links that point outside.
+    # Judged only by the name: in the Hub's cache, files are links that point outside.
     parts = pathlib.PureWindowsPath(name).parts
     return (
         bool(parts)
@@ -161,7 +163,7 @@ def _stays_inside(name: str) -> bool:
 
 def _content(folder: pathlib.Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    return f"It holds: {_listed(names)}." if names else "It is empty."
+    return f"It contains: {_listed(names)}." if names else "It is empty."
 
 
 def _listed(names: Iterable[str], limit: int = 20) -> str:

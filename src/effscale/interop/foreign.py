@@ -1,4 +1,4 @@
-"""Values from files of others: checked where they are read, with errors that name the file, the field and the value."""
+"""Values from files of other programs, checked when they are read; errors name the file, the field and the value."""
 
 import contextlib
 import dataclasses
@@ -10,27 +10,27 @@ from typing import Any
 from effscale.interop.tensors import FolderError
 
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
-"""What Python raises, beside a ValueError, over a value of another kind than code expects."""
+"""The exceptions, in addition to ValueError, that Python raises for a value of an unexpected kind."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 LIMIT = 2**31
-"""Whole numbers lie below this: no size of a model comes near it, and shapes of such sizes can still be computed with."""
+"""Upper bound of whole numbers: no size of a model is near it, and shapes of such sizes can still be computed with."""
 
 
 @contextlib.contextmanager
 def reading(what: str, *also: type[Exception]) -> Generator[None]:
-    """The guard around a reader: whatever a strange value makes Python raise becomes one error.
+    """Guard a reader: convert any exception that an unexpected value causes into one error.
 
-    The readers check what they can foresee and name the field; this is for the rest.
+    Readers check what they can foresee and name the field; this covers the rest.
 
     Args:
         what: What is read, as the beginning of a sentence.
-        also: Further errors, where a library raises its own.
+        also: Additional exceptions, if a library raises its own.
 
     Raises:
-        FolderError: In place of any error that a value of another kind can cause.
+        FolderError: In place of any exception that a value of an unexpected kind can cause.
 
     Example:
         >>> with reading("'model/config.json' cannot be read"):
@@ -51,9 +51,9 @@ def reading(what: str, *also: type[Exception]) -> Generator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The fields of a JSON object, or of another file's header, by name and kind.
+    """The fields of a JSON object, or of another file's header, by name and type.
 
-    A field that is absent or null is the default. Without a default it is an error, as is a value of another kind.
+    A field that is absent or null has its default. Without a default, this is an error, as is a value of another type.
 
     Attributes:
         where: The file, for errors.
@@ -66,36 +66,36 @@ class Fields:
         >>> fields.whole("n_head")
         Traceback (most recent call last):
         ...
-        effscale.interop.tensors.FolderError: config.json has n_head='two': must be a whole number from 0 to 2147483647
+        effscale.interop.tensors.FolderError: config.json: n_head must be a whole number from 0 to 2147483647, got 'two'
     """
 
     where: str
     values: Mapping[str, Any]
 
     def whole(self, name: str, default: Any = ..., *, least: int = 0) -> Any:
-        """A whole number; JSON tells no integers from other numbers, so 8.0 is one."""
+        """Return a whole number; JSON does not distinguish integers from other numbers, so 8.0 is one."""
         fits = lambda v: _is_number(v) and least <= v < LIMIT and v == int(v)
         return self._read(name, default, fits, int, f"a whole number from {least} to {LIMIT - 1}")
 
     def number(self, name: str, default: Any = ...) -> Any:
-        """A finite number, as a float."""
+        """Return a finite number, as a float."""
         return self._read(name, default, _is_number, float, "a finite number")
 
     def flag(self, name: str, default: Any = ...) -> Any:
-        """True or false."""
+        """Return true or false."""
         return self._read(name, default, lambda v: isinstance(v, bool), bool, "true or false")
 
     def text(self, name: str, default: Any = ...) -> Any:
-        """A string."""
+        """Return a string."""
         return self._read(name, default, lambda v: isinstance(v, str), str, "a string")
 
     def strings(self, name: str, default: Any = ...) -> Any:
-        """A list of strings."""
+        """Return a list of strings."""
         fits = lambda v: isinstance(v, list) and all(isinstance(part, str) for part in v)
         return self._read(name, default, fits, list, "a list of strings")
 
     def wholes(self, name: str, default: Any = ...) -> Any:
-        """A list of whole numbers."""
+        """Return a list of whole numbers."""
         fits = lambda v: (
             isinstance(v, list)
             and all(_is_number(part) and 0 <= part < LIMIT and part == int(part) for part in v)
@@ -103,7 +103,7 @@ class Fields:
         return self._read(name, default, fits, lambda v: [*map(int, v)], "a list of whole numbers")
 
     def block(self, name: str, default: Any = ...) -> Any:
-        """An object, with fields of its own."""
+        """Return an object with fields of its own."""
         inner = lambda values: Fields(f"{self.where}, in {name},", values)
         return self._read(name, default, lambda v: isinstance(v, dict), inner, "an object")
 
@@ -119,19 +119,19 @@ class Fields:
         if value is None and default is not ...:
             return default
         if name not in self.values:
-            raise FolderError(f"{self.where} has no {name}: must be {wanted}")
+            raise FolderError(f"{self.where.rstrip(',')}: {name} is missing; it must be {wanted}")
         if value is None or not fits(value):
             given = "null" if value is None else shown(value)
-            raise FolderError(f"{self.where} has {name}={given}: must be {wanted}")
+            raise FolderError(f"{self.where.rstrip(',')}: {name} must be {wanted}, got {given}")
         return convert(value)
 
 
 def shown(value: Any) -> str:
-    """A value for an error, shortened: a file of others can hold one of any length."""
+    """Return a shortened value for an error: a file of another program can contain one of any length."""
     return _SHORT.repr(value)
 
 
 def _is_number(value: Any) -> bool:
-    # A comparison never overflows, as the conversion of a long integer does; with not-a-number it is false.
+    # A comparison never overflows, unlike the conversion of a long integer; with NaN it is false.
     largest = sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= largest

@@ -1,4 +1,4 @@
-"""Other heads than those of a folder: what they take of its tensors, and what is initialized."""
+"""Heads other than those of a folder: what they use of its tensors, and what is initialized."""
 
 import dataclasses
 import zlib
@@ -18,31 +18,31 @@ from effscale.models import ClassHead, Dense, HeadConfig, LMHead, TransformerCon
 from effscale.parallel import shardings
 
 REWARDS = ("score", "classes", "value")
-"""Names under which a head of one output is the same: a score of a text, and DeepSpeed-Chat's value of its tokens."""
+"""Names of the same head with one output: a score of a text, and DeepSpeed-Chat's value of its tokens."""
 
 
 def with_heads(
     source: Source, heads: Sequence[HeadConfig] | None, initialize: Collection[str] = ()
 ) -> Source:
-    """The same source for a model with other heads.
+    """Return the source for a model with other heads.
 
-    Tensors of heads that nobody asked for are left out, and ``fresh`` of the new source names the parameters for which the
+    Tensors of heads that were not requested are left out. ``fresh`` of the new source names the parameters for which the
     folder has no tensor.
 
     Args:
         source: The folder.
         heads: The heads; None: those of the folder.
-        initialize: Names of heads that take nothing from the folder.
+        initialize: Names of heads that use nothing from the folder.
 
     Raises:
-        ValueError: If a head is not one that such a model can have, or the folder has it in another form; one error lists
-            all that is wrong.
+        ValueError: The model does not support a head, or the folder has the head in another form; one error lists all
+            problems.
     """
     chosen = source.config.heads if heads is None else tuple(heads)
     unknown = set(initialize) - {head.name for head in chosen}
     if unknown:
         raise ValueError(
-            f"initialize={sorted(initialize)} must name heads of the model, which are {[head.name for head in chosen]}"
+            f"initialize must name heads of the model, which are {[head.name for head in chosen]}, got {sorted(initialize)}"
         )
     _check_kinds(source, chosen)
     pooler = _has_pooler(source, chosen)
@@ -82,12 +82,12 @@ def with_heads(
 def initial_values(
     source: Source, key: PRNGKeyArray | None, dtype: np.dtype, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-    """Values of the parameters for which the folder has no tensor, by path.
+    """Return values of the parameters for which the folder has no tensor, by path.
 
-    A head's depend on the key and on its name, and not on what stands beside it.
+    The values of a head depend only on the key and its name, not on other heads.
 
     Raises:
-        ValueError: If there are such and no key.
+        ValueError: There are such parameters but no key.
     """
     if not source.fresh:
         return {}
@@ -95,7 +95,7 @@ def initial_values(
     if key is None:
         names = sorted({_owner(leaf) for leaf in source.fresh})
         raise ValueError(
-            f"{str(source.path)!r} has no tensors for {', '.join(names)}: give a key to initialize them, such as "
+            f"{str(source.path)!r}: has no tensors for {', '.join(names)}. Pass a key to initialize them, such as "
             "key=jax.random.key(0)"
         )
     width = config.hidden_width
@@ -124,31 +124,31 @@ def initial_values(
 
 
 def _check_kinds(source: Source, heads: Sequence[HeadConfig]) -> None:
-    """Raises if a head is of a kind that the family cannot have."""
+    """Raise if the family does not support the kind of a head."""
     family = source.family
     has_pooler = any(rule.parts[0].startswith("pooler.") for rule in family.trunk)
     for head in heads:
         if isinstance(head, ClassHead) and head.pool == "pooled" and not has_pooler:
             raise ValueError(
-                f"the head {head.name!r} has pool='pooled', and the family {family.model_type} has no pooler; pool='last' "
-                "takes the last token of a text"
+                f"the head {head.name!r} has pool='pooled', but the family {family.model_type} has no pooler. Use pool='last' "
+                "for the last token of a text"
             )
         if isinstance(head, LMHead) and head.name == "lm" and not source.config.causal:
             known = sorted({rule.parts[0].split(".")[1] for rule in family.heads})
             raise ValueError(
-                f"the family {family.model_type} has no head that predicts the next token, as a position sees those after "
-                f"it; its heads are {', '.join(known)}"
+                f"the family {family.model_type} has no head that predicts the next token, because a position also attends to later "
+                f"ones. Its heads are {', '.join(known)}"
             )
 
 
 def _has_pooler(source: Source, heads: Sequence[HeadConfig]) -> bool:
-    """Whether the model has a pooler: where a head reads it, or where there is no head and the folder has one."""
+    """Return whether the model has a pooler: a head reads it, or there are no heads and the folder has one."""
     pooled = any(isinstance(head, ClassHead) and head.pool == "pooled" for head in heads)
     return pooled or (source.config.pooler and not heads)
 
 
 def _counterpart(head: HeadConfig, source: Source) -> str | None:
-    """The name of the head of the folder that this one is, or None if it has no such head."""
+    """Return the name of the folder's head that corresponds to this one, or None."""
     held = [theirs for theirs in source.config.heads if _is_there(theirs, source)]
     for theirs in held:
         if theirs.name == head.name:
@@ -159,7 +159,7 @@ def _counterpart(head: HeadConfig, source: Source) -> str | None:
             one = head.num_classes == theirs.num_classes == 1
             if names <= set(REWARDS[:2]) or (names <= set(REWARDS) and one):
                 return theirs.name
-    # A tensor may lie there beside those of the heads that the folder is known by.
+    # A tensor may be stored next to those of the heads that identify the folder.
     rest = {rule.theirs for rule in source.rules if _of_head(rule, head.name)} & source.names
     claimed = {
         rule.theirs for theirs in held for rule in source.rules if _of_head(rule, theirs.name)
@@ -175,17 +175,17 @@ def _is_there(head: HeadConfig, source: Source) -> bool:
 def _differences(
     head: HeadConfig, name: str, rows: Sequence[Rule], leaves: set[str], source: Source
 ) -> list[str]:
-    """What keeps a head from being filled with the tensors of the folder's."""
-    again = f"initialize=({head.name!r},) gives it new initial values"
+    """Return what prevents a head from being filled with the tensors of the folder's head."""
+    again = f"initialize=({head.name!r},) initializes it"
     theirs = next((one for one in source.config.heads if one.name == name), None)
     match head, theirs:
         case ClassHead(num_classes=ours), ClassHead(num_classes=count) if ours != count:
             return [
-                f"{head.name!r} has num_classes={ours}, and the folder's {name!r} has {count}; {again}"
+                f"{head.name!r} has num_classes={ours}, but the folder's {name!r} has {count}; {again}"
             ]
         case LMHead(tied=ours), LMHead(tied=tied) if ours != tied:
-            kind = "the embedding's transpose" if tied else "a matrix of its own"
-            return [f"{head.name!r} has tied={ours}, and the folder's {name!r} is {kind}; {again}"]
+            kind = "the transposed embedding" if tied else "a separate matrix"
+            return [f"{head.name!r} has tied={ours}, but the folder's {name!r} is {kind}; {again}"]
     held = {row.theirs for row in rows} & source.names
     wanted = {row.theirs for row in rows if row.ours in leaves}
     hint = lambda tensor, has: f" (bias={has})" if tensor.endswith(".bias") else ""
@@ -202,7 +202,7 @@ def _differences(
 
 
 def _leaves(head: HeadConfig, config: TransformerConfig) -> set[str]:
-    """Paths of a head's parameters in the model."""
+    """Return the paths of a head's parameters in the model."""
     module = nnx.eval_shape(lambda: head.build(config, rngs=nnx.Rngs(0)))
     return {f"heads.{head.name}.{path}" for path in parameters(module)}
 
@@ -212,7 +212,7 @@ def _of_head(rule: Rule, name: str | None = None) -> bool:
 
 
 def _moved(rule: Rule, old: str, new: str) -> Rule:
-    """A head's row, for a head of another name."""
+    """Return the row of a head, for a head with another name."""
     (part,) = rule.parts
     return dataclasses.replace(rule, ours=f"heads.{new}.{part.removeprefix(f'heads.{old}.')}")
 

@@ -1,4 +1,4 @@
-"""From a model folder to a model: each tensor is read once and goes straight to where it will lie."""
+"""Load a model from a folder: each tensor is read once and placed directly where it belongs."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ from effscale.models import HeadConfig, Transformer, abstract, split_groups
 from effscale.parallel import shardings
 
 LONG = 500_000_000
-"""Numbers in a model whose loading takes long enough for a progress bar."""
+"""Number of parameters from which loading takes long enough for a progress bar."""
 
 FLOATS = tuple(np.dtype(name) for name in ("float32", "float16", ml_dtypes.bfloat16))
 
@@ -42,39 +42,39 @@ def load_pretrained(
     initialize: Collection[str] = (),
     key: PRNGKeyArray | None = None,
 ) -> Transformer:
-    """Loads a PyTorch model of any of the families, as transformers or DeepSpeed-Chat saved it.
+    """Load a PyTorch model of any supported family, as saved by transformers or DeepSpeed-Chat.
 
-    Safetensors files are read without torch; ``.bin`` files with ``torch.load(weights_only=True)``. Tensors are
-    read one at a time, each into its place on the devices; nothing else of the file is ever in memory. Nothing is
+    Safetensors files are read without torch, ``.bin`` files with ``torch.load(weights_only=True)``. Tensors are
+    read one at a time, each into its place on the devices; nothing else of the file is held in memory. Nothing is
     downloaded.
 
     Args:
-        folder: A folder with ``config.json`` and weights; or a GGUF file of a Llama.
-        dtype: Type of the parameters and of what the model computes in: float32, bfloat16 or float16. None: that of
-            the file, tensor by tensor.
-        mesh: Where the parameters lie, by the rules of :mod:`effscale.parallel`; None: on the default device.
-        heads: The heads of the model, such as a reward's or a classifier's on the trunk of a language model; ``()``: the
-            trunk alone. A head that the folder has, by its name, is loaded; ``score``, ``classes`` and ``value`` with one
-            output are the same head under three names. Heads of the folder that are not among these are left out. None:
-            the folder's heads.
-        initialize: Names of heads that get new initial values although the folder has them.
-        key: What heads that the folder does not have are initialized from, and BERT's pooler where a head needs it.
+        folder: A folder with ``config.json`` and weights, or a GGUF file of a Llama.
+        dtype: Dtype of the parameters and of the computation: float32, bfloat16 or float16. None: that of the file, tensor
+            by tensor.
+        mesh: Mesh for the parameters, by the rules of ``effscale.parallel``; None: the default device.
+        heads: The heads of the model, such as a reward or classifier head on the trunk of a language model; ``()``: only
+            the trunk. A head that the folder has, by its name, is loaded; ``score``, ``classes`` and ``value`` with one
+            output are three names of the same head. Heads of the folder that are not listed are left out. None: the
+            folder's heads.
+        initialize: Names of heads to initialize even if the folder has them.
+        key: Key for initializing heads that the folder does not have, and BERT's pooler if a head needs it.
 
     Returns:
-        The model. A model with a next-token head only gives logits; any other gives a dict with ``hidden``, ``pooled``
-        where there is a pooler, and each head's output: ``mlm``, ``nsp``, ``classes`` (one row a text or image),
-        ``token_classes``, ``span`` and ``value`` (one row a token).
+        The model. A model with only a next-token head returns logits. Any other returns a dict with ``hidden``, ``pooled``
+        if there is a pooler, and each head's output: ``mlm``, ``nsp``, ``classes`` (one row per text or image),
+        ``token_classes``, ``span`` and ``value`` (one row per token).
 
     Raises:
-        FolderError: If the folder, a file or a tensor is not what it should be. All tensors that are missing, unexpected
-            or of the wrong shape are in one error.
-        ImportError: If the weights are in a ``.bin`` file and torch is not installed.
-        ValueError: If ``dtype`` is none of the three; or the folder has one of ``heads`` in another form (number of classes,
-            bias), it has none and there is no ``key``, or its family can have no such head.
+        FolderError: The folder, a file or a tensor is invalid. One error lists all tensors that are missing, unexpected
+            or of the wrong shape.
+        ImportError: The weights are in a ``.bin`` file and torch is not installed.
+        ValueError: ``dtype`` is not one of the three; or one of ``heads`` has another form in the folder (number of classes,
+            bias), is not in the folder and there is no ``key``, or is not supported by the family.
 
     Warns:
-        UserWarning: If a tensor has values that are not a number or are beyond the range of ``dtype``, or two tensors
-            differ that should be one.
+        UserWarning: A tensor contains NaN or values beyond the range of ``dtype``, or two tensors that should be the same
+            differ.
 
     Example:
         >>> import tempfile, jax
@@ -99,7 +99,7 @@ def load_pretrained(
 def load_source(
     source: Source, *, dtype: Any = None, mesh: Mesh | None = None, key: PRNGKeyArray | None = None
 ) -> Transformer:
-    """A model from an open source; the arguments are those of :func:`load_pretrained`."""
+    """Load a model from an open source; the arguments are those of ``load_pretrained``."""
     chosen = None if dtype is None else float_type(dtype)
     computes = chosen or _most_common(source)
     types = _types(source, chosen, computes)
@@ -114,14 +114,14 @@ def fill(
     mesh: Mesh | None,
     initial: Mapping[str, jax.Array],
 ) -> Transformer:
-    """A model of ``source.config`` with the source's tensors, of the given types by name.
+    """Return a model of ``source.config`` with the source's tensors, with the given dtypes by name.
 
     Groups of layers are split where a tensor's form changes from one layer to the next.
 
     Args:
         source: The source.
-        types: By the names of tensors.
-        mesh: As in :func:`load_pretrained`.
+        types: Dtypes by the names of tensors.
+        mesh: As in ``load_pretrained``.
         initial: The parameters for which there is no tensor.
     """
     model = abstract(source.config)
@@ -137,7 +137,9 @@ def fill(
     for slot in slots:
         for leaf in slot.leaves:
             one = types[slot.name]
-            same = leaf_types.setdefault(leaf, one) == one  # all layers' tensors are one array
+            same = (
+                leaf_types.setdefault(leaf, one) == one
+            )  # the tensors of all layers are one array
             leaf_types[leaf] = one if same else np.dtype("float32")
 
     waiting = collections.Counter(leaf for slot in slots for leaf in slot.leaves)
@@ -151,7 +153,7 @@ def fill(
             tensor = convert(slot.name, tensor, types[slot.name], stacklevel=4)
             ours = slot.rule.to_ours(tensor, axes)
         if any(has_nan(array) for array in jax.tree.leaves(ours) if array.dtype in FLOATS):
-            warnings.warn(f"{slot.name} has values that are not a number", stacklevel=3)
+            warnings.warn(f"{slot.name} contains NaN", stacklevel=3)
         for leaf, weight in zip(slot.leaves, ours, strict=True):
             if leaf not in filling:
                 stack = leaves[leaf].get_value().shape[: len(slot.index)]
@@ -172,7 +174,7 @@ def fill(
 
 
 def _to_fill(model: Transformer, source: Source) -> dict[str, nnx.Variable]:
-    """The parameters that tensors of the source fill."""
+    """Return the parameters that tensors of the source fill."""
     return {path: leaf for path, leaf in parameters(model).items() if path not in source.fresh}
 
 
@@ -183,25 +185,25 @@ def _structured(
     axes: Mapping[str, int],
     leaves: Mapping[str, Any],
 ) -> tuple[Any, ...]:
-    """Our weights of a structured tensor, of the shapes that the model has."""
+    """Return effscale's weights for a structured tensor, with the shapes that the model has."""
     found = tensor.weights(lambda array: slot.rule.to_ours(array, axes), dtype)
     for leaf, weight in zip(slot.leaves, found, strict=True):
         wanted = tuple(leaves[leaf].get_value().shape[len(slot.index) :])
         if tuple(weight.shape) != wanted:
             raise FolderError(
-                f"{slot.name} is stored as {list(weight.shape)} for {leaf}, where config.json means {list(wanted)}"
+                f"{slot.name} must have the shape {list(wanted)} for {leaf} according to config.json, got {list(weight.shape)}"
             )
     return found
 
 
 def _stacked(weight: Any, stack: tuple[int, ...], dtype: np.dtype) -> Any:
-    """The shapes of a stack of such weights; an array alone is of the given type."""
+    """Return the shapes of a stack of such weights; a plain array has the given dtype."""
     of = lambda array: dtype if isinstance(weight, np.ndarray) else array.dtype
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*stack, *a.shape), of(a)), weight)
 
 
 def shown(slots: list[Slot], source: Source) -> Iterable[Slot]:
-    """The slots, with a bar on the terminal where they hold so much that one would wonder."""
+    """Return the slots, with a progress bar on the terminal if loading takes long."""
     size = sum(math.prod(source.tensors.infos[slot.name].shape) for slot in slots)
     if size < LONG or not sys.stderr.isatty():
         return slots
@@ -209,7 +211,7 @@ def shown(slots: list[Slot], source: Source) -> Iterable[Slot]:
 
 
 def check_tensors(source: Source, slots: Sequence[Slot], leaves: Mapping[str, Any]) -> None:
-    """Raises one error with every tensor that is missing, unexpected, of the wrong shape or of no float type."""
+    """Raise one error that lists every tensor that is missing, unexpected, of the wrong shape or not of a float type."""
     infos = source.tensors.infos
     wanted = their_shapes(slots, leaves, sizes(source.config))
     wrong = [f"missing: {name} {list(wanted[name])}" for name in sorted(set(wanted) - source.names)]
@@ -219,19 +221,19 @@ def check_tensors(source: Source, slots: Sequence[Slot], leaves: Mapping[str, An
             wrong.append(f"unexpected: {name} {list(info.shape)}")
         elif tuple(info.shape) != wanted[name]:
             wrong.append(
-                f"of the wrong shape: {name} {list(info.shape)}, where config.json means {list(wanted[name])}"
+                f"wrong shape: {name} {list(info.shape)}, but config.json needs {list(wanted[name])}"
             )
         elif info.dtype not in (*FLOATS, np.dtype("float64")):
-            wrong.append(f"of a type that is no float: {name} {info.dtype}")
+            wrong.append(f"not of a float type: {name} {info.dtype}")
     if wrong:
         raise FolderError(
-            f"the tensors in {source.path} are not those of a {source.family.model_type} as its config.json "
-            f"describes it:\n  " + "\n  ".join(wrong)
+            f"the tensors in {source.path} are not those of the {source.family.model_type} that its config.json "
+            f"describes:\n  " + "\n  ".join(wrong)
         )
 
 
 def convert(name: str, tensor: np.ndarray, dtype: np.dtype, *, stacklevel: int = 3) -> np.ndarray:
-    """A tensor in another type, rounded to the nearest; warns, by its name, of values that become infinite."""
+    """Convert a tensor to another dtype, rounding to the nearest; warns, with its name, about values that become infinite."""
     if tensor.dtype == dtype:
         return tensor
     with np.errstate(over="ignore", invalid="ignore"):
@@ -247,20 +249,20 @@ def convert(name: str, tensor: np.ndarray, dtype: np.dtype, *, stacklevel: int =
 
 
 def float_type(dtype: Any) -> np.dtype:
-    """A type of parameters, from its name or type."""
+    """Return the dtype of parameters, from its name or type."""
     try:
         chosen = np.dtype(jax.numpy.dtype(dtype))
     except TypeError as error:
-        raise ValueError(f"dtype={dtype!r} is no type: {error}") from error
+        raise ValueError(f"dtype must be a type, got {dtype!r}: {error}") from error
     if chosen not in FLOATS:
-        raise ValueError(f"dtype={chosen.name!r} must be float32, bfloat16 or float16")
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {chosen.name!r}")
     return chosen
 
 
 def _types(source: Source, chosen: np.dtype | None, computes: np.dtype) -> dict[str, np.dtype]:
-    """The type of each tensor in the model: JAX has no float64 unless asked, so that becomes float32.
+    """Return the dtype of each tensor in the model. JAX disables float64 by default, so that becomes float32.
 
-    A structured tensor's is that in which the model computes.
+    A structured tensor has the dtype in which the model computes.
     """
 
     def narrow(info: TensorInfo) -> np.dtype:
@@ -272,7 +274,7 @@ def _types(source: Source, chosen: np.dtype | None, computes: np.dtype) -> dict[
 
 
 def _most_common(source: Source) -> np.dtype:
-    """The type that most of the numbers have, of those that are stored as they are."""
+    """Return the dtype of most of the numbers, among tensors that are stored unpacked."""
     counts: collections.Counter[np.dtype] = collections.Counter()
     for name in source.names:
         info: TensorInfo = source.tensors.infos[name]
@@ -283,8 +285,8 @@ def _most_common(source: Source) -> np.dtype:
 
 
 def has_nan(tensor: np.ndarray) -> bool:
-    """Whether any value is not a number."""
+    """Return whether any value is NaN."""
     if tensor.dtype == ml_dtypes.bfloat16:
-        # By the bits: ml_dtypes' own test is many times slower.
+        # Compares bits, because ml_dtypes' own test takes many times as long.
         return bool(((tensor.view(np.uint16) & 0x7FFF) > 0x7F80).any())
     return bool(np.isnan(tensor).any())

@@ -1,4 +1,4 @@
-"""Weights that are filled layer by layer, each in the place where it will lie."""
+"""Weights that are filled layer by layer, each directly in its final place."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from jax.sharding import Sharding
 
 
 class Pieces:
-    """An array in the pieces in which it will lie on this process's devices, filled layer by layer.
+    """An array in pieces as placed on this process's devices, filled layer by layer.
 
     Args:
-        shape: Of the whole.
-        dtype: Of the whole.
-        sharding: How it is divided; None: it lies on the default device.
+        shape: Shape of the whole array.
+        dtype: Dtype of the array.
+        sharding: Sharding of the array; None: the default device.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None):
@@ -29,14 +29,14 @@ class Pieces:
                 )
                 for device, index in indices.items()
             }
-        # Devices that hold the same part share one buffer.
+        # Devices with the same part share one buffer.
         parts = dict.fromkeys(map(_key, self.devices.values()))
         self.buffers = {
             part: _aligned(tuple(stop - start for start, stop in part), dtype) for part in parts
         }
 
     def put(self, place: tuple[int, ...], array: np.ndarray) -> None:
-        """Writes the part at ``place`` of the leading dimensions (layer, expert), or, with ``()``, all of it."""
+        """Write the part at ``place`` of the leading dimensions (layer, expert) or, with ``()``, the whole array."""
         for key, buffer in self.buffers.items():
             starts = tuple(start for start, _ in key[: len(place)])
             here = [start <= i < stop for i, (start, stop) in zip(place, key, strict=False)]
@@ -46,7 +46,7 @@ class Pieces:
                 buffer[at] = array[index]
 
     def finish(self) -> jax.Array:
-        """The array."""
+        """Return the array."""
         if self.sharding is None:
             return jax.device_put(self.buffers[_key(self.devices[None])])
         arrays = [
@@ -57,11 +57,11 @@ class Pieces:
 
 
 class WeightPieces:
-    """A weight, which may consist of several arrays, filled layer by layer.
+    """A weight, possibly of several arrays, filled layer by layer.
 
     Args:
-        like: The shapes and types of its arrays: a `jax.ShapeDtypeStruct`, or a structured weight of them.
-        shardings: How they are divided, likewise; None: they lie on the default device.
+        like: Shapes and dtypes of its arrays: a ``jax.ShapeDtypeStruct``, or a structured weight of these.
+        shardings: Their shardings, in the same structure; None: the default device.
     """
 
     def __init__(self, like: Any, shardings: Any):
@@ -73,12 +73,12 @@ class WeightPieces:
         ]
 
     def put(self, place: tuple[int, ...], weight: Any) -> None:
-        """Writes the weight at ``place`` of the leading dimensions; see `Pieces.put`."""
+        """Write the weight at ``place`` of the leading dimensions; see ``Pieces.put``."""
         for pieces, array in zip(self.arrays, jax.tree.leaves(weight), strict=True):
             pieces.put(place, array)
 
     def finish(self) -> Any:
-        """The weight."""
+        """Return the weight."""
         return jax.tree.unflatten(self.structure, [pieces.finish() for pieces in self.arrays])
 
 
@@ -87,7 +87,7 @@ def _key(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array at an address that XLA's CPU backend takes as it is, where it would copy others."""
+    """Return an empty array at an address that XLA's CPU backend uses without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

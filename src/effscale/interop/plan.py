@@ -1,4 +1,4 @@
-"""Which tensor of theirs fills which place of ours, for a whole model."""
+"""Assignment of a file's tensors to parameters, for a whole model."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from effscale.models import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A tensor of theirs and where it goes.
+    """A tensor of a file and the parameters that it fills.
 
     Attributes:
         name: Its canonical name, with the numbers of its layer and expert.
         rule: The row of the table.
         leaves: Paths of the parameters that it fills.
-        index: Which of their stacked layers it is, and which expert of the layer; empty outside the layers.
+        index: Its position in the stacked layers, and the expert of the layer; empty outside the layers.
         layer: The number of its layer in the model; None outside the layers.
     """
 
@@ -31,13 +31,13 @@ class Slot:
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """A model's parameters by their dotted paths."""
+    """Return a model's parameters by their dotted paths."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
 def blocks(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """For each layer, the path of its block and its place in the stack."""
+    """Yield the path of the block and the position in the stack for each layer."""
     for g, group in enumerate(config.groups):
         for index in range(group.repeat):
             for b in range(len(group.blocks)):
@@ -45,15 +45,15 @@ def blocks(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, Any]) -> list[Slot]:
-    """The slots of a model, in the order of the table; rows whose parameters the model lacks are left out.
+    """Return the slots of a model, in the order of the table; rows whose parameters the model lacks are left out.
 
     Args:
         rules: The table.
-        config: The model's.
-        leaves: Its parameters, by path.
+        config: The model's config.
+        leaves: The model's parameters, by path.
 
     Raises:
-        ValueError: If the table has no row for a parameter.
+        ValueError: The table has no row for a parameter.
     """
     slots: list[Slot] = []
     for rule in rules:
@@ -78,7 +78,7 @@ def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, 
 
 
 def form_changes(slots: Iterable[Slot], infos: Mapping[str, TensorInfo]) -> list[int]:
-    """The layers that cannot lie in one stack with the layer before them, as a tensor of theirs has another form."""
+    """Return the layers that cannot be stacked with the previous layer, because a tensor has another form."""
     last: dict[tuple[Rule, tuple[int, ...]], Any] = {}
     changes = set()
     for slot in slots:
@@ -93,8 +93,8 @@ def form_changes(slots: Iterable[Slot], infos: Mapping[str, TensorInfo]) -> list
 def their_shapes(
     slots: Sequence[Slot], leaves: Mapping[str, Any], axes: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each of their tensors, by name, from those of our parameters."""
-    known: dict[Any, tuple[int, ...]] = {}  # layers are alike
+    """Return the shape of each tensor by name, from the shapes of the parameters."""
+    known: dict[Any, tuple[int, ...]] = {}  # all layers have the same shapes
     shapes: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         stacked = len(slot.index)

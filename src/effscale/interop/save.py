@@ -1,4 +1,4 @@
-"""From a model to a folder that transformers loads."""
+"""Save a model as a folder that transformers loads."""
 
 import collections
 import math
@@ -22,11 +22,11 @@ from effscale.interop.table import sizes
 from effscale.models import LMHead, Transformer, dense
 
 ToTheirs = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""From arrays of ours, one for each parameter that belongs to a tensor of theirs, to an array laid out as that tensor."""
+"""Converts arrays of effscale, one for each parameter of a tensor, to an array in the tensor's layout."""
 
 
 class StoredSlot(NamedTuple):
-    """Where a tensor lies: its name in files, its name in transformers' model in memory, and what it is made of."""
+    """The place of a tensor: its name in files, its name in transformers' model in memory, and its source."""
 
     name: str
     memory_name: str
@@ -34,10 +34,10 @@ class StoredSlot(NamedTuple):
 
 
 Store = Callable[[StoredSlot, tuple[Any, ...], ToTheirs], Iterable[tuple[str, np.ndarray]] | None]
-"""How weights become tensors in a file.
+"""Converts weights to tensors in a file.
 
-From where a tensor lies, our weights that belong there (of one layer, with NumPy's arrays), and what turns arrays of ours into
-theirs, to names and arrays; None leaves the tensor to be written as a dense array.
+Its arguments are the place of a tensor, the weights of one layer that belong there (as NumPy arrays), and the conversion
+of arrays to the tensor's layout. It returns names and arrays, or None to write the tensor as a dense array.
 """
 
 
@@ -50,25 +50,25 @@ def save_pretrained(
     like: str | os.PathLike[str] | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes a model as transformers would: safetensors, ``config.json`` and, where told from where, the tokenizer.
+    """Write a model like transformers: safetensors, ``config.json`` and, if a source is given, the tokenizer.
 
-    A weight with structure (a LoRA pair, a packed one) is written as the dense array that it stands for. A value head,
-    as of a DeepSpeed-Chat reward model, becomes the ``score`` of a sequence classifier with one label.
+    A structured weight (a LoRA pair, a packed weight) is written as the dense array that it represents. A value head,
+    as in a DeepSpeed-Chat reward model, becomes the ``score`` of a sequence classifier with one label.
 
     Args:
-        model: Any transformer that one of the families can express, however it was made. Where several can, the first does: a
-            Mistral without windows becomes a Llama, unless ``like`` is a Mistral.
-        folder: Where to; made if it is not there.
-        dtype: Type of the numbers: float32, bfloat16 or float16. None: as the model holds them, tensor by tensor.
-        max_shard_size: Bytes in a file at most, such as ``"5GB"``; a larger model gets several files and an index.
-        like: The folder (or GGUF file) of the model that this one came from. Its tokenizer, generation and preprocessor files go along,
-            and so do those fields of its ``config.json`` that do not tell the model's shape (special tokens, names
-            of labels where there are as many).
-        tokenizer: A tokenizer to write; instead of that of ``like``.
+        model: Any transformer that a family can express, regardless of how it was created. If several can, the first is
+            used: a Mistral without windows becomes a Llama unless ``like`` is a Mistral.
+        folder: The folder to write to; created if it does not exist.
+        dtype: Dtype of the numbers: float32, bfloat16 or float16. None: as in the model, tensor by tensor.
+        max_shard_size: Maximum size of a file, such as ``"5GB"``; a larger model is split into several files with an index.
+        like: The folder (or GGUF file) of the original model. Its tokenizer, generation and preprocessor files are copied,
+            as are the fields of its ``config.json`` that do not depend on the model's shape (special tokens, and names
+            of labels if their number is the same).
+        tokenizer: A tokenizer to write instead of that of ``like``.
 
     Raises:
-        ValueError: If no family can express the model.
-        FolderError: If ``like`` is no model folder, or the folder cannot take the files.
+        ValueError: No family can express the model.
+        FolderError: ``like`` is not a model folder, or the files cannot be written to the folder.
     """
     write_model(
         model,
@@ -92,18 +92,18 @@ def write_model(
     fields: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model folder; see :func:`save_pretrained`.
+    """Write a model folder; see ``save_pretrained``.
 
     Args:
-        model: As there.
-        folder: As there.
-        dtype: As there.
-        max_shard_size: As there.
-        like: As there.
-        tokenizer: As there.
-        store: Writes weights with structure in another way.
-        fields: Further fields of ``config.json``.
-        metadata: For the header of each file; see `effscale.interop.files.writer.write_tensors`.
+        model: As in ``save_pretrained``.
+        folder: As in ``save_pretrained``.
+        dtype: As in ``save_pretrained``.
+        max_shard_size: As in ``save_pretrained``.
+        like: As in ``save_pretrained``.
+        tokenizer: As in ``save_pretrained``.
+        store: Writes structured weights in another form.
+        fields: Additional fields of ``config.json``.
+        metadata: Metadata for the header of each file; see ``effscale.interop.files.writer.write_tensors``.
     """
     more, (family, fields) = fields or {}, describe(model.config, model_type_of(like))
     chosen = None if dtype is None else float_type(dtype)
@@ -116,7 +116,7 @@ def write_model(
     place = pathlib.Path(folder)
     tensors = their_tensors(model, chosen, store, family)
     if jax.process_index() == 0:
-        # With no config there the folder is no model: it never holds the config of one and the weights of another.
+        # Without a config, the folder is not a model, so it never combines one config with other weights.
         forget = lambda: (place / "config.json").unlink(missing_ok=True)
         write_tensors(
             place,
@@ -133,10 +133,10 @@ def write_model(
 
 
 def stored_slots(model: Transformer, family: Family | None = None) -> list[StoredSlot]:
-    """Where a model's tensors lie in a file of its family, in the order of the table.
+    """Return the places of a model's tensors in a file of its family, in the order of the table.
 
     Raises:
-        ValueError: If no family can express the model.
+        ValueError: No family can express the model.
     """
     family = describe(model.config)[0] if family is None else family
     found = []
@@ -152,13 +152,13 @@ def their_tensors(
     store: Store | None = None,
     family: Family | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The model's tensors under their names in files of its family, in the order of the table, one at a time."""
+    """Yield the model's tensors under their names in files of its family, in the order of the table, one at a time."""
     family = describe(model.config)[0] if family is None else family
     leaves = parameters(model)
     axes = sizes(model.config)
     places = stored_slots(model, family)
     untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
-    # Where nothing is tied, transformers wants both names of what would be: BERT has a bias of two names.
+    # If nothing is tied, transformers needs both names of tensors that could be: BERT has a bias with two names.
     names = {place.slot.name for place in places}
     repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
     for place in places:
@@ -182,12 +182,12 @@ def their_tensors(
 
 
 def on_host(weight: Any) -> np.ndarray:
-    """The dense array of a weight; of one that lies on several processes, in each of them."""
+    """Return the dense array of a weight; if it spans several processes, in each of them."""
     return gathered(dense(weight))
 
 
 def gathered(array: Any) -> np.ndarray:
-    """An array on the host; one that lies on several processes is gathered in each of them."""
+    """Return an array on the host; one that spans several processes is gathered in each of them."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
@@ -195,7 +195,7 @@ def gathered(array: Any) -> np.ndarray:
 
 @jax.jit
 def part(weight: Any, index: tuple[Any, ...]) -> Any:
-    """One layer or expert of a stacked weight: a small array of its own, whose copy on the host is not kept by the model's."""
+    """Return one layer or expert of a stacked weight, as a separate small array whose host copy the model does not keep."""
     for i in index:
         take = lambda x, i=i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
         weight = jax.tree.map(take, weight)

@@ -1,4 +1,4 @@
-"""Tensors that an index spreads over several files."""
+"""Tensors that an index distributes over several files."""
 
 from collections.abc import Mapping
 
@@ -8,20 +8,20 @@ from effscale.interop.tensors import FolderError, TensorInfo, Tensors
 
 
 class Shards:
-    """Several containers as one; see `effscale.interop.tensors.Tensors`.
+    """Several containers as one; see ``effscale.interop.tensors.Tensors``.
 
-    Where the files have metadata of ours, it is the same in all of them.
+    If the files have effscale's metadata, it is the same in all of them.
 
-    A tensor that the index does not name but a file holds is listed too: whoever reads the model
-    decides whether it is too much.
+    A tensor in a file that the index does not name is listed, too; the reader of the model decides
+    whether it is unexpected.
 
     Args:
         where: The index, for error messages.
         files: The containers by their file's name.
-        weight_map: Which file holds each tensor.
+        weight_map: Which file contains each tensor.
 
     Raises:
-        FolderError: A file lacks a tensor that it should hold, or two files hold a tensor that the
+        FolderError: A file lacks a tensor that it should contain, or two files contain a tensor that the
             index does not name.
     """
 
@@ -32,15 +32,15 @@ class Shards:
         if absent:
             name = absent[0]
             raise FolderError(
-                f"{where!r} and its files do not belong together: {len(absent)} tensors are not "
-                f"where it says, the first {name!r} not in {weight_map[name]!r}. Download both again."
+                f"{where!r}: does not match its files: {len(absent)} tensors are not "
+                f"where it lists them, the first is {name!r} in {weight_map[name]!r}. Download both again."
             )
         for file, tensors in files.items():
             for name in tensors.infos.keys() - weight_map.keys():
                 if name in self._file_of:
                     raise FolderError(
-                        f"{where!r} does not name {name!r}, which both {self._file_of[name]!r} and "
-                        f"{file!r} hold. Download both again."
+                        f"{where!r}: does not name {name!r}, which both {self._file_of[name]!r} and "
+                        f"{file!r} contain. Download both again."
                     )
                 self._file_of[name] = file
         self.metadata: Mapping[str, str] = self._common_metadata()
@@ -49,7 +49,7 @@ class Shards:
         }
 
     def _common_metadata(self) -> Mapping[str, str]:
-        """What a save of ours wrote into the header of every file."""
+        """Return the metadata that effscale wrote to the header of every file."""
         found = {name: getattr(file, "metadata", {}) for name, file in self._files.items()}
         if not found:
             return {}
@@ -57,12 +57,12 @@ class Shards:
         for name, metadata in found.items():
             if metadata != found[first]:
                 raise FolderError(
-                    f"{self._where!r}: {first!r} and {name!r} are files of two saves, by their metadata. Download all again."
+                    f"{self._where!r}: {first!r} and {name!r} belong to different saves, by their metadata. Download all of them again."
                 )
         return found[first]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, from whichever file holds it."""
+        """Read one tensor from the file that contains it."""
         if name not in self.infos:
-            raise FolderError(f"{self._where!r} and its files have no tensor {name!r}.")
+            raise FolderError(f"{self._where!r}: no tensor {name!r} in its files.")
         return self._files[self._file_of[name]].read(name)

@@ -1,4 +1,4 @@
-"""A model on disk: which family it is, its config, and its tensors under the table's names."""
+"""A model on disk: its family, its config, and its tensors under the table's names."""
 
 import dataclasses
 import hashlib
@@ -31,24 +31,24 @@ from effscale.models import LMHead, TransformerConfig
 LAYERS = ("num_hidden_layers", "n_layer")
 """Names of the number of layers in ``config.json``."""
 
-# How the names of a family's classes end, after the family's own: others begin alike, such as GPTNeoXJapanese.
+# The endings of a family's class names: other families may have the same prefix, such as GPTNeoXJapanese.
 CLASSES = r"(For[A-Z]\w*|Model|LMHeadModel|DoubleHeadsModel)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is needed to load a model, and nothing loaded yet.
+    """Everything needed to load a model, with nothing loaded yet.
 
     Attributes:
         path: The folder or file.
         family: Its family.
-        fields: Of ``config.json``.
-        config: The model's config, without a choice of types.
+        fields: The fields of ``config.json``.
+        config: The model's config, without a choice of dtypes.
         rules: The table of its tensors.
         tensors: Its tensors, by the names of the table.
-        names: The tensors that the model is made of; the others repeat these, hold nothing, or are of heads that are not
-            wanted.
-        fresh: Paths of parameters for which there is no tensor, and which are initialized.
+        names: The tensors that make up the model; the others repeat these, are ignored, or belong to heads that are not
+            requested.
+        fresh: Paths of parameters that have no tensor and are initialized.
     """
 
     path: pathlib.Path
@@ -62,19 +62,19 @@ class Source:
 
 
 Unpack = Callable[[Mapping[str, Any], Tensors], MixedTensors]
-"""From the fields of ``config.json`` and the tensors as they lie in files to tensors of which some are structured."""
+"""Converts the tensors in files to tensors of which some are structured, given the fields of ``config.json``."""
 
 
 def open_source(path: str | os.PathLike[str], unpack: Unpack | None = None) -> Source:
-    """Opens a model folder (or a GGUF file) and finds out what it holds.
+    """Open a model folder (or a GGUF file) and identify its contents.
 
     Args:
         path: The folder or file.
-        unpack: Makes structured tensors of those that are packed. Without it packed tensors of a GGUF file are read as
-            floats, and folders that have a ``quantization_config`` are refused.
+        unpack: Converts packed tensors to structured tensors. Without it, packed tensors of a GGUF file are read as
+            floats, and folders with a ``quantization_config`` are rejected.
 
     Raises:
-        FolderError: If it is not a model of one of the families, or is damaged.
+        FolderError: It is not a model of a supported family, or is damaged.
     """
     place = pathlib.Path(path)
     with reading(f"{shown(str(place))} cannot be loaded"):
@@ -115,58 +115,58 @@ def _open_folder(place: pathlib.Path, unpack: Unpack | None) -> Source:
 
 
 def check_layers(where: str, fields: Mapping[str, Any], tensors: int) -> None:
-    """Refuses more layers than there are tensors, before anything of their number is made.
+    """Reject more layers than there are tensors, before anything of that number is created.
 
-    Other sizes need no such bound: until the tensors were compared with them there is only arithmetic with shapes.
+    Other sizes need no such bound: before they are compared with the tensors, only shapes are computed.
     """
     for name in LAYERS:
         if Fields(where, fields).whole(name, 0) > tensors:
             raise FolderError(
-                f"{where} has {name}={shown(fields[name])}, and there are {tensors} tensors in all"
+                f"{where}: {name} must be at most the number of tensors, {tensors}, got {shown(fields[name])}"
             )
 
 
 def check_experts(config: TransformerConfig, tensors: int) -> None:
-    """Refuses more experts than there are tensors, as :func:`check_layers` does it for layers."""
+    """Reject more experts than there are tensors, as ``check_layers`` does for layers."""
     counts = [getattr(layer.feed_forward, "num_experts", 0) for layer in config.layers]
     if sum(counts) > tensors:
         raise FolderError(
-            f"config.json has {max(counts)} experts in each of {sum(map(bool, counts))} layers, and there are {tensors} tensors in all"
+            f"config.json: {max(counts)} experts in each of {sum(map(bool, counts))} layers are more than the {tensors} tensors"
         )
 
 
 def read_config(place: pathlib.Path) -> dict[str, Any]:
-    """The fields of ``config.json``.
+    """Return the fields of ``config.json``.
 
     Raises:
-        FolderError: If it is not there.
+        FolderError: The file does not exist.
     """
     if os.path.isdir(place) and not (place / "config.json").is_file():
         files = sorted(path.name for path in place.glob("*.gguf"))
         if files:
             raise FolderError(
-                f"{str(place)!r} holds several GGUF files: name one, such as {files[0]!r}, instead of the folder"
+                f"{str(place)!r}: contains several GGUF files. Pass one of them, such as {files[0]!r}, instead of the folder"
             )
         if (place / "adapter_config.json").is_file():
             raise FolderError(
-                f"{str(place)!r} holds an adapter: load its base model, and give both to load_adapter"
+                f"{str(place)!r}: contains an adapter. Load its base model, and pass both to load_adapter"
             )
     return read_json(place, "config.json")
 
 
 def refuse_packed(place: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    """Raises if ``config.json`` tells of quantized weights."""
+    """Raise if ``config.json`` describes quantized weights."""
     packed = fields.get("quantization_config")
     if packed:
         method = packed.get("quant_method") if isinstance(packed, dict) else packed
         raise FolderError(
-            f"the weights in {str(place)!r} are quantized ({shown(method)}): effscale.quant.load_packed loads those of "
-            "compressed-tensors and its own; load others in transformers, dequantize() and save them"
+            f"{str(place)!r}: the weights are quantized ({shown(method)}). Load those of compressed-tensors or effscale with "
+            "effscale.quant.load_packed; load others in transformers, call dequantize() and save them"
         )
 
 
 def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
-    """The GGUF file that a path names, or that is all a folder without ``config.json`` has to load; None without one."""
+    """Return the GGUF file that a path names, or the only one in a folder without ``config.json``; otherwise None."""
     if path.suffix == ".gguf":
         return path
     if not os.path.isdir(path) or (path / "config.json").is_file():
@@ -176,7 +176,7 @@ def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
-    """The family of a folder: by its config, or, where an old one tells nothing, by its tensors."""
+    """Return the family of a folder: by its config or, if an old config does not name it, by its tensors."""
     named = fields.get("model_type")
     architecture = named_class(fields)
     if named is not None or architecture:
@@ -186,8 +186,8 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
             if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", architecture):
                 return family
         raise FolderError(
-            f"config.json names the architecture {shown(architecture or named)} (model_type {shown(named)}); "
-            f"effscale has {', '.join(FAMILIES)}"
+            f"config.json: the architecture must belong to one of {', '.join(FAMILIES)}, got "
+            f"{shown(architecture or named)} (model_type {shown(named)})"
         )
 
     def known(family: Family) -> int:
@@ -198,8 +198,8 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
     best = max(FAMILIES.values(), key=known)
     if known(best) * 2 < len(infos):
         raise FolderError(
-            "config.json has neither model_type nor architectures, and the names of the tensors are of none of "
-            f"the families that effscale has: {', '.join(FAMILIES)}"
+            "config.json: has neither model_type nor architectures, and the names of the tensors match none of "
+            f"the supported families: {', '.join(FAMILIES)}"
         )
     return best
 
@@ -207,14 +207,14 @@ def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Fami
 def _resolve_repeats(
     family: Family, tensors: MixedTensors, infos: dict[str, TensorInfo], config: TransformerConfig
 ) -> tuple[MixedTensors, dict[str, TensorInfo], TransformerConfig]:
-    """Drops tensors that repeat another; one that should but does not becomes a weight of its own."""
+    """Drop tensors that repeat another; one that should but does not becomes a separate weight."""
     untied = [head for head in config.heads if isinstance(head, LMHead) and not head.tied]
     for repeat, original in family.tied.items():
         own = bool(untied) and repeat.endswith(".weight")
         if repeat not in infos or own:
             continue
         if original not in infos:
-            # The file kept the tensor under its second name only.
+            # The file has the tensor only under its second name.
             renamed = {repeat: original}
             tensors = Renamed(tensors, lambda name, r=renamed: r.get(name, name))
             infos[original] = infos.pop(repeat)
@@ -222,8 +222,8 @@ def _resolve_repeats(
             del infos[repeat]
         elif repeat.endswith(".bias"):
             warnings.warn(
-                f"{repeat} and {original} should be one, but their values differ: the former is loaded, with which "
-                "transformers computes",
+                f"{repeat} and {original} should be the same, but their values differ. The former is loaded, because "
+                "transformers computes with it",
                 stacklevel=5,
             )
             exchanged = {repeat: original, original: repeat}
@@ -243,7 +243,7 @@ def _resolve_repeats(
 
 
 def _same(tensors: MixedTensors, one: str, other: str) -> bool:
-    """Whether two tensors hold the same numbers; of structured ones, that is not asked."""
+    """Return whether two tensors contain the same numbers; structured ones are not compared."""
     digests = [_digest(tensors.read(name)) for name in (one, other)]
     return digests[0] == digests[1] and digests[0] is not None
 

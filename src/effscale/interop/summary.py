@@ -1,4 +1,4 @@
-"""What a model folder holds, told without loading it: only tensors that repeat another are read, to compare them."""
+"""A summary of a model folder without loading it: only tensors that repeat another are read, to compare them."""
 
 import collections
 import os
@@ -15,13 +15,13 @@ from effscale.models import PatchInputs, TransformerConfig, abstract, num_params
 
 
 def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The family, sizes, number of parameters and types of the model in a folder.
+    """Return the family, sizes, number of parameters and dtypes of the model in a folder.
 
     Args:
         folder: A model folder or GGUF file.
 
     Raises:
-        FolderError: If it is not one.
+        FolderError: It is not a model folder or GGUF file.
     """
     source = open_source(folder)
     leaves = parameters(abstract(source.config))
@@ -56,7 +56,7 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def mapping(folder: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
-    """Each tensor's name there, its shape and type, our parameter, and the layout's einops pattern."""
+    """Return each tensor's name in the file, shape and dtype, the parameter in effscale, and the einops pattern of its layout."""
     source = open_source(folder)
     slots = plan(source.rules, source.config, parameters(abstract(source.config)))
     rows = []
@@ -78,13 +78,13 @@ def _types(source: Source) -> str:
 
 
 def _feed_forwards(config: TransformerConfig) -> str:
-    """Widths, and numbers of experts, of the kinds of layers."""
+    """Describe the widths and numbers of experts of the kinds of layers."""
     found: dict[str, None] = {}
     for block in config.blocks:
         part: Any = block.feed_forward
         if hasattr(part, "num_experts"):
             found[
-                f"{part.num_experts} experts of {part.expert.d_ff}, {part.router.k} for each token"
+                f"{part.num_experts} experts of {part.expert.d_ff}, {part.router.k} per token"
             ] = None
         else:
             found[str(getattr(part, "d_ff", ""))] = None

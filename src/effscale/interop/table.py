@@ -1,7 +1,7 @@
-"""One table a family: each tensor's name and layout there and here, read in both directions.
+"""One table per family that maps each tensor's name and layout between the files and effscale, in both directions.
 
-A :class:`Rule` is a row. Its layout is an einops pattern from their tensor to ours; exchanged around the arrow it leads
-back. The axes with a size that the shapes do not tell (heads, the patch) take it from the model's config; see :func:`sizes`.
+A ``Rule`` is a row. Its layout is an einops pattern from the file's tensor to effscale's array; with its sides swapped, it
+is the inverse. Axis sizes that the shapes do not determine (heads, the patch) come from the model's config; see ``sizes``.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ QUERY_KEY_VALUE = tuple(f"attention.{name}" for name in ("query", "key", "value"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A tensor of theirs and the parameter of ours that holds it, or several that it holds fused.
+    """A tensor of a file and the parameter, or several fused parameters, that it fills.
 
     Attributes:
-        theirs: Its name in the file, without the prefix of the trunk; ``{}`` stands for the number of the layer, and a second
-            one for the number of the expert, where each expert has a tensor of its own and ours are stacked.
-        ours: Path of the parameter; in a layer, below the block. Several where theirs is fused: the layout's right side
-            then begins with their axis ``n``.
-        layout: An einops pattern from theirs to ours; None: the same.
+        theirs: Its name in the file, without the prefix of the trunk. ``{}`` stands for the number of the layer, and a second
+            one for the number of the expert, if each expert has a separate tensor and effscale stacks them.
+        ours: Path of the parameter; in a layer, below the block. Several paths if the tensor is fused: the layout's right side
+            then begins with the axis ``n`` over them.
+        layout: An einops pattern from the file's layout to effscale's; None: the same layout.
     """
 
     theirs: str
@@ -36,7 +36,7 @@ class Rule:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Our paths, as a tuple of one or several."""
+        """The paths in effscale, as a tuple."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     @property
@@ -50,14 +50,14 @@ class Rule:
         return self.theirs.count("{}") == 2
 
     def to_ours(self, tensor: Any, axes: Mapping[str, int]) -> tuple[Any, ...]:
-        """Our arrays, one for each of ``ours``, from their tensor."""
+        """Convert a file's tensor to effscale's arrays, one for each of ``ours``."""
         if self.layout is None:
             return (tensor,)
         array = rearrange(tensor, self.layout, **self._used(axes))
         return (array,) if isinstance(self.ours, str) else tuple(array)
 
     def to_theirs(self, arrays: Sequence[Any], axes: Mapping[str, int]) -> Any:
-        """Their tensor from our arrays, in the order of ``ours``."""
+        """Convert effscale's arrays, in the order of ``ours``, to the file's tensor."""
         if self.layout is None:
             return arrays[0]
         left, right = self.layout.split("->")
@@ -65,7 +65,7 @@ class Rule:
         return rearrange(one, f"{right} -> {left}", **self._used(axes))
 
     def their_shape(self, shapes: Sequence[Sequence[int]], axes: Mapping[str, int]) -> tuple:
-        """Shape of their tensor, from the shapes of ours."""
+        """Return the shape of the file's tensor, from the shapes of effscale's arrays."""
         ours = [jax.ShapeDtypeStruct(tuple(shape), np.float32) for shape in shapes]
         return jax.eval_shape(lambda *arrays: self.to_theirs(arrays, axes), *ours).shape
 
@@ -76,7 +76,7 @@ class Rule:
 
 
 def sizes(config: TransformerConfig) -> dict[str, int]:
-    """Axes that a pattern may name: query heads ``h``, key heads ``g``, pairs ``t``; a patch's ``p``, ``q``, ``c``."""
+    """Return the sizes of the axes in patterns: query heads ``h``, key heads ``g``, pairs ``t``; a patch's ``p``, ``q``, ``c``."""
     attention = config.blocks[0].attention
     axes = {"h": attention.num_heads, "g": attention.kv_heads, "t": 2}
     if isinstance(config.inputs, PatchInputs):
@@ -86,7 +86,7 @@ def sizes(config: TransformerConfig) -> dict[str, int]:
 
 
 def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    """``torch.nn.Linear``: its weight is ``(out, in)``."""
+    """Return the rows of a ``torch.nn.Linear``, whose weight is ``(out, in)``."""
     return (
         Rule(f"{theirs}.weight", f"{ours}.kernel", "o i -> i o"),
         Rule(f"{theirs}.bias", f"{ours}.bias"),
@@ -94,22 +94,22 @@ def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
 
 
 def conv1d(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    """GPT-2's ``Conv1D``: a linear layer whose weight is ``(in, out)``."""
+    """Return the rows of GPT-2's ``Conv1D``, a linear layer whose weight is ``(in, out)``."""
     return Rule(f"{theirs}.weight", f"{ours}.kernel"), Rule(f"{theirs}.bias", f"{ours}.bias")
 
 
 def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    """A norm's factor and summand."""
+    """Return the rows of a norm's scale and bias."""
     return Rule(f"{theirs}.weight", f"{ours}.scale"), Rule(f"{theirs}.bias", f"{ours}.bias")
 
 
 def embedding(theirs: str, ours: str) -> tuple[Rule]:
-    """A table of vectors."""
+    """Return the row of a table of vectors."""
     return (Rule(f"{theirs}.weight", f"{ours}.embedding"),)
 
 
 def fused_by_head(theirs: str) -> tuple[Rule, Rule]:
-    """Query, key and value of each head one after another: rows ``[heads, 3, head_dim]`` (BLOOM, NeoX)."""
+    """Return the rows of fused query, key and value, head by head: rows ``[heads, 3, head_dim]`` (BLOOM, NeoX)."""
     kernels, biases = _leaves("kernel"), _leaves("bias")
     return (
         Rule(f"{theirs}.weight", kernels, "(h n d) i -> n i (h d)"),
@@ -118,7 +118,7 @@ def fused_by_head(theirs: str) -> tuple[Rule, Rule]:
 
 
 def fused_conv1d(theirs: str) -> tuple[Rule, Rule]:
-    """All queries, then all keys, then all values, in the columns of a ``Conv1D`` (GPT-2)."""
+    """Return the rows of all queries, then all keys, then all values, in the columns of a ``Conv1D`` (GPT-2)."""
     kernels, biases = _leaves("kernel"), _leaves("bias")
     return (
         Rule(f"{theirs}.weight", kernels, "i (n o) -> n i o"),
@@ -127,7 +127,7 @@ def fused_conv1d(theirs: str) -> tuple[Rule, Rule]:
 
 
 def rows(*groups: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rows of a table, from groups of them."""
+    """Concatenate groups of rows into a table."""
     return tuple(rule for group in groups for rule in group)
 
 

@@ -1,4 +1,4 @@
-"""What a container of tensors is to the rest of the package: names, shapes, and one read at a time."""
+"""The interface of a container of tensors: names, shapes, and reading one tensor at a time."""
 
 import os
 import pathlib
@@ -16,22 +16,21 @@ DTYPES = frozenset(
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
     )
 )
-"""The types of elements that are read and written; integers and booleans occur as buffers only."""
+"""The supported types of elements; integers and booleans occur only as buffers."""
 
 
 class FolderError(ValueError):
-    """A model folder, or a file in it, is not what it should be; the message says what would do."""
+    """A model folder, or a file in it, is invalid; the message explains what to do."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read.
+    """What is known about a tensor before it is read.
 
     Attributes:
         shape: Its dimensions.
-        dtype: The type of its elements; one that is not in `DTYPES` is refused by ``read``.
-        form: None for arrays. Of a `StructuredTensor`, what the weights that are made of it have in common with others that
-            can lie in one stack with them.
+        dtype: The type of its elements; ``read`` rejects types that are not in ``DTYPES``.
+        form: None for arrays. For a ``StructuredTensor``, a value that is the same for tensors whose weights can be stacked.
     """
 
     shape: tuple[int, ...]
@@ -40,55 +39,55 @@ class TensorInfo:
 
 
 ToOurs = Callable[[np.ndarray], tuple[np.ndarray, ...]]
-"""From an array laid out as a tensor of theirs to those of ours, one for each parameter that it fills."""
+"""Converts an array in the layout of a file's tensor to effscale's arrays, one for each parameter that it fills."""
 
 
 @runtime_checkable
 class StructuredTensor(Protocol):
-    """A tensor that becomes a structured weight (`effscale.models.Weight`) rather than an array: codes with scales, for instance."""
+    """A tensor that becomes a structured weight (``effscale.models.Weight``) instead of an array, such as integers with scales."""
 
     def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[Any, ...]:
-        """Our weights, whose arrays are NumPy's, one for each parameter that the tensor fills.
+        """Return the weights, with NumPy arrays, one for each parameter that the tensor fills.
 
         Args:
-            to_ours: Its row of the table, applied to an array.
-            dtype: The type in which the weights are to compute.
+            to_ours: The tensor's row of the table, applied to an array.
+            dtype: The dtype in which the weights will compute.
 
         Raises:
-            FolderError: What the file holds of it does not fit together.
+            FolderError: The parts of the tensor in the file do not match.
         """
         ...
 
 
 @runtime_checkable
 class Tensors(Protocol):
-    """Named tensors in files; a tensor is in memory only while somebody holds what ``read`` gave."""
+    """Named tensors in files; a tensor is in memory only while the result of ``read`` is referenced."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's shape and type, by name, known without reading data."""
+        """The shape and type of every tensor by name, known without reading data."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """The values of one tensor, read only; drop them before the next call, or make a copy.
+        """Read the values of one tensor, as a read-only array; release it before the next call, or copy it.
 
         Raises:
-            FolderError: There is no such tensor, its type is not taken, or the file is damaged.
+            FolderError: The tensor does not exist, its type is not supported, or the file is damaged.
         """
         ...
 
 
 @runtime_checkable
 class MixedTensors(Protocol):
-    """`Tensors` of which some may be structured: those whose info has a ``form``."""
+    """``Tensors`` of which some may be structured: those whose info has a ``form``."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """As in `Tensors`."""
+        """As in ``Tensors``."""
         ...
 
     def read(self, name: str) -> np.ndarray | StructuredTensor:
-        """As in `Tensors`."""
+        """As in ``Tensors``."""
         ...
 
 
@@ -97,7 +96,7 @@ class Renamed:
 
     Args:
         tensors: The tensors.
-        rename: Gives the new name of an old one.
+        rename: Maps an old name to the new one.
 
     Raises:
         FolderError: Two tensors would have the same name.
@@ -116,30 +115,30 @@ class Renamed:
         }
 
     def read(self, name: str) -> np.ndarray | StructuredTensor:
-        """One tensor, by its new name."""
+        """Read one tensor, by its new name."""
         if name not in self._old:
             raise FolderError(f"there is no tensor {name!r}.")
         return self._tensors.read(self._old[name])
 
 
 def what_it_is(path: str | os.PathLike[str]) -> str | None:
-    """Says what a file is that often lies where weights should be; None if it is none of these."""
+    """Describe a file that is often found in place of weights; None if it is none of these."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(512)
     except FileNotFoundError:
-        return "there is no such file"
+        return "the file does not exist"
     except OSError as error:
         return f"it cannot be opened ({error.strerror})"
     if not start:
         return "the file is empty"
     if start.startswith(b"version https://git-lfs"):
         return (
-            "this is a git-lfs pointer, not the weights: run `git lfs pull` in the folder's "
+            "it is a git-lfs pointer, not the weights; run `git lfs pull` in the folder's "
             "repository, or download the file itself"
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "this is a web page, not the weights: download the file itself"
+        return "it is a web page, not the weights; download the file itself"
     if start.startswith(b"GGUF"):
         return "this is a GGUF file"
     if start.startswith(b"PK\x03\x04") and pathlib.Path(path).suffix == ".safetensors":

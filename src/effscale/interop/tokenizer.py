@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, whichever files it is kept in."""
+"""Load the tokenizer of a model folder from any of the supported files."""
 
 import os
 import pathlib
@@ -15,24 +15,24 @@ from effscale.interop.tokenizer_files import byte_level, tokenizer_json, word_pi
 
 
 class MissingTokenizerError(FolderError):
-    """A folder has no file that a tokenizer could be read from."""
+    """A folder has no file from which a tokenizer can be read."""
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer that belongs to a model.
+    """Load the tokenizer of a model.
 
-    Reads ``tokenizer.json``; without one, ``vocab.txt`` (BERT's WordPiece) or ``vocab.json`` with ``merges.txt`` (the byte-level
-    BPE of GPT-2, OPT and others) and the settings and special tokens in the files beside them.
+    It reads ``tokenizer.json`` or, without that, ``vocab.txt`` (BERT's WordPiece) or ``vocab.json`` with ``merges.txt`` (the
+    byte-level BPE of GPT-2, OPT and others), together with the settings and special tokens in the files next to them.
 
-    It encodes texts as ``transformers.AutoTokenizer`` does when it is called with a text and nothing else: whole and unpadded,
-    even where ``tokenizer.json`` was saved by a program that had truncation or padding switched on. To cut or pad, call
-    ``enable_truncation`` or ``enable_padding`` of the result.
+    It encodes texts like ``transformers.AutoTokenizer`` called with only a text: untruncated and unpadded, even if
+    ``tokenizer.json`` was saved with truncation or padding enabled. To truncate or pad, call ``enable_truncation`` or
+    ``enable_padding`` of the result.
 
     Args:
         folder: A model folder, or a GGUF file.
 
     Raises:
-        FolderError: If there is no tokenizer that can be read, or it has tokens for which the model has no embedding.
+        FolderError: No readable tokenizer was found, or it has tokens for which the model has no embedding.
     """
     place = pathlib.Path(folder)
     gguf = gguf_path(place)
@@ -50,12 +50,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         there = sorted(entry.name for entry in place.iterdir())
         known = "tokenizer.json, vocab.json with merges.txt, or vocab.txt"
         hint = (
-            "; transformers' AutoTokenizer(...).save_pretrained turns tokenizer.model into tokenizer.json"
+            "; transformers' AutoTokenizer(...).save_pretrained converts tokenizer.model to tokenizer.json"
             if has("tokenizer.model")
             else ""
         )
         raise MissingTokenizerError(
-            f"no tokenizer in {str(place)!r} ({known}); it has {there}{hint}"
+            f"{str(place)!r}: no tokenizer ({known}) was found; the folder contains {there}{hint}"
         )
     with reading(f"the tokenizer in {str(place)!r} cannot be read", Exception):
         tokenizer = read(place)
@@ -66,10 +66,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, rows: Any, what: str) -> None:
-    """Raises a FolderError if a tokenizer has ids beyond a model's embeddings, where it has some."""
+    """Raise a FolderError if a tokenizer has ids beyond a model's embeddings, if it has some."""
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if isinstance(rows, int) and size > rows:
         raise FolderError(
-            f"{what} has ids up to {size - 1}, and the model has vocab_size={rows} embeddings: resize the "
-            "model's (transformers: resize_token_embeddings) or take its own tokenizer"
+            f"{what} has ids up to {size - 1}, but the model has vocab_size={rows} embeddings. Resize the "
+            "model's (transformers: resize_token_embeddings) or use its own tokenizer"
         )

@@ -1,7 +1,7 @@
-"""Tokenizers and the settings beside them: ``tokenizer.json``, GPT-2's ``vocab.json`` with ``merges.txt``, BERT's ``vocab.txt``.
+"""Read tokenizers and their settings: ``tokenizer.json``, GPT-2's ``vocab.json`` with ``merges.txt``, BERT's ``vocab.txt``.
 
-Read as transformers 5 reads them, down to which tokens are special: those that ``tokenizer_config.json`` and
-``special_tokens_map.json`` name, the class's own where they name none, and those that were added to the vocabulary.
+They are read like in transformers 5, including which tokens are special: those that ``tokenizer_config.json`` and
+``special_tokens_map.json`` name, by default those of the class, and those that were added to the vocabulary.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ BERT_OPTIONS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
-"""Names in ``tokenizer_config.json`` of what BERT does with a text before it is split, and names in ``tokenizers``."""
+"""Names in ``tokenizer_config.json`` of BERT's text normalization, and names in ``tokenizers``."""
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Roles of special tokens, in the order in which transformers adds those that the vocabulary lacks."""
 
 MORE = ("extra_special_tokens", "additional_special_tokens")
-"""Names of the list of special tokens without a role; the first that is not empty counts."""
+"""Names of the list of special tokens without a role; the first that is not empty is used."""
 
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 BERT = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
@@ -37,9 +37,9 @@ BERT = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "
 
 
 def tokenizer_json(place: pathlib.Path) -> tokenizers.Tokenizer:
-    """The ``tokenizer.json``, with what ``tokenizer_config.json`` says besides: special tokens, and how texts are prepared.
+    """Read ``tokenizer.json``, with special tokens and text normalization from ``tokenizer_config.json``.
 
-    transformers lets the latter's word count for the tokenizers of GPT-2 and BERT.
+    For the tokenizers of GPT-2 and BERT, the latter takes precedence, as in transformers.
     """
     tokenizer = data.load_tokenizer(place)
     settings = _read_settings(place, {})
@@ -58,7 +58,7 @@ def tokenizer_json(place: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def byte_level(place: pathlib.Path) -> tokenizers.Tokenizer:
-    """The byte-level BPE of ``vocab.json`` and ``merges.txt``, as GPT-2 and OPT have it."""
+    """Read the byte-level BPE of ``vocab.json`` and ``merges.txt``, as in GPT-2 and OPT."""
     settings = _read_settings(place, GPT2)
     settings.check_class("GPT2Tokenizer")
     model = tokenizers.models.BPE.from_file(str(place / "vocab.json"), str(place / "merges.txt"))
@@ -80,20 +80,20 @@ def byte_level(place: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _end(settings: "_Settings", role: str) -> list[str]:
-    """The token that a text begins or ends with, or none."""
+    """Return the token that begins or ends a text, or none."""
     wanted = settings.options.flag(f"add_{role}_token", False)
     return [settings.roles[f"{role}_token"].content] if wanted else []
 
 
 def word_piece(place: pathlib.Path) -> tokenizers.Tokenizer:
-    """The WordPiece of ``vocab.txt``, as BERT has it."""
+    """Read the WordPiece of ``vocab.txt``, as in BERT."""
     settings = _read_settings(place, BERT)
     settings.check_class("BertTokenizer")
     words = (place / "vocab.txt").read_text(encoding="utf-8").split("\n")
     vocab = {word.rstrip("\r"): i for i, word in enumerate(words) if word}
     unknown, first, last = (settings.roles[f"{r}_token"].content for r in ("unk", "cls", "sep"))
     if missing := [token for token in (unknown, first, last) if token not in vocab]:
-        raise FolderError(f"{str(place / 'vocab.txt')!r} has no {', '.join(missing)}")
+        raise FolderError(f"{str(place / 'vocab.txt')!r}: has no {', '.join(missing)}")
     options = settings.options
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -114,10 +114,10 @@ def word_piece(place: pathlib.Path) -> tokenizers.Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What lies beside a vocabulary.
+    """The settings of a tokenizer.
 
     Attributes:
-        options: ``tokenizer_config.json``.
+        options: The fields of ``tokenizer_config.json``.
         roles: The special token of each role.
         more: Special tokens without a role.
         added: Tokens that were added to the vocabulary, by the id that they should have.
@@ -130,25 +130,25 @@ class _Settings:
 
     @property
     def special(self) -> list[AddedToken]:
-        """The special tokens with and without a role."""
+        """Return the special tokens with and without a role."""
         return [*self.roles.values(), *self.more]
 
     def check_class(self, expected: str) -> None:
-        """Refuses a tokenizer of another class, whose vocabulary may be kept in the same files."""
+        """Reject a tokenizer of another class, whose vocabulary may be stored in files with the same names."""
         named = self.options.text("tokenizer_class", expected).removesuffix("Fast")
         if named not in (expected, "PreTrainedTokenizer"):
             raise FolderError(
-                f"{self.options.where} names a {shown(named)}, and without a tokenizer.json only a {expected} is read; "
+                f"{self.options.where}: names a {shown(named)}, but without a tokenizer.json only a {expected} can be read; "
                 "transformers' AutoTokenizer(...).save_pretrained writes one"
             )
 
     def add_to(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Adds all of them, so that they are found in a text before it is split."""
+        """Add all of them, so that they are found in a text before it is split."""
         for index, token in sorted(self.added.items()):
             tokenizer.add_tokens([token])
             if (found := tokenizer.token_to_id(token.content)) != index:
                 raise FolderError(
-                    f"{self.options.where} gives {token.content!r} the id {index}, but the next free one is {found}"
+                    f"{self.options.where}: gives {token.content!r} the id {index}, but the next free one is {found}"
                 )
         tokenizer.add_tokens(self.special)
 
@@ -159,7 +159,7 @@ def _read_settings(place: pathlib.Path, defaults: Mapping[str, str]) -> _Setting
     values = {**defaults, **options.values}
     decoder = options.block("added_tokens_decoder", None)
     if decoder is None:
-        # The older format: the other two files have a say only in it.
+        # The older format; only here do the other two files matter.
         special = read(SPECIAL_MAP)
         values |= {role: special[role] for role in ROLES if role in special}
         values = {name: special[name] for name in MORE if name in special} | values
@@ -180,10 +180,10 @@ def _read_settings(place: pathlib.Path, defaults: Mapping[str, str]) -> _Setting
 
 
 def _without_role(values: Mapping[str, Any], where: str) -> list[AddedToken]:
-    """Special tokens that are listed, or have a role that only their model knows, such as ``image_token``."""
+    """Return special tokens that are listed, or have a role that only their model knows, such as ``image_token``."""
     listed = next((values[name] for name in MORE if values.get(name)), [])
     if not isinstance(listed, list | dict):
-        raise FolderError(f"{where} has special tokens {shown(listed)}: must be a list")
+        raise FolderError(f"{where}: special tokens must be a list, got {shown(listed)}")
     own = [
         value
         for name, value in values.items()
@@ -195,11 +195,11 @@ def _without_role(values: Mapping[str, Any], where: str) -> list[AddedToken]:
 
 
 def _token(value: Any, where: str) -> AddedToken:
-    """A token of a settings file: a string, or an object with how it is found in texts."""
+    """Return a token of a settings file: a string, or an object with how it is found in texts."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, dict):
-        raise FolderError(f"{where} has the token {shown(value)}: must be a string or an object")
+        raise FolderError(f"{where}: a token must be a string or an object, got {shown(value)}")
     fields = Fields(where, value)
     flags = {name: fields.flag(name, False) for name in ("single_word", "lstrip", "rstrip")}
     special = fields.flag("special", True)

@@ -1,4 +1,4 @@
-"""One Transformer, built from small modules; every family is a config of it."""
+"""A single Transformer built from small modules; each model family is a config of it."""
 
 from effscale.models.activations import ACTIVATIONS
 from effscale.models.block import Block, BlockGroup

@@ -1,4 +1,4 @@
-"""The activations of published models, by name."""
+"""Activation functions of published models, by name."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -26,7 +26,7 @@ Activation = Literal[
 
 
 def _tanh_gelu(root: float) -> Callable[[Array], Array]:
-    """The tanh approximation with its own rounding of sqrt(2/pi): trained models carry several."""
+    """Return the tanh approximation with a given rounding of sqrt(2/pi): trained models use several."""
 
     def gelu(x: Array) -> Array:
         return 0.5 * x * (1.0 + jnp.tanh(root * x * (1.0 + 0.044715 * x * x)))

@@ -25,23 +25,23 @@ LayerCache = tuple[
     Float[Array, "batch kv_heads keys head_dim"], Float[Array, "batch kv_heads keys head_dim"]
 ]
 
-# Queries of a causal sequence are cut into this many blocks, each against only the keys up to its own end: it leaves
-# out 3/8 of the scores, all of them masked. More blocks save little and cost overhead.
+# The queries of a causal sequence are split into this many blocks, and each block is compared only with the keys up to
+# its end. This skips 3/8 of the scores, all of them masked. More blocks save little more and add overhead.
 CAUSAL_BLOCKS = 4
 MIN_CAUSAL_BLOCK = 32
 
 
 class Attention(nnx.Module):
-    """Softmax attention of a layer.
+    """Softmax attention of one layer.
 
     Args:
         config: Heads, biases and dropout.
         d_model: Width of the residual stream.
-        positions: The model's kind of positions.
+        positions: How the model encodes positions.
         std: Standard deviation of the initial input projections.
-        out_std: The same of the output projection.
-        rngs: Source of the initial values.
-        implementation: See :class:`TransformerConfig`.
+        out_std: Standard deviation of the initial output projection.
+        rngs: Random streams for the initial values.
+        implementation: See ``effscale.models.TransformerConfig``.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, dict[str, Any]]:
-        """Attends within ``x``, or, with a cache, from ``x`` to the cache after writing ``x`` into it.
+        """Attend within ``x`` or, with a cache, write ``x`` into the cache and attend from ``x`` to the cache.
 
         Args:
-            x: The (normed) residual stream.
+            x: The residual stream, normalized if the block uses pre-norm.
             context: Positions and masks.
-            cache: Keys and values of this layer, in slots.
-            key: For dropout; None: no dropout.
+            cache: Keys and values of this layer, one slot per token.
+            key: Key for dropout; None disables dropout.
 
         Returns:
-            The output, the updated cache, and a report of the points that the context asks for.
+            The output, the updated cache, and a report of the points that the context captures.
         """
         split = lambda y: rearrange(y, "b s (h d) -> b h s d", d=self.head_dim)
         projections = (self.query.affine(), self.key.affine(), self.value.affine())
@@ -125,13 +125,13 @@ class Attention(nnx.Module):
         return self.out(y), cache, report
 
     def _normed(self, query: Array, keys: Array, over: str) -> tuple[Array, Array]:
-        """Queries and keys after their norms, where these are over what the last axis is at this place."""
+        """Normalize queries and keys if the norm covers ``over``: each head separately or all heads together."""
         if self.query_norm is None or self.key_norm is None or self.config.qk_norm_over != over:
             return query, keys
         return self.query_norm(query), self.key_norm(keys)
 
     def _mix(self, query, keys, values, context: Context, slopes, key) -> Array:
-        """By a fused kernel where the program is for a platform that has one and it can serve; else in blocks."""
+        """Use a fused kernel if the target platform has one that supports these operands; otherwise compute in blocks."""
         rate = self.config.dropout
         window = self.config.window
         options = {"slopes": slopes, "window": window, "rate": rate, "key": key}
@@ -140,16 +140,18 @@ class Attention(nnx.Module):
             return blocks(query, keys, values)
         rules, reason = current_rules(), None
         if key is not None and rate > 0:
-            reason = f"kernels drop no attention weights, and the layer's dropout is {rate}"
+            reason = f"the kernels have no dropout of attention weights, and the layer's dropout is {rate}"
         elif window is not None:
-            reason = f"kernels have no windows, and the layer's window is {window}"
+            reason = f"the kernels do not support windows, and the layer's window is {window}"
         elif axes := rules.lookup("seq"):
-            reason = f"kernels take whole sequences, and the rules divide them over {axes}"
+            reason = (
+                f"the kernels need whole sequences, and the sharding rules split them over {axes}"
+            )
         if reason is not None and self.implementation is None:
             return blocks(query, keys, values)
         if reason is not None:
             raise Unsupported(
-                f"attention_implementation={self.implementation!r} cannot serve: {reason}. None or 'blocks' can"
+                f"attention_implementation={self.implementation!r} cannot serve: {reason}. Use None or 'blocks'"
             )
         return attention(
             query,
@@ -176,7 +178,7 @@ def in_blocks(
     rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Attention with scores in float32, of a causal sequence in :data:`CAUSAL_BLOCKS` blocks of queries."""
+    """Compute attention with scores in float32, splitting a causal sequence into ``CAUSAL_BLOCKS`` blocks of queries."""
     seq = query.shape[2]
     count = (
         CAUSAL_BLOCKS if context.causal and not context.cached and seq % CAUSAL_BLOCKS == 0 else 1
@@ -189,7 +191,7 @@ def in_blocks(
         end = last if count > 1 else keys.shape[2]
         bias = None
         if slopes is not None:
-            # Relative to the query it would differ by a constant a row, which softmax does not see.
+            # The bias relative to the query would differ by a constant per row, which softmax ignores.
             bias = jnp.asarray(slopes)[None, :, None, None] * context.key_positions[
                 :, None, None, :end
             ].astype(jnp.float32)
@@ -210,7 +212,7 @@ def in_blocks(
 def with_padding(
     segments: Int[Array, "batch seq"] | None, valid: Bool[Array, "batch seq"] | None
 ) -> Int[Array, "batch seq"] | None:
-    """Segments in which padding is one of its own, so that no real token sees it.
+    """Return segments in which padding is a separate segment, so that no real token attends to it.
 
     Example:
         >>> with_padding(jnp.array([[1, 2, 2]]), jnp.array([[True, True, False]])).tolist()
@@ -232,13 +234,13 @@ def softmax_attention(
     rate: float = 0.0,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    r"""``softmax(q k^T + bias) v`` with the scores in float32; the caller has scaled the query.
+    r"""Compute ``softmax(q k^T + bias) v`` with scores in float32; the caller has already scaled the query.
 
-    The weights are left unnormalized and the output divided instead, which is the same and cheaper, since the
-    output is narrower than the scores. A query that may see nothing gets the mean of all values.
+    The weights stay unnormalized and the output is divided instead. The result is the same, and it is cheaper because
+    the output is narrower than the scores. A query without any visible key gets the mean of all values.
     """
     heads, kv_heads = query.shape[1], keys.shape[1]
-    # A group's query heads stand in one line before their key head, so that no key or value is copied.
+    # Group the query heads by the key head they share, so that no key or value is copied.
     grouped = lambda y: rearrange(y, "b (k g) q d -> b k (g q) d", k=kv_heads)
     apart = lambda y: rearrange(y, "b k (g q) d -> b (k g) q d", g=heads // kv_heads)
     scores = apart(
@@ -261,6 +263,6 @@ def attention_scores(
     query: Float[Array, "batch heads seq head_dim"],
     keys: Float[Array, "batch kv_heads keys head_dim"],
 ) -> Float[Array, "batch heads seq keys"]:
-    """All scores ``q k^T`` of a scaled query in float32, before ALiBi's bias, masks and softmax."""
+    """Return all scores ``q k^T`` of a scaled query in float32, before ALiBi's bias, masks and softmax."""
     keys = jnp.repeat(keys, query.shape[1] // keys.shape[1], axis=1)
     return jnp.einsum("bhqd,bhkd->bhqk", query, keys, preferred_element_type=jnp.float32)

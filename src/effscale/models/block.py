@@ -1,4 +1,4 @@
-"""A layer, and a stacked group of like layers."""
+"""A transformer block, and a stacked group of identical blocks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ RunBlock = Callable[..., tuple[Array, LayerCache | None, Report]]
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward around a residual stream, arranged as ``config.residual`` says."""
+    """Attention and feed-forward around a residual stream, arranged as ``config.residual`` specifies."""
 
     def __init__(self, config: BlockConfig, model: TransformerConfig, *, rngs: nnx.Rngs):
         std = model.init_std
@@ -49,7 +49,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Report]:
-        """The stream after this layer, the layer's updated cache, and what its parts report."""
+        """Return the residual stream after this layer, the layer's updated cache, and the reports of its parts."""
         keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
         drop = partial(dropout, rate=self.dropout)
 
@@ -94,7 +94,7 @@ class Block(nnx.Module):
 
 
 class BlockGroup(nnx.Module):
-    """Like layers with their parameters stacked, run by one scan: compile time does not grow with their number."""
+    """Identical layers with stacked parameters, run by one scan: compile time does not grow with their number."""
 
     def __init__(self, config: Group, model: TransformerConfig, *, rngs: nnx.Rngs):
         def stack(block: BlockConfig) -> Block:
@@ -113,17 +113,17 @@ class BlockGroup(nnx.Module):
     ) -> tuple[
         Float[Array, "batch seq d_model"], tuple[LayerCache, ...] | None, tuple[Report, ...]
     ]:
-        """Runs all layers of the group.
+        """Run all layers of the group.
 
         Args:
             x: The residual stream.
             context: Positions and masks.
-            cache: Keys and values of each layer, in order; or None. With a cache the layers run one by one rather
-                than in a loop, so that each layer's arrays are updated in place.
-            key: For dropout; None: no dropout.
+            cache: Keys and values of each layer, in order; or None. With a cache, the layers run one by one instead of
+                in a loop, so that each layer's arrays are updated in place.
+            key: Key for dropout; None disables dropout.
 
         Returns:
-            The stream, the updated cache, and each block's reports with a leading layer dimension.
+            The residual stream, the updated cache, and the reports of each block with a leading layer dimension.
         """
 
         def run_block(block, x, cache, key, _):
@@ -144,20 +144,20 @@ class BlockGroup(nnx.Module):
     ) -> tuple[
         Float[Array, "batch seq d_model"], tuple[LayerCache, ...] | None, tuple[Report, ...]
     ]:
-        """Runs a stretch of the group's repetitions, each block as ``run_block`` says.
+        """Run a range of the group's repetitions, calling ``run_block`` for each block.
 
         Args:
-            run_block: ``(block, x, cache, key, input)`` to ``(x, cache, report)``, as :class:`Block` itself with a context.
+            run_block: Maps ``(block, x, cache, key, input)`` to ``(x, cache, report)``, like ``Block`` itself with a context.
             x: The residual stream.
-            cache: Keys and values of the layers that are run, in order; or None.
-            key: For dropout; None: no dropout. A layer's own key does not depend on the stretch.
+            cache: Keys and values of the layers in the range, in order; or None.
+            key: Key for dropout; None disables dropout. The key of a layer does not depend on the range.
             start: The first repetition.
-            stop: The one after the last; None: all that follow.
-            inputs: For each block what ``run_block`` gets as ``input``: arrays with a leading dimension over the
-                stretch's repetitions, or None.
+            stop: One past the last repetition; None runs to the end.
+            inputs: For each block, what ``run_block`` receives as ``input``: arrays with a leading dimension over the
+                repetitions of the range, or None.
 
         Returns:
-            As :meth:`__call__`.
+            The same as ``__call__``.
         """
         stop = self.repeat if stop is None else stop
         depth, width = stop - start, len(self.blocks)
@@ -199,13 +199,13 @@ class BlockGroup(nnx.Module):
 def rematerialize(
     function: Any, remat: Remat | tuple[str, ...], *, prevent_cse: bool = True
 ) -> Any:
-    """``function`` with a backward pass that computes again what the policy does not keep.
+    """Return ``function`` with a backward pass that recomputes what the policy does not keep.
 
     Args:
         function: Any function of arrays.
-        remat: The policy, or the points that are kept; see :class:`TransformerConfig`.
-        prevent_cse: Whether to keep the compiler from merging both computations again, which inside a scan it
-            cannot do anyway.
+        remat: The policy, or the points to keep; see ``effscale.models.TransformerConfig``.
+        prevent_cse: Whether to keep the compiler from merging the two computations again. Inside a scan it cannot
+            do so anyway.
     """
     policies = jax.checkpoint_policies
     if remat == "none":

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, as a plain pytree that goes in and comes out."""
+"""Keys and values of earlier tokens, as a plain pytree that is passed in and returned."""
 
 import dataclasses
 import typing
@@ -14,15 +14,15 @@ Slots = Float[Array, "batch kv_heads slots head_dim"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also builds it from shapes and placeholders
 class KVCache:
-    """What attention needs of the tokens seen so far.
+    """The keys and values of the tokens seen so far.
 
     Attributes:
-        layers: Keys and values of each layer, in the order in which they run.
+        layers: Keys and values of each layer, in the order in which the layers run.
         positions: Position of the token in each slot.
         valid: Whether a slot holds a real token: False for padding and for slots not yet written.
-        length: Slots written so far, the same in every row.
+        length: Number of slots written so far, the same in every row.
     """
 
     layers: tuple[tuple[Slots, Slots], ...]
@@ -32,12 +32,12 @@ class KVCache:
 
 
 def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
-    """A cache with room for ``slots`` tokens in each of ``batch`` rows.
+    """Return a cache with room for ``slots`` tokens in each of ``batch`` rows.
 
-    Its arrays have the model's compute type: ``2 * num_layers * batch * slots * kv_heads * head_dim`` numbers.
+    Its arrays have the model's compute dtype and hold ``2 * num_layers * batch * slots * kv_heads * head_dim`` numbers.
 
     Raises:
-        ValueError: If the model has fewer positions than ``slots``.
+        ValueError: The model has fewer than ``slots`` positions.
 
     Example:
         >>> from effscale.models import empty_cache, preset
@@ -46,7 +46,9 @@ def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
         (2, 64)
     """
     if config.max_length is not None and slots > config.max_length:
-        raise ValueError(f"slots={slots}: the model has {config.max_length} positions")
+        raise ValueError(
+            f"slots must be at most the model's {config.max_length} positions, got {slots}"
+        )
 
     def zeros(block):
         shape = (batch, block.attention.kv_heads, slots, block.attention.width(config.d_model))
@@ -66,7 +68,7 @@ def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
 
 
 def grow_cache(cache: KVCache, slots: int) -> KVCache:
-    """The same cache with room for ``slots`` tokens; itself where it has that room already."""
+    """Return the cache with room for ``slots`` tokens, or the cache itself if it already has room."""
     more = slots - cache.valid.shape[1]
     if more <= 0:
         return cache

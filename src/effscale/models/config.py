@@ -1,8 +1,8 @@
-"""What a transformer is made of, as small frozen dataclasses that check themselves when made.
+"""The parts of a transformer, as small frozen dataclasses that validate themselves when created.
 
-:class:`TransformerConfig` holds the parts; :mod:`effscale.models.families` writes it for each family and
-:mod:`effscale.models.presets` for each published size. A part that a technique brings (a mixture of experts in
-place of :class:`effscale.models.MLPConfig`) only needs the same ``build``.
+``TransformerConfig`` holds the parts. ``effscale.models.families`` builds it for each family and
+``effscale.models.presets`` for each published size. A part provided by a technique, such as a mixture of experts in
+place of ``effscale.models.MLPConfig``, only needs the same ``build``.
 """
 
 import dataclasses
@@ -26,52 +26,53 @@ AttentionImplementation = Literal["blocks", "splash", "cudnn"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Layer normalization or its root-mean-square form."""
+    """Layer normalization or root-mean-square normalization."""
 
     kind: Literal["layer", "rms"] = "layer"
     """``layer`` subtracts the mean; ``rms`` does not."""
     epsilon: float = 1e-5
-    """Added to the variance."""
+    """Constant added to the variance."""
     scale: bool = True
-    """Whether a trained factor follows."""
+    """Whether to multiply by a learned scale."""
     bias: bool = True
-    """Whether a trained summand follows."""
+    """Whether to add a learned bias."""
 
     def __post_init__(self):
         choice(self, "kind", ("layer", "rms"))
-        check(self, 0 < self.epsilon < math.inf, "epsilon", "above 0, and finite")
+        check(self, 0 < self.epsilon < math.inf, "epsilon", "above 0 and finite")
 
     def build(self, width: int) -> "LayerNorm | RMSNorm":
-        """The module, over ``width`` features."""
+        """Build the module for ``width`` features."""
         kind = LayerNorm if self.kind == "layer" else RMSNorm
         return kind(width, epsilon=self.epsilon, scale=self.scale, bias=self.bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Multi-head attention; with ``num_kv_heads`` below ``num_heads``, grouped queries."""
+    """Multi-head attention, or grouped-query attention if ``num_kv_heads`` is below ``num_heads``."""
 
     num_heads: int
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int | None = None
-    """Key and value heads, each shared by a group of query heads; None: as many as query heads."""
+    """Number of key and value heads, each shared by a group of query heads; None: the same as ``num_heads``."""
     head_dim: int | None = None
-    """Width of a head; None: d_model / num_heads."""
+    """Width of a head; None: ``d_model / num_heads``."""
     bias: bool = True
-    """Biases of the query, key and value projections."""
+    """Whether the query, key and value projections have biases."""
     out_bias: bool | None = None
-    """Bias of the output projection; None: as ``bias``."""
+    """Whether the output projection has a bias; None: the same as ``bias``."""
     scale: float | None = None
-    """What scores are multiplied by; None: ``head_dim**-0.5``."""
+    """Factor that multiplies the scores; None: ``head_dim**-0.5``."""
     window: int | None = None
-    """A token sees itself and the ``window - 1`` before it, by their positions; None: all before it. Layers with a window are
-    computed in blocks, as the fused kernels have none."""
+    """Sliding window: a token attends to itself and the ``window - 1`` positions before it; None: to all earlier positions.
+    Layers with a window are computed in blocks, because the fused kernels do not support windows."""
     qk_norm: NormConfig | None = None
-    """Norm of queries and keys, each with its own factor, before they are rotated; None: none."""
+    """Norm of the queries and keys, each with its own scale, applied before rotation; None: no norm."""
     qk_norm_over: Literal["head", "all"] = "head"
-    """What is normalized together: the features of a head, all heads with one factor (Qwen3); or those of all heads (OLMoE)."""
+    """What to normalize over: the features of each ``head``, with one scale shared by all heads (Qwen3), or the features of
+    ``all`` heads together (OLMoE)."""
     dropout: float = 0.0
-    """Probability that an attention weight is dropped in training."""
+    """Probability of dropping an attention weight in training."""
 
     def __post_init__(self):
         check(self, self.num_heads >= 1, "num_heads", "at least 1")
@@ -91,69 +92,72 @@ class AttentionConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads, with the default resolved."""
+        """The number of key and value heads, with the default resolved."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def width(self, d_model: int) -> int:
-        """Width of a head in a model of ``d_model`` features."""
+        """Return the width of a head in a model with ``d_model`` features."""
         if self.head_dim is not None:
             return self.head_dim
         if d_model % self.num_heads:
-            # Only those nearby: finding all divisors of a very large width would not end.
+            # Search only nearby values: finding all divisors of a very large width would take too long.
             near = min(self.num_heads, d_model)
             fits = [n for n in range(max(1, near - 64), near + 65) if d_model % n == 0]
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide d_model={d_model}; "
-                + (f"choose one of {fits} or " if fits else "")
-                + "give head_dim"
+                f"num_heads must divide d_model={d_model}, got {self.num_heads}. "
+                + (f"Use one of {fits}, or set head_dim" if fits else "Set head_dim")
             )
         return d_model // self.num_heads
 
 
 @runtime_checkable
 class FeedForwardConfig(Protocol):
-    """The place of a block's feed-forward: anything with this ``build`` may stand there.
+    """The interface of a block's feed-forward: any config with this ``build`` works.
 
-    The built module maps ``(x, context, key)`` to ``(y, report)``: ``x`` and ``y`` of shape ``(batch, seq, d_model)``;
-    ``context`` the :class:`effscale.models.Context` of these tokens, which says what is padding and whether there is a
-    cache; ``key`` a PRNG key in training, else None; ``report`` a dict of arrays that the model hands on, stacked over
-    layers. Objectives add its entry ``aux_loss``, a scalar, to the loss; its other scalars and vectors become metrics.
+    The module it builds maps ``(x, context, key)`` to ``(y, report)``:
 
-    A config may name points of its module in an attribute ``points``; see :mod:`effscale.models.points`.
+    - ``x`` and ``y`` have the shape ``(batch, seq, d_model)``.
+    - ``context`` is the ``effscale.models.Context`` of these tokens, which tells which tokens are padding and whether there
+      is a cache.
+    - ``key`` is a PRNG key in training, otherwise None.
+    - ``report`` is a dict of arrays, which the model stacks over the layers and returns. Objectives add its scalar entry
+      ``aux_loss`` to the loss; its other scalars and vectors become metrics.
+
+    A config may list named points of its module in an attribute ``points``; see ``effscale.models.points``.
     """
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> Any:
-        """The module."""
+        """Build the module."""
         ...
 
 
 @runtime_checkable
 class HeadConfig(Protocol):
-    """A head: a name for its output, and a ``build``."""
+    """The interface of an output head: a name for its output, and ``build``."""
 
     @property
     def name(self) -> str:
-        """Key of the output."""
+        """The key of the output."""
         ...
 
     def build(self, config: "TransformerConfig", *, rngs: "nnx.Rngs") -> Any:
-        """The module; it maps ``(hidden, pooled, embed, valid, key)`` to the output."""
+        """Build the module, which maps ``(hidden, pooled, embed, valid, key)`` to the output."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """One layer: attention and feed-forward around a residual stream."""
+    """One transformer block: attention and feed-forward around a residual stream."""
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
     norm: NormConfig = NormConfig()
     residual: Residual = "pre"
-    """Where the norms stand: ``pre`` before each part; ``post`` after each sum; ``parallel`` both parts from the same
-    stream, each with its norm; ``parallel_shared`` the same with one norm; ``pre_normed`` like ``pre`` with the normed
-    stream as the residual (BLOOM's apply_residual_connection_post_layernorm)."""
+    """Placement of the norms. ``pre``: before each part. ``post``: after each sum. ``parallel``: both parts read the same
+    stream, each through its own norm. ``parallel_shared``: the same with one shared norm. ``pre_normed``: like ``pre``, but
+    the normalized stream is the residual (BLOOM's ``apply_residual_connection_post_layernorm``)."""
     dropout: float = 0.0
-    """Probability that a feature of either part's output is dropped in training."""
+    """Probability of dropping a feature of the output of attention or feed-forward in training."""
 
     def __post_init__(self):
         choice(self, "residual", typing.get_args(Residual))
@@ -162,12 +166,12 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Like blocks that are stacked and scanned: ``blocks`` in their order, ``repeat`` times over."""
+    """Identical blocks that are stacked and scanned: ``blocks`` in order, ``repeat`` times."""
 
     blocks: tuple[BlockConfig, ...]
-    """Usually one; a (dense, expert) pair where every second layer differs."""
+    """The blocks of one repetition: usually one; a pair (dense, expert) if every second layer differs."""
     repeat: int
-    """How often."""
+    """Number of repetitions."""
 
     def __post_init__(self):
         check(self, self.repeat >= 1, "repeat", "at least 1")
@@ -179,15 +183,15 @@ class TokenInputs:
     """Token ids as input."""
 
     vocab_size: int
-    """Rows of the embedding."""
+    """Number of rows of the embedding."""
     d_embed: int | None = None
-    """Width of the embedding where it differs from d_model; a projection leads in, another leads back out."""
+    """Width of the embedding if it differs from ``d_model``; projections map it to ``d_model`` and back."""
     type_vocab_size: int = 0
-    """Kinds of token (BERT's sentences A and B); 0: none."""
+    """Number of token types, such as BERT's sentences A and B; 0: none."""
     norm: NormConfig | None = None
-    """Norm right after the sum of embeddings (BLOOM, BERT)."""
+    """Norm applied to the sum of the embeddings (BLOOM, BERT)."""
     dropout: float = 0.0
-    """Probability that a feature of the embedding is dropped in training."""
+    """Probability of dropping a feature of the embedding in training."""
 
     def __post_init__(self):
         check(self, self.vocab_size >= 1, "vocab_size", "at least 1")
@@ -198,16 +202,20 @@ class TokenInputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchInputs:
-    """Images as input, cut into square patches, with a leading class token (Dosovitskiy et al., 2020)."""
+    """Images as input, split into square patches after a class token.
+
+    References:
+        Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020). https://arxiv.org/abs/2010.11929
+    """
 
     image_size: int
-    """Height and width of the image, in pixels."""
+    """Height and width of an image, in pixels."""
     patch_size: int
     """Height and width of a patch, in pixels."""
     channels: int = 3
-    """Channels of a pixel."""
+    """Number of channels per pixel."""
     dropout: float = 0.0
-    """Probability that a feature of the embedding is dropped in training."""
+    """Probability of dropping a feature of the embedding in training."""
 
     def __post_init__(self):
         check(self, self.image_size >= 1, "image_size", "at least 1")
@@ -222,13 +230,13 @@ class PatchInputs:
 
     @property
     def num_tokens(self) -> int:
-        """Patches and the class token."""
+        """The number of patches plus the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """A whole model.
+    """A complete model.
 
     Example:
         >>> from effscale.models import preset
@@ -239,36 +247,37 @@ class TransformerConfig:
     d_model: int
     """Width of the residual stream."""
     groups: tuple[Group, ...]
-    """The layers, in order."""
+    """The groups of layers, in order."""
     inputs: TokenInputs | PatchInputs
-    """What comes in."""
+    """The inputs: token ids or images."""
     positions: Positions
-    """How the model knows where a token stands; None: not at all."""
+    """Position encoding; None: no position encoding."""
     heads: tuple[HeadConfig, ...] = ()
-    """What comes out; none: hidden states."""
+    """The output heads; if empty, the model returns hidden states."""
     causal: bool = True
-    """Whether a token sees only those before it."""
+    """Whether a token attends only to itself and earlier tokens."""
     final_norm: NormConfig | None = NormConfig()
-    """Norm after the last layer; None where blocks end in one (post-norm)."""
+    """Norm after the last layer; None if the blocks already end in a norm (post-norm)."""
     pooler: bool = False
     """BERT's pooler: a dense layer and an activation on the first token."""
     pooler_activation: Activation = "tanh"
-    """The pooler's activation."""
+    """Activation of the pooler."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of activations and products. Parameters keep their own (float32 as made); softmax, norms and loss are in
-    float32."""
+    """Dtype of activations and matrix products. Parameters keep their own dtype (float32 when initialized); softmax, norms
+    and loss are computed in float32."""
     remat: Remat | tuple[str, ...] = "none"
-    """What the backward pass computes again to save memory: nothing (``none``), everything in a layer (``full``), all but
-    matrix products (``dots``), or all but the products without a batch dimension (``dots_no_batch``). A tuple names the
-    points of a layer that are kept, such as ``("query", "key", "value", "attention_mixed")``; see :attr:`points`."""
+    """What the backward pass recomputes to save memory: nothing (``none``), everything in a layer (``full``), everything
+    except matrix products (``dots``), or everything except products without a batch dimension (``dots_no_batch``). A tuple
+    names the points of a layer to keep, such as ``("query", "key", "value", "attention_mixed")``; see ``points``."""
     attention_implementation: AttentionImplementation | None = None
-    """How attention is computed: ``blocks`` of queries with their scores in float32, anywhere; ``splash``, JAX's fused kernel
-    for TPUs; ``cudnn``, for Hopper GPUs; None: ``splash`` in programs for TPUs where it can serve, otherwise ``blocks``.
-    A name that cannot serve is an error. With a cache it is always ``blocks``."""
+    """How to compute attention. ``blocks``: blocks of queries with scores in float32, on any platform. ``splash``: JAX's fused
+    kernel for TPUs. ``cudnn``: the fused kernel for Hopper GPUs. None: ``splash`` on TPUs if it supports the model, otherwise
+    ``blocks``. A named implementation that does not support the model raises an error. With a cache, ``blocks`` is always
+    used."""
     init_std: float = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
-    """Whether projections into the residual stream start smaller, by ``1/sqrt(2 num_layers)``."""
+    """Whether to initialize projections into the residual stream with a smaller deviation, by ``1/sqrt(2 num_layers)``."""
 
     def __post_init__(self):
         check(self, self.d_model >= 1, "d_model", "at least 1")
@@ -278,56 +287,62 @@ class TransformerConfig:
             choice(self, "remat", typing.get_args(Remat))
         else:
             check(
-                self, isinstance(self.remat, tuple), "remat", "a policy's name or a tuple of points"
+                self,
+                isinstance(self.remat, tuple),
+                "remat",
+                "the name of a policy or a tuple of points",
             )
             check_points(self.remat, self.points, f"TransformerConfig.remat={self.remat!r}")
         if self.attention_implementation is not None:
             choice(self, "attention_implementation", typing.get_args(AttentionImplementation))
         choice(self, "pooler_activation", tuple(ACTIVATIONS))
-        check(self, 0 < self.init_std < math.inf, "init_std", "above 0, and finite")
+        check(self, 0 < self.init_std < math.inf, "init_std", "above 0 and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
         if isinstance(self.positions, Rotary):
             check(
                 self,
                 len(widths) == 1,
                 "groups",
-                f"of one head_dim with rotary positions, not {widths}",
+                f"groups with the same head_dim if positions are rotary (here {widths})",
             )
             width = min(widths)
             dim = width if self.positions.dim is None else self.positions.dim
-            wanted = f"rotary over an even dim of at most head_dim={width}"
+            wanted = f"rotary over an even number of at most head_dim={width} dimensions"
             check(self, dim <= width and dim % 2 == 0, "positions", wanted)
         if isinstance(self.inputs, PatchInputs) and isinstance(self.positions, LearnedPositions):
             check(
                 self,
                 self.positions.num == self.inputs.num_tokens and self.positions.offset == 0,
                 "positions",
-                f"num={self.inputs.num_tokens} for these images, without an offset",
+                f"learned with num={self.inputs.num_tokens} and offset=0 for these images",
             )
         names = [head.name for head in self.heads]
-        check(self, len(set(names)) == len(names), "heads", "of different names")
+        check(self, len(set(names)) == len(names), "heads", "heads with different names")
         reserved = {"hidden", "pooled"} & set(names)
         check(
             self,
             not reserved,
             "heads",
-            f"of names other than {reserved}, which are outputs already",
+            f"heads with names other than {reserved}, which are already outputs",
         )
         if isinstance(self.positions, Alibi):
             check(
                 self,
                 self.causal,
                 "causal",
-                "True with Alibi, whose bias supposes that keys come before the query",
+                "True with Alibi, whose bias assumes that keys precede the query",
             )
         if any(block.attention.window is not None for block in self.blocks):
             check(
-                self, self.causal, "causal", "True with a window, which reaches back from a token"
+                self,
+                self.causal,
+                "causal",
+                "True with a window, which covers earlier positions only",
             )
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:
-        """Every kind of block, once for each place in its group."""
+        """All kinds of blocks, each once per place in its group."""
         return tuple(block for group in self.groups for block in group.blocks)
 
     @property
@@ -337,22 +352,22 @@ class TransformerConfig:
 
     @property
     def num_layers(self) -> int:
-        """Layers in all."""
+        """The total number of layers."""
         return sum(len(group.blocks) * group.repeat for group in self.groups)
 
     @property
     def points(self) -> tuple[str, ...]:
-        """Names of the points of its layers, those that feed-forwards bring included."""
+        """The names of the points in the layers, including those added by feed-forwards."""
         own = (name for b in self.blocks for name in getattr(b.feed_forward, "points", ()))
         return tuple(dict.fromkeys((*POINTS, *own)))
 
     @property
     def hidden_width(self) -> int:
-        """Width of the hidden states that come out: d_model, or that of a narrower embedding."""
+        """The width of the returned hidden states: ``d_model``, or the width of a narrower embedding."""
         narrow = self.inputs.d_embed if isinstance(self.inputs, TokenInputs) else None
         return self.d_model if narrow is None else narrow
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence; None: no limit but memory."""
+        """The maximum sequence length; None: limited only by memory."""
         return self.positions.num if isinstance(self.positions, LearnedPositions) else None

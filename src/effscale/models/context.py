@@ -1,7 +1,7 @@
-"""What every layer must know of the batch: where tokens stand and which may see which.
+"""What each layer needs to know about the batch: token positions and which tokens may attend to which.
 
-Built once a call and shared by all layers. A technique that runs layers on fewer tokens builds another from the
-positions, mask and segments of the tokens it kept.
+It is built once per call and shared by all layers. A technique that runs layers on fewer tokens builds another one from
+the positions, mask and segments of the tokens it keeps.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from effscale.models.positions import Angles, Positions, Rotary, rotary_angles
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also builds it from shapes and placeholders
 class Context:
-    """Positions and masks of the queries (``seq``) and of the keys they may see (``keys``).
+    """Positions and masks of the queries (``seq``) and of the keys they may attend to (``keys``).
 
-    ``rows`` is the batch, or 1 where all rows agree. Without a cache, keys are the queries' own tokens; with one,
-    they are its slots, and ``start`` is the slot of the first query. ``valid`` is of the queries, and None where no mask
-    was given; ``capture`` holds the points that the caller of the model asked for.
+    ``rows`` is the batch size, or 1 if all rows are the same. Without a cache, the keys are the queries' own tokens; with a
+    cache, they are its slots, and ``start`` is the slot of the first query. ``valid`` applies to the queries and is None if
+    no mask was passed. ``capture`` holds the points that the caller of the model asked for.
     """
 
     positions: Int[Array, "rows seq"]
@@ -43,9 +43,9 @@ class Context:
 
     @property
     def real(self) -> Bool[Array, "batch seq"] | None:
-        """Which queries are real tokens, as routing must know; None: all.
+        """Which queries are real tokens, as routing needs to know; None: all of them.
 
-        Padding is what the mask says, and in packed rows segment 0, as :mod:`effscale.data` packs them.
+        Padding is what the mask excludes and, in packed rows, segment 0, as ``effscale.data`` packs them.
         """
         if self.segments is None:
             return self.valid
@@ -53,10 +53,10 @@ class Context:
         return packed if self.valid is None else packed & self.valid
 
     def captured(self, **points: Array | Callable[[], Array]) -> dict[str, Any]:
-        """Those of the arrays that the caller asked for, for a module's report.
+        """Return those of the arrays that the caller asked for, for a module's report.
 
         Args:
-            points: What stands at each point; a function of no arguments is called only if it was asked for.
+            points: The value at each point; a function without arguments is called only if its point was asked for.
         """
         found = {}
         for name, function in self.capture:
@@ -69,9 +69,9 @@ class Context:
     def allowed(
         self, first: int, last: int, keys: int, window: int | None = None
     ) -> Bool[Array, "rows 1 queries keys"] | None:
-        """Which of the first ``keys`` keys queries ``first`` to ``last`` may see; None: all.
+        """Return which of the first ``keys`` keys the queries ``first`` to ``last`` may attend to; None means all.
 
-        With a ``window`` these are its own token and the ``window - 1`` positions before it.
+        With a ``window``, these are the query's own token and the ``window - 1`` positions before it.
         """
         masks = []
         if self.causal:
@@ -95,7 +95,7 @@ class Context:
 
 
 def positions_of(attention_mask: Bool[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """Positions that count real tokens only: ``cumsum(mask) - 1``, and 0 at leading padding.
+    """Return positions that count only real tokens: ``cumsum(mask) - 1``, and 0 at leading padding.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,7 +106,7 @@ def positions_of(attention_mask: Bool[Array, "batch seq"]) -> Int[Array, "batch 
 
 
 def positions_within(segments: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """Positions that count from 0 in each run of equal numbers, as packed rows want them.
+    """Return positions that count from 0 in each run of equal numbers, as packed rows need.
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,16 +128,16 @@ def build_context(
     positions: Int[Array, "rows seq"] | None = None,
     segments: Int[Array, "batch seq"] | None = None,
 ) -> Context:
-    """The context of ``seq`` tokens that see only one another.
+    """Build the context of ``seq`` tokens that attend only to each other.
 
     Args:
-        seq: Length of the sequence.
-        kind: The model's positions.
+        seq: Sequence length.
+        kind: The model's position encoding.
         head_dim: Width of a head, for rotary angles.
-        causal: Whether a token sees only those before it.
+        causal: Whether a token attends only to itself and earlier tokens.
         valid: True at real tokens, False at padding.
-        positions: Where each token stands; by default counted from 0 in each segment, or over ``valid``, or over the whole row.
-        segments: Tokens see only those of their own number.
+        positions: Position of each token; by default counted from 0 in each segment, over ``valid``, or over the whole row.
+        segments: Segment number of each token; tokens attend only to tokens of the same segment.
 
     Returns:
         The context.
@@ -161,7 +161,7 @@ def build_context(
 
 
 def angles_of(kind: Positions, positions: Int[Array, "rows seq"], head_dim: int) -> Angles | None:
-    """Rotary angles of the positions; None where the model does not rotate."""
+    """Return the rotary angles of the positions, or None if the model has no rotary positions."""
     if not isinstance(kind, Rotary):
         return None
     dim = head_dim if kind.dim is None else kind.dim

@@ -1,7 +1,7 @@
-"""Each family of models as a config of the one Transformer.
+"""Each model family as a config of the common Transformer.
 
-A function a family, with the arguments that its members differ in; whatever else is fixed by the family.
-Dropouts that are None are as ``dropout``.
+There is one function per family. Its arguments are what differs between members; everything else is fixed by the
+family. Dropout rates that are None default to ``dropout``.
 """
 
 import functools
@@ -32,7 +32,7 @@ Limit = tuple[Callable[[Any], bool], str]
 
 _SIZE: Limit = (lambda size: size >= 1, "at least 1")
 _RATE: Limit = (lambda rate: 0 <= rate < 1, "in [0, 1)")
-# Arguments that become fields of other names, whose errors would speak of what the user did not write.
+# Arguments that are stored in fields with other names, so their errors would name what the user did not write.
 _LIMITS: dict[str, Limit] = {
     "num_layers": _SIZE,
     "d_model": _SIZE,
@@ -42,7 +42,7 @@ _LIMITS: dict[str, Limit] = {
     "attention_dropout": _RATE,
     "embed_dropout": _RATE,
     "rotary_dim": (lambda dim: dim >= 2 and dim % 2 == 0, "an even number above 0, or None"),
-    "rotary_fraction": (lambda fraction: 0 < fraction <= 1, "above 0, at most 1"),
+    "rotary_fraction": (lambda fraction: 0 < fraction <= 1, "above 0 and at most 1"),
     "rotary_base": (lambda base: 0 < base < math.inf, "above 0"),
 }
 
@@ -50,14 +50,14 @@ _LIMITS: dict[str, Limit] = {
 def _family(
     build: Callable[Arguments, TransformerConfig],
 ) -> Callable[Arguments, TransformerConfig]:
-    """A family's function that refuses impossible values under the names of its own arguments."""
+    """Make the function of a family report invalid values under the names of its own arguments."""
 
     @functools.wraps(build)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> TransformerConfig:
         for name, (holds, wanted) in _LIMITS.items():
             value: Any = kwargs.get(name)
             if value is not None and not holds(value):
-                raise ValueError(f"{name}={value!r}: must be {wanted}")
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
         return build(*args, **kwargs)
 
     return checked
@@ -85,11 +85,15 @@ def gpt2(
     scale_attention: bool = True,
     scale_by_layer: bool = False,
 ) -> TransformerConfig:
-    """GPT-2 and GPT-3: pre-norm, learned positions, tied head (Radford et al., 2019; Brown et al., 2020).
+    """Build a GPT-2 or GPT-3 config: pre-norm, learned positions, tied head.
 
-    Without ``scale_attention`` scores are not divided by the root of a head's width. With ``scale_by_layer`` those of
-    layer ``i`` are divided by ``i + 1`` as well (``scale_attn_by_inverse_layer_idx`` of the Mistral GPT-2s). Its layers
-    are then unlike and each is a group of its own, so that compile time grows with depth.
+    Without ``scale_attention``, scores are not divided by the square root of the head width. With ``scale_by_layer``, the
+    scores of layer ``i`` are also divided by ``i + 1`` (``scale_attn_by_inverse_layer_idx`` of the Mistral GPT-2 models). The
+    layers then differ and each is a separate group, so compile time grows with depth.
+
+    References:
+        Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+        Brown et al., "Language Models are Few-Shot Learners" (2020). https://arxiv.org/abs/2005.14165
 
     Example:
         >>> gpt2(num_layers=12, d_model=768, num_heads=12).num_layers
@@ -141,10 +145,13 @@ def opt(
     final_norm: bool = True,
     tied: bool = True,
 ) -> TransformerConfig:
-    """OPT: pre-norm with ReLU and positions that begin at row 2; the 350M member is post-norm (Zhang et al., 2022).
+    """Build an OPT config: pre-norm, ReLU, and positions that start at row 2; the 350M member is post-norm.
 
-    A post-norm member has no final norm; without ``final_norm`` a pre-norm one has none either, as early conversions
+    A post-norm member has no final norm. Set ``final_norm=False`` for a pre-norm model without one, as in early conversions
     of the weights (``_remove_final_layer_norm``).
+
+    References:
+        Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (2022). https://arxiv.org/abs/2205.01068
     """
     norm = NormConfig(scale=norm_affine, bias=norm_affine)
     block = BlockConfig(
@@ -181,7 +188,12 @@ def bloom(
     epsilon: float = 1e-5,
     tied: bool = True,
 ) -> TransformerConfig:
-    """BLOOM: ALiBi, a norm after the embedding, tied head (Le Scao et al., 2022, section 3.2)."""
+    """Build a BLOOM config: ALiBi, a norm after the embedding, tied head.
+
+    References:
+        Le Scao et al., "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model" (2022), section 3.2.
+            https://arxiv.org/abs/2211.05100
+    """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(num_heads=num_heads, dropout=_or(attention_dropout, dropout)),
@@ -216,9 +228,11 @@ def gptj(
     epsilon: float = 1e-5,
     tied: bool = False,
 ) -> TransformerConfig:
-    """GPT-J: parallel residual with one norm, interleaved rotary on part of each head, untied head with a bias.
+    """Build a GPT-J config: parallel residual with one norm, interleaved rotary on part of each head, untied head with bias.
 
-    Source: Wang and Komatsuzaki, "GPT-J-6B", 2021.
+    References:
+        Wang and Komatsuzaki, "GPT-J-6B: A 6 Billion Parameter Autoregressive Language Model" (2021).
+            https://github.com/kingoflolz/mesh-transformer-jax
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
@@ -259,9 +273,11 @@ def neox(
     epsilon: float = 1e-5,
     tied: bool = False,
 ) -> TransformerConfig:
-    """GPT-NeoX and Pythia: parallel residual with two norms, half-split rotary on part of each head, untied head.
+    """Build a GPT-NeoX or Pythia config: parallel residual with two norms, half-split rotary on part of each head, untied head.
 
-    Source: Black et al., "GPT-NeoX-20B", 2022, section 2.
+    References:
+        Black et al., "GPT-NeoX-20B: An Open-Source Autoregressive Language Model" (2022), section 2.
+            https://arxiv.org/abs/2204.06745
     """
     norm = NormConfig(epsilon=epsilon)
     attention = AttentionConfig(
@@ -270,8 +286,8 @@ def neox(
     rotary_dim = int(attention.width(d_model) * rotary_fraction)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(
-            f"rotary_fraction={rotary_fraction!r}: must make an even number above 0 of the {d_model // num_heads} "
-            f"dimensions of a head, not {rotary_dim}"
+            f"rotary_fraction must make an even number above 0 of the {d_model // num_heads} dimensions of a head, "
+            f"got {rotary_fraction!r}, which makes {rotary_dim}"
         )
     block = BlockConfig(
         attention=attention,
@@ -313,11 +329,20 @@ def llama(
     attention_dropout: float | None = None,
     tied: bool = False,
 ) -> TransformerConfig:
-    """Llama: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger ones (Touvron et al., 2023).
+    """Build a Llama config: RMS norms, rotary positions, SwiGLU, no biases, grouped queries in the larger models.
 
-    Its relatives differ in little. Mistral's layers have a ``window`` (Jiang et al., 2023); a tuple gives each layer its own.
-    Qwen2 has biases at query, key and value alone: ``bias=True, out_bias=False`` (Yang et al., 2024). Qwen3 normalizes each head
-    of queries and keys, ``qk_norm="head"``, and OLMoE all heads together, ``qk_norm="all"`` (Muennighoff et al., 2024).
+    Related families differ only in a few arguments:
+
+    - Mistral: layers with a ``window``; a tuple sets it for each layer.
+    - Qwen2: biases only in the query, key and value projections, ``bias=True, out_bias=False``.
+    - Qwen3: each head of queries and keys is normalized, ``qk_norm="head"``.
+    - OLMoE: all heads are normalized together, ``qk_norm="all"``.
+
+    References:
+        Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023). https://arxiv.org/abs/2302.13971
+        Jiang et al., "Mistral 7B" (2023). https://arxiv.org/abs/2310.06825
+        Yang et al., "Qwen2 Technical Report" (2024). https://arxiv.org/abs/2407.10671
+        Muennighoff et al., "OLMoE: Open Mixture-of-Experts Language Models" (2024). https://arxiv.org/abs/2409.02060
 
     Example:
         >>> mistral = llama(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14336, window=4096)
@@ -344,7 +369,7 @@ def llama(
     if isinstance(window, tuple):
         if len(window) != num_layers:
             raise ValueError(
-                f"window has {len(window)} entries: must have one for each of {num_layers} layers"
+                f"window must have one entry for each of the {num_layers} layers, got {len(window)} entries"
             )
         of = {w: replace(block, attention=replace(block.attention, window=w)) for w in set(window)}
         groups = group_layers([of[w] for w in window])
@@ -377,9 +402,14 @@ def bert(
     pooler: bool = True,
     heads: tuple[HeadConfig, ...] = (),
 ) -> TransformerConfig:
-    """BERT: a post-norm encoder; without heads it gives hidden states and the pooled vector (Devlin et al., 2018).
+    """Build a BERT config: a post-norm encoder; without heads it returns hidden states and the pooled vector.
 
-    For pretraining, ``heads=bert_pretraining_heads()``; for classes, ``heads=(ClassHead(num_classes=n, pool="pooled"),)``.
+    For pretraining, pass ``heads=bert_pretraining_heads()``; for classification,
+    ``heads=(ClassHead(num_classes=n, pool="pooled"),)``.
+
+    References:
+        Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2018).
+            https://arxiv.org/abs/1810.04805
     """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
@@ -407,7 +437,7 @@ def bert(
 def bert_pretraining_heads(
     *, activation: Activation = "gelu", epsilon: float = 1e-12, tied: bool = True
 ) -> tuple[HeadConfig, ...]:
-    """BERT's two: masked words (``mlm``) and next sentence (``nsp``)."""
+    """Return BERT's two pretraining heads: masked words (``mlm``) and next sentence (``nsp``)."""
     norm = NormConfig(epsilon=epsilon)
     return (
         LMHead(name="mlm", tied=tied, bias=True, transform=activation, norm=norm),
@@ -434,7 +464,12 @@ def vit(
     dropout: float = 0.0,
     attention_dropout: float | None = None,
 ) -> TransformerConfig:
-    """ViT: a pre-norm encoder of image patches with a class token (Dosovitskiy et al., 2020)."""
+    """Build a ViT config: a pre-norm encoder of image patches with a class token.
+
+    References:
+        Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale" (2020).
+            https://arxiv.org/abs/2010.11929
+    """
     norm = NormConfig(epsilon=epsilon)
     block = BlockConfig(
         attention=AttentionConfig(

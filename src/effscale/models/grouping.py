@@ -1,17 +1,17 @@
-"""Layers in an order of one's own, as groups that are scanned."""
+"""Grouping of layers in any order into groups that are scanned."""
 
 from collections.abc import Sequence
 
 from effscale.models.config import BlockConfig, Group
 
 MAX_WIDTH = 8
-"""Blocks of a group at most: a pattern that is longer is cut into shorter groups."""
+"""Maximum number of blocks per group; a longer pattern is split into shorter groups."""
 
 
 def group_layers(layers: Sequence[BlockConfig]) -> tuple[Group, ...]:
-    """Groups of layers in this order: a stretch of like layers is one group, and so is one in which layers take turns.
+    """Group layers in the given order: a run of identical layers becomes one group, and so does a repeating pattern.
 
-    Compile time then grows with the number of different stretches and not with that of the layers.
+    Compile time then grows with the number of different runs instead of the number of layers.
 
     Args:
         layers: The block of each layer.
@@ -34,7 +34,7 @@ def group_layers(layers: Sequence[BlockConfig]) -> tuple[Group, ...]:
 
 
 def _stretch(layers: Sequence[BlockConfig], start: int) -> tuple[int, int]:
-    """Width and number of repetitions of the pattern that holds for longest from here on."""
+    """Return the width and the number of repetitions of the pattern that holds longest from ``start``."""
     best = (1, 1)
     left = len(layers) - start
     for width in range(1, min(MAX_WIDTH, left // 2) + 1):

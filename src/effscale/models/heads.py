@@ -1,4 +1,4 @@
-"""What comes out of a model: vocabulary logits, masked-word logits, classes, values."""
+"""Output heads: vocabulary logits, masked-word logits, class scores and values."""
 
 import dataclasses
 from typing import Any, Literal
@@ -19,30 +19,30 @@ Pool = Literal["first", "pooled", "last", "mean", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMHead:
-    """Logits over the vocabulary at every token."""
+    """Logits over the vocabulary for every token."""
 
     name: str = "lm"
-    """Key of the output."""
+    """The key of the output."""
     tied: bool = True
-    """Whether the embedding's transpose is the projection."""
+    """Whether the projection is the transposed embedding."""
     bias: bool = False
-    """Whether a bias is added to the logits."""
+    """Whether to add a bias to the logits."""
     transform: Activation | None = None
-    """BERT's masked-word head: a dense layer, this activation and a norm come first; None: nothing does."""
+    """Activation of BERT's masked-word head, which applies a dense layer, this activation and a norm first; None: no transform."""
     norm: NormConfig = dataclasses.field(default_factory=NormConfig)
-    """The transform's norm."""
+    """Norm of the transform."""
 
     def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> "VocabularyHead":
-        """The module."""
+        """Build the module."""
         return VocabularyHead(self, config, rngs=rngs)
 
 
 class VocabularyHead(nnx.Module):
-    """Logits over the vocabulary at every token."""
+    """Logits over the vocabulary for every token."""
 
     def __init__(self, config: LMHead, model: TransformerConfig, *, rngs: nnx.Rngs):
         if not isinstance(model.inputs, TokenInputs):
-            raise ValueError("an LMHead needs token inputs; give a ClassHead for images")
+            raise ValueError("LMHead needs token inputs. Use ClassHead for images")
         width = model.hidden_width
         transform = config.transform is not None
         self.transform = (
@@ -63,11 +63,11 @@ class VocabularyHead(nnx.Module):
     def linear(
         self, hidden: Float[Array, "*batch d_model"], embed: TokenEmbedding
     ) -> tuple[Float[Array, "*batch width"], Any, Array | None]:
-        """The last affine map taken apart, for a loss that never holds all logits.
+        """Return the parts of the last affine map, for a loss that never holds all logits.
 
         Returns:
-            Its input, its weight of shape ``(vocab, width)`` (any weight: see :func:`effscale.models.dense`), and its
-            bias or None.
+            Its input, its weight of shape ``(vocab, width)`` (any weight; see ``effscale.models.dense``), and its bias
+            or None.
         """
         if self.transform is not None and self.norm is not None and self.activation is not None:
             hidden = self.norm(self.transform(hidden, self.activation))
@@ -77,7 +77,7 @@ class VocabularyHead(nnx.Module):
         return hidden, embed.tokens.embedding.get_value(), bias
 
     def __call__(self, hidden, pooled, embed, valid, key=None) -> Float[Array, "batch seq vocab"]:
-        """Logits of ``(batch, seq, width)`` hidden states; ``embed`` holds a tied head's table."""
+        """Return the logits of ``(batch, seq, width)`` hidden states; ``embed`` holds the table of a tied head."""
         del pooled, valid, key
         x, weight, bias = self.linear(hidden, embed)
         return matmul(x, transpose(weight), bias)
@@ -85,19 +85,19 @@ class VocabularyHead(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassHead:
-    """Scores of classes for each row, or a value for each token."""
+    """Class scores for each row, or a value for each token."""
 
     num_classes: int
-    """Scores a row; 1 for a reward or a value."""
+    """Number of scores per row; 1 for a reward or a value."""
     name: str = "classes"
-    """Key of the output."""
+    """The key of the output."""
     pool: Pool = "first"
-    """Which vector stands for the row: the first token's; the pooler's; the last real token's; the mean over real
-    tokens; ``none``: every token keeps its own."""
+    """Which vector represents the row: the ``first`` token's, the pooler's (``pooled``), the ``last`` real token's, or the
+    ``mean`` over real tokens. ``none`` computes scores for every token."""
     bias: bool = True
-    """Whether a bias is added."""
+    """Whether to add a bias."""
     dropout: float = 0.0
-    """Probability that a feature of that vector is dropped in training."""
+    """Probability of dropping a feature of that vector in training."""
 
     def __post_init__(self):
         check(self, self.num_classes >= 1, "num_classes", "at least 1")
@@ -105,14 +105,16 @@ class ClassHead:
         choice(self, "pool", ("first", "pooled", "last", "mean", "none"))
 
     def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> "ClassifierHead":
-        """The module."""
+        """Build the module."""
         if self.pool == "pooled" and not config.pooler:
-            raise ValueError("ClassHead.pool='pooled' needs TransformerConfig.pooler=True")
+            raise ValueError(
+                "ClassHead.pool='pooled' needs a pooler. Set TransformerConfig.pooler=True"
+            )
         return ClassifierHead(self, config, rngs=rngs)
 
 
 class ClassifierHead(nnx.Module):
-    """A dense layer over the row's vector (or each token's)."""
+    """A dense layer over the vector of each row or token."""
 
     def __init__(self, config: ClassHead, model: TransformerConfig, *, rngs: nnx.Rngs):
         self.dense = Dense(
@@ -129,7 +131,7 @@ class ClassifierHead(nnx.Module):
     def __call__(
         self, hidden, pooled, embed, valid, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch classes"] | Float[Array, "batch seq classes"]:
-        """Scores of ``(batch, seq, width)`` hidden states; ``valid`` is True at real tokens."""
+        """Return the scores of ``(batch, seq, width)`` hidden states; ``valid`` is True at real tokens."""
         del embed
         x = pooled if self.pool == "pooled" else pool(hidden, valid, self.pool)
         return self.dense(dropout(x, self.dropout, key))
@@ -138,7 +140,7 @@ class ClassifierHead(nnx.Module):
 def pool(
     hidden: Float[Array, "batch seq d_model"], valid: Bool[Array, "batch seq"] | None, kind: Pool
 ) -> Float[Array, "batch d_model"] | Float[Array, "batch seq d_model"]:
-    """The vector that stands for each row; see :class:`ClassHead`."""
+    """Return the vector that represents each row; see ``effscale.models.ClassHead``."""
     if kind == "none":
         return hidden
     if kind == "first":

@@ -1,4 +1,4 @@
-"""A trained model of images for images of another size: its position embeddings, resized as a picture is."""
+"""Use a trained image model at another image size, by interpolating its position embeddings."""
 
 import dataclasses
 from typing import Any
@@ -16,25 +16,28 @@ from effscale.models.transformer import Transformer
 from effscale.models.weights import dense
 
 SHARPNESS = -0.75
-"""Slope of the cubic kernel at distance 1, as torch and OpenCV have it; Keys's own is -0.5."""
+"""Slope of the cubic kernel at distance 1, as in PyTorch and OpenCV; Keys uses -0.5."""
 
 
 def resize_images(model: Transformer, image_size: int) -> Transformer:
-    """The same model for square images of another size, in patches of the same size.
+    """Return the model for square images of another size, with patches of the same size.
 
-    Trained position embeddings are values on the grid of patches, and the new grid's are interpolated from them
-    (Dosovitskiy et al., 2020, section 3.2) as ``torch.nn.functional.interpolate`` does with ``mode="bicubic"``; the class
-    token keeps its own. No other parameter depends on the size.
+    The position embeddings for the new grid of patches are interpolated from the trained ones, as
+    ``torch.nn.functional.interpolate`` does with ``mode="bicubic"``. The class token keeps its embedding. No other
+    parameter depends on the image size.
 
     Args:
-        model: A model of images; it stays as it is.
-        image_size: Height and width of the images to come, in pixels: a multiple of the patch size.
+        model: An image model; it is not changed.
+        image_size: Height and width of the new images in pixels, a multiple of the patch size.
 
     Returns:
-        The new model, with a config to match; arrays other than the position embeddings are shared with the old one.
+        The new model with an updated config. It shares all arrays except the position embeddings with ``model``.
 
     Raises:
-        ValueError: If the model's inputs are not images, or the size is not a multiple of the patch size.
+        ValueError: The inputs of the model are not images, or the size is not a multiple of the patch size.
+
+    References:
+        Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020), section 3.2. https://arxiv.org/abs/2010.11929
 
     Example:
         >>> from effscale.models import vit
@@ -46,13 +49,13 @@ def resize_images(model: Transformer, image_size: int) -> Transformer:
     config = model.config
     inputs, positions = config.inputs, config.positions
     if not isinstance(inputs, PatchInputs):
-        raise ValueError(f"resize_images is for models of images; the inputs here are {inputs}")
+        raise ValueError(f"model must be an image model, got one with the inputs {inputs}")
     patch = inputs.patch_size
     if image_size < 1 or image_size % patch:
         below = image_size // patch * patch
         near = [str(size) for size in (below, below + patch) if size > 0]
         raise ValueError(
-            f"image_size={image_size}: must be a multiple of patch_size={patch}, such as {' or '.join(near)}"
+            f"image_size must be a multiple of patch_size={patch}, such as {' or '.join(near)}, got {image_size}"
         )
     resized = nnx.merge(*nnx.split(model))
     embed: Any = resized.embed
@@ -73,21 +76,23 @@ def resize_images(model: Transformer, image_size: int) -> Transformer:
 def resize_grid(
     table: Float[Array, "tokens width"], old: int, new: int
 ) -> Float[Array, "new_tokens width"]:
-    """A class token's row, then those of a square grid with ``new`` rows and columns in place of ``old``."""
+    """Return the class token's row, followed by an ``old`` by ``old`` grid interpolated to ``new`` by ``new``."""
     grid = rearrange(table[1:].astype(jnp.float32), "(h w) d -> h w d", h=old)
     weights = jnp.asarray(bicubic_weights(old, new))
-    # In full precision where an accelerator's products are of bfloat16 otherwise.
+    # Full precision: accelerators otherwise multiply in bfloat16.
     grid = jnp.einsum("yh,xw,hwd->yxd", weights, weights, grid, precision="highest")
     return jnp.concatenate([table[:1], rearrange(grid, "y x d -> (y x) d").astype(table.dtype)])
 
 
 def bicubic_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """What each of ``new`` samples takes from each of ``old`` ones, over the same length.
+    """Return the weight of each of ``old`` samples in each of ``new`` samples over the same length.
 
-    Samples stand in the middles of equal cells, the border's are repeated outwards, and nothing is smoothed first
-    where there are fewer new ones than old.
+    Samples are at the centers of equal cells, the values at the border are repeated outward, and downsampling does not
+    smooth first. The kernel is Keys's with ``SHARPNESS`` as ``a``.
 
-    Source: Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981, with ``SHARPNESS`` as ``a``.
+    References:
+        Keys, "Cubic Convolution Interpolation for Digital Image Processing" (1981).
+            https://doi.org/10.1109/TASSP.1981.1163711
 
     Example:
         >>> [round(float(w), 3) for w in bicubic_weights(2, 4)[1]]

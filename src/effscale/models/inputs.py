@@ -1,4 +1,4 @@
-"""What goes into a model: token ids or images, turned into the first residual stream."""
+"""Input embeddings: turn token ids or images into the first residual stream."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _position_table(config: TransformerConfig, rngs: nnx.Rngs) -> Embedding | No
 
 
 class TokenEmbedding(nnx.Module):
-    """Token, position and type embeddings, with the projections of a narrower table."""
+    """Token, position and type embeddings, with projections if the token table is narrower than the model."""
 
     def __init__(self, config: TransformerConfig, inputs: TokenInputs, *, rngs: nnx.Rngs):
         width = config.d_model if inputs.d_embed is None else inputs.d_embed
@@ -55,7 +55,7 @@ class TokenEmbedding(nnx.Module):
         type_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The first residual stream; a position out of range takes the nearest row of the table."""
+        """Return the first residual stream; a position out of range uses the nearest row of the table."""
         x = self.tokens(ids, self.dtype)
         if self.into is not None:
             x = self.into(x)
@@ -68,12 +68,12 @@ class TokenEmbedding(nnx.Module):
         return dropout(x, self.dropout, key)
 
     def project_out(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch width"]:
-        """Hidden states at the width of the token table."""
+        """Project hidden states to the width of the token table."""
         return hidden if self.out_of is None else self.out_of(hidden)
 
 
 class PatchEmbedding(nnx.Module):
-    """Patches of an image, row by row, after a class token, with position embeddings."""
+    """A class token followed by the patches of an image, row by row, with position embeddings."""
 
     def __init__(self, config: TransformerConfig, inputs: PatchInputs, *, rngs: nnx.Rngs):
         pixels = inputs.patch_size**2 * inputs.channels
@@ -94,7 +94,7 @@ class PatchEmbedding(nnx.Module):
         type_ids: Int[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The first residual stream: class token, then patches; ``type_ids`` are not used."""
+        """Return the first residual stream: class token, then patches; ``type_ids`` are ignored."""
         del type_ids
         p = self.inputs.patch_size
         cut = rearrange(images.astype(self.dtype), "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)

@@ -1,6 +1,7 @@
-"""Dense layers, embeddings, norms and dropout: the smallest modules.
+"""Dense layers, embeddings, norms and dropout.
 
-Each computes in the type of its input; parameters keep their own type (float32 as made). Norms compute in float32.
+Each module computes in the dtype of its input; parameters keep their own dtype (float32 when initialized). Norms compute
+in float32.
 """
 
 from typing import Any
@@ -23,10 +24,10 @@ class Dense(nnx.Module):
     Args:
         d_in: Width of the input.
         d_out: Width of the output.
-        bias: Whether ``b`` is there.
-        std: Standard deviation of the initial ``W``.
-        axes: Logical names of the two dimensions of ``W``.
-        rngs: Source of the initial values.
+            bias: Whether to add ``b``.
+            std: Standard deviation of the initial ``W``.
+            axes: Logical names of the two dimensions of ``W``.
+            rngs: Random streams for the initial values.
 
     Example:
         >>> import jax.numpy as jnp
@@ -55,17 +56,17 @@ class Dense(nnx.Module):
         *,
         point: str | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """The product, in the type of ``x``, and then the activation; ``point`` names what stands before it."""
+        """Compute the product in the dtype of ``x``, then the activation; ``point`` names the value before the activation."""
         return matmuls(x, self.affine(activation, point=point))[0]
 
     def affine(self, activation: Activation | None = None, *, point: str | None = None) -> Affine:
-        """The layer's weight and bias, with what follows, for :func:`effscale.models.matmuls`."""
+        """Return the layer's weight and bias with an activation, for ``effscale.models.matmuls``."""
         bias = None if self.bias is None else self.bias.get_value()
         return Affine(self.kernel.get_value(), bias, activation, point)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, and the product with its transpose for a tied head."""
+    """A table of vectors, which a tied head also multiplies by its transpose."""
 
     def __init__(
         self,
@@ -81,15 +82,15 @@ class Embedding(nnx.Module):
     def __call__(
         self, ids: Int[Array, "*batch"], dtype: Any = jnp.float32
     ) -> Float[Array, "*batch width"]:
-        """The rows ``ids``; an id out of range takes the nearest row."""
+        """Look up the rows ``ids``; an id out of range uses the nearest row."""
         table = self.embedding.get_value()
         if jax.sharding.get_abstract_mesh().manual_axes:
-            # XLA's partitioner dies of looking up in a divided table where other axes are manual.
+            # XLA's partitioner crashes on a lookup in a sharded table if other mesh axes are manual.
             table = jax.tree.map(lambda a: constrain(a, *[None] * a.ndim), table)
         return take(table, ids).astype(dtype)
 
     def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch num"]:
-        """Logits over the table's rows: ``x E^T``."""
+        """Compute logits over the rows of the table: ``x E^T``."""
         return matmul(x, transpose(self.embedding.get_value()))
 
 
@@ -102,7 +103,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """The normalized features, in the type of ``x``."""
+        """Normalize the features; the result has the dtype of ``x``."""
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
@@ -120,7 +121,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """The normalized features, in the type of ``x``."""
+        """Normalize the features; the result has the dtype of ``x``."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         return _affine(y, self.scale, self.bias).astype(x.dtype)
@@ -136,7 +137,7 @@ def _affine(x: Array, scale: nnx.Param | None, bias: nnx.Param | None) -> Array:
 def dropout(
     x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None
 ) -> Float[Array, "*shape"]:
-    """Zeroes each element with probability ``rate`` and scales the others up; the identity without a key."""
+    """Set each element to zero with probability ``rate`` and scale up the others; without a key, return ``x``."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

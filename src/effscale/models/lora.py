@@ -1,8 +1,10 @@
-r"""Low-rank adaptation: a weight plus a trained product of two thin matrices.
+r"""Low-rank adaptation: a weight plus the trained product of two thin matrices.
 
 .. math:: x W' = x W + s\,(x A) B, \qquad A \in R^{in \times r},\ B \in R^{r \times out}
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+References:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.
+        https://arxiv.org/abs/2106.09685
 """
 
 import dataclasses
@@ -30,14 +32,14 @@ Model = TypeVar("Model")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
+@typing.no_type_check  # JAX also builds it from shapes, shardings and placeholders
 class LoRA:
-    """A base weight and its low-rank update; itself a weight.
+    """A base weight and its low-rank update, usable as a weight itself.
 
     Attributes:
         base: Any weight of shape ``(..., in, out)``; it may be packed.
-        a: ``(..., in, rank)``.
-        b: ``(..., rank, out)``, zero at the start, so that the model begins unchanged.
+        a: Matrix of shape ``(..., in, rank)``.
+        b: Matrix of shape ``(..., rank, out)``, initialized to zero so that the model starts unchanged.
         scale: The factor ``s``; ``alpha / rank`` in the paper's notation.
     """
 
@@ -48,12 +50,12 @@ class LoRA:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
+        """The shape of the base weight."""
         return self.base.shape
 
     @property
     def dtype(self) -> Any:
-        """Type in which it computes."""
+        """The dtype in which the weight computes."""
         return self.a.dtype
 
     @property
@@ -64,33 +66,33 @@ class LoRA:
     def matmul(
         self, x: Array, bias: Array | None, activation: Activation | None
     ) -> Float[Array, "rows d_out"]:
-        """``activation(x W' + b)``, without ``W'`` itself."""
+        """Compute ``activation(x W' + b)`` without forming ``W'``."""
         return finish(matmul(x, self.base) + (x @ self.a) @ self.b * self.scale, bias, activation)
 
     def astype(self, dtype: Any) -> "LoRA":
-        """The same pair computing in ``dtype``."""
+        """Return the same pair computing in ``dtype``."""
         return LoRA(self.base.astype(dtype), self.a.astype(dtype), self.b.astype(dtype), self.scale)
 
     def take(self, indices: Int[Array, "*rows"]) -> Array:
-        """Rows of ``W'``, in the type of the base's."""
+        """Return rows of ``W'``, in the dtype of the rows of the base."""
         return _add(
             take(self.base, indices),
             jnp.take(self.a, indices, axis=0, mode="clip") @ self.b * self.scale,
         )
 
     def dense(self) -> Array:
-        """``W'`` itself, in the type of the base."""
+        """Return ``W'`` itself, in the dtype of the base."""
         return _add(dense(self.base), self.a @ self.b * self.scale)
 
     def partition(self, axes: tuple[str | None, ...]) -> "LoRA":
-        """Logical axes of each part, from those of the dense weight."""
+        """Return the logical axes of each part, from those of the dense weight."""
         base = self.base.partition(axes) if hasattr(self.base, "partition") else axes
         *stack, d_in, d_out = axes
         return LoRA(base, (*stack, d_in, None), (*stack, None, d_out), self.scale)  # pyrefly: ignore[bad-argument-type]
 
 
 def _add(base: Array, update: Array) -> Array:
-    """The sum in the type of the base; where the pair has another, rounded once, from float32."""
+    """Return the sum in the dtype of the base; if the pair has another dtype, the sum is rounded once from float32."""
     if base.dtype == update.dtype:
         return base + update
     return (base.astype(jnp.float32) + update.astype(jnp.float32)).astype(base.dtype)
@@ -104,20 +106,20 @@ def add_lora(
     alpha: float | None = None,
     where: str | Callable[[str], bool] = is_kernel,
 ) -> Model:
-    """Puts a LoRA pair beside the chosen weights of a model, which computes the same as before until trained.
+    """Add a LoRA pair to the chosen weights of a model; the outputs do not change until you train it.
 
     Args:
         model: Any NNX module.
         rank: Inner width of the pair, at least 1.
-        key: For ``A``, drawn uniformly from ``±1/sqrt(in)``.
-        alpha: The scale is ``alpha / rank``; by default ``alpha = rank``.
-        where: As in :func:`effscale.models.map_weights`.
+        key: Key for ``A``, which is drawn uniformly from ``±1/sqrt(in)``.
+        alpha: Sets the scale to ``alpha / rank``; by default ``alpha = rank``.
+        where: Which weights to adapt, as in ``effscale.models.map_weights``.
 
     Returns:
-        The adapted model. Train it with ``trainable=is_adapter`` so that the base stays as it is.
+        The adapted model. Train it with ``trainable=is_adapter`` to keep the base fixed.
 
     Raises:
-        ValueError: If ``rank < 1``, a chosen weight already has a pair, or nothing matches.
+        ValueError: ``rank < 1``, a chosen weight already has a pair, or nothing matches.
 
     Example:
         >>> import jax
@@ -128,12 +130,14 @@ def add_lora(
         (4, 2)
     """
     if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1")
+        raise ValueError(f"rank must be at least 1, got {rank}")
     keys = iter(range(2**31))
 
     def adapt(weight: Any) -> LoRA:
         if isinstance(weight, LoRA):
-            raise ValueError("a chosen weight already has a LoRA pair; merge_lora the model first")
+            raise ValueError(
+                "a chosen weight already has a LoRA pair. Call merge_lora on the model first"
+            )
         *stack, d_in, d_out = weight.shape
         a = jax.random.uniform(
             jax.random.fold_in(key, next(keys)),
@@ -149,15 +153,15 @@ def add_lora(
 
 
 def merge_lora(model: Model) -> Model:
-    """Folds every LoRA pair into a dense weight; a model without pairs comes back as it is."""
+    """Merge every LoRA pair into a dense weight; a model without pairs is returned unchanged."""
     return map_weights(model, lambda w: w.dense() if isinstance(w, LoRA) else w, lambda path: True)
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Drops every LoRA pair and gives back the base weights, bit for bit those before :func:`add_lora`."""
+    """Remove every LoRA pair and return the base weights, bitwise identical to those before ``add_lora``."""
     return map_weights(model, lambda w: w.base if isinstance(w, LoRA) else w, lambda path: True)
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a leaf's path is one of the two matrices of a LoRA pair; for ``trainable=`` of a train state."""
+    """Return whether a path names one of the two matrices of a LoRA pair; pass it as ``trainable`` of a train state."""
     return path.endswith((".a", ".b"))

@@ -1,4 +1,4 @@
-"""The usual feed-forward of a block."""
+"""The standard feed-forward of a block."""
 
 import dataclasses
 
@@ -16,38 +16,38 @@ from effscale.parallel import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """The usual feed-forward: two projections around an activation, or three when gated."""
+    """The standard feed-forward: two projections around an activation, or three if gated."""
 
     d_ff: int
     """Inner width."""
     activation: Activation = "gelu_tanh"
-    """Which activation; the four tanh variants differ as published models do."""
+    """Activation function; the four tanh variants of GELU differ as published models do."""
     gated: bool = False
     """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
     bias: bool = True
-    """Biases of the projections."""
+    """Whether the projections have biases."""
 
     def __post_init__(self):
         check(self, self.d_ff >= 1, "d_ff", "at least 1")
         choice(self, "activation", tuple(ACTIVATIONS))
 
     def multiplications(self, d_model: int) -> int:
-        """Multiplications of one token's forward pass."""
+        """Return the number of multiplications in the forward pass of one token."""
         return (3 if self.gated else 2) * d_model * self.d_ff
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The outputs of the first projections, and what the last one reads."""
+        """The points of the module: the outputs of the first projections and the input of the last."""
         first = ("feed_forward_gate",) if self.gated else ()
         return (*first, "feed_forward_up", "feed_forward_inner")
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> "MLP":
-        """The module; ``std`` and ``out_std`` are of the initial inner and output weights."""
+        """Build the module; ``std`` and ``out_std`` are the standard deviations of the initial inner and output weights."""
         return MLP(self, d_model, std=std, out_std=out_std, rngs=rngs)
 
 
 class MLP(nnx.Module):
-    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated."""
+    """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` if gated."""
 
     def __init__(
         self, config: MLPConfig, d_model: int, *, std: float, out_std: float, rngs: nnx.Rngs
@@ -66,7 +66,7 @@ class MLP(nnx.Module):
         context: Context,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """The output, and a report of what was asked for."""
+        """Return the output and a report of the captured points."""
         del key
         if self.gate is None:
             inner = self.up(x, self.activation, point="feed_forward_up")

@@ -1,25 +1,25 @@
-"""Choosing parameters by a regular expression that is searched in their names."""
+"""Selection of parameters by a regular expression that is searched in their names."""
 
 import difflib
 import re
 from collections.abc import Callable, Sequence
 
-# What a bar may hide in: an escape, a class of characters, a group.
+# Constructs in which a bar does not separate alternatives: an escape, a character class, a group.
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]", re.DOTALL)
 
 
 def name_search(pattern: str, names: Sequence[str], *, option: str) -> Callable[[str], bool]:
-    """A predicate: whether ``pattern`` is found in a name.
+    """Return a predicate that tests whether ``pattern`` is found in a name.
 
-    An alternative that is found in no name would choose nothing without a word, so it is an error.
+    An alternative that matches no name would silently select nothing, so it is an error.
 
     Args:
-        pattern: A regular expression, for ``re.search``.
-        names: All names that there are to choose from.
-        option: What the user calls the pattern, for the error.
+        pattern: A regular expression for ``re.search``.
+        names: All names to select from.
+        option: The user's name for the pattern, used in error messages.
 
     Raises:
-        ValueError: If the pattern is no regular expression, or one of its alternatives is found in no name.
+        ValueError: The pattern is not a regular expression, or one of its alternatives matches no name.
 
     Example:
         >>> chosen = name_search("query|head", ["query.kernel", "query.bias", "head.bias"], option="where")
@@ -29,11 +29,13 @@ def name_search(pattern: str, names: Sequence[str], *, option: str) -> Callable[
     try:
         whole = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(
+            f"{option} must be a regular expression, got {pattern!r}: {error}"
+        ) from None
     for part in alternatives(pattern):
         try:
             search = re.compile(part, whole.flags).search
-        except re.error:  # it refers to a group of another alternative
+        except re.error:  # it refers to a group in another alternative
             continue
         if not any(map(search, names)):
             which = "" if part == pattern else f": the alternative {part!r}"
@@ -44,7 +46,7 @@ def name_search(pattern: str, names: Sequence[str], *, option: str) -> Callable[
 
 
 def alternatives(pattern: str) -> list[str]:
-    """What stands between the outermost bars of a regular expression.
+    """Split a regular expression at its outermost bars.
 
     Example:
         >>> alternatives("query|(key|value)[|]kernel")
@@ -60,11 +62,11 @@ def alternatives(pattern: str) -> list[str]:
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
-    """Names near to the words of a pattern; without any, one name for each last part."""
+    """Return names similar to the words of a pattern or, if there are none, one example of each last part."""
     known = sorted({part for name in names for part in name.split(".")})
     words = set(re.findall(r"\w{2,}", re.sub(r"\\.", " ", pattern))) - set(known)
     near = {name for word in words for name in difflib.get_close_matches(word, known)}
     if near:
         return f"did you mean {' or '.join(map(repr, sorted(near)))}?"
     examples = {name.rpartition(".")[2]: name for name in reversed(names)}.values()
-    return f"names are like: {', '.join(list(examples)[:8]) or '(there are none)'}"
+    return f"names are like: {', '.join(list(examples)[:8]) or '(the model has none)'}"

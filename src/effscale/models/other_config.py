@@ -1,4 +1,4 @@
-"""The same parameters under another config."""
+"""Use the same parameters with another config."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from effscale.models.transformer import Transformer
 
 
 def with_config(model: Transformer, config: TransformerConfig) -> Transformer:
-    """A model with the same parameters that computes otherwise: in another type, with recomputed layers, another dropout.
+    """Return a model with the same parameters under another config: another dtype, rematerialization or dropout.
 
-    A model that comes from a file computes in the type of its parameters and keeps all activations. To train a large one, load it in float32, and let
-    it compute in bfloat16 and recompute its layers in the backward pass.
+    A model loaded from a file computes in the dtype of its parameters and keeps all activations. To train a large one,
+    load it in float32, then let it compute in bfloat16 and recompute its layers in the backward pass.
 
-    The parameters are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
+    The new model shares its parameters with ``model``. Copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
 
     Args:
         model: Any model of the library; its weights may be quantized or low-rank pairs.
-        config: A variant of ``model.config`` that has the same parameters.
+        config: A variant of ``model.config`` with the same parameters.
 
     Returns:
-        A new model; the one given is untouched.
+        A new model; ``model`` is not changed.
 
     Raises:
-        ValueError: The config has other parameters: the first few are named.
+        ValueError: The config has different parameters; the message names the first few.
 
     Example:
         >>> import dataclasses, jax
@@ -50,13 +50,13 @@ def with_config(model: Transformer, config: TransformerConfig) -> Transformer:
             for name in names[:5]
         )
         raise ValueError(
-            f"config has other parameters than the model, {len(names)} of them, such as {told}"
+            f"config must have the parameters of the model, but {len(names)} differ, such as {told}"
         )
     return nnx.merge(graph, state)
 
 
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    """Of parameters by their names; a weight that is a pytree of its own has one, too."""
+    """Return the shapes of the parameters by name; a structured weight has a shape, too."""
     return {
         ".".join(map(str, path)): tuple(variable.get_value().shape)
         for path, variable in nnx.to_flat_state(state)

@@ -1,4 +1,4 @@
-"""The same trunk under other heads."""
+"""Use the same trunk with other heads."""
 
 import copy
 import dataclasses
@@ -17,17 +17,19 @@ from effscale.models.transformer import Transformer
 def replace_heads(
     model: Transformer, heads: Sequence[HeadConfig], *, key: PRNGKeyArray
 ) -> Transformer:
-    """A model with these heads: a head that it has already, with the same config or another ``pool``, is kept; the others are initialized.
+    """Return the model with these heads.
 
-    The trunk's arrays are shared with the model given: copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
+    A head that the model already has, with the same config or only another ``pool``, is kept. The others are initialized.
+
+    The trunk's arrays are shared with ``model``. Copy them (``jax.tree.map(jnp.copy, model)``) if you train both.
 
     Args:
         model: Any model of the library.
-        heads: The heads of the new one.
-        key: Decides the initial values of a new head, together with its name.
+        heads: The heads of the new model.
+        key: Together with a head's name, determines the initial values of a new head.
 
     Returns:
-        A new model; the one given is untouched.
+        A new model; ``model`` is not changed.
 
     Example:
         >>> from effscale.models import ClassHead, gpt2

@@ -1,4 +1,4 @@
-"""Where tokens stand: rotary angles and ALiBi slopes."""
+"""Position encodings: learned embeddings, rotary angles and ALiBi slopes."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from effscale.models.validation import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedPositions:
-    """A trained vector for each position, added to the token's."""
+    """A learned vector for each position, added to the token embedding."""
 
     num: int
-    """Positions that exist; a longer sequence is an error."""
+    """Number of positions; a longer sequence is an error."""
     offset: int = 0
-    """Rows before that of position 0 (OPT: 2)."""
+    """Number of rows before that of position 0 (OPT: 2)."""
 
     def __post_init__(self):
         check(self, self.num >= 1, "num", "at least 1")
@@ -27,16 +27,21 @@ class LearnedPositions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotates pairs of each query and key by an angle that grows with the position (Su et al., 2021)."""
+    """Rotary positions: rotate pairs of each query and key by an angle proportional to the position.
+
+    References:
+        Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
+            https://arxiv.org/abs/2104.09864
+    """
 
     dim: int | None = None
-    """Leading dimensions of each head that rotate; None: all."""
+    """Number of leading dimensions of each head to rotate; None: all."""
     base: float = 10000.0
-    """Pair ``i`` turns by ``base^(-2i/dim)`` a position."""
+    """Base of the frequencies: pair ``i`` rotates by ``base^(-2i/dim)`` per position."""
     interleaved: bool = False
-    """Whether pairs are neighbours ``(2i, 2i+1)`` (GPT-J) or halves ``(i, i + dim/2)`` (NeoX, Llama)."""
+    """Whether pairs are adjacent, ``(2i, 2i+1)`` (GPT-J), or in two halves, ``(i, i + dim/2)`` (NeoX, Llama)."""
     scaling: RotaryScaling | None = None
-    """How the frequencies were changed for longer sequences: linear, Llama 3's, YaRN; None: not at all."""
+    """Scaling of the frequencies for longer sequences: linear, Llama 3's or YaRN; None: no scaling."""
 
     def __post_init__(self):
         check(
@@ -45,14 +50,19 @@ class Rotary:
             "dim",
             "an even number above 0, or None",
         )
-        check(self, 0 < self.base < math.inf, "base", "above 0, and finite")
+        check(self, 0 < self.base < math.inf, "base", "above 0 and finite")
         if isinstance(self.scaling, YarnScaling):
             check(self, self.base > 1, "base", "above 1 with YarnScaling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alibi:
-    """A bias on the scores that falls with distance, by a slope for each head (Press et al., 2021)."""
+    """ALiBi: a bias on the scores that decreases with distance, with a slope for each head.
+
+    References:
+        Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation" (2021).
+            https://arxiv.org/abs/2108.12409
+    """
 
 
 Positions = LearnedPositions | Rotary | Alibi | None
@@ -63,9 +73,9 @@ Angles = tuple[Float[Array, "rows seq pairs"], Float[Array, "rows seq pairs"]]
 def rotary_angles(
     positions: Int[Array, "rows seq"], dim: int, base: float, scaling: RotaryScaling | None = None
 ) -> Angles:
-    """Sine and cosine of ``position * base^(-2i/dim)`` for each pair ``i < dim/2``, in float32.
+    """Return sine and cosine of ``position * base^(-2i/dim)`` for each pair ``i < dim/2``, in float32.
 
-    With ``scaling``, of the frequencies that it makes of these, and times its amplitude.
+    With ``scaling``, the frequencies are scaled first and the results are multiplied by its amplitude.
     """
     frequencies = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling is not None:
@@ -82,9 +92,11 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "batch heads seq head_dim"], angles: Angles, rotary: Rotary
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Turns the leading pairs of each head by their angles; later dimensions pass through.
+    """Rotate the leading pairs of each head by their angles; later dimensions are unchanged.
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, equation 34.
+    References:
+        Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), equation 34.
+            https://arxiv.org/abs/2104.09864
     """
     sin, cos = (a[:, None].astype(x.dtype) for a in angles)
     dim = 2 * sin.shape[-1]
@@ -103,11 +115,13 @@ def rotate(
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, "heads"]:
-    """One slope a head: powers of ``2^(-8/m)`` for the largest power of two ``m <= num_heads``.
+    """Return one slope per head: powers of ``2^(-8/m)`` for the largest power of two ``m <= num_heads``.
 
-    The heads beyond ``m`` take the odd powers of ``2^(-4/m)``.
+    Heads beyond ``m`` use the odd powers of ``2^(-4/m)``, the authors' rule for other numbers of heads.
 
-    Source: Press et al., "Train Short, Test Long", 2021, section 3 and the authors' rule for other head counts.
+    References:
+        Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation" (2021),
+            section 3. https://arxiv.org/abs/2108.12409
 
     Example:
         >>> [round(float(s), 4) for s in alibi_slopes(4)]

@@ -1,4 +1,4 @@
-"""Published sizes by name. A preset is only a config: nothing is allocated until a model is made of it."""
+"""Published sizes by name. A preset is only a config: nothing is allocated until you build a model from it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from effscale.models.validation import did_you_mean
 def _sizes(
     family: Callable[..., TransformerConfig], table: dict[str, tuple[int, int, int]], **fixed
 ):
-    """Rows of (layers, width, heads)."""
+    """Return presets from a table of (layers, width, heads)."""
     return {
         name: partial(family, num_layers=layers, d_model=width, num_heads=heads, **fixed)
         for name, (layers, width, heads) in table.items()
@@ -23,7 +23,7 @@ def _sizes(
 
 
 PRESETS: dict[str, Callable[[], TransformerConfig]] = {
-    # Radford et al., 2019, table 2; the smallest is the released one of 124M.
+    # Radford et al., 2019, table 2; the smallest is the released model with 124M parameters.
     **_sizes(
         gpt2,
         {
@@ -139,7 +139,7 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
     ),
     # Devlin et al., 2018, section 3.
     **_sizes(bert, {"bert-base": (12, 768, 12), "bert-large": (24, 1024, 16)}),
-    # Dosovitskiy et al., 2020, table 1; Touvron et al., 2021, for the small ones.
+    # Dosovitskiy et al., 2020, table 1; the small ones from Touvron et al., 2021.
     **_sizes(
         vit,
         {
@@ -154,16 +154,16 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
 
 
 def preset(name: str) -> TransformerConfig:
-    """The config of a published size.
+    """Return the config of a published size.
 
     Args:
-        name: A key of :data:`PRESETS`, such as ``"gpt2"`` or ``"bloom-560m"``.
+        name: A key of ``effscale.models.PRESETS``, such as ``"gpt2"`` or ``"bloom-560m"``.
 
     Returns:
         The config; change a field with ``dataclasses.replace``.
 
     Raises:
-        ValueError: If there is no such preset; the message has the near names.
+        ValueError: The preset does not exist; the message suggests similar names.
 
     Example:
         >>> f"{num_params(preset('gpt2')):,}"
@@ -175,10 +175,10 @@ def preset(name: str) -> TransformerConfig:
 
 
 def abstract(config: TransformerConfig) -> Transformer:
-    """The model with shapes in place of arrays: no memory, whatever the size."""
+    """Return the model with shapes in place of arrays, which needs no memory for any size."""
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
 
 def num_params(config: TransformerConfig) -> int:
-    """How many numbers the model holds; a tied head counts once."""
+    """Return the number of parameters of the model; a tied head counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))

@@ -1,8 +1,8 @@
-"""What layers report: the auxiliary loss that they add to the objective, and quantities to watch.
+"""Layer reports: the auxiliary loss that layers add to the objective, and quantities to monitor.
 
-A feed-forward returns its output and a dict of arrays. The model stacks each entry over the layers of a group, so that
+A feed-forward returns its output and a dict of arrays. The model stacks each entry over the layers of a group, so
 ``Encoded.reports[group][block][name]`` has a leading layer dimension. The entry ``aux_loss`` is a loss; scalars and
-vectors of any other name are metrics.
+vectors with any other name are metrics.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ AUX_LOSS = "aux_loss"
 
 
 def by_layer(reports: Any, name: str) -> Shaped[Array, "layers *entry"]:
-    """An entry of ``Encoded.reports`` or ``Encoded.captured`` for each layer that has it, in the order in which they run.
+    """Stack an entry of ``Encoded.reports`` or ``Encoded.captured`` over the layers that have it, in running order.
 
     Args:
-        reports: For each group, for each of its blocks, a dict of arrays with a leading layer dimension.
-        name: Which entry; it must have one shape in all layers.
+        reports: For each block of each group, a dict of arrays with a leading layer dimension.
+        name: The entry; it must have the same shape in all layers.
 
     Raises:
-        ValueError: No layer has it.
+        ValueError: No layer has the entry.
 
     Example:
         >>> import jax.numpy as jnp
@@ -36,22 +36,22 @@ def by_layer(reports: Any, name: str) -> Shaped[Array, "layers *entry"]:
     """
     stretches = []
     for blocks in reports:
-        # The blocks of a group take turns, so a layer's number runs fastest over the blocks.
+        # The blocks of a group alternate, so the layer number varies fastest over the blocks.
         if found := [block[name] for block in blocks or () if name in block]:
             stretches.append(jnp.stack(found, 1).reshape(-1, *found[0].shape[1:]))
     if not stretches:
         names = sorted({entry for _, _, entry, _ in _entries(reports)})
         raise ValueError(
-            f"no layer reports {name!r}; there are: {', '.join(names) or 'no reports'}"
+            f"no layer reports {name!r}. Reported entries: {', '.join(names) or 'none'}"
         )
     return jnp.concatenate(stretches)
 
 
 def aux_loss(reports: Any) -> Float[Array, ""] | None:
-    """The sum over all layers of what they report as ``aux_loss``, in float32; None if no layer does.
+    """Return the sum of ``aux_loss`` over all layers in float32, or None if no layer reports it.
 
     Raises:
-        ValueError: An entry of another name ends in ``loss``: it would be watched and never minimized.
+        ValueError: An entry with another name ends in ``loss``: it would be monitored but never minimized.
     """
     losses = []
     for _, _, name, value in _entries(reports):
@@ -59,17 +59,17 @@ def aux_loss(reports: Any) -> Float[Array, ""] | None:
             losses.append(value.astype(jnp.float32).sum())
         elif name.endswith("loss"):
             raise ValueError(
-                f"a feed-forward reports {name!r}: only {AUX_LOSS!r} is added to the loss. Add it to that entry, "
-                "times its coefficient; to watch it alone, give it a name that does not end in 'loss'"
+                f"a feed-forward reports {name!r}, but only {AUX_LOSS!r} is added to the loss. Add it to that entry, "
+                "multiplied by its coefficient. To monitor it only, choose a name that does not end in 'loss'"
             )
     return sum(losses[1:], losses[0]) if losses else None
 
 
 def report_means(reports: Any) -> dict[str, Float[Array, "*entry"]]:
-    """The mean over layers of each scalar and vector that they report, ``aux_loss`` apart, in float32.
+    """Return the mean over layers of each reported scalar and vector except ``aux_loss``, in float32.
 
-    An entry whose length differs between layers (loads of 32 and of 64 experts) is not averaged over all of them but
-    per block, as ``load/0.0`` for block 0 of group 0. Entries of more dimensions are left out.
+    An entry whose length differs between layers (loads of 32 and of 64 experts) is averaged per block instead, as
+    ``load/0.0`` for block 0 of group 0. Entries with more dimensions are left out.
     """
     found: dict[str, dict[str, Array]] = {}
     for group, block, name, value in _entries(reports):
@@ -84,7 +84,7 @@ def report_means(reports: Any) -> dict[str, Float[Array, "*entry"]]:
 
 
 def _entries(reports: Any) -> Iterator[tuple[int, int, str, Array]]:
-    """Group, block, name and value of each entry."""
+    """Yield the group, block, name and value of each entry."""
     for group, blocks in enumerate(reports):
         for block, report in enumerate(blocks or ()):
             for name, value in report.items():

@@ -1,4 +1,4 @@
-"""Rotary frequencies of models that were made to read further than they were first trained to."""
+"""Scaling of rotary frequencies, for models extended to longer sequences than they were first trained on."""
 
 import dataclasses
 import math
@@ -13,48 +13,52 @@ Frequencies = Float[np.ndarray, "pairs"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by ``factor`` ("position interpolation").
+    """Divide positions by ``factor`` (position interpolation).
 
-    Source: Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023.
+    References:
+        Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation" (2023).
+            https://arxiv.org/abs/2306.15595
     """
 
     factor: float
-    """How many times further the model reads."""
+    """Ratio of the extended sequence length to the original one."""
 
     def __post_init__(self):
         check(self, self.factor > 0, "factor", "above 0")
 
     @property
     def amplitude(self) -> float:
-        """What sine and cosine are multiplied by."""
+        """Return the factor that multiplies sine and cosine."""
         return 1.0
 
     def scale(self, frequencies: Frequencies, base: float) -> Frequencies:
-        """The frequencies to use in place of ``base^(-2i/dim)``."""
+        """Return the frequencies to use in place of ``base^(-2i/dim)``."""
         del base
         return frequencies / self.factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    r"""Llama 3.1's: slow pairs are divided by ``factor``, fast ones stay, and those between are mixed.
+    r"""Llama 3.1's scaling: slow pairs are divided by ``factor``, fast pairs are unchanged, and those between are mixed.
 
     With :math:`r` the turns that a pair makes over ``original_max_length`` positions, its frequency is multiplied by
 
     .. math:: s + \frac{1 - s}{\text{factor}}, \quad
         s = \operatorname{clip}\left(\frac{r - \text{low}}{\text{high} - \text{low}}, 0, 1\right)
 
-    Source: Grattafiori et al., "The Llama 3 Herd of Models", 2024, and the reference code of Llama 3.1.
+    References:
+        Grattafiori et al., "The Llama 3 Herd of Models" (2024), and the reference code of Llama 3.1.
+            https://arxiv.org/abs/2407.21783
     """
 
     factor: float
-    """How many times further the model reads."""
+    """Ratio of the extended sequence length to the original one."""
     low_freq_factor: float
-    """Pairs of fewer turns than this are divided by ``factor``."""
+    """Pairs with fewer turns than this are divided by ``factor``."""
     high_freq_factor: float
-    """Pairs of more turns than this stay as they are."""
+    """Pairs with more turns than this are unchanged."""
     original_max_length: int
-    """The longest sequence of the first training."""
+    """Sequence length of the original training."""
 
     def __post_init__(self):
         check(self, self.factor > 0, "factor", "above 0")
@@ -65,11 +69,11 @@ class Llama3Scaling:
 
     @property
     def amplitude(self) -> float:
-        """What sine and cosine are multiplied by."""
+        """Return the factor that multiplies sine and cosine."""
         return 1.0
 
     def scale(self, frequencies: Frequencies, base: float) -> Frequencies:
-        """The frequencies to use in place of ``base^(-2i/dim)``."""
+        """Return the frequencies to use in place of ``base^(-2i/dim)``."""
         del base
         turns = self.original_max_length * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -78,29 +82,32 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN: pairs of few turns are interpolated, of many stay, by a ramp over the pairs; and scores are sharpened.
+    """YaRN: interpolate pairs with few turns, keep pairs with many turns, ramp between them, and sharpen the scores.
 
-    Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023, section 3.2 and 3.4;
-    ``mscale`` and ``mscale_all_dim`` are DeepSeek-V2's.
+    ``mscale`` and ``mscale_all_dim`` are from DeepSeek-V2.
+
+    References:
+        Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023), sections 3.2 and 3.4.
+            https://arxiv.org/abs/2309.00071
     """
 
     factor: float
-    """How many times further the model reads."""
+    """Ratio of the extended sequence length to the original one."""
     original_max_length: int
-    """The longest sequence of the first training."""
+    """Sequence length of the original training."""
     beta_fast: float = 32.0
-    """Pairs of more turns than this over the first training's length stay as they are."""
+    """Pairs with more turns than this over the original sequence length are unchanged."""
     beta_slow: float = 1.0
-    """Pairs of fewer turns than this are divided by ``factor``."""
+    """Pairs with fewer turns than this are divided by ``factor``."""
     attention_factor: float | None = None
-    """What sine and cosine are multiplied by; None: ``0.1 ln(factor) + 1``, or what the next two say."""
+    """Factor that multiplies sine and cosine; None: ``0.1 ln(factor) + 1``, or as ``mscale`` and ``mscale_all_dim`` define."""
     mscale: float | None = None
-    """With ``mscale_all_dim``: the default ``attention_factor`` is ``(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim
-    ln(factor) + 1)``. One without the other has no effect, and neither has 0."""
+    """With ``mscale_all_dim``, sets the default ``attention_factor`` to ``(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim
+    ln(factor) + 1)``. If either of the two is None or 0, both are ignored."""
     mscale_all_dim: float | None = None
     """See ``mscale``."""
     truncate: bool = True
-    """Whether the ramp begins and ends at a whole pair."""
+    """Whether the ramp starts and ends at a whole pair."""
 
     def __post_init__(self):
         check(self, self.factor > 0, "factor", "above 0")
@@ -113,7 +120,7 @@ class YarnScaling:
 
     @property
     def amplitude(self) -> float:
-        """What sine and cosine are multiplied by."""
+        """Return the factor that multiplies sine and cosine."""
         if self.attention_factor is not None:
             return self.attention_factor
         grown = 0.1 * math.log(max(self.factor, 1.0))
@@ -122,18 +129,18 @@ class YarnScaling:
         return grown + 1
 
     def scale(self, frequencies: Frequencies, base: float) -> Frequencies:
-        """The frequencies to use in place of ``base^(-2i/dim)``."""
+        """Return the frequencies to use in place of ``base^(-2i/dim)``."""
         pairs = len(frequencies)
 
         def pair_of(turns: float) -> float:
-            """Which pair turns so often over the first training's length."""
+            """Return the pair that makes this many turns over the original sequence length."""
             return pairs * math.log(self.original_max_length / (turns * 2 * math.pi), base)
 
         first, last = pair_of(self.beta_fast), pair_of(self.beta_slow)
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, 2 * pairs - 1)
-        # The least width is the published code's own.
+        # The published code uses the same minimum width.
         width = last - first if last != first else 0.001
         return _mixed(
             frequencies, 1 - np.clip((np.arange(pairs) - first) / width, 0, 1), self.factor
@@ -144,5 +151,5 @@ RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def _mixed(frequencies: Frequencies, kept: Frequencies, factor: float) -> Frequencies:
-    """``kept`` of each frequency, the rest of it divided by ``factor``."""
+    """Keep the fraction ``kept`` of each frequency and divide the rest by ``factor``."""
     return frequencies * (kept + (1 - kept) / factor)

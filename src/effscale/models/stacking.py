@@ -1,9 +1,10 @@
-"""Layers taken out of a model and put back, and groups of layers split and merged.
+"""Take layers out of a model, put them back, and split or merge groups of layers.
 
-Each function returns a new model whose config follows, so that it trains, saves and decodes as any other; the original
-is untouched. Layers count from 0 through the whole model. Leaves may be arrays, shapes (``jax.ShapeDtypeStruct``), and
-the parts of a LoRA pair or a packed weight: all have their layers in front. Without dropout a model computes the same
-however its layers are grouped; with dropout, keys go by group, so other elements are dropped.
+Each function returns a new model with a matching config, which you can train, save and decode like any other; the
+original is not changed. Layers are numbered from 0 through the whole model. Leaves may be arrays, shapes
+(``jax.ShapeDtypeStruct``), or the parts of a LoRA pair or a packed weight: all have a leading layer dimension. Without
+dropout, grouping does not affect what a model computes. With dropout, keys depend on the group, so other elements are
+dropped.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from effscale.models.transformer import Transformer
 
 
 class _Layer(NamedTuple):
-    """A layer: row ``index`` of a stack, and where it stands: block ``block`` of ``width`` in ``group``'s ``repetition``."""
+    """A layer: row ``index`` of a stack, used as block ``block`` of ``width`` in ``repetition`` of ``group``."""
 
     config: BlockConfig
     stack: Block
@@ -37,20 +38,23 @@ _Unit = tuple[_Layer, ...]
 
 
 def take_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
-    """The model with these layers alone, in this order; one may come twice.
+    """Return a model with only these layers, in this order; a layer may be repeated.
+
+    Wu et al. initialize a student this way ("light layer reduction").
 
     Args:
         model: Any model of the library.
-        layers: Numbers of layers.
+        layers: Numbers of the layers.
 
     Returns:
-        A model of ``len(layers)`` layers, stacked as before. Everything but the layers is shared.
+        A model with ``len(layers)`` layers, stacked as before. Everything except the layers is shared.
 
     Raises:
-        ValueError: There is no such layer, or none is given.
+        ValueError: A layer does not exist, or ``layers`` is empty.
 
-    Source: "light layer reduction" of Wu et al., "Extreme Compression for Pre-trained Transformers Made Simple and
-        Efficient", 2022, section 4, initializes a student so.
+    References:
+        Wu et al., "Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (2022), section 4.
+            https://arxiv.org/abs/2206.01859
 
     Example:
         >>> from flax import nnx
@@ -66,20 +70,20 @@ def take_layers(model: Transformer, layers: Sequence[int]) -> Transformer:
 
 
 def replace_layers(model: Transformer, layers: Sequence[int], source: Transformer) -> Transformer:
-    """The model with the layers of another at some places: the inverse of :func:`take_layers`.
+    """Replace some layers of a model with those of another; the inverse of ``take_layers``.
 
     Args:
         model: Any model of the library.
-        layers: For each layer of ``source`` the number of the one whose place it takes.
-        source: A model of ``len(layers)`` layers, as wide. Only its layers are read.
+        layers: For each layer of ``source``, the number of the layer that it replaces.
+        source: A model with ``len(layers)`` layers of the same width. Only its layers are read.
 
     Returns:
-        The model. A layer that differs in kind from its neighbours (in its config, or in the types of its weights, as a
-        packed one does) becomes a group of its own.
+        The model. A layer that differs from its neighbors, in its config or in the types of its weights (as a packed
+        layer does), becomes a separate group.
 
     Raises:
-        ValueError: There is no such layer, one is named twice, or ``source`` has another number or width of layers, or other
-            positions.
+        ValueError: A layer does not exist or is named twice, or ``source`` has a different number or width of layers, or
+            other positions.
 
     Example:
         >>> from flax import nnx
@@ -91,13 +95,15 @@ def replace_layers(model: Transformer, layers: Sequence[int], source: Transforme
     everything, new = _layers_of(model), _layers_of(source)
     _check_numbers(layers, len(everything))
     if len(set(layers)) < len(layers):
-        raise ValueError(f"layers={list(layers)} names a layer twice")
+        raise ValueError(f"layers must be distinct, got {list(layers)}")
     if len(new) != len(layers):
-        raise ValueError(f"layers={list(layers)}: source has {len(new)} layers, not {len(layers)}")
+        raise ValueError(
+            f"layers must have one entry for each of the {len(new)} layers of source, got {list(layers)}"
+        )
     for name in ("d_model", "positions"):
         ours, theirs = getattr(model.config, name), getattr(source.config, name)
         if ours != theirs:
-            raise ValueError(f"source has {name}={theirs} and the model {name}={ours}")
+            raise ValueError(f"source must have the model's {name}={ours}, got {theirs}")
     for number, layer in zip(layers, new, strict=True):
         everything[number] = everything[number]._replace(
             config=layer.config, stack=layer.stack, index=layer.index
@@ -106,16 +112,17 @@ def replace_layers(model: Transformer, layers: Sequence[int], source: Transforme
 
 
 def split_groups(model: Transformer, at: Iterable[int]) -> Transformer:
-    """The model with its groups split, so that each number in ``at`` begins a group.
+    """Split the groups of a model, so that a group begins at each number in ``at``.
 
-    A group of its own has parameters of its own: it can be trained alone, quantized to other bits, or left in another type.
+    A separate group has separate parameters: you can train only these, quantize them to a different number of bits, or
+    keep them in another dtype.
 
     Args:
         model: Any model of the library.
-        at: Numbers of layers. A pair of blocks that is scanned in turns is split as well where a number falls between.
+        at: Numbers of layers. A pair of alternating blocks is split if a number falls inside it.
 
     Raises:
-        ValueError: There is no such layer.
+        ValueError: A layer does not exist.
 
     Example:
         >>> from flax import nnx
@@ -134,15 +141,15 @@ def split_groups(model: Transformer, at: Iterable[int]) -> Transformer:
 
 
 def merge_groups(model: Transformer) -> Transformer:
-    """The model with neighbouring groups merged into one scan where their layers are alike in config, shapes and types."""
+    """Merge neighboring groups into one scan if their layers have the same configs, shapes and dtypes."""
     return _assemble(model, _runs(_layers_of(model), across=True))
 
 
 def unroll(model: Transformer) -> Transformer:
-    """The same model with every layer a group of its own: longer to compile, and no loop around small steps.
+    """Return the model with every layer in a separate group: it takes longer to compile, but avoids a loop around small steps.
 
-    Decoding token by token gains from it, since weights and cache of a layer are then arrays of their own. A pair of
-    blocks that is scanned in turns stays together.
+    Token-by-token decoding gains from it, because the weights and cache of a layer are then separate arrays. A pair of
+    alternating blocks stays together.
     """
     layers = _layers_of(model)
     return _assemble(
@@ -151,9 +158,9 @@ def unroll(model: Transformer) -> Transformer:
 
 
 def for_decoding(model: Transformer) -> Transformer:
-    """An unrolled model whose feed-forwards have the form that they decode in, where they offer one by a method ``for_decoding``.
+    """Return an unrolled model whose feed-forwards use their decoding form, if they have a method ``for_decoding``.
 
-    It is for a loop over tokens alone: such a model is not saved, trained or taken apart.
+    Use it only for a loop over tokens: such a model cannot be saved, trained or split.
     """
     offers = lambda node: isinstance(node, nnx.Module) and hasattr(node, "for_decoding")
     return jax.tree.map(
@@ -174,17 +181,17 @@ def _layers_of(model: Transformer) -> list[_Layer]:
 
 def _check_numbers(layers: Sequence[int], count: int, name: str = "layers") -> None:
     if not len(layers):
-        raise ValueError(f"{name}=[]: name at least one layer")
+        raise ValueError(f"{name} must name at least one layer, got []")
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(
-            f"{name}={list(layers)} names {outside}; the model has layers 0 to {count - 1}"
+            f"{name} must be between 0 and {count - 1}, got {list(layers)}, which names {outside}"
         )
 
 
 def _runs(
     layers: Sequence[_Layer], begins: Sequence[int] = (), across: bool = False
 ) -> list[list[_Unit]]:
-    """Layers in groups-to-be: units that are alike and come from one group, or, ``across`` groups, from any."""
+    """Split layers into runs of identical units from the same group or, with ``across``, from any group."""
     runs: list[list[_Unit]] = []
     start = 0
     while start < len(layers):
@@ -199,7 +206,7 @@ def _runs(
 
 
 def _unit_at(layers: Sequence[_Layer], start: int, begins: Sequence[int]) -> _Unit:
-    """The repetition of a group that begins here, or, where only a part of it is left, its first layer."""
+    """Return the repetition of a group that begins here or, if only a part of it is left, its first layer."""
     first = layers[start]
     unit = tuple(layers[start : start + first.width])
     whole = [(layer.group, layer.repetition, layer.block) for layer in unit] == [
@@ -210,7 +217,7 @@ def _unit_at(layers: Sequence[_Layer], start: int, begins: Sequence[int]) -> _Un
 
 
 def _alike(one: _Unit, other: _Unit) -> bool:
-    """Whether two units can lie in one stack."""
+    """Return whether two units can be stored in one stack."""
     if [layer.config for layer in one] != [layer.config for layer in other]:
         return False
     kind = lambda tree: (
@@ -224,7 +231,7 @@ def _alike(one: _Unit, other: _Unit) -> bool:
 
 
 def _assemble(model: Transformer, runs: list[list[_Unit]]) -> Transformer:
-    """A model of these groups, all else shared."""
+    """Build a model with these groups that shares everything else."""
     groups, configs = [], []
     for run in runs:
         template: BlockGroup = jax.tree.map(lambda leaf: leaf, model.groups[0])
@@ -239,7 +246,7 @@ def _assemble(model: Transformer, runs: list[list[_Unit]]) -> Transformer:
 
 
 def _stack(layers: Sequence[_Layer]) -> Block:
-    """Layers of alike stacks as one stack."""
+    """Combine layers from identical stacks into one stack."""
     stacks: dict[int, Block] = {id(layer.stack): layer.stack for layer in layers}
     depth = lambda stack: jax.tree.leaves(stack)[0].shape[0]
     starts = dict(zip(stacks, np.cumsum([0, *map(depth, stacks.values())]).tolist(), strict=False))
@@ -248,7 +255,7 @@ def _stack(layers: Sequence[_Layer]) -> Block:
 
 
 def _rows(leaves: tuple[Any, ...], rows: list[int]) -> Any:
-    """These rows of leaves that lie one behind the other; a leaf of which all are wanted is itself."""
+    """Select rows of the concatenated leaves; a leaf of which all rows are selected is returned itself."""
     first, count = leaves[0], sum(leaf.shape[0] for leaf in leaves)
     if len(leaves) == 1 and rows == list(range(count)):
         return first

@@ -1,4 +1,4 @@
-"""The one Transformer: inputs, groups of layers, a final norm, heads."""
+"""The Transformer: inputs, groups of layers, a final norm, and heads."""
 
 import dataclasses
 import typing
@@ -28,22 +28,22 @@ RunGroup = Callable[..., tuple[Array, Any, Any]]
 def run_group(
     index: int, group: BlockGroup, x: Array, context: Context, cache: Any, key: PRNGKeyArray | None
 ):
-    """The plain way to run a group of layers: all of it, on all tokens."""
+    """Run a group of layers the default way: all layers, on all tokens."""
     del index
     return group(x, context, cache, key)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@typing.no_type_check  # JAX makes it of shapes and placeholders, too
+@typing.no_type_check  # JAX also builds it from shapes and placeholders
 class Encoded:
-    """The trunk's output.
+    """The output of the trunk.
 
     Attributes:
-        hidden: The residual stream after the final norm, at the embedding's width where that is another.
-        cache: The updated cache, where one was given.
-        reports: For each group, for each block, what its feed-forward reported, with a leading layer dimension.
-        captured: In the same way what ``capture`` asked for; :func:`effscale.models.by_layer` puts layers in one array.
+        hidden: The residual stream after the final norm, projected to the embedding's width if that differs.
+        cache: The updated cache, if one was passed.
+        reports: For each block of each group, what its feed-forward reported, with a leading layer dimension.
+        captured: What ``capture`` asked for, in the same structure; ``effscale.models.by_layer`` stacks the layers.
     """
 
     hidden: Float[Array, "batch seq d_model"]
@@ -53,14 +53,14 @@ class Encoded:
 
 
 class Transformer(nnx.Module):
-    """A transformer, as its config says.
+    """A transformer defined by its config.
 
-    A plain pytree: pass it through ``jax.jit``, ``jax.grad`` and optax as it is. It holds no random state; where
-    dropout is wanted, a key is an argument.
+    It is a plain pytree: pass it through ``jax.jit``, ``jax.grad`` and optax directly. It holds no random state; to use
+    dropout, pass a key.
 
     Args:
-        config: What it is made of.
-        rngs: Source of the initial values.
+        config: The config of the model.
+        rngs: Random streams for the initial values.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,26 +102,26 @@ class Transformer(nnx.Module):
         key: PRNGKeyArray | None = None,
         run_group: RunGroup = run_group,
     ) -> Any:
-        """The model's outputs, without what its layers report: with a ``key``, a dropped ``aux_loss`` is a warning.
+        """Return the model's outputs without the reports of its layers; with a ``key``, it warns if this drops an ``aux_loss``.
 
         Args:
-            inputs: Token ids, or images with values as the model was trained on.
+            inputs: Token ids, or images with the value range the model was trained on.
             attention_mask: ``(batch, seq)``, nonzero at real tokens; None: all are real.
-            positions: Where each token stands; by default real tokens are counted from 0, whatever the padding's side,
+            positions: Position of each token. By default, real tokens are counted from 0, on whichever side the padding is,
                 and from 0 in each segment.
-            segment_ids: For packed rows: a token sees only those of its own number; 0 is padding. By default positions
-                count from 0 in each segment.
-            type_ids: Kind of each token, for models that have kinds; by default 0.
-            key: Turns dropout on.
-            run_group: How a group of layers is run; see :meth:`encode`.
+            segment_ids: For packed rows: a token attends only to tokens with the same number; 0 is padding. By default,
+                positions count from 0 in each segment.
+            type_ids: Type of each token, for models with token types; by default 0.
+            key: Key for dropout; None disables dropout.
+            run_group: How to run a group of layers; see ``encode``.
 
         Returns:
-            Logits of shape ``(batch, seq, vocab)`` for a model whose only head is ``lm``; else a dict with
-            ``hidden``, ``pooled`` where there is a pooler, and each head's output under its name.
+            Logits of shape ``(batch, seq, vocab)`` for a model whose only head is ``lm``. Otherwise a dict with
+            ``hidden``, ``pooled`` if there is a pooler, and each head's output under its name.
 
         Raises:
-            ValueError: If the sequence is longer than the model's positions, an image of another size, or there are
-                ``type_ids`` for a model without kinds.
+            ValueError: The sequence is longer than the model's positions, an image has another size, or ``type_ids`` is
+                passed to a model without token types.
         """
         encoded = self.encode(
             inputs,
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         )
         if key is not None and aux_loss(encoded.reports) is not None:
             warnings.warn(
-                f"model(...) returns outputs alone and drops the {AUX_LOSS} that its feed-forwards report. To train, use an "
+                f"model(...) returns only the outputs and drops the {AUX_LOSS} that its feed-forwards report. To train, use an "
                 "objective of effscale.training, or encode(...), outputs(...) and effscale.training.add_reports",
                 stacklevel=2,
             )
@@ -147,22 +147,22 @@ class Transformer(nnx.Module):
         valid: Bool[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Any:
-        """What the heads make of hidden states.
+        """Apply the heads to hidden states.
 
         Args:
-            hidden: From :meth:`encode`.
+            hidden: From ``encode``.
             valid: True at real tokens; None: all are real.
-            key: Turns dropout on; it may be the one that :meth:`encode` had.
+            key: Key for dropout; it may be the key passed to ``encode``.
 
         Returns:
-            As :meth:`__call__`.
+            The same as ``__call__``.
         """
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler(hidden[:, 0], self.config.pooler_activation)
 
         def key_of(name: str) -> PRNGKeyArray | None:
-            # By the name: apart from the layers' keys, and the same whichever heads stand beside it.
+            # Derived from the name: distinct from the layers' keys, and independent of the other heads.
             return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
         outputs = {
@@ -186,35 +186,35 @@ class Transformer(nnx.Module):
         run_group: RunGroup = run_group,
         capture: Capture = (),
     ) -> Encoded:
-        """Everything up to the heads.
+        """Run everything up to the heads.
 
         Args:
-            inputs: As in :meth:`__call__`.
-            attention_mask: As in :meth:`__call__`.
-            positions: As in :meth:`__call__`.
-            segment_ids: As in :meth:`__call__`; not together with a cache.
-            type_ids: As in :meth:`__call__`.
-            cache: Earlier tokens' keys and values; ``inputs`` are then the tokens that follow, and ``attention_mask``
-                is of these only. It must have room for them: a full one overwrites its last slots.
-            key: Turns dropout on.
-            run_group: How a group of layers is run: ``(index, group, x, context, cache, key)`` to
-                ``(x, cache, reports)``. The place where techniques that drop tokens or layers step in.
-            capture: Points of each layer whose arrays come out as ``captured``, such as ``("layer_in", "attention_scores")``;
-                or a mapping from each to a function of the array, such as its range. The names are ``config.points``, and
-                ``attention_scores``: ``q k^T``, scaled, before bias, masks and softmax.
+            inputs: As in ``__call__``.
+            attention_mask: As in ``__call__``.
+            positions: As in ``__call__``.
+            segment_ids: As in ``__call__``; cannot be combined with a cache.
+            type_ids: As in ``__call__``.
+            cache: Keys and values of earlier tokens. ``inputs`` and ``attention_mask`` then hold only the tokens that
+                follow. The cache must have room for them: a full one overwrites its last slots.
+            key: Key for dropout; None disables dropout.
+            run_group: How to run a group of layers: maps ``(index, group, x, context, cache, key)`` to
+                ``(x, cache, reports)``. Techniques that drop tokens or layers hook in here.
+            capture: Points of each layer to return as ``captured``, such as ``("layer_in", "attention_scores")``; or a
+                mapping from each point to a function of its array, such as the range. Valid names are ``config.points``
+                and ``attention_scores``: ``q k^T``, scaled, before bias, masks and softmax.
 
         Returns:
-            Hidden states, updated cache, reports, and what was captured.
+            Hidden states, updated cache, reports, and captured points.
 
         Raises:
-            ValueError: As in :meth:`__call__`; or if ``inputs`` are more tokens than the cache has slots, or ``capture``
-                names no point.
+            ValueError: As in ``__call__``; or ``inputs`` has more tokens than the cache has slots, or ``capture``
+                names an unknown point.
         """
         config = self.config
         seq = self._length(inputs)
         if type_ids is not None and getattr(config.inputs, "type_vocab_size", 0) == 0:
             raise ValueError(
-                "type_ids for a model without kinds of token: its inputs need type_vocab_size above 0"
+                "type_ids needs a model with token types: set type_vocab_size of its inputs above 0"
             )
         valid = None if attention_mask is None else attention_mask.astype(bool)
         if cache is None:
@@ -230,7 +230,7 @@ class Transformer(nnx.Module):
         else:
             if segment_ids is not None:
                 raise ValueError(
-                    "segment_ids cannot be given together with a cache: a cached row is one segment"
+                    "segment_ids cannot be combined with a cache: a cached row is one segment"
                 )
             cache, context = self._advance(cache, inputs.shape[0], seq, valid, positions)
         if capture:
@@ -263,22 +263,24 @@ class Transformer(nnx.Module):
         if isinstance(config.inputs, TokenInputs):
             if config.max_length is not None and inputs.shape[1] > config.max_length:
                 raise ValueError(
-                    f"a sequence of {inputs.shape[1]} tokens is longer than the model's {config.max_length} positions"
+                    f"the sequence length must be at most the model's {config.max_length} positions, got {inputs.shape[1]}"
                 )
             return inputs.shape[1]
         size, channels = config.inputs.image_size, config.inputs.channels
         if inputs.shape[1:] != (size, size, channels):
             raise ValueError(
-                f"images of shape {inputs.shape[1:]}: the model takes {(size, size, channels)}"
+                f"images must have the shape {(size, size, channels)}, got {inputs.shape[1:]}"
             )
         return config.inputs.num_tokens
 
     def _advance(
         self, cache: KVCache, batch: int, seq: int, valid: Array | None, positions: Array | None
     ) -> tuple[KVCache, Context]:
-        """Writes the new tokens' positions into the cache's next slots, and lets them see all slots so far."""
+        """Write the positions of the new tokens into the next slots of the cache, and let them attend to all slots so far."""
         if seq > cache.valid.shape[1]:
-            raise ValueError(f"{seq} tokens do not fit a cache of {cache.valid.shape[1]} slots")
+            raise ValueError(
+                f"inputs must have at most the cache's {cache.valid.shape[1]} slots, got {seq} tokens"
+            )
         new = jnp.ones((batch, seq), bool) if valid is None else valid
         if positions is None:
             positions = positions_of(new) + cache.valid.sum(1, dtype=jnp.int32)[:, None]
@@ -314,7 +316,7 @@ class Transformer(nnx.Module):
 
 
 def _apart(reports: tuple[Any, ...], names: set[str]) -> tuple[Any, ...]:
-    """Reports without the entries ``names``, and these entries."""
+    """Split reports into those without the entries ``names`` and these entries."""
     if not names:
         return reports, ()
     pick = lambda wanted: tuple(

@@ -1,4 +1,4 @@
-"""Errors of configs and of JSON from elsewhere: each names the field, its value, and what would do."""
+"""Validation of configs and of JSON from other projects: each error names the field, its value and what is valid."""
 
 import dataclasses
 import difflib
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def check(config: Any, holds: bool, field: str, wanted: str) -> None:
-    """Raises a ValueError that names ``field`` and its value unless ``holds``."""
+    """Raise a ValueError that names ``field`` and its value unless ``holds``."""
     if not holds:
         raise ValueError(
-            f"{type(config).__name__}.{field}={getattr(config, field)!r}: must be {wanted}"
+            f"{type(config).__name__}.{field} must be {wanted}, got {getattr(config, field)!r}"
         )
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite real number, of Python or NumPy, that a float can hold; a bool is none.
+    """Return whether a value is a finite real number, of Python or NumPy, that fits in a float; a bool is not.
 
     Example:
         >>> is_finite(3), is_finite(float("inf")), is_finite("3"), is_finite(None)
@@ -32,16 +32,18 @@ def is_finite(value: Any) -> bool:
 
 
 def choice(config: Any, field: str, names: Iterable[str]) -> None:
-    """Raises a ValueError with the near names unless the field's value is one of ``names``."""
-    value = getattr(config, field)
+    """Raise a ValueError that suggests similar names unless the field's value is one of ``names``."""
+    value, names = getattr(config, field), tuple(names)
     if value not in names:
+        near = _near(str(value), names)
         raise ValueError(
-            f"{type(config).__name__}.{field}={value!r}: {did_you_mean(str(value), names)}"
+            f"{type(config).__name__}.{field} must be one of {', '.join(map(repr, names))}, got {value!r}"
+            + (f"; {near}" if near else "")
         )
 
 
 def check_finite(config: Any) -> None:
-    """Raises a ValueError that names the field if a number of a dataclass is NaN or infinite."""
+    """Raise a ValueError that names the field if a number of a dataclass is NaN or infinite."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values = value if isinstance(value, tuple) else (value,)
@@ -50,30 +52,32 @@ def check_finite(config: Any) -> None:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, Python's or NumPy's; True and False are not."""
+    """Return whether a value is an integer of Python or NumPy; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint that names the choices nearest to ``name``, or all where none is near.
+    """Return a hint with the names closest to ``name``, or with all names if none is close.
 
     Example:
         >>> did_you_mean("gtp2", ["gpt2", "bert-base"])
         "did you mean 'gpt2'?"
     """
     names = list(names)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"choose one of {', '.join(map(repr, names))}"
+    return _near(name, names) or f"choose one of {', '.join(map(repr, names))}"
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def check_keys(
     block: Any, where: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()
 ) -> None:
-    """Raises a ValueError unless ``block``, from JSON, is an object with all required keys and no unknown one."""
+    """Raise a ValueError unless ``block``, from JSON, is an object with all required keys and no unknown keys."""
     if not isinstance(block, Mapping):
-        raise ValueError(f"{where}={block!r}: must be an object of keys and values")
+        raise ValueError(f"{where} must be an object of keys and values, got {block!r}")
     known = [*required, *optional]
     for key in block:
         if key not in known:
@@ -83,23 +87,23 @@ def check_keys(
 
 
 def switch(block: Any, where: str) -> bool:
-    """Whether a block of JSON is ``enabled``, which it must say."""
+    """Return whether a block of JSON is ``enabled``; the key is required."""
     check_keys(block, where, required=("enabled",), optional=block)
     if not isinstance(block["enabled"], bool):
-        raise ValueError(f"{where}.enabled={block['enabled']!r}: must be true or false")
+        raise ValueError(f"{where}.enabled must be true or false, got {block['enabled']!r}")
     return block["enabled"]
 
 
 def whole_number(value: Any, where: str) -> int:
-    """A whole number of JSON, which tells no integers from other numbers: 1e5 is read as a float."""
+    """Return a whole number from JSON, which does not distinguish integers from other numbers: 1e5 is read as a float."""
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not is_whole:
-        raise ValueError(f"{where}={value!r}: must be a whole number")
+        raise ValueError(f"{where} must be a whole number, got {value!r}")
     return int(value)
 
 
 def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
-    """A list of them."""
+    """Return a list of whole numbers."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}={value!r}: must be a list")
+        raise ValueError(f"{where} must be a list, got {value!r}")
     return tuple(whole_number(one, where) for one in value)

@@ -1,8 +1,8 @@
-"""The weight protocol: a weight is anything that :func:`matmul` accepts.
+"""The weight protocol: a weight is anything that ``matmul`` accepts.
 
-Dense layers, heads, embeddings and the decoding loop never ask what their weight is. A plain array is a weight; so is any
-registered pytree with the members of :class:`Weight` (a LoRA pair, a packed integer tensor, a pruned matrix).
-Techniques are then functions from a model to a model that swap leaves; see :func:`map_weights`.
+Dense layers, heads, embeddings and the decoding loop do not depend on the kind of their weights. A plain array is a
+weight, and so is any registered pytree with the members of ``Weight`` (a LoRA pair, a packed integer tensor, a pruned
+matrix). Techniques are then functions from a model to a model that replace leaves; see ``map_weights``.
 """
 
 from collections.abc import Callable
@@ -23,28 +23,30 @@ Model = TypeVar("Model")
 
 @runtime_checkable
 class Weight(Protocol):
-    """What a structured weight offers.
+    """The members of a structured weight.
 
-    The last two dimensions are ``(in, out)``; any before them are stacked layers or experts, which :func:`jax.lax.scan`
-    and :func:`jax.vmap` take off before the weight is used.
+    The last two dimensions are ``(in, out)``. Any dimensions before them are stacked layers or experts, which
+    ``jax.lax.scan`` and ``jax.vmap`` remove before the weight is used.
 
     Three members are optional:
 
-    - ``partition(axes)``: the logical axes of each of its arrays, from those of the dense weight, so that it shards.
-    - ``input_form`` and ``prepare(x)``: a weight that turns its input into another form first (8-bit codes and their
-      steps) names that form with any hashable value. Projections of one input whose weights name the same form then share it:
-      :func:`matmuls` calls ``prepare`` once for all of them and hands the result to each ``matmul`` in place of ``x``.
-    - ``fixed_weight``: True for a weight that is never trained; an optimizer would decay the scales of a packed one.
+    - ``partition(axes)``: the logical axes of each of its arrays, derived from those of the dense weight, for sharding.
+    - ``input_form`` and ``prepare(x)``: for a weight that first converts its input to another form, such as 8-bit integers
+      and their scales. ``input_form`` identifies that form by any hashable value. Projections of one input whose weights have
+      the same form share it: ``matmuls`` calls ``prepare`` once for all of them and passes the result to each ``matmul`` in
+      place of ``x``.
+    - ``fixed_weight``: True for a weight that is never trained, so that an optimizer does not decay the scales of a packed
+      weight.
     """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array that this weight stands for."""
+        """The shape of the dense array that this weight represents."""
         ...
 
     @property
     def dtype(self) -> Any:
-        """Type in which this weight computes."""
+        """The dtype in which this weight computes."""
         ...
 
     @property
@@ -55,27 +57,27 @@ class Weight(Protocol):
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
     ) -> Float[Array, "rows d_out"]:
-        """``activation(x W + b)`` for ``x`` of shape ``(rows, in)``, in the type of this weight.
+        """Compute ``activation(x W + b)`` for ``x`` of shape ``(rows, in)``, in the dtype of this weight.
 
-        A weight whose kernel fuses the bias or the activation does so here; :func:`finish` is for the others.
+        A weight whose kernel fuses the bias or the activation applies them here; others call ``finish``.
         """
         ...
 
     def astype(self, dtype: Any) -> "Weight":
-        """The same weight computing in ``dtype``; packed storage keeps its own type."""
+        """Return the same weight computing in ``dtype``; packed storage keeps its own dtype."""
         ...
 
     def take(self, indices: Int[Array, "*rows"]) -> Array:
-        """Rows of the dense array, as in an embedding look-up."""
+        """Return rows of the dense array, as in an embedding lookup."""
         ...
 
     def dense(self) -> Array:
-        """The dense array that this weight stands for."""
+        """Return the dense array that this weight represents."""
         ...
 
 
 def dense(weight: Any) -> Float[Array, "*shape"]:
-    """The dense array that a weight stands for; a plain array is itself.
+    """Return the dense array that a weight represents; a plain array is returned as it is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,14 +88,14 @@ def dense(weight: Any) -> Float[Array, "*shape"]:
 
 
 class Affine(NamedTuple):
-    """A map ``activation(x W + b)``: what :func:`matmuls` computes one or several of.
+    """A map ``activation(x W + b)``; ``matmuls`` computes one or more of them.
 
     Attributes:
         weight: Any weight of shape ``(in, out)``.
-        bias: ``(out,)``; None adds nothing.
-        activation: A name of :data:`effscale.models.ACTIVATIONS`; None applies none.
-        point: Name of the value before the activation, which the backward pass can keep instead of computing it again (see
-            :mod:`effscale.models.points`). Of a weight that is no array it is the value after it.
+        bias: Array of shape ``(out,)``, or None for no bias.
+        activation: A name in ``effscale.models.ACTIVATIONS``, or None for no activation.
+        point: Name of the value before the activation, which the backward pass can keep instead of recomputing it (see
+            ``effscale.models.points``). For a structured weight, it is the value after the activation.
     """
 
     weight: Any
@@ -108,18 +110,18 @@ def matmul(
     bias: Float[Array, "d_out"] | None = None,
     activation: Activation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    r"""The product of an input with any weight, with what usually follows it.
+    r"""Multiply an input by any weight, then apply bias and activation.
 
     .. math:: y = \mathrm{activation}(x W + b)
 
-    Every product with a weight goes through here: dense layers, heads, the decoding loop. For weights that are stacked over
-    experts, use ``jax.vmap(matmul)``.
+    Every product with a weight is computed here: in dense layers, heads and the decoding loop. For weights that are stacked
+    over experts, use ``jax.vmap(matmul)``.
 
     Args:
-        x: The input; its type is that of the computation and of the result.
-        weight: An array or a :class:`Weight` of shape ``(d_in, d_out)``.
+        x: The input; its dtype is that of the computation and of the result.
+        weight: An array or an ``effscale.models.Weight`` of shape ``(d_in, d_out)``.
         bias: Added to the product; None adds nothing.
-        activation: A name of :data:`effscale.models.ACTIVATIONS`; None applies none.
+        activation: A name in ``effscale.models.ACTIVATIONS``; None applies none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -132,8 +134,10 @@ def matmul(
 def matmuls(
     x: Float[Array, "*batch d_in"], *affines: Affine
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """Several maps of one input, as query, key and value are: :func:`matmul` of each, except that weights that first turn
-    the input into another form share it; see :class:`Weight`.
+    """Apply several maps to one input, such as query, key and value.
+
+    The result is that of ``matmul`` for each, except that weights that convert the input to the same form share the
+    converted input; see ``effscale.models.Weight``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -143,7 +147,7 @@ def matmuls(
     """
     lead, dtype = x.shape[:-1], x.dtype
     cast: Callable[[Any], Any] = lambda a: None if a is None else a.astype(dtype)
-    # One large matrix product: XLA's CPU backend runs the same over three dimensions at a third of the speed.
+    # One large matrix product: on XLA's CPU backend, the same product over three dimensions runs at a third of the speed.
     rows = lambda: x.reshape(-1, x.shape[-1])
     shared = _prepared(rows, [affine.weight for affine in affines], dtype)
     results = []
@@ -164,7 +168,7 @@ def _named(y: Array, point: str | None) -> Array:
 
 
 def _prepared(rows: Callable[[], Array], weights: list[Any], dtype: Any) -> Any:
-    """The input in the form that all these weights name, or None if they do not name the same one."""
+    """Return the input in the form that all these weights share, or None if their forms differ."""
     forms = {getattr(weight, "input_form", None) for weight in weights}
     if len(forms) > 1 or None in forms:
         return None
@@ -176,7 +180,7 @@ def finish(
     bias: Float[Array, "d_out"] | None,
     activation: Activation | None,
 ) -> Float[Array, "*batch d_out"]:
-    """``activation(y + b)``: what follows a product, for weights whose own kernel does not include it.
+    """Compute ``activation(y + b)``, the steps after a product, for weights whose kernel does not include them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -189,44 +193,44 @@ def finish(
 
 
 def take(weight: Any, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-    """Rows of a weight of shape ``(rows, width)``, as in an embedding look-up."""
+    """Return rows of a weight of shape ``(rows, width)``, as in an embedding lookup."""
     if _is_array(weight):
         return jnp.take(weight, indices, axis=0, mode="clip")
     return weight.take(indices)
 
 
 def transpose(weight: Any) -> Any:
-    """A weight with its last two dimensions exchanged."""
+    """Return a weight with its last two dimensions swapped."""
     return weight.mT if _is_array(weight) else weight.T
 
 
 def _is_array(weight: Any) -> bool:
-    # NumPy's too, as a loader may leave them: their own `take` flattens and their `T` reverses the stack.
+    # Includes NumPy arrays, which a loader may leave: their own ``take`` flattens and their ``T`` reverses the stack.
     return isinstance(weight, (jax.Array, np.ndarray))
 
 
 def is_kernel(path: str) -> bool:
-    """Whether a parameter's path names the matrix of a dense layer."""
+    """Return whether a parameter's path names the matrix of a dense layer."""
     return path.endswith("kernel")
 
 
 def map_weights(
     model: Model, function: Callable[[Any], Any], where: str | Callable[[str], bool] = is_kernel
 ) -> Model:
-    r"""A copy of ``model`` in which ``function`` has replaced the chosen weights; the original is untouched.
+    r"""Return a copy of ``model`` with ``function`` applied to the chosen weights; the original is not changed.
 
     Args:
         model: Any NNX module.
-        function: From a weight to its replacement. A stacked group hands over its layers at once,
-            with their leading dimension.
+        function: Maps a weight to its replacement. The layers of a stacked group are passed together, with their
+            leading dimension.
         where: Which parameters: a regular expression searched in the dotted path
-            (``r"attention\..*kernel"``), or a predicate on the path. By default the kernel of every dense layer.
+            (``r"attention\..*kernel"``), or a predicate on the path. By default, the kernel of every dense layer.
 
     Returns:
-        The new model. Arrays that were not chosen are shared with the old one.
+        The new model. It shares the arrays that were not chosen with the old one.
 
     Raises:
-        ValueError: If no parameter matches, or none matches one of the expression's alternatives (``value`` of
+        ValueError: No parameter matches, or none matches one of the expression's alternatives (``value`` in
             ``"query|value"``).
 
     Example:
@@ -249,6 +253,6 @@ def map_weights(
         leaves.append((path, variable))
     if not hits:
         raise ValueError(
-            f"where={where!r} matches no parameter of {type(model).__name__}; the paths look like {', '.join(names[:4])}, ..."
+            f"where={where!r} matches no parameter of {type(model).__name__}. Paths look like {', '.join(names[:4])}, ..."
         )
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))

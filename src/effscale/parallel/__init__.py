@@ -1,8 +1,7 @@
-"""Meshes, the rules that map logical axis names to them, placement of trees and batches, process start-up.
+"""Meshes, rules that map logical axis names to mesh axes, placement of trees and batches, and process start-up.
 
-A model file names no mesh axis: it names logical axes (``"embed"``, ``"mlp"``, ``"batch"``, ...), and one
-table of rules says which mesh axes they lie on. Several processes on one machine:
-``python -m effscale.parallel.local_launch``.
+Model code names no mesh axes. It names logical axes (``"embed"``, ``"mlp"``, ``"batch"``, ...), and one table of rules maps
+these to mesh axes. To run several processes on one machine, use ``python -m effscale.parallel.local_launch``.
 """
 
 from effscale.parallel.collectives import Collective, collectives

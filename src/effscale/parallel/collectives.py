@@ -1,4 +1,4 @@
-"""The collectives of a compiled program: what crosses the network, how often, and how many bytes."""
+"""The collectives of a compiled program: what is sent over the network, how often, and how many bytes."""
 
 import dataclasses
 import math
@@ -21,15 +21,15 @@ _GRID = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a compiled program, as each device takes part in it.
+    """A collective of a compiled program, as seen by each participating device.
 
     Attributes:
         kind: all-reduce, all-gather, all-to-all, reduce-scatter or collective-permute.
-        dtypes: Of its arrays, as XLA names them.
-        size: Bytes of the whole: of what is reduced, gathered, or exchanged.
+        dtypes: The dtypes of its arrays, as XLA names them.
+        size: Total bytes that are reduced, gathered or exchanged.
         group: Numbers of the devices that take part together, in the order of the mesh; those of the first group.
-        branches: Where it stands in nested ``lax.cond`` and ``lax.switch``: the number of the branch of each, outermost first.
-        times: How often it runs in a call: the product of the lengths of the loops around it, as far as the compiler knows them.
+        branches: Its place in nested ``lax.cond`` and ``lax.switch``: the number of the branch of each, outermost first.
+        times: How often it runs per call: the product of the lengths of the loops around it, as far as the compiler knows them.
     """
 
     kind: str
@@ -41,11 +41,11 @@ class Collective:
 
     @property
     def devices(self) -> int:
-        """How many devices take part together."""
+        """The number of devices that take part together."""
         return len(self.group)
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
-        """The axes of a mesh along which its devices lie.
+        """Return the mesh axes along which its devices differ.
 
         Args:
             mesh: The sizes of the axes by name, in order: the ``shape`` of the mesh that the program was compiled for.
@@ -57,7 +57,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends each time, where reductions go around a ring and the rest directly to its goal."""
+        """Bytes that each device sends each time, assuming ring reductions and direct sends for everything else."""
         share = (self.devices - 1) / self.devices
         if self.kind == "all-reduce":
             return 2 * share * self.size
@@ -65,10 +65,10 @@ class Collective:
 
 
 def collectives(program: str) -> list[Collective]:
-    """The collectives of a compiled program that involve more than one device.
+    """Return the collectives of a compiled program that involve more than one device.
 
-    One in a loop (micro-batches, a scan over layers) is told once, with the number of ``times`` that it runs. Between TPU slices
-    XLA sends by the host, which is not told.
+    A collective in a loop (micro-batches, a scan over layers) is listed once, with the number of ``times`` it runs. Transfers
+    between TPU slices go through the host and are not listed.
 
     Args:
         program: ``jax.jit(f).lower(...).compile().as_text()``.
@@ -94,7 +94,7 @@ def collectives(program: str) -> list[Collective]:
         if kind == "reduce-scatter":
             size *= len(group)
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # a TPU's compiler fuses the sum with the choice of a part
+            kind = "reduce-scatter"  # the TPU compiler fuses the sum with the selection of a part
         name = re.search(r'op_name="([^"]*)"', line)
         branches = tuple(int(n) for n in _BRANCH.findall(name[1])) if name else ()
         if len(group) > 1:
@@ -109,7 +109,7 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _group(rest: str, program: str) -> tuple[int, ...]:
-    """The devices that take part together, as the first group lists them."""
+    """Return the devices that take part together, as the first group lists them."""
     if match := re.search(r"replica_groups=\{\{([0-9,]*)\}", rest):
         return tuple(int(n) for n in match[1].split(","))
     if match := _GRID.search(rest):

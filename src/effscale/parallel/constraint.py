@@ -10,22 +10,20 @@ from effscale.parallel.rules import current_rules, spec_over
 
 
 def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "*shape"]:
-    """Say how an activation lies on the mesh, by the logical names of its dimensions.
+    """Constrain the sharding of an activation by the logical names of its dimensions.
 
-    The identity when no mesh is set (`jax.set_mesh`) or it has one device. Inside `jax.shard_map` only the
-    axes that are still automatic count, so a model runs unchanged under a technique that takes ``data`` into
-    its own hands.
+    This returns ``x`` itself if no mesh is set (``jax.set_mesh``) or the mesh has one device. Inside ``jax.shard_map``, only
+    the axes that are still automatic apply, so a model runs unchanged under a technique that handles ``data`` manually.
 
     Args:
-        x: the array.
-        *names: one logical name a dimension; None (or a name whose rule is None) for a dimension that is
-            whole on every device.
+        x: The array.
+        *names: One logical name per dimension; None (or a name whose rule is None) for a dimension that is not sharded.
 
     Returns:
-        `x`, constrained.
+        ``x``, constrained.
 
     Raises:
-        ValueError: not one name a dimension, or a name without a rule.
+        ValueError: The number of names differs from the number of dimensions, or a name has no rule.
 
     >>> import jax.numpy as jnp
     >>> constrain(jnp.ones((8, 16)), "batch", "mlp_act").shape
@@ -33,13 +31,13 @@ def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "
     """
     if len(names) != x.ndim:
         raise ValueError(
-            f"constrain got {len(names)} names {names} for an array of shape {x.shape}: give one a dimension"
+            f"names must have one entry for each dimension of an array of shape {x.shape}, got {len(names)}: {names}"
         )
     rules = current_rules()
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         for name in names:
-            rules.lookup(name)  # a misspelt name is an error on one device too
+            rules.lookup(name)  # a misspelled name is an error on one device, too
         return x
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     sizes = {axis: size for axis, size in mesh.shape.items() if types[axis] == AxisType.Auto}
@@ -50,15 +48,15 @@ def constrain(x: Shaped[Array, "*shape"], *names: str | None) -> Shaped[Array, "
 
 
 def auto_batch_axes(rows: int) -> tuple[str, ...]:
-    """The axes of the mesh in use that divide ``rows`` rows of a batch and that the compiler still partitions.
+    """Return the mesh axes that divide ``rows`` rows of a batch and that the compiler still partitions.
 
-    For operations that a technique or kernel takes over by `jax.shard_map`: they are the axes to take.
+    They are the axes to use for an operation that a technique or kernel runs in ``jax.shard_map``.
 
     Args:
-        rows: rows of the global batch.
+        rows: Number of rows of the global batch.
 
     Returns:
-        Names of axes, outermost first; none without a mesh, or where the axes do not divide ``rows``.
+        Names of axes, outermost first; empty without a mesh, or if the axes do not divide ``rows``.
 
     >>> auto_batch_axes(8)
     ()

@@ -1,7 +1,7 @@
-"""The exchange of tokens between devices that hold different experts: from where they stand to their experts, and back.
+"""Exchange of tokens between devices that hold different experts: from the tokens' devices to the experts', and back.
 
-Devices along the mesh axis of ``experts`` (``expert``, by the default rules) share the batch as well, so each has buffers for all experts
-before the exchange, and after it those of all devices for its own experts: an all-to-all.
+Devices along the mesh axis of ``experts`` (``expert``, by the default rules) also share the batch. Before the exchange, each
+has buffers for all experts; after it, each has the buffers of all devices for its own experts. This is an all-to-all.
 """
 
 import dataclasses
@@ -20,57 +20,59 @@ from effscale.parallel.rules import current_rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """How tokens travel; results do not depend on it."""
+    """How tokens are sent; results do not depend on it."""
 
     host_devices: int | None = None
-    """Devices of one host along the expert axis, for an exchange in two stages: within each host, then between hosts among the devices of
-    the same number. On p devices of hosts of G each sends G + p/G messages instead of p, and twice the bytes: it pays where
-    messages are small. None: one stage."""
+    """Number of devices per host along the expert axis, for an exchange in two stages: first within each host, then between hosts
+    among devices with the same index. With p devices on hosts of G, each device sends G + p/G messages instead of p, but twice
+    the bytes, which pays off if messages are small. None: one stage."""
     coordinated: bool = True
-    """Where devices along ``tensor`` hold the same tokens, let each send its share and gather the rest after the exchange, so that nothing is
-    sent twice."""
+    """If devices along ``tensor`` hold the same tokens, let each send its share and gather the rest after the exchange, so that
+    nothing is sent twice."""
 
     def __post_init__(self):
         given = self.host_devices
         if given is not None and given < 1:
-            raise ValueError(f"Exchange.host_devices={given!r}: must be at least 1, or None")
+            raise ValueError(f"Exchange.host_devices must be at least 1 or None, got {given!r}")
 
 
 def mesh_size(axis: str) -> int:
-    """Devices along an axis of the mesh in use; 1 without a mesh."""
+    """Return the number of devices along an axis of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(axis, 1)
 
 
 def expert_axes() -> tuple[str, ...]:
-    """The axes of the mesh in use over which experts are divided."""
+    """Return the axes of the current mesh over which experts are divided."""
     return tuple(axis for axis in current_rules().lookup("experts") if mesh_size(axis) > 1)
 
 
 def check_experts(num_experts: int) -> None:
-    """Raises a ValueError unless the experts can be divided over the devices of the mesh in use."""
+    """Raise a ValueError unless the experts can be divided over the devices of the current mesh."""
     axes = expert_axes()
     devices = math.prod(mesh_size(axis) for axis in axes)
     if num_experts % devices:
-        more = "; to give each expert several devices, divide its width over the axis 'tensor'"
+        more = (
+            ", or divide the width of each expert over the axis 'tensor' to give it several devices"
+        )
         raise ValueError(
-            f"num_experts={num_experts} cannot be divided over the {devices} devices of the mesh axis {', '.join(axes)}: "
-            f"choose a size that divides {num_experts}{more if devices > num_experts else ''}"
+            f"num_experts={num_experts} cannot be divided over the {devices} devices of the mesh axis {', '.join(axes)}. "
+            f"Use a size that divides {num_experts}{more if devices > num_experts else ''}"
         )
 
 
 def to_experts(
     x: Float[Array, "experts groups capacity d_model"], exchange: Exchange = Exchange()
 ) -> Float[Array, "_ _ capacity d_model"]:
-    """Buffers of groups of tokens for every expert, brought to the devices of the experts.
+    """Send the buffers of groups of tokens to the devices of their experts.
 
     Args:
-        x: The buffers; groups are divided over the mesh as the batch is.
-        exchange: How they travel.
+        x: The buffers for all experts; groups are divided over the mesh like the batch.
+        exchange: How tokens are sent.
 
     Returns:
-        The same array, divided by experts and no more by groups along the expert axis. Inside a `jax.shard_map` over that axis, where
-        shapes are those of one device: this device's experts, and the groups of all.
+        The same array, divided by experts and no longer by groups along the expert axis. Inside a ``jax.shard_map`` over that
+        axis, where shapes are those of one device: this device's experts, and the groups of all devices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,7 +85,7 @@ def to_experts(
 def to_tokens(
     x: Float[Array, "experts groups capacity d_model"], exchange: Exchange = Exchange()
 ) -> Float[Array, "_ _ capacity d_model"]:
-    """What the experts made of the buffers, brought back: the inverse of `to_experts`."""
+    """Send the experts' outputs back to the tokens' devices: the inverse of ``to_experts``."""
     return _exchange(x, exchange, there=False)
 
 
@@ -96,7 +98,7 @@ def _exchange(x: Array, exchange: Exchange, *, there: bool) -> Array:
         return local(x)
     batch = auto_batch_axes(x.shape[1])
     if not set(experts) <= set(batch):
-        # Too few groups to divide: all devices hold all tokens, and each takes those of its experts.
+        # Too few groups to divide: all devices hold all tokens, and each uses those of its experts.
         return constrain(x, "experts" if there else None, None, None, None)
     tensor = _tensor_axes() if exchange.coordinated else ()
     capacity = x.shape[2]
@@ -112,7 +114,7 @@ def _exchange(x: Array, exchange: Exchange, *, there: bool) -> Array:
 
 
 def _tensor_axes() -> tuple[str, ...]:
-    """The axes over which an expert's width is divided, and along which devices hold the same tokens."""
+    """Return the axes that divide the width of an expert and along which devices hold the same tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(
@@ -123,7 +125,7 @@ def _tensor_axes() -> tuple[str, ...]:
 
 
 def _all_to_all(x: Array, axes: tuple[str, ...], near: int | None, there: bool) -> Array:
-    """The exchange as one device sees it: ``[all experts, own groups]`` to ``[own experts, all groups]``, or back."""
+    """Run the exchange as one device sees it: ``[all experts, own groups]`` to ``[own experts, all groups]``, or back."""
     axis: Any = axes[0] if len(axes) == 1 else axes
     if near is None or near == 1:
         split, joined = (0, 1) if there else (1, 0)
@@ -131,7 +133,7 @@ def _all_to_all(x: Array, axes: tuple[str, ...], near: int | None, there: bool) 
     devices = math.prod(mesh_size(name) for name in axes)
     if devices % near:
         raise ValueError(
-            f"Exchange.host_devices={near} does not divide the {devices} devices of the mesh axis {', '.join(axes)}"
+            f"Exchange.host_devices must divide the {devices} devices of the mesh axis {', '.join(axes)}, got {near}"
         )
     hosts = devices // near
     within = [[host * near + i for i in range(near)] for host in range(hosts)]
@@ -139,7 +141,7 @@ def _all_to_all(x: Array, axes: tuple[str, ...], near: int | None, there: bool) 
     split = lambda a, at: a.reshape(
         *a.shape[:at], hosts, near, a.shape[at] // devices, *a.shape[at + 1 :]
     )
-    # The block that goes to device host * near + i, or came from it, is x[host, i].
+    # The block sent to, or received from, device host * near + i is x[host, i].
     x = split(x, 0) if there else jnp.moveaxis(split(x, 1), (1, 2), (0, 1))
     x = jax.lax.all_to_all(x, axis, 1, 1, tiled=True, axis_index_groups=within)
     x = jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=between)

@@ -1,4 +1,4 @@
-"""Weights that wait in host memory until they are needed."""
+"""Keep weights in host memory until they are needed."""
 
 from typing import Any, TypeVar
 
@@ -9,13 +9,13 @@ HOST = "pinned_host"
 
 
 def to_host_memory(tree: Tree) -> Tree:
-    """The tree with its arrays in the memory of the hosts that their devices hang on, divided as they are.
+    """Move the arrays of a tree to the memory of their devices' hosts, with the same sharding.
 
-    For models that are read now and then, such as the reference and the reward model of reinforcement learning. On a CPU, where both memories are the same
-    one, it gains nothing, and works.
+    Use it for models that are needed only now and then, such as the reference and the reward model of reinforcement
+    learning. On a CPU, where both memories are the same, it works but saves nothing.
 
     Args:
-        tree: Any pytree; arrays of NumPy are put on the default device's host.
+        tree: Any pytree; NumPy arrays are moved to the host of the default device.
 
     Example:
         >>> import jax.numpy as jnp
@@ -26,7 +26,7 @@ def to_host_memory(tree: Tree) -> Tree:
 
 
 def on_devices(tree: Tree) -> Tree:
-    """The tree with what lies in host memory copied to the devices; the rest is the same arrays.
+    """Copy the arrays of a tree that are in host memory to the devices; the others are returned unchanged.
 
     Example:
         >>> import jax.numpy as jnp

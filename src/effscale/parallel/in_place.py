@@ -1,4 +1,4 @@
-"""Changes in place that would be lost: a step that is traced works on copies of what it is given."""
+"""Detection of lost in-place changes: a traced step works on copies of its arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 
 
 def refusing_lost_changes(step: Callable[..., Any], runner: str) -> Callable[..., Any]:
-    """The step, which raises if it replaces arrays of its arguments in place and does not return them.
+    """Make a step raise if it replaces arrays of its arguments in place and does not return them.
 
-    ``nnx.Optimizer.update`` and ``nnx.BatchNorm`` do so. The arguments within `jax.shard_map` or `jax.vmap` are copies, so without
-    this a step that relies on it would do nothing, and say nothing.
+    ``nnx.Optimizer.update`` and ``nnx.BatchNorm`` make such changes. Inside ``jax.shard_map`` or ``jax.vmap``, the arguments are
+    copies, so a step that relies on changing them would silently do nothing.
 
     Args:
         step: A function of trees, such as ``nnx`` modules.
@@ -29,8 +29,8 @@ def refusing_lost_changes(step: Callable[..., Any], runner: str) -> Callable[...
             if path in before and id(x) not in kept:
                 raise ValueError(
                     f"the step changed its argument{jax.tree_util.keystr(path)} in place, and the change would be lost: "
-                    f"{runner} gives the step copies. Return what it changes, such as the nnx module and its optimizer, and "
-                    "go on with what is returned: `model, optimizer, loss = step(model, optimizer, batch)`"
+                    f"{runner} passes copies to the step. Return what it changes, such as the nnx module and its optimizer, and "
+                    "continue with what is returned: `model, optimizer, loss = step(model, optimizer, batch)`"
                 )
         return out
 

@@ -1,4 +1,4 @@
-"""A mesh and its sharding rules as one object."""
+"""A mesh together with its sharding rules."""
 
 import contextlib
 import dataclasses
@@ -26,11 +26,11 @@ Tree = TypeVar("Tree")
 class Placement:
     """A mesh and a table of sharding rules, used both to place arrays and to trace functions.
 
-    Because both come from one object, a model cannot be placed by one table and traced by another. :meth:`shard` also moves a model
+    Because both come from one object, a model cannot be placed by one table and traced by another. ``shard`` also moves a model
     from the layout of one placement to that of another, for example from training to generation.
 
     Attributes:
-        mesh: The mesh of all devices that take part.
+        mesh: The mesh of all participating devices.
         rules: The table from logical axis names to mesh axes.
 
     Example:
@@ -55,25 +55,25 @@ class Placement:
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator["Placement"]:
-        """Make mesh and rules those of this thread inside the ``with`` block, as `jax.set_mesh` and `use_rules` do."""
+        """Activate the mesh and rules in this thread inside the ``with`` block, like ``jax.set_mesh`` and ``use_rules``."""
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield self
 
     def shardings(self, tree: Tree) -> Tree:
-        """See `effscale.parallel.shardings`."""
+        """Return the sharding of each array in a tree; see ``effscale.parallel.shardings``."""
         with use_rules(self.rules):
             return shardings(tree, self.mesh)
 
     def shard(self, tree: Tree) -> Tree:
-        """See `effscale.parallel.shard`."""
+        """Place a tree of arrays on the mesh; see ``effscale.parallel.shard``."""
         with use_rules(self.rules):
             return shard(tree, self.mesh)
 
     def init(self, create: Callable[..., Tree], *args: Any) -> Tree:
-        """What ``create(*args)`` makes, divided from birth: nothing is ever whole on one device.
+        """Run ``create(*args)`` with sharded outputs, so that nothing is ever whole on one device.
 
         Args:
-            create: A function of arrays that JAX can trace, such as one that makes a model or a train state.
+            create: A function of arrays that JAX can trace, such as one that creates a model or a train state.
             *args: Its arguments.
         """
         with self.in_force():
@@ -81,16 +81,16 @@ class Placement:
             return jax.jit(create, out_shardings=places)(*args)
 
     def batch_sharding(self) -> NamedSharding:
-        """See `effscale.parallel.batch_sharding`."""
+        """Return the sharding of a batch; see ``effscale.parallel.batch_sharding``."""
         with use_rules(self.rules):
             return batch_sharding(self.mesh)
 
     def batch_shard(self) -> BatchShard:
-        """See `effscale.parallel.batch_shard`."""
+        """Return the part of the batch that this process loads; see ``effscale.parallel.batch_shard``."""
         with use_rules(self.rules):
             return batch_shard(self.mesh)
 
     def shard_batch(self, batch: PyTree) -> PyTree:
-        """See `effscale.parallel.shard_batch`."""
+        """Place the rows that this process loaded; see ``effscale.parallel.shard_batch``."""
         with use_rules(self.rules):
             return shard_batch(batch, self.mesh)

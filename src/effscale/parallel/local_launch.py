@@ -1,7 +1,7 @@
-"""Several JAX processes on this one machine, to try out and to test programs for many.
+"""Run several JAX processes on one machine, to try out and test multi-process programs.
 
 ``python -m effscale.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
-each with four virtual CPU devices. The program has to call `effscale.parallel.initialize` first.
+each with four virtual CPU devices. The program must call ``effscale.parallel.initialize`` first.
 """
 
 import argparse
@@ -21,37 +21,37 @@ from effscale.parallel.peers import LOST_PEER
 from effscale.parallel.startup import HEARTBEAT_VARIABLE, VARIABLES
 
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit statuses of a process that was asked to stop, and saved; the others are saving, too."""
+"""Exit statuses of a process that was asked to stop and has saved its state; the others are saving, too."""
 
 AFTER_A_LOSS = (LOST_PEER, -signal.SIGABRT)
-"""Exit statuses of a process that ended because another one was gone."""
+"""Exit statuses of a process that ended because another one was lost."""
 
 SECONDS_TO_SAVE = 60
 
 SECONDS_TO_END = 2
-"""How long the process that the others have lost may take to end itself: they can notice its end before it is over."""
+"""Time that a lost process has to exit by itself: the other processes can notice its failure before it has ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessResult:
-    """What became of one process."""
+    """The outcome of one process."""
 
     process_id: int
-    """Its number, from 0."""
+    """Number of the process, from 0."""
     returncode: int
-    """Its exit status; negative: the signal that ended it."""
+    """Exit status; negative: the number of the signal that ended it."""
     stdout: str
-    """All it wrote to standard output."""
+    """Everything it wrote to standard output."""
     stderr: str
-    """All it wrote to standard error."""
+    """Everything it wrote to standard error."""
 
 
 class LaunchError(RuntimeError):
-    """A process failed, or time ran out; the message holds the end of its output.
+    """A process failed or the time ran out; the message contains the end of its output.
 
     Attributes:
-        results: What became of the processes.
-        status: What a shell would call the exit status of the process that failed; 1 if time ran out.
+        results: The outcomes of the processes.
+        status: The exit status of the failed process as a shell reports it; 1 if the time ran out.
     """
 
     def __init__(self, message: str, results: list[ProcessResult], status: int = 1):
@@ -70,43 +70,43 @@ def launch_local(
     heartbeat_timeout: int | None = None,
     echo: bool = False,
 ) -> list[ProcessResult]:
-    """Run a command in several processes that find each other through `initialize`.
+    """Run a command in several processes that connect to each other through ``initialize``.
 
-    When one fails the others are ended at once: they would wait for it in a collective. SIGTERM and Ctrl-C are handed on to the processes, and
-    what they need to save is waited for; a second Ctrl-C ends them at once.
+    When one fails, the others are terminated at once, because they would wait for it in a collective. SIGTERM and Ctrl-C are
+    forwarded to the processes, which get the time they need to save; a second Ctrl-C terminates them immediately.
 
     Args:
-        argv: the command, such as ``[sys.executable, "train.py"]``.
-        num_processes: how many processes.
-        devices_per_process: virtual CPU devices of each.
+        argv: The command, such as ``[sys.executable, "train.py"]``.
+        num_processes: Number of processes.
+        devices_per_process: Virtual CPU devices of each process.
         platform: JAX_PLATFORMS of the processes.
-        env: further environment variables.
-        timeout: seconds after which all are ended.
-        heartbeat_timeout: as in `DistributedConfig`, for a process that hangs; None leaves it as it is.
-        echo: repeat their output line by line, marked with the process number, while they run.
+        env: Additional environment variables.
+        timeout: Seconds after which all processes are terminated.
+        heartbeat_timeout: As in ``DistributedConfig``, for a process that hangs; None keeps the default.
+        echo: Repeat their output line by line while they run, prefixed with the process number.
 
     Returns:
-        One result a process, in order.
+        One result per process, in order.
 
     Raises:
-        ValueError: no command, or less than one process or device.
-        LaunchError: a process failed, or time ran out.
+        ValueError: The command is empty, or there is less than one process or device.
+        LaunchError: A process failed, or the time ran out.
     """
     if not argv:
-        raise ValueError("launch_local got an empty command: give the program and its arguments")
+        raise ValueError("argv must contain the program and its arguments, got an empty command")
     for name, number in (
         ("num_processes", num_processes),
         ("devices_per_process", devices_per_process),
         ("heartbeat_timeout", 1 if heartbeat_timeout is None else heartbeat_timeout),
     ):
         if number < 1:
-            raise ValueError(f"launch_local got {name}={number}: give 1 or more")
+            raise ValueError(f"{name} must be 1 or more, got {number}")
     address = f"127.0.0.1:{free_port()}"
     common = {
         **os.environ,
         "JAX_PLATFORMS": platform,
         "JAX_NUM_CPU_DEVICES": str(devices_per_process),
-        # Without it the coordinator listens on every interface of the machine.
+        # By default, the coordinator listens on every network interface of the machine.
         "JAX_COORDINATOR_BIND_ADDRESS": address,
         **(env or {}),
         VARIABLES["coordinator"]: address,
@@ -121,7 +121,7 @@ def launch_local(
                 own = {**common, VARIABLES["process_id"]: str(process_id)}
                 child = _Child(argv, own, process_id, echo)
                 children.append(child)
-                for number in received:  # what came before it was in the list
+                for number in received:  # signals that came before it was in the list
                     child.hand_on(number)
             first_failed = _wait(children, timeout)
     finally:
@@ -134,7 +134,7 @@ def launch_local(
         how = f"ended with status {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        others = "" if num_processes == 1 or code in STOPPED else ", and the others were ended"
+        others = "" if num_processes == 1 or code in STOPPED else ", and the others were terminated"
         raise LaunchError(
             f"process {result.process_id} of {num_processes} {how}{others}: {' '.join(argv)}\n{_tail(result)}",
             results,
@@ -143,21 +143,21 @@ def launch_local(
     if any(result.returncode for result in results):
         tails = "\n".join(f"[{result.process_id}] {_tail(result)}" for result in results)
         raise LaunchError(
-            f"{num_processes} processes were not done after {timeout} s: {' '.join(argv)}\n{tails}",
+            f"{num_processes} processes did not finish within {timeout} s: {' '.join(argv)}\n{tails}",
             results,
         )
     return results
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface on which nobody listens now."""
+    """Return a TCP port of the loopback interface that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class _Child:
-    """One process in a session of its own, with threads that read its output."""
+    """One process in a separate session, with threads that read its output."""
 
     def __init__(self, argv: Sequence[str], env: dict[str, str], process_id: int, echo: bool):
         self.process_id = process_id
@@ -192,13 +192,13 @@ class _Child:
                     sink.flush()
 
     def hand_on(self, number: int) -> None:
-        """Give it a signal, once."""
+        """Forward a signal to the process, once."""
         if number not in self._handed_on and self.process.poll() is None:
             self._handed_on.add(number)
             self.process.send_signal(number)
 
     def end(self) -> None:
-        """End it, with what it has started."""
+        """End the process and everything it has started."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -216,7 +216,7 @@ class _Child:
 
 
 def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
-    """Wait until all are done, one has failed (the first to fail is returned) or time is over."""
+    """Wait until all have finished, one has failed (the first to fail is returned), or the time is over."""
     until = None if timeout is None else time.monotonic() + timeout
     first_seen = None
     while until is None or time.monotonic() < until:
@@ -226,7 +226,7 @@ def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
             return None
         if failed:
             first_seen = first_seen or time.monotonic()
-            # What ended because another one was gone is not the one to name.
+            # A process that ended because another one was lost is not the one to report.
             guilty = [(child, code) for child, code in failed if code not in AFTER_A_LOSS]
             seconds = 0
             if not guilty:
@@ -241,10 +241,10 @@ def _wait(children: list[_Child], timeout: int | float | None) -> _Child | None:
 
 @contextlib.contextmanager
 def _signals_handed_on(children: Sequence[_Child]) -> Iterator[list[int]]:
-    """Hand SIGTERM and SIGINT on to the processes, which are in sessions of their own; a second SIGINT is a KeyboardInterrupt here.
+    """Forward SIGTERM and SIGINT to the processes, which are in separate sessions; a second SIGINT raises KeyboardInterrupt here.
 
     Yields:
-        The signals that have come, in a list that grows.
+        The signals received so far, in a list that grows.
     """
     received: list[int] = []
 
@@ -270,21 +270,23 @@ def _tail(result: ProcessResult, lines: int = 20) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, that of the process that failed."""
+    """Run the command line and return the exit status, that of the process that failed."""
     parser = argparse.ArgumentParser(
         prog="python -m effscale.parallel.local_launch",
         description="Run a command in several JAX processes on this machine.",
     )
-    parser.add_argument("--processes", type=int, default=2, help="how many processes (default 2)")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
     parser.add_argument(
         "--devices", type=int, default=1, help="virtual CPU devices of each process (default 1)"
     )
     parser.add_argument("--platform", default="cpu", help="JAX_PLATFORMS (default cpu)")
-    parser.add_argument("--timeout", type=float, help="seconds after which all are ended")
+    parser.add_argument(
+        "--timeout", type=float, help="seconds after which all processes are terminated"
+    )
     parser.add_argument(
         "--heartbeat-timeout",
         type=int,
-        help="seconds without a sign of life after which a process counts as gone (default 30)",
+        help="seconds without a heartbeat after which a process counts as lost (default 30)",
     )
     parser.add_argument("command", nargs="+", help="the command, after --")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What the processes of one run owe each other: to agree on a failure, and to end when one of them is gone."""
+"""Failure handling between the processes of one run: agree on a failure, and end when a process is lost."""
 
 import atexit
 import contextlib
@@ -17,10 +17,12 @@ import numpy as np
 T = TypeVar("T")
 
 LOST_PEER = 75
-"""Exit status of a process that ended because another one is gone: EX_TEMPFAIL, try again."""
+"""Exit status of a process that ended because another one was lost: EX_TEMPFAIL, try again."""
 
-_ENDED = "effscale/ended"  # in the coordinator's key-value store: who was the first to go, and how
-_PLACES = "effscale/places/"  # the same: pid and host of each process
+_ENDED = (
+    "effscale/ended"  # in the coordinator's key-value store: which process ended first, and how
+)
+_PLACES = "effscale/places/"  # in the same store: pid and host of each process
 _COLLECTED = "effscale/collected/"
 _BROKEN = (
     "Gloo ",
@@ -35,7 +37,7 @@ _BROKEN = (
 
 
 def on_first(function: Callable[[], T]) -> T | None:
-    """Calls a function on process 0; what it raises there is raised on every process.
+    """Call a function on process 0; an exception that it raises there is raised on every process.
 
     Args:
         function: What to do, such as writing a file that all processes share.
@@ -44,7 +46,7 @@ def on_first(function: Callable[[], T]) -> T | None:
         The function's value on process 0, None on the others.
 
     Raises:
-        RuntimeError: On the other processes, where the function failed; with the message of the error of process 0.
+        RuntimeError: On the other processes, if the function failed; with the error message of process 0.
     """
     if jax.process_count() == 1:
         return function()
@@ -67,15 +69,15 @@ def on_first(function: Callable[[], T]) -> T | None:
 
 
 def collect_on_first(name: str, text: str, *, seconds: float | int = 600) -> list[str | None]:
-    """Hands a text of each process to process 0, through the coordinator: without a collective, so that background threads can call it.
+    """Send a text from each process to process 0 through the coordinator; it uses no collective, so background threads can call it.
 
     Args:
-        name: The same on all processes, and another one for each call.
-        text: What this process says, a few hundred kilobytes at most.
+        name: The same on all processes, and different for each call.
+        text: The text of this process, a few hundred kilobytes at most.
         seconds: How long process 0 waits for all of the others together.
 
     Returns:
-        On process 0 the texts by process, None for those that said nothing in time; on the others nothing.
+        On process 0 the texts by process, None for those that sent nothing in time; on the others an empty list.
     """
     state = _state()
     if state.client is None or state.num_processes == 1:
@@ -89,7 +91,7 @@ def collect_on_first(name: str, text: str, *, seconds: float | int = 600) -> lis
         left = max(1, int(1000 * (until - time.monotonic())))
         try:
             found.append(state.client.blocking_key_value_get(f"{_COLLECTED}{name}/{process}", left))
-        except Exception:  # of JAX's runtime, without a type that says it was the time
+        except Exception:  # JAX's runtime has no exception type for a timeout
             found.append(None)
     state.client.key_value_delete(f"{_COLLECTED}{name}/")
     return found
@@ -97,18 +99,20 @@ def collect_on_first(name: str, text: str, *, seconds: float | int = 600) -> lis
 
 @contextlib.contextmanager
 def ending_together(advice: str = "start all processes again") -> Iterator[None]:
-    """Within this context, the failure of one process ends them all, at once and with a message that says why.
+    """Within this context, the failure of one process ends all of them immediately, with a message that explains why.
 
-    Without it, a process that fails waits for the others in JAX's shutdown, and they wait for it in a collective. A process that loses another one
-    prints which one is gone, as far as that can be told, and ends with status 75 (`LOST_PEER`). One that fails by itself prints its traceback, tells
-    the others, and ends with status 1, or with that of its ``SystemExit``. An exit status of 0, or above 128 (stopped by a signal), ends a process in
-    the usual way: the others are doing the same. Nothing changes in a run of a single process.
+    Otherwise, a failed process waits for the others in JAX's shutdown, and they wait for it in a collective.
 
-    A process that hangs, or whose machine is cut off, is noticed by JAX after ``DistributedConfig.heartbeat_timeout``. JAX then ends the others itself,
-    with a message of its own that lists the processes ("tasks") that are gone.
+    A process that loses another one prints which one was lost, as far as that is known, and exits with status 75
+    (``LOST_PEER``). A process that fails itself prints its traceback, notifies the others, and exits with status 1, or with
+    that of its ``SystemExit``. A process with exit status 0, or above 128 (stopped by a signal), ends normally, as the others
+    do. In a run with a single process, nothing changes.
+
+    JAX notices a process that hangs, or whose machine is cut off, after ``DistributedConfig.heartbeat_timeout``. JAX then ends
+    the others itself, with its own message that lists the lost processes ("tasks").
 
     Args:
-        advice: What to do when a process is gone; it ends the message.
+        advice: What to do when a process is lost, used as the end of the message.
 
     Example:
         >>> with ending_together("start all processes again; the run goes on from its last checkpoint"):
@@ -136,7 +140,7 @@ def ending_together(advice: str = "start all processes again") -> Iterator[None]
 
 
 def is_broken_connection(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, is a failure to reach the other processes of this run.
+    """Return whether an error, or one that caused it, is a failure to reach the other processes of this run.
 
     >>> is_broken_connection(ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
     True
@@ -149,7 +153,7 @@ def is_broken_connection(error: BaseException | None) -> bool:
 
 
 def watch_peers() -> None:
-    """Tells the coordinator where this process runs, and listens for the failures of others; `initialize` calls it."""
+    """Register this process with the coordinator and watch for failures of the others; ``initialize`` calls it."""
     state = _state()
     if state.client is None or state.num_processes == 1:
         return
@@ -159,12 +163,13 @@ def watch_peers() -> None:
 
 
 class _Watch:
-    """A thread that asks the coordinator now and then whether a process has failed.
+    """A thread that periodically asks the coordinator whether a process has failed.
 
-    A collective that waits for another process does not notice that; and when the coordinator ends, JAX ends all others with a stack of C++ functions.
+    A collective that waits for another process does not notice its failure. When the coordinator ends, JAX ends all other
+    processes with a C++ stack trace.
 
     Attributes:
-        advice: What to do then; None outside of `ending_together`, where nothing is done.
+        advice: What to do then; None outside of ``ending_together``, where the thread takes no action.
     """
 
     def __init__(self):
@@ -173,14 +178,12 @@ class _Watch:
 
     @property
     def seconds(self) -> float:
-        """Time between two questions; the coordinator gets at most 200 a second."""
+        """Return the time between two requests; the coordinator gets at most 200 per second."""
         return max(1.0, _state().num_processes / 200)
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="effscale-peers", daemon=True).start()
-        atexit.register(
-            self.stop
-        )  # before JAX's own shutdown, as the last one registered is called first
+        atexit.register(self.stop)  # registered last, so it runs before JAX's own shutdown
 
     def stop(self) -> None:
         self._stopped.set()
@@ -196,12 +199,12 @@ _watch = _Watch()
 
 
 def _loss() -> str:
-    """Which process is gone, in words; tells the others, too."""
+    """Return a message about which process was lost, and notify the others."""
     state = _state()
     several, me = state.num_processes, state.process_id
-    coordinator = f"process 0 of {several}, the coordinator, is gone, see its output"
+    coordinator = f"process 0 of {several}, the coordinator, was lost; see its output"
     if several == 2 and me == 1:
-        return coordinator  # without asking it: JAX is about to end this process
+        return coordinator  # without asking it, because JAX is about to end this process
     try:
         places = state.client.key_value_dir_get(_PLACES)
     except Exception:
@@ -213,11 +216,11 @@ def _loss() -> str:
     named = " and ".join(
         f"process {i} of {several} ({known.get(i, 'place unknown')})" for i in gone
     )
-    return _tell(f"{named or f'one of the {several - 1} other processes'} is gone, see its output")
+    return _tell(f"{named or f'one of the {several - 1} other processes'} was lost; see its output")
 
 
 def _is_dead(place: str) -> bool:
-    """Whether the process of a place was on this host and has ended."""
+    """Return whether the process of a place was on this host and has ended."""
     _, pid, _, host = place.split(" ", 3)
     if host != socket.gethostname():
         return False
@@ -231,7 +234,7 @@ def _is_dead(place: str) -> bool:
 
 
 def _told() -> str | None:
-    """What the first process to fail has said, if one has failed and the coordinator can be asked."""
+    """Return the message of the first process to fail, if one has failed and the coordinator is reachable."""
     try:
         return _state().client.key_value_try_get(_ENDED)
     except Exception:
@@ -239,39 +242,39 @@ def _told() -> str | None:
 
 
 def _tell(text: str) -> str:
-    """Says what has happened unless another process was first; returns what the first one said."""
+    """Publish what has happened unless another process was first; return the message of the first one."""
     with contextlib.suppress(Exception):
         _state().client.key_value_set(_ENDED, text)
     return _told() or text
 
 
 def _fail(status: int) -> NoReturn:
-    """Ends this process, whose own error has been shown, and lets the others know."""
+    """End this process, whose own error has been shown, and notify the others."""
     _watch.stop()
     state = _state()
-    _tell(f"process {state.process_id} of {state.num_processes} failed, see its output")
+    _tell(f"process {state.process_id} of {state.num_processes} failed; see its output")
     _leave(status)
 
 
 def _end(text: str) -> NoReturn:
-    """Ends this process because of another one."""
+    """End this process because of another one."""
     print(f"error: {text}; {_watch.advice}", file=sys.stderr)
     _leave(LOST_PEER)
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends this process without the barrier at which JAX's shutdown would wait for the others."""
+    """End this process without the barrier at which JAX's shutdown would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if _state().process_id == 0:
         time.sleep(
             2 * _watch.seconds
-        )  # what has been told goes with the coordinator: let the others ask
+        )  # the messages are lost when the coordinator ends, so give the others time to ask
     os._exit(status)
 
 
 def _several() -> bool:
-    # Not jax.process_count(): that would start the backend, which waits for the other processes.
+    # Not jax.process_count(), which would start the backend and wait for the other processes.
     return jax.distributed.is_initialized() and _state().num_processes > 1
 
 

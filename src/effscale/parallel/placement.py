@@ -1,4 +1,4 @@
-"""Where the arrays of a tree and the rows of a batch lie on a mesh."""
+"""Placement of the arrays of a tree and the rows of a batch on a mesh."""
 
 import itertools
 import math
@@ -18,26 +18,27 @@ Tree = TypeVar("Tree")
 
 
 def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """The sharding of every array in a tree of modules, optimizer states and bare arrays, by the rules in force.
+    """Return the sharding of every array in a tree of modules, optimizer states and bare arrays, by the current rules.
 
-    An `nnx.Variable` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided
-    by the rules; every other array is replicated. Optimizer states keep the metadata, so their moments lie
-    where the parameters lie. A statistic of fewer dimensions than ``axes`` has names (a factored second
-    moment) is replicated. A value that is itself a pytree (a LoRA pair, a quantized tensor) is asked for
-    ``partition(axes)``, a tree of axes like itself; without that method ``axes`` holds for each of its arrays.
-    The arrays in a `PerWorker` are divided over its axis first, and then as they would be without.
+    - An ``nnx.Variable`` with the metadata ``axes`` (a tuple of logical names, aligned to the right) is divided by the rules;
+      every other array is replicated.
+    - Optimizer states keep the metadata, so their moments are placed like the parameters. A statistic with fewer dimensions
+      than ``axes`` has names (a factored second moment) is replicated.
+    - A value that is itself a pytree (a LoRA pair, a quantized tensor) provides ``partition(axes)``, which returns a tree of
+      axes with its structure; without that method, ``axes`` applies to each of its arrays.
+    - The arrays in a ``PerWorker`` are divided over its axis first, and then by the rules.
 
     Args:
-        tree: arrays or `jax.ShapeDtypeStruct`, such as `jax.eval_shape` gives.
-        mesh: the mesh.
+        tree: Arrays or ``jax.ShapeDtypeStruct``, such as ``jax.eval_shape`` returns.
+        mesh: The mesh.
 
     Returns:
-        The same tree with a `NamedSharding` in the place of every array: what `jax.jit` takes as
-        ``in_shardings`` or ``out_shardings``. ``jax.jit(init, out_shardings=shardings(jax.eval_shape(init),
-        mesh))()`` makes parameters that are sharded from birth.
+        The same tree with a ``NamedSharding`` in place of every array, for ``in_shardings`` or ``out_shardings`` of
+        ``jax.jit``. ``jax.jit(init, out_shardings=shardings(jax.eval_shape(init), mesh))()`` creates parameters that
+        are sharded from the start.
 
     Raises:
-        ValueError: a name without a rule, or a ``partition`` that does not match its weight.
+        ValueError: A name has no rule, or a ``partition`` does not match its weight.
     """
     rules = current_rules()
     found: list[NamedSharding] = []
@@ -50,9 +51,9 @@ def shardings(tree: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 
 
 def shard(tree: Tree, mesh: Mesh) -> Tree:
-    """Lay a tree of arrays out on a mesh, as `shardings` says, however it lies now.
+    """Place a tree of arrays on a mesh as ``shardings`` specifies, from any current layout.
 
-    With several processes each must hold the same values of every array that is not yet a global one.
+    With several processes, each must hold the same values of every array that is not yet a global array.
     """
     places = shardings(tree, mesh)
     if jax.process_count() == 1:
@@ -61,26 +62,26 @@ def shard(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of an array whose first dimension is the batch."""
+    """Return the sharding of an array whose first dimension is the batch."""
     axes = _batch_axes(mesh)
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 class BatchShard(NamedTuple):
-    """The part of a global batch that this process loads: part `index` of `count` equal ones."""
+    """The part of a global batch that this process loads: part ``index`` of ``count`` equal parts."""
 
     index: int
     count: int
 
 
 def batch_shard(mesh: Mesh) -> BatchShard:
-    """Which part of every global batch this process has to load.
+    """Return which part of every global batch this process must load.
 
-    Processes that hold the same rows (a ``tensor`` axis that spans them) get the same index, so this is what
-    a data pipeline shards by, not `jax.process_index`.
+    Processes that hold the same rows (if a ``tensor`` axis spans them) get the same index. Shard a data pipeline by this
+    index instead of ``jax.process_index``.
 
     Raises:
-        ValueError: the rows of two processes overlap without being the same.
+        ValueError: The rows of two processes overlap without being the same.
     """
     sharding = batch_sharding(mesh)
     ways = _batch_ways(mesh)
@@ -90,8 +91,8 @@ def batch_shard(mesh: Mesh) -> BatchShard:
     parts = sorted({tuple(sorted(starts)) for starts in rows.values()})
     if len(set(itertools.chain(*parts))) != sum(map(len, parts)) or len(set(map(len, parts))) > 1:
         raise ValueError(
-            f"the mesh {dict(mesh.shape)} gives the processes overlapping or unequal parts of the batch: {parts}; "
-            "let every process have whole rows of devices along data, fsdp and expert"
+            f"the mesh {dict(mesh.shape)} gives the processes overlapping or unequal parts of the batch: {parts}. "
+            "Arrange the devices so that every process has whole rows of devices along data, fsdp and expert"
         )
     mine = rows.get(jax.process_index())
     if mine is None:
@@ -105,27 +106,27 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Make global arrays of the rows that this process has loaded.
 
     Args:
-        batch: a tree of numpy arrays whose first dimension is the batch: the rows of `batch_shard`. With one
-            process that is the whole batch. Scalars are replicated.
-        mesh: the mesh.
+        batch: A tree of NumPy arrays whose first dimension is the batch: the rows of ``batch_shard``. With one
+            process, this is the whole batch. Scalars are replicated.
+        mesh: The mesh.
 
     Returns:
-        The same tree of `jax.Array`, divided as `batch_sharding` says.
+        The same tree of ``jax.Array``, divided as ``batch_sharding`` specifies.
 
     Raises:
-        ValueError: arrays of different numbers of rows, or rows that the mesh cannot divide.
+        ValueError: Arrays have different numbers of rows, or the mesh cannot divide the rows.
     """
     count = batch_shard(mesh).count
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     rows = {jax.tree_util.keystr(path): np.shape(x)[0] for path, x in leaves if np.ndim(x)}
     if len(set(rows.values())) > 1:
-        raise ValueError(f"the arrays of a batch differ in their number of rows: {rows}")
+        raise ValueError(f"the arrays of a batch must have the same number of rows, got {rows}")
     ways = _batch_ways(mesh)
     for local in set(rows.values()):
         if local * count % ways:
             raise ValueError(
                 f"a global batch of {local * count} rows cannot be divided over {ways} devices "
-                f"({_product(mesh)}): make the batch size a multiple of {ways}, or the mesh smaller along "
+                f"({_product(mesh)}). Make the batch size a multiple of {ways}, or the mesh smaller along "
                 "these axes"
             )
     divided, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -142,7 +143,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _place_of_many(x: Any, sharding: NamedSharding) -> jax.Array:
-    """`jax.device_put` refuses most arrays of one process when the sharding spans several."""
+    """Place an array of one process, because ``jax.device_put`` refuses most of them if the sharding spans several processes."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(x)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -159,7 +160,7 @@ def _is_variable(node: object) -> bool:
 
 
 def _is_unit(node: object) -> bool:
-    """What is divided as a whole: a node that says how, or what `_is_variable` finds."""
+    """Return whether a node is divided as a whole: one that defines how, or a variable."""
     return isinstance(node, PerWorker | nnx.Variable) or hasattr(node, "partition_specs")
 
 
@@ -171,7 +172,7 @@ def _is_axes(node: object) -> bool:
 
 
 def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[PartitionSpec]:
-    """The specs of the arrays of one unit: a variable with all that its value holds, or a bare array."""
+    """Return the specs of the arrays of one unit: a variable with everything in its value, or a bare array."""
     if isinstance(node, PerWorker):
         inner = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), node.value)
         parts = jax.tree.leaves(inner, is_leaf=_is_unit)
@@ -195,8 +196,8 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
         each = _names_of_arrays(value, partition(axes))
         if each is None:
             raise ValueError(
-                f"{type(value).__name__}.partition({axes}) gave {partition(axes)} for {len(arrays)} arrays: it must return a "
-                "tree like the weight with a tuple of logical names (or None) for every array"
+                f"{type(value).__name__}.partition({axes}) returned {partition(axes)} for {len(arrays)} arrays. It must return a "
+                "tree with the structure of the weight and a tuple of logical names (or None) for every array"
             )
     else:
         each = [axes] * len(arrays)
@@ -207,12 +208,12 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
 
 
 def _names_of_arrays(weight: object, partition: object) -> list[Any] | None:
-    """The names that a weight's ``partition`` has for each of its arrays; None where it is no tree like the weight."""
-    # None stands for an array that a weight may have and has not, such as what is frozen in an optimizer's moments.
+    """Return the names that ``partition`` has for each array of a weight, or None if its tree does not match the weight."""
+    # None represents an optional array that a weight does not have, such as a frozen one in an optimizer's moments.
     parts, structure = jax.tree.flatten(weight, is_leaf=lambda part: part is None)
     try:
         names = structure.flatten_up_to(partition)
-    except ValueError:  # of another class, with as many parts
+    except ValueError:  # another class with the same number of parts
         names = jax.tree.leaves(partition, is_leaf=_is_axes)
     if len(names) != len(parts):
         return None

@@ -12,7 +12,7 @@ _LIMIT = re.compile(r"= s32\[\]\S* constant\(([0-9]+)\)")
 
 
 def lines(program: str) -> Iterator[tuple[str, str]]:
-    """Each line with the name of the computation that it stands in."""
+    """Yield each line with the name of the computation that contains it."""
     computation = ""
     for line in program.splitlines():
         if header := _COMPUTATION.match(line):
@@ -21,7 +21,7 @@ def lines(program: str) -> Iterator[tuple[str, str]]:
 
 
 def times(program: str) -> dict[str, int]:
-    """How often each computation runs: the sum over its callers, times the length of the loop that it is the body of."""
+    """Return how often each computation runs: the sum over its callers, times the length of the loop whose body it is."""
     callers: dict[str, list[tuple[str, int]]] = {}
     limits = _limits(program)
     for computation, line in lines(program):
@@ -46,7 +46,7 @@ def times(program: str) -> dict[str, int]:
 
 
 def _limits(program: str) -> dict[str, int]:
-    """Lengths of scans by their condition, which compares a count from 0 with one number and nothing else. A TPU's compiler tells the length in no other place."""
+    """Return the lengths of scans by their condition, which only compares a count from 0 with a number. The TPU compiler reports the length nowhere else."""
     numbers: dict[str, list[int]] = {}
     compares: set[str] = set()
     for computation, line in lines(program):

@@ -1,4 +1,4 @@
-"""An all-to-all of pieces of different lengths, everywhere."""
+"""An all-to-all of pieces of different lengths, on all platforms."""
 
 from typing import Any
 
@@ -19,21 +19,22 @@ def ragged_all_to_all(
     *,
     axis_name: Any,
 ) -> Shaped[Array, "rows_out *row"]:
-    """Each device along an axis sends a piece of its rows to each other: `jax.lax.ragged_all_to_all`, also where XLA has none.
+    """Send a piece of each device's rows to each other device along an axis: ``jax.lax.ragged_all_to_all`` on all platforms.
 
-    On TPUs and GPUs it is that function. Elsewhere pieces are sent padded to the length of the whole operand.
+    On TPUs and GPUs it is that function. On other platforms, which XLA does not support, pieces are padded to the length of
+    the whole operand.
 
     Args:
-        operand: What this device sends from.
-        output: What this device receives into; rows that nobody sends to stay as they are.
-        input_offsets: Where the piece for each device begins in the operand.
-        send_sizes: Its number of rows.
-        output_offsets: Where it goes in *that device's* output.
-        recv_sizes: How many rows come from each device.
+        operand: The rows that this device sends.
+        output: The array that this device receives into; rows that no device sends to are unchanged.
+        input_offsets: Start of the piece for each device in the operand.
+        send_sizes: Number of rows of each piece.
+        output_offsets: Start of the piece in the output of the *receiving* device.
+        recv_sizes: Number of rows to receive from each device.
         axis_name: A manual mesh axis.
 
     Returns:
-        The output with the rows that were received.
+        The output with the received rows.
     """
     operands = (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes)
     if dispatch.platform() in ("tpu", "cuda"):
@@ -51,19 +52,19 @@ def padded(
     *,
     axis_name: Any,
 ) -> Array:
-    """The same by an all-to-all of pieces that are all as long as the operand."""
+    """Do the same with an all-to-all of pieces that are all as long as the operand."""
     rows, number = operand.shape[0], jnp.arange(operand.shape[0])[None]
     index = jnp.minimum(input_offsets[:, None] + number, rows - 1)
     inside = number < send_sizes[:, None]
     pieces = jnp.where(_wide(inside, operand), operand[index], jnp.zeros((), operand.dtype))
     exchange = lambda a: jax.lax.all_to_all(a, axis_name, 0, 0, tiled=True)
     pieces, offsets = exchange(pieces), exchange(output_offsets)
-    # Rows that were not sent go past the end, where they are dropped.
+    # Rows that were not sent are written past the end, where they are dropped.
     places = jnp.where(number < recv_sizes[:, None], offsets[:, None] + number, output.shape[0])
     flat = pieces.reshape(-1, *operand.shape[1:])
     return output.at[places.reshape(-1)].set(flat, mode="drop")
 
 
 def _wide(mask: Array, like: Array) -> Array:
-    """A mask over rows with a dimension for each of a row's."""
+    """Return a mask over rows with one more dimension for each dimension of a row."""
     return mask.reshape(*mask.shape, *(1,) * (like.ndim - 1))

@@ -16,7 +16,7 @@ def _normal(name: str, axes: MeshAxes) -> tuple[str, ...]:
     normal = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
     if len(set(normal)) != len(normal) or not all(isinstance(axis, str) for axis in normal):
         raise ValueError(
-            f"the rule for {name!r} is {axes!r}: give a mesh axis, a tuple of different ones, or None"
+            f"the rule for {name!r} must be a mesh axis, a tuple of different ones, or None, got {axes!r}"
         )
     return normal
 
@@ -27,10 +27,10 @@ def _near(name: str, choices: Sequence[str] | Mapping[str, object]) -> str:
 
 
 class Rules(Mapping[str, tuple[str, ...]]):
-    """An immutable, hashable table: logical axis name to the mesh axes that divide it.
+    """An immutable, hashable table from logical axis names to the mesh axes that divide them.
 
-    A value is the name of a mesh axis, a tuple of them (the first divides first), or None for a dimension
-    that stays whole. Tables combine with ``|``, the right one wins.
+    A value is the name of a mesh axis, a tuple of names (the first divides first), or None for a dimension
+    that is not divided. Combine tables with ``|``; the right one takes precedence.
 
     >>> (Rules({"embed": "fsdp", "mlp": "tensor"}) | {"mlp": None})["mlp"]
     ()
@@ -61,16 +61,16 @@ class Rules(Mapping[str, tuple[str, ...]]):
         return f"Rules({self._rules})"
 
     def lookup(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes for a logical name; none for None.
+        """Return the mesh axes for a logical name; none for None.
 
         Raises:
-            ValueError: the table has no such name.
+            ValueError: The table does not have the name.
         """
         if name is None:
             return ()
         if name not in self._rules:
             raise ValueError(
-                f"no rule for the logical axis {name!r}{_near(name, self._rules)}; add one with "
+                f"no rule for the logical axis {name!r}{_near(name, self._rules)}. Add one with "
                 f"use_rules(DEFAULT_RULES | {{{name!r}: None}})"
             )
         return self._rules[name]
@@ -96,18 +96,18 @@ DEFAULT_RULES = Rules(
         "vocab_act": "tensor",
     }
 )
-"""Data parallel over data, fsdp and expert; parameters sliced over fsdp; Megatron's split over tensor."""
+"""Data parallelism over data, fsdp and expert; parameters sharded over fsdp; Megatron's tensor parallelism over tensor."""
 
-# A user context is part of the key of jit's caches, as a ContextVar would not be: a function that was traced
-# under one table is traced anew under another.
+# A user context is part of the key of jit's caches, unlike a ContextVar: a function that was traced under one table is
+# traced again under another.
 _context = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def use_rules(rules: Rules) -> Iterator[Rules]:
-    """Make `rules` the table of this thread inside the ``with`` block.
+    """Use ``rules`` as the table of this thread inside the ``with`` block.
 
-    A new thread starts with `DEFAULT_RULES`, as it starts without a mesh.
+    A new thread starts with ``DEFAULT_RULES``, just as it starts without a mesh.
 
     >>> with use_rules(DEFAULT_RULES | {"seq": "tensor"}):
     ...     current_rules()["seq"]
@@ -118,7 +118,7 @@ def use_rules(rules: Rules) -> Iterator[Rules]:
 
 
 def current_rules() -> Rules:
-    """The table in force: that of the innermost `use_rules`, otherwise `DEFAULT_RULES`."""
+    """Return the current table: that of the innermost ``use_rules``, otherwise ``DEFAULT_RULES``."""
     return DEFAULT_RULES if _context.value is None else _context.value
 
 
@@ -128,23 +128,23 @@ def logical_spec(
     mesh: Mesh | AbstractMesh,
     rules: Rules | None = None,
 ) -> PartitionSpec:
-    """The partition of an array whose dimensions have logical names.
+    """Return the partition spec of an array whose dimensions have logical names.
 
-    Dimensions are served from the left. A mesh axis is used only where it divides what is left of the
-    dimension, at most once in the whole spec, and never when its size is one or when it is Manual.
+    Dimensions are assigned from the left. A mesh axis is used only if it divides what is left of the
+    dimension, at most once in the whole spec, and never if its size is one or it is Manual.
 
     Args:
-        axes: logical names or None, one a dimension. Fewer names than dimensions are aligned to the right,
-            and the dimensions before them (such as stacked layers) stay whole.
-        shape: the array's shape.
-        mesh: the mesh.
-        rules: the table; that of `use_rules` by default.
+        axes: One logical name or None per dimension. If there are fewer names than dimensions, they are aligned to the
+            right, and the dimensions before them (such as stacked layers) are not divided.
+        shape: Shape of the array.
+        mesh: The mesh.
+        rules: The table; by default the current one.
 
     Returns:
         A spec with one entry for every dimension.
 
     Raises:
-        ValueError: more names than dimensions, a name without a rule, or a rule with an unknown mesh axis.
+        ValueError: There are more names than dimensions, a name has no rule, or a rule names an unknown mesh axis.
 
     >>> mesh = AbstractMesh((2, 2, 1, 2), AXES)
     >>> tuple(logical_spec(("embed", "mlp"), (12, 8, 32), mesh))
@@ -164,10 +164,10 @@ def spec_over(
     known: Sequence[str],
     rules: Rules | None = None,
 ) -> PartitionSpec:
-    """`logical_spec` over a part of a mesh: `sizes` of the axes to use, `known` the names of all its axes."""
+    """Compute ``logical_spec`` on part of a mesh: ``sizes`` of the axes to use, and ``known``, the names of all its axes."""
     if len(axes) > len(shape):
         raise ValueError(
-            f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}"
+            f"axes must have at most one name for each dimension of the shape {tuple(shape)}, got {tuple(axes)}"
         )
     rules = current_rules() if rules is None else rules
     used: set[str] = set()
@@ -177,7 +177,7 @@ def spec_over(
         for axis in rules.lookup(name):
             if axis not in known and axis not in AXES:
                 raise ValueError(
-                    f"the rule {name!r} -> {rules[name or '']} names {axis!r}, which is no axis of the mesh "
+                    f"the rule {name!r} -> {rules[name or '']} names {axis!r}, which is not an axis of the mesh "
                     f"{tuple(known)}{_near(axis, known)}"
                 )
             ways = sizes.get(axis, 1)

@@ -1,7 +1,7 @@
-"""Values that are the same on all workers although their type says that they may differ.
+"""Values that are the same on all workers although their type marks them as different.
 
-`jax.shard_map` types a value by all that it was made from, not by what it depends on: ``jnp.zeros_like(gradient)``, which is how
-optax freezes a parameter, counts as different on each worker, and so does the parameter that it is added to.
+``jax.shard_map`` types a value by everything it was computed from, not by what it depends on. ``jnp.zeros_like(gradient)``,
+with which optax freezes a parameter, counts as different on each worker, and so does the parameter that it is added to.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 
 from effscale.parallel.workers import differs, is_per_worker
 
-# Each number of the result depends only on the operands, and the result varies only where they do.
+# Each number of the result depends only on the operands, and the result varies only if they do.
 _POINTWISE = frozenset(
     [
         "abs",
@@ -48,14 +48,15 @@ _POINTWISE = frozenset(
 
 
 def settled(function: Callable[..., Any], axis_name: str | None) -> Callable[..., Any]:
-    """The function, with results typed as the same on all workers where they depend on nothing that differs.
+    """Return the function with results typed as the same on all workers if they depend on nothing that differs.
 
-    A result outside of a `PerWorker` that is typed as different is computed again from what the workers share, if sums,
-    products and the like lead from there to it. Nothing crosses the network for that. All other results stay as they are.
+    A result outside of a ``PerWorker`` that is typed as different is recomputed from the values that the workers share, if
+    sums, products and similar operations lead from these to it. This needs no communication. All other results are
+    unchanged.
 
     Args:
         function: A pure function of trees of arrays; it may be traced twice.
-        axis_name: The workers' axis; with None the function is returned as it is.
+        axis_name: The workers' axis; with None, the function is returned as it is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -93,7 +94,7 @@ def _outside_per_worker(tree: Any) -> list[Any]:
 
 
 def _replay(closed: Any, args: list[Any], axis_name: str) -> list[Any]:
-    """The results of a jaxpr from what the workers share among its arguments; None for each that needs more than that."""
+    """Compute the results of a jaxpr from the arguments that the workers share; None for each that needs more than those."""
     jaxpr = closed.jaxpr
     known = [None if x is None or differs(x, axis_name) else x for x in [*closed.consts, *args]]
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], known, strict=True))

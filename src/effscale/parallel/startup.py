@@ -1,4 +1,4 @@
-"""Start-up of several processes that train as one."""
+"""Start-up of several processes that train one model."""
 
 import dataclasses
 import os
@@ -14,76 +14,79 @@ VARIABLES = {
     "num_processes": "EFFSCALE_NUM_PROCESSES",
     "process_id": "EFFSCALE_PROCESS_ID",
 }
-"""Environment variables that stand in for fields of `DistributedConfig` which are None."""
+"""Environment variables that replace fields of ``DistributedConfig`` that are None."""
 
 HEARTBEAT_VARIABLE = "EFFSCALE_HEARTBEAT_TIMEOUT"
-"""The same for its ``heartbeat_timeout``."""
+"""The same for ``heartbeat_timeout``."""
 
 HEARTBEAT_TIMEOUT = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How this process finds the others. Empty: by the cluster's environment, or there are no others."""
+    """How this process connects to the others. If empty, the cluster's environment decides, or the process runs alone."""
 
     coordinator: str | None = None
     """``host:port`` of process 0, reachable from every process."""
     num_processes: int | None = None
-    """Number of processes in all."""
+    """Total number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
     cluster: str | None = None
-    """A cluster type for JAX to ask ("slurm", "ompi", "mpi4py", "k8s", ...); None: the one that is found; "deactivate": none."""
+    """Cluster type for JAX to query ("slurm", "ompi", "mpi4py", "k8s", ...); None: the detected one; "deactivate": none."""
     local_device_ids: tuple[int, ...] | None = None
-    """The accelerators of this machine that this process uses; None: JAX's choice."""
+    """Accelerators of this machine that this process uses; None: JAX's choice."""
     timeout: int = 300
-    """Seconds to wait for the other processes at the start."""
+    """Seconds to wait for the other processes at start-up."""
     heartbeat_timeout: int | None = None
-    """Seconds without a sign of life after which a process counts as gone and the others end; None: 30. The same on all processes."""
+    """Seconds without a heartbeat after which a process counts as lost and the others end; None: 30. Must be the same on all processes."""
 
     def __post_init__(self):
-        """Check each field on its own."""
+        """Check each field."""
         if self.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
             raise ValueError(
-                f"DistributedConfig.coordinator is {self.coordinator!r}: give host:port, such as 10.0.0.1:1234"
+                f"DistributedConfig.coordinator must be host:port, such as 10.0.0.1:1234, got {self.coordinator!r}"
             )
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(
-                f"DistributedConfig.num_processes is {self.num_processes}: give 1 or more"
+                f"DistributedConfig.num_processes must be 1 or more, got {self.num_processes}"
             )
         if self.process_id is not None and self.process_id < 0:
-            raise ValueError(f"DistributedConfig.process_id is {self.process_id}: give 0 or more")
+            raise ValueError(
+                f"DistributedConfig.process_id must be 0 or more, got {self.process_id}"
+            )
         count, number = self.num_processes, self.process_id
         if count is not None and number is not None and number >= count:
             raise ValueError(
-                f"DistributedConfig.process_id is {number} of num_processes={count}: give 0 to {count - 1}"
+                f"DistributedConfig.process_id must be 0 to {count - 1} with num_processes={count}, got {number}"
             )
         if self.timeout < 1:
             raise ValueError(
-                f"DistributedConfig.timeout is {self.timeout}: give seconds, 1 or more"
+                f"DistributedConfig.timeout must be 1 second or more, got {self.timeout}"
             )
         if self.heartbeat_timeout is not None and self.heartbeat_timeout < 1:
             raise ValueError(
-                f"DistributedConfig.heartbeat_timeout is {self.heartbeat_timeout}: give seconds, 1 or more"
+                f"DistributedConfig.heartbeat_timeout must be 1 second or more, got {self.heartbeat_timeout}"
             )
 
 
 def initialize(config: DistributedConfig | None = None) -> bool:
-    """Join the other processes of this run, if there are any. Call it before anything asks for a device.
+    """Join the other processes of this run, if there are any. Call it before anything that uses a device.
 
-    The fields of `config` come first, then the variables ``EFFSCALE_COORDINATOR``, ``EFFSCALE_NUM_PROCESSES``,
-    ``EFFSCALE_PROCESS_ID`` and ``EFFSCALE_HEARTBEAT_TIMEOUT``, then what JAX finds in the environment of SLURM, Open MPI, Kubernetes (an
-    indexed Job) or a TPU slice. A second call does nothing. What happens when a process is lost later on is up to `ending_together`.
+    Settings are taken from, in this order: the fields of ``config``; the variables ``EFFSCALE_COORDINATOR``,
+    ``EFFSCALE_NUM_PROCESSES``, ``EFFSCALE_PROCESS_ID`` and ``EFFSCALE_HEARTBEAT_TIMEOUT``; and what JAX detects in the environment
+    of SLURM, Open MPI, Kubernetes (an indexed Job) or a TPU slice. A second call does nothing. To handle the loss of a process
+    later, use ``ending_together``.
 
     Args:
-        config: explicit settings.
+        config: Explicit settings.
 
     Returns:
         Whether this process is one of several.
 
     Raises:
-        ValueError: only a part of coordinator, num_processes and process_id is given.
-        RuntimeError: devices were used before, or the others could not be reached (from JAX).
+        ValueError: Only some of coordinator, num_processes and process_id are given.
+        RuntimeError: Devices were used before, or the other processes cannot be reached (from JAX).
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -94,9 +97,9 @@ def initialize(config: DistributedConfig | None = None) -> bool:
     if given and len(given) < len(VARIABLES):
         missing = [name for name in VARIABLES if name not in given]
         raise ValueError(
-            f"{' and '.join(given)} given without {' and '.join(missing)}: several processes need all three (fields of "
+            f"{' and '.join(given)} given without {' and '.join(missing)}. Several processes need all three (fields of "
             f"DistributedConfig, or {', '.join(VARIABLES[name] for name in missing)}), or none under a scheduler "
-            "that JAX knows"
+            "that JAX supports"
         )
     timeouts = {
         "initialization_timeout": config.timeout,
@@ -126,18 +129,18 @@ def initialize(config: DistributedConfig | None = None) -> bool:
         if found == "TPU machine":
             return False
         raise RuntimeError(
-            f"{found} seems to have started this process beside others, but JAX cannot tell how to reach them ({error}): "
-            "give coordinator, num_processes and process_id, or cluster='deactivate' to run alone"
+            f"{found} seems to have started several processes, but JAX cannot determine how to reach them ({error}). "
+            "Set coordinator, num_processes and process_id, or cluster='deactivate' to run a single process"
         ) from error
     watch_peers()
     return jax.process_count() > 1
 
 
 def cluster_found(environment: Mapping[str, str]) -> str | None:
-    """The kind of cluster that has started this process beside others, by its environment variables.
+    """Return the kind of cluster that started this process as one of several, by its environment variables.
 
-    It decides only whether JAX's own detection is asked at all: a job of one task, or a shell inside an
-    allocation, is one process and needs no coordinator.
+    It only decides whether to use JAX's own detection: a job with one task, or a shell inside an allocation, is a single
+    process and needs no coordinator.
 
     >>> cluster_found({"OMPI_COMM_WORLD_SIZE": "4"})
     'Open MPI'
@@ -152,8 +155,8 @@ def cluster_found(environment: Mapping[str, str]) -> str | None:
         return "TPU"
     if "," in (env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")):
         return "TPU"
-    # Importing JAX on a machine with TPU chips sets the first; only its metadata server knows whether there are
-    # other machines, and the second variable says not to ask it.
+    # Importing JAX on a machine with TPU chips sets the first variable. Only the metadata server knows whether there are
+    # other machines, and the second variable forbids asking it.
     if env.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in env:
         return "TPU machine"
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
@@ -169,7 +172,7 @@ def _with_environment(
     for name in ("num_processes", "process_id", "heartbeat_timeout"):
         if texts[name] and not texts[name].isdecimal():
             raise ValueError(
-                f"the environment variable {variables[name]} is {texts[name]!r}: give an integer"
+                f"the environment variable {variables[name]} must be an integer, got {texts[name]!r}"
             )
 
     def number(name: str, own: int | None) -> int | None:

@@ -1,4 +1,4 @@
-"""For a `jax.shard_map` of one's own in the place of `per_worker`: where a state with `PerWorker` lies, and how it goes in and out."""
+"""Helpers for a custom ``jax.shard_map`` in place of ``per_worker``: specs and conversion of a state with ``PerWorker``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from effscale.parallel.workers import PerWorker, as_local, is_per_worker
 
 
 def worker_specs(tree: Any) -> Any:
-    """The ``in_specs`` and ``out_specs`` of a state: the workers' axis for the arrays in a `PerWorker`, ``P()`` for all others.
+    """Return the ``in_specs`` and ``out_specs`` of a state: the workers' axis for arrays in a ``PerWorker``, ``P()`` for all others.
 
-    They name the workers' axis alone, for a `jax.shard_map` that is manual over it (``axis_names={axis_name}``). Where the
-    arrays lie on all axes of a mesh, for `jax.device_put` and `jax.jit`, is what `effscale.parallel.shardings` says.
+    They name only the workers' axis, for a ``jax.shard_map`` that is manual over it (``axis_names={axis_name}``). For the
+    placement on all axes of a mesh, for ``jax.device_put`` and ``jax.jit``, use ``effscale.parallel.shardings``.
 
     Args:
         tree: A state between steps, or its shapes.
@@ -33,10 +33,10 @@ def worker_specs(tree: Any) -> Any:
 
 
 def unstack_workers(tree: Any) -> Any:
-    """A state as a worker sees it, first in the body of a `jax.shard_map`: each `PerWorker` without its leading dimension.
+    """Return a state as a worker sees it: each ``PerWorker`` without its leading dimension. Call it first in a ``jax.shard_map``.
 
     Args:
-        tree: The state as `worker_specs` handed it in: the leading dimension of a `PerWorker` is one worker.
+        tree: The state as ``worker_specs`` passes it in: the leading dimension of a ``PerWorker`` has size 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,7 +47,7 @@ def unstack_workers(tree: Any) -> Any:
 
 
 def stack_workers(tree: Any) -> Any:
-    """The inverse of `unstack_workers`, last in the body of a `jax.shard_map`.
+    """Invert ``unstack_workers``. Call it last in the body of a ``jax.shard_map``.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,8 @@
-"""Steps that each worker along a mesh axis takes by itself.
+"""Run a step separately on each worker along a mesh axis.
 
-A technique that decides what crosses the network needs the gradient of each worker, where the compiler would hand it the
-sum over all. So its step runs in a `jax.shard_map` over one mesh axis, the workers' axis; the compiler keeps all others.
+A technique that controls what is sent over the network needs the gradient of each worker, but the compiler would return the
+sum over all workers. So its step runs in a ``jax.shard_map`` over one mesh axis, the workers' axis; the compiler handles all
+other axes.
 """
 
 import functools
@@ -20,27 +21,27 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def per_worker(step: Step, axis_name: str = "data") -> Step:
-    """Run a step on each worker along a mesh axis: its own rows of the batch, its own gradient.
+    """Run a step on each worker along a mesh axis, with its own rows of the batch and its own gradient.
 
-    The last positional argument of the step is the batch: its arrays are divided by their first dimension (scalars are
-    not). All other arguments, keyword arguments such as ``frozen`` among them, and the result are the same on all workers
-    but for what sits in a `PerWorker`.
+    The last positional argument of the step is the batch: its arrays (except scalars) are divided by their first
+    dimension. All other arguments, including keyword arguments such as ``frozen``, and the result are the same on all
+    workers, except for the contents of a ``PerWorker``.
 
     Each worker gets copies of the arguments. A step that changes them in place, as ``nnx.Optimizer.update`` does, must return
     what it changed.
 
     Args:
         step: ``step(*state, batch, **shared) -> tree``.
-        axis_name: The workers' axis, of the mesh in use (`jax.set_mesh`). Over its other axes the compiler divides the
-            work as it does without.
+        axis_name: The workers' axis in the current mesh (``jax.set_mesh``). The compiler divides the work over the other
+            axes as usual.
 
     Returns:
-        A function with the step's arguments and result, for `jax.jit`.
+        A function with the step's arguments and result, for ``jax.jit``.
 
     Raises:
-        ValueError: While tracing: no such axis in the mesh; rows that cannot be divided; a state of another number of
-            workers; a result that differs between workers outside of a `PerWorker`; or an argument that is changed in
-            place and not returned.
+        ValueError: While tracing: the mesh has no such axis; the rows cannot be divided; the state has another number of
+            workers; a result outside of a ``PerWorker`` differs between workers; or an argument is changed in place and
+            not returned.
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -55,8 +56,8 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or axis_name not in mesh.shape:
             raise ValueError(
-                f"per_worker needs a mesh with the axis {axis_name!r}, and the one in use has "
-                f"{tuple(mesh.shape) if not mesh.empty else 'none'}: call the step within jax.set_mesh(mesh)"
+                f"per_worker needs a mesh with the axis {axis_name!r}, but the axes of the current mesh are "
+                f"{tuple(mesh.shape) if not mesh.empty else 'none'}. Call the step inside jax.set_mesh(mesh)"
             )
         *positional, batch = args
         state = (positional, kwargs)
@@ -89,18 +90,18 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
 
 
 def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> Step:
-    """`per_worker` on one device: the workers are a `jax.vmap`, with the same collectives.
+    """Run ``per_worker`` on one device: the workers are a ``jax.vmap``, with the same collectives.
 
     Args:
-        step: As for `per_worker`.
-        num_workers: Workers; the rows of a batch are divided among them.
-        axis_name: The name by which the step knows the axis.
+        step: As for ``per_worker``.
+        num_workers: Number of workers; the rows of a batch are divided among them.
+        axis_name: The name of the axis inside the step.
 
     Returns:
         A function with the step's arguments and result.
 
     Raises:
-        ValueError: As for `per_worker`.
+        ValueError: As for ``per_worker``.
 
     Example:
         >>> step = simulate_workers(lambda scale, batch: jax.lax.pmean(scale * batch.sum(), "data"), 4)
@@ -135,11 +136,11 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
         try:
             shared, own = run(state, batch)
         except ValueError as error:
-            # vmap knows only after the step that a result differs, and not which.
+            # vmap detects only after the step that a result differs, and not which one.
             if "out_axes is None" not in str(error):
                 raise
             raise ValueError(
-                f"a result of the step differs between the workers along {axis_name!r}: take its mean, "
+                f"a result of the step differs between the workers along {axis_name!r}. Take its mean, "
                 f"jax.lax.pmean(x, {axis_name!r}), or return it in a PerWorker"
             ) from error
         return parts[-1].merge(shared, own)
@@ -152,19 +153,19 @@ def _divided(x: Any, parts: int) -> Any:
 
 
 def _check_workers(state: Any, batch: Any, axis_name: str, num_workers: int) -> None:
-    """Raise a ``ValueError`` for rows that cannot be divided among the workers, or a state of another number of them."""
+    """Raise a ``ValueError`` if rows cannot be divided among the workers or a state has another number of workers."""
     for x in jax.tree.leaves(batch):
         if jnp.ndim(x) and x.shape[0] % num_workers:
             raise ValueError(
-                f"a batch of {x.shape[0]} rows cannot be divided among {num_workers} workers"
+                f"the rows of a batch must be a multiple of the {num_workers} workers, got {x.shape[0]}"
             )
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _mine(node, axis_name))
     for x in jax.tree.leaves([node for node in nodes if _mine(node, axis_name)]):
         if jnp.shape(x)[:1] != (num_workers,):
             held = f"of {x.shape[0]} workers" if jnp.ndim(x) else "without a dimension for workers"
             raise ValueError(
-                f"the state is one {held}, and the axis {axis_name!r} has {num_workers}: carry it over with "
-                f"effscale.parallel.resize_workers(state, {num_workers}), or initialise it for this axis"
+                f"the state is one {held}, but the axis {axis_name!r} has {num_workers}. Convert it with "
+                f"effscale.parallel.resize_workers(state, {num_workers}), or initialize it for this axis"
             )
 
 
@@ -180,7 +181,7 @@ def _map_per_worker(function: Callable[[Any], Any], tree: Any, axis_name: str) -
 
 
 def _by_kind(tree: Any, axis_name: str, own: Any, shared: Any) -> Any:
-    """The tree with ``own`` for each array in a `PerWorker` of the axis, and ``shared`` for each other."""
+    """Return the tree with ``own`` for each array in a ``PerWorker`` of the axis, and ``shared`` for each other array."""
 
     def visit(node: Any) -> list[Any]:
         if _mine(node, axis_name):
@@ -193,7 +194,7 @@ def _by_kind(tree: Any, axis_name: str, own: Any, shared: Any) -> Any:
 
 
 class _Parts(NamedTuple):
-    """How to put a tree together from what all workers share and what is each one's own."""
+    """How to merge a tree from the arrays that all workers share and those that belong to each worker."""
 
     structure: Any
     own: list[bool]
@@ -218,6 +219,6 @@ def _check_shared(tree: Any, axis_name: str) -> None:
     for (path, x), own in zip(jax.tree_util.tree_leaves_with_path(tree), kinds, strict=True):
         if not own and differs(x, axis_name):
             raise ValueError(
-                f"the step's result{jax.tree_util.keystr(path)} differs between the workers along {axis_name!r}: take "
+                f"the step's result{jax.tree_util.keystr(path)} differs between the workers along {axis_name!r}. Take "
                 f"its mean, jax.lax.pmean(x, {axis_name!r}), or return it in a PerWorker"
             )

@@ -1,4 +1,4 @@
-"""What each worker keeps for itself, before the first step."""
+"""Initial values of what each worker keeps for itself."""
 
 import functools
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from effscale.parallel.workers import PerWorker, bound_axis_size
 def per_worker_zeros(
     make: Callable[[int], Any], axis_name: str, num_workers: int | None = None
 ) -> PerWorker:
-    """Zeros for each worker, where the axis is bound (`jax.shard_map`, `jax.vmap`) and where it is not.
+    """Return zeros for each worker, whether the axis is bound (``jax.shard_map``, ``jax.vmap``) or not.
 
     Args:
-        make: From the number of workers to one worker's zeros.
+        make: Maps the number of workers to one worker's zeros.
         axis_name: The workers' axis.
-        num_workers: How many there are, where neither a bound axis nor the mesh in use (`jax.set_mesh`) says it.
+        num_workers: Number of workers. Required if neither a bound axis nor the current mesh (``jax.set_mesh``) defines it.
 
     Raises:
-        ValueError: Nobody says how many workers there are, or two differ.
+        ValueError: The number of workers is unknown, or two values differ.
     """
     bound, mesh = bound_axis_size(axis_name), jax.sharding.get_abstract_mesh()
     known = bound
@@ -32,11 +32,13 @@ def per_worker_zeros(
         known = num_workers
     if known is None:
         raise ValueError(
-            f"axis_name={axis_name!r} is not an axis of the mesh in use: enter jax.set_mesh(mesh) around the optimizer's "
-            "init, or give num_workers"
+            f"axis_name={axis_name!r} is not an axis of the current mesh. Enter jax.set_mesh(mesh) around the optimizer's "
+            "init, or pass num_workers"
         )
     if num_workers is not None and num_workers != known:
-        raise ValueError(f"num_workers={num_workers}, but the axis {axis_name!r} has {known}")
+        raise ValueError(
+            f"num_workers must be the size {known} of the axis {axis_name!r}, got {num_workers}"
+        )
     if bound is not None:
         return PerWorker(make(known), axis_name)
 
@@ -46,7 +48,7 @@ def per_worker_zeros(
 
     if mesh.empty or axis_name not in mesh.shape:
         return PerWorker(all_workers(), axis_name)
-    # Divided from birth: on one device there may be no room for what all workers keep.
+    # Sharded from the start, because one device may not have room for what all workers keep.
     places = shardings(PerWorker(jax.eval_shape(all_workers), axis_name), mesh)
     specs = jax.tree.map(lambda place: place.spec, places.value)
     return PerWorker(jax.jit(all_workers, out_shardings=specs)(), axis_name)

@@ -1,7 +1,7 @@
-"""What differs between the workers along a mesh axis, and what their arrays' types say about it.
+"""Values that differ between the workers along a mesh axis, and what the types of arrays record about it.
 
-What is the same on all workers is an ordinary array; what differs sits in a `PerWorker`. `effscale.parallel.worker_steps`
-runs steps on such trees.
+Values that are the same on all workers are ordinary arrays; values that differ are wrapped in a ``PerWorker``.
+``effscale.parallel.worker_steps`` runs steps on such trees.
 """
 
 import abc
@@ -22,8 +22,8 @@ Node = TypeVar("Node")
 class PerWorker:
     """A tree whose arrays differ between the workers along an axis.
 
-    In a state between steps its arrays have a leading dimension, the workers, that is divided over the axis. Within
-    `per_worker` (or `simulate_workers`) each worker sees its own part, without that dimension.
+    In a state between steps, its arrays have a leading workers dimension, which is divided over the axis. Inside
+    ``per_worker`` (or ``simulate_workers``), each worker sees its own part, without that dimension.
     """
 
     value: Any
@@ -31,9 +31,9 @@ class PerWorker:
 
 
 class SendsBytes(abc.ABC):
-    """A node of an optimizer's state that counts what its update sent.
+    """A node of an optimizer's state that counts the bytes its update sent.
 
-    Register a state of your own with ``SendsBytes.register``, which also decorates a NamedTuple; `sent_bytes` then counts it.
+    Register a custom state with ``SendsBytes.register``, which also decorates a NamedTuple; ``sent_bytes`` then counts it.
 
     Attributes:
         sent: float32, bytes that each worker's device sent in the last update.
@@ -43,23 +43,23 @@ class SendsBytes(abc.ABC):
 
 
 class MovesParams(abc.ABC):
-    """A node of an optimizer's state that lets workers go their own ways for some steps.
+    """A node of an optimizer's state that lets the parameters of workers diverge for some steps.
 
-    Register a state of your own with ``MovesParams.register``; `worker_params` then asks it where the worker stands.
+    Register a custom state with ``MovesParams.register``; ``worker_params`` then asks it for the worker's parameters.
     """
 
     @abc.abstractmethod
     def local_params(self, params: Any) -> Any:
-        """The parameters where a worker stands, from those that all share."""
+        """Return the parameters of a worker, from those that all workers share."""
 
 
 def is_per_worker(node: object) -> bool:
-    """Whether a node of a tree is a `PerWorker`; for ``is_leaf=``."""
+    """Return whether a node of a tree is a ``PerWorker``; for ``is_leaf=``."""
     return isinstance(node, PerWorker)
 
 
 def bound_axis_size(axis_name: str) -> int | None:
-    """Workers along a bound axis; None where the axis is not bound."""
+    """Return the number of workers along a bound axis, or None if the axis is not bound."""
     try:
         return jax.lax.axis_size(axis_name)
     except NameError:
@@ -67,17 +67,17 @@ def bound_axis_size(axis_name: str) -> int | None:
 
 
 def is_manual(axis_name: str) -> bool:
-    """Whether code runs in a `jax.shard_map` over the axis, and not in a `jax.vmap`."""
+    """Return whether code runs in a ``jax.shard_map`` over the axis rather than a ``jax.vmap``."""
     return axis_name in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def has_types(axis_name: str) -> bool:
-    """Whether types say what differs between workers: not in `jax.vmap`, `jax.pmap` and ``jax.shard_map(check_vma=False)``."""
+    """Return whether types record what differs between workers: not in ``jax.vmap``, ``jax.pmap`` and ``jax.shard_map(check_vma=False)``."""
     return is_manual(axis_name) and axis_name in _varying(jax.lax.axis_index(axis_name))
 
 
 def differs(x: Any, axis_name: str) -> bool:
-    """Whether the type of an array says that it differs between workers; never where there are no types (`has_types`)."""
+    """Return whether the type of an array marks it as different between workers; always false without such types (``has_types``)."""
     return is_manual(axis_name) and axis_name in _varying(x)
 
 
@@ -86,36 +86,36 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def as_local(tree: Any, axis_name: str) -> Any:
-    """The tree typed as each worker's own, so that its gradient is each worker's own and not the sum over all."""
+    """Type the tree as local to each worker, so that its gradient is the worker's own instead of the sum over all."""
     return vary(tree, (axis_name,)) if is_manual(axis_name) else tree
 
 
 def gather(x: jax.Array, axis_name: str) -> jax.Array:
-    """The arrays of all workers, stacked; of a type that says that all workers hold the same."""
+    """Stack the arrays of all workers, typed as the same on all workers."""
     if is_manual(axis_name):
         return jax.lax.all_gather(x, axis_name, to="invarying")
     return jax.lax.all_gather(x, axis_name)
 
 
 def worker_params(params: Any, opt_state: Any) -> Any:
-    """The parameters at which a worker takes its gradient, within `per_worker`.
+    """Return the parameters at which a worker takes its gradient, inside ``per_worker``.
 
-    They are typed as the worker's own, so that `jax.grad` gives the worker's own gradient. Where the optimizer lets
-    workers go their own ways for some steps (0/1 Adam), they are the worker's own in value, too: a node of the
-    optimizer's state that is a `MovesParams` says where. The parameters themselves stay the same
-    on all workers. Without any `PerWorker` in the state, as on one worker, they are returned as they are.
+    They are typed as local to the worker, so ``jax.grad`` returns the worker's own gradient. If the optimizer lets the
+    workers diverge for some steps (0/1 Adam), their values are the worker's own, too: a node of the optimizer's state that is
+    a ``MovesParams`` provides them. ``params`` itself stays the same on all workers. If the state has no ``PerWorker``, as with
+    one worker, ``params`` is returned unchanged.
 
     Args:
-        params: The parameters, as the optimizer knows them. Of an ``nnx`` module: ``nnx.state(model, nnx.Param)``, or what
-            ``nnx.split`` gives.
-        opt_state: The optimizer's state; also that of an ``nnx.Optimizer``.
+        params: The parameters that the optimizer was initialized with. For an ``nnx`` module, ``nnx.state(model, nnx.Param)``
+            or the parameters from ``nnx.split``.
+        opt_state: The optimizer's state, or that of an ``nnx.Optimizer``.
 
     Returns:
         Parameters to differentiate at, in a tree like ``params``.
 
     Raises:
-        ValueError: ``params`` holds running statistics or random streams, whose changes would be lost with this copy; or it
-            has another structure than the parameters that the optimizer was initialised with.
+        ValueError: ``params`` contains running statistics or random streams, whose changes would be lost with this copy; or
+            its structure differs from that of the parameters that the optimizer was initialized with.
 
     Example:
         >>> worker_params({"w": jnp.ones(2)}, None)["w"].tolist()  # one worker, whose state holds no PerWorker
@@ -125,8 +125,8 @@ def worker_params(params: Any, opt_state: Any) -> Any:
     for variable in variables:
         if isinstance(variable, nnx.BatchStat | nnx.RngState):
             raise ValueError(
-                f"params holds a {type(variable).__name__}, and its changes would be lost with the copy that worker_params "
-                "returns: give it the parameters alone, graph, params, rest = nnx.split(model, nnx.Param, ...)"
+                f"params contains a {type(variable).__name__}, whose changes would be lost with the copy that worker_params "
+                "returns. Pass only the parameters: graph, params, rest = nnx.split(model, nnx.Param, ...)"
             )
     structure, opt_state = jax.tree.structure(params), nnx.as_pure(opt_state)
     params = nnx.as_pure(params)
@@ -135,8 +135,8 @@ def worker_params(params: Any, opt_state: Any) -> Any:
             params = state.local_params(params)
         except ValueError as error:
             raise ValueError(
-                "params has another structure than the parameters that the optimizer was initialised with. Those of an "
-                "nnx module in an nnx.Optimizer are nnx.state(model, nnx.Param)"
+                "params must have the structure of the parameters that the optimizer was initialized with. For an "
+                "nnx module in an nnx.Optimizer, pass nnx.state(model, nnx.Param)"
             ) from error
     for axis_name in _axes(opt_state):
         params = as_local(params, axis_name)
@@ -144,9 +144,9 @@ def worker_params(params: Any, opt_state: Any) -> Any:
 
 
 def sent_bytes(opt_state: Any) -> jax.Array:
-    """Bytes that each device sent in the last update: the sum of ``sent`` over its `SendsBytes` (float32).
+    """Return the bytes that each device sent in the last update: the sum of ``sent`` over its ``SendsBytes`` (float32).
 
-    A skipped update leaves the state as it was, so this is of the update before it; the metric of
+    A skipped update leaves the state unchanged, so this refers to the update before it; the metric of
     ``make_train_step(axis_name=)`` is zero then.
 
     Example:
@@ -158,7 +158,7 @@ def sent_bytes(opt_state: Any) -> jax.Array:
 
 
 def _nodes(tree: Any, kind: type[Node]) -> list[Node]:
-    """The nodes of a tree that are of this kind."""
+    """Return the nodes of a tree that are of this kind."""
     found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in found if isinstance(node, kind)]
 

@@ -16,7 +16,7 @@ from effscale.interop.families.qwen2 import QWEN2
 from effscale.interop.families.vit import VIT
 
 HERE = (GPT2, OPT, BLOOM, GPTJ, NEOX, LLAMA, MISTRAL, QWEN2, BERT, VIT)
-# Their parts come from techniques, which import this package: so they are named, and imported when first asked for.
+# Their parts come from techniques, which import this package, so these modules are imported only when needed.
 EXPERTS = ("mixtral", "qwen2_moe", "olmoe", "qwen3_moe")
 ELSEWHERE = dict.fromkeys(EXPERTS, "effscale.moe.families")
 

@@ -1,11 +1,11 @@
-"""Names of activations in transformers, and ours."""
+"""Names of activations in transformers and in effscale."""
 
 from typing import Any
 
 from effscale.interop.foreign import shown
 from effscale.interop.tensors import FolderError
 
-# The first of several that are the same function is the one written.
+# Of several names for the same function, the first is written.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -29,16 +29,16 @@ ACTIVATIONS = {
 
 
 def our_activation(name: str) -> Any:
-    """Our name of an activation."""
+    """Return effscale's name of an activation."""
     if name not in ACTIVATIONS:
         raise FolderError(
-            f"config.json asks for the activation {shown(name)}; effscale has {', '.join(ACTIVATIONS)}"
+            f"config.json: the activation must be one of {', '.join(ACTIVATIONS)}, got {shown(name)}"
         )
     return ACTIVATIONS[name]
 
 
 def their_activation(name: str) -> str:
-    """Their name of an activation."""
+    """Return transformers' name of an activation."""
     for theirs, ours in ACTIVATIONS.items():
         if ours == name:
             return theirs

@@ -1,4 +1,4 @@
-"""BERT in transformers, with whichever of its heads a file has."""
+"""BERT in transformers, with any of its heads."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from effscale.interop.table import Rule, embedding, linear, norm, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, HeadConfig, LMHead, NormConfig, bert
 
-# Names of heads and the class in transformers that has exactly these.
+# Names of heads, and the class in transformers that has exactly these.
 ARCHITECTURES = {
     (): "Model",
     ("mlm", "nsp"): "ForPreTraining",
@@ -30,7 +30,7 @@ ARCHITECTURES = {
 
 
 def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
-    """The heads whose tensors are there."""
+    """Return the heads whose tensors are in the file."""
     heads: list[HeadConfig] = []
     if "cls.predictions.transform.dense.weight" in tensors:
         heads.append(
@@ -46,7 +46,7 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
         heads.append(ClassHead(name="nsp", num_classes=2, pool="pooled"))
     if "classifier.weight" in tensors:
         architecture = named_class(fields)
-        # Some old files of a class without a pooler have one nevertheless.
+        # Some old files of a class without a pooler contain one.
         each_token = architecture.endswith("ForTokenClassification") or not has_pooler(tensors)
         choice = "choice" if architecture.endswith("ForMultipleChoice") else "classes"
         heads.append(
@@ -63,18 +63,18 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
 
 
 def has_pooler(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether the file has a pooler."""
+    """Return whether the file has a pooler."""
     return "pooler.dense.weight" in tensors
 
 
 def architecture(heads: Heads) -> str:
-    """The class in transformers that has these heads."""
+    """Return the class in transformers that has these heads."""
     names = tuple(head.name for head in heads)
     pooled = dict.fromkeys(("nsp", "classes", "score", "choice"), ("pooled", True))
     check_classifiers(heads, **pooled, token_classes=("none", True), span=("none", True))
     if names not in ARCHITECTURES:
         raise ValueError(
-            f"transformers has no BERT with the heads {list(names)}; it has {list(ARCHITECTURES)}"
+            f"transformers has no BERT with the heads {list(names)}. Use one of {list(ARCHITECTURES)}"
         )
     return f"Bert{ARCHITECTURES[names]}"
 
@@ -95,7 +95,7 @@ BERT = Family(
         Field("attention_probs_dropout_prob", 0.1, "attention_dropout"),
         activation("hidden_act", "gelu"),
         Field("layer_norm_eps", 1e-12, "epsilon"),
-        Field("add_pooling_layer", False, "pooler"),  # the loader finds it out from the tensors
+        Field("add_pooling_layer", False, "pooler"),  # the loader derives it from the tensors
         Field("tie_word_embeddings", True),
     ),
     only={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
@@ -134,7 +134,7 @@ BERT = Family(
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     ignored=(r"embeddings\.position_ids",),
-    # The files that came from TensorFlow.
+    # Files that were converted from TensorFlow.
     aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     find_heads=find_heads,
     architecture=architecture,

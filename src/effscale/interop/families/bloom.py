@@ -13,16 +13,16 @@ OLDER = {
     "d_model": "n_embed",
     "num_heads": "num_attention_heads",
 }
-"""Names of the sizes in configs of old; where they are there, they count."""
+"""Names of the sizes in old configs; if present, they take precedence."""
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """The sizes that the config has under their older names."""
+    """Return the sizes that the config has under their older names."""
     return {ours: fields[name] for ours, name in OLDER.items() if fields[name] is not None}
 
 
 def has_normed_residual(config: TransformerConfig) -> bool:
-    """Whether the residual is the normed stream."""
+    """Return whether the residual is the normalized stream."""
     return config.blocks[0].residual == "pre_normed"
 
 

@@ -1,4 +1,4 @@
-"""The heads of language models: next token, class of a text or a token, span of an answer, value of a reward model."""
+"""Heads of language models: next token, class of a text or a token, span of an answer, value of a reward model."""
 
 from collections.abc import Mapping
 
@@ -18,15 +18,15 @@ TABLE = rows(
     linear("score", "heads.classes.dense"),
     linear("score", "heads.score.dense"),
     linear("qa_outputs", "heads.span.dense"),
-    # DeepSpeed-Chat's reward model and critic: a value a token.
+    # DeepSpeed-Chat's reward model and critic: one value per token.
     (Rule("v_head.weight", "heads.value.dense.kernel", "o i -> i o"),),
 )
-# A class of each token; Llama calls it `score`, too.
+# A class for each token, which Llama also calls `score`.
 CLASSIFIER = linear("classifier", "heads.token_classes.dense")
 
 
 def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = False) -> Heads:
-    """The heads that the file has; where it has none, the next-token head, unless config.json names the bare trunk."""
+    """Return the heads in the file or, if there are none, the next-token head unless config.json names the bare trunk."""
     architecture = named_class(fields)
     if "v_head.weight" in tensors:
         return (ClassHead(name="value", num_classes=1, pool="none", bias=False),)
@@ -50,7 +50,7 @@ def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = Fal
 
 
 def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: bool = True):
-    """A function from heads to the class that has them; not all families have one for classes of tokens."""
+    """Return a function from heads to the class that has them; not all families have one for token classes."""
 
     def name(heads: Heads) -> str:
         if not heads:

@@ -1,4 +1,4 @@
-"""What the loader and the writer need to know of a family of models."""
+"""What the loader and the writer need to know about a family of models."""
 
 import dataclasses
 import re
@@ -14,36 +14,37 @@ from effscale.models import ClassHead, HeadConfig, LMHead, MLPConfig, Transforme
 
 Heads = tuple[HeadConfig, ...]
 
-# DeepSpeed-Chat keeps a reward model's trunk under the first of these, and did under the second.
+# DeepSpeed-Chat stores a reward model's trunk under the first of these, and formerly under the second.
 WRAPPERS = r"^(module\.)?((rwtransformer|rwtranrsformer)\.)?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family: one table of the fields of its config, and one of its tensors.
+    """A family of models, with a table of the fields of its config and a table of its tensors.
 
     Attributes:
-        model_type: As in ``config.json``.
-        class_name: What the names of its classes in transformers begin with.
-        make: Its function in :mod:`effscale.models.families`.
+        model_type: The name in ``config.json``.
+        class_name: Common prefix of the names of its classes in transformers.
+        make: Its function in ``effscale.models.families``.
         fields: The table of the fields of ``config.json``.
-        only: Further fields, with the one value that each may have.
-        read: Arguments of ``make`` that the table does not give, or gives otherwise, from ``config.json`` with defaults
+        only: Additional fields, each with the only value that is supported.
+        read: Arguments of ``make`` that the table does not provide, or that override it, from ``config.json`` with defaults
             filled in.
         write: Fields that the table does not write, from a config.
-        prefix: What the trunk's names begin with in a file of a model with a head.
+        prefix: Prefix of the trunk's names in a file of a model with a head.
         trunk: The table of the trunk, with names as in a file of the bare trunk.
         heads: The table of the heads.
-        tied: Names that repeat another tensor, and that tensor's name.
-        prefixes: By class, that prefix where it is another.
-        ignored: Regular expressions of names that hold nothing to load, such as buffers of masks.
+        tied: Names that repeat another tensor, and the name of that tensor.
+        prefixes: The prefixes of classes that use another one.
+        ignored: Regular expressions of names to ignore, such as buffers of masks.
         in_memory: Modules of the table that have another name in memory, from transformers 5 on, and that name.
-        aliases: Substitutions (pattern, replacement) from the names in files of old to the table's.
-        find_heads: The heads, from ``config.json`` and the tensors by their canonical names.
-        architecture: The class in transformers that has these heads; a ValueError where none has.
-        feed_forwards: Kinds of feed-forward that its layers have.
-        plain: A config without what has no part in a model's outputs, beyond dropout, which configs are compared without.
-        split: Tensors by their canonical names, with one each where a tensor in memory holds those of several names.
+        aliases: Substitutions (pattern, replacement) from the names in old files to the table's.
+        find_heads: Returns the heads, from ``config.json`` and the tensors by their canonical names.
+        architecture: Returns the class in transformers that has these heads; raises a ValueError if there is none.
+        feed_forwards: Kinds of feed-forward that its layers support.
+        plain: Returns a config without parts that do not affect a model's outputs, for comparing configs. Dropout is always
+            ignored.
+        split: Splits tensors that are fused in memory into one tensor per canonical name.
     """
 
     model_type: str
@@ -69,15 +70,15 @@ class Family:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The whole table."""
+        """All rows of the table."""
         return self.trunk + self.heads
 
     def prefix_with(self, heads: Heads) -> str:
-        """What the trunk's names begin with in a file of a model with these heads."""
+        """Return the prefix of the trunk's names in a file of a model with these heads."""
         return self.prefixes.get(self.architecture(heads), self.prefix) if heads else ""
 
     def canonical(self, name: str) -> str:
-        """A tensor's name in the table, from any of those it is known under."""
+        """Return a tensor's name in the table, from any of its known names."""
         name = re.sub(WRAPPERS, "", name)
         for pattern, replacement in self.aliases:
             name = re.sub(pattern, replacement, name)
@@ -88,13 +89,13 @@ class Family:
         return name
 
     def stored_name(self, slot: Slot, heads: Heads) -> str:
-        """A tensor's name in a file of a model with these heads; a reward is a classifier's score there."""
+        """Return a tensor's name in a file of a model with these heads; a reward is stored as a classifier's score."""
         if slot.rule in self.trunk:
             return self.prefix_with(heads) + slot.name
         return "score.weight" if slot.name == "v_head.weight" else slot.name
 
     def memory_name(self, stored: str) -> str:
-        """A tensor's name in transformers' model in memory, from that in files.
+        """Return a tensor's name in transformers' model in memory, from its name in files.
 
         Example:
             >>> from effscale.interop.families import VIT
@@ -109,47 +110,47 @@ class Family:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Fields of ``config.json`` that may be absent, with what they then are."""
+        """The optional fields of ``config.json``, with their defaults."""
         return {row.name: row.default for row in self.fields}
 
     def config(self, fields: Json, tensors: Mapping[str, TensorInfo]) -> TransformerConfig:
-        """Our config, from ``config.json`` and the tensors by their canonical names."""
+        """Return effscale's config, from ``config.json`` and the tensors by their canonical names."""
         fields = {**self.defaults, **fields}
         fields |= {row.name: row.checked(fields) for row in self.fields}
-        with reading("config.json describes a model that cannot be"):
+        with reading("config.json describes an invalid model"):
             return self.from_hf(fields, self.find_heads(fields, tensors))
 
     def from_hf(self, fields: Json, heads: Heads) -> TransformerConfig:
-        """Our config, from ``config.json`` with defaults filled in and the heads."""
+        """Return effscale's config, from ``config.json`` with defaults filled in and the heads."""
         refuse(fields, **self.only)
         more = self.read(fields)
         return dataclasses.replace(self.make(**arguments(self.fields, fields) | more), heads=heads)
 
     def to_hf(self, config: TransformerConfig) -> dict[str, Any]:
-        """The fields of ``config.json``, from a config.
+        """Return the fields of ``config.json`` for a config.
 
         Raises:
-            ValueError: If the config has another kind of part than the family.
+            ValueError: A part of the config is of a kind that the family does not support.
         """
         return fields_of_heads(config.heads) | self.write(config) | written(self.fields, config)
 
 
 def _renamed(name: str, old: str, new: str) -> str:
-    """A tensor's name where its module is called ``new`` in place of ``old``; ``{}`` in both is the layer's number."""
+    """Return a tensor's name with its module renamed from ``old`` to ``new``; ``{}`` in both is the layer number."""
     found = re.match(re.escape(old).replace(r"\{\}", r"(\d+)") + r"(?=\.)", name)
     return name if found is None else new.format(*found.groups()) + name[found.end() :]
 
 
 def named_class(fields: Json) -> str:
-    """The class in transformers that ``config.json`` names; an empty string where it names none."""
+    """Return the class in transformers that ``config.json`` names, or an empty string."""
     names = fields.get("architectures") or [None]
     if not isinstance(names, list) or not isinstance(names[0], str | None):
-        raise FolderError(f"config.json has architectures={shown(names)}: must be a list of names")
+        raise FolderError(f"config.json: architectures must be a list of names, got {shown(names)}")
     return names[0] or ""
 
 
 def fields_of_heads(heads: Heads) -> dict[str, Any]:
-    """Fields that tell whether the vocabulary is tied, the number of classes, and the dropout before them."""
+    """Return the fields for weight tying, the number of classes, and the dropout before the heads."""
     fields: dict[str, Any] = {}
     for head in heads:
         if isinstance(head, LMHead):
@@ -164,18 +165,18 @@ def fields_of_heads(heads: Heads) -> dict[str, Any]:
 
 
 def classifier_dropout(fields: Json, otherwise: str) -> float:
-    """Dropout before a classifier, or the one of another name where there is none of its own."""
+    """Return the dropout before a classifier, by default that of the field ``otherwise``."""
     typed = Fields("config.json", fields)
     return typed.number("classifier_dropout", typed.number(otherwise, 0.1))
 
 
 def check_classifiers(heads: Heads, **wanted: tuple[str, bool]) -> None:
-    """Raises unless each classifier takes the vector, and has the bias or none, that the family's of this name does."""
+    """Raise unless each classifier pools, and has a bias or not, like the family's classifier of this name."""
     for head in heads:
         if isinstance(head, ClassHead) and head.name in wanted:
             for name, theirs in zip(("pool", "bias"), wanted[head.name], strict=True):
                 ours = getattr(head, name)
                 if ours != theirs:
                     raise ValueError(
-                        f"the head {head.name!r} has {name}={ours!r}, and transformers' has {theirs!r}"
+                        f"the head {head.name!r} must have {name}={theirs!r}, as in transformers, got {ours!r}"
                     )

@@ -1,7 +1,7 @@
-"""One table per family: each field of ``config.json`` and the argument of ours that it is, read in both directions.
+"""One table per family that maps each field of ``config.json`` to an argument of effscale, in both directions.
 
-A :class:`Field` is a row. Forwards it gives an argument of the family's function in :mod:`effscale.models.families`;
-backwards it is written from the place where a config keeps that argument's value, see :data:`PLACES`.
+A ``Field`` is a row. For reading, it provides an argument of the family's function in ``effscale.models.families``.
+For writing, its value is taken from the place in a config that stores the argument; see ``PLACES``.
 
 Example:
     >>> from effscale.models import preset
@@ -50,21 +50,20 @@ PLACES = {
     "pooler": "pooler",
     "pooler_activation": "pooler_activation",
 }
-"""Arguments of the families' functions, and the paths where their values are found again in a config."""
+"""Arguments of the families' functions, and the paths of their values in a config."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field of ``config.json`` and the argument of ours that it is.
+    """A field of ``config.json`` and the corresponding argument in effscale.
 
     Attributes:
-        name: In ``config.json``.
-        default: What it is where it is absent. It has the type of the field; None stands for a whole number that need
-            not be given.
-        argument: Of the family's function. None: only the heads or the family's ``read`` take the field, and the table does
-            not write it.
-        read: The argument, from the field's value; as a rule they are the same.
-        write: The field's value, from a config; None: what lies in the argument's place.
+        name: The name in ``config.json``.
+        default: The value if the field is absent. It has the type of the field; None stands for an optional whole number.
+        argument: The argument of the family's function. None: only the heads or the family's ``read`` use the field, and the
+            table does not write it.
+        read: Converts the field's value to the argument; by default they are the same.
+        write: Computes the field's value from a config; None: the value at the argument's place.
     """
 
     name: str
@@ -75,10 +74,10 @@ class Field:
     write: Callable[[TransformerConfig], Any] | None = None
 
     def checked(self, fields: Json) -> Any:
-        """The field's value in a file, if it is of the default's type; null counts as the default of a number with a point.
+        """Return the field's value in a file if it has the type of the default; null means the default of a float.
 
         Raises:
-            FolderError: If it is of another type.
+            FolderError: It has another type.
         """
         typed = Fields("config.json", fields)
         match self.default:
@@ -94,23 +93,23 @@ class Field:
 
 
 class Nullable(Field):
-    """A whole number that may be null, where absent is something else than null."""
+    """An optional whole number for which null differs from absent."""
 
     def checked(self, fields: Json) -> int | None:
-        """The number, or None."""
+        """Return the number, or None."""
         return Fields("config.json", fields).whole(self.name, None)
 
 
 def arguments(table: Sequence[Field], fields: Json) -> dict[str, Any]:
-    """The arguments that a table gives, from ``config.json`` with defaults filled in."""
+    """Return the arguments that a table provides, from ``config.json`` with defaults filled in."""
     return {row.argument: row.read(fields[row.name]) for row in table if row.argument}
 
 
 def written(table: Sequence[Field], config: TransformerConfig) -> dict[str, Any]:
-    """The fields that a table writes.
+    """Return the fields that a table writes.
 
     Raises:
-        ValueError: If the config has nothing for one of them.
+        ValueError: The config has no value for one of them.
     """
     return {
         row.name: row.write(config) if row.write else found(config, row.argument)
@@ -120,10 +119,10 @@ def written(table: Sequence[Field], config: TransformerConfig) -> dict[str, Any]
 
 
 def found(config: TransformerConfig, argument: str) -> Any:
-    """The value of an argument, from its place in a config.
+    """Return the value of an argument, from its place in a config.
 
     Raises:
-        ValueError: If the config has a part of another kind there.
+        ValueError: The config has another kind of part at that place.
     """
     value: Any = config
     try:
@@ -135,16 +134,16 @@ def found(config: TransformerConfig, argument: str) -> Any:
 
 
 def activation(name: str, default: str, argument: str = "activation") -> Field:
-    """A field that names an activation."""
+    """Return a field that names an activation."""
     write = lambda config: their_activation(found(config, argument))
     return Field(name, default, argument, read=our_activation, write=write)
 
 
 def refuse(fields: Json, **only: Any) -> None:
-    """Raises unless each named field, where it is there, has the value that we can compute (or is null)."""
+    """Raise unless each named field is absent, null, or has the only supported value."""
     for name, value in only.items():
         given = fields.get(name, value)
         if given is not None and given != value:
             raise FolderError(
-                f"config.json has {name}={shown(given)}, and effscale computes only {name}={value!r}"
+                f"config.json: {name} must be {value!r}, the only supported value, got {shown(given)}"
             )

@@ -8,19 +8,19 @@ from effscale.models import TransformerConfig, gpt2
 
 
 def inner_width(config: TransformerConfig) -> int | None:
-    """The width inside the feed-forward; None stands for four times the model's."""
+    """Return the width inside the feed-forward; None stands for four times the model's width."""
     d_ff = found(config, "d_ff")
     return None if d_ff == 4 * config.d_model else d_ff
 
 
 def is_scaled(config: TransformerConfig) -> bool:
-    """Whether scores are divided by the root of a head's width."""
-    attention = config.blocks[0].attention  # the first layer's number divides by 1
+    """Return whether scores are divided by the square root of the head width."""
+    attention = config.blocks[0].attention  # the first layer's scores are divided by 1
     return attention.scale in (None, attention.width(config.d_model) ** -0.5)
 
 
 def is_scaled_by_layer(config: TransformerConfig) -> bool:
-    """Whether scores are divided by the layer's number as well."""
+    """Return whether scores are also divided by the layer number."""
     return config.blocks[0].attention.scale != config.blocks[-1].attention.scale
 
 

@@ -11,12 +11,12 @@ from effscale.models import TransformerConfig, gptj
 
 
 def rotary_dim(config: TransformerConfig) -> int:
-    """How many dimensions of a head rotate, also where all do."""
+    """Return how many dimensions of a head rotate, even if all do."""
     return found(config, "rotary_dim") or config.blocks[0].attention.width(config.d_model)
 
 
 def find_heads(fields: Json, tensors: Any) -> Heads:
-    """The heads; that of the next token has a bias."""
+    """Return the heads; the next-token head has a bias."""
     return decoder_heads.find(fields, tensors, lm_bias=True)
 
 

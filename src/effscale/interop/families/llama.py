@@ -1,4 +1,4 @@
-"""Llama in transformers, and in GGUF files under llama.cpp's names; ``pretraining_tp``, an order of sums, is left out."""
+"""Llama in transformers, and in GGUF files under llama.cpp's names; ``pretraining_tp``, an order of sums, is ignored."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from effscale.models import TransformerConfig, llama
 
 
 def rotary(fields: Json, *, base: float = 10000.0, longest: int = 2048) -> dict[str, Any]:
-    """Rotary positions over all of each head; ``base`` and ``longest`` are what the family takes where nothing tells them."""
+    """Return rotary positions over all of each head; ``base`` and ``longest`` are the family's defaults."""
     found = rope.parameters(
         fields, fraction="partial_rotary_factor", default=1.0, base=base, longest=longest
     )
     if found["partial_rotary_factor"] != 1:
         raise FolderError(
-            f"config.json has partial_rotary_factor={found['partial_rotary_factor']}, and transformers' Llama and its relatives "
-            "rotate all of each head"
+            f"config.json: partial_rotary_factor must be 1, because Llama and related models in transformers rotate all of each "
+            f"head, got {found['partial_rotary_factor']}"
         )
     return rope.arguments(found)
 
 
 def head_dim(config: TransformerConfig) -> int:
-    """The width of a head."""
+    """Return the width of a head."""
     return config.blocks[0].attention.width(config.d_model)
 
 
 def unusual_head_dim(config: TransformerConfig) -> dict[str, int]:
-    """The field of the width of a head, where it does not follow from the number of heads."""
+    """Return the field of the head width, if it does not follow from the number of heads."""
     width = head_dim(config)
     usual = width * config.blocks[0].attention.num_heads == config.d_model
     return {} if usual else {"head_dim": width}
@@ -83,7 +83,7 @@ LLAMA = Family(
     architecture=decoder_heads.architecture("Llama"),
 )
 
-# llama.cpp rotates neighbouring pairs, so its query and key rows are those of Llama in another order.
+# llama.cpp rotates adjacent pairs, so its query and key rows are those of Llama in another order.
 GGUF_TABLE = rows(
     embedding("token_embd", "embed.tokens"),
     norm("blk.{}.attn_norm", "attention_norm"),

@@ -1,4 +1,4 @@
-"""Mistral in transformers: a Llama whose layers see a window of tokens."""
+"""Mistral in transformers: a Llama with sliding windows."""
 
 import functools
 

@@ -10,20 +10,20 @@ from effscale.models import TransformerConfig, neox
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Rotary positions."""
+    """Return the rotary positions."""
     rotary = rope.parameters(fields, theta="rotary_emb_base", fraction="rotary_pct", default=0.25)
     return rope.arguments(rotary) | {"rotary_fraction": rotary["partial_rotary_factor"]}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """Rotary positions, with the share of a head that rotates; absent it would be a quarter."""
+    """Return the fields of the rotary positions, with the fraction of a head that rotates, whose default is a quarter."""
     fields = rope.write(config)
     fields["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
     return fields
 
 
 def is_parallel(config: TransformerConfig) -> bool:
-    """Whether both parts of a layer take the same stream."""
+    """Return whether both parts of a layer read the same stream."""
     return config.blocks[0].residual == "parallel"
 
 

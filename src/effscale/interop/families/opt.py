@@ -1,4 +1,4 @@
-"""OPT in transformers; ``layerdrop``, a regularizer of training, is left out."""
+"""OPT in transformers; ``layerdrop``, a regularizer for training, is ignored."""
 
 from operator import not_
 from typing import Any
@@ -11,17 +11,17 @@ from effscale.models import TransformerConfig, opt
 
 
 def is_pre_norm(config: TransformerConfig) -> bool:
-    """Whether a layer's norms stand before its parts."""
+    """Return whether a layer's norms precede its parts."""
     return config.blocks[0].residual == "pre"
 
 
 def lacks_final_norm(config: TransformerConfig) -> bool:
-    """Whether the last norm is missing; a post-norm model never has one."""
+    """Return whether the final norm is missing; a post-norm model never has one."""
     return is_pre_norm(config) and config.final_norm is None
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """An embedding as wide as the model is not projected."""
+    """Return the embedding width; an embedding as wide as the model is not projected."""
     same = fields["word_embed_proj_dim"] == fields["hidden_size"]
     return {"d_embed": None} if same else {}
 

@@ -1,4 +1,4 @@
-"""Qwen2 in transformers: a Llama with biases at query, key and value, and windows in some layers."""
+"""Qwen2 in transformers: a Llama with biases in query, key and value, and windows in some layers."""
 
 import functools
 from typing import Any
@@ -12,13 +12,13 @@ from effscale.models import TransformerConfig, llama
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Rotary positions, and windows from layer ``max_window_layers`` on."""
+    """Return rotary positions, and windows from layer ``max_window_layers`` on."""
     window = windows.read(fields, lambda layer: layer >= fields["max_window_layers"])
     return rotary(fields, longest=32768) | {"window": window, "head_dim": fields["head_dim"]}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """Rotary positions, windows, and the width of a head."""
+    """Return the fields of rotary positions, windows, and head width."""
     return rope.write(config) | windows.write(config) | unusual_head_dim(config)
 
 
@@ -31,7 +31,7 @@ QWEN2 = Family(
         Field("hidden_size", 4096, "d_model"),
         Field("num_attention_heads", 32, "num_heads"),
         Nullable("num_key_value_heads", 32, "num_kv_heads"),
-        Field("head_dim", None),  # written only where it does not follow from the others
+        Field("head_dim", None),  # written only if it does not follow from the other fields
         Field("intermediate_size", 22016, "d_ff"),
         Field("vocab_size", 151936, "vocab_size"),
         Field("use_sliding_window", False),

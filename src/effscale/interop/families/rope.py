@@ -23,19 +23,19 @@ def parameters(
     base: float = 10000.0,
     longest: int = 2048,
 ) -> Json:
-    """The parameters, wherever the config has them.
+    """Return the rotary parameters, from either of their places in the config.
 
     Args:
-        fields: Of ``config.json``.
+        fields: The fields of ``config.json``.
         theta: The older name of the base.
-        fraction: The older name of the share of a head that rotates.
-        default: That share, where nothing tells it.
-        base: The base, where nothing tells it.
-        longest: ``max_position_embeddings``, where nothing tells it.
+        fraction: The older name of the fraction of a head that rotates.
+        default: Default of that fraction.
+        base: Default of the base.
+        longest: Default of ``max_position_embeddings``.
     """
     top = Fields("config.json", fields)
     longest = top.whole("max_position_embeddings", longest, least=1)
-    # Whichever of the two is there and not empty, as in transformers.
+    # The first of the two that exists and is not empty, as in transformers.
     found = top.block(
         "rope_scaling" if fields.get("rope_scaling") else "rope_parameters",
         Fields("config.json", {}),
@@ -43,7 +43,7 @@ def parameters(
     kind = found.text("rope_type", found.text("type", "default"))
     original = found.whole(ORIGINAL, longest, least=1)
     if kind in ("llama3", "yarn"):
-        # The one beside rope_parameters, where there is one, counts more than the one within.
+        # A value next to rope_parameters takes precedence over the one inside.
         original = top.whole(ORIGINAL, original, least=1)
     return {
         "rope_type": kind,
@@ -59,7 +59,7 @@ def parameters(
 
 
 def scaling(found: Json) -> RotaryScaling | None:
-    """How frequencies are stretched for longer texts."""
+    """Return how frequencies are scaled for longer sequences."""
     kind = found["rope_type"]
     match kind:
         case "default":
@@ -75,32 +75,32 @@ def scaling(found: Json) -> RotaryScaling | None:
             given = {name: found[name] for name in YARN if found[name] is not None}
             return YarnScaling(factor=found["factor"], original_max_length=found[ORIGINAL], **given)
     raise FolderError(
-        f"config.json has rope_type={shown(kind)}; effscale has default, linear, llama3 and yarn"
+        f"config.json: rope_type must be default, linear, llama3 or yarn, got {shown(kind)}"
     )
 
 
 def arguments(found: Json) -> dict[str, Any]:
-    """The base and the scaling, as arguments of ours."""
+    """Return the base and the scaling as arguments of effscale."""
     return {"rotary_base": found["rope_theta"], "rotary_scaling": scaling(found)}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """The fields that tell a config's rotary positions.
+    """Return the fields that describe a config's rotary positions.
 
     Raises:
-        ValueError: If it has other positions.
+        ValueError: It has other positions.
     """
     if not isinstance(config.positions, Rotary):
-        raise ValueError(f"positions={config.positions!r} are not rotary")
+        raise ValueError(f"positions must be rotary, got {config.positions!r}")
     return fields_of(config.positions, config.blocks[0].attention.width(config.d_model))
 
 
 def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
-    """``rope_parameters``, and the greatest length that goes with them where they tell it."""
+    """Return ``rope_parameters``, and the maximum length if they determine it."""
     dim = head_dim if rotary.dim is None else rotary.dim
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
     if dim != head_dim:
-        # The product with head_dim is rounded down, so it must not fall short.
+        # The product with head_dim is rounded down, so it must not fall below the whole number.
         fraction = dim / head_dim
         if int(head_dim * fraction) < dim:
             fraction = math.nextafter(fraction, 1.0)
@@ -128,9 +128,9 @@ def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
         original = found["original_max_position_embeddings"]
         longest = found["factor"] * original
         if found["rope_type"] == "llama3":
-            # transformers wants it larger than the original one, even where the factor is 1.
+            # transformers requires it to exceed the original one, even if the factor is 1.
             fields["max_position_embeddings"] = max(math.ceil(longest), original + 1)
         else:
-            # Where it cannot be the product it should say nothing, as the same number does.
+            # If it cannot be the product, it should have no effect, as the same number has.
             fields["max_position_embeddings"] = int(longest) if longest % 1 == 0 else original
     return fields

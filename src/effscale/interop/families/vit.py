@@ -13,33 +13,31 @@ from effscale.models import ClassHead, TransformerConfig, vit
 
 
 class Square(Field):
-    """A size in pixels, as one number or as two that are the same."""
+    """A size in pixels, given as one number or as two equal ones."""
 
     def checked(self, fields: Json) -> int:
-        """The size, as one number."""
+        """Return the size as one number."""
         given = fields[self.name]
         pair = given if isinstance(given, list) and len(given) == 2 else [given]
         sizes = {Fields("config.json", {self.name: size}).whole(self.name) for size in pair}
         if len(sizes) != 1:
-            raise FolderError(
-                f"config.json has {self.name}={shown(given)}; effscale takes squares only"
-            )
+            raise FolderError(f"config.json: {self.name} must be square, got {shown(given)}")
         return sizes.pop()
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Refuses a pooler that is not as wide as the model."""
+    """Reject a pooler whose width differs from the model's."""
     refuse(fields, pooler_output_size=fields["hidden_size"])
     return {}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """The width of the pooler."""
+    """Return the width of the pooler."""
     return {"pooler_output_size": config.d_model}
 
 
 def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
-    """The classifier on the class token, where there is one."""
+    """Return the classifier on the class token, if there is one."""
     del fields
     if "classifier.weight" not in tensors:
         return ()
@@ -47,7 +45,7 @@ def find_heads(fields: Json, tensors: Mapping[str, TensorInfo]) -> Heads:
 
 
 def architecture(heads: Heads) -> str:
-    """The class in transformers that has these heads."""
+    """Return the class in transformers that has these heads."""
     names = [head.name for head in heads]
     check_classifiers(heads, classes=("first", True))
     if names not in ([], ["classes"]):
@@ -72,7 +70,7 @@ VIT = Family(
         Field("attention_probs_dropout_prob", 0.0, "attention_dropout"),
         activation("hidden_act", "gelu"),
         Field("layer_norm_eps", 1e-12, "epsilon"),
-        Field("add_pooling_layer", False, "pooler"),  # the loader finds it out from the tensors
+        Field("add_pooling_layer", False, "pooler"),  # the loader derives it from the tensors
         activation("pooler_act", "tanh", "pooler_activation"),
     ),
     read=read,
@@ -101,7 +99,7 @@ VIT = Family(
         linear("pooler.dense", "pooler"),
     ),
     heads=linear("classifier", "heads.classes.dense"),
-    ignored=(r"embeddings\.mask_token",),  # only masked image modelling uses it
+    ignored=(r"embeddings\.mask_token",),  # used only by masked image modeling
     in_memory={
         "encoder.layer.{}.attention.attention.query": "layers.{}.attention.q_proj",
         "encoder.layer.{}.attention.attention.key": "layers.{}.attention.k_proj",

@@ -1,4 +1,4 @@
-"""The windows of a Qwen's layers in ``config.json``: one width, and which layers have it."""
+"""The windows of a Qwen model's layers in ``config.json``: one width, and which layers use it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,16 @@ from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
 from effscale.models import TransformerConfig
 
-# The words of `layer_types`.
+# The values of `layer_types`.
 KINDS = {"full_attention": False, "sliding_attention": True}
 
 
 def read(fields: Json, has_one: Callable[[int], bool]) -> tuple[int | None, ...] | None:
-    """The window of each layer; None where no layer has one.
+    """Return the window of each layer, or None if no layer has one.
 
     Args:
-        fields: Of ``config.json``.
-        has_one: Which layers have one, where ``layer_types`` does not tell.
+        fields: The fields of ``config.json``.
+        has_one: Which layers have a window if ``layer_types`` is absent.
     """
     typed = Fields("config.json", fields)
     width = typed.whole("sliding_window", None, least=0) if fields["use_sliding_window"] else None
@@ -28,27 +28,29 @@ def read(fields: Json, has_one: Callable[[int], bool]) -> tuple[int | None, ...]
     if kinds is not None:
         if len(kinds) != len(have) or not set(kinds) <= set(KINDS):
             raise FolderError(
-                f"config.json has layer_types={shown(kinds)}: must name one of {', '.join(KINDS)} for each of {len(have)} layers"
+                f"config.json: layer_types must name one of {', '.join(KINDS)} for each of {len(have)} layers, got {shown(kinds)}"
             )
         have = [KINDS[kind] for kind in kinds]
         if any(have) and not width:
             raise FolderError(
-                "config.json has layer_types with sliding_attention, and with use_sliding_window="
-                f"{fields['use_sliding_window']} and sliding_window={width} no window"
+                "config.json: layer_types has sliding_attention, but use_sliding_window="
+                f"{fields['use_sliding_window']} and sliding_window={width} define no window"
             )
     return tuple(width if one else None for one in have)
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
-    """The fields, from a config.
+    """Return the fields for a config.
 
     Raises:
-        ValueError: If layers have windows of different widths.
+        ValueError: Layers have windows of different widths.
     """
     found = [layer.attention.window for layer in config.layers]
     widths = sorted({width for width in found if width is not None})
     if len(widths) > 1:
-        raise ValueError(f"layers have windows of {widths} tokens, and a Qwen's have one width")
+        raise ValueError(
+            f"the windows of all layers must have the same width in a Qwen model, got {widths}"
+        )
     full, sliding = KINDS
     fields: dict[str, Any] = {
         "use_sliding_window": bool(widths),

@@ -1,1 +1,1 @@
-"""Files of weights: reading and writing them, without running what they hold."""
+"""Reading and writing of weight files, without running code from them."""

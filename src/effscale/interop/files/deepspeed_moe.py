@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's ``MoE``: a file for each expert, and one for the rest of the model."""
+"""Checkpoints of DeepSpeed's ``MoE``: one file per expert, and one for the rest of the model."""
 
 import math
 import os
@@ -16,43 +16,46 @@ from effscale.interop.tensors import FolderError, TensorInfo
 FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 REST = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 NAME = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)", re.DOTALL)
-"""An expert's tensor: the layer, as a name in the model; the expert's number in the layer; its own name."""
+"""The parts of an expert tensor's name: the layer, the number of the expert in the layer, and the name in the expert."""
 
 GATE = "deepspeed_moe.gate.wg.weight"
-"""A layer's router, which has a row for each expert."""
+"""A layer's router, with one row per expert."""
 
 
 def expert_file(layer: int, expert: int) -> str:
-    """The name of the file of an expert, for which layers with experts are counted from 0."""
+    """Return the name of an expert's file; layers with experts are numbered from 0."""
     return f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
 def expert_tensor(prefix: str, expert: int, name: str) -> str:
-    """The name of an expert's tensor."""
+    """Return the name of an expert's tensor."""
     return f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{expert}.{name}"
 
 
 class DeepSpeedMoE:
-    """All tensors of such a checkpoint, under their names in the whole model; see `effscale.interop.tensors.Tensors`.
+    """All tensors of such a checkpoint, under their names in the whole model; see ``effscale.interop.tensors.Tensors``.
 
-    Experts have the numbers that they have in their layer, not those that they had in some process: files are alike for every ``ep_size``.
-    The file of the rest may be absent; where it is there, its routers say how many experts a layer must have.
+    Experts have their number in the layer, not in a process: the files are the same for every ``ep_size``. The file of the
+    rest is optional; if present, its routers define how many experts each layer must have.
+
+    Checkpoints of older versions of DeepSpeed, without layer numbers in the names
+    (``expert_G_mp_rank_00_model_states.pt``), are not supported.
 
     Args:
-        folder: The folder with the files, or the one above it, whose file ``latest`` names it.
+        folder: The folder with the files, or its parent, whose file ``latest`` names it.
 
     Attributes:
-        experts: For each layer with experts, in the order of the model: its name, and how many it has.
-        fields: What the file of the rest says of the model; see `effscale.interop.files.deepspeed.KEPT`.
+        experts: The number of experts of each layer with experts, by its name, in the order of the model.
+        fields: What the file of the rest records about the model; see ``effscale.interop.files.deepspeed.KEPT``.
 
     Raises:
-        FolderError: A file is missing, damaged or not of this kind; the experts of a layer are not alike; the files are those of several
+        FolderError: A file is missing, damaged or of another kind; the experts of a layer differ; the files belong to several
             tensor-parallel ranks.
-        ImportError: There is no torch.
+        ImportError: torch is not installed.
 
-    Source:
-        ``_save_moe_checkpoint`` and ``load_moe_state_dict`` of DeepSpeed's ``runtime/engine.py``. Checkpoints from before it had numbers of layers
-        in these names (``expert_G_mp_rank_00_model_states.pt``) are not read.
+    References:
+        DeepSpeed, ``_save_moe_checkpoint`` and ``load_moe_state_dict`` in ``runtime/engine.py``.
+            https://github.com/deepspeedai/DeepSpeed
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -73,22 +76,22 @@ class DeepSpeedMoE:
 
     @staticmethod
     def is_in(folder: str | os.PathLike[str]) -> bool:
-        """Whether a folder, or the one that its file ``latest`` names, holds such files."""
+        """Return whether a folder, or the one that its file ``latest`` names, contains such files."""
         return bool(_expert_files(_folder_of_files(pathlib.Path(folder))))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, from whichever file holds it."""
+        """Read one tensor from the file that contains it."""
         if name not in self._files:
-            raise FolderError(f"{str(self.folder)!r} has no tensor {name!r}.")
+            raise FolderError(f"{str(self.folder)!r}: no tensor {name!r}.")
         return self._files[name].read(name)
 
     def names_of(self, prefix: str) -> list[str]:
-        """The names of the tensors of an expert of a layer."""
+        """Return the names of the tensors of an expert of a layer."""
         first = expert_tensor(prefix, 0, "")
         return [name.removeprefix(first) for name in self._files if name.startswith(first)]
 
     def _layers(self) -> list[list[pathlib.Path]]:
-        """The files of each layer, by the numbers of the experts."""
+        """Return the files of each layer, in the order of the experts."""
         found: dict[int, dict[int, pathlib.Path]] = {}
         files = _expert_files(self.folder)
         ranks = {int(match[3]) for match in files} | {
@@ -96,30 +99,30 @@ class DeepSpeedMoE:
         }
         if not files:
             raise FolderError(
-                f"{str(self.folder)!r} holds no files layer_L_expert_G_mp_rank_00_model_states.pt, in which DeepSpeed saves experts. "
-                "Give the folder of one checkpoint, such as .../global_step1000."
+                f"{str(self.folder)!r}: no files layer_L_expert_G_mp_rank_00_model_states.pt, in which DeepSpeed saves experts. "
+                "Pass the folder of one checkpoint, such as .../global_step1000."
             )
         if ranks != {0}:
             raise FolderError(
-                f"{str(self.folder)!r} holds files of the tensor-parallel ranks {sorted(ranks)}; only checkpoints of one rank are read"
+                f"{str(self.folder)!r}: has files of the tensor-parallel ranks {sorted(ranks)}; only checkpoints of one rank are supported"
             )
         for match in files:
             layer, expert = int(match[1]), int(match[2])
             if expert in found.setdefault(layer, {}):
                 raise FolderError(
-                    f"{str(self.folder)!r} has expert {expert} of layer {layer} twice"
+                    f"{str(self.folder)!r}: has expert {expert} of layer {layer} twice"
                 )
             found[layer][expert] = self.folder / match[0]
         for layer in range(len(found)):
             if layer not in found:
                 raise FolderError(
-                    f"{str(self.folder)!r} lacks the files of layer {layer} with experts, and has those of layer {max(found)}"
+                    f"{str(self.folder)!r}: lacks the expert files of layer {layer}, but has those of layer {max(found)}"
                 )
             for expert in range(len(found[layer])):
                 if expert not in found[layer]:
                     raise FolderError(
-                        f"{str(self.folder / expert_file(layer, expert))!r} is missing: there are files of experts of this layer up to "
-                        f"{max(found[layer])}. Copy them all into one folder."
+                        f"{str(self.folder / expert_file(layer, expert))!r}: is missing, but there are files of experts of this layer up to "
+                        f"{max(found[layer])}. Copy all of them into one folder."
                     )
         return [[found[layer][e] for e in range(len(found[layer]))] for layer in range(len(found))]
 
@@ -135,21 +138,21 @@ class DeepSpeedMoE:
                     )
                 prefixes.add(match[1])
                 infos[match[3]] = info
-            # A tensor can claim more numbers than the file has, by repeating them.
+            # A tensor can claim more numbers than the file has by repeating them.
             claimed = sum(math.prod(i.shape) * i.dtype.itemsize for i in infos.values())
             if claimed > file.path.stat().st_size:
-                raise FolderError(f"{str(file.path)!r} is smaller than the tensors that it names")
+                raise FolderError(f"{str(file.path)!r}: is smaller than its tensors")
             alike = alike or infos
             if infos != alike or not infos:
                 raise FolderError(
-                    f"the experts of layer {layer} are not alike: {_listed(alike)} in {str(files[0].path)!r}, and {_listed(infos)} in "
+                    f"the experts of layer {layer} differ: {_listed(alike)} in {str(files[0].path)!r}, but {_listed(infos)} in "
                     f"{str(file.path)!r}"
                 )
             self._files |= dict.fromkeys(file.infos, file)
         if len(prefixes) > 1 or prefixes & self.experts.keys():
             raise FolderError(
-                f"{str(self.folder)!r}: the files of layer {layer} hold experts of {sorted(prefixes | self.experts.keys())}, and each "
-                "layer has a name of its own. They are of different models, or of different stages of a pipeline."
+                f"{str(self.folder)!r}: the files of layer {layer} contain experts of {sorted(prefixes | self.experts.keys())}, but each "
+                "layer must have its own name. They belong to different models, or to different stages of a pipeline."
             )
         self.experts[prefixes.pop()] = len(files)
 
@@ -165,8 +168,8 @@ class DeepSpeedMoE:
             if wanted is None or len(wanted) != 2 or wanted[0] != found:
                 router = "none" if wanted is None else f"one of the shape {list(wanted)}"
                 raise FolderError(
-                    f"{str(self.folder)!r} has files of {found} experts of {prefix!r}, and of its router {router}: it needs a file for "
-                    "each of the router's rows. Copy all files of the checkpoint into one folder."
+                    f"{str(self.folder)!r}: has files of {found} experts of {prefix!r}, and its router is {router}. It needs one file for "
+                    "each row of the router. Copy all files of the checkpoint into one folder."
                 )
 
 
@@ -176,13 +179,13 @@ def _expert_files(folder: pathlib.Path) -> list[re.Match[str]]:
 
 
 def _folder_of_files(folder: pathlib.Path) -> pathlib.Path:
-    """The folder, or the one in it that DeepSpeed's file ``latest`` names."""
+    """Return the folder, or the one in it that DeepSpeed's file ``latest`` names."""
     latest = folder / "latest"
     if _expert_files(folder) or not latest.is_file():
         return folder
     with open(latest, encoding="utf-8", errors="replace") as stream:
         tag = stream.read(256).strip()
-    # A name of a folder in this one, and no way to another.
+    # A name of a folder in this one, not a path to another.
     inside = bool(re.fullmatch(r"[\w.+-]+", tag)) and tag not in (".", "..")
     return folder / tag if inside and (folder / tag).is_dir() else folder
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints as DeepSpeed's engine takes them."""
+"""Write checkpoints that DeepSpeed's engine loads."""
 
 import os
 import pathlib
@@ -14,11 +14,11 @@ from effscale.interop.files.deepspeed_moe import DeepSpeedMoE
 from effscale.interop.tensors import FolderError
 
 REST = "mp_rank_00_model_states.pt"
-"""The file of all that is no expert."""
+"""The file of everything except experts."""
 
 
 def checkpoint(module: Any, num_experts: Sequence[int], **more: Any) -> dict[str, Any]:
-    """What DeepSpeed's engine asks of the file of the rest, of a model that has not been trained there."""
+    """Return the contents of that file, with what DeepSpeed's engine requires for a model that was not trained there."""
     return {
         "module": module,
         "num_experts": list(num_experts),
@@ -34,35 +34,35 @@ def checkpoint(module: Any, num_experts: Sequence[int], **more: Any) -> dict[str
 
 
 def write_files(folder: str | os.PathLike[str], files: Iterable[tuple[str, Any]]) -> None:
-    """Writes files whose content is dicts of arrays and plain values, in the order given; process 0 does it, and all gather."""
+    """Write files of dicts of arrays and plain values, in the given order; all processes gather, process 0 writes."""
     place, first = pathlib.Path(folder), jax.process_index() == 0
     torch = _torch()
     try:
         place.mkdir(parents=True, exist_ok=True)
         if first and DeepSpeedMoE.is_in(place):
             raise FolderError(
-                f"{str(place)!r} holds files of experts already, and those of two models would be mixed: give a new folder"
+                f"{str(place)!r}: already contains expert files, and two models would be mixed. Use a new folder"
             )
         for name, content in files:
             if first:
-                # A file that is cut short is not one that DeepSpeed would find.
+                # A truncated file must not have a name that DeepSpeed looks for.
                 temporary = place / f".{name}.part"
                 torch.save(_as_torch(content), temporary)
                 os.replace(temporary, place / name)
     except OSError as error:
-        raise FolderError(f"{str(place)!r} cannot take the checkpoint: {error}") from error
+        raise FolderError(f"{str(place)!r}: the checkpoint cannot be written: {error}") from error
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("write_deepspeed_experts")
 
 
 def _as_torch(content: Any) -> Any:
-    """The same with PyTorch's tensors in place of NumPy's arrays."""
+    """Convert NumPy arrays to PyTorch tensors."""
     if isinstance(content, dict):
         return {name: _as_torch(value) for name, value in content.items()}
     if not isinstance(content, np.ndarray):
         return content
     torch = _torch()
-    array = np.array(content, order="C")  # a copy of its own: torch saves all that a view is of
+    array = np.array(content, order="C")  # a copy, because torch saves the whole base of a view
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -73,6 +73,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "DeepSpeed's files are PyTorch's, whose package is needed: pip install 'effscale[torch]'"
+            "writing DeepSpeed checkpoints needs torch: install it with pip install 'effscale[torch]'"
         ) from error
     return torch

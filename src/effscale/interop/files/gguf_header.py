@@ -1,9 +1,10 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie; nothing in it is trusted.
+"""The header of a GGUF file: its metadata and the positions of its tensors; nothing in it is trusted.
 
-The package ``gguf`` has a reader, too. It takes every count in the file at its word, and with one flipped bit asks for more memory
-than there is; so the header is read here, and the package is left what it is good at, the quantized formats.
+The package ``gguf`` also has a reader, but it trusts every count in the file: one flipped bit can make it request more
+memory than there is. So the header is read here, and the package is used only for the quantized formats.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+References:
+    ggml, "GGUF". https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -43,10 +44,10 @@ class Entry:
     """A tensor in the file.
 
     Attributes:
-        shape: Its dimensions, the one that varies slowest first, as in NumPy and torch.
+        shape: Its dimensions, slowest-varying first, as in NumPy and torch.
         kind: Its type, by ggml's number.
-        start: Where its data begins, from the start of the file.
-        size: Its data's bytes.
+        start: Start of its data, from the beginning of the file.
+        size: Size of its data in bytes.
     """
 
     shape: tuple[int, ...]
@@ -56,13 +57,13 @@ class Entry:
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """The shape of its data as bytes: a row is one stretch of bytes."""
+        """The shape of its data as bytes, in which a row is contiguous."""
         return (*self.shape[:-1], self.size // math.prod(self.shape[:-1]))
 
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but the tensors' data.
+    """Everything in a GGUF file except the data of the tensors.
 
     Attributes:
         path: The file.
@@ -76,16 +77,16 @@ class Header:
 
     @property
     def fields(self) -> Fields:
-        """The metadata, to be read by kind."""
+        """The metadata, for reading by type."""
         return Fields(repr(str(self.path)), self.metadata)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads and checks the header of a GGUF file.
+    """Read and check the header of a GGUF file.
 
     Raises:
-        FolderError: It cannot be read, or is no sound GGUF file: cut short, counts that do not fit, a key or a tensor
-            twice, tensors that do not lie one after the other to the end of the file.
+        FolderError: The file cannot be read or is not a valid GGUF file: it is truncated, counts do not fit, a key or a
+            tensor occurs twice, or tensors do not follow each other to the end of the file.
         ImportError: The package gguf is not installed.
     """
     path = pathlib.Path(path)
@@ -95,17 +96,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     except (OSError, UnicodeDecodeError, _UnsoundError) as error:
         kind = what_it_is(path)
         raise FolderError(
-            f"{str(path)!r} is not a sound GGUF file: "
+            f"{str(path)!r}: is not a valid GGUF file: "
             f"{error if kind in (None, 'this is a GGUF file') else kind}. Download or copy it again."
         ) from error
 
 
 class _UnsoundError(Exception):
-    """What is wrong with the file."""
+    """An error that describes what is wrong with the file."""
 
 
 class _Parser:
-    """Reads a header front to back; every read is checked against what is left of the file."""
+    """Parse a header from front to back; every read is checked against what is left of the file."""
 
     def __init__(self, path: pathlib.Path, stream: BinaryIO):
         self.path, self.stream = path, stream
@@ -118,27 +119,27 @@ class _Parser:
         if version not in VERSIONS:
             swapped = version & 0xFFFF == 0
             raise _UnsoundError(
-                "it is for machines of the other byte order"
+                "it has the other byte order"
                 if swapped
-                else f"its version is {version}, and known are {VERSIONS}"
+                else f"its version is {version}, but only {VERSIONS} are supported"
             )
         num_tensors, num_keys = struct.unpack("<QQ", self.take(16))
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.string()
             if key in metadata:
-                raise _UnsoundError(f"the key {key!r} is there twice")
+                raise _UnsoundError(f"the key {key!r} occurs twice")
             metadata[key] = self.value(self.uint32())
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise _UnsoundError(f"general.alignment={alignment!r} is no power of two")
+            raise _UnsoundError(f"general.alignment must be a power of two, got {alignment!r}")
         found = [self.tensor() for _ in range(num_tensors)]
         return Header(self.path, metadata, self.entries(found, alignment))
 
     def take(self, count: int) -> bytes:
         if count > self.left:
             raise _UnsoundError(
-                f"at byte {self.size - self.left} it announces {count} bytes, and has {self.left}"
+                f"at byte {self.size - self.left} it declares {count} bytes, but {self.left} are left"
             )
         data = self.stream.read(count)
         if len(data) != count:
@@ -167,7 +168,7 @@ class _Parser:
 
     def scalars(self, kind: int, length: int) -> np.ndarray:
         if kind not in SCALARS:
-            raise _UnsoundError(f"metadata of the type {kind} is not known")
+            raise _UnsoundError(f"it has metadata of the unknown type {kind}")
         dtype = np.dtype(SCALARS[kind])
         data = self.take(length * dtype.itemsize)
         if dtype == np.bool_ and max(data, default=0) > 1:
@@ -186,45 +187,45 @@ class _Parser:
     def entries(
         self, found: list[tuple[str, tuple[int, ...], int, int]], alignment: int
     ) -> Mapping[str, Entry]:
-        """Places the tensors: each begins where the one before it ends, rounded up, as ggml demands."""
+        """Place the tensors: each begins at the end of the previous one, rounded up, as ggml requires."""
         pad = lambda place: -(-place // alignment) * alignment
         entries: dict[str, Entry] = {}
         start = first = pad(self.size - self.left)
         end = first
         for name, shape, kind, offset in found:
             if name in entries:
-                raise _UnsoundError(f"the tensor {name!r} is there twice")
+                raise _UnsoundError(f"the tensor {name!r} occurs twice")
             per_block, block_bytes = _block(kind, name)
             if shape[-1] % per_block:
                 raise _UnsoundError(
-                    f"the rows of {name!r} are no multiple of its type's {per_block}"
+                    f"the rows of {name!r} are not a multiple of its type's block size {per_block}"
                 )
             if first + offset != start:
                 raise _UnsoundError(
-                    f"the tensor {name!r} begins at {offset}, and should at {start - first}"
+                    f"the tensor {name!r} begins at {offset} instead of {start - first}"
                 )
             size = math.prod(shape) // per_block * block_bytes
             entries[name] = Entry(shape, kind, start, size)
             end = start + size
             start = pad(end)
         if not end <= self.size < end + alignment:
-            raise _UnsoundError(f"its tensors end at byte {end}, and it has {self.size}")
+            raise _UnsoundError(f"its tensors end at byte {end}, but it has {self.size} bytes")
         return entries
 
 
 def _block(kind: int, name: str) -> tuple[int, int]:
-    """How many numbers of this type make a block, and its bytes."""
+    """Return the number of elements and of bytes per block of this type."""
     gguf = import_gguf()
     try:
         return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (KeyError, ValueError) as error:
         raise _UnsoundError(
-            f"the tensor {name!r} has the type {kind}, which this gguf package does not know"
+            f"the tensor {name!r} has the type {kind}, which the installed gguf package does not support"
         ) from error
 
 
 def import_gguf() -> Any:
-    """The package gguf.
+    """Import the package gguf.
 
     Raises:
         ImportError: It is not installed.
@@ -234,6 +235,6 @@ def import_gguf() -> Any:
         import gguf.quants
     except ImportError as error:
         raise ImportError(
-            "reading GGUF files needs the gguf package: pip install 'effscale[gguf]'."
+            "reading GGUF files needs gguf: install it with pip install 'effscale[gguf]'."
         ) from error
     return gguf

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries: a byte-level BPE."""
+"""The tokenizer in a GGUF file: a byte-level BPE."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.tensors import FolderError
 
 GGML = "tokenizer.ggml."
-"""What the keys of a tokenizer begin with."""
+"""Common prefix of a tokenizer's keys."""
 
 CONTROL, USER_DEFINED = 3, 4
-"""Types of tokens that are found in a text before it is split; control tokens do not come out as text again."""
+"""Types of tokens that are found in a text before it is split; control tokens are not decoded to text."""
 
-# Llama 3's split, as its tokenizer.json states it.
+# Llama 3's splitting pattern, as in its tokenizer.json.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,17 +47,17 @@ SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 
 
 def gguf_tokenizer(file: GGUFFile | str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file.
+    """Return the tokenizer of a GGUF file.
 
-    It splits texts as llama.cpp and the model's own ``tokenizer.json`` do. transformers (5.24) differs in two places: for
-    ``smollm`` it forgets to split digits off first, so that of several spaces before a digit it takes the last apart; and for
-    ``llama-bpe`` it merges words that the vocabulary has whole.
+    It splits texts like llama.cpp and the model's own ``tokenizer.json``. transformers (5.24) differs in two places. For
+    ``smollm``, it does not split off digits first, so of several spaces before a digit it separates the last one. For
+    ``llama-bpe``, it merges words that the vocabulary contains as a whole.
 
     Args:
         file: The file, or its path.
 
     Raises:
-        FolderError: It has no tokenizer, one of another kind (SentencePiece), or one that splits texts in a way not known here.
+        FolderError: The file has no tokenizer, one of another kind (SentencePiece), or one with an unsupported splitting rule.
     """
     file = file if isinstance(file, GGUFFile) else GGUFFile(file)
     with reading(f"the tokenizer of {str(file.header.path)!r} cannot be read", Exception):
@@ -68,13 +68,13 @@ def _tokenizer(path: str, fields: Fields) -> tokenizers.Tokenizer:
     kind = fields.text(f"{GGML}model", None)
     if kind != "gpt2":
         raise FolderError(
-            f"{path!r} has a tokenizer of the kind {shown(kind)}, and of GGUF files only byte-level BPE ('gpt2') "
-            "is read; load the tokenizer from the model's Hugging Face folder."
+            f"{path!r}: the tokenizer must be a byte-level BPE ('gpt2'), the only supported kind in GGUF files, got {shown(kind)}. "
+            "Load the tokenizer from the model's Hugging Face folder."
         )
     split = fields.text(f"{GGML}pre", None)
     if split not in SPLITS:
         raise FolderError(
-            f"{path!r} splits texts by the rule {shown(split)}, and known are {', '.join(SPLITS)}; load the tokenizer "
+            f"{path!r}: the splitting rule must be one of {', '.join(SPLITS)}, got {shown(split)}. Load the tokenizer "
             "from the model's Hugging Face folder."
         )
     tokens, merges = fields.strings(f"{GGML}tokens"), fields.strings(f"{GGML}merges")
@@ -84,7 +84,7 @@ def _tokenizer(path: str, fields: Fields) -> tokenizers.Tokenizer:
     types = fields.values.get(f"{GGML}token_type", np.zeros(0, np.int32))
     if not isinstance(types, np.ndarray):
         raise FolderError(
-            f"{path!r} has {GGML}token_type={shown(types)}: must be a list of numbers."
+            f"{path!r}: {GGML}token_type must be a list of numbers, got {shown(types)}."
         )
     _add_tokens(tokenizer, tokens, types)
     _add_ends(tokenizer, path, tokens, fields, begins=split == "llama-bpe")
@@ -96,7 +96,9 @@ def _model(
 ) -> tokenizers.models.BPE:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise FolderError(f"{path!r}: its vocabulary has {len(tokens) - len(vocab)} tokens twice.")
+        raise FolderError(
+            f"{path!r}: its vocabulary contains {len(tokens) - len(vocab)} tokens twice."
+        )
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
@@ -128,14 +130,14 @@ def _add_ends(
     *,
     begins: bool,
 ) -> None:
-    """Has texts begin and end with a token where the file says so; without a word, Llama 3's begin with one."""
+    """Add the begin and end tokens to texts if the file says so; by default, Llama 3's texts begin with one."""
     template, special = ["$A"], []
     for name, default in (("bos", begins), ("eos", False)):
         if not fields.flag(f"{GGML}add_{name}_token", default):
             continue
         index = fields.whole(f"{GGML}{name}_token_id")
         if index >= len(tokens):
-            raise FolderError(f"{path!r}: {name}_token_id={index} is not one of its tokens.")
+            raise FolderError(f"{path!r}: {name}_token_id must be the id of a token, got {index}.")
         special.append((tokens[index], index))
         template.insert(0 if name == "bos" else 2, tokens[index])
     if special:

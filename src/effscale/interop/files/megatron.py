@@ -1,4 +1,4 @@
-"""BLOOM checkpoints of Megatron-DeepSpeed: a file per layer and tensor-parallel rank."""
+"""BLOOM checkpoints of Megatron-DeepSpeed: one file per layer and tensor-parallel rank."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from effscale.interop.tensors import FolderError, TensorInfo
 FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 
 FIRST_BLOCK = 3
-"""Layer 1 embeds, layers 0 and 2 are functions without weights, and the blocks follow."""
+"""Layer 1 is the embedding, layers 0 and 2 have no weights, and the blocks follow."""
 
 BLOCK = tuple(
     f"{module}.{kind}"
@@ -34,36 +34,37 @@ OUTSIDE = {
     "weight": "ln_f.weight",
     "bias": "ln_f.bias",
 }
-"""Names outside of the blocks, Megatron's and Hugging Face's."""
+"""Names outside of the blocks, in Megatron and in Hugging Face."""
 
-# How the ranks' parts make the whole. A layer that splits its outputs (the fused query, key and
-# value, head by head; the first MLP kernel; the embedding, by words) is joined along rows, one
-# that splits its inputs along columns; what every rank has whole is averaged.
+# How the ranks' parts are merged. A layer that splits its outputs (the fused query, key and
+# value, by head; the first MLP kernel; the embedding, by words) is concatenated along rows. One
+# that splits its inputs is concatenated along columns. Parameters that every rank has whole are averaged.
 COLUMNS = re.compile(r"(self_attention\.dense|mlp\.dense_4h_to_h)\.weight$")
 WHOLE = re.compile(r"(layernorm\.\w+|ln_f\.\w+|(self_attention\.dense|mlp\.dense_4h_to_h)\.bias)$")
 
 
 class MegatronBloom:
-    """A Megatron-DeepSpeed folder under Hugging Face's names; see `effscale.interop.tensors.Tensors`.
+    """A Megatron-DeepSpeed folder under Hugging Face's names; see ``effscale.interop.tensors.Tensors``.
 
-    Files are called ``layer_XX-model_YY-model_states.pt`` with the layer XX and the rank YY. A tensor
-    is put together when it is read, from mapped files. What every rank holds whole (layer norms,
+    Files are named ``layer_XX-model_YY-model_states.pt`` with the layer XX and the rank YY. A tensor
+    is assembled when it is read, from mapped files. Parameters that every rank has whole (layer norms,
     and the biases that are added after the sum over ranks) may have drifted apart in training and
-    is averaged; where all ranks hold the same bytes, these are the result.
+    are averaged; if all ranks have the same bytes, these are the result.
 
-    Names are without the prefix ``transformer.``, as in BLOOM's own files on the Hub.
+    Names lack the prefix ``transformer.``, as in BLOOM's own files on the Hub.
 
     Args:
         folder: The folder with the layer files.
 
     Raises:
-        FolderError: A rank or a layer is missing; ranks hold different names, shapes or types; a
-            name is not one of BLOOM's.
-        ImportError: There is no torch.
+        FolderError: A rank or a layer is missing; ranks have different names, shapes or types; a
+            name does not belong to BLOOM.
+        ImportError: torch is not installed.
 
-    Source:
-        BLOOM (2211.05100); the names and rules of ``convert_bloom_original_checkpoint_to_pytorch``
-        in transformers 4.31.
+    References:
+        Le Scao et al., "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model" (2022).
+            https://arxiv.org/abs/2211.05100
+        The names and rules are those of ``convert_bloom_original_checkpoint_to_pytorch`` in transformers 4.31.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -76,9 +77,9 @@ class MegatronBloom:
             for old in dict.fromkeys(old for rank in ranks for old in rank.infos):
                 name = _new_name(layer, old)
                 if name is None:
-                    raise FolderError(f"{str(paths[0])!r}: {old!r} is not a tensor of BLOOM's.")
+                    raise FolderError(f"{str(paths[0])!r}: {old!r} is not a tensor of BLOOM.")
                 if name in infos:
-                    raise FolderError(f"{str(self.folder)!r} holds {name!r} in two layers.")
+                    raise FolderError(f"{str(self.folder)!r}: has {name!r} in two layers.")
                 if old in BLOCK:
                     blocks.add(layer)
                 infos[name] = _merged_info(name, old, ranks)
@@ -86,20 +87,20 @@ class MegatronBloom:
         missing = sorted(set(range(FIRST_BLOCK, max(blocks, default=FIRST_BLOCK) + 1)) - blocks)
         if missing:
             raise FolderError(
-                f"{str(self.folder)!r} lacks the files of layers {missing}, blocks "
-                f"{[layer - FIRST_BLOCK for layer in missing]} of the model. Copy them there too."
+                f"{str(self.folder)!r}: lacks the files of layers {missing}, blocks "
+                f"{[layer - FIRST_BLOCK for layer in missing]} of the model. Copy them to this folder, too."
             )
         self.infos: Mapping[str, TensorInfo] = infos
 
     @staticmethod
     def is_in(folder: str | os.PathLike[str]) -> bool:
-        """Whether a folder holds such layer files."""
+        """Return whether a folder contains such layer files."""
         return any(FILE.fullmatch(entry.name) for entry in pathlib.Path(folder).iterdir())
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, merged over the ranks."""
+        """Read one tensor, merged over the ranks."""
         if name not in self.infos:
-            raise FolderError(f"{str(self.folder)!r} has no tensor {name!r}.")
+            raise FolderError(f"{str(self.folder)!r}: no tensor {name!r}.")
         old, ranks = self._parts[name]
         parts = [rank.read(old) for rank in ranks]
         if not WHOLE.search(name):
@@ -122,8 +123,8 @@ class MegatronBloom:
         ]
         if missing or not found:
             raise FolderError(
-                f"{str(self.folder)!r} lacks layer files of Megatron-DeepSpeed: "
-                f"{', '.join(missing[:20]) or 'there are none'}. Copy them all into one folder."
+                f"{str(self.folder)!r}: lacks layer files of Megatron-DeepSpeed: "
+                f"{', '.join(missing[:20]) or 'none was found'}. Copy all of them into one folder."
             )
         return {
             layer: [ranks[rank] for rank in range(count)] for layer, ranks in sorted(found.items())
@@ -139,7 +140,7 @@ def _new_name(layer: int, old: str) -> str | None:
 def _merged_info(name: str, old: str, ranks: list[TorchFile]) -> TensorInfo:
     for rank in ranks:
         if old not in rank.infos:
-            raise FolderError(f"{str(rank.path)!r} lacks {old!r}, which other ranks have.")
+            raise FolderError(f"{str(rank.path)!r}: lacks {old!r}, which other ranks have.")
     first = ranks[0].infos[old]
     for rank in ranks:
         if rank.infos[old] != first:
@@ -151,7 +152,9 @@ def _merged_info(name: str, old: str, ranks: list[TorchFile]) -> TensorInfo:
     if not WHOLE.search(name):
         axis = 1 if COLUMNS.search(name) else 0
         if axis >= len(shape):
-            raise FolderError(f"{str(ranks[0].path)!r}: {old!r} has the shape {first.shape}.")
+            raise FolderError(
+                f"{str(ranks[0].path)!r}: {old!r} has the invalid shape {first.shape}."
+            )
         shape[axis] *= len(ranks)
     return TensorInfo(tuple(shape), first.dtype)
 

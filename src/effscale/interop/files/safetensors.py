@@ -1,4 +1,4 @@
-"""Files in the safetensors format, read one tensor at a time and without torch."""
+"""Safetensors files, read one tensor at a time and without torch."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from effscale.interop.tensors import DTYPES, FolderError, TensorInfo, what_it_is
 
 PREFIX = "effscale."
-"""What keys of ours begin with in a file's metadata."""
+"""Prefix of effscale's keys in the metadata of a file."""
 
 CHECKSUMS = f"{PREFIX}tensors_crc32"
-"""The key in a file's metadata that holds the checksums of its tensors, as JSON."""
+"""The metadata key for the checksums of the file's tensors, as JSON."""
 
 METADATA = "__metadata__"
-"""The header's entry of metadata; among the checksums, that of our other keys there."""
+"""The header's entry for metadata; among the checksums, the one for effscale's other metadata keys."""
 
 CODES = {
     "F64": np.dtype("<f8"),
@@ -37,7 +37,7 @@ CODES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""The format's names of the types that are taken."""
+"""The format's names of the supported types."""
 
 
 class _Entry(NamedTuple):
@@ -47,26 +47,26 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """One safetensors file; see `effscale.interop.tensors.Tensors`.
+    """One safetensors file; see ``effscale.interop.tensors.Tensors``.
 
-    The ``safetensors`` library judges the header: lengths, offsets without gaps or overlaps, and
-    shapes that fit them. Data is then read with plain reads, not through a memory map: the pages of
-    a map count as resident memory until it is closed, and a file cut short while it is mapped
+    The ``safetensors`` library validates the header: lengths, offsets without gaps or overlaps, and
+    shapes that fit them. Data is then read with plain reads instead of a memory map: the pages of
+    a map count as resident memory until it is closed, and a file that is truncated while it is mapped
     kills the process.
 
-    The files that `effscale.interop.files.writer` makes carry a checksum of every tensor (its name, type,
-    shape and data), so any damage to them is noticed. Files of others carry none: damage to
-    their header is noticed unless it happens to be a valid header again, and a flipped bit in
-    their data cannot be known from the file.
+    Files written by ``effscale.interop.files.writer`` carry a checksum of every tensor (its name, type,
+    shape and data), so any damage to them is detected. Other files carry none: damage to
+    their header is detected unless the result is a valid header again, and a flipped bit in
+    their data cannot be detected.
 
     Args:
         path: The file.
 
     Attributes:
-        metadata: Texts of ours in the header, by key; see `effscale.interop.files.writer.write_tensors`.
+        metadata: effscale's texts in the header, by key; see ``effscale.interop.files.writer.write_tensors``.
 
     Raises:
-        FolderError: The file cannot be read or is not a sound safetensors file.
+        FolderError: The file cannot be read or is not a valid safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -96,19 +96,19 @@ class SafetensorsFile:
         self.metadata: Mapping[str, str] = others if self._checksums else {}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read only.
+        """Read one tensor, as a read-only array.
 
         Raises:
-            FolderError: There is no such tensor, its type is not taken, the file changed since it
-                was opened, or the data is not what the checksum says.
+            FolderError: The tensor does not exist, its type is not supported, the file changed since it
+                was opened, or the data does not match the checksum.
         """
         if name not in self.infos:
-            raise FolderError(f"{str(self.path)!r} has no tensor {name!r}.")
+            raise FolderError(f"{str(self.path)!r}: no tensor {name!r}.")
         info, entry = self.infos[name], self._entries[name]
         if info.dtype not in DTYPES:
             raise FolderError(
-                f"{str(self.path)!r}: tensor {name!r} is of type {entry.code}, which is not taken; "
-                f"convert it to one of {', '.join(CODES)}."
+                f"{str(self.path)!r}: the tensor {name!r} has the type {entry.code}, which is not supported. "
+                f"Convert it to one of {', '.join(CODES)}."
             )
         data = np.empty(entry.stop - entry.start, np.uint8)
         try:
@@ -120,8 +120,8 @@ class SafetensorsFile:
             raise self._unsound(f"tensor {name!r} cannot be read ({error})") from error
         if not same or count != data.size:
             raise FolderError(
-                f"{str(self.path)!r} changed after it was opened; open the folder again when "
-                "nobody writes to it."
+                f"{str(self.path)!r}: changed after it was opened. Open the folder again when "
+                "no process writes to it."
             )
         if (
             self._checksums
@@ -129,14 +129,14 @@ class SafetensorsFile:
         ):
             raise self._unsound(f"the data of tensor {name!r} does not match its checksum")
         if info.dtype == np.bool_ and data.max(initial=0) > 1:
-            raise self._unsound(f"the boolean tensor {name!r} holds bytes other than 0 and 1")
+            raise self._unsound(f"the boolean tensor {name!r} has bytes other than 0 and 1")
         data.flags.writeable = False
         return data.view(info.dtype).reshape(info.shape)
 
     def _parse_checksums(
         self, metadata: Mapping[str, str], others: Mapping[str, str]
     ) -> Mapping[str, int]:
-        # Each half of the key gives the other away, should a bit of it have flipped.
+        # If a bit of one half of the key has flipped, the other half reveals it.
         parts = CHECKSUMS.split(".")
         ours = [key for key in metadata if any(p in key for p in parts) and key not in others]
         if not ours and not others:
@@ -150,31 +150,31 @@ class SafetensorsFile:
             raise self._unsound(f"its checksums cannot be read ({error})") from error
         of_others = checksums.pop(METADATA, None) if isinstance(checksums, dict) else None
         if not isinstance(checksums, dict) or checksums.keys() != self.infos.keys():
-            raise self._unsound("its checksums are of other tensors than it holds")
+            raise self._unsound("its checksums and its tensors have different names")
         if of_others != (text_checksum(others) if others else None):
             raise self._unsound("its metadata does not match its checksum")
         return checksums
 
     def _unsound(self, reason: str) -> FolderError:
         return FolderError(
-            f"{str(self.path)!r} is not a sound safetensors file: {reason}. "
-            "Download or copy it again, or write it again from the model that it came from."
+            f"{str(self.path)!r}: is not a valid safetensors file: {reason}. "
+            "Download or copy it again, or write it again from the original model."
         )
 
 
 def checksum(name: str, code: str, shape: tuple[int, ...], data: np.ndarray) -> int:
-    """The CRC-32 of a tensor's name, type, shape and bytes."""
+    """Return the CRC-32 of a tensor's name, type, shape and bytes."""
     start = zlib.crc32(json.dumps([name, code, list(shape)]).encode())
     return zlib.crc32(data.data, start)
 
 
 def text_checksum(metadata: Mapping[str, str]) -> int:
-    """The CRC-32 of keys and texts."""
+    """Return the CRC-32 of keys and texts."""
     return zlib.crc32(json.dumps(sorted(metadata.items())).encode())
 
 
 def identity(descriptor: int) -> tuple[int, ...]:
-    """What changes when an open file is written to or another takes its name."""
+    """Return what changes when an open file is written to or another file takes its name."""
     status = os.fstat(descriptor)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 

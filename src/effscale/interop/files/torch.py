@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, read through torch's restricted unpickler only."""
+"""Files written by ``torch.save``, read only through torch's restricted unpickler."""
 
 import os
 import pathlib
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     import torch
 
 NESTED = ("module", "state_dict", "model_state_dict", "model")
-"""Keys under which a checkpoint that holds more than a model keeps the model: those of DeepSpeed, of Lightning, and two that scripts use."""
+"""Keys under which checkpoints that contain more than a model store it: those of DeepSpeed, of Lightning, and two common ones."""
 
 RESIDENT_PART = 16
-"""After one part in so many of a file was read it is mapped again, since the pages of a map that were read count as resident memory."""
+"""After reading this fraction of a file, it is mapped again, because pages of a map that were read count as resident memory."""
 
 
 class TorchFile:
-    """One ``.bin`` or ``.pt`` file; see `effscale.interop.tensors.Tensors`.
+    """One ``.bin`` or ``.pt`` file; see ``effscale.interop.tensors.Tensors``.
 
-    It is read with ``torch.load(weights_only=True)``: a pickle that names anything but tensors and
-    plain containers is refused before anything in it is called. Tensors come from a memory map; only
+    It is read with ``torch.load(weights_only=True)``: a pickle that refers to anything except tensors and
+    plain containers is rejected before any of it is called. Tensors come from a memory map; only
     the format from before PyTorch 1.6 cannot be mapped and is held in memory as a whole.
 
-    Torch does not look at the checksums in such an archive, so a flipped bit in the data goes
-    unnoticed; in safetensors files of ours it would not.
+    Torch does not check the checksums in such an archive, so a flipped bit in the data goes
+    undetected. In safetensors files written by effscale, it is detected.
 
-    A checkpoint that holds the model beside other things, under one of the names in `NESTED`, is
-    taken for the model. Within the model's state dict everything must be a tensor: what is not
-    (a step counter, a packed weight of some other library) shows that the file is more than a
-    model's weights, and leaving it out silently could leave out a weight.
+    If a checkpoint contains the model along with other things, under one of the names in ``NESTED``, the
+    model is read. Everything in its state dict must be a tensor: anything else
+    (a step counter, a packed weight of another library) shows that the file contains more than a
+    model's weights, and ignoring it silently could leave out a weight.
 
     Args:
         path: The file.
 
     Raises:
-        ImportError: There is no torch.
-        FolderError: The file cannot be read, or holds anything but a state dict of tensors.
+        ImportError: torch is not installed.
+        FolderError: The file cannot be read, or contains anything except a state dict of tensors.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -61,21 +61,21 @@ class TorchFile:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, read only: a view of the memory map.
+        """Read one tensor: a read-only view of the memory map.
 
         Raises:
-            FolderError: There is no such tensor, its type or layout is not taken, or the file
+            FolderError: The tensor does not exist, its type or layout is not supported, or the file
                 changed since it was opened.
         """
         if name not in self.infos:
-            raise FolderError(f"{str(self.path)!r} has no tensor {name!r}.")
+            raise FolderError(f"{str(self.path)!r}: no tensor {name!r}.")
         if self._is_zip and self._touched * RESIDENT_PART > self._identity[0]:
             self._mapped = None
         tensor = self._state()[name].detach()
         if self.infos[name].dtype not in DTYPES or tensor.layout != _torch().strided:
             raise FolderError(
-                f"{str(self.path)!r}: tensor {name!r} is of type {tensor.dtype} and layout "
-                f"{tensor.layout}, which is not taken; save it as a plain tensor of floats."
+                f"{str(self.path)!r}: the tensor {name!r} has the type {tensor.dtype} and the layout "
+                f"{tensor.layout}, which are not supported. Save it as a plain tensor of floats."
             )
         self._touched += tensor.nbytes
         if tensor.dtype == _torch().bfloat16:
@@ -89,8 +89,8 @@ class TorchFile:
         if self._mapped is None:
             if self._status() != self._identity:
                 raise FolderError(
-                    f"{str(self.path)!r} changed after it was opened; open the folder again when "
-                    "nobody writes to it."
+                    f"{str(self.path)!r}: changed after it was opened. Open the folder again when "
+                    "no process writes to it."
                 )
             self._mapped, self._touched = self._load(), 0
         return self._mapped
@@ -99,29 +99,29 @@ class TorchFile:
         return self._checked(_find_state(self._content()))
 
     def _content(self) -> Any:
-        """Everything that is in the file."""
+        """Return everything in the file."""
         torch = _torch()
         try:
             with warnings.catch_warnings():
-                # It warns of pickle protocols other than 2; what it cannot read is an error anyhow.
+                # It warns about pickle protocols other than 2; what it cannot read is an error anyway.
                 warnings.simplefilter("ignore")
                 return torch.load(
                     self.path, weights_only=True, mmap=self._is_zip, map_location="cpu"
                 )
-        # On damaged files torch raises whatever its own code runs into, a KeyError for instance.
+        # On damaged files, torch raises any exception that its own code runs into, such as a KeyError.
         except Exception as error:
             if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise FolderError(
-                    f"{str(self.path)!r}: its pickle asks for {refused[1]!r}, which no tensor "
-                    "needs. It was refused, and nothing in the file was run. Ask whoever made the "
-                    "file for the state_dict() alone, best as safetensors."
+                    f"{str(self.path)!r}: its pickle refers to {refused[1]!r}, which no tensor "
+                    "needs. It was rejected, and nothing in the file was run. Ask the author of the "
+                    "file for only the state_dict(), preferably as safetensors."
                 ) from error
             raise self._unsound(what_it_is(self.path) or _reason(error)) from error
 
     def _checked(self, state: Any) -> "Mapping[str, torch.Tensor]":
-        """The state dict, if it is one and holds tensors only."""
+        """Return the state dict, if it is one and contains only tensors."""
         if not isinstance(state, Mapping):
-            raise self._unsound(f"it holds a {type(state).__name__}, not a state dict")
+            raise self._unsound(f"it contains a {type(state).__name__}, not a state dict")
         others = [
             f"{name!r} ({type(value).__name__})"
             for name, value in state.items()
@@ -129,7 +129,7 @@ class TorchFile:
         ]
         if others:
             raise self._unsound(
-                f"its state dict holds more than tensors: {', '.join(others[:10])}"
+                f"its state dict contains more than tensors: {', '.join(others[:10])}"
                 f"{' ...' if len(others) > 10 else ''}"
             )
         return state
@@ -140,8 +140,8 @@ class TorchFile:
 
     def _unsound(self, reason: str) -> FolderError:
         return FolderError(
-            f"{str(self.path)!r} is not a sound PyTorch file of weights: {reason}. Download or "
-            "copy it again, or save the model's state_dict() anew, as safetensors if you can."
+            f"{str(self.path)!r}: is not a valid PyTorch file of weights: {reason}. Download or "
+            "copy it again, or save the model's state_dict() again, as safetensors if possible."
         )
 
 
@@ -150,8 +150,8 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "reading PyTorch's .bin and .pt files needs torch: pip install 'effscale[torch]', or "
-            "convert them to safetensors where there is one."
+            "reading PyTorch's .bin and .pt files needs torch: install it with pip install 'effscale[torch]', or "
+            "convert the files to safetensors on a machine that has it."
         ) from error
     return torch
 
@@ -175,8 +175,8 @@ def _numpy_dtype(tensor: "torch.Tensor") -> np.dtype:
 
 
 def _reason(error: Exception) -> str:
-    # The rest of this message advises to switch the protection off.
+    # The rest of this message suggests to disable the protection.
     if str(error).startswith("Weights only load failed"):
-        return "its pickle is damaged or holds more than tensors"
+        return "its pickle is damaged or contains more than tensors"
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}".rstrip(". ")

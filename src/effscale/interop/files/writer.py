@@ -1,4 +1,4 @@
-"""Tensors into a folder of safetensors files, under the names that transformers gives them."""
+"""Write tensors to a folder of safetensors files, under the file names of transformers."""
 
 import decimal
 import json
@@ -41,40 +41,40 @@ def write_tensors(
     before_move: Callable[[], object] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes tensors as ``model.safetensors``, or as shards with an index if they are larger.
+    """Write tensors as ``model.safetensors``, or as shards with an index if they are larger.
 
-    The tensors are taken one by one; at most a shard and the next tensor are in memory. They may be
-    read from the very files that they replace. Everything is written and flushed in a subfolder first and moved
-    into place when it is complete, so that a failure leaves an earlier save as it was. Should the
-    process be killed while files are moved, then the folder holds the earlier save, the new one, or
-    shards without an index, which nobody reads; never a mixture. One process at a time may write into
+    Tensors are taken one by one; at most one shard and the next tensor are in memory. They may be
+    read from the same files that they replace. Everything is first written and flushed in a subfolder and
+    moved into place when it is complete, so a failure leaves a previous save unchanged. If the
+    process is killed while files are moved, the folder contains the previous save, the new one, or
+    shards without an index, which no reader uses; never a mixture. Only one process at a time may write to
     a folder.
 
-    Files of an earlier save that the new one does not replace are removed at the end: other shards,
-    the index, a single ``model.safetensors`` beside shards. Other weights are never removed:
-    ``pytorch_model*.bin`` would stay beside the new files as another model, read by whoever prefers
-    that format, so a folder that holds them is refused. Anything else in the folder is left alone.
+    Files of a previous save that the new one does not replace are removed at the end: other shards,
+    the index, or a single ``model.safetensors`` next to shards. Other weights are never removed.
+    ``pytorch_model*.bin`` would remain next to the new files as another model, which readers that prefer
+    that format would load, so a folder that contains them is rejected. Other files in the folder are not touched.
 
-    The bytes of a file depend on the tensors only. Each file carries checksums in its metadata
-    (`effscale.interop.files.safetensors.SafetensorsFile`), which other readers ignore.
+    The bytes of a file depend only on the tensors. The metadata of each file contains checksums
+    (``effscale.interop.files.safetensors.SafetensorsFile``), which other readers ignore.
 
     Args:
-        folder: Where to; made if it does not exist.
+        folder: The folder to write to; created if it does not exist.
         tensors: Names and arrays, in the order in which shards are filled.
-        max_shard_size: The most bytes of tensors in a file, as a number or like ``"500MB"`` (10**6)
-            or ``"1GiB"`` (2**30). A tensor that is larger has a file of its own.
-        before_move: Called when all is written and nothing is in its place yet.
-        metadata: Text for the header of every file, by keys that begin with `effscale.interop.files.safetensors.PREFIX`;
-            under the checksum, too.
+        max_shard_size: Maximum bytes of tensors per file, as a number or a string like ``"500MB"`` (10**6)
+            or ``"1GiB"`` (2**30). A larger tensor gets a separate file.
+        before_move: Called when everything is written and before anything is moved into place.
+        metadata: Texts for the header of every file, with keys that begin with
+            ``effscale.interop.files.safetensors.PREFIX``; covered by the checksum.
 
     Returns:
         The files, the index last.
 
     Raises:
-        FolderError: The folder holds weights in PyTorch's format, or is a file; a name comes twice
-            or is reserved; an array's type has no place in the format; there are no tensors.
+        FolderError: The folder contains weights in PyTorch's format, or is a file; a name occurs twice
+            or is reserved; the format does not support the type of an array; there are no tensors.
         ValueError: ``max_shard_size`` is not a size.
-        DiskFullError: The disk is full; what was there before is untouched.
+        DiskFullError: The disk is full; the previous contents are unchanged.
 
     Example:
         >>> import tempfile
@@ -94,7 +94,7 @@ def write_tensors(
             shards.append({name: array.nbytes for name, array in shard.items()})
             del shard  # before the next one is gathered
         if not shards:
-            raise FolderError(f"no tensors to write into {str(folder)!r}.")
+            raise FolderError(f"{str(folder)!r}: there are no tensors to write.")
         names = _file_names(len(shards))
         for number, name in enumerate(names):
             (inside / f"{number}").rename(inside / name)
@@ -108,10 +108,10 @@ def write_tensors(
 
 
 def parse_size(size: int | str) -> int:
-    """The number of bytes of a size like ``"5GB"``.
+    """Return the number of bytes of a size like ``"5GB"``.
 
     Raises:
-        ValueError: It is no size, or not a positive one.
+        ValueError: It is not a positive size.
 
     Example:
         >>> parse_size("1.5MB"), parse_size("2 KiB"), parse_size(10)
@@ -122,22 +122,22 @@ def parse_size(size: int | str) -> int:
     count = int(decimal.Decimal(match[1]) * unit) if match and unit else 0
     if count < 1:
         raise ValueError(
-            f"max_shard_size={size!r}: it must be at least one byte, as a number or with a unit "
-            "like '5GB', '500MB' or '1GiB'."
+            f"max_shard_size must be at least one byte, as a number or with a unit "
+            f"like '5GB', '500MB' or '1GiB', got {size!r}."
         )
     return count
 
 
 def _refuse_foreign(folder: pathlib.Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise FolderError(f"{str(folder)!r} is a file; give a folder to save into.")
+        raise FolderError(f"{str(folder)!r}: is a file; pass a folder to save into.")
     foreign = sorted(
         entry.name for entry in folder.glob("pytorch_model*") if FOREIGN.fullmatch(entry.name)
     )
     if foreign:
         raise FolderError(
-            f"{str(folder)!r} holds weights in PyTorch's format ({', '.join(foreign)}), which would "
-            "stay there as another model. Save into another folder, or remove them first."
+            f"{str(folder)!r}: contains weights in PyTorch's format ({', '.join(foreign)}), which would "
+            "remain there as another model. Save into another folder, or remove them first."
         )
 
 
@@ -147,13 +147,13 @@ def _fill(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dic
     size = 0
     for name, array in tensors:
         if name in seen:
-            raise FolderError(f"the tensor {name!r} comes twice.")
+            raise FolderError(f"the tensor {name!r} occurs twice.")
         if name == METADATA:
-            raise FolderError(f"no tensor can have the name {METADATA!r}: the format needs it.")
+            raise FolderError(f"tensors cannot have the reserved name {METADATA!r}.")
         code = CODE_OF.get(array.dtype.newbyteorder("="))
         if code is None:
             raise FolderError(
-                f"tensor {name!r} is of type {array.dtype}, which is not written; convert it to "
+                f"the tensor {name!r} has the type {array.dtype}, which is not supported. Convert it to "
                 f"one of {', '.join(CODES)}."
             )
         seen.add(name)
@@ -169,12 +169,12 @@ def _fill(tensors: Iterable[tuple[str, np.ndarray]], limit: int) -> Iterator[dic
 def _write_file(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes one file.
+    """Write one file.
 
-    Not through the safetensors library: its header has another order in every process, so that the
-    same tensors would give other bytes.
+    The safetensors library is not used, because its header has another order in every process, so the
+    same tensors would give different bytes.
     """
-    # Wide elements first: then each tensor begins at a multiple of its element's size.
+    # Wide elements first, so that each tensor begins at a multiple of its element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, object] = {}
     checksums, place = {}, 0
@@ -212,17 +212,17 @@ def _index(names: list[str], shards: list[dict[str, int]]) -> str:
 
 
 def _move_into_place(work: pathlib.Path, folder: pathlib.Path, names: list[str]) -> None:
-    # Readers look for model.safetensors first, then for the index, and take shards from an index
-    # only. So one step switches from the old save to the new: the arrival of model.safetensors, or
-    # that of the index, or the removal of an old model.safetensors beside it. Only where shards
-    # of both have the same names must the old index go before.
+    # Readers look for model.safetensors first, then for the index, and use only shards that an index
+    # names. So one step switches from the old save to the new: the arrival of model.safetensors or
+    # of the index, or the removal of an old model.safetensors next to it. Only if shards
+    # of both have the same names must the old index be removed first.
     if len(names) > 1 and any((folder / name).exists() for name in names[:-1]):
         (folder / INDEX).unlink(missing_ok=True)
         flush(folder)
     *first, last = names
     for name in first:
         (work / name).replace(folder / name)
-    # A power cut must not keep the index and lose the shards.
+    # A power cut must not keep the index but lose the shards.
     flush(folder)
     (work / last).replace(folder / last)
     flush(folder)

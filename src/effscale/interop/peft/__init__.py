@@ -1,1 +1,1 @@
-"""LoRA adapters from and to PEFT's folders."""
+"""Load and save LoRA adapters in PEFT's folders."""

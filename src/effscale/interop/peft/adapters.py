@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: pairs of matrices to stand beside the weights of a model, and whole modules."""
+"""LoRA adapters in PEFT's format: pairs of matrices for the weights of a model, and whole modules."""
 
 import os
 import pathlib
@@ -39,35 +39,38 @@ OLD_WEIGHTS = "adapter_model.bin"
 
 
 def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transformer:
-    """Puts the pairs of a PEFT adapter beside the weights of its base model.
+    """Add the LoRA pairs of a PEFT adapter to the weights of its base model.
 
-    Which weights have a pair the names of the adapter's tensors tell. A module of theirs that holds query, key and
-    value in one (GPT-2, BLOOM, GPT-NeoX) gives all three the same A. Ours are stacked over the layers: a layer without
-    a pair gets zeros, one of a smaller rank is filled up with zeros, and one of another scale has the ratio, a power of
-    two, in its B; all of that is exact. The pairs keep the type they have in the file, and lie where the weights lie.
+    The names of the adapter's tensors determine which weights get a pair. Some details:
 
-    ``merge_lora`` of :mod:`effscale.models` then folds them into the weights, and ``unmerge_lora`` drops them.
+    - A transformers module that holds query, key and value together (GPT-2, BLOOM, GPT-NeoX) gives all three the same A.
+    - effscale stacks weights over layers. A layer without a pair gets zeros, a pair of smaller rank is padded with zeros, and
+      a different scale is moved into B as a power of two. All of this is exact.
+    - The pairs keep their dtype in the file and are placed like the weights.
 
-    Modules that the adapter holds whole (``modules_to_save``: a classifier, a reward's score, embeddings) take the place of the
-    model's own, for good: ``unmerge_lora`` does not bring these back.
+    ``merge_lora`` of ``effscale.models`` then merges them into the weights, and ``unmerge_lora`` removes them.
+
+    Modules that the adapter holds whole (``modules_to_save``: a classifier, a reward score, embeddings) replace those of the
+    model permanently: ``unmerge_lora`` does not restore them.
 
     Args:
-        model: The base, as :func:`effscale.interop.load_pretrained` gives it, with the heads that the adapter has; or any
+        model: The base model, as ``effscale.interop.load_pretrained`` returns it, with the heads that the adapter has; or any
             transformer of its shape.
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``, or the ``adapter_model.bin`` of old.
+        folder: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or the older
+            ``adapter_model.bin``.
 
     Returns:
-        A model with :class:`effscale.models.LoRA` weights; the given one stays as it is.
+        A model with ``effscale.models.LoRA`` weights; ``model`` is not changed.
 
     Raises:
-        FolderError: If a file is missing or damaged; or the adapter is of another kind (DoRA and the like), trains more
-            than pairs and whole modules (biases), has some for modules that the model lacks or of shapes that do not
-            fit, or its scales cannot be brought to one without rounding. One error lists all that is wrong.
-        ImportError: If the weights are in a ``.bin`` file and torch is not installed.
-        ValueError: If no family has such a model.
+        FolderError: A file is missing or damaged. Or the adapter is of another kind (such as DoRA), trains more than pairs
+            and whole modules (biases), has some for modules that the model lacks or with wrong shapes, or its scales cannot
+            be unified without rounding. One error lists all problems.
+        ImportError: The weights are in a ``.bin`` file and torch is not installed.
+        ValueError: No family has such a model.
 
     Warns:
-        UserWarning: If a tensor has values that are not a number.
+        UserWarning: A tensor contains NaN.
 
     Example:
         >>> import tempfile, jax
@@ -92,7 +95,9 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
     for leaf, pairs in reader.by_leaf().items():
         weight = leaves[leaf].get_value()
         if isinstance(weight, LoRA):
-            wrong.append(f"{leaf} of the model has a pair already; merge_lora or unmerge_lora it")
+            wrong.append(
+                f"{leaf} of the model already has a pair; call merge_lora or unmerge_lora first"
+            )
             continue
         try:
             stacked[leaf] = stack(pairs, weight.shape)
@@ -105,12 +110,12 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
             replaced[leaf] = filled(weight, parts)
         else:
             kind = type(weight).__name__
-            wrong.append(f"{leaf} of the model is a {kind}, which no whole weight can replace")
+            wrong.append(f"{leaf} of the model is a {kind}, which a whole weight cannot replace")
     if not wrong and not stacked and not replaced:
-        wrong.append("it holds no pair")
+        wrong.append("it contains no pair")
     if wrong:
         raise FolderError(
-            f"the adapter in {place} cannot be put beside this {modules.family.model_type}:\n  "
+            f"the adapter in {place} cannot be added to this {modules.family.model_type}:\n  "
             + "\n  ".join(wrong)
         )
     graphdef, state = nnx.split(model)
@@ -133,31 +138,31 @@ def save_adapter(
     base: str | os.PathLike[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> None:
-    """Writes the LoRA pairs of a model as an adapter that ``peft.PeftModel.from_pretrained`` loads.
+    """Write the LoRA pairs of a model as an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
-    Where transformers holds query, key and value in one module and theirs differ, one pair stands for the three: their
-    A's side by side, and B's of blocks that meet each its own A. Its rank is the sum of theirs. A component that is zero
-    in A and B, and a layer of nothing but such, is left out. Where ranks or scales differ, ``rank_pattern`` and
-    ``alpha_pattern`` name the modules that deviate from the most common.
+    If transformers holds query, key and value in one module and their pairs differ, one pair represents all three: their A's
+    side by side, and B's of blocks that each multiply their own A. Its rank is the sum of their ranks. Components that are
+    zero in A and B, and layers with only such components, are left out. If ranks or scales differ, ``rank_pattern`` and
+    ``alpha_pattern`` name the modules that deviate from the most common values.
 
-    A pair of an embedding that is its head, too, is written for both. PEFT then warns that it does not keep the two in
-    step if they are trained further; what it can do to that end does not outlast its own saving and loading.
+    A pair of an embedding that is also the head is written for both. PEFT then warns that it does not keep the two in
+    sync if they are trained further; its own mechanism for this does not survive saving and loading.
 
     Args:
-        model: With LoRA pairs, from :func:`effscale.models.add_lora` or :func:`load_adapter`.
-        folder: Where to; made if it is not there. An adapter in it is replaced.
-        base: Folder or name of the base model, which the adapter's config then names.
-        modules_to_save: Modules that are written whole, by their paths in transformers or what these end in, such as
-            ``("score",)`` or ``("embed_tokens", "lm_head")``: what was trained without a pair. None: the heads of classes
-            and values that have no pair, as PEFT does by itself. ``()``: none.
+        model: A model with LoRA pairs, from ``effscale.models.add_lora`` or ``load_adapter``.
+        folder: The folder to write to; created if it does not exist. An adapter in it is replaced.
+        base: Folder or name of the base model, to record in the adapter's config.
+        modules_to_save: Modules to write whole, by their paths in transformers or the ends of these, such as
+            ``("score",)`` or ``("embed_tokens", "lm_head")``: those that were trained without a pair. None: class and value
+            heads without a pair, as PEFT does by itself. ``()``: none.
 
     Raises:
-        ValueError: If the model has no pair, or no family has such a model; or a pair has no counterpart there, which
-            one error lists; or there is no such module to save whole.
-        FolderError: If the folder cannot take the files.
+        ValueError: The model has no pair, or no family has such a model; or pairs have no counterpart in PEFT, which
+            one error lists; or a module to save whole does not exist.
+        FolderError: The files cannot be written to the folder.
 
     Warns:
-        UserWarning: If a head of classes or values is left out, unless ``base`` is a folder that has the same.
+        UserWarning: A class or value head is left out, unless ``base`` is a folder that has the same head.
     """
     modules = modules_of(model)
     written = _their_pairs(model, modules)
@@ -184,18 +189,18 @@ def save_adapter(
     fields |= write_scaling([(pair.name, pair.a.shape[0], pair.scale) for pair in written])
     place = pathlib.Path(folder)
     if place.exists() and not place.is_dir():
-        raise FolderError(f"{str(place)!r} is a file; give a folder to save into.")
+        raise FolderError(f"{str(place)!r}: is a file; pass a folder to save into.")
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=place) as work:
         (file,) = write_tensors(work, tensors.items(), max_shard_size=2**62)
-        # Without a config the folder is no adapter: it never holds one's config and another's weights.
+        # Without a config, the folder is not an adapter, so it never combines one config with other weights.
         (place / CONFIG).unlink(missing_ok=True)
         file.replace(place / WEIGHTS)
     write_json(place / CONFIG, fields)
 
 
 class _Written(NamedTuple):
-    """A pair as the file has it."""
+    """A pair in the layout of the file."""
 
     name: str
     a: np.ndarray
@@ -206,10 +211,10 @@ class _Written(NamedTuple):
 
 
 def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
-    """The model's pairs in the layout of the file.
+    """Return the model's pairs in the layout of the file.
 
     Raises:
-        ValueError: If there is none, or one has no counterpart.
+        ValueError: There are no pairs, or one has no counterpart.
     """
     values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
     widths = {leaf: value.shape[-1] for leaf, value in values.items() if value.shape}
@@ -219,9 +224,9 @@ def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
         if isinstance(value, LoRA)
     }
     if not held:
-        raise ValueError("the model has no LoRA pair to save; add_lora gives it some")
+        raise ValueError("the model has no LoRA pairs to save. Add some with add_lora")
     reached = {leaf for module in modules.adaptable for leaf in module.slot.leaves}
-    wrong = [f"{leaf}: PEFT has no pair there that works" for leaf in sorted(set(held) - reached)]
+    wrong = [f"{leaf}: PEFT does not support a pair there" for leaf in sorted(set(held) - reached)]
     found: list[_Written] = []
     for module in modules.adaptable:
         try:
@@ -241,21 +246,21 @@ def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
     if wrong:
         raise ValueError("the model's pairs cannot be saved for PEFT:\n  " + "\n  ".join(wrong))
     if not found:
-        raise ValueError("all LoRA pairs of the model are zero: there is nothing to save")
+        raise ValueError("all LoRA pairs of the model are zero, so there is nothing to save")
     return found
 
 
 def _open(place: pathlib.Path) -> Tensors:
-    # A link to a file that is gone is an error of that file, not a reason to look further.
+    # A dangling link is an error of that file, not a reason to look further.
     if os.path.lexists(place / WEIGHTS):
         return SafetensorsFile(place / WEIGHTS)
     if os.path.lexists(place / OLD_WEIGHTS):
         return TorchFile(place / OLD_WEIGHTS)
-    raise FolderError(f"{str(place)!r} has neither {WEIGHTS} nor {OLD_WEIGHTS}.")
+    raise FolderError(f"{str(place)!r}: has no {WEIGHTS} and no {OLD_WEIGHTS}.")
 
 
 def _adapted(variable: nnx.Variable, a: Any, b: Any, scale: float) -> nnx.Variable:
-    """The variable with a pair beside its weight, on the devices that hold the weight."""
+    """Return the variable with a pair added to its weight, on the devices that hold the weight."""
     weight = variable.get_value()
     where = getattr(jax.tree.leaves(weight)[0], "sharding", None)
     if isinstance(where, NamedSharding):

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: the kinds of adapter that are taken, and what it says of a pair's rank and scale."""
+"""``adapter_config.json``: the supported kinds of adapter, and the ranks and scales of pairs."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from effscale.interop.foreign import Fields, shown
 from effscale.interop.peft.patterns import matcher
 from effscale.interop.tensors import FolderError
 
-# Fields that, when set, make the adapter something else than x W + s (x A) B.
+# Fields that, when set, make the adapter something other than x W + s (x A) B.
 OTHER_KINDS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -24,7 +24,7 @@ OTHER_KINDS = {
     "target_parameters": "pairs of parameters outside linear layers",
     "trainable_token_indices": "trained rows of an embedding",
 }
-# Initializations that take the pair out of the base weight: the pair is of another model than the base.
+# Initializations that subtract the pair from the base weight, so that the pair belongs to another base.
 CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -33,12 +33,12 @@ class Scaling:
     """Ranks and scales: for all modules, and for those that a pattern names.
 
     Attributes:
-        rank: Of a pair.
-        alpha: The scale is ``alpha / rank``, or with ``root`` ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
-        root: Which of both.
-        ranks: Other ranks, by a module's path or a regular expression that its end matches
-            (:mod:`effscale.interop.peft.patterns`).
-        alphas: Other alphas, likewise.
+        rank: Rank of a pair.
+        alpha: The scale is ``alpha / rank`` or, with ``root``, ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
+        root: Whether to divide by the square root of the rank.
+        ranks: Other ranks, by a module's path or a regular expression that matches its end
+            (``effscale.interop.peft.patterns``).
+        alphas: Other alphas, in the same form.
     """
 
     rank: int
@@ -48,36 +48,36 @@ class Scaling:
     alphas: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     def rank_of(self, name: str) -> int:
-        """The rank of a module's pair."""
+        """Return the rank of a module's pair."""
         return _lookup(self.ranks, name, self.rank)
 
     def scale_of(self, name: str) -> float:
-        """The factor of a module's pair."""
+        """Return the scale of a module's pair."""
         return _lookup(self.alphas, name, self.alpha) / _divisor(self.rank_of(name), self.root)
 
 
 def other_kind(fields: Mapping[str, Any]) -> list[str]:
-    """What says that the adapter is not one of LoRA pairs and nothing else."""
+    """Return the reasons why the adapter has more than plain LoRA pairs."""
     wrong = []
     if fields.get("peft_type") != "LORA":
-        wrong.append(f"peft_type={shown(fields.get('peft_type'))}: only LORA is taken")
+        wrong.append(f"peft_type={shown(fields.get('peft_type'))}: only LORA is supported")
     for name, kind in OTHER_KINDS.items():
         if fields.get(name):
-            wrong.append(f"{name}={shown(fields[name])}: {kind} is not taken")
+            wrong.append(f"{name}={shown(fields[name])}: not supported ({kind})")
     start = fields.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         wrong.append(
             f"init_lora_weights={start!r}: such an adapter belongs to a base with changed weights; in PEFT, "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a plain one of it"
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) converts it to a plain one"
         )
     return wrong
 
 
 def read_scaling(fields: Mapping[str, Any]) -> Scaling:
-    """What the file says of ranks and scales.
+    """Read ranks and scales from the fields of the file.
 
     Raises:
-        FolderError: If a field makes no sense.
+        FolderError: A field is invalid.
     """
     given = Fields("adapter_config.json", {"r": 8, "lora_alpha": 8, **fields})
     return Scaling(
@@ -90,10 +90,10 @@ def read_scaling(fields: Mapping[str, Any]) -> Scaling:
 
 
 def write_scaling(pairs: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
-    """The fields that say of these modules' pairs, given as (name, rank, scale), what their ranks and scales are.
+    """Return the fields that describe the ranks and scales of modules' pairs, given as (name, rank, scale).
 
-    The rank and the alpha that most have are the general ones, and the patterns name the others. Where only the root
-    of the rank gives whole alphas, it is that which divides.
+    The most common rank and alpha become the general ones, and the patterns list the others. If only division by the square
+    root of the rank gives whole alphas, that is used.
     """
     plain, rooted = (
         [_alpha(scale, _divisor(rank, root)) for _, rank, scale in pairs] for root in (False, True)
@@ -113,7 +113,7 @@ def write_scaling(pairs: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
 
 
 def targets(adapted: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The shortest ends of paths that mean the adapted modules and no other.
+    """Return the shortest path endings that match the adapted modules and no others.
 
     Example:
         >>> targets(["h.0.attn.query", "h.1.attn.query"], ["h.0.attn.query", "h.1.attn.query", "h.0.mlp.up"])
@@ -137,14 +137,14 @@ def _divisor(rank: int, root: bool) -> int | float:
 
 
 def _alpha(scale: float, divisor: int | float) -> int | float:
-    """An alpha that divided gives the scale back: a whole one if there is, else the nearest."""
+    """Return an alpha that gives the scale when divided: a whole number if possible, otherwise the nearest."""
     near = scale * divisor
     tried = (round(near), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     return next((alpha for alpha in tried if alpha / divisor == scale), near)
 
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    # In the order of the file, as in PEFT: the first that matches counts.
+    # In the order of the file, as in PEFT: the first match counts.
     return next((v for pattern, v in patterns.items() if _matcher(pattern)(name)), default)
 
 
@@ -152,15 +152,15 @@ _matcher = functools.lru_cache(maxsize=1024)(matcher)
 
 
 def _patterns(given: Fields, key: str, read: Callable[[Fields, str], Any]) -> Mapping[str, Any]:
-    """The values of a pattern field, after compiling each of the patterns."""
+    """Return the values of a pattern field, after compiling each pattern."""
     block = given.block(key, Fields(key, {}))
     for pattern in block.values:
         try:
             _matcher(pattern)
         except ValueError as error:
             raise FolderError(
-                f"adapter_config.json has {key}={{{shown(pattern)}: ...}}, and such a regular expression is not "
-                f"taken: {error}; name the modules instead"
+                f"adapter_config.json: {key} has the pattern {shown(pattern)}, which is not a supported regular "
+                f"expression: {error}. Name the modules instead"
             ) from error
     return {pattern: read(block, pattern) for pattern in block.values}
 

@@ -1,6 +1,6 @@
-"""The modules of a model that PEFT can adapt: their names in transformers, and a pair's layout there and here.
+"""The modules of a model that PEFT can adapt: their names in transformers, and the layouts of a pair in PEFT and in effscale.
 
-The families tell both: their tables have the names in files, and beside them are those in memory, which an adapter has.
+Both come from the families: their tables have the names in files, together with the names in memory, which adapters use.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from effscale.interop.table import sizes
 from effscale.models import LearnedPositions, LMHead, Transformer
 
 START = "base_model.model."
-"""What names in an adapter's file begin with."""
+"""Prefix of the names in an adapter's file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Module:
-    """A module of theirs with a matrix of weights, and the weights of ours that a pair would stand beside.
+    """A transformers module with a weight matrix, and the corresponding weights in effscale.
 
     Attributes:
         name: Its path in transformers' model, in memory.
         slot: The place of its weight.
-        shape: Of its weight, as PyTorch holds it.
+        shape: Shape of its weight in PyTorch.
         axes: Sizes that the table's layouts need.
     """
 
@@ -36,7 +36,7 @@ class Module:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it looks rows up."""
+        """Whether it is an embedding."""
         return self.slot.rule.parts[0].endswith(".embedding")
 
     @property
@@ -45,21 +45,21 @@ class Module:
         return self._in_first and not self.is_embedding
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B in an adapter's file."""
+        """Return the shapes of A and B in an adapter's file."""
         if len(self.shape) == 4:
             return (rank, *self.shape[1:]), (self.shape[0], rank, 1, 1)
         d_in, d_out = self.shape if self._in_first else self.shape[::-1]
         return (rank, d_in), (d_out, rank)
 
     def to_ours(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Our A of ``(in, rank)``, and a B of ``(rank, out)`` for each of our weights, from theirs."""
+        """Convert A and B to effscale's layout: A of ``(in, rank)``, and one B of ``(rank, out)`` per weight."""
         if len(self.shape) == 4:
             return self.slot.rule.to_ours(a, self.axes)[0], (b[:, :, 0, 0].T,)
-        # B is a weight of this layout, with the rank as its inputs.
+        # B is a weight in this layout, with the rank as its inputs.
         return a.T, self.slot.rule.to_ours(b.T if self._in_first else b, self.axes)
 
     def to_theirs(self, a: np.ndarray, b: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Their A and B from ours."""
+        """Convert A and B to PEFT's layout."""
         if len(self.shape) == 4:
             return self.slot.rule.to_theirs([a], self.axes), rearrange(b[0], "r o -> o r 1 1")
         joined = self.slot.rule.to_theirs(b, self.axes)
@@ -73,12 +73,12 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """What of a model PEFT can adapt.
+    """The parts of a model that PEFT can adapt.
 
     Attributes:
         family: The model's family.
         adaptable: The modules, in the order of the table.
-        twins: A head's name in memory where the head is an embedding's transpose, and the embedding.
+        twins: If the head is the transposed embedding: the head's name in memory, and the embedding.
         tensors: The places of all tensors of the model, by their names in memory.
         shapes: Their shapes, by the names of their places.
         axes: Sizes that the table's layouts need.
@@ -93,29 +93,29 @@ class Modules:
 
     @property
     def names(self) -> set[str]:
-        """Names in memory of all modules that have tensors."""
+        """The names in memory of all modules that have tensors."""
         return {tensor.rpartition(".")[0] for tensor in self.tensors}
 
     def canonical(self, name: str) -> str:
-        """A module's name in the family's table, from any of those it is known under."""
+        """Return a module's name in the family's table, from any of its known names."""
         return self.family.canonical(f"{name}.weight").removesuffix(".weight")
 
     def slot_of(self, tensor: str) -> Slot | None:
-        """The place of a tensor, by any of its names."""
+        """Return the place of a tensor, by any of its names."""
         places = {self.family.canonical(name): slot for name, slot in self.tensors.items()}
         return places.get(self.family.canonical(tensor))
 
 
 def modules_of(model: Transformer) -> Modules:
-    """What of a model PEFT can adapt.
+    """Return the parts of a model that PEFT can adapt.
 
     Raises:
-        ValueError: If no family has such a model.
+        ValueError: No family has such a model.
     """
     family, _ = describe(model.config)
     leaves, axes = parameters(model), sizes(model.config)
     positions = model.config.positions
-    # PEFT looks up the rows of positions without OPT's offset, so there is no such adapter that works.
+    # PEFT looks up positions without OPT's offset, so such an adapter cannot work.
     shifted = isinstance(positions, LearnedPositions) and positions.offset > 0
     found: list[Module] = []
     tensors: dict[str, Slot] = {}
@@ -128,7 +128,7 @@ def modules_of(model: Transformer) -> Modules:
         matrix = all(leaf.endswith((".kernel", ".embedding")) for leaf in slot.leaves)
         if kind != "weight" or not matrix or (shifted and "embed.positions" in slot.leaves[0]):
             continue
-        # All experts are one array in memory there, and the router is no linear layer.
+        # In transformers, all experts are one array in memory, and the router is not a linear layer.
         if slot.rule.in_expert or ".router." in slot.leaves[0]:
             continue
         found.append(Module(name, slot, shapes[slot.name], axes))
@@ -147,7 +147,7 @@ def modules_of(model: Transformer) -> Modules:
 
 
 def keys(name: str, *, embedding: bool) -> tuple[str, str]:
-    """Names of A and B in an adapter's file, of the module of this name."""
+    """Return the names of A and B in an adapter's file for the module with this name."""
     start = f"{START}{name}.lora_"
     if embedding:
         return f"{start}embedding_A", f"{start}embedding_B"

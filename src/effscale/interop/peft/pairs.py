@@ -1,4 +1,4 @@
-"""LoRA pairs of single layers: stacked into ours, and joined into those of modules that hold several weights."""
+"""LoRA pairs of single layers: stacked for effscale, and joined for modules that hold several weights."""
 
 import dataclasses
 import math
@@ -14,10 +14,10 @@ class Pair:
     """A pair of one layer.
 
     Attributes:
-        name: Of the module that it comes from, or goes to.
-        a: ``(in, rank)``.
-        b: ``(rank, out)``, one for each weight that the module holds.
-        scale: Its factor.
+        name: The module that it comes from, or goes to.
+        a: Matrix of shape ``(in, rank)``.
+        b: Matrices of shape ``(rank, out)``, one for each weight that the module holds.
+        scale: Its scale.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Pair:
 def stack(
     pairs: Mapping[tuple[int, ...], Pair], shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """A, B and scale of a weight of ours, from the pairs of its layers.
+    """Stack the pairs of a weight's layers to one A, B and scale.
 
     Args:
-        pairs: By the place in the stack: number of the layer, and of the expert; empty where there is no stack.
-        shape: Of the weight.
+        pairs: The pairs by their place in the stack: the numbers of the layer and of the expert; empty without a stack.
+        shape: Shape of the weight.
 
     Raises:
-        ValueError: If the scales cannot be brought to one without rounding.
+        ValueError: The scales cannot be unified without rounding.
     """
     scale = _common_scale(pairs.values())
     dtype = _widest(array.dtype for pair in pairs.values() for array in (pair.a, *pair.b))
@@ -53,21 +53,21 @@ def stack(
 def join(
     module: Module, held: Mapping[str, tuple[np.ndarray, np.ndarray, float]], widths: Mapping
 ) -> Pair | None:
-    """One pair for all the weights that a module of theirs holds.
+    """Join the pairs of all weights that a transformers module holds.
 
-    Weights with the same A share it. Where A's differ they stand side by side, and each weight's B has zeros for those
-    of the others, so that the product is the same.
+    Weights with the same A share it. Different A's are placed side by side, and each weight's B has zeros for those of the
+    others, so the product is the same.
 
     Args:
         module: The module.
-        held: A, B and scale of our weights that have a pair.
-        widths: Of the outputs of all our weights.
+        held: A, B and scale of effscale's weights that have a pair.
+        widths: Output widths of all weights.
 
     Returns:
-        The pair, without components that are zero; None: nothing is left, or there was nothing.
+        The pair without components that are zero; None if nothing is left.
 
     Raises:
-        ValueError: If the scales cannot be brought to one without rounding.
+        ValueError: The scales cannot be unified without rounding.
     """
     layer = module.slot.index
     parts: dict[str, Pair] = {}
@@ -102,12 +102,12 @@ def join(
 
 
 def _common_scale(pairs: Iterable[Pair]) -> float:
-    """The least of the scales: to bring the others to it B grows, so that nothing is lost below the smallest number."""
+    """Return the smallest of the scales: converting to it makes B larger, so nothing underflows."""
     return min((pair.scale for pair in pairs), key=abs)
 
 
 def _rescaled(pair: Pair, scale: float) -> np.ndarray:
-    """The pair's B for another scale, where that needs no rounding."""
+    """Return the pair's B for another scale, if that needs no rounding."""
     (b,) = pair.b
     if pair.scale == scale:
         return b
@@ -119,8 +119,8 @@ def _rescaled(pair: Pair, scale: float) -> np.ndarray:
         if np.array_equal(scaled.astype(np.float64), exact, equal_nan=True):
             return scaled
     raise ValueError(
-        f"{pair.name} has the scale {pair.scale}, and others that share its weight {scale}: the ratio is no power of "
-        "two (or too large), so that bringing them to one would round"
+        f"{pair.name} has the scale {pair.scale}, but others that share its weight have {scale}. The ratio is not a power of "
+        "two (or is too large), so unifying them would need rounding"
     )
 
 

@@ -1,17 +1,20 @@
 r"""Regular expressions of ``adapter_config.json``, matched in linear time.
 
-PEFT runs them with :mod:`re`, which tries one way after another: on ``(a+)+b`` it does not come back from a name of forty letters.
-Here all ways are followed at once, as the set of places in the name that are reached (Thompson, "Regular Expression Search
-Algorithm", 1968), so that no file can make us wait. The part of the language that names of modules need is taken: letters, ``.``,
-classes, ``\d`` and its like, repetitions of these, alternatives, groups that may be optional, ``^`` and ``$``. The rest (a repeated
-group, looking around, references back) is refused.
+PEFT runs them with ``re``, which backtracks: on ``(a+)+b``, it does not finish for a name of forty letters. Here all
+alternatives are followed at the same time, as the set of reached positions in the name, so a malicious file cannot cause
+a long wait. The supported syntax is what names of modules need: letters, ``.``, classes, ``\d`` and similar, repetitions
+of these, alternatives, groups that may be optional, ``^`` and ``$``. Everything else (a repeated group, lookaround,
+backreferences) is rejected.
+
+References:
+    Thompson, "Regular Expression Search Algorithm" (1968). https://doi.org/10.1145/363347.363387
 """
 
 import re
 from collections.abc import Callable
 
 MAX_LENGTH = 1000
-"""Characters in a pattern at most; the longest names of modules have about a hundred."""
+"""Maximum number of characters in a pattern; the longest names of modules have about a hundred."""
 
 MAX_GROUPS = 50
 
@@ -22,15 +25,15 @@ TOKEN = re.compile(
     | (?P<letter> \[\^?{LETTER}+\] | (?![*+?()|{{}}]){LETTER})""",
     re.VERBOSE,
 )
-"""What a pattern is made of. The ``?`` after a quantifier makes it lazy, which changes no answer here."""
+"""The syntax of a pattern. A ``?`` after a quantifier makes it lazy, which does not affect the results here."""
 
 Places = frozenset[int]
 Step = Callable[[str, Places], Places]
-"""From the places in a name that are reached before a part of a pattern to those that are reached after it."""
+"""Maps the positions in a name that are reached before a part of a pattern to those reached after it."""
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    r"""Whether a pattern matches a module's path, or what follows a dot in it, to the end: PEFT's rule.
+    r"""Compile a pattern that must match a module's path, or a part of it after a dot, to the end: PEFT's rule.
 
     Args:
         pattern: The regular expression.
@@ -39,7 +42,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         A function of the path.
 
     Raises:
-        ValueError: If it is none, or none of those that are taken.
+        ValueError: The pattern is not a supported regular expression.
 
     Example:
         >>> matches = matcher(r"layers\.\d+\.(mlp|attention)\..*proj")
@@ -64,7 +67,7 @@ class _Parser:
         while place < len(pattern):
             token = TOKEN.match(pattern, place)
             if token is None:
-                raise ValueError(f"{pattern[place : place + 8]!r} is not understood")
+                raise ValueError(f"{pattern[place : place + 8]!r} is not supported")
             self.tokens.append((token.lastgroup, token[0]))
             place = token.end()
         self.tokens.reverse()
@@ -72,7 +75,7 @@ class _Parser:
     def whole(self) -> Step:
         step = self.either()
         if self.tokens:
-            raise ValueError("a ')' closes nothing")
+            raise ValueError("a ')' has no matching '('")
         return step
 
     def either(self) -> Step:
@@ -94,7 +97,9 @@ class _Parser:
             elif kind == "group" and times is None:
                 parts.append(self.group())
             else:
-                raise ValueError(f"{token + (times or '')!r} repeats what cannot be repeated")
+                raise ValueError(
+                    f"{token + (times or '')!r} repeats something that cannot be repeated"
+                )
 
         def step(path: str, places: Places) -> Places:
             for part in parts:
@@ -106,7 +111,7 @@ class _Parser:
     def group(self) -> Step:
         inner = self.either()
         if not self.next_is("end"):
-            raise ValueError("a '(' is not closed")
+            raise ValueError("a '(' has no matching ')'")
         self.tokens.pop()
         if not self.next_is("times"):
             return inner
@@ -123,7 +128,7 @@ def _letters(token: str, least: int, most: int) -> Step:
     if re.search(r"--|\|\||&&|~~", token):
         raise ValueError(f"{token!r} is ambiguous")  # re warns that its meaning will change
     try:
-        # Of one letter at a time, so that there is nothing to try again.
+        # One letter at a time, so that there is no backtracking.
         fits = re.compile(token).fullmatch
     except re.error as error:
         raise ValueError(f"{token!r}: {error}") from error
@@ -150,7 +155,7 @@ def _end(path: str, places: Places) -> Places:
 
 
 def _times(token: str) -> tuple[int, int]:
-    every = MAX_LENGTH**2  # more than any name has letters
+    every = MAX_LENGTH**2  # more letters than any name has
     if token[0] in "*+?":
         return {"*": (0, every), "+": (1, every), "?": (0, 1)}[token[0]]
     least, comma, most = token.rstrip("?")[1:-1].partition(",")

@@ -1,4 +1,4 @@
-"""The pairs and whole modules in an adapter's file, sorted by the modules of a model, and all that is wrong with them."""
+"""The pairs and whole modules in an adapter's file by the modules of a model, and all problems found."""
 
 import dataclasses
 import re
@@ -20,18 +20,18 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])
 
 
 class AdapterReader:
-    """Reads all pairs and whole modules of an adapter's file.
+    """Read all pairs and whole modules of an adapter's file.
 
     Args:
         tensors: The file.
         fields: The adapter's config.
-        modules: Of the model.
-        leaves: Its parameters, by path.
+        modules: The modules of the model.
+        leaves: The parameters of the model, by path.
 
     Attributes:
-        pairs: The pairs that were found and are sound, by the module.
-        whole: The whole modules that were found.
-        wrong: What was found and is not, in words.
+        pairs: The valid pairs, by module.
+        whole: The whole modules.
+        wrong: Descriptions of all problems.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class AdapterReader:
             elif known in twins:
                 self._add(heads, twins[known], path, names, twin=True)
             elif known in every:
-                self.wrong.append(f"{path}: no pair works in this module")
+                self.wrong.append(f"{path}: PEFT does not support a pair in this module")
             else:
-                self.wrong.append(f"{path}: there is no such module in this model")
+                self.wrong.append(f"{path}: this model has no such module")
         self._check_twins(heads)
         self.wrong += self.whole.check({module.slot for module in (*self.pairs, *heads)})
 
     def by_leaf(self) -> dict[str, dict[tuple[int, ...], Pair]]:
-        """The pairs by our parameters, and there by layer and expert."""
+        """Return the pairs by effscale's parameters, and for each by layer and expert."""
         found: dict[str, dict[tuple[int, ...], Pair]] = {}
         for module, pair in self.pairs.items():
             for leaf, b in zip(module.slot.leaves, pair.b, strict=True):
@@ -79,12 +79,12 @@ class AdapterReader:
         return found
 
     def whole_by_leaf(self) -> dict[str, dict[tuple[int, ...], np.ndarray]]:
-        """The whole weights by our parameters, and there by layer; an error is noted where two names differ in one."""
+        """Return the whole weights by effscale's parameters, and for each by layer; records an error if two names differ."""
         found: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
         for slot, names in self.whole.found.items():
             first, *others = [self._read(name) for name in names]
             if any(other.tobytes() != first.tobytes() for other in others):
-                self.wrong.append(f"{' and '.join(names)} are one weight in this model, and differ")
+                self.wrong.append(f"{' and '.join(names)} are one weight in this model, but differ")
             ours = slot.rule.to_ours(first, self.modules.axes)
             for leaf, array in zip(slot.leaves, ours, strict=True):
                 found.setdefault(leaf, {})[slot.index] = array
@@ -100,7 +100,7 @@ class AdapterReader:
         twin: bool = False,
     ) -> None:
         if module in found:
-            self.wrong.append(f"{path}: a second pair, after that of {found[module].name}")
+            self.wrong.append(f"{path}: a second pair, in addition to that of {found[module].name}")
             return
         rank = self.scaling.rank_of(path)
         shapes = module.shapes(rank)
@@ -115,11 +115,11 @@ class AdapterReader:
             info = self.tensors.infos[name]
             if info.shape != wanted[name]:
                 wrong.append(
-                    f"of the wrong shape: {name} {list(info.shape)}, where the model and a rank of {rank} "
-                    f"mean {list(wanted[name])}"
+                    f"wrong shape: {name} {list(info.shape)}, but the model and a rank of {rank} "
+                    f"need {list(wanted[name])}"
                 )
             if info.dtype not in (*FLOATS, np.dtype("float64")):
-                wrong.append(f"of a type that is no float: {name} {info.dtype}")
+                wrong.append(f"not of a float type: {name} {info.dtype}")
         self.wrong += wrong
         if not wrong:
             a, b = map(self._read, wanted)
@@ -129,26 +129,28 @@ class AdapterReader:
     def _read(self, name: str) -> np.ndarray:
         tensor = self.tensors.read(name)
         if has_nan(tensor):
-            warnings.warn(f"{name} has values that are not a number", stacklevel=5)
+            warnings.warn(f"{name} contains NaN", stacklevel=5)
         return np.array(tensor, np.float32 if tensor.dtype == np.float64 else tensor.dtype)
 
     def _check_other(self, name: str, every: set[str]) -> None:
-        """A tensor of no pair: a copy of one of the base says nothing new, and anything else is refused."""
+        """Check a tensor that belongs to no pair: an unchanged copy of the base's is ignored, anything else is rejected."""
         path, _, kind = name.removeprefix(START).rpartition(".")
         if "lora_magnitude_vector" in name:
-            self.wrong.append(f"{name}: magnitudes, as DoRA has them, are not taken")
+            self.wrong.append(f"{name}: magnitudes, as in DoRA, are not supported")
         elif path.endswith(".base_layer"):
             if not self._is_of_base(name, f"{path.removesuffix('.base_layer')}.{kind}"):
-                self.wrong.append(f"{name}: a {kind} that differs from the model's is not taken")
+                self.wrong.append(
+                    f"{name}: a {kind} that differs from the model's is not supported"
+                )
         elif self.whole.takes(name):
             return
         elif kind == "bias":
             self.wrong.append(
-                f"{name}: a trained bias is not taken, only pairs and whole modules are"
+                f"{name}: a trained bias is not supported, only pairs and whole modules are"
             )
         elif self.modules.canonical(path) in every:
             self.wrong.append(
-                f"{name}: a whole trained weight that modules_to_save does not name is not taken"
+                f"{name}: a whole trained weight that modules_to_save does not name is not supported"
             )
         else:
             self.wrong.append(f"unexpected: {name}")
@@ -162,7 +164,7 @@ class AdapterReader:
         return same_numbers(self.tensors.read(name), ours)
 
     def _check_twins(self, heads: Mapping[Module, Pair]) -> None:
-        """Where a head is the embedding's transpose, both must have the same pair, or none."""
+        """Check that a head which is the transposed embedding has the same pair as the embedding, or that neither has one."""
         for head, module in self.modules.twins.items():
             pair, twin = self.pairs.get(module), heads.get(module)
             if pair is None and twin is None:
@@ -175,6 +177,6 @@ class AdapterReader:
                 or not np.array_equal(pair.b[0], twin.b[0])
             ):
                 self.wrong.append(
-                    f"{head} and {module.name} are one weight in this model, and the adapter changes them "
-                    "differently; PEFT's ensure_weight_tying=True makes one that does not"
+                    f"{head} and {module.name} are one weight in this model, but the adapter changes them "
+                    "differently; PEFT's ensure_weight_tying=True avoids this"
                 )

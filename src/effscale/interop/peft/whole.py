@@ -1,4 +1,4 @@
-"""Whole modules in an adapter's file, which PEFT's ``modules_to_save`` names: heads, and others trained without a pair."""
+"""Whole modules in an adapter's file, named by PEFT's ``modules_to_save``: heads, and others trained without a pair."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,16 +15,16 @@ from effscale.interop.tensors import TensorInfo
 
 CLASSIFIERS = ("classifier", "score")
 BY_TASK = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
-"""What PEFT adds to ``modules_to_save`` by itself, by the task of the adapter."""
+"""What PEFT adds to ``modules_to_save`` by itself, depending on the task of the adapter."""
 
 CLASSES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
 def named(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of whole modules that an adapter's config tells.
+    """Return the names of whole modules in an adapter's config.
 
     Raises:
-        FolderError: If the field is no list of names.
+        FolderError: The field is not a list of names.
     """
     given = Fields("adapter_config.json", fields)
     task = given.text("task_type", "")
@@ -32,7 +32,7 @@ def named(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_meant(path: str, names: Collection[str]) -> bool:
-    """Whether a module, or one that it lies in, has one of the names: PEFT compares the end of its path.
+    """Return whether a module, or one that contains it, has one of the names: PEFT compares the end of its path.
 
     Example:
         >>> is_meant("transformer.h.0.mlp.c_fc", ["mlp"]), is_meant("transformer.ln_f", ["mlp"])
@@ -44,7 +44,7 @@ def is_meant(path: str, names: Collection[str]) -> bool:
 
 
 def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two tensors are equal, where either may have been rounded to the type that it is held in."""
+    """Return whether two tensors are equal, if either may have been rounded to its dtype."""
     return np.array_equal(one.astype(other.dtype), other) or np.array_equal(
         other.astype(one.dtype), one
     )
@@ -54,13 +54,13 @@ class WholeModules:
     """The tensors of whole modules in an adapter's file.
 
     Args:
-        infos: What is known of the file's tensors.
+        infos: Shapes and types of the file's tensors.
         fields: The adapter's config.
-        modules: Of the model.
+        modules: The modules of the model.
 
     Attributes:
-        found: For each place in the model, the names of the tensors that are to fill it: two, where a head is the embedding.
-        wrong: What was found and is not sound, in words.
+        found: For each place in the model, the names of the tensors that fill it: two if a head is the embedding.
+        wrong: Descriptions of all problems.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class WholeModules:
         }
 
     def takes(self, name: str) -> bool:
-        """Whether a tensor belongs to a whole module; if so, it is kept, or what is wrong with it."""
+        """Return whether a tensor belongs to a whole module; if so, record it or its problems."""
         tensor = name.removeprefix(START)
         canonical = self.modules.family.canonical(tensor)
         slot = self._slots.get(canonical)
-        # One weight can have two names in memory, of which the config may tell one.
+        # One weight can have two names in memory, of which the config may list only one.
         if slot not in self._meant and not is_meant(tensor.rpartition(".")[0], self.names):
             return False
         info = self.infos[name]
@@ -94,16 +94,16 @@ class WholeModules:
         self._seen.add(slot)
         if info.shape != self.modules.shapes[slot.name]:
             self.wrong.append(
-                f"of the wrong shape: {name} {list(info.shape)}, where the model has {list(self.modules.shapes[slot.name])}"
+                f"wrong shape: {name} {list(info.shape)}, but the model needs {list(self.modules.shapes[slot.name])}"
             )
         elif info.dtype not in (*FLOATS, np.dtype("float64")):
-            self.wrong.append(f"of a type that is no float: {name} {info.dtype}")
+            self.wrong.append(f"not of a float type: {name} {info.dtype}")
         else:
             self.found.setdefault(slot, []).append(name)
         return True
 
     def check(self, pairs: Collection[Slot]) -> list[str]:
-        """All that is wrong, once every tensor was seen; ``pairs`` are the places that have a pair."""
+        """Return all problems, after every tensor was seen; ``pairs`` are the places that have a pair."""
         module = lambda tensor: tensor.rpartition(".")[0]
         tensors = self.modules.tensors
         begun = {module(tensor) for tensor, slot in tensors.items() if slot in self._seen}
@@ -113,17 +113,17 @@ class WholeModules:
             if (slot in self._meant or module(tensor) in begun) and slot not in self._seen
         ]
         both = [names for slot, names in self.found.items() if slot in pairs]
-        said += [f"{names[0]}: a whole weight, beside a pair of the same" for names in both]
+        said += [f"{names[0]}: a whole weight, in addition to a pair of the same" for names in both]
         for head, twin in self.modules.twins.items():
             if len(self.found.get(twin.slot, [head, twin])) == 1:
                 said.append(
-                    f"{head} and {twin.name} are one weight in this model, and the adapter changes one of them only; "
-                    "PEFT's ensure_weight_tying=True makes one that changes both"
+                    f"{head} and {twin.name} are one weight in this model, but the adapter changes only one of them; "
+                    "PEFT's ensure_weight_tying=True avoids this"
                 )
         return self.wrong + said
 
     def _hint(self, canonical: str, info: TensorInfo) -> str:
-        """The heads with which the base would have such a module."""
+        """Return the heads with which the base would have such a module."""
         name, _, kind = canonical.rpartition(".")
         if kind != "weight" or name not in (*CLASSIFIERS, "qa_outputs") or not info.shape:
             return ""
@@ -137,9 +137,9 @@ class WholeModules:
 
 
 def filled(weight: jax.Array, parts: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
-    """A weight of ours in which the parts, by layer, are in place of its own.
+    """Return a weight in which the given parts, by layer, replace its own.
 
-    It has the parts' type; where some layers keep their own and those are of another type, float32.
+    It has the dtype of the parts, or float32 if some layers keep their own and have another dtype.
     """
     kinds = {array.dtype for array in parts.values()}
     if () in parts:

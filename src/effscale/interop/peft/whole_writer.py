@@ -1,4 +1,4 @@
-"""Whole modules of a model in an adapter: which heads go along, and what is written of them."""
+"""Whole modules of a model in an adapter: which heads are saved, and in which form."""
 
 import os
 import warnings
@@ -23,13 +23,13 @@ TASKS = {
     "span": "QUESTION_ANS",
     "choice": None,
 }
-"""Heads that are trained whole beside an adapter, and the task in PEFT, where it has one."""
+"""Heads that are trained whole together with an adapter, and their task in PEFT, if it has one."""
 
 
 def heads_trained_whole(
     config: TransformerConfig, modules: Modules, values: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Names of the heads of classes and values that have no pair, and of their modules in transformers."""
+    """Return the names of class and value heads without a pair, and of their modules in transformers."""
     found: dict[str, str] = {}
     for tensor, slot in modules.tensors.items():
         kind, name, *_ = slot.leaves[0].split(".")
@@ -41,7 +41,7 @@ def heads_trained_whole(
 
 
 def task_of(config: TransformerConfig, saved: Collection[str]) -> str | None:
-    """The task in PEFT of an adapter that has these heads with it; its tasks of classes are of texts."""
+    """Return PEFT's task of an adapter that is saved with these heads; its class tasks are for texts."""
     if len(config.heads) != 1 or not isinstance(config.inputs, TokenInputs):
         return None
     (head,) = config.heads
@@ -53,29 +53,29 @@ def task_of(config: TransformerConfig, saved: Collection[str]) -> str | None:
 def whole_tensors(
     modules: Modules, values: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of whole modules for an adapter's file, and the paths of these modules.
+    """Return the tensors of whole modules for an adapter's file, and the paths of these modules.
 
-    The paths are whole, for PEFT compares ends: ``attn`` would be ``c_attn``, too. Where a head is the embedding, both are
-    written.
+    The paths are complete, because PEFT compares ends: ``attn`` would also match ``c_attn``. If a head is the embedding,
+    both are written.
 
     Args:
-        modules: Of the model.
-        values: Its weights, by path.
-        names: Paths of modules in transformers, or what these end in after a dot.
+        modules: The modules of the model.
+        values: The weights of the model, by path.
+        names: Paths of modules in transformers, or their ends after a dot.
 
     Raises:
-        ValueError: If a name is no module's, or a module cannot be written.
+        ValueError: A name does not match a module, or a module cannot be written.
     """
     if isinstance(names, str):
         raise ValueError(
-            f"modules_to_save={names!r} must be a tuple of names, such as ({names!r},)"
+            f"modules_to_save must be a tuple of names, such as ({names!r},), got {names!r}"
         )
     paths = {tensor: _within(tensor, names) for tensor in modules.tensors}
     unknown = [name for name in names if not any(_within(t, [name]) for t in modules.tensors)]
     if unknown:
         ends = sorted({name.rpartition(".")[2] for name in modules.names})
         raise ValueError(
-            f"modules_to_save has {unknown}, and the model's modules in transformers end in {', '.join(ends)}"
+            f"modules_to_save must name modules, whose names in transformers end in {', '.join(ends)}, got {unknown}"
         )
     chosen = {slot for tensor, slot in modules.tensors.items() if paths[tensor]}
     found: dict[str, np.ndarray] = {}
@@ -85,7 +85,9 @@ def whole_tensors(
             continue
         weights = [values[leaf] for leaf in slot.leaves]
         if any(isinstance(weight, LoRA) for weight in weights):
-            wrong.append(f"{tensor} has a pair; merge_lora it, or leave it out of modules_to_save")
+            wrong.append(
+                f"{tensor} has a pair; merge it with merge_lora, or remove it from modules_to_save"
+            )
         elif slot.rule.in_expert:
             wrong.append(f"{tensor}: all experts are one tensor in transformers' memory")
         else:
@@ -99,7 +101,7 @@ def whole_tensors(
 
 
 def _within(tensor: str, names: Sequence[str]) -> str | None:
-    """The path of the module with one of the names that a tensor lies in; None if there is none.
+    """Return the path of the module with one of the names that contains a tensor, or None.
 
     Example:
         >>> _within("transformer.h.0.attn.c_attn.weight", ["attn"])
@@ -116,20 +118,20 @@ def warn_of_heads(
     values: Mapping[str, Any],
     base: str | os.PathLike[str] | None,
 ) -> None:
-    """Warns of heads that are neither in the adapter nor, with the same numbers, in the folder of its base.
+    """Warn about heads that are neither in the adapter nor, with the same values, in the folder of its base.
 
     Args:
         left_out: Names of heads, and of their modules in transformers.
-        modules: Of the model.
-        values: Its weights, by path.
-        base: The base's folder or name.
+        modules: The modules of the model.
+        values: The weights of the model, by path.
+        base: Folder or name of the base.
     """
     for head, name in left_out.items():
         slots = {t: slot for t, slot in modules.tensors.items() if t.startswith(f"{name}.")}
         if not _is_in(base, slots, modules, values):
             warnings.warn(
-                f"the adapter is saved without the head {head!r} ({', '.join(slots)}): with it goes what that head has learned, "
-                f"unless the base has the same. modules_to_save=({name!r},) saves it, too",
+                f"the adapter is saved without the head {head!r} ({', '.join(slots)}): what that head has learned is lost "
+                f"unless the base has the same head. Set modules_to_save=({name!r},) to save it, too",
                 stacklevel=3,
             )
 
@@ -140,7 +142,7 @@ def _is_in(
     modules: Modules,
     values: Mapping[str, Any],
 ) -> bool:
-    """Whether the base is a folder on this machine that has these tensors."""
+    """Return whether the base is a local folder that has these tensors."""
     if base is None or not os.path.isdir(base):
         return False
     try:
@@ -157,7 +159,7 @@ def _is_in(
 
 
 def _theirs(slot: Slot, modules: Modules, values: Mapping[str, Any]) -> np.ndarray:
-    """A tensor of theirs."""
+    """Return a tensor in the layout of transformers."""
     weights = [values[leaf] for leaf in slot.leaves]
     weights = [part(w, slot.index) if slot.index else w for w in weights]
     array = slot.rule.to_theirs([on_host(weight) for weight in weights], modules.axes)

@@ -1,1 +1,1 @@
-"""The mean of workers in one bit per number, with the error kept: what crosses the network, and what each worker owes."""
+"""The mean over workers in one bit per number with error feedback: the network exchange, and the errors that workers keep."""

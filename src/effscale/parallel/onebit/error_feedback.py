@@ -1,4 +1,4 @@
-"""What the signs of the 1-bit mean left out, kept by workers and servers for the next time."""
+"""The compression error of the 1-bit mean, which workers and servers keep and add the next time."""
 
 import dataclasses
 from typing import Any
@@ -15,12 +15,12 @@ from kernels_pallas.sign_compress.reference import quantized
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """What is left of a tensor after its signs were sent, kept as the numbers whose signs they were.
+    """The compression error of one tensor, stored as the numbers whose signs were sent.
 
     Attributes:
-        corrected: float32, the numbers: values and last error in sum.
-        scale: float32 scalar, what the signs were multiplied by.
-        spec: How ``corrected`` is divided over the mesh axes other than the workers'.
+        corrected: float32, the sum of the values and the previous error.
+        scale: float32 scalar that multiplied the signs.
+        spec: How ``corrected`` is divided over the mesh axes other than the workers' axis.
     """
 
     corrected: Any
@@ -29,24 +29,24 @@ class Residual:
 
     @property
     def error(self) -> jax.Array:
-        """``corrected - scale * sign(corrected)``, which is added the next time; in a server's padding it means nothing."""
+        """``corrected - scale * sign(corrected)``, which is added the next time; undefined in a server's padding."""
         scale = jnp.expand_dims(self.scale, range(self.scale.ndim, self.corrected.ndim))
-        corrected = jnp.asarray(self.corrected)  # which may be on the host
+        corrected = jnp.asarray(self.corrected)  # may be on the host
         return corrected - quantized(corrected, scale)
 
     def partition_specs(self) -> list[P]:
-        """How each array is divided, for `effscale.parallel.shardings`."""
+        """Return the sharding of each array, for ``effscale.parallel.shardings``."""
         return [self.spec, P()]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ErrorFeedback:
-    """The errors that a worker keeps: of all it sends, and of the part that it is the server of.
+    """The errors that a worker keeps: of everything it sends, and of the part for which it is the server.
 
     Attributes:
-        worker: The tree with a `Residual` of the same shape in the place of each tensor.
-        server: The same with the worker's part: [shards, 8, bytes], padded.
+        worker: The tree with a ``Residual`` of the same shape in place of each tensor.
+        server: The same for the worker's part, padded: [shards, 8, bytes].
     """
 
     worker: Any
@@ -54,12 +54,12 @@ class ErrorFeedback:
 
 
 def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> ErrorFeedback:
-    """One worker's errors before the first mean: zeros.
+    """Return one worker's errors before the first mean: zeros.
 
     Args:
-        tree: Arrays like those to be averaged.
-        num_workers: Workers that take part.
-        specs: See `effscale.parallel.compressed_mean`.
+        tree: Arrays with the shapes of those to average.
+        num_workers: Number of workers.
+        specs: As in ``effscale.parallel.compressed_mean``.
 
     Example:
         >>> errors = init_error_feedback({"w": jnp.ones((3, 5))}, num_workers=4)
@@ -76,10 +76,10 @@ def init_error_feedback(tree: Any, num_workers: int, specs: Any = None) -> Error
 
 
 def structure_of(tree: Any) -> Any:
-    """The structure of a tree's errors: without the ``nnx.Variable`` around an array.
+    """Return the structure of a tree's errors, without the ``nnx.Variable`` around each array.
 
-    ``nnx.Optimizer`` puts each leaf of a state into a variable of its own, and takes it out again; it does not find its way back to
-    a `Residual` that sits in one.
+    ``nnx.Optimizer`` wraps each leaf of a state in a separate variable and unwraps it again; it cannot restore a ``Residual``
+    that is inside a variable.
     """
     return jax.tree.structure(nnx.as_pure(tree))
 
@@ -97,14 +97,14 @@ def _zeros(layout: TensorLayout) -> tuple[Residual, Residual]:
 def check_errors(
     layouts: list[TensorLayout], worker: list[Residual], server: list[Residual]
 ) -> None:
-    """Raise a ``ValueError`` for errors of another tree or of another number of workers."""
+    """Raise a ``ValueError`` for errors of a different tree or number of workers."""
     for layout, at_worker, at_server in zip(layouts, worker, server, strict=True):
         expected = (layout.shape, (layout.shards, 8, layout.bytes))
         found = (jnp.shape(at_worker.corrected), jnp.shape(at_server.corrected))
         if found != expected:
             raise ValueError(
                 f"errors of shapes {found} for an array of shape {layout.shape} in {layout.shards} shards among "
-                f"{layout.servers} workers, which needs {expected}: they are those of another tree, another number "
-                "of workers or another division over mesh axes (an nnx.Optimizer drops the axes of its variables: give the "
-                "transformation specs=)"
+                f"{layout.servers} workers, which needs {expected}. They belong to another tree, another number "
+                "of workers or another division over mesh axes. An nnx.Optimizer drops the axes of its variables: pass "
+                "specs= to the transformation"
             )

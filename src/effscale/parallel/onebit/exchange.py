@@ -1,4 +1,4 @@
-"""The two halves of the 1-bit mean on the network: signs to servers, and their averages' signs back."""
+"""The two halves of the 1-bit mean: send signs to the servers, and send the signs of their averages back."""
 
 import math
 from typing import Any, Literal, NamedTuple
@@ -13,11 +13,11 @@ from kernels_pallas import sign_compress
 from kernels_pallas.manual_axes import vary
 
 Scales = Literal["tensor", "tree"]
-"""``tensor``: one scale for each tensor. ``tree``: one for all of a tree, as 1-bit LAMB has it."""
+"""``tensor``: one scale per tensor. ``tree``: one scale for the whole tree, as in 1-bit LAMB."""
 
 
 class Exchange(NamedTuple):
-    """The exchange as one device sees it: all arrays are its shards."""
+    """The exchange from the view of one device: all arrays are its shards."""
 
     layouts: list[TensorLayout]
     axis_name: str
@@ -28,7 +28,7 @@ class Exchange(NamedTuple):
     def __call__(
         self, xs: list[Any], worker: list[Residual], server: list[Residual]
     ) -> tuple[list[Any], list[Residual], list[Residual]]:
-        """The means, and the residuals of worker and server, from what a worker holds and its last residuals."""
+        """Return the means and the new residuals of worker and server, from the worker's values and its previous residuals."""
         sent = [
             sign_compress.compress(
                 self._blocks(layout, x),
@@ -83,11 +83,11 @@ class Exchange(NamedTuple):
         return jnp.ravel(blocks)[: layout.size].reshape(shape)
 
     def _roots(self, squares: Any, sizes: Any) -> list[Any]:
-        """Root mean squares of whole tensors (or of the whole tree) from the sums of squares of shards."""
+        """Return the root mean squares of whole tensors (or of the whole tree) from the sums of squares of shards."""
         if not len(squares):
             return []
         shards = _devices(self.shard_axes)
-        # A tensor that is not divided over an axis is on each of its devices, and would count as often.
+        # A tensor that is not divided over an axis is on each device along it, and would be counted that many times.
         totals = jnp.stack(
             [
                 jnp.asarray(square) / (shards // layout.shards)
@@ -107,7 +107,7 @@ class Exchange(NamedTuple):
         return list(jnp.sqrt(totals / jnp.maximum(counts, 1.0)))
 
     def _send(self, bits: Any, scales: list[Any], *, to_servers: bool) -> list[tuple[Any, Any]]:
-        """Bits and scales of all tensors, from each to its server or from each server to all: [workers, ...] of each."""
+        """Send bits and scales of all tensors to their servers, or from each server to all: [workers, ...] of each."""
         groups: dict[frozenset[str], list[int]] = {}
         for i, layout in enumerate(self.layouts):
             groups.setdefault(frozenset(layout.axes), []).append(i)

@@ -1,4 +1,4 @@
-"""How a tensor is cut for the 1-bit mean: into shards over mesh axes, and each shard into a part for each server."""
+"""How the 1-bit mean divides a tensor: into shards over mesh axes, and each shard into one part per server."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from effscale.parallel.placement import shardings
 
 
 class TensorLayout(NamedTuple):
-    """How one tensor is cut: into shards over other mesh axes, and each shard into a part for each server."""
+    """How one tensor is divided: into shards over other mesh axes, and each shard into one part per server."""
 
     shape: tuple[int, ...]
     spec: P
@@ -21,7 +21,7 @@ class TensorLayout(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Elements of a shard."""
+        """The number of elements of a shard."""
         return math.prod(self.shape) // self.shards
 
     @property
@@ -31,27 +31,27 @@ class TensorLayout(NamedTuple):
 
     @property
     def shard_spec(self) -> P:
-        """How [shards, ...] is divided."""
+        """How [shards, ...] is sharded."""
         return P(self.axes) if self.axes else P()
 
 
 def check_real(tree: Any) -> None:
-    """Raise a ``ValueError`` for arrays of a type whose numbers one bit and one scale cannot stand for."""
+    """Raise a ``ValueError`` for arrays of a dtype that one bit per number and one scale cannot represent."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             advice = (
                 "train its real and imaginary part as two arrays, as optax.contrib.split_real_and_imaginary(optimizer) does"
                 if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
-                else "leave it out of what is trained (optax.partition, or make_train_step(trainable=))"
+                else "exclude it from training (optax.partition, or make_train_step(trainable=))"
             )
             raise ValueError(
-                f"the array{jax.tree_util.keystr(path)} is of type {jnp.result_type(x)}, and only real floating-point numbers "
+                f"the array{jax.tree_util.keystr(path)} has the dtype {jnp.result_type(x)}, but only real floating-point numbers "
                 f"can be trained or sent in one bit each: {advice}"
             )
 
 
 def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[TensorLayout]:
-    """The layout of each tensor, on the mesh in use."""
+    """Return the layout of each tensor on the current mesh."""
     leaves, mesh = jax.tree.leaves(tree), jax.sharding.get_abstract_mesh()
     if mesh.empty:
         flat = [P()] * len(leaves)
@@ -60,7 +60,9 @@ def tensor_layouts(tree: Any, num_workers: int, specs: Any = None) -> list[Tenso
     else:
         flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
         if len(flat) != len(leaves):
-            raise ValueError(f"specs has {len(flat)} entries for {len(leaves)} arrays")
+            raise ValueError(
+                f"specs must have one entry for each of {len(leaves)} arrays, got {len(flat)}"
+            )
     return [
         _layout(jnp.shape(x), spec, mesh, num_workers) for x, spec in zip(leaves, flat, strict=True)
     ]
@@ -72,20 +74,20 @@ def _layout(shape: tuple[int, ...], spec: P, mesh: Any, num_workers: int) -> Ten
         names = axis_names(entry)
         if unknown := [name for name in names if name not in mesh.shape]:
             raise ValueError(
-                f"specs: {spec} for an array of shape {shape} names {unknown[0]!r}, which is no axis of the mesh in use: "
+                f"specs: {spec} for an array of shape {shape} names {unknown[0]!r}, which is not an axis of the current mesh: "
                 f"{', '.join(mesh.shape)}"
             )
         parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
-            raise ValueError(f"an array of shape {shape} cannot be divided as {spec} says")
+            raise ValueError(f"specs: an array of shape {shape} cannot be divided as {spec}")
         axes.extend(names)
         shards *= parts
     entries = tuple(spec)
-    while entries and entries[-1] is None:  # two specs that mean the same are not equal
+    while entries and entries[-1] is None:  # specs with the same meaning compare unequal otherwise
         entries = entries[:-1]
     return TensorLayout(tuple(shape), P(*entries), tuple(axes), shards, num_workers)
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a `jax.P` names."""
+    """Return the mesh axes that an entry of a ``jax.P`` names."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

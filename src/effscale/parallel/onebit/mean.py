@@ -1,11 +1,14 @@
-"""The error-compensated 1-bit mean: workers agree on the mean of what each holds and send one bit per number.
+"""The error-compensated 1-bit mean: workers compute the mean of their arrays and send one bit per number.
 
-A worker adds to its numbers the error of the last time and sends their signs, with one scale a tensor. Each worker is the
-server of a part: it averages what all sent for that part, adds its own error, and sends signs again. What the signs left
-out comes back the next time, so that over many steps nothing is lost.
+Each worker adds the compression error of the previous step to its numbers and sends their signs, with one scale per tensor.
+Each worker is also the server of one part: it averages what all workers sent for that part, adds its own error, and
+sends signs again. The compression error is added the next time, so over many steps nothing is lost.
 
-Source: Tang et al., 1-bit Adam, 2021 (arXiv:2102.02888), and Li et al., 1-bit LAMB, 2021 (arXiv:2104.06069), whose
-layout (all-to-all, then all-gather) this is.
+References:
+    Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed" (2021).
+        https://arxiv.org/abs/2102.02888
+    Li et al., "1-bit LAMB: Communication Efficient Large-Scale Large-Batch Training with LAMB's Convergence Speed" (2021),
+        whose layout (all-to-all, then all-gather) is used here. https://arxiv.org/abs/2104.06069
 """
 
 from typing import Any, get_args
@@ -41,29 +44,28 @@ def compressed_mean(
 
     .. math:: \sum_t \mathrm{out}_t = \sum_t \frac{1}{W} \sum_r x_{r,t} - \frac{1}{W} \sum_r e_{r,T} - d_T
 
-    All tensors go together: an all-to-all and an all-gather of bytes (signs, and behind them the scales) for the tensors
-    that are divided over the same mesh axes. A tensor is padded to whole bytes for each server; padding counts nowhere.
-    Of a tensor that is divided over other mesh axes each shard is exchanged where it lies; the workers' scales are those of
-    the whole tensor.
+    All tensors are sent together: one all-to-all and one all-gather of bytes (signs, followed by the scales) for the tensors
+    that are divided over the same mesh axes. A tensor is padded to whole bytes for each server; padding is never counted.
+    If a tensor is divided over other mesh axes, each shard is exchanged in place, and the workers' scales are those of the
+    whole tensor.
 
     Args:
-        tree: Arrays, different on each worker: momenta, gradients.
-        errors: From `init_error_feedback` or the last call. With other axes than the workers' in the mesh its arrays
-            should be divided as `Residual.spec` says, as `effscale.parallel.shardings` does: undivided ones are correct
-            and take more memory.
-        axis_name: The workers' axis, bound by `per_worker` or `simulate_workers` (or `jax.shard_map`, `jax.vmap`).
-        scales: How many scales there are.
-        specs: A tree of `jax.P` like ``tree``: how each array is divided over the other axes. By default the logical
-            axes of an ``nnx.Variable`` say it, and any other array counts as whole.
+        tree: Arrays that differ between workers, such as momenta or gradients.
+        errors: From ``init_error_feedback`` or the previous call. If the mesh has axes other than the workers', divide
+            its arrays as ``Residual.spec`` specifies, as ``effscale.parallel.shardings`` does; undivided arrays are correct
+            but use more memory.
+        axis_name: The workers' axis, bound by ``per_worker`` or ``simulate_workers`` (or ``jax.shard_map``, ``jax.vmap``).
+        scales: Number of scales: one per tensor or one per tree.
+        specs: A tree of ``jax.P`` like ``tree``: how each array is divided over the other axes. By default, the logical
+            axes of an ``nnx.Variable`` determine it, and any other array is not divided.
 
     Returns:
-        The mean, the same bit for bit on all workers, in the types of ``tree``; and the errors. With one worker, the
+        The mean, bitwise identical on all workers, in the dtypes of ``tree``; and the errors. With one worker, the
         tree itself: nothing is compressed.
 
     Raises:
         ValueError: The axis is not bound, ``scales`` is unknown, the mesh has other axes of type Explicit, ``specs`` names
-            an axis that arrays cannot be divided over, or the errors are those of another tree or of another number of
-            workers.
+            an axis that arrays cannot be divided over, or the errors belong to another tree or number of workers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,13 +80,15 @@ def compressed_mean(
         [[2.0, -2.0]]
     """
     if scales not in get_args(Scales):
-        raise ValueError(f"scales={scales!r} is unknown; one of {', '.join(get_args(Scales))}")
+        raise ValueError(f"scales must be one of {', '.join(get_args(Scales))}, got {scales!r}")
     num_workers = bound_axis_size(axis_name)
     if num_workers is None:
         raise ValueError(
-            f"the axis {axis_name!r} is not bound here: call this within per_worker(step, {axis_name!r})"
+            f"axis_name must be a bound axis, got {axis_name!r}. Call this inside per_worker(step, {axis_name!r})"
         )
-    if num_workers == 1:  # the mean of one, of a type that says that all workers hold it
+    if (
+        num_workers == 1
+    ):  # the mean of one worker, with a type that marks it as equal on all workers
         return jax.lax.pmean(as_local(tree, axis_name), axis_name), errors
     check_real(tree)
     mesh = jax.sharding.get_abstract_mesh()
@@ -94,13 +98,13 @@ def compressed_mean(
         if axis_name in layout.axes:
             raise ValueError(
                 f"specs: {layout.spec} for an array of shape {layout.shape} divides it over the workers' axis "
-                f"{axis_name!r}: each worker holds all of it, or its shard over other axes"
+                f"{axis_name!r}. Each worker must hold all of it, or its shard over other axes"
             )
     is_residual = lambda node: isinstance(node, Residual)
     structure = structure_of(tree)
     for name, side in (("worker", errors.worker), ("server", errors.server)):
         if jax.tree.structure(side, is_leaf=is_residual) != structure:
-            raise ValueError(f"errors.{name} was made for a tree of another structure")
+            raise ValueError(f"errors.{name} must have the structure of the tree")
     xs = as_local(jax.tree.leaves(tree), axis_name)
     worker = jax.tree.leaves(errors.worker, is_leaf=is_residual)
     server = jax.tree.leaves(errors.server, is_leaf=is_residual)
@@ -131,17 +135,17 @@ def compressed_mean(
 
 
 def _check_mesh(mesh: Any, axis_name: str) -> None:
-    """Raise a ``ValueError`` for a mesh in use whose other axes the exchange cannot be divided over."""
+    """Raise a ``ValueError`` if the current mesh has other axes that the exchange cannot be divided over."""
     if mesh.empty:
         return
     if not is_manual(axis_name):
         raise ValueError(
-            f"the axis {axis_name!r} is a jax.vmap's, and a mesh is in use: call simulate_workers outside of jax.set_mesh, "
-            "or run the step by per_worker"
+            f"the axis {axis_name!r} belongs to a jax.vmap, but a mesh is in use. Call simulate_workers outside of jax.set_mesh, "
+            "or run the step with per_worker"
         )
     explicit = [name for name in mesh.explicit_axes if mesh.shape[name] > 1]
     if explicit:
         raise ValueError(
-            f"the mesh's axis {explicit[0]!r} is of type Explicit: make it Auto, as MeshConfig does; the 1-bit mean divides "
-            "arrays over it by itself"
+            f"the mesh axis {explicit[0]!r} has the type Explicit. Make it Auto, as MeshConfig does, because the 1-bit mean divides "
+            "arrays over it itself"
         )

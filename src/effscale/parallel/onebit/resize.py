@@ -1,4 +1,4 @@
-"""Another number of workers: what each kept for itself is handed over so that nothing is lost."""
+"""Change the number of workers: the state that each worker kept is redistributed so that nothing is lost."""
 
 import math
 from typing import Any
@@ -11,15 +11,16 @@ from effscale.parallel.workers import PerWorker, is_per_worker
 
 
 def resize_workers(tree: Any, num_workers: int) -> Any:
-    """The tree with what is in its `PerWorker` for another number of workers.
+    """Return the tree with the contents of each ``PerWorker`` converted to another number of workers.
 
-    The mean over workers is kept: each new worker gets the mean of the old ones' arrays and errors. Servers' errors are
-    errors of the mean, in parts; they are cut anew. So what the exchange owes, the mean error of the workers and the
-    servers' errors, is owed by the new workers. With the same number the tree is returned as it is.
+    The mean over workers is preserved: each new worker gets the mean of the old workers' arrays and errors. The servers'
+    errors are errors of the mean, in parts, and are divided again. So the pending error of the exchange, the mean error of
+    the workers plus the servers' errors, carries over to the new workers. With the same number of workers, the tree is
+    returned unchanged.
 
     Args:
-        tree: A state between steps: the arrays of a `PerWorker` have the workers as their first dimension.
-        num_workers: Workers from now on. One sends nothing, so it never gets at what is owed.
+        tree: A state between steps: the arrays of a ``PerWorker`` have the workers as their first dimension.
+        num_workers: The new number of workers. A single worker sends nothing, so it never uses the pending error.
 
     Raises:
         ValueError: ``num_workers`` is less than 1.
@@ -29,7 +30,7 @@ def resize_workers(tree: Any, num_workers: int) -> Any:
         [[2.0], [2.0], [2.0]]
     """
     if num_workers < 1:
-        raise ValueError(f"num_workers={num_workers} must be at least 1")
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
 
     def share(x: Any) -> Any:
         mean = jnp.mean(x, axis=0, keepdims=True)
@@ -68,12 +69,12 @@ def _workers(node: PerWorker) -> int | None:
 
 
 def _start(error: jax.Array, like: Residual, num_workers: int) -> Residual:
-    """A residual whose error is the given one."""
+    """Return a residual with the given error."""
     return Residual(error, jnp.zeros((num_workers,), jnp.float32), like.spec)
 
 
 def _cut(worker: Residual, server: Residual, num_workers: int) -> jax.Array:
-    """The servers' errors of each shard, without the padding, in parts for other servers."""
+    """Divide the servers' errors of each shard, without padding, into parts for the new servers."""
     size = worker.corrected[0].size // server.corrected.shape[1]
     shards = jnp.moveaxis(server.error, 1, 0)
     number = shards.shape[0]

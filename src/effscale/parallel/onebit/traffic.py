@@ -1,4 +1,4 @@
-"""Bytes that a mean over workers sends, compressed or not, by formula."""
+"""Formulas for the bytes that a mean over workers sends, compressed or not."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from effscale.parallel.onebit.layout import tensor_layouts
 
 
 def mean_bytes(tree: Any, num_workers: int, *, specs: Any = None) -> float:
-    """Bytes that a device sends for the uncompressed mean of a tree over workers, around a ring.
+    """Return the bytes that a device sends for the uncompressed mean of a tree over workers, around a ring.
 
     Args:
-        tree: Arrays, or what has a shape and a dtype.
-        num_workers: Workers; one sends nothing.
-        specs: See `effscale.parallel.compressed_mean`.
+        tree: Arrays, or objects with a shape and a dtype.
+        num_workers: Number of workers; a single worker sends nothing.
+        specs: As in ``effscale.parallel.compressed_mean``.
 
     >>> mean_bytes(jnp.zeros(1000), 4)
     6000.0
@@ -31,16 +31,16 @@ def mean_bytes(tree: Any, num_workers: int, *, specs: Any = None) -> float:
 def compressed_mean_bytes(
     tree: Any, num_workers: int, *, scales: Scales = "tensor", specs: Any = None
 ) -> float:
-    r"""Bytes that a device sends in one `compressed_mean`.
+    r"""Return the bytes that a device sends in one ``compressed_mean``.
 
     With :math:`B` bytes of a server's part of all tensors and S scales of four bytes, :math:`2 (W - 1) (B + 4 S)`: about
     1/32 of what float32 takes.
 
     Args:
-        tree: Arrays, or what has a shape and a dtype.
-        num_workers: Workers; one sends nothing.
-        scales: See `effscale.parallel.compressed_mean`.
-        specs: See `effscale.parallel.compressed_mean`.
+        tree: Arrays, or objects with a shape and a dtype.
+        num_workers: Number of workers; a single worker sends nothing.
+        scales: As in ``effscale.parallel.compressed_mean``.
+        specs: As in ``effscale.parallel.compressed_mean``.
 
     >>> compressed_mean_bytes(jnp.zeros(1000), 4)  # 32 bytes of signs for each server, and a scale
     216.0
