@@ -7,7 +7,7 @@ Each interpreter runs the JAX contestants in one process and PyTorch's, where it
 in another. The processes live through the whole run and are asked in turn, one contestant at a
 time, so that a change in the machine's mood meets them all; the table has medians. The rate counts
 the three matrix products, 6 tokens d vocab operations, whatever the contestant really does. Two
-rows are bounds to compare with: `products`, those three alone on whole arrays, and `square`, the
+rows are bounds to compare with: ``products``, those three alone on whole arrays, and ``square``, the
 rate of a 2048 x 2048 x 2048 product.
 """
 

@@ -36,7 +36,7 @@ class Numbers:
         return {name: values[0] for name, values in self.rows(index, index + 1).items()}
 
     def rows(self, start: int, stop: int):
-        """What `analyze` reads, whole ranges at once."""
+        """What ``analyze`` reads, whole ranges at once."""
         return {"number": np.arange(start, stop) * 2_654_435_761 % 2**32}
 
 

@@ -1,7 +1,7 @@
 """A small Mixtral: training steps and generation, beside transformers.
 
 6 layers, 256 wide, 8 experts of 512 of which each token takes two, a vocabulary of 8,192; float32 with random weights. Training: 8 rows of 256
-tokens, forward, backward and AdamW. Generation: 8 rows, 128 tokens after 32, greedy. transformers runs its default experts (`grouped_mm`)
+tokens, forward, backward and AdamW. Generation: 8 rows, 128 tokens after 32, greedy. transformers runs its default experts (``grouped_mm``)
 and AdamW of PyTorch.
 """
 

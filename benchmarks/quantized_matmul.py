@@ -2,8 +2,8 @@
 
     python benchmarks/quantized_matmul.py
 
-Contestants run in turn in one process, by the implementation that `None` takes on this machine: kernels on a TPU or a Hopper GPU, plain
-jnp elsewhere. `float` is the product of the inputs with a float array of their type, bias and activation included.
+Contestants run in turn in one process, by the implementation that ``None`` takes on this machine: kernels on a TPU or a Hopper GPU, plain
+jnp elsewhere. ``float`` is the product of the inputs with a float array of their type, bias and activation included.
 """
 
 import functools

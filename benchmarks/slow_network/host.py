@@ -38,7 +38,7 @@ COUNTER = pathlib.Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def bfloat16_mean(axis_name: str) -> optax.GradientTransformation:
-    """`mean_over_workers` with bfloat16 on the network: parts of the gradient are averaged in float32 by one worker each.
+    """``mean_over_workers`` with bfloat16 on the network: parts of the gradient are averaged in float32 by one worker each.
 
     It sends what a ring does, and needs no reduction in bfloat16, of which XLA's CPU compiler dies.
     """

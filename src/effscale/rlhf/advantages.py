@@ -21,7 +21,7 @@ def gae(
     After the last token of a response the value is 0, also where the response was cut off.
 
     Args:
-        rewards: Of each token, see :func:`effscale.rlhf.shaped_rewards`.
+        rewards: Of each token, see ``effscale.rlhf.shaped_rewards``.
         values: The critic's expectation before each token.
         mask: The response's tokens; outside both results are 0.
         gamma: Discount.

@@ -12,12 +12,12 @@ from effscale.rlhf.rewards import KLEstimator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """What :class:`PPOConfig` and :class:`GroupConfig` have in common."""
+    """What ``PPOConfig`` and ``GroupConfig`` have in common."""
 
     kl_coef: float = 0.05
     """The price of divergence from the reference, for each nat."""
     kl_estimator: KLEstimator = "k1"
-    """How the divergence is estimated, see :func:`effscale.rlhf.kl_estimate`."""
+    """How the divergence is estimated, see ``effscale.rlhf.kl_estimate``."""
     score_clip: float | None = None
     """Scores are clipped to plus and minus this; None: not at all."""
     missing_end_penalty: float = 0.0
@@ -45,12 +45,12 @@ class LearningConfig:
 class PPOConfig(LearningConfig):
     """What PPO makes of responses and scores.
 
-    The defaults are what is usual today; DeepSpeed-Chat's are in :data:`DEEPSPEED_CHAT`. TRL 1.12 has
+    The defaults are what is usual today; DeepSpeed-Chat's are in ``DEEPSPEED_CHAT``. TRL 1.12 has
     ``score_at="next"``, and trains both models by one optimizer on the policy's loss plus 0.1 times the critic's.
     """
 
     kl_target: float | None = None
-    """Divergence of a response, in nats, at which :func:`effscale.rlhf.adaptive_kl` keeps the policy by changing ``kl_coef``; None: ``kl_coef`` stays."""
+    """Divergence of a response, in nats, at which ``effscale.rlhf.adaptive_kl`` keeps the policy by changing ``kl_coef``; None: ``kl_coef`` stays."""
     kl_horizon: float = 10_000.0
     """Responses in which ``kl_coef`` then changes by about a fifth at most."""
     score_at: Literal["last", "next"] = "last"
@@ -95,7 +95,7 @@ class GroupConfig(LearningConfig):
     group_size: int = 8
     """Responses to each prompt."""
     advantage: Literal["group", "leave_one_out"] = "group"
-    """A score less the mean of its group (:func:`effscale.rlhf.group_advantages`), or less that of the others in it (:func:`effscale.rlhf.leave_one_out_advantages`)."""
+    """A score less the mean of its group (``effscale.rlhf.group_advantages``), or less that of the others in it (``effscale.rlhf.leave_one_out_advantages``)."""
     scale: bool = True
     """Whether ``group`` divides by the deviation within the group."""
     kl_in: Literal["loss", "reward"] = "loss"

@@ -30,7 +30,7 @@ class Experience:
         values: The critic's, before each of them; None without a critic.
         returns: What the critic should have said; None without a critic.
         reference_log_probs: The reference's, where divergence is a part of the loss; else None.
-        text: Rows of ordinary text for ``pretraining_coef``, as many as responses: a batch of :func:`effscale.training.next_token_loss`; else None.
+        text: Rows of ordinary text for ``pretraining_coef``, as many as responses: a batch of ``effscale.training.next_token_loss``; else None.
     """
 
     tokens: Int[Array, "batch total"]
@@ -81,9 +81,9 @@ def make_experience(
     """PPO's rewards, advantages and returns of responses that were drawn and scored.
 
     Args:
-        drawn: From :func:`effscale.generation.decode` with ``log_probs=True``.
-        reference_log_probs: The reference's, see :func:`effscale.rlhf.response_log_probs`, at the temperature of the drawing.
-        values: The critic's, see :func:`effscale.rlhf.response_values`.
+        drawn: From ``effscale.generation.decode`` with ``log_probs=True``.
+        reference_log_probs: The reference's, see ``effscale.rlhf.response_log_probs``, at the temperature of the drawing.
+        values: The critic's, see ``effscale.rlhf.response_values``.
         scores: Of whole responses: a reward model's or a function's.
         stop_ids: Tokens that end a response, as ``drawn`` had them; needed for ``missing_end_penalty`` and its metric, and for ``learn_end=False``.
         config: How rewards are made.
@@ -128,14 +128,14 @@ def make_group_experience(
     """Advantages of responses over the others to the same prompt, as in GRPO and RLOO; no critic is needed.
 
     Args:
-        drawn: As in :func:`make_experience`; responses to one prompt stand side by side.
-        reference_log_probs: As in :func:`make_experience`.
-        scores: As in :func:`make_experience`.
-        stop_ids: As in :func:`make_experience`.
+        drawn: As in ``make_experience``; responses to one prompt stand side by side.
+        reference_log_probs: As in ``make_experience``.
+        scores: As in ``make_experience``.
+        stop_ids: As in ``make_experience``.
         config: How advantages are made.
 
     Returns:
-        The experience, and metrics: those of :func:`make_experience`, and ``equal_groups``, the share of prompts all of whose responses have one score, so that
+        The experience, and metrics: those of ``make_experience``, and ``equal_groups``, the share of prompts all of whose responses have one score, so that
         nothing is learned from them.
 
     Raises:

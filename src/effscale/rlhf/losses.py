@@ -1,4 +1,4 @@
-"""The losses of policy and critic over experience, for :func:`effscale.training.make_train_step`."""
+"""The losses of policy and critic over experience, for ``effscale.training.make_train_step``."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def actor_loss(
         actor: The policy, a causal model with a head named ``lm``.
         experience: A minibatch.
         key: Not used: dropout would make the ratio differ from 1 where nothing was learned yet.
-        config: Clips, averages and coefficients: a :class:`PPOConfig` or a :class:`GroupConfig`.
+        config: Clips, averages and coefficients: a ``PPOConfig`` or a ``GroupConfig``.
         temperature: That of the drawing.
 
     Raises:
@@ -83,7 +83,7 @@ def critic_loss(
     Args:
         critic: A causal model with a head of one class and ``pool="none"``.
         experience: A minibatch.
-        key: Not used, as in :func:`actor_loss`.
+        key: Not used, as in ``actor_loss``.
         config: Clip, and where the score stands.
         head: Name of the head.
     """

@@ -1,4 +1,4 @@
-"""Learning from pairs of responses: the losses of a reward model and of DPO over a batch, for :func:`effscale.training.make_train_step`.
+"""Learning from pairs of responses: the losses of a reward model and of DPO over a batch, for ``effscale.training.make_train_step``.
 
 A batch of pairs holds ``chosen`` and ``rejected``, the tokens of prompt and response padded on the right, ``prompt_lengths``, and ``chosen_lengths`` and
 ``rejected_lengths``, which count the prompt, too. Where present, ``margins`` says by how much the first is better.
@@ -40,10 +40,10 @@ def reward_model_loss(
     Args:
         model: A model with a head of one class: ``pool="last"`` or ``"none"`` for ``form="response"``, ``"none"`` for ``"token"``. With ``lm_coef`` it also
             has a head named ``lm``.
-        batch: Pairs, see :mod:`effscale.rlhf.pairs`.
+        batch: Pairs, see ``effscale.rlhf.pairs``.
         key: Turns dropout on.
-        form: ``response`` compares the scores at the ends (:func:`effscale.rlhf.pairwise_loss`); ``token`` those after each token from the first in which
-            the two differ, as DeepSpeed-Chat does (:func:`effscale.rlhf.token_pairwise_loss`).
+        form: ``response`` compares the scores at the ends (``effscale.rlhf.pairwise_loss``); ``token`` those after each token from the first in which
+            the two differ, as DeepSpeed-Chat does (``effscale.rlhf.token_pairwise_loss``).
         center: Weight of the squared sum of both scores, which keeps them around 0; for ``response``.
         lm_coef: Weight of the cross entropy of the better response's tokens, a mean over each response and over pairs. A model that keeps predicting
             responses while it learns to compare them can generalize better to pairs that it has not seen; 0.5 is what the experiment ``rlhf`` uses.
@@ -116,13 +116,13 @@ def preference_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """What a policy learns by without a reward model: DPO, see :func:`effscale.rlhf.dpo_loss`.
+    """What a policy learns by without a reward model: DPO, see ``effscale.rlhf.dpo_loss``.
 
     Give the reference to the step as ``frozen``: ``step(state, batch, frozen=reference)``, or ``fit(..., frozen=reference)``.
 
     Args:
         policy: A causal model with a head named ``lm``.
-        batch: Pairs, see :mod:`effscale.rlhf.pairs`.
+        batch: Pairs, see ``effscale.rlhf.pairs``.
         key: Turns dropout on.
         reference: The policy before training.
         beta: How dear it is to leave the reference.

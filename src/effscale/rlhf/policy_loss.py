@@ -26,7 +26,7 @@ class PolicyLossConfig:
     ratio_of: Literal["token", "sequence"] = "token"
     """Ratios of each token, or one for the whole response, the geometric mean of its tokens' (GSPO)."""
     average: Average = "token"
-    """See :func:`masked_average`."""
+    """See ``masked_average``."""
 
     def __post_init__(self):
         check(self, 0 < self.clip_low <= 1, "clip_low", "above 0 and at most 1")
@@ -138,7 +138,7 @@ def value_loss(
     Args:
         values: The critic's, now.
         old_values: The critic's when the responses were scored.
-        returns: What it should have said, see :func:`effscale.rlhf.gae`.
+        returns: What it should have said, see ``effscale.rlhf.gae``.
         mask: The tokens that count.
         clip: How far a value may move in one batch of responses; None: without bound.
 

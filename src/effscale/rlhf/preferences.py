@@ -44,7 +44,7 @@ def token_pairwise_loss(
     Args:
         chosen: A score after each token of the preferred response, prompt included.
         rejected: The same of the other.
-        where: The places that count, see :func:`diverging`.
+        where: The places that count, see ``diverging``.
 
     References:
         Yao et al., "DeepSpeed-Chat", 2023.

@@ -67,8 +67,8 @@ def shaped_rewards(
 
     Args:
         scores: One for each response, of a reward model or a function.
-        kl: Of each token, see :func:`kl_estimate`.
-        mask: The response's tokens, without gaps from the first one on. With :func:`with_next` the score stands one place later. The score of
+        kl: Of each token, see ``kl_estimate``.
+        mask: The response's tokens, without gaps from the first one on. With ``with_next`` the score stands one place later. The score of
             an empty response is lost: leave such responses out.
         kl_coef: The price of divergence, :math:`\beta`. DeepSpeed-Chat takes 0.1, TRL 0.05.
         clip: Scores are clipped to plus and minus this; None: not at all. DeepSpeed-Chat takes 5.

@@ -28,7 +28,7 @@ class ModelReward:
     """Scores by a reward model that reads the policy's tokens.
 
     Args:
-        model: The reward model. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
+        model: The reward model. It may lie in host memory, see ``effscale.parallel.to_host_memory``.
         head: Name of its head of one class with ``pool="last"``.
     """
 

@@ -1,7 +1,7 @@
 """What models say of responses that are there: log-probabilities, values, scores.
 
 A batch is tokens of prompt and response, padded on the left to prompts of equal length and on the right to responses of equal length, with a
-mask that is true at real tokens, as :func:`effscale.generation.decode` returns it. All is without dropout unless a key is given.
+mask that is true at real tokens, as ``effscale.generation.decode`` returns it. All is without dropout unless a key is given.
 """
 
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ CHUNK = 512
 
 
 class ResponseLogProbs(NamedTuple):
-    """What :func:`response_log_probs` returns.
+    """What ``response_log_probs`` returns.
 
     Attributes:
         log_probs: Of each token, in nats; of no meaning where the mask is false.
         entropies: Of the choice at each token, in nats.
-        reports: What layers reported, such as the auxiliary loss of routers; see :func:`effscale.training.add_reports`.
+        reports: What layers reported, such as the auxiliary loss of routers; see ``effscale.training.add_reports``.
     """
 
     log_probs: Float[Array, "batch response"]
@@ -42,7 +42,7 @@ def response_log_probs(
 ) -> ResponseLogProbs:
     """Log-probabilities of the tokens of responses, and the entropy of the choice at each of them.
 
-    Logits are computed for the response alone, a part at a time, in float32. For tokens that :func:`effscale.generation.decode` has drawn from the
+    Logits are computed for the response alone, a part at a time, in float32. For tokens that ``effscale.generation.decode`` has drawn from the
     same model at the same temperature, the log-probabilities are those that it told.
 
     Args:
@@ -122,7 +122,7 @@ def values_and_reports(
     head: str,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "batch response"], Any]:
-    """What :func:`response_values` returns, and the reports of the critic's layers."""
+    """What ``response_values`` returns, and the reports of the critic's layers."""
     _check(tokens, response)
     encoded = critic.encode(tokens, attention_mask=mask, key=key)
     outputs = head_outputs(critic, encoded.hidden, mask, head, key)

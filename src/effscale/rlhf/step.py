@@ -28,14 +28,14 @@ from effscale.rlhf.scoring import response_log_probs, response_values
 from effscale.training import TrainState
 
 TrainStep = Callable[..., tuple[TrainState, Mapping[str, Any]]]
-"""From :func:`effscale.training.make_train_step`, not compiled yet."""
+"""From ``effscale.training.make_train_step``, not compiled yet."""
 
 
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyState:
-    """What a run of PPO, GRPO or RLOO changes; :func:`effscale.training.fit` takes it and checkpoints keep it.
+    """What a run of PPO, GRPO or RLOO changes; ``effscale.training.fit`` takes it and checkpoints keep it.
 
     Attributes:
         actor: The policy in training.
@@ -62,7 +62,7 @@ def create_policy_state(
     """The state before the first iteration.
 
     Args:
-        actor: From :func:`effscale.training.create_train_state`.
+        actor: From ``effscale.training.create_train_state``.
         critic: The same of the critic; None for GRPO and RLOO.
         key: Decides the responses and the order in which they are learned from.
         config: That of the step; it gives the first price of divergence.
@@ -92,25 +92,25 @@ def make_policy_step(
     It has three phases. **Generate**: the actor, in the layout of ``rollout``, draws a response to each prompt. **Score**: rewards, the reference's
     log-probabilities and the critic's values become experience. **Update**: actor and critic learn from minibatches of it, in a new order each epoch.
 
-    Each phase is compiled once for each shape of prompts. The two training steps are any that :func:`effscale.training.make_train_step` makes of
-    :func:`effscale.rlhf.actor_loss` and :func:`effscale.rlhf.critic_loss`, with the optimizer, the gradient's clip, the moving average and the trainable part
-    (LoRA, say) that you want. Give it to :func:`effscale.training.fit`, or call it in a loop of your own; the state it gets is used up.
+    Each phase is compiled once for each shape of prompts. The two training steps are any that ``effscale.training.make_train_step`` makes of
+    ``effscale.rlhf.actor_loss`` and ``effscale.rlhf.critic_loss``, with the optimizer, the gradient's clip, the moving average and the trainable part
+    (LoRA, say) that you want. Give it to ``effscale.training.fit``, or call it in a loop of your own; the state it gets is used up.
 
     Args:
         actor_step: Trains the actor.
-        critic_step: Trains the critic; None for a :class:`GroupConfig`.
-        rewards: Scores of responses, one or several by name; see :mod:`effscale.rlhf.scores`.
+        critic_step: Trains the critic; None for a ``GroupConfig``.
+        rewards: Scores of responses, one or several by name; see ``effscale.rlhf.scores``.
         weights: Of several rewards by name; 1 where none is given.
-        reference: The policy before training, which the actor shall not leave far. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
+        reference: The policy before training, which the actor shall not leave far. It may lie in host memory, see ``effscale.parallel.to_host_memory``.
         rollout: How responses are drawn.
-        config: A :class:`PPOConfig`, or a :class:`GroupConfig` for GRPO and RLOO.
+        config: A ``PPOConfig``, or a ``GroupConfig`` for GRPO and RLOO.
         epochs: How often each response is learned from.
         minibatches: Updates in an epoch.
         critic_head: Name of the critic's head.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``. The batch holds ``input_ids`` and ``attention_mask`` of shape ``(prompts, length)``, padded on the left,
-        where the config mixes in pretraining ``text``, and whatever the rewards read. Metrics: those of :func:`effscale.rlhf.make_experience`; the means of the
+        where the config mixes in pretraining ``text``, and whatever the rewards read. Metrics: those of ``effscale.rlhf.make_experience``; the means of the
         updates' own as ``actor_...`` and ``critic_...``; ``kl_coef``; ``skipped_in_row``; and the seconds of each phase, of which ``switch_seconds`` is the change
         of layout.
 

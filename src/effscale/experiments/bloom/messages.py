@@ -54,7 +54,7 @@ class InterfaceText(Source):
             yield from self._accept(skipped, "\n".join(texts), f"{self.language}/{component}")
 
     def spec(self) -> str:
-        """A name; `parse_source` does not know it."""
+        """A name; ``parse_source`` does not know it."""
         return f"interface:{self.language}"
 
     def fingerprint(self) -> dict[str, Any]:

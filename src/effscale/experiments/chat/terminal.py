@@ -5,7 +5,7 @@
     python -m effscale.experiments.chat --web --model runs/mine/seed-0/sft/model --beside runs/mine/seed-0/ppo/model
 
 In the terminal /clear forgets the conversation, /quit (or Ctrl-D) ends it, and Ctrl-C ends an answer. --web opens a page at http://127.0.0.1:7860
-instead, where two models can answer side by side; it needs the extra `chat`. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
+instead, where two models can answer side by side; it needs the extra ``chat``. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
 """
 
 import contextlib

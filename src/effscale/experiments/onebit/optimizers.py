@@ -130,7 +130,7 @@ def build(
     steps: int,
     workers: int | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for a step of the workers along `AXIS`.
+    """An optimizer for a step of the workers along ``AXIS``.
 
     Args:
         name: Which.
@@ -167,7 +167,7 @@ def build(
 
 @SendsBytes.register
 class OneBitGradientsState(NamedTuple):
-    """State of `onebit_gradients`: each worker's errors, and the bytes that its device sent in the last update."""
+    """State of ``onebit_gradients``: each worker's errors, and the bytes that its device sent in the last update."""
 
     errors: PerWorker | None
     sent: Any

@@ -298,7 +298,7 @@ PRESETS["opt-66b"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8, tensor=
 PRESETS["bloom-176b"] = dataclasses.replace(
     _LARGE, mesh=MeshConfig(fsdp=64, tensor=8), minibatches=2
 )
-"""The same for BLOOM on 512 chips. `effscale.experiments.aot_rlhf` compiles these."""
+"""The same for BLOOM on 512 chips. ``effscale.experiments.aot_rlhf`` compiles these."""
 
 FREE = ("step", "seeds", "out", "resume", "mesh", "offload")
 """What may differ when a run is resumed."""

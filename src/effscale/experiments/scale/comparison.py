@@ -152,7 +152,7 @@ def _row(one: Estimate, stage: str, share: float) -> Row:
 
 
 def technique_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Of `compared`."""
+    """Of ``compared``."""
     head = ["model", "technique", "step", "share of steps", "PFLOP", "along data, GB"]
     table = [[*head, "all-to-all of experts, GB", "memory, GB", "step, s"]]
     for row in rows:

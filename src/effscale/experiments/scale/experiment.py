@@ -127,7 +127,7 @@ def _compile_all(cases: Sequence[Case], kept: pathlib.Path) -> dict[str, dict[st
 
 
 def compiled(case: Case) -> dict[str, object]:
-    """What a process of its own finds when it compiles a case; see `effscale.experiments.scale.worker`.
+    """What a process of its own finds when it compiles a case; see ``effscale.experiments.scale.worker``.
 
     Raises:
         RuntimeError: It does not compile.

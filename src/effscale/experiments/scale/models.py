@@ -31,14 +31,14 @@ MODELS: dict[str, Callable[[], TransformerConfig]] = {
     "bert-base": lambda: _bert(12, 768, 12),
     "bert-large": lambda: _bert(24, 1024, 16),
 }
-"""Models beside those of `effscale.models.PRESETS`, or in their place."""
+"""Models beside those of ``effscale.models.PRESETS``, or in their place."""
 
 
 def known_model(name: str) -> TransformerConfig:
     """The config of a model.
 
     Args:
-        name: One of `MODELS` or of `effscale.models.PRESETS`.
+        name: One of ``MODELS`` or of ``effscale.models.PRESETS``.
 
     Raises:
         ValueError: No such model, or one that reads no text.

@@ -42,7 +42,7 @@ def messages() -> Iterator[None]:
     """Ends the program with a message in place of a traceback where the message is all that a user needs.
 
     That is so for an error that this library raised itself, because it says what is wrong and what would do (exit status 2),
-    for a run that was stopped (exit status 130 or 143), and for one of several processes that has lost another one (see `ending_together`). An error
+    for a run that was stopped (exit status 130 or 143), and for one of several processes that has lost another one (see ``ending_together``). An error
     from anywhere else keeps its traceback, and with ``EFFSCALE_TRACEBACK=1`` in the environment so does every one.
     """
     keep_tracebacks = bool(os.environ.get("EFFSCALE_TRACEBACK"))

@@ -21,7 +21,7 @@ def preference_pairs() -> list[Record]:
 
 
 def instructions() -> list[Record]:
-    """999 English instructions with one answer each, written by a model; as for :func:`preference_pairs`, do not pass them on.
+    """999 English instructions with one answer each, written by a model; as for ``preference_pairs``, do not pass them on.
 
     Raises:
         MissingAssetError: The archive is not there; the message says how to get it.

@@ -96,7 +96,7 @@ def prepared_corpora(
 
 
 def corpus_digests(corpora: Sequence[Any]) -> dict[str, Any]:
-    """What identifies the text of a run and its tokenizer, for `RunFolder.create`.
+    """What identifies the text of a run and its tokenizer, for ``RunFolder.create``.
 
     Args:
         corpora: The ``effscale.data.Corpus`` objects.

@@ -37,11 +37,11 @@ def pretrain_once(
         training: What is compiled.
         config: Of the run, but for its folder.
         batches: Makes its batches.
-        evaluate: As in `Pretraining.train`.
+        evaluate: As in ``Pretraining.train``.
         final: From what the run left to what ``final.json`` holds.
         diverged: What it holds if loss or gradient is not finite for ten steps.
         free_fields: Fields of the config that may change when a run goes on.
-        compile_first: As in `Pretraining.train`.
+        compile_first: As in ``Pretraining.train``.
 
     Raises:
         StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.

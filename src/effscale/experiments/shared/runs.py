@@ -98,13 +98,13 @@ def train_to_end(
         num_steps: Steps of the whole run.
         evaluate: From a state to metrics.
         every: Steps between evaluations, and between checkpoints.
-        restage: As in `run_to_end`.
+        restage: As in ``run_to_end``.
         wrap_writer: What is put around the writer of metrics.
-        frozen: As in `effscale.training.fit`.
+        frozen: As in ``effscale.training.fit``.
         layout: Shardings of the state; None leaves it on one device.
-        trace_create: As in `effscale.training.resume_or_start`.
+        trace_create: As in ``effscale.training.resume_or_start``.
         place_batch: Puts a batch on the devices.
-        compile_first: As in `run_to_end`.
+        compile_first: As in ``run_to_end``.
 
     Returns:
         The last state.
@@ -165,18 +165,18 @@ def run_to_end(
         num_steps: Steps of the whole run.
         evaluate: From a state to metrics.
         eval_every: Steps between evaluations.
-        resume: As in `resume_or_start`.
+        resume: As in ``resume_or_start``.
         restage: Makes another ``StagedStep`` like ``step``, for a run that continues in the middle of its schedule. It leaves out the
             shapes behind it, which ``step`` must have for the run of another seed.
         compile_first: Where the step is a ``StagedStep``, let the second step wait until all shapes are compiled, so that no compilation
             shares the machine with steps whose time is taken.
-        frozen: As in `effscale.training.fit`.
+        frozen: As in ``effscale.training.fit``.
         layout: Shardings of the state; None leaves it on one device.
-        trace_create: As in `effscale.training.resume_or_start`.
+        trace_create: As in ``effscale.training.resume_or_start``.
         place_batch: Puts a batch on the devices.
 
     Returns:
-        What `fit` returns; a signal is left to the caller.
+        What ``fit`` returns; a signal is left to the caller.
     """
     options = {"resume": resume, "shardings": layout, "trace_create": trace_create}
     state, start = resume_or_start(checkpoints, create, batches, **options)

@@ -35,7 +35,7 @@ class Passages:
         return float(np.bincount(self.test.labels).max() / len(self.test))
 
     def digests(self) -> dict[str, Any]:
-        """What identifies the passages, for `RunFolder.create`."""
+        """What identifies the passages, for ``RunFolder.create``."""
         splits = {"train": self.train, "dev": self.dev, "test": self.test}
         return {
             name: {"passages": len(texts), "digest": digest(texts.arrays())}

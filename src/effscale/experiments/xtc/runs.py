@@ -47,7 +47,7 @@ class Runner:
         arm: Which.
         data: The passages.
         folder: The run folder, in which each run gets a folder of its own.
-        origin: By seed, what `Arm.begin` makes the model of.
+        origin: By seed, what ``Arm.begin`` makes the model of.
         teacher: By seed, what it learns from; None where it learns from labels.
     """
 

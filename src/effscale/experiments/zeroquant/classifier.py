@@ -59,7 +59,7 @@ class ClassifierRuns:
             once(self.folder, f"minilm/seed-{seed}", functools.partial(self._run, seed))
 
     def found(self, seed: int) -> dict[str, Any]:
-        """What `run` found with a seed: by arm, the accuracy and the layers' bytes."""
+        """What ``run`` found with a seed: by arm, the accuracy and the layers' bytes."""
         return json.loads(self._file(seed).read_text(encoding="utf-8"))
 
     def _file(self, seed: int) -> pathlib.Path:

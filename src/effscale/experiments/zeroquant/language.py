@@ -110,7 +110,7 @@ class LanguageRuns:
         self._once("sensitivity", self._sensitivity)
 
     def found(self, name: str) -> Any:
-        """What `run` found of an arm or peer, or of the layers' ``sensitivity``."""
+        """What ``run`` found of an arm or peer, or of the layers' ``sensitivity``."""
         return json.loads(self._file(name).read_text(encoding="utf-8"))
 
     def _once(self, name: str, make: Callable[[], Any]) -> None:

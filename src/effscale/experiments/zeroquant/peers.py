@@ -39,7 +39,7 @@ def by_qwix(model: Transformer, name: str, tile: int) -> Transformer:
 
     Args:
         model: The float model.
-        name: One of `QWIX`.
+        name: One of ``QWIX``.
         tile: Inputs that share a scale in 4 bits.
     """
     import qwix
@@ -104,7 +104,7 @@ def by_torch(
 
     Args:
         source: Its folder, or a GGUF file.
-        name: One of `TORCH`.
+        name: One of ``TORCH``.
         layers: Take only its first layers; None takes all.
 
     Returns:

@@ -139,7 +139,7 @@ class CompressedConfig:
         status = given.text("quantization_status", "compressed")
         if status != "compressed":
             raise FolderError(
-                f"{given.where} quantization_status must be 'compressed', got {shown(status)}"
+                f"{given.where}: quantization_status must be 'compressed', got {shown(status)}"
             )
         overall = given.text("format", None)
         groups = given.block("config_groups")

@@ -2,7 +2,7 @@
 
 A quantized linear module NAME, whose weight is ``(out, in)``, has in the safetensors file:
 
-- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see `effscale.quant.files.words`) and
+- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see ``effscale.quant.files.words``) and
   ``NAME.weight_shape`` in pack-quantized,
 - ``NAME.weight_scale``, ``(out, 1)`` or ``(out, in / group_size)``,
 - ``NAME.weight_zero_point`` for asymmetric formats: integers, packed along the outputs in pack-quantized.

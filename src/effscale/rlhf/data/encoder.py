@@ -34,7 +34,7 @@ class RecordEncoder:
     Attributes:
         tokenizer: The tokenizer. What it puts before a text (OPT's ``</s>``, Llama's ``<s>``) begins every prompt, unless a template
             writes it.
-        format: What makes a text of messages: a :class:`ChatTemplate`, a :class:`PlainFormat`, or a name in ``PLAIN_FORMATS``.
+        format: What makes a text of messages: a ``ChatTemplate``, a ``PlainFormat``, or a name in ``PLAIN_FORMATS``.
         end_id: The token that ends a response; None: the tokenizer's usual one.
         pad_id: The token that fills rows up; None: ``end_id``.
         parse_special_tokens: Whether names of special tokens in prompts and responses mean these tokens. By default such a record is
@@ -78,7 +78,7 @@ class RecordEncoder:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends a response, for :class:`effscale.generation.SamplingConfig`."""
+        """What ends a response, for ``effscale.generation.SamplingConfig``."""
         return (self._end,)
 
     @property
@@ -109,7 +109,7 @@ class RecordEncoder:
             end: Whether it ends in ``end_id``.
 
         Raises:
-            RecordError: As for `prompt`.
+            RecordError: As for ``prompt``.
         """
         if isinstance(prompt, str):
             ids = self._encode(response, self.parse_special_tokens)
@@ -191,7 +191,7 @@ def load_encoder(
         format: A chat format in place of the folder's template; None: the template, or, where there is none, ``"deepspeed_chat"``.
         end_token: The token that ends a response, in place of the one that the folder names.
         pad_token: The token that fills rows up, in place of the one that the folder names.
-        parse_special_tokens: As in `RecordEncoder`.
+        parse_special_tokens: As in ``RecordEncoder``.
 
     Raises:
         FolderError: There is no such folder, or a file cannot be read.

@@ -1,4 +1,4 @@
-"""The published formats of instructions and preferences: a function for each, from a row to a `Record`, and how to tell them apart.
+"""The published formats of instructions and preferences: a function for each, from a row to a ``Record``, and how to tell them apart.
 
 A row is any mapping from field names to values: a line of JSON, a row of Parquet, an item of a Hugging Face data set.
 """
@@ -204,7 +204,7 @@ def shp(row: Mapping[str, Any]) -> Record:
 def named_fields(
     *, prompt: str, chosen: str | None = None, rejected: str | None = None
 ) -> Converter:
-    """A converter for rows with field names of their own; texts and messages as in `dpo`.
+    """A converter for rows with field names of their own; texts and messages as in ``dpo``.
 
     Args:
         prompt: The field of the prompt.
@@ -277,7 +277,7 @@ FORMATS: Mapping[str, Converter] = {name: form.convert for name, form in _FORMAT
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
-    """The name of the format that a row's fields have, a key of `FORMATS`.
+    """The name of the format that a row's fields have, a key of ``FORMATS``.
 
     Raises:
         RecordError: None of them; the message lists the fields that were found, and those of each format.

@@ -39,7 +39,7 @@ def read_records(
     Args:
         source: Paths and globs of JSON Lines, JSON lists (both also as ``.gz``) and Parquet (``.parquet``, needs pyarrow); or any
             iterable of mappings, such as a list of dicts or a Hugging Face ``Dataset``.
-        format: A key of `FORMATS`, or a function from a row to a `Record`; None goes by the fields of the first row.
+        format: A key of ``FORMATS``, or a function from a row to a ``Record``; None goes by the fields of the first row.
         on_error: What to do with a row that is damaged or lacks a field: ``"raise"``, or ``"skip"`` and count it.
         report: Receives the count of what was left out.
 

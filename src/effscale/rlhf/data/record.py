@@ -143,7 +143,7 @@ def field(row: Mapping[str, Any], name: str) -> Any:
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field; see `field` and `text_of`."""
+    """The text of a field; see ``field`` and ``text_of``."""
     return text_of(field(row, name), name)
 
 

@@ -39,7 +39,7 @@ class Documented(NamedTuple):
 
 
 class LibraryPairs(NamedTuple):
-    """What :func:`standard_library_pairs` returns.
+    """What ``standard_library_pairs`` returns.
 
     Attributes:
         train: Records to learn from.

@@ -41,11 +41,11 @@ class Prompted:
 
     @property
     def answers(self) -> list[str]:
-        """The choices, each after a space, as `effscale.evaluation.rank_answers` takes them."""
+        """The choices, each after a space, as ``effscale.evaluation.rank_answers`` takes them."""
         return [f" {choice}" for choice in self.choices]
 
     def record(self) -> Record:
-        """What `fine_tuning_rows` learns from: the target follows the prompt after a space, as in BLOOMZ."""
+        """What ``fine_tuning_rows`` learns from: the target follows the prompt after a space, as in BLOOMZ."""
         return Record(prompt=self.prompt, chosen=f" {self.target}")
 
 
@@ -180,7 +180,7 @@ class PromptedTask:
             By the template's name.
 
         Raises:
-            PromptTemplateError: An example lacks a field, or see `PromptTemplate.apply`.
+            PromptTemplateError: An example lacks a field, or see ``PromptTemplate.apply``.
             ValueError: ``cap`` is below 1.
         """
         if cap is not None and cap < 1:

@@ -51,7 +51,7 @@ def class_loss(
         model: With a head named ``classes``.
         batch: ``labels`` and ``weights`` of shape ``(batch,)``, and ``images``, or ``input_ids`` with ``attention_mask``.
         key: Turns dropout on.
-        run_group: How a group of layers is run; see :meth:`effscale.models.Transformer.encode`.
+        run_group: How a group of layers is run; see ``effscale.models.Transformer.encode``.
     """
     inputs = batch["images"] if "images" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")

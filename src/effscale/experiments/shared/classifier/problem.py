@@ -51,7 +51,7 @@ class Problem:
         return self.per_epoch * self.recipe.epochs
 
     def digests(self) -> dict[str, Any]:
-        """What identifies the examples and the pretrained model, for `RunFolder.create`."""
+        """What identifies the examples and the pretrained model, for ``RunFolder.create``."""
         return {
             "train": {"examples": len(self.data.train), "digest": digest(self.data.train.arrays())},
             "test": {"examples": len(self.data.test), "digest": digest(self.data.test.arrays())},

@@ -169,11 +169,11 @@ class Arm:
         clip_norm: float,
         accumulate: int = 1,
     ) -> Callable[[TrainState, Any], Any]:
-        """The training step, for :meth:`staged`. It reports the learning rate.
+        """The training step, for ``staged``. It reports the learning rate.
 
         Args:
             loss_fn: What is minimized; it takes ``run_group``.
-            optimizer: From :meth:`optimizer`. A state that was made with another learning rate keeps its own.
+            optimizer: From ``optimizer``. A state that was made with another learning rate keeps its own.
             clip_norm: Greatest norm of the gradient.
             accumulate: Micro-batches of a batch.
         """

@@ -19,7 +19,7 @@ _GGUF_ROLES = {"unk": "unknown", "pad": "padding"}
 
 
 class FolderChat(NamedTuple):
-    """What :func:`read_chat` returns.
+    """What ``read_chat`` returns.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -38,7 +38,7 @@ class FolderChat(NamedTuple):
     def chat_template(
         self, name: str = "default", values: Mapping[str, Any] | None = None
     ) -> ChatTemplate | None:
-        """The chat template, as :func:`load_chat_template` has it."""
+        """The chat template, as ``load_chat_template`` has it."""
         source = self.template
         if isinstance(source, list):
             named = {

@@ -159,7 +159,7 @@ def _check_format(text: Any) -> None:
 
 
 class _Counting(NodeTransformer):
-    """Has loops and the operator ``~`` go through `counted` and `joined`, and all that is written through ``finalize``."""
+    """Has loops and the operator ``~`` go through ``counted`` and ``joined``, and all that is written through ``finalize``."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
         return nodes.Const(node.data, lineno=node.lineno)

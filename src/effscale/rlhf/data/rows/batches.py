@@ -19,7 +19,7 @@ def row_batches(
     The order is a function of seed and epoch. What does not fill a batch is left out, in every epoch something else.
 
     Args:
-        rows: Arrays by name whose first axis is the rows; or such arrays by length, as :func:`pair_rows` and :func:`prompt_rows` return
+        rows: Arrays by name whose first axis is the rows; or such arrays by length, as ``pair_rows`` and ``prompt_rows`` return
             them, of which the batches come in a random order.
         batch_size: Rows in a batch.
         epoch: From 0.

@@ -25,9 +25,9 @@ def fine_tuning_rows(
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
 ) -> dict[str, Shaped[np.ndarray, "rows length"]]:
-    """Prompts and responses as batches that :func:`effscale.training.next_token_loss` takes.
+    """Prompts and responses as batches that ``effscale.training.next_token_loss`` takes.
 
-    The keys and their meaning are those of :class:`effscale.data.PackedTokens`: ``input_ids``, ``labels`` (the token that follows each),
+    The keys and their meaning are those of ``effscale.data.PackedTokens``: ``input_ids``, ``labels`` (the token that follows each),
     ``loss_weights``, ``segment_ids`` (1, 2, ... for the records of a row, 0 for padding; a record sees itself alone) and ``positions``
     (from 0 for each record). A record is never divided between two rows.
 

@@ -29,7 +29,7 @@ def pair_rows(
 ) -> dict[int, Rows]:
     """Pairs as arrays of few shapes: each pair in the shortest length that is enough for both of its responses.
 
-    They are what :func:`effscale.rlhf.reward_model_loss` and :func:`effscale.rlhf.preference_loss` take: ``chosen`` and ``rejected``, the
+    They are what ``effscale.rlhf.reward_model_loss`` and ``effscale.rlhf.preference_loss`` take: ``chosen`` and ``rejected``, the
     tokens of prompt and response padded on the right; ``chosen_lengths``, ``rejected_lengths`` and ``prompt_lengths``, by which padding is
     known, whatever its token; and ``records``, which record each pair is.
 

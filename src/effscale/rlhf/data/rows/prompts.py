@@ -29,7 +29,7 @@ def prompt_rows(
 ) -> dict[int, Rows]:
     """Prompts as arrays of few shapes: each in the shortest length that is enough.
 
-    They are what :func:`effscale.rlhf.make_policy_step`'s step takes: ``input_ids``, padded on the left; ``attention_mask``, true at real
+    They are what ``effscale.rlhf.make_policy_step``'s step takes: ``input_ids``, padded on the left; ``attention_mask``, true at real
     tokens; and ``records``, which record each prompt is of, for a reward that needs to know.
 
     Args:
