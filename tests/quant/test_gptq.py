@@ -77,7 +77,10 @@ def test_inputs_that_never_came_do_no_harm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": Format(bits=2)}, "format must be integers of 3, 4 or 8 bits .*, got ternary, per channel"),
+        (
+            {"format": Format(bits=2)},
+            "format must be integers of 3, 4 or 8 bits .*, got ternary, per channel",
+        ),
         ({"format": Format(granularity="block", num_blocks=5)}, "for GPTQ, got int8"),
         ({"format": Format(bits=4, granularity="group", group_size=7)}, "7 does not divide 24"),
         ({"format": Format(), "damping": 0.0}, "damping must be positive, got 0.0"),
@@ -154,9 +157,13 @@ def test_a_model_rounded_by_its_inputs_is_nearer(model):
     with pytest.raises(ValueError, match="batches must not be empty"):
         input_grams(model, [])
     name = "layers.2.attention.query.kernel"
-    with pytest.raises(ValueError, match=rf"grams must have an entry for {name}, which is in the same stack"):
+    with pytest.raises(
+        ValueError, match=rf"grams must have an entry for {name}, which is in the same stack"
+    ):
         quantize_model(model, recipe, grams={n: g for n, g in grams.items() if n != name})
-    with pytest.raises(ValueError, match="grams belongs to another model: this model has no weight other"):
+    with pytest.raises(
+        ValueError, match="grams belongs to another model: this model has no weight other"
+    ):
         quantize_model(model, recipe, grams=grams | {"other": grams[name]})
     broken = grams | {name: grams[name] * jnp.nan}
     with pytest.raises(

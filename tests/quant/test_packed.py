@@ -60,7 +60,9 @@ def test_where_each_code_lies():
     assert np.asarray(pack(codes, 4)).view(np.uint8).tolist() == [0xF1, 0xE2, 0xD3, 0xC4]
     signs = jnp.asarray([1, -1, 1, 1, -1, -1, -1, 1], jnp.int8)
     assert np.asarray(pack(signs, 1)).view(np.uint8).tolist() == [0b10001101]
-    with pytest.raises(ValueError, match="must be a multiple of 2 to fill whole bytes with 4-bit codes, got 9"):
+    with pytest.raises(
+        ValueError, match="must be a multiple of 2 to fill whole bytes with 4-bit codes, got 9"
+    ):
         pack(jnp.zeros(9, jnp.int8), 4)
 
 

@@ -82,7 +82,9 @@ def test_fixed_scales_and_zero_points(model, tmp_path):
     with pytest.raises(ValueError, match=r"q_proj\.weight: its inputs have a fixed scale"):
         save_packed(map_weights(small, fixed, r"query\.kernel"), tmp_path)
     no_multiple = packed(model, r"query\.kernel", dataclasses.replace(GROUPS, integer_zero=False))
-    with pytest.raises(ValueError, match=r"q_proj\.weight: its zero points are not integer multiples"):
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight: its zero points are not integer multiples"
+    ):
         save_packed(no_multiple, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     above = map_weights(model, lambda weight: jnp.abs(weight) + 1, r"query\.kernel")
@@ -104,19 +106,23 @@ def test_modules_that_are_not_linear_or_of_two_formats(tmp_path):
 
 
 def test_models_that_are_not_packed(model, small, tmp_path):
-    with pytest.raises(ValueError, match="no packed weights\. Pack them with quantize_model"):
+    with pytest.raises(ValueError, match=r"no packed weights\. Pack them with quantize_model"):
         save_packed(model, tmp_path)
     fake = map_weights(small, lambda w: FakeQuantizedWeight(w, Format()), r"value\.kernel")
     with pytest.raises(ValueError, match=r"value\.kernel is fake-quantized"):
         save_packed(fake, tmp_path)
     adapted = add_lora(small, rank=2, key=jax.random.key(0), where=r"query\.kernel")
-    with pytest.raises(ValueError, match=r"query\.kernel has a LoRA pair\. Save the pair with save_adapter"):
+    with pytest.raises(
+        ValueError, match=r"query\.kernel has a LoRA pair\. Save the pair with save_adapter"
+    ):
         save_packed(adapted, tmp_path)
     save_packed(unmerge_lora(adapted), tmp_path)
     with pytest.raises(FolderError, match=r"'compressed-tensors'.*effscale\.quant\.load_packed"):
         load_pretrained(tmp_path)
     save_pretrained(model, tmp_path)
-    with pytest.raises(FolderError, match=r"no quantization_config.*Use effscale\.interop\.load_pretrained"):
+    with pytest.raises(
+        FolderError, match=r"no quantization_config.*Use effscale\.interop\.load_pretrained"
+    ):
         load_packed(tmp_path)
 
 

@@ -150,7 +150,9 @@ def test_a_mask_by_magnitude_is_made_at_the_offset():
     weight = prune_weight(jnp.asarray(W), pruning)
     weight = at_step(weight, 9)
     np.testing.assert_array_equal(weight.dense(), W)
-    with pytest.raises(ValueError, match="at step 9 it is not pruned yet; pruning begins at step 10"):
+    with pytest.raises(
+        ValueError, match="at step 9 it is not pruned yet; pruning begins at step 10"
+    ):
         weight.check_finished()
     other = W[::-1, ::-1].copy()
     moved = PrunedWeight(jnp.asarray(other), weight.mask, None, weight.step, pruning)
@@ -345,7 +347,9 @@ def test_what_cannot_be_pruned(model):
         "num_heads must be set, got None": lambda: prune_weight(
             jnp.ones((4, 4)), Pruning(structure="head", dense_ratio=0.5)
         ),
-        "num_heads must divide the number of inputs, 6, got 4": lambda: prune_weight(jnp.ones((6, 4)), OF["head"]),
+        "num_heads must divide the number of inputs, 6, got 4": lambda: prune_weight(
+            jnp.ones((6, 4)), OF["head"]
+        ),
         "only matrices can be pruned": lambda: prune_weight(jnp.ones(6), sparse),
         r"up\.kernel: at step 0 it is not pruned yet": lambda: merge_masks(
             prune_model(model, rule(r"up\.kernel", Pruning(dense_ratio=0.5, offset=5)))

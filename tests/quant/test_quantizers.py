@@ -184,7 +184,8 @@ def test_formats_that_cannot_be(options, message):
 def test_formats_that_do_not_fit():
     x = jnp.ones((48, 10))
     with pytest.raises(
-        ValueError, match=r"\(48, 10\) cannot be quantized to int4.*groups of 32: 32 does not divide 48 inputs"
+        ValueError,
+        match=r"\(48, 10\) cannot be quantized to int4.*groups of 32: 32 does not divide 48 inputs",
     ):
         quantize(x, Format(bits=4, granularity="group", group_size=32))
     with pytest.raises(ValueError, match="4 does not divide 10 outputs"):

@@ -192,11 +192,16 @@ def test_quantizing_twice_and_over_pairs(model):
         quantize_model(once, w4a8())
     with pytest.raises(ValueError, match="has a LoRA pair"):
         quantize_model(add_lora(model, rank=2, key=jax.random.key(0)), w8a8())
-    with pytest.raises(ValueError, match="activations must be left at its default if weights is None"):
+    with pytest.raises(
+        ValueError, match="activations must be left at its default if weights is None"
+    ):
         Rule(where="kernel", weights=None, activations=Format())
     with pytest.raises(ValueError, match="at least one rule"):
         Recipe(())
-    with pytest.raises(ValueError, match=r"Rule\('kernel'\): activations: granularity must be token or tensor, got 'channel'"):
+    with pytest.raises(
+        ValueError,
+        match=r"Rule\('kernel'\): activations: granularity must be token or tensor, got 'channel'",
+    ):
         Rule(where="kernel", weights=Format(), activations=Format())
     odd = Recipe(
         (Rule(where=r"down.*kernel", weights=Format(bits=4, granularity="block", num_blocks=5)),)
