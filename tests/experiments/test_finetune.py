@@ -393,7 +393,7 @@ def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsy
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(SystemExit):
         main([*options, "--torch"])
-    assert "pip install 'effscale[torch]', or go without it" in capsys.readouterr().err
+    assert "pip install torch transformers, or leave out --torch" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the other tests run smaller ones

@@ -169,5 +169,5 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
         raise assets.MissingAssetError(name)
 
     monkeypatch.setattr(finetune_data, "package_folder", missing)
-    with pytest.raises(ImportError, match=r"pip install 'effscale\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         finetune_data.digits_data(28, None, None)

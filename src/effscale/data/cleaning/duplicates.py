@@ -119,6 +119,8 @@ def _datasketch() -> Any:
     try:
         import datasketch
     except ModuleNotFoundError as error:
-        error.add_note("Near duplicates are found by datasketch: pip install 'effscale[cleaning]'.")
+        error.add_note(
+            "Finding near duplicates needs datasketch: install it with pip install datasketch"
+        )
         raise
     return datasketch

@@ -43,6 +43,8 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ModuleNotFoundError as error:
-        error.add_note("Languages are identified by py3langid: pip install 'effscale[cleaning]'.")
+        error.add_note(
+            "Identifying languages needs py3langid: install it with pip install py3langid"
+        )
         raise
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -54,8 +54,8 @@ class HuggingFace(Source):
             import datasets  # pyrefly: ignore[missing-import]
         except ImportError as error:
             raise ImportError(
-                "reading Hugging Face data sets needs the datasets library: "
-                "pip install 'effscale[hf]'."
+                "reading Hugging Face datasets needs datasets: "
+                "install it with pip install datasets pyarrow"
             ) from error
         folder = pathlib.Path(self.name)
         try:

@@ -76,7 +76,9 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         seed: int = 0,
     ):
         if TemplateLM is object:
-            raise ImportError("lm_eval is not installed: pip install 'effscale[eval]'")
+            raise ImportError(
+                "evaluation with the harness needs lm_eval: install it with pip install lm_eval"
+            )
         super().__init__()
         # The harness would fork processes for the spread of BLEU and the like, which may hang beside JAX's threads.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")

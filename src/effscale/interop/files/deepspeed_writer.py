@@ -73,6 +73,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "DeepSpeed's files are PyTorch's, whose package is needed: pip install 'effscale[torch]'"
+            "writing DeepSpeed's files needs torch: install it with pip install torch"
         ) from error
     return torch
