@@ -1,4 +1,4 @@
-"""Times cross entropy over a vocabulary with its gradients: chunked, plain, PyTorch's, and bounds.
+"""Time cross entropy over a vocabulary with its gradients: chunked, plain, in PyTorch, and lower bounds.
 
     python benchmarks/cross_entropy.py
     python benchmarks/cross_entropy.py --python .venv/bin/python .venv-newest/bin/python
@@ -24,7 +24,7 @@ SQUARE = 2048
 
 
 def jax_contestants(shape: Shape) -> dict:
-    """Functions of no argument that finish when their arrays are ready."""
+    """Return functions without arguments that return when their arrays are ready."""
     import jax
     import jax.numpy as jnp
 
@@ -67,7 +67,7 @@ def jax_contestants(shape: Shape) -> dict:
 
 
 def torch_contestants(shape: Shape) -> dict:
-    """PyTorch's own form: logits whole, gradient by autograd."""
+    """Return PyTorch's own version: whole logits, gradient by autograd."""
     import torch
     from torch.nn import functional
 
@@ -87,7 +87,7 @@ def torch_contestants(shape: Shape) -> dict:
 
 
 def worker(kind: str) -> None:
-    """Answer requests on stdin, a shape and a contestant, with the milliseconds of some runs."""
+    """Answer requests on stdin (a shape and a candidate) with the milliseconds of some runs."""
     make = {"jax": jax_contestants, "torch": torch_contestants}[kind]
     version = __import__(kind).__version__
     print(json.dumps({"version": version}), flush=True)
@@ -96,7 +96,7 @@ def worker(kind: str) -> None:
         request = json.loads(line)
         name = request["shape"]
         if name not in made:
-            made.clear()  # one shape's arrays at a time
+            made.clear()  # keep the arrays of only one shape
             made[name] = make(next(shape for shape in with_tag("bench") if shape.name == name))
         run = made[name][request["contestant"]]
         run()
@@ -109,7 +109,7 @@ def worker(kind: str) -> None:
 
 
 class Worker:
-    """One process of one interpreter."""
+    """A process of an interpreter."""
 
     def __init__(self, python: str, kind: str):
         command = [python, __file__, "--worker", kind]
@@ -125,14 +125,14 @@ class Worker:
         return json.loads(line)
 
     def time(self, shape: str, contestant: str, repeats: int) -> list[float]:
-        """Milliseconds of some runs of one contestant, after one that does not count."""
+        """Return the milliseconds of some runs of one candidate, after a warmup run."""
         request = {"shape": shape, "contestant": contestant, "repeats": repeats}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """End the process by the end of its input."""
+        """End the process by closing its input."""
         self.process.stdin.close()
         self.process.wait()
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=5, help="runs a round")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per round")
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

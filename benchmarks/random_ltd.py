@@ -39,7 +39,7 @@ def setup():
 
 
 def recipe():
-    """The schedule, of whose values SCHEDULE is the list."""
+    """Return the schedule; SCHEDULE lists its values."""
     from effscale.ltd import mslg
 
     return mslg(
@@ -48,7 +48,7 @@ def recipe():
 
 
 def in_turn(functions: dict) -> dict[str, float]:
-    """Median milliseconds of each function, called one after the other."""
+    """Return the median milliseconds of each function; functions take turns."""
     times: dict = {name: [] for name in functions}
     for round_ in range(REPEATS + 1):
         for name, function in functions.items():
