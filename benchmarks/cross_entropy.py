@@ -3,12 +3,11 @@
     python benchmarks/cross_entropy.py
     python benchmarks/cross_entropy.py --python .venv/bin/python .venv-newest/bin/python
 
-Each interpreter runs the JAX contestants in one process and PyTorch's, where it can be imported,
-in another. The processes live through the whole run and are asked in turn, one contestant at a
-time, so that a change in the machine's mood meets them all; the table has medians. The rate counts
-the three matrix products, 6 tokens d vocab operations, whatever the contestant really does. Two
-rows are bounds to compare with: ``products``, those three alone on whole arrays, and ``square``, the
-rate of a 2048 x 2048 x 2048 product.
+Each interpreter runs the JAX candidates in one process and PyTorch, if it can be imported, in another. The processes
+run for the whole benchmark and take turns, one candidate at a time, so that changes of the machine's speed affect all
+of them; the table has medians. The rate counts the three matrix products, 6 tokens d vocab operations, whatever the
+candidate actually computes. Two rows are bounds for comparison: `products`, only these three products on whole
+arrays, and `square`, the rate of a 2048 x 2048 x 2048 product.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python benchmarks/quantized_matmul.py
 
-Contestants run in turn in one process, by the implementation that ``None`` takes on this machine: kernels on a TPU or a Hopper GPU, plain
-jnp elsewhere. ``float`` is the product of the inputs with a float array of their type, bias and activation included.
+Candidates take turns in one process, with the implementation that `None` selects on this machine: kernels on a TPU or
+a Hopper GPU, plain jnp elsewhere. `float` is the product of the inputs with a float array of their dtype, including
+bias and activation.
 """
 
 import functools

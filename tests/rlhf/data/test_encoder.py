@@ -106,7 +106,7 @@ def test_a_format_that_does_not_take_the_messages(tokenizer):
     refusing = ChatTemplate(source="{{ raise_exception('no') }}")
     with pytest.raises(RecordError, match="rejects these messages: no"):
         RecordEncoder(tokenizer=tokenizer, format=refusing).prompt(USER)
-    with pytest.raises(RecordError, match="role must be one of .* got 'tool'"):
+    with pytest.raises(RecordError, match=r"role must be one of .* got 'tool'"):
         RecordEncoder(tokenizer=tokenizer).prompt([Message("tool", "x")])
 
 
