@@ -390,7 +390,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             main([*options, "--early.seeds", "0", "--out", str(out)])
     assert stopped.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert "stopped and saved seed-0/random_ltd at step 8; go on with: --out" in error
+    assert "stopped and saved seed-0/random_ltd at step 8; to resume, use --out" in error
 
     step_of = TrainingBatches.__next__
 
@@ -404,7 +404,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         with pytest.raises(SystemExit):
             main(["--out", str(out), "--resume"])
     error = capsys.readouterr().err
-    assert "stopped and saved seed-0/baseline/passages at step 6; go on with: --out" in error
+    assert "stopped and saved seed-0/baseline/passages at step 6; to resume, use --out" in error
     assert not (out / "results.json").exists()
     main(["--out", str(out), "--resume"])
     for name in (
@@ -434,7 +434,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--learning-rate", "inf"], "Config.learning_rate=inf: must be finite"),
         (["--early.steps", "13"], "Early.steps=13: must be at most the steps=12 of a whole run"),
         (["--search.seed", "0"], "Search.seed=0: must be at least seeds=1"),
-        (["--resume"], "given with --out"),
+        (["--resume"], "set together with --out"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
@@ -493,5 +493,5 @@ def test_every_preset_comes_back_from_json(name):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
     text = shown_by_help("random_ltd_bert", heavy)
-    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens of a passage"):
+    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens per passage"):
         assert shown in text

@@ -78,7 +78,9 @@ def test_values_and_scores_do_not_see_padding():
 
 def test_bad_input():
     tokens, mask = jnp.ones((1, 8), jnp.int32), jnp.ones((1, 8), bool)
-    with pytest.raises(ValueError, match=r"response must be at least 1 and leave a prompt .* got 8"):
+    with pytest.raises(
+        ValueError, match=r"response must be at least 1 and leave a prompt .* got 8"
+    ):
         response_log_probs(make(), tokens, mask, 8)
     with pytest.raises(ValueError, match=r"head must be one of the model's heads, .* got 'value'"):
         response_values(make(), tokens, mask, 4)

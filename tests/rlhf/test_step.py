@@ -335,7 +335,7 @@ def test_bad_input(made):
             broken(create(), prompts())
     with pytest.raises(ValueError, match=r"weights must have names of rewards, .* got \['x'\]"):
         learner(PPO, weights={"x": 1.0})[0](create(), prompts())
-    with pytest.raises(ValueError, match="number must divide the number of responses, .* got 3"):
+    with pytest.raises(ValueError, match=r"number must divide the number of responses, .* got 3"):
         learner(PPO, minibatches=3)[0](create(), prompts())
     shared = create()
     with pytest.raises(ValueError, match="the reference shares arrays with the actor"):

@@ -37,7 +37,7 @@ def check_folder(config: OutputPart, free: Sequence[str]) -> None:
     with RunFolder.create(config.out, resume=True) as folder:
         saved = folder.config()
     found = [
-        f"{name}: {there!r} there, {here!r} here"
+        f"{name}: {there!r} saved, {here!r} given"
         for name, (there, here) in differences(saved, to_json(config)).items()
         if name.partition(".")[0] not in free
     ]
