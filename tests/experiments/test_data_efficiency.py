@@ -302,7 +302,9 @@ def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     done = start(PROGRAM, "term:1:5", "--out", out, "--resume")
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert f"stopped and saved {RUNS[2]} at step 6; to resume, use --out {out} --resume" in done.stderr
+    assert (
+        f"stopped and saved {RUNS[2]} at step 6; to resume, use --out {out} --resume" in done.stderr
+    )
     assert not (out / "results.json").exists()
     done = start("-m", "effscale.experiments.data_efficiency", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
@@ -398,5 +400,7 @@ def test_the_paper_preset_is_gpt3_and_lowers():
     _, batch = lowered.args_info[0]
     assert batch["input_ids"].shape == (512, 1152)
     assert batch["kept_tokens"].kept == 768
-    with pytest.raises(ValueError, match=r"shape must be one of the stages' shapes, .* got \(1152, 1152\)"):
+    with pytest.raises(
+        ValueError, match=r"shape must be one of the stages' shapes, .* got \(1152, 1152\)"
+    ):
         lower_train_step(both, paper.mesh, jax.devices(), (1152, 1152))

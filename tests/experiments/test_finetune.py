@@ -207,7 +207,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
         main([*options, "--out", str(out)])
     assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert f"stopped and saved fashion/seed-0/effscale at step 23; to resume, use --out {out}" in error
+    assert (
+        f"stopped and saved fashion/seed-0/effscale at step 23; to resume, use --out {out}" in error
+    )
     assert not (out / "results.json").exists()
     main(["--out", str(out), "--resume"])
     name = "fashion/seed-0/effscale"
@@ -341,7 +343,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     for words, message in (
         (long, "max_length must be at most the model's 64, got 65"),
         (swapped, "resize_images is for models of images"),
-        (other, "text_model='image' is no BERT"),
+        (other, "text_model must be a BERT for this experiment, got 'image'"),
     ):
         with pytest.raises(SystemExit):
             main([*options, *words])

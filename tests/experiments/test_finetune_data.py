@@ -133,7 +133,9 @@ def test_fashion_mnist_whose_labels_do_not_fit(tmp_path):
     for split, count in (("train", 4), ("t10k", 3)):
         (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx(np.zeros((count, 2, 2))))
         (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.zeros(4)))
-    with pytest.raises(ValueError, match=r"labels of t10k do not match, got shapes \(3, 2, 2\) and \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"labels of t10k do not match, got shapes \(3, 2, 2\) and \(4,\)"
+    ):
         finetune_data.fashion_data(tmp_path, 2, None, None)
 
 

@@ -239,7 +239,10 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
     ("words", "message"),
     [
         (["--passage", "17"], "Config.passage=17: must be at most the 16 tokens of a row"),
-        (["--optimizers", "onebit_adam"], "must be a list that includes their uncompressed baselines, adam"),
+        (
+            ["--optimizers", "onebit_adam"],
+            "must be a list that includes their uncompressed baselines, adam",
+        ),
         (["--optimizers", "adam", "adam"], "must be one or more different names"),
         (["--workers", "1"], "Config.workers=1: must be at least 2, because a single worker"),
         (["--workers", "3"], "PretrainGPT.batch_size=8: must be a multiple of workers x"),

@@ -204,7 +204,8 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
         assert len(set(places[1])) == 2
         assert max(places[0]) < 3 / 4 * len(text) - 16 < min(places[1])
     with pytest.raises(
-        ValueError, match=r"Config.finetune.train=8: equally many of classes=3 are 6, .*_size=8"
+        ValueError,
+        match=r"Config.finetune.train=8: must give at least finetune.batch_size=8 .* over classes=3, but gives 6",
     ):
         passages_data(
             (corpus,),

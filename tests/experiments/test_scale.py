@@ -179,7 +179,10 @@ def test_names_of_machines():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"topology": "v5p:0x8x8"}, "topology must be one of v5e:2x2, .*, v5p:8x8x8, .*384xH100.*, got 'v5p:0x8x8'"),
+        (
+            {"topology": "v5p:0x8x8"},
+            "topology must be one of v5e:2x2, .*, v5p:8x8x8, .*384xH100.*, got 'v5p:0x8x8'",
+        ),
         ({"topology": "v5p:8x8"}, "topology must be one of"),
         ({"topology": "v5p:3x3x3"}, "The first two sides of a TPU topology must be even"),
         ({"model": ("bert-large",)}, "length=.2048,.: must be at most 512"),
@@ -210,7 +213,10 @@ def test_names_of_machines():
         ({"technique": ("random_ltd",)}, "none and other techniques to compare with it"),
         ({"technique": ("none", "onebit_adam")}, "above 1 for 1-bit optimizers"),
         ({"technique": ()}, "set, unless decode is"),
-        ({"model": ("bert-large",), "length": (512,), "decode": ("int8",)}, "bert-large is bidirectional"),
+        (
+            {"model": ("bert-large",), "length": (512,), "decode": ("int8",)},
+            "bert-large is bidirectional",
+        ),
         ({"decode": ("int8",), "decode_rows": 65}, "a multiple of the 128 replicas"),
         ({"length": (2048, 3000)}, "divisors of a step's 4,194,304 tokens"),
         ({"data_bandwidth": 0.0}, "above 0"),

@@ -307,7 +307,9 @@ def test_rows_become_whole_before_the_tokens_are_used_up(granularity):
     longest = dataclasses.replace(config, curriculum=1.88)  # 2 * 128 / (128 + 8)
     for arm in make_arms(longest):
         assert arm.lengths(arm.num_steps - 1) == 128
-    with pytest.raises(ValueError, match=r"Config.curriculum=3.0: must be smaller.*Use at most 1.88"):
+    with pytest.raises(
+        ValueError, match=r"Config.curriculum=3.0: must be smaller.*Use at most 1.88"
+    ):
         make_arms(dataclasses.replace(config, curriculum=3.0))
 
 

@@ -146,7 +146,10 @@ def test_wrong_options_become_a_message(options, texts, tmp_path, capsys, words,
 
 def test_models_of_the_wrong_kind(folders, options, texts, tmp_path, capsys):
     for words, message in (
-        (["--language-model", str(folders / "bert")], "language_model must be a causal language model"),
+        (
+            ["--language-model", str(folders / "bert")],
+            "language_model must be a causal language model",
+        ),
         (["--text-model", str(folders / "llama")], "text_model must be a BERT"),
     ):
         with pytest.raises(SystemExit):
