@@ -90,12 +90,16 @@ def test_transformers_computes_the_same_everywhere(factor, length, low, more, ba
     # log(1e6) / 2**24, and of a few products. Whole numbers, which truncated ramps begin and end at, are exact in float32.
     rounding = 1.5e-6
     before = plain(dim, base)
-    shift = 0.0 if truncate else 2 * math.log(base) * rounding  # of a ramp's ends, by a 1.5e-6 of themselves
+    shift = (
+        0.0 if truncate else 2 * math.log(base) * rounding
+    )  # of a ramp's ends, by a 1.5e-6 of themselves
     changed = {
         llama3: [llama3.scale(before * (1 + sign * rounding), base) for sign in (-1, 0, 1)],
         yarn: [
             dataclasses.replace(
-                yarn, beta_slow=low * (1 + sign * shift), beta_fast=(low + more) * (1 + sign * shift)
+                yarn,
+                beta_slow=low * (1 + sign * shift),
+                beta_fast=(low + more) * (1 + sign * shift),
             ).scale(before, base)
             for sign in (-1, 0, 1)
         ],
