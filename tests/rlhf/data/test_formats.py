@@ -140,7 +140,7 @@ def test_an_unknown_format_lists_what_was_found():
         ("hh_rlhf", {"chosen": "Hello", "rejected": "Hello"}, "no common turn 'Assistant:'"),
         ("hh_rlhf", {"chosen": HH + " a\n\nHuman: b\n\nAssistant: c", "rejected": HH + " d"}, "differ before their last turn"),
         ("rm_static", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "must begin with 'Human:' .* got 'Q'"),
-        ("dpo", {"prompt": "Q", "chosen": 3, "rejected": "b"}, "field 'chosen' must be a text, got a value of type int"),
+        ("dpo", {"prompt": "Q", "chosen": 3, "rejected": "b"}, "field 'chosen' must be a list of messages, got a value of type int"),
         ("dpo", {"prompt": None, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a list of messages, got null"),
         ("dpo", {"chosen": ROLES("Q", "a"), "rejected": ROLES("P", "b")}, "differ before their last message"),
         ("dpo", {"prompt": "Q", "chosen": ROLES("a"), "rejected": ROLES("b")}, "'chosen' must have the role 'assistant', got 'user'"),

@@ -55,7 +55,7 @@ def test_rows_of_any_kind():
     assert read_records(ROWS[:1], format=lambda row: Record(prompt=row["chosen"])) == [
         Record(prompt="a0")
     ]
-    with pytest.raises(ValueError, match=r"mapping with the keys 'train', 'test': .*one split"):
+    with pytest.raises(ValueError, match=r"mapping with the keys 'train', 'test'.*one split"):
         read_records({"train": ROWS, "test": ROWS})
     with pytest.raises(RecordError, match=r"^row 2: a row must be a mapping of fields, got str"):
         read_records([ROWS[0], "x"])
@@ -71,7 +71,7 @@ BAD = {
     "bad_json": (b'{"prompt": ', r"a\.jsonl:4: not JSON \(Expecting value"),
     "not_utf8": (b'{"prompt": "\xff"}', r"a\.jsonl:4: not UTF-8 \(byte 0xff\)"),
     "missing_field": (b'{"prompt": "Q", "chosen": "a"}', r"a\.jsonl:4: no field 'rejected'; the fields are 'prompt', 'chosen'"),
-    "wrong_type": (b'{"prompt": "Q", "chosen": "a", "rejected": null}', r"a\.jsonl:4: the field 'rejected' must be a text, got null"),
+    "wrong_type": (b'{"prompt": "Q", "chosen": "a", "rejected": null}', r"a\.jsonl:4: the field 'rejected' must be a list of messages, got null"),
 }  # fmt: skip
 
 
