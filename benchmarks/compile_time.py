@@ -1,4 +1,4 @@
-"""Compile time of the training step at 6 and at 48 layers: stacked layers make it independent of depth."""
+"""Compile time of the training step with 6 and with 48 layers: stacked layers make it independent of depth."""
 
 from functools import partial
 

@@ -1,14 +1,13 @@
-"""Times cross entropy over a vocabulary with its gradients: chunked, plain, PyTorch's, and bounds.
+"""Time cross entropy over a vocabulary with its gradients: chunked, plain, in PyTorch, and lower bounds.
 
     python benchmarks/cross_entropy.py
     python benchmarks/cross_entropy.py --python .venv/bin/python .venv-newest/bin/python
 
-Each interpreter runs the JAX contestants in one process and PyTorch's, where it can be imported,
-in another. The processes live through the whole run and are asked in turn, one contestant at a
-time, so that a change in the machine's mood meets them all; the table has medians. The rate counts
-the three matrix products, 6 tokens d vocab operations, whatever the contestant really does. Two
-rows are bounds to compare with: `products`, those three alone on whole arrays, and `square`, the
-rate of a 2048 x 2048 x 2048 product.
+Each interpreter runs the JAX candidates in one process and PyTorch, if it can be imported, in another. The processes
+run for the whole benchmark and take turns, one candidate at a time, so that changes of the machine's speed affect all
+of them; the table has medians. The rate counts the three matrix products, 6 tokens d vocab operations, whatever the
+candidate actually computes. Two rows are bounds for comparison: `products`, only these three products on whole
+arrays, and `square`, the rate of a 2048 x 2048 x 2048 product.
 """
 
 import argparse
@@ -24,7 +23,7 @@ SQUARE = 2048
 
 
 def jax_contestants(shape: Shape) -> dict:
-    """Functions of no argument that finish when their arrays are ready."""
+    """Return functions without arguments that return when their arrays are ready."""
     import jax
     import jax.numpy as jnp
 
@@ -67,7 +66,7 @@ def jax_contestants(shape: Shape) -> dict:
 
 
 def torch_contestants(shape: Shape) -> dict:
-    """PyTorch's own form: logits whole, gradient by autograd."""
+    """Return PyTorch's own version: whole logits, gradient by autograd."""
     import torch
     from torch.nn import functional
 
@@ -87,7 +86,7 @@ def torch_contestants(shape: Shape) -> dict:
 
 
 def worker(kind: str) -> None:
-    """Answer requests on stdin, a shape and a contestant, with the milliseconds of some runs."""
+    """Answer requests on stdin (a shape and a candidate) with the milliseconds of some runs."""
     make = {"jax": jax_contestants, "torch": torch_contestants}[kind]
     version = __import__(kind).__version__
     print(json.dumps({"version": version}), flush=True)
@@ -96,7 +95,7 @@ def worker(kind: str) -> None:
         request = json.loads(line)
         name = request["shape"]
         if name not in made:
-            made.clear()  # one shape's arrays at a time
+            made.clear()  # keep the arrays of only one shape
             made[name] = make(next(shape for shape in with_tag("bench") if shape.name == name))
         run = made[name][request["contestant"]]
         run()
@@ -109,7 +108,7 @@ def worker(kind: str) -> None:
 
 
 class Worker:
-    """One process of one interpreter."""
+    """A process of an interpreter."""
 
     def __init__(self, python: str, kind: str):
         command = [python, __file__, "--worker", kind]
@@ -125,14 +124,14 @@ class Worker:
         return json.loads(line)
 
     def time(self, shape: str, contestant: str, repeats: int) -> list[float]:
-        """Milliseconds of some runs of one contestant, after one that does not count."""
+        """Return the milliseconds of some runs of one candidate, after a warmup run."""
         request = {"shape": shape, "contestant": contestant, "repeats": repeats}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """End the process by the end of its input."""
+        """End the process by closing its input."""
         self.process.stdin.close()
         self.process.wait()
 
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=5, help="runs a round")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per round")
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

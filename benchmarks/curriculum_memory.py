@@ -1,11 +1,12 @@
-"""Memory to set a curriculum up from a difficulty index, and what a worker process is handed.
+"""Memory to set up a curriculum from a difficulty index, and to pass its rows to a worker process.
 
     python benchmarks/curriculum_memory.py
 
-The index of 10 and of 100 million samples is made in a process of its own, in a temporary folder (2.4 GB). Then a new
-process opens it, checks the ranking, sets the curriculum up by 100 percentiles and draws the first batch. Beside the
-time stands how much its memory grows at most: ``anonymous`` is what the machine must have, and ``mapped`` are pages of files,
-which processes share and the system can take back. Then the rows are pickled and read in a worker process.
+Indexes of 10 and of 100 million samples are built in a separate process, in a temporary folder (2.4 GB). Then a new
+process opens the index, checks the ranking, sets up the curriculum with 100 percentiles and draws the first batch.
+The table has the time and the maximum growth of memory: ``anonymous`` is memory that the machine must have;
+``mapped`` are pages of files, which processes share and the system can reclaim. Then the rows are pickled and read in
+a worker process.
 """
 
 import functools
@@ -24,7 +25,7 @@ BATCH, BATCHES = 512, 200
 
 
 class Numbers:
-    """Rows of one number each, made when asked for."""
+    """Rows of one number each, created on demand."""
 
     def __init__(self, count: int):
         self.count = count
@@ -36,7 +37,7 @@ class Numbers:
         return {name: values[0] for name, values in self.rows(index, index + 1).items()}
 
     def rows(self, start: int, stop: int):
-        """What `analyze` reads, whole ranges at once."""
+        """Return whole ranges, as ``analyze`` reads them."""
         return {"number": np.arange(start, stop) * 2_654_435_761 % 2**32}
 
 
@@ -51,14 +52,14 @@ def make_index(folder: pathlib.Path, size: int) -> None:
 
 
 def resident(kind: str) -> float:
-    """Resident memory of this process, in MB: ``Anon`` or ``File``."""
+    """Return the resident memory of this process, in MB: ``Anon`` or ``File``."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     kilobytes = next(int(line.split()[1]) for line in lines if line.startswith(f"Rss{kind}"))
     return kilobytes * 1024 / 1e6
 
 
 class Peaks(threading.Thread):
-    """How much the resident memory grows at most within a block, looked at every few milliseconds."""
+    """Measures the maximum growth of resident memory within a block, sampled every few milliseconds."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -66,12 +67,12 @@ class Peaks(threading.Thread):
         self.peaks, self.stopped = dict.fromkeys(self.begin, 0.0), threading.Event()
 
     def run(self) -> None:
-        """What the thread does."""
+        """Sample until stopped."""
         while not self.stopped.wait(0.003):
             self.look()
 
     def look(self) -> None:
-        """Takes the memory of this moment into account."""
+        """Take one sample."""
         for kind, begin in self.begin.items():
             self.peaks[kind] = max(self.peaks[kind], resident(kind) - begin)
 
@@ -86,7 +87,7 @@ class Peaks(threading.Thread):
 
 
 def work(pickled: bytes, queue) -> None:
-    """What a worker process does: takes the rows and reads them."""
+    """Receive the rows and read them, in a worker process."""
     import effscale.curriculum.sampler
 
     assert effscale.curriculum.sampler

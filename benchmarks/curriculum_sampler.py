@@ -1,9 +1,9 @@
 """The time that a curriculum adds to reading rows, and its share of a training step.
 
-``plain`` reads shuffled rows and ``curriculum`` the same rows by two metrics, 100 percentiles and a length, both in
-batches of 8 rows of 256 tokens and without reading ahead. ``tables`` prepares a curriculum of 10 million
-ranked samples, checks included, and takes the first batch at step 1,000,000 (with a batch of 512 as well). ``step`` is the training step of the GPT-2 shape of
-``train_step.py``.
+``plain`` reads shuffled rows, and ``curriculum`` reads the same rows with two metrics, 100 percentiles and a length,
+both in batches of 8 rows of 256 tokens and without prefetching. ``tables`` prepares a curriculum of 10 million ranked
+samples, including checks, and draws the first batch at step 1,000,000 (also with a batch of 512). ``step`` is the
+training step of the GPT-2 of ``train_step.py``.
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ def report(medians: dict[str, dict[str, float]]) -> str:
     added = medians["curriculum"]["batch_us"] - medians["plain"]["batch_us"]
     share = added / (medians["step"]["step_ms"] * 1e3)
     return (
-        f"the curriculum adds {added / BATCH:.1f} us a row, {added:.0f} us a batch: {share:.3%} of a step "
+        f"the curriculum adds {added / BATCH:.1f} us per row, {added:.0f} us per batch: {share:.3%} of a step  "
         f"of {medians['step']['step_ms']:.0f} ms"
     )
 

@@ -3,9 +3,10 @@
     python benchmarks/difficulty_index.py
     python benchmarks/difficulty_index.py --rounds 3
 
-Each worker writes a token store of a Zipf law (50,257 tokens, documents of 700) to a temporary folder, in a process
-of its own; then it counts the vocabulary and makes the index of the rows of 1024, with two processes. Beside it
-stands the time to read the file of tokens once. Memory is flat if the peaks at both sizes are alike.
+Each worker writes a token store with Zipf-distributed tokens (50,257 tokens, documents of 700) to a temporary folder,
+in a separate process. Then it counts the vocabulary and builds the index of rows of 1024 tokens, with two processes.
+For comparison, the table has the time to read the token file once. Memory is constant if the peaks at both sizes are
+similar.
 """
 
 import functools
@@ -22,7 +23,7 @@ VOCABULARY, LENGTH, DOCUMENT, WORKERS = 50_257, 1024, 700, 2
 
 
 def write_store(folder: pathlib.Path, num_tokens: int) -> None:
-    """Little at a time, so that no process of the analysis is smaller than the one that does this."""
+    """Write in small pieces, so that this process is smaller than every process of the analysis."""
     from effscale.data import TokenStoreWriter
 
     rng = np.random.default_rng(0)
@@ -72,7 +73,7 @@ def index(num_tokens: int) -> dict[str, float]:
 
 
 def _peak(who: int) -> float:
-    """The peak resident memory of this process, or of the largest that it has started, in MB."""
+    """Return the peak resident memory of this process, or of the largest one that it started, in MB."""
     return resource.getrusage(who).ru_maxrss / 1024
 
 

@@ -1,4 +1,4 @@
-"""Generation speed of a GPT-2 shape beside Hugging Face transformers: batch 8, prompt 32, 128 new tokens, greedy."""
+"""Generation speed of a GPT-2 compared with Hugging Face transformers: batch 8, prompt 32, 128 new tokens, greedy."""
 
 from harness import main, seconds
 
@@ -31,7 +31,7 @@ def effscale(quantized: bool = False) -> dict[str, float]:
 
 
 def in_8_bits(model):
-    """Weights of the layers and of the tied head, and inputs of their products."""
+    """Quantize the weights of the layers and of the tied head, and the inputs of their products."""
     from effscale.quant import Format, Recipe, Rule, quantize_model
 
     tokens = Format(granularity="token")

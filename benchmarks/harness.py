@@ -1,7 +1,7 @@
-"""What the benchmarks share: workers in processes of their own, taken in turn, and medians of what they say.
+"""Shared by the benchmarks: workers in separate processes that take turns, and medians of their results.
 
-A benchmark is one file. Run plainly, it starts itself again as each of its workers, A B A B ..., so that a machine
-whose speed drifts is fair to all; a worker measures one thing and prints one line of JSON.
+A benchmark is one file. It starts itself again as each of its workers, A B A B ..., so that drifts of the machine's
+speed affect all of them equally. A worker measures one thing and prints one line of JSON.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Worker = Callable[[], Mapping[str, float]]
 
 
 def seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 2) -> float:
-    """Median time of a call; the function must wait for its own result."""
+    """Return the median time of a call; the function must wait for its result."""
     for _ in range(warmup):
         function()
     times = []
@@ -36,16 +36,16 @@ def main(
     rounds: int,
     report: Callable[[dict[str, dict[str, float]]], str],
 ) -> None:
-    """Runs all workers in turn and prints a table, or one worker when called as such.
+    """Run all workers in turn and print a table; with ``--worker``, run only that worker.
 
     Args:
-        workers: By name. A name that ends in ``@newest`` runs under the interpreter given by ``--newest``.
-        rounds: How often each is run.
-        report: From the median of each figure by worker to the lines below the table.
+        workers: Workers by name. A name that ends in ``@newest`` runs under the interpreter given by ``--newest``.
+        rounds: How often each worker runs.
+        report: Returns the lines below the table, given the median of each figure by worker.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--worker", help="run this one alone and print its figures as JSON")
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often each worker is run")
+    parser.add_argument("--worker", help="run only this worker and print its figures as JSON")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each worker runs")
     parser.add_argument(
         "--newest", help="another Python, with a newer jax, for the workers named ...@newest"
     )
@@ -115,7 +115,7 @@ def _machine() -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines of aligned columns."""
+    """Format rows as lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""Time of a forward pass of each family at 8 rows of 128 tokens, against transformers on PyTorch.
+"""Time of a forward pass of each model family with 8 rows of 128 tokens, compared with transformers on PyTorch.
 
 Float32, on all cores, four layers of width 512; ViT: 8 images of 176 pixels in patches of 16, which is 122 tokens.
 """
@@ -73,7 +73,7 @@ def pytorch() -> dict[str, float]:
 
 
 def inputs(name: str):
-    """Token ids, or images as torch has them."""
+    """Return token ids, or images in the layout of torch."""
     import numpy as np
 
     generator = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """Peak memory and time of loading a model folder of 1 GB (a GPT-2 of 250M parameters in float32).
 
-Peak memory is the growth of the process's greatest resident memory during the load, with all imports done before. The
-folder is made once, in a temporary place, and is in the page cache.
+Peak memory is the growth of the process's peak resident memory during loading, after all imports. The folder is
+created once, in a temporary location, and is in the page cache.
 """
 
 import os
@@ -38,14 +38,14 @@ def pytorch() -> dict[str, float]:
 def measure(load, touch) -> dict[str, float]:
     before, began = peak_memory(), time.perf_counter()
     model = load()
-    touch(model)  # a file that is only mapped is not yet loaded
+    touch(model)  # a mapped file is not yet loaded
     took, grown = time.perf_counter() - began, peak_memory() - before
     size = (FOLDER / "model.safetensors").stat().st_size
     return {"peak_over_size": grown / size, "seconds": took, "size_gb": size / 1e9}
 
 
 def peak_memory() -> int:
-    """Greatest resident memory of this process; getrusage's would be that of the process that started it."""
+    """Return the peak resident memory of this process; getrusage would include that of its parent process."""
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 

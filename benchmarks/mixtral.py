@@ -1,8 +1,8 @@
-"""A small Mixtral: training steps and generation, beside transformers.
+"""A small Mixtral: training steps and generation, compared with transformers.
 
-6 layers, 256 wide, 8 experts of 512 of which each token takes two, a vocabulary of 8,192; float32 with random weights. Training: 8 rows of 256
-tokens, forward, backward and AdamW. Generation: 8 rows, 128 tokens after 32, greedy. transformers runs its default experts (`grouped_mm`)
-and AdamW of PyTorch.
+6 layers, width 256, 8 experts of width 512 with two per token, a vocabulary of 8,192; float32 with random weights.
+Training: 8 rows of 256 tokens, forward, backward and AdamW. Generation: 8 rows, 128 tokens after 32, greedy.
+transformers uses its default experts (`grouped_mm`) and PyTorch's AdamW.
 """
 
 import harness

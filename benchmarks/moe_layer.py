@@ -1,7 +1,9 @@
-"""A layer of experts on a CPU: against a dense feed-forward of equal active compute, and its routing against one-hot products.
+"""A layer of experts on a CPU, compared with a dense feed-forward of equal active compute, and its routing compared
+with one-hot products.
 
-Times are CPU seconds of the process, which a busy machine distorts least. The layer is measured from the router to the weighted sum, forward
-and backward. Decoding is one row of a model of 64 experts against the dense model of equal active size.
+Times are CPU seconds of the process, which are least affected by other load. The layer is measured from the router to
+the weighted sum, forward and backward. Decoding compares one row of a model with 64 experts with the dense model of
+equal active size.
 """
 
 import harness
@@ -124,7 +126,7 @@ def decoding() -> dict[str, float]:
 
 
 def interleaved(runs, repeats: int = 7) -> dict[str, float]:
-    """The least CPU seconds of each call, taken in turn after one that compiles."""
+    """Return the minimum CPU seconds of each call; calls take turns after one that compiles."""
     import time
 
     for run in runs.values():

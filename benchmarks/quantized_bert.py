@@ -1,4 +1,4 @@
-"""Forward pass of a BERT-base shape in 8 bits, beside float32 and beside PyTorch's own dynamic quantization.
+"""Forward pass of a BERT-base in 8 bits, compared with float32 and with PyTorch's dynamic quantization.
 
 Eight rows of 128 tokens, random weights, all cores. Each library's float32 and 8-bit models are timed in turn in one process.
 """
@@ -55,7 +55,7 @@ def pytorch() -> dict[str, float]:
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call, A B C A B C ..., after two of each."""
+    """Return the median milliseconds of each call, A B C A B C ..., after two warmup calls each."""
     import statistics
     import time
 

@@ -1,9 +1,10 @@
-"""Times products with packed weights beside those of float arrays, and beside a copy of the bytes that cannot be done without.
+"""Time products with packed weights, compared with float arrays and with a copy of the bytes that must be read.
 
     python benchmarks/quantized_matmul.py
 
-Contestants run in turn in one process, by the implementation that `None` takes on this machine: kernels on a TPU or a Hopper GPU, plain
-jnp elsewhere. `float` is the product of the inputs with a float array of their type, bias and activation included.
+Candidates take turns in one process, with the implementation that `None` selects on this machine: kernels on a TPU or
+a Hopper GPU, plain jnp elsewhere. `float` is the product of the inputs with a float array of their dtype, including
+bias and activation.
 """
 
 import functools
@@ -24,7 +25,7 @@ REPEATS = 15
 
 
 def contestants(op: Callable[..., Any], shape: Any) -> dict[str, Callable[[], Any]]:
-    """Functions of no argument that finish when their arrays are ready."""
+    """Return functions without arguments that return when their arrays are ready."""
     operands = jax.jit(shape.operands)(jax.random.key(0))
     packed = jax.jit(functools.partial(op, bits=shape.bits, activation=jax.nn.silu))
     dense = jax.random.normal(jax.random.key(1), (shape.d_out, shape.d_in)).astype(shape.dtype)
@@ -44,7 +45,7 @@ def contestants(op: Callable[..., Any], shape: Any) -> dict[str, Callable[[], An
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     rows = [("op", "shape", "packed us", "x float", "GFLOP/s", "copy of the codes us")]
     cases = [(quantized_matmul, shape) for shape in quantized_shapes.with_tag("bench")]
     cases += [(packed_matmul, shape) for shape in packed_shapes.with_tag("bench")]

@@ -1,11 +1,13 @@
-"""A training step with random-LTD: what is saved, beside the operations that are saved.
+"""A training step with random-LTD: the time saved, compared with the operations saved.
 
-8 layers, 256 wide, 4 heads, S = 512, batches of 8 rows, float32, AdamW; the 6 middle layers keep r tokens. `layers` is the
-forward and backward pass up to the last norm, `step` a whole training step with a vocabulary of 512 and AdamW. Every r is
-timed in turn in one process. `schedule` is the papers' GPT recipe, scaled: from a sixteenth of the tokens to all of them after
-0.7 of 1,000 steps; each r takes its median step, and what is saved is of 1,000 steps without dropping. `gather` is what a
-dropping layer does without the layer itself: positions drawn, tokens taken out and put back in six layers, forward and
-backward.
+8 layers, width 256, 4 heads, S = 512, batches of 8 rows, float32, AdamW; the 6 middle layers keep r tokens. `layers`
+is the forward and backward pass up to the last norm; `step` is a whole training step with a vocabulary of 512 and
+AdamW. All values of r take turns in one process.
+
+`schedule` is the papers' GPT recipe, scaled down: from a sixteenth of the tokens to all of them after 0.7 of 1,000
+steps. It uses the median step of each r, and the saving is relative to 1,000 steps without dropping. `gather` is the
+overhead of dropping layers without the layers themselves: draw positions, gather tokens and put them back in six
+layers, forward and backward.
 """
 
 import statistics
@@ -39,7 +41,7 @@ def setup():
 
 
 def recipe():
-    """The schedule, of whose values SCHEDULE is the list."""
+    """Return the schedule; SCHEDULE lists its values."""
     from effscale.ltd import mslg
 
     return mslg(
@@ -48,7 +50,7 @@ def recipe():
 
 
 def in_turn(functions: dict) -> dict[str, float]:
-    """Median milliseconds of each function, called one after the other."""
+    """Return the median milliseconds of each function; functions take turns."""
     times: dict = {name: [] for name in functions}
     for round_ in range(REPEATS + 1):
         for name, function in functions.items():

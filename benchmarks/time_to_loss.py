@@ -1,10 +1,13 @@
-"""Time until a GPT reaches the validation loss at which transformers' own Trainer ends, plain and with random-LTD.
+"""Time until a GPT reaches the final validation loss of transformers' Trainer, with and without random-LTD.
 
-8 layers, 128 wide, 4 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a cosine with a tenth of warm-up,
-on the same batches in the same order. Every arm gets the same search for its rate: each of RATES over the whole budget, with a seed of its own
-(SEARCH_SEED); the best is kept. Then transformers trains with the seeds 0, 1, 2, and the mean of its last losses is the goal. Each of our arms is run over shorter and shorter budgets, whose schedules
-end with them, until the mean loss of the same seeds misses the goal; the last that reached it counts. Times are those of the steps: compilations and evaluations are left out and
-reported beside them. Each run is kept in --folder, so that a benchmark that was stopped goes on.
+8 layers, width 128, 4 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a
+cosine with a tenth of warmup, on the same batches in the same order. Every arm gets the same learning-rate search:
+each of RATES over the whole budget, and more if the best is at the edge, with a separate seed (SEARCH_SEED).
+
+Then transformers trains with the seeds 0, 1, 2, and the mean of its final losses is the target. Each effscale arm
+runs with shorter and shorter budgets, each with its own schedule, until the mean loss of the same seeds misses the
+target; the last budget that reached it counts. Times cover only the steps; compilations and evaluations are reported
+separately. Each run is saved in --folder, so that a benchmark that was stopped can resume.
 
     python benchmarks/time_to_loss.py --folder runs/time_to_loss
 """
@@ -27,7 +30,7 @@ ARMS = ("transformers", "plain", "random_ltd")
 
 
 def corpus(folder: pathlib.Path):
-    """Rows to learn from and held-out rows, of LENGTH + 1 tokens."""
+    """Return training rows and held-out rows, of LENGTH + 1 tokens."""
     import numpy as np
 
     from effscale.data import StandardLibrary, prepare_corpus
@@ -43,12 +46,14 @@ def corpus(folder: pathlib.Path):
 
 
 def batches(train, seed: int, steps: int):
-    """The rows of each step."""
+    """Yield the rows of each step."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(train))[: steps * BATCH]
     if len(order) < steps * BATCH:
-        raise SystemExit(f"{len(train)} rows are too few for {steps} steps")
+        raise SystemExit(
+            f"steps must be fewer: the corpus has only {len(train)} rows, got {steps} steps"
+        )
     return train[order].reshape(steps, BATCH, LENGTH + 1)
 
 
@@ -63,7 +68,8 @@ def transformers(folder, rate: float, steps: int, seed: int) -> dict[str, float]
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    # One row longer than the model reads: its loss shifts, so the model reads all but the last and predicts all but the first.
+    # Rows are one token longer than the model reads: its loss shifts, so the model reads all but the last token and
+    # predicts all but the first.
     rows = batches(train, seed, steps).reshape(-1, LENGTH + 1)
     as_item = lambda row: {
         "input_ids": torch.from_numpy(row[:-1]).long(),
@@ -152,18 +158,18 @@ def effscale(folder, arm: str, rate: float, steps: int, seed: int) -> dict[str, 
         state, metrics = staged(state, batch)
         jax.block_until_ready((state, metrics))
         took += time.perf_counter() - began
-        if number == 0:  # all shapes are compiled before the clock starts
+        if number == 0:  # compile all shapes before the clock starts
             staged.wait()
             compiling, took = time.perf_counter() - began, 0.0
     batched = [as_batch(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
     found = evaluate(state.model, jax.jit(make_eval_step(next_token_loss)), batched)["loss"]
-    # The first step, which compiled, is counted as the others.
+    # The first step, which compiled, counts like the others.
     took *= plan.num_steps / max(plan.num_steps - 1, 1)
     return {"loss": found, "seconds": took, "compile_seconds": compiling}
 
 
 def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
-    """A run in a process of its own, or what it left before."""
+    """Make a run in a separate process, or load its saved result."""
     file = folder / f"{arm}-{rate:g}-{steps}-{seed}.json"
     if not file.is_file():
         print(f"{arm}: rate {rate:g}, {steps} steps, seed {seed}", file=sys.stderr, flush=True)
@@ -179,7 +185,7 @@ def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> d
 
 
 def best_rate(folder: pathlib.Path, arm: str, steps: int) -> float:
-    """The best of RATES, or beyond them as long as the best one is the first or the last."""
+    """Return the best of RATES; the range is extended as long as the best one is at its edge."""
     tried = list(RATES)
     while True:
         best = min(tried, key=lambda rate: run(folder, arm, rate, steps, SEARCH_SEED)["loss"])
@@ -189,7 +195,7 @@ def best_rate(folder: pathlib.Path, arm: str, steps: int) -> float:
 
 
 def compare(folder: pathlib.Path, steps: int) -> str:
-    """The table."""
+    """Format the table."""
     rates = {arm: best_rate(folder, arm, steps) for arm in ARMS}
     mean = lambda runs, key: statistics.mean(each[key] for each in runs)
     of = lambda arm, count: [run(folder, arm, rates[arm], count, seed) for seed in SEEDS]
@@ -216,11 +222,13 @@ def compare(folder: pathlib.Path, steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--folder", type=pathlib.Path, default="runs/time_to_loss", help="where runs are kept"
+        "--folder", type=pathlib.Path, default="runs/time_to_loss", help="folder for saved runs"
     )
     parser.add_argument("--steps", type=int, default=200, help="steps of transformers' run")
     parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
-    parser.add_argument("--rounds", type=int, default=1, help="for `make bench`; one is all")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="for `make bench`; only 1 is supported"
+    )
     parser.add_argument("--newest", help="for `make bench`; not used")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

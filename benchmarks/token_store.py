@@ -1,11 +1,10 @@
-"""Builds a token store from a large generated corpus and reports the peak memory of doing so.
+"""Build a token store from a large generated corpus and report the peak memory.
 
     python benchmarks/token_store.py --gigabytes 2
 
-The corpus is written to a temporary folder as JSON Lines, 128 MB a file, and its store is built in a
-process of its own, whose peak resident memory is printed beside that of the same process after its
-imports. Then random rows are read. Memory that does not grow with the corpus shows when the run is
-repeated with another ``--gigabytes``.
+The corpus is written to a temporary folder as JSON Lines, 128 MB per file, and its store is built in a separate
+process, whose peak resident memory is printed next to that of the same process after its imports. Then random rows
+are read. To see that memory does not grow with the corpus, repeat the run with another ``--gigabytes``.
 """
 
 import argparse
@@ -24,13 +23,13 @@ FILE_BYTES = 128_000_000
 
 
 def write_corpus(folder: pathlib.Path, size: int) -> None:
-    """Writes documents of varied words, numbers, code and other scripts until ``size`` bytes."""
+    """Write documents of varied words, numbers, code and other scripts up to ``size`` bytes."""
     rng = random.Random(0)
     letters = string.ascii_lowercase + "eeeaaooiitnsrh"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(40_000)]
     words += ["".join(rng.choices("абвгдежзийклмнопрстуфхцчшщыэюя", k=6)) for _ in range(4_000)]
     words += ["".join(rng.choices("的一是不了人我在有他这中大来上国", k=3)) for _ in range(2_000)]
-    # Cumulative weights of a Zipf law, as words in real text follow.
+    # Cumulative weights of Zipf's law, which words in real text follow.
     total, cumulative = 0.0, []
     for rank in range(1, len(words) + 1):
         total += 1 / rank
@@ -50,12 +49,12 @@ def write_corpus(folder: pathlib.Path, size: int) -> None:
 
 
 def peak_megabytes() -> float:
-    """The peak resident memory of this process so far."""
+    """Return the peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def build(folder: pathlib.Path, vocab_size: int) -> None:
-    """Runs in the process that is measured."""
+    """Build the store in the measured process."""
     from effscale.data import JsonLines, prepare_corpus
 
     at_start = peak_megabytes()
@@ -90,7 +89,7 @@ def build(folder: pathlib.Path, vocab_size: int) -> None:
 
 
 def read(folder: str, length: int, rows: int) -> None:
-    """Times the first open, which verifies all checksums, a later one and random rows, in a process of its own."""
+    """Time the first open, which verifies all checksums, a later open and random rows, in a separate process."""
     from effscale.data import PackedTokens, TokenStore
 
     began = time.perf_counter()
@@ -121,9 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the corpus")
     parser.add_argument("--vocab-size", type=int, default=16384)
-    parser.add_argument("--length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--rows", type=int, default=20_000, help="random rows to read")
-    parser.add_argument("--folder", default=None, help="where to put the temporary files")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per row")
+    parser.add_argument("--rows", type=int, default=20_000, help="number of random rows to read")
+    parser.add_argument("--folder", default=None, help="folder for temporary files")
     parser.add_argument("--build", help=argparse.SUPPRESS)
     parser.add_argument("--read", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -140,7 +139,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="effscale-", dir=options.folder) as name:
         folder = pathlib.Path(name)
-        os.environ["XDG_CACHE_HOME"] = name  # that the store was verified is remembered there
+        os.environ["XDG_CACHE_HOME"] = name  # records there that the store was verified
         began = time.perf_counter()
         write_corpus(folder, int(options.gigabytes * 1e9))
         size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))

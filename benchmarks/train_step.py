@@ -1,7 +1,7 @@
-"""Training speed of a GPT-2 shape beside Hugging Face transformers, and beside the machine's own limit.
+"""Training speed of a GPT-2, compared with Hugging Face transformers and with the limit of the machine.
 
-6 layers, 256 wide, 4 heads, vocabulary 8192, batches of 8 rows of 256 tokens, float32, AdamW; a whole step with
-gradient clipping and the check for non-finite values on our side, forward, backward and AdamW on theirs.
+6 layers, width 256, 4 heads, vocabulary 8192, batches of 8 rows of 256 tokens, float32, AdamW. effscale runs a whole
+step with gradient clipping and the check for non-finite values; transformers runs forward, backward and AdamW.
 """
 
 from harness import main, seconds

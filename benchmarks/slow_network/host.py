@@ -1,4 +1,4 @@
-"""What runs on each host: a small GPT trains with the optimizer that an order names, and the time of each step is told.
+"""The program of each host: train a small GPT with the optimizer that an order names, and report the time of each step.
 
 Orders are lines of JSON on standard input, the same for all hosts; answers are lines of JSON on standard output.
 """
@@ -32,15 +32,15 @@ from effscale.parallel.workers import gather
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
 VOCAB, LENGTH, ROWS = 2048, 64, 1
-RATE = 1e-5  # so small that a variance frozen after a few steps does no harm: what is asked here is time
+RATE = 1e-5  # so small that a variance frozen after a few steps does no harm: only the time matters here
 CONFIG = gpt2(num_layers=4, d_model=256, num_heads=4, vocab_size=VOCAB, max_length=LENGTH)
 COUNTER = pathlib.Path("/sys/class/net/eth0/statistics/tx_bytes")
 
 
 def bfloat16_mean(axis_name: str) -> optax.GradientTransformation:
-    """`mean_over_workers` with bfloat16 on the network: parts of the gradient are averaged in float32 by one worker each.
+    """Average over workers with bfloat16 on the network: each worker averages one part of the gradient in float32.
 
-    It sends what a ring does, and needs no reduction in bfloat16, of which XLA's CPU compiler dies.
+    It sends as much as a ring, and needs no reduction in bfloat16, which crashes XLA's CPU compiler.
     """
     exact = mean_over_workers(axis_name)
 
@@ -49,7 +49,7 @@ def bfloat16_mean(axis_name: str) -> optax.GradientTransformation:
         flat, unravel = jax.flatten_util.ravel_pytree(updates)
         workers = jax.lax.axis_size(axis_name)
         rows = jnp.pad(flat.astype(jnp.bfloat16), (0, -flat.size % workers)).reshape(workers, -1)
-        # As bits: what XLA knows to be bfloat16 it may send in float32.
+        # Send as bits, because XLA may send bfloat16 values in float32.
         bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
         bits = jax.lax.all_to_all(bits, axis_name, 0, 0)
         parts = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
@@ -63,7 +63,7 @@ def bfloat16_mean(axis_name: str) -> optax.GradientTransformation:
 
 
 def optimizers(warmup: int, scaler: int) -> dict[str, Any]:
-    """By name; ``warmup`` steps are uncompressed, and 0/1 Adam's local interval doubles each ``scaler`` steps."""
+    """Return optimizers by name; ``warmup`` steps are uncompressed, and 0/1 Adam's local interval doubles every ``scaler`` steps."""
     return {
         "adam": lambda: optax.chain(mean_over_workers("data"), optax.adam(RATE)),
         "adam_bfloat16": lambda: optax.chain(bfloat16_mean("data"), optax.adam(RATE)),
@@ -92,7 +92,7 @@ class Trainer:
         self.batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
 
     def program(self, name: str, warmup: int, scaler: int) -> Any:
-        """What makes the first state, and the step."""
+        """Return a function that creates the first state, and the step."""
         if (name, warmup, scaler) not in self.programs:
             optimizer = optimizers(warmup, scaler)[name]()
             create = lambda: create_train_state(
@@ -105,10 +105,10 @@ class Trainer:
         return self.programs[name, warmup, scaler]
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Times of the steps in seconds, bytes that left this host in each, and bytes by formula."""
+        """Return the times of the steps in seconds, the bytes that this host sent in each, and the bytes by formula."""
         start, step = self.program(order["optimizer"], order["warmup"], order["scaler"])
         batch = shard_batch(self.batch, self.mesh)
-        jax.block_until_ready(step(start(), batch))  # compiled, and all have met
+        jax.block_until_ready(step(start(), batch))  # compile, and connect all hosts
         state = start()
         seconds, counts, formula = [], [int(COUNTER.read_text())], []
         for i in range(order["steps"]):
@@ -118,7 +118,9 @@ class Trainer:
             seconds.append(time.perf_counter() - began)
             formula.append(float(metrics["sent_bytes"]))
             if i == order["steps"] - 1:
-                time.sleep(0.5)  # a step may end when a host has all, and has not sent all
+                time.sleep(
+                    0.5
+                )  # a step may end when a host has received everything but not sent everything
             counts.append(int(COUNTER.read_text()))
         size = sum(x.size for x in jax.tree.leaves(state.model))
         loss = float(metrics["loss"])
@@ -132,7 +134,7 @@ class Trainer:
 
 
 def main() -> None:
-    """Answers orders until there are no more."""
+    """Answer orders until there are no more."""
     keep_freed_memory()
     initialize()
     with jax.numpy_dtype_promotion("standard"):

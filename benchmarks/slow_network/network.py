@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, their links limited by tc. Needs root and iproute2."""
+"""Hosts on one machine: network namespaces on a bridge, with links limited by tc. Needs root and iproute2."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ SUBNET = "10.77.0"
 
 
 def why_not() -> str | None:
-    """Why there can be no such network here, or None."""
+    """Return why such a network cannot be created here, or None."""
     if sys.platform != "linux":
-        return f"it needs Linux, and this is {sys.platform}"
+        return f"it needs Linux, got {sys.platform}"
     if os.geteuid() != 0:
         return "it needs root, for network namespaces"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -30,23 +30,23 @@ def _run(*command: str, check: bool = True) -> None:
 
 
 def host_name(index: int) -> str:
-    """The namespace of a host."""
+    """Return the namespace of a host."""
     return f"{PREFIX}{index}"
 
 
 def address(index: int) -> str:
-    """Its address."""
+    """Return the address of a host."""
     return f"{SUBNET}.{index + 1}"
 
 
 def inside(index: int) -> list[str]:
-    """What to put before a command so that it runs on a host."""
+    """Return the command prefix that runs a command on a host."""
     return ["ip", "netns", "exec", host_name(index)]
 
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[None]:
-    """Namespaces 0 to ``count`` - 1, each with one link, ``eth0``, to a bridge in a namespace of its own."""
+    """Create namespaces 0 to ``count`` - 1, each with one link, ``eth0``, to a bridge in a separate namespace."""
     _remove()
     bridge = f"{PREFIX}br"
     try:
@@ -64,7 +64,7 @@ def hosts(count: int) -> Iterator[None]:
             _run("ip", "-n", name, "addr", "add", f"{address(i)}/24", "dev", "eth0")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            # gloo binds to the address that the host's own name resolves to.
+            # gloo binds to the address that the hostname resolves to.
             folder = pathlib.Path("/etc/netns") / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "hosts").write_text(
@@ -76,7 +76,7 @@ def hosts(count: int) -> Iterator[None]:
 
 
 def limit(count: int, rate: str | None) -> None:
-    """Limit what each host sends to a rate such as ``200mbit``; None takes the limit away."""
+    """Limit the rate at which each host sends, such as ``200mbit``; None removes the limit."""
     for i in range(count):
         tc = [*inside(i), "tc", "qdisc"]
         _run(*tc, "del", "dev", "eth0", "root", check=False)

@@ -1,11 +1,11 @@
-"""Seconds and bytes of training on hosts with a slow network between them, uncompressed and in one bit.
+"""Seconds and bytes of training on hosts with a slow network between them, uncompressed and with 1-bit compression.
 
     sudo python benchmarks/slow_network/run.py
     sudo python benchmarks/slow_network/run.py --hosts 2 --rates 200mbit --steps 24 --out figures.json
 
-The schedule has the papers' shares of warm-up: one sixth for 1-bit LAMB (1,000 of 5,993 steps), 23 of 152 for 1-bit Adam, and
-12.5 of 152 for the first stage of 0/1 Adam, whose interval between exchanges doubles each 32.678 of 152. Optimizers
-without phases run a part of the steps, as all of theirs are alike.
+The schedule has the papers' fractions of warmup: one sixth for 1-bit LAMB (1,000 of 5,993 steps), 23 of 152 for 1-bit
+Adam, and 12.5 of 152 for the first stage of 0/1 Adam, whose interval between exchanges doubles every 32.678 of 152.
+Optimizers without phases run only part of the steps, because all their steps are alike.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OPTIMIZERS = ("adam", "adam_bfloat16", "onebit_adam", "zero_one_adam", "lamb", "
 
 
 class Hosts:
-    """A process a host, which all get the same orders."""
+    """One process per host; all get the same orders."""
 
     def __init__(self, count: int):
         self.count = count
@@ -43,7 +43,7 @@ class Hosts:
                 "EFFSCALE_PROCESS_ID": str(i),
                 "JAX_PLATFORMS": "cpu",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                # With as many processes as cores, threads of one only take turns.
+                # With one process per core, more threads per process do not help.
                 "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
             }
             self.processes.append(
@@ -57,7 +57,7 @@ class Hosts:
             )
 
     def order(self, **order: Any) -> dict[str, Any]:
-        """The answer of host 0, with each step's seconds those of the slowest host."""
+        """Return the answer of host 0, with the seconds of each step from the slowest host."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps(order) + "\n")
@@ -65,7 +65,7 @@ class Hosts:
         answers = []
         for process in self.processes:
             assert process.stdout is not None
-            # gloo tells on standard output that it is connected.
+            # gloo reports on standard output that it is connected.
             line = next((line for line in process.stdout if line.startswith("{")), None)
             if line is None:
                 raise RuntimeError("a host ended; its messages are above")
@@ -74,7 +74,7 @@ class Hosts:
         return answers[0] | {"seconds": slowest}
 
     def close(self) -> None:
-        """Ends all of them."""
+        """End all processes."""
         for process in self.processes:
             process.kill()
             process.wait()
@@ -83,7 +83,7 @@ class Hosts:
 def measure(
     count: int, rates: list[str], steps: int, optimizers: list[str]
 ) -> list[dict[str, Any]]:
-    """One record for each optimizer and rate."""
+    """Return one record for each optimizer and rate."""
     records = []
     with network.hosts(count):
         machines = Hosts(count)
@@ -113,15 +113,15 @@ def measure(
 
 
 def summary(answer: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Medians of each phase, which the bytes by formula tell apart, and the whole schedule."""
+    """Return medians of each phase, identified by the bytes by formula, and of the whole schedule."""
     phases: dict[float, list[int]] = {}
     for i, sent in enumerate(answer["formula"]):
         phases.setdefault(sent, []).append(i)
-    # Of the whole run, as a part of what a step sends may leave within the next.
+    # Over the whole run, because part of what a step sends may leave during the next one.
     seen, sent = sum(answer["bytes"]), sum(answer["formula"])
     if not 0.99 * sent <= seen <= 1.1 * sent + 20_000 * len(answer["seconds"]):
-        raise RuntimeError(f"{seen:,.0f} bytes left a host where the formula says {sent:,.0f}")
-    # Optimizers of one phase ran a part of the steps.
+        raise RuntimeError(f"a host sent {seen:,.0f} bytes, but the formula predicts {sent:,.0f}")
+    # Optimizers with one phase ran only part of the steps.
     scale = steps / len(answer["seconds"])
     return {
         "phases": [
@@ -141,8 +141,8 @@ def summary(answer: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def show(records: list[dict[str, Any]]) -> str:
-    """The table."""
-    rows = [("hosts", "rate", "optimizer", "seconds a step, by phase", "end to end", "MB sent")]
+    """Format the table."""
+    rows = [("hosts", "rate", "optimizer", "seconds per step, by phase", "end to end", "MB sent")]
     for r in records:
         phases = ", ".join(f"{p['seconds']:.3f} ({p['steps']})" for p in r["phases"])
         rows.append(
@@ -168,19 +168,19 @@ def show(records: list[dict[str, Any]]) -> str:
                 time = at[slow]["total_seconds"] / at[fast]["total_seconds"]
                 volume = at[slow]["total_bytes"] / at[fast]["total_bytes"]
                 lines.append(
-                    f"{hosts} hosts, {rate}: {fast} is {time:.2f} x as fast end to end as {slow}, with {volume:.2f} x less volume"
+                    f"{hosts} hosts, {rate}: {fast} is {time:.2f}x as fast end to end as {slow}, with {volume:.2f}x less volume"
                 )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rates", nargs="+", default=["100mbit", "200mbit", "1gbit", "unlimited"])
-    parser.add_argument("--steps", type=int, default=60, help="of the schedule")
+    parser.add_argument("--steps", type=int, default=60, help="number of steps of the schedule")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
     parser.add_argument("--out", type=pathlib.Path, help="a file for the figures, as JSON")
     args = parser.parse_args()

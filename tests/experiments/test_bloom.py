@@ -165,7 +165,7 @@ def test_several_processes_make_what_one_does(start, options, tmp_path, processe
     [
         (("--languages", "aa", "cc", "zz"), "language 'zz' has no"),
         (("--new-tasks", "unsee"), "unseen"),
-        (("--new-tasks", "unseen", "learned"), "leave one to learn"),
+        (("--new-tasks", "unseen", "learned"), "new_tasks must leave at least one task to learn"),
         (("--new-languages", "aa", "bb", "cc"), "but not all"),
         (("--pretrain.ramp-increment", "3"), "ramp_increment=3"),
         (("--data", "nowhere"), "language 'aa' has no"),
@@ -187,7 +187,7 @@ def test_what_cannot_work_is_refused_by_name(
         (lambda tasks: shutil.rmtree(tasks / "unseen"), "task 'unseen' has no test examples"),
         (lambda tasks: [f.unlink() for f in tasks.rglob("validation.jsonl")], "no task has 8 validation examples in a new language"),
         (lambda tasks: [f.unlink() for f in tasks.rglob("train.jsonl")], "no training examples for the tasks ['learned']"),
-        (lambda tasks: shutil.copy(tasks / "unseen.yaml", tasks / "more.yaml"), "two files"),
+        (lambda tasks: shutil.copy(tasks / "unseen.yaml", tasks / "more.yaml"), "two files have the same task name"),
     ],
 )  # fmt: skip
 def test_tasks_that_lack_something_are_refused(
@@ -239,7 +239,7 @@ def test_examples_without_a_field_are_refused_before_anything_is_trained(
     with pytest.raises(SystemExit) as refused:
         main([*options, "--tasks", str(tasks), "--out", str(tmp_path / "run")])
     assert refused.value.code == 2
-    assert "no field 'label'; there are 'text'" in capsys.readouterr().err
+    assert "no field 'label'; its fields are 'text'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

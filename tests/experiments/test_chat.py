@@ -77,17 +77,20 @@ def test_commands(folder):
     run(config, ["Hi.", "", "/what", "/clear", "colour " * 99, "/quit", "never"], shown.append)
     text = "".join(shown)
     assert text.startswith("tiny: /clear forgets")
-    assert "there is no command '/what'" in text
+    assert "unknown command '/what'" in text
     assert "(forgotten)" in text
-    assert "(not answered: that is" in text
+    assert "(not answered: the message has" in text
 
 
 def test_bad_input(folder, capsys):
     for argv, message in (
-        ([], "give the folder of a model: --model FOLDER"),
+        ([], "model must be the folder of a model. Use --model FOLDER"),
         (["--model", str(folder / "nowhere")], "nowhere"),
         (["--model", str(folder), "--max-new-tokens", "0"], "must be at least 1"),
-        (["--model", str(folder), "--max-new-tokens", "72"], "leaves no room for a prompt"),
+        (
+            ["--model", str(folder), "--max-new-tokens", "72"],
+            "max_new_tokens must be less than the model's",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(argv)

@@ -164,7 +164,7 @@ def test_in_a_browser(talks, tmp_path):
             timeout=120,
         )
         assert taken.returncode == 2
-        assert "--port 0 takes a free one" in taken.stderr
+        assert "Use --port 0 for a free port" in taken.stderr
     finally:
         window.quit()
         server.send_signal(signal.SIGINT)
@@ -180,12 +180,12 @@ def test_names_on_the_page(tmp_path):
 
 
 def test_bad_input(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"beside=.* must be left out without --web"):
+    with pytest.raises(ValueError, match=r"beside=.* must be None without --web"):
         Config(model=tmp_path, beside=tmp_path)
     with pytest.raises(ValueError, match=r"port must be between 0 and 65535.*, got 70000"):
         Config(port=70000)
-    with pytest.raises(ValueError, match="talks has no conversation"):
+    with pytest.raises(ValueError, match="talks must have at least one conversation"):
         web.page({})
     with pytest.raises(SystemExit):
         main(["--web"])
-    assert "give the folder of a model" in capsys.readouterr().err
+    assert "model must be the folder of a model" in capsys.readouterr().err

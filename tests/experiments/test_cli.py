@@ -138,7 +138,10 @@ def test_ctrl_c_outside_of_training_ends_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as stop, messages():
         raise KeyboardInterrupt
     assert stop.value.code == 130
-    assert "interrupted; go on from what was saved with: --out FOLDER" in capsys.readouterr().err
+    assert (
+        "interrupted; to resume from the last checkpoint, use --out FOLDER"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failed_write_shows_no_traceback_of_orbax(tmp_path, caplog):

@@ -302,7 +302,9 @@ def test_killed_and_stopped_runs_go_on_exactly(start, small, whole, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     done = start(PROGRAM, "term:1:5", "--out", out, "--resume")
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert f"stopped and saved {RUNS[2]} at step 6; go on with: --out {out} --resume" in done.stderr
+    assert (
+        f"stopped and saved {RUNS[2]} at step 6; to resume, use --out {out} --resume" in done.stderr
+    )
     assert not (out / "results.json").exists()
     done = start("-m", "effscale.experiments.data_efficiency", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
@@ -328,29 +330,29 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(copy), "--resume", "--batch-size", "8"])
     assert stop.value.code == 2
-    assert "is of another config (batch_size: 4 there, 8 here)" in capsys.readouterr().err
+    assert "has another config (batch_size: 4 saved, 8 given)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--preset", "smok"], "--preset 'smok': did you mean 'smoke'?"),
-        (["--techniques", "cl", "ltd"], "must be none and others to compare with it"),
+        (["--techniques", "cl", "ltd"], "must be none and other techniques to compare with it"),
         (["--techniques", "none", "lt"], "invalid choice 'lt'"),
         (["--fractions", "1.0", "1.5"], "must be numbers above 0, at most 1"),
         (["--fractions", "1.0", "0"], "must be numbers above 0, at most 1"),
-        (["--fractions", "0.5"], "must be 1.0 and others to compare with it"),
+        (["--fractions", "0.5"], "must be 1.0 and other fractions to compare with it"),
         (["--fractions", "1.0", "1.0"], "must be different values"),
         (["--seeds", "0"], "Config.seeds must be at least 1.*, got 0"),
         (["--model.num-layers", "2"], "of 2 none is left; use a model of 3 layers or more"),
-        (["--efficiency.min-length", "512"], "min_length must be at most the length of a row.*, got 512"),
-        (["--efficiency.min-kept", "257"], "min_kept must be at most the length of a row.*, got 257"),
-        (["--efficiency.curriculum", "1.2"], "curriculum must be above 0, at most 1.*, got 1.2"),
-        (["--warmup", "400"], "warmup must be from 0 to below steps=400.*, got 400"),
-        (["--search.seed", "2"], "Search.seed must be at least seeds=3.*, got 2"),
-        (["--search.learning-rate-factor", "1"], "learning_rate_factor must be above 1.*, got 1.0"),
-        (["--evaluations", "500"], "evaluations must be from 1 to steps=400.*, got 500"),
-        (["--resume"], "given with --out"),
+        (["--efficiency.min-length", "512"], "min_length=512: must be at most the length of a row"),
+        (["--efficiency.min-kept", "257"], "min_kept=257: must be at most the length of a row"),
+        (["--efficiency.curriculum", "1.2"], "curriculum=1.2: must be above 0, at most 1"),
+        (["--warmup", "400"], "warmup=400: must be from 0 to below steps=400"),
+        (["--search.seed", "2"], "Search.seed=2: must be at least seeds=3"),
+        (["--search.learning-rate-factor", "1"], "learning_rate_factor=1.0: must be above 1"),
+        (["--evaluations", "500"], "evaluations=500: must be from 1 to steps=400"),
+        (["--resume"], "set together with --out"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
         (["--corpus", "2*stdlib"], "corpus must have one of the forms stdlib"),
@@ -398,5 +400,7 @@ def test_the_paper_preset_is_gpt3_and_lowers():
     _, batch = lowered.args_info[0]
     assert batch["input_ids"].shape == (512, 1152)
     assert batch["kept_tokens"].kept == 768
-    with pytest.raises(ValueError, match="is no stage's"):
+    with pytest.raises(
+        ValueError, match=r"shape must be one of the stages' shapes, .* got \(1152, 1152\)"
+    ):
         lower_train_step(both, paper.mesh, jax.devices(), (1152, 1152))

@@ -207,7 +207,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
         main([*options, "--out", str(out)])
     assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert f"stopped and saved fashion/seed-0/effscale at step 23; go on with: --out {out}" in error
+    assert (
+        f"stopped and saved fashion/seed-0/effscale at step 23; to resume, use --out {out}" in error
+    )
     assert not (out / "results.json").exists()
     main(["--out", str(out), "--resume"])
     name = "fashion/seed-0/effscale"
@@ -304,15 +306,15 @@ def test_the_papers_setting_can_be_lowered(task):
         (["--seeds", "0"], "Config.seeds must be at least 1.*, got 0"),
         (["--warmup", "1"], "Config.warmup must be from 0 to below 1.*, got 1.0"),
         (["--fashion.epoch", "0"], "--fashion.epochs"),
-        (["--fashion.epochs", "0"], "Recipe.epochs must be at least 1.*, got 0"),
-        (["--fashion.train", "15"], "Recipe.train must be a batch of 16 or more.*, got 15"),
-        (["--fashion.train", "161"], "fashion.train=161: there are 160"),
-        (["--fashion.batch-size", "161"], "Recipe.batch_size must be at most the 160.*, got 161"),
+        (["--fashion.epochs", "0"], "Recipe.epochs=0: must be at least 1"),
+        (["--fashion.train", "15"], "Recipe.train=15: must be a batch of 16 or more"),
+        (["--fashion.train", "161"], "fashion.train must be at most 160"),
+        (["--fashion.batch-size", "161"], "Recipe.batch_size=161: must be at most the 160"),
         (["--image-size", "9"], "must be a multiple of patch_size=4"),
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
         (["--image-model", "absent"], "absent"),
-        (["--resume"], "given with --out"),
-        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
+        (["--resume"], "set together with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
@@ -339,9 +341,9 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     shutil.copy(folders / "text" / "vocab.txt", tmp_path / "image")
     other = ["--tasks", "reviews", "--text-model", "image"]
     for words, message in (
-        (long, "max_length=65 must be at most the model's 64"),
+        (long, "max_length must be at most the model's 64, got 65"),
         (swapped, "resize_images is for models of images"),
-        (other, "text_model='image' is no BERT"),
+        (other, "text_model must be a BERT for this experiment, got 'image'"),
     ):
         with pytest.raises(SystemExit):
             main([*options, *words])
@@ -354,7 +356,7 @@ def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
         ([*options, "--out", str(compared)], "already contains a run"),
         (
             ["--out", str(compared), "--resume", "--fashion.epochs", "4"],
-            "is of another config (fashion.epochs: 3 there, 4 here)",
+            "has another config (fashion.epochs: 3 saved, 4 given)",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -385,7 +387,7 @@ def test_every_preset_comes_back_from_json(name):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
     text = shown_by_help("finetune", heavy)
-    for shown in ("smoke, default, paper", "--reviews.epochs INT", "Passes over the training"):
+    for shown in ("smoke, default, paper", "--reviews.epochs INT", "Number of passes over"):
         assert shown in text
 
 
@@ -393,7 +395,7 @@ def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsy
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(SystemExit):
         main([*options, "--torch"])
-    assert "pip install 'effscale[torch]', or go without it" in capsys.readouterr().err
+    assert "pip install torch transformers, or leave out --torch" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # the other tests run smaller ones

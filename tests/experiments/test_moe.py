@@ -92,7 +92,10 @@ def test_a_stopped_student_goes_on_as_if_it_had_not_been(finished, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--arms", "dense", "pr_moe_kd"], "must be with the teacher of pr_moe_kd, pr_moe"),
+        (
+            ["--arms", "dense", "pr_moe_kd"],
+            "must be arms that include pr_moe, the teacher of pr_moe_kd",
+        ),
         (["--arms", "dense", "dense"], "must be different arms"),
         (["--warmup", "8", "--steps", "8"], "Config.warmup must be below steps=8.*, got 8"),
         (["--student-layers", "3"], "Config.student_layers must be from 2 to num_layers=2.*, got 3"),

@@ -287,5 +287,7 @@ def test_a_corpus_with_fewer_rows_than_percentiles(tmp_path):
     )
     mesh = MeshConfig(data=8).build()
     training = Pretraining(config("cl"), small.vocab_size, mesh)
-    with pytest.raises(ValueError, match=r"makes \d+ rows of length=32, and a curriculum by perc"):
+    with pytest.raises(
+        ValueError, match=r"needs at least 100 rows, but the corpus has \d+ of length=32"
+    ):
         training.batches([small.train], seed=0)

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
     ("words", "message"),
     [
         (["--preset", "smok"], "--preset 'smok': did you mean 'smoke'?"),
-        (["--prest", "smoke"], "unrecognized option --prest: perhaps you meant --preset"),
+        (["--prest", "smoke"], "unrecognized option --prest: did you mean --preset"),
         (["--steps", "abc"], "Error parsing --steps: invalid literal"),
         (["--steps", "0"], "Config.steps must be at least 1.*, got 0"),
         (["--model.num-head", "3"], "--model.num-heads INT"),
@@ -110,8 +110,8 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--technique", "lt"], "invalid choice 'lt'"),
         (["--technique", "ltd", "--model.num-layers", "2"], "Use a model with at least 3 layers"),
         (["--technique", "cl", "--efficiency.min-length", "300"], "at most the length of a row"),
-        (["--technique", "cl", "--corpus", "stdlib", "text:a.txt"], "must be one source, whose"),
-        (["--resume"], "given with --out"),
+        (["--technique", "cl", "--corpus", "stdlib", "text:a.txt"], "must be a single source"),
+        (["--resume"], "set together with --out"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
         (["--corpus", "text:/absent/*.txt"], "no file matches '/absent/*.txt'"),
         (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
@@ -144,7 +144,7 @@ def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
     text = shown_by_help("quickstart", heavy)
-    for shown in ("smoke, default, paper", "--model.num-layers INT", "Batches to train on."):
+    for shown in ("smoke, default, paper", "--model.num-layers INT", "Optimizer steps."):
         assert shown in text
 
 

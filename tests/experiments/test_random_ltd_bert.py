@@ -204,7 +204,8 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
         assert len(set(places[1])) == 2
         assert max(places[0]) < 3 / 4 * len(text) - 16 < min(places[1])
     with pytest.raises(
-        ValueError, match=r"Config.finetune.train=8: equally many of classes=3 are 6, .*_size=8"
+        ValueError,
+        match=r"Config.finetune.train=8: must give at least finetune.batch_size=8 .* over classes=3, but gives 6",
     ):
         passages_data(
             (corpus,),
@@ -348,7 +349,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert results[f"{start}_accuracy"] == accuracy > results["majority"] + 0.2
     assert results["majority"] == 0.5
     report = (finished / "report.md").read_text()
-    for shown in ("| scratch |", "| thousand layer tokens |", "nats a hidden token"):
+    for shown in ("| scratch |", "| thousand layer tokens |", "nats per masked token"):
         assert shown in report
     figure = finished / "figures" / "loss.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -390,7 +391,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             main([*options, "--early.seeds", "0", "--out", str(out)])
     assert stopped.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert "stopped and saved seed-0/random_ltd at step 8; go on with: --out" in error
+    assert "stopped and saved seed-0/random_ltd at step 8; to resume, use --out" in error
 
     step_of = TrainingBatches.__next__
 
@@ -404,7 +405,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         with pytest.raises(SystemExit):
             main(["--out", str(out), "--resume"])
     error = capsys.readouterr().err
-    assert "stopped and saved seed-0/baseline/passages at step 6; go on with: --out" in error
+    assert "stopped and saved seed-0/baseline/passages at step 6; to resume, use --out" in error
     assert not (out / "results.json").exists()
     main(["--out", str(out), "--resume"])
     for name in (
@@ -431,10 +432,10 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--ltd.min-value", "17"], "Dropping.min_value must be at most the 16 tokens.*, got 17"),
         (["--model.num-layers", "2"], "use a model of 3 layers or more"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
-        (["--learning-rate", "inf"], "Config.learning_rate must be finite.*, got inf"),
-        (["--early.steps", "13"], "Early.steps must be at most the steps=12 of a whole run.*, got 13"),
-        (["--search.seed", "0"], "Search.seed must be at least seeds=1.*, got 0"),
-        (["--resume"], "given with --out"),
+        (["--learning-rate", "inf"], "Config.learning_rate=inf: must be finite"),
+        (["--early.steps", "13"], "Early.steps=13: must be at most the steps=12 of a whole run"),
+        (["--search.seed", "0"], "Search.seed=0: must be at least seeds=1"),
+        (["--resume"], "set together with --out"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
@@ -493,5 +494,5 @@ def test_every_preset_comes_back_from_json(name):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
     text = shown_by_help("random_ltd_bert", heavy)
-    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens of a passage"):
+    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens per passage"):
         assert shown in text

@@ -222,7 +222,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             main(words)
         assert stopped.value.code == 128 + signal.SIGTERM
         error = capsys.readouterr().err
-        assert f"; go on with: --out {out}" in error
+        assert f"; to resume, use --out {out}" in error
     assert "stopped and saved seed-0/random_ltd at step 10" in error
     assert not (out / "results.json").exists()
     next_batch.count = 100
@@ -281,12 +281,12 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
             ["--ltd.min-value", "11"],
             "Dropping.min_value must be at most the 10 tokens of a row.*, got 11",
         ),
-        (["--fashion.train", "161"], "fashion.train=161: there are 160"),
+        (["--fashion.train", "161"], "fashion.train must be at most 160"),
         (["--image-size", "9"], "must be a multiple of patch_size=4"),
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
-        (["--image-model", "two"], "leaves none of 2. Use a model with at least 3 layers"),
-        (["--resume"], "given with --out"),
-        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
+        (["--image-model", "two"], "of 2 none is left; use a model of 3 layers or more"),
+        (["--resume"], "set together with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
@@ -312,7 +312,7 @@ def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
         ([*options, "--out", str(finished)], "already contains a run"),
         (
             ["--out", str(finished), "--resume", "--ltd.share", "0.7"],
-            "is of another config (ltd.share: 0.5 there, 0.7 here)",
+            "has another config (ltd.share: 0.5 saved, 0.7 given)",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -365,7 +365,7 @@ def test_every_preset_comes_back_from_json(name):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
     text = shown_by_help("random_ltd_vit", heavy)
-    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens of a row that are kept"):
+    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Number of tokens per row"):
         assert shown in text
 
 

@@ -171,7 +171,7 @@ def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
             main([*options, "--out", str(out)])
     assert stop.value.code == 128 + signal.SIGTERM
     error = capsys.readouterr().err
-    assert "stopped and saved seed-0/large_curriculum_x4 at step 13; go on with: --out" in error
+    assert "stopped and saved seed-0/large_curriculum_x4 at step 13; to resume, use --out" in error
     assert not (out / "results.json").exists()
     kept = (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns
     steps, before_step = {}, StagedStep.before_step
@@ -307,7 +307,9 @@ def test_rows_become_whole_before_the_tokens_are_used_up(granularity):
     longest = dataclasses.replace(config, curriculum=1.88)  # 2 * 128 / (128 + 8)
     for arm in make_arms(longest):
         assert arm.lengths(arm.num_steps - 1) == 128
-    with pytest.raises(ValueError, match=r"Config.curriculum must be less.*; 1.88 would do.*, got 3.0"):
+    with pytest.raises(
+        ValueError, match=r"Config.curriculum=3.0: must be smaller.*Use at most 1.88"
+    ):
         make_arms(dataclasses.replace(config, curriculum=3.0))
 
 
@@ -369,8 +371,8 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
         (["--threshold", "1"], "Config.threshold must be above 1.*, got 1.0"),
         (["--model.num-heads", "3"], "num_heads=3 does not divide d_model=128"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
-        (["--resume"], "given with --out"),
-        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
+        (["--resume"], "set together with --out"),
+        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
@@ -394,7 +396,7 @@ def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
         ([*options, "--out", str(folder)], "already contains a run"),
         (
             ["--out", str(folder), "--resume", "--curriculum", "1.2"],
-            "is of another config (curriculum: 1.0 there, 1.2 here)",
+            "has another config (curriculum: 1.0 saved, 1.2 given)",
         ),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -412,5 +414,5 @@ def test_every_preset_comes_back_from_json(name):
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
     text = shown_by_help("seqlen_curriculum", heavy)
-    for shown in ("smoke, default, paper", "--learning-rate-factors", "Training tokens of each"):
+    for shown in ("smoke, default, paper", "--learning-rate-factors", "Number of training tokens"):
         assert shown in text

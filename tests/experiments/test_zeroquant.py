@@ -132,8 +132,8 @@ def test_differences_are_of_pairs():
         (["--rows", "3"], "Config.rows must be a multiple of batch_rows=2.*, got 3"),
         (["--arms", "w8a8", "w8a8"], "must be different arms"),
         (["--models", "smollm2", "smollm2"], "must be different models"),
-        (["--layers", "0"], "Config.layers must be at least 1.*, got 0"),
-        (["--max-length", "65"], "max_length=65 must be at most the model's 64"),
+        (["--layers", "0"], "Config.layers=0: must be at least 1"),
+        (["--max-length", "65"], "max_length must be at most the model's 64, got 65"),
     ],
 )
 def test_wrong_options_become_a_message(options, texts, tmp_path, capsys, words, message):
@@ -146,8 +146,11 @@ def test_wrong_options_become_a_message(options, texts, tmp_path, capsys, words,
 
 def test_models_of_the_wrong_kind(folders, options, texts, tmp_path, capsys):
     for words, message in (
-        (["--language-model", str(folders / "bert")], "is no causal language model"),
-        (["--text-model", str(folders / "llama")], "is no BERT"),
+        (
+            ["--language-model", str(folders / "bert")],
+            "language_model must be a causal language model",
+        ),
+        (["--text-model", str(folders / "llama")], "text_model must be a BERT"),
     ):
         with pytest.raises(SystemExit):
             main([*options, *words, "--out", str(tmp_path / "run")])

@@ -127,11 +127,20 @@ def test_a_padded_row_has_the_loss_of_the_row_without_padding():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": np.zeros((3, 2, 4, 5, 5))}, r"scores=\(1, 3\) are 2, and the student has 3"),
-        ({"hidden": np.zeros((2, 2, 5, 8))}, r"hidden=\(0, 2, 4\) are 3, and the student has 2"),
-        ({"hidden": np.zeros((3, 2, 5, 4))}, r"hidden: the student's 0 is of shape \(2, 5, 4\)"),
-        ({"scores": np.zeros((2, 2, 2, 5, 5))}, "one width and number of heads"),
-        ({"logits": np.zeros((2, 5))}, r"logits are of shape \(2, 5\), the teacher's of \(2, 3\)"),
+        (
+            {"scores": np.zeros((3, 2, 4, 5, 5))},
+            r"layers\.scores must have one entry for each of the student's 3 scores, got 2: \(1, 3\)",
+        ),
+        (
+            {"hidden": np.zeros((2, 2, 5, 8))},
+            r"layers\.hidden must have one entry for each of the student's 2 hidden, got 3",
+        ),
+        (
+            {"hidden": np.zeros((3, 2, 5, 4))},
+            r"hidden: entry 0 of the student has shape \(2, 5, 4\)",
+        ),
+        ({"scores": np.zeros((2, 2, 2, 5, 5))}, "same width and number of heads"),
+        ({"logits": np.zeros((2, 5))}, r"logits of the same shape, got \(2, 5\) and \(2, 3\)"),
     ],
 )
 def test_outputs_that_do_not_fit(change, message):
@@ -142,15 +151,20 @@ def test_outputs_that_do_not_fit(change, message):
 
 
 def test_maps_that_are_none():
-    with pytest.raises(ValueError, match=r"the teacher has 2 scores, 0 to 1"):
+    with pytest.raises(
+        ValueError, match=r"layers\.scores must be from 0 to 1, as the teacher has 2 scores"
+    ):
         distillation_loss(
             on_device(some_outputs(0, 2)), on_device(some_outputs(1, 2)), LayerMap.even(2, 4)
         )
-    with pytest.raises(ValueError, match="4 layers of a student do not divide 6"):
+    with pytest.raises(ValueError, match="must divide the teacher's, got 4 and 6"):
         LayerMap.even(4, 6)
-    with pytest.raises(ValueError, match="name at least one layer"):
+    with pytest.raises(ValueError, match="teacher_layers must name at least one layer"):
         LayerMap.reduced([])
-    with pytest.raises(ValueError, match=r"LayerMap.scores=\(-1,\): -1 is no layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"LayerMap\.scores must be layer numbers counted from 0, got -1 in \(-1,\)",
+    ):
         LayerMap((-1,), (0, 1))
     with pytest.raises(ValueError, match="hidden must have one entry more"):
         LayerMap((1,), (0,))
@@ -265,13 +279,17 @@ def test_models_that_do_not_fit_say_so(pair):
         loss = functools.partial(one_stage_loss, layers=layers, head=head)
         return jax.eval_shape(loss, student, some_batch(), None, teacher)
 
-    with pytest.raises(ValueError, match="head='value': the student has the heads"):
+    with pytest.raises(
+        ValueError, match=r"head must be one of .*, the heads of the student, got 'value'"
+    ):
         traced(student, layers, "value")
-    with pytest.raises(ValueError, match="are 3, and the student has 2 scores"):
+    with pytest.raises(ValueError, match="the student's 2 scores, got 3"):
         traced(student, LayerMap.reduced([0, 1, 3]))
     headless = jax.tree.map(lambda leaf: leaf, student)
     headless.heads = nnx.Dict({})
-    with pytest.raises(ValueError, match="head=None: the student has the heads"):
+    with pytest.raises(
+        ValueError, match=r"head must be one of .*, the heads of the student, got None"
+    ):
         traced(headless, layers)
 
 

@@ -133,7 +133,9 @@ def test_a_model_of_every_type(tmp_path):
 
 
 def test_nothing_to_pack(tmp_path):
-    with pytest.raises(FolderError, match="tensors of F16, F32; of GGUF's packed types, Q8_0, Q4"):
+    with pytest.raises(
+        FolderError, match="tensors of F16, F32; load_packed supports the packed types Q8_0, Q4"
+    ):
         load_packed(write(tmp_path / "a.gguf", lambda name: "F16", num_layers=1))
 
 

@@ -60,7 +60,9 @@ def test_where_each_code_lies():
     assert np.asarray(pack(codes, 4)).view(np.uint8).tolist() == [0xF1, 0xE2, 0xD3, 0xC4]
     signs = jnp.asarray([1, -1, 1, 1, -1, -1, -1, 1], jnp.int8)
     assert np.asarray(pack(signs, 1)).view(np.uint8).tolist() == [0b10001101]
-    with pytest.raises(ValueError, match="9 codes of 4 bits do not fill whole bytes"):
+    with pytest.raises(
+        ValueError, match="must be a multiple of 2 to fill whole bytes with 4-bit codes, got 9"
+    ):
         pack(jnp.zeros(9, jnp.int8), 4)
 
 
@@ -185,9 +187,9 @@ def test_fake_quantized_weights_give_the_same(format):
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((24, 6), {"format": TOKENS}, "granularity='token' is for activations"),
-        ((24, 6), {"format": Format(), "activations": Format()}, "activations: granularity='channel'"),
-        ((20, 6), {"format": Format(bits=1)}, "20 inputs in 1 bits do not fill"),
+        ((24, 6), {"format": TOKENS}, "granularity must be tensor, channel, group or block for weights, got 'token'"),
+        ((24, 6), {"format": Format(), "activations": Format()}, "activations: granularity must be token or tensor, got 'channel'"),
+        ((20, 6), {"format": Format(bits=1)}, "multiple of 8 to fill whole bytes with 1-bit codes, got 20"),
         ((2**17 + 8, 1), {"format": Format(), "activations": TOKENS}, "may overflow 32 bits"),
     ],
 )  # fmt: skip

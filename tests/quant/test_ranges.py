@@ -87,10 +87,10 @@ def test_what_is_asked_for_in_vain(model, batches):
     with pytest.raises(ValueError, match="no rule quantizes inputs per tensor"):
         quantize_model(model, w8a8(), ranges=ranges)
     with pytest.raises(
-        ValueError, match=r"layers\.0\.attention\.key\.kernel: ranges has none for it"
+        ValueError, match=r"layers\.0\.attention\.key\.kernel: ranges must have an entry for it"
     ):
         quantize_model(model, recipe(), ranges={})
-    with pytest.raises(ValueError, match=r"momentum=1\.0 must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1\.0"):
         input_ranges(model, batches, momentum=1.0)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="batches must not be empty"):
         input_ranges(model, [])

@@ -171,7 +171,7 @@ def test_a_module_of_ones_own():
         ([(r"layers\.7\..*kernel", Format())], "7.*matches no parameter; names are like: layers.0"),
         (
             [("kernel", Format()), ("query.*kernel", Format(bits=4))],
-            "query.*is left without a weight: the rules before it",
+            "query.*has no weight left: earlier rules match",
         ),
         (
             [("down.*kernel", Format(bits=4, granularity="group", group_size=48))],
@@ -188,15 +188,20 @@ def test_recipes_for_another_model(model, rules, message):
 
 def test_quantizing_twice_and_over_pairs(model):
     once = quantize_model(model, w8a8())
-    with pytest.raises(ValueError, match=r"layers\.0\..*kernel: it is quantized already"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*kernel: it is already quantized"):
         quantize_model(once, w4a8())
     with pytest.raises(ValueError, match="has a LoRA pair"):
         quantize_model(add_lora(model, rank=2, key=jax.random.key(0)), w8a8())
-    with pytest.raises(ValueError, match="activations without weights"):
+    with pytest.raises(
+        ValueError, match="activations must be left at its default if weights is None"
+    ):
         Rule(where="kernel", weights=None, activations=Format())
     with pytest.raises(ValueError, match="at least one rule"):
         Recipe(())
-    with pytest.raises(ValueError, match=r"Rule\('kernel'\): activations: granularity='channel'"):
+    with pytest.raises(
+        ValueError,
+        match=r"Rule\('kernel'\): activations: granularity must be token or tensor, got 'channel'",
+    ):
         Rule(where="kernel", weights=Format(), activations=Format())
     odd = Recipe(
         (Rule(where=r"down.*kernel", weights=Format(bits=4, granularity="block", num_blocks=5)),)

@@ -75,7 +75,7 @@ def test_the_part_that_a_weight_belongs_to(by, part):
 
 
 def test_bad_input(model, batches):
-    with pytest.raises(ValueError, match="batches: there is none"):
+    with pytest.raises(ValueError, match="batches must not be empty"):
         sensitivity(model, RECIPE, mean_loss, [])
     with pytest.raises(ValueError, match="no_such"):
         sensitivity(model, alone("no_such", Format()), mean_loss, batches)

@@ -114,7 +114,7 @@ def test_minibatches_are_a_permutation():
     assert not np.array_equal(together, experience.tokens)
     ordered = lambda rows: sorted(map(tuple, np.asarray(rows).tolist()))
     assert ordered(together) == ordered(experience.tokens)
-    with pytest.raises(ValueError, match="number=3: must be a divisor of the 16 responses"):
+    with pytest.raises(ValueError, match="number must divide the number of responses, 16, got 3"):
         next(experience.minibatches(3, jax.random.key(0)))
 
 

@@ -88,7 +88,7 @@ def test_scores_after_each_token_need_a_head_that_gives_them(model, pairs):
     last = replace_heads(model, (dataclasses.replace(SCORE, pool="last"),), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"form='token' needs a score after each token"):
         reward_model_loss(last, pairs, form="token")
-    with pytest.raises(ValueError, match=r"the model has no head 'value'"):
+    with pytest.raises(ValueError, match=r"head must be one of the model's heads, .* got 'value'"):
         reward_model_loss(model, pairs, head="value")
     with pytest.raises(ValueError, match=r"lm_coef=0\.5 needs a head named 'lm'"):
         reward_model_loss(last, pairs, lm_coef=0.5)

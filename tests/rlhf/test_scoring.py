@@ -78,15 +78,17 @@ def test_values_and_scores_do_not_see_padding():
 
 def test_bad_input():
     tokens, mask = jnp.ones((1, 8), jnp.int32), jnp.ones((1, 8), bool)
-    with pytest.raises(ValueError, match="response=8: must be at least 1 and leave a prompt"):
+    with pytest.raises(
+        ValueError, match=r"response must be at least 1 and leave a prompt .* got 8"
+    ):
         response_log_probs(make(), tokens, mask, 8)
-    with pytest.raises(ValueError, match="no head 'value'; its heads are"):
+    with pytest.raises(ValueError, match=r"head must be one of the model's heads, .* got 'value'"):
         response_values(make(), tokens, mask, 4)
     pooled = make(heads=(ClassHead(num_classes=1, name="value", pool="last"),))
     with pytest.raises(ValueError, match="pool='none'"):
         response_values(pooled, tokens, mask, 4)
     several = make(heads=(ClassHead(num_classes=3, name="score", pool="last"),))
-    with pytest.raises(ValueError, match="the head 'score' gives 3 numbers"):
+    with pytest.raises(ValueError, match=r"the head 'score' must return one number .* got 3"):
         response_scores(several, tokens, mask)
 
 

@@ -259,7 +259,9 @@ def test_ordinary_text_is_mixed_in():
     with pytest.raises(ValueError, match=r"pretraining_coef=2\.0 needs rows of text"):
         step(create(), prompts())
     fewer = prompts() | {"text": jax.tree.map(lambda a: a[:8], text)}
-    with pytest.raises(ValueError, match=r"text\['input_ids'\] has 8 rows: it must have as many"):
+    with pytest.raises(
+        ValueError, match=r"text\['input_ids'\] must have one row per response, .*, got 8"
+    ):
         step(create(), fewer)
 
 
@@ -319,22 +321,28 @@ def test_rewards_are_summed_by_name():
 def test_bad_input(made):
     _, create = made["ppo"]
     for reward, message in (
-        (lambda drawn, batch: [float("nan")] * ROWS, "the reward is nan for response 0"),
-        (lambda drawn, batch: [1.0], r"the reward gave \(1,\): it must give one number for each"),
+        (
+            lambda drawn, batch: [float("nan")] * ROWS,
+            "the reward must be finite, got nan for response 0",
+        ),
+        (
+            lambda drawn, batch: [1.0],
+            r"the reward must return one number for each of the .* got the shape \(1,\)",
+        ),
     ):
         broken, create = learner(PPO, rewards=reward)
         with pytest.raises(ValueError, match=message):
             broken(create(), prompts())
-    with pytest.raises(ValueError, match=r"weights for \['x'\]"):
+    with pytest.raises(ValueError, match=r"weights must have names of rewards, .* got \['x'\]"):
         learner(PPO, weights={"x": 1.0})[0](create(), prompts())
-    with pytest.raises(ValueError, match="number=3: must be a divisor"):
+    with pytest.raises(ValueError, match=r"number must divide the number of responses, .* got 3"):
         learner(PPO, minibatches=3)[0](create(), prompts())
     shared = create()
-    with pytest.raises(ValueError, match="the reference has arrays of the actor"):
+    with pytest.raises(ValueError, match="the reference shares arrays with the actor"):
         learner(PPO, reference=shared.actor.model)[0](shared, prompts())
-    with pytest.raises(ValueError, match=r"epochs must be at least 1.*, got 0"):
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         learner(PPO, epochs=0)
-    with pytest.raises(ValueError, match="PPO needs a critic"):
+    with pytest.raises(ValueError, match="critic_step must be set for a PPOConfig"):
         make_policy_step(
             lambda state, batch: None, rewards=even, reference=make(), rollout=ROLLOUT, config=PPO
         )

@@ -1,1 +1,1 @@
-"""Runnable experiments: ``python -m effscale.experiments.<name>``. The only place where techniques meet."""
+"""Runnable experiments: ``python -m effscale.experiments.<name>``. The only package that combines techniques."""

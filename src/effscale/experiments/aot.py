@@ -1,4 +1,4 @@
-"""The experiments' training steps at the papers' own settings, to be compiled for machines that are not here.
+"""The training steps of the experiments at the papers' settings, for ahead-of-time compilation.
 
 ``make aot`` runs ``python -m kernels_pallas.aot --programs ... effscale.experiments.aot``.
 """
@@ -46,7 +46,7 @@ from kernels_pallas.aot import Program
 
 
 def programs() -> list[Program]:
-    """The ``paper`` presets on eight chips: the quickstart's in two layouts, the others with short rows and dropped tokens."""
+    """Return the ``paper`` presets on eight chips: the quickstart in two layouts, the others with short rows and dropped tokens."""
     layouts = {
         "data 8": MeshConfig(data=8),
         "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
@@ -92,7 +92,7 @@ def programs() -> list[Program]:
         Program(
             name="moe paper, pr_moe_mos and its teacher, expert 8",
             lower=lower_moe,
-            targets=("v6e", "h100"),  # not into the 16 GB of a v5e
+            targets=("v6e", "h100"),  # does not fit into the 16 GB of a v5e
         ),
     ]
     return found
@@ -105,7 +105,7 @@ def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def lower_onebit(task: str, name: OptimizerName, devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The step of the experiment onebit with a worker on each device, and each with its rows of the paper's 64 workers."""
+    """Lower the step of the experiment onebit with one worker per device, each with the rows of one of the paper's 64 workers."""
     config = onebit.PRESETS["paper"]
     step, optimizer = onebit_runner.make_step(config, task, name)
     model = onebit_runner.model_config(config, task, config.vocab_size)
@@ -119,7 +119,7 @@ def lower_onebit(task: str, name: OptimizerName, devices: Sequence[Any]) -> jax.
 
 
 def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The quickstart's step with 1-bit Adam between two workers of four devices each."""
+    """Lower the quickstart's step with 1-bit Adam between two workers of four devices each."""
     config = quickstart.PRESETS["paper"]
     optimizer = onebit_adam(
         1e-4, freeze_step=config.steps // 5, clip=Clip(1.0), workers=Workers("data")
@@ -140,7 +140,7 @@ def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
 
 
 def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lowered:
-    """The step of seqlen_curriculum's large batch; ``place`` tells the length among the curriculum's."""
+    """Lower the step of seqlen_curriculum's large batch; ``place`` is the index of the length in the curriculum."""
     config = seqlen_curriculum.PRESETS["paper"]
     _, _, arm = seqlen_curriculum_arms.make_arms(config)
     shape = (arm.batch_size, arm.lengths.values[place])
@@ -158,7 +158,7 @@ def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lo
 
 
 def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The step of random_ltd_vit with the fewest tokens kept, of a ViT-S of patch 16."""
+    """Lower the step of random_ltd_vit that keeps the fewest tokens, for a ViT-S with patch 16."""
     config = random_ltd_vit.PRESETS["paper"]
     recipe, size = config.recipe, config.image_size
     trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=size)
@@ -190,7 +190,7 @@ def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
 
 
 def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The step of random_ltd_bert with the most tokens kept that are not all."""
+    """Lower the step of random_ltd_bert that keeps the most tokens without keeping all."""
     config = random_ltd_bert.PRESETS["paper"]
     model = config.model.build(config.vocab_size + 1, config.length)
     arm = random_ltd.Arm(
@@ -222,7 +222,7 @@ def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
 
 
 def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The step of xtc that teaches binary layers, of a BERT-base."""
+    """Lower the step of xtc that trains binary layers, for a BERT-base."""
     config = xtc.PRESETS["paper"]
     trunk = bert(num_layers=12, d_model=768, num_heads=12, dropout=0.1)
     arm = Arm(kind=BINARY, config=config)
@@ -241,7 +241,7 @@ def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
 
 
 def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:
-    """The step of a student of 350M+PR-MoE-32/64 while its teacher is there, on experts that are divided over 8 devices."""
+    """Lower the step of a student of 350M+PR-MoE-32/64 with its teacher, with experts sharded over 8 devices."""
     config = moe.PRESETS["paper"]
     step, optimizer = moe_runner.make_step(config, "pr_moe_mos")
     make = lambda name: Transformer(config.transformer(name, config.vocab_size), rngs=nnx.Rngs(0))
@@ -260,23 +260,23 @@ def lower_train_step(
     devices: Sequence[Any],
     shape: tuple[int, int] | None = None,
 ) -> jax.stages.Lowered:
-    """The donated training step of a GPT's pretraining, lowered for ``devices``.
+    """Lower the donated training step of a GPT's pretraining for ``devices``.
 
     Args:
-        config: What is trained.
-        mesh_config: How devices are laid out.
+        config: Config of the pretraining.
+        mesh_config: Sizes of the mesh axes.
         devices: The devices.
-        shape: Tokens of a row and how many are kept, a stage of the config's technique; None takes the last one.
+        shape: Tokens per row and how many are kept: a stage of the config's technique; None uses the last stage.
 
     Raises:
-        ValueError: The shape is no stage's.
+        ValueError: The shape does not belong to a stage.
     """
     mesh = mesh_config.build(devices)
     training = Pretraining(config, config.vocab_size, mesh)
     shapes = training.plan.stages.values
     length, kept = shape or shapes[-1]
     if (length, kept) not in shapes:
-        raise ValueError(f"shape={shape} is no stage's; they are {shapes}")
+        raise ValueError(f"shape must be one of the stages' shapes, {shapes}, got {shape}")
     batch = _packed_rows((config.batch_size, length))
     ltd = training.plan.ltd
     shape_batch = (lambda rows: rows) if ltd is None else (lambda rows: ltd.shape_batch(rows, kept))

@@ -1,6 +1,6 @@
-"""Training steps with rows of 2,048 tokens, with fused attention and with its blocks, compiled for machines that are not here.
+"""Training steps with rows of 2,048 tokens, with fused and with block-wise attention, for ahead-of-time compilation.
 
-``make aot`` compiles them, and fails where fused attention leaves an array of scores.
+``make aot`` compiles them, and fails if a program with fused attention contains an array of attention scores.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from kernels_pallas.attention.shapes import Shape, with_tag
 
 MODEL, LENGTH, ROWS = "gpt3-1.3b", 2048, 32
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
-# With remat "dots" the blocks keep their scores, which do not fit into a v5e.
+# With remat "dots", block-wise attention keeps its scores, which do not fit into a v5e.
 STEPS: tuple[tuple[str, Remat, AttentionImplementation], ...] = (
     ("v5e", "full", "splash"),
     ("v5e", "full", "blocks"),
@@ -37,7 +37,7 @@ STEPS: tuple[tuple[str, Remat, AttentionImplementation], ...] = (
 
 
 def programs() -> list[Program]:
-    """Steps of a GPT on v5e and H100, and BLOOM's attention alone in blocks."""
+    """Return steps of a GPT on v5e and H100, and BLOOM's attention by itself in blocks."""
     shape = next(shape for shape in with_tag("aot") if shape.name == "bloom")
     found = [
         Program(
@@ -58,7 +58,7 @@ def programs() -> list[Program]:
 
 
 def scores() -> str:
-    """A regular expression that finds arrays of a device's rows, its heads, and a quarter of the sequence or more twice."""
+    """Return a regular expression that matches arrays with a device's rows, its heads, and twice a quarter of the sequence or more."""
     rows = ROWS // (MESH.data * MESH.fsdp)
     heads = preset(MODEL).blocks[0].attention.num_heads // MESH.tensor
     part = "|".join(str(LENGTH * quarters // 4) for quarters in range(1, 5))
@@ -68,7 +68,7 @@ def scores() -> str:
 def lower_train_step(
     remat: Remat, implementation: AttentionImplementation, devices: Sequence[Any]
 ) -> jax.stages.Lowered:
-    """A step with AdamW on rows of one segment."""
+    """Lower a step with AdamW on rows of one segment."""
     config = dataclasses.replace(
         preset(MODEL), dtype="bfloat16", remat=remat, attention_implementation=implementation
     )
@@ -83,7 +83,7 @@ def lower_train_step(
 
 
 def lower_blocks(shape: Shape, devices: Sequence[Any]) -> jax.stages.Lowered:
-    """What a shape's fused programs compute, in blocks."""
+    """Lower what the fused programs of a shape compute, in blocks."""
 
     def total(query, keys, values, segments, positions):
         context = build_context(

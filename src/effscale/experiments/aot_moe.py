@@ -1,8 +1,8 @@
-"""Mixtures of experts at the paper's largest size, to be compiled for 512 chips that are not here.
+"""Mixtures of experts at the paper's largest size, for ahead-of-time compilation for 512 chips.
 
-1.3B+MoE-128 (52 billion parameters) and 1.3B+PR-MoE-64/128 (31 billion), as DeepSpeed's own scripts describe them: 24 layers, 2,048
-wide, 512 rows of 2,048 tokens, capacity factor 1. Each step's bytes of all-to-alls are compared with the formula. Compiling one takes long, so
-``make aot`` leaves them out:
+1.3B+MoE-128 (52 billion parameters) and 1.3B+PR-MoE-64/128 (31 billion), with the settings of DeepSpeed's scripts: 24
+layers, width 2,048, 512 rows of 2,048 tokens, capacity factor 1. The bytes that all-to-alls send in a step are
+compared with a formula. Compilation takes long, so ``make aot`` does not include them:
 
     python -m kernels_pallas.aot --targets v5p-512 --programs effscale.experiments.aot_moe
 """
@@ -42,15 +42,15 @@ class Case:
 
     name: str
     experts: tuple[int, ...]
-    """Of each second layer."""
+    """Number of experts in every second layer."""
     mesh: MeshConfig
     residual: bool = False
     exchange: Exchange = Exchange()
     onebit: bool = False
-    """1-bit Adam between the replicas, in place of AdamW."""
+    """Use 1-bit Adam between the replicas instead of AdamW."""
 
     def model(self) -> TransformerConfig:
-        """The model, computing in bfloat16, its layers recomputed in the backward pass."""
+        """Return the model, which computes in bfloat16 and recomputes its layers in the backward pass."""
         dense = gpt2(
             num_layers=24,
             d_model=D_MODEL,
@@ -71,7 +71,7 @@ class Case:
         return with_experts(dense, moe, self.experts)
 
     def lower(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """The donated step for these devices, with a row for each."""
+        """Lower the donated step for these devices, with one row per device."""
         rate = ScheduleConfig(peak=1.2e-4, warmup=358, total=STEPS, final=1e-6).build()
         clip = Clip(1.0)
         if self.onebit:
@@ -91,7 +91,7 @@ class Case:
         return lower_step(step, create, batch, self.mesh.build(devices))
 
     def formula(self, devices: int) -> float:
-        r"""Bytes that a device sends in all-to-alls in one step.
+        r"""Return the bytes that a device sends in all-to-alls in one step.
 
         For each layer two exchanges of :math:`(p - 1) / p \cdot E C M` numbers forward, both once more as layers are recomputed (the gradient of a
         token's weights needs what its experts said), and as many backward.
@@ -104,10 +104,10 @@ class Case:
             near = self.exchange.host_devices or 1
             shares = [near, expert // near] if near > 1 else [expert]
             sent += sum((p - 1) / p for p in shares) * numbers
-        return 6 * 2 * sent  # six exchanges of two bytes for each number
+        return 6 * 2 * sent  # six exchanges of two bytes per value
 
     def report(self, text: str) -> str:
-        """What its all-to-alls send, if it is what the formula says."""
+        """Describe what its all-to-alls send; raises if it differs from the formula."""
         found = [c for c in collectives(text) if c.kind == "all-to-all" and "bf16" in c.dtypes]
         sent = sum(c.times * c.sent for c in found)
         times = sum(c.times for c in found)
@@ -115,9 +115,9 @@ class Case:
         expected = self.formula(devices)
         if not math.isclose(sent, expected, rel_tol=1e-3):
             raise ValueError(
-                f"{times} all-to-alls send {sent / 1e6:,.1f} MB a device, and the formula says {expected / 1e6:,.1f}"
+                f"{times} all-to-alls send {sent / 1e6:,.1f} MB per device, but the formula predicts {expected / 1e6:,.1f}"
             )
-        return f"{times} all-to-alls, {sent / 1e6:,.1f} MB a device"
+        return f"{times} all-to-alls, {sent / 1e6:,.1f} MB per device"
 
 
 CASES = (
@@ -144,7 +144,7 @@ CASES = (
 
 
 def programs() -> list[Program]:
-    """Each case for a v5p of 512 chips."""
+    """Return each case for a v5p with 512 chips."""
     return [
         Program(
             name=case.name,

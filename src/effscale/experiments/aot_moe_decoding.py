@@ -1,6 +1,6 @@
-"""The experts of a layer in decoding, with kernels and without, compiled for machines that are not here.
+"""The experts of a layer in decoding, with and without kernels, for ahead-of-time compilation.
 
-``make aot`` compiles them, and fails where a TPU's program with kernels still sorts, gathers or scatters otherwise.
+``make aot`` compiles them, and fails if a TPU program with kernels still sorts, gathers or scatters outside of them.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from kernels_pallas.aot import Program
 
 TPUS = ("v5e", "v6e")
 PLAIN = r" (?:sort|scatter|gather)\(|ragged-dot"
-"""What the kernels do in other programs."""
+"""Operations that the kernels replace."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layer of gated experts and how many rows decode at once."""
+    """A layer of gated experts and the number of rows that decode at the same time."""
 
     name: str
     rows: int
@@ -36,7 +36,7 @@ class Case:
     k: int
 
     def build(self) -> Any:
-        """The layer, in bfloat16."""
+        """Return the layer, in bfloat16."""
         expert = MLPConfig(d_ff=self.d_ff, activation="silu", gated=True, bias=False)
         router = RouterConfig(k=self.k, normalize="chosen")
         moe = MoEConfig(num_experts=self.num_experts, expert=expert, router=router)
@@ -59,7 +59,7 @@ CASES = (
 
 
 def programs() -> list[Program]:
-    """Each case with kernels and without on TPUs, and as it is on an H100."""
+    """Return each case with and without kernels on TPUs, and with the default on an H100."""
     found = []
     for case in CASES:
         for name, with_kernels, targets in (
@@ -77,12 +77,12 @@ def programs() -> list[Program]:
 
 
 def lower_layer(case: Case, with_kernels: bool, devices: Sequence[Any]) -> jax.stages.Lowered:
-    """Router and experts of a step of decoding, on the first of the devices.
+    """Lower the router and experts of one decoding step, on the first of the devices.
 
     Args:
-        case: What is computed.
-        with_kernels: Whether the kernels' place is shown to the program: without a mesh of accelerators they are not used.
-        devices: The first one is taken.
+        case: The layer.
+        with_kernels: Whether to lower under a mesh of the accelerators; without one, kernels are not used.
+        devices: The devices; the first one is used.
     """
     mesh = Mesh(np.asarray(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P()))

@@ -1,6 +1,6 @@
-"""Blocks with quantized weights, and the same in bfloat16, compiled for machines that are not here.
+"""Blocks with quantized weights, and the same in bfloat16, for ahead-of-time compilation.
 
-``make aot`` compiles them, and fails where a pass that only quantizes is left in a block for a TPU.
+``make aot`` compiles them, and fails if a block for a TPU still has a pass that only quantizes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from kernels_pallas.aot import Program
 
 TPUS = ("v5e", "v6e")
 QUANTIZES = r"= s8\[[0-9,]+\]\S* fusion\("
-"""A fusion that writes 8-bit integers; in a kernel they stay within it."""
+"""Matches a fusion that writes 8-bit integers; with a kernel they stay inside it."""
 
 W4 = Recipe((Rule(where=r"kernel", weights=Format(bits=4, granularity="group", group_size=128)),))
 RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": w8a8(), "W4 in groups of 128": W4}
@@ -36,7 +36,7 @@ RECIPES: dict[str, Recipe | None] = {"bfloat16": None, "W8A8": w8a8(), "W4 in gr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A block on some tokens."""
+    """A block applied to some tokens."""
 
     name: str
     model: TransformerConfig
@@ -71,7 +71,7 @@ CASES = (
 
 
 def programs() -> list[Program]:
-    """Each case by each recipe, with kernels and, on TPUs, by the compiler alone."""
+    """Return each case with each recipe, with kernels and, on TPUs, also with only the compiler."""
     found = []
     for case in CASES:
         for recipe in case.recipes:
@@ -97,17 +97,17 @@ def programs() -> list[Program]:
 def lower_block(
     case: Case, recipe: str, with_kernels: bool, devices: Sequence[Any]
 ) -> jax.stages.Lowered:
-    """A block's forward pass on one device, in bfloat16.
+    """Lower a block's forward pass on one device, in bfloat16.
 
     Args:
-        case: What is computed.
-        recipe: A name of ``RECIPES``.
-        with_kernels: Whether the kernels' place is shown to the program: without a mesh of accelerators they are not used.
-        devices: The first one is taken.
+        case: The block.
+        recipe: A name in ``RECIPES``.
+        with_kernels: Whether to lower under a mesh of the accelerators; without one, kernels are not used.
+        devices: The devices; the first one is used.
     """
     mesh = Mesh(np.asarray(devices[:1]), ("data",), axis_types=(AxisType.Auto,))
     placed = functools.partial(_placed, sharding=NamedSharding(mesh, P()))
-    # The same attention with a mesh and without.
+    # Use the same attention with and without a mesh.
     config = dataclasses.replace(case.model, attention_implementation="blocks")
 
     def run(block, x):
@@ -128,7 +128,7 @@ def lower_block(
 
 
 def _block(config: TransformerConfig, recipe: Recipe | None) -> Any:
-    """The only block, with what is not quantized in bfloat16."""
+    """Return the model's only block, with unquantized parameters in bfloat16."""
     model = Transformer(config, rngs=nnx.Rngs(0))
     if recipe is not None:
         model = quantize_model(model, recipe)

@@ -1,8 +1,9 @@
-"""PPO at the sizes of DeepSpeed-Chat, to be compiled for machines that are not here.
+"""PPO at the sizes of DeepSpeed-Chat, for ahead-of-time compilation.
 
-The presets of the experiment ``rlhf`` that are too large for most machines: OPT-1.3B on one H100, BLOOM-7B1 on 8 chips, OPT-66B on 64, BLOOM-176B on 512; each
-with a critic of some hundred million parameters. Each phase of an iteration is a program, since memory is what one phase needs. Compiling all
-takes an hour on one core, so ``make aot`` leaves them out:
+These are the presets of the experiment ``rlhf`` that are too large for most machines: OPT-1.3B on one H100, BLOOM-7B1
+on 8 chips, OPT-66B on 64 and BLOOM-176B on 512, each with a critic of some hundred million parameters. Each phase of
+an iteration is a separate program, so the memory needed is that of one phase. Compiling all takes an hour on one
+core, so ``make aot`` does not include them:
 
     python -m kernels_pallas.aot --targets h100 v5p v5p-64 v5p-512 --programs effscale.experiments.aot_rlhf
 """
@@ -45,7 +46,7 @@ from kernels_pallas.aot import Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A preset with the models that it is for."""
+    """A preset with its models."""
 
     preset: str
     actor: TransformerConfig
@@ -55,18 +56,18 @@ class Case:
 
     @property
     def config(self) -> rlhf.Config:
-        """What the preset says."""
+        """Return the config of the preset."""
         return rlhf.PRESETS[self.preset]
 
     def switch(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """From the layout of training, in float32, to that of generation, in bfloat16."""
+        """Lower the switch from the layout of training, in float32, to that of generation, in bfloat16."""
         mesh = self._mesh(devices)
         with jax.set_mesh(mesh):
             actor = placed(jax.eval_shape(self._create_actor), mesh)
             return rollout_model.lower(actor, config=self._rollout(mesh))
 
     def generate(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """The answers to all prompts."""
+        """Lower the generation of answers to all prompts."""
         mesh = self._mesh(devices)
         rollout = self._rollout(mesh)
         with jax.set_mesh(mesh):
@@ -85,7 +86,7 @@ class Case:
             return jax.jit(answers).lower(model, prompts, mask, key)
 
     def score(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """What the reference, in bfloat16, says of a minibatch of answers."""
+        """Lower the log-probabilities of a minibatch of answers under the reference model, in bfloat16."""
         mesh = self._mesh(devices)
         with jax.set_mesh(mesh):
             reference = jax.eval_shape(lambda: _in_bfloat16(merge_lora(self._create_actor())))
@@ -96,13 +97,13 @@ class Case:
             return said.lower(placed(reference, mesh), rows.tokens, rows.mask)
 
     def learn(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """An update of the actor from a minibatch."""
+        """Lower an update of the actor from a minibatch."""
         loss = functools.partial(actor_loss, config=self.config.ppo)
         trainable = is_adapter if self.config.lora_rank else None
         return self._update(devices, self._create_actor, loss, trainable)
 
     def learn_values(self, devices: Sequence[Any]) -> jax.stages.Lowered:
-        """An update of the critic from a minibatch."""
+        """Lower an update of the critic from a minibatch."""
         loss = functools.partial(critic_loss, config=self.config.ppo)
         value = ClassHead(num_classes=1, name="value", pool="none", bias=False)
         config = dataclasses.replace(self.critic, heads=(value,))
@@ -139,7 +140,7 @@ class Case:
         return lower_step(step, begin, self._experience(), self._mesh(devices))
 
     def _experience(self) -> Experience:
-        """Types of a minibatch."""
+        """Return the types of a minibatch."""
         count = self.config.policy.batch_size // self.config.minibatches
         whole, answer = (count, self.config.total_length), (count, self.config.response_length)
         types: list[Any] = [
@@ -199,7 +200,7 @@ PHASES = {
 
 
 def programs() -> list[Program]:
-    """Each phase of each case."""
+    """Return each phase of each case."""
     return [
         Program(
             name=f"{case.preset}, {phase}",

@@ -120,7 +120,7 @@ def torch_outputs(
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"comparing models needs torch and transformers ({error}): install them with pip install 'effscale[torch]'"
+            f"comparing needs torch and transformers ({error}): install them with pip install torch transformers"
         ) from error
     source = open_source(folder)
     _, described = describe(model.config, source.family.model_type)

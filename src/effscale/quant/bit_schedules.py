@@ -1,10 +1,13 @@
-r"""Bits that fall while a model is trained: from many to few, with each stage twice as long as the one before it.
+r"""Bit schedules for quantization-aware training: start with many bits and drop one at a time, each stage twice as
+long as the one before.
 
-With t the updates made since the schedule's offset and p its period, the bits are
+With t the optimizer steps since the schedule's offset and p its period, the number of bits is
 
 .. math:: b(t) = \max(b_{\mathrm{target}},\; b_{\mathrm{start}} - |\{k \ge 0 : t \ge 2^k p\}|)
 
-Source: the "mixture of quantization" of DeepSpeed (MoQ), its tutorial and ``runtime/quantize.py``.
+References:
+    DeepSpeed, "Mixture of Quantization (MoQ)", tutorial and ``runtime/quantize.py``.
+        https://www.deepspeed.ai/tutorials/MoQ-tutorial/
 """
 
 import dataclasses
@@ -28,17 +31,17 @@ from effscale.quant.quantizers import (
 )
 
 MOST_BITS = 16
-"""Bits that a schedule may start from; in more of them float32 has no numbers of its own to round."""
+"""The most bits that a schedule may start from; with more, float32 has too little precision left to round."""
 
 NEVER = 2**31 - 1
-"""A count of updates that is never reached; steps are counted in 32 bits."""
+"""A step count that is never reached; steps are counted in 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitSchedule:
     """How many bits weights are rounded to at each step.
 
-    The k-th bit is taken off after ``period * 2**(k - 1)`` updates, as in DeepSpeed's MoQ.
+    The k-th bit is dropped after ``period * 2**(k - 1)`` optimizer steps, as in DeepSpeed's MoQ.
 
     Example:
         >>> schedule = BitSchedule(start_bits=12, target_bits=8, period=50)
@@ -49,13 +52,13 @@ class BitSchedule:
     """
 
     start_bits: int
-    """Bits in which it begins; at most 16."""
+    """Number of bits at the start; at most 16."""
     target_bits: int
-    """Bits in which it ends; those of the weights' `Format`."""
+    """Number of bits at the end; must equal ``bits`` of the weights' ``Format``."""
     period: int = 1
-    """Updates to the first bit that is taken off; each further one takes twice as many as there were before it."""
+    """Optimizer steps until the first bit is dropped. Each further drop comes at twice the number of steps."""
     offset: int = 0
-    """Updates before the first rounding."""
+    """Optimizer steps before rounding begins."""
     change_ratio: float | None = None
     r"""After each change of bits, how much of the rounded weight is mixed in with each update: with :math:`\rho` falling from 1 by this
     much, the weight is :math:`\rho W + (1 - \rho) Q(W)` (DeepSpeed's ``fp16_mixed_quantize``, there with 0.001). None mixes nothing."""
@@ -77,24 +80,24 @@ class BitSchedule:
 
     @property
     def drops(self) -> tuple[int, ...]:
-        """The steps at which a bit is taken off."""
+        """The steps at which a bit is dropped."""
         count = self.start_bits - self.target_bits
         return tuple(min(self.offset + self.period * 2**k, NEVER) for k in range(count))
 
     @property
     def end(self) -> int:
-        """The step from which on weights are wholly in their target bits."""
+        """The step from which weights are fully rounded to ``target_bits``."""
         last = self.drops[-1] if self.drops else self.offset
         return last if self.change_ratio is None else last + int(np.ceil(1 / self.change_ratio))
 
     def bits(self, step: Any) -> Any:
-        """Bits at a step.
+        """Return the number of bits at a step.
 
         Args:
-            step: Updates made before it; a number, or an array, which may be traced.
+            step: Optimizer steps completed; a number, or an array, which may be traced.
 
         Returns:
-            As many bits; 32, which means that nothing is rounded, before the offset.
+            The number of bits. Before the offset it is 32, which means no rounding.
         """
         if isinstance(step, int):
             taken = sum(step >= drop for drop in self.drops)
@@ -116,21 +119,23 @@ class BitSchedule:
 def fake_quantize_at(
     x: Float[Array, "*shape"], format: Format, schedule: BitSchedule, step: Any
 ) -> Float[Array, "*shape"]:
-    """`effscale.quant.fake_quantize` in the bits that a schedule has at a step.
+    """Fake-quantize a kernel with the number of bits that a schedule has at a step; see
+    ``effscale.quant.fake_quantize``.
 
-    The bits are data and not part of the program: one compilation serves all of them.
+    The number of bits is data and not part of the compiled program, so it can change without recompilation.
 
     Args:
         x: A kernel ``(..., in, out)``.
-        format: What its numbers become in the end.
-        schedule: The bits on the way there; its ``target_bits`` are those of the format.
-        step: Updates made: a number, or an int32 array of the kernel's stacked dimensions or none, which may be traced.
+        format: The final format.
+        schedule: The bits on the way there; its ``target_bits`` must equal ``format.bits``.
+        step: Optimizer steps completed: a number, or an int32 array that is a scalar or has the kernel's stacked
+            dimensions. It may be traced.
 
     Returns:
-        The rounded numbers, in the type of ``x``, with the gradient of ``x``.
+        The rounded values in the dtype of ``x``. Gradients pass straight through to ``x``.
 
     Raises:
-        ValueError: The schedule does not end in the format.
+        ValueError: The schedule does not end in the bits of the format.
 
     Example:
         >>> format = Format(bits=1, granularity="tensor", spread="paper")
@@ -140,7 +145,7 @@ def fake_quantize_at(
         [[[-1.0, 0.25], [0.5, 0.75]], [[-0.75, 0.0], [0.75, 0.75]], [[-0.625, 0.625], [0.625, 0.625]]]
 
     References:
-        DeepSpeed's `tutorial <https://www.deepspeed.ai/tutorials/MoQ-tutorial/>`_
+        DeepSpeed, "Mixture of Quantization (MoQ)", tutorial. https://www.deepspeed.ai/tutorials/MoQ-tutorial/
     """
     check_schedule(schedule, format)
     stack = x.shape[:-2]
@@ -152,19 +157,18 @@ def fake_quantize_at(
 
 
 def check_schedule(schedule: BitSchedule, format: Format) -> None:
-    """Raise a ``ValueError`` unless a schedule ends in the bits of a format, and these are integers'."""
+    """Raise a ``ValueError`` unless a schedule ends in the bits of a format and the format uses integers."""
     if format.floating:
-        raise ValueError("schedule: float8 numbers have no bits to take off")
+        raise ValueError("schedule must be None for float8 weights: they have no bits to drop")
     if schedule.target_bits != format.bits:
         raise ValueError(
-            f"schedule ends in target_bits={schedule.target_bits}, and the weights' format has bits={format.bits}; "
-            "let both be the same"
+            f"schedule must end in the bits of the weights' format, got target_bits={schedule.target_bits} and bits={format.bits}"
         )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _at(x: Array, step: Array, format: Format, schedule: BitSchedule) -> Array:
-    """One kernel at a scalar step."""
+    """Round one kernel at a scalar step."""
     bits = schedule.bits(step)
     wide = jnp.clip(bits, 3, MOST_BITS)
     half = jnp.left_shift(jnp.int32(1), wide - 1).astype(jnp.float32)

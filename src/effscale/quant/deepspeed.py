@@ -1,4 +1,4 @@
-"""DeepSpeed's ``compression_training``, read into recipes, rules of pruning and layers to keep."""
+"""Read DeepSpeed's ``compression_training`` into a quantization recipe, pruning rules and a list of layers to keep."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,25 +39,26 @@ PRUNING: Mapping[str, Structure] = {
 }
 TECHNIQUES = ("layer_reduction", *QUANTIZATION, *PRUNING, "channel_pruning")
 OFFSET = 1000
-"""DeepSpeed's default ``schedule_offset`` of everything but weight quantization, whatever its documentation says."""
+"""DeepSpeed's default ``schedule_offset`` for everything except weight quantization, in its code; its documentation
+differs."""
 
 PARTNERS = {
     "feed_forward.up": ("feed_forward.down",),
     "feed_forward.gate": ("feed_forward.down",),
     "attention.out": ("attention.query", "attention.key", "attention.value"),
 }
-"""Kernels whose rows or heads can be taken out, and those that are made smaller with them."""
+"""Kernels whose rows or heads can be removed, and the kernels that shrink along with them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSpeedCompression:
-    """What a configuration asks for.
+    """What a DeepSpeed configuration requests.
 
     Attributes:
-        teacher_layers: For ``effscale.models.take_layers``; None keeps all.
-        pruning: For `prune_model`.
-        recipe: For `fake_quantize_model` and `quantize_model`; None quantizes nothing.
-        shrink: Whether pruned rows and heads are taken out in the end, which ``related_modules`` ask for.
+        teacher_layers: Layers to pass to ``effscale.models.take_layers``; None keeps all.
+        pruning: Rules for ``prune_model``.
+        recipe: Recipe for ``fake_quantize_model`` and ``quantize_model``; None quantizes nothing.
+        shrink: Whether pruned rows and heads are removed at the end; ``related_modules`` requests this.
     """
 
     teacher_layers: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ class DeepSpeedCompression:
     shrink: bool = False
 
     def prepare(self, model: Transformer) -> Transformer:
-        """The model to be trained, with `scheduled_step`; what DeepSpeed calls ``init_compression``."""
+        """Return the model to train with ``scheduled_step``; DeepSpeed's ``init_compression``."""
         if self.teacher_layers is not None:
             model = take_layers(model, self.teacher_layers)
         if self.pruning:
@@ -74,38 +75,46 @@ class DeepSpeedCompression:
         return model if self.recipe is None else fake_quantize_model(model, self.recipe)
 
     def finish(self, model: Transformer) -> Transformer:
-        """The trained model, smaller and packed; DeepSpeed's ``redundancy_clean`` leaves weights in floats."""
+        """Return the trained model, shrunk and packed. DeepSpeed's ``redundancy_clean`` leaves weights in floats."""
         if self.pruning:
             model = shrink_model(model) if self.shrink else merge_masks(model)
         return model if self.recipe is None else quantize_model(model, self.recipe)
 
 
 def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCompression:
-    r"""Reads ``compression_training`` out of a DeepSpeed configuration.
+    r"""Read ``compression_training`` from a DeepSpeed configuration.
 
-    Expressions of ``modules`` are searched in the names that the model's modules have in transformers, as DeepSpeed does. Options have
-    the defaults of DeepSpeed's code, which are not always those of its documentation. What differs:
+    The expressions in ``modules`` are searched in the names that the model's modules have in transformers, as in
+    DeepSpeed. Options have the defaults of DeepSpeed's code, which are not always those of its documentation.
+    Differences from DeepSpeed:
 
-    - ``quantize_groups`` are blocks of outputs. Where transformers has query, key and value in one matrix, each of ours gets as many.
-    - ``fp16_mixed_quantize`` and bits that fall (with ``quantize_weight_in_forward`` false) work in every type and go by each weight's
-      own schedule. With ``quantize_weight_in_forward`` true, weights take ``target_bits`` at once and ``start_bits`` is passed over, as there.
-    - Masks come before rounding, those by magnitude are made at their offset, and scores start as magnitudes; see `prune_weight`.
-    - A pattern that matches nothing, which DeepSpeed passes over, is an error; ``modules`` left out or ``"*"`` means all.
-    - Passed over: ``quantizer_kernel``, ``quantize_verbose``, ``module_name_prefix`` and ``other_module_name``, which say how DeepSpeed does it.
+    - ``quantize_groups`` are blocks of outputs. Where transformers has query, key and value in one matrix, each of
+      the three matrices here gets that number of blocks.
+    - ``fp16_mixed_quantize`` and decreasing bits (with ``quantize_weight_in_forward`` false) work in every dtype and
+      follow each weight's own schedule. With ``quantize_weight_in_forward`` true, weights use ``target_bits`` from
+      the start and ``start_bits`` is ignored, as in DeepSpeed.
+    - Masks are applied before rounding, magnitude masks are computed at their offset, and scores start as magnitudes;
+      see ``prune_weight``.
+    - A pattern that matches nothing is an error; DeepSpeed ignores it. If ``modules`` is missing or ``"*"``, it means
+      all.
+    - Ignored, because they only concern DeepSpeed's implementation: ``quantizer_kernel``, ``quantize_verbose``,
+      ``module_name_prefix`` and ``other_module_name``.
 
-    Refused by name: ``snip_momentum``, channel pruning (of convolutions), static calibration within training, stochastic rounding of
-    weights, inputs that are quantized where weights are not, and the older ``quantize_training``, to which DeepSpeed itself does not
-    listen.
+    Not supported, with an error that names the key: ``snip_momentum``, channel pruning (for convolutions), static
+    calibration during training, stochastic rounding of weights, quantized inputs where the weights are not quantized,
+    and the older ``quantize_training``, which DeepSpeed itself ignores.
 
     Args:
-        config: The whole configuration, from ``json.load``.
-        model: A model of one of the families of `effscale.interop`. With ``layer_reduction`` it is the teacher, whose layers are taken.
+        config: The whole configuration, as returned by ``json.load``.
+        model: A model of one of the families of ``effscale.interop``. With ``layer_reduction`` it is the teacher that
+            layers are taken from.
 
     Returns:
-        What is asked for; with nothing enabled, nothing.
+        What the configuration requests; empty if nothing is enabled.
 
     Raises:
-        ValueError: A key is unknown or missing, a value is out of range, or something is asked for that is not there.
+        ValueError: A key is unknown or missing, a value is out of range, or the configuration requests something
+            unsupported.
 
     Example:
         >>> from effscale.models import abstract, bert
@@ -118,18 +127,19 @@ def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCo
         (1000, '^(layers\\.\\d+\\.feed_forward\\.up\\.kernel)$', True)
 
     References:
-        DeepSpeed's `configuration <https://www.deepspeed.ai/docs/config-json/#compression>`_
+        DeepSpeed, "DeepSpeed Configuration JSON", section Compression.
+            https://www.deepspeed.ai/docs/config-json/#compression
     """
     if "quantize_training" in config:
         raise ValueError(
-            f"quantize_training: DeepSpeed passes over it; write it as {BLOCK}.weight_quantization"
+            f"quantize_training is not supported, and DeepSpeed ignores it. Use {BLOCK}.weight_quantization"
         )
     check_keys(config, "the configuration", required=(BLOCK,), optional=config)
     block = config[BLOCK]
     check_keys(block, BLOCK, optional=TECHNIQUES)
     if enabled(block, "channel_pruning"):
         raise ValueError(
-            f"{BLOCK}.channel_pruning: is of convolutions, which no model here has; take it out"
+            f"{BLOCK}.channel_pruning is not supported: it prunes convolutions, which no model here has. Remove it"
         )
     layers = _teacher_layers(block)
     student = model
@@ -153,19 +163,19 @@ def _teacher_layers(block: Block) -> tuple[int, ...] | None:
         count = whole_number(own["keep_number_layer"], f"{where}.keep_number_layer")
         if count != len(layers):
             raise ValueError(
-                f"{where}.keep_number_layer={count}: teacher_layer names {len(layers)} layers"
+                f"{where}.keep_number_layer must be the number of layers in teacher_layer, {len(layers)}, got {count}"
             )
     return layers
 
 
 def _recipe(block: Block, names: Names) -> Recipe | None:
-    """One rule for the weights that get the same."""
+    """Build the recipe, with one rule for all weights that get the same formats."""
     weights = _weights(block, names) if enabled(block, QUANTIZATION[0]) else {}
     inputs = _inputs(block, names) if enabled(block, QUANTIZATION[1]) else {}
     if missing := [name for name in inputs if name not in weights]:
         raise ValueError(
-            f"{BLOCK}.activation_quantization: matches {names[missing[0]][0]}, of which weight_quantization does not quantize the "
-            "weights; inputs are quantized only with them"
+            f"{BLOCK}.activation_quantization matches {names[missing[0]][0]}, whose weights weight_quantization does not quantize. "
+            "Inputs can be quantized only together with the weights"
         )
     alike: dict[Any, list[str]] = {}
     for name, (format, schedule) in weights.items():
@@ -199,9 +209,7 @@ def _weights(block: Block, names: Names) -> dict[str, tuple[Format, BitSchedule 
     )
     check_keys(shared, where, optional=known)
     if one_of(shared, "rounding", ("nearest", "stochastic"), where) == "stochastic":
-        raise ValueError(
-            f"{where}.rounding='stochastic': weights are rounded to the nearest here; take 'nearest'"
-        )
+        raise ValueError(f"{where}.rounding must be 'nearest', got 'stochastic'")
     in_forward = flag(shared, "quantize_weight_in_forward", where)
     offset = whole_number(shared.get("schedule_offset", 0), f"{where}.schedule_offset")
     blocks = whole_number(shared.get("quantize_groups", 1), f"{where}.quantize_groups")
@@ -247,22 +255,22 @@ def _inputs(block: Block, names: Names) -> dict[str, tuple[Format, int]]:
     check_keys(shared, where, optional=known)
     if one_of(shared, "range_calibration", ("dynamic", "static"), where) == "static":
         raise ValueError(
-            f"{where}.range_calibration='static': ranges are not averaged in training here; take 'dynamic', or calibrate the "
-            "trained model by quantize_model(..., ranges=input_ranges(...))"
+            f"{where}.range_calibration must be 'dynamic', got 'static': ranges are not averaged during training. For static ranges, "
+            "calibrate the trained model with quantize_model(..., ranges=input_ranges(...))"
         )
     offset = whole_number(shared.get("schedule_offset", OFFSET), f"{where}.schedule_offset")
     symmetric, found = is_symmetric(shared, where), {}
     for group in groups_of(block, technique, _kernels(names), bits=True):
         bits = whole_number(group.params["bits"], f"{group.where}.params.bits")
         if bits not in (4, 8):
-            raise ValueError(f"{group.where}.params.bits={bits}: must be 4 or 8")
+            raise ValueError(f"{group.where}.params.bits must be 4 or 8, got {bits}")
         format = Format(bits=bits, symmetric=symmetric, granularity="token", spread="paper")
         found |= dict.fromkeys(group.names, (format, offset))
     return found
 
 
 def _pruning(block: Block, names: Names) -> tuple[tuple[PruneRule, ...], bool]:
-    """The rules of all structures, and whether what is pruned is taken out."""
+    """Return the rules of all structures, and whether pruned parts are removed."""
     rules: list[PruneRule] = []
     shrink = False
     for technique, structure in PRUNING.items():
@@ -272,7 +280,7 @@ def _pruning(block: Block, names: Names) -> tuple[tuple[PruneRule, ...], bool]:
         where = f"{BLOCK}.{technique}.shared_parameters"
         if structure == "sparse" and shared.get("method") == "snip_momentum":
             raise ValueError(
-                f"{where}.method='snip_momentum': is not there, nor does it run in DeepSpeed as written; take 'l1' or 'topk'"
+                f"{where}.method must be 'l1' or 'topk', got 'snip_momentum', which does not run in DeepSpeed as written either"
             )
         heads = ("num_heads",) if structure == "head" else ()
         check_keys(shared, where, required=heads, optional=("enabled", "method", "schedule_offset"))
@@ -299,7 +307,7 @@ def _pruning(block: Block, names: Names) -> tuple[tuple[PruneRule, ...], bool]:
 
 
 def _check_related(group: ModuleGroup, names: Names) -> None:
-    """Raises unless ``related_modules`` are those that are made smaller with the group's own."""
+    """Raise unless ``related_modules`` are those that shrink along with the modules of the group."""
     where = f"{group.where}.related_modules"
     lists = group.related if isinstance(group.related, list | tuple) else [group.related]
     related = {
@@ -314,14 +322,14 @@ def _check_related(group: ModuleGroup, names: Names) -> None:
         part = name.removeprefix(".".join(layer) + ".").removesuffix(".kernel")
         if part not in PARTNERS:
             raise ValueError(
-                f"{where}: nothing can be taken out of {names[name][0]}; only of the feed-forward's first projection and of "
-                "attention's output"
+                f"{where}: nothing can be removed from {names[name][0]}. Only the feed-forward's first projection and "
+                "attention's output projection can shrink"
             )
         partners |= {".".join([*layer, partner, "kernel"]) for partner in PARTNERS[part]}
     if related != partners:
         wrong = sorted(related ^ partners)[0]
-        more = "is not made smaller with" if wrong in related else "is made smaller with, too,"
-        raise ValueError(f"{where}: {names[wrong][0]} {more} what the group prunes")
+        more = "does not shrink with" if wrong in related else "also shrinks with"
+        raise ValueError(f"{where}: {names[wrong][0]} {more} the modules of the group")
 
 
 def _kernels(names: Names) -> Names:

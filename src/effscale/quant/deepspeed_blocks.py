@@ -1,4 +1,4 @@
-"""Reading the blocks of DeepSpeed's ``compression_training``: switches, groups of modules, words and numbers."""
+"""Parse the blocks of DeepSpeed's ``compression_training``: switches, module groups, strings and numbers."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,9 @@ BLOCK = "compression_training"
 
 
 class ModuleGroup(NamedTuple):
-    """A group of a technique: where it stands, what it says, and our names of the weights that it is for."""
+    """A group of a technique: its place in the configuration, its parameters, and effscale's names of the weights it
+    applies to.
+    """
 
     where: str
     params: Block
@@ -21,7 +23,7 @@ class ModuleGroup(NamedTuple):
 
 
 def enabled(block: Block, technique: str) -> bool:
-    """Whether a technique is there and on; off is what DeepSpeed takes where nothing is said."""
+    """Return whether a technique is present and enabled. The default is off, as in DeepSpeed."""
     where = f"{BLOCK}.{technique}"
     if technique not in block:
         return False
@@ -36,18 +38,18 @@ def enabled(block: Block, technique: str) -> bool:
 
 
 def groups_of(block: Block, technique: str, names: Names, **params: bool) -> list[ModuleGroup]:
-    """The groups of a technique, each with the weights that it is for.
+    """Return the groups of a technique, each with the weights it applies to.
 
     Args:
         block: ``compression_training``.
-        technique: Its name.
-        names: Of the weights that it may be for.
-        **params: Parameters of a group, and whether it must have them.
+        technique: Name of the technique.
+        names: Names of the weights that the technique can apply to.
+        **params: Parameters of a group, each with whether it is required.
     """
     where = f"{BLOCK}.{technique}.different_groups"
     given = block[technique].get("different_groups")
     if not given:
-        raise ValueError(f"{where}: must name at least one group, as {technique} is enabled")
+        raise ValueError(f"{where} must name at least one group, because {technique} is enabled")
     check_keys(given, where, optional=given)
     groups: list[ModuleGroup] = []
     for name, group in given.items():
@@ -60,7 +62,7 @@ def groups_of(block: Block, technique: str, names: Names, **params: bool) -> lis
         for other in groups:
             if both := [n for n in found if n in other.names]:
                 raise ValueError(
-                    f"{place}.modules and {other.where}.modules both match {names[both[0]][0]}; let one group have it"
+                    f"{place}.modules and {other.where}.modules both match {names[both[0]][0]}. Make the patterns disjoint"
                 )
         groups.append(
             ModuleGroup(place, group["params"], group.get("related_modules"), list(found))
@@ -69,7 +71,7 @@ def groups_of(block: Block, technique: str, names: Names, **params: bool) -> lis
 
 
 def named(where: str, kind: Any, **fields: Any) -> Any:
-    """An object whose errors begin with the place in the configuration."""
+    """Build an object; its errors begin with the place in the configuration."""
     try:
         return kind(**fields)
     except ValueError as error:
@@ -77,24 +79,24 @@ def named(where: str, kind: Any, **fields: Any) -> Any:
 
 
 def strings(value: Any, where: str) -> list[str]:
-    """A list of expressions, or one alone."""
+    """Return a list of expressions; a single string counts as a list of one."""
     values = [value] if isinstance(value, str) else value
     is_list = isinstance(values, list | tuple) and all(isinstance(one, str) for one in values)
     if not is_list or not values:
-        raise ValueError(f"{where}={value!r}: must be a list of expressions")
+        raise ValueError(f"{where} must be a list of expressions, got {value!r}")
     return list(values)
 
 
 def flag(block: Block, key: str, where: str) -> bool:
-    """True or false; false by default."""
+    """Return a boolean; false by default."""
     value = block.get(key, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{where}.{key}={value!r}: must be true or false")
+        raise ValueError(f"{where}.{key} must be true or false, got {value!r}")
     return value
 
 
 def one_of(block: Block, key: str, names: tuple[str, ...], where: str) -> Any:
-    """A word; the first of ``names`` by default."""
+    """Return one of ``names``; the first one by default."""
     value = block.get(key, names[0])
     if value not in names:
         raise ValueError(f"{where}.{key}={value!r}: {did_you_mean(str(value), names)}")
@@ -102,13 +104,13 @@ def one_of(block: Block, key: str, names: tuple[str, ...], where: str) -> Any:
 
 
 def is_symmetric(shared: Block, where: str) -> bool:
-    """What ``quantization_type`` says; symmetric by default."""
+    """Return whether ``quantization_type`` is symmetric, which is the default."""
     return one_of(shared, "quantization_type", ("symmetric", "asymmetric"), where) == "symmetric"
 
 
 def number(block: Block, key: str, default: Any, where: str) -> float:
-    """A finite number."""
+    """Return a finite number."""
     value = block.get(key, default)
     if not is_finite(value):
-        raise ValueError(f"{where}.{key}={value!r}: must be a number")
+        raise ValueError(f"{where}.{key} must be a number, got {value!r}")
     return value

@@ -1,4 +1,5 @@
-r"""One-stage distillation: a small or quantized student learns from its teacher's logits, attention scores and hidden states.
+r"""One-stage distillation: a small or quantized student learns from the logits, attention scores and hidden states of
+its teacher.
 
 With the student's layers :math:`i` matched to layers :math:`a_i` of the teacher, and its hidden states :math:`h_0` (what the
 embedding gives), :math:`h_1, \dots` (what the layers give) to the teacher's :math:`h_{r_0}, h_{r_1}, \dots`, it minimizes
@@ -7,16 +8,19 @@ embedding gives), :math:`h_1, \dots` (what the layers give) to the teacher's :ma
     L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
     + \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
 
-for logits :math:`z` of C classes and attention scores :math:`A`, which are those before the softmax. All terms weigh the same, and
-no label is read. XTC's finding is that this one stage, trained long enough at a good learning rate, does as well as the sequences of stages
-before it.
+for logits :math:`z` of C classes and attention scores :math:`A`, which are those before the softmax. All terms have
+the same weight, and labels are not used. XTC found that this single stage, trained long enough at a good learning
+rate, does as well as earlier multi-stage recipes.
 
-A student with fewer layers begins as some layers of its teacher, which is one call:
-``effscale.models.take_layers(teacher, [1, 3, 5])``. The papers' choices out of 12 layers are ``[1, 3, 5, 7, 9, 11]`` and
-``[2, 4, 6, 8, 10]``; `LayerMap.reduced` of the same list says what each layer learns from.
+To initialize a student with fewer layers from its teacher, use ``effscale.models.take_layers(teacher, [1, 3, 5])``.
+From 12 layers the papers choose ``[1, 3, 5, 7, 9, 11]`` or ``[2, 4, 6, 8, 10]``. ``LayerMap.reduced`` of the same
+list matches each layer to what it learns from.
 
-Sources: Wu et al., "Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (XTC), 2022, section 3; Jiao et al.,
-"TinyBERT", 2020, for the terms.
+References:
+    Wu et al., "XTC: Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (2022), section 3.
+        https://arxiv.org/abs/2206.01859
+    Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding" (2020), for the terms.
+        https://arxiv.org/abs/1909.10351
 """
 
 import dataclasses
@@ -33,17 +37,17 @@ from effscale.quant.inputs import GIVEN
 from effscale.training import Loss, add_reports
 
 MASKED = -1e2
-"""A score at most this large is one that a mask was added to, and counts as zero."""
+"""Scores at or below this value are masked and count as zero."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerMap:
-    """Which of the teacher's layers the student's layers learn from, first to last.
+    """For each layer of the student, the teacher's layer that it learns from.
 
     Attributes:
-        scores: For each layer of the student the teacher's layer whose attention scores it learns; layers count from 0.
-        hidden: For the student's embedding and each of its layers the hidden state of the teacher: 0 is what the teacher's
-            embedding gives, and i + 1 what its layer i gives.
+        scores: For each layer of the student, the teacher's layer whose attention scores it learns; counted from 0.
+        hidden: For the student's embedding and each of its layers, the hidden state of the teacher that it learns: 0
+            is the output of the teacher's embedding, and i + 1 is the output of its layer i.
 
     Example:
         >>> LayerMap.reduced([1, 3, 5])
@@ -58,42 +62,43 @@ class LayerMap:
     def __post_init__(self):
         if not self.scores or len(self.hidden) != len(self.scores) + 1:
             raise ValueError(
-                f"LayerMap: scores={self.scores} and hidden={self.hidden}: hidden must have one entry more than scores, for "
-                "the embedding, and scores at least one"
+                f"LayerMap.hidden must have one entry more than scores (the first is for the embedding), and scores at least one, got "
+                f"scores={self.scores} and hidden={self.hidden}"
             )
         for name in ("scores", "hidden"):
             if negative := [number for number in getattr(self, name) if number < 0]:
                 raise ValueError(
-                    f"LayerMap.{name}={getattr(self, name)}: {negative[0]} is no layer; they count from 0"
+                    f"LayerMap.{name} must be layer numbers counted from 0, got {negative[0]} in {getattr(self, name)}"
                 )
 
     @classmethod
     def reduced(cls, teacher_layers: Sequence[int]) -> "LayerMap":
-        """The map of a student that was made of these layers of its teacher.
+        """Return the map of a student that was initialized from these layers of its teacher.
 
-        Each layer learns what its own original does: its scores, and its hidden state. The embedding learns the state before
-        the first of them and one layer up, as in the original code: with ``[2, 4, 6, 8, 10]`` it is matched to what the
-        teacher's layer 0 gives, and not to the teacher's embedding.
+        Each layer learns the scores and the hidden state of the teacher's layer it came from. The embedding learns
+        the hidden state one layer below the first of them, as in the original code: with ``[2, 4, 6, 8, 10]`` it is
+        matched to the output of the teacher's layer 0, and not to the teacher's embedding.
 
         Args:
-            teacher_layers: As for `effscale.models.take_layers`.
+            teacher_layers: As for ``effscale.models.take_layers``.
         """
         if not len(teacher_layers):
-            raise ValueError("teacher_layers=[]: name at least one layer")
-        # With a first layer 0 the original's index is -1, the teacher's last state.
+            raise ValueError("teacher_layers must name at least one layer, got []")
+        # If the first layer is 0, the original code's index is -1, which is the teacher's last hidden state.
         begin = max(teacher_layers[0] - 1, 0)
         return cls(tuple(teacher_layers), (begin, *(number + 1 for number in teacher_layers)))
 
     @classmethod
     def even(cls, student: int, teacher: int) -> "LayerMap":
-        """The map between a student and a teacher of these numbers of layers, spread evenly; one to one if they are as deep.
+        """Return an evenly spaced map between a student and a teacher with these numbers of layers; one to one if
+        they are equally deep.
 
         Raises:
             ValueError: The student's number does not divide the teacher's.
         """
         if student < 1 or teacher % student:
             raise ValueError(
-                f"{student} layers of a student do not divide {teacher} of a teacher: name the layers, LayerMap.reduced([...])"
+                f"the student's number of layers must divide the teacher's, got {student} and {teacher}. To name the layers, use LayerMap.reduced([...])"
             )
         each = teacher // student
         return cls(
@@ -103,13 +108,14 @@ class LayerMap:
 
 
 class DistillationOutputs(NamedTuple):
-    """What is compared of a student and its teacher.
+    """The outputs of a student or teacher that distillation compares.
 
     Attributes:
-        logits: ``(batch, classes)``, or ``(batch, seq, vocab)`` of a language model.
-        scores: For each layer the scaled attention scores before the softmax, ``(batch, heads, seq, keys)``, with or without a
-            mask added: a stacked array or a sequence of arrays.
-        hidden: The embedding's output, then each layer's, ``(batch, seq, width)``, likewise.
+        logits: ``(batch, classes)``, or ``(batch, seq, vocab)`` for a language model.
+        scores: For each layer, the scaled attention scores before the softmax, ``(batch, heads, seq, keys)``, with or
+            without the mask added: a stacked array or a sequence of arrays.
+        hidden: The output of the embedding, then of each layer, ``(batch, seq, width)``: a stacked array or a
+            sequence of arrays.
     """
 
     logits: Float[Array, "batch *seq classes"]
@@ -125,7 +131,7 @@ class DistillationTerms(NamedTuple):
     hidden: Float[Array, "batch"]
 
     def total(self) -> Float[Array, "batch"]:
-        """Their sum."""
+        """Return the sum of the three terms."""
         return self.logits + self.scores + self.hidden
 
 
@@ -137,27 +143,28 @@ def distillation_loss(
     real: Bool[Array, "batch seq"] | None = None,
     visible: Bool[Array, "_rows _seq keys"] | None = None,
 ) -> DistillationTerms:
-    """The loss of one-stage distillation for each row, of arrays from any model.
+    """Compute the loss of one-stage distillation for each row, from arrays of any model.
 
-    A term is a mean over all entries of an array, and a sum over layers. Padding and masked scores do not count. (DeepSpeed's code
-    counts both; TinyBERT's counts masked scores as zeros.) The logits of classes are averaged over classes, too, as in the
-    original, so that this term is a cross entropy divided by their number; over a vocabulary that would leave nothing of it, and
-    next-token logits have their cross entropy averaged over tokens alone. A single logit, of a regression, has its squared
-    difference.
+    Each term is a mean over all entries of an array and a sum over layers. Padding and masked scores do not count.
+    (DeepSpeed's code counts both; TinyBERT's counts masked scores as zeros.)
+
+    The term of class logits is also averaged over the classes, as in the original, so it is a cross entropy divided
+    by their number. Over a vocabulary, that would make the term vanish, so the cross entropy of next-token logits is
+    averaged over tokens only. For a single logit (a regression), the term is the squared difference.
 
     Args:
-        student: What is trained.
-        teacher: What it learns from; no gradient goes there.
-        layers: Which of the teacher's layers each of the student's learns from.
-        real: True at real tokens; None: all are.
-        visible: True where a query may see a key, which causal models need; None: everywhere. Scores that a mask was
-            added to, at most -100, count as zeros.
+        student: Outputs of the student, which is trained.
+        teacher: Outputs of the teacher; no gradient flows to it.
+        layers: The teacher's layer that each of the student's layers learns from.
+        real: True at real tokens, False at padding; None if there is no padding.
+        visible: True where a query may attend to a key; needed for causal models. None means everywhere. Scores with
+            an added mask, at or below -100, count as zeros.
 
     Returns:
         The terms; the loss of a batch is ``terms.total().mean()``.
 
     Raises:
-        ValueError: The arrays do not fit each other or the map; the error names the layer.
+        ValueError: The arrays do not match each other or the map; the error names the layer.
 
     Example:
         >>> random = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
@@ -196,32 +203,33 @@ def one_stage_loss(
     layers: LayerMap,
     head: str | None = None,
 ) -> Loss:
-    """One-stage distillation as a training objective, for models of the library.
+    """Compute one-stage distillation as a training objective, for models of this library.
 
-    The teacher is what the step is given as ``frozen``::
+    Pass the teacher to the step as ``frozen``::
 
         loss = functools.partial(one_stage_loss, layers=LayerMap.reduced([1, 3, 5]))
         step = jax.jit(make_train_step(loss, optimizer))
         state, metrics = step(state, batch, frozen=teacher)
 
-    Scores need the whole matrix of queries and keys of every layer, for student and teacher. In pre-norm models the last
-    hidden state is that before the final norm.
+    The scores need the full query-by-key matrix of every layer in memory, for student and teacher. In pre-norm
+    models, the last hidden state is the one before the final norm.
 
     Args:
-        model: The student: a model with fewer layers (`effscale.models.take_layers`), quantized weights
-            (`fake_quantize_model`), or both.
-        batch: ``input_ids`` of shape ``(batch, seq)`` (or ``images``), and where present ``attention_mask``, ``positions``,
-            ``segment_ids``, ``type_ids``, and ``weights`` of rows. Labels are not read.
-        key: Turns the student's dropout on; the teacher has none.
-        teacher: As wide as the student, with as many heads.
-        layers: Which of the teacher's layers each of the student's learns from.
-        head: Name of the head whose logits are learned; None takes the only one.
+        model: The student: a model with fewer layers (``effscale.models.take_layers``), quantized weights
+            (``fake_quantize_model``), or both.
+        batch: ``input_ids`` of shape ``(batch, seq)`` (or ``images``), and optionally ``attention_mask``,
+            ``positions``, ``segment_ids``, ``type_ids``, and ``weights`` of rows. Labels are not used.
+        key: Turns on the student's dropout; the teacher runs without dropout.
+        teacher: A model with the same width and number of heads as the student.
+        layers: The teacher's layer that each of the student's layers learns from.
+        head: Name of the head whose logits are compared; None uses the only head.
 
     Returns:
-        The sum over rows, with the three terms as metrics ``logits_loss``, ``scores_loss`` and ``hidden_loss``.
+        The loss summed over rows, with the three terms as metrics ``logits_loss``, ``scores_loss`` and
+        ``hidden_loss``.
 
     Raises:
-        ValueError: The models do not fit each other or the map, or have several heads and none is named.
+        ValueError: The models do not match each other or the map, or they have several heads and ``head`` is None.
 
     Example:
         >>> import functools
@@ -264,7 +272,7 @@ def _outputs(
     head: str | None,
     who: str,
 ) -> tuple[DistillationOutputs, Context, Any]:
-    """What is compared of a model for a batch, with the context of its layers and what these report."""
+    """Return the outputs of a model to compare, with the context of its layers and their reports."""
     first: list[tuple[Array, Context]] = []
 
     def run(index: int, group: Any, x: Array, context: Context, cache: Any, key: Any) -> Any:
@@ -279,9 +287,9 @@ def _outputs(
     outputs = model.outputs(encoded.hidden, None if mask is None else mask.astype(bool), key)
     names = list(model.heads)
     if head is None and len(names) != 1:
-        raise ValueError(f"head=None: {who} has the heads {names}; name the one to learn from")
+        raise ValueError(f"head must be one of {names}, the heads of {who}, got None")
     if head is not None and head not in names:
-        raise ValueError(f"head={head!r}: {who} has the heads {names}")
+        raise ValueError(f"head must be one of {names}, the heads of {who}, got {head!r}")
     logits = outputs if isinstance(outputs, jax.Array) else outputs[head or names[0]]
     ((embedded, context),) = first
     hidden = [embedded, *by_layer(encoded.captured, "layer_out")]
@@ -295,30 +303,32 @@ def _outputs(
 def _check_depths(
     student: DistillationOutputs, teacher: DistillationOutputs, layers: LayerMap
 ) -> None:
-    """The student has as many layers as the map, and the teacher has those that it names."""
+    """Raise unless the student has the map's number of layers and the teacher has the layers it names."""
     for name in ("scores", "hidden"):
         wanted, there = getattr(layers, name), len(getattr(student, name))
         if there != len(wanted):
             raise ValueError(
-                f"layers.{name}={wanted} are {len(wanted)}, and the student has {there} {name}"
+                f"layers.{name} must have one entry for each of the student's {there} {name}, got {len(wanted)}: {wanted}"
             )
         depth = len(getattr(teacher, name))
         if max(wanted) >= depth:
             raise ValueError(
-                f"layers.{name}={wanted}: the teacher has {depth} {name}, 0 to {depth - 1}"
+                f"layers.{name} must be from 0 to {depth - 1}, as the teacher has {depth} {name}, got {wanted}"
             )
     if student.logits.shape != teacher.logits.shape:
         raise ValueError(
-            f"the student's logits are of shape {student.logits.shape}, the teacher's of {teacher.logits.shape}"
+            f"student and teacher must have logits of the same shape, got {student.logits.shape} and {teacher.logits.shape}"
         )
 
 
 def _pair(name: str, i: int, own: Array, number: int, other: Array) -> tuple[Array, Array]:
-    """Entry ``i`` of the student's and ``number`` of the teacher's in float32, of one shape."""
+    """Return entry ``i`` of the student and entry ``number`` of the teacher in float32, after checking that the
+    shapes match.
+    """
     if own.shape != other.shape:
         raise ValueError(
-            f"{name}: the student's {i} is of shape {own.shape} and the teacher's {number}, from which it is to learn, of "
-            f"{other.shape}; both models must have one width and number of heads"
+            f"{name}: entry {i} of the student has shape {own.shape}, and entry {number} of the teacher, which it learns from, has "
+            f"{other.shape}. Both models must have the same width and number of heads"
         )
     return own.astype(jnp.float32), other.astype(jnp.float32)
 
@@ -328,7 +338,7 @@ def _unmasked(scores: Array) -> Array:
 
 
 def _row_means(values: Float[Array, "batch *rest"], counted: Array | None) -> Float[Array, "batch"]:
-    """The mean of each row over what is counted."""
+    """Return the mean of each row over the counted entries."""
     if counted is None:
         return values.reshape(values.shape[0], -1).mean(1)
     weights = jnp.broadcast_to(counted, values.shape).astype(values.dtype)
@@ -337,7 +347,7 @@ def _row_means(values: Float[Array, "batch *rest"], counted: Array | None) -> Fl
 
 
 def _logits_term(student: Array, teacher: Array, real: Array | None) -> Float[Array, "batch"]:
-    """The soft cross entropy of each row, or of a single logit the squared difference."""
+    """Return the soft cross entropy of each row, or the squared difference for a single logit."""
     student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     if student.shape[-1] == 1:
         entropies = jnp.square(student - teacher)[..., 0]

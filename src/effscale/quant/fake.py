@@ -1,4 +1,4 @@
-"""Weights that compute as if they were quantized, and are trained: quantization-aware training."""
+"""Fake-quantized weights for quantization-aware training: they compute as if quantized, and are trained in floats."""
 
 import dataclasses
 import typing
@@ -19,19 +19,21 @@ from effscale.quant.quantizers import fake_quantize
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
 class FakeQuantizedWeight:
-    """A float matrix that is rounded to a format wherever it is used; itself a weight, see `effscale.models.Weight`.
+    """A float matrix that is rounded to a format each time it is used; implements ``effscale.models.Weight``.
 
-    Its gradient is that of the rounded numbers (the straight-through estimator), so that an optimizer trains ``latent``.
+    The gradient of the rounded values is passed to ``latent`` (the straight-through estimator), which an optimizer
+    trains.
 
     Attributes:
         latent: The matrix, ``(..., in, out)``, or ``(..., rows, width)`` if ``is_table``; an array, or a pruned weight.
-        format: Of the weight.
-        activations: What inputs are rounded to before the product; None leaves them as they are.
-        is_table: Whether it is a table of embeddings, in which ``channel`` means a row.
-        compute: The type of the result; None takes that of ``latent``, which is rounded in its own type either way.
-        schedule: Bits on the way to those of ``format``; None takes these at once.
-        activations_offset: Updates before inputs are rounded.
-        step: Updates made, int32, ``(...)``; `at_step` sets it. None where nothing depends on it.
+        format: Format of the weight.
+        activations: Format that inputs are rounded to before the product; None leaves them unrounded.
+        is_table: Whether it is an embedding table, where ``channel`` means a row.
+        compute: The dtype of the result; None uses that of ``latent``. ``latent`` is rounded in its own dtype either
+            way.
+        schedule: Bits on the way to those of ``format``; None uses the final bits from the start.
+        activations_offset: Optimizer steps before inputs are rounded.
+        step: Optimizer steps completed, int32, ``(...)``; set by ``at_step``. None if nothing depends on it.
     """
 
     latent: Any
@@ -50,20 +52,20 @@ class FakeQuantizedWeight:
 
     @property
     def dtype(self) -> Any:
-        """Type of the result."""
+        """Dtype of the result."""
         return self.latent.dtype if self.compute is None else self.compute
 
     @property
     def T(self) -> "FakeQuantizedWeight":
-        """The kernel of a table, or the table of a kernel."""
+        """The transpose: the kernel of a table, or the table of a kernel."""
         return dataclasses.replace(self, latent=transpose(self.latent), is_table=not self.is_table)
 
     def astype(self, dtype: Any) -> "FakeQuantizedWeight":
-        """The same with results in another type."""
+        """Return the same weight with results in another dtype."""
         return dataclasses.replace(self, compute=jax.numpy.dtype(dtype))
 
     def dense(self) -> Float[Array, "*shape"]:
-        """The rounded numbers."""
+        """Return the rounded values."""
         latent = dense(self.latent)
         kernel = latent.mT if self.is_table else latent
         if self.schedule is None:
@@ -74,7 +76,9 @@ class FakeQuantizedWeight:
         return rounded.mT if self.is_table else rounded
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-        """Rounded rows of the matrix; where a row of a table has scales of its own, only these are rounded."""
+        """Return rounded rows of the matrix. If each row of a table has separate scales, only the requested rows are
+        rounded.
+        """
         if not self.is_table or self.format.granularity not in ("channel", "group"):
             return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")
         rows = jax.numpy.take(self.latent, indices.reshape(-1), axis=0, mode="clip")
@@ -82,13 +86,13 @@ class FakeQuantizedWeight:
 
     @property
     def input_form(self) -> tuple[str, Format, int] | None:
-        """What an input is rounded to, so that several products of one input share it."""
+        """The form that an input is rounded to, so that several products of the same input can share it."""
         if self.is_table or self.activations is None:
             return None
         return "rounded", self.activations, self.activations_offset
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> "Rounded":
-        """The input, rounded."""
+        """Return the rounded input."""
         rounded = fake_quantize(x, self.activations)
         if self.step is not None and self.activations_offset > 0:
             rounded = jax.numpy.where(self.step >= self.activations_offset, rounded, x)
@@ -97,7 +101,7 @@ class FakeQuantizedWeight:
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
     ) -> Float[Array, "rows d_out"]:
-        """``activation(x W + b)`` of the rounded matrix and input; ``x`` may be what `prepare` made."""
+        """Return ``activation(x W + b)`` for the rounded matrix and input; ``x`` may be the result of ``prepare``."""
         if not isinstance(x, Rounded):
             x = Rounded(x) if self.input_form is None else self.prepare(x)
         if bias is not None and isinstance(self.latent, PrunedWeight):
@@ -105,7 +109,7 @@ class FakeQuantizedWeight:
         return finish(x.values @ self.dense(), bias, activation)
 
     def partition(self, axes: tuple[str | None, ...]) -> "FakeQuantizedWeight":
-        """Logical axes of the matrix."""
+        """Return the logical axes of the matrix."""
         inner = hasattr(self.latent, "partition")
         return dataclasses.replace(
             self,
@@ -114,7 +118,7 @@ class FakeQuantizedWeight:
         )
 
     def at_step(self, step: Any) -> "FakeQuantizedWeight":
-        """The same after so many updates."""
+        """Return the same weight after ``step`` optimizer steps."""
         latent = self.latent
         if isinstance(latent, PrunedWeight):
             latent = latent.at_step(step)
@@ -124,7 +128,9 @@ class FakeQuantizedWeight:
         return dataclasses.replace(self, latent=latent, step=step)
 
     def check_finished(self) -> None:
-        """Raise a ``ValueError`` if its schedule or that of its mask has not come to its end; not of a step that is traced."""
+        """Raise a ``ValueError`` if the schedule of its bits or of its mask has not ended. A traced step is not
+        checked.
+        """
         if isinstance(self.latent, PrunedWeight):
             self.latent.check_finished()
         if self.schedule is None or self.step is None:
@@ -132,10 +138,10 @@ class FakeQuantizedWeight:
         step, end = first_step(self.step), self.schedule.end
         if step < end:
             bits, target = self.schedule.bits(step), self.schedule.target_bits
-            now = "as they were" if bits > MOST_BITS else f"in {bits} bits"
+            now = "not rounded" if bits > MOST_BITS else f"in {bits} bits"
             raise ValueError(
-                f"at step {step} its weights are still {now}, and wholly in {target} at step {end}: train on, or take "
-                f"at_step(model, {end}) and see what it costs"
+                f"at step {step} its weights are still {now}; they reach {target} bits at step {end}. Train until then, or use "
+                f"at_step(model, {end}) and check the loss"
             )
 
 

@@ -1,4 +1,4 @@
-"""What numbers are quantized to: how many bits, how they are spread, and which numbers share a scale."""
+"""Quantization formats: how many bits, how codes are spread over the range, and which values share a scale."""
 
 import dataclasses
 from typing import Literal
@@ -6,11 +6,12 @@ from typing import Literal
 from effscale.models.validation import check, choice
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
-"""Which numbers of a matrix share a scale.
+"""Which values of a matrix share a scale.
 
-For a weight of shape ``(..., in, out)``: ``tensor``, the whole matrix; ``channel``, the ``in`` numbers of an output; ``group``,
-``group_size`` consecutive ones of these; ``block``, all numbers of ``out / num_blocks`` consecutive outputs, which is what
-DeepSpeed and the ZeroQuant paper call a group. For activations of shape ``(..., features)``: ``token``, the features of a row.
+For a weight of shape ``(..., in, out)``: ``tensor``, the whole matrix; ``channel``, the ``in`` values of one output;
+``group``, ``group_size`` consecutive values of one output; ``block``, all values of ``out / num_blocks`` consecutive
+outputs, which DeepSpeed and the ZeroQuant paper call a group. For activations of shape ``(..., features)``:
+``token``, the features of one token.
 """
 
 Spread = Literal["paper", "narrow", "centred"]
@@ -27,7 +28,7 @@ _BITS = (1, 2, 3, 4, 8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """What numbers are quantized to.
+    """A quantization format.
 
     An invalid value raises a ``ValueError`` that names the field.
 
@@ -37,21 +38,24 @@ class Format:
     """
 
     bits: int = 8
-    """Bits per number: 8, 4 or 3 for integers at equal distances; 2 for ternary numbers (plus, zero, minus), 1 for binary ones."""
+    """Bits per value: 8, 4 or 3 for evenly spaced integers, 2 for ternary values (plus, zero, minus), 1 for binary
+    values."""
     floating: bool = False
-    """8 bits as a floating-point number (e4m3: 4 bits of exponent, 3 of mantissa) instead of an integer."""
+    """Use 8-bit floating point (e4m3: 4 exponent bits, 3 mantissa bits) instead of integers."""
     symmetric: bool = True
-    """Whether the codes lie around zero. Otherwise each group has a scale and a zero point, which suits numbers of one sign."""
+    """Whether the range is symmetric around zero. Otherwise each group has a scale and a zero point, which suits
+    values of one sign."""
     granularity: Granularity = "channel"
-    """Which numbers share a scale."""
+    """Which values share a scale."""
     group_size: int | None = None
-    """Numbers in a group along the input dimension, with ``granularity="group"``; it must divide that dimension."""
+    """Number of values per group along the input dimension, for ``granularity="group"``; must divide that dimension."""
     num_blocks: int | None = None
-    """Blocks of outputs, with ``granularity="block"``; it must divide the output dimension."""
+    """Number of blocks of outputs, for ``granularity="block"``; must divide the output dimension."""
     spread: Spread = "narrow"
-    """How integers are spread over the range of the numbers; see `Spread`."""
+    """How integers are spread over the range of the values; see ``Spread``."""
     integer_zero: bool = True
-    """Whether the zero point of asymmetric integers is a multiple of the scale, as in DeepSpeed; otherwise it is the smallest number itself."""
+    """Whether the zero point of asymmetric integers is an integer multiple of the scale, as in DeepSpeed; otherwise
+    it is the smallest value itself."""
 
     def __post_init__(self):
         check(self, self.bits in _BITS, "bits", f"one of {', '.join(map(str, _BITS))}")
@@ -63,9 +67,9 @@ class Format:
         for field, granularity in (("group_size", "group"), ("num_blocks", "block")):
             value = getattr(self, field)
             if self.granularity == granularity:
-                check(self, value is not None and value >= 1, field, "a number of at least 1")
+                check(self, value is not None and value >= 1, field, "at least 1")
             else:
-                check(self, value is None, field, f"left out without granularity={granularity!r}")
+                check(self, value is None, field, f"None unless granularity={granularity!r}")
 
     @property
     def kind(self) -> str:
@@ -75,7 +79,7 @@ class Format:
         return {1: "binary", 2: "ternary"}.get(self.bits, f"int{self.bits}")
 
     def describe(self) -> str:
-        """In words, for messages and tables."""
+        """Return a description for messages and tables."""
         words = [self.kind]
         if self.bits > 2 and not self.floating:
             words.append("symmetric" if self.symmetric else "asymmetric")

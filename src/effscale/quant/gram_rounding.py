@@ -1,11 +1,13 @@
-r"""GPTQ: rounding a matrix row by row, each error made up for by the rows that are still to come.
+r"""GPTQ: round a matrix row by row, and compensate each error in the rows still to come.
 
 Of a kernel W with inputs x the error that matters is that of the product, :math:`\lVert X W - X \hat W \rVert^2`, which the Gram matrix
 :math:`H = X^T X` knows. With U the upper Cholesky factor of :math:`H^{-1}`, for each input i in turn:
 
 .. math:: e = (W_i - \mathrm{quant}(W_i)) / U_{ii}, \qquad W_{j} \leftarrow W_{j} - U_{ij} \, e \quad \text{for } j > i
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022, algorithm 1.
+References:
+    Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022),
+    algorithm 1. https://arxiv.org/abs/2210.17323
 """
 
 import jax
@@ -23,22 +25,24 @@ def gptq(
     *,
     damping: float = 0.01,
 ) -> Quantized:
-    """Quantizes a kernel so that its product with given inputs changes least.
+    """Quantize a kernel so that its product with given inputs changes as little as possible.
 
-    It costs about as much as ``d_in`` products of the kernel with one row, and one Cholesky factor of ``gram``.
+    The cost is about ``d_in`` products of the kernel with one row, plus one Cholesky factorization of ``gram``.
 
     Args:
         kernel: ``(in, out)``.
-        gram: ``x.T @ x`` of inputs x of shape ``(rows, in)``, summed over as many rows as there are; see `input_grams`.
-        format: Integers of 3, 4 or 8 bits, per channel, per tensor or in groups of inputs. A group's scale is that of its
-            weights when its turn comes.
-        damping: Part of the mean of the diagonal that is added to it, so that inputs that were never seen do no harm.
+        gram: ``x.T @ x`` for inputs x of shape ``(rows, in)``, summed over all rows; see ``input_grams``.
+        format: Integers of 3, 4 or 8 bits, per channel, per tensor or in groups of inputs. The scale of a group is
+            computed from its weights when the group is reached.
+        damping: Fraction of the mean of the diagonal that is added to the diagonal, so that inputs that were never
+            active do no harm.
 
     Returns:
-        Codes and scales, as from `quantize`. The scales are NaN where ``gram`` is not finite, or singular in spite of the damping.
+        Codes and scales, as from ``quantize``. The scales are NaN if ``gram`` is not finite, or is singular despite
+        the damping.
 
     Raises:
-        ValueError: The format is none of these, or does not fit.
+        ValueError: The format is not one of these, or does not match the shape.
 
     Example:
         >>> from effscale.quant import quantize
@@ -49,20 +53,21 @@ def gptq(
         True
 
     References:
-        Frantar et al., `GPTQ <https://arxiv.org/abs/2210.17323>`_, 2022
+        Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022).
+            https://arxiv.org/abs/2210.17323
     """
     if not can_gptq(format):
         raise ValueError(
-            f"format: {format.describe()}: GPTQ takes integers of 3, 4 or 8 bits per channel, per tensor or in groups"
+            f"format must be integers of 3, 4 or 8 bits per channel, per tensor or in groups for GPTQ, got {format.describe()}"
         )
     if not damping > 0:
-        raise ValueError(f"damping={damping} must be positive; 0.01 is usual")
+        raise ValueError(f"damping must be positive, got {damping}. 0.01 is a common value")
     if kernel.ndim != 2 or gram.shape != (kernel.shape[0],) * 2:
         raise ValueError(
-            f"a kernel of shape {kernel.shape} and a Gram matrix of shape {gram.shape}: they must be (in, out) and (in, in)"
+            f"kernel and gram must have shapes (in, out) and (in, in), got {kernel.shape} and {gram.shape}"
         )
     d_in, d_out = kernel.shape
-    grouped_shape(kernel.shape, format)  # what does not fit is refused here
+    grouped_shape(kernel.shape, format)  # raises for a format that does not match the shape
     factor = _factor(gram.astype(jnp.float32), damping)
     if format.granularity == "group":
         width = format.group_size or d_in
@@ -72,7 +77,7 @@ def gptq(
     whole = jnp.arange(d_in)
 
     def group(weights: Array, start: Array) -> tuple[Array, tuple[Array, Array, Array | None]]:
-        """Rounds the rows of one group; all later rows make up for it."""
+        """Round the rows of one group, and compensate in all later rows."""
         if format.granularity == "group":
             own = jax.lax.dynamic_slice(weights, (start, 0), (width, d_out))
             one = Format(
@@ -100,7 +105,7 @@ def gptq(
     starts = jnp.arange(0, d_in, width)
     _, (codes, s, z) = jax.lax.scan(group, kernel.astype(jnp.float32), starts)
     codes = codes.reshape(d_in, d_out)
-    # A factor that does not exist must not end as codes that look sound.
+    # If the factorization fails, the codes must not look valid.
     s = jnp.where(jnp.isfinite(factor).all(), s, jnp.nan)
     if format.granularity == "group":
         return Quantized(codes, s, z, format)
@@ -108,15 +113,15 @@ def gptq(
 
 
 def can_gptq(format: Format) -> bool:
-    """Whether a format is of those that `gptq` takes."""
+    """Return whether ``gptq`` supports a format."""
     by_group = format.granularity in ("tensor", "channel", "group")
     return format.bits > 2 and not format.floating and by_group
 
 
 def _factor(gram: Array, damping: float) -> Array:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix."""
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix."""
     diagonal = jnp.diagonal(gram)
-    # An input that is always zero would make the matrix singular; what its weights become does not matter.
+    # An input that is always zero would make the matrix singular; the values of its weights do not matter.
     gram = gram + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0) + damping * jnp.mean(diagonal))
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(gram), True), identity)

@@ -1,4 +1,4 @@
-"""What the inputs of a model's dense layers are like, for quantizers that look at them."""
+"""Statistics of the inputs of a model's dense layers, for quantizers that use them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from effscale.models import Transformer
 from effscale.models.validation import is_finite
 
 GIVEN = ("attention_mask", "positions", "segment_ids", "type_ids")
-"""What a batch may hold besides ``input_ids``."""
+"""Keys that a batch may have in addition to ``input_ids``."""
 
 READERS = {
     "attention_in": ("attention.query", "attention.key", "attention.value"),
@@ -20,18 +20,18 @@ READERS = {
     "feed_forward_in": ("feed_forward.gate", "feed_forward.up"),
     "feed_forward_inner": ("feed_forward.down",),
 }
-"""Points of a layer, and the dense layers that read what stands there."""
+"""Capture points of a layer, and the dense layers that read the value there."""
 
 
 class InputRange(NamedTuple):
-    """The least and the greatest number that a dense layer reads."""
+    """The smallest and the largest value that a dense layer reads."""
 
     low: Float[Array, ""]
     high: Float[Array, ""]
 
 
 def captured(model: Transformer, batch: Mapping[str, Any], **options: Any) -> tuple[Any, ...]:
-    """What ``model.encode(..., capture=...)`` captures for a batch with ``input_ids`` and any of `GIVEN`."""
+    """Return what ``model.encode(..., capture=...)`` captures for a batch with ``input_ids`` and any of ``GIVEN``."""
     given = {name: batch[name] for name in GIVEN if name in batch}
     return model.encode(batch["input_ids"], **given, **options).captured
 
@@ -39,23 +39,25 @@ def captured(model: Transformer, batch: Mapping[str, Any], **options: Any) -> tu
 def input_grams(
     model: Transformer, batches: Iterable[Mapping[str, Any]], *, normalize: bool = False
 ) -> dict[str, Float[Array, "d_in d_in"]]:
-    """The Gram matrices of the inputs of every dense layer, for `gptq` and for ``quantize_model(..., grams=)``.
+    """Compute the Gram matrices of the inputs of every dense layer, for ``gptq`` and for ``quantize_model(...,
+    grams=)``.
 
-    They take as much memory as the squares of the layers' input widths, in float32.
+    Each matrix takes the square of the layer's input width in memory, in float32.
 
     Args:
-        model: A model of the library.
-        batches: ``input_ids`` of shape ``(batch, seq)``, and where present ``attention_mask``, ``positions``, ``segment_ids`` and
-            ``type_ids``. GPTQ's paper takes 128 rows of 2,048 tokens. Padding does not count.
-        normalize: Divide each token's inputs by their root mean square, so that all tokens count alike. GPTQ's paper does not.
-            Some models give their first token inputs so large that they outweigh all others in a few layers; GPTQ
-            then rounds these layers for that token at the cost of the rest.
+        model: A model of this library.
+        batches: ``input_ids`` of shape ``(batch, seq)``, and optionally ``attention_mask``, ``positions``,
+            ``segment_ids`` and ``type_ids``. GPTQ's paper uses 128 rows of 2,048 tokens. Padding does not count.
+        normalize: Divide each token's inputs by their root mean square, so that all tokens have equal weight. GPTQ's
+            paper does not. In a few layers of some models, the inputs of the first token are so large that they
+            outweigh all others, and GPTQ then rounds these layers for that token at the cost of the rest.
 
     Returns:
-        By the weights' names, as in a `Rule`: ``layers.3.attention.query.kernel``. Layers that read the same share a matrix.
+        The matrices by weight name, as in a ``Rule``: ``layers.3.attention.query.kernel``. Layers that read the same
+        input share a matrix.
 
     Raises:
-        ValueError: There is no batch.
+        ValueError: ``batches`` is empty.
     """
 
     def gram(x: Array, real: Array | None) -> Array:
@@ -73,23 +75,23 @@ def input_grams(
 def input_ranges(
     model: Transformer, batches: Iterable[Mapping[str, Any]], *, momentum: float = 0.95
 ) -> dict[str, InputRange]:
-    """The ranges of the inputs of every dense layer, for ``quantize_model(..., ranges=)``: static calibration.
+    """Compute the ranges of the inputs of every dense layer, for ``quantize_model(..., ranges=)``: static calibration.
 
-    The first batch sets a range, and each further one moves it: ``momentum * old + (1 - momentum) * new``, as in DeepSpeed.
+    The first batch sets a range, and each further batch moves it: ``momentum * old + (1 - momentum) * new``, as in DeepSpeed.
 
     Args:
-        model: A model of the library.
-        batches: As for `input_grams`.
-        momentum: How much of the old range each batch keeps.
+        model: A model of this library.
+        batches: As for ``input_grams``.
+        momentum: Fraction of the old range that is kept at each batch.
 
     Returns:
-        By the weights' names, as in a `Rule`.
+        The ranges by weight name, as in a ``Rule``.
 
     Raises:
-        ValueError: There is no batch, or ``momentum`` is out of range.
+        ValueError: ``batches`` is empty, or ``momentum`` is out of range.
     """
     if not (is_finite(momentum) and 0 <= momentum < 1):
-        raise ValueError(f"momentum={momentum!r} must lie in [0, 1); 0.95 is usual")
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}. 0.95 is a common value")
 
     def extremes(x: Array, real: Array | None) -> Array:
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
@@ -105,7 +107,7 @@ def input_ranges(
 def _over_batches(
     model: Transformer, batches: Iterable[Mapping[str, Any]], look: Any, combine: Any
 ) -> Iterator[tuple[str, Array]]:
-    """What ``look`` sees of each dense layer's input, combined over the batches, by the layers' names."""
+    """Return what ``look`` computes from each dense layer's input, combined over the batches, by layer name."""
     points = [point for point in READERS if point in model.config.points]
 
     @jax.jit
@@ -120,7 +122,7 @@ def _over_batches(
         found = seen(model, dict(batch))
         total = found if total is None else jax.tree.map(combine, total, found)
     if total is None:
-        raise ValueError("batches: there is none")
+        raise ValueError("batches must not be empty")
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     first = 0
     for index, (group, blocks) in enumerate(zip(model.config.groups, total, strict=True)):

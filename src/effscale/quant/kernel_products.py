@@ -1,6 +1,6 @@
-"""Products of packed weights by the kernels for TPUs and GPUs, where there is one that is of use.
+"""Products of packed weights by the TPU and GPU kernels, where a kernel helps.
 
-What is left to the compilers, and why, is in ``docs/kernels.md``.
+``docs/kernels.md`` explains which products are left to the compilers, and why.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from effscale.quant.packed import PackedWeight
 
 _TOKENS = (Format(granularity="token"), Format(granularity="token", symmetric=False))
-"""What the kernel quantizes inputs to."""
+"""The input formats that the kernel supports."""
 
 
 def kernel_serves(x: Float[Array, "rows d_in"], weight: "PackedWeight") -> bool:
-    """Whether a kernel is to multiply, on the machine that the program is made for.
+    """Return whether a kernel should compute the product on the machine that the program is compiled for.
 
-    A kernel of 8-bit products quantizes its inputs itself. Inputs of other formats, asymmetric weights under them, and
-    tables that are read as such are left to the compilers; so are 8-bit weights with a scale per output and floats as inputs, which
-    they turn into floats within the product without help.
+    A kernel for 8-bit products quantizes its inputs itself. Left to the compilers are quantized inputs in other
+    formats, asymmetric weights with quantized inputs, and tables that are used as tables. So are 8-bit weights with
+    one scale per output and float inputs, which compilers convert to floats inside the product on their own.
     """
     name = dispatch.accelerator()
     plain = weight.is_table or weight.format.floating or weight.data.ndim != 2
@@ -54,7 +54,7 @@ def kernel_product(
     bias: Float[Array, " d_out"] | None,
     weight: "PackedWeight",
 ) -> Float[Array, "rows d_out"]:
-    """``activation(x W + b)`` by a kernel. The gradient passes to ``x`` as if neither it nor the weight had been rounded."""
+    """Compute ``activation(x W + b)`` with a kernel. The gradient passes to ``x`` as if neither ``x`` nor the weight had been rounded."""
     within = None if activation is None else _WITHIN.get(activation)
     scale, zero = _of_groups(weight)
     options: dict[str, Any] = {"bits": stored_bits(weight.format.bits), "activation": within}
@@ -84,7 +84,7 @@ kernel_product.defvjp(_forward, _backward)
 
 
 def _of_groups(weight: "PackedWeight") -> tuple[Array, Array | None]:
-    """Scales and zero points, ``(groups, out)``."""
+    """Return scales and zero points, ``(groups, out)``."""
     d_out = weight.data.shape[0]
 
     def spread(a: Array | None) -> Array | None:
@@ -98,7 +98,7 @@ def _of_groups(weight: "PackedWeight") -> tuple[Array, Array | None]:
 
 
 def _erf(x: Array) -> Array:
-    """The error function as a quotient of polynomials, since not every kernel has one; XLA's own, to 2e-7."""
+    """Compute the error function as a quotient of polynomials, since not every kernel backend has it; within 2e-7 of XLA's."""
     x = jnp.clip(x, -4.0, 4.0)
     square = x * x
     above, below = (_polynomial(square, numbers) for numbers in (_ERF_ABOVE, _ERF_BELOW))
@@ -138,4 +138,4 @@ _WITHIN: dict[Activation, Callable[[Array], Array]] = {
     "relu2": lambda x: jnp.square(jnp.maximum(x, 0.0)),
     "relu6": lambda x: jnp.clip(x, 0.0, 6.0),
 }
-"""The activations that kernels hold, in operations that Pallas has on TPUs and GPUs. The others follow as a pass of their own."""
+"""The activations that kernels fuse, in operations that Pallas supports on TPUs and GPUs. Others run as a separate pass."""

@@ -1,14 +1,17 @@
-r"""LKD: layer-by-layer knowledge distillation, which teaches each quantized layer what its own float layer does.
+r"""LKD: layer-by-layer knowledge distillation, which trains each quantized layer to match its float layer.
 
 With :math:`L_k` the layers of the teacher, :math:`\hat L_k` those of the student, and :math:`h_{k-1} = L_{k-1} \circ \dots \circ L_1(x)`
 the teacher's hidden states, the student's layer k minimizes
 
 .. math:: \mathrm{mean} \bigl( \hat L_k(h_{k-1}) - L_k(h_{k-1}) \bigr)^2
 
-Its input is the teacher's, so layers do not wait for each other, and besides one layer with its optimizer nothing is trained in
-memory. No labels are needed; the text may be of another kind than what the model is used for, or random.
+Each layer's input comes from the teacher, so layers can be trained independently, and only one layer with its
+optimizer is trained in memory. No labels are needed. The text may differ from what the model is used for, or may be
+random.
 
-Source: Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers", 2022, section 4.3.
+References:
+    Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers" (2022),
+        section 4.3. https://arxiv.org/abs/2206.01861
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ from effscale.training import AdamWConfig, Loss, create_train_state, make_train_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LKD:
-    """How layers are distilled. The defaults are those of ZeroQuant's published script.
+    """Options of layer-by-layer distillation. The defaults are those of ZeroQuant's published script.
 
     Example:
         >>> LKD(steps=300).learning_rate
@@ -42,13 +45,13 @@ class LKD:
     """
 
     steps: int = 100
-    """Steps of each layer; the batches are gone through again and again."""
+    """Optimizer steps per layer; the batches are cycled through."""
     learning_rate: float = 5e-6
-    """The learning rate."""
+    """Learning rate."""
     cosine: bool = False
-    """Lower the learning rate to zero along a cosine in each layer's steps; otherwise it is constant, as in the script."""
+    """Decay the learning rate to zero along a cosine over the steps of each layer; otherwise it is constant, as in the script."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
-    """AdamW."""
+    """Options of AdamW."""
 
     def __post_init__(self):
         check(self, self.steps >= 1, "steps", "at least 1")
@@ -57,7 +60,7 @@ class LKD:
 
 
 class Distilled(NamedTuple):
-    """What `distill_layers` gives: the student, and the losses of every step, ``(layers, steps)``."""
+    """The result of ``distill_layers``: the student, and the loss of every step, ``(layers, steps)``."""
 
     model: Transformer
     losses: Float[np.ndarray, "layers steps"]
@@ -71,25 +74,27 @@ def distill_layers(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Distilled:
-    """Teaches each layer of a student what the teacher's layer at the same place does.
+    """Train each layer of a student to match the teacher's layer at the same position.
 
-    The teacher's hidden states of all batches are kept on the host, for one layer at a time, or one for each of the devices.
+    The teacher's hidden states of all batches are kept in host memory, for one layer at a time, or for one layer per
+    device.
 
     Args:
-        teacher: A float model of the library.
-        student: The same model with fake-quantized weights, from `fake_quantize_model`. Pack it afterwards with
-            `quantize_model` and the same recipe.
-        batches: ``input_ids`` of shape ``(batch, seq)``, all of one shape, and where present ``attention_mask``, ``positions``,
-            ``segment_ids`` and ``type_ids``. Padding does not count. Any text does.
-        config: How; None takes the defaults of `LKD`.
-        devices: Devices that teach a layer each at the same time; layers in a row must then have the same formats to be taught together.
-            None teaches one layer after another, where the models are.
+        teacher: A float model of this library.
+        student: The same model with fake-quantized weights, from ``fake_quantize_model``. Pack it afterwards with
+            ``quantize_model`` and the same recipe.
+        batches: ``input_ids`` of shape ``(batch, seq)``, the same shape in all batches, and optionally
+            ``attention_mask``, ``positions``, ``segment_ids`` and ``type_ids``. Padding does not count. Any text
+            works.
+        config: Options; None uses the defaults of ``LKD``.
+        devices: Devices that train one layer each at the same time. Only consecutive layers with the same formats are
+            trained together. None trains one layer after another, on the device of the models.
 
     Returns:
-        The student with its layers trained, all else as it was, and the losses.
+        The student with trained layers and everything else unchanged, and the losses.
 
     Raises:
-        ValueError: There is no batch or no device, or the models have different numbers of layers.
+        ValueError: ``batches`` or ``devices`` is empty, or the models have different numbers of layers.
 
     Example:
         >>> from flax import nnx
@@ -103,21 +108,24 @@ def distill_layers(
         >>> small = quantize_model(found.model, w4a8())
 
     References:
-        Yao et al., `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, 2022
+        Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers"
+            (2022). https://arxiv.org/abs/2206.01861
     """
     config = config or LKD()
     count = teacher.config.num_layers
     if student.config.num_layers != count:
-        raise ValueError(f"the student has {student.config.num_layers} layers, the teacher {count}")
+        raise ValueError(
+            f"student must have the teacher's number of layers, {count}, got {student.config.num_layers}"
+        )
     batches = list(batches)
     if not batches:
-        raise ValueError("batches: there is none")
+        raise ValueError("batches must not be empty")
     is_fake = lambda node: isinstance(node, FakeQuantizedWeight)
     if devices is not None and not devices:
-        raise ValueError("devices: there is none")
+        raise ValueError("devices must not be empty")
     if not any(map(is_fake, jax.tree.leaves(student.groups, is_leaf=is_fake))):
         raise ValueError(
-            "the student has no fake-quantized layer: make it with fake_quantize_model"
+            "the student has no fake-quantized layer. Convert it with fake_quantize_model"
         )
     rate: Any = config.learning_rate
     if config.cosine:
@@ -146,11 +154,11 @@ def distill_layers(
 
 
 class _Teacher:
-    """Trains single layers: one where it is, or one on each of some devices.
+    """Trains single layers: one at a time, or one on each of several devices.
 
     Args:
-        optimizer: Of each layer.
-        steps: Of each layer.
+        optimizer: The optimizer of each layer.
+        steps: Number of steps of each layer.
         devices: None for one layer at a time.
     """
 
@@ -158,7 +166,7 @@ class _Teacher:
         self.optimizer, self.steps, self.devices = optimizer, steps, devices
         step = make_train_step(_layer_loss, optimizer, trainable="groups")
         self.step = jax.jit(step)
-        # Hidden states and targets are each layer's own; what else a batch holds is of all.
+        # Hidden states and targets differ by layer; everything else in a batch is shared.
         self.steps_together = jax.jit(
             lambda state, own, batch: jax.vmap(lambda state, own: step(state, batch | own))(
                 state, own
@@ -171,7 +179,7 @@ class _Teacher:
         batches: Sequence[Mapping[str, Any]],
         lessons: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
     ) -> tuple[list[Transformer], np.ndarray]:
-        """The taught models, and their losses of shape ``(layers, steps)``; the lessons are each layer's inputs and targets."""
+        """Return the trained models and their losses of shape ``(layers, steps)``; ``lessons`` are each layer's inputs and targets."""
         key = jax.random.key(0)
         states = [
             create_train_state(pupil, self.optimizer, key=key, trainable="groups")
@@ -207,7 +215,7 @@ class _Teacher:
 
 
 def _taught_together(student: Transformer, most: int) -> list[list[int]]:
-    """Layers in a row that are alike, at most so many at a time."""
+    """Group consecutive layers that are alike, at most ``most`` in a group."""
 
     def form(layer: int) -> Any:
         pupil = jax.eval_shape(lambda: take_layers(student, [layer]))
@@ -224,14 +232,14 @@ def _taught_together(student: Transformer, most: int) -> list[list[int]]:
 
 
 def _with_bar(layers: Sequence[list[int]]) -> Iterable[list[int]]:
-    """The layers, with a bar on a terminal."""
+    """Iterate over the layers, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
         return layers
     return track(layers, "distilling layers", console=Console(stderr=True), transient=True)
 
 
 def _run(model: Transformer, batch: Mapping[str, Any], hidden: Array) -> Array:
-    """The output of a model's only layer for these hidden states, with the positions and masks of the batch."""
+    """Return the output of a one-layer model for these hidden states, with the positions and masks of the batch."""
 
     def feed(index: int, group: Any, x: Array, context: Any, cache: Any, key: Any) -> Any:
         del index
@@ -241,7 +249,7 @@ def _run(model: Transformer, batch: Mapping[str, Any], hidden: Array) -> Array:
 
 
 def _layer_loss(model: Transformer, batch: Mapping[str, Any], key: Any) -> Loss:
-    """The mean square of the difference from the target, over features and real tokens."""
+    """Compute the mean squared difference from the target, over features and real tokens."""
     del key
     found = _run(model, batch, batch["hidden"]).astype(jnp.float32)
     squares = jnp.mean(jnp.square(found - batch["target"].astype(jnp.float32)), axis=-1)

@@ -1,4 +1,4 @@
-"""What the weights of a model are called in transformers."""
+"""Names of a model's weights in transformers."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,14 +9,15 @@ from effscale.models import Transformer
 from effscale.quant.places import places
 
 Names = Mapping[str, tuple[str, ...]]
-"""By our name of a kernel or table, the names of its module in transformers: in files, and in memory where that is another."""
+"""Maps effscale's name of a kernel or table to the names of its module in transformers: the one in files, and the one in memory if it
+differs."""
 
 
 def module_names(model: Transformer) -> Names:
-    """The modules of transformers that hold each kernel and table.
+    """Return the transformers modules that hold each kernel and table.
 
     Raises:
-        ValueError: The model is of no family that transformers has.
+        ValueError: The model belongs to no family that transformers has.
 
     Example:
         >>> from effscale.models import abstract, bert
@@ -40,26 +41,28 @@ def module_names(model: Transformer) -> Names:
 
 
 def search(pattern: str, names: Names, where: str) -> list[str]:
-    """Our names of the weights in whose module's name a regular expression is found; a lone asterisk finds all.
+    """Return effscale's names of the weights whose module name matches a regular expression; a single asterisk matches all.
 
     Raises:
-        ValueError: It is no regular expression, or finds nothing; the error begins with ``where``.
+        ValueError: The pattern is not a regular expression, or it matches nothing; the error begins with ``where``.
     """
     if pattern == "*":
         return list(names)
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{where}={pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(
+            f"{where} must be a regular expression, got {pattern!r}: {error}"
+        ) from None
     found = [ours for ours, modules in names.items() if any(map(expression.search, modules))]
     if not found:
         like = ", ".join(modules[0] for modules in list(names.values())[:6])
-        raise ValueError(f"{where}={pattern!r} is found in no module's name; they are like {like}")
+        raise ValueError(f"{where}={pattern!r} matches no module name; the names look like {like}")
     return found
 
 
 def expression_of(chosen: Iterable[str], names: Iterable[str]) -> str:
-    r"""A regular expression that is found in exactly the chosen ones of our names.
+    r"""Return a regular expression that matches exactly the chosen ones of effscale's names.
 
     Example:
         >>> names = [f"layers.{i}.{part}.kernel" for i in range(3) for part in ("up", "down")]

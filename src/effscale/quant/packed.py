@@ -1,4 +1,4 @@
-"""Packed weights: quantized matrices that are multiplied as they lie in memory."""
+"""Packed weights: quantized matrices that are multiplied directly in their packed form."""
 
 import dataclasses
 import typing
@@ -19,35 +19,38 @@ from effscale.quant.quantizers import Quantized, encode, quantize
 from effscale.quant.row_products import row_product, serves_row
 
 WIDE = 8192
-"""From this many outputs on, XLA's CPU backend multiplies a single row slowly by weights that it converts to floats; four rows it does not."""
+"""From this number of outputs, XLA's CPU backend is slow at multiplying a single row by weights that it converts to floats, but not at
+multiplying four rows."""
 
 LONGEST = 2**31 // 2**14
-"""Inputs whose products of 8-bit codes add up within 32 bits."""
+"""Number of inputs from which a sum of products of 8-bit codes may overflow 32 bits."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
 class PackedWeight:
-    """A quantized matrix; itself a weight, see `effscale.models.Weight`. Made by `pack_weight`.
+    """A quantized matrix, created by ``pack_weight``; implements ``effscale.models.Weight``.
 
-    It stands for a dense kernel of shape ``(..., in, out)``, or, if ``is_table``, for a table of embeddings of shape
-    ``(..., rows, width)``: in memory both are rows of packed codes, the rows being outputs of the kernel or those of the table.
+    It represents a dense kernel of shape ``(..., in, out)``, or, if ``is_table``, an embedding table of shape ``(...,
+    rows, width)``. In memory both are rows of packed codes: one row per output of the kernel, or per row of the
+    table.
 
     Attributes:
-        data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see `effscale.quant.packing`).
-        scale: float32, of `effscale.quant.scale_shape` of the kernel.
-        zero: float32, likewise; None for symmetric formats.
-        input_scale: float32, one per matrix: the scale of its inputs, from static calibration. None computes each input's own.
-        input_zero: float32, likewise; None for symmetric formats.
-        sums: int32, ``(..., out)``: the sum of each output's codes, by which the zero points of its inputs are multiplied; None where
-            inputs have none.
-        format: Of the weight.
-        activations: What inputs are quantized to before the product; None leaves them as they are. With it the product is one of
-            integers, unless the weight has groups along its inputs or one of the two is float8. In these cases, and without
-            it, the weight is converted to floats within the product.
-        is_table: Whether it stands for a table, whose transpose is the kernel.
-        compute: The type of the result.
+        data: Packed codes, ``(..., out, in * bits / 8)`` bytes (see ``effscale.quant.packing``).
+        scale: float32, of shape ``effscale.quant.scale_shape`` of the kernel.
+        zero: float32, same shape as ``scale``; None for symmetric formats.
+        input_scale: float32, one per matrix: the scale of its inputs, from static calibration. If None, the scale of
+            each input is computed from the input.
+        input_zero: float32, same shape as ``input_scale``; None for symmetric formats.
+        sums: int32, ``(..., out)``: the sum of each output's codes, which is multiplied by the zero points of the
+            inputs; None if the inputs have no zero points.
+        format: Format of the weight.
+        activations: Format that inputs are quantized to before the product; None leaves them unquantized. If set, the
+            product is computed in integers, unless the weight has groups along its inputs or one of the two is
+            float8. In these cases, and if None, the weight is converted to floats inside the product.
+        is_table: Whether it represents a table, whose transpose is the kernel.
+        compute: The dtype of the result.
     """
 
     data: Shaped[Array, "*stack d_out bytes"]
@@ -65,37 +68,37 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the dense array that it stands for."""
+        """Shape of the dense array that it represents."""
         *stack, d_out, size = self.data.shape
         d_in = size * 8 // stored_bits(self.format.bits)
         return (*stack, d_out, d_in) if self.is_table else (*stack, d_in, d_out)
 
     @property
     def dtype(self) -> Any:
-        """Type of the result."""
+        """Dtype of the result."""
         return self.compute
 
     @property
     def T(self) -> "PackedWeight":
-        """The table of a kernel or the kernel of a table; nothing moves."""
+        """The transpose: the table of a kernel, or the kernel of a table; no data is moved."""
         return dataclasses.replace(self, is_table=not self.is_table)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """Bytes of the codes, scales and zero points."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
     def astype(self, dtype: Any) -> "PackedWeight":
-        """The same codes with results in another type."""
+        """Return the same codes with results in another dtype."""
         return dataclasses.replace(self, compute=jnp.dtype(dtype))
 
     def dense(self) -> Float[Array, "*shape"]:
-        """The numbers that the codes stand for."""
+        """Return the values that the codes represent."""
         kernel = self._quantized().values().astype(self.compute)
         return kernel.mT if self.is_table else kernel
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-        """Rows of the dense array; of a table, only these are unpacked."""
+        """Return rows of the dense array; for a table, only these rows are unpacked."""
         if not self.is_table or self.format.granularity == "block":
             return jnp.take(self.dense(), indices, axis=0, mode="clip")
         chosen = lambda a, axis: jnp.take(a, indices.reshape(-1), axis, mode="clip")
@@ -107,14 +110,14 @@ class PackedWeight:
 
     @property
     def input_form(self) -> tuple[str, Format, bool] | None:
-        """What an input is turned into before the product, so that several products of one input share it."""
+        """The form that an input is converted to before the product, so that several products of the same input can share it."""
         if self.is_table or self.activations is None:
             return None
-        # Layers that read the same input were calibrated on it alike.
+        # Layers that read the same input have the same calibration.
         return "codes", self.activations, self.input_scale is not None
 
     def prepare(self, x: Float[Array, "rows d_in"]) -> "PreparedInput":
-        """The input as codes."""
+        """Return the input as codes."""
         format, fixed = cast("Format", self.activations), jax.lax.stop_gradient(x)
         if self.input_scale is None:
             return PreparedInput(x, quantize(fixed, format))
@@ -124,12 +127,12 @@ class PackedWeight:
     def matmul(
         self, x: Any, bias: Float[Array, "d_out"] | None, activation: Activation | None
     ) -> Float[Array, "rows d_out"]:
-        """``activation(x W + b)``.
+        """Return ``activation(x W + b)``.
 
         Args:
-            x: ``(rows, in)``, or what `prepare` made of it.
+            x: ``(rows, in)``, or the result of ``prepare``.
             bias: ``(out,)`` or None.
-            activation: A name of `effscale.models.ACTIVATIONS`, or None.
+            activation: A name in ``effscale.models.ACTIVATIONS``, or None.
         """
         values = x.values if isinstance(x, PreparedInput) else x
         if kernel_serves(values, self):
@@ -143,7 +146,7 @@ class PackedWeight:
         return finish(y.astype(self.compute), bias, activation)
 
     def partition(self, axes: tuple[str | None, ...]) -> "PackedWeight":
-        """Logical axes of each part, from those of the dense array."""
+        """Return the logical axes of each part, given those of the dense array."""
         *stack, d_in, d_out = axes if not self.is_table else (*axes[:-2], axes[-1], axes[-2])
         groups = {
             "tensor": tuple(stack),
@@ -163,19 +166,19 @@ class PackedWeight:
         )
 
     def _quantized(self) -> Quantized:
-        """The codes and scales of the kernel."""
+        """Return the codes and scales of the kernel."""
         codes = self.data if self.format.floating else unpack(self.data, self.format.bits)
-        # Codes do not follow a gradient, so scales must not do so alone.
+        # Codes get no gradient, so scales must not get one either.
         scale, zero = jax.lax.stop_gradient((self.scale, self.zero))
         return Quantized(codes.mT, scale, zero, self.format)
 
     def _float_product(self, x: Array) -> Array:
-        """The product of an input as it is, and the weight as floats."""
+        """Multiply an unquantized input by the weight converted to floats."""
         product = lambda x: x @ self.dense()
         return product(x) if self.shape[-1] < WIDE else _few_rows_padded(product, x)
 
     def _integer_product(self, x: Quantized) -> Array:
-        """The product of codes as integers, with the scales behind it."""
+        """Multiply codes as integers, and apply the scales to the result."""
         if not _is_integer_product(self.format, x.format):
             rounded = x.values().astype(self.compute)
             return self._float_product(rounded)
@@ -213,21 +216,21 @@ def pack_weight(
     activations: Format | None = None,
     is_table: bool = False,
 ) -> PackedWeight:
-    """Quantizes and packs a matrix.
+    """Quantize and pack a matrix.
 
     Args:
         weight: A kernel ``(..., in, out)``, or a table ``(..., rows, width)``.
-        format: What its numbers become; ``channel`` means each output of a kernel, and each row of a table.
-        activations: What the inputs of its products are quantized to, per token or per tensor; None leaves them as they are.
-        is_table: Whether it is a table of embeddings.
+        format: The format of the weight; ``channel`` means each output of a kernel, or each row of a table.
+        activations: Format that the inputs are quantized to, per token or per tensor; None leaves them unquantized.
+        is_table: Whether it is an embedding table.
 
     Raises:
-        ValueError: The formats do not fit the matrix, or each other.
+        ValueError: The formats do not match the matrix or each other.
 
     Example:
         >>> weight = jax.random.normal(jax.random.key(0), (64, 32))
         >>> packed = pack_weight(weight, Format(bits=4), activations=Format(granularity="token"))
-        >>> packed.nbytes, weight.nbytes  # half a byte each, and a scale per output
+        >>> packed.nbytes, weight.nbytes  # half a byte per value, and one scale per output
         (1152, 8192)
         >>> x = jax.random.normal(jax.random.key(1), (8, 64))
         >>> error = packed.matmul(x, None, None) - x @ weight
@@ -243,16 +246,16 @@ def pack_weight(
 def pack_quantized(
     found: Quantized, dtype: Any, *, activations: Format | None = None, is_table: bool = False
 ) -> PackedWeight:
-    """Packs a kernel that is quantized already, by `effscale.quant.gptq` for instance.
+    """Pack a kernel that is already quantized, for example by ``effscale.quant.gptq``.
 
     Args:
         found: Codes and scales of a kernel ``(..., in, out)``.
-        dtype: The type of the results of its products.
-        activations: As for `pack_weight`.
+        dtype: The dtype of results.
+        activations: As for ``pack_weight``.
         is_table: Whether the kernel is the transpose of a table.
 
     Raises:
-        ValueError: The codes do not fill whole bytes, or inputs cannot be quantized so.
+        ValueError: The codes do not fill whole bytes, or inputs cannot be quantized to ``activations``.
     """
     check_packable(found.codes.shape[-2], found.format, activations)
     format, codes = found.format, found.codes.mT
@@ -282,7 +285,7 @@ def packed_of_arrays(
     is_table: bool,
     dtype: Any,
 ) -> PackedWeight:
-    """A packed weight of arrays as a file holds them, which may be NumPy's and stay so; they must fit each other."""
+    """Build a packed weight from the arrays of a file. NumPy arrays stay NumPy arrays. The arrays must match each other."""
     sums: Any = None
     if _needs_sums(format, activations):
         sums = np.asarray(_sums(unpack(jnp.asarray(data), format.bits)))
@@ -301,33 +304,33 @@ def packed_of_arrays(
 
 
 def check_packable(d_in: int, format: Format, activations: Format | None) -> None:
-    """Raise a ``ValueError`` unless a kernel with so many inputs can be packed, and its inputs quantized, in these formats."""
+    """Raise a ``ValueError`` unless a kernel with ``d_in`` inputs can be packed and its inputs quantized in these formats."""
     check_formats(format, activations)
     per_byte = 8 // stored_bits(format.bits)
     if d_in % per_byte:
         raise ValueError(
-            f"{d_in} inputs in {format.bits} bits do not fill whole bytes: {per_byte} go into one"
+            f"the number of inputs must be a multiple of {per_byte} to fill whole bytes with {format.bits}-bit codes, got {d_in}"
         )
     if activations is not None and _is_integer_product(format, activations) and d_in >= LONGEST:
         raise ValueError(
-            f"the sum of {d_in} products of codes may overflow 32 bits: fewer than {LONGEST} do not"
+            f"the number of inputs must be less than {LONGEST}, got {d_in}: the sum of their products may overflow 32 bits"
         )
 
 
 def check_formats(weights: Format, activations: Format | None) -> None:
-    """Raise a ``ValueError`` for formats that are not of weights, or not of activations."""
+    """Raise a ``ValueError`` if a format is not valid for weights or for activations."""
     if weights.granularity == "token":
         raise ValueError(
-            "granularity='token' is for activations: weights have tensor, channel, group or block"
+            "granularity must be tensor, channel, group or block for weights, got 'token', which is for activations"
         )
     if activations is not None and activations.granularity not in ("token", "tensor"):
         raise ValueError(
-            f"activations: granularity={activations.granularity!r}: must be token or tensor"
+            f"activations: granularity must be token or tensor, got {activations.granularity!r}"
         )
 
 
 class PreparedInput(NamedTuple):
-    """An input, and what it was quantized to."""
+    """An input and its quantized form."""
 
     values: Array
     codes: Quantized
@@ -335,7 +338,7 @@ class PreparedInput(NamedTuple):
 
 @jax.custom_vjp
 def _product_of_codes(x: Array, codes: Quantized, weight: PackedWeight) -> Array:
-    """The product of codes. The gradient passes to ``x`` as if neither it nor the weight had been rounded."""
+    """Multiply codes. The gradient passes to ``x`` as if neither ``x`` nor the weight had been rounded."""
     del x
     return weight._integer_product(codes)
 
@@ -359,7 +362,7 @@ _product_of_codes.defvjp(_product_forward, _product_backward)
 
 
 def _needs_sums(format: Format, activations: Format | None) -> bool:
-    """Whether a product of codes has zero points of its inputs to multiply by the sums of a weight's codes."""
+    """Return whether a product of codes must multiply the zero points of its inputs by the sums of the weight's codes."""
     if activations is None or activations.symmetric:
         return False
     return _is_integer_product(format, activations)
@@ -371,17 +374,19 @@ def _sums(codes: Array) -> Array:
 
 
 def _is_integer_product(weights: Format, activations: Format) -> bool:
-    """Whether codes alone can be added up: not if scales change along the sum, nor if they are floats."""
+    """Return whether products of codes can be summed as integers: not if scales vary along the sum, nor if codes are floats."""
     return weights.granularity != "group" and not weights.floating and not activations.floating
 
 
 def _few_rows_padded(product: Callable[[Array], Array], x: Array) -> Array:
-    """``product(x)``, of four rows in place of one: XLA's CPU backend turns integers into 32 bits for a single row, which takes five times as long."""
+    """Compute ``product(x)``, with a single row padded to four: for a single row, XLA's CPU backend converts integers to 32 bits, which takes
+    five times as long.
+    """
     if x.shape[0] != 1:
         return product(x)
     return product(jnp.pad(x, ((0, 3), (0, 0))))[:1]
 
 
 def _per_output(a: Array, d_out: int) -> Array:
-    """One number for each output, of one for all, for each block, or for each."""
+    """Expand one value per matrix, per block or per output to one value per output."""
     return jnp.repeat(a.reshape(-1), d_out // a.size)

@@ -1,11 +1,12 @@
-r"""Codes of 4, 2 and 1 bits in bytes.
+r"""Pack codes of 4, 2 and 1 bits into bytes.
 
-A row of k codes of b bits takes k b / 8 bytes. It is cut into p = 8 / b *planes* of k / p consecutive codes each, and byte i holds the
-i-th code of every plane, the first plane in its lowest bits. So unpacking a plane is one shift of whole bytes, and a product is
-the sum of p products of planes: no code has to move to another place, which is what makes packed weights slow elsewhere.
+A row of k codes of b bits takes k b / 8 bytes. It is split into p = 8 / b *planes* of k / p consecutive codes each,
+and byte i holds the i-th code of every plane, the first plane in the lowest bits. Unpacking a plane is then one shift
+of whole bytes, and a product is the sum of p products of planes. No code has to move to another position, which is
+what makes packed weights slow in other layouts.
 
-Integers and ternary codes are two's complement; a binary code is 1 where its bit is set and -1 elsewhere. Codes of 3 bits are kept
-in 4.
+Integers and ternary codes are in two's complement. A binary code is 1 if its bit is set and -1 otherwise. Codes of 3
+bits are stored in 4 bits.
 """
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from kernels_pallas import packed_codes
 
 
 def stored_bits(bits: int) -> int:
-    """The bits that a code takes in memory.
+    """Return the number of bits that a code takes in memory.
 
     Example:
         >>> [stored_bits(bits) for bits in (1, 2, 3, 4, 8)]
@@ -25,10 +26,10 @@ def stored_bits(bits: int) -> int:
 
 
 def pack(codes: Int8[Array, "*batch codes"], bits: int) -> Int8[Array, "*batch bytes"]:
-    """Codes of ``bits`` bits in bytes.
+    """Pack codes of ``bits`` bits into bytes.
 
     Raises:
-        ValueError: The last dimension is no multiple of the codes in a byte.
+        ValueError: The last dimension is not a multiple of the number of codes in a byte.
 
     Example:
         >>> pack(jnp.array([1, -2, 3, 7], jnp.int8), 4).tolist()  # 0x31, 0x7e
@@ -38,7 +39,7 @@ def pack(codes: Int8[Array, "*batch codes"], bits: int) -> Int8[Array, "*batch b
     planes = 8 // bits
     if codes.shape[-1] % planes:
         raise ValueError(
-            f"{codes.shape[-1]} codes of {bits} bits do not fill whole bytes: {planes} go into one"
+            f"the last dimension must be a multiple of {planes} to fill whole bytes with {bits}-bit codes, got {codes.shape[-1]}"
         )
     if planes == 1:
         return codes
@@ -55,7 +56,7 @@ def pack(codes: Int8[Array, "*batch codes"], bits: int) -> Int8[Array, "*batch b
 def unpack_planes(
     packed: Int8[Array, "*batch bytes"], bits: int
 ) -> list[Int8[Array, "*batch bytes"]]:
-    """The planes of codes, first to last.
+    """Unpack the planes of codes, first to last.
 
     Example:
         >>> [plane.tolist() for plane in unpack_planes(jnp.array([49, 126], jnp.int8), 4)]
@@ -65,7 +66,7 @@ def unpack_planes(
 
 
 def unpack(packed: Int8[Array, "*batch bytes"], bits: int) -> Int8[Array, "*batch codes"]:
-    """The codes, as they were before `pack`."""
+    """Unpack the codes; the inverse of ``pack``."""
     return jnp.concatenate(unpack_planes(packed, bits), axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""The weights of a model by name, and which rule decides about which of them."""
+"""The weights of a model by name, and the rule that applies to each."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
@@ -13,11 +13,11 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 @runtime_checkable
 class Named(Protocol):
-    """A rule: something for the weights that an expression names."""
+    """A rule for the weights whose name matches an expression."""
 
     @property
     def where(self) -> str:
-        """A regular expression that is searched in a weight's name."""
+        """A regular expression to search in a weight's name."""
         ...
 
 
@@ -25,7 +25,7 @@ AnyRule = TypeVar("AnyRule", bound=Named)
 
 
 class Place(NamedTuple):
-    """A weight's name for rules, its path in the model, and the first layer of its group's repetition; None outside of layers."""
+    """A weight's name for rules, its path in the model, and the first layer of the repetition it belongs to (None outside layers)."""
 
     name: str
     path: str
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 def places(model: nnx.Module) -> list[Place]:
-    """Every kernel and table of a model; one that is stacked stands there once for each of its layers."""
+    """Return every kernel and table of a model; a stacked one appears once for each of its layers."""
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     paths = [path for path in paths if path.endswith(("kernel", "embedding"))]
     if not isinstance(model, Transformer):
@@ -53,7 +53,7 @@ def places(model: nnx.Module) -> list[Place]:
 
 
 def decisions(found: list[Place], rules: Sequence[AnyRule]) -> dict[str, AnyRule]:
-    """For each weight that a rule matches, its name and the first such rule; raises for a rule that is left without a weight."""
+    """Map the name of each weight that a rule matches to the first such rule; raises if a rule is left without a weight."""
     names = [place.name for place in found]
     decided: dict[str, AnyRule] = {}
     for rule in rules:
@@ -61,7 +61,7 @@ def decisions(found: list[Place], rules: Sequence[AnyRule]) -> dict[str, AnyRule
         new = [name for name in names if chosen(name) and name not in decided]
         if not new:
             raise ValueError(
-                f"where={rule.where!r} is left without a weight: the rules before it match all of its own"
+                f"where={rule.where!r} has no weight left: earlier rules match all the weights that it matches"
             )
         decided |= dict.fromkeys(new, rule)
     return decided
@@ -74,14 +74,15 @@ def map_by_rules(
     *,
     kind: Callable[[AnyRule | None], Hashable],
 ) -> Model:
-    """The model with its weights converted by the rules that decide about them.
+    """Return the model with its weights converted by the rules that apply to them.
 
     Args:
         model: Any ``nnx`` module.
-        rules: In order.
-        convert: ``convert(weight, rule, names)``, with the names of the weight's layers, gives what takes the weight's place.
-            Its ``ValueError`` is raised again with the first name before it.
-        kind: What of a rule makes a difference: layers of one stack that get different kinds become groups of their own.
+        rules: The rules, in order of precedence.
+        convert: ``convert(weight, rule, names)``, with the names of the weight in its layers, returns the
+            replacement. A ``ValueError`` from it is raised again, prefixed with the first name.
+        kind: The property of a rule that splits stacks: layers of a stack with rules of different kinds become
+            separate groups.
     """
     found = places(model)
     decided = decisions(found, rules)
@@ -109,7 +110,7 @@ def map_by_rules(
 def _begins(
     found: list[Place], decided: Mapping[str, AnyRule], kind: Callable[[AnyRule | None], Hashable]
 ) -> list[int]:
-    """Layers that get another kind of rule than the layer before them in the same stack."""
+    """Return the layers whose kind of rule differs from that of the layer before them in the same stack."""
     last: dict[str, Hashable] = {}
     begins = set()
     for place in found:

@@ -1,4 +1,4 @@
-"""qwix's ``QArray`` from packed weights, and packed weights from them."""
+"""Convert between packed weights and qwix's ``QArray``."""
 
 import typing
 
@@ -18,16 +18,17 @@ TYPES = {8: "int8", 4: "int4", 3: "int4", 2: "int2"}
 
 
 def to_qarray(weight: PackedWeight) -> "QArray":
-    """A packed kernel as qwix holds it.
+    """Convert a packed kernel to a ``QArray`` of qwix.
 
     Args:
-        weight: A kernel ``(..., in, out)``, or a stack of them, in integers of 2 bits or more or in float8.
+        weight: A kernel ``(..., in, out)``, or a stack of kernels, in integers of 2 bits or more or in float8.
 
     Returns:
-        Codes in the shape of the kernel, with a scale of the same number of dimensions.
+        Codes in the shape of the kernel, with a scale that has the same number of dimensions.
 
     Raises:
-        ValueError: qwix has no such format: one bit, a table, or a zero point that is no multiple of the scale.
+        ValueError: qwix has no such format: one bit, an embedding table, or a zero point that is not an integer
+            multiple of the scale.
         ImportError: qwix is not installed.
 
     Example:
@@ -40,22 +41,24 @@ def to_qarray(weight: PackedWeight) -> "QArray":
     QArray = _qarray()
     format = weight.format
     if weight.is_table:
-        raise ValueError("a table of embeddings: take its transpose, which is a kernel")
+        raise ValueError("weight must be a kernel, got an embedding table. Use its transpose")
     if format.bits == 1:
-        raise ValueError("qwix has no codes of one bit that are -1 and 1")
+        raise ValueError(
+            "weight must have 2 bits or more, got one bit: qwix has no one-bit codes -1 and 1"
+        )
     codes = weight.data if format.floating else unpack(weight.data, format.bits)
     kind = "float8_e4m3fn" if format.floating else TYPES[format.bits]
     scale, zero = _spread(weight.scale, weight), None
     if weight.zero is not None:
         if not format.integer_zero:
             raise ValueError(
-                "its zero points are no multiples of its scales, which Format(integer_zero=True) would make them"
+                "weight must have zero points that are integer multiples of its scales. Quantize with Format(integer_zero=True)"
             )
         zero = -jnp.round(_spread(weight.zero, weight) / scale)
         low, high = -(2 ** (format.bits - 1)), 2 ** (format.bits - 1) - 1
         if not bool(jnp.all((zero >= low) & (zero <= high))):
             raise ValueError(
-                f"a zero point lies outside of {kind}: zero is not in the range of a group"
+                f"a zero point does not fit into {kind}: zero is not in the range of a group"
             )
         zero = zero.astype(kind)
     return QArray(codes.mT.astype(kind), scale, zero, kind)
@@ -64,16 +67,16 @@ def to_qarray(weight: PackedWeight) -> "QArray":
 def from_qarray(
     array: "QArray", *, activations: Format | None = None, dtype: typing.Any = jnp.float32
 ) -> PackedWeight:
-    """A packed weight from a kernel that qwix quantized; no code is rounded again.
+    """Convert a kernel that qwix quantized to a packed weight; no code is rounded again.
 
     Args:
-        array: Of shape ``(..., in, out)``: int8, int4, int2 or float8_e4m3fn, with scales per matrix, per output, or per group of
+        array: A kernel ``(..., in, out)`` in int8, int4, int2 or float8_e4m3fn, with scales per matrix, per output, or per group of
             inputs and output.
-        activations: What inputs of its products are quantized to; None leaves them as they are.
-        dtype: The type of the results of its products.
+        activations: Format that the inputs are quantized to; None leaves them unquantized.
+        dtype: The dtype of results.
 
     Raises:
-        ValueError: The codes are of another type, or the scales are shared otherwise.
+        ValueError: The codes have another dtype, or the scales are shared in another way.
 
     Example:
         >>> import qwix
@@ -86,13 +89,13 @@ def from_qarray(
     kinds = {"int8": (8, False), "int4": (4, False), "int2": (2, False), "float8_e4m3fn": (8, True)}
     kind = str(np.dtype(array.qvalue.dtype))
     if kind not in kinds or array.qtype == "nf4":
-        raise ValueError(f"codes of {array.qtype or kind}: must be of one of {', '.join(kinds)}")
+        raise ValueError(f"codes must be {', '.join(kinds)}, got codes of {array.qtype or kind}")
     bits, floating = kinds[kind]
     *stack, d_in, d_out = array.qvalue.shape
     *of_stack, rows, columns = array.scale.shape
     if list(of_stack) != stack:
         raise ValueError(
-            f"scales of shape {array.scale.shape} for codes of shape {array.qvalue.shape}: each matrix of a stack needs its own"
+            f"each matrix of a stack needs its own scales, got scales of shape {array.scale.shape} for codes of shape {array.qvalue.shape}"
         )
     zero_point = array.zero_point
     if rows > 1:
@@ -101,8 +104,8 @@ def from_qarray(
         granularity = "channel" if columns == d_out and d_out > 1 else "tensor"
     if columns not in (1, d_out) or d_in % rows or (rows > 1 and columns != d_out):
         raise ValueError(
-            f"scales of shape {array.scale.shape} for codes of shape {array.qvalue.shape}: "
-            "must be per matrix, per output, or per group of inputs and output"
+            f"scales must be per matrix, per output, or per group of inputs and output, got scales of shape {array.scale.shape} "
+            f"for codes of shape {array.qvalue.shape}"
         )
     format = Format(
         bits=bits,
@@ -113,7 +116,7 @@ def from_qarray(
     )
     check_packable(d_in, format, activations)
     if bits == 2 and bool(jnp.any(array.qvalue.astype(jnp.int8) == -2)):
-        raise ValueError("codes of int2 hold -2: ternary codes are -1, 0 and 1")
+        raise ValueError("int2 codes must be -1, 0 and 1, got -2")
     axes = {"group": (), "channel": (-2,), "tensor": (-2, -1)}[granularity]
     scale = array.scale.astype(jnp.float32)
     zero = None if zero_point is None else -zero_point.astype(jnp.float32) * scale
@@ -125,7 +128,7 @@ def from_qarray(
 
 
 def _spread(a: jax.Array, weight: PackedWeight) -> jax.Array:
-    """Scales or zero points with as many dimensions as the kernel."""
+    """Return scales or zero points with the same number of dimensions as the kernel."""
     granularity = weight.format.granularity
     if granularity == "group":
         return a
@@ -135,9 +138,11 @@ def _spread(a: jax.Array, weight: PackedWeight) -> jax.Array:
 
 
 def _qarray() -> typing.Any:
-    """The class, or an error that says how to get it."""
+    """Return the class, or raise an error that says how to install it."""
     try:
         from qwix import QArray
     except ImportError as error:
-        raise ImportError(f"{error}: pip install 'effscale[qwix]'") from error
+        raise ImportError(
+            f"QArray needs qwix ({error}): install it with pip install qwix"
+        ) from error
     return QArray

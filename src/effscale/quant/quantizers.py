@@ -1,6 +1,6 @@
-r"""Quantizers: from real numbers to codes with scales, and back.
+r"""Quantizers: convert real numbers to codes with scales, and back.
 
-With s the scale of a group, b the bits, and m the largest magnitude in the group, a number x becomes
+With s the scale of a group, b the number of bits, and m the largest magnitude in the group, a value x becomes
 
 .. math::
     \mathrm{symmetric:}\quad & q = \mathrm{clip}(\mathrm{round}(x / s)), \qquad \hat x = s q \\
@@ -13,7 +13,11 @@ With s the scale of a group, b the bits, and m the largest magnitude in the grou
 As stored, the codes of asymmetric formats are signed, too: smaller by :math:`2^{b-1}`, with the zero point larger by
 :math:`2^{b-1} s`. Other spreads of codes over a range are those of `effscale.quant.formats.Spread`.
 
-Sources: Yao et al., ZeroQuant, 2022 (arXiv:2206.01861); Wu et al., XTC, 2022 (arXiv:2206.01859).
+References:
+    Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers" (2022).
+        https://arxiv.org/abs/2206.01861
+    Wu et al., "XTC: Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (2022).
+        https://arxiv.org/abs/2206.01859
 """
 
 import dataclasses
@@ -33,13 +37,13 @@ FLOAT8 = jnp.float8_e4m3fn
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
 class Quantized:
-    """Codes of numbers, and what turns them back into numbers.
+    """Quantized values: codes, and the scales that convert them back.
 
     Attributes:
-        codes: int8 (float8 for a floating format), in the shape of the numbers.
-        scale: float32, one per group of numbers, of `scale_shape`.
-        zero: float32, likewise: what is added; None for symmetric formats.
-        format: What they were quantized to.
+        codes: int8 (float8 for a floating format), in the shape of the values.
+        scale: float32, one per group of values, of shape ``scale_shape``.
+        zero: float32, same shape as ``scale``: the offset to add; None for symmetric formats.
+        format: The format of the codes.
     """
 
     codes: Shaped[Array, "*shape"]
@@ -48,7 +52,7 @@ class Quantized:
     format: Format = dataclasses.field(metadata={"static": True})
 
     def values(self) -> Float[Array, "*shape"]:
-        """The numbers that the codes stand for, in float32."""
+        """Return the values that the codes represent, in float32."""
         axes = AXES[self.format.granularity]
         codes = self.codes.reshape(grouped_shape(self.codes.shape, self.format))
         values = codes.astype(jnp.float32) * jnp.expand_dims(self.scale, axes)
@@ -60,22 +64,24 @@ class Quantized:
 def quantize(
     x: Float[Array, "*shape"], format: Format, *, key: PRNGKeyArray | None = None
 ) -> Quantized:
-    """Quantizes an array.
+    """Quantize an array.
 
-    A group of zeros, whose scale would be zero, comes back as zeros, and in asymmetric formats a group of equal numbers as these
-    numbers. A group that holds a NaN or an infinity gets a scale that is not finite, so that it is not lost.
+    A group of zeros, whose scale would be zero, is restored as zeros. In asymmetric formats, a group of equal values
+    is restored exactly. A group that contains a NaN or an infinity gets a scale that is not finite, so that the
+    problem stays visible.
 
     Args:
-        x: Numbers; of at least two dimensions for every granularity but ``token``, which takes one or more.
-        format: What they become.
-        key: Rounds stochastically: up with the probability of the fraction, so that the mean is the number itself. None
-            rounds to the nearest code, half to even. Binary and ternary codes are not rounded, and take no key.
+        x: Values to quantize, with at least two dimensions; granularity ``token`` needs only one.
+        format: The format to quantize to.
+        key: If given, round stochastically: up with the probability of the fraction, so that the expected value is
+            the value itself. None rounds to the nearest code, half to even. Binary and ternary codes are not rounded
+            and take no key.
 
     Returns:
         The codes with their scales.
 
     Raises:
-        ValueError: The format does not fit the shape, or takes no key.
+        ValueError: The format does not match the shape, or takes no key.
 
     Example:
         >>> format = Format(bits=4, granularity="tensor", spread="paper")
@@ -84,11 +90,13 @@ def quantize(
         [[-1.0, -0.5, 0.0], [0.25, 0.875, 0.875]]
 
     References:
-        Yao et al., `ZeroQuant <https://arxiv.org/abs/2206.01861>`_, 2022; Wu et al., `XTC
-        <https://arxiv.org/abs/2206.01859>`_, 2022
+        Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers"
+            (2022). https://arxiv.org/abs/2206.01861
+        Wu et al., "XTC: Extreme Compression for Pre-trained Transformers Made Simple and Efficient" (2022).
+            https://arxiv.org/abs/2206.01859
     """
     if key is not None and (format.bits <= 2 or format.floating):
-        raise ValueError(f"key: {format.kind} codes are not rounded at random; leave it out")
+        raise ValueError(f"key must be None for {format.kind}: {format.kind} codes are not rounded")
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
     axes, zero = AXES[format.granularity], None
     if format.bits <= 2:
@@ -104,11 +112,12 @@ def quantize(
 def group_scale(
     x: Float[Array, "*shape"], format: Format, half: Any = None
 ) -> tuple[Array, Array | None]:
-    """The scale of each group, and the number that the code 0 stands for in asymmetric formats; of 3 bits or more.
+    """Return the scale of each group, and for asymmetric formats the value that code 0 represents; for 3 bits or
+    more.
 
     Args:
-        x: Numbers.
-        format: What they become.
+        x: Values to quantize.
+        format: The format to quantize to.
         half: :math:`2^{b-1}`, where it is not that of the format's own bits; a float, which may be traced.
     """
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
@@ -121,9 +130,9 @@ def group_scale(
         return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
     low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
     scale = _safe((high - low) / (2 * half - int(format.spread != "paper")))
-    # Codes are signed, so the code 0 lies in the middle of the range.
+    # Codes are signed, so code 0 is in the middle of the range.
     zero = (jnp.round(low / scale) if format.integer_zero else low / scale) + half
-    # Equal numbers have no range: the code 0 stands for them.
+    # Equal values have no range: code 0 represents them.
     return scale, jnp.where(high == low, low, zero * scale)
 
 
@@ -135,7 +144,7 @@ def encode(
     *,
     key: PRNGKeyArray | None = None,
 ) -> Shaped[Array, "*shape"]:
-    """The codes of numbers with given scales and zero points, which broadcast against them; of 3 bits or more."""
+    """Return the codes of values for given scales and zero points, which broadcast against them; for 3 bits or more."""
     x = (x if zero is None else x - zero) / scale
     if format.floating:
         return x.astype(FLOAT8)
@@ -147,15 +156,16 @@ def encode(
 def fake_quantize(
     x: Float[Array, "*shape"], format: Format, *, key: PRNGKeyArray | None = None
 ) -> Float[Array, "*shape"]:
-    """The numbers that `quantize` would leave, in the type of ``x``; the gradient passes as if nothing had happened.
+    """Quantize and dequantize, in the dtype of ``x``, with the gradient passed straight through.
 
-    That is the straight-through estimator: in the backward pass the map from ``x`` to the result is the identity, also where
-    codes were cut. So quantized weights can be trained: the latent ones keep their precision and get the gradient.
+    This is the straight-through estimator: in the backward pass, the map from ``x`` to the result is the identity,
+    even where codes were clipped. It makes quantized weights trainable: the latent weights keep their precision and
+    get the gradient.
 
     Args:
-        x: As for `quantize`.
-        format: As for `quantize`.
-        key: As for `quantize`.
+        x: As for ``quantize``.
+        format: As for ``quantize``.
+        key: As for ``quantize``.
 
     Example:
         >>> binary = Format(bits=1, granularity="tensor")
@@ -175,24 +185,24 @@ def fake_quantize(
 
 
 def binary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Codes 1 and -1, and the mean magnitude of each group. A zero becomes 1: one bit has no third value."""
+    """Return codes 1 and -1, and the mean magnitude of each group. A zero becomes 1: one bit has no third value."""
     return jnp.where(x < 0, -1, 1).astype(jnp.int8), jnp.mean(jnp.abs(x), axes, keepdims=True)
 
 
 def ternary(x: Float[Array, "*grouped"], axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """Codes 1, 0 and -1, zero below 0.7 of the mean magnitude, and the mean magnitude of the others in each group."""
+    """Return codes 1, 0 and -1, which are zero below 0.7 of the mean magnitude, and the mean magnitude of the nonzero ones in each group."""
     size = jnp.abs(x)
     mean = jnp.mean(size, axes, keepdims=True)
     large = size > 0.7 * mean
     count = jnp.sum(large, axes, keepdims=True, dtype=jnp.float32)
     scale = jnp.sum(jnp.where(large, size, 0.0), axes, keepdims=True) / jnp.maximum(count, 1.0)
-    # A group of zeros has none that is large, nor has one with an infinity or a NaN, which must not be lost.
+    # A group of zeros has no large value, and neither has a group with an infinity or a NaN, which must stay visible.
     scale = jnp.where(jnp.isfinite(mean), scale, jnp.nan)
     return jnp.where(large, jnp.sign(x), 0.0).astype(jnp.int8), scale
 
 
 def code_range(format: Format, half: Any = None) -> tuple[Any, Any]:
-    """The least and the greatest code of integers, with ``half`` as for `group_scale`.
+    """Return the smallest and the largest integer code, with ``half`` as for ``group_scale``.
 
     Example:
         >>> code_range(Format(bits=4)), code_range(Format(bits=4, spread="paper"))
@@ -204,10 +214,10 @@ def code_range(format: Format, half: Any = None) -> tuple[Any, Any]:
 
 
 def scale_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
-    """The shape of the scales of an array of this shape.
+    """Return the shape of the scales of an array of this shape.
 
     Raises:
-        ValueError: The format does not fit the shape.
+        ValueError: The format does not match the shape.
 
     Example:
         >>> scale_shape((12, 64, 16), Format(bits=4, granularity="group", group_size=32))
@@ -219,19 +229,21 @@ def scale_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
 
 
 AXES = {"tensor": (-2, -1), "channel": (-2,), "group": (-2,), "block": (-3, -1), "token": (-1,)}
-"""The axes of `grouped_shape` along which the numbers of a group lie."""
+"""The axes of ``grouped_shape`` that a group spans."""
 
 
 def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
-    """A shape in which the numbers of a group lie along `AXES` and no others do.
+    """Return a shape in which ``AXES`` span exactly one group.
 
     Raises:
-        ValueError: The format does not fit the shape.
+        ValueError: The format does not match the shape.
     """
 
     def check_shape(holds: bool, why: str) -> None:
         if not holds:
-            raise ValueError(f"an array of shape {shape} cannot be {format.describe()}: {why}")
+            raise ValueError(
+                f"an array of shape {shape} cannot be quantized to {format.describe()}: {why}"
+            )
 
     if format.granularity == "token":
         check_shape(len(shape) >= 1, "it needs at least one dimension")
@@ -250,5 +262,5 @@ def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
 
 
 def _safe(scale: Array) -> Array:
-    """The scale, and one in place of zero, also where the quotient was too small for a float; not in place of NaN."""
+    """Replace scales of zero, including those that underflowed, with one; NaN is kept."""
     return jnp.where(scale == 0, 1.0, scale)

@@ -1,4 +1,4 @@
-"""Recipes: which weights of a model are quantized, to what."""
+"""Recipes: which weights of a model to quantize, and to which formats."""
 
 import dataclasses
 import functools
@@ -29,31 +29,31 @@ from effscale.quant.pruning.weight import PrunedWeight
 from effscale.quant.quantizers import Quantized, group_scale, scale_shape
 
 Convert = Callable[[Any, "Rule", list[str]], Any]
-"""``convert(weight, rule, names)``, with the names of the weight's layers, gives what takes the weight's place."""
+"""``convert(weight, rule, names)``, with the names of the weight in its layers, returns the replacement."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What the weights of some names become."""
+    """Formats for the weights whose name matches an expression."""
 
     where: str
-    """A regular expression that is searched in a weight's name. In the library's models names count the layers,
-    ``layers.3.attention.query.kernel``, whichever group holds them; besides there are ``embed.tokens.embedding`` and
-    ``heads.lm.project.kernel``. In a module of your own they are the paths of its parameters."""
+    """A regular expression to search in a weight's name. In this library's models, names count the layers across groups:
+    ``layers.3.attention.query.kernel``. Others are ``embed.tokens.embedding`` and ``heads.lm.project.kernel``. In your own modules, names are
+    the paths of the parameters."""
     weights: Format | None
-    """What the weights become; None leaves them as they are, which keeps later rules from them."""
+    """Format of the weights; None leaves them unquantized, and later rules do not apply to them either."""
     activations: Format | None = None
-    """What the inputs of their products become; None leaves these as they are."""
+    """Format of the inputs of their products; None leaves the inputs unquantized."""
     schedule: BitSchedule | None = None
-    """In training, the bits on the way to those of ``weights``; None takes these at once. See `scheduled_step`."""
+    """During training, the bits on the way to those of ``weights``; None uses the final bits from the start. See ``scheduled_step``."""
     activations_offset: int = 0
-    """In training, updates before inputs are rounded."""
+    """During training, optimizer steps before inputs are rounded."""
 
     def __post_init__(self):
         for option in ("activations", "schedule"):
             if self.weights is None and getattr(self, option) is not None:
                 raise ValueError(
-                    f"Rule({self.where!r}): {option} without weights: products are then of floats"
+                    f"Rule({self.where!r}): {option} must be left at its default if weights is None"
                 )
         fits = is_integer(self.activations_offset) and 0 <= self.activations_offset < 2**31
         check(self, fits, "activations_offset", "a whole number of at least 0")
@@ -68,7 +68,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    r"""Rules in order: the first that matches a weight decides about it, and weights that none matches stay as they are.
+    r"""Rules in order: the first one that matches a weight applies to it, and weights that no rule matches stay unquantized.
 
     Example:
         >>> attention = Rule(where=r"attention\..*kernel", weights=Format(bits=8))
@@ -84,9 +84,9 @@ class Recipe:
 
     def __post_init__(self):
         if not isinstance(self.rules, tuple) or not all(isinstance(r, Rule) for r in self.rules):
-            raise ValueError(f"rules={self.rules!r}: must be a tuple of rules")
+            raise ValueError(f"rules must be a tuple of rules, got {self.rules!r}")
         if not self.rules:
-            raise ValueError("a recipe needs at least one rule")
+            raise ValueError("rules must have at least one rule")
 
 
 def quantize_model(
@@ -96,30 +96,31 @@ def quantize_model(
     grams: Mapping[str, Float[Array, "d_in d_in"]] | None = None,
     ranges: Mapping[str, InputRange] | None = None,
 ) -> Model:
-    """A model whose weights are packed as a recipe says; it computes with them as they lie in memory.
+    """Return a model whose weights are packed according to a recipe, and which computes with the packed weights
+    directly.
 
-    Of a model that was trained through `fake_quantize_model` the latent weights are packed, and of one from `prune_model` the masked
-    weights and biases.
+    If the model was trained after ``fake_quantize_model``, its latent weights are packed; if it comes from
+    ``prune_model``, its masked weights and biases.
 
-    Layers of one group that get different formats are split into groups of their own (`effscale.models.split_groups`), which
-    changes no value.
+    Layers of one group that get different formats are split into separate groups (``effscale.models.split_groups``),
+    which changes no values.
 
     Args:
-        model: A model of the library, or an ``nnx`` module of your own whose kernels go through `effscale.models.matmul`
-            (``nnx.Linear`` multiplies by itself and cannot take a packed kernel).
-        recipe: What becomes of which weight.
-        grams: From `input_grams`: the weights that it names are rounded by `gptq`, where their formats are of those that it takes,
-            and all others to the nearest code.
-        ranges: From `input_ranges`, for static calibration: where a rule quantizes inputs per tensor, their scale is computed once,
-            from these ranges. Without it the scale of each input is computed when the input comes.
+        model: A model of this library, or your own ``nnx`` module whose kernels go through ``effscale.models.matmul``
+            (``nnx.Linear`` does its own multiplication and cannot use a packed kernel).
+        recipe: The formats of each weight.
+        grams: Gram matrices from ``input_grams``. The weights that they name are rounded by ``gptq`` if it supports
+            their formats, and all others to the nearest code.
+        ranges: Ranges from ``input_ranges``, for static calibration: where a rule quantizes inputs per tensor, their
+            scale is computed once, from these ranges. If None, the scale of each input is computed from the input.
 
     Returns:
-        The new model; the old one is untouched, and what no rule names is shared with it.
+        The new model. The original is unchanged; parameters that no rule matches are shared with it.
 
     Raises:
-        ValueError: A rule has no weight left to apply to, a weight does not fit its rule's formats (the error names it), or
-            ``grams`` or ``ranges`` does not fit the model; or a schedule of bits or a mask has not come to its end: packed, the
-            weights would not be those that were trained.
+        ValueError: A rule has no weight left to apply to, a weight does not match its rule's formats (the error names
+            it), or ``grams`` or ``ranges`` does not match the model. Also if a bit schedule or a mask has not reached
+            its end, because the packed weights would then differ from those that were trained.
 
     Example:
         >>> from flax import nnx
@@ -133,11 +134,13 @@ def quantize_model(
     known = {place.name for place in places(model)}
     for option, given in (("grams", grams), ("ranges", ranges)):
         if unknown := sorted(set(given or ()) - known):
-            raise ValueError(f"{option} is of another model: it names {unknown[0]}")
+            raise ValueError(
+                f"{option} belongs to another model: this model has no weight {unknown[0]}"
+            )
     inputs = [rule.activations for rule in recipe.rules if rule.activations]
     if ranges is not None and not any(format.granularity == "tensor" for format in inputs):
         raise ValueError(
-            "ranges: no rule quantizes inputs per tensor, Format(granularity='tensor')"
+            "ranges must be None if no rule quantizes inputs per tensor. To use ranges, set activations=Format(granularity='tensor') in a rule"
         )
 
     def packed(weight: Any, rule: Rule, names: list[str]) -> PackedWeight:
@@ -159,9 +162,9 @@ def quantize_model(
 def _rounded_by_inputs(
     weight: Array, format: Format, names: list[str], grams: Mapping[str, Array]
 ) -> Quantized:
-    """A weight, or a stack of them, rounded by `gptq`."""
+    """Round a weight, or a stack of weights, with ``gptq``."""
     if missing := [name for name in names if name not in grams]:
-        raise ValueError(f"grams has none for {missing[0]}, which is in the same stack")
+        raise ValueError(f"grams must have an entry for {missing[0]}, which is in the same stack")
     of_layers = jnp.stack([grams[name] for name in names])
     if weight.ndim == 2:
         found = gptq(weight, of_layers[0], format)
@@ -175,7 +178,7 @@ def _rounded_by_inputs(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _gptq_of_stack(weights: Array, grams: Array, format: Format) -> Quantized:
-    """Each matrix of a stack rounded by `gptq`; compiled once for all stacks of a shape."""
+    """Round each matrix of a stack with ``gptq``; compiled once for all stacks of a shape."""
     return jax.lax.map(lambda both: gptq(both[0], both[1], format), (weights, grams))
 
 
@@ -185,9 +188,9 @@ def _with_input_scale(
     names: list[str],
     ranges: Mapping[str, InputRange],
 ) -> PackedWeight:
-    """A weight, or a stack of them, with the scale of its inputs fixed."""
+    """Fix the input scale of a weight, or of a stack of weights."""
     if not all(name in ranges for name in names):
-        raise ValueError("ranges has none for it")
+        raise ValueError("ranges must have an entry for it")
     ends = jnp.stack([jnp.stack(ranges[name]) for name in names])
     scale, zero = jax.vmap(lambda ends: group_scale(ends[:, None], activations))(ends)
     is_stack = len(weight.shape) > 2
@@ -196,17 +199,18 @@ def _with_input_scale(
 
 
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
-    """A model that computes as `quantize_model` of the same recipe would, with float weights that can be trained.
+    """Return a model that computes like ``quantize_model`` of the same recipe, with float weights that can be
+    trained.
 
-    A model that was made so before gets the formats of this recipe where it has a rule, and keeps its latent weights. Weights that
-    are pruned stay so: they are masked first and then rounded.
+    If the model is already fake-quantized, weights that a rule matches get the formats of this recipe and keep their
+    latent weights. Pruned weights stay pruned: they are masked first and then rounded.
 
     Args:
-        model: As for `quantize_model`.
-        recipe: What becomes of which weight.
+        model: As for ``quantize_model``.
+        recipe: The formats of each weight.
 
     Raises:
-        ValueError: As for `quantize_model`.
+        ValueError: As for ``quantize_model``.
 
     Example:
         >>> from flax import nnx
@@ -220,7 +224,7 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
     def fake(weight: Any, rule: Rule, names: list[str]) -> FakeQuantizedWeight:
         format, activations = cast("Format", rule.weights), rule.activations
         is_table = names[0].endswith("embedding")
-        # What cannot be packed after training is refused here.
+        # Raise now for what could not be packed after training.
         *stack, d_in, d_out = (transpose(weight) if is_table else weight).shape
         check_packable(d_in, format, activations)
         scale_shape((*stack, d_in, d_out), format)
@@ -239,10 +243,11 @@ def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
 
 
 def dequantize_model(model: Model) -> Model:
-    """A model with plain arrays in place of quantized weights, of the values that these stand for.
+    """Replace quantized weights with plain arrays of the values they represent.
 
     Args:
-        model: Any ``nnx`` module; one without quantized weights comes back as it is. Biases whose rows are pruned become zero.
+        model: Any ``nnx`` module; one without quantized weights is returned unchanged. Biases of pruned rows become
+            zero.
     """
 
     def plain(weight: Any) -> Any:
@@ -256,19 +261,21 @@ def dequantize_model(model: Model) -> Model:
 
 
 def w8a8() -> Recipe:
-    """ZeroQuant's W8A8: the layers' weights in 8 bits per output, their inputs in 8 bits per token, asymmetric.
+    """Return ZeroQuant's W8A8: layer weights in 8 bits with one scale per output, inputs in 8 bits per token,
+    asymmetric.
 
-    Inputs of one sign, as after GELU, and those of first tokens, which hold single numbers that are very large, lose much in symmetric codes;
-    on SmolLM2 these cost more than twice as much (see the experiment ``zeroquant``).
+    Symmetric codes lose much precision for inputs of mostly one sign, such as after GELU, and for the inputs of first
+    tokens, which have a few very large values. On SmolLM2 symmetric codes cost more than twice as much (see the
+    experiment ``zeroquant``).
     """
     return Recipe((Rule(where=LAYERS, weights=Format(), activations=TOKENS),))
 
 
 def w4a8(group_size: int | None = None) -> Recipe:
-    """ZeroQuant's W4/8A8: attention in 8 bits, feed-forward in 4, inputs in 8 bits per token.
+    """Return ZeroQuant's W4/8A8: attention in 8 bits, feed-forward in 4 bits, inputs in 8 bits per token.
 
     Args:
-        group_size: Inputs that share a scale in the 4-bit weights; None takes all inputs of an output.
+        group_size: Number of inputs that share a scale in the 4-bit weights; None uses one scale per output.
     """
     return Recipe(
         (
@@ -279,18 +286,18 @@ def w4a8(group_size: int | None = None) -> Recipe:
 
 
 def w4a16(group_size: int | None = None) -> Recipe:
-    """ZeroQuant's W4/8A16: weights as for `w4a8`, inputs as they are."""
+    """Return ZeroQuant's W4/8A16: weights as for ``w4a8``, inputs unquantized."""
     rules = w4a8(group_size).rules
     return Recipe(tuple(dataclasses.replace(rule, activations=None) for rule in rules))
 
 
 def w2a8() -> Recipe:
-    """XTC's W2A8: ternary layers and token table, inputs of the layers in 8 bits per token."""
+    """Return XTC's W2A8: ternary layers and token embeddings, inputs of the layers in 8 bits per token."""
     return _extreme(2)
 
 
 def w1a8() -> Recipe:
-    """XTC's W1A8: binary layers and token table, inputs of the layers in 8 bits per token."""
+    """Return XTC's W1A8: binary layers and token embeddings, inputs of the layers in 8 bits per token."""
     return _extreme(1)
 
 
@@ -315,20 +322,20 @@ def _grouped(bits: int, group_size: int | None) -> Format:
 
 
 def replace_weights(model: Model, recipe: Recipe, convert: Convert, *, to_pack: bool) -> Model:
-    """The model with its weights converted by the rules that decide about them; weights that are packed have ended their schedules."""
+    """Return the model with its weights converted by the rules that apply to them; to be packed, weights must have ended their schedules."""
 
     def one(weight: Any, rule: Rule, names: list[str]) -> Any:
         if rule.weights is None:
             return weight
         if isinstance(weight, PackedWeight):
-            raise ValueError("it is quantized already: dequantize_model the model first")
+            raise ValueError("it is already quantized. Call dequantize_model on the model first")
         latent = weight.latent if isinstance(weight, FakeQuantizedWeight) else weight
         if isinstance(latent, LoRA):
             raise ValueError(
-                "it has a LoRA pair: merge_lora the model, or quantize it before add_lora"
+                "it has a LoRA pair. Call merge_lora on the model, or quantize it before add_lora"
             )
         if isinstance(latent, PrunedWeight) and rule.weights.bits == 1:
-            raise ValueError("it is pruned, and binary numbers have no zero: take 2 bits or more")
+            raise ValueError("it is pruned, and binary codes have no zero. Use 2 bits or more")
         if to_pack and isinstance(weight, FakeQuantizedWeight | PrunedWeight):
             weight.check_finished()
         return convert(latent, rule, names)

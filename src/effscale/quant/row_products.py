@@ -1,8 +1,8 @@
-"""The product of a single row of codes and packed weights, as decoding at batch 1 has it, in operations that CPUs vectorize.
+"""Multiply a single row of codes by packed weights, as in decoding at batch 1, in operations that CPUs vectorize.
 
-XLA's CPU backend has no good product of one row of integers, and it writes the planes of packed codes to memory before it
-multiplies them. Here a loop over an output's bytes is written out, a lane of ``LANES`` inputs at a time: XLA makes one loop of it that reads
-each byte of the weight once and keeps the sums in registers.
+XLA's CPU backend has no fast integer product for one row, and it writes the planes of packed codes to memory before
+it multiplies them. Here the loop over an output's bytes is unrolled, ``LANES`` inputs at a time. XLA fuses this into
+one loop that reads each byte of the weight once and keeps the sums in registers.
 """
 
 import jax
@@ -14,14 +14,15 @@ from kernels_pallas import dispatch
 from kernels_pallas.packed_codes import unpack_planes
 
 LANES = 32
-"""Inputs that are multiplied at once; more of them do not fit the registers of older compilers' loops."""
+"""Number of inputs that are multiplied at the same time; more do not fit into registers with older compilers."""
 
 TERMS = 128
-"""Products in one turn of a loop. With more, newer compilers no longer keep them in registers."""
+"""Products in one iteration of a loop. With more, newer compilers no longer keep them in registers."""
 
 
 def serves_row(rows: int, data: Int8[Array, "*stack d_out bytes"], bits: int) -> bool:
-    """Whether `row_product` is the best product of so many rows and these codes, on the machine that the program is made for.
+    """Return whether ``row_product`` is the fastest for ``rows`` rows and these codes on the machine that the program
+    is compiled for.
 
     Codes of 8 bits are left to the compiler, whose product of four rows is faster.
     """
@@ -32,20 +33,20 @@ def serves_row(rows: int, data: Int8[Array, "*stack d_out bytes"], bits: int) ->
 def row_product(
     x: Int8[Array, "1 d_in"], data: Int8[Array, "d_out bytes"], bits: int
 ) -> Int32[Array, "1 d_out"]:
-    """The exact sums of products of codes.
+    """Compute exact sums of products of codes.
 
     Args:
         x: Codes of 8 bits.
-        data: Packed codes, as in `effscale.quant.packing`.
-        bits: Of a packed code, fewer than 8.
+        data: Packed codes, as in ``effscale.quant.packing``.
+        bits: Bits of a packed code, fewer than 8.
     """
     bits = stored_bits(bits)
     planes = 8 // bits
-    # Without this, codes are unpacked once before a decoding loop, and read as 16 bits in it.
+    # Without this, codes are unpacked once before a decoding loop and read as 16 bits inside it.
     x, data = jax.lax.optimization_barrier((x.astype(jnp.int16), data))
     width = data.shape[1]
     inputs = x.reshape(planes, 1, width)
-    # So many bytes' products of codes add up within 16 bits.
+    # The products of this number of bytes sum within 16 bits.
     together = (2**15 - 1) // (128 * planes * 2 ** (bits - 1))
     lanes = [slice(start, start + LANES) for start in range(0, width, LANES)]
     loops = -(-len(lanes) * planes // TERMS)
@@ -58,6 +59,6 @@ def row_product(
             sums.append(sum(products[1:], products[0]))
         steps = range(0, len(sums), together)
         wider = [sum(sums[i + 1 : i + together], sums[i]).astype(jnp.int32) for i in steps]
-        # The barrier keeps the sum over lanes, which no CPU vectorizes, out of the loop.
+        # The barrier keeps the sum over lanes, which CPUs do not vectorize, out of the loop.
         parts.append(jax.lax.optimization_barrier(sum(wider[1:], wider[0])))
     return jnp.sum(sum(parts[1:], parts[0]), axis=1)[None]

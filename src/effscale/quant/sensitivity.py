@@ -1,4 +1,4 @@
-"""Which parts of a model suffer most from quantization."""
+"""Find which parts of a model lose most from quantization."""
 
 import dataclasses
 import math
@@ -30,24 +30,24 @@ def sensitivity(
     *,
     by: Part = "layer",
 ) -> dict[str, float]:
-    """How much the loss grows when a single part of a model is quantized and all others are not.
+    """Measure how much the loss grows when a single part of a model is quantized and all others are not.
 
-    The model is compiled once, whatever the number of parts, and evaluated once per part and batch. Meanwhile each weight
-    is in memory twice, as it is and packed.
+    The model is compiled once, whatever the number of parts, and evaluated once per part and batch. During this, each
+    weight is in memory twice: unquantized and packed.
 
     Args:
-        model: A float model of the library.
-        recipe: What the weights, and the inputs of their products, are quantized to.
-        loss: From a model and a batch to the mean loss of the batch; compiled here.
-        batches: Batches of one shape, weighted alike.
-        by: What a part is: a ``layer`` (``layers.3``), the weights of one ``kind`` in all layers
+        model: A float model of this library.
+        recipe: The formats of the weights and of the inputs of their products.
+        loss: A function from a model and a batch to the mean loss of the batch; it is compiled here.
+        batches: Batches of the same shape; they have equal weight.
+        by: What counts as one part: a ``layer`` (``layers.3``), the weights of one ``kind`` in all layers
             (``attention.query.kernel``), or a single ``weight`` (``layers.3.attention.query.kernel``).
 
     Returns:
-        The mean loss with this part quantized, less that of the float model, for each part that the recipe touches.
+        For each part that the recipe quantizes, the mean loss with this part quantized minus that of the float model.
 
     Raises:
-        ValueError: There is no batch, or the recipe does not fit the model.
+        ValueError: ``batches`` is empty, or the recipe does not match the model.
 
     Example:
         >>> from flax import nnx
@@ -64,9 +64,9 @@ def sensitivity(
     """
     batches = list(batches)
     if not batches:
-        raise ValueError("batches: there is none")
+        raise ValueError("batches must not be empty")
     if by not in typing.get_args(Part):
-        raise ValueError(f"by={by!r}: must be layer, kind or weight")
+        raise ValueError(f"by must be layer, kind or weight, got {by!r}")
     names: list[str] = []
 
     def both(weight: Any, rule: Rule, own: list[str]) -> _Either:
@@ -96,13 +96,13 @@ def sensitivity(
 
 
 def _layer(name: str) -> float:
-    """The number of a weight's layer; those outside of layers come last."""
+    """Return the number of a weight's layer; weights outside layers come last."""
     found = re.match(r"layers\.(\d+)\.", name)
     return math.inf if found is None else float(found[1])
 
 
 def _part(name: str, by: Part) -> str:
-    """The part that a weight belongs to."""
+    """Return the part that a weight belongs to."""
     layer = re.match(r"layers\.\d+(?=\.)", name)
     if by == "weight" or layer is None:
         return name
@@ -113,7 +113,7 @@ def _part(name: str, by: Part) -> str:
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
 class _Either:
-    """A weight that is one of two: as it was, or packed."""
+    """A weight that can be switched between unquantized and packed."""
 
     plain: Float[Array, "*shape"]
     packed: PackedWeight
@@ -121,26 +121,26 @@ class _Either:
     is_packed: Bool[Array, "*stack"] | None = None
 
     def turned(self, is_on: Bool[Array, "weights"]) -> "_Either":
-        """With its own of all weights' switches."""
+        """Return the weight with its own switch, taken from those of all weights."""
         return dataclasses.replace(self, is_packed=is_on[self.number])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of either."""
+        """Shape of the matrix."""
         return self.plain.shape
 
     @property
     def dtype(self) -> Any:
-        """Type of results."""
+        """Dtype of results."""
         return self.plain.dtype
 
     @property
     def T(self) -> "_Either":
-        """Both transposed."""
+        """The transpose of both."""
         return dataclasses.replace(self, plain=self.plain.mT, packed=self.packed.T)
 
     def astype(self, dtype: Any) -> "_Either":
-        """Both in another type."""
+        """Return both with results in another dtype."""
         return dataclasses.replace(
             self, plain=self.plain.astype(dtype), packed=self.packed.astype(dtype)
         )
@@ -148,15 +148,15 @@ class _Either:
     def matmul(
         self, x: Array, bias: Float[Array, "d_out"] | None, activation: Activation | None
     ) -> Float[Array, "rows d_out"]:
-        """The product with the one that is on."""
+        """Multiply by the active one."""
         plain = lambda: finish(x @ self.plain, bias, activation)
         return jax.lax.cond(self.is_packed, lambda: self.packed.matmul(x, bias, activation), plain)
 
     def take(self, indices: Int[Array, "*rows"]) -> Array:
-        """Rows of the one that is on."""
+        """Return rows of the active one."""
         plain = lambda: jnp.take(self.plain, indices, axis=0, mode="clip")
         return jax.lax.cond(self.is_packed, lambda: self.packed.take(indices), plain)
 
     def dense(self) -> Array:
-        """The one that is on."""
+        """Return the active one."""
         return jax.lax.cond(self.is_packed, self.packed.dense, lambda: self.plain)

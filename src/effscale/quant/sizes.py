@@ -1,8 +1,8 @@
-"""How many bytes a model takes, before and after quantization, without making any of its arrays.
+"""Compute the size of a model in bytes, before and after quantization, without creating any arrays.
 
-There are two ways to count, and they give different answers for the same model. Papers tend to count the codes alone: BERT-base in
-one bit is then 32 times smaller. A file or a device also holds scales, and all that stays in float (positions, norms, biases,
-pooler, head): with these it is 24 times smaller.
+There are two ways to count, with different answers for the same model. Papers tend to count only the codes: BERT-base
+in one bit is then 32 times smaller. A file or a device also holds scales and everything that stays in float
+(positions, norms, biases, pooler, head): with these it is 24 times smaller.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ MEBIBYTE = 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Bytes of a model by what they hold.
+    """Bytes of a model by kind of content.
 
     Example:
         >>> float_model = ModelSize(codes=0, scales=0, unquantized=64 * 2**20)
@@ -33,22 +33,22 @@ class ModelSize:
     """
 
     codes: int
-    """The codes of quantized weights, packed."""
+    """Bytes of the packed codes of quantized weights."""
     scales: int
-    """Their scales and zero points."""
+    """Bytes of their scales and zero points."""
     unquantized: int
-    """All other arrays."""
+    """Bytes of all other arrays."""
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """Total bytes."""
         return self.codes + self.scales + self.unquantized
 
     def describe(self, original: "ModelSize") -> str:
-        """Both counts in words, each compared with all bytes of another model.
+        """Describe both counts, each compared with the total bytes of another model.
 
         Args:
-            original: The model that this one was made of.
+            original: The size of the model that this one was made from.
         """
         times = lambda size: f"{original.total / size:.1f} x"
         total = f"{self.total / MEBIBYTE:.2f} MiB in all ({times(self.total)})"
@@ -58,16 +58,16 @@ class ModelSize:
 
 
 def model_size(model: nnx.Module | TransformerConfig, recipe: Recipe | None = None) -> ModelSize:
-    """The bytes of a model, as it is or as `quantize_model` would make it.
+    """Return the bytes of a model, as it is or as ``quantize_model`` would make it.
 
-    Nothing is computed and no array is made: shapes suffice.
+    Only shapes are evaluated; no arrays are created.
 
     Args:
-        model: A model, quantized or not; or the config of one.
-        recipe: What becomes of which weight; None counts the model as it is.
+        model: A model, quantized or not, or the config of one.
+        recipe: The formats of each weight; None counts the model as it is.
 
     Raises:
-        ValueError: As for `quantize_model`.
+        ValueError: As for ``quantize_model``.
 
     Example:
         >>> from effscale.models import bert

@@ -1,4 +1,4 @@
-"""The clock of schedules: weights whose bits or masks depend on how many updates were made."""
+"""Advance schedules: weights whose bits or masks depend on the number of optimizer steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,13 +15,13 @@ SCHEDULED = (FakeQuantizedWeight, PrunedWeight)
 
 
 def at_step(model: Tree, step: Any) -> Tree:
-    """A model as its schedules of bits and masks have it after so many updates.
+    """Return a model with its bit and mask schedules advanced to a step.
 
-    Masks by magnitude are made when their offset is reached or passed over, of the weights as they then are.
+    Magnitude masks are computed when their offset is reached or passed, from the weights at that time.
 
     Args:
-        model: Any pytree with fake-quantized or pruned weights in it; all else stays as it is.
-        step: Updates made, an integer or an int32 scalar, which may be traced.
+        model: Any pytree that contains fake-quantized or pruned weights; everything else is unchanged.
+        step: Optimizer steps completed: an integer or an int32 scalar, which may be traced.
 
     Example:
         >>> import jax.numpy as jnp
@@ -40,16 +40,16 @@ def at_step(model: Tree, step: Any) -> Tree:
 
 
 def scheduled_step(train_step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    r"""A training step after which the model stands where its schedules of bits and masks are.
+    r"""Wrap a training step so that it advances the model's bit and mask schedules.
 
-    The clock counts updates: a step that is skipped does not advance it.
+    Schedules count optimizer updates: a skipped step does not advance them.
 
     Args:
-        train_step: From `effscale.training.make_train_step`, or any ``(state, ...) -> (state, metrics)`` whose states have ``model``,
-            ``step`` and, if updates may be skipped, ``skipped``, and are dataclasses.
+        train_step: A step from ``effscale.training.make_train_step``, or any ``(state, ...) -> (state, metrics)``
+            whose states are dataclasses with ``model``, ``step`` and, if updates may be skipped, ``skipped``.
 
     Returns:
-        A step of the same kind, for ``jax.jit``, ``fit`` or ``StagedStep``. It is compiled once for all bits.
+        A step with the same signature, for ``jax.jit``, ``fit`` or ``StagedStep``. It is compiled once for all bits.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""Reinforcement learning from human feedback, as DeepSpeed-Chat does it and as the field does it since."""
+"""Reinforcement learning from human feedback: DeepSpeed-Chat's PPO, and the newer GRPO, RLOO and DPO."""
 
 from effscale.rlhf.advantages import gae, group_advantages, leave_one_out_advantages, whiten
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig

@@ -1,4 +1,4 @@
-"""How much better each token was than expected: with a critic (GAE), or against other responses to the same prompt (GRPO, RLOO)."""
+"""Advantages: how much better each token was than expected, from a critic (GAE) or from other responses to the same prompt (GRPO, RLOO)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,26 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[Float[Array, "batch response"], Float[Array, "batch response"]]:
-    r"""Generalized advantage estimation: advantages, and the returns that a critic learns.
+    r"""Compute advantages by generalized advantage estimation, and the returns that a critic learns.
 
     .. math::
         \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad R_t = A_t + V_t
 
-    After the last token of a response the value is 0, also where the response was cut off.
+    After the last token of a response the value is 0, even if the response was cut off.
 
     Args:
-        rewards: Of each token, see :func:`effscale.rlhf.shaped_rewards`.
-        values: The critic's expectation before each token.
-        mask: The response's tokens; outside both results are 0.
-        gamma: Discount.
-        lam: 1: the whole rest of the response counts; 0: the next value alone.
+        rewards: The reward of each token, see ``effscale.rlhf.shaped_rewards``.
+        values: The critic's prediction before each token.
+        mask: True at the response's tokens; elsewhere both results are 0.
+        gamma: Discount factor.
+        lam: 1 uses the rest of the response; 0 uses only the next value.
 
     Returns:
         Advantages and returns.
 
     References:
-        Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", 2016, equation 16.
+        Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016), equation
+            16. https://arxiv.org/abs/1506.02438
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,12 +60,12 @@ def whiten(
     *,
     keep_mean: bool = False,
 ) -> Float[Array, "batch response"]:
-    """Mean 0 and variance 1 over all of the batch's tokens; 0 outside the mask.
+    """Normalize to mean 0 and variance 1 over all tokens of the batch; 0 outside the mask.
 
     Args:
         x: Advantages or rewards.
-        mask: What counts.
-        keep_mean: Change the spread alone, as is usual for rewards.
+        mask: True at the tokens that count.
+        keep_mean: Normalize only the variance, as is usual for rewards.
 
     Example:
         >>> import jax.numpy as jnp
@@ -73,7 +74,7 @@ def whiten(
     """
     count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
     mean = jnp.where(mask, x, 0.0).sum() / count
-    # Bessel's correction; of a single number there is no variance.
+    # Bessel's correction; a single value has no variance.
     squares = jnp.where(mask, jnp.square(x - mean), 0.0).sum()
     variance = squares / jnp.maximum(count - 1.0, 1.0)
     white = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
@@ -86,15 +87,19 @@ def group_advantages(
     r"""The advantage of each response over the others to its prompt, as in GRPO: :math:`(s_i - \bar s) / (\sigma + 10^{-4})`.
 
     Args:
-        scores: Of responses; those to one prompt stand side by side.
-        group_size: Responses to each prompt.
-        scale: Divide by the group's standard deviation. Without it (Dr. GRPO) prompts of little spread do not count more than others.
+        scores: Scores of responses; responses to the same prompt are adjacent.
+        group_size: Number of responses per prompt.
+        scale: Divide by the group's standard deviation. If False (Dr. GRPO), prompts whose scores vary little do not
+            count more than others.
 
     Raises:
         ValueError: The group size does not divide the batch, or is below 2.
 
     References:
-        Shao et al., "DeepSeekMath", 2024, section 4.1; Liu et al., "Understanding R1-Zero-Like Training", 2025.
+        Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (2024),
+            section 4.1. https://arxiv.org/abs/2402.03300
+        Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective" (2025).
+            https://arxiv.org/abs/2503.20783
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,17 +116,18 @@ def group_advantages(
 def leave_one_out_advantages(
     scores: Float[Array, "batch"], group_size: int
 ) -> Float[Array, "batch"]:
-    """The score of each response less the mean of the *other* responses to its prompt, as in RLOO.
+    """Compute the score of each response minus the mean of the *other* responses to its prompt, as in RLOO.
 
     Args:
-        scores: Of responses; those to one prompt stand side by side.
-        group_size: Responses to each prompt.
+        scores: Scores of responses; responses to the same prompt are adjacent.
+        group_size: Number of responses per prompt.
 
     Raises:
         ValueError: The group size does not divide the batch, or is below 2.
 
     References:
-        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization", 2024, equation 6.
+        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+            LLMs" (2024), equation 6. https://arxiv.org/abs/2402.14740
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,6 +142,6 @@ def leave_one_out_advantages(
 def _groups(scores: Array, group_size: int) -> Float[Array, "groups group_size"]:
     if group_size < 2 or scores.shape[0] % group_size:
         raise ValueError(
-            f"group_size={group_size}: must be at least 2 and divide the {scores.shape[0]} responses"
+            f"group_size must be at least 2 and divide the number of responses, {scores.shape[0]}, got {group_size}"
         )
     return scores.reshape(-1, group_size)

@@ -1,4 +1,4 @@
-"""What a policy learns by: the options of PPO, and of GRPO and RLOO."""
+"""Options of policy learning: PPO, GRPO and RLOO."""
 
 import dataclasses
 import math
@@ -12,24 +12,24 @@ from effscale.rlhf.rewards import KLEstimator
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """What :class:`PPOConfig` and :class:`GroupConfig` have in common."""
+    """Options that ``PPOConfig`` and ``GroupConfig`` have in common."""
 
     kl_coef: float = 0.05
-    """The price of divergence from the reference, for each nat."""
+    """Coefficient of the KL divergence from the reference model, per nat."""
     kl_estimator: KLEstimator = "k1"
-    """How the divergence is estimated, see :func:`effscale.rlhf.kl_estimate`."""
+    """Estimator of the KL divergence; see ``effscale.rlhf.kl_estimate``."""
     score_clip: float | None = None
-    """Scores are clipped to plus and minus this; None: not at all."""
+    """Clip scores to plus and minus this value; None disables clipping."""
     missing_end_penalty: float = 0.0
-    """Taken off the score of a response that was cut off before it ended."""
+    """Penalty subtracted from the score of a response that was cut off before it ended."""
     learn_end: bool = True
-    """Whether the token that ends a response is learned like the others. DeepSpeed-Chat leaves it out, as it cannot tell it from padding."""
+    """Whether to train on the token that ends a response. DeepSpeed-Chat does not, because it cannot distinguish it from padding."""
     policy: PolicyLossConfig = PolicyLossConfig()
-    """Clips and averages of the policy's loss."""
+    """Clipping and averaging of the policy loss."""
     entropy_coef: float = 0.0
-    """Reward for a nat of entropy, in the policy's loss."""
+    """Coefficient of the entropy bonus in the policy loss, per nat."""
     pretraining_coef: float = 0.0
-    """Weight of the next-token loss on ordinary text that is mixed in ("PTX"); InstructGPT and DeepSpeed-Chat take 27.8."""
+    """Weight of the next-token loss on ordinary text that is mixed in ("PTX"); InstructGPT and DeepSpeed-Chat use 27.8."""
 
     def __post_init__(self):
         for name in ("kl_coef", "missing_end_penalty", "entropy_coef", "pretraining_coef"):
@@ -43,28 +43,29 @@ class LearningConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(LearningConfig):
-    """What PPO makes of responses and scores.
+    """Options of PPO.
 
-    The defaults are what is usual today; DeepSpeed-Chat's are in :data:`DEEPSPEED_CHAT`. TRL 1.12 has
-    ``score_at="next"``, and trains both models by one optimizer on the policy's loss plus 0.1 times the critic's.
+    The defaults are common practice today; for DeepSpeed-Chat's, use ``DEEPSPEED_CHAT``. TRL 1.12 uses
+    ``score_at="next"``, and trains both models with one optimizer on the policy loss plus 0.1 times the critic loss.
     """
 
     kl_target: float | None = None
-    """Divergence of a response, in nats, at which :func:`effscale.rlhf.adaptive_kl` keeps the policy by changing ``kl_coef``; None: ``kl_coef`` stays."""
+    """Target divergence of a response, in nats, for ``effscale.rlhf.adaptive_kl``, which adjusts ``kl_coef``; None keeps ``kl_coef``
+    constant."""
     kl_horizon: float = 10_000.0
-    """Responses in which ``kl_coef`` then changes by about a fifth at most."""
+    """Number of responses over which ``kl_coef`` then changes by at most about a fifth."""
     score_at: Literal["last", "next"] = "last"
-    """Where the score stands: at the last token of a response, or in the place after it, as in TRL."""
+    """Where the score is applied: at the last token of a response, or at the position after it, as in TRL."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount factor."""
     lam: float = 0.95
-    """Of generalized advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     whiten_rewards: bool = False
-    """Give the rewards of a batch a variance of 1."""
+    """Normalize the rewards of a batch to variance 1."""
     whiten_advantages: bool = True
-    """Give the advantages of a batch a mean of 0 and a variance of 1."""
+    """Normalize the advantages of a batch to mean 0 and variance 1."""
     value_clip: float | None = 0.2
-    """How far a value may move in one batch of responses; None: without bound."""
+    """How far a value can move in one batch of responses; None means no bound."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,28 +79,35 @@ class PPOConfig(LearningConfig):
 
 
 DEEPSPEED_CHAT = PPOConfig(kl_coef=0.1, score_clip=5.0, whiten_advantages=False, learn_end=False)
-"""What DeepSpeed-Chat does: its constants, no whitening, and the token that ends a response gets the score and is not learned."""
+"""DeepSpeed-Chat's settings: its constants, no whitening, and the token that ends a response gets the score but is not trained on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupConfig(LearningConfig):
-    """What is made of several responses to each prompt, without a critic: GRPO by default.
+    """Options of learning from several responses per prompt without a critic: GRPO by default.
 
-    RLOO is ``advantage="leave_one_out", kl_in="reward", kl_estimator="k1"``; Dr. GRPO is ``scale=False`` with ``policy=PolicyLossConfig(average="fixed")``.
+    For RLOO, use ``advantage="leave_one_out", kl_in="reward", kl_estimator="k1"``. For Dr. GRPO, use ``scale=False``
+    with ``policy=PolicyLossConfig(average="fixed")``.
 
     References:
-        Shao et al., "DeepSeekMath", 2024 (GRPO); Ahmadian et al., "Back to Basics", 2024 (RLOO); Liu et al., "Understanding R1-Zero-Like Training", 2025 (Dr. GRPO).
+        Shao et al., "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (2024), for
+            GRPO. https://arxiv.org/abs/2402.03300
+        Ahmadian et al., "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+            LLMs" (2024), for RLOO. https://arxiv.org/abs/2402.14740
+        Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective" (2025), for Dr. GRPO.
+            https://arxiv.org/abs/2503.20783
     """
 
     kl_estimator: KLEstimator = "k3"
     group_size: int = 8
-    """Responses to each prompt."""
+    """Number of responses per prompt."""
     advantage: Literal["group", "leave_one_out"] = "group"
-    """A score less the mean of its group (:func:`effscale.rlhf.group_advantages`), or less that of the others in it (:func:`effscale.rlhf.leave_one_out_advantages`)."""
+    """The baseline of a score: the mean of its group (``effscale.rlhf.group_advantages``), or the mean of the others in the group
+    (``effscale.rlhf.leave_one_out_advantages``)."""
     scale: bool = True
-    """Whether ``group`` divides by the deviation within the group."""
+    """Whether ``group`` divides by the standard deviation of the group."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where divergence is paid for: in the loss of each token, or in the score of a response."""
+    """Where the divergence is penalized: in the loss of each token, or in the score of a response."""
 
     def __post_init__(self):
         super().__post_init__()

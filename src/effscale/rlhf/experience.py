@@ -1,4 +1,4 @@
-"""From drawn and scored responses to what a policy learns from: advantages beside the tokens, and returns where there is a critic."""
+"""Convert generated and scored responses to training data for a policy: advantages of the tokens, and returns if there is a critic."""
 
 import dataclasses
 import typing
@@ -19,18 +19,20 @@ from effscale.rlhf.rewards import kl_estimate, shaped_rewards, with_next
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """Responses with all that a policy and its critic learn from.
+    """Responses with everything that a policy and its critic learn from.
 
     Attributes:
         tokens: Prompts and responses.
         mask: True at real tokens.
-        learned: True at the response's tokens that are learned.
-        log_probs: Of the response's tokens, under the policy that drew them.
-        advantages: Of each.
-        values: The critic's, before each of them; None without a critic.
-        returns: What the critic should have said; None without a critic.
-        reference_log_probs: The reference's, where divergence is a part of the loss; else None.
-        text: Rows of ordinary text for ``pretraining_coef``, as many as responses: a batch of :func:`effscale.training.next_token_loss`; else None.
+        learned: True at the response's tokens that are trained on.
+        log_probs: Log-probabilities of the response's tokens under the policy that generated them.
+        advantages: Advantage of each token.
+        values: The critic's value before each token; None without a critic.
+        returns: The targets of the critic; None without a critic.
+        reference_log_probs: Log-probabilities under the reference model, if the divergence is part of the loss;
+            otherwise None.
+        text: Rows of ordinary text for ``pretraining_coef``, the same number as responses: a batch for
+            ``effscale.training.next_token_loss``; otherwise None.
     """
 
     tokens: Int[Array, "batch total"]
@@ -44,11 +46,11 @@ class Experience:
     text: Any = None
 
     def rows(self, index: Int[Array, "rows"]) -> "Experience":
-        """The responses of these numbers."""
+        """Return the responses with these indices."""
         return jax.tree.map(lambda a: a[index], self)
 
     def minibatches(self, number: int, key: PRNGKeyArray) -> Iterator["Experience"]:
-        """The batch in a new order, cut into so many parts.
+        """Yield the batch in a new order, split into ``number`` equal parts.
 
         Raises:
             ValueError: The parts would not be of equal size.
@@ -58,13 +60,13 @@ class Experience:
 
 
 def minibatch_rows(rows: int, number: int, key: PRNGKeyArray) -> Int[Array, "number rows"]:
-    """The numbers of all rows in a new order, cut into so many parts.
+    """Return the indices of all rows in a new order, split into ``number`` equal parts.
 
     Raises:
         ValueError: The parts would not be of equal size.
     """
     if number < 1 or rows % number:
-        raise ValueError(f"number={number}: must be a divisor of the {rows} responses")
+        raise ValueError(f"number must divide the number of responses, {rows}, got {number}")
     return jax.random.permutation(key, rows).reshape(number, -1)
 
 
@@ -78,20 +80,22 @@ def make_experience(
     config: PPOConfig = PPOConfig(),
     kl_coef: Float[Array, ""] | float | None = None,
 ) -> tuple[Experience, dict[str, Float[Array, ""]]]:
-    """PPO's rewards, advantages and returns of responses that were drawn and scored.
+    """Compute PPO's rewards, advantages and returns for generated and scored responses.
 
     Args:
-        drawn: From :func:`effscale.generation.decode` with ``log_probs=True``.
-        reference_log_probs: The reference's, see :func:`effscale.rlhf.response_log_probs`, at the temperature of the drawing.
-        values: The critic's, see :func:`effscale.rlhf.response_values`.
-        scores: Of whole responses: a reward model's or a function's.
-        stop_ids: Tokens that end a response, as ``drawn`` had them; needed for ``missing_end_penalty`` and its metric, and for ``learn_end=False``.
-        config: How rewards are made.
-        kl_coef: The price of divergence in place of the config's, where it changes.
+        drawn: Responses from ``effscale.generation.decode`` with ``log_probs=True``.
+        reference_log_probs: Log-probabilities under the reference model at the sampling temperature, see
+        ``effscale.rlhf.response_log_probs``.
+        values: Values of the critic, see ``effscale.rlhf.response_values``.
+        scores: Scores of whole responses, from a reward model or a function.
+        stop_ids: Tokens that end a response, the same as for ``drawn``; needed for ``missing_end_penalty`` and its
+        metric, and for ``learn_end=False``.
+        config: Options of PPO.
+        kl_coef: The KL coefficient, if it changes; None uses that of ``config``.
 
     Returns:
-        The experience, and metrics: ``score`` (as given), ``score_std`` (over responses), ``kl`` (of a response, in nats), ``length``, ``ended`` (the share of
-        responses that ended before they were cut off).
+        The experience, and metrics: ``score`` (as given), ``score_std`` (over responses), ``kl`` (per response, in
+        nats), ``length``, ``ended`` (the share of responses that ended before they were cut off).
 
     Raises:
         ValueError: ``drawn`` has no log-probabilities.
@@ -125,21 +129,22 @@ def make_group_experience(
     stop_ids: Sequence[int] = (),
     config: GroupConfig = GroupConfig(),
 ) -> tuple[Experience, dict[str, Float[Array, ""]]]:
-    """Advantages of responses over the others to the same prompt, as in GRPO and RLOO; no critic is needed.
+    """Compute the advantages of responses relative to the others for the same prompt, as in GRPO and RLOO; needs no
+    critic.
 
     Args:
-        drawn: As in :func:`make_experience`; responses to one prompt stand side by side.
-        reference_log_probs: As in :func:`make_experience`.
-        scores: As in :func:`make_experience`.
-        stop_ids: As in :func:`make_experience`.
-        config: How advantages are made.
+        drawn: As in ``make_experience``; responses to the same prompt are adjacent.
+        reference_log_probs: As in ``make_experience``.
+        scores: As in ``make_experience``.
+        stop_ids: As in ``make_experience``.
+        config: Options of GRPO and RLOO.
 
     Returns:
-        The experience, and metrics: those of :func:`make_experience`, and ``equal_groups``, the share of prompts all of whose responses have one score, so that
-        nothing is learned from them.
+        The experience, and metrics: those of ``make_experience``, and ``equal_groups``, the share of prompts whose
+        responses all have the same score, so that nothing is learned from them.
 
     Raises:
-        ValueError: ``drawn`` has no log-probabilities, or the responses are no whole groups.
+        ValueError: ``drawn`` has no log-probabilities, or the responses do not form whole groups.
     """
     log_probs, mask, learned, kl, paid, metrics = _scored(
         drawn, reference_log_probs, scores, stop_ids, config
@@ -167,9 +172,11 @@ def _scored(
     stop_ids: Sequence[int],
     config: LearningConfig,
 ) -> tuple[Array, Array, Array, Array, Array, dict[str, Array]]:
-    """Log-probabilities of the response, its mask, what of it is learned, the divergence of each token, the scores less what is paid for a missing end, and metrics."""
+    """Return the log-probabilities of the response, its mask, the mask of trained tokens, the divergence of each token, the scores minus the
+    penalty for a missing end, and metrics.
+    """
     if drawn.log_probs is None:
-        raise ValueError("drawn.log_probs is None: call decode with log_probs=True")
+        raise ValueError("drawn.log_probs must be set, got None. Call decode with log_probs=True")
     response = drawn.log_probs.shape[1]
     mask = drawn.mask[:, -response:]
     stops = jnp.asarray(stop_ids, jnp.int32)

@@ -1,4 +1,4 @@
-"""The losses of policy and critic over experience, for :func:`effscale.training.make_train_step`."""
+"""Losses of the policy and the critic on experience, for ``effscale.training.make_train_step``."""
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,22 @@ def actor_loss(
     config: LearningConfig = PPOConfig(),
     temperature: float = 1.0,
 ) -> Loss:
-    r"""The loss of the policy: clipped, with what divergence, entropy and ordinary text add to it where the config has them in the loss.
+    r"""Compute the clipped loss of the policy, plus the terms for divergence, entropy and ordinary text if the config has them in the loss.
 
     .. math:: L = L_{policy} + \beta\,\mathrm{KL} - c_H H + c_{text} L_{text}
 
-    A mean over tokens is one over the whole batch, whatever it is cut into; DeepSpeed-Chat and TRL take one of each micro-batch.
+    A mean over tokens is taken over the whole batch, however it is split; DeepSpeed-Chat and TRL take it per
+    micro-batch.
 
     Args:
         actor: The policy, a causal model with a head named ``lm``.
         experience: A minibatch.
-        key: Not used: dropout would make the ratio differ from 1 where nothing was learned yet.
-        config: Clips, averages and coefficients: a :class:`PPOConfig` or a :class:`GroupConfig`.
-        temperature: That of the drawing.
+        key: Not used: with dropout, the ratio would differ from 1 before the first update.
+        config: Clipping, averaging and coefficients: a ``PPOConfig`` or a ``GroupConfig``.
+        temperature: The sampling temperature.
 
     Raises:
-        ValueError: ``pretraining_coef`` is given and the experience has no text.
+        ValueError: ``pretraining_coef`` is set and the experience has no text.
     """
     del key
     mask = experience.learned
@@ -52,13 +53,13 @@ def actor_loss(
     metrics = {**metrics, "entropy": jax.lax.stop_gradient(entropy)}
     if isinstance(config, GroupConfig) and config.kl_in == "loss":
         reference = experience.reference_log_probs
-        assert reference is not None, "make_group_experience gives it"
+        assert reference is not None, "make_group_experience sets it"
         kl = kl_estimate(said.log_probs, reference, config.kl_estimator)
         loss = loss + config.kl_coef * masked_average(kl, mask, average)
     if config.pretraining_coef:
         if experience.text is None:
             raise ValueError(
-                f"pretraining_coef={config.pretraining_coef} needs rows of text: give the step batches with 'text'"
+                f"pretraining_coef={config.pretraining_coef} needs rows of text. Pass batches with 'text' to the step"
             )
         text = next_token_loss(actor, experience.text).mean()
         loss = loss + config.pretraining_coef * text
@@ -78,13 +79,13 @@ def critic_loss(
     config: PPOConfig = PPOConfig(),
     head: str = "value",
 ) -> Loss:
-    """The loss of the critic.
+    """Compute the loss of the critic.
 
     Args:
         critic: A causal model with a head of one class and ``pool="none"``.
         experience: A minibatch.
-        key: Not used, as in :func:`actor_loss`.
-        config: Clip, and where the score stands.
+        key: Not used, as in ``actor_loss``.
+        config: Clipping, and where the score is applied.
         head: Name of the head.
     """
     del key

@@ -1,7 +1,8 @@
-"""Learning from pairs of responses: the losses of a reward model and of DPO over a batch, for :func:`effscale.training.make_train_step`.
+"""Learn from pairs of responses: the losses of a reward model and of DPO, for ``effscale.training.make_train_step``.
 
-A batch of pairs holds ``chosen`` and ``rejected``, the tokens of prompt and response padded on the right, ``prompt_lengths``, and ``chosen_lengths`` and
-``rejected_lengths``, which count the prompt, too. Where present, ``margins`` says by how much the first is better.
+A batch of pairs contains ``chosen`` and ``rejected``, the tokens of prompt and response padded on the right;
+``prompt_lengths``; and ``chosen_lengths`` and ``rejected_lengths``, which include the prompt. The optional
+``margins`` says by how much the chosen response is better.
 """
 
 from collections.abc import Mapping
@@ -33,27 +34,31 @@ def reward_model_loss(
     lm_coef: float = 0.0,
     head: str = "score",
 ) -> Loss:
-    r"""The loss of a reward model, which learns to give the better response the higher score.
+    r"""Compute the loss of a reward model, which learns to give the better response the higher score.
 
     .. math:: L = L_{pairs} + c_{lm}\, \mathrm{mean}\bigl(-\log p(y_c \mid x)\bigr)
 
     Args:
         model: A model with a head of one class: ``pool="last"`` or ``"none"`` for ``form="response"``, ``"none"`` for ``"token"``. With ``lm_coef`` it also
             has a head named ``lm``.
-        batch: Pairs, see :mod:`effscale.rlhf.pairs`.
-        key: Turns dropout on.
-        form: ``response`` compares the scores at the ends (:func:`effscale.rlhf.pairwise_loss`); ``token`` those after each token from the first in which
-            the two differ, as DeepSpeed-Chat does (:func:`effscale.rlhf.token_pairwise_loss`).
-        center: Weight of the squared sum of both scores, which keeps them around 0; for ``response``.
-        lm_coef: Weight of the cross entropy of the better response's tokens, a mean over each response and over pairs. A model that keeps predicting
-            responses while it learns to compare them can generalize better to pairs that it has not seen; 0.5 is what the experiment ``rlhf`` uses.
+        batch: Pairs, see ``effscale.rlhf.pairs``.
+        key: Turns on dropout.
+        form: ``response`` compares the scores at the end of the responses (``effscale.rlhf.pairwise_loss``);
+            ``token`` compares the scores after each token from the first difference on, as DeepSpeed-Chat does
+            (``effscale.rlhf.token_pairwise_loss``).
+        center: Weight of the squared sum of both scores, which keeps them around 0; for ``form="response"``.
+        lm_coef: Weight of the cross entropy of the better response's tokens, averaged over each response and over
+            pairs. A model that keeps predicting responses while it learns to compare them can generalize better to
+            unseen pairs. The experiment ``rlhf`` uses 0.5.
         head: Name of the head.
 
     Returns:
-        The loss; its metrics are ``accuracy``, the mean scores ``chosen_score`` and ``rejected_score``, and ``lm_loss`` where ``lm_coef`` is not 0.
+        The loss; its metrics are ``accuracy``, the mean scores ``chosen_score`` and ``rejected_score``, and
+        ``lm_loss`` if ``lm_coef`` is not 0.
 
     References:
-        Yang et al., "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs", 2024 (``lm_coef``).
+        Yang et al., "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs" (2024), for
+            ``lm_coef``. https://arxiv.org/abs/2406.10216
 
     Example:
         >>> import dataclasses
@@ -78,7 +83,7 @@ def reward_model_loss(
     else:
         if outputs.ndim != 3:
             raise ValueError(
-                f"form='token' needs a score after each token: a head {head!r} with pool='none'"
+                f"form='token' needs a score after each token. Use a head {head!r} with pool='none'"
             )
         each = outputs[..., 0].astype(jnp.float32)
         lengths = batch["chosen_lengths"], batch["rejected_lengths"]
@@ -116,17 +121,17 @@ def preference_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """What a policy learns by without a reward model: DPO, see :func:`effscale.rlhf.dpo_loss`.
+    """Compute the DPO loss, which trains a policy without a reward model; see ``effscale.rlhf.dpo_loss``.
 
-    Give the reference to the step as ``frozen``: ``step(state, batch, frozen=reference)``, or ``fit(..., frozen=reference)``.
+    Pass the reference model to the step as ``frozen``: ``step(state, batch, frozen=reference)``, or ``fit(..., frozen=reference)``.
 
     Args:
         policy: A causal model with a head named ``lm``.
-        batch: Pairs, see :mod:`effscale.rlhf.pairs`.
-        key: Turns dropout on.
+        batch: Pairs, see ``effscale.rlhf.pairs``.
+        key: Turns on dropout.
         reference: The policy before training.
-        beta: How dear it is to leave the reference.
-        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round.
+        beta: Strength of the penalty for moving away from the reference.
+        label_smoothing: The assumed share of pairs with swapped labels.
     """
     tokens, mask = _both(batch)
     place = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None]
@@ -153,7 +158,7 @@ def preference_loss(
 def _both(
     batch: Mapping[str, Array],
 ) -> tuple[Int[Array, "rows length"], Bool[Array, "rows length"]]:
-    """Chosen above rejected, and their masks."""
+    """Stack chosen on top of rejected, with their masks."""
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     lengths = jnp.concatenate([batch["chosen_lengths"], batch["rejected_lengths"]])
     return tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]

@@ -1,4 +1,4 @@
-"""The losses of PPO and of its relatives without a critic: clipped policy loss, clipped value loss, and how tokens are averaged."""
+"""Losses of PPO and its critic-free variants: clipped policy loss, clipped value loss, and averaging over tokens."""
 
 import dataclasses
 import math
@@ -15,18 +15,18 @@ Average = Literal["token", "sequence", "fixed"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """How a policy is kept near the one that drew the responses."""
+    """Options of the policy loss, which keep the policy close to the one that generated the responses."""
 
     clip_low: float = 0.2
-    """The ratio of new to old probability counts down to 1 minus this ..."""
+    """Lower clip of the ratio of new to old probability: 1 minus this."""
     clip_high: float = 0.2
-    """... and up to 1 plus this; DAPO takes 0.28."""
+    """Upper clip of the ratio of new to old probability: 1 plus this. DAPO uses 0.28."""
     dual_clip: float | None = None
-    """Where the advantage is negative, the ratio counts at most so much; above 1, or None for no bound."""
+    """Upper bound of the ratio where the advantage is negative; above 1, or None for no bound."""
     ratio_of: Literal["token", "sequence"] = "token"
-    """Ratios of each token, or one for the whole response, the geometric mean of its tokens' (GSPO)."""
+    """One ratio per token, or one per response: the geometric mean over its tokens (GSPO)."""
     average: Average = "token"
-    """See :func:`masked_average`."""
+    """How to average over tokens: ``token``, ``sequence`` or ``fixed``; see ``masked_average``."""
 
     def __post_init__(self):
         check(self, 0 < self.clip_low <= 1, "clip_low", "above 0 and at most 1")
@@ -42,13 +42,14 @@ def masked_average(
     mask: Bool[Array, "batch response"],
     average: Average = "token",
 ) -> Float[Array, ""]:
-    """A mean over the tokens of a batch of responses.
+    """Average over the tokens of a batch of responses.
 
     Args:
-        x: A number for each token.
-        mask: The tokens that count.
-        average: ``token``: all tokens alike; ``sequence``: the mean of each response's mean, so that the tokens of short responses count more;
-            ``fixed``: the sum over each response divided by the greatest length, whatever its own (Dr. GRPO).
+        x: A value for each token.
+        mask: True at the tokens that count.
+        average: ``token``: all tokens have the same weight. ``sequence``: the mean of each response's mean, so that
+        tokens of short responses count more. ``fixed``: the sum over each response divided by the maximum length,
+        whatever its own length (Dr. GRPO).
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +66,7 @@ def masked_average(
         return (sums / jnp.maximum(counts, 1.0)).sum() / jnp.maximum(any_token.sum(), 1.0)
     if average == "fixed":
         return (sums / x.shape[1]).mean()
-    raise ValueError(f"average={average!r}: must be 'token', 'sequence' or 'fixed'")
+    raise ValueError(f"average must be 'token', 'sequence' or 'fixed', got {average!r}")
 
 
 def policy_loss(
@@ -75,25 +76,30 @@ def policy_loss(
     mask: Bool[Array, "batch response"],
     config: PolicyLossConfig = PolicyLossConfig(),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    r"""The clipped policy loss of PPO.
+    r"""Compute the clipped policy loss of PPO.
 
     .. math:: L = \mathrm{mean}_t \max(-A_t \rho_t,\; -A_t\, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, 1 + \epsilon_{high})), \qquad
         \rho_t = \pi(a_t) / \pi_{old}(a_t)
 
     Args:
-        log_probs: Of the drawn tokens, under the policy that learns.
-        old_log_probs: Under the policy as it was when it drew them.
-        advantages: Of each token; no gradient flows through them. For one number per response, repeat it over its tokens.
-        mask: The response's tokens.
-        config: Clips and averages.
+        log_probs: Log-probabilities of the generated tokens under the policy being trained.
+        old_log_probs: Log-probabilities under the policy that generated them.
+        advantages: Advantage of each token; no gradient flows through them. For one value per response, repeat it
+            over its tokens.
+        mask: True at the response's tokens.
+        config: Clipping and averaging.
 
     Returns:
-        The loss, and metrics: ``ratio``, the mean ratio (exactly 1 on the first minibatch); ``clip_fraction``, the share of tokens at which the clip
-        decides; ``approx_kl``, the mean k3 estimate of the divergence from the old policy.
+        The loss, and metrics: ``ratio``, the mean ratio (exactly 1 on the first minibatch); ``clip_fraction``, the
+        share of tokens that are clipped; ``approx_kl``, the mean k3 estimate of the divergence from the old policy.
 
     References:
-        Schulman et al., "Proximal Policy Optimization Algorithms", 2017, equation 7; Ye et al., "Mastering Complex Control in MOBA Games",
-        2020 (dual clip); Zheng et al., "Group Sequence Policy Optimization", 2025.
+        Schulman et al., "Proximal Policy Optimization Algorithms" (2017), equation 7.
+            https://arxiv.org/abs/1707.06347
+        Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (2020), for
+            ``dual_clip``. https://arxiv.org/abs/1912.09729
+        Zheng et al., "Group Sequence Policy Optimization" (2025), for ``ratio_of="sequence"``.
+            https://arxiv.org/abs/2507.18071
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,24 +137,25 @@ def value_loss(
     *,
     clip: float | None = 0.2,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    r"""Half the mean squared error of a critic that may not move far from what it said.
+    r"""Compute half the mean squared error of a critic whose values are clipped to stay near the old ones.
 
     .. math:: L = \tfrac12\, \mathrm{mean}_t \max((V_t - R_t)^2,\; (\mathrm{clip}(V_t, V^{old}_t \pm \epsilon) - R_t)^2)
 
     Args:
-        values: The critic's, now.
-        old_values: The critic's when the responses were scored.
-        returns: What it should have said, see :func:`effscale.rlhf.gae`.
-        mask: The tokens that count.
-        clip: How far a value may move in one batch of responses; None: without bound.
+        values: The critic's current values.
+        old_values: The critic's values when the responses were scored.
+        returns: The targets, see ``effscale.rlhf.gae``.
+        mask: True at the tokens that count.
+        clip: How far a value can move in one batch of responses; None means no bound.
 
     Returns:
-        The loss, and metrics: ``value_clip_fraction``; ``explained_variance``, 1 minus the variance of what the old values missed over that of the returns.
+        The loss, and metrics: ``value_clip_fraction``; ``explained_variance``, 1 minus the variance of the old
+        values' errors divided by that of the returns.
 
     Example:
         >>> import jax.numpy as jnp
         >>> one, mask = jnp.ones((1, 1)), jnp.array([[True]])
-        >>> loss, _ = value_loss(3.0 * one, one, 4.0 * one, mask)  # 3 counts as 1.2, 2.8 away
+        >>> loss, _ = value_loss(3.0 * one, one, 4.0 * one, mask)  # 3 is clipped to 1.2, with an error of 2.8
         >>> print(f"{loss:.2f}")
         3.92
     """

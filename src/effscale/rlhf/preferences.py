@@ -1,4 +1,4 @@
-"""Losses of pairs of which one response was preferred: for a reward model, and for a policy without one (DPO)."""
+"""Losses on preference pairs: for a reward model, and for a policy without a reward model (DPO)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,21 @@ def pairwise_loss(
     margin: Float[Array, "pairs"] | float = 0.0,
     center: float = 0.0,
 ) -> Float[Array, ""]:
-    r"""The loss of a reward model by the scores of whole responses (Bradley-Terry).
+    r"""Compute the loss of a reward model from the scores of whole responses (Bradley-Terry).
 
     .. math:: L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)
 
     Args:
         chosen: Scores of the preferred responses.
         rejected: Scores of the others.
-        margin: By how much the preferred one should be ahead, m; for each pair, or one for all.
-        center: Keeps the scores of a pair around 0, c; 0.01 is usual.
+        margin: By how much the score of the preferred response should be higher, m; one per pair, or one for all.
+        center: Weight of the term that keeps the scores of a pair around 0, c; 0.01 is a common value.
 
     References:
-        Touvron et al., "Llama 2", 2023, section 3.2.2 (margin); Eisenstein et al., "Helping or Herding?", 2023 (centring).
+        Touvron et al., "Llama 2: Open Foundation and Fine-Tuned Chat Models" (2023), section 3.2.2, for ``margin``.
+            https://arxiv.org/abs/2307.09288
+        Eisenstein et al., "Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking"
+            (2023), for ``center``. https://arxiv.org/abs/2312.09244
 
     Example:
         >>> import jax.numpy as jnp
@@ -43,11 +46,12 @@ def token_pairwise_loss(
 
     Args:
         chosen: A score after each token of the preferred response, prompt included.
-        rejected: The same of the other.
-        where: The places that count, see :func:`diverging`.
+        rejected: The same for the other response.
+        where: True at the positions that count, see ``diverging``.
 
     References:
-        Yao et al., "DeepSpeed-Chat", 2023.
+        Yao et al., "DeepSpeed-Chat: Easy, Fast and Affordable RLHF Training of ChatGPT-like Models at All Scales"
+            (2023). https://arxiv.org/abs/2308.01320
     """
     losses = jnp.where(where, -jax.nn.log_sigmoid(chosen - rejected), 0.0).sum(1)
     return (losses / jnp.maximum(where.sum(1), 1).astype(losses.dtype)).mean()
@@ -59,16 +63,16 @@ def diverging(
     chosen_lengths: Int[Array, "pairs"],
     rejected_lengths: Int[Array, "pairs"],
 ) -> Bool[Array, "pairs length"]:
-    """The places from the first token in which two responses differ to the end of the longer one.
+    """Return a mask from the first token where two responses differ to the end of the longer one.
 
-    Of a pair without a difference it is the last place of the row, where both scores are the same, as in DeepSpeed-Chat. The
-    shorter response takes part with its padding.
+    For a pair without a difference, it is true only at the last position of the row, where both scores are the same,
+    as in DeepSpeed-Chat. The padding of the shorter response counts too.
 
     Args:
         chosen: Tokens of prompt and preferred response, padded on the right.
-        rejected: The same of the other.
-        chosen_lengths: Tokens of each that are no padding.
-        rejected_lengths: The same of the other.
+        rejected: The same for the other response.
+        chosen_lengths: Number of tokens of each row without padding.
+        rejected_lengths: The same for the other response.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,7 +92,7 @@ def diverging(
 def pairwise_accuracy(
     chosen: Float[Array, "pairs"], rejected: Float[Array, "pairs"]
 ) -> Float[Array, ""]:
-    """The share of pairs in which the preferred response has the higher score; equal scores count as wrong."""
+    """Compute the share of pairs in which the preferred response has the higher score; equal scores count as wrong."""
     return (chosen > rejected).astype(jnp.float32).mean()
 
 
@@ -101,24 +105,25 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    r"""Direct preference optimization: a policy learns from pairs without a reward model.
+    r"""Compute the loss of direct preference optimization: a policy learns from pairs without a reward model.
 
     With :math:`z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]` the loss is the mean of
     :math:`-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)`.
 
     Args:
         chosen: Log-probabilities of the preferred responses under the policy: sums over their tokens.
-        rejected: Those of the others.
-        reference_chosen: Those of the preferred responses under the reference.
-        reference_rejected: Those of the others.
-        beta: How dear it is to leave the reference.
+        rejected: The same for the other responses.
+        reference_chosen: The same for the preferred responses under the reference model.
+        reference_rejected: The same for the other responses under the reference model.
+        beta: Strength of the penalty for moving away from the reference.
         label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, :math:`\epsilon`.
 
     Returns:
         The loss, and metrics: ``accuracy``, the share of pairs with z above 0; ``margin``, the mean of z.
 
     References:
-        Rafailov et al., "Direct Preference Optimization", 2023, equation 7.
+        Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model" (2023),
+            equation 7. https://arxiv.org/abs/2305.18290
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,7 +133,7 @@ def dpo_loss(
         0.6931
     """
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing}: must be from 0 to below 0.5")
+        raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
     z = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     right, wrong = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
     loss = -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()

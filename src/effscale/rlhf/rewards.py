@@ -1,7 +1,7 @@
-"""What each token of a response earns: the score at its end, less a price for leaving the reference.
+"""Rewards of the tokens of a response: the score at its end, minus a penalty for divergence from the reference model.
 
-All arrays here are of the response alone: place t is the choice of its t-th token, made after the prompt and the tokens before. ``mask`` is true at the
-response's own tokens, its end-of-text token among them.
+All arrays here cover only the response: position t is the choice of its t-th token, given the prompt and the previous
+tokens. ``mask`` is true at the response's tokens, including its end-of-text token.
 """
 
 from typing import Literal
@@ -17,18 +17,18 @@ def kl_estimate(
     reference: Float[Array, "batch response"],
     estimator: KLEstimator = "k1",
 ) -> Float[Array, "batch response"]:
-    r"""An estimate of the divergence from the reference, from the tokens that were drawn.
+    r"""Estimate the divergence from the reference model from the generated tokens.
 
     With :math:`d = \log \pi - \log \pi_{ref}` of a token, ``k1`` is :math:`d`, without bias and of either sign; ``k2`` is :math:`d^2 / 2`, small
     in variance; ``k3`` is :math:`e^{-d} - 1 + d`, without bias and never below 0.
 
     Args:
-        log_probs: Log-probabilities of the tokens under the policy that drew them.
-        reference: Those under the reference.
-        estimator: Which one.
+        log_probs: Log-probabilities of the tokens under the policy that generated them.
+        reference: Log-probabilities under the reference model.
+        estimator: ``k1``, ``k2`` or ``k3``.
 
     References:
-        Schulman, "Approximating KL Divergence", 2020.
+        Schulman, "Approximating KL Divergence" (2020), blog post. http://joschu.net/blog/kl-approx.html
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,14 +42,14 @@ def kl_estimate(
         return 0.5 * jnp.square(d)
     if estimator == "k3":
         return jnp.exp(-d) - 1.0 + d
-    raise ValueError(f"estimator={estimator!r}: must be 'k1', 'k2' or 'k3'")
+    raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
 
 
 def with_next(mask: Bool[Array, "batch response"]) -> Bool[Array, "batch response"]:
-    """The mask and one place more, where there is one.
+    """Extend the mask by one position, if there is one.
 
-    TRL lets the score stand in the place after a response's last token, and so has values there, too; and DeepSpeed-Chat, whose mask leaves out the token that ends a
-    response, at that token.
+    TRL applies the score at the position after a response's last token, and so has values there too. DeepSpeed-Chat,
+    whose mask does not include the token that ends a response, applies it at that token.
     """
     before = jnp.pad(mask, ((0, 0), (1, 0)))[:, :-1]
     return mask | before
@@ -66,15 +66,18 @@ def shaped_rewards(
     r"""The reward of each token: :math:`r_t = -\beta\, \mathrm{KL}_t`, and the score of the response at its last token as well.
 
     Args:
-        scores: One for each response, of a reward model or a function.
-        kl: Of each token, see :func:`kl_estimate`.
-        mask: The response's tokens, without gaps from the first one on. With :func:`with_next` the score stands one place later. The score of
-            an empty response is lost: leave such responses out.
+        scores: One score per response, from a reward model or a function.
+        kl: Divergence of each token, see ``kl_estimate``.
+        mask: True at the response's tokens, from the first one on without gaps. With ``with_next`` the score is
+            applied one position later. The score of an empty response is lost, so leave such responses out.
         kl_coef: The price of divergence, :math:`\beta`. DeepSpeed-Chat takes 0.1, TRL 0.05.
-        clip: Scores are clipped to plus and minus this; None: not at all. DeepSpeed-Chat takes 5.
+        clip: Clip scores to plus and minus this value; None disables clipping. DeepSpeed-Chat uses 5.
 
     References:
-        Stiennon et al., "Learning to summarize from human feedback", 2020, section 3.4; Yao et al., "DeepSpeed-Chat", 2023.
+        Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4.
+            https://arxiv.org/abs/2009.01325
+        Yao et al., "DeepSpeed-Chat: Easy, Fast and Affordable RLHF Training of ChatGPT-like Models at All Scales"
+            (2023). https://arxiv.org/abs/2308.01320
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,7 +87,7 @@ def shaped_rewards(
     """
     if clip is not None:
         scores = jnp.clip(scores, -clip, clip)
-    # The last true place: true, and false in the place after.
+    # The last true position: true, and false at the next position.
     last = mask & ~jnp.pad(mask, ((0, 0), (0, 1)))[:, 1:]
     return jnp.where(mask, -kl_coef * kl, 0.0) + jnp.where(last, scores[:, None], 0.0)
 
@@ -97,19 +100,20 @@ def adaptive_kl(
     horizon: float = 10_000.0,
     responses: int,
 ) -> Float[Array, ""]:
-    r"""The price of divergence for the next batch: higher where the policy went too far, lower where it stays too close.
+    r"""Return the KL coefficient for the next batch: higher if the policy moved too far, lower if it stayed too close.
 
     .. math:: \beta \leftarrow \beta\, (1 + \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1, \pm 0.2)\; n / \mathrm{horizon})
 
     Args:
-        kl_coef: The price so far.
-        kl: Mean divergence of a response, in nats: the sum over its tokens.
-        target: The divergence that is wanted.
-        horizon: Responses after which the price has changed by about a fifth at most.
-        responses: Responses in this batch, n.
+        kl_coef: The current coefficient.
+        kl: Mean divergence per response, in nats: the sum over its tokens.
+        target: The target divergence.
+        horizon: Number of responses over which the coefficient changes by at most about a fifth.
+        responses: Number of responses in this batch, n.
 
     References:
-        Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, section 2.2.
+        Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), section 2.2.
+            https://arxiv.org/abs/1909.08593
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The actor while it generates: one set of weights, in a second layout that exists only meanwhile."""
+"""The actor during generation: the same weights in a second layout that exists only for that time."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from effscale.models import Transformer, merge_lora, unroll
 from effscale.parallel import DEFAULT_RULES, Rules, shardings, use_rules
 
 ROLLOUT_RULES = DEFAULT_RULES | {"embed": None}
-"""Weights lie whole along ``fsdp``, so that no token waits until they are gathered; along ``tensor`` they stay divided, as the cache is."""
+"""Weights are replicated along ``fsdp``, so that no token waits for them to be gathered; along ``tensor`` they stay sharded, like the cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How responses are drawn.
+    """Options of response generation.
 
     Example:
         >>> RolloutConfig(sampling=SamplingConfig(max_new_tokens=64, stop_ids=2)).sampling.stop_ids
@@ -25,26 +25,27 @@ class RolloutConfig:
     """
 
     sampling: SamplingConfig = SamplingConfig()
-    """Length, temperature and stop tokens. Filters such as ``top_p`` make the policy that draws another than the one that learns: leave them off, unless
-    you know why."""
+    """Length, temperature and stop tokens. Filters such as ``top_p`` make the sampling policy differ from the policy being trained, so leave
+    them off unless you know why you need them."""
     prepare: Callable[[Transformer], Transformer] | None = None
-    """A last change to the weights, such as a quantization to INT8: a function from a model to a model, which is compiled."""
+    """A final transformation of the weights, such as quantization to INT8: a function from a model to a model, which is compiled."""
     mesh: Mesh | None = None
-    """The devices; None: the actor lies on one."""
+    """The device mesh; None if the actor is on one device."""
     rules: Rules = ROLLOUT_RULES
-    """The layout on the mesh."""
+    """Sharding rules of the weights on the mesh."""
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def rollout_model(actor: Transformer, config: RolloutConfig) -> Transformer:
-    """The actor as it generates: LoRA pairs merged, layers apart, laid out so that decoding is fast.
+    """Return the actor in its layout for generation: LoRA pairs merged, layers unstacked, and sharded for fast
+    decoding.
 
-    It is a copy, made by one compiled function; drop it when the responses are there, so that training has the memory. The actor itself, and the base
-    weights of its LoRA pairs, stay as they are.
+    It is a copy, made by one compiled function; drop it after generation to free the memory for training. The actor
+    and the base weights of its LoRA pairs are unchanged.
 
     Args:
-        actor: A policy as it is trained.
-        config: Its layout.
+        actor: The policy in training.
+        config: Options of the generation layout.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where scores come from: reward models, functions of text, functions of tokens, and sums of them."""
+"""Scores from reward models, functions of text, functions of tokens, and sums of them."""
 
 import dataclasses
 import inspect
@@ -16,19 +16,19 @@ from effscale.parallel import on_devices
 from effscale.rlhf.scoring import response_scores
 
 Reward = Callable[[Generated, Mapping[str, Any]], Any]
-"""``reward(drawn, batch)``: a score for each response, from the responses and the batch of prompts with all that you put beside them."""
+"""``reward(drawn, batch)`` returns a score for each response, given the responses and the batch of prompts with any other fields."""
 
 
 TextReward = Callable[..., Sequence[float]]
-"""``function(prompts, responses, **fields)``: a number for each response, given as text; ``fields`` are what the batch holds beside the tokens."""
+"""``function(prompts, responses, **fields)`` returns a number for each response, given as text; ``fields`` are the other fields of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-    """Scores by a reward model that reads the policy's tokens.
+    """Scores from a reward model that reads the policy's tokens.
 
     Args:
-        model: The reward model. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
+        model: The reward model. It can be in host memory, see ``effscale.parallel.to_host_memory``.
         head: Name of its head of one class with ``pool="last"``.
     """
 
@@ -36,7 +36,7 @@ class ModelReward:
     head: str = "score"
 
     def __call__(self, drawn: Generated, batch: Mapping[str, Any]) -> Float[Array, "batch"]:
-        """The score of each response."""
+        """Return the score of each response."""
         return _score(on_devices(self.model), drawn.tokens, drawn.mask, self.head)
 
 
@@ -47,12 +47,14 @@ _score = jax.jit(
 
 
 def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
-    """A reward from a function of text, such as a rule, a classifier, or a reward model with another tokenizer.
+    """Return a reward from a function of text, such as a rule, a classifier, or a reward model with another
+    tokenizer.
 
     Args:
-        tokenizer: The policy's.
-        function: ``function(prompts, responses)`` gives a number for each response. It runs on the host. Special tokens are not in the text. Of the
-            batch's other fields it is given those that its parameters name, or all if it takes ``**fields``.
+        tokenizer: The policy's tokenizer.
+        function: ``function(prompts, responses)`` returns a number for each response. It runs on the host. The text
+        has no special tokens. The function also gets the fields of the batch that its parameters name, or all fields
+        if it takes ``**fields``.
 
     Example:
         >>> from effscale.data import train_tokenizer
@@ -61,7 +63,7 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
     """
     try:
         named = inspect.signature(function).parameters
-    except ValueError:  # some functions that are built in do not tell theirs
+    except ValueError:  # some built-in functions have no signature
         named = {}
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
 
@@ -88,24 +90,24 @@ def total_score(
     batch: Mapping[str, Any],
     weights: Mapping[str, float] | None = None,
 ) -> tuple[Float[Array, "batch"], dict[str, float]]:
-    """The score of each response, summed over rewards.
+    """Compute the score of each response, summed over rewards.
 
     Args:
-        rewards: One, or several by name.
-        drawn: Responses.
+        rewards: One reward, or several by name.
+        drawn: The responses.
         batch: Their prompts.
-        weights: Of rewards by name; 1 where none is given.
+        weights: Weights of rewards by name; the default is 1.
 
     Returns:
-        The scores, and of several rewards the mean of each, as ``score_<name>``.
+        The scores, and for several rewards the mean of each, as ``score_<name>``.
 
     Raises:
-        ValueError: A reward is not one finite number for each response; or a weight is of no reward.
+        ValueError: A reward does not return one finite number per response, or a weight has the name of no reward.
     """
     named = rewards if isinstance(rewards, Mapping) else {"": rewards}
     weights = {} if weights is None else weights
     if unknown := sorted(set(weights) - set(named)):
-        raise ValueError(f"weights for {unknown}, but the rewards are {sorted(named)}")
+        raise ValueError(f"weights must have names of rewards, {sorted(named)}, got {unknown}")
     total = np.zeros(drawn.tokens.shape[0], np.float32)
     metrics: dict[str, float] = {}
     for name, reward in named.items():
@@ -113,11 +115,13 @@ def total_score(
         what = f"the reward {name!r}" if name else "the reward"
         if scores.shape != total.shape:
             raise ValueError(
-                f"{what} gave {scores.shape}: it must give one number for each of the {len(total)} responses"
+                f"{what} must return one number for each of the {len(total)} responses, got the shape {scores.shape}"
             )
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise ValueError(f"{what} is {scores[bad]} for response {bad} of the batch")
+            raise ValueError(
+                f"{what} must be finite, got {scores[bad]} for response {bad} of the batch"
+            )
         total += np.float32(weights.get(name, 1.0)) * scores
         if name:
             metrics[f"score_{name}"] = float(scores.mean())

@@ -1,7 +1,8 @@
-"""What models say of responses that are there: log-probabilities, values, scores.
+"""Evaluate models on given responses: log-probabilities, values and scores.
 
-A batch is tokens of prompt and response, padded on the left to prompts of equal length and on the right to responses of equal length, with a
-mask that is true at real tokens, as :func:`effscale.generation.decode` returns it. All is without dropout unless a key is given.
+A batch has the tokens of prompt and response, padded on the left to prompts of equal length and on the right to
+responses of equal length, with a mask that is true at real tokens, as returned by ``effscale.generation.decode``.
+Dropout is off unless a key is given.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +15,17 @@ from effscale.models import Transformer, matmul, transpose
 from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens
 
 CHUNK = 512
-"""Tokens whose logits exist at a time."""
+"""Number of tokens whose logits are in memory at the same time."""
 
 
 class ResponseLogProbs(NamedTuple):
-    """What :func:`response_log_probs` returns.
+    """The result of ``response_log_probs``.
 
     Attributes:
-        log_probs: Of each token, in nats; of no meaning where the mask is false.
-        entropies: Of the choice at each token, in nats.
-        reports: What layers reported, such as the auxiliary loss of routers; see :func:`effscale.training.add_reports`.
+        log_probs: Log-probability of each token, in nats; undefined where the mask is false.
+        entropies: Entropy of the distribution at each token, in nats.
+        reports: Values reported by layers, such as the auxiliary loss of routers; see
+        ``effscale.training.add_reports``.
     """
 
     log_probs: Float[Array, "batch response"]
@@ -40,18 +42,18 @@ def response_log_probs(
     temperature: float = 1.0,
     key: PRNGKeyArray | None = None,
 ) -> ResponseLogProbs:
-    """Log-probabilities of the tokens of responses, and the entropy of the choice at each of them.
+    """Compute the log-probabilities of the tokens of responses, and the entropy of the distribution at each of them.
 
-    Logits are computed for the response alone, a part at a time, in float32. For tokens that :func:`effscale.generation.decode` has drawn from the
-    same model at the same temperature, the log-probabilities are those that it told.
+    Logits are computed only for the response, in chunks, in float32. For tokens that ``effscale.generation.decode``
+    sampled from the same model at the same temperature, the log-probabilities equal those that it returned.
 
     Args:
         model: A causal model with a head named ``lm``.
         tokens: Prompts and responses.
         mask: True at real tokens.
-        response: Length of the responses, padding included: the last so many tokens.
-        temperature: What logits are divided by; that of the sampling.
-        key: Turns dropout on.
+        response: Length of the responses including padding: the number of last tokens.
+        temperature: The sampling temperature, by which logits are divided.
+        key: Turns on dropout.
 
     Returns:
         Log-probabilities, entropies, and the reports of the model's layers.
@@ -83,10 +85,10 @@ def response_log_probs(
     rows = x.reshape(-1, x.shape[-1])
     chunk = chunk_size(rows.shape[0], CHUNK)
     chunks = split_tokens(rows, chunk), split_tokens(labels.reshape(-1), chunk)
-    # The backward pass begins with the head: it finds the logits of a single chunk as the forward pass left them.
+    # The backward pass begins with the head and reuses the logits of a single chunk from the forward pass.
     one = chunks[0].shape[0] == 1
     found = jax.lax.map(of_chunk if one else jax.checkpoint(of_chunk), chunks)
-    # A chunk has every so-manieth token.
+    # A chunk has every n-th token.
     shaped = lambda a: a.swapaxes(0, 1).reshape(-1)[: labels.size].reshape(labels.shape)
     return ResponseLogProbs(shaped(found[0]), shaped(found[1]), encoded.reports)
 
@@ -100,15 +102,15 @@ def response_values(
     head: str = "value",
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch response"]:
-    """The value before each token of the responses: what a critic expects after the prompt and the tokens before.
+    """Compute the value before each token of the responses: the critic's prediction given the prompt and the previous tokens.
 
     Args:
         critic: A causal model with a head of one class and ``pool="none"``.
         tokens: Prompts and responses.
         mask: True at real tokens.
-        response: Length of the responses, padding included.
+        response: Length of the responses, including padding.
         head: Name of the head.
-        key: Turns dropout on.
+        key: Turns on dropout.
     """
     return values_and_reports(critic, tokens, mask, response, head=head, key=key)[0]
 
@@ -122,13 +124,13 @@ def values_and_reports(
     head: str,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "batch response"], Any]:
-    """What :func:`response_values` returns, and the reports of the critic's layers."""
+    """Return the result of ``response_values``, and the reports of the critic's layers."""
     _check(tokens, response)
     encoded = critic.encode(tokens, attention_mask=mask, key=key)
     outputs = head_outputs(critic, encoded.hidden, mask, head, key)
     if outputs.ndim != 3:
         raise ValueError(
-            f"the critic's head {head!r} gives {outputs.shape}: a critic has ClassHead(num_classes=1, pool='none')"
+            f"the critic's head {head!r} must return one value per token, got the shape {outputs.shape}. Use ClassHead(num_classes=1, pool='none')"
         )
     return outputs[:, -response - 1 : -1, 0].astype(jnp.float32), encoded.reports
 
@@ -140,7 +142,7 @@ def response_scores(
     *,
     head: str = "score",
 ) -> Float[Array, "batch"]:
-    """The score of each response as a whole: that at its last token.
+    """Compute the score of each response as a whole: the one at its last token.
 
     Args:
         reward_model: A causal model with a head of one class, ``pool="last"`` or ``pool="none"``.
@@ -153,7 +155,7 @@ def response_scores(
 
 
 def at_last(outputs: Array, mask: Bool[Array, "batch total"]) -> Float[Array, "batch"]:
-    """A head's number for each row, or of numbers for each token that at the last real one, in float32."""
+    """Return a head's value for each row, in float32; for values per token, the one at the last real token."""
     if outputs.ndim == 3:
         place = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
         last = jnp.where(mask, place, 0).max(1)
@@ -168,18 +170,20 @@ def head_outputs(
     head: str,
     key: PRNGKeyArray | None,
 ) -> Array:
-    """What a head of one class says, of each row or of each token.
+    """Return the output of a head with one class, for each row or for each token.
 
     Raises:
-        ValueError: The model has no such head, or it has more classes.
+        ValueError: The model has no such head, or the head has more classes.
     """
     outputs = model.outputs(hidden, mask, key)
     if not isinstance(outputs, dict) or head not in outputs:
-        raise ValueError(f"the model has no head {head!r}; its heads are {sorted(model.heads)}")
+        raise ValueError(
+            f"head must be one of the model's heads, {sorted(model.heads)}, got {head!r}"
+        )
     found = outputs[head]
     if found.shape[-1] != 1:
         raise ValueError(
-            f"the head {head!r} gives {found.shape[-1]} numbers: a score or value is one; use ClassHead(num_classes=1)"
+            f"the head {head!r} must return one number for a score or value, got {found.shape[-1]}. Use ClassHead(num_classes=1)"
         )
     return found
 
@@ -187,5 +191,5 @@ def head_outputs(
 def _check(tokens: Any, response: int) -> None:
     if not 1 <= response < tokens.shape[1]:
         raise ValueError(
-            f"response={response}: must be at least 1 and leave a prompt of the {tokens.shape[1]} tokens"
+            f"response must be at least 1 and leave a prompt in the {tokens.shape[1]} tokens, got {response}"
         )

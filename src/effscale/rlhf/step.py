@@ -1,4 +1,4 @@
-"""One iteration of PPO, GRPO or RLOO: draw responses, score them, learn from them."""
+"""One iteration of PPO, GRPO or RLOO: generate responses, score them, learn from them."""
 
 import dataclasses
 import time
@@ -28,21 +28,21 @@ from effscale.rlhf.scoring import response_log_probs, response_values
 from effscale.training import TrainState
 
 TrainStep = Callable[..., tuple[TrainState, Mapping[str, Any]]]
-"""From :func:`effscale.training.make_train_step`, not compiled yet."""
+"""A step from ``effscale.training.make_train_step``, not compiled yet."""
 
 
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PolicyState:
-    """What a run of PPO, GRPO or RLOO changes; :func:`effscale.training.fit` takes it and checkpoints keep it.
+    """The state of a PPO, GRPO or RLOO run; ``effscale.training.fit`` accepts it and checkpoints store it.
 
     Attributes:
-        actor: The policy in training.
-        critic: What it expects of the rewards; None for GRPO and RLOO.
-        kl_coef: The price of divergence.
-        step: Batches of prompts so far.
-        key: Of all that is drawn.
+        actor: Training state of the policy.
+        critic: Training state of the critic; None for GRPO and RLOO.
+        kl_coef: The KL coefficient.
+        step: Number of batches of prompts so far.
+        key: The random key.
     """
 
     actor: TrainState
@@ -59,16 +59,16 @@ def create_policy_state(
     key: PRNGKeyArray,
     config: PPOConfig | GroupConfig,
 ) -> PolicyState:
-    """The state before the first iteration.
+    """Create the state before the first iteration.
 
     Args:
-        actor: From :func:`effscale.training.create_train_state`.
-        critic: The same of the critic; None for GRPO and RLOO.
-        key: Decides the responses and the order in which they are learned from.
-        config: That of the step; it gives the first price of divergence.
+        actor: State of the policy from ``effscale.training.create_train_state``.
+        critic: State of the critic; None for GRPO and RLOO.
+        key: Random key for the responses and the order of learning.
+        config: The config of the step; it defines the initial KL coefficient.
     """
     zero = jnp.zeros((), jnp.int32)
-    # A step uses the states up: they can hold no array twice, nor a key that the caller goes on with.
+    # A step donates the states: they cannot contain the same array twice, or a key that the caller keeps using.
     own = lambda state: dataclasses.replace(state, key=jax.random.clone(state.key))
     actor, critic = own(actor), None if critic is None else own(critic)
     return PolicyState(actor, critic, jnp.float32(config.kl_coef), zero, key)
@@ -87,46 +87,51 @@ def make_policy_step(
     minibatches: int = 1,
     critic_head: str = "value",
 ) -> Callable[[PolicyState, Mapping[str, Any]], tuple[PolicyState, dict[str, Any]]]:
-    """A step of reinforcement learning: from a batch of prompts to a better policy.
+    """Create a step of reinforcement learning that improves a policy on a batch of prompts.
 
-    It has three phases. **Generate**: the actor, in the layout of ``rollout``, draws a response to each prompt. **Score**: rewards, the reference's
-    log-probabilities and the critic's values become experience. **Update**: actor and critic learn from minibatches of it, in a new order each epoch.
+    It has three phases. **Generate**: the actor, in the layout of ``rollout``, generates a response to each prompt.
+    **Score**: rewards, log-probabilities of the reference model and values of the critic become experience.
+    **Update**: actor and critic learn from minibatches of it, in a new order each epoch.
 
-    Each phase is compiled once for each shape of prompts. The two training steps are any that :func:`effscale.training.make_train_step` makes of
-    :func:`effscale.rlhf.actor_loss` and :func:`effscale.rlhf.critic_loss`, with the optimizer, the gradient's clip, the moving average and the trainable part
-    (LoRA, say) that you want. Give it to :func:`effscale.training.fit`, or call it in a loop of your own; the state it gets is used up.
+    Each phase is compiled once for each shape of prompts. Create the two training steps with
+    ``effscale.training.make_train_step`` from ``effscale.rlhf.actor_loss`` and ``effscale.rlhf.critic_loss``, with
+    the optimizer, gradient clipping, moving average and trainable part (such as LoRA) that you want. Pass the step to
+    ``effscale.training.fit``, or call it in your own loop; the state that it receives is donated and cannot be used
+    again.
 
     Args:
-        actor_step: Trains the actor.
-        critic_step: Trains the critic; None for a :class:`GroupConfig`.
-        rewards: Scores of responses, one or several by name; see :mod:`effscale.rlhf.scores`.
-        weights: Of several rewards by name; 1 where none is given.
-        reference: The policy before training, which the actor shall not leave far. It may lie in host memory, see :func:`effscale.parallel.to_host_memory`.
-        rollout: How responses are drawn.
-        config: A :class:`PPOConfig`, or a :class:`GroupConfig` for GRPO and RLOO.
-        epochs: How often each response is learned from.
-        minibatches: Updates in an epoch.
+        actor_step: Training step of the actor.
+        critic_step: Training step of the critic; None for a ``GroupConfig``.
+        rewards: One reward, or several by name; see ``effscale.rlhf.scores``.
+        weights: Weights of several rewards by name; the default is 1.
+        reference: The policy before training, which the actor should stay close to. It can be in host memory, see
+            ``effscale.parallel.to_host_memory``.
+        rollout: Options of generation.
+        config: A ``PPOConfig``, or a ``GroupConfig`` for GRPO and RLOO.
+        epochs: Number of passes over each batch of responses.
+        minibatches: Number of updates per epoch.
         critic_head: Name of the critic's head.
 
     Returns:
-        ``step(state, batch) -> (state, metrics)``. The batch holds ``input_ids`` and ``attention_mask`` of shape ``(prompts, length)``, padded on the left,
-        where the config mixes in pretraining ``text``, and whatever the rewards read. Metrics: those of :func:`effscale.rlhf.make_experience`; the means of the
-        updates' own as ``actor_...`` and ``critic_...``; ``kl_coef``; ``skipped_in_row``; and the seconds of each phase, of which ``switch_seconds`` is the change
-        of layout.
+        ``step(state, batch) -> (state, metrics)``. The batch contains ``input_ids`` and ``attention_mask`` of shape
+        ``(prompts, length)``, padded on the left; ``text`` if the config mixes in pretraining; and any fields that
+        the rewards read. Metrics: those of ``effscale.rlhf.make_experience``; the means over updates as ``actor_...``
+        and ``critic_...``; ``kl_coef``; ``skipped_in_row``; and the seconds of each phase, where ``switch_seconds``
+        is the change of layout.
 
     Raises:
-        ValueError: Critic and config do not go together; or, in a step, a reward is not finite, the responses cannot be cut into ``minibatches``, or a model that
-            is only read has arrays of one that is trained.
+        ValueError: Critic and config do not match. In a step: a reward is not finite, the responses cannot be split
+            into ``minibatches``, or a frozen model shares arrays with a trained one.
     """
     grouped = isinstance(config, GroupConfig)
     if grouped == (critic_step is not None):
         raise ValueError(
-            f"config={type(config).__name__} with critic_step={'given' if critic_step else 'None'}: PPO needs a critic, and a GroupConfig has none"
+            f"critic_step must be set for a PPOConfig and None for a GroupConfig, got config={type(config).__name__} and critic_step={'a step' if critic_step else None}"
         )
     for name, value in {"epochs": epochs, "minibatches": minibatches}.items():
         if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
-    # Several responses to a prompt are drawn after one reading of it.
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    # Several responses to a prompt share one prefill.
     copies = config.group_size if isinstance(config, GroupConfig) else None
     sampling = rollout.sampling
     if copies is not None:
@@ -148,7 +153,7 @@ def make_policy_step(
         prompts, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
         drawn = decode(model, prompts, sampling, attention_mask=mask, key=drawing, log_probs=True)
         jax.block_until_ready(drawn)
-        del model  # training has the memory
+        del model  # frees the memory for training
         clock.took("generate")
         critic = None if state.critic is None else state.critic.model
         log_probs, values = judge(on_devices(reference), critic, drawn)
@@ -179,7 +184,7 @@ def make_policy_step(
 def _judge(
     sampling: SamplingConfig, temperature: float, critic_head: str
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """What reference and critic say of drawn responses, compiled."""
+    """Compile the evaluation of reference model and critic on generated responses."""
 
     @jax.jit
     def judge(reference: Any, critic: Any, drawn: Any) -> tuple[Any, Any]:
@@ -195,7 +200,7 @@ def _judge(
 def _experience_of(
     config: PPOConfig | GroupConfig, stop_ids: tuple[int, ...]
 ) -> Callable[..., tuple[Experience, dict[str, Any]]]:
-    """Advantages of scored responses, compiled."""
+    """Compile the advantages of scored responses."""
 
     @jax.jit
     def experience_of(
@@ -214,10 +219,11 @@ def _experience_of(
 def _update(
     actor_step: TrainStep, critic_step: TrainStep | None, epochs: int, minibatches: int
 ) -> Callable[..., tuple[dict[str, TrainState], dict[str, Any]]]:
-    """All updates from one batch of experience; it uses the states up.
+    """Compile all updates from one batch of experience; the states are donated.
 
-    Actor and critic have a compiled program each, one after the other: neither needs what the other learns, and memory is what one of them takes. In one program, or two at a time, their sums
-    between the devices of a CPU can wait for each other for ever.
+    Actor and critic each have a compiled program, and these run one after the other: neither needs the result of the
+    other, and only one of them is in memory. In one program, or in two at the same time, their all-reduces between
+    CPU devices can deadlock.
     """
     steps = {"actor": actor_step} | ({} if critic_step is None else {"critic": critic_step})
     learn = {name: _learn(step, epochs, minibatches) for name, step in steps.items()}
@@ -237,7 +243,7 @@ def _update(
 def _learn(
     step: TrainStep, epochs: int, minibatches: int
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The updates of one model, compiled."""
+    """Compile the updates of one model."""
 
     def learn(state: TrainState, experience: Experience, key: Any) -> tuple[Any, dict[str, Any]]:
         rows = experience.tokens.shape[0]
@@ -255,7 +261,7 @@ def _learn(
 
 
 def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
-    """What rewards read beside the prompts, once for each response."""
+    """Repeat the fields that rewards read along with the prompts, once for each response."""
     if times == 1:
         return batch
 
@@ -268,12 +274,12 @@ def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
 
 
 def _with_text(experience: Experience, text: Mapping[str, Any]) -> Experience:
-    """The experience with a row of text beside each response."""
+    """Return the experience with a row of text for each response."""
     responses = experience.tokens.shape[0]
     for name, rows in text.items():
         if len(rows) != responses:
             raise ValueError(
-                f"text[{name!r}] has {len(rows)} rows: it must have as many as there are responses, {responses}"
+                f"text[{name!r}] must have one row per response, {responses}, got {len(rows)}"
             )
     return dataclasses.replace(experience, text=text)
 
@@ -288,26 +294,26 @@ def _reward_models(rewards: Reward | Mapping[str, Reward]) -> dict[str, Any]:
 
 
 def _check_apart(state: PolicyState, read: Mapping[str, Any]) -> None:
-    """Raises where a model that is only read would be deleted with the state that an update uses up."""
+    """Raise if a frozen model would be deleted with the state that an update donates."""
     trained = {"actor": state.actor, "critic": state.critic}
     owner = {id(x): name for name, part in trained.items() for x in jax.tree.leaves(part)}
     for name, model in read.items():
         for leaf in jax.tree.leaves(model):
             if id(leaf) in owner:
                 raise ValueError(
-                    f"{name} has arrays of the {owner[id(leaf)]}, which training uses up: give one of them a copy, jax.tree.map(jnp.copy, model)"
+                    f"{name} shares arrays with the {owner[id(leaf)]}, which training donates. Copy one of them with jax.tree.map(jnp.copy, model)"
                 )
 
 
 class _Clock:
-    """Seconds of the phases."""
+    """Measures the seconds of each phase."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def took(self, phase: str) -> None:
-        """A phase has ended."""
+        """Record the end of a phase."""
         now = time.perf_counter()
         self.seconds[f"{phase}_seconds"] = now - self._last
         self._last = now

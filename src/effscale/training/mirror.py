@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 OWNER = "mirror.json"
 """Identifies the run and the process that writes the copy."""
 
-_PACKAGES = {"gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 _PARTIAL = (TEMPORARY, DELETED, WRITING)
 
 
@@ -214,9 +214,9 @@ class _Place:
         try:
             self._store, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
-            package, extra = _PACKAGES.get(url.partition(":")[0], ("a package of fsspec", ""))
-            install = f": install it with pip install 'effscale[{extra}]'" if extra else ""
-            raise ImportError(f"{url} needs {package}{install} ({error})") from None
+            package = _PACKAGES.get(url.partition(":")[0])
+            needed = f"{package}: install it with pip install {package}" if package else "a package"
+            raise ImportError(f"{url} needs {needed} ({error})") from None
 
     def failure(self, what: str, error: Exception) -> MirrorError:
         return MirrorError(

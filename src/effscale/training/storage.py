@@ -42,7 +42,7 @@ def folder_path(path: str | os.PathLike[str]) -> AnyPath:
             f"the path of a bucket must not contain *, ? or [, which clients treat as patterns, got {text!r}"
         )
     if importlib.util.find_spec("gcsfs") is None:
-        raise ImportError(f"{text!r} needs gcsfs: install it with pip install 'effscale[gcs]'")
+        raise ImportError(f"{text!r} needs gcsfs: install it with pip install gcsfs")
     folder = epath.Path(re.sub(r"^gs:/+", "gs://", text))
     try:
         _store(folder).find(str(folder), maxdepth=1)

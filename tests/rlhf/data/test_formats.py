@@ -136,25 +136,25 @@ def test_an_unknown_format_lists_what_was_found():
 @pytest.mark.parametrize(
     ("convert", "row", "message"),
     [
-        ("hh_rlhf", {"chosen": HH}, r"no field 'rejected'; there are 'chosen'"),
-        ("hh_rlhf", {"chosen": "Hello", "rejected": "Hello"}, "no turn 'Assistant:' in common"),
+        ("hh_rlhf", {"chosen": HH}, r"no field 'rejected'; the fields are 'chosen'"),
+        ("hh_rlhf", {"chosen": "Hello", "rejected": "Hello"}, "no common turn 'Assistant:'"),
         ("hh_rlhf", {"chosen": HH + " a\n\nHuman: b\n\nAssistant: c", "rejected": HH + " d"}, "differ before their last turn"),
-        ("rm_static", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "'Q' does not begin with 'Human:'"),
-        ("dpo", {"prompt": "Q", "chosen": 3, "rejected": "b"}, "field 'chosen' is of the type int"),
-        ("dpo", {"prompt": None, "chosen": "a", "rejected": "b"}, "field 'prompt' is null where a list of messages"),
+        ("rm_static", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "must begin with 'Human:' .* got 'Q'"),
+        ("dpo", {"prompt": "Q", "chosen": 3, "rejected": "b"}, "field 'chosen' must be a list of messages, got a value of type int"),
+        ("dpo", {"prompt": None, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a list of messages, got null"),
         ("dpo", {"chosen": ROLES("Q", "a"), "rejected": ROLES("P", "b")}, "differ before their last message"),
-        ("dpo", {"prompt": "Q", "chosen": ROLES("a"), "rejected": ROLES("b")}, "'chosen' has the role 'user'"),
-        ("dpo", {"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "field 'prompt' holds a lone surrogate"),
-        ("alpaca", {"instruction": "Q", "history": ["ab"], "output": "x"}, "'history' is no list of pairs"),
-        ("sharegpt", {"conversations": [{"from": "cat", "value": "x"}]}, r"conversations\[0\].from is 'cat'"),
-        ("sharegpt", {"conversations": [{"value": "x"}]}, r"conversations\[0\] has no 'from'; there are 'value'"),
+        ("dpo", {"prompt": "Q", "chosen": ROLES("a"), "rejected": ROLES("b")}, "'chosen' must have the role 'assistant', got 'user'"),
+        ("dpo", {"prompt": "Q\ud800", "chosen": "a", "rejected": "b"}, "field 'prompt' contains a lone surrogate"),
+        ("alpaca", {"instruction": "Q", "history": ["ab"], "output": "x"}, "'history' must be a list of pairs"),
+        ("sharegpt", {"conversations": [{"from": "cat", "value": "x"}]}, r"conversations\[0\].from must be one of .* got 'cat'"),
+        ("sharegpt", {"conversations": [{"value": "x"}]}, r"conversations\[0\] has no 'from'; its keys are 'value'"),
         ("sharegpt", {"conversations": TURNS("a")}, "no answer of the assistant"),
         ("messages", {"messages": []}, "'messages' has no message"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are no text"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts that are not text"),
         ("messages", {"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "calls tools"),
         ("webgpt", {"question": "Q", "answer_0": "a", "answer_1": "b", "score_0": 0.0, "score_1": 0}, "both answers have the score 0"),
-        ("webgpt", {"question": "Q", "answer_0": "a", "answer_1": "b", "score_0": "high", "score_1": 0}, "'score_0' is 'high' where a number"),
-        ("shp", {"history": "P", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "'labels' is 2: must be 0 or 1"),
+        ("webgpt", {"question": "Q", "answer_0": "a", "answer_1": "b", "score_0": "high", "score_1": 0}, "'score_0' must be a number, got 'high'"),
+        ("shp", {"history": "P", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "'labels' must be 0 or 1, got 2"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_says_why(convert, row, message):
@@ -167,9 +167,9 @@ def test_fields_of_ones_own():
     assert convert({"q": "Q", "good": "a", "bad": "b"}) == Record(
         prompt="Q", chosen="a", rejected="b"
     )
-    with pytest.raises(RecordError, match="no field 'bad'; there are 'q', 'good'"):
+    with pytest.raises(RecordError, match="no field 'bad'; the fields are 'q', 'good'"):
         convert({"q": "Q", "good": "a"})
-    with pytest.raises(ValueError, match="rejected='bad' without chosen"):
+    with pytest.raises(ValueError, match="rejected must be None if chosen is None, got 'bad'"):
         named_fields(prompt="q", rejected="bad")
 
 

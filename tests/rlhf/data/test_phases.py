@@ -34,16 +34,16 @@ def test_an_edge_that_the_original_makes_negative():
 
 @pytest.mark.parametrize("shares", ["", "2;4", (0, 0), (-1, 2), (float("nan"), 1), ()])
 def test_shares_that_are_none(shares):
-    with pytest.raises(ValueError, match="shares="):
+    with pytest.raises(ValueError, match="shares must be numbers"):
         phase_split(5, shares)
 
 
 def test_other_arguments_of_a_split():
-    with pytest.raises(ValueError, match="seed=-3"):
+    with pytest.raises(ValueError, match=r"seed.*-3"):
         phase_split(5, seed=-3)
     with pytest.raises(ValueError, match="below 2"):
         phase_split(5, seed=2**32)
-    with pytest.raises(ValueError, match="count=-1"):
+    with pytest.raises(ValueError, match="count must be 0 or more, got -1"):
         phase_split(-1)
     assert not np.array_equal(phase_split(50, seed=1)[1], phase_split(50, seed=2)[1])
 
@@ -102,11 +102,14 @@ def test_a_source_that_runs_out_is_used_to_its_end():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sizes": (0, 3)}, "sizes="),
-        ({"sizes": ()}, "sizes="),
-        ({"sizes": (3, 3), "weights": (1.0,)}, "1 weights for 2 sources"),
-        ({"sizes": (3, 3), "weights": (1.0, 0.0)}, "weights="),
-        ({"sizes": (3,), "weights": (float("inf"),)}, "weights="),
+        ({"sizes": (0, 3)}, "sizes must be at least 1"),
+        ({"sizes": ()}, "sizes must be at least 1"),
+        (
+            {"sizes": (3, 3), "weights": (1.0,)},
+            "weights must have one entry for each of the 2 sources, got 1",
+        ),
+        ({"sizes": (3, 3), "weights": (1.0, 0.0)}, "weights must be above 0 and finite"),
+        ({"sizes": (3,), "weights": (float("inf"),)}, "weights must be above 0 and finite"),
         ({"sizes": (3,), "seed": -1}, "seed=-1"),
     ],
 )
@@ -116,5 +119,5 @@ def test_blends_that_are_none(given, message):
 
 
 def test_epochs_count_from_0():
-    with pytest.raises(ValueError, match="number=-1"):
+    with pytest.raises(ValueError, match="number must be 0 or more, got -1"):
         Blend(sizes=(3,)).epoch(-1)

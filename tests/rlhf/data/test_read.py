@@ -55,9 +55,9 @@ def test_rows_of_any_kind():
     assert read_records(ROWS[:1], format=lambda row: Record(prompt=row["chosen"])) == [
         Record(prompt="a0")
     ]
-    with pytest.raises(ValueError, match=r"mapping with the keys 'train', 'test': .*one split"):
+    with pytest.raises(ValueError, match=r"mapping with the keys 'train', 'test'.*one split"):
         read_records({"train": ROWS, "test": ROWS})
-    with pytest.raises(RecordError, match=r"^row 2: str where a mapping"):
+    with pytest.raises(RecordError, match=r"^row 2: a row must be a mapping of fields, got str"):
         read_records([ROWS[0], "x"])
 
 
@@ -70,8 +70,8 @@ GOOD = json.dumps(ROWS[0]).encode()
 BAD = {
     "bad_json": (b'{"prompt": ', r"a\.jsonl:4: not JSON \(Expecting value"),
     "not_utf8": (b'{"prompt": "\xff"}', r"a\.jsonl:4: not UTF-8 \(byte 0xff\)"),
-    "missing_field": (b'{"prompt": "Q", "chosen": "a"}', r"a\.jsonl:4: no field 'rejected'; there are 'prompt', 'chosen'"),
-    "wrong_type": (b'{"prompt": "Q", "chosen": "a", "rejected": null}', r"a\.jsonl:4: the field 'rejected' is null"),
+    "missing_field": (b'{"prompt": "Q", "chosen": "a"}', r"a\.jsonl:4: no field 'rejected'; the fields are 'prompt', 'chosen'"),
+    "wrong_type": (b'{"prompt": "Q", "chosen": "a", "rejected": null}', r"a\.jsonl:4: the field 'rejected' must be a list of messages, got null"),
 }  # fmt: skip
 
 
@@ -92,10 +92,10 @@ def test_a_bad_line_is_named_or_counted(reason, tmp_path):
     ("content", "message"),
     [
         (b'[\n{"prompt": "Q", "chosen": "a"},\n{"prompt": }]', r"a\.json:3: not JSON"),
-        (b'[\n{"prompt": "Q"}\n{"prompt": "Q"}]', r"a\.json:2: the list does not go on"),
-        (b'[{"prompt": "Q"},\n 3]', r"a\.json:2: int where a mapping"),
+        (b'[\n{"prompt": "Q"}\n{"prompt": "Q"}]', r"a\.json:2: the list does not continue"),
+        (b'[{"prompt": "Q"},\n 3]', r"a\.json:2: a row must be a mapping of fields, got int"),
         (b'[{"prompt": "Q"},\n{"prompt": "\xff"}]', r"a\.json:2: not UTF-8"),
-        (b'[{"prompt": "Q"}', r"a\.json:1: the list does not go on"),
+        (b'[{"prompt": "Q"}', r"a\.json:1: the list does not continue"),
         (b"[" * 100_000, r"a\.json:1: not JSON"),
         (b'{\n"prompt": "Q"}', r"a\.json:1: not JSON"),
     ],
@@ -132,7 +132,7 @@ def test_what_nothing_can_be_learned_from_is_counted(caplog):
         "of 6 records: 5 records left out (3 empty, 2 identical), e.g. row 1: chosen and rejected are the same"
         in caplog.text
     )
-    with pytest.raises(ValueError, match="no record to learn from in a list: 1 record left out"):
+    with pytest.raises(ValueError, match="a list has no record to learn from: 1 record left out"):
         read_records(rows[:1])
     caplog.clear()
     read_records(ROWS)
@@ -141,9 +141,11 @@ def test_what_nothing_can_be_learned_from_is_counted(caplog):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n")
-    with pytest.raises(ValueError, match=r"no record to learn from.*a\.jsonl: the file is empty"):
+    with pytest.raises(
+        ValueError, match=r"has no record to learn from.*a\.jsonl: the file is empty"
+    ):
         read_records(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="no record to learn from in a list: no records left out"):
+    with pytest.raises(ValueError, match="a list has no record to learn from: no records left out"):
         read_records([])
     with pytest.raises(FileNotFoundError, match="no file matches"):
         read_records(tmp_path / "b.jsonl")

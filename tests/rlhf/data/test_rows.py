@@ -41,7 +41,7 @@ def test_deepspeed_chat_s_padding():
     tokens, mask = pad_rows([[5, 0, 7], []], 4, pad_id=0, side="right")
     assert tokens.tolist() == [[5, 0, 7, 0], [0, 0, 0, 0]]
     assert mask.tolist() == [[True, True, True, False], [False] * 4]  # not by the token's number
-    with pytest.raises(ValueError, match="row 0 has 3 tokens, and length=2"):
+    with pytest.raises(ValueError, match="length must be at least the 3 tokens of row 0, got 2"):
         pad_rows([[1, 2, 3]], 2, pad_id=0, side="left")
 
 
@@ -233,11 +233,11 @@ def test_records_that_cannot_be_encoded_are_counted():
     [
         (lambda: fine_tuning_rows([Record(prompt="a")], ENCODER, length=4), "record 0 has no chosen"),
         (lambda: pair_rows([Record(prompt="a", chosen="b")], ENCODER), "record 0 has no rejected"),
-        (lambda: fine_tuning_rows(pairs("abc"), ENCODER, length=0), "length=0"),
-        (lambda: pair_rows(pairs("abc"), ENCODER, lengths=()), r"lengths=\(\)"),
-        (lambda: prompt_rows(pairs("abc"), ENCODER, lengths=(0, 4)), r"lengths=\(0, 4\)"),
-        (lambda: next(row_batches({"a": np.ones(3)}, 4, epoch=0)), "batch_size=4: there are .3. rows"),
-        (lambda: next(row_batches({"a": np.ones(3)}, 0, epoch=0)), "batch_size=0"),
+        (lambda: fine_tuning_rows(pairs("abc"), ENCODER, length=0), "length must be at least 1, got 0"),
+        (lambda: pair_rows(pairs("abc"), ENCODER, lengths=()), r"lengths must be .* got \(\)"),
+        (lambda: prompt_rows(pairs("abc"), ENCODER, lengths=(0, 4)), r"lengths must be .* got \(0, 4\)"),
+        (lambda: next(row_batches({"a": np.ones(3)}, 4, epoch=0)), "batch_size must be at most .*3.*, got 4"),
+        (lambda: next(row_batches({"a": np.ones(3)}, 0, epoch=0)), "batch_size must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_what_is_refused(call, message):

@@ -88,11 +88,15 @@ def test_first_sentences(docstring, sentence):
 
 def test_shares_that_are_none():
     for held_out in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"held_out={held_out}"):
+        with pytest.raises(
+            ValueError, match=f"held_out must be above 0 and below 1, got {held_out}"
+        ):
             standard_library_pairs(held_out=held_out)
-    with pytest.raises(ValueError, match="rejected=0: must be at least 1"):
+    with pytest.raises(ValueError, match="rejected must be at least 1, got 0"):
         standard_library_pairs(rejected=0)
-    with pytest.raises(ValueError, match=r"train would have \d functions and classes"):
+    with pytest.raises(
+        ValueError, match=r"held_out must leave at least two .* which leaves \d in train"
+    ):
         standard_library_pairs(held_out=0.99999)
 
 

@@ -27,7 +27,9 @@ def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple
     try:
         import ray.data
     except ModuleNotFoundError as error:
-        error.add_note("ray_runner needs Ray Data: install it with pip install 'effscale[ray]'")
+        error.add_note(
+            "Analysis with Ray needs Ray Data: install it with pip install 'ray[data]' duckdb pyarrow"
+        )
         raise
     if not shards:
         return

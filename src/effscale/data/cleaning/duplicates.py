@@ -122,7 +122,7 @@ def _datasketch() -> Any:
         import datasketch
     except ModuleNotFoundError as error:
         error.add_note(
-            "Finding near duplicates needs datasketch: install it with pip install 'effscale[cleaning]'"
+            "Finding near duplicates needs datasketch: install it with pip install datasketch"
         )
         raise
     return datasketch

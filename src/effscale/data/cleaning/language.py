@@ -46,7 +46,7 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ModuleNotFoundError as error:
         error.add_note(
-            "Identifying languages needs py3langid: install it with pip install 'effscale[cleaning]'"
+            "Identifying languages needs py3langid: install it with pip install py3langid"
         )
         raise
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

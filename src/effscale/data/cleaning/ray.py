@@ -21,7 +21,7 @@ def ray_runner(examine: Any, batches: Iterable[Sequence[str]]) -> Iterator[Any]:
     try:
         import ray
     except ModuleNotFoundError as error:
-        error.add_note("ray_runner needs Ray: install it with pip install 'effscale[ray]'")
+        error.add_note("Cleaning with Ray needs Ray Data: install it with pip install 'ray[data]'")
         raise
     if not ray.is_initialized():
         ray.init()

@@ -55,7 +55,7 @@ class HuggingFace(Source):
         except ImportError as error:
             raise ImportError(
                 "reading Hugging Face datasets needs datasets: "
-                "install it with pip install 'effscale[hf]'"
+                "install it with pip install datasets pyarrow"
             ) from error
         folder = pathlib.Path(self.name)
         try:

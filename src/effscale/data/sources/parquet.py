@@ -38,7 +38,7 @@ class Parquet(Source):
             import pyarrow.parquet as pq
         except ImportError as error:
             raise ImportError(
-                "reading Parquet files needs pyarrow: install it with pip install 'effscale[parquet]'"
+                "reading Parquet files needs pyarrow: install it with pip install pyarrow"
             ) from error
         for path in files.expand(files.as_paths(self.paths)):
             row = 0

@@ -98,7 +98,7 @@ def _of_transformers(folder: pathlib.Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise ImportError(
-            "--apply-chat-template needs transformers: install it with pip install 'effscale[torch]'"
+            "--apply-chat-template needs transformers: install it with pip install transformers"
         ) from None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

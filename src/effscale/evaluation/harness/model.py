@@ -87,7 +87,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
     ):
         if TemplateLM is object:
             raise ImportError(
-                "HarnessModel needs lm_eval: install it with pip install 'effscale[eval]'"
+                "evaluation with the harness needs lm_eval: install it with pip install lm_eval"
             )
         super().__init__()
         # The harness would fork processes for the spread of BLEU and similar metrics, which can hang with JAX's threads.

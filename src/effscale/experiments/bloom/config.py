@@ -1,4 +1,4 @@
-"""What the experiment ``bloom`` can be told, and its presets."""
+"""Config and presets of the experiment ``bloom``."""
 
 import dataclasses
 import math
@@ -13,32 +13,33 @@ from effscale.parallel import MeshConfig
 from effscale.training import ScheduleConfig, Stages, batch_ramp
 
 CODE = "code"
-"""The component of source code, Python's standard library."""
+"""The source-code component: Python's standard library."""
 VOCABULARY_MULTIPLE = 512
-"""The embedding has a multiple of so many rows, as 128 times the four parts in which BLOOM's lies: 250,880 for its 250,680 tokens."""
+"""The number of embedding rows is a multiple of this: 128 times the four shards of BLOOM's embedding, which has 250,880 rows for 250,680
+tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BLOOM of any size; its vocabulary is the tokenizer's, padded to a multiple of 512."""
+    """A BLOOM of any size; the vocabulary is the tokenizer's, padded to a multiple of 512."""
 
     num_layers: int = 4
-    """Layers."""
+    """Number of layers."""
     d_model: int = 128
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals."""
+    """Dropout rate of embeddings, attention and residuals."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products."""
+    """Dtype of activations and matrix products."""
     remat: Remat = "dots"
-    """What the backward pass computes again: none, dots (all but matrix products), full."""
+    """What the backward pass recomputes to save memory: none, dots (everything except matrix products) or full."""
     init_std: float | None = None
-    """Deviation of the initial weights; None takes sqrt(1 / (3 d_model)), the rule from which BLOOM's 0.0048 comes."""
+    """Standard deviation of the initial weights; None uses sqrt(1 / (3 d_model)), the rule behind BLOOM's 0.0048."""
 
     def build(self, vocab_size: int) -> TransformerConfig:
-        """The transformer's config."""
+        """Return the config of the transformer."""
         config = bloom(
             num_layers=self.num_layers,
             d_model=self.d_model,
@@ -52,28 +53,28 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Pretraining, counted in samples, as BLOOM's is: a sample is a row of tokens."""
+    """Pretraining, counted in samples as for BLOOM; a sample is a row of tokens."""
 
     samples: int = 16_000
-    """Rows to learn from."""
+    """Number of training rows."""
     batch_size: int = 16
-    """Rows in a batch, at the end of the ramp."""
+    """Rows per batch at the end of the batch-size ramp."""
     ramp_start: int = 8
-    """Rows in the first batch."""
+    """Rows per batch at the start of the ramp."""
     ramp_increment: int = 4
-    """By how many rows batches grow each time."""
+    """Rows by which the batch grows at each step of the ramp."""
     ramp_samples: int = 1_000
-    """Rows over which they grow; 0: no ramp."""
+    """Number of training rows over which the batch grows; 0 disables the ramp."""
     learning_rate: float = 3e-3
-    """Peak of the schedule: a linear warm-up, then a cosine."""
+    """Peak learning rate: a linear warmup, then a cosine."""
     final_learning_rate: float = 3e-4
-    """End of the cosine, kept from there on."""
+    """Learning rate at the end of the cosine and after it."""
     warmup_samples: int = 500
-    """Rows of warm-up."""
+    """Number of rows of warmup."""
     decay_samples: int = 16_000
-    """Rows after which the cosine ends."""
+    """Number of rows after which the cosine ends."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory."""
+    """Number of micro-batches that a batch is split into, to save memory."""
 
     def __post_init__(self):
         for name in ("samples", "batch_size", "accumulate"):
@@ -98,18 +99,18 @@ class PretrainConfig:
             check(self, divides, "accumulate", f"a divisor of each batch, {size}")
 
     def ramp(self) -> Stages[int]:
-        """The batch size at each step."""
+        """Return the batch size at each step."""
         if not self.ramp_samples:
             return Stages((0,), (self.batch_size,))
         return batch_ramp(self.ramp_start, self.ramp_increment, self.ramp_samples, self.batch_size)
 
     @property
     def steps(self) -> int:
-        """Batches until all rows are learned from."""
+        """Return the number of batches that cover all rows."""
         return self.ramp().steps_until(self.samples, cost=lambda size: size)
 
     def schedule(self, length: int) -> ScheduleConfig:
-        """The learning rate by tokens, which are ``length`` a row."""
+        """Return the learning rate by tokens, with ``length`` tokens per row."""
         return ScheduleConfig(
             peak=self.learning_rate,
             final=self.final_learning_rate,
@@ -121,22 +122,22 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
-    """Prompted multitask fine-tuning, at a constant rate, as BLOOMZ's."""
+    """Prompted multitask fine-tuning at a constant learning rate, as for BLOOMZ."""
 
     steps: int = 600
-    """Batches."""
+    """Number of optimizer steps."""
     batch_size: int = 16
-    """Packed rows in a batch."""
+    """Packed rows per batch."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory."""
+    """Number of micro-batches that a batch is split into, to save memory."""
     learning_rate: float = 3e-4
-    """The rate, without warm-up or decay."""
+    """Learning rate, without warmup or decay."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     cap: int = 2_000
-    """Examples at most of a task in one language under one template; xP3 has 100,000."""
+    """Maximum number of examples per task, language and template; xP3 uses 100,000."""
     eval_every: int = 100
-    """Steps between evaluations on validation examples, by which the checkpoint is selected."""
+    """Steps between evaluations on validation examples, which select the checkpoint."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "cap", "eval_every"):
@@ -157,13 +158,13 @@ class CleaningConfig:
     """Which documents are left out."""
 
     min_characters: int = 100
-    """Shorter documents are left out."""
+    """Minimum length of a document, in characters; shorter ones are left out."""
     max_character_repetition: float = 0.3
-    """Greatest share that a document's most frequent runs of ten characters may have; code is free of it."""
+    """Maximum share of a document's most frequent runs of ten characters; does not apply to code."""
     near_duplicates: float | None = 0.8
-    """Similarity from which the later of two documents is left out; None keeps it."""
+    """Similarity from which the later of two near-duplicate documents is left out; None keeps both."""
     identify_language: bool = False
-    """Leave out documents that are found to be in another language."""
+    """Leave out documents that are identified as being in another language."""
 
     def __post_init__(self):
         check(self, self.min_characters >= 1, "min_characters", "at least 1")
@@ -175,14 +176,15 @@ class CleaningConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(TextPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     data: pathlib.Path | None = None
-    """A folder with a folder of *.txt or *.jsonl files (field text) for each language; by default the messages of a home automation's interface, translated by people, which `make assets` installs."""
+    """A folder that contains, for each language, a folder of *.txt or *.jsonl files (field text). The default corpus is human-translated
+    messages of a home automation's interface, which `make assets` installs."""
     separator: str | None = None
-    """What divides the documents of a *.txt file in --data, such as <|endoftext|>; without one a file is a document."""
+    """Separator of documents in a *.txt file of --data, such as <|endoftext|>; without one, each file is a document."""
     licence: str = "unknown"
-    """Of the text in --data, for the datasheet."""
+    """License of the text in --data, for the datasheet."""
     languages: tuple[str, ...] = (
         "en",
         "es",
@@ -195,20 +197,22 @@ class Config(TextPart):
         "ca",
         "zh-Hans",
     )
-    """Languages of the corpus, named as their folders."""
+    """Languages of the corpus, by the names of their folders."""
     new_languages: tuple[str, ...] = ("it", "pt-BR", "ca", "zh-Hans")
-    """Those of them in which no task is learned, so that fine-tuning has to carry over to them."""
+    """Languages in which no task is learned, so that fine-tuning has to transfer to them."""
     code: float = 0.13
-    """Share of Python's standard library in the training rows, as of code in ROOTS; languages share the rest by their sizes. 0: no code."""
+    """Share of Python's standard library in the training rows, the share of code in ROOTS; languages share the rest in proportion to their
+    sizes. 0 means no code."""
     tasks: pathlib.Path | None = None
-    """A folder with the YAML file of each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl; by default the tasks that go with the default data."""
+    """A folder with a YAML file for each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl. The default tasks
+    belong to the default corpus."""
     new_tasks: tuple[str, ...] = ("continuation", "cloze")
-    """Those tasks that are not learned in any language."""
+    """Tasks that are not learned in any language."""
     tokenizer: pathlib.Path | None = None
-    """A tokenizer.json, or its folder, in place of one that is trained on the corpus."""
+    """A tokenizer.json or its folder, to use instead of training a tokenizer on the corpus."""
     vocab_size: int = 4096
     length: int = 128
-    """Tokens in a row."""
+    """Sequence length: tokens per row."""
     cleaning: CleaningConfig = CleaningConfig()
     """Which documents are left out."""
     model: ModelConfig = ModelConfig()
@@ -218,25 +222,26 @@ class Config(TextPart):
     finetune: FineTuneConfig = FineTuneConfig()
     """Prompted multitask fine-tuning."""
     b2: float = 0.95
-    """Decay of AdamW's second moment."""
+    """Decay rate of AdamW's second moment."""
     weight_decay: float = 0.1
-    """Of AdamW while pretraining."""
+    """Weight decay of AdamW during pretraining."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     eval_examples: int = 48
-    """Test examples of a task in a language, under each of its templates."""
+    """Test examples per task, language and template."""
     selection_examples: int = 16
-    """Validation examples of a task in a language by which the checkpoint of fine-tuning is selected."""
+    """Validation examples per task and language, which select the fine-tuning checkpoint."""
     eval_batch: int = 32
-    """Rows that are evaluated together."""
+    """Rows per evaluation batch."""
     eval_batches: int = 20
-    """Held-out batches of each component that losses are the means of."""
+    """Number of held-out batches per component for the mean loss."""
     seeds: int = 3
-    """Runs; seeds 0, 1, ... decide initial weights, order of data and which examples are taken where there are more than the cap."""
+    """Number of runs. Seeds 0, 1, ... decide the initial weights, the order of data, and which examples are used if there are more than the
+    cap."""
     mesh: MeshConfig = MeshConfig()
-    """How devices are laid out; -1 means the rest."""
+    """Device mesh: the size of each axis; -1 means all remaining devices."""
     checkpoint_every: int = 200
-    """Steps between checkpoints while pretraining, and between evaluations on held-out text."""
+    """Steps between checkpoints during pretraining, and between evaluations on held-out text."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -244,7 +249,7 @@ class Config(TextPart):
         for name in (*counts, "seeds", "checkpoint_every"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         together = (self.data is None) == (self.tasks is None)
-        check(self, together, "tasks", "given together with data, or neither of them")
+        check(self, together, "tasks", "set if and only if data is set")
         check(self, self.separator != "", "separator", "a text, or None")
         different = len(set(self.languages)) == len(self.languages) >= 1
         check(
@@ -260,7 +265,7 @@ class Config(TextPart):
         check(self, 0 <= self.b2 < 1, "b2", "at least 0 and below 1")
         check(self, self.weight_decay >= 0, "weight_decay", "at least 0")
         check(self, self.clip_norm > 0, "clip_norm", "above 0")
-        self.model.build(self.vocab_size)  # an impossible model is refused here
+        self.model.build(self.vocab_size)  # raises for an invalid model
 
 
 def _bloom(
@@ -274,7 +279,7 @@ def _bloom(
     final: float = 1e-5,
     tuned: int = 2048,
 ) -> Config:
-    """BLOOM's published settings for one of its sizes; the paths stand for a corpus, tasks and a tokenizer that the user has."""
+    """Return BLOOM's published settings for one of its sizes; the paths are placeholders for your corpus, tasks and tokenizer."""
     return Config(
         data=pathlib.Path("FOLDER"),
         tasks=pathlib.Path("TASKS"),
@@ -341,4 +346,4 @@ PRESETS = {
 PRESETS["paper"] = PRESETS["bloom-176b"]
 
 MAY_DIFFER_ON_RESUME = ("out", "resume", "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

@@ -1,4 +1,4 @@
-"""The multilingual corpus: what it is made of, its tokenizer, its token stores, and how finely the tokenizer cuts each language."""
+"""The multilingual corpus: its components, tokenizer and token stores, and the tokenizer's fertility by language."""
 
 import dataclasses
 import pathlib
@@ -37,9 +37,9 @@ from effscale.locks import locked
 from effscale.user_cache import cache_folder
 
 SAMPLE_CHARACTERS = 4 << 20
-"""Characters of each language that a tokenizer learns from at most."""
+"""Maximum number of characters of each language that a tokenizer is trained on."""
 FERTILITY_TOKENS = 1 << 20
-"""Held-out tokens of each component that its fertility is taken of."""
+"""Number of held-out tokens per component for measuring fertility."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class Prepared:
     """A mixture ready for training.
 
     Attributes:
-        tokenizer: Of all components.
-        corpora: By language, code last.
-        weights: Each one's share of the training rows.
-        fertility: Tokens a word in each one's held-out text.
-        fertility_alone: The same with a tokenizer of as many tokens that learned from this component only.
+        tokenizer: The tokenizer of all components.
+        corpora: Corpora by language, code last.
+        weights: Share of each corpus in the training rows.
+        fertility: Tokens per word in each corpus's held-out text.
+        fertility_alone: The same with a tokenizer of equal size that was trained only on this component.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -67,10 +67,10 @@ class Prepared:
 
 
 def sources(config: Config) -> dict[str, Source]:
-    """The source of each component, cleaned.
+    """Return the cleaned source of each component.
 
     Raises:
-        FileNotFoundError: A language has no folder, or no text in it.
+        FileNotFoundError: A language has no folder, or its folder has no text.
     """
     cleaning = config.cleaning
     near = cleaning.near_duplicates
@@ -90,7 +90,7 @@ def sources(config: Config) -> dict[str, Source]:
         )
         found[language] = Cleaned(source=source, quality=quality, near_duplicates=near_duplicates)
     if config.code:
-        # Code repeats itself more than prose, and ROOTS asks other things of it.
+        # Code is more repetitive than prose, and ROOTS applies other criteria to it.
         quality = Quality(
             min_characters=cleaning.min_characters,
             max_character_repetition=None,
@@ -106,9 +106,7 @@ def _folder(data: pathlib.Path, language: str, separator: str | None) -> Source:
     folder = data / language
     found = [pattern for pattern in ("*.txt", "*.jsonl") if any(folder.glob(pattern))]
     if len(found) == 2:
-        raise ValueError(
-            f"{folder} holds *.txt and *.jsonl: keep the text of a language in one form"
-        )
+        raise ValueError(f"{folder}: has both *.txt and *.jsonl files. Use one format per language")
     if found:
         paths = str(folder / found[0])
         if found == ["*.txt"]:
@@ -116,17 +114,17 @@ def _folder(data: pathlib.Path, language: str, separator: str | None) -> Source:
         return JsonLines(paths=paths, on_error="skip")
     there = sorted(path.name for path in data.glob("*") if path.is_dir())
     raise FileNotFoundError(
-        f"language {language!r} has no *.txt or *.jsonl in {folder}; {data} has folders for {', '.join(there) or 'no language'}. "
-        "Add its text, or leave it out of --languages"
+        f"language {language!r} has no *.txt or *.jsonl file in {folder}; {data} has folders for {', '.join(there) or 'no language'}. "
+        "Add its text, or remove it from --languages"
     )
 
 
 def prepare(config: Config) -> Prepared:
-    """The mixture, from the cache if it is there.
+    """Prepare the mixture, or load it from the cache.
 
     Raises:
         FileNotFoundError: A language has no text.
-        ValueError: Too little of it.
+        ValueError: A language has too little text.
     """
     components = sources(config)
     cache = config.cache or cache_folder("corpora")
@@ -163,7 +161,7 @@ def prepare(config: Config) -> Prepared:
 
 
 class _Tokenizers:
-    """Tokenizers of some of the components, from the cache if they are there."""
+    """Tokenizers of some of the components, from the cache if present."""
 
     def __init__(
         self,
@@ -199,7 +197,7 @@ class _Tokenizers:
         return load_tokenizer(file)
 
     def _mixed(self, names: Sequence[str]) -> list[str]:
-        """Texts of several components; of code only its share, or its words would fill the vocabulary."""
+        """Return texts of several components; for code only its share, or its words would fill the vocabulary."""
         texts = [text for name in names if name != CODE for text in self._sample(name)]
         if CODE in names:
             code = self._sample(CODE)
@@ -211,7 +209,7 @@ class _Tokenizers:
         return texts
 
     def _sample(self, name: str) -> list[str]:
-        if name not in self._samples:  # two tokenizers learn from it
+        if name not in self._samples:  # used by two tokenizers
             texts = sample_texts(self._training(name), max_characters=SAMPLE_CHARACTERS)
             self._samples[name] = texts
         return self._samples[name]
@@ -242,7 +240,7 @@ def _weights(config: Config, corpora: Mapping[str, Corpus]) -> dict[str, float]:
 
 
 def datasheet(config: Config, prepared: Prepared, folder: pathlib.Path) -> None:
-    """Writes what the corpus is made of into the run folder."""
+    """Write a description of the corpus into the run folder."""
     licence = "Apache-2.0" if config.data is None else config.licence
     entries = [
         DatasheetEntry(

@@ -1,4 +1,4 @@
-"""The default corpus and its tasks: messages of a home automation's interface, which people have translated into many languages."""
+"""The default corpus and its tasks: messages of a home automation's interface, translated by people into many languages."""
 
 import functools
 import importlib.metadata
@@ -21,12 +21,12 @@ _PLATFORMS = ("sensor", "switch", "button", "number")
 
 @functools.cache
 def messages(language: str) -> Mapping[Place, str]:
-    """All messages of a language by their place."""
+    """Return all messages of a language by their place."""
     return assets.interface_messages(language)
 
 
 def split_of(place: Place) -> str:
-    """The part that a message belongs to: all of a component are in the same, in all languages."""
+    """Return the split of a message; all messages of a component are in the same split, in all languages."""
     return _split_of_component(place[0])
 
 
@@ -37,10 +37,11 @@ def _split_of_component(component: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class InterfaceText(Source):
-    """The messages of one language as text: a document holds those of one component, each once. Components of validation and test are left out.
+    """The messages of one language as text: a document has the messages of one component, without duplicates.
+    Components of validation and test are left out.
 
     Attributes:
-        language: Its code.
+        language: The language code.
     """
 
     language: str
@@ -54,21 +55,22 @@ class InterfaceText(Source):
             yield from self._accept(skipped, "\n".join(texts), f"{self.language}/{component}")
 
     def spec(self) -> str:
-        """A name; `parse_source` does not know it."""
+        """A name; ``parse_source`` does not accept it."""
         return f"interface:{self.language}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """The language, and the version of the package that holds the messages."""
+        """Return the language and the version of the package with the messages."""
         return {"source": self.spec(), "version": importlib.metadata.version("homeassistant")}
 
 
 def examples(task: str, language: str, split: Split) -> list[dict[str, Any]]:
-    """The labelled examples of a task in a language, always in the same order. Texts that occur in training components are in no other split.
+    """Return the labeled examples of a task in a language, always in the same order. Texts that occur in training components are in no other
+    split.
 
     Args:
         task: ``kind``, ``platform``, ``match``, ``continuation`` or ``cloze``.
-        language: Its code.
-        split: Which components.
+        language: The language code.
+        split: The split.
     """
     every = messages(language)
     here = {place: text for place, text in every.items() if split_of(place) == split}
@@ -132,7 +134,7 @@ def _match(
         for place, text in here.items()
         if place in english and len(english[place]) >= 15 and english[place] != text
     ]
-    # A wrong translation has about the right length.
+    # A wrong translation has about the length of the right one.
     pairs.sort(key=lambda pair: len(pair[1]))
     made = []
     for i, (original, text) in enumerate(pairs):
@@ -159,7 +161,7 @@ def _continuation(
         if len(words) >= 8:
             half = len(words) // 2
             halves.append((between.join(words[:half]), between.join(words[half:])))
-    # The wrong end has about the right length, or the sum of log-probabilities would tell them apart.
+    # The wrong ending has about the length of the right one, or the sum of log-probabilities would distinguish them.
     halves.sort(key=lambda half: len(half[1]))
     made = []
     for i, (beginning, end) in enumerate(halves):
@@ -192,7 +194,7 @@ def _cloze(
 
 
 def _words(text: str, language: str) -> tuple[Sequence[str], str]:
-    """A text's words and what stands between them; pairs of characters in languages that put no spaces between words."""
+    """Return a text's words and their separator; for languages without spaces between words, pairs of characters."""
     if language.startswith(("zh", "ja", "th")):
         return [text[i : i + 2] for i in range(0, len(text), 2)], ""
     return text.split(), " "

@@ -1,4 +1,4 @@
-"""The runs of each seed: pretraining, and fine-tuning on prompted tasks. Each leaves a model folder, which is evaluated by itself."""
+"""The runs of each seed: pretraining, and fine-tuning on prompted tasks. Each writes a model folder, which is evaluated separately."""
 
 import dataclasses
 import functools
@@ -43,17 +43,17 @@ _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
 
 
 class Runs:
-    """The runs of all seeds, which share what is compiled.
+    """The runs of all seeds, which share compiled programs.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
         folder: The run folder.
-        mesh: The devices.
-        prepared: The corpus.
+        mesh: The device mesh.
+        prepared: The prepared corpus.
         tasks: The tasks.
 
     Raises:
-        ValueError: The tasks make too few rows for a batch.
+        ValueError: The tasks yield too few rows for a batch.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Runs:
         self._staged = self._stage()
 
     def run(self, seed: int) -> None:
-        """Makes both runs of a seed, continues one that was stopped, or leaves finished ones as they are.
+        """Start both runs of a seed, resume one that was stopped, or skip finished ones.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         steps = {
             "pretrain": self._pretrain,
@@ -96,18 +96,18 @@ class Runs:
             once(self.folder, f"seed-{seed}/{name}", functools.partial(step, seed))
 
     def close(self) -> None:
-        """Ends the thread that compiles."""
+        """Stop the compilation thread."""
         self._staged.close()
 
     def place(self, seed: int, name: str) -> pathlib.Path:
-        """The folder of a run."""
+        """Return the folder of a run."""
         return self.folder.path / f"seed-{seed}" / name
 
     def task_rows(self, seed: int) -> dict[str, np.ndarray]:
-        """The packed rows of fine-tuning.
+        """Return the packed rows of fine-tuning.
 
         Raises:
-            ValueError: There are fewer than a batch.
+            ValueError: There are fewer rows than a batch needs.
         """
         batch = self.config.finetune.batch_size
         encoder = RecordEncoder(tokenizer=self.prepared.tokenizer, end_id=self.prepared.end_id)
@@ -117,12 +117,12 @@ class Runs:
         count = len(rows["input_ids"])
         if count < batch:
             raise ValueError(
-                f"the tasks make {count} packed rows of length={self.config.length}, fewer than finetune.batch_size={batch}"
+                f"finetune.batch_size must be at most the {count} packed rows of length={self.config.length} that the tasks yield, got {batch}"
             )
         return rows
 
     def _stage(self) -> StagedStep:
-        # Each process shapes its own part of a batch.
+        # Each process shapes its part of a batch.
         sizes = self.config.pretrain.ramp().map(lambda size: size // self._part.count)
         return StagedStep(self._step, sizes, resize_rows, place_batch=self._place)
 
@@ -135,7 +135,7 @@ class Runs:
 
         stores = [corpus.train for corpus in self.prepared.corpora.values()]
         weights = [self.prepared.weights[name] for name in self.prepared.corpora]
-        # As BLOOM: documents follow each other in a row, and attention does not stop between them.
+        # As in BLOOM: documents follow each other in a row, and attention crosses their boundaries.
         rows = packed_rows(
             stores, length=config.length, seed=seed, weights=weights, cross_document=True
         )
@@ -187,7 +187,7 @@ class Runs:
             jax.jit(step, donate_argnums=0),
             self._batches(rows, how.batch_size),
             create=create,
-            trace_create=False,  # weights of a file are no part of a program
+            trace_create=False,  # weights from a file are not part of a program
             num_steps=how.steps,
             evaluate=select,
             every=how.eval_every,
@@ -206,7 +206,7 @@ class Runs:
         on_first(finish)
 
     def _evaluate(self, seed: int, model: str) -> None:
-        """Losses and accuracies of the model that a run has left."""
+        """Evaluate losses and accuracies of the model that a run saved."""
         name = {"pretrain": "zero_shot_before", "finetune": "zero_shot_after"}[model]
         loaded = self._load(seed, model)
         accuracies = self._judge(loaded, "test", self.config.eval_examples)
@@ -227,7 +227,9 @@ class Runs:
         return iter(batch_rows(rows, batch_size=sizes, **options))
 
     def _validate(self, model: Transformer) -> dict[str, float]:
-        """The loss on the first held-out rows of each component, in nats a token, and under ``all`` their mean by the mixture's weights."""
+        """Return the loss on the first held-out rows of each component, in nats per token, and as ``all`` their mean with the mixture's
+        weights.
+        """
         config, losses = self.config, {}
         for name, corpus in self.prepared.corpora.items():
             batches = make_dataset(
@@ -248,13 +250,13 @@ class Runs:
 
     def _judge(self, model: Transformer, split: Split, count: int) -> list[Accuracy]:
         if jax.process_count() > 1:
-            # Every process judges a whole copy; they come to the same.
+            # Every process evaluates a whole copy, with the same result.
             model = multihost_utils.process_allgather(model, tiled=True)
         options = {"split": split, "count": count, "batch_size": self.config.eval_batch}
         return evaluate_tasks(self.tasks, model, self.prepared.tokenizer, **options)
 
     def _load(self, seed: int, name: str) -> Transformer:
-        """The model of a run, in float32, which computes as it did there."""
+        """Load the model of a run, with parameters in float32 and the same compute dtype as in the run."""
         model = load_pretrained(self.place(seed, name) / "model", dtype="float32", mesh=self.mesh)
         how = self.config.model
         return with_config(

@@ -1,4 +1,4 @@
-"""Prompted tasks in several languages: what a model is fine-tuned on, and what it is asked without having seen it."""
+"""Prompted tasks in several languages: those that a model is fine-tuned on, and those that it is evaluated on without having seen them."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from effscale.rlhf.data import Prompted, PromptedTask, Record, read_tasks
 
 FOLDER = pathlib.Path(__file__).parent / "tasks"
 MIN_EXAMPLES = 8
-"""A task with fewer test examples in a language is not evaluated there."""
+"""A task with fewer test examples in a language is not evaluated in that language."""
 Group = Literal["learned", "new language", "new task"]
 
 
@@ -28,7 +28,7 @@ class Cell:
     """A task in a language.
 
     Attributes:
-        task: Its name.
+        task: Name of the task.
         language: The language.
         group: Whether the model was fine-tuned on the task in this language, in other languages, or not on the task at all.
     """
@@ -42,10 +42,10 @@ class Tasks:
     """The tasks of a run.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
 
     Raises:
-        ValueError: ``new_tasks`` names one that is not there, two tasks have the same name, or nothing is left to learn.
+        ValueError: ``new_tasks`` names an unknown task, two tasks have the same name, or no task is left to learn.
         FileNotFoundError: There is no task.
     """
 
@@ -55,18 +55,22 @@ class Tasks:
         self._tasks: dict[str, PromptedTask] = {}
         for task in read_tasks(config.tasks or FOLDER):
             if task.name in self._tasks:
-                raise ValueError(f"two files in {config.tasks} have the task {task.name!r}")
+                raise ValueError(
+                    f"{config.tasks}: two files have the same task name, {task.name!r}"
+                )
             self._tasks[task.name] = task
         for name in config.new_tasks:
             if name not in self._tasks:
-                raise ValueError(f"new_tasks has {name!r}: {did_you_mean(name, self._tasks)}")
+                raise ValueError(
+                    f"new_tasks has the unknown task {name!r}: {did_you_mean(name, self._tasks)}"
+                )
         if len(config.new_tasks) == len(self._tasks):
             raise ValueError(
-                f"new_tasks={config.new_tasks} are all tasks there are: leave one to learn"
+                f"new_tasks must leave at least one task to learn, got all of them: {config.new_tasks}"
             )
 
     def cells(self) -> Iterator[Cell]:
-        """All tasks in all languages."""
+        """Yield all tasks in all languages."""
         for task in self._tasks:
             for language in self._config.languages:
                 group: Group = "learned"
@@ -77,17 +81,17 @@ class Tasks:
                 yield Cell(task, language, group)
 
     def examples(self, cell: Cell, split: Split) -> list[dict[str, Any]]:
-        """The labelled examples of a cell, shuffled in the same way each time; none where the task has none in the language."""
+        """Return the labeled examples of a cell, always in the same shuffled order; empty if the task has none in the language."""
         key = cell, split
         if key not in self._examples:
             self._examples[key] = self._read(cell, split)
         return self._examples[key]
 
     def check(self) -> None:
-        """Refuses examples that do not fit their templates, and what cannot be learned or evaluated, before anything is trained.
+        """Raise for examples that do not match their templates and for tasks that cannot be learned or evaluated, before training.
 
         Raises:
-            ValueError: An example lacks a field, a task that is evaluated has no choices, or there are too few examples.
+            ValueError: An example lacks a field, an evaluated task has no choices, or there are too few examples.
         """
         every = list(self.cells())
         for cell in every:
@@ -95,7 +99,7 @@ class Tasks:
                 for made in self._tasks[cell.task].prompted(self.examples(cell, split)).values():
                     if split != "train" and not all(prompted.choices for prompted in made):
                         raise ValueError(
-                            f"task {cell.task!r}: only tasks with choices can be evaluated; add choices to its templates"
+                            f"task {cell.task!r}: only tasks with choices can be evaluated. Add choices to its templates"
                         )
         for task in self._tasks:
             if not any(self.examples(cell, "test") for cell in every if cell.task == task):
@@ -103,7 +107,7 @@ class Tasks:
         if not any(self.examples(cell, "train") for cell in every if cell.group == "learned"):
             learned = sorted(set(self._tasks) - set(self._config.new_tasks))
             raise ValueError(
-                f"no training examples for the tasks {learned} in the languages that are not new"
+                f"there are no training examples for the tasks {learned} in the languages that are not in new_languages"
             )
         for split, count in (
             ("validation", self._config.selection_examples),
@@ -112,11 +116,11 @@ class Tasks:
             enough = [cell for cell in every if self.prompted(cell, split, count)]
             if not any(cell.group != "learned" for cell in enough):
                 raise ValueError(
-                    f"no task has {min(MIN_EXAMPLES, count)} {split} examples in a new language, and no new task has: add them, and see --new-languages and --new-tasks"
+                    f"no task has {min(MIN_EXAMPLES, count)} {split} examples in a new language, and no new task has them in any. Add examples, or change --new-languages and --new-tasks"
                 )
 
     def digest(self) -> str:
-        """What identifies templates and examples."""
+        """Return a digest of templates and examples."""
         content = [repr(task) for task in self._tasks.values()]
         for cell in self.cells():
             content += [
@@ -125,7 +129,7 @@ class Tasks:
         return hashlib.blake2b("\n".join(content).encode(), digest_size=16).hexdigest()
 
     def records(self, seed: int) -> list[Record]:
-        """What a model is fine-tuned on: learned tasks in learned languages, each capped."""
+        """Return the fine-tuning records: learned tasks in learned languages, each capped."""
         found = []
         for cell in self.cells():
             if cell.group == "learned":
@@ -136,7 +140,7 @@ class Tasks:
         return found
 
     def prompted(self, cell: Cell, split: Split, count: int) -> Mapping[str, Sequence[Prompted]]:
-        """The first examples of a cell under each template; none if there are too few."""
+        """Return the first examples of a cell with each template; empty if there are too few."""
         chosen = self.examples(cell, split)[:count]
         if len(chosen) < min(MIN_EXAMPLES, count):
             return {}
@@ -163,18 +167,20 @@ def _line(file: pathlib.Path, number: int, line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{number}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}:{number}: an example is an object with fields, not {value!r}")
+        raise ValueError(
+            f"{file}:{number}: an example must be an object with fields, got {value!r}"
+        )
     return value
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How well a model does in a cell.
+    """The accuracy of a model in a cell.
 
     Attributes:
         cell: The cell.
-        of_template: The share of right answers under each template.
-        chance: The mean of one over the number of choices.
+        of_template: The share of correct answers with each template.
+        chance: The accuracy of guessing: the mean of one over the number of choices.
     """
 
     cell: Cell
@@ -183,7 +189,7 @@ class Accuracy:
 
     @property
     def median(self) -> float:
-        """Over templates, as the papers report it."""
+        """The median over templates, as the papers report it."""
         return float(np.median(list(self.of_template.values())))
 
 
@@ -196,7 +202,7 @@ def evaluate_tasks(
     count: int,
     batch_size: int,
 ) -> list[Accuracy]:
-    """Rank evaluation of the cells that have enough examples: the likeliest choice after the prompt is the answer."""
+    """Evaluate the cells that have enough examples by ranking: the most likely choice after the prompt is the answer."""
     asked = [
         (cell, template, prompted)
         for cell in tasks.cells()

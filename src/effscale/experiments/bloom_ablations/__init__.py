@@ -1,4 +1,4 @@
-"""What BLOOM's positions and its norm after the embedding are worth, each arm with a search of its own rate."""
+"""Ablations of BLOOM's position encoding and of its norm after the embedding, with a learning-rate search for each arm."""
 
 from effscale.experiments.bloom_ablations.config import PRESETS, Config
 from effscale.experiments.bloom_ablations.experiment import main, run

@@ -1,4 +1,4 @@
-"""What the experiment ``bloom_ablations`` can be told, and its presets."""
+"""Config and presets of the experiment ``bloom_ablations``."""
 
 import dataclasses
 import math
@@ -19,15 +19,15 @@ ARMS: tuple[ArmName, ...] = ("alibi", "rotary", "learned", "alibi_without_norm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmModel(ModelConfig):
-    """A BLOOM, or one with other positions, or without its norm after the embedding."""
+    """A BLOOM, or a variant with another position encoding or without the norm after the embedding."""
 
     arm: ArmName = "alibi"
-    """What it is."""
+    """The variant of the model."""
     longest: int = 512
-    """Positions of the learned table, which has to have those that the model is evaluated at."""
+    """Number of positions in the learned table, which must cover the longest evaluation rows."""
 
     def build(self, vocab_size: int, length: int) -> TransformerConfig:
-        """The transformer's config."""
+        """Return the config of the transformer."""
         config = bloom(
             num_layers=self.num_layers,
             d_model=self.d_model,
@@ -52,64 +52,66 @@ class ArmModel(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PretrainingPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     arms: tuple[ArmName, ...] = ARMS
-    """What is compared; alibi, BLOOM itself, must be among them."""
+    """Variants to compare; must include alibi, which is BLOOM itself."""
     seeds: int = 3
-    """Runs of each arm; seeds 0, 1, ... decide the initial weights and the order of rows."""
+    """Number of runs per arm. Seeds 0, 1, ... decide the initial weights and the order of rows."""
     corpus: str = "stdlib"
-    """A source: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    """The corpus: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
     vocab_size: int = 1024
     length: int = 64
-    """Tokens in a row of training."""
+    """Sequence length: tokens per training row."""
     times_longer: tuple[int, ...] = (1, 2, 4, 8)
-    """Rows of evaluation, in lengths of training."""
+    """Lengths of the evaluation rows, as multiples of the training length."""
     batch_size: int = 16
     steps: int = 500
-    """Batches of each run."""
+    """Optimizer steps per run."""
     model: ModelConfig = ModelConfig(
         num_layers=4, d_model=128, num_heads=4, remat="none", init_std=0.051
     )
-    """The model; each arm changes what it is about. The deviation of the initial weights is sqrt(1 / (3 d_model))."""
+    """The model; each arm changes one thing. The standard deviation of the initial weights is sqrt(1 / (3 d_model))."""
     learning_rate: float = 4e-3
-    """Peak of the schedule, where each arm's search starts: a linear warmup, then a cosine."""
+    """Peak learning rate at the start of each arm's search: a linear warmup, then a cosine."""
     warmup: int = 40
-    """Steps of the warmup, where the search starts."""
+    """Warmup steps at the start of the search."""
     search: Search = Search(learning_rate_factor=2.0, points=5)
-    """How each arm's learning rate and warmup are searched for."""
+    """The search for each arm's learning rate and warmup."""
     eval_batches: int = 12
-    """Held-out batches of each length; at the end of a run all are taken."""
+    """Number of held-out batches per length; the evaluation at the end of a run uses all."""
     eval_every: int = 100
     """Steps between evaluations."""
     checkpoint_every: int = 200
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/bloom_ablations/<time>."""
+    """Run folder; the default is runs/bloom_ablations/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("seeds", "steps", "eval_batches", "eval_every"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         check(self, len(set(self.arms)) == len(self.arms), "arms", "different arms")
-        check(self, "alibi" in self.arms, "arms", "alibi and others to compare with it")
+        check(self, "alibi" in self.arms, "arms", "alibi and other arms to compare with it")
         longer = self.times_longer
         rises = all(n >= 1 for n in longer) and list(longer) == sorted(set(longer))
-        check(self, rises and 1 in longer, "times_longer", "rising whole numbers from 1 on")
+        check(
+            self, rises and 1 in longer, "times_longer", "increasing whole numbers starting with 1"
+        )
         check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
         self.search.check_apart(self.seeds)
         for arm in self.arms:
-            self.pretraining(arm)  # an impossible run is refused here
+            self.pretraining(arm)  # raises for an invalid run
 
     @property
     def start(self) -> Point:
-        """Where the search begins."""
+        """The point where the search begins."""
         return Point(self.learning_rate, self.warmup)
 
     def pretraining(
         self, arm: ArmName, seed: int = 0, point: Point | None = None
     ) -> PretrainingConfig:
-        """The config of one run, without its folder; ``point`` None takes the start of the search."""
+        """Return the config of one run, without its folder; if ``point`` is None, with the start of the search."""
         point = point or self.start
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(PretrainingPart)}
         sizes = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(ModelConfig)}
@@ -166,4 +168,4 @@ PRESETS = {
 }
 
 FREE = ("seeds", "out", "resume", "cache", "mesh", "checkpoint_every")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

@@ -1,14 +1,23 @@
-"""What BLOOM's choices are worth in small: ALiBi against rotary and learned positions, also in longer rows than those of training, and the norm after the embedding.
+"""BLOOM's design choices at small scale: ALiBi against rotary and learned positions, also on rows longer than in
+training, and the norm after the embedding.
 
-All arms are the same model but for what they are about, and learn from the same rows in the same order. Each gets the same care: a search by the same rule, with a seed
-that is not compared, finds its learning rate and warmup. Then each is trained over several seeds and evaluated on the same held-out text, cut
-into rows of the length of training and into longer ones. What is learned of positions beyond the length of training is nothing, so that a table of learned ones is there as it was initialized.
+All arms are the same model except for the choice they test, and learn from the same rows in the same order. Each arm
+gets the same tuning: a search with the same rule, with a seed that is not used in the comparison, finds its learning
+rate and warmup.
+
+Then each arm is trained with several seeds and evaluated on the same held-out text, split into rows of the training
+length and into longer ones. Nothing is learned about positions beyond the training length, so there a table of
+learned positions still has its initial values.
 
     python -m effscale.experiments.bloom_ablations
     python -m effscale.experiments.bloom_ablations --arms alibi rotary --corpus 'text:books/*.txt'
     python -m effscale.experiments.bloom_ablations --out runs/mine --resume
 
-Source: Le Scao et al., "BLOOM", 2022 (arXiv:2211.05100), section 3.2; Press et al., "Train short, test long", 2021.
+References:
+    Le Scao et al., "BLOOM: A 176B-Parameter Open-Access Multilingual Language Model" (2022), section 3.2.
+        https://arxiv.org/abs/2211.05100
+    Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation" (2021).
+        https://arxiv.org/abs/2108.12409
 """
 
 import time
@@ -29,23 +38,23 @@ from effscale.parallel import shard_batch
 
 
 def run(config: Config) -> Result:
-    """Trains as ``config`` says and fills the run folder.
+    """Train according to ``config`` and fill the run folder.
 
-    A run whose loss or gradient is not finite for ten steps ends there; that is a result, and the others are made.
+    A run whose loss or gradient is not finite for ten steps ends there. That counts as a result, and the other runs continue.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import parse_source
     from effscale.experiments.bloom_ablations import report
     from effscale.experiments.bloom_ablations.runs import Runner
@@ -53,8 +62,8 @@ def run(config: Config) -> Result:
 
     began = time.perf_counter()
     mesh = config.mesh.build()
-    # What cannot work is refused before the corpus is prepared, and before anything is written.
-    parse_source(config.corpus)  # one source: a weight, as in a mixture, would mean nothing
+    # Invalid settings raise before the corpus is prepared and before anything is written.
+    parse_source(config.corpus)  # a single source: a mixture weight would have no effect
     shard_batch(np.zeros(config.batch_size, np.int8), mesh)
     check_folder(config, FREE)
     (corpus,), _ = prepared_corpora(config.pretraining("alibi"), tokenizer=config.tokenizer)
@@ -79,7 +88,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(
             PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.bloom_ablations"

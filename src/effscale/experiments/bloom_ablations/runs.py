@@ -24,15 +24,15 @@ _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
 
 
 class Runner:
-    """Makes one run after another; what is compiled for an arm serves all of its runs.
+    """Makes one run after another; programs compiled for an arm are used for all of its runs.
 
     Args:
-        config: What the experiment was told.
-        corpus: The text.
-        mesh: Of devices.
+        config: Config of the experiment.
+        corpus: The prepared corpus.
+        mesh: The device mesh.
 
     Raises:
-        ValueError: If there is too little text.
+        ValueError: There is too little text.
     """
 
     def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh):
@@ -45,10 +45,10 @@ class Runner:
             self._held_out(times)
 
     def search(self, folder: RunFolder, arm: ArmName) -> Found:
-        """Searches for an arm's learning rate and warmup; finished runs are not made again.
+        """Search for an arm's learning rate and warmup; finished runs are not repeated.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
 
         def loss_of(point: Point) -> float:
@@ -60,10 +60,10 @@ class Runner:
         return self.config.search.climb(self.config.start, self.config.steps, loss_of)
 
     def run(self, folder: RunFolder, arm: ArmName, seed: int, point: Point) -> None:
-        """Makes a run, continues one that was stopped, or leaves a finished one as it is; one that diverges is finished.
+        """Start a run, resume one that was stopped, or skip a finished one. A run that diverges counts as finished.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         self._once(folder, f"{arm}/seed-{seed}", arm, seed, point)
 
@@ -84,7 +84,7 @@ class Runner:
         )
 
     def _held_out(self, times: int) -> Any:
-        """Held-out batches of rows that are so many times longer, with as many tokens in a batch."""
+        """Return held-out batches of rows that are ``times`` times longer, with the same number of tokens per batch."""
         return make_dataset(
             self.corpus.validation,
             batch_size=max(self.config.batch_size // times, 1),

@@ -1,4 +1,4 @@
-"""What the chat can be told."""
+"""Config of the chat."""
 
 import dataclasses
 import pathlib
@@ -10,46 +10,46 @@ from effscale.models.validation import check, check_finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the model answers; what is left out is as its generation_config.json says."""
+    """Options of the chat; sampling options that are not set come from the model's generation_config.json."""
 
     model: pathlib.Path | None = None
-    """Folder of a causal model with its tokenizer, such as a step of the experiment rlhf leaves."""
+    """Folder of a causal model with its tokenizer, such as one that a step of the experiment rlhf saved."""
     beside: pathlib.Path | None = None
-    """Folder of a second model, which answers the same questions beside the first; with --web."""
+    """Folder of a second model that answers the same questions next to the first; needs --web."""
     web: bool = False
-    """A page in the browser in place of the terminal."""
+    """Open a web page instead of chatting in the terminal."""
     host: str = "127.0.0.1"
-    """Address of the page. Only this computer reaches 127.0.0.1; 0.0.0.0 opens the page to everyone on the network."""
+    """Address of the page. 127.0.0.1 is only reachable from this computer; 0.0.0.0 opens the page to everyone on the network."""
     port: int = 7860
-    """Port of the page; 0 takes the first free one from 7860 on."""
+    """Port of the page; 0 uses the first free port from 7860."""
     system: str = ""
-    """What the model is told before the conversation."""
+    """System message before the conversation."""
     max_new_tokens: int = 256
-    """Tokens of an answer at most."""
+    """Maximum number of tokens per answer."""
     temperature: float | None = None
-    """0 takes the most likely token always."""
+    """Sampling temperature; 0 always picks the most likely token."""
     top_k: int | None = None
-    """Only so many most likely tokens may follow; 0: all."""
+    """Sample only from this number of most likely tokens; 0 means all."""
     top_p: float | None = None
-    """Only the fewest tokens whose probabilities reach this may follow."""
+    """Sample only from the smallest set of tokens whose probabilities sum to this value."""
     repetition_penalty: float | None = None
-    """Above 1, words that were there already become less likely."""
+    """Values above 1 make tokens that already occurred less likely."""
     seed: int = 0
-    """Decides what is drawn; the same words then get the same answers."""
+    """Random seed; the same input gets the same answers."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; by default that of the files."""
+    """Dtype of the weights; the default is that of the files."""
     format: Literal["deepspeed_chat", "hh_rlhf"] | None = None
-    """A chat format in place of the tokenizer's own template."""
+    """A chat format to use instead of the tokenizer's template."""
 
     def __post_init__(self):
         check_finite(self)
         check(self, self.seed >= 0, "seed", "0 or more")
         check(self, 0 <= self.port < 65536, "port", "between 0 and 65535")
-        check(self, self.beside is None or self.web, "beside", "left out without --web")
-        SamplingConfig(**self.sampling_changes())  # impossible values are refused here
+        check(self, self.beside is None or self.web, "beside", "None without --web")
+        SamplingConfig(**self.sampling_changes())  # raises for invalid values
 
     def sampling_changes(self) -> dict[str, Any]:
-        """What is given in place of the model's own settings."""
+        """Return the options that replace the model's settings."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 

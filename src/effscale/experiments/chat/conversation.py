@@ -1,4 +1,4 @@
-"""A conversation: what was said, and a model that continues it."""
+"""A conversation: the messages so far, and a model that continues it."""
 
 import copy
 import pathlib
@@ -13,18 +13,18 @@ from effscale.models import Transformer, unroll
 from effscale.rlhf.data import Message, PlainFormat, RecordEncoder, load_encoder
 
 BUCKET = 64
-"""Prompts are padded to multiples of this, so that few lengths are compiled."""
+"""Prompts are padded to multiples of this, so that only a few lengths are compiled."""
 
 
 class Conversation:
-    """What was said so far, and the model that answers.
+    """The messages so far, and the model that answers.
 
     Args:
         model: A causal model.
         encoder: Its tokenizer and chat format.
-        sampling: How it answers.
-        seed: Of the drawing.
-        system: What it is told before.
+        sampling: Sampling options.
+        seed: Random seed of sampling.
+        system: The system message.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class Conversation:
         self._room = None if limit is None else limit - sampling.max_new_tokens
         if self._room is not None and self._room < 1:
             raise ValueError(
-                f"max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt: the model has {limit} positions"
+                f"max_new_tokens must be less than the model's {limit} positions, to leave room for a prompt, got {sampling.max_new_tokens}"
             )
 
     @classmethod
     def open(cls, folder: pathlib.Path, config: Config) -> "Conversation":
-        """Starts a conversation with the model in a folder.
+        """Start a conversation with the model in a folder.
 
         Raises:
-            FileNotFoundError: The folder is not there, or holds no model or no tokenizer.
-            ValueError: The model cannot converse.
+            FileNotFoundError: The folder does not exist, or has no model or no tokenizer.
+            ValueError: The model cannot be used for a chat.
         """
         encoder = load_encoder(folder, format=config.format)
         sampling = sampling_from_folder(
@@ -65,22 +65,23 @@ class Conversation:
         return cls(model, encoder, sampling, seed=config.seed, system=config.system)
 
     def fresh(self) -> "Conversation":
-        """An empty conversation with the same model, whose weights both share."""
+        """Return an empty conversation with the same model; both share the weights."""
         other = copy.copy(self)
         other.messages, other._answers = [], 0
         return other
 
     def clear(self) -> None:
-        """Forgets what was said."""
+        """Forget all messages."""
         self.messages.clear()
 
     def answer(self, words: str) -> Iterator[str]:
-        """The model's answer to what a user says, piece by piece.
+        """Yield the model's answer to a user's message, piece by piece.
 
-        The oldest turns are left out where the model has no room for all. An answer that is not read to its end is kept as far as it was read.
+        The oldest turns are left out if the model has no room for all. If the answer is not read to its end, the part
+        that was read is kept.
 
         Raises:
-            ValueError: What the user says is itself too long for the model, or cannot be put in the chat format.
+            ValueError: The user's message is too long for the model, or does not fit the chat format.
         """
         said = [*self.messages, Message("user", words)]
         prompt, said = self._fitting(said)
@@ -110,7 +111,7 @@ class Conversation:
             self.messages.append(Message("assistant", text.text.strip()))
 
     def _fitting(self, said: list[Message]) -> tuple[list[int], list[Message]]:
-        """The prompt's ids, and the turns that are in it: the newest ones that the model has room for."""
+        """Return the ids of the prompt, and the turns in it: the newest ones that the model has room for."""
         before = [Message("system", self.system)] if self.system else []
         while True:
             prompt = self.encoder.prompt([*before, *said])
@@ -118,6 +119,6 @@ class Conversation:
                 return prompt, said
             if len(said) == 1:
                 raise ValueError(
-                    f"that is {len(prompt)} tokens, and the model has room for {self._room} beside its answer"
+                    f"the message has {len(prompt)} tokens, but the model has room for {self._room} in addition to its answer"
                 )
             said = said[2:]

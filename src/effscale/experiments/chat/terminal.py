@@ -1,11 +1,12 @@
-"""Talk to a model in the terminal or the browser: it answers word by word and remembers what was said.
+"""Chat with a model in the terminal or the browser. It answers word by word and remembers the conversation.
 
     python -m effscale.experiments.chat --model FOLDER
     python -m effscale.experiments.chat --model runs/mine/seed-0/ppo/model --temperature 0.7 --top-p 0.9
     python -m effscale.experiments.chat --web --model runs/mine/seed-0/sft/model --beside runs/mine/seed-0/ppo/model
 
-In the terminal /clear forgets the conversation, /quit (or Ctrl-D) ends it, and Ctrl-C ends an answer. --web opens a page at http://127.0.0.1:7860
-instead, where two models can answer side by side; it needs the extra `chat`. Any folder of a causal model with a tokenizer will do; nothing is downloaded.
+In the terminal, /clear forgets the conversation, /quit (or Ctrl-D) ends it, and Ctrl-C stops an answer. --web opens a
+page at http://127.0.0.1:7860 instead, where two models can answer side by side; it needs Gradio. Any folder of a
+causal model with a tokenizer works; nothing is downloaded.
 """
 
 import contextlib
@@ -19,18 +20,18 @@ HELP = "/clear forgets the conversation, /quit ends it"
 
 
 def run(config: Config, lines: Iterable[str], write: Callable[[str], object]) -> None:
-    """Holds the conversation.
+    """Run the conversation.
 
     Args:
-        config: What the chat was told.
-        lines: What the user says.
-        write: Takes the text that is shown.
+        config: Config of the chat.
+        lines: The user's input.
+        write: Shows text.
 
     Raises:
-        ValueError: There is no model folder, or the model cannot converse.
+        ValueError: No model folder is given, or the model cannot be used for a chat.
     """
     if config.model is None:
-        raise ValueError("give the folder of a model: --model FOLDER")
+        raise ValueError("model must be the folder of a model. Use --model FOLDER")
     from effscale.experiments.chat.conversation import Conversation
 
     talk = Conversation.open(config.model, config)
@@ -43,7 +44,7 @@ def run(config: Config, lines: Iterable[str], write: Callable[[str], object]) ->
             talk.clear()
             write("(forgotten)\n")
         elif words.startswith("/"):
-            write(f"there is no command {words.split()[0]!r}; {HELP}\n")
+            write(f"unknown command {words.split()[0]!r}; {HELP}\n")
         elif words:
             _answer(talk.answer(words), write)
 
@@ -60,9 +61,9 @@ def _answer(pieces: Iterable[str], write: Callable[[str], object]) -> None:
 
 
 def _typed() -> Iterable[str]:
-    """Lines of the terminal, with history and editing where readline is there."""
+    """Yield lines typed in the terminal, with history and editing if readline is available."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  importing it is what gives input() a history
+        import readline  # noqa: F401  importing it gives input() a history
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -77,7 +78,7 @@ def _show(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.chat")
         if config.web:

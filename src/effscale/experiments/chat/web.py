@@ -10,19 +10,19 @@ try:
     import gradio
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'the page needs Gradio: pip install "effscale[chat]"', name=error.name
+        "the page needs Gradio: install it with pip install gradio", name=error.name
     ) from None
 
 
 def serve(config: Config) -> None:
-    """Opens the page and returns when Ctrl-C ends it.
+    """Open the page and return when Ctrl-C ends it.
 
     Raises:
-        ValueError: There is no model folder, or a model cannot converse.
-        OSError: The port is taken.
+        ValueError: No model folder is given, or a model cannot be used for a chat.
+        OSError: The port is in use.
     """
     if config.model is None:
-        raise ValueError("give the folder of a model: --model FOLDER")
+        raise ValueError("model must be the folder of a model. Use --model FOLDER")
     folders = [config.model] if config.beside is None else [config.model, config.beside]
     talks = {
         label: Conversation.open(folder, config)
@@ -35,17 +35,17 @@ def serve(config: Config) -> None:
 
 
 def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
-    """Builds the page. Each browser tab has its own conversations.
+    """Build the page. Each browser tab has its own conversations.
 
     Args:
-        talks: Maps the name that the page shows for a model to a conversation with it; every tab starts with empty copies of them.
+        talks: Conversations by the name that the page shows for the model; every tab starts with empty copies.
     """
     if not talks:
-        raise ValueError("talks has no conversation: give at least one")
+        raise ValueError("talks must have at least one conversation")
     with gradio.Blocks(title="effscale chat", analytics_enabled=False, fill_height=True) as built:
         begun = gradio.State(None)
         with gradio.Row(scale=1):
-            # A model's words are shown as they are, not as Markdown or HTML.
+            # A model's text is shown literally, not as Markdown or HTML.
             panes = [
                 gradio.Chatbot(label=name, render_markdown=False, buttons=["copy"], height="75vh")
                 for name in talks
@@ -71,7 +71,7 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
                 yield "", held, *turns
 
         places = [words, begun, *panes]
-        # Gradio streams generator functions only, and a wrapper that checks types hides that `answered` is one.
+        # Gradio streams only generator functions, and a wrapper that checks types hides that `answered` is one.
         streamed = lambda *given: (yield from answered(*given))
         answering = gradio.on(
             [send.click, words.submit],
@@ -81,7 +81,7 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
             api_name="answer",
         )
         stop.click(None, cancels=answering)
-        # First the answers end, then they go: a last piece of one would bring it back.
+        # Stop the answers before clearing them: the last piece of an answer would bring it back.
         clear.click(None, cancels=answering).then(
             lambda: [None, *([] for _ in talks)], outputs=[begun, *panes], api_name="clear"
         )
@@ -89,12 +89,12 @@ def page(talks: Mapping[str, Conversation]) -> gradio.Blocks:
 
 
 def start(built: gradio.Blocks, *, host: str, port: int) -> None:
-    """Serves a page from a background thread. Neither the server nor the page makes requests to other hosts.
+    """Serve a page from a background thread. Neither the server nor the page makes requests to other hosts.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is in use.
     """
-    # System fonts: those of Gradio's default theme are fetched from the network.
+    # System fonts, because those of Gradio's default theme are fetched from the network.
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         built.queue().launch(
@@ -109,12 +109,12 @@ def start(built: gradio.Blocks, *, host: str, port: int) -> None:
         )
     except OSError as error:
         raise OSError(
-            f"the page cannot be opened at --host {host} --port {port}: {error}; --port 0 takes a free one"
+            f"the page cannot be opened at --host {host} --port {port}: {error}. Use --port 0 for a free port"
         ) from error
 
 
 def _labels(folders: Sequence[Any]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart, without the ``model`` of an experiment's run."""
+    """Return the shortest path suffixes that distinguish the folders, without the ``model`` of an experiment's run."""
     named = [
         folder.parts[:-1] if folder.name == "model" and len(folder.parts) > 1 else folder.parts
         for folder in folders
@@ -131,7 +131,7 @@ def _turn(role: str, text: str) -> dict[str, str]:
 
 
 def _answer(talk: Conversation, said: str) -> Iterator[str]:
-    """The answer so far, growing with each piece."""
+    """Yield the answer so far, after each piece."""
     text = ""
     try:
         for piece in talk.answer(said):
@@ -142,7 +142,7 @@ def _answer(talk: Conversation, said: str) -> Iterator[str]:
 
 
 def _together(answers: Sequence[Iterator[str]]) -> Iterator[list[str]]:
-    """The text of every answer so far, after each has advanced by a piece, until all have ended."""
+    """Yield the text of every answer so far, after each has advanced by one piece, until all have ended."""
     texts, left = [""] * len(answers), dict(enumerate(answers))
     while left:
         for number, answer in list(left.items()):

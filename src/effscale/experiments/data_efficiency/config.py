@@ -1,4 +1,4 @@
-"""What the experiment ``data_efficiency`` can be told, and its presets."""
+"""Config and presets of the experiment ``data_efficiency``."""
 
 import dataclasses
 import pathlib
@@ -13,36 +13,37 @@ from effscale.parallel import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PretrainingPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     techniques: tuple[Technique, ...] = ("none", "cl", "ltd", "cl_ltd")
-    """What is compared; none, plain training, must be among them."""
+    """Techniques to compare; must include none, the baseline."""
     fractions: tuple[float, ...] = (1.0, 0.67, 0.5)
-    """Parts of the budget of tokens; 1 must be among them."""
+    """Fractions of the token budget; must include 1."""
     seeds: int = 3
-    """Runs of each; seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are dropped."""
+    """Number of runs of each technique and fraction. Seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are
+    dropped."""
     efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
     """The schedules of the techniques."""
     corpus: str = "stdlib"
-    """A source: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    """The corpus: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
     validation_fraction: float = 0.03
     batch_size: int = 8
     steps: int = 400
-    """Steps of plain training on the whole budget, which is so many full batches."""
+    """Optimizer steps of the baseline on the whole budget, which is this number of full batches."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=128, num_heads=4, remat="none")
     learning_rate: float = 4.5e-3
-    """Peak of the schedule, where the search starts: a linear warmup by steps, then a cosine by layer-averaged tokens."""
+    """Peak learning rate at the start of the search: a linear warmup by steps, then a cosine by layer-averaged tokens."""
     warmup: int = 160
-    """Steps of the warmup, where the search starts; on a part of the budget, that part of what it finds."""
+    """Warmup steps at the start of the search. Runs on a fraction of the budget use that fraction of the warmup that it finds."""
     search: Search = Search()
-    """How each technique's learning rate and warmup are searched for, on the whole budget."""
+    """The search for each technique's learning rate and warmup, on the whole budget."""
     evaluations: int = 10
-    """Evaluations of plain training on the whole budget, on a part of the held-out rows; at the end comes one on all."""
+    """Number of evaluations of the baseline on the whole budget, on part of the held-out rows; the last evaluation is on all rows."""
     eval_batches: int = 12
-    """Batches in that part."""
+    """Number of batches in that part."""
     checkpoint_every: int = 200
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/data_efficiency/<time>."""
+    """Run folder; the default is runs/data_efficiency/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,22 +51,29 @@ class Config(PretrainingPart):
         for name in ("techniques", "fractions"):
             values = getattr(self, name)
             check(self, len(set(values)) == len(values), name, "different values")
-        check(self, "none" in self.techniques, "techniques", "none and others to compare with it")
+        check(
+            self,
+            "none" in self.techniques,
+            "techniques",
+            "none and other techniques to compare with it",
+        )
         check(
             self, all(0 < f <= 1 for f in self.fractions), "fractions", "numbers above 0, at most 1"
         )
-        check(self, 1.0 in self.fractions, "fractions", "1.0 and others to compare with it")
+        check(
+            self, 1.0 in self.fractions, "fractions", "1.0 and other fractions to compare with it"
+        )
         check(self, self.seeds >= 1, "seeds", "at least 1")
         self.search.check_apart(self.seeds)
         within = f"from 1 to steps={self.steps}"
         check(self, 1 <= self.evaluations <= self.steps, "evaluations", within)
         for technique in self.techniques:
             for fraction in self.fractions:
-                self.pretraining(technique, fraction)  # an impossible run is refused here
+                self.pretraining(technique, fraction)  # raises for an invalid run
 
     @property
     def start(self) -> Point:
-        """Where the search begins."""
+        """The point where the search begins."""
         return Point(self.learning_rate, self.warmup)
 
     def pretraining(
@@ -75,7 +83,7 @@ class Config(PretrainingPart):
         seed: int = 0,
         point: Point | None = None,
     ) -> PretrainingConfig:
-        """The config of one run, without its folder; ``point`` None takes the start of the search."""
+        """Return the config of one run, without its folder; if ``point`` is None, with the start of the search."""
         point = point or self.start
         fields = dataclasses.fields(PretrainingPart)
         shared = {field.name: getattr(self, field.name) for field in fields}

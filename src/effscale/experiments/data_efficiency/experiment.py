@@ -1,18 +1,20 @@
-"""A GPT is pretrained with less data: curriculum learning, random-LTD, and both, against plain training.
+"""Pretrain a GPT with less data: curriculum learning, random-LTD and both, compared with the baseline.
 
-Each technique trains on the whole budget of tokens and on parts of it, over several seeds. A budget is of layer-averaged
-tokens: those that a layer processes, averaged over the layers. So a technique that shows the model short rows or drops
-tokens makes more steps of the same budget. Validation is on all tokens of whole rows. What is compared is the loss at the end,
-and the data, operations and time that each needs to reach the loss of plain training.
+Each technique trains on the whole token budget and on fractions of it, with several seeds. The budget counts
+layer-averaged tokens: those that a layer processes, averaged over the layers. A technique that uses short rows or
+drops tokens therefore takes more steps on the same budget. Validation is on all tokens of whole rows. The comparison
+covers the final loss, and the data, operations and time that each technique needs to reach the loss of the baseline.
 
-Every technique gets the same care: its learning rate warms up by steps, and a search by the same rule, with a seed that is not
-compared, finds its peak and the length of its warmup.
+Every technique gets the same tuning: its learning rate warms up by steps, and a search with the same rule, with a
+seed that is not used in the comparison, finds its peak and warmup.
 
     python -m effscale.experiments.data_efficiency
     python -m effscale.experiments.data_efficiency --techniques none ltd --fractions 1.0 0.67 --seeds 5
     python -m effscale.experiments.data_efficiency --out runs/mine --resume
 
-Source: Li et al., "DeepSpeed Data Efficiency", 2022 (arXiv:2212.03597), section 4.1.
+References:
+    Li et al., "DeepSpeed Data Efficiency: Improving Deep Learning Model Quality and Training Efficiency via Efficient
+        Data Sampling and Routing" (2022), section 4.1. https://arxiv.org/abs/2212.03597
 """
 
 import time
@@ -33,23 +35,23 @@ from effscale.parallel import shard_batch
 
 
 def run(config: Config) -> Result:
-    """Trains as ``config`` says and fills the run folder.
+    """Train according to ``config`` and fill the run folder.
 
-    A run whose loss or gradient is not finite for ten steps ends there; that is a result, and the others are made.
+    A run whose loss or gradient is not finite for ten steps ends there. That counts as a result, and the other runs continue.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import parse_source, save_tokenizer
     from effscale.experiments.data_efficiency import report
     from effscale.experiments.data_efficiency.figures import draw
@@ -58,11 +60,11 @@ def run(config: Config) -> Result:
 
     began = time.perf_counter()
     mesh = config.mesh.build()
-    # What cannot work is refused before the corpus is prepared, and before anything is written.
-    parse_source(config.corpus)  # one source: a weight, as in a mixture, would mean nothing
+    # Invalid settings raise before the corpus is prepared and before anything is written.
+    parse_source(config.corpus)  # a single source: a mixture weight would have no effect
     shard_batch(np.zeros(config.batch_size, np.int8), mesh)
     check_folder(config, FREE)
-    one = config.pretraining("none", 1.0)  # the text is the same for all
+    one = config.pretraining("none", 1.0)  # the text is the same for all runs
     (corpus,), _ = prepared_corpora(one, tokenizer=one.tokenizer)
     runner = Runner(config, corpus, mesh)
     folder = RunFolder.create(
@@ -90,7 +92,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(
             PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.data_efficiency"

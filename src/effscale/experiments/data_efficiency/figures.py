@@ -18,10 +18,10 @@ MARKERS = ("s", "^", "D", "v")
 
 
 def draw(folder: pathlib.Path, comparison: Comparison) -> None:
-    """Draws ``curves.png`` and ``budgets.png``.
+    """Draw ``curves.png`` and ``budgets.png``.
 
     Args:
-        folder: Where they go.
+        folder: The folder to write to.
         comparison: The runs.
     """
     plt = pyplot()
@@ -31,7 +31,7 @@ def draw(folder: pathlib.Path, comparison: Comparison) -> None:
 
 
 def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
-    """Validation loss over each cost on the whole budget, seeds as a band; ends of smaller budgets as marks."""
+    """Plot validation loss over each cost on the whole budget, with seeds as a band and ends of smaller budgets as marks."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, 3, figsize=(11.0, 4.0), dpi=100, sharey=True)
@@ -60,7 +60,7 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
     losses = np.concatenate([arm.losses().ravel() for arm in comparison.arms.values()])
     if not comparison.baseline.diverged:
         low, high = np.nanmin(losses), np.nanmax(losses)
-        # The first losses are far above the last ones, which are what is compared.
+        # The first losses are far above the last ones, which are compared.
         axes[0].set_ylim(
             low - 0.05 * (high - low), comparison.target + 0.5 * (high - comparison.target)
         )
@@ -70,12 +70,12 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
 
 
 def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
-    """Loss at the end by part of the budget, the mean with the range over seeds."""
+    """Plot the final loss by fraction of the budget, as the mean with the range over seeds."""
     figure, panel = plt.subplots(figsize=(6.0, 3.6), dpi=100)
     fractions = sorted({f for _, f in comparison.arms})
     techniques = _techniques(comparison)
     for number, technique in enumerate(techniques):
-        # Beside one another, so that ranges can be seen.
+        # Next to each other, so that ranges are visible.
         places = np.arange(len(fractions)) + 0.08 * (number - (len(techniques) - 1) / 2)
         losses = [comparison.arms[technique, f].final_loss for f in fractions]
         mean = np.array([each.mean() for each in losses])
@@ -94,7 +94,7 @@ def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
     if not comparison.baseline.diverged:
         panel.axhline(comparison.baseline.final_loss.mean(), color="#000000", ls=":", lw=1)
     panel.set_xticks(np.arange(len(fractions)), [f"{100 * f:g} %" for f in fractions])
-    panel.set(xlabel="part of the budget", ylabel="loss at the end (nats per token)")
+    panel.set(xlabel="fraction of the budget", ylabel="final loss (nats per token)")
     panel.legend()
     _save(plt, figure, path)
 
@@ -104,10 +104,10 @@ def _techniques(comparison: Comparison) -> list[Technique]:
 
 
 def _save(plt: Any, figure: Any, path: pathlib.Path) -> None:
-    from PIL import Image  # matplotlib's own dependency
+    from PIL import Image  # a dependency of matplotlib
 
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
+    with Image.open(path) as image:  # 64 colors are enough, and take half the bytes
         image.quantize(64).save(path, optimize=True)

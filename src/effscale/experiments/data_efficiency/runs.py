@@ -1,4 +1,4 @@
-"""The runs of the experiment ``data_efficiency``: one a technique, part of the budget and seed."""
+"""The runs of the experiment ``data_efficiency``: one per technique, fraction of the budget and seed."""
 
 import gc
 import json
@@ -16,15 +16,15 @@ from effscale.training import RunFolder, TrainState
 
 
 class Runner:
-    """Makes one run after another; what is compiled for a technique and part of the budget serves all seeds.
+    """Makes one run after another; programs compiled for a technique and fraction are used for all seeds.
 
     Args:
-        config: What the experiment was told.
-        corpus: The text.
-        mesh: Of devices.
+        config: Config of the experiment.
+        corpus: The prepared corpus.
+        mesh: The device mesh.
 
     Raises:
-        ValueError: If there is too little text.
+        ValueError: There is too little text.
     """
 
     def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh):
@@ -41,10 +41,10 @@ class Runner:
         self._held_out = training.held_out([corpus.validation])
 
     def search(self, folder: RunFolder, technique: Technique) -> Found:
-        """Searches for a technique's learning rate and warmup on the whole budget; finished runs are not made again.
+        """Search for a technique's learning rate and warmup on the whole budget; finished runs are not repeated.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
 
         def loss_of(point: Point) -> float:
@@ -58,10 +58,10 @@ class Runner:
     def run(
         self, folder: RunFolder, technique: Technique, fraction: float, seed: int, point: Point
     ) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is; one that diverges is finished.
+        """Start a run, resume one that was stopped, or skip a finished one. A run that diverges counts as finished.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         self._once(folder, run_name(technique, fraction, seed), technique, fraction, seed, point)
 
@@ -90,21 +90,21 @@ class Runner:
                 "num_compilations": len(trained.compilations),
             },
             diverged={"val_loss": None, "diverged": True},
-            # Older checkpoints hold the quickstart's prompts as well.
+            # Older checkpoints contain the quickstart's prompts as well.
             free_fields=(*FREE, "samples", "sample_tokens"),
             compile_first=True,
         )
 
     def forget(self, technique: Technique, fraction: float) -> None:
-        """Lets go of what was compiled, when all seeds are done.
+        """Release compiled programs when all seeds are done.
 
-        A compiled step is hundreds of memory maps, of which Linux gives a process 65,530: too few for all techniques, parts
-        and shapes at once.
+        A compiled step uses hundreds of memory maps, and Linux limits a process to 65,530: too few for all
+        techniques, fractions and shapes at the same time.
         """
         del self._trainings[technique, fraction]
         gc.collect()
 
 
 def run_name(technique: Technique, fraction: float, seed: int) -> str:
-    """A run's folder inside the run folder."""
+    """Return the name of a run's folder inside the run folder."""
     return f"{technique}/fraction-{fraction:g}/seed-{seed}"

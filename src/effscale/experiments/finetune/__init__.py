@@ -1,4 +1,4 @@
-"""Trained models of texts and of images are fine-tuned here and in PyTorch, by one recipe."""
+"""Fine-tune pretrained text and image models in JAX and in PyTorch with the same recipe."""
 
 from effscale.experiments.finetune.config import PRESETS, Config
 from effscale.experiments.finetune.experiment import main, run

@@ -1,4 +1,4 @@
-"""What the experiment ``finetune`` can be told, and its presets."""
+"""Config and presets of the experiment ``finetune``."""
 
 import dataclasses
 import pathlib
@@ -13,28 +13,28 @@ Task = Literal["reviews", "digits", "fashion"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ImagePart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     tasks: tuple[Task, ...] = ("reviews", "digits", "fashion")
-    """What is learned, one after another."""
+    """Tasks to learn, one after another."""
     seeds: int = 3
-    """Runs of each task; seeds 0, 1, ... decide the head's initial weights, the order of batches and dropout."""
+    """Number of runs per task. Seeds 0, 1, ... decide the head's initial weights, the order of batches and dropout."""
     torch: bool = False
-    """Run the twin in PyTorch as well, and compare."""
+    """Also run the PyTorch baseline, and compare."""
     reviews: Recipe = Recipe()
-    """Drug reviews with MiniLM; there are 600 and 379."""
+    """Drug reviews with MiniLM; 600 training and 379 test examples exist."""
     digits: Recipe = Recipe(learning_rate=3e-5, test=500)
-    """Digits with the ViT; there are 1,797 in all, the test examples included."""
+    """Digits with the ViT; 1,797 examples exist, including the test examples."""
     fashion: Recipe = Recipe(epochs=2, learning_rate=3e-5, train=2000, test=1000)
-    """Fashion-MNIST with the ViT; there are 60,000 and 10,000."""
+    """Fashion-MNIST with the ViT; 60,000 training and 10,000 test examples exist."""
     max_length: int = 128
-    """Tokens of a review, the rest is cut off."""
+    """Maximum number of tokens per review; longer reviews are truncated."""
     dropout: bool = False
-    """Use the dropouts of the model's config; the twin's are drawn by another generator, and curves differ more."""
+    """Use the dropout rates of the model's config. PyTorch draws dropout from another generator, so the curves then differ more."""
     text_model: pathlib.Path | None = None
     """Folder of a BERT to use instead of MiniLM."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/finetune/<time>."""
+    """Run folder; the default is runs/finetune/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,7 +43,7 @@ class Config(ImagePart):
         check(self, self.max_length >= 4, "max_length", "at least 4")
 
     def recipe(self, task: Task) -> Recipe:
-        """The recipe of a task."""
+        """Return the recipe of a task."""
         return getattr(self, task)
 
 

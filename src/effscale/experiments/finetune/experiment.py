@@ -1,14 +1,14 @@
-"""Trained models of texts and of images are fine-tuned here and in PyTorch, by one recipe.
+"""Fine-tune pretrained text and image models in JAX and in PyTorch with the same recipe.
 
-MiniLM, a BERT of 6 layers, learns the sentiment of 600 drug reviews; a ViT-S/14 learns scikit-learn's digits and some of
-Fashion-MNIST. Each gets a new head. With ``--torch`` a twin in transformers starts from the same files, with the same head,
-batches and learning rates; both are run over several seeds, and their accuracies are compared.
+MiniLM, a BERT with 6 layers, learns the sentiment of 600 drug reviews; a ViT-S/14 learns scikit-learn's digits and
+part of Fashion-MNIST. Each gets a new head. With ``--torch``, a baseline in transformers starts from the same files,
+with the same head, batches and learning rates. Both run with several seeds, and their accuracies are compared.
 
     python -m effscale.experiments.finetune --torch
     python -m effscale.experiments.finetune --tasks reviews --seeds 5 --reviews.epochs 6
     python -m effscale.experiments.finetune --out runs/mine --resume
 
-Models and reviews are installed by ``make assets``; Fashion-MNIST by Debian's package dataset-fashion-mnist.
+``make assets`` installs models and reviews; Debian's package dataset-fashion-mnist installs Fashion-MNIST.
 """
 
 import time
@@ -21,29 +21,29 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Fine-tunes as ``config`` says and fills the run folder.
+    """Fine-tune according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other, the data or the models; or ``resume`` is set and the
-            folder is of another config.
-        ImportError: If a package with a model or data is not installed, or ``torch`` is set and torch is not.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        ValueError: The config is inconsistent or does not match the data or the models; or ``resume`` is set and the
+            folder has another config.
+        ImportError: A package with a model or data is not installed, or ``torch`` is set and torch is not installed.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.finetune import report, torch_twin
     from effscale.experiments.finetune.runs import Runner
     from effscale.experiments.shared.classifier.problem import prepare_images, prepare_reviews
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     if config.torch:
         torch_twin.require()
     check_folder(config, FREE)
@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.finetune")
         run(config)

@@ -1,4 +1,4 @@
-"""The runs of the experiment ``finetune``: one per task, seed and backend (effscale, or its twin in PyTorch)."""
+"""The runs of the experiment ``finetune``: one per task, seed and backend (effscale or PyTorch)."""
 
 import functools
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from effscale.training import (
 
 
 class Runner:
-    """Runs a problem for one backend and seed after another; ours are compiled once for all seeds.
+    """Runs a problem for one backend and seed after another; effscale's programs are compiled once for all seeds.
 
     Args:
         problem: The task.
-        config: What the experiment was told.
-        folder: The run folder, in which each run gets a folder of its own.
+        config: Config of the experiment.
+        folder: The run folder, in which each run gets its own folder.
     """
 
     def __init__(self, problem: Problem, config: Config, folder: RunFolder):
@@ -51,10 +51,10 @@ class Runner:
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def run(self, backend: str, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+        """Start a run, resume one that was stopped, or skip a finished one.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         size = self.problem.recipe.batch_size
         batches = TrainingBatches(self.problem.data.train, batch_size=size, seed=seed)

@@ -1,7 +1,7 @@
-"""The twin of the experiment ``finetune``: the same recipe in PyTorch, from the same files and batches.
+"""The PyTorch baseline of the experiment ``finetune``: the same recipe, from the same files and batches.
 
-Nothing of the model, the gradient or the optimizer is ours here: transformers reads the folder, autograd differentiates,
-``torch.optim.AdamW`` steps. Taken over are only the batches, the learning rates and the new head's initial weights.
+Model, gradient and optimizer do not use effscale: transformers reads the folder, autograd differentiates, and
+``torch.optim.AdamW`` updates. Only the batches, the learning rates and the new head's initial weights are shared.
 """
 
 import dataclasses
@@ -18,30 +18,30 @@ from effscale.training.signals import StopSignal
 
 
 def require() -> None:
-    """Raises an ImportError that says what to install unless torch and transformers are there."""
+    """Raise an ImportError that says what to install unless torch and transformers are installed."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"--torch needs torch and transformers ({error}): pip install 'effscale[torch]', or go without it"
+            f"--torch needs torch and transformers ({error}): install them with pip install torch transformers, or leave out --torch"
         ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Twin:
-    """What the twin is told.
+    """The recipe of the PyTorch baseline.
 
     Attributes:
         folder: The model folder.
-        image_size: Of the images, to which position embeddings are resized; None for a model of texts.
+        image_size: Size of the images, to which position embeddings are resized; None for a text model.
         kernel: The head's initial weights, of shape ``(width, classes)``.
         bias: The head's initial bias.
-        optimizer: Numbers of AdamW.
-        clip_norm: Greatest norm of the gradient.
+        optimizer: Options of AdamW.
+        clip_norm: Maximum norm of the gradient.
         rates: Learning rate of each step.
-        dropout: Whether the config's dropouts apply.
-        seed: Of dropout.
+        dropout: Whether to use the config's dropout rates.
+        seed: Seed of dropout.
     """
 
     folder: pathlib.Path
@@ -55,11 +55,11 @@ class Twin:
     seed: int
 
     def build(self) -> Any:
-        """A ``torch.nn.ModuleDict`` of the ``trunk`` and the linear layer ``classes``."""
+        """Return a ``torch.nn.ModuleDict`` of the ``trunk`` and the linear layer ``classes``."""
         import torch
         import transformers
 
-        transformers.logging.set_verbosity_error()  # a pooler that is left out is meant to be
+        transformers.logging.set_verbosity_error()  # the pooler is left out on purpose
         transformers.logging.disable_progress_bar()
         if self.image_size is None:
             trunk = _text_trunk(self.folder)
@@ -80,19 +80,19 @@ def train(
     writer_of: Callable[[int], MetricsWriter],
     checkpoint: pathlib.Path,
 ) -> int | None:
-    """Trains, and writes the records that ``effscale.training.fit`` writes for ours.
+    """Train, and write the same records as ``effscale.training.fit``.
 
-    After SIGTERM or Ctrl-C it saves and ends early.
+    After SIGTERM or Ctrl-C it saves and stops early.
 
     Args:
         twin: The recipe.
         batches: Training batches, one for each learning rate.
-        evaluation: Gives the test batches anew at each call.
-        writer_of: Makes the writer of metrics for a run that goes on from the given step.
-        checkpoint: A file written after each epoch; where there is one, the run goes on from it.
+        evaluation: Returns the test batches, from the start at each call.
+        writer_of: Creates the writer of metrics for a run that continues from the given step.
+        checkpoint: A file written after each epoch; if it exists, the run resumes from it.
 
     Returns:
-        The signal that ended it before all was done, or None.
+        The signal that stopped the run early, or None.
     """
     import torch
 
@@ -138,7 +138,7 @@ def train(
 
 
 def logits(model: Any, batch: Batch) -> Any:
-    """Scores of the classes: of the mean over a text's tokens, or of an image's class token."""
+    """Return class scores, from the mean over a text's tokens or from an image's class token."""
     import torch
 
     if "images" in batch:
@@ -154,7 +154,7 @@ def logits(model: Any, batch: Batch) -> Any:
 
 
 def losses(logits: Any, batch: Batch) -> Any:
-    """The cross entropy of each row."""
+    """Return the cross entropy of each row."""
     import torch
 
     labels = torch.from_numpy(batch["labels"]).long()
@@ -162,7 +162,7 @@ def losses(logits: Any, batch: Batch) -> Any:
 
 
 def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss and accuracy over batches, rows counted by their weights."""
+    """Return mean loss and accuracy over batches, with rows weighted."""
     import torch
 
     total = right = count = 0.0
@@ -179,10 +179,10 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def make_optimizer(model: Any, config: AdamWConfig) -> Any:
-    """AdamW with weight decay on matrices only, as ``effscale.training.decay_mask`` has it."""
+    """Create AdamW with weight decay only on matrices, as in ``effscale.training.decay_mask``."""
     import torch
 
-    # The class token of a ViT has three dimensions, two of them 1: a vector.
+    # The class token of a ViT has three dimensions, two of size 1, so it is a vector.
     matrix = lambda p: sum(size > 1 for size in p.shape) >= 2
     decayed = [p for p in model.parameters() if matrix(p)]
     others = [p for p in model.parameters() if not matrix(p)]
@@ -200,7 +200,7 @@ def _text_trunk(folder: pathlib.Path) -> Any:
 
 
 def _image_trunk(folder: pathlib.Path, image_size: int) -> Any:
-    """The ViT with position embeddings resized once, so that what is trained is those of the small grid."""
+    """Return the ViT with position embeddings resized once, so that those of the small grid are trained."""
     import torch
     from einops import rearrange
     from transformers import ViTModel

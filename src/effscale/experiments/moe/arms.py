@@ -1,4 +1,4 @@
-"""The models that the experiment ``moe`` compares: which layers have experts, and who learns from whom."""
+"""The models that the experiment ``moe`` compares: which layers have experts, and which model is distilled from which."""
 
 import dataclasses
 from typing import Literal
@@ -25,26 +25,27 @@ ArmName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What is particular to an arm."""
+    """The settings that are specific to an arm."""
 
     about: str
-    """What it is, for the report."""
+    """Description for the report."""
     times: int = 1
-    """Length of the training, as a multiple of the others'."""
+    """Number of steps, as a multiple of that of the other arms."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
-    """Which layers have experts; a pyramid has twice as many in the last sixth of them, as 350M+PR-MoE-32/64 in two of twelve."""
+    """Which layers have experts. A pyramid has twice as many experts in the last sixth of these layers, like 350M+PR-MoE-32/64 in two of
+    twelve."""
     experts: int = 1
-    """How many there are, as a multiple of ``Config.num_experts``."""
+    """Number of experts, as a multiple of ``Config.num_experts``."""
     k: int = 1
-    """Experts of each token."""
+    """Number of experts per token."""
     residual: bool = False
-    """A dense part beside the experts."""
+    """Add a dense feed-forward to the experts."""
     student: bool = False
-    """With fewer layers, as ``Config.student_layers`` says."""
+    """Use fewer layers, ``Config.student_layers``."""
     teacher: ArmName | None = None
-    """From whom it learns."""
+    """The teacher that it is distilled from."""
     leaves: bool = False
-    """The teacher leaves at ``Config.teacher_leaves``."""
+    """Stop distillation after ``Config.teacher_leaves`` of the steps."""
 
 
 ARMS: dict[ArmName, Arm] = {
@@ -80,7 +81,7 @@ ARMS: dict[ArmName, Arm] = {
 
 
 def expert_counts(arm: Arm, num_layers: int, num_experts: int) -> list[int]:
-    """Experts of each layer; 0 for a dense one.
+    """Return the number of experts of each layer; 0 for a dense layer.
 
     Example:
         >>> expert_counts(ARMS["pr_moe"], 6, 8)
@@ -107,7 +108,7 @@ def expert_counts(arm: Arm, num_layers: int, num_experts: int) -> list[int]:
 def with_arm(
     dense: TransformerConfig, arm: Arm, num_experts: int, router: RouterConfig
 ) -> TransformerConfig:
-    """The model of an arm, from the dense one with as many layers."""
+    """Return the model of an arm, given the dense model with the same number of layers."""
     counts = expert_counts(arm, dense.num_layers, num_experts)
     if not any(counts):
         return dense

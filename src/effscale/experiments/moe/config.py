@@ -1,4 +1,4 @@
-"""What the experiment ``moe`` can be told, and its presets."""
+"""Config and presets of the experiment ``moe``."""
 
 import dataclasses
 from typing import get_args
@@ -14,50 +14,51 @@ from effscale.training import AdamWConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(CorporaPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     arms: tuple[ArmName, ...] = tuple(name for name in get_args(ArmName) if name != "dense_4x")
-    """Models to train; a student needs its teacher, pr_moe. dense_4x is there for mixtures that dense_2x does not reach."""
+    """Models to train; a student needs its teacher, pr_moe. dense_4x is for mixtures whose loss dense_2x does not reach."""
     seeds: int = 3
-    """Runs of each; seeds 0, 1, ... decide initial weights, the order of rows, and who gets a place with an expert."""
+    """Number of runs per arm. Seeds 0, 1, ... decide the initial weights, the order of rows, and which tokens get a place in an expert."""
     steps: int = 600
-    """Batches to train on; dense_2x and dense_4x take two and four times as many."""
+    """Optimizer steps; dense_2x and dense_4x take two and four times as many."""
     length: int = 128
-    """Tokens in a row, and positions of the model."""
+    """Sequence length: tokens per row, and positions of the model."""
     batch_size: int = 16
-    """Rows in a batch."""
+    """Rows per batch."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory; tokens share the room of experts within each."""
+    """Number of micro-batches that a batch is split into, to save memory; expert capacity is shared by the tokens of
+    each micro-batch."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=96, remat="none")
-    """The dense model, whose feed-forward is each expert."""
+    """The dense model; each expert has the size of its feed-forward."""
     num_experts: int = 8
-    """Experts of a layer that has them; the last ones of a pyramid have twice as many."""
+    """Experts per layer with experts; the last such layers of a pyramid have twice as many."""
     router: RouterConfig = RouterConfig(capacity_factor=1.25, eval_capacity_factor=2.0)
-    """How tokens choose experts; ``k`` comes with each arm."""
+    """The router; ``k`` is set by each arm."""
     student_layers: int = 4
-    """Layers of the students."""
+    """Number of layers of the students."""
     teacher_leaves: float = 0.7
-    """Share of the steps after which the teacher of pr_moe_mos leaves; the paper's is about 400,000 of 570,000."""
+    """Fraction of the steps after which pr_moe_mos trains without its teacher; in the paper, about 400,000 of 570,000."""
     alpha: float = 1.0
-    """Weight of what a student learns from its teacher, beside the text."""
+    """Weight of the distillation loss relative to the text loss."""
     temperature: float = 1.0
-    """What logits are divided by for it."""
+    """Temperature of the distillation loss."""
     dense_rate: float = 8e-3
-    """Peak of the learning rate of dense models: the best of 2e-3, 4e-3, ... on the first seed."""
+    """Peak learning rate of dense models: the best of 2e-3, 4e-3, ... on the first seed."""
     moe_rate: float = 4e-3
-    """That of models with experts, found likewise."""
+    """Peak learning rate of models with experts, found in the same way."""
     warmup: int = 60
-    """Steps in which the rate rises, for all alike; it falls along a cosine to a tenth."""
+    """Warmup steps, the same for all arms; then the learning rate decays along a cosine to a tenth."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.95, weight_decay=0.1)
-    """AdamW."""
+    """AdamW options."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     vocab_size: int = 512
-    """Size of the byte-level BPE that is trained on the corpus."""
+    """Vocabulary size of the byte-level BPE that is trained on the corpus."""
     eval_every: int = 100
-    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
+    """Steps between evaluations on part of the held-out text, and between checkpoints; the last evaluation is on all of it."""
     eval_batches: int = 20
-    """Batches in that part."""
+    """Number of batches in that part."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,7 +67,7 @@ class Config(CorporaPart):
         for name in self.arms:
             teacher = ARMS[name].teacher
             there = teacher is None or teacher in self.arms
-            check(self, there, "arms", f"with the teacher of {name}, {teacher}")
+            check(self, there, "arms", f"arms that include {teacher}, the teacher of {name}")
         for name in (
             "seeds",
             "steps",
@@ -81,29 +82,29 @@ class Config(CorporaPart):
         check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"below steps={self.steps}")
         check(self, self.num_experts >= 2, "num_experts", "at least 2")
-        check(self, self.model.num_layers >= 2, "model", "of at least 2 layers")
+        check(self, self.model.num_layers >= 2, "model", "a model with at least 2 layers")
         fewer = 2 <= self.student_layers <= self.model.num_layers
         check(self, fewer, "student_layers", f"from 2 to num_layers={self.model.num_layers}")
         check(self, 0 < self.teacher_leaves < 1, "teacher_leaves", "between 0 and 1")
         for name in ("alpha", "temperature", "dense_rate", "moe_rate", "clip_norm"):
             check(self, getattr(self, name) > 0, name, "above 0")
         for name in self.arms:
-            self.transformer(name, self.vocab_size)  # an impossible model is refused here
+            self.transformer(name, self.vocab_size)  # raises for an invalid model
 
     def steps_of(self, name: ArmName) -> int:
-        """Batches that an arm is trained on."""
+        """Return the number of steps of an arm."""
         return self.steps * ARMS[name].times
 
     def teacher_stop(self, name: ArmName) -> int:
-        """Steps of an arm after which its teacher leaves."""
+        """Return the number of steps after which an arm trains without its teacher."""
         return max(1, round(self.teacher_leaves * self.steps_of(name)))
 
     def rate_of(self, name: ArmName) -> float:
-        """The peak of its learning rate."""
+        """Return the peak learning rate of an arm."""
         return self.dense_rate if ARMS[name].where == "none" else self.moe_rate
 
     def transformer(self, name: ArmName, vocab_size: int) -> TransformerConfig:
-        """The model of an arm."""
+        """Return the model of an arm."""
         arm = ARMS[name]
         model = self.model
         if arm.student:
@@ -127,8 +128,9 @@ PRESETS = {
         eval_batches=2,
     ),
     "default": Config(),
-    # 350M+PR-MoE-32/64 and what stands beside it, of DeepSpeed's own scripts: 24 layers, 1,024 wide, 256 rows of 2,048 tokens, 300B tokens,
-    # capacity factor 1. Students have 21 layers. Their rates end at 1e-6, here at a tenth of the peak.
+    # 350M+PR-MoE-32/64 and its baselines, from DeepSpeed's scripts: 24 layers, width 1,024, 256 rows of 2,048 tokens,
+    # 300B tokens, capacity factor 1. Students have 21 layers. Their learning rates end at 1e-6, here at a tenth of
+    # the peak.
     "paper": Config(
         steps=572_000,
         warmup=715,
@@ -154,4 +156,4 @@ PRESETS = {
 }
 
 FREE = ("arms", "seeds", "out", "resume", "cache")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

@@ -1,16 +1,19 @@
-"""Dense models, mixtures of experts and their students learn from real text for the same number of steps.
+"""Compare dense models, mixtures of experts and their students, trained on real text for the same number of steps.
 
-A mixture of experts with one expert for each token computes as much as a dense model, and holds several times its parameters. What is asked: how much
-lower is its loss, and how much longer must a dense model train to get there? And what the paper observed on the way: are experts worth more
-in later layers? Is a dense part beside one expert as good as two experts? Does a pyramid of residual experts do as well as
-its largest number of experts everywhere, with fewer parameters? And a shallower student of it, whose teacher leaves before the end? What each
-arm computed is counted.
+A mixture of experts with one expert per token computes as much as a dense model, and has several times its
+parameters. The experiment measures how much lower its loss is, and how much longer a dense model must train to reach
+it.
+
+It also tests four observations of the paper. Are experts worth more in later layers? Is a dense feed-forward plus one
+expert as good as two experts? Is a pyramid of residual experts as good as using its largest number of experts
+everywhere, with fewer parameters? Is a shallower student, distilled until before the end, as good as its teacher? The
+operations of each arm are counted.
 
     python -m effscale.experiments.moe
     python -m effscale.experiments.moe --arms dense moe --num-experts 16
     python -m effscale.experiments.moe --out runs/mine --resume
 
-The default corpus is the Python standard library of the running interpreter, so nothing is downloaded.
+The default corpus is the standard library of the running Python, so nothing is downloaded.
 """
 
 import time
@@ -28,29 +31,29 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Trains all arms as ``config`` says and fills the run folder.
+    """Train all arms according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        TrainingDivergedError: The loss or gradient of a run is not finite for ten steps.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import unigram_entropy
     from effscale.experiments.moe import report
     from effscale.experiments.moe.runs import Training
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
     folder = RunFolder.create(
@@ -74,7 +77,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.moe")
         keep_freed_memory()

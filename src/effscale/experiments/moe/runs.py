@@ -1,4 +1,4 @@
-"""The training runs of the experiment ``moe``: of an arm, one per seed."""
+"""The training runs of the experiment ``moe``: one per arm and seed."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))
 def make_step(
     config: Config, name: ArmName
 ) -> tuple[Callable[..., tuple[TrainState, Any]], optax.GradientTransformation]:
-    """The training step of an arm, not jitted, and its optimizer. A student's step is given its teacher as ``frozen``."""
+    """Return the training step of an arm, not jitted, and its optimizer. A student's step gets its teacher as ``frozen``."""
     steps, peak = config.steps_of(name), config.rate_of(name)
     rate = ScheduleConfig(peak=peak, warmup=config.warmup, total=steps, final=peak / 10).build()
     optimizer = config.optimizer.build(rate)
@@ -58,10 +58,10 @@ class Training:
     """Training of an arm, compiled once for all seeds.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
         name: The arm.
-        corpora: The text.
-        weights: The share of each corpus, or None.
+        corpora: The prepared corpora.
+        weights: Sampling weight of each corpus, or None.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Training:
         )
 
     def name_of(self, seed: int) -> str:
-        """The run's name, its folder inside the run folder."""
+        """The name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+        """Start a run, resume one that was stopped, or skip a finished one.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         name = self.name_of(seed)
 
@@ -115,7 +115,7 @@ class Training:
         return staged_distillation(self._plain, self.config.teacher_stop(self.name))
 
     def _teacher(self, folder: RunFolder, seed: int) -> Transformer | None:
-        """The teacher of this seed, trained before."""
+        """Load the teacher of this seed, which was trained before."""
         teacher = self.arm.teacher
         if teacher is None:
             return None
@@ -124,9 +124,7 @@ class Training:
         with _kept(folder, f"seed-{seed}/{teacher}") as kept:
             restored = kept.restore(like)
         if restored is None:
-            raise FileNotFoundError(
-                f"{kept.folder} holds no model: {teacher} must be trained first"
-            )
+            raise FileNotFoundError(f"{kept.folder}: has no model. Train {teacher} first")
         return restored.state
 
     def _rows(self, seed: int) -> Any:
@@ -147,7 +145,7 @@ class Training:
                 stores, shuffle=False, num_epochs=1, remainder="pad", **self._shape()
             )
             found = evaluate(state.model, _EVAL_STEP, itertools.islice(rows, batches))
-            return found.get("task_loss", found["loss"])  # without what routers add
+            return found.get("task_loss", found["loss"])  # without the routers' auxiliary losses
 
         values = {"part_val_loss": loss(self.config.eval_batches)}
         if int(state.step) == self.steps:
@@ -156,5 +154,5 @@ class Training:
 
 
 def _kept(folder: RunFolder, name: str) -> Checkpoints:
-    """Where the model of a finished run is."""
+    """Return the checkpoints with the model of a finished run."""
     return Checkpoints(folder.path / name / "model", keep=1, asynchronous=False)

@@ -1,4 +1,4 @@
-"""A small GPT and a small BERT learn from real text between workers that send one bit per number."""
+"""Pretrain a small GPT and a small BERT on real text with workers that exchange one bit per parameter."""
 
 from effscale.experiments.onebit.config import PRESETS, Config
 from effscale.experiments.onebit.experiment import main, run

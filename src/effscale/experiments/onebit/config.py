@@ -1,4 +1,4 @@
-"""What the experiment ``onebit`` can be told, and its presets."""
+"""Config and presets of the experiment ``onebit``."""
 
 import dataclasses
 import pathlib
@@ -16,22 +16,22 @@ Task = Literal["gpt", "bert"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """How a model is pretrained; ``model`` comes with each task."""
+    """Options of pretraining; each task has its own ``model``."""
 
     steps: int
-    """Batches to pretrain on."""
+    """Optimizer steps of pretraining."""
     length: int = 128
-    """Tokens in a row, and positions of the model."""
+    """Sequence length: tokens per row, and positions of the model."""
     batch_size: int = 16
-    """Rows in a batch, of all workers together."""
+    """Rows per batch, over all workers."""
     accumulate: int = 1
-    """Micro-batches that a worker's part of a batch is cut into, to save memory."""
+    """Number of micro-batches that a worker's part of a batch is split into, to save memory."""
     adam_rate: float
-    """Peak of the learning rate for all but LAMB's."""
+    """Peak learning rate of all optimizers except the LAMB ones."""
     lamb_rate: float
-    """That for LAMB's."""
+    """Peak learning rate of the LAMB optimizers."""
     final: float = 0.0
-    """Share of its peak at which the learning rate ends."""
+    """Final learning rate, as a fraction of the peak."""
     stages: Stages = Stages()
     """When compression begins."""
 
@@ -46,7 +46,7 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainGPT(Pretrain):
-    """A GPT's: tell the next token."""
+    """Pretraining of a GPT: predict the next token."""
 
     model: gpt.ModelConfig = gpt.ModelConfig(d_model=128)
     """The model."""
@@ -54,7 +54,7 @@ class PretrainGPT(Pretrain):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainBERT(Pretrain):
-    """A BERT's: tell hidden tokens."""
+    """Pretraining of a BERT: predict masked tokens."""
 
     model: bert.ModelConfig = bert.ModelConfig(num_layers=4)
     """The model."""
@@ -62,41 +62,42 @@ class PretrainBERT(Pretrain):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PassagePart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     tasks: tuple[Task, ...] = ("gpt", "bert")
-    """What is pretrained."""
+    """Models to pretrain."""
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
-    """By what; each needs its uncompressed twin: adam for onebit_adam, zero_one_adam and naive; lamb for onebit_lamb."""
+    """Optimizers to compare. Each needs its uncompressed baseline: adam for onebit_adam, zero_one_adam and naive; lamb for onebit_lamb."""
     workers: int = 4
-    """Workers that a batch is divided among."""
+    """Number of workers that share a batch."""
     gpt: PretrainGPT = PretrainGPT(steps=500, adam_rate=2e-3, lamb_rate=3e-2)
-    """The GPT."""
+    """Pretraining of the GPT."""
     bert: PretrainBERT = PretrainBERT(
         steps=2000,
         adam_rate=5e-4,
         lamb_rate=5e-3,
         stages=Stages(zero_one_adam=23 / 152, var_decay="step", local_step_clipper=2),
     )
-    """The BERT, at half of its best rates and with 0/1 Adam's stages as it needs them; why is on the experiment's page."""
+    """Pretraining of the BERT, with half of its best learning rates and with the stages that 0/1 Adam needs; the experiment's page explains
+    why."""
     moments: Moments = Moments()
-    """What all optimizers share."""
+    """Options that all optimizers share."""
     seeds: int = 3
-    """Runs of each kind; seeds 0, 1, ... decide initial weights, the order of rows and the tokens hidden."""
+    """Number of runs of each kind. Seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are masked."""
     vocab_size: int = 512
-    """Size of the byte-level BPE that is trained on the corpus; BERT's mask token comes on top."""
+    """Vocabulary size of the byte-level BPE that is trained on the corpus; BERT's mask token is added to it."""
     hidden: float = 0.15
-    """Share of the tokens that BERT is to tell: 80 percent of them masked, 10 percent replaced, 10 percent left."""
+    """Fraction of the tokens that BERT predicts: 80 percent of them are masked, 10 percent replaced, 10 percent unchanged."""
     finetune: Recipe = PassagePart.finetune
-    """How the task is learned, uncompressed; ``train`` and ``test`` passages of all classes together."""
+    """Fine-tuning on the task, uncompressed; ``train`` and ``test`` count passages over all classes."""
     optimizer: AdamWConfig = PassagePart.optimizer
-    """AdamW of the fine-tuning."""
+    """AdamW options of fine-tuning."""
     warmup: float = 0.1
-    """Share of the steps of the fine-tuning in which the learning rate rises."""
+    """Fraction of the fine-tuning steps used for warmup."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient in fine-tuning."""
+    """Maximum norm of the gradient in fine-tuning."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/onebit/<time>."""
+    """Run folder; the default is runs/onebit/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,9 +108,11 @@ class Config(PassagePart):
         missing = [
             TWINS[o] for o in self.optimizers if o in TWINS and TWINS[o] not in self.optimizers
         ]
-        wanted = f"with what they are compared with, {', '.join(dict.fromkeys(missing))}"
+        wanted = f"a list that includes their uncompressed baselines, {', '.join(dict.fromkeys(missing))}"
         check(self, not missing, "optimizers", wanted)
-        check(self, self.workers >= 2, "workers", "at least 2, as one sends nothing")
+        check(
+            self, self.workers >= 2, "workers", "at least 2, because a single worker sends nothing"
+        )
         for task in self.tasks:
             plan = getattr(self, task)
             parts = self.workers * plan.accumulate
@@ -117,7 +120,7 @@ class Config(PassagePart):
             check(plan, plan.batch_size % parts == 0, "batch_size", divisor)
             row = f"at most the {plan.length} tokens of a row"
             check(self, self.passage <= plan.length, "passage", row)
-            plan.model.build(self.vocab_size, plan.length)  # an impossible model is refused here
+            plan.model.build(self.vocab_size, plan.length)  # raises for an invalid model
         check(self, 0 < self.hidden < 1, "hidden", "between 0 and 1")
 
 
@@ -148,9 +151,11 @@ PRESETS = {
         finetune=Recipe(epochs=1, batch_size=16, learning_rate=5e-3, train=64, test=64),
     ),
     "default": Config(),
-    # The papers' BERT-Large at 128 tokens, in 152,000 batches of 4,096 rows, and a GPT-2 of 117M parameters, which the 0/1 Adam paper
-    # pretrained, too; its numbers here are Megatron's. 64 workers. 1-bit LAMB's own batches have 65,536 rows, at a rate of 11e-3; here its
-    # rate is less by the root of how much smaller they are, and its coefficient's bound is not their 0.3. The norm that is clipped is that of a worker's rows, not of all. What `make aot` compiles of it is the step on a mesh, per_worker's.
+    # The papers' BERT-Large at 128 tokens, in 152,000 batches of 4,096 rows, and a GPT-2 with 117M parameters, which
+    # the 0/1 Adam paper also pretrained; its settings here are Megatron's. 64 workers. 1-bit LAMB's own batches have
+    # 65,536 rows, at a learning rate of 11e-3; here its rate is lower by the square root of the ratio of batch sizes,
+    # and the bound of its coefficient is not their 0.3. Clipping uses the gradient norm of a worker's rows, not of
+    # all. `make aot` compiles its step on a mesh, with per_worker.
     "paper": Config(
         workers=64,
         gpt=PretrainGPT(

@@ -1,15 +1,16 @@
-"""A small GPT and a small BERT learn from real text between workers that send one bit per number.
+"""Pretrain a small GPT and a small BERT on real text with workers that exchange one bit per parameter.
 
-Each 1-bit optimizer runs beside the uncompressed one that it is to equal: same initial weights, same rows, same number of steps;
-and Adam on gradients in one bit beside them, which the papers say fails. Then each model, and one that was not pretrained,
-learns which document a passage comes from. What is asked: is the model as good, and how much was sent for it?
+Each 1-bit optimizer is compared with its uncompressed baseline: same initial weights, same rows, same number of
+steps. A third arm, Adam on one-bit gradients, fails according to the papers. Then each model, and one that was not
+pretrained, learns to classify which document a passage comes from. The experiment measures whether the model is as
+good, and how much data was sent.
 
     python -m effscale.experiments.onebit
     python -m effscale.experiments.onebit --tasks gpt --optimizers adam onebit_adam --gpt.steps 1000
     python -m effscale.experiments.onebit --out runs/mine --resume
 
-The workers are simulated on one device, with the collectives that as many devices would have. The default corpus is the Python
-standard library of the running interpreter, so nothing is downloaded.
+The workers are simulated on one device, with the same collectives as on separate devices. The default corpus is
+the standard library of the running Python, so nothing is downloaded.
 """
 
 import time
@@ -27,23 +28,23 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Pretrains and fine-tunes as ``config`` says and fills the run folder.
+    """Pretrain and fine-tune according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps. With ``resume`` and other
-            ``optimizers`` the rest goes on without it.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        TrainingDivergedError: The loss or gradient of a run is not finite for ten steps. Use ``resume`` with other
+            ``optimizers`` to continue without it.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import unigram_entropy
     from effscale.experiments.onebit import report
     from effscale.experiments.onebit.runs import Pretraining
@@ -52,7 +53,7 @@ def run(config: Config) -> Result:
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
@@ -91,7 +92,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.onebit")
         keep_freed_memory()

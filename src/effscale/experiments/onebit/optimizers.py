@@ -1,4 +1,4 @@
-"""The optimizers that the experiment ``onebit`` compares, on one schedule, and what each sends."""
+"""The optimizers that the experiment ``onebit`` compares, on one schedule, and the data that each sends."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
@@ -35,29 +35,29 @@ TWINS: dict[OptimizerName, OptimizerName] = {
     "naive": "adam",
     "onebit_lamb": "lamb",
 }
-"""The uncompressed optimizer that each is to equal."""
+"""The uncompressed baseline of each optimizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages:
-    """When compression begins, as shares of a run's steps; the defaults are the papers' for BERT-Large."""
+    """When compression begins, as fractions of a run's steps; the defaults are the papers' for BERT-Large."""
 
     onebit_adam: float = 23 / 152
-    """Share of 1-bit Adam's steps that are uncompressed: 23,000 of 152,000."""
+    """Fraction of 1-bit Adam's steps that are uncompressed: 23,000 of 152,000."""
     onebit_lamb: float = 1000 / 5993
-    """Share of 1-bit LAMB's: 1,000 of 5,993."""
+    """Fraction of 1-bit LAMB's steps that are uncompressed: 1,000 of 5,993."""
     zero_one_adam: float = 12.5 / 152
-    """Share in which 0/1 Adam still updates its variance: 12,500 of 152,000, as long as the learning rate rises."""
+    """Fraction of the steps in which 0/1 Adam updates its variance: 12,500 of 152,000, as long as the warmup."""
     var_update_scaler: int = 16
-    """Updates of 0/1 Adam's variance after which their interval doubles."""
+    """Number of variance updates after which 0/1 Adam doubles the interval between them."""
     var_decay: Literal["update", "step"] = "update"
-    """Whether 0/1 Adam's b2 acts once an update of the variance, as in the paper, or once a step between two."""
+    """Whether 0/1 Adam applies b2 once per variance update, as in the paper, or once per step between two updates."""
     local_step_scaler: float = 32.678 / 152
-    """Share of the steps after which 0/1 Adam's interval between exchanges doubles: 32,678 of 152,000."""
+    """Fraction of the steps after which 0/1 Adam doubles the interval between exchanges: 32,678 of 152,000."""
     local_step_clipper: int = 16
-    """The longest such interval."""
+    """The longest interval between exchanges, in steps."""
     rate_warmup: float = 12.5 / 152
-    """Share in which the learning rate rises, for all optimizers."""
+    """Fraction of the steps used for warmup, for all optimizers."""
 
     def __post_init__(self):
         for name in (
@@ -76,11 +76,11 @@ class Stages:
         name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam", "rate_warmup"],
         steps: int,
     ) -> int:
-        """The steps of a stage."""
+        """Return the steps of a stage."""
         return max(1, round(getattr(self, name) * steps))
 
     def policies(self, steps: int) -> Policies:
-        """Those of 0/1 Adam."""
+        """Return the policies of 0/1 Adam."""
         return Policies(
             var_freeze_step=self.of("zero_one_adam", steps),
             var_update_scaler=self.var_update_scaler,
@@ -91,18 +91,19 @@ class Stages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What all optimizers share."""
+    """Options that all optimizers share."""
 
     b1: float = 0.9
-    """Decay of the momentum."""
+    """Decay rate of the momentum."""
     b2: float = 0.98
-    """Decay of the variance. It is learned in the first stage only, so a short run needs less than the papers' 0.999."""
+    """Decay rate of the variance. The variance is learned only in the first stage, so a short run needs less than the papers' 0.999."""
     weight_decay: float = 0.01
-    """Decoupled; within the norm of LAMB's coefficient."""
+    """Decoupled weight decay; included in the norm of LAMB's coefficient."""
     clip_norm: float = 1.0
-    """Greatest root mean square of the workers' gradient norms."""
+    """Maximum root mean square of the workers' gradient norms."""
     factor_max: float = 1.0
-    """Greatest factor of 1-bit LAMB's frozen coefficient. DeepSpeed's is 4, for b2 = 0.999; with this b2 it grows until the loss does."""
+    """Maximum factor of 1-bit LAMB's frozen coefficient. DeepSpeed uses 4, for b2 = 0.999; with this b2 the factor would grow until the loss
+    diverges."""
 
     def __post_init__(self):
         check_finite(self)
@@ -114,7 +115,7 @@ class Moments:
 
 
 def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
-    """Up to the peak, then down along a line to ``final`` of it."""
+    """Return a linear warmup to the peak, then a linear decay to the fraction ``final`` of it."""
     warmup = stages.of("rate_warmup", steps)
     return ScheduleConfig(
         kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=final * peak
@@ -130,20 +131,20 @@ def build(
     steps: int,
     workers: int | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer for a step of the workers along `AXIS`.
+    """Build an optimizer for a step of the workers along ``AXIS``.
 
     Args:
-        name: Which.
+        name: Name of the optimizer.
         rate: The learning rate.
-        moments: The numbers that all share.
+        moments: Options that all optimizers share.
         stages: When compression begins.
-        steps: Of the run.
-        workers: How many, where no mesh says it.
+        steps: Number of steps of the run.
+        workers: Number of workers. Required if no mesh defines the axis.
     """
     b1, b2, decay, clip = moments.b1, moments.b2, moments.weight_decay, Clip(moments.clip_norm)
     among = Workers(AXIS, num_workers=workers)
     shared: Any = {"weight_decay": decay, "clip": clip, "workers": among}
-    never = steps + 1  # The uncompressed twins are the same code, which never freezes.
+    never = steps + 1  # The uncompressed baselines run the same code, which never freezes.
     if name == "adam":
         return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
     if name == "onebit_adam":
@@ -167,18 +168,21 @@ def build(
 
 @SendsBytes.register
 class OneBitGradientsState(NamedTuple):
-    """State of `onebit_gradients`: each worker's errors, and the bytes that its device sent in the last update."""
+    """State of ``onebit_gradients``: the compression error of each worker, and the bytes that its device sent in the last update."""
 
     errors: PerWorker | None
     sent: Any
 
 
 def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformationExtraArgs:
-    """The mean of the gradients in one bit per number, with error feedback: for SGD, and not for Adam.
+    """Average the gradients with one bit per parameter and error feedback: suitable for SGD, but not for Adam.
 
-    Adam's variance is the square of what it gets. Of signs with one scale a tensor it learns the same number for all elements.
+    Adam's variance is the square of its input. From signs with one scale per tensor it learns the same value for all
+    elements.
 
-    Source: Tang et al., "1-bit Adam", 2021.
+    References:
+        Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed" (2021).
+            https://arxiv.org/abs/2102.02888
     """
 
     def init(params: Any) -> Any:
@@ -197,7 +201,7 @@ def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformati
 
 
 def rounds(name: OptimizerName, stages: Stages, steps: int) -> int:
-    """Steps of a run in which more than a few single numbers are sent."""
+    """Return the number of steps of a run that send more than a few scalars."""
     if name != "zero_one_adam":
         return steps
     return int((stages.policies(steps).rounds(steps) != Round.LOCAL).sum())

@@ -1,4 +1,4 @@
-"""The pretraining runs of the experiment ``onebit``: of a model and an optimizer, one per seed."""
+"""The pretraining runs of the experiment ``onebit``: one per model, optimizer and seed."""
 
 import functools
 import itertools
@@ -34,12 +34,12 @@ LOSSES: dict[str, Callable[..., Loss]] = {"gpt": next_token_loss, "bert": masked
 
 
 def model_config(config: Config, task: str, vocab_size: int) -> TransformerConfig:
-    """The transformer of a task, ``gpt`` or ``bert``; the latter has the mask token beside the vocabulary.
+    """Return the transformer of a task, ``gpt`` or ``bert``; the latter has a mask token in addition to the vocabulary.
 
     Args:
-        config: What the experiment was told.
-        task: Which.
-        vocab_size: The tokenizer's.
+        config: Config of the experiment.
+        task: ``gpt`` or ``bert``.
+        vocab_size: Vocabulary size of the tokenizer.
     """
     plan = getattr(config, task)
     return plan.model.build(vocab_size + (task == "bert"), plan.length)
@@ -48,13 +48,13 @@ def model_config(config: Config, task: str, vocab_size: int) -> TransformerConfi
 def make_step(
     config: Config, task: str, name: OptimizerName, *, workers: int | None = None
 ) -> tuple[Callable[[TrainState, Any], Any], optax.GradientTransformation]:
-    """The step of one worker, for ``per_worker`` or ``simulate_workers``, and its optimizer.
+    """Return the step of one worker, for ``per_worker`` or ``simulate_workers``, and its optimizer.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
         task: ``gpt`` or ``bert``.
-        name: The optimizer's.
-        workers: How many, where no mesh says it.
+        name: Name of the optimizer.
+        workers: Number of workers. Required if no mesh defines the axis.
     """
     plan = getattr(config, task)
     peak = plan.lamb_rate if name in ("lamb", "onebit_lamb") else plan.adam_rate
@@ -81,11 +81,11 @@ class Pretraining:
     """Pretraining of a task by an optimizer, compiled once for all seeds; the workers are simulated on one device.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
         task: ``gpt`` or ``bert``.
-        name: The optimizer's.
-        corpora: The text.
-        weights: The share of each corpus, or None.
+        name: Name of the optimizer.
+        corpora: The prepared corpora.
+        weights: Sampling weight of each corpus, or None.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class Pretraining:
         self.eval_step = jax.jit(make_eval_step(LOSSES[task]))
 
     def name_of(self, seed: int) -> str:
-        """The run's name, its folder inside the run folder."""
+        """The name of the run, which is also its folder inside the run folder."""
         return f"{self.task}/seed-{seed}/{self.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+        """Start a run, resume one that was stopped, or skip a finished one.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         name = self.name_of(seed)
 
@@ -158,7 +158,7 @@ class Pretraining:
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         def loss(batches: int | None) -> float:
-            rows = self._rows(0, validation=True)  # the same rows, and tokens hidden, for all
+            rows = self._rows(0, validation=True)  # the same rows and masked tokens for all
             return evaluate(state.model, self.eval_step, itertools.islice(rows, batches))["loss"]
 
         values = {"part_val_loss": loss(self.config.eval_batches)}

@@ -1,4 +1,4 @@
-"""A small GPT learns from real text, end to end."""
+"""Train a small GPT on real text, end to end."""
 
 from effscale.experiments.quickstart.config import PRESETS, Config
 from effscale.experiments.quickstart.experiment import Result, load, main, run, sample

@@ -1,4 +1,4 @@
-"""What the experiment ``quickstart`` can be told, and its presets."""
+"""Config and presets of the experiment ``quickstart``."""
 
 import dataclasses
 import pathlib
@@ -12,18 +12,18 @@ from effscale.models.validation import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PretrainingConfig):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     on_error: Literal["raise", "skip"] | None = None
-    """What a document that cannot be used (unreadable, empty, not UTF-8) is: an error, or a counted skip; None leaves it to
-    the source, which raises except for the standard library's."""
+    """What to do with a document that cannot be used (unreadable, empty, not UTF-8): raise, or skip and count it. None uses the default of
+    the source: skip for the standard library, raise for all others."""
     vocab_size: int = 2048
     samples: tuple[str, ...] = ("def read", "import ", "The ", "class Test")
-    """Prompts that the trained model continues."""
+    """Prompts for the trained model to continue."""
     sample_tokens: int = 80
-    """Tokens of each continuation."""
+    """Number of tokens of each continuation."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/quickstart/<time>."""
+    """Run folder; the default is runs/quickstart/<time>."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""A small GPT learns from real text, end to end.
+"""Train a small GPT on real text, end to end.
 
-Tokenizer, packed data, training with checkpoints, evaluation, figures, generation: every part of the library that
-needs no technique, in one script to be read from top to bottom. The default corpus is the Python standard
-library of the running interpreter, so nothing is downloaded. ``--technique`` trains with curriculum learning, random-LTD or both;
+Tokenizer, packed data, training with checkpoints, evaluation, figures and generation: every part of the library
+except the techniques, in one script that you can read from top to bottom. The default corpus is the standard library
+of the running Python, so nothing is downloaded. ``--technique`` trains with curriculum learning, random-LTD or both;
 the experiment ``data_efficiency`` compares them.
 
     python -m effscale.experiments.quickstart
@@ -10,7 +10,7 @@ the experiment ``data_efficiency`` compares them.
     python -m effscale.experiments.quickstart --technique cl_ltd
     python -m effscale.experiments.quickstart --out runs/mine --resume
 
-A finished or running folder gives its model back: ``model, tokenizer = load("runs/mine")``.
+To load the model of a finished or running run folder: ``model, tokenizer = load("runs/mine")``.
 """
 
 import dataclasses
@@ -39,55 +39,55 @@ from effscale.parallel import batch_shard, initialize, shard_batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """The named figures of a run, as in its ``results.json``."""
+    """The figures of a run, as in its ``results.json``."""
 
     val_loss: float
-    """Mean loss on all held-out tokens, in nats a token."""
+    """Mean loss on all held-out tokens, in nats per token."""
     unigram_entropy: float
-    """Entropy of the held-out tokens' frequencies: the least loss without context, in nats a token."""
+    """Entropy of the token frequencies in the held-out text: the lowest possible loss without context, in nats per token."""
     train_loss: float
-    """Mean training loss of the last 20 steps, in nats a token."""
+    """Mean training loss of the last 20 steps, in nats per token."""
     tokens_seen: int
-    """Training tokens, repetitions included; with a technique, those that a layer processed on average."""
+    """Number of training tokens, including repetitions; with a technique, those that a layer processed on average."""
     tokens_per_second: float
-    """Median training speed, in these tokens; 0 if there were too few steps to tell."""
+    """Median training speed, in these tokens; 0 if there were too few steps to measure it."""
     num_params: int
-    """Numbers in the model."""
+    """Number of parameters of the model."""
     num_compilations: int
-    """Compilations of the training step."""
+    """Number of compilations of the training step."""
     seconds: float
-    """Time of this call, from the corpus to the figures."""
+    """Duration of this call, from the corpus to the figures."""
     peak_memory_mb: float
-    """Greatest resident memory of the process."""
+    """Peak resident memory of the process."""
     folder: str
     """The run folder."""
 
 
 def run(config: Config) -> Result:
-    """Trains as ``config`` says and fills the run folder.
+    """Train according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        ValueError: The config is inconsistent or does not match the corpus.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import save_tokenizer, unigram_entropy
     from effscale.experiments.shared.plotting import loss_curve, speed_curve
     from effscale.experiments.shared.pretraining import Pretraining
     from effscale.training import RunFolder, read_jsonl
 
     began = time.perf_counter()
-    first = jax.process_index() == 0  # of several processes, the one that writes
+    first = jax.process_index() == 0  # only the first of several processes writes
     mesh = config.mesh.build()
     part = batch_shard(mesh)
-    # What cannot work is refused before the corpus is prepared.
+    # Invalid settings raise before the corpus is prepared.
     shard_batch(np.zeros(config.batch_size // part.count, np.int8), mesh)
     check_folder(config, FREE)
 
@@ -98,7 +98,7 @@ def run(config: Config) -> Result:
     tokenizer = corpora[0].tokenizer
     held_out = [c.validation for c in corpora]
 
-    # Model, optimizer, step and batches, as the technique has them.
+    # Model, optimizer, step and batches for the technique.
     training = Pretraining(config, corpora[0].vocab_size, mesh)
     train_data = training.batches([c.train for c in corpora], seed=config.seed, weights=weights)
     val_data = training.held_out(held_out)
@@ -130,7 +130,7 @@ def run(config: Config) -> Result:
         if trained.stopped_reason == "signal":
             raise StoppedBySignal(f"stopped and saved at step {int(state.step)}", trained.signal)
 
-        # What came out.
+        # Evaluation and results.
         num_params = sum(leaf.size for leaf in jax.tree.leaves(state.model))
         with status("evaluating on all that is held out"):
             val_loss = training.validate(state, val_data)["val_loss"]
@@ -172,7 +172,7 @@ def run(config: Config) -> Result:
 
 
 def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
-    """Continuations of the prompts in ``config.samples``, drawn at temperature 0.8 from the likeliest 95 percent."""
+    """Return continuations of the prompts in ``config.samples``, sampled at temperature 0.8 from the most likely 95 percent."""
     from jax.experimental import multihost_utils
 
     from effscale.generation import SamplingConfig, generate, left_pad
@@ -190,19 +190,19 @@ def sample(model: Transformer, tokenizer: Any, config: Config) -> list[str]:
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Transformer, Any]:
-    """The model of a run folder, with its tokenizer; the run may still be going on.
+    """Load the model of a run folder, with its tokenizer; the run may still be in progress.
 
     Args:
         folder: A run folder of this experiment.
-        step: The checkpoint; None takes the newest sound one.
+        step: Step of the checkpoint; None uses the newest valid one.
 
     Returns:
         The model and the ``tokenizers.Tokenizer``.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint, or none of that step.
-        CheckpointError: If there are checkpoints, and all are damaged.
-        ValueError: If the run is of another experiment.
+        FileNotFoundError: There is no checkpoint, or no checkpoint of that step.
+        CheckpointError: There are checkpoints, but all are damaged.
+        ValueError: The run belongs to another experiment.
     """
     from effscale.data import load_tokenizer
     from effscale.training import read_checkpoint_config, restore_model
@@ -215,13 +215,13 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Tr
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(
             PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.quickstart"
         )
         if initialize():
-            # Until training installs its own handler, JAX's would swallow the signal.
+            # Until training installs its own handler, JAX's handler would swallow the signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         keep_freed_memory()
         run(config)

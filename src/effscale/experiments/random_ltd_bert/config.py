@@ -1,4 +1,4 @@
-"""What the experiment ``random_ltd_bert`` can be told, and its presets."""
+"""Config and presets of the experiment ``random_ltd_bert``."""
 
 import dataclasses
 import pathlib
@@ -14,14 +14,14 @@ from effscale.training import AdamWConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Early:
-    """The first steps of runs at a high learning rate, by both arms."""
+    """The first steps of both arms at a high learning rate."""
 
     seeds: int = 8
-    """Runs of each arm, of seeds 0, 1, ...; 0 makes none."""
+    """Number of runs per arm, with seeds 0, 1, ...; 0 skips this part."""
     steps: int = 200
-    """Steps of each; the schedule is that of a whole run, cut off here."""
+    """Number of steps of each run; the schedule is that of a whole run, cut off here."""
     learning_rate: float = 3e-3
-    """Peak of the schedule."""
+    """Peak learning rate."""
 
     def __post_init__(self):
         check(self, self.seeds >= 0, "seeds", "at least 0")
@@ -32,36 +32,36 @@ class Early:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PassagePart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     seeds: int = 3
-    """Runs of each arm; seeds 0, 1, ... decide initial weights, the order of rows, the tokens hidden and those kept."""
+    """Number of runs per arm. Seeds 0, 1, ... decide the initial weights, the order of rows, which tokens are masked and which are kept."""
     vocab_size: int = 512
-    """Size of the byte-level BPE that is trained on the corpus; the mask token comes on top."""
+    """Vocabulary size of the byte-level BPE that is trained on the corpus; the mask token is added to it."""
     length: int = 128
-    """Tokens in a row, and positions of the model."""
+    """Sequence length: tokens per row, and positions of the model."""
     batch_size: int = 16
-    """Rows in a batch."""
+    """Rows per batch."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory."""
+    """Number of micro-batches that a batch is split into, to save memory."""
     steps: int = 600
-    """Batches to pretrain on."""
+    """Optimizer steps of pretraining."""
     hidden: float = 0.15
-    """Share of the tokens to be told: 80 percent of them masked, 10 percent replaced, 10 percent left."""
+    """Fraction of the tokens to predict: 80 percent of them are masked, 10 percent replaced, 10 percent unchanged."""
     model: ModelConfig = ModelConfig()
     """The model."""
     ltd: Dropping = Dropping(min_value=32, seq_per_step=16, share=1.0)
-    """Random-LTD's schedule; with a share of 1 no step keeps all tokens."""
+    """Schedule of random-LTD; with share 1, no step keeps all tokens."""
     learning_rate: float = 1e-3
-    """Peak of the schedule, where the search starts: a linear warmup by steps, then linearly by layer tokens to a tenth."""
+    """Peak learning rate at the start of the search: a linear warmup by steps, then a linear decay by layer tokens to a tenth."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises, where the search starts; fine-tuning takes it as it is."""
+    """Fraction of the steps used for warmup, at the start of the search; fine-tuning uses this value."""
     search: Search = Search(learning_rate_factor=2.0, points=10)
-    """How each arm's learning rate and warmup are searched for."""
+    """The search for each arm's learning rate and warmup."""
     early: Early = Early()
-    """The first steps at a high learning rate."""
+    """The test of the first steps at a high learning rate."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/random_ltd_bert/<time>."""
+    """Run folder; the default is runs/random_ltd_bert/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,18 +76,18 @@ class Config(PassagePart):
         check(self.early, within, "steps", f"at most the steps={self.steps} of a whole run")
         row = f"at most the {self.length} tokens of a row"
         check(self, self.passage <= self.length, "passage", row)
-        # An impossible model or schedule is refused here.
+        # Raises for an invalid model or schedule.
         model = self.model.build(self.vocab_size, self.length)
         self.ltd.build(self.length, self.steps).check(model)
 
     @property
     def start(self) -> Point:
-        """Where the search begins."""
+        """The point where the search begins."""
         return Point(self.learning_rate, round(self.warmup * self.steps))
 
     @staticmethod
     def rate(point: Point) -> LearningRate:
-        """The learning rate with a peak and a warmup."""
+        """Return the learning rate with a peak and a warmup."""
         return LearningRate(
             peak=point.learning_rate, warmup=point.warmup, final=point.learning_rate / 10
         )
@@ -110,8 +110,8 @@ PRESETS = {
         finetune=Recipe(epochs=2, batch_size=16, learning_rate=5e-3, train=128, test=64),
     ),
     "default": Config(),
-    # Li et al., 2022: BERT-large, batches of 1024 rows, 2M steps with 10,000 of warmup, 128 to 512 tokens over all steps;
-    # the task's numbers are Devlin et al.'s, 2018, appendix A.3.
+    # Li et al., 2022: BERT-large, batches of 1024 rows, 2M steps with 10,000 of warmup, 128 to 512 tokens over all
+    # steps; the settings of the task are from Devlin et al., 2018, appendix A.3.
     "paper": Config(
         vocab_size=30522,
         length=512,

@@ -1,19 +1,23 @@
-"""A small BERT learns to tell hidden tokens of real text, with and without random-LTD, in equally many steps; then both learn a task.
+"""Pretrain a small BERT on real text with and without random-LTD, for the same number of steps, then fine-tune both
+on a task.
 
-All of its layers but the first and the last see a quarter of a row's tokens at first, and nearly all of them at the end: all would
-be kept after the last step. Both arms get the same rows with the same tokens hidden. What a dropping layer keeps is drawn without regard to what is hidden, as in the
-paper; a hidden token that it does not keep passes it by. Then each model, and one that was not pretrained, learns which document
-a passage comes from. What is asked: is the model as good, and what is saved?
+With random-LTD, all layers except the first and the last process a quarter of a row's tokens at first, and nearly all
+of them at the end: all would be kept after the last step. Both arms get the same rows with the same tokens masked.
+The tokens that a layer keeps are drawn independently of the mask, as in the paper; masked tokens that are not kept
+bypass the layer.
 
-Both arms get the same care: the learning rate warms up by steps, and a search by the same rule, with a seed that is not
-compared, finds each arm's peak and warmup. Finally both arms make the first steps of a run at a high learning rate, over more
-seeds, to see whether one is more stable than the other.
+Then each model, and one that was not pretrained, learns to classify which document a passage comes from. The
+experiment measures whether the model is as good, and what is saved.
+
+Both arms get the same tuning: the learning rate warms up by steps, and a search with the same rule, with a seed that
+is not used in the comparison, finds each arm's peak and warmup. Finally both arms run the first steps at a high
+learning rate, with more seeds, to test whether one is more stable than the other.
 
     python -m effscale.experiments.random_ltd_bert
     python -m effscale.experiments.random_ltd_bert --corpus 'text:books/*.txt' --classes 6 --steps 2000
     python -m effscale.experiments.random_ltd_bert --out runs/mine --resume
 
-The default corpus is the Python standard library of the running interpreter, so nothing is downloaded. Each pretrained model is
+The default corpus is the standard library of the running Python, so nothing is downloaded. Each pretrained model is
 a Hugging Face folder, ``seed-<n>/<arm>/model`` in the run folder.
 """
 
@@ -37,23 +41,24 @@ from effscale.experiments.shared.search import Found
 
 
 def run(config: Config) -> Result:
-    """Pretrains and fine-tunes as ``config`` says and fills the run folder.
+    """Pretrain and fine-tune according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a compared run is not finite for ten steps; with ``resume`` it is so
-            again. In the search and in the first steps at a high learning rate that is a result.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        TrainingDivergedError: The loss or gradient of a compared run is not finite for ten steps; resuming leads to
+            the same error. In the search and in the first steps at a high learning rate, divergence counts as a
+            result.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import unigram_entropy
     from effscale.experiments.random_ltd_bert import report as bert_report
     from effscale.experiments.random_ltd_bert.runs import Pretraining
@@ -63,7 +68,7 @@ def run(config: Config) -> Result:
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
@@ -129,7 +134,7 @@ def run(config: Config) -> Result:
     )
     percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
-        "Validation loss in nats a hidden token, all tokens kept": report.quality_rows(
+        "Validation loss in nats per masked token, all tokens kept": report.quality_rows(
             losses, decimals=3
         ),
         "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
@@ -148,7 +153,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         name = "python -m effscale.experiments.random_ltd_bert"
         config = parse(PRESETS, __doc__ or "", argv, name=name)

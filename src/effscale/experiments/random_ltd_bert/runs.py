@@ -32,13 +32,13 @@ from effscale.training.serialize import write_json
 
 
 class Pretraining:
-    """An arm's pretraining, compiled once for all seeds and learning rates.
+    """Pretraining of an arm, compiled once for all seeds and learning rates.
 
     Args:
-        name: The arm.
-        config: What the experiment was told.
-        corpora: The text.
-        weights: The share of each corpus.
+        name: Name of the arm.
+        config: Config of the experiment.
+        corpora: The prepared corpora.
+        weights: Sampling weight of each corpus.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Pretraining:
         self.eval_step = jax.jit(make_eval_step(masked_token_loss))
 
     def name_of(self, seed: int) -> str:
-        """The run's name, its folder inside the run folder."""
+        """The name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.arm.name}"
 
     def search(self, folder: RunFolder) -> Found:
-        """Searches for the arm's learning rate and warmup; finished runs are not made again.
+        """Search for the arm's learning rate and warmup; finished runs are not repeated.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
 
         def loss_of(point: Point) -> float:
@@ -88,11 +88,11 @@ class Pretraining:
         return self.config.search.climb(self.config.start, self.config.steps, loss_of)
 
     def run(self, folder: RunFolder, seed: int, point: Point) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is.
+        """Start a run, resume one that was stopped, or skip a finished one.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-            TrainingDivergedError: If loss or gradient is not finite for ten steps.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+            TrainingDivergedError: The loss or gradient is not finite for ten steps.
         """
         name = self.name_of(seed)
 
@@ -103,12 +103,13 @@ class Pretraining:
         once(folder, name, train)
 
     def early(self, folder: RunFolder, seed: int) -> float:
-        """The loss on a part of the held-out text after the first steps at a high learning rate; infinite if they diverge.
+        """Return the loss on part of the held-out text after the first steps at a high learning rate; infinite if
+        they diverge.
 
-        The warmup is the config's, in as many steps for both arms.
+        The warmup is the config's, with the same number of steps for both arms.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         early, name = self.config.early, f"early/seed-{seed}/{self.arm.name}"
         point = self.config.start._replace(learning_rate=early.learning_rate)
@@ -122,7 +123,7 @@ class Pretraining:
         def train() -> None:
             try:
                 self._train(folder, name, seed, point, steps)
-            except TrainingDivergedError as error:  # a result, from which the other runs go on
+            except TrainingDivergedError as error:  # a result; the other runs continue
                 print(f"{name} diverged at step {error.step}", file=sys.stderr)
                 write_json(place / "diverged.json", {"step": error.step})
 
@@ -130,7 +131,7 @@ class Pretraining:
         if (place / "diverged.json").is_file():
             return math.inf
         loss = read_jsonl(place / "metrics.jsonl")[-1][metric]
-        return math.inf if loss is None else loss  # None is what was not finite
+        return math.inf if loss is None else loss  # None stands for a value that was not finite
 
     def _train(
         self, folder: RunFolder, name: str, seed: int, point: Point, steps: int
@@ -167,7 +168,7 @@ class Pretraining:
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         def loss(batches: int | None) -> float:
-            rows = self._rows(0, validation=True)  # the same tokens hidden for all
+            rows = self._rows(0, validation=True)  # the same masked tokens for all
             part = itertools.islice(rows, batches)
             return evaluate(state.model, self.eval_step, part)["loss"]
 

@@ -1,4 +1,4 @@
-"""A trained ViT is fine-tuned on images with and without random-LTD, by one recipe, in equally many steps."""
+"""Fine-tune a pretrained ViT on images with and without random-LTD, with the same recipe and number of steps."""
 
 from effscale.experiments.random_ltd_vit.config import PRESETS, Config
 from effscale.experiments.random_ltd_vit.experiment import main, run

@@ -1,4 +1,4 @@
-"""What the experiment ``random_ltd_vit`` can be told, and its presets."""
+"""Config and presets of the experiment ``random_ltd_vit``."""
 
 import dataclasses
 import pathlib
@@ -12,28 +12,28 @@ from effscale.models.validation import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ImagePart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     task: Literal["fashion", "digits"] = "fashion"
-    """What is learned: Fashion-MNIST, or scikit-learn's digits."""
+    """The task: Fashion-MNIST, or scikit-learn's digits."""
     seeds: int = 3
-    """Runs of each arm; seeds 0, 1, ... decide the head's initial weights, the order of images and the tokens kept."""
+    """Number of runs per arm. Seeds 0, 1, ... decide the head's initial weights, the order of images and which tokens are kept."""
     fashion: Recipe = Recipe(epochs=1, learning_rate=3e-5, train=1600, test=1000)
-    """Fashion-MNIST; there are 60,000 and 10,000."""
+    """Fashion-MNIST; 60,000 training and 10,000 test images exist."""
     digits: Recipe = Recipe(epochs=1, learning_rate=3e-5, test=500)
-    """Digits; there are 1,797 in all, the test examples included."""
+    """Digits; 1,797 images exist, including the test images."""
     image_size: int = 98
-    """Height and width to which images are resized, a multiple of the ViT's patch of 14: 98 make 50 tokens."""
+    """Height and width to which images are resized, a multiple of the ViT's patch size of 14; 98 gives 50 tokens."""
     ltd: Dropping = Dropping(min_value=8, seq_per_step=8, share=0.8)
-    """Random-LTD's schedule."""
+    """Schedule of random-LTD."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; then it falls linearly by layer tokens to 0."""
+    """Fraction of the steps used for warmup; then the learning rate decays linearly by layer tokens to 0."""
     eval_every: int = 25
-    """Steps between evaluations on a part of the test images, and between checkpoints; at the end all are taken, too."""
+    """Steps between evaluations on part of the test images, and between checkpoints; the last evaluation is on all of them."""
     eval_batches: int = 12
-    """Batches in that part."""
+    """Number of batches in that part."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/random_ltd_vit/<time>."""
+    """Run folder; the default is runs/random_ltd_vit/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,7 +42,7 @@ class Config(ImagePart):
 
     @property
     def recipe(self) -> Recipe:
-        """The task's."""
+        """The recipe of the task."""
         return getattr(self, self.task)
 
 

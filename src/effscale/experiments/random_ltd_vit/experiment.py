@@ -1,13 +1,14 @@
-"""A trained ViT is fine-tuned on images with and without random-LTD, by one recipe, in equally many steps.
+"""Fine-tune a pretrained ViT on images with and without random-LTD, with the same recipe and number of steps.
 
-All of its layers but the first and the last see a part of an image's tokens at first, and all of them after most of the
-steps. Both arms get the same images in the same order. What is asked: is the accuracy the same, and what is saved?
+With random-LTD, all layers except the first and the last process part of an image's tokens at first, and all of them
+after most of the steps. Both arms get the same images in the same order. The experiment measures whether the accuracy
+is the same, and what is saved.
 
     python -m effscale.experiments.random_ltd_vit
     python -m effscale.experiments.random_ltd_vit --task digits --seeds 5
     python -m effscale.experiments.random_ltd_vit --out runs/mine --resume
 
-The model is installed by ``make assets``; Fashion-MNIST by Debian's package dataset-fashion-mnist.
+``make assets`` installs the model; Debian's package dataset-fashion-mnist installs Fashion-MNIST.
 """
 
 import time
@@ -23,31 +24,32 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Fine-tunes as ``config`` says and fills the run folder.
+    """Fine-tune according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other, the data or the model; or ``resume`` is set and the
-            folder is of another config.
-        ImportError: If a package with the model or the digits is not installed.
-        FileNotFoundError: If Fashion-MNIST is not in its folder.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a run is not finite for ten steps; with ``resume`` it is so again.
+        ValueError: The config is inconsistent or does not match the data or the model; or ``resume`` is set and the
+            folder has another config.
+        ImportError: A package with the model or the digits is not installed.
+        FileNotFoundError: Fashion-MNIST is not in its folder.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        TrainingDivergedError: The loss or gradient of a run is not finite for ten steps; resuming leads to the same
+            error.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.random_ltd_vit.runs import Runner
     from effscale.experiments.shared.classifier.problem import prepare_images
     from effscale.experiments.shared.random_ltd import report
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     with status("reading data and model"):
         problem = prepare_images(config.task, config.recipe, config)
@@ -102,7 +104,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         name = "python -m effscale.experiments.random_ltd_vit"
         config = parse(PRESETS, __doc__ or "", argv, name=name)

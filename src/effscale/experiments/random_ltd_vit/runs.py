@@ -1,4 +1,4 @@
-"""The runs of the experiment ``random_ltd_vit``: of an arm, one per seed."""
+"""The runs of the experiment ``random_ltd_vit``: one per arm and seed."""
 
 import functools
 import itertools
@@ -19,9 +19,9 @@ class Runner:
     """Runs with or without random-LTD, compiled once for all seeds.
 
     Args:
-        name: Which.
+        name: Name of the arm.
         problem: The images and the pretrained model.
-        config: What the experiment was told.
+        config: Config of the experiment.
     """
 
     def __init__(self, name: ArmName, problem: Problem, config: Config):
@@ -44,11 +44,11 @@ class Runner:
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def name_of(self, seed: int) -> str:
-        """The run's name, its folder inside the run folder."""
+        """The name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.arm.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:
-        """Makes a run, goes on with one that was stopped, or leaves a finished one as it is."""
+        """Start a run, resume one that was stopped, or skip a finished one."""
         recipe = self.config.recipe
         batches = TrainingBatches(self.problem.data.train, batch_size=recipe.batch_size, seed=seed)
         once(

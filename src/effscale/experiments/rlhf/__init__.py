@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, a reward model and reinforcement learning, in one command."""
+"""The steps of RLHF in one command: supervised fine-tuning, a reward model and reinforcement learning."""
 
 from effscale.experiments.rlhf.config import PRESETS, Config
 from effscale.experiments.rlhf.experiment import main, run

@@ -1,4 +1,4 @@
-"""What the experiment ``rlhf`` can be told, and its presets."""
+"""Config and presets of the experiment ``rlhf``."""
 
 import dataclasses
 import math
@@ -13,20 +13,20 @@ from effscale.parallel import MeshConfig
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 
 SMOLLM2 = pathlib.Path("smollm2")
-"""What --actor calls the model of ``make assets``."""
+"""The name of the model from ``make assets`` for --actor."""
 Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """How a model is trained in one of the steps."""
+    """Training options of one step of the experiment."""
 
     steps: int = 100
-    """Updates; iterations of PPO, GRPO and RLOO."""
+    """Optimizer steps; for PPO, GRPO and RLOO, iterations."""
     batch_size: int = 32
-    """Rows, pairs or prompts in each."""
+    """Rows, pairs or prompts per batch."""
     learning_rate: float = 1e-3
-    """Peak of the rate, which rises over a tenth of the steps and falls along a cosine to a tenth."""
+    """Peak learning rate; it warms up over a tenth of the steps and decays along a cosine to a tenth."""
 
     def __post_init__(self):
         check(self, self.steps >= 1, "steps", "at least 1")
@@ -36,21 +36,22 @@ class LearningConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A small GPT-2; its vocabulary is the tokenizer's."""
+    """A small GPT-2; the vocabulary is the tokenizer's."""
 
     num_layers: int = 2
-    """Layers."""
+    """Number of layers."""
     d_model: int = 128
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals while a model learns from text and pairs; policies learn without."""
+    """Dropout rate of embeddings, attention and residuals while training on text and pairs; policies train without dropout."""
     init_std: float = 0.088
-    """Standard deviation of the initial weights. 0.02 suits wider models; a reward model that was a Llama of this width learned faster with 0.088 (one run each)."""
+    """Standard deviation of the initial weights. 0.02 suits wider models; a reward model based on a Llama of this width learned faster with
+    0.088 (one run each)."""
 
     def build(self, vocab_size: int, max_length: int) -> TransformerConfig:
-        """The transformer's config."""
+        """Return the config of the transformer."""
         config = gpt2(
             num_layers=self.num_layers,
             d_model=self.d_model,
@@ -64,78 +65,82 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OutputPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
-    """Which steps to take, in this order; a step that is left out is taken from --out, or begins with --actor."""
+    """Steps to run, in this order. A step that is left out is loaded from --out, or replaced by --actor."""
     actor: pathlib.Path | None = None
-    """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 is SmolLM2-135M-Instruct of `make assets`; by default a small GPT-2 is made here, and first learns the library's text."""
+    """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 means SmolLM2-135M-Instruct from `make assets`. By default, a
+    small GPT-2 is created and first pretrained on the source of the standard library."""
     reward: pathlib.Path | None = None
-    """Folder of a reward model that reads the actor's tokens, in place of the step reward."""
+    """Folder of a reward model that reads the actor's tokens, to use instead of the step reward."""
     data: tuple[str, ...] = ("stdlib",)
-    """Records: stdlib, made of the docstrings of the running Python; preferences, 300 conversations of `make assets`; or files of JSON, JSON Lines or Parquet in any of the known formats."""
+    """Sources of records: stdlib, from the docstrings of the running Python; preferences, 300 conversations from `make assets`; or JSON, JSON
+    Lines or Parquet files in any of the known formats."""
     held_out: float = 0.1
-    """Share of the records that nothing learns from; of stdlib, of the functions and classes."""
+    """Fraction of the records that is held out; for stdlib, of the functions and classes."""
     rejected: int = 12
-    """Comparisons that the reward model learns from for each function and class of stdlib, each with another rejected response."""
+    """Number of comparisons per function and class of stdlib for the reward model, each with a different rejected response."""
     split: str = "all"
-    """all: sft, reward and ppo have all other records; or their shares of them, as DeepSpeed-Chat's --data_split, which is 2,4,4 there."""
+    """Use all to train sft, reward and ppo on all other records, or give their shares, like DeepSpeed-Chat's --data_split, which is 2,4,4
+    there."""
     seeds: int = 3
-    """Runs; seeds 0, 1, ... decide all that is random."""
+    """Number of runs. Seeds 0, 1, ... decide everything random."""
     model: ModelConfig = ModelConfig()
-    """The GPT-2 that is made where no --actor is given."""
+    """The GPT-2 that is created if no --actor is given."""
     vocab_size: int = 1024
-    """Of its tokenizer, a byte-level BPE."""
+    """Vocabulary size of its tokenizer, a byte-level BPE."""
     length: int = 128
-    """Tokens in a row of base and sft."""
+    """Sequence length of base and sft: tokens per row."""
     prompt_length: int = 64
-    """Tokens of a prompt; longer ones are left out and counted."""
+    """Maximum number of tokens per prompt; longer prompts are left out and counted."""
     response_length: int = 32
-    """New tokens of a response at most."""
+    """Maximum number of new tokens per response."""
     min_response_length: int = 8
-    """New tokens before a response may end; a reward model that has never seen an empty answer can prefer one."""
+    """Minimum number of new tokens per response. A reward model that has never seen an empty answer may prefer one."""
     temperature: float = 1.0
-    """Of the sampling."""
+    """Sampling temperature."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What models compute in; what is trained is kept in float32."""
+    """Dtype of the computation; trained parameters are stored in float32."""
     remat: Remat = "dots"
-    """What backward passes compute again in place of keeping it; full takes the least memory."""
+    """What backward passes recompute instead of storing it; full needs the least memory."""
     offload: bool = False
-    """Let the reference and the reward model of a policy wait in host memory."""
+    """Keep the reference model and the reward model in host memory while they are not used."""
     mesh: MeshConfig = MeshConfig()
-    """Layout of the devices. Policies generate with weights that are whole along fsdp and divided along tensor."""
+    """Device mesh. Policies generate with weights that are replicated along fsdp and sharded along tensor."""
     lora_rank: int = 0
-    """Rank of LoRA pairs that are trained in place of the weights; 0: none. Models are saved with the pairs merged."""
+    """Rank of LoRA pairs to train instead of the weights; 0 trains the weights. Models are saved with the pairs merged."""
     base: LearningConfig = LearningConfig(steps=400, batch_size=16, learning_rate=4e-3)
-    """Pretraining on the library's source, without what is held out."""
+    """Pretraining on the source of the standard library, without held-out docstrings."""
     sft: LearningConfig = LearningConfig(steps=150, batch_size=16, learning_rate=2e-3)
     """Supervised fine-tuning on chosen responses."""
     reward_model: LearningConfig = LearningConfig(steps=937, batch_size=64, learning_rate=3e-3)
-    """The reward model, which begins as the fine-tuned one."""
+    """Training of the reward model, which is initialized from the fine-tuned model."""
     reward_form: Literal["response", "token"] = "token"
-    """What the reward model compares: the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
+    """Whether the reward model compares the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
     reward_lm_coef: float = 0.5
-    """Weight of the chosen response's cross entropy in the reward model's loss; DeepSpeed-Chat has none."""
+    """Weight of the chosen response's cross entropy in the reward model's loss; DeepSpeed-Chat does not use this."""
     policy: LearningConfig = LearningConfig(steps=150, batch_size=64, learning_rate=5e-4)
-    """PPO, GRPO, RLOO and DPO; prompts of an iteration."""
+    """Training of PPO, GRPO, RLOO and DPO; batch_size is the number of prompts per iteration."""
     critic_rate: float = 1e-3
-    """Peak of the critic's rate; it begins as the reward model."""
+    """Peak learning rate of the critic, which is initialized from the reward model."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.25, value_clip=None, missing_end_penalty=1.0)
-    """Of PPO. Values are not clipped, because scores vary by far more than 0.2. The price of divergence is fixed: one with a target fell while the policy had hardly moved, and then the policy ran away (seed 1)."""
+    """Options of PPO. Values are not clipped, because scores vary by far more than 0.2. The KL coefficient is fixed: an adaptive one fell
+    while the policy had hardly moved, and then the policy diverged from the reference model (seed 1)."""
     group: GroupConfig = GroupConfig(group_size=4, missing_end_penalty=1.0)
-    """Of GRPO and RLOO."""
+    """Options of GRPO and RLOO."""
     epochs: int = 1
-    """How often each response is learned from."""
+    """Number of passes over each batch of responses."""
     minibatches: int = 4
-    """Updates in an epoch."""
+    """Number of updates per epoch."""
     beta: float = 0.1
-    """Of DPO: how dear it is to leave the reference."""
+    """Strength of DPO's penalty for moving away from the reference model."""
     samples: int = 6
-    """Conversations in the report, before and after."""
+    """Number of conversations in the report, before and after training."""
     eval_prompts: int = 128
-    """Held-out prompts at most that policies are compared on."""
+    """Maximum number of held-out prompts for comparing policies."""
     eval_every: int = 20
-    """Iterations between looks at held-out prompts, and between checkpoints."""
+    """Iterations between evaluations on held-out prompts, and between checkpoints."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,13 +151,13 @@ class Config(OutputPart):
             self,
             not (self.actor and "base" in self.step),
             "step",
-            "without base where --actor is given",
+            "without base if --actor is given",
         )
         check(
             self,
             not (self.reward and "reward" in self.step),
             "step",
-            "without reward where --reward is given",
+            "without reward if --reward is given",
         )
         for name in (
             "seeds",
@@ -184,19 +189,19 @@ class Config(OutputPart):
             self,
             self.vocab_size >= 257,
             "vocab_size",
-            "at least 257: the bytes, and what ends a text",
+            "at least 257: the bytes and the end token",
         )
-        self.model.build(self.vocab_size, self.max_length)  # an impossible model is refused here
+        self.model.build(self.vocab_size, self.max_length)  # raises for an invalid model
         shares = self.split == "all" or len(self.split.split(",")) == 3
         check(self, shares, "split", "three numbers such as 2,4,4, or all")
 
     def learning(self, step: Step) -> LearningConfig:
-        """How a step's model is trained."""
+        """Return the training options of a step."""
         own = {"base": self.base, "sft": self.sft, "reward": self.reward_model}
         return own.get(step, self.policy)
 
     def learned_by(self, step: Step) -> PPOConfig | GroupConfig:
-        """What a step makes of responses and scores."""
+        """Return the options of a step for learning from responses and scores."""
         if step == "ppo":
             return self.ppo
         if step == "grpo":
@@ -207,12 +212,12 @@ class Config(OutputPart):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a model made here can read."""
+        """Maximum sequence length of a model created here."""
         return max(self.length, self.total_length)
 
     @property
     def total_length(self) -> int:
-        """Tokens of a prompt and its response."""
+        """Maximum number of tokens of a prompt with its response."""
         return self.prompt_length + self.response_length
 
 
@@ -282,8 +287,9 @@ PRESETS["paper"] = PRESETS["opt-1.3b"] = Config(
     ppo=DEEPSPEED_CHAT,
     minibatches=1,
 )
-"""DeepSpeed-Chat's sizes, steps and rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data. Its warm-up and weight decay are other ones, and the original's
-reward model is an OPT-350M: to use one, give --reward and --step sft ppo."""
+"""DeepSpeed-Chat's sizes, steps and learning rates for OPT-1.3B on one GPU and the 76,256 records of rm-static; needs --actor and --data.
+Warmup and weight decay differ from DeepSpeed-Chat, and the original's reward model is an OPT-350M: to use one, set --reward and --step sft
+ppo."""
 _LARGE = dataclasses.replace(
     PRESETS["paper"],
     step=("sft", "ppo"),
@@ -292,13 +298,14 @@ _LARGE = dataclasses.replace(
     policy=LearningConfig(steps=30, batch_size=1024, learning_rate=9.65e-6),
 )
 PRESETS["bloom-7b1"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8), minibatches=4)
-"""The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts, with a reward model that is there already; needs --actor, --data and --reward."""
+"""The same for BLOOM-7B1 on 8 chips, in batches of 1,024 prompts, with an existing reward model; needs --actor, --data and --reward."""
 PRESETS["opt-66b"] = dataclasses.replace(_LARGE, mesh=MeshConfig(fsdp=8, tensor=8), minibatches=8)
-"""The same for OPT-66B on 64 chips. It and the next one are there to be compiled: the experiment runs in one process, and such a machine has several hosts."""
+"""The same for OPT-66B on 64 chips. This preset and the next are only for compilation: the experiment runs in one process, and such a machine
+has several hosts."""
 PRESETS["bloom-176b"] = dataclasses.replace(
     _LARGE, mesh=MeshConfig(fsdp=64, tensor=8), minibatches=2
 )
-"""The same for BLOOM on 512 chips. `effscale.experiments.aot_rlhf` compiles these."""
+"""The same for BLOOM on 512 chips. ``effscale.experiments.aot_rlhf`` compiles these."""
 
 FREE = ("step", "seeds", "out", "resume", "mesh", "offload")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

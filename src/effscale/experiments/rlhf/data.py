@@ -1,4 +1,4 @@
-"""What each step of the experiment ``rlhf`` learns from."""
+"""The data of each step of the experiment ``rlhf``."""
 
 import ast
 import dataclasses
@@ -30,7 +30,7 @@ from effscale.rlhf.data.standard_library import first_sentence
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phases:
-    """The records of each step, and those that nothing learns from."""
+    """The records of each step, and the held-out records."""
 
     sft: Sequence[Record]
     reward: Sequence[Record]
@@ -39,7 +39,7 @@ class Phases:
 
 
 def read_phases(config: Config) -> Phases:
-    """All records, dealt to the steps; the same for every seed."""
+    """Read all records and assign them to the steps; the same for every seed."""
     train: list[Record] = []
     held_out: list[Record] = []
     more: list[Record] = []
@@ -66,14 +66,14 @@ def read_phases(config: Config) -> Phases:
 
 
 def actor_source(config: Config) -> pathlib.Path | None:
-    """Where the model lies that the run starts from; None where it makes one."""
+    """Return the path of the model that the run starts from; None if it creates one."""
     if config.actor == SMOLLM2 and not SMOLLM2.exists():
         return assets.smollm2_file()
     return config.actor
 
 
 def make_encoder(config: Config, phases: Phases) -> RecordEncoder:
-    """The actor's tokenizer and chat format; without an actor's folder, a tokenizer of the records that are not held out."""
+    """Return the actor's tokenizer and chat format; without an actor's folder, a tokenizer trained on the records that are not held out."""
     actor = actor_source(config)
     if actor is not None:
         return load_encoder(actor)
@@ -89,12 +89,12 @@ def make_encoder(config: Config, phases: Phases) -> RecordEncoder:
 
 
 class Rows:
-    """Batches without an end, with a position that a checkpoint can hold.
+    """Endless batches, with a position that a checkpoint can store.
 
     Args:
         rows: Arrays by name.
-        batch_size: Rows in a batch.
-        seed: Of their order.
+        batch_size: Rows per batch.
+        seed: Seed of the order.
     """
 
     def __init__(self, rows: Mapping[str, np.ndarray], batch_size: int, seed: int):
@@ -103,7 +103,7 @@ class Rows:
         if not self._per_epoch:
             count = len(next(iter(self._rows.values())))
             raise ValueError(
-                f"{count} rows are no batch of {batch_size}: give more records, or a smaller batch_size"
+                f"batch_size must be at most the number of rows, {count}, got {batch_size}. Use more records or a smaller batch_size"
             )
         self.set_state(0)
 
@@ -117,11 +117,11 @@ class Rows:
         return next(self._epoch)
 
     def get_state(self) -> int:
-        """Batches so far."""
+        """Return the number of batches so far."""
         return self._position
 
     def set_state(self, state: int) -> None:
-        """Goes to where so many batches are behind."""
+        """Continue after ``state`` batches."""
         self._position = state
         epoch, index = divmod(state, self._per_epoch)
         self._epoch = self._batches(epoch)
@@ -135,7 +135,7 @@ class Rows:
 def base_rows(
     config: Config, tokenizer: tokenizers.Tokenizer, held_out: Sequence[Record], end_id: int
 ) -> dict[str, np.ndarray]:
-    """Rows of the library's source, in which the documentation of held-out functions is left out: as many as the step reads once."""
+    """Return rows of the library's source without the documentation of held-out functions, enough for the step to read each once."""
     hidden = {record.chosen for record in held_out}
     rows, length = config.base.steps * config.base.batch_size, config.length
     wanted = rows * length + 1
@@ -159,7 +159,7 @@ def base_rows(
 
 
 def without(source: str, hidden: set[str | None]) -> str:
-    """A module's source without the docstrings that begin with one of these sentences."""
+    """Return a module's source without the docstrings that begin with one of these sentences."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -177,14 +177,14 @@ def without(source: str, hidden: set[str | None]) -> str:
 def sft_rows(
     config: Config, encoder: RecordEncoder, records: Sequence[Record]
 ) -> dict[str, np.ndarray]:
-    """Packed rows of prompts and chosen responses; longer ones are left out."""
+    """Return packed rows of prompts and chosen responses; longer ones are left out."""
     return fine_tuning_rows(records, encoder, length=config.length)
 
 
 def pairs_of(
     config: Config, encoder: RecordEncoder, records: Sequence[Record]
 ) -> dict[str, np.ndarray]:
-    """Pairs of one length."""
+    """Return pairs of one length."""
     lengths = (config.total_length,)
     return pair_rows(records, encoder, lengths=lengths, too_long="cut")[config.total_length]
 
@@ -192,6 +192,6 @@ def pairs_of(
 def prompts_of(
     config: Config, encoder: RecordEncoder, records: Sequence[Record]
 ) -> dict[str, np.ndarray]:
-    """Prompts of one length."""
+    """Return prompts of one length."""
     lengths = (config.prompt_length,)
     return prompt_rows(records, encoder, lengths=lengths)[config.prompt_length]

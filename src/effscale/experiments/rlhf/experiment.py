@@ -1,8 +1,10 @@
-"""The three steps of RLHF in one command: supervised fine-tuning, a reward model, and PPO, each of which can be taken alone.
+"""The three steps of RLHF in one command: supervised fine-tuning, a reward model, and PPO. You can also run each step
+separately.
 
-Step 1 (sft) teaches a model to answer as the chosen responses do. Step 2 (reward) makes a model that tells a better response from a worse one. Step 3 (ppo)
-lets the first learn from the second by trying. grpo and rloo do it without a critic, dpo without a reward model. Each step ends in a
-model folder that transformers opens, too; a run that is stopped goes on where it was, in the middle of a step.
+Step 1 (sft) trains a model to answer like the chosen responses. Step 2 (reward) trains a model that distinguishes
+better from worse responses. Step 3 (ppo) trains the first model by trial and error with the second. grpo and rloo do
+this without a critic, dpo without a reward model. Each step saves a Hugging Face folder. A run that was stopped
+resumes where it was, even in the middle of a step.
 
     python -m effscale.experiments.rlhf
     python -m effscale.experiments.rlhf --step base sft reward grpo --seeds 1
@@ -10,8 +12,9 @@ model folder that transformers opens, too; a run that is stopped goes on where i
     python -m effscale.experiments.rlhf --preset smollm2-135m --actor FOLDER --data pairs.jsonl
     python -m effscale.experiments.rlhf --out runs/mine --resume --step dpo
 
-Without --actor and --data nothing is downloaded: a small GPT-2 learns the source of the running Python's standard library ("base"), and then to say what
-its functions and classes do: the chosen response is what the documentation says of it, the rejected one what it says of another.
+Without --actor and --data nothing is downloaded. A small GPT-2 learns the source of the running Python's standard
+library ("base"), and then to answer what its functions and classes do. The chosen response is the documentation of
+the function in question, the rejected one that of another.
 """
 
 import time
@@ -28,22 +31,22 @@ from effscale.parallel import shard_batch
 
 
 def run(config: Config) -> Result:
-    """Takes the steps of ``config`` for each seed and fills the run folder.
+    """Run the steps of ``config`` for each seed and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other, the records or the devices; or ``resume`` is set and the folder is of another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        FileNotFoundError: If a step is missing that another needs.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        TrainingDivergedError: If loss or gradient of a step is not finite for ten updates.
+        ValueError: The config is inconsistent or does not match the records or the devices; or ``resume`` is set and the folder has another config.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        FileNotFoundError: A step that another step needs is missing.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        TrainingDivergedError: The loss or gradient of a step is not finite for ten updates.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.data.tokenizer import tokenizer_digest
     from effscale.experiments.rlhf import report
     from effscale.experiments.rlhf.data import make_encoder, read_phases
@@ -52,11 +55,11 @@ def run(config: Config) -> Result:
 
     if jax.process_count() > 1:
         raise ValueError(
-            f"{jax.process_count()} processes: this experiment runs in one; for several hosts use effscale.rlhf.make_policy_step in a loop of your own"
+            f"this experiment must run in one process, got {jax.process_count()}. For several hosts, use effscale.rlhf.make_policy_step in your own loop"
         )
     check_folder(config, FREE)
     mesh = config.mesh.build()
-    for step in config.step:  # what cannot be divided is refused before the first step
+    for step in config.step:  # raises before the first step if batches cannot be split
         shard_batch(np.zeros(config.learning(step).batch_size, np.int8), mesh)
     phases = read_phases(config)
     encoder = make_encoder(config, phases)
@@ -71,7 +74,7 @@ def run(config: Config) -> Result:
                 steps.run(step)
         began = time.perf_counter()
         seeds = [report.read(steps, config) for steps in every]
-    began -= sum(sum(seed.seconds.values()) for seed in seeds)  # those of earlier calls, too
+    began -= sum(sum(seed.seconds.values()) for seed in seeds)  # including those of earlier calls
     named, each = report.figures(seeds)
     report.draw(folder.figures / "rlhf.png", folder.path, seeds)
     result = finish(folder, "rlhf", named, report.tables(seeds), began=began, seeds=each)
@@ -83,7 +86,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.rlhf")
         keep_freed_memory()

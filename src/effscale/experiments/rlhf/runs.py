@@ -1,4 +1,4 @@
-"""The steps of the experiment ``rlhf``: each trains a model and leaves it as a model folder."""
+"""The steps of the experiment ``rlhf``: each trains a model and saves it as a model folder."""
 
 import dataclasses
 import functools
@@ -52,19 +52,20 @@ from effscale.training import (
 )
 
 SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)
-"""Of a reward model."""
+"""The head of a reward model."""
 VALUE = ClassHead(num_classes=1, name="score", pool="none", bias=False)
-"""The same after each token: of a critic, which begins as the reward model, and of a reward model that learns from each token."""
+"""The head with a value after each token: for a critic, which is initialized from the reward model, and for a reward model that learns from
+each token."""
 
 
 class Steps:
     """All steps of one seed.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
         folder: The run folder.
-        mesh: The devices.
-        seed: Decides what is random.
+        mesh: The device mesh.
+        seed: The random seed.
         phases: Records of each step.
         encoder: The actor's tokenizer and chat format.
     """
@@ -82,18 +83,18 @@ class Steps:
         self.phases, self.encoder = phases, encoder
 
     def run(self, step: Step) -> None:
-        """Takes a step, goes on with one that was stopped, or leaves a finished one as it is.
+        """Run a step, resume one that was stopped, or skip a finished one.
 
         Raises:
-            FileNotFoundError: A step before it has not been taken.
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            FileNotFoundError: An earlier step that it needs has not been run.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         names = {"reward": self._reward, "base": self._base, "sft": self._sft, "dpo": self._dpo}
         train = names.get(step, functools.partial(self._policy, step))
 
         def whole() -> None:
             model = train()
-            # An actor's folder has more than a tokenizer to hand on: a chat template, settings of generation.
+            # An actor's folder has more than a tokenizer to copy: a chat template and generation settings.
             actor = data.actor_source(self.config)
             tokenizer = self.encoder.tokenizer if actor is None else None
             save_pretrained(merge_lora(model), self.place(step), like=actor, tokenizer=tokenizer)
@@ -101,32 +102,32 @@ class Steps:
         once(self.folder, self._name(step), whole)
 
     def place(self, step: Step) -> pathlib.Path:
-        """The folder of the model that a step has made."""
+        """Return the folder of the model that a step saved."""
         return self.folder.path / self._name(step) / "model"
 
     def actor(self) -> Transformer:
-        """The fine-tuned model, with which a policy begins and which is its reference."""
+        """Load the fine-tuned model, which is the initial policy and the reference model."""
         for step in ("sft", "base"):
             if (self.place(step) / "config.json").is_file():
                 return self._load(self.place(step))
         given = data.actor_source(self.config)
         if given is not None:
             return self._load(given)
-        raise FileNotFoundError(f"{self.place('sft')} is not there: take the step sft first")
+        raise FileNotFoundError(f"{self.place('sft')}: does not exist. Run the step sft first")
 
     def policy(self, step: Step) -> Transformer:
-        """The policy after a step."""
+        """Load the policy after a step."""
         return self._load(self.place(step))
 
     def reward_model(self, head: ClassHead = SCORE) -> Transformer:
-        """The reward model: that of --reward, or of the step before; or, with the head ``VALUE``, the critic."""
+        """Load the reward model of --reward or of the step reward; with the head ``VALUE``, the critic."""
         place = self.place("reward") if self.config.reward is None else self.config.reward
         if not (place / "config.json").is_file():
-            raise FileNotFoundError(f"{place} holds no model: take the step reward first")
+            raise FileNotFoundError(f"{place}: has no model. Run the step reward first")
         return self._load(place, (head,))
 
     def rollout(self) -> RolloutConfig:
-        """How responses are drawn, in training and in evaluations."""
+        """Return the options of generation, for training and evaluation."""
         sampling = SamplingConfig(
             max_new_tokens=self.config.response_length,
             min_new_tokens=self.config.min_response_length,
@@ -138,11 +139,11 @@ class Steps:
         return RolloutConfig(sampling=sampling, prepare=prepare, mesh=self.mesh)
 
     def held_out_pairs(self) -> dict[str, np.ndarray]:
-        """Pairs that nothing learned from."""
+        """Return the held-out pairs."""
         return data.pairs_of(self.config, self.encoder, self.phases.held_out)
 
     def held_out_prompts(self) -> dict[str, np.ndarray]:
-        """Prompts of records that nothing learned from."""
+        """Return the prompts of held-out records."""
         rows = data.prompts_of(self.config, self.encoder, self.phases.held_out)
         return {name: array[: self.config.eval_prompts] for name, array in rows.items()}
 
@@ -150,7 +151,7 @@ class Steps:
         return f"seed-{self.seed}/{step}"
 
     def _load(self, place: pathlib.Path, heads: tuple[ClassHead, ...] | None = None) -> Transformer:
-        """A model on the mesh, in float32, that computes as the experiment was told."""
+        """Load a model on the mesh, in float32, with the config's compute dtype."""
         model = load_pretrained(place, dtype="float32", mesh=self.mesh, heads=heads)
         return self._computing(model)
 
@@ -159,7 +160,7 @@ class Steps:
         return with_config(model, dataclasses.replace(model.config, dtype=dtype, remat=remat))
 
     def _read_only(self, model: Transformer) -> Transformer:
-        """A model that nothing trains, in the type that it computes in."""
+        """Return a frozen model, stored in its compute dtype."""
         return _in_bfloat16(model) if self.config.dtype == "bfloat16" else model
 
     def _trained(
@@ -171,7 +172,7 @@ class Steps:
         held_out: Callable[[Any], Mapping[str, float]],
         frozen: Any = None,
     ) -> Transformer:
-        """A model after ordinary training on rows."""
+        """Return a model after supervised training on rows."""
         learning = self.config.learning(step)
         optimizer, rate = _optimizer(learning)
         trainable = is_adapter if self._has_lora(step) else None
@@ -206,13 +207,13 @@ class Steps:
         create: Callable[[], Any],
         **options: Any,
     ) -> Any:
-        """The state after a step's training on the mesh."""
+        """Return the state after a step's training on the mesh."""
         learning = self.config.learning(step)
         return train_to_end(
             *(self.folder, self._name(step), train),
             data.Rows(rows, learning.batch_size, self.seed),
             create=lambda: shard(create(), self.mesh),
-            trace_create=False,  # weights of a file are no part of a program
+            trace_create=False,  # weights from a file are not part of a program
             num_steps=learning.steps,
             place_batch=lambda batch: shard_batch(batch, self.mesh),
             **options,
@@ -234,7 +235,7 @@ class Steps:
         place = base if (base / "config.json").is_file() else data.actor_source(self.config)
         if place is None:
             raise FileNotFoundError(
-                f"{base} is not there: take the step base first, or give --actor"
+                f"{base}: does not exist. Run the step base first, or set --actor"
             )
         rows = data.sft_rows(self.config, self.encoder, self.phases.sft)
         held_out = data.sft_rows(self.config, self.encoder, self.phases.held_out)
@@ -256,7 +257,7 @@ class Steps:
 
         test = functools.partial(_evaluated, loss, self.held_out_pairs(), batch)
         model = self._trained("reward", loss, rows, begin, test)
-        # Scores alone are asked of it from now on, and transformers reads one at the last token only.
+        # From now on only scores are needed, and transformers reads the score only at the last token.
         return replace_heads(model, (SCORE,), key=key)
 
     def _dpo(self) -> Transformer:
@@ -318,7 +319,7 @@ class Steps:
 def _optimizer(
     learning: LearningConfig,
 ) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
-    """AdamW without decay, as RLHF has it, and its rate."""
+    """Return AdamW without weight decay, as is usual for RLHF, and its learning rate."""
     peak = learning.learning_rate
     rate = ScheduleConfig(
         peak=peak, warmup=learning.steps // 10, total=learning.steps, final=peak / 10
@@ -331,7 +332,7 @@ def _in_bfloat16(model: Transformer) -> Transformer:
 
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of rows, or of both responses of pairs, padding included."""
+    """Return the number of tokens of rows, or of both responses of pairs, including padding."""
     pair = [batch[name].size for name in ("chosen", "rejected") if name in batch]
     return sum(pair) if pair else count_tokens(batch)
 
@@ -348,7 +349,7 @@ def _evaluated(
     state: Any,
     frozen: Any = None,
 ) -> dict[str, float]:
-    """Loss and metrics on held-out rows."""
+    """Return loss and metrics on held-out rows."""
     count = len(next(iter(rows.values())))
     cuts = [slice(i, i + batch_size) for i in range(0, count, batch_size)]
     batches = [{name: array[cut] for name, array in rows.items()} for cut in cuts]

@@ -1,4 +1,4 @@
-"""A training step of a large model compiled for a machine that is not here: what it takes, and an estimate of how fast it is."""
+"""Compile a training step of a large model for a machine you do not have: its memory and traffic, and an estimate of its speed."""
 
 from effscale.experiments.scale.config import PRESETS, Config
 from effscale.experiments.scale.experiment import main, run

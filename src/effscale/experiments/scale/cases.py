@@ -1,4 +1,4 @@
-"""One compilation of the experiment ``scale``: a model's step, or its decoding of one token, on a mesh."""
+"""One compilation of the experiment ``scale``: a model's training step, or the decoding of one token, on a mesh."""
 
 import dataclasses
 from typing import Literal
@@ -13,7 +13,7 @@ Technique = Literal[
 ]
 ONEBIT: tuple[Technique, ...] = ("onebit_adam", "zero_one_adam", "onebit_lamb")
 SCHEDULED: tuple[Technique, ...] = ("random_ltd", "curriculum")
-"""Techniques that go through stages, each with a program of its own."""
+"""Techniques that go through stages, each with a separate program."""
 
 Weights = Literal["bfloat16", "int8", "int4", "binary"]
 
@@ -29,16 +29,16 @@ class Case:
     remat: Remat
     batch_size: int
     length: int
-    """Tokens of a row, those that a curriculum leaves; in decoding, tokens in the cache."""
+    """Sequence length, after cutting by a curriculum; in decoding, number of tokens in the cache."""
     technique: Technique = "none"
     kept: int | None = None
-    """Tokens that the middle layers keep of a row, with random-LTD."""
+    """Number of tokens per row that the middle layers keep, with random-LTD."""
     decode: Weights | None = None
-    """What weights are while a token is decoded; None trains."""
+    """Format of the weights for decoding; None compiles a training step."""
 
     @property
     def name(self) -> str:
-        """Tells it from the others of a run; also the name of a file."""
+        """A unique name within a run; also used as a file name."""
         mesh = "-".join(f"{n}{v}" for n, v in dataclasses.asdict(self.mesh).items() if v != 1)
         parts = [self.model, mesh or "one", f"length{self.length}"]
         if self.decode is not None:
@@ -52,11 +52,11 @@ class Case:
 
     @property
     def layout(self) -> str:
-        """The mesh and what else divides the work, in words."""
+        """A description of the mesh and of the other ways the work is split."""
         sizes = dataclasses.asdict(self.mesh).items()
         mesh = ", ".join(f"{name} {size}" for name, size in sizes if size != 1) or "one chip"
         return f"{mesh}\n{self.accumulate} micro-batches"
 
     def transformer(self) -> TransformerConfig:
-        """The model, which computes in bfloat16."""
+        """Return the model, which computes in bfloat16."""
         return computing(known_model(self.model), remat=self.remat)

@@ -1,4 +1,4 @@
-"""Steps with and without each technique, and decoding with each kind of weights, beside one another."""
+"""Compare steps with and without each technique, and decoding with each kind of weights."""
 
 import dataclasses
 import math
@@ -20,16 +20,16 @@ class Row:
     """A step, or the mean of a training's steps.
 
     Attributes:
-        case: Its program; of a mean, that without the technique.
-        technique: Which.
-        stage: What is special about the step, in words; "mean" for a mean.
-        share: Of the training's steps.
-        operations: Of the model in a step over all chips.
+        case: The compiled case; for a mean, the one without the technique.
+        technique: Name of the technique.
+        stage: Description of the step; "mean" for a mean.
+        share: Fraction of the training's steps.
+        operations: Operations of the model in a step, over all chips.
         along_data: Bytes that a chip sends along the axis ``data``.
         exchanged: Bytes that a chip sends in all-to-alls along the axis ``expert``.
-        memory: Bytes of a chip; the most that any stage takes.
-        fastest: Seconds, with all traffic hidden behind computing.
-        slowest: Seconds, with none.
+        memory: Bytes per chip; the maximum over stages.
+        fastest: Seconds if all traffic overlaps with computation.
+        slowest: Seconds if no traffic overlaps with computation.
     """
 
     case: Case
@@ -45,7 +45,7 @@ class Row:
 
 
 def compared(config: Config, found: Found) -> list[Row]:
-    """The steps of all techniques, each followed by the mean over its schedule; one whose program was refused is left out."""
+    """Return the steps of all techniques, each followed by the mean over its schedule; a technique whose program does not fit is left out."""
     told = {name: one for name, one in found.items() if "refused" not in one}
     rows: list[Row] = []
     cases = [case for case in config.cases() if case.decode is None]
@@ -70,13 +70,13 @@ def compared(config: Config, found: Found) -> list[Row]:
 
 
 def _beside(case: Case, plain: Case) -> bool:
-    """Whether a case differs from the plain one by its technique alone."""
+    """Return whether a case differs from the baseline only in its technique."""
     length = plain.length if case.technique == "curriculum" else case.length
     return dataclasses.replace(case, technique="none", kept=None, length=length) == plain
 
 
 def _scheduled(config: Config, base: Row, cases: Sequence[Case], found: Found) -> Iterator[Row]:
-    """The stages that were compiled, and the mean over all: operations are counted of each stage, times are interpolated."""
+    """Return the compiled stages, and the mean over all stages: operations are counted for each stage, times are interpolated."""
     plain, technique = base.case, cases[0].technique
     schedule = stages_of(plain, technique, config.efficiency, config.steps)
     by_size = {
@@ -111,7 +111,7 @@ def _scheduled(config: Config, base: Row, cases: Sequence[Case], found: Found) -
 
 
 def _rounds(config: Config, case: Case, found: Found) -> Iterator[Row]:
-    """What a 1-bit optimizer's steps send, by the branch of its program that they take, and the mean."""
+    """Return what the steps of a 1-bit optimizer send, by the branch of the program that they take, and the mean."""
     rows = []
     for words, branch, share in rounds(case.technique, config.steps):
         one = estimate(case, found[case.name], data_bandwidth=config.data_bandwidth, branch=branch)
@@ -152,7 +152,7 @@ def _row(one: Estimate, stage: str, share: float) -> Row:
 
 
 def technique_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Of `compared`."""
+    """Return the table of ``compared``."""
     head = ["model", "technique", "step", "share of steps", "PFLOP", "along data, GB"]
     table = [[*head, "all-to-all of experts, GB", "memory, GB", "step, s"]]
     for row in rows:
@@ -169,7 +169,7 @@ def technique_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def decoding_table(estimates: Sequence[Estimate], found: Found) -> list[list[str]]:
-    """Of the cases that decode."""
+    """Return the table of the decoding cases."""
     head = ["model", "weights", "mesh", "weights, GB", "cache, GB", "memory, GB", "fits"]
     table = [[*head, "read, ms", "network, ms", "token, ms", "tokens/s"]]
     for one in estimates:
@@ -190,7 +190,7 @@ def decoding_table(estimates: Sequence[Estimate], found: Found) -> list[list[str
 
 
 def technique_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """The named figures of each technique, of the first layout of each model: of the mean step, and of the step that sends one bit."""
+    """Return the named figures of each technique for the first layout of each model: of the mean step, and of the step that sends one bit."""
     named: dict[str, float] = {}
     first: dict[str, Case] = {}
     for row in rows:
@@ -212,7 +212,7 @@ def technique_figures(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def decoding_figures(estimates: Sequence[Estimate]) -> dict[str, float]:
-    """The named figures of decoding, of the first layout of each model."""
+    """Return the named figures of decoding for the first layout of each model."""
     named: dict[str, float] = {}
     for one in estimates:
         name = f"{plain_name(one.case.model)}_decode_{one.case.decode}"
@@ -222,12 +222,12 @@ def decoding_figures(estimates: Sequence[Estimate]) -> dict[str, float]:
 
 
 def plain_name(model: str) -> str:
-    """A model's name as figures have it."""
+    """Return a model's name as used in figures."""
     return model.replace("-", "_").replace(".", "_")
 
 
 def between(low: float, high: float, form: str) -> str:
-    """Two figures, or one where they look the same.
+    """Format two figures, or one if they look the same.
 
     >>> between(1.21, 1.52, ".1f"), between(1.21, 1.22, ".1f")
     ('1.2 to 1.5', '1.2')

@@ -1,4 +1,4 @@
-"""What the experiment ``scale`` can be told, and its presets."""
+"""Config and presets of the experiment ``scale``."""
 
 import dataclasses
 import itertools
@@ -19,44 +19,48 @@ from effscale.parallel import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OutputPart):
-    """What is compiled; every field is an option of the command line. Where several values are given, all their combinations are compiled and compared."""
+    """What to compile; every field is a command-line option. If several values are given, all combinations are compiled and compared."""
 
     model: tuple[str, ...] = ("bloom-176b",)
-    """Models by name: bloom-176b, gpt3-1.3b, gpt3-1.3b-moe-128, gpt3-175b, opt-66b, bert-large and the other models of text of effscale.models.PRESETS."""
+    """Models by name: bloom-176b, gpt3-1.3b, gpt3-1.3b-moe-128, gpt3-175b, opt-66b, bert-large and the other text models of
+    effscale.models.PRESETS."""
     topology: str = "v5p:8x8x8"
-    """The machine: a TPU's kind and sides such as v5p:8x8x8, or a number of GPUs such as 384xH100."""
+    """The machine: a TPU generation and topology such as v5p:8x8x8, or a number of GPUs such as 384xH100."""
     batch_size: int = 2048
-    """Rows of a step, of the first length; longer rows are fewer, so that a step has as many tokens."""
+    """Rows per step at the first length; with longer rows there are fewer, so that a step has the same number of tokens."""
     length: tuple[int, ...] = (2048,)
-    """Tokens of a row."""
+    """Sequence length: tokens per row."""
     data: tuple[int, ...] = (1,)
-    """Replicas of the model, along the mesh axis data."""
+    """Size of the mesh axis data: replicas of the model."""
     expert: tuple[int, ...] = (1,)
-    """Devices that hold different experts, along the mesh axis expert; models without experts leave them to fsdp."""
+    """Size of the mesh axis expert: devices that hold different experts; for models without experts, they join fsdp."""
     tensor: tuple[int, ...] = (4,)
-    """Devices that split each layer, along the mesh axis tensor; the rest lie along fsdp."""
+    """Size of the mesh axis tensor: devices that split each layer; all remaining devices are along fsdp."""
     accumulate: tuple[int, ...] = (2,)
-    """Micro-batches of a step: more of them need less memory, and send weights more often."""
+    """Micro-batches per step: more of them need less memory, but send weights more often."""
     remat: tuple[Remat, ...] = ("full",)
-    """What the backward pass computes again in place of keeping it."""
+    """What the backward pass recomputes instead of storing it."""
     technique: tuple[Technique, ...] = ("none",)
-    """Training without and with: none, random_ltd, curriculum (of the length of rows), onebit_adam, zero_one_adam, onebit_lamb. Leave it empty to decode only."""
+    """Techniques to compile: none, random_ltd, curriculum (of the sequence length), onebit_adam, zero_one_adam, onebit_lamb. Leave it empty
+    to compile only decoding."""
     efficiency: DataEfficiencyConfig = PAPER
     """The schedules of random_ltd and curriculum."""
     points: int = 3
-    """Stages of a schedule that are compiled, from the shortest on; times between them are interpolated."""
+    """Number of stages of a schedule to compile, starting with the shortest; times between them are interpolated."""
     decode: tuple[Weights, ...] = ()
-    """Weights to decode a token with: bfloat16, int8, int4 (in groups of 128), binary. Layers are then split along tensor, and the rest are replicas along data."""
+    """Weight formats for decoding: bfloat16, int8, int4 (in groups of 128), binary. Layers are then split along tensor, and all remaining
+    devices are replicas along data."""
     decode_rows: int = 64
-    """Rows that decode at once, over all devices; the cache holds length tokens of each."""
+    """Rows that decode at the same time, over all devices; the cache holds length tokens of each."""
     tokens: float = 366e9
-    """Tokens of a whole training, whose days are told; BLOOM read 366 billion."""
+    """Tokens of a whole training, for the estimate in days; BLOOM was trained on 366 billion."""
     data_bandwidth: float | None = None
-    """Bytes per second that a chip sends along data, where this axis lies between slices or hosts: 6.25e9 for four chips on 200 Gb/s. None: as along the others."""
+    """Bytes per second that a chip sends along data, if this axis spans slices or hosts: 6.25e9 for four chips on 200 Gb/s. None uses the
+    same bandwidth as along the other axes."""
 
     def __post_init__(self):
         super().__post_init__()
-        chips = machine(self.topology).count  # an unknown one is refused here
+        chips = machine(self.topology).count  # raises for an unknown topology
         for name in ("batch_size", "points", "decode_rows"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
         for name in ("model", "length", "data", "expert", "tensor", "accumulate", "remat"):
@@ -88,7 +92,7 @@ class Config(OutputPart):
                 self,
                 config.causal or not self.decode,
                 "decode",
-                f"left out: {name} sees both sides",
+                f"empty, because {name} is bidirectional",
             )
         for length in self.length:
             whole = self.batch_size * self.length[0] % length == 0
@@ -97,11 +101,16 @@ class Config(OutputPart):
             self._check_case(case)
 
     def _check_work(self) -> None:
-        check(self, bool(self.technique or self.decode), "technique", "given, or decode")
+        check(self, bool(self.technique or self.decode), "technique", "set, unless decode is")
         with_none = not self.technique or "none" in self.technique
-        check(self, with_none, "technique", "none and others to compare with it")
+        check(self, with_none, "technique", "none and other techniques to compare with it")
         if set(self.technique) & set(ONEBIT):
-            check(self, max(self.data) > 1, "data", "above 1 for 1-bit optimizers: their workers")
+            check(
+                self,
+                max(self.data) > 1,
+                "data",
+                "above 1 for 1-bit optimizers, whose workers it counts",
+            )
 
     def _check_case(self, case: Case) -> None:
         sizes = dataclasses.asdict(case.mesh)
@@ -119,16 +128,16 @@ class Config(OutputPart):
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step, of whole rows."""
+        """Tokens per step, with whole rows."""
         return self.batch_size * self.length[0]
 
     @property
     def steps(self) -> int:
-        """Steps of a whole training on whole rows."""
+        """Number of steps of a whole training on whole rows."""
         return max(1, round(self.tokens / self.step_tokens))
 
     def cases(self) -> Iterator[Case]:
-        """All combinations, each once."""
+        """Yield all combinations, each once."""
         yield from dict.fromkeys(self._cases())
 
     def _cases(self) -> Iterator[Case]:
@@ -162,7 +171,7 @@ class Config(OutputPart):
                 )
 
     def _with(self, plain: Case, technique: Technique) -> Iterator[Case]:
-        """The programs of a technique: one, or those of the stages that are compiled; none where there is one worker."""
+        """Yield the programs of a technique: one, or one per compiled stage; none if there is only one worker."""
         if technique == "none":
             yield plain
         elif technique in ONEBIT:
@@ -188,7 +197,7 @@ PRESETS = {
         tokens=1e9,
     ),
     "default": Config(),
-    # GPT-3 1.3B in each way of the papers: 64 chips, two replicas of 32 for the optimizers that send one bit.
+    # GPT-3 1.3B with each technique of the papers: 64 chips, two replicas of 32 for the 1-bit optimizers.
     "techniques": Config(
         model=("gpt3-1.3b", "gpt3-1.3b-moe-128"),
         topology="v5p:4x4x4",
@@ -214,4 +223,4 @@ PRESETS = {
 }
 PRESETS["paper"] = PRESETS["default"]
 FREE = ("out", "resume", "tokens", "data_bandwidth")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

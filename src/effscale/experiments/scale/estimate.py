@@ -1,4 +1,7 @@
-"""What a compiled step's figures mean on a machine: memory, time, days. An estimate, which rests on the compiler's cost model and the maker's figures."""
+"""Estimate memory, time and days on a machine from a compiled step.
+
+The estimate relies on the compiler's cost model and the manufacturer's specifications.
+"""
 
 import dataclasses
 import math
@@ -12,19 +15,22 @@ from effscale.ltd import training_flops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one case. Bytes are those of a chip, seconds those of a step.
+    """The estimate of one case. Bytes are per chip, seconds are per step.
 
     Attributes:
-        memory: All that the step takes.
-        fits: Whether the chip has so much.
-        operations: Of the model in a step over all chips: products, forward and backward, without what is computed again.
-        compute: The compiler's cycles at the chip's clock, and fused attention, of which it tells none, at the maker's peak; where there are no cycles (GPU), all
-            operations at the peak, those of recomputed layers too.
+        memory: Total memory of the step.
+        fits: Whether the chip has enough memory.
+        operations: Operations of the model in a step over all chips: matrix products, forward and backward, without
+        recomputation.
+        compute: The compiler's cycles at the chip's clock rate, plus fused attention, for which it reports no cycles,
+        at the peak rate of the specification. Without cycles (GPU), all operations at the peak rate, including
+        recomputed layers.
         sent: Bytes along each axis (axes joined by "+").
-        exchanged: Those of them in all-to-alls.
-        network: What a chip sends along each axis, at the maker's bandwidth.
-        fastest: If all traffic were hidden behind computing.
-        slowest: If none were. A ring along one axis reaches less than the bandwidth of all links, so that this is no upper bound.
+        exchanged: Bytes of these that are sent in all-to-alls.
+        network: Seconds for what a chip sends along each axis, at the bandwidth of the specification.
+        fastest: Seconds if all traffic overlapped with computation.
+        slowest: Seconds if no traffic overlapped. A ring along one axis reaches less than the bandwidth of all links,
+        so this is not an upper bound.
     """
 
     case: Case
@@ -40,19 +46,19 @@ class Estimate:
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Share of the peak that the model's operations reach: of ``slowest`` and ``fastest``."""
+        """Fraction of the peak rate that the model's operations reach, for ``slowest`` and ``fastest``."""
         where = machine(self.case.topology)
         peak = where.count * where.chip.flops
         return self.operations / peak / self.slowest, self.operations / peak / self.fastest
 
     @property
     def tokens_per_second(self) -> tuple[float, float]:
-        """Of ``slowest`` and ``fastest``; of those that are read, or in decoding written."""
+        """Tokens per second for ``slowest`` and ``fastest``: tokens read, or in decoding, tokens generated."""
         tokens = self.case.batch_size * (1 if self.case.decode else self.case.length)
         return tokens / self.slowest, tokens / self.fastest
 
     def sent_along(self, axis: str) -> float:
-        """Bytes of collectives along an axis, alone or with others."""
+        """Return the bytes of collectives along an axis, by itself or together with others."""
         return math.fsum(size for names, size in self.sent.items() if axis in names.split("+"))
 
 
@@ -63,13 +69,13 @@ def estimate(
     data_bandwidth: float | None = None,
     branch: int | None = None,
 ) -> Estimate:
-    """The estimate for what a compilation found.
+    """Estimate a case from the results of its compilation.
 
     Args:
-        case: What was compiled.
-        found: What the worker told.
-        data_bandwidth: Bytes per second that a chip sends along ``data``; None: as along the others.
-        branch: Of the program's branches the one that runs; None counts the traffic of all.
+        case: The compiled case.
+        found: The results of the worker.
+        data_bandwidth: Bytes per second that a chip sends along ``data``; None uses the same as along the other axes.
+        branch: The branch of the program that runs; None counts the traffic of all branches.
     """
     where = machine(case.topology)
     sent: dict[str, float] = {}
@@ -92,7 +98,7 @@ def estimate(
         compute = _compute(case, where, found, operations)
         fastest, slowest = max(compute, traffic), compute + traffic
     else:
-        # A token needs few products; what is read decides: once, or as the compiler expects.
+        # Decoding a token needs few operations; the bytes read dominate: each once, or as the compiler expects.
         operations, compute = 0.0, found["arguments"] / where.chip.bandwidth
         again = max(compute, (found["accessed"] or 0) / where.chip.bandwidth)
         if where.chip.clock is not None:
@@ -128,16 +134,19 @@ def _compute(case: Case, where: Machine, found: Mapping[str, Any], operations: f
 
 
 def _attention(case: Case) -> float:
-    """Operations of fused attention in a step: forward, twice that backward, and its scores once more; forward again where anything is recomputed, since no policy keeps what kernels leave."""
+    """Return the operations of fused attention in a step: forward, twice that for backward, and the scores again. If anything is recomputed,
+    forward counts again, since no policy stores the outputs of kernels.
+    """
     config, length, kept = case.transformer(), case.length, case.kept
 
     def counted(length: int) -> int:
-        # Operations of a row are a L + b L^2; this is the second term, which training_flops counts three times the forward pass.
+        # The operations of a row are a L + b L^2; this is the second term, which training_flops counts as three times
+        # the forward pass.
         return training_flops(config, 2 * length) // 2 - training_flops(config, length)
 
     squares = counted(length)
     if kept is not None:
-        # All layers but two have kept tokens alone.
+        # All layers except two process only kept tokens.
         share = 2 / config.num_layers
         squares = share * squares + (1 - share) * counted(kept)
     times = (1 + 2 + 0.5 + (case.remat != "none")) / 3
@@ -145,7 +154,9 @@ def _attention(case: Case) -> float:
 
 
 def _speed(case: Case, where: Machine, axes: Sequence[str]) -> float:
-    """Bytes per second along axes. GPUs are near each other if they are all in one host: along the last axes of the mesh, if these divide a host."""
+    """Return the bytes per second along axes. GPUs use the fast links if they are all in one host: along the last axes of the mesh, if these
+    divide a host.
+    """
     if where.count <= HOST_GPUS:
         return where.chip.near
     sizes = dataclasses.asdict(case.mesh)

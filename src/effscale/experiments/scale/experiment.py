@@ -1,12 +1,17 @@
-"""A large model's training step, compiled for a machine that is not here: does it fit, what does it send, how fast may it be?
+"""Compile a large model's training step for a machine you do not have: does it fit, how much does it send, and how
+fast could it be?
 
-With --technique also with random-LTD, a curriculum of lengths or a 1-bit optimizer, and with --decode the decoding of one token. The step is the one that small runs take, with the same rules of sharding. The compiler is the machine's own: libtpu's, or XLA's for an H100 (aot-requirements.txt installs
-both; no accelerator is needed). Memory and traffic are the compiler's figures. Times are estimates, which no machine has confirmed: the compiler's
-cycles, the bytes that a chip sends at its maker's bandwidth, and both once overlapped and once in turn.
+--technique also compiles it with random-LTD, a sequence-length curriculum or a 1-bit optimizer, and --decode compiles
+the decoding of one token. The step is the same as in small runs, with the same sharding rules. The compiler is that
+of the machine: libtpu, or XLA for an H100 (aot-requirements.txt installs both; no accelerator is needed).
+
+Memory and traffic are the compiler's figures. Times are estimates that were not confirmed on any machine: the
+compiler's cycles, and the bytes that a chip sends at the bandwidth of its specification, once overlapped and once in
+sequence.
 
     python -m effscale.experiments.scale
     python -m effscale.experiments.scale --model gpt3-175b opt-66b --topology v5p:8x8x8
-    python -m effscale.experiments.scale --tensor 4 8 16 --accumulate 2 4    # all combinations, and which of them are worth it
+    python -m effscale.experiments.scale --tensor 4 8 16 --accumulate 2 4    # all combinations, compared
     python -m effscale.experiments.scale --preset techniques                 # with and without each technique
     python -m effscale.experiments.scale --technique --decode bfloat16 int8 --topology v5p:2x2x2 --tensor 8
     python -m effscale.experiments.scale --model bloom-7b1 --topology 64xH100 --batch-size 512 --tensor 1
@@ -31,21 +36,22 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Compiles the cases of ``config`` and fills the run folder.
+    """Compile the cases of ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
-        The named figures: of each model's fastest case that fits, or of its smallest where none does.
+        The named figures of each model's fastest case that fits, or of its smallest case if none fits.
 
     Raises:
-        ValueError: ``resume`` is set and the folder is of another config; or the compiler refuses all cases, because they need more memory than a chip has.
-        FileExistsError: ``out`` already holds a run and ``resume`` is not set.
-        ImportError: The machine's compiler is not installed.
+        ValueError: ``resume`` is set and the folder has another config, or all cases need more memory than a chip
+            has.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        ImportError: The compiler of the machine is not installed.
         RuntimeError: A case does not compile; the compiler's message is in the error.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.scale import comparison, report
     from effscale.experiments.scale.estimate import estimate
     from effscale.training import RunFolder
@@ -66,7 +72,7 @@ def run(config: Config) -> Result:
         told = "\n".join(f"{name}: {words}" for name, words in refused.items())
         folder.close()
         raise ValueError(
-            f"no case fits into a chip of {config.topology}; more accumulate, tensor or chips would do\n{told}"
+            f"no case fits into a chip of {config.topology}. Use more accumulate, tensor or chips\n{told}"
         )
     plain = [e for e in estimates if e.case.decode is None and e.case.technique == "none"]
     decoding = [e for e in estimates if e.case.decode is not None]
@@ -83,12 +89,12 @@ def run(config: Config) -> Result:
         title = f"Decoding with {config.decode_rows} rows on {config.topology}, an estimate"
         tables[title] = comparison.decoding_table(decoding, found)
     if refused:
-        tables["Refused by the compiler"] = [["case", "because"], *map(list, refused.items())]
+        tables["Does not compile"] = [["case", "reason"], *map(list, refused.items())]
     return finish(folder, "scale", figures, tables, began=began)
 
 
 def _compile_all(cases: Sequence[Case], kept: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What the compilations found, by case; each is kept in a file as soon as it is there, and taken from there by the next call."""
+    """Return the results of the compilations by case. Each is saved to a file when it is done, and loaded from there by the next call."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -127,10 +133,10 @@ def _compile_all(cases: Sequence[Case], kept: pathlib.Path) -> dict[str, dict[st
 
 
 def compiled(case: Case) -> dict[str, object]:
-    """What a process of its own finds when it compiles a case; see `effscale.experiments.scale.worker`.
+    """Compile a case in a separate process and return the results; see ``effscale.experiments.scale.worker``.
 
     Raises:
-        RuntimeError: It does not compile.
+        RuntimeError: The case does not compile.
     """
     from effscale.experiments.scale.worker import MARK
 
@@ -153,15 +159,15 @@ def _check_compiler(config: Config) -> None:
     needed = "jax_cuda13_plugin" if machine(config.topology).chip.name == "H100" else "libtpu"
     if importlib.util.find_spec(needed) is None:
         raise ImportError(
-            f"compiling for {config.topology} needs {needed}: pip install --no-deps --requirement aot-requirements.txt",
+            f"compiling for {config.topology} needs {needed}: install it with pip install --no-deps --requirement aot-requirements.txt",
             name=needed,
         )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # the compilers are here, and no accelerator
+    jax.config.update("jax_platforms", "cpu")  # only the compilers are needed, not an accelerator
     with messages():
         run(parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.scale"))

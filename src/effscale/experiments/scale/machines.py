@@ -1,4 +1,4 @@
-"""Machines that a step is compiled for: how many chips of which kind, and what a chip can do by its maker's figures."""
+"""Machines that a step can be compiled for: number and kind of chips, with the manufacturer's specifications."""
 
 import dataclasses
 import math
@@ -11,20 +11,22 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What is known of a chip; nothing here was measured.
+    """Specifications of a chip; nothing here was measured.
 
     Attributes:
-        name: As a topology names it.
-        flops: bfloat16 operations per second, by the maker.
-        memory: Bytes of high-bandwidth memory that a program may take, by the compiler.
-        bandwidth: Bytes per second between chip and memory, by the maker.
-        near: Bytes per second that a chip sends over all of its links to the chips around it, by the maker.
+        name: The name in a topology.
+        flops: bfloat16 operations per second, from the manufacturer.
+        memory: Bytes of high-bandwidth memory that a program can use, from the compiler.
+        bandwidth: Bytes per second between chip and memory, from the manufacturer.
+        near: Bytes per second that a chip sends over all of its links to neighboring chips, from the manufacturer.
         far: The same to chips of other hosts.
-        sides: Sides of a topology; None for GPUs.
-        clock: Clock rate in Hz that turns the compiler's cycles into seconds; None where it is not known, or the compiler tells no cycles.
+        sides: Number of dimensions of a topology; None for GPUs.
+        clock: Clock rate in Hz to convert the compiler's cycles to seconds; None if it is unknown, or if the compiler
+        reports no cycles.
 
     References:
-        Google Cloud, "TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA, "H100 Tensor Core GPU" and "DGX H100" (eight links of 400 Gb/s for eight GPUs).
+        Google Cloud, "TPU v5e", "TPU v5p" and "TPU v6e", documentation.
+        NVIDIA, "H100 Tensor Core GPU" and "DGX H100" (eight links of 400 Gb/s for eight GPUs), data sheets.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Chip:
     clock: float | None = None
 
 
-# The links of a TPU go from chip to chip, whatever the host.
+# The links of a TPU connect chips directly, across hosts.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -87,7 +89,7 @@ ANSWER = (
     *("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x8", "v5p:8x8x16", "v5p:16x16x24"),
     *("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16"),
 )  # fmt: skip
-"""Topologies that libtpu describes; others of whole hosts, 2 by 2 chips, do as well."""
+"""Topologies that libtpu knows; others of whole hosts, 2 by 2 chips, work as well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +97,9 @@ class Machine:
     """Chips of one kind.
 
     Attributes:
-        name: As it was given.
-        chip: The kind.
-        count: How many.
+        name: The name of the machine.
+        chip: The kind of chip.
+        count: Number of chips.
     """
 
     name: str
@@ -106,7 +108,7 @@ class Machine:
 
     @property
     def target(self) -> Target:
-        """What compiles for it."""
+        """The compilation target."""
         if self.chip.name == "H100":
             near = min(self.count, HOST_GPUS)
             topology = f"1x{self.count // near}x{near}"
@@ -115,18 +117,18 @@ class Machine:
 
 
 def _answers(sides: list[int]) -> bool:
-    """Whether libtpu knows it: whole hosts, which are 2 by 2 chips."""
+    """Return whether libtpu knows the topology: whole hosts, which are 2 by 2 chips."""
     return min(sides) >= 1 and sides[0] % 2 == 0 and sides[1] % 2 == 0
 
 
 def machine(name: str) -> Machine:
-    """The machine of a name.
+    """Return the machine with a name.
 
     Args:
         name: A TPU topology such as ``v5p:8x8x8``, or a number of GPUs such as ``384xH100``.
 
     Raises:
-        ValueError: No such chip, or no such number of them.
+        ValueError: The chip is unknown, or the number of chips is not supported.
 
     Example:
         >>> machine("v5p:8x8x8").count, machine("384xH100").target.topology
@@ -136,7 +138,7 @@ def machine(name: str) -> Machine:
         count = int(match[1])
         if count < 1 or (count > HOST_GPUS and count % HOST_GPUS):
             raise ValueError(
-                f"topology={name!r}: must be 1 to {HOST_GPUS} GPUs, or whole hosts of {HOST_GPUS}"
+                f"topology must be 1 to {HOST_GPUS} GPUs, or whole hosts of {HOST_GPUS}, got {name!r}"
             )
         return Machine(name=name, chip=CHIPS["H100"], count=count)
     kind, _, shape = name.partition(":")
@@ -145,7 +147,7 @@ def machine(name: str) -> Machine:
     written = chip is not None and shape == "x".join(map(str, sides))
     if chip is None or not written or len(sides) != chip.sides or not _answers(sides):
         raise ValueError(
-            f"topology={name!r}: the compilers know {', '.join(ANSWER)} and 1xH100 to 8xH100, 16xH100, ... 384xH100, in whole hosts of {HOST_GPUS}; "
-            "of a TPU the first two sides are even"
+            f"topology must be one of {', '.join(ANSWER)}, or 1xH100 to 8xH100, 16xH100, ... 384xH100, in whole hosts of {HOST_GPUS}, got {name!r}. "
+            "The first two sides of a TPU topology must be even"
         )
     return Machine(name=name, chip=chip, count=math.prod(sides))

@@ -1,4 +1,4 @@
-"""Models that the experiment ``scale`` knows by name, with what each is trained on."""
+"""Models that the experiment ``scale`` knows by name, with their training losses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from effscale.models.validation import did_you_mean
 
 
 def _bert(num_layers: int, d_model: int, num_heads: int) -> TransformerConfig:
-    """With the head for hidden tokens that its pretraining has."""
+    """Return a BERT with the masked-token head of its pretraining."""
     sizes = {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
     return Bert(**sizes).build(vocab_size=30522, length=512)
 
 
 def _with_128_experts() -> TransformerConfig:
-    """1.3B+MoE-128: 128 experts in each second layer, 52 billion parameters (Rajbhandari et al., 2022, table 1)."""
+    """Return 1.3B+MoE-128: 128 experts in every second layer, 52 billion parameters (Rajbhandari et al., 2022, table 1)."""
     from effscale.moe import MoEConfig, with_experts
 
     dense = preset("gpt3-1.3b")
@@ -31,17 +31,17 @@ MODELS: dict[str, Callable[[], TransformerConfig]] = {
     "bert-base": lambda: _bert(12, 768, 12),
     "bert-large": lambda: _bert(24, 1024, 16),
 }
-"""Models beside those of `effscale.models.PRESETS`, or in their place."""
+"""Models in addition to those of ``effscale.models.PRESETS``, or replacing them."""
 
 
 def known_model(name: str) -> TransformerConfig:
-    """The config of a model.
+    """Return the config of a model.
 
     Args:
-        name: One of `MODELS` or of `effscale.models.PRESETS`.
+        name: A name in ``MODELS`` or in ``effscale.models.PRESETS``.
 
     Raises:
-        ValueError: No such model, or one that reads no text.
+        ValueError: The model is unknown, or it is not a text model.
 
     Example:
         >>> known_model("bert-large").heads[0].name, known_model("gpt3-1.3b").heads[0].name
@@ -53,34 +53,34 @@ def known_model(name: str) -> TransformerConfig:
     config = known[name]()
     if not any(head.name in ("lm", "mlm") for head in config.heads):
         raise ValueError(
-            f"model={name!r}: must be a model of text, which predicts tokens, such as bloom-176b, gpt3-1.3b or bert-large"
+            f"model must be a text model that predicts tokens, such as bloom-176b, gpt3-1.3b or bert-large, got {name!r}"
         )
     return config
 
 
 def num_experts(config: TransformerConfig) -> tuple[int, ...]:
-    """The different numbers of experts of a model's layers; none for a dense model."""
+    """Return the distinct numbers of experts of a model's layers; empty for a dense model."""
     found = {getattr(block.feed_forward, "num_experts", None) for block in config.layers}
     return tuple(sorted(count for count in found if count is not None))
 
 
 def loss_of(config: TransformerConfig) -> Callable[..., Any]:
-    """Of the next token, or of hidden ones where the model sees both sides."""
+    """Return the loss: of the next token, or of masked tokens if the model is bidirectional."""
     from effscale.training import masked_token_loss, next_token_loss
 
     return next_token_loss if config.causal else masked_token_loss
 
 
 def check_mesh(name: str, config: TransformerConfig, sizes: dict[str, int]) -> None:
-    """Refuses a mesh that does not divide a model: its arrays would stay whole without a word.
+    """Raise if a mesh does not divide a model; otherwise its arrays would silently be replicated.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         config: The model.
-        sizes: Of the mesh, by axis.
+        sizes: Sizes of the mesh by axis.
 
     Raises:
-        ValueError: Which size does not divide what.
+        ValueError: A mesh axis does not divide a size of the model; the message names both.
 
     Example:
         >>> check_mesh("gpt2", known_model("gpt2"), {"fsdp": 8, "expert": 1, "tensor": 4})
@@ -95,11 +95,11 @@ def check_mesh(name: str, config: TransformerConfig, sizes: dict[str, int]) -> N
         if size % sizes[axis]:
             mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
             raise ValueError(
-                f"the mesh ({mesh}) does not divide the model {name}: its {what} of {size} is no multiple of {axis}={sizes[axis]}, "
-                "and each chip would hold all of it. Another size along one of the axes would do"
+                f"the mesh ({mesh}) does not divide the model {name}: its {what} of {size} is not a multiple of {axis}={sizes[axis]}, "
+                "so each chip would hold all of it. Change the size of one of the axes"
             )
 
 
 def computing(config: TransformerConfig, **changes: Any) -> TransformerConfig:
-    """The model as it is trained here, with products in bfloat16."""
+    """Return the model with the training settings used here, computing in bfloat16."""
     return dataclasses.replace(config, dtype="bfloat16", **changes)

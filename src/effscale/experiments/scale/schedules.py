@@ -1,4 +1,4 @@
-"""The stages of random-LTD and of the length curriculum over a whole training, and the shares of the 1-bit optimizers' rounds."""
+"""The stages of random-LTD and of the sequence-length curriculum over a whole training, and the shares of the rounds of 1-bit optimizers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ PAPER = DataEfficiencyConfig(
     min_kept=128,
     granularity=128,
 )
-"""The Data Efficiency paper's GPT-3 1.3B. Its lengths grow by 8 and its kept tokens by 16; each value is a program, so here both grow by 128."""
+"""The schedule of the Data Efficiency paper's GPT-3 1.3B. Its lengths grow by 8 and its kept tokens by 16. Each value is a separate program,
+so here both grow by 128."""
 
-# Shares of a training's steps, those of BERT-Large in the papers of 1-bit Adam, 1-bit LAMB and 0/1 Adam.
+# Fractions of a training's steps, from BERT-Large in the papers of 1-bit Adam, 1-bit LAMB and 0/1 Adam.
 WARM_UP = {"onebit_adam": 23 / 152, "onebit_lamb": 1000 / 5993}
 VARIANCE, LOCAL_STEPS, LONGEST = 12.5 / 152, 32.678 / 152, 16
 
@@ -25,8 +26,8 @@ class Schedule:
     """The stages of a technique on whole rows of some length.
 
     Attributes:
-        plan: Its stages, each a length and how many tokens are kept of it.
-        steps: Steps of a training without it.
+        plan: The stages, each with a length and the number of kept tokens.
+        steps: Number of steps of a training without the technique.
     """
 
     plan: Plan
@@ -34,17 +35,17 @@ class Schedule:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Lengths and kept tokens, in the order of training; the last is the whole row."""
+        """Lengths and kept tokens in order of training; the last is the whole row."""
         return self.plan.stages.values
 
     def chosen(self, points: int) -> list[tuple[int, int]]:
-        """So many of the shapes before the last, at equal distances from the first on."""
+        """Return ``points`` of the shapes before the last, evenly spaced, starting with the first."""
         partly = self.shapes[:-1]
         count = min(points, len(partly))
         return [partly[number * len(partly) // count] for number in range(count)]
 
     def shares(self) -> list[float]:
-        """Of each shape, the share of the steps that it has, as long as training without it takes."""
+        """Return for each shape its share of the steps, relative to a training without the technique."""
         ends = (*self.plan.stages.starts[1:], self.steps)
         return [
             max(0, min(end, self.steps) - start) / self.steps
@@ -55,10 +56,10 @@ class Schedule:
 def stages_of(
     case: Case, technique: Technique, efficiency: DataEfficiencyConfig, steps: int
 ) -> Schedule:
-    """The stages of ``random_ltd`` or ``curriculum`` for the step of a case without it.
+    """Return the stages of ``random_ltd`` or ``curriculum`` for the step of a case without the technique.
 
     Raises:
-        ValueError: The schedule does not suit the model or the length.
+        ValueError: The schedule does not match the model or the length.
     """
     plan = make_plan(
         "ltd" if technique == "random_ltd" else "cl",
@@ -72,7 +73,9 @@ def stages_of(
 
 
 def rounds(technique: Technique, steps: int) -> Sequence[tuple[str, int, float]]:
-    """What a 1-bit optimizer sends in the steps of a training: in words, the number of its branch in the program, and the share of the steps."""
+    """Return what a 1-bit optimizer sends during training: a description, the number of its branch in the program, and the share of the
+    steps.
+    """
     if technique == "zero_one_adam":
         from effscale.optim import Policies, Round
 

@@ -1,4 +1,4 @@
-"""The programs of the experiment ``scale``: a training step, with a technique or without, and the decoding of one token."""
+"""The programs of the experiment ``scale``: a training step, with or without a technique, and the decoding of one token."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ FORMATS: dict[Weights, Format | None] = {
     "int4": Format(bits=4, granularity="group", group_size=128),
     "binary": Format(bits=1),
 }
-"""Of the layers' weights; tables and norms stay in bfloat16."""
+"""Formats of the layers' weights; tables and norms stay in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Program:
     """A lowered program.
 
     Attributes:
-        lowered: It.
-        parts: Types of what it holds all the time, by name.
+        lowered: The lowered program.
+        parts: Types of its permanent data, by name.
     """
 
     lowered: jax.stages.Lowered
@@ -50,7 +50,7 @@ class Program:
 
 
 def lower(case: Case, mesh: Mesh) -> Program:
-    """The program of a case for a mesh."""
+    """Lower the program of a case for a mesh."""
     return _training(case, mesh) if case.decode is None else _decoding(case, case.decode, mesh)
 
 
@@ -58,7 +58,7 @@ def _training(case: Case, mesh: Mesh) -> Program:
     config, shape_batch = case.transformer(), lambda rows: rows
     loss = loss_of(config)
     if case.kept is not None:
-        # The schedule of this step alone; which stage it is, the case says.
+        # The schedule of only this step; the case defines the stage.
         pacing = mslg(min_value=case.kept, max_value=case.length, require_steps=1)
         ltd, kept = RandomLTD(pacing=pacing), case.kept
         loss, shape_batch = ltd.loss(loss), lambda rows: ltd.shape_batch(rows, kept)
@@ -87,7 +87,7 @@ def _training(case: Case, mesh: Mesh) -> Program:
 
 
 def _decoding(case: Case, weights: Weights, mesh: Mesh) -> Program:
-    """One token for each row, with a cache that lies along with the rows and heads."""
+    """Lower the decoding of one token per row, with a cache that is sharded like the rows and heads."""
     config = case.transformer()
 
     def step(model: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -112,7 +112,7 @@ def _decoding(case: Case, weights: Weights, mesh: Mesh) -> Program:
 
 
 def _served(case: Case, weights: Weights) -> Transformer:
-    """The model with its layers' weights packed and all else in bfloat16."""
+    """Return the model with packed layer weights and everything else in bfloat16."""
     model, form = Transformer(case.transformer(), rngs=nnx.Rngs(0)), FORMATS[weights]
     if form is not None:
         model = quantize_model(model, Recipe((Rule(where=r"layers\..*kernel", weights=form),)))

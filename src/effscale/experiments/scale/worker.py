@@ -1,6 +1,6 @@
-"""The process that compiles: a job as JSON comes in by stdin, what was found goes out as a line of JSON.
+"""The compilation process: it reads a job as JSON from stdin and writes the results as a line of JSON.
 
-libtpu talks on stderr and takes the process over, so that each compilation has one of its own.
+libtpu writes to stderr and takes over the process, so each compilation runs in a separate one.
 """
 
 import json
@@ -27,7 +27,9 @@ _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Compiles a program and reads what the compiler says of it; sizes are bytes of each chip. One that needs more memory than there is gives ``refused``, the compiler's words."""
+    """Compile a program and read the compiler's figures; sizes are in bytes per chip. For a program that needs too much memory, return
+    ``refused`` with the compiler's message.
+    """
     where = machine(case.topology)
     mesh = case.mesh.build(where.target.devices()[: where.count])
     began = time.perf_counter()
@@ -41,7 +43,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         return {"refused": str(error).splitlines()[0]}
     done, worked = time.perf_counter(), time.process_time() - busy
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None  # both are told by every compiler that is asked here
+    assert memory is not None  # all compilers used here report both
     assert text is not None
     costs = compiled.cost_analysis() or {}
     return {
@@ -63,7 +65,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def _bytes(tree: Any, mesh: jax.sharding.Mesh) -> int:
-    """Of a tree of shapes, those that each device holds; where a shape has no sharding, by the rules."""
+    """Return the bytes per device of a tree of shapes; shapes without a sharding follow the rules."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh)), strict=True)
     return sum(
         math.prod((x.sharding or sharding).shard_shape(x.shape)) * x.dtype.itemsize
@@ -73,11 +75,13 @@ def _bytes(tree: Any, mesh: jax.sharding.Mesh) -> int:
 
 
 def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Bytes that a chip sends in a step, by kind of collective, mesh axes and branch: the number of the innermost ``lax.cond`` or ``lax.switch`` around it, None outside of any."""
+    """Return the bytes that a chip sends in a step, by kind of collective, mesh axes and branch (the number of the innermost ``lax.cond`` or
+    ``lax.switch`` branch around it, or None).
+    """
     found: dict[tuple[str, tuple[str, ...], int], list[float]] = {}
     for collective in collectives(text):
         axes, branches = collective.axes(mesh), collective.branches
-        if not axes:  # a device to itself
+        if not axes:  # a group of one device
             continue
         row = found.setdefault((collective.kind, axes, branches[-1] if branches else -1), [0, 0.0])
         row[0] += collective.times
@@ -95,7 +99,9 @@ def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _work(text: str) -> dict[str, int]:
-    """Cycles that the compiler expects of its own operations, and the number of kernels, of which it expects none; those in loops as often as they run."""
+    """Return the cycles that the compiler expects for its operations, and the number of kernels, which have no expected cycles. Operations in
+    loops count as often as they run.
+    """
     runs = times(text)
     total = {"cycles": 0, "kernels": 0}
     for computation, line in lines(text):
@@ -108,7 +114,7 @@ def _work(text: str) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compiles the case on stdin."""
+    """Compile the case on stdin."""
     case = config_from_json(Case, json.load(sys.stdin))
     print(MARK + json.dumps(compile_case(case)), flush=True)
 

@@ -1,4 +1,4 @@
-"""The runs of the experiment ``seqlen_curriculum``: a small batch, a large one, and a large one of rows that grow."""
+"""The runs of the experiment ``seqlen_curriculum``: a small batch, a large batch, and a large batch with growing rows."""
 
 import dataclasses
 import functools
@@ -43,15 +43,15 @@ from effscale.training import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to spend the tokens.
+    """One way to use the token budget.
 
     Attributes:
-        name: As in figures and folders: ``small``, ``large_x4``, ``large_curriculum_x4``, ...
-        batch_size: Rows of a batch.
-        learning_rate: Peak of the learning rate.
-        factor: That, as a multiple of the small batch's.
-        lengths: Tokens of a row by step.
-        num_steps: The fewest steps that consume the tokens.
+        name: The name in figures and folders: ``small``, ``large_x4``, ``large_curriculum_x4``, ...
+        batch_size: Rows per batch.
+        learning_rate: Peak learning rate.
+        factor: Peak learning rate as a multiple of the small batch's.
+        lengths: Sequence length by step.
+        num_steps: Smallest number of steps that consumes the tokens.
     """
 
     name: str
@@ -62,19 +62,19 @@ class Arm:
     num_steps: int
 
     def tokens(self, num_steps: int) -> int:
-        """Tokens trained on in the first ``num_steps`` steps."""
+        """Return the number of training tokens in the first ``num_steps`` steps."""
         return self.batch_size * self.lengths.total(num_steps, lambda length: length)
 
     def eval_every(self, evaluations: int) -> int:
-        """Steps between evaluations, so that there are about so many."""
+        """Return the steps between evaluations that give about ``evaluations`` of them."""
         return max(1, self.num_steps // evaluations)
 
 
 def make_arms(config: Config) -> list[Arm]:
-    """The arms of the experiment: ``small``, then two for each multiple of the learning rate.
+    """Return the arms of the experiment: ``small``, then two for each multiple of the learning rate.
 
     Raises:
-        ValueError: The tokens are used up before the curriculum's rows are whole.
+        ValueError: The tokens are used up before the curriculum reaches the full length.
 
     Example:
         >>> from effscale.experiments.seqlen_curriculum import PRESETS
@@ -102,24 +102,24 @@ def make_arms(config: Config) -> list[Arm]:
         plain = arm(f"large_x{factor:g}", large, factor, full)
         growing = curriculum(config, plain.num_steps).stages(large)
         grown = arm(f"large_curriculum_x{factor:g}", large, factor, growing)
-        # A line from the least length to the whole one has their mean as its own, and rounding lengths down only helps.
+        # The mean of a linear schedule is the mean of its ends, and rounding lengths down only helps.
         enough = math.floor(200 * config.length / (config.length + config.min_length)) / 100
         check(
             config,
             growing.starts[-1] < grown.num_steps,
             "curriculum",
-            f"less, as the tokens are used up before rows are whole; {enough:g} would do",
+            f"smaller, because the tokens are used up before rows reach the full length. Use at most {enough:g}",
         )
         arms += [plain, grown]
     return arms
 
 
 def curriculum(config: Config, large_steps: int) -> SequenceLengthCurriculum:
-    """Rows whose length grows along a line.
+    """Return a curriculum whose sequence length grows linearly.
 
     Args:
-        config: What the experiment was told.
-        large_steps: Steps of the large batch without a curriculum.
+        config: Config of the experiment.
+        large_steps: Number of steps of the large batch without a curriculum.
     """
     pacing = LinearPacing(
         min_difficulty=config.min_length,
@@ -134,14 +134,14 @@ class PeakState(NamedTuple):
     """The state of ``scale_by_peak``.
 
     Attributes:
-        peak: float32.
+        peak: The peak learning rate, float32.
     """
 
     peak: Any
 
 
 def scale_by_peak(peak: float) -> optax.GradientTransformation:
-    """Multiply updates by a number that is kept in the state, so that one program serves all peaks of the learning rate."""
+    """Multiply updates by a value that is stored in the state, so that one program serves all peak learning rates."""
 
     def init(params: Any) -> PeakState:
         del params
@@ -155,7 +155,9 @@ def scale_by_peak(peak: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: Config, peak: float) -> optax.GradientTransformation:
-    """Adam with the paper's decays, and no weight decay; its rate warms up by steps and decays by tokens, from ``peak`` to a tenth."""
+    """Create Adam with the paper's decay rates and no weight decay; the learning rate warms up by steps and decays by tokens, from ``peak``
+    to a tenth.
+    """
     rate = steps_then_tokens(
         peak=1.0, warmup_steps=config.warmup, total_tokens=config.tokens, final=0.1
     )
@@ -163,10 +165,10 @@ def make_optimizer(config: Config, peak: float) -> optax.GradientTransformation:
 
 
 def make_step(config: Config, batch_size: int) -> Any:
-    """The training step, not jitted, for any peak of the learning rate; it reports what instability shows in."""
+    """Return the training step, not jitted, for any peak learning rate; it reports the signs of instability."""
     step = make_train_step(
         next_token_loss,
-        make_optimizer(config, peak=1.0),  # the state has the peak of its run
+        make_optimizer(config, peak=1.0),  # the state contains the peak of its run
         accumulate=batch_size // (config.micro_batch or batch_size),
         clip=Clip(config.clip_norm),
     )
@@ -180,22 +182,22 @@ def make_step(config: Config, batch_size: int) -> Any:
 
 
 def create_state(config: Config, vocab_size: int, peak: float, seed: int) -> TrainState:
-    """The state before the first step of a run whose learning rate has that peak."""
+    """Return the state before the first step of a run with that peak learning rate."""
     optimizer = make_optimizer(config, peak)
     model = Transformer(config.model.build(vocab_size, config.length), rngs=nnx.Rngs(seed))
     return create_train_state(model, optimizer, key=jax.random.key(seed))
 
 
 class Training:
-    """Trains the arms on a corpus, one after another; what is compiled serves all runs of equal shapes.
+    """Trains the arms on a corpus, one after another; runs with equal shapes share compiled programs.
 
     Args:
-        config: What the experiment was told.
-        corpora: The sources, prepared.
-        weights: Their shares, or None.
+        config: Config of the experiment.
+        corpora: The prepared corpora.
+        weights: Sampling weight of each corpus, or None.
 
     Raises:
-        ValueError: The corpus is too small, or a batch cannot be laid out on the devices.
+        ValueError: The corpus is too small, or a batch cannot be sharded over the devices.
     """
 
     def __init__(
@@ -207,8 +209,8 @@ class Training:
         self.vocab_size = corpora[0].vocab_size
         self._place(np.zeros(config.batch_size, np.int8))
         large = config.batch_size * config.batch_factor
-        self.batches(large, seed=0)  # too little text is refused here
-        # The same rows at each evaluation, from all over the held-out text.
+        self.batches(large, seed=0)  # raises if there is too little text
+        # The same rows at each evaluation, spread over the held-out text.
         held_out = make_dataset(
             [corpus.validation for corpus in corpora],
             batch_size=large,
@@ -221,29 +223,29 @@ class Training:
         self._staged: dict[Any, StagedStep] = {}
 
     def run(self, folder: RunFolder, arm: Arm) -> None:
-        """Makes an arm's runs, goes on with one that was stopped, and leaves finished ones as they are.
+        """Start an arm's runs, resume one that was stopped, and skip finished ones.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         for seed in range(self.config.seeds):
             name = f"seed-{seed}/{arm.name}"
             once(folder, name, functools.partial(self._train, folder, name, arm, seed))
 
     def close(self) -> None:
-        """Give up what is being compiled."""
+        """Cancel pending compilations."""
         for staged in self._staged.values():
             staged.close()
 
     def _stage(self, arm: Arm) -> StagedStep:
-        """The arm's step; arms of equal shapes share it, as their learning rates are in the state."""
+        """Return the arm's step; arms with equal shapes share it, because their learning rates are in the state."""
         key = arm.batch_size, arm.lengths
         if key not in self._staged:
             self._staged[key] = self._restage(arm)
         return self._staged[key]
 
     def _restage(self, arm: Arm) -> StagedStep:
-        # Rows are cut, not reshaped, as in the paper; only the curriculum has lengths to cut to.
+        # Rows are truncated, not reshaped, as in the paper; only the curriculum truncates.
         step = make_step(self.config, arm.batch_size)
         return StagedStep(step, arm.lengths, truncate, place_batch=self._place)
 
@@ -276,7 +278,7 @@ class Training:
         return {"val_loss": means["loss"], "val_tokens_seen": int(state.tokens)}
 
     def batches(self, rows: int, seed: int) -> grain.IterDataset:
-        """Training batches without end; batches of any size take the rows of a seed in one order."""
+        """Return endless training batches; batches of any size use the rows of a seed in the same order."""
         return make_dataset(
             self.stores,
             batch_size=rows,

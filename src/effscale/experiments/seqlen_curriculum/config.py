@@ -1,4 +1,4 @@
-"""What the experiment ``seqlen_curriculum`` can be told, and its presets."""
+"""Config and presets of the experiment ``seqlen_curriculum``."""
 
 import dataclasses
 import pathlib
@@ -11,48 +11,49 @@ from effscale.parallel import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(CorporaPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     tokenizer: pathlib.Path | None = None
-    """A tokenizer.json, or its folder, to use instead of training one."""
+    """A tokenizer.json or its folder, to use instead of training a tokenizer."""
     length: int = 128
-    """Tokens in a full row, and positions of the model."""
+    """Full sequence length: tokens per row, and positions of the model."""
     tokens: int = 750_000
-    """Training tokens of each run."""
+    """Number of training tokens per run."""
     batch_size: int = 4
-    """Rows of the small batch, over all devices."""
+    """Rows per small batch, over all devices."""
     batch_factor: int = 8
-    """Rows of the large batch, as a multiple."""
+    """Rows per large batch, as a multiple of the small batch."""
     micro_batch: int | None = None
-    """Rows of the parts that a batch is cut into, to save memory; None takes it whole."""
+    """Rows per micro-batch, to save memory; None does not split the batch."""
     learning_rate: float = 1e-3
-    """Peak of the small batch's learning rate: it rises by steps and falls by tokens, along a cosine to a tenth."""
+    """Peak learning rate of the small batch: it warms up by steps and decays by tokens, along a cosine to a tenth."""
     learning_rate_factors: tuple[float, ...] = (4.0, 16.0)
-    """Peaks of the large batch's learning rate, as multiples. The figures are drawn of the first."""
+    """Peak learning rates of the large batch, as multiples of the small batch's. The figures show the first."""
     warmup: int = 10
-    """Steps in which the learning rate rises, of each run."""
+    """Warmup steps of each run."""
     curriculum: float = 1.2
-    """Steps after which rows are whole, as a multiple of those that the large batch takes without a curriculum. They must become whole before the tokens are used up."""
+    """Number of steps until rows reach the full length, as a multiple of the large batch's steps without a curriculum. Rows must reach the
+    full length before the tokens are used up."""
     min_length: int = 8
-    """Tokens in a row at the curriculum's first step."""
+    """Sequence length at the curriculum's first step."""
     granularity: int | None = None
-    """Lengths are multiples of it, and each is a compilation; None makes about a dozen lengths."""
+    """Lengths are multiples of this, and each one costs a compilation; None gives about a dozen lengths."""
     model: ModelConfig = ModelConfig(d_model=128)
     """The model."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     threshold: float = 1.2
-    """A step is unstable if its loss is above the least before it by more than this factor."""
+    """A step is unstable if its loss exceeds the lowest loss before it by more than this factor."""
     mesh: MeshConfig = MeshConfig()
-    """How devices are laid out; -1 means the rest."""
+    """Device mesh: the size of each axis; -1 means all remaining devices."""
     evaluations: int = 16
-    """Evaluations in each run, about; each is followed by a checkpoint."""
+    """Approximate number of evaluations per run; each is followed by a checkpoint."""
     eval_batches: int = 4
-    """Held-out batches of an evaluation, with the rows of the large batch: the same ones each time."""
+    """Number of held-out batches per evaluation, with the size of the large batch; the same ones each time."""
     seeds: int = 3
-    """Runs of each kind; seeds 0, 1, ... decide initial weights and the order of data."""
+    """Number of runs per arm. Seeds 0, 1, ... decide the initial weights and the order of data."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/seqlen_curriculum/<time>."""
+    """Run folder; the default is runs/seqlen_curriculum/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,7 +69,7 @@ class Config(CorporaPart):
             divisor,
         )
         least = (self.warmup + 1) * self.batch_size * self.batch_factor * self.length
-        enough = f"at least {least:,}, for the large batch to outlast its warmup"
+        enough = f"at least {least:,}, so that the large batch trains longer than its warmup"
         check(self, self.tokens >= least, "tokens", enough)
         check(self, self.learning_rate > 0, "learning_rate", "above 0")
         factors = self.learning_rate_factors
@@ -82,7 +83,7 @@ class Config(CorporaPart):
         check(self, step is None or step >= 1, "granularity", "at least 1, or None")
         check(self, self.clip_norm > 0, "clip_norm", "above 0")
         check(self, self.threshold > 1, "threshold", "above 1")
-        self.model.build(self.vocab_size, self.length)  # an impossible model is refused here
+        self.model.build(self.vocab_size, self.length)  # raises for an invalid model
 
 
 PRESETS = {
@@ -100,8 +101,9 @@ PRESETS = {
         seeds=1,
     ),
     "default": Config(),
-    # Li et al., 2021: GPT-2 with 1558M parameters; batches of 512 rows at 1.5e-4, and of 4096 at 6e-4 with 64 to 1024 tokens a
-    # row over 45,000 steps, which is 1.2 times what 157B tokens make of such batches. Adam has no weight decay here either.
+    # Li et al., 2021: GPT-2 with 1558M parameters; batches of 512 rows at 1.5e-4, and of 4096 rows at 6e-4 with 64 to
+    # 1024 tokens per row over 45,000 steps, which is 1.2 times the number of such batches in 157B tokens. Adam has no
+    # weight decay here either.
     "paper": Config(
         vocab_size=50257,
         length=1024,

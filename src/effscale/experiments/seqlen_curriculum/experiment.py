@@ -1,9 +1,13 @@
-"""Short sequences first, to stay stable at eight times the batch and four times the learning rate.
+"""Sequence-length curriculum: start with short sequences, to stay stable at 8x the batch size and 4x the learning
+rate.
 
-A small GPT learns from one text with a small batch at the learning rate tuned for it, with a large batch at a large
-learning rate, and with the same large batch whose rows are short at first and grow. All see equally many tokens, in one
-order a seed. Logged are the signs of instability of the paper: how far the loss rises above its minimum, and the norm and the
-maximum of Adam's variance; Adam has no weight decay. Further learning rates of the large batch show where each way breaks.
+A small GPT is trained with a small batch at the learning rate tuned for it, with a large batch at a large learning
+rate, and with the same large batch whose rows are short at first and grow. All arms see the same number of tokens, in
+the same order for each seed.
+
+The experiment logs the paper's signs of instability: how far the loss rises above its minimum, and the norm and the
+maximum of Adam's variance. Adam has no weight decay. Higher learning rates of the large batch show where each arm
+fails.
 
     python -m effscale.experiments.seqlen_curriculum
     python -m effscale.experiments.seqlen_curriculum --learning-rate-factors 4 --seeds 5
@@ -26,30 +30,30 @@ from effscale.experiments.shared.results import Result, finish
 
 
 def run(config: Config) -> Result:
-    """Trains as ``config`` says and fills the run folder.
+    """Train according to ``config`` and fill the run folder.
 
-    A run whose loss or gradient is not finite for ten steps ends there; that is a result.
+    A run whose loss or gradient is not finite for ten steps ends there. That counts as a result.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other or the corpus; or ``resume`` is set and the folder is of
+        ValueError: The config is inconsistent or does not match the corpus; or ``resume`` is set and the folder has
             another config.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.seqlen_curriculum import figures as draw
     from effscale.experiments.seqlen_curriculum import report
     from effscale.experiments.seqlen_curriculum.arms import Training, make_arms
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     arms = make_arms(config)
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config, tokenizer=config.tokenizer)
@@ -81,7 +85,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         name = "python -m effscale.experiments.seqlen_curriculum"
         config = parse(PRESETS, __doc__ or "", argv, name=name)

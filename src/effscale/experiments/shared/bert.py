@@ -9,23 +9,23 @@ from effscale.models.config import Remat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A BERT of any size; its vocabulary is the tokenizer's and the mask token."""
+    """A BERT of any size; the vocabulary is the tokenizer's plus the mask token."""
 
     num_layers: int = 6
-    """Layers; random-LTD needs 3."""
+    """Number of layers; random-LTD needs at least 3."""
     d_model: int = 128
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals."""
+    """Dropout rate of embeddings, attention and residuals."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products."""
+    """Dtype of activations and matrix products."""
     remat: Remat = "none"
-    """What the backward pass computes again: none, dots (all but matrix products), full."""
+    """What the backward pass recomputes to save memory: none, dots (everything except matrix products) or full."""
 
     def build(self, vocab_size: int, length: int) -> TransformerConfig:
-        """The transformer's config, with a head for hidden tokens."""
+        """Return the config of the transformer, with a masked-token head."""
         head = LMHead(name="mlm", bias=True, transform="gelu", norm=NormConfig(epsilon=1e-12))
         config = bert(
             num_layers=self.num_layers,

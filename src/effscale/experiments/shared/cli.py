@@ -20,15 +20,16 @@ from effscale.parallel.peers import is_broken_connection
 Config = TypeVar("Config")
 
 
-EXIT_STATUS = """Exit status: 0 if all is done, 2 after an error message, 143 if SIGTERM and 130 if Ctrl-C stopped the run, 75 if another
-process of the run is gone. A run that is stopped while it trains saves first; --out FOLDER --resume goes on with it. A second Ctrl-C does not wait."""
+EXIT_STATUS = """Exit status: 0 on success, 2 after an error message, 143 if SIGTERM and 130 if Ctrl-C stopped the run, 75 if another process
+of the run is gone. A run that is stopped during training saves first; use --out FOLDER --resume to continue it. A second Ctrl-C stops
+immediately."""
 
 
 class StoppedBySignal(Exception):
-    """A run was asked to stop, saved and can go on; the message says how.
+    """A run was stopped by a signal, has saved, and can be resumed; the message says how.
 
     Attributes:
-        status: The exit status of the program: 128 and the signal's number, as if the signal had ended it.
+        status: The exit status of the program: 128 plus the signal's number, as if the signal had ended it.
     """
 
     def __init__(self, message: str, signal_number: int | None):
@@ -39,16 +40,17 @@ class StoppedBySignal(Exception):
 
 @contextlib.contextmanager
 def messages() -> Iterator[None]:
-    """Ends the program with a message in place of a traceback where the message is all that a user needs.
+    """End the program with a message instead of a traceback if the message is all that a user needs.
 
-    That is so for an error that this library raised itself, because it says what is wrong and what would do (exit status 2),
-    for a run that was stopped (exit status 130 or 143), and for one of several processes that has lost another one (see `ending_together`). An error
-    from anywhere else keeps its traceback, and with ``EFFSCALE_TRACEBACK=1`` in the environment so does every one.
+    This applies to errors that this library raises itself, which say what is wrong and what to do (exit status 2); to
+    a run that was stopped (exit status 130 or 143); and to a process that has lost another process of the run (see
+    ``ending_together``). Errors from anywhere else keep their traceback. With ``EFFSCALE_TRACEBACK=1`` in the
+    environment, all errors do.
     """
     keep_tracebacks = bool(os.environ.get("EFFSCALE_TRACEBACK"))
     with (
         contextlib.nullcontext() if keep_tracebacks else _without_orbax_tracebacks(),
-        ending_together("start all processes again, with --out FOLDER --resume to go on"),
+        ending_together("start all processes again with --out FOLDER --resume to continue"),
     ):
         try:
             yield
@@ -59,15 +61,15 @@ def messages() -> Iterator[None]:
             if keep_tracebacks:
                 raise
             print(
-                "interrupted; go on from what was saved with: --out FOLDER --resume",
+                "interrupted; to resume from the last checkpoint, use --out FOLDER --resume",
                 file=sys.stderr,
             )
             raise SystemExit(128 + signal.SIGINT) from None
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if "RESOURCE_EXHAUSTED" in str(error) and not keep_tracebacks:
                 print(
-                    f"error: a device has too little memory ({str(error).splitlines()[0]}); use smaller batches, more micro-batches (accumulate), "
-                    "recompute more (remat), divide the model over more devices (mesh), or take a smaller model",
+                    f"error: a device has too little memory ({str(error).splitlines()[0]}). Use smaller batches, more micro-batches (accumulate), "
+                    "more recomputation (remat), more devices (mesh), or a smaller model",
                     file=sys.stderr,
                 )
                 raise SystemExit(2) from None
@@ -80,7 +82,7 @@ def messages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_orbax_tracebacks() -> Iterator[None]:
-    """Keeps Orbax from logging the traceback of each thread in which a write failed: the failure comes as a CheckpointError, too."""
+    """Keep Orbax from logging a traceback for each thread in which a write failed; the failure also raises a CheckpointError."""
 
     def accept(record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in pathlib.Path(record.pathname).parts)
@@ -100,25 +102,25 @@ def parse(
     *,
     name: str | None = None,
 ) -> Config:
-    """The config that a command line asks for.
+    """Parse a command line into a config.
 
-    ``--preset NAME`` chooses where to start from; every other option replaces a field. Nested fields are written with dots:
-    ``--model.num-layers 8``. Without a preset, ``--out FOLDER --resume`` starts from the config of that run, and everything
-    else from ``default``.
+    ``--preset NAME`` chooses the config to start from; every other option replaces a field. Nested fields are written
+    with dots: ``--model.num-layers 8``. Without a preset, ``--out FOLDER --resume`` starts from the config of that
+    run; otherwise the start is ``default``.
 
     Args:
-        presets: Configs of one class by name; ``default`` must be there.
-        description: Shown by ``--help``.
-        argv: The words of the command line; None takes the program's.
-        name: How the program is called, for ``--help``.
+        presets: Configs of one class by name; must include ``default``.
+        description: Text for ``--help``.
+        argv: Arguments of the command line; None uses those of the program.
+        name: Name of the program, for ``--help``.
 
     Returns:
         The config.
 
     Raises:
-        SystemExit: On ``--help``, and on a wrong option (status 2), after saying what would do.
+        SystemExit: On ``--help``, and on an invalid option (status 2), after printing what to do.
     """
-    import tyro  # tyro takes a while, and only the command line needs it
+    import tyro  # slow to import, and only the command line needs it
 
     words = list(sys.argv[1:] if argv is None else argv)
     chosen, words = _take(words, "--preset")
@@ -127,7 +129,7 @@ def parse(
     for word in words:
         near = difflib.get_close_matches(word.partition("=")[0], ["--preset"], cutoff=0.85)
         if near and word not in near:
-            _refuse(f"unrecognized option {word}: perhaps you meant --preset NAME")
+            _refuse(f"unrecognized option {word}: did you mean --preset NAME?")
     config = presets[chosen or "default"]
     if chosen is None and "--resume" in words:
         config = _saved(config, _take(words, "--out")[0])
@@ -141,12 +143,12 @@ def parse(
     _own_fields_first(type(config))
     try:
         return tyro.cli(type(config), default=config, args=words, description=shown, prog=name)
-    except ValueError as error:  # a config that refuses its values
+    except ValueError as error:  # a config with invalid values
         _refuse(str(error))
 
 
 def _own_fields_first(kind: type) -> None:
-    """Puts what a config has of its own before what its parts have, for the order of ``--help``; a dataclass has it the other way round."""
+    """Put a config's own fields before those of its parts, for the order in ``--help``; dataclasses have the opposite order."""
     owners = [inspect.get_annotations(owner) for owner in kind.__mro__]
     fields = vars(kind)["__dataclass_fields__"]
     place = lambda name: max(i for i, names in enumerate(owners) if name in names)
@@ -155,7 +157,7 @@ def _own_fields_first(kind: type) -> None:
 
 
 def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
-    """The value that ``option`` has last in the words (None without it), and the words without it."""
+    """Return the last value of ``option`` in the words (None if it is absent), and the words without it."""
     value, rest, coming = None, [], iter(words)
     for word in coming:
         if word == option:
@@ -168,7 +170,7 @@ def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def _saved(default: Config, folder: str | None) -> Config:
-    """The config of the run in ``folder``; without a folder the default, whose check reports that."""
+    """Return the config of the run in ``folder``; without a folder the default, whose check reports the missing folder."""
     if not folder:
         return default
     from effscale.training.run_folder import check_resumable
@@ -181,7 +183,7 @@ def _saved(default: Config, folder: str | None) -> Config:
     except FileNotFoundError as error:
         _refuse(str(error))
     except (ValueError, KeyError, TypeError) as error:
-        _refuse(f"{file} cannot be resumed from: {error}")
+        _refuse(f"{file}: cannot resume from it: {error}")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -190,7 +192,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame of an error's traceback is this library's."""
+    """Return whether the innermost frame of an error's traceback belongs to this library."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

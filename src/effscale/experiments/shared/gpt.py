@@ -9,25 +9,25 @@ from effscale.models.config import Remat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A GPT-2 of any size; its vocabulary is the tokenizer's."""
+    """A GPT-2 of any size; the vocabulary is the tokenizer's."""
 
     num_layers: int = 4
-    """Layers."""
+    """Number of layers."""
     d_model: int = 224
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residuals."""
+    """Dropout rate of embeddings, attention and residuals."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products."""
+    """Dtype of activations and matrix products."""
     remat: Remat = "dots"
-    """What the backward pass computes again: none, dots (all but matrix products), full."""
+    """What the backward pass recomputes to save memory: none, dots (everything except matrix products) or full."""
     init_std: float = 0.02
-    """Deviation of the initial weights."""
+    """Standard deviation of the initial weights."""
 
     def build(self, vocab_size: int, length: int) -> TransformerConfig:
-        """The transformer's config."""
+        """Return the config of the transformer."""
         config = gpt2(
             num_layers=self.num_layers,
             d_model=self.d_model,

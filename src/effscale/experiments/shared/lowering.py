@@ -1,4 +1,4 @@
-"""A training step lowered for a mesh of devices that may be only described."""
+"""Lower a training step for a mesh of devices, which need not exist."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +16,15 @@ def lower_step(
     shape_batch: Callable[[Any], Any] = lambda batch: batch,
     frozen: Callable[[], Any] | None = None,
 ) -> jax.stages.Lowered:
-    """A donated step, lowered for a mesh.
+    """Lower a donated step for a mesh.
 
     Args:
-        step: From state and batch to state and metrics.
-        create: Makes the state.
-        batch: Types of a batch's arrays, a tree, which are divided by rows.
+        step: A function from state and batch to state and metrics.
+        create: Creates the state.
+        batch: Types of a batch's arrays, a tree; they are sharded by rows.
         mesh: The mesh.
-        shape_batch: What a stage of a technique does to the batch.
-        frozen: Makes what the step is given as ``frozen``; None gives it nothing.
+        shape_batch: Applies a stage of a technique to the batch.
+        frozen: Creates the ``frozen`` argument of the step; None passes nothing.
     """
     with jax.set_mesh(mesh):
         given = {} if frozen is None else {"frozen": placed(jax.eval_shape(frozen), mesh)}
@@ -35,12 +35,12 @@ def lower_step(
 
 
 def placed(types: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Types of a tree's arrays with the shardings that the rules in force give them."""
+    """Return types of a tree's arrays with the shardings of the current rules."""
     return jax.tree.map(_with_sharding, types, shardings(types, mesh))
 
 
 def placed_rows(types: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Types of a batch's arrays, divided by rows."""
+    """Return types of a batch's arrays, sharded by rows."""
     return jax.tree.map(lambda x: _with_sharding(x, batch_sharding(mesh)), types)
 
 

@@ -1,4 +1,4 @@
-"""What the experiment ``random_ltd_bert`` learns from: rows of text with hidden tokens, and passages to be told apart."""
+"""The data of the experiment ``random_ltd_bert``: rows of text with masked tokens, and passages to classify."""
 
 import grain
 import numpy as np
@@ -12,31 +12,36 @@ from effscale.models.validation import check
 
 MASK_TOKEN = "[MASK]"
 
-# What becomes of a hidden token.
+# Probabilities of what replaces a chosen token.
 MASKED, RANDOM = 0.8, 0.1
 
 
 def with_mask(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of the tokenizer with a token that stands for hidden ones, numbered after all others."""
+    """Return a copy of the tokenizer with a mask token, whose id follows all others."""
     copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     copy.add_special_tokens([MASK_TOKEN])
     return copy
 
 
 class HideTokens:
-    """Hides some of a row's tokens, to be told by the model.
+    """Masks some of a row's tokens for the model to predict.
 
-    Of the real tokens without those that end documents, the share ``hidden`` is chosen, rounded, and at least one. Of these
-    80 percent become the mask token, 10 percent any token of the vocabulary, and 10 percent stay. Which is a pure
-    function of the seed and of the row's place in the stream: a row that comes again has others hidden.
+    Of the real tokens, except those that end documents, the fraction ``hidden`` is chosen, rounded, and at least one.
+    Of these, 80 percent become the mask token, 10 percent a random token of the vocabulary, and 10 percent are
+    unchanged. The choice is a pure function of the seed and of the row's position in the stream, so a repeated row
+    has other tokens masked.
 
     Args:
-        vocab_size: Tokens without the mask; the mask's number.
+        vocab_size: Number of tokens without the mask token; the id of the mask token.
         end: The token that ends a document.
-        hidden: The share of the tokens that is hidden.
-        seed: Another seed hides other tokens.
+        hidden: The fraction of the tokens to predict.
+        seed: Seed of the choice.
 
-    Source: Devlin et al., "BERT", 2018, section 3.1; Liu et al., "RoBERTa", 2019, section 4.1, for hiding anew each time.
+    References:
+        Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding" (2018),
+            section 3.1. https://arxiv.org/abs/1810.04805
+        Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach" (2019), section 4.1, for masking again
+            each time. https://arxiv.org/abs/1907.11692
 
     Example:
         >>> row = {"input_ids": np.array([5, 6, 7, 0]), "segment_ids": np.ones(4, int), "positions": np.arange(4)}
@@ -49,7 +54,7 @@ class HideTokens:
         self.vocab_size, self.end, self.hidden, self.seed = vocab_size, end, hidden, seed
 
     def __call__(self, place: int, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """``input_ids`` with hidden tokens, ``labels`` that are -100 elsewhere and weigh 0, segments and positions."""
+        """Return ``input_ids`` with masked tokens, ``labels``, which are -100 with weight 0 elsewhere, segments and positions."""
         chance = np.random.default_rng([self.seed, place])
         ids = row["input_ids"]
         real = np.flatnonzero((row["segment_ids"] > 0) & (ids != self.end))
@@ -80,7 +85,7 @@ def hidden_rows(
     hidden: float,
     seed: int,
 ) -> grain.IterDataset:
-    """Batches with hidden tokens: of the training texts without end, or of the held-out ones once, in order."""
+    """Return batches with masked tokens: of the training texts endlessly, or of the held-out ones once, in order."""
     stores = [corpus.validation if validation else corpus.train for corpus in corpora]
     rows = packed_rows(
         stores,
@@ -98,24 +103,24 @@ def hidden_rows(
 
 
 def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
-    """Passages of the largest training documents; the class of one is the document that it comes from.
+    """Return passages of the largest training documents; the class of a passage is its document.
 
-    Training passages come from the first three quarters of a document and test ones from the last, spread evenly and without
-    overlap, equally many of each document.
+    Training passages come from the first three quarters of a document and test passages from the last, spread evenly
+    and without overlap, the same number from each document.
 
     Args:
         corpora: The corpus, or the parts of a mixture.
-        config: An experiment's.
+        config: Config of the experiment.
 
     Raises:
-        ValueError: If there are too few documents, or they are too short.
+        ValueError: There are too few documents, or they are too short.
     """
     size, classes, recipe = config.passage, config.classes, config.finetune
     count = (recipe.train or 0) // classes * classes
     if count < recipe.batch_size:
         raise ValueError(
-            f"Config.finetune.train={recipe.train}: equally many of classes={classes} are {count}, and must be at least "
-            f"finetune.batch_size={recipe.batch_size}"
+            f"Config.finetune.train={recipe.train}: must give at least finetune.batch_size={recipe.batch_size} passages when split "
+            f"equally over classes={classes}, but gives {count}"
         )
     documents = sorted(
         (
@@ -134,7 +139,7 @@ def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
 
 
 def _bounds(store: TokenStore) -> list[tuple[int, int]]:
-    """First and last but one token of each document, without the token that ends it."""
+    """Return the bounds of each document, without the token that ends it."""
     starts = np.asarray(store.offsets[: store.num_documents])
     stops = np.append(starts[1:], store.num_tokens) - 1
     return list(zip(starts.tolist(), stops.tolist(), strict=True))

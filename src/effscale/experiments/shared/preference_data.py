@@ -1,4 +1,4 @@
-"""Real preferences and instructions from the packages of ``make assets``, as records of RLHF."""
+"""Real preferences and instructions from the packages of ``make assets``, as RLHF records."""
 
 import json
 
@@ -9,10 +9,11 @@ ARCHIVE = "llamafactory-0.9.5.tar.gz"
 
 
 def preference_pairs() -> list[Record]:
-    """300 English conversations with a preferred and another answer, both written by models and judged by one.
+    """Return 300 English conversations with a preferred and another answer, both written by models and judged by a
+    model.
 
-    The preferred answer is the longer one in 131 of them. The archive is under Apache-2.0 and says nothing of the texts, so read
-    them and do not pass them on.
+    The preferred answer is the longer one in 131 of them. The archive is under Apache-2.0 but does not mention the
+    texts, so do not redistribute them.
 
     Raises:
         MissingAssetError: The archive is not there; the message says how to get it.
@@ -21,7 +22,7 @@ def preference_pairs() -> list[Record]:
 
 
 def instructions() -> list[Record]:
-    """999 English instructions with one answer each, written by a model; as for :func:`preference_pairs`, do not pass them on.
+    """Return 999 English instructions with one answer each, written by a model; as for ``preference_pairs``, do not redistribute them.
 
     Raises:
         MissingAssetError: The archive is not there; the message says how to get it.

@@ -1,4 +1,4 @@
-"""What experiments do around their runs: see that the folder will do, prepare the corpora, and say how to go on after a stop."""
+"""Setup of experiments: check the run folder, prepare the corpora, and say how to resume after a stop."""
 
 import contextlib
 import hashlib
@@ -13,17 +13,18 @@ from effscale.user_cache import cache_folder
 
 
 def check_folder(config: OutputPart, free: Sequence[str]) -> None:
-    """Checks that ``config.out`` is unused or, with ``config.resume``, holds a run of the same config that no process is writing.
+    """Check that ``config.out`` is unused or, with ``config.resume``, contains a run of the same config that no
+    process is writing.
 
     Args:
-        config: An experiment's.
+        config: Config of the experiment.
         free: Fields that may differ.
 
     Raises:
-        ValueError: The folder is of another config.
-        FileExistsError: It holds a run, and this one is not to go on with it.
-        FileNotFoundError: There is no run to go on with.
-        LockedError: Another process is writing it.
+        ValueError: The folder has another config.
+        FileExistsError: The folder contains a run and ``resume`` is not set.
+        FileNotFoundError: There is no run to resume.
+        LockedError: Another process is writing to the folder.
     """
     from effscale.parallel import on_first
     from effscale.training import RunFolder, check_unused
@@ -36,19 +37,19 @@ def check_folder(config: OutputPart, free: Sequence[str]) -> None:
     with RunFolder.create(config.out, resume=True) as folder:
         saved = folder.config()
     found = [
-        f"{name}: {there!r} there, {here!r} here"
+        f"{name}: {there!r} saved, {here!r} given"
         for name, (there, here) in differences(saved, to_json(config)).items()
         if name.partition(".")[0] not in free
     ]
     if found:
         raise ValueError(
-            f"{folder.path} is of another config ({'; '.join(found)}); resume with the saved values, or start a new run folder"
+            f"{folder.path}: has another config ({'; '.join(found)}). Resume with the saved values, or start a new run folder"
         )
 
 
 @contextlib.contextmanager
 def resumable(folder: Any) -> Iterator[None]:
-    """Within this context, a stop by a signal says how to go on; when the block fails, the run folder is free for another process.
+    """Context in which a stop by a signal says how to resume, and in which the run folder is released if the block fails.
 
     Args:
         folder: The ``RunFolder``.
@@ -57,7 +58,7 @@ def resumable(folder: Any) -> Iterator[None]:
         yield
     except StoppedBySignal as stop:
         folder.close()
-        message = f"{stop}; go on with: --out {folder.path} --resume"
+        message = f"{stop}; to resume, use --out {folder.path} --resume"
         raise StoppedBySignal(message, stop.signal) from None
     except BaseException:
         folder.close()
@@ -71,13 +72,14 @@ def prepared_corpora(
     seed: int = 0,
     on_error: Literal["raise", "skip"] | None = None,
 ) -> tuple[Any, Any]:
-    """The corpora that ``config.corpus`` names and their weights, from the cache if they are there.
+    """Prepare the corpora that ``config.corpus`` names, or load them from the cache, and return them with their
+    weights.
 
     Args:
-        config: An experiment's.
-        tokenizer: A file, or its folder, in place of one that is trained to ``vocab_size``.
+        config: Config of the experiment.
+        tokenizer: A tokenizer file or its folder, to use instead of training one with ``vocab_size``.
         seed: Decides which documents are held out.
-        on_error: What a document that cannot be used is; None leaves it to the source.
+        on_error: What to do with a document that cannot be used; None uses the default of the source.
     """
     from effscale.data import parse_mixture, prepare_mixture
 
@@ -96,7 +98,7 @@ def prepared_corpora(
 
 
 def corpus_digests(corpora: Sequence[Any]) -> dict[str, Any]:
-    """What identifies the text of a run and its tokenizer, for `RunFolder.create`.
+    """Return digests of the text of a run and its tokenizer, for ``RunFolder.create``.
 
     Args:
         corpora: The ``effscale.data.Corpus`` objects.

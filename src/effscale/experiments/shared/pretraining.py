@@ -1,4 +1,4 @@
-"""A GPT's pretraining under a technique, as the experiments run it: ``quickstart`` once, ``data_efficiency`` many times."""
+"""Pretraining of a GPT with a technique, for the experiments: ``quickstart`` runs it once, ``data_efficiency`` many times."""
 
 import itertools
 import pathlib
@@ -43,17 +43,17 @@ from effscale.training import (
     next_token_loss,
 )
 
-_EVAL_STEP = jax.jit(make_eval_step(next_token_loss))  # one for all, as no technique changes it
+_EVAL_STEP = jax.jit(make_eval_step(next_token_loss))  # shared, because no technique changes it
 
 
 class Trained(NamedTuple):
-    """What a training left.
+    """The result of a training run.
 
     Attributes:
         state: The last state.
-        stopped_reason: ``finished``, ``signal`` or ``data``, as ``fit`` says.
-        compilations: Those of the training step; runs of other seeds before this one are included.
-        signal: The signal, where that is the reason.
+        stopped_reason: ``finished``, ``signal`` or ``data``, as in ``fit``.
+        compilations: Compilations of the training step, including earlier runs with other seeds.
+        signal: The signal, if that is the reason.
     """
 
     state: TrainState
@@ -63,19 +63,20 @@ class Trained(NamedTuple):
 
 
 class Pretraining:
-    """A model and its steps under a technique; runs of several seeds and learning rates share what is compiled.
+    """A model and its steps with a technique; runs with different seeds and learning rates share compiled programs.
 
     Args:
-        config: Of its runs. Its seed, folder and corpus are not used here.
-        vocab_size: The tokenizer's.
-        mesh: Of devices.
+        config: Config of its runs. Its seed, folder and corpus are not used here.
+        vocab_size: Vocabulary size of the tokenizer.
+        mesh: The device mesh.
     """
 
     def __init__(self, config: PretrainingConfig, vocab_size: int, mesh: jax.sharding.Mesh):
         self.config, self.mesh = config, mesh
         self.plan = plan = config.plan(vocab_size)
         ltd = plan.ltd
-        # A step under random-LTD counts the tokens that a layer processes on average: the learning rate follows them.
+        # With random-LTD, a step counts the tokens that a layer processes on average, and the learning rate follows
+        # them.
         step = make_train_step(
             next_token_loss if ltd is None else ltd.loss(next_token_loss),
             config.optimizer.build(config.schedule()),
@@ -88,10 +89,10 @@ class Pretraining:
         self._rankings: dict[pathlib.Path, Ranking] = {}
 
     def create(self, config: PretrainingConfig) -> TrainState:
-        """The state before the first step.
+        """Create the state before the first step.
 
         Args:
-            config: The run's, which may have another seed, learning rate and warmup than the constructor's.
+            config: Config of the run, which can differ from the constructor's in seed, learning rate and warmup.
         """
         model = Transformer(self.plan.model, rngs=nnx.Rngs(config.seed))
         optimizer = config.optimizer.build(config.schedule())
@@ -100,7 +101,7 @@ class Pretraining:
     def batches(
         self, stores: Sequence[TokenStore], *, seed: int, weights: Sequence[float] | None = None
     ) -> grain.IterDataset:
-        """Training batches without end, this process's part; under a curriculum, easy rows first.
+        """Return endless training batches, this process's part; with a curriculum, easy rows first.
 
         Raises:
             ValueError: There is too little text.
@@ -108,12 +109,12 @@ class Pretraining:
         rows = self._rows()
         if self.plan.curriculum is None:
             return make_dataset(stores, seed=seed, weights=weights, **rows)
-        (store,) = stores  # the config has seen to that
+        (store,) = stores  # checked by the config
         packed = PackedTokens(store, rows.pop("length"))
         if len(packed) < 100:
             raise ValueError(
-                f"the corpus makes {len(packed)} rows of length={packed.length}, and a curriculum by percentiles "
-                "needs 100: use more text or shorter rows"
+                f"a curriculum by percentiles needs at least 100 rows, but the corpus has {len(packed)} of length={packed.length}. "
+                "Use more text or shorter rows"
             )
         if store.folder not in self._rankings:
             self._rankings[store.folder] = rank_by_rarity(packed)
@@ -126,13 +127,13 @@ class Pretraining:
         return batch_rows(ordered, **rows)
 
     def held_out(self, stores: Sequence[TokenStore]) -> grain.IterDataset:
-        """All held-out tokens, in batches of whole rows."""
+        """Return all held-out tokens, in batches of whole rows."""
         return make_dataset(stores, shuffle=False, num_epochs=1, remainder="pad", **self._rows())
 
     def validate(
         self, state: TrainState, held_out: Iterable[Any], batches: int | None = None
     ) -> dict[str, float]:
-        """The loss on the first ``batches`` held-out batches, on all tokens of whole rows; None takes all batches."""
+        """Return the loss on the first ``batches`` held-out batches, on all tokens of whole rows; None uses all batches."""
         means = evaluate(
             state.model,
             _EVAL_STEP,
@@ -152,19 +153,19 @@ class Pretraining:
         free_fields: Sequence[str] = (),
         compile_first: bool = False,
     ) -> Trained:
-        """A run, from the start or, with ``config.resume``, from its last checkpoint.
+        """Train from the start or, with ``config.resume``, from the last checkpoint.
 
         Args:
-            batches: From ``batches``; their iterator's position is saved.
-            place: The folder of its metrics and checkpoints.
-            config: That of this run, as given to the constructor but for the seed, the learning rate and the warmup.
+            batches: From ``batches``; the position of their iterator is saved.
+            place: Folder for metrics and checkpoints.
+            config: Config of this run; equals the constructor's except for seed, learning rate and warmup.
             evaluate: Called every ``config.eval_every`` steps and at the end.
-            tensorboard: The folder of its events.
-            free_fields: Of the config, which may change when a run goes on.
-            compile_first: Let the second step wait until all shapes are compiled, so that no compilation shares the machine
-                with steps whose time is taken.
+            tensorboard: Folder for TensorBoard events.
+            free_fields: Fields of the config that can change when the run is resumed.
+            compile_first: Compile all shapes before the second step, so that no compilation shares the machine with
+            timed steps.
         """
-        first = jax.process_index() == 0  # of several processes, the one that writes
+        first = jax.process_index() == 0  # only the first of several processes writes
         iterator = iter(batches)
         create = lambda: self.create(config)
         staged = [self._staged]
@@ -230,9 +231,10 @@ class Pretraining:
 
 
 def rank_by_rarity(rows: PackedTokens) -> Ranking:
-    """Rows from those of frequent tokens to those of rare ones.
+    """Rank rows from frequent to rare tokens.
 
-    A pass over the corpus in memory, seconds for tens of millions of tokens; ``effscale.curriculum.analyze`` is for more.
+    This is one pass over the corpus in memory, and takes seconds for tens of millions of tokens; for larger corpora,
+    use ``effscale.curriculum.analyze``.
     """
     metric = VocabularyRarity(token_counts(rows.store))
     starts = range(0, len(rows), 1024)

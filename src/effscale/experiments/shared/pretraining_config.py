@@ -1,4 +1,4 @@
-"""What a GPT's pretraining under a technique can be told: ``quickstart`` makes one, ``data_efficiency`` many."""
+"""Config of pretraining a GPT with a technique: ``quickstart`` runs it once, ``data_efficiency`` many times."""
 
 import dataclasses
 import pathlib
@@ -22,28 +22,28 @@ from effscale.training import AdamWConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingPart(TextPart):
-    """What is the same for all runs that are compared."""
+    """Fields that are the same for all compared runs."""
 
     tokenizer: pathlib.Path | None = None
-    """A tokenizer.json, or its folder, to use instead of training one."""
+    """A tokenizer.json or its folder, to use instead of training a tokenizer."""
     length: int = 256
-    """Tokens in a row, and positions of the model."""
+    """Sequence length: tokens per row, and positions of the model."""
     batch_size: int = 16
-    """Rows in a batch, over all devices."""
+    """Rows per batch, over all devices."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to save memory."""
+    """Number of micro-batches that a batch is split into, to save memory."""
     efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
-    """The schedules of the technique."""
+    """Schedules of the technique."""
     model: ModelConfig = ModelConfig()
     """The model."""
     final_learning_rate: float | None = None
-    """End of the schedule; None takes a tenth of the peak."""
+    """Final learning rate; None uses a tenth of the peak."""
     optimizer: AdamWConfig = AdamWConfig()
-    """AdamW."""
+    """AdamW options."""
     clip_norm: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are clipped."""
     mesh: MeshConfig = MeshConfig()
-    """How devices are laid out; -1 means the rest."""
+    """Device mesh: the size of each axis; -1 means all remaining devices."""
     checkpoint_every: int = 60
     """Steps between checkpoints."""
 
@@ -58,40 +58,40 @@ class PretrainingPart(TextPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingConfig(CorporaPart, PretrainingPart):
-    """One run."""
+    """Config of one run."""
 
     steps: int = 240
-    """Batches to train on. A technique makes more and smaller ones of them, with as many tokens, averaged over the layers."""
+    """Optimizer steps. A technique takes more steps with smaller batches, with the same number of layer-averaged tokens."""
     technique: Technique = "none"
-    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers see some of
-    the tokens) or both."""
+    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers process only some of the tokens)
+    or both."""
     learning_rate: float = 3e-3
-    """Peak of the schedule: a linear warmup by steps, then a cosine by tokens."""
+    """Peak learning rate: a linear warmup by steps, then a cosine by tokens."""
     warmup: int = 30
-    """Steps of warmup, whatever a technique makes of their batches."""
+    """Warmup steps, whatever the size of their batches."""
     eval_every: int = 60
-    """Steps between evaluations on a part of the held-out text, whose loss is part_val_loss; at the end, val_loss is that on all of it."""
+    """Steps between evaluations on part of the held-out text, reported as part_val_loss; val_loss at the end is on all of it."""
     eval_batches: int = 6
-    """Batches in that part."""
+    """Number of batches in that part."""
     keep: int = 3
-    """Checkpoints to keep."""
+    """Number of checkpoints to keep."""
     seed: int = 0
-    """Decides the split, the order of data, the initial weights and the samples."""
+    """Seed of the split, the order of data, the initial weights and the samples."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint, exactly as if it had not stopped."""
+    """Resume the run in --out from its last checkpoint, exactly as if it had not stopped."""
 
     def __post_init__(self):
         super().__post_init__()
         check(self, is_integer(self.seed) and self.seed >= 0, "seed", "an integer, 0 or above")
         for name in ("steps", "eval_every", "eval_batches", "keep"):
             check(self, getattr(self, name) >= 1, name, "at least 1")
-        # An impossible model or technique is refused here.
+        # Raises for an invalid model or technique.
         model = self.model.build(self.vocab_size, self.length)
         check_technique(
             self.technique, self.efficiency, model, steps=self.steps, length=self.length
         )
         if self.technique in CURRICULA:
-            wanted = "one source, whose rows a curriculum orders"
+            wanted = "a single source, because a curriculum orders the rows of one source"
             check(self, len(self.corpus) == 1, "corpus", wanted)
         check(self, 0 <= self.warmup < self.steps, "warmup", f"from 0 to below steps={self.steps}")
         check(self, self.learning_rate > 0, "learning_rate", "above 0, and finite")
@@ -101,9 +101,10 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
         check(self, within, "final_learning_rate", below)
 
     def schedule(self) -> optax.GradientTransformationExtraArgs:
-        """The learning rate, the optimizer's last link: it warms up by steps and decays by layer-averaged tokens.
+        """Return the learning rate, the last transformation of the optimizer: it warms up by steps and decays by
+        layer-averaged tokens.
 
-        Its numbers are a part of the optimizer's state, so that one compiled step serves all of them.
+        Its values are part of the optimizer's state, so one compiled step works for all of them.
         """
         from effscale.curriculum import steps_then_tokens
 
@@ -116,7 +117,7 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
         )
 
     def plan(self, vocab_size: int) -> Plan:
-        """The shapes of the run and its number of steps."""
+        """Return the shapes of the run and its number of steps."""
         return make_plan(
             self.technique,
             self.efficiency,
@@ -128,4 +129,4 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
 
 
 FREE = ("out", "resume", "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "mesh")
-"""Fields that may change when a run goes on."""
+"""Fields that can change when a run is resumed."""

@@ -1,4 +1,4 @@
-"""What data-efficiency techniques make of a pretraining run: its shapes by step, its steps, and what they cost."""
+"""Plan of a pretraining run with data-efficiency techniques: shapes by step, number of steps, and cost."""
 
 import dataclasses
 from typing import Any, Literal
@@ -14,24 +14,24 @@ CURRICULA = ("cl", "cl_ltd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataEfficiencyConfig:
-    """The schedules of curriculum learning (cl) and random-LTD (ltd), as shares of the run without them.
+    """Schedules of curriculum learning (cl) and random-LTD (ltd), as fractions of the run without them.
 
-    Their defaults are those of the Data Efficiency paper's GPT-3 1.3B, rounded; its start lengths of 80 and 128 are a
-    twenty-fifth and a sixteenth of its 2048.
+    The defaults are those of the Data Efficiency paper's GPT-3 1.3B, rounded; its initial lengths of 80 and 128 are
+    1/25 and 1/16 of its 2048.
     """
 
     curriculum: float = 0.38
-    """Share of the steps after which the curriculum is over, of rows and of their length."""
+    """Fraction of the steps after which the curriculum ends, both that of rows and that of their length."""
     min_percentile: int = 1
-    """Percent of the rows that it begins with, those of the most frequent tokens."""
+    """Percentage of the rows at the start of the curriculum: those with the most frequent tokens."""
     min_length: int | None = None
-    """Tokens of a row that it begins with; None takes a sixteenth."""
+    """Sequence length at the start of the curriculum; None uses a sixteenth of a row."""
     dropping: float = 0.7
-    """Share of the steps after which random-LTD keeps all tokens."""
+    """Fraction of the steps after which random-LTD keeps all tokens."""
     min_kept: int | None = None
-    """Tokens of a row that it begins with; None takes a sixteenth."""
+    """Number of tokens that random-LTD keeps at the start; None uses a sixteenth of a row."""
     granularity: int | None = None
-    """Lengths and kept tokens are multiples of it, and each is a compilation; None takes an eighth of a row."""
+    """Lengths and kept tokens are multiples of this, and each one costs a compilation; None uses an eighth of a row."""
 
     def __post_init__(self):
         for name in ("curriculum", "dropping"):
@@ -42,7 +42,7 @@ class DataEfficiencyConfig:
             check(self, value is None or value >= 1, name, "at least 1, or None")
 
     def rarity(self, steps: int) -> RootPacing:
-        """Percent of the rows that may be drawn, by step: the root of degree 2."""
+        """Return the percentage of the rows to draw from, by step: a square-root schedule."""
         return RootPacing(
             min_difficulty=self.min_percentile,
             max_difficulty=100,
@@ -51,11 +51,11 @@ class DataEfficiencyConfig:
         )
 
     def lengths(self, steps: int, length: int) -> LinearPacing:
-        """Tokens of a row that are trained on, by step."""
+        """Return the sequence length, by step."""
         return self._line("min_length", self.curriculum, steps, length)
 
     def kept(self, steps: int, length: int) -> LinearPacing:
-        """Tokens of a row that the middle layers see, by step."""
+        """Return the number of tokens per row that the middle layers process, by step."""
         return self._line("min_kept", self.dropping, steps, length)
 
     def _line(self, field: str, share: float, steps: int, length: int) -> LinearPacing:
@@ -75,16 +75,16 @@ class DataEfficiencyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The shapes of a run and what they cost.
+    """The shapes of a run and their cost.
 
     Attributes:
         model: The model's config.
-        batch_size: Rows of a batch.
-        length: Tokens of a row as it is read.
-        stages: By step, the tokens of a row that are trained on, and how many of them dropping layers keep.
-        num_steps: Steps of the run.
+        batch_size: Rows per batch.
+        length: Tokens per row as read.
+        stages: By step, the sequence length and the number of tokens that dropping layers keep.
+        num_steps: Number of steps of the run.
         curriculum: The ``effscale.curriculum.SequenceLengthCurriculum``, or None.
-        ltd: What drops tokens, or None.
+        ltd: The ``effscale.ltd.RandomLTD``, or None.
     """
 
     model: TransformerConfig
@@ -96,18 +96,18 @@ class Plan:
     ltd: RandomLTD | None
 
     def shape_batch(self, batch: Any, shape: tuple[int, int]) -> Any:
-        """The batch as a stage wants it; for ``StagedStep``."""
+        """Return the batch in the shape of a stage, for ``StagedStep``."""
         length, kept = shape
         if self.curriculum is not None:
             batch = self.curriculum.shape_batch(batch, length)
         return batch if self.ltd is None else self.ltd.shape_batch(batch, kept)
 
     def consumed(self, num_steps: int) -> dict[str, int]:
-        """What the first ``num_steps`` steps take.
+        """Return what the first ``num_steps`` steps consume.
 
         Returns:
-            ``tokens_read``; ``tokens_trained``, what is left of them when rows have been cut; ``layer_tokens``, the
-            average over the layers of the tokens that each processes; and ``flops`` of the matrix products, forward and backward.
+            ``tokens_read``; ``tokens_trained``, those left after truncating rows; ``layer_tokens``, the average over
+            the layers of the tokens that each processes; and ``flops`` of the matrix products, forward and backward.
         """
         costs = {
             "tokens_read": lambda shape: self.length,
@@ -124,9 +124,14 @@ class Plan:
 
 
 def layer_tokens(model: TransformerConfig, shape: tuple[int, int]) -> int:
-    """Tokens of a row that a layer processes on average, all layers but the first and the last keeping ``shape[1]``.
+    """Return the tokens per row that a layer processes on average, if all layers except the first and the last keep
+    ``shape[1]``.
 
-    Source: Li et al., "DeepSpeed Data Efficiency", 2022, section 3.2; rounded down as Megatron-DeepSpeed does.
+    The result is rounded down, as in Megatron-DeepSpeed.
+
+    References:
+        Li et al., "DeepSpeed Data Efficiency: Improving Deep Learning Model Quality and Training Efficiency via
+            Efficient Data Sampling and Routing" (2022), section 3.2. https://arxiv.org/abs/2212.03597
     """
     return layer_token_average(*shape, model.num_layers, max(0, model.num_layers - 2))
 
@@ -140,21 +145,21 @@ def make_plan(
     batch_size: int,
     length: int,
 ) -> Plan:
-    """The shapes and the number of steps of a run under a technique.
+    """Plan the shapes and the number of steps of a run with a technique.
 
-    Steps of shorter rows or with dropped tokens consume less, so there are more of them: the run ends when it has
-    consumed as many layer-averaged tokens as ``steps`` full ones.
+    Steps with shorter rows or dropped tokens consume less, so there are more of them: the run ends when it has
+    consumed the same number of layer-averaged tokens as ``steps`` full steps.
 
     Args:
-        technique: What is used.
-        schedules: How.
+        technique: The technique.
+        schedules: Its schedules.
         model: The model's config.
-        steps: Steps of the run without a technique. Schedules are shares of them.
-        batch_size: Rows of a batch.
-        length: Tokens of a row.
+        steps: Number of steps of the run without a technique. Schedules are fractions of it.
+        batch_size: Rows per batch.
+        length: Tokens per row.
 
     Raises:
-        ValueError: A schedule does not suit the model or the rows.
+        ValueError: A schedule does not match the model or the rows.
 
     Example:
         >>> from effscale.models import gpt2
@@ -173,7 +178,7 @@ def make_plan(
         lengths = curriculum.stages(batch_size)
     if ltd is not None:
         kept = ltd.stages()
-    # Where rows are no longer than what would be kept, nothing is dropped.
+    # If rows are no longer than the number of kept tokens, nothing is dropped.
     stages = merge(lengths, kept).map(lambda shape: (shape[0], min(shape)))
     num_steps = stages.steps_until(steps * length, lambda shape: layer_tokens(model, shape))
     return Plan(
@@ -195,7 +200,7 @@ def check_technique(
     steps: int,
     length: int,
 ) -> None:
-    """Raises a ValueError where ``make_plan`` would, without what takes long to import: for configs, which --help makes."""
+    """Raise a ValueError where ``make_plan`` would, without slow imports: for configs, which --help creates."""
     if technique in CURRICULA:
         schedules.lengths(steps, length)
     random_ltd(technique, schedules, model, steps, length)
@@ -208,7 +213,7 @@ def random_ltd(
     steps: int,
     length: int,
 ) -> RandomLTD | None:
-    """The technique's ``RandomLTD``, checked, or None."""
+    """Return the technique's ``RandomLTD``, checked, or None."""
     if technique not in ("ltd", "cl_ltd"):
         return None
     ltd = RandomLTD(pacing=schedules.kept(steps, length))

@@ -1,4 +1,4 @@
-"""A GPT's pretraining as one of the runs of a run folder."""
+"""Pretraining of a GPT as one of the runs of a run folder."""
 
 import dataclasses
 import sys
@@ -29,22 +29,22 @@ def pretrain_once(
     free_fields: Sequence[str] = FREE,
     compile_first: bool = False,
 ) -> None:
-    """Makes a run, continues one that was stopped, or leaves a finished one as it is; one that diverges is finished.
+    """Start a run, resume one that was stopped, or skip a finished one. A run that diverges counts as finished.
 
     Args:
         folder: The run folder.
-        name: The run, which is also its own folder inside; its ``final.json`` says what came out.
-        training: What is compiled.
-        config: Of the run, but for its folder.
-        batches: Makes its batches.
-        evaluate: As in `Pretraining.train`.
-        final: From what the run left to what ``final.json`` holds.
-        diverged: What it holds if loss or gradient is not finite for ten steps.
-        free_fields: Fields of the config that may change when a run goes on.
-        compile_first: As in `Pretraining.train`.
+        name: Name of the run and of its folder inside the run folder; its ``final.json`` has the results.
+        training: The compiled training.
+        config: Config of the run, without its folder.
+        batches: Creates its batches.
+        evaluate: As in ``Pretraining.train``.
+        final: Converts the result of the run to the content of ``final.json``.
+        diverged: Content of ``final.json`` if the loss or gradient is not finite for ten steps.
+        free_fields: Fields of the config that can change when the run is resumed.
+        compile_first: As in ``Pretraining.train``.
 
     Raises:
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
     place = folder.path / name
 
@@ -60,7 +60,7 @@ def pretrain_once(
                     free_fields=free_fields,
                     compile_first=compile_first,
                 )
-            except TrainingDivergedError as error:  # a result, after which the other runs are made
+            except TrainingDivergedError as error:  # a result; the other runs continue
                 print(f"{name} diverged at step {error.step}", file=sys.stderr)
                 write_json(place / "final.json", dict(diverged))
                 return

@@ -1,4 +1,4 @@
-"""What an experiment ends with: named figures and tables, in the run folder and on the screen."""
+"""Results of an experiment: named figures and tables, in the run folder and on the screen."""
 
 import dataclasses
 import time
@@ -12,14 +12,14 @@ from effscale.training import RunFolder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came out."""
+    """The results of a run."""
 
     figures: Mapping[str, float | int | None]
-    """Named as in ``results.json``; the experiment's page says what they are. None where there is nothing to tell."""
+    """Figures by name, as in ``results.json``; the experiment's page explains them. None if a figure does not apply."""
     seconds: float
-    """Time of this call."""
+    """Duration of this call."""
     peak_memory_mb: float
-    """Greatest resident memory of the process."""
+    """Peak resident memory of the process."""
     folder: str
     """The run folder."""
 
@@ -34,19 +34,20 @@ def finish(
     seeds: Mapping[str, Sequence[float | None]] | None = None,
     left: int = 1,
 ) -> Result:
-    """Writes ``results.json`` and the report, prints the tables, and closes the run folder. Figures to show there have to be drawn already.
+    """Write ``results.json`` and the report, print the tables, and close the run folder. Plots for the report must
+    exist already.
 
-    ``results.json`` holds the named figures and, under ``seeds`` and ``tables``, those of each seed and what is printed; a page
-    of the lab book is made of it.
+    ``results.json`` contains the named figures, their values by seed under ``seeds``, and the printed tables under
+    ``tables``. Pages of the lab book are built from it.
 
     Args:
         folder: The run folder.
-        name: The experiment.
+        name: Name of the experiment.
         figures: The named figures.
-        tables: By title, each a heading and rows.
+        tables: Tables by title, each with a heading and rows.
         began: ``time.perf_counter()`` at the start of the call.
-        seeds: Of named figures, the value of each seed.
-        left: Columns of the tables that hold words, and are set to the left.
+        seeds: Values of named figures by seed.
+        left: Number of text columns in the tables, which are left-aligned.
     """
     result = Result(
         figures=figures,
@@ -70,12 +71,12 @@ def finish(
 
 
 def deviation(values: np.ndarray) -> float:
-    """The sample's standard deviation; 0 for a single value."""
+    """Return the sample standard deviation; 0 for a single value."""
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
-    """A table, its first ``left`` columns to the left.
+    """Format a Markdown table with its first ``left`` columns left-aligned.
 
     Example:
         >>> print(markdown([["task", "by", "mean"], ["digits", "torch", "97.0"]]))
@@ -89,12 +90,12 @@ def markdown(rows: Sequence[Sequence[str]], *, left: int = 2) -> str:
 
 
 def titled(title: str, rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table of ``results.json`` under its title, in Markdown."""
+    """Format a table of ``results.json`` with its title, in Markdown."""
     return f"{title}:\n\n{markdown(rows, left=left)}"
 
 
 def show_rows(title: str, rows: Sequence[Sequence[str]], *, left: int = 2) -> None:
-    """Prints the table, its first ``left`` columns to the left."""
+    """Print the table with its first ``left`` columns left-aligned."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Runs inside a run folder: each made once, continued after a stop, with all of its files in a folder of its own."""
+"""Runs inside a run folder: each is made once, resumed after a stop, and has its own folder."""
 
 import json
 import shutil
@@ -31,24 +31,25 @@ S = TypeVar("S", bound=CountsSteps)
 
 
 def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
-    """Makes one of the runs that a run folder holds, or leaves a finished one as it is.
+    """Make one of the runs of a run folder, or skip a finished one.
 
-    The ``seconds`` of its ``done.json``, and its ``cpu_seconds`` over all threads, are those of all calls that ended it or were asked to
-    stop in it, compilations and evaluations included; of a call that was killed nothing is known.
+    The ``seconds`` in its ``done.json``, and its ``cpu_seconds`` over all threads, cover all calls that finished it
+    or were stopped by a signal during it, including compilations and evaluations. Calls that were killed are not
+    counted.
 
     Args:
         folder: The run folder.
-        name: The run, which is also its own folder inside.
-        train: Makes it, or goes on with it from its checkpoint.
+        name: Name of the run and of its folder inside the run folder.
+        train: Makes the run, or resumes it from its checkpoint.
     """
     place = folder.path / name
     done = place / "done.json"
     if done.is_file():
         return
-    first = jax.process_index() == 0  # of several processes, the one that writes
+    first = jax.process_index() == 0  # only the first of several processes writes
     if first:
         print(name, file=sys.stderr)
-    earlier = place / "seconds.json"  # those of calls before this one
+    earlier = place / "seconds.json"  # from earlier calls
     before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else {}
     clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
     began = {name: clock() for name, clock in clocks.items()}
@@ -63,7 +64,7 @@ def once(folder: RunFolder, name: str, train: Callable[[], object]) -> None:
     def finish() -> None:
         write_json(done, spent())
         earlier.unlink(missing_ok=True)
-        # Of no use to a finished run, and three times the model's size.
+        # Not needed by a finished run, and three times the model's size.
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
     on_first(finish)
@@ -87,30 +88,30 @@ def train_to_end(
     place_batch: Callable[[Any], Any] | None = None,
     compile_first: bool = True,
 ) -> S:
-    """Trains one of the runs of a run folder, from the start or from its checkpoint, with all of its files in a folder of its own.
+    """Train one of the runs of a run folder, from the start or from its checkpoint, in its own folder.
 
     Args:
         folder: The run folder.
-        name: The run.
+        name: Name of the run.
         step: The training step.
         batches: An iterator whose position can be saved.
-        create: Makes the state before the first step.
-        num_steps: Steps of the whole run.
-        evaluate: From a state to metrics.
+        create: Creates the state before the first step.
+        num_steps: Number of steps of the whole run.
+        evaluate: A function from a state to metrics.
         every: Steps between evaluations, and between checkpoints.
-        restage: As in `run_to_end`.
-        wrap_writer: What is put around the writer of metrics.
-        frozen: As in `effscale.training.fit`.
+        restage: As in ``run_to_end``.
+        wrap_writer: Wraps the writer of metrics.
+        frozen: As in ``effscale.training.fit``.
         layout: Shardings of the state; None leaves it on one device.
-        trace_create: As in `effscale.training.resume_or_start`.
+        trace_create: As in ``effscale.training.resume_or_start``.
         place_batch: Puts a batch on the devices.
-        compile_first: As in `run_to_end`.
+        compile_first: As in ``run_to_end``.
 
     Returns:
         The last state.
 
     Raises:
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
     """
     place = folder.path / name
     with Checkpoints(place / "checkpoints", keep=1, every=every) as checkpoints:
@@ -154,29 +155,29 @@ def run_to_end(
     trace_create: bool = True,
     place_batch: Callable[[Any], Any] | None = None,
 ) -> FitResult:
-    """Trains from the start, or from the newest checkpoint: the loop of every experiment.
+    """Train from the start, or from the newest checkpoint: the loop of every experiment.
 
     Args:
         step: The training step.
         batches: An iterator whose position can be saved.
-        checkpoints: The run's.
-        writer_of: Makes the writer of metrics, from the step that the run begins with; it is closed here.
-        create: Makes the state before the first step.
-        num_steps: Steps of the whole run.
-        evaluate: From a state to metrics.
+        checkpoints: The checkpoints of the run.
+        writer_of: Creates the writer of metrics, given the first step; it is closed here.
+        create: Creates the state before the first step.
+        num_steps: Number of steps of the whole run.
+        evaluate: A function from a state to metrics.
         eval_every: Steps between evaluations.
-        resume: As in `resume_or_start`.
-        restage: Makes another ``StagedStep`` like ``step``, for a run that continues in the middle of its schedule. It leaves out the
-            shapes behind it, which ``step`` must have for the run of another seed.
-        compile_first: Where the step is a ``StagedStep``, let the second step wait until all shapes are compiled, so that no compilation
-            shares the machine with steps whose time is taken.
-        frozen: As in `effscale.training.fit`.
+        resume: As in ``resume_or_start``.
+        restage: Creates another ``StagedStep`` like ``step``, for a run that resumes in the middle of its schedule.
+            It skips earlier shapes, which ``step`` must keep for runs with other seeds.
+        compile_first: If the step is a ``StagedStep``, compile all shapes before the second step, so that no
+            compilation shares the machine with timed steps.
+        frozen: As in ``effscale.training.fit``.
         layout: Shardings of the state; None leaves it on one device.
-        trace_create: As in `effscale.training.resume_or_start`.
+        trace_create: As in ``effscale.training.resume_or_start``.
         place_batch: Puts a batch on the devices.
 
     Returns:
-        What `fit` returns; a signal is left to the caller.
+        The result of ``fit``; the caller must handle a signal.
     """
     options = {"resume": resume, "shardings": layout, "trace_create": trace_create}
     state, start = resume_or_start(checkpoints, create, batches, **options)
@@ -213,7 +214,7 @@ def run_to_end(
 
 
 def writer_of_run(folder: RunFolder, name: str, num_steps: int, start: int) -> MultiWriter:
-    """The metrics of a run that goes on from the step ``start``; of several processes the first writes them."""
+    """Create the metrics writer of a run that continues from the step ``start``; only the first of several processes writes."""
     if jax.process_index():
         return MultiWriter([])
     return MultiWriter(

@@ -1,4 +1,4 @@
-"""Configs that come back from the JSON of a run folder."""
+"""Restore configs from the JSON of a run folder."""
 
 import dataclasses
 import pathlib
@@ -13,9 +13,9 @@ Config = TypeVar("Config")
 
 
 def config_from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """A config dataclass from what ``config.json`` or a checkpoint holds of it.
+    """Restore a config dataclass from ``config.json`` or from a checkpoint.
 
-    Fields that are absent keep their default, so a run from before a field was added can still be read.
+    Missing fields keep their default, so a run from before a field was added can still be read.
 
     Args:
         cls: The dataclass; its fields may be dataclasses, tuples, paths, unions and plain values.
@@ -25,7 +25,7 @@ def config_from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
         The config, checked like any other.
 
     Raises:
-        ValueError: If a field is unknown here, or a value is not of its field's type.
+        ValueError: A field is unknown, or a value does not have the type of its field.
 
     Example:
         >>> from effscale.training import AdamWConfig
@@ -40,7 +40,9 @@ def config_from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
     try:
         return cls(**made)
     except TypeError as error:
-        raise ValueError(f"{cls.__name__} cannot be made of {dict(values)}: {error}") from error
+        raise ValueError(
+            f"{cls.__name__} cannot be created from {dict(values)}: {error}"
+        ) from error
 
 
 def _value(hint: Any, value: Any) -> Any:
@@ -65,7 +67,7 @@ def _value(hint: Any, value: Any) -> Any:
 
 
 def _member(arguments: tuple[Any, ...], value: Any) -> Any:
-    """``value`` as the first member of a union that it fits."""
+    """Convert ``value`` to the first member of a union that it matches."""
     reasons = []
     for argument in arguments:
         try:

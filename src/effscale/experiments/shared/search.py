@@ -1,4 +1,4 @@
-"""The search for each technique's learning rate and warmup, by one rule for all."""
+"""The search for each technique's learning rate and warmup, with the same rule for all."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from effscale.models.validation import check, check_finite
 
 
 class Point(NamedTuple):
-    """What is searched for.
+    """A point of the search.
 
     Attributes:
         learning_rate: The peak of the schedule.
-        warmup: Steps until the peak.
+        warmup: Warmup steps.
     """
 
     learning_rate: float
@@ -20,26 +20,26 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of a run's folder, such as ``rate-0.001_warmup-60``."""
+        """The name of the run's folder, such as ``rate-0.001_warmup-60``."""
         return f"rate-{self.learning_rate:g}_warmup-{self.warmup}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """A walk over a grid of learning rates and warmups, with runs on the whole budget.
+    """A local search over a grid of learning rates and warmups, with runs on the whole budget.
 
-    It starts at the config's own pair, tries the four neighbours, moves to the best and goes on until a pair is better than
-    all its neighbours. So what it finds lies at no edge, unless ``points`` end it before.
+    It starts at the config's own pair, tries the four neighbors, moves to the best one, and continues until a pair is
+    better than all its neighbors. The result is therefore not at an edge, unless ``points`` ends the search before.
     """
 
     learning_rate_factor: float = 1.5
-    """What one learning rate of the grid is to the next."""
+    """Ratio of neighboring learning rates in the grid."""
     warmup_factor: float = 2.0
-    """What one warmup of the grid is to the next."""
+    """Ratio of neighboring warmups in the grid."""
     points: int = 16
-    """Most runs of a technique; 1 takes the config's own pair for all techniques."""
+    """Maximum number of runs per technique; 1 uses the config's own pair for all techniques."""
     seed: int = 1000
-    """The seed of these runs, which none of the compared runs has."""
+    """Seed of these runs; must differ from those of the compared runs."""
 
     def __post_init__(self):
         check_finite(self)
@@ -49,18 +49,18 @@ class Search:
         check(self, self.seed >= 0, "seed", "at least 0")
 
     def check_apart(self, seeds: int) -> None:
-        """Raises a ValueError if the seed is one of the compared runs', which are ``seeds``."""
-        wanted = f"at least seeds={seeds}, so that no compared run has it"
+        """Raise a ValueError if the seed is one of those of the compared runs, 0 to ``seeds`` - 1."""
+        wanted = f"at least seeds={seeds}, so that no compared run uses it"
         check(self, self.seed >= seeds, "seed", wanted)
 
     def climb(self, start: Point, steps: int, loss_of: Callable[[Point], float]) -> "Found":
-        """Searches for the pair of the lowest loss.
+        """Search for the pair with the lowest loss.
 
         Args:
-            start: Where to begin.
-            steps: Those of the run; a warmup stays below them.
-            loss_of: Makes a run and gives its loss, infinite if it diverged. It is called once for each pair, and never if
-                there is but one.
+            start: The starting point.
+            steps: Number of steps of a run; a warmup stays below it.
+            loss_of: Makes a run and returns its loss, infinite if it diverged. It is called once for each pair, and
+            never if ``points`` is 1.
 
         Example:
             >>> search = Search(learning_rate_factor=2.0)
@@ -71,7 +71,7 @@ class Search:
 
         def point(place: tuple[int, int]) -> Point:
             if place == (0, 0):
-                return start  # as it was given, whatever rounding makes of it
+                return start  # exactly as given, without rounding
             rate = start.learning_rate * self.learning_rate_factor ** place[0]
             warmup = round(start.warmup * self.warmup_factor ** place[1])
             return Point(float(f"{rate:.3g}"), min(max(warmup, 1), steps - 1))
@@ -95,11 +95,11 @@ class Search:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        best: The pair of the lowest loss.
-        losses: Of every pair that was tried, in that order.
+        best: The pair with the lowest loss.
+        losses: Loss of every pair that was tried, in order.
         settled: Whether all neighbours of the best pair were tried.
     """
 

@@ -1,4 +1,4 @@
-"""The arms of the experiment ``xtc``: what each begins as, learns from, and how a step trains it."""
+"""The arms of the experiment ``xtc``: their initial models, their losses and their training steps."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ RECIPES: dict[str, Recipe] = {TERNARY: w2a8(), BINARY: w1a8()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """What is trained in one way.
+    """A kind of model to train.
 
     Attributes:
         kind: ``teacher``, ``float``, ``ternary`` or ``binary``.
-        config: What the experiment was told.
+        config: Config of the experiment.
     """
 
     kind: str
@@ -41,36 +41,37 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Of its runs and figures: ``teacher``, ``ternary_3_layers``."""
+        """The name in its runs and figures: ``teacher``, ``ternary_3_layers``."""
         layers = len(self.config.teacher_layers)
         return self.kind if self.kind == TEACHER else f"{self.kind}_{layers}_layers"
 
     @property
     def budgets(self) -> tuple[int, ...]:
-        """Steps of its trainings."""
+        """Numbers of steps of its runs."""
         return (self.config.teacher_steps,) if self.kind == TEACHER else self.config.budgets
 
     @property
     def recipe(self) -> Recipe | None:
-        """What becomes of its weights; None leaves them in float."""
+        """The formats of its weights; None leaves them in float."""
         return RECIPES.get(self.kind)
 
     def begin(self, origin: Transformer) -> Transformer:
-        """The model before the first step.
+        """Return the model before the first step.
 
         Args:
-            origin: For the teacher a classifier, for the float student the teacher, and for the others the float student.
+            origin: For the teacher a classifier, for the float student the teacher, and for the others the float
+            student.
         """
         if self.kind == FLOAT:
             return take_layers(origin, self.config.teacher_layers)
         return origin if self.recipe is None else fake_quantize_model(origin, self.recipe)
 
     def packed(self, model: Transformer) -> Transformer:
-        """The model as it would be stored and served."""
+        """Return the model as it would be stored and served."""
         return model if self.recipe is None else quantize_model(model, self.recipe)
 
     def loss(self) -> Callable[..., Loss]:
-        """The objective: labels for the teacher, and the teacher for all others."""
+        """Return the loss: from labels for the teacher, and from the teacher for all others."""
         if self.kind == TEACHER:
             loss: Callable[..., Loss] = class_loss
         else:
@@ -81,12 +82,12 @@ class Arm:
         return lambda model, batch, key, *teacher: loss(model, batch, None, *teacher)
 
     def train_step(self) -> Callable[..., Any]:
-        """A step for all rates and budgets, which are numbers in the optimizer's state."""
+        """Return a step for all learning rates and budgets, which are values in the optimizer's state."""
         any_rate = self.optimizer(self.config.rates[0], self.budgets[0])
         return make_train_step(self.loss(), any_rate, clip=Clip(self.config.clip_norm))
 
     def optimizer(self, peak: float, steps: int) -> optax.GradientTransformation:
-        """AdamW whose rate rises to ``peak`` and falls linearly to 0 in ``steps`` steps."""
+        """Return AdamW with a learning rate that warms up to ``peak`` and decays linearly to 0 in ``steps`` steps."""
         warmup = int(self.config.warmup * steps)
         rate = optax.inject_hyperparams(_rise_and_fall)(
             peak=peak, warmup=float(warmup), total=float(steps)
@@ -95,7 +96,7 @@ class Arm:
 
 
 def _rise_and_fall(peak: Any, warmup: Any, total: Any) -> optax.GradientTransformation:
-    """The last link of an optimizer: a linear warmup to ``peak``, then a linear decay."""
+    """Return the last transformation of an optimizer: a linear warmup to ``peak``, then a linear decay."""
 
     def rate(count: Any) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)

@@ -1,4 +1,4 @@
-"""What the experiment ``xtc`` can be told, and its presets."""
+"""Config and presets of the experiment ``xtc``."""
 
 import dataclasses
 import pathlib
@@ -9,38 +9,39 @@ from effscale.models.validation import check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ClassifierPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     corpus: tuple[str, ...] = ("stdlib",)
-    """Sources, each of KIND stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
+    """Sources of the corpus, each stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
     classes: int = 10
-    """Documents of the task, the longest ones: which of them is a passage from?"""
+    """Number of documents (the longest ones) in the task, which is to classify the document a passage comes from."""
     passage: int = 32
-    """Tokens of a passage."""
+    """Tokens per passage."""
     train: int = 2000
-    """Training passages of all classes together."""
+    """Number of training passages over all classes."""
     dev: int = 200
-    """Passages by which checkpoints and learning rates are chosen."""
+    """Number of passages for choosing checkpoints and learning rates."""
     test: int = 500
-    """Passages that are measured on."""
+    """Number of test passages."""
     batch_size: int = 8
-    """Passages in a batch."""
+    """Passages per batch."""
     teacher_layers: tuple[int, ...] = (1, 3, 5)
-    """Layers of the teacher that the students begin as."""
+    """Layers of the teacher that the students are initialized from."""
     teacher_steps: int = 150
-    """Steps of the teacher's fine-tuning."""
+    """Optimizer steps of fine-tuning the teacher."""
     budgets: tuple[int, ...] = (25, 75, 225)
-    """Steps of the students' trainings, ascending; binary and ternary ones begin as the float one of the longest."""
+    """Optimizer steps of the students, in ascending order; binary and ternary students are initialized from the float student with the most
+    steps."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    """Peaks of the learning rate, all of which every arm tries at every budget with seed 0; the best is taken for all seeds."""
+    """Peak learning rates. Every arm tries all of them at every budget with seed 0, and the best one is used for all seeds."""
     evaluations: int = 4
-    """Evaluations of a run on the dev passages; the best checkpoint is kept."""
+    """Number of evaluations per run on the dev passages; the best checkpoint is kept."""
     dropout: bool = False
-    """Use the dropouts of the model's config for what is trained."""
+    """Use the dropout rates of the model's config in training."""
     text_model: pathlib.Path | None = None
     """Folder of a BERT to use instead of MiniLM."""
     out: pathlib.Path | None = None
-    """Folder of the run; by default runs/xtc/<time>."""
+    """Run folder; the default is runs/xtc/<time>."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,8 +83,9 @@ PRESETS = {
         evaluations=1,
     ),
     "default": Config(),
-    # Wu et al., 2022, and its published scripts: BERT-base (its folder is to be given), 12 layers to 6, batches of 32 rows of 128
-    # tokens, an MNLI of 392,702 sentence pairs and 3 classes for 3, 9 and 18 epochs, dropout. The task is passages here, too.
+    # Wu et al., 2022, and its published scripts: BERT-base (set its folder), 12 layers to 6, batches of 32 rows of
+    # 128 tokens, MNLI with 392,702 sentence pairs and 3 classes for 3, 9 and 18 epochs, dropout. The task here is
+    # passages too.
     "paper": Config(
         classes=3,
         passage=128,

@@ -1,19 +1,20 @@
-"""A fine-tuned BERT loses half of its layers, then nearly all of its bits, and learns from what it was: XTC.
+"""XTC: distill a fine-tuned BERT into half of its layers, then quantize it to two bits and one bit.
 
-MiniLM, a BERT of 6 layers, is fine-tuned to tell which document a passage of 32 tokens is from. That is the teacher. A student begins
-as three of its layers and learns from its logits, attention scores and hidden states (one-stage distillation). From that student
-two others begin, with ternary and with binary layers and token table, and 8-bit inputs of products; they learn from the same teacher in the
-same way. What is asked: how much accuracy is left at what size, and how much does a longer training give back?
+MiniLM, a BERT with 6 layers, is fine-tuned to classify which document a passage of 32 tokens comes from. This is the
+teacher. A student is initialized from three of its layers and learns from its logits, attention scores and hidden
+states (one-stage distillation). Two more students are initialized from that one, with ternary and with binary layers
+and token embeddings, and 8-bit inputs; they learn from the same teacher in the same way.
 
-All arms try the same learning rates at every budget, with seed 0, and the best on held-out dev passages is taken for all seeds. Of each
-run the checkpoint that was best on them counts. What is measured, on other held-out passages, is the packed model.
+The experiment measures how much accuracy is left at which size, and how much longer training recovers. All arms try
+the same learning rates at every budget with seed 0, and the best one on held-out dev passages is used for all seeds.
+Of each run, the best checkpoint on the dev passages counts. The packed model is evaluated on other held-out passages.
 
     python -m effscale.experiments.xtc
     python -m effscale.experiments.xtc --budgets 100 300 1000 3000 --seeds 5
     python -m effscale.experiments.xtc --corpus 'text:books/*.txt' --classes 6
     python -m effscale.experiments.xtc --out runs/mine --resume
 
-The model is installed by ``make assets``; the default corpus is the Python standard library of the running interpreter.
+``make assets`` installs the model; the default corpus is the standard library of the running Python.
 """
 
 import functools
@@ -28,23 +29,23 @@ from effscale.experiments.xtc.config import FREE, PRESETS, Config
 
 
 def run(config: Config) -> Result:
-    """Trains and measures all arms as ``config`` says and fills the run folder.
+    """Train and evaluate all arms according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other, the corpus or the model; or ``resume`` is set and the folder is
-            of another config.
-        ImportError: If the package with the model is not installed.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
-        StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
-        FileNotFoundError: If all runs of an arm and budget diverged before their first evaluation, so that there is no model.
+        ValueError: The config is inconsistent or does not match the corpus or the model; or ``resume`` is set and the
+            folder has another config.
+        ImportError: The package with the model is not installed.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+        FileNotFoundError: All runs of an arm and budget diverged before their first evaluation, so there is no model.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     import jax
 
     from effscale.experiments.shared.classifier.batches import digest
@@ -57,7 +58,7 @@ def run(config: Config) -> Result:
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     with status("reading passages and model"):
         model, tokenizer = read_model(config)
@@ -105,7 +106,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.xtc")
         keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The task of the experiment ``xtc``: which document is a passage from?"""
+"""The task of the experiment ``xtc``: classify which document a passage comes from."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +15,13 @@ from effscale.models.validation import check
 
 @dataclasses.dataclass(frozen=True)
 class Passages:
-    """Passages to learn from, to choose by, and to be measured on.
+    """Passages for training, for model selection, and for testing.
 
     Attributes:
         train: From the first three quarters of each document.
         dev: Every other passage of the last quarter.
         test: The passages between those.
-        num_classes: How many documents there are.
+        num_classes: Number of documents.
     """
 
     train: Texts
@@ -31,11 +31,11 @@ class Passages:
 
     @property
     def majority(self) -> float:
-        """Share of the most frequent label of the test passages: the accuracy of a constant answer."""
+        """The share of the most frequent label of the test passages, which is the accuracy of a constant answer."""
         return float(np.bincount(self.test.labels).max() / len(self.test))
 
     def digests(self) -> dict[str, Any]:
-        """What identifies the passages, for `RunFolder.create`."""
+        """Return digests of the passages, for ``RunFolder.create``."""
         splits = {"train": self.train, "dev": self.dev, "test": self.test}
         return {
             name: {"passages": len(texts), "digest": digest(texts.arrays())}
@@ -44,11 +44,11 @@ class Passages:
 
 
 def read_passages(config: Config, tokenizer: tokenizers.Tokenizer) -> Passages:
-    """Cuts the longest documents of the corpus into passages.
+    """Cut the longest documents of the corpus into passages.
 
     Args:
-        config: What the experiment was told.
-        tokenizer: The model's; no tokens of its own are added.
+        config: Config of the experiment.
+        tokenizer: The model's tokenizer; no special tokens are added.
 
     Raises:
         ValueError: There are too few documents, or they are too short.
@@ -57,7 +57,7 @@ def read_passages(config: Config, tokenizer: tokenizers.Tokenizer) -> Passages:
     texts = [document.text for source in sources for document in source.documents()]
     enough = f"at most the {len(texts)} documents of the corpus"
     check(config, config.classes <= len(texts), "classes", enough)
-    # By characters, so that only these are to be encoded; of equal ones the first.
+    # By characters, so that only these documents need to be encoded; of equally long ones the first.
     longest = sorted(texts, key=lambda text: -len(text))[: config.classes]
     tokenizer.no_padding()
     tokenizer.no_truncation()

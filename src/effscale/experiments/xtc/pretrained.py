@@ -1,4 +1,4 @@
-"""The model that the experiment ``xtc`` begins with."""
+"""The pretrained model of the experiment ``xtc``."""
 
 import tokenizers
 
@@ -11,13 +11,13 @@ from effscale.models.validation import check
 
 
 def read_model(config: Config) -> tuple[Transformer, tokenizers.Tokenizer]:
-    """Reads the pretrained model, whose heads are not used, and its tokenizer.
+    """Read the pretrained model, whose heads are not used, and its tokenizer.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
 
     Raises:
-        ValueError: It is no BERT, or has too few layers or positions.
+        ValueError: The model is not a BERT, or has too few layers or positions.
         ImportError: MiniLM is not installed.
     """
     folder = config.text_model or assets.minilm_folder()

@@ -1,4 +1,4 @@
-"""The runs of the experiment ``xtc``: of an arm, one per budget, learning rate and seed."""
+"""The runs of the experiment ``xtc``: one per arm, budget, learning rate and seed."""
 
 import functools
 import json
@@ -34,21 +34,21 @@ from effscale.training import (
 from effscale.training.serialize import write_json
 
 EVALUATION_BATCH = 50
-"""Passages in a batch of an evaluation."""
+"""Passages per evaluation batch."""
 
 UNTRAINED = 0
-"""The budget of a model that is measured as it begins."""
+"""The budget of a model that is evaluated before training."""
 
 
 class Runner:
     """An arm's runs, compiled once for all of them.
 
     Args:
-        arm: Which.
+        arm: The arm.
         data: The passages.
-        folder: The run folder, in which each run gets a folder of its own.
-        origin: By seed, what `Arm.begin` makes the model of.
-        teacher: By seed, what it learns from; None where it learns from labels.
+        folder: The run folder, in which each run gets its own folder.
+        origin: By seed, the ``origin`` argument of ``Arm.begin``.
+        teacher: By seed, the teacher; None if the arm learns from labels.
     """
 
     def __init__(
@@ -66,13 +66,14 @@ class Runner:
         self.rates: dict[int, float] = {}
 
     def search(self) -> dict[int, dict[float, float]]:
-        """Tries all rates at all budgets with seed 0, and takes the best of each; finished runs are not made again.
+        """Try all learning rates at all budgets with seed 0, and choose the best for each; finished runs are not
+        repeated.
 
         Returns:
-            For each budget and rate the best accuracy on the dev passages.
+            For each budget and learning rate, the best accuracy on the dev passages.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         found = {}
         for steps in self.arm.budgets:
@@ -84,13 +85,15 @@ class Runner:
         return found
 
     def run(self, seed: int) -> dict[int, dict[str, float]]:
-        """Makes the runs of a seed, with the rates that the search found, and measures them on the test passages.
+        """Make the runs of a seed with the learning rates that the search found, and evaluate them on the test
+        passages.
 
         Returns:
-            For each budget, and for none, what was measured: ``test_accuracy`` and, of quantized arms, how it is packed.
+            For each budget, and for the model before training, the results: ``test_accuracy`` and, for quantized
+            arms, those of the packed model.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         found = {}
         if self.teacher is not None:
@@ -106,7 +109,7 @@ class Runner:
         return found
 
     def model(self, seed: int) -> Transformer:
-        """The best model of a seed's longest run."""
+        """Load the best model of a seed's longest run."""
         steps = self.arm.budgets[-1]
         return self._best(steps, self.rates[steps], seed)
 
@@ -117,7 +120,7 @@ class Runner:
         return KeepBest(self.folder.path / self._name(steps, rate, seed) / "best")
 
     def _forget(self, steps: int, rate: float, seed: int) -> None:
-        """Deletes a run's model, which nothing needs any more."""
+        """Delete a run's model, which is no longer needed."""
         place = self.folder.path / self._name(steps, rate, seed) / "best"
         shutil.rmtree(place, ignore_errors=True)
 
@@ -129,12 +132,12 @@ class Runner:
         return self._kept(steps, rate, seed).restore(wanted).model
 
     def _run(self, steps: int, rate: float, seed: int) -> float:
-        """Makes a run unless it is there, and gives its best accuracy on the dev passages; 0 if it diverged before any."""
+        """Make a run unless it exists, and return its best accuracy on the dev passages; 0 if it diverged before the first evaluation."""
         name, config = self._name(steps, rate, seed), self.arm.config
         kept = self._kept(steps, rate, seed)
 
         def create() -> TrainState:
-            # The step takes its arrays, and the teacher's are needed again.
+            # The step donates its arrays, and the teacher's are needed again.
             model = jax.tree.map(jnp.copy, self._begin(seed))
             return create_train_state(
                 model, self.arm.optimizer(rate, steps), key=jax.random.key(seed)
@@ -159,7 +162,7 @@ class Runner:
                     every=-(-steps // config.evaluations),
                     frozen=None if self.teacher is None else self.teacher(seed),
                 )
-            except TrainingDivergedError as error:  # what was best before counts
+            except TrainingDivergedError as error:  # the best checkpoint before counts
                 print(f"{name} diverged at step {error.step}", file=sys.stderr)
 
         once(self.folder, name, train)
@@ -167,7 +170,7 @@ class Runner:
         return float(series(records, "dev_accuracy")[1].max(initial=0.0))
 
     def _measured(self, name: str, model: Callable[[], Transformer]) -> dict[str, float]:
-        """What is measured of a model on the test passages, once."""
+        """Evaluate a model on the test passages, once."""
         file = self.folder.path / name / "measured.json"
 
         def measure() -> None:
@@ -179,17 +182,17 @@ class Runner:
 
 
 def measure_model(arm: Arm, model: Transformer, test: Texts) -> dict[str, float]:
-    """Accuracy and size of a model as it is stored: of a quantized arm that is the packed one.
+    """Measure accuracy and size of a model as it is stored; for a quantized arm, of the packed model.
 
     Args:
-        arm: Whose.
-        model: As it was trained.
-        test: Passages.
+        arm: The arm of the model.
+        model: The trained model.
+        test: The test passages.
 
     Returns:
-        ``test_accuracy``, and the bytes of ``model_size``; of a quantized arm also ``trained_accuracy``, of the fake-quantized
-        model, ``agreement``, the share of passages on which the two give the same answer, and ``logit_difference``, the largest
-        difference of their logits relative to the largest logit.
+        ``test_accuracy``, and the bytes of ``model_size``. For a quantized arm also ``trained_accuracy``, that of the
+        fake-quantized model; ``agreement``, the share of passages on which the two give the same answer; and
+        ``logit_difference``, the largest difference of their logits relative to the largest logit.
     """
     packed = arm.packed(model)
     logits, labels = _logits(packed, test)
@@ -216,7 +219,7 @@ def _predict(model: Transformer, batch: Any) -> jax.Array:
 
 
 def _logits(model: Transformer, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of all texts, and their labels in the same order."""
+    """Return the logits of all texts, and their labels in the same order."""
     logits, labels = [], []
     for batch in evaluation_batches(texts, min(EVALUATION_BATCH, len(texts))):
         real = batch["weights"] > 0
@@ -230,7 +233,7 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over rows, in float64."""
+    """Return the mean over rows, in float64."""
     shifted = logits.astype(float) - logits.max(-1, keepdims=True)
     right = np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
     return float((np.log(np.exp(shifted).sum(-1)) - right).mean())

@@ -1,4 +1,4 @@
-"""Trained models in 8 and 4 bits: what rounding costs, and what LKD and GPTQ give back."""
+"""Pretrained models in 8 and 4 bits: the cost of rounding, and how much of it LKD and GPTQ recover."""
 
 from effscale.experiments.zeroquant.config import PRESETS, Config
 from effscale.experiments.zeroquant.experiment import main, run

@@ -24,7 +24,7 @@ Method = Literal["round", "static", "gptq", "gptq_normalized", "lkd", "lkd_long"
 
 
 class Arm(NamedTuple):
-    """A recipe, and how its codes are found; without a recipe the model stays as it is."""
+    """A recipe and a method to find the codes; without a recipe the model is not quantized."""
 
     title: str
     recipe: Recipe | None
@@ -35,7 +35,7 @@ LAYERS = r"layers\..*kernel"
 
 
 def make_arms(group_size: int) -> dict[str, Arm]:
-    """Every arm by its name."""
+    """Return all arms by name."""
     per_tensor = Format(granularity="tensor")
     all_alike = lambda weights, inputs=None: Recipe(
         (Rule(where=LAYERS, weights=weights, activations=inputs),)
@@ -65,7 +65,7 @@ def make_arms(group_size: int) -> dict[str, Arm]:
 
 
 class Calibration(NamedTuple):
-    """What the methods look at: batches of text, and batches of random tokens of the same shape."""
+    """Calibration data of the methods: batches of text, and batches of random tokens of the same shape."""
 
     text: Sequence[Mapping[str, Any]]
     random: Sequence[Mapping[str, Any]]
@@ -74,13 +74,13 @@ class Calibration(NamedTuple):
 def quantized(
     model: Transformer, arm: Arm, calibration: Callable[[], Calibration], lkd: LKD
 ) -> Transformer:
-    """The model as an arm has it.
+    """Quantize a model according to an arm.
 
     Args:
         model: The float model.
-        arm: How.
-        calibration: Gives the text, for the methods that look at any.
-        lkd: How layers are distilled.
+        arm: The arm.
+        calibration: Returns calibration data, for the methods that need it.
+        lkd: Options of layer-by-layer distillation.
     """
     if arm.recipe is None:
         return model

@@ -1,4 +1,4 @@
-"""The classifier of the experiment ``zeroquant``: fine-tuned, then measured under each arm."""
+"""The classifier of the experiment ``zeroquant``: fine-tuned, then evaluated with each arm."""
 
 import functools
 import json
@@ -27,11 +27,11 @@ from effscale.training.serialize import write_json
 
 
 class ClassifierRuns:
-    """Fine-tunes the classifier with one seed after another and measures each under every arm.
+    """Fine-tunes the classifier with one seed after another and evaluates each with every arm.
 
     Args:
         problem: The task.
-        config: What the experiment was told.
+        config: Config of the experiment.
         folder: The run folder.
     """
 
@@ -54,12 +54,12 @@ class ClassifierRuns:
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def run(self) -> None:
-        """Every seed that is not there yet."""
+        """Run every seed that is not done yet."""
         for seed in range(self.config.seeds):
             once(self.folder, f"minilm/seed-{seed}", functools.partial(self._run, seed))
 
     def found(self, seed: int) -> dict[str, Any]:
-        """What `run` found with a seed: by arm, the accuracy and the layers' bytes."""
+        """Return the results of ``run`` for a seed: by arm, the accuracy and the bytes of the layers."""
         return json.loads(self._file(seed).read_text(encoding="utf-8"))
 
     def _file(self, seed: int) -> pathlib.Path:
@@ -97,7 +97,7 @@ class ClassifierRuns:
         return {f"{prefix}{name}": means[f"{prefix}{name}"] for name in ("loss", "accuracy")}
 
     def _calibration(self) -> Calibration:
-        """The longest of the reviews that the classifier learned from, which have one shape, without their labels."""
+        """Return the longest training reviews, which have the same shape, without labels."""
         texts, size = self.problem.data.train, self.problem.recipe.batch_size
         found = [
             {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

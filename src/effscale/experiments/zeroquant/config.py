@@ -1,4 +1,4 @@
-"""What the experiment ``zeroquant`` can be told, and its presets."""
+"""Config and presets of the experiment ``zeroquant``."""
 
 import dataclasses
 import pathlib
@@ -30,40 +30,40 @@ ArmName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ClassifierPart):
-    """What the run does; every field is an option of the command line."""
+    """Options of a run; every field is a command-line option."""
 
     models: tuple[Literal["smollm2", "minilm"], ...] = ("smollm2", "minilm")
-    """A language model, measured by its perplexity, and a classifier, by its accuracy."""
+    """Models to quantize: a language model, evaluated by perplexity, and a classifier, evaluated by accuracy."""
     arms: tuple[ArmName, ...] = get_args(ArmName)
-    """Ways of quantization, each beside float32. Of LKD, the classifier has only the one on its own texts."""
+    """Ways of quantization, each compared with float32. The classifier uses LKD only on its own texts."""
     peers: bool = False
-    """Quantize the language model by torchao and by qwix as well; both have to be installed."""
+    """Also quantize the language model with torchao and with qwix; both must be installed."""
     rows: int = 16
-    """Rows of each test text: of Wikipedia, and of the Python library."""
+    """Number of rows of each test text: Wikipedia, and the Python library."""
     length: int = 512
-    """Tokens of such a row."""
+    """Tokens per row of the test texts."""
     batch_rows: int = 4
-    """Rows of a text that are evaluated together."""
+    """Rows per evaluation batch."""
     calibration_rows: int = 128
-    """Rows of web pages (C4) that GPTQ and LKD look at."""
+    """Number of rows of web pages (C4) for calibrating GPTQ and LKD."""
     calibration_length: int = 256
-    """Tokens of such a row."""
+    """Tokens per calibration row."""
     group_size: int = 64
-    """Inputs that share a scale in 4-bit weights."""
+    """Number of inputs that share a scale in 4-bit weights."""
     lkd: LKD = LKD(steps=64, learning_rate=3e-4, cosine=True)
-    """How the language model's layers are distilled, a batch of ``batch_rows`` rows in each step."""
+    """Distillation of the language model's layers, with ``batch_rows`` rows per step."""
     layers: int | None = None
-    """Take the language model's first layers only, for a quick look; its perplexity is then of no use."""
+    """Use only this number of first layers of the language model, for a quick test; its perplexity is then meaningless."""
     language_model: pathlib.Path | None = None
     """A folder or GGUF file of a causal model to use instead of SmolLM2-135M."""
     text_model: pathlib.Path | None = None
     """Folder of a BERT to use instead of MiniLM."""
     reviews: Recipe = Recipe()
-    """How the classifier of drug reviews is fine-tuned before it is quantized; there are 600 and 379."""
+    """Fine-tuning of the classifier of drug reviews before quantization; 600 training and 379 test examples exist."""
     max_length: int = 128
-    """Tokens of a review, the rest is cut off."""
+    """Maximum number of tokens per review; longer reviews are truncated."""
     classifier_lkd: LKD = LKD(steps=75, learning_rate=1e-4)
-    """How the classifier's layers are distilled, on the reviews that it learned from."""
+    """Distillation of the classifier's layers, on its training reviews."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,8 +97,8 @@ PRESETS = {
         classifier_lkd=LKD(steps=2, learning_rate=1e-4),
     ),
     "default": Config(),
-    # Section 5 of the paper: 100 iterations per layer on text of 2,048 tokens for GPT, a rate of 5e-6; BERT fine-tuned on up
-    # to 128 tokens. GPTQ's paper takes 128 rows of 2,048 tokens for calibration.
+    # Section 5 of the paper: 100 iterations per layer on text of 2,048 tokens for GPT, a learning rate of 5e-6; BERT
+    # fine-tuned on up to 128 tokens. GPTQ's paper uses 128 rows of 2,048 tokens for calibration.
     "paper": Config(
         rows=128,
         length=2048,
@@ -112,4 +112,4 @@ PRESETS = {
 }
 
 FREE = ("models", "arms", "peers", "out", "resume")
-"""What may differ when a run is resumed."""
+"""Fields that can change when a run is resumed."""

@@ -1,14 +1,16 @@
-"""Trained models in 8 and 4 bits: what rounding costs, and what LKD and GPTQ give back.
+"""Pretrained models in 8 and 4 bits: the cost of rounding, and how much of it LKD and GPTQ recover.
 
-SmolLM2-135M is quantized by ZeroQuant's recipes, by GPTQ, and with --peers by torchao and qwix; its perplexity is measured on
-Wikipedia and on Python source. MiniLM is fine-tuned on drug reviews, then quantized; its accuracy is measured.
+SmolLM2-135M is quantized with ZeroQuant's recipes, with GPTQ, and with --peers also by torchao and qwix; its
+perplexity is measured on Wikipedia and on Python source. MiniLM is fine-tuned on drug reviews, then quantized; its
+accuracy is measured.
 
     python -m effscale.experiments.zeroquant --peers
     python -m effscale.experiments.zeroquant --models minilm --seeds 5
     python -m effscale.experiments.zeroquant --models smollm2 --language-model FOLDER --group-size 128
     python -m effscale.experiments.zeroquant --out runs/mine --resume
 
-Models and texts are installed by ``make assets``; the peers by ``pip install 'effscale[peers]'``.
+``make assets`` installs models and texts; ``pip install accelerate qwix torch torchao transformers`` installs the
+peers.
 """
 
 import time
@@ -22,22 +24,23 @@ from effscale.experiments.zeroquant.config import FREE, PRESETS, Config
 
 
 def run(config: Config) -> Result:
-    """Quantizes and measures as ``config`` says and fills the run folder.
+    """Quantize and evaluate according to ``config`` and fill the run folder.
 
     Args:
-        config: What to do.
+        config: Options of the run.
 
     Returns:
         The named figures.
 
     Raises:
-        ValueError: If parts of the config do not fit each other, the texts or the models; or ``resume`` is set and the
-            folder is of another config.
-        ImportError: If a package with a model or text is not installed, or ``peers`` is set and one of them is not.
-        FileExistsError: If ``out`` already holds a run and ``resume`` is not set.
+        ValueError: The config is inconsistent or does not match the texts or the models; or ``resume`` is set and the
+            folder has another config.
+        ImportError: A package with a model or text is not installed, or ``peers`` is set and one of them is not
+            installed.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
         StoppedBySignal: After SIGTERM or Ctrl-C while the classifier is trained, when all is saved.
     """
-    # Importing what only a run needs here keeps --help quick.
+    # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.shared.classifier.batches import digest
     from effscale.experiments.shared.classifier.problem import prepare_reviews
     from effscale.experiments.zeroquant import language, peers, report
@@ -46,7 +49,7 @@ def run(config: Config) -> Result:
     from effscale.training import RunFolder
 
     began = time.perf_counter()
-    # What cannot work is refused before anything is written.
+    # Invalid settings raise before anything is written.
     if config.peers:
         peers.require()
     check_folder(config, FREE)
@@ -89,7 +92,7 @@ def run(config: Config) -> Result:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     with messages():
         config = parse(
             PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.zeroquant"

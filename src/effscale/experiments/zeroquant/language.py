@@ -1,4 +1,4 @@
-"""The language model of the experiment ``zeroquant``: its losses on two texts, arm by arm."""
+"""The language model of the experiment ``zeroquant``: its losses on two texts, for each arm."""
 
 import dataclasses
 import itertools
@@ -29,12 +29,12 @@ TEXTS = ("wiki", "python")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageProblem:
-    """A causal model with the texts that it is measured on and calibrated with.
+    """A causal model with the texts for evaluation and calibration.
 
     Attributes:
         source: The folder or file of the model.
         model: The model.
-        vocabulary: Its number of tokens.
+        vocabulary: Vocabulary size.
         tests: Token ids of shape ``(rows, length)`` by text.
         calibration: Token ids of shape ``(calibration_rows, calibration_length)``.
     """
@@ -47,10 +47,10 @@ class LanguageProblem:
 
 
 def prepare(config: Config) -> LanguageProblem:
-    """Reads the model and the texts.
+    """Read the model and the texts.
 
     Args:
-        config: What the experiment was told.
+        config: Config of the experiment.
     """
     source = config.language_model or assets.smollm2_file()
     tokenizer = load_tokenizer(source)
@@ -58,7 +58,7 @@ def prepare(config: Config) -> LanguageProblem:
     model = load_pretrained(source)
     inputs = model.config.inputs
     if not isinstance(inputs, TokenInputs) or not model.config.causal:
-        raise ValueError(f"language_model={str(source)!r} is no causal language model")
+        raise ValueError(f"language_model must be a causal language model, got {str(source)!r}")
     if config.layers is not None:
         model = take_layers(model, range(min(config.layers, model.config.num_layers)))
     texts = {
@@ -77,23 +77,23 @@ def prepare(config: Config) -> LanguageProblem:
 
 
 def _rows(documents: Iterable[list[int]], rows: int, length: int) -> Int[np.ndarray, "rows length"]:
-    """Documents behind one another, cut into rows; each document gives at most an eighth of them, so that none rules."""
+    """Concatenate documents and split them into rows; each document provides at most an eighth of them, so that none dominates."""
     most = max(rows * length // 8, length)
     ids = itertools.chain.from_iterable(document[:most] for document in documents)
     found = np.fromiter(itertools.islice(ids, rows * length), np.int32)
     if len(found) < rows * length:
         raise ValueError(
-            f"the text has {len(found):,} tokens, and {rows} rows of {length} are wanted; ask for fewer"
+            f"the text has {len(found):,} tokens, too few for {rows} rows of {length}. Use fewer or shorter rows"
         )
     return found.reshape(rows, length)
 
 
 class LanguageRuns:
-    """Measures a language model under each arm.
+    """Evaluates a language model with each arm.
 
     Args:
         problem: The model and its texts.
-        config: What the experiment was told.
+        config: Config of the experiment.
         folder: The run folder; each arm has a folder in it.
     """
 
@@ -104,13 +104,13 @@ class LanguageRuns:
         self.names = ("float32", *config.arms, *others)
 
     def run(self) -> None:
-        """Every arm and peer that is not there yet, and how sensitive each layer is."""
+        """Run every arm and peer that is not done yet, and measure the sensitivity of each layer."""
         for name in self.names:
             self._once(name, lambda name=name: self._losses(name))
         self._once("sensitivity", self._sensitivity)
 
     def found(self, name: str) -> Any:
-        """What `run` found of an arm or peer, or of the layers' ``sensitivity``."""
+        """Return the results of ``run`` for an arm or peer, or for the layers' ``sensitivity``."""
         return json.loads(self._file(name).read_text(encoding="utf-8"))
 
     def _once(self, name: str, make: Callable[[], Any]) -> None:
@@ -122,7 +122,7 @@ class LanguageRuns:
         return self.folder.path / "smollm2" / name / "losses.json"
 
     def _losses(self, name: str) -> dict[str, Any]:
-        """The mean loss of each row of each text, and where the model is ours the bytes of its layers."""
+        """Return the mean loss of each row of each text, and for models of this library the bytes of the layers."""
         config, model = self.config, self.problem.model
         if name in peers.TORCH:
             return self._over_texts(peers.by_torch(self.problem.source, name, config.layers))
@@ -148,7 +148,7 @@ class LanguageRuns:
         )
 
     def _sensitivity(self) -> dict[str, dict[str, float]]:
-        """For W8A8 and W4/8A8, by layer and by kind of weight, on a part of the calibration text."""
+        """Return the sensitivity for W8A8 and W4/8A8, by layer and by kind of weight, on part of the calibration text."""
         few = self.problem.calibration[: 2 * self.config.batch_rows]
         lessons = [{"input_ids": b} for b in batches(few, self.config.batch_rows)]
         loss = lambda model, batch: row_losses(model, batch["input_ids"]).mean()
@@ -163,14 +163,14 @@ class LanguageRuns:
 def batches(
     rows: Int[np.ndarray, "rows length"], size: int
 ) -> Iterator[Int[np.ndarray, "size length"]]:
-    """The rows, ``size`` at a time."""
+    """Yield the rows, ``size`` at a time."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 @jax.jit
 def row_losses(model: Transformer, ids: Int[Array, "rows length"]) -> Float[Array, "rows"]:
-    """The mean loss of each row's tokens after its first, in nats."""
+    """Return the mean loss of each row's tokens after the first, in nats per token."""
     logits = model(ids)[:, :-1].astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, -1) - chosen, -1)

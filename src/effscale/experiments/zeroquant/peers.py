@@ -1,4 +1,4 @@
-"""Quantization by other libraries, of the same model, for the experiment ``zeroquant``: torchao and qwix."""
+"""Quantization of the same model by other libraries, for the experiment ``zeroquant``: torchao and qwix."""
 
 import dataclasses
 import importlib
@@ -18,29 +18,29 @@ from effscale.models.activations import Activation
 from effscale.models.weights import finish
 
 TORCH = ("torch_float32", "torchao_w8a8")
-"""The model in transformers, as it is and with torchao's ``Int8DynamicActivationInt8WeightConfig``."""
+"""The model in transformers, unquantized and with torchao's ``Int8DynamicActivationInt8WeightConfig``."""
 
 QWIX = ("qwix_w8a8", "qwix_w4")
-"""qwix's codes and products in this library's model: 8 bits per output and per token; 4 bits in tiles, inputs as they are."""
+"""qwix's codes and products in this library's model: 8 bits per output and per token; 4 bits in tiles with unquantized inputs."""
 
 
 def require() -> None:
-    """Raises an ImportError that says what to install unless all peers are there."""
+    """Raise an ImportError that says what to install unless all peers are installed."""
     needed = ("torch", "transformers", "accelerate", "torchao", "qwix")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"--peers needs {', '.join(missing)}: pip install 'effscale[peers]', or go without it"
+            f"--peers needs {', '.join(missing)}: install them with pip install {' '.join(missing)}, or leave out --peers"
         )
 
 
 def by_qwix(model: Transformer, name: str, tile: int) -> Transformer:
-    """The model with its layers' kernels quantized and multiplied by qwix.
+    """Return the model with its layers' kernels quantized and multiplied by qwix.
 
     Args:
         model: The float model.
-        name: One of `QWIX`.
-        tile: Inputs that share a scale in 4 bits.
+        name: A name in ``QWIX``.
+        tile: Number of inputs that share a scale in 4 bits.
     """
     import qwix
 
@@ -61,7 +61,7 @@ def by_qwix(model: Transformer, name: str, tile: int) -> Transformer:
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes and placeholders, too
 class _QwixWeight:
-    """A kernel of qwix's, with qwix's product."""
+    """A kernel of qwix, with qwix's product."""
 
     array: Any
     has_quantized_inputs: bool = dataclasses.field(metadata={"static": True})
@@ -73,11 +73,11 @@ class _QwixWeight:
 
     @property
     def dtype(self) -> Any:
-        """Type of results."""
+        """Dtype of results."""
         return jnp.dtype("float32")
 
     def astype(self, dtype: Any) -> "_QwixWeight":
-        """Itself; only float32 is wanted here."""
+        """Return itself; only float32 is needed here."""
         del dtype
         return self
 
@@ -100,15 +100,15 @@ class _QwixWeight:
 def by_torch(
     source: pathlib.Path, name: str, layers: int | None
 ) -> Callable[[np.ndarray], list[float]]:
-    """The model in transformers.
+    """Load the model in transformers.
 
     Args:
         source: Its folder, or a GGUF file.
-        name: One of `TORCH`.
-        layers: Take only its first layers; None takes all.
+        name: A name in ``TORCH``.
+        layers: Use only this number of first layers; None uses all.
 
     Returns:
-        From token ids ``(rows, length)`` to the mean loss of each row.
+        A function from token ids ``(rows, length)`` to the mean loss of each row.
     """
     import torch
     import transformers
@@ -121,7 +121,7 @@ def by_torch(
     if layers is not None:
         del model.model.layers[layers:]
     if name == "torchao_w8a8":
-        # By name: whoever checks types need not have it.
+        # By name, so that type checkers do not need the package.
         torchao = importlib.import_module("torchao.quantization")
         in_layers = lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path
         config = torchao.Int8DynamicActivationInt8WeightConfig()

@@ -73,6 +73,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "writing DeepSpeed checkpoints needs torch: install it with pip install 'effscale[torch]'"
+            "writing DeepSpeed's files needs torch: install it with pip install torch"
         ) from error
     return torch

@@ -235,6 +235,6 @@ def import_gguf() -> Any:
         import gguf.quants
     except ImportError as error:
         raise ImportError(
-            "reading GGUF files needs gguf: install it with pip install 'effscale[gguf]'."
+            "reading GGUF files needs gguf: install it with pip install gguf"
         ) from error
     return gguf

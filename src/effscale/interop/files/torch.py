@@ -150,8 +150,8 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ImportError(
-            "reading PyTorch's .bin and .pt files needs torch: install it with pip install 'effscale[torch]', or "
-            "convert the files to safetensors on a machine that has it."
+            "reading PyTorch's .bin and .pt files needs torch: install it with pip install torch, or "
+            "convert them to safetensors on a machine that has it"
         ) from error
     return torch
 

@@ -1,1 +1,1 @@
-"""Packed weights in files: compressed-tensors' layout, GGUF's blocks, and a layout of our own."""
+"""Packed weights in files: the layout of compressed-tensors, the blocks of GGUF, and effscale's own layout."""

@@ -1,4 +1,4 @@
-"""Matrices of codes with their scales, on the way between the layout of a file and that of a packed weight."""
+"""Matrices of codes with scales, the intermediate form between the layout of a file and that of a packed weight."""
 
 import dataclasses
 from typing import Any
@@ -18,15 +18,15 @@ _unpack = jax.jit(unpack, static_argnums=1)
 
 @dataclasses.dataclass(frozen=True)
 class CodedTensor:
-    """A tensor of a file as codes with scales; see `effscale.interop.tensors.StructuredTensor`.
+    """A tensor of a file as codes with scales; see ``effscale.interop.tensors.StructuredTensor``.
 
     Attributes:
         codes: int8, ``(out, in)``.
         scale: float32, ``(out, groups)``: one group per output, or groups of consecutive inputs.
-        zero: float32, likewise: what is added; None for symmetric formats.
-        format: ``channel`` or ``group``.
-        activations: As of `effscale.quant.PackedWeight`.
-        is_table: Whether it is a table of embeddings, with rows in place of outputs.
+        zero: float32, same shape as ``scale``: the offset to add; None for symmetric formats.
+        format: A format with granularity ``channel`` or ``group``.
+        activations: As in ``effscale.quant.PackedWeight``.
+        is_table: Whether it is an embedding table, with rows in place of outputs.
     """
 
     codes: np.ndarray
@@ -37,7 +37,7 @@ class CodedTensor:
     is_table: bool = False
 
     def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[PackedWeight, ...]:
-        """Packed weights, one for each parameter that the tensor fills."""
+        """Return packed weights, one for each parameter that the tensor fills."""
         codes = to_ours(self.codes)
         scales = [self._scales(array) for array in to_ours(self.scale)]
         zeros = [None] * len(codes)
@@ -57,7 +57,7 @@ class CodedTensor:
         )
 
     def _packed(self, rows: np.ndarray) -> np.ndarray:
-        # A byte each is packed already: that spares a copy of what may be a large table.
+        # One byte per code is already packed, which saves a copy of a possibly large table.
         return rows if self.format.bits == 8 else np.asarray(_pack(rows, self.format.bits))
 
     def _kernel(self, ours: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ class CodedTensor:
 
 
 def check_coded(name: str, shape: tuple[int, ...], format: Format, activations: Any) -> None:
-    """Raises an error that names the tensor ``(out, in)`` unless it can be packed in this format."""
+    """Raise an error that names the tensor ``(out, in)`` unless it can be packed in this format."""
     d_out, d_in = shape
     try:
         check_packable(d_in, format, activations)
@@ -79,12 +79,12 @@ def check_coded(name: str, shape: tuple[int, ...], format: Format, activations: 
 
 
 def kernel_codes(weight: PackedWeight) -> np.ndarray:
-    """The codes of a packed matrix, ``(in, out)``."""
+    """Return the codes of a packed matrix, ``(in, out)``."""
     return np.asarray(_unpack(weight.data, weight.format.bits)).T
 
 
 def kernel_scales(weight: PackedWeight, scales: Any) -> np.ndarray:
-    """Its scales or zero points as ``(groups, out)``: with one group, unless the format has groups of inputs."""
+    """Return its scales or zero points as ``(groups, out)``: one group, unless the format has groups of inputs."""
     scales = np.asarray(scales)
     if weight.format.granularity == "group":
         return scales

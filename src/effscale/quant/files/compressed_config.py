@@ -1,6 +1,7 @@
 """The ``quantization_config`` of compressed-tensors: which modules are quantized, and to what.
 
-Source: compressed-tensors 0.20, https://github.com/vllm-project/compressed-tensors
+References:
+    vLLM project, "compressed-tensors", version 0.20. https://github.com/vllm-project/compressed-tensors
 """
 
 import dataclasses
@@ -17,21 +18,21 @@ from effscale.quant.packing import stored_bits
 METHOD = "compressed-tensors"
 INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
 WE_HAVE = (
-    f"of compressed-tensors, effscale has the formats {INT} and {PACKED}: integers of 8, 4 or 2 bits (2 only symmetric) with the "
-    "strategies tensor, channel and group, and inputs as they are or quantized dynamically per token or per tensor"
+    f"effscale supports the compressed-tensors formats {INT} and {PACKED}: integers of 8, 4 or 2 bits (2 only symmetric) with the "
+    "strategies tensor, channel and group, and inputs that are unquantized or quantized dynamically per token or per tensor"
 )
 INPUT_BITS = (3, 4, 8)
 UNKNOWN = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
-"""Fields that change what a model computes and are not taken."""
+"""Fields that change what a model computes and are not supported."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What the weights and inputs of some modules are quantized to.
+    """The quantization of the weights and inputs of some modules.
 
     Attributes:
-        weights: Of the weights; ``channel`` or ``group``.
-        activations: Of the inputs; None leaves them as they are.
+        weights: Format of the weights, with granularity ``channel`` or ``group``.
+        activations: Format of the inputs; None leaves them unquantized.
         layout: ``int-quantized`` (codes of 8 bits) or ``pack-quantized`` (words).
     """
 
@@ -40,7 +41,7 @@ class Scheme:
     layout: str
 
     def fields(self, targets: list[str]) -> dict[str, Any]:
-        """The scheme as a group of the config."""
+        """Return the scheme as a group of the config."""
         weights, inputs = self.weights, self.activations
         group = {"group_size": weights.group_size} if weights.group_size else {}
         described: dict[str, Any] = {
@@ -68,17 +69,19 @@ class Scheme:
 
 
 def scheme_for(weights: Format, activations: Format | None) -> Scheme:
-    """The scheme that stands for formats of ours, with the same codes.
+    """Return the scheme that represents effscale's formats with the same codes.
 
     Scales per tensor or block are written per output, and 3 bits as 4.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No such scheme exists.
     """
     if weights.floating or weights.bits == 1:
-        raise ValueError(f"{weights.describe()} is not among its formats; {WE_HAVE}")
+        raise ValueError(f"compressed-tensors has no format for {weights.describe()}; {WE_HAVE}")
     if activations and (activations.floating or activations.bits not in INPUT_BITS):
-        raise ValueError(f"inputs as {activations.describe()} are not among its formats; {WE_HAVE}")
+        raise ValueError(
+            f"compressed-tensors has no format for inputs as {activations.describe()}; {WE_HAVE}"
+        )
     grouped = weights.granularity == "group"
     return Scheme(
         Format(
@@ -94,7 +97,7 @@ def scheme_for(weights: Format, activations: Format | None) -> Scheme:
 
 
 def config_fields(groups: Mapping[Scheme, list[str]]) -> dict[str, Any]:
-    """The ``quantization_config`` of schemes and the modules that each targets."""
+    """Return the ``quantization_config`` of schemes and the modules that each targets."""
     layouts = {scheme.layout for scheme in groups}
     return {
         "quant_method": METHOD,
@@ -109,7 +112,7 @@ def config_fields(groups: Mapping[Scheme, list[str]]) -> dict[str, Any]:
 
 
 def target_of_layers(name: str) -> str:
-    r"""The target that stands for a module of this name in every layer.
+    r"""Return the target that matches a module of this name in every layer.
 
     Example:
         >>> target_of_layers("model.layers.3.mlp.up_proj")
@@ -120,23 +123,23 @@ def target_of_layers(name: str) -> str:
 
 
 class CompressedConfig:
-    """A ``quantization_config``, read.
+    """A parsed ``quantization_config``.
 
     Args:
         given: Its fields.
 
     Raises:
-        FolderError: It says something that is not understood; the message says what is.
+        FolderError: Something in it is not supported; the message lists what is.
     """
 
     def __init__(self, given: Fields):
         for field in UNKNOWN:
             if given.values.get(field):
-                raise FolderError(f"{given.where} has {field}, which is not taken; {WE_HAVE}")
+                raise FolderError(f"{given.where} has {field}, which is not supported; {WE_HAVE}")
         status = given.text("quantization_status", "compressed")
         if status != "compressed":
             raise FolderError(
-                f"{given.where} has quantization_status={shown(status)}: only compressed weights are packed"
+                f"{given.where}: quantization_status must be 'compressed', got {shown(status)}"
             )
         overall = given.text("format", None)
         groups = given.block("config_groups")
@@ -146,12 +149,14 @@ class CompressedConfig:
             group = groups.block(name)
             layout = group.text("format", overall)
             if layout not in (INT, PACKED):
-                raise FolderError(f"{group.where} the format is {shown(layout)}; {WE_HAVE}")
+                raise FolderError(
+                    f"{group.where} the format {shown(layout)} is not supported; {WE_HAVE}"
+                )
             self.groups.append((_Targets(group.strings("targets")), _read_scheme(group, layout)))
 
     def scheme_of(self, module: str) -> Scheme | None:
-        """The scheme of a linear module; None where none targets it. A name counts more than a pattern, which counts more
-        than a class.
+        """Return the scheme of a linear module, or None if no scheme targets it. A name takes precedence over a
+        pattern, and a pattern over a class.
         """
         if self.ignored.rank(module) is not None:
             return None
@@ -161,7 +166,7 @@ class CompressedConfig:
 
 
 class _Targets:
-    """Names, patterns and classes of modules."""
+    """The names, patterns and classes of modules that a scheme targets."""
 
     def __init__(self, targets: Iterable[str]):
         self.names: set[str] = set()
@@ -172,7 +177,7 @@ class _Targets:
                 continue
             pattern = target.removeprefix("re:")
             try:
-                # As `re.match`: from the beginning, and not necessarily to the end.
+                # As in `re.match`: matches at the beginning, not necessarily to the end.
                 self.patterns.append(matcher(f"^(?:{pattern}).*"))
             except ValueError as error:
                 raise FolderError(
@@ -180,7 +185,9 @@ class _Targets:
                 ) from error
 
     def rank(self, module: str) -> int | None:
-        """0 if its name is there, 1 if a pattern matches, 2 if its class is there; None otherwise."""
+        """Return 0 if the module's name is listed, 1 if a pattern matches, 2 if its class is listed, and None
+        otherwise.
+        """
         if module in self.names:
             return 0
         if any(matches(module) for matches in self.patterns):
@@ -190,16 +197,18 @@ class _Targets:
 
 def _read_scheme(group: Fields, layout: str) -> Scheme:
     if group.values.get("output_activations"):
-        raise FolderError(f"{group.where} outputs are quantized, which is not taken; {WE_HAVE}")
+        raise FolderError(f"{group.where} outputs are quantized, which is not supported; {WE_HAVE}")
     weights, inputs = group.block("weights"), group.block("input_activations", None)
     strategy, size = _strategy(weights)
     bits = weights.whole("num_bits", 8)
     if bits not in (2, 4, 8) or weights.values.get("dynamic", False):
         raise FolderError(
-            f"{weights.where} are {bits} bits, dynamic={shown(weights.values.get('dynamic'))}; {WE_HAVE}"
+            f"{weights.where} {bits} bits with dynamic={shown(weights.values.get('dynamic'))} are not supported; {WE_HAVE}"
         )
     if strategy not in ("tensor", "channel", "group"):
-        raise FolderError(f"{weights.where} the strategy is {shown(strategy)}; {WE_HAVE}")
+        raise FolderError(
+            f"{weights.where} the strategy {shown(strategy)} is not supported; {WE_HAVE}"
+        )
     try:
         format = Format(
             bits=bits,
@@ -221,7 +230,7 @@ def _read_inputs(inputs: Fields) -> Format:
     bits, dynamic = inputs.whole("num_bits", 8), inputs.values.get("dynamic", False)
     if strategy not in ("token", "tensor") or dynamic is not True or bits not in INPUT_BITS:
         raise FolderError(
-            f"{inputs.where} the strategy is {shown(strategy)}, num_bits={bits} and dynamic={shown(dynamic)}; {WE_HAVE}"
+            f"{inputs.where} the strategy {shown(strategy)} with num_bits={bits} and dynamic={shown(dynamic)} is not supported; {WE_HAVE}"
         )
     return Format(
         bits=bits,
@@ -232,10 +241,10 @@ def _read_inputs(inputs: Fields) -> Format:
 
 
 def _strategy(given: Fields) -> tuple[str, int | None]:
-    """The strategy of integers, also where only a group size tells it, and the group size."""
+    """Return the strategy, which may follow only from the group size, and the group size."""
     kind = given.text("type", "int")
     if kind != "int":
-        raise FolderError(f"{given.where} the type is {shown(kind)}; {WE_HAVE}")
+        raise FolderError(f"{given.where} the type {shown(kind)} is not supported; {WE_HAVE}")
     size = given.whole("group_size", None, least=-1)
     implied = {None: "tensor", -1: "channel"}.get(size, "group")
     return given.text("strategy", implied), size

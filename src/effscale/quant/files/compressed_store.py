@@ -1,4 +1,4 @@
-"""How packed weights are written in the layout of compressed-tensors; see `effscale.quant.files.compressed_tensors`."""
+"""Write packed weights in the layout of compressed-tensors; see ``effscale.quant.files.compressed_tensors``."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,21 +22,22 @@ from effscale.quant.files.words import to_words
 from effscale.quant.packed import PackedWeight
 
 EXACT = 1e-4
-"""How far a zero point may be from a whole number of scales, in scales: rounding of float32 stays below."""
+"""How far a zero point may be from an integer multiple of the scale, relative to the scale; float32 rounding stays
+below this."""
 
 
 class CompressedStore:
-    """How the packed weights of a model are written; see `effscale.interop.save.Store`.
+    """Writer of a model's packed weights; see ``effscale.interop.save.Store``.
 
     Args:
         model: The model.
 
     Attributes:
         fields: The ``quantization_config``.
-        metadata: For the header of each file: nothing.
+        metadata: Metadata for the header of each file: empty.
 
     Raises:
-        ValueError: A weight has no place in this layout; the error names it.
+        ValueError: This layout cannot hold a weight; the error names it.
     """
 
     def __init__(self, model: Transformer):
@@ -55,7 +56,7 @@ class CompressedStore:
     def __call__(
         self, place: StoredSlot, weights: tuple[Any, ...], to_theirs: ToTheirs
     ) -> Iterator[tuple[str, np.ndarray]] | None:
-        """The tensors of a packed weight."""
+        """Yield the tensors of a packed weight."""
         scheme = self._schemes.get(place.name)
         return None if scheme is None else _tensors(place.name, scheme, weights, to_theirs)
 
@@ -84,26 +85,26 @@ def _whole_zero_points(name: str, points: np.ndarray, bits: int) -> np.ndarray:
     rounded, half = np.round(points), 1 << (bits - 1)
     if not (np.abs(points - rounded) < EXACT).all():
         raise ValueError(
-            f"{name}: its zero points are no whole numbers of scales (integer_zero=False, as in GGUF's Q4_1), and those of "
-            "compressed-tensors are: save with layout='effscale', or quantize with integer_zero=True"
+            f"{name}: its zero points are not integer multiples of the scales (integer_zero=False, as in GGUF's Q4_1), which "
+            "compressed-tensors requires. Save with layout='effscale', or quantize with integer_zero=True"
         )
     if rounded.min() < -half or rounded.max() >= half:
         raise ValueError(
-            f"{name}: a zero point lies outside of {bits} bits, as 0 is far from the range of its group: save with layout='effscale'"
+            f"{name}: a zero point does not fit into {bits} bits, because 0 is far from the range of its group. Save with layout='effscale'"
         )
     return rounded.astype(np.int8)
 
 
 def _scheme_of(place: StoredSlot, weights: list[Any]) -> Scheme:
-    """The scheme of a tensor that holds packed weights."""
+    """Return the scheme of a tensor that holds packed weights."""
     slot = place.slot
-    other = "compressed-tensors quantizes the modules of torch.nn.Linear: save with layout='effscale', or dequantize_model"
+    other = "compressed-tensors quantizes only torch.nn.Linear. Save with layout='effscale', or call dequantize_model"
     if slot.leaves[0].endswith("embedding"):
-        raise ValueError(f"{place.name} is a table of embeddings, and {other} it")
+        raise ValueError(f"{place.name} is an embedding table, and {other}")
     layout = slot.rule.layout or ""
     if not re.fullmatch(r"(\w+|\([\w ]+\)) i -> .*", layout):
         raise ValueError(
-            f"{place.name} is no torch.nn.Linear in transformers (in GPT-2 it is a Conv1D), and {other} it"
+            f"{place.name} is not a torch.nn.Linear in transformers (in GPT-2 it is a Conv1D), and {other}"
         )
     formats = {
         (weight.format, weight.activations) if isinstance(weight, PackedWeight) else None
@@ -111,22 +112,22 @@ def _scheme_of(place: StoredSlot, weights: list[Any]) -> Scheme:
     }
     if len(formats) > 1:
         raise ValueError(
-            f"{place.name} holds {', '.join(slot.rule.parts)}, which have different formats, as one tensor: give them one "
-            "rule, or save with layout='effscale'"
+            f"{place.name} holds {', '.join(slot.rule.parts)} as one tensor, but their formats differ. Quantize them with the "
+            "same rule, or save with layout='effscale'"
         )
     packed: PackedWeight = weights[0]
     if packed.input_scale is not None:
         raise ValueError(
-            f"{place.name}: its inputs have a fixed scale (ranges), which is not written: save with layout='effscale'"
+            f"{place.name}: its inputs have a fixed scale (ranges), which compressed-tensors cannot hold. Save with layout='effscale'"
         )
     try:
         return scheme_for(packed.format, packed.activations)
     except ValueError as error:
-        raise ValueError(f"{place.name}: {error}; save with layout='effscale'") from error
+        raise ValueError(f"{place.name}: {error}. Save with layout='effscale'") from error
 
 
 def _targets(rows: Mapping[Any, Mapping[StoredSlot, Scheme | None]]) -> dict[Scheme, list[str]]:
-    """The modules of each scheme: those of one row of the table as one pattern if all layers have the same scheme."""
+    """Return the modules of each scheme; modules of all layers become one pattern if they have the same scheme."""
     groups: dict[Scheme, list[str]] = {}
     for places in rows.values():
         alike = len(set(places.values())) == 1
@@ -134,7 +135,7 @@ def _targets(rows: Mapping[Any, Mapping[StoredSlot, Scheme | None]]) -> dict[Sch
             if scheme is None:
                 continue
             targets = groups.setdefault(scheme, [])
-            # The names in memory count there; in files they may be others.
+            # compressed-tensors goes by the names in memory, which may differ from those in files.
             for name in (place.memory_name, place.name):
                 module = name.removesuffix(".weight")
                 target = (

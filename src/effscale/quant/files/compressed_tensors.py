@@ -1,13 +1,13 @@
-"""Folders in the layout of compressed-tensors, which transformers and vLLM load.
+"""Read folders in the layout of compressed-tensors, which transformers and vLLM load.
 
 A quantized linear module NAME, whose weight is ``(out, in)``, has in the safetensors file:
 
-- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see `effscale.quant.files.words`) and
+- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see ``effscale.quant.files.words``) and
   ``NAME.weight_shape`` in pack-quantized,
 - ``NAME.weight_scale``, ``(out, 1)`` or ``(out, in / group_size)``,
-- ``NAME.weight_zero_point`` if it is asymmetric: integers, packed along the outputs in pack-quantized.
+- ``NAME.weight_zero_point`` for asymmetric formats: integers, packed along the outputs in pack-quantized.
 
-A code q stands for ``(q - zero_point) * scale``. Everything else is in the file as without quantization.
+A code q represents ``(q - zero_point) * scale``. Everything else is stored as without quantization.
 """
 
 from collections.abc import Mapping
@@ -30,14 +30,15 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 class CompressedTensors:
-    """The tensors of a folder, those of quantized modules as weights of codes; see `effscale.interop.tensors.MixedTensors`.
+    """The tensors of a folder, with those of quantized modules as coded tensors; see
+    ``effscale.interop.tensors.MixedTensors``.
 
     Args:
         given: The fields of ``quantization_config``.
-        files: The tensors as they lie in files.
+        files: The tensors as stored in the files.
 
     Raises:
-        FolderError: The config is not understood, or a module lacks a tensor or has one of the wrong shape.
+        FolderError: The config is not supported, or a module lacks a tensor or has one of the wrong shape.
     """
 
     def __init__(self, given: Fields, files: Tensors):
@@ -49,7 +50,7 @@ class CompressedTensors:
             scheme = config.scheme_of(module)
             if scheme is None:
                 raise FolderError(
-                    f"{module}.weight is quantized, and no group of {given.where} targets {module}"
+                    f"{module}.weight is quantized, but no group of {given.where} targets {module}"
                 )
             shape = self._checked_shape(module, scheme)
             for part in _parts(scheme):
@@ -61,7 +62,7 @@ class CompressedTensors:
         self.infos: Mapping[str, TensorInfo] = infos
 
     def read(self, name: str) -> np.ndarray | StructuredTensor:
-        """One tensor: an array, or codes."""
+        """Return one tensor: an array, or a coded tensor."""
         if name not in self._schemes:
             return self._files.read(name)
         scheme, module = self._schemes[name], name.removesuffix(".weight")
@@ -87,11 +88,11 @@ class CompressedTensors:
         return CodedTensor(codes, scale, zero, format, scheme.activations)
 
     def _checked_shape(self, module: str, scheme: Scheme) -> tuple[int, int]:
-        """The shape of the weight, after checking all that there is of it."""
+        """Return the shape of the weight, after checking all its tensors."""
         infos, format = self._files.infos, scheme.weights
         if missing := [part for part in _parts(scheme) if f"{module}.{part}" not in infos]:
             raise FolderError(
-                f"{module}.{missing[0]} is missing: in {scheme.layout}, {module} has {', '.join(_parts(scheme))}"
+                f"{module}.{missing[0]} is missing: in {scheme.layout}, {module} needs {', '.join(_parts(scheme))}"
             )
         of = lambda part: infos[f"{module}.{part}"]
 
@@ -99,7 +100,7 @@ class CompressedTensors:
             if not holds:
                 found = of(part)
                 raise FolderError(
-                    f"{module}.{part} is {found.dtype} {list(found.shape)}; it must be {wanted}"
+                    f"{module}.{part} must be {wanted}, got {found.dtype} {list(found.shape)}"
                 )
 
         if scheme.layout == INT:
@@ -123,7 +124,7 @@ class CompressedTensors:
                 f"int32 {list(wanted)} for {d_out} x {d_in} codes of {format.bits} bits",
             )
         if min(d_out, d_in) < 1:
-            raise FolderError(f"{module}.weight has the shape {[d_out, d_in]}")
+            raise FolderError(f"{module}.weight must have a positive shape, got {[d_out, d_in]}")
         check_coded(f"{module}.weight", (d_out, d_in), format, scheme.activations)
         groups = d_in // (format.group_size or d_in)
         whole = groups == 1 and format.group_size is None
@@ -145,7 +146,7 @@ class CompressedTensors:
 
 
 def _quantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
-    """The modules of which the file has packed parts."""
+    """Return the modules that have packed tensors in the file."""
     found: dict[str, None] = {}
     for name, info in infos.items():
         module, _, part = name.rpartition(".")
@@ -155,6 +156,6 @@ def _quantized_modules(infos: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _parts(scheme: Scheme) -> list[str]:
-    """The tensors of a module."""
+    """Return the tensors of a module."""
     weight = ["weight"] if scheme.layout == INT else ["weight_packed", "weight_shape"]
     return [*weight, "weight_scale", *([] if scheme.weights.symmetric else ["weight_zero_point"])]

@@ -1,6 +1,6 @@
-"""The blocks of GGUF files, llama.cpp's format, as codes.
+"""Read the blocks of GGUF files, llama.cpp's format, as codes.
 
-A block is 32 consecutive inputs of one output:
+A block holds 32 consecutive inputs of one output:
 
 ======  =====  ================================================================  =============================
 type    bytes  content                                                           number from the code n
@@ -10,7 +10,8 @@ Q4_0    18     float16 d; 16 bytes, with codes i and i + 16 in byte i, low first
 Q4_1    20     float16 d; float16 m; 16 bytes likewise                           d n + m
 ======  =====  ================================================================  =============================
 
-Source: https://github.com/ggml-org/ggml, ``ggml-quants.c``.
+References:
+    ggml authors, "ggml", ``ggml-quants.c``. https://github.com/ggml-org/ggml
 """
 
 from collections.abc import Mapping
@@ -34,13 +35,14 @@ FORMATS = {
 
 
 class GGUFBlocks:
-    """The tensors of a GGUF file, those in blocks of the three types as codes; see `effscale.interop.tensors.MixedTensors`.
+    """The tensors of a GGUF file, with blocks of the three types as codes; see
+    ``effscale.interop.tensors.MixedTensors``.
 
     Args:
         file: The file.
 
     Raises:
-        FolderError: No tensor is of one of these types.
+        FolderError: No tensor has one of these types.
     """
 
     def __init__(self, file: GGUFFile):
@@ -53,8 +55,8 @@ class GGUFBlocks:
         if not self._formats:
             kinds = sorted({file.kind(name) for name in file.infos})
             raise FolderError(
-                f"it has tensors of {', '.join(kinds)}; of GGUF's packed types, {', '.join(FORMATS)} are read into packed "
-                "weights. effscale.interop.load_pretrained loads the others as floats"
+                f"it has tensors of {', '.join(kinds)}; load_packed supports the packed types {', '.join(FORMATS)}. "
+                "Use effscale.interop.load_pretrained to load the others as floats"
             )
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(info.shape, info.dtype, self._formats.get(name))
@@ -73,7 +75,7 @@ class GGUFBlocks:
 def from_blocks(
     data: np.ndarray, format: Format
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes ``(rows, numbers)``, scales and zero points ``(rows, blocks)`` of rows of bytes."""
+    """Return codes ``(rows, values)``, and scales and zero points ``(rows, blocks)``, from rows of bytes."""
     rows = len(data)
     num_floats = 1 if format.symmetric else 2
     size = 2 * num_floats + BLOCK * format.bits // 8

@@ -1,4 +1,4 @@
-"""From files of packed weights to a model that computes with them as they are."""
+"""Load files of packed weights into a model that computes with them directly."""
 
 import os
 from collections.abc import Mapping
@@ -20,22 +20,23 @@ from effscale.quant.files.gguf_blocks import GGUFBlocks
 def load_packed(
     path: str | os.PathLike[str], *, dtype: Any = None, mesh: Mesh | None = None
 ) -> Transformer:
-    """Loads a quantized model into packed weights; no float copy of them is ever made.
+    """Load a quantized model with its weights packed, without ever making a float copy of them.
 
     Args:
-        path: A folder that `save_packed` wrote, or another tool in the layout of compressed-tensors (int-quantized and
-            pack-quantized, integers of 8, 4 or 2 bits); or a GGUF file of a Llama, of which the blocks of Q8_0, Q4_0 and
-            Q4_1 stay packed, and tensors of other types are floats.
-        dtype: Type of what is not packed, and of what the model computes in: float32, bfloat16 or float16. None: that of
+        path: A folder written by ``save_packed``, or by another tool in the layout of compressed-tensors
+            (int-quantized and pack-quantized, integers of 8, 4 or 2 bits). Or a GGUF file of a Llama: blocks of Q8_0,
+            Q4_0 and Q4_1 stay packed, and tensors of other types become floats.
+        dtype: Dtype of unpacked parameters and of the computation: float32, bfloat16 or float16. None uses that of
             the file.
-        mesh: Where the parameters lie, as for `effscale.interop.load_pretrained`.
+        mesh: The mesh to place the parameters on, as for ``effscale.interop.load_pretrained``.
 
     Returns:
-        The model. Layers that are stored in different formats are in groups of their own.
+        The model. Layers that are stored in different formats are in separate groups.
 
     Raises:
-        FolderError: As for `effscale.interop.load_pretrained`; or nothing in the file is packed, or it is packed in a way that
-            is not read (the message says which are); or a tensor lacks its scale or does not fit the others.
+        FolderError: As for ``effscale.interop.load_pretrained``. Also if nothing in the file is packed, if the
+            packing is not supported (the message lists what is), or if a tensor lacks its scale or does not match the
+            others.
 
     Example:
         >>> import tempfile
@@ -51,8 +52,8 @@ def load_packed(
         'int8, symmetric, per channel'
 
     References:
-        `compressed-tensors <https://github.com/vllm-project/compressed-tensors>`_, `GGUF
-        <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>`_
+        vLLM project, "compressed-tensors". https://github.com/vllm-project/compressed-tensors
+        ggml authors, "GGUF". https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     source = open_source(path, _unpack)
     return load_source(source, dtype=dtype, mesh=mesh)
@@ -64,7 +65,7 @@ def _unpack(fields: Mapping[str, Any], tensors: Tensors) -> MixedTensors:
     given = Fields("config.json", fields).block("quantization_config", None)
     if given is None:
         raise FolderError(
-            "its config.json has no quantization_config: nothing is packed. effscale.interop.load_pretrained loads it"
+            "its config.json has no quantization_config, so nothing is packed. Use effscale.interop.load_pretrained"
         )
     method = given.text("quant_method", compressed_config.METHOD)
     if method == compressed_config.METHOD:
@@ -72,6 +73,6 @@ def _unpack(fields: Mapping[str, Any], tensors: Tensors) -> MixedTensors:
     if method == own_layout.METHOD:
         return own_layout.OwnLayout(tensors)
     raise FolderError(
-        f"config.json has a quantization_config of {shown(method)}, which is not read; {compressed_config.WE_HAVE}; "
-        f"and the layout of its own ({own_layout.METHOD})"
+        f"config.json has a quantization_config of {shown(method)}, which is not supported; {compressed_config.WE_HAVE}; "
+        f"and its own layout ({own_layout.METHOD})"
     )

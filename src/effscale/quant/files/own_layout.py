@@ -1,21 +1,23 @@
-"""A layout of our own, for all that other tools have no layout for: ternary and binary matrices, tables, float8, fixed scales of inputs.
+"""effscale's own layout, for what other tools have no layout for: ternary and binary matrices, embedding tables,
+float8, and fixed input scales.
 
-The folder is as without quantization, except for packed weights. In place of a tensor NAME of the family's table that holds packed
-weights of ours (several where it holds query, key and value), the safetensors file has for each of them, numbered i from 0:
+The folder is the same as without quantization, except for packed weights. Where a tensor NAME of the model family
+holds packed weights (several if it holds query, key and value), the safetensors file has instead, for each of them,
+numbered i from 0:
 
-- ``NAME.i.data``: int8, the packed codes as they lie in memory (see `effscale.quant.packing`), rows of outputs or of a table;
-  float8 numbers by their bits,
-- ``NAME.i.scale``, ``NAME.i.zero``, ``NAME.i.input_scale``, ``NAME.i.input_zero``: float32, as of `effscale.quant.PackedWeight`, where
-  the weight has them,
-- ``NAME.i``: the array, of a weight that is not packed beside others that are.
+- ``NAME.i.data``: int8, the packed codes as stored in memory (see ``effscale.quant.packing``), in rows of outputs or
+  of a table; float8 values by their bits,
+- ``NAME.i.scale``, ``NAME.i.zero``, ``NAME.i.input_scale``, ``NAME.i.input_zero``: float32, as in
+  ``effscale.quant.PackedWeight``, if the weight has them,
+- ``NAME.i``: the array of a weight that is not packed while others in the tensor are.
 
-The header of each file has under the key ``effscale.packed`` a JSON object, the same in all files of the folder::
+Under the key ``effscale.packed``, the header of each file has a JSON object, the same in all files of the folder::
 
     {"version": 1,
      "weights": {NAME: {"shape": [of the tensor NAME without quantization],
                         "parts": [{"format": {fields of Format}, "activations": {...} or null, "is_table": false}, ...]}}}
 
-with null for a part that is an array. ``config.json`` has the ``quantization_config`` ``{"quant_method": "effscale"}``.
+where a part that is an array is null. ``config.json`` has the ``quantization_config`` ``{"quant_method": "effscale"}``.
 """
 
 import dataclasses
@@ -48,13 +50,13 @@ FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A packed weight, but for its arrays.
+    """Everything about a packed weight except its arrays.
 
     Attributes:
-        format: As of `effscale.quant.PackedWeight`.
-        activations: Likewise.
-        is_table: Likewise.
-        arrays: Those of its arrays that it has beside ``data`` and ``scale``.
+        format: As in ``effscale.quant.PackedWeight``.
+        activations: As in ``effscale.quant.PackedWeight``.
+        is_table: As in ``effscale.quant.PackedWeight``.
+        arrays: Names of the arrays that it has in addition to ``data`` and ``scale``.
     """
 
     format: Format
@@ -64,14 +66,14 @@ class Part:
 
 
 class OwnStore:
-    """How the packed weights of a model are written; see `effscale.interop.save.Store`.
+    """Writer of a model's packed weights; see ``effscale.interop.save.Store``.
 
     Args:
         model: The model.
 
     Attributes:
         fields: The ``quantization_config``.
-        metadata: For the header of each file.
+        metadata: Metadata for the header of each file.
     """
 
     def __init__(self, model: Transformer):
@@ -91,7 +93,7 @@ class OwnStore:
     def __call__(
         self, place: StoredSlot, weights: tuple[Any, ...], to_theirs: ToTheirs
     ) -> Iterator[tuple[str, np.ndarray]] | None:
-        """The arrays of a packed weight."""
+        """Return the arrays of a packed weight."""
         del to_theirs
         return _arrays(place.name, weights) if place.name in self._described else None
 
@@ -119,13 +121,14 @@ def _arrays(name: str, weights: tuple[Any, ...]) -> Iterator[tuple[str, np.ndarr
 
 
 class OwnLayout:
-    """The tensors of a folder in this layout; see `effscale.interop.tensors.MixedTensors`.
+    """The tensors of a folder in this layout; see ``effscale.interop.tensors.MixedTensors``.
 
     Args:
-        files: The tensors as they lie in files.
+        files: The tensors as stored in the files.
 
     Raises:
-        FolderError: The layout has another version or none, or an array is missing or does not fit; the message names it.
+        FolderError: The layout has another version or no version, or an array is missing or has the wrong shape; the
+            message names it.
     """
 
     def __init__(self, files: Tensors):
@@ -140,13 +143,13 @@ class OwnLayout:
                 for array in _names(name, i, part):
                     del infos[array]
             if name in infos:
-                raise FolderError(f"{name} is there both packed and as an array")
+                raise FolderError(f"{name} is stored twice, packed and as an array")
             infos[name] = TensorInfo(shape, np.dtype(np.float32), parts)
             self._parts[name] = parts
         self.infos: Mapping[str, TensorInfo] = infos
 
     def read(self, name: str) -> np.ndarray | StructuredTensor:
-        """One tensor: an array, or the parts of a packed one."""
+        """Return one tensor: an array, or the parts of a packed one."""
         if name not in self._parts:
             return self._files.read(name)
         parts = self._parts[name]
@@ -157,14 +160,14 @@ class OwnLayout:
         return OwnTensor(parts, arrays)
 
     def _checked(self, name: str, given: Fields) -> tuple[tuple[int, ...], tuple[Part | None, ...]]:
-        """The shape and parts of a tensor, after checking that all arrays are there and fit."""
+        """Return the shape and parts of a tensor, after checking that all arrays are present and match."""
         shape, parts = given.values.get("shape"), given.values.get("parts")
         if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
             raise FolderError(
-                f"{name} has the shape {shown(shape)} in {KEY}: must be a list of sizes"
+                f"{name}: its shape in {KEY} must be a list of sizes, got {shown(shape)}"
             )
         if not isinstance(parts, list) or not parts:
-            raise FolderError(f"{name} has the parts {shown(parts)} in {KEY}: must be a list")
+            raise FolderError(f"{name}: its parts in {KEY} must be a list, got {shown(parts)}")
         found = []
         for i, described in enumerate(parts):
             part = None
@@ -190,7 +193,7 @@ class OwnLayout:
         data = infos[f"{name}.data"]
         if data.dtype != np.int8 or len(data.shape) != 2 or 0 in data.shape:
             raise FolderError(
-                f"{name}.data is {data.dtype} {list(data.shape)}: must be rows of int8"
+                f"{name}.data must be rows of int8, got {data.dtype} {list(data.shape)}"
             )
         rows, size = data.shape
         d_in = size * 8 // stored_bits(format.bits)
@@ -201,15 +204,17 @@ class OwnLayout:
             info = infos[f"{name}.{array}"]
             if info.shape != wanted or info.dtype != np.float32:
                 raise FolderError(
-                    f"{name}.{array} is {info.dtype} {list(info.shape)}: must be float32 {list(wanted)} for {rows} x {d_in} codes, "
-                    f"{format.describe()}"
+                    f"{name}.{array} must be float32 {list(wanted)} for {rows} x {d_in} codes, {format.describe()}, "
+                    f"got {info.dtype} {list(info.shape)}"
                 )
         for array, needed in (
             ("zero", not format.symmetric),
             ("input_zero", "input_scale" in part.arrays and not _is_symmetric(part.activations)),
         ):
             if needed != (array in part.arrays):
-                raise FolderError(f"{name}.{array} is {'missing' if needed else 'too much'}")
+                raise FolderError(
+                    f"{name}.{array} is {'missing' if needed else 'not allowed in this format'}"
+                )
 
 
 def _is_symmetric(format: Format | None) -> bool:
@@ -218,13 +223,13 @@ def _is_symmetric(format: Format | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class OwnTensor:
-    """The parts of a tensor with their arrays; see `effscale.interop.tensors.StructuredTensor`."""
+    """The parts of a tensor with their arrays; see ``effscale.interop.tensors.StructuredTensor``."""
 
     parts: tuple[Part | None, ...]
     arrays: list[list[np.ndarray]]
 
     def weights(self, to_ours: ToOurs, dtype: np.dtype) -> tuple[Any, ...]:
-        """The weights, which are laid out as they lie in memory."""
+        """Return the weights; their arrays are stored as they are used in memory."""
         del to_ours
         return tuple(
             arrays[0].astype(dtype) if part is None else _weight(part, arrays, dtype)
@@ -247,7 +252,7 @@ def _weight(part: Part, arrays: list[np.ndarray], dtype: np.dtype) -> PackedWeig
 
 
 def _names(name: str, i: int, part: Part | None) -> list[str]:
-    """The names of a part's arrays."""
+    """Return the names of a part's arrays."""
     if part is None:
         return [f"{name}.{i}"]
     return [f"{name}.{i}.{array}" for array in ("data", "scale", *part.arrays)]
@@ -258,11 +263,11 @@ def _format(given: Fields | None) -> Format | None:
 
 
 def _description(files: Tensors) -> Fields:
-    """What the header says of each tensor, by name."""
+    """Return the description of each tensor in the header, by name."""
     text = files.metadata.get(KEY) if isinstance(files, SafetensorsFile | Shards) else None
     if text is None:
         raise FolderError(
-            f"config.json says that the weights are packed in effscale's layout, and the files have no {KEY!r} in their header: "
+            f"according to config.json the weights are packed in effscale's layout, but the files have no {KEY!r} in their header: "
             "another program rewrote them"
         )
     with reading(f"{KEY} in the header cannot be read"):
@@ -270,7 +275,7 @@ def _description(files: Tensors) -> Fields:
         version = given.whole("version")
         if version != VERSION:
             raise FolderError(
-                f"the weights are packed in version {version} of effscale's layout, and this effscale reads version {VERSION}: "
-                "use the effscale that wrote them, or a newer one"
+                f"the weights are packed in version {version} of effscale's layout, and this effscale reads version {VERSION}. "
+                "Use the effscale that wrote them, or a newer one"
             )
         return given.block("weights")

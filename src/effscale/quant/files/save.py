@@ -1,4 +1,4 @@
-"""From a model with packed weights to a folder that keeps them packed."""
+"""Save a model with packed weights to a folder that keeps them packed."""
 
 import os
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ from effscale.quant.files.own_layout import OwnStore
 from effscale.quant.packed import PackedWeight
 
 Layout = Literal["compressed-tensors", "effscale"]
-"""How packed weights lie in a folder."""
+"""The layout of packed weights in a folder."""
 
 
 def save_packed(
@@ -27,28 +27,31 @@ def save_packed(
     like: str | os.PathLike[str] | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes a quantized model as a Hugging Face folder that keeps its weights packed.
+    """Write a quantized model as a Hugging Face folder that keeps its weights packed.
 
-    ``compressed-tensors`` is what transformers (with the package compressed-tensors) and vLLM load. Matrices of 8 bits whose inputs
-    are quantized are written as int-quantized, all others as pack-quantized. Codes and scales stay as they are; scales per
-    tensor or per block are repeated for each output. What is read back stands for the same weights, and inputs are
-    quantized with ``spread="centred"``, as that library has it. ``effscale`` holds everything that a packed weight can be, comes back
-    the same in every respect, and is read by this library alone (`effscale.quant.files.own_layout`).
+    Layout ``compressed-tensors`` is what transformers (with the package compressed-tensors) and vLLM load. Matrices
+    of 8 bits with quantized inputs are written as int-quantized, all others as pack-quantized. Codes and scales are
+    unchanged; scales per tensor or per block are repeated for each output. A model that is loaded again has the same
+    weights, and its inputs are quantized with ``spread="centred"``, the convention of that library.
+
+    Layout ``effscale`` holds everything that a packed weight can contain and is restored exactly. Only this library
+    reads it (``effscale.quant.files.own_layout``).
 
     Args:
-        model: A model from `quantize_model`.
-        folder: Where to; made if it is not there.
+        model: A model from ``quantize_model``.
+        folder: The folder to write to; created if it does not exist.
         layout: ``compressed-tensors`` or ``effscale``.
-        dtype: Type of what is not packed, as for `effscale.interop.save_pretrained`.
-        max_shard_size: As there.
-        like: As there.
-        tokenizer: As there.
+        dtype: Dtype of unpacked parameters, as for ``effscale.interop.save_pretrained``.
+        max_shard_size: As for ``effscale.interop.save_pretrained``.
+        like: As for ``effscale.interop.save_pretrained``.
+        tokenizer: As for ``effscale.interop.save_pretrained``.
 
     Raises:
-        ValueError: The model has no packed weights, a LoRA pair or a fake-quantized weight. Or it has a weight for which
-            compressed-tensors has no place (the error names it): binary and float8 ones, tables of embeddings, the Conv1D of
-            GPT-2, inputs with a fixed scale, zero points that are no whole numbers of scales or lie outside of the codes.
-        FolderError: As for `effscale.interop.save_pretrained`.
+        ValueError: The model has no packed weights, or it has a LoRA pair or a fake-quantized weight. Or
+            compressed-tensors cannot hold one of its weights (the error names it): binary and float8 weights,
+            embedding tables, the Conv1D of GPT-2, inputs with a fixed scale, and zero points that are not integer
+            multiples of the scale or do not fit into the codes.
+        FolderError: As for ``effscale.interop.save_pretrained``.
 
     Example:
         >>> import tempfile
@@ -61,7 +64,7 @@ def save_packed(
         ...     save_packed(small, folder)
     """
     if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}")
+        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     _check_weights(model)
     store = CompressedStore(model) if layout == "compressed-tensors" else OwnStore(model)
     write_model(
@@ -78,14 +81,14 @@ def save_packed(
 
 
 def _check_weights(model: Transformer) -> None:
-    """Raises unless the model has packed weights and plain arrays, and nothing else."""
+    """Raise unless the model has only packed weights and plain arrays, and at least one packed weight."""
     weights = {name: variable.get_value() for name, variable in parameters(model).items()}
     for name, weight in weights.items():
         if isinstance(weight, FakeQuantizedWeight):
-            raise ValueError(f"{name} is fake-quantized: quantize_model packs it")
+            raise ValueError(f"{name} is fake-quantized. Pack it with quantize_model")
         if isinstance(weight, LoRA):
             raise ValueError(
-                f"{name} has a LoRA pair: save_adapter writes it, and unmerge_lora gives the packed base"
+                f"{name} has a LoRA pair. Save the pair with save_adapter, and get the packed base with unmerge_lora"
             )
     if not any(isinstance(weight, PackedWeight) for weight in weights.values()):
-        raise ValueError("the model has no packed weights: quantize_model makes them")
+        raise ValueError("the model has no packed weights. Pack them with quantize_model")

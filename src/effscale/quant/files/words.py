@@ -1,8 +1,9 @@
-"""Codes in 32-bit words, as compressed-tensors packs them.
+"""Pack codes into 32-bit words, as compressed-tensors does.
 
 A row is one stream of bits: with b bits per code, code i lies in the bits from i b on, the lowest bits of the first word first. What is
 stored is the code plus :math:`2^{b-1}`, so that it is never negative, and zeros fill the last word of the row. This differs from how
-codes lie in memory (`effscale.quant.packing`). Taken are 2, 4 and 8 bits, which never cross the border of a byte.
+codes are stored in memory (``effscale.quant.packing``). Supported are 2, 4 and 8 bits, which never cross a byte
+boundary.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ WORD_BYTES = 4
 
 
 def words_in(codes: int, bits: int) -> int:
-    """The words that a row of codes takes.
+    """Return the number of words that a row of codes takes.
 
     Example:
         >>> words_in(64, 4), words_in(65, 4)
@@ -22,7 +23,7 @@ def words_in(codes: int, bits: int) -> int:
 
 
 def to_words(codes: Int8[np.ndarray, "rows codes"], bits: int) -> Int32[np.ndarray, "rows words"]:
-    """Rows of signed codes in words.
+    """Pack rows of signed codes into words.
 
     Example:
         >>> codes = np.array([[1, 0, -8, 7]], np.int8)
@@ -42,7 +43,7 @@ def to_words(codes: Int8[np.ndarray, "rows codes"], bits: int) -> Int32[np.ndarr
 def from_words(
     words: Int32[np.ndarray, "rows words"], bits: int, count: int
 ) -> Int8[np.ndarray, "rows codes"]:
-    """The first ``count`` codes of each row.
+    """Unpack the first ``count`` codes of each row.
 
     Example:
         >>> from_words(np.array([[0xF089]], np.int32), 4, 4).tolist()

@@ -1,1 +1,1 @@
-"""Pruning: weights with masks, and models made smaller by what the masks leave out."""
+"""Pruning: weights with masks, and models made smaller by removing masked parts."""

@@ -1,4 +1,4 @@
-"""Which parts of a matrix are kept: so many of the highest scores."""
+"""Pruning masks: keep the parts of a matrix with the highest scores."""
 
 import dataclasses
 import fractions
@@ -13,16 +13,16 @@ from jaxtyping import Array, Bool, Float
 from effscale.models.validation import check, choice, is_finite, is_integer
 
 Structure = Literal["sparse", "row", "head"]
-"""What is kept or pruned as one: ``sparse``, each number; ``row``, an output of the kernel with its bias (a row of PyTorch's matrix);
-``head``, the inputs of the kernel that come from one attention head, so that the kernel is an output projection of attention."""
+"""The unit that is kept or pruned: ``sparse``, single values; ``row``, an output of the kernel with its bias (a row of PyTorch's matrix);
+``head``, the inputs of the kernel that come from one attention head (the kernel must be an output projection of attention)."""
 
 Method = Literal["l1", "topk"]
-"""Where the scores come from: ``l1``, magnitudes of the weights; ``topk``, numbers of their own that are trained."""
+"""Where the scores come from: ``l1``, magnitudes of the weights; ``topk``, separate trained parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What of a matrix is pruned, and when.
+    """What to prune from a matrix, and when.
 
     Example:
         >>> Pruning(structure="row", dense_ratio=0.3).num_kept(64)
@@ -30,15 +30,15 @@ class Pruning:
     """
 
     structure: Structure = "sparse"
-    """What is kept or pruned as one."""
+    """The unit that is kept or pruned: ``sparse``, ``row`` or ``head``."""
     dense_ratio: float
-    """The part that is kept: ``ceil(dense_ratio * n)`` of n, in each matrix."""
+    """The fraction to keep: ``ceil(dense_ratio * n)`` of n units in each matrix."""
     method: Method = "l1"
-    """Where the scores come from."""
+    """Where the scores come from: ``l1`` (magnitudes) or ``topk`` (trained)."""
     num_heads: int | None = None
-    """Heads among the inputs, with ``structure="head"``; None in a `PruneRule` takes that of the model's config."""
+    """Number of heads among the inputs, for ``structure="head"``; None in a ``PruneRule`` uses that of the model's config."""
     offset: int = 0
-    """Updates before anything is pruned."""
+    """Optimizer steps before pruning begins."""
 
     def __post_init__(self):
         choice(self, "structure", get_args(Structure))
@@ -52,22 +52,23 @@ class Pruning:
             fits = heads is None or (is_integer(heads) and heads >= 1)
             check(self, fits, "num_heads", "a whole number of at least 1, or None")
         else:
-            check(self, heads is None, "num_heads", "left out without structure='head'")
+            check(self, heads is None, "num_heads", "None unless structure='head'")
 
     def num_kept(self, count: int) -> int:
-        """How many of so many are kept; by the ratio as it is written, so that 0.07 of 100 are 7."""
+        """Return how many of ``count`` units are kept, using the ratio in decimal, so that 0.07 of 100 is 7."""
         return math.ceil(fractions.Fraction(str(self.dense_ratio)) * count)
 
 
 def top_k_mask(scores: Float[Array, "*shape"], num_kept: int) -> Float[Array, "*shape"]:
-    """One at the highest scores and zero elsewhere, with the gradient of the scores themselves (straight-through).
+    """Return one at the highest scores and zero elsewhere; the gradient passes straight through to the scores.
 
-    Of equal scores the first are kept, so that there are always as many. Where weights are multiplied by the mask, a score gets
-    the gradient of its weight times the weight: it rises where a larger weight would lower the loss.
+    Of equal scores the first are kept, so that the number kept is always the same. If weights are multiplied by the
+    mask, the gradient of a score is the gradient of the masked weight times the weight: the score rises where a
+    larger weight would lower the loss.
 
     Args:
-        scores: Of one matrix.
-        num_kept: How many.
+        scores: Scores of one matrix.
+        num_kept: How many to keep.
 
     Example:
         >>> top_k_mask(jnp.array([0.5, 2.0, -1.0, 2.0]), 2).tolist()
@@ -81,7 +82,7 @@ def top_k_mask(scores: Float[Array, "*shape"], num_kept: int) -> Float[Array, "*
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def scheduled_mask(scores: Array, active: Array, num_kept: int) -> Array:
-    """`top_k_mask`, and ones everywhere as long as it is not active."""
+    """Return ``top_k_mask`` if active, or ones everywhere."""
     found = highest(scores, num_kept).astype(scores.dtype)
     return jnp.where(active, found, jnp.ones_like(scores))
 
@@ -93,13 +94,13 @@ def _scheduled_mask_jvp(num_kept: int, primals: Any, tangents: Any) -> Any:
 
 @jax.jit
 def highest(scores: Float[Array, "*shape"], num_kept: Any) -> Bool[Array, "*shape"]:
-    """Whether each is among the highest scores; of equal ones the first are.
+    """Return whether each score is among the highest; of equal scores the first are kept.
 
-    The lowest score that is kept is found bit by bit, in 32 passes over the scores: sorting them takes far longer.
+    The lowest kept score is found bit by bit, in 32 passes over the scores; sorting them takes far longer.
     """
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-    bits = jnp.where(scores == 0, 0, bits)  # of either sign
-    # Integers in the order of the floats.
+    bits = jnp.where(scores == 0, 0, bits)  # also -0.0
+    # Map to integers with the same order as the floats.
     flipped = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))
     keys = jax.lax.bitcast_convert_type(flipped, jnp.uint32)
 
@@ -114,7 +115,7 @@ def highest(scores: Float[Array, "*shape"], num_kept: Any) -> Bool[Array, "*shap
 
 
 def magnitudes(kernel: Float[Array, "d_in d_out"], pruning: Pruning) -> Float[Array, "*units"]:
-    """The mean magnitude of what is kept or pruned as one: its L1 norm over its size.
+    """Return the mean magnitude of each unit: its L1 norm divided by its size.
 
     Example:
         >>> magnitudes(jnp.array([[1.0, -2.0], [3.0, 0.0]]), Pruning(structure="row", dense_ratio=0.5)).tolist()
@@ -129,7 +130,7 @@ def magnitudes(kernel: Float[Array, "d_in d_out"], pruning: Pruning) -> Float[Ar
 
 
 def over_kernel(mask: Float[Array, "*units"], shape: tuple[int, ...], pruning: Pruning) -> Array:
-    """A mask, or a stack of masks, in a shape that multiplies a kernel of this shape."""
+    """Reshape a mask, or a stack of masks, to broadcast against a kernel of this shape."""
     if pruning.structure == "row":
         return mask[..., None, :]
     if pruning.structure == "head":
@@ -138,20 +139,22 @@ def over_kernel(mask: Float[Array, "*units"], shape: tuple[int, ...], pruning: P
 
 
 def units_shape(shape: tuple[int, ...], pruning: Pruning) -> tuple[int, ...]:
-    """The shape of the masks of a kernel of this shape.
+    """Return the shape of the masks of a kernel of this shape.
 
     Raises:
-        ValueError: The kernel has no such parts.
+        ValueError: The kernel has no such units.
     """
     if len(shape) < 2:
-        raise ValueError(f"an array of shape {shape} is no matrix, and cannot be pruned")
+        raise ValueError(f"only matrices can be pruned, got an array of shape {shape}")
     *stack, d_in, d_out = shape
     if pruning.structure == "sparse":
         return shape
     if pruning.structure == "row":
         return (*stack, d_out)
     if pruning.num_heads is None:
-        raise ValueError("Pruning.num_heads=None: must be given, as nothing else tells it")
+        raise ValueError("Pruning.num_heads must be set, got None: it cannot be inferred here")
     if d_in % pruning.num_heads:
-        raise ValueError(f"num_heads={pruning.num_heads} does not divide {d_in} inputs")
+        raise ValueError(
+            f"num_heads must divide the number of inputs, {d_in}, got {pruning.num_heads}"
+        )
     return (*stack, pruning.num_heads)

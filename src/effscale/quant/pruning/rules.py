@@ -1,4 +1,4 @@
-"""Rules of pruning on whole models."""
+"""Apply pruning rules to whole models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,33 +15,35 @@ from effscale.quant.pruning.weight import PrunedWeight, prune_weight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneRule:
-    """What of the weights of some names is pruned."""
+    """What to prune from the weights whose name matches an expression."""
 
     where: str
-    """A regular expression that is searched in a weight's name, as in `Rule`."""
+    """A regular expression to search in a weight's name, as in ``Rule``."""
     pruning: Pruning
-    """What of them, and when."""
+    """What to prune, and when."""
 
 
 def prune_model(model: Model, rules: Sequence[PruneRule]) -> Model:
-    r"""A model in which a part of the weights is masked.
+    r"""Return a model in which parts of the weights are masked.
 
-    Of each structure (``sparse``, ``row``, ``head``) a weight gets the first rule that matches; one weight may have a mask of each.
-    Fake-quantized weights are masked before they are rounded, whichever of the two came first. Layers of one group that get different
-    rules are split into groups of their own.
+    For each structure (``sparse``, ``row``, ``head``), the first matching rule applies to a weight; one weight can
+    have a mask of each structure. Fake-quantized weights are masked before they are rounded, no matter which was
+    applied first. Layers of one group that get different rules are split into separate groups.
 
-    Train the result with `scheduled_step`. Then `merge_masks` puts zeros in place, `shrink_model` takes pruned rows of the feed-forward and
-    pruned heads out, and `effscale.quant.quantize_model` packs what is left.
+    Train the result with ``scheduled_step``. Then ``merge_masks`` writes the zeros into the weights, ``shrink_model``
+    removes pruned rows of the feed-forward and pruned heads, and ``effscale.quant.quantize_model`` packs what is
+    left.
 
     Args:
-        model: A model of the library, or an ``nnx`` module of your own whose kernels go through `effscale.models.matmul`.
-        rules: What is pruned in which weight. Rows are those of kernels; heads those of output projections of attention.
+        model: A model of this library, or your own ``nnx`` module whose kernels go through
+            ``effscale.models.matmul``.
+        rules: What to prune in which weight. Rows can be pruned in kernels, heads in output projections of attention.
 
     Returns:
-        The new model; the old one is untouched.
+        The new model; the original is unchanged.
 
     Raises:
-        ValueError: A rule has no weight left to apply to, or a weight has no such parts, or is packed.
+        ValueError: A rule has no weight left to apply to, or a weight has no such units, or is packed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,7 +54,8 @@ def prune_model(model: Model, rules: Sequence[PruneRule]) -> Model:
         2
 
     References:
-        DeepSpeed's `compression tutorial <https://www.deepspeed.ai/tutorials/model-compression/>`_
+        DeepSpeed, "DeepSpeed Model Compression Library", tutorial.
+            https://www.deepspeed.ai/tutorials/model-compression/
     """
     for structure in get_args(Structure):
         own = [rule for rule in rules if rule.pruning.structure == structure]
@@ -62,13 +65,15 @@ def prune_model(model: Model, rules: Sequence[PruneRule]) -> Model:
 
 
 def _prune(model: Model, rules: Sequence[PruneRule]) -> Model:
-    """Rules of one structure."""
+    """Apply the rules of one structure."""
     heads = _heads_of_outputs(model)
 
     def one(weight: Any, rule: PruneRule, names: list[str]) -> Any:
         pruning = rule.pruning
         if pruning.structure != "sparse" and names[0].endswith("embedding"):
-            raise ValueError(f"structure={pruning.structure!r} is of kernels, and this is a table")
+            raise ValueError(
+                f"structure={pruning.structure!r} can only prune kernels, and this is an embedding table"
+            )
         if pruning.structure == "head":
             pruning = _with_heads(pruning, heads, names[0])
         return masked(weight, pruning)
@@ -78,28 +83,32 @@ def _prune(model: Model, rules: Sequence[PruneRule]) -> Model:
 
 
 def masked(weight: Any, pruning: Pruning) -> Any:
-    """A weight with a mask; inside of one that is fake-quantized."""
+    """Return a weight with a mask; for a fake-quantized weight, the mask is inside."""
     if isinstance(weight, FakeQuantizedWeight):
         if weight.format.bits == 1:
             raise ValueError(
-                "it is binary, and has no zero for what is pruned: take 2 bits or more"
+                "it is binary, and binary codes have no zero for pruned values. Use 2 bits or more"
             )
         return dataclasses.replace(weight, latent=masked(weight.latent, pruning))
     if isinstance(weight, LoRA):
-        raise ValueError("it has a LoRA pair: merge_lora the model first")
+        raise ValueError("it has a LoRA pair. Call merge_lora on the model first")
     if isinstance(weight, PrunedWeight):
         inner: Any = weight
         while isinstance(inner, PrunedWeight):
             if inner.pruning.structure == pruning.structure:
-                raise ValueError(f"it has a {pruning.structure} mask already: merge_masks first")
+                raise ValueError(
+                    f"it already has a {pruning.structure} mask. Call merge_masks first"
+                )
             inner = inner.latent
     elif isinstance(weight, Weight):
-        raise ValueError(f"a {type(weight).__name__} cannot be pruned: do it before it is packed")
+        raise ValueError(
+            f"a {type(weight).__name__} cannot be pruned. Prune the model before packing its weights"
+        )
     return prune_weight(weight, pruning)
 
 
 def _heads_of_outputs(model: nnx.Module) -> dict[str, int] | None:
-    """Heads by the names of output projections; None in modules of a user's own."""
+    """Return the number of heads by name of output projection; None for user-defined modules."""
     if not isinstance(model, Transformer):
         return None
     blocks = [b for group in model.config.groups for b in group.blocks * group.repeat]
@@ -114,22 +123,24 @@ def _with_heads(pruning: Pruning, heads: dict[str, int] | None, name: str) -> Pr
         return pruning
     if name not in heads:
         raise ValueError(
-            "structure='head' is of layers.*.attention.out.kernel, whose inputs are heads"
+            "structure='head' can only prune layers.*.attention.out.kernel, whose inputs are heads"
         )
     if pruning.num_heads not in (None, heads[name]):
-        raise ValueError(f"num_heads={pruning.num_heads}: the model has {heads[name]} there")
+        raise ValueError(
+            f"num_heads must be the model's {heads[name]} or None, got {pruning.num_heads}"
+        )
     return dataclasses.replace(pruning, num_heads=heads[name])
 
 
 def pruned_part(weight: Any) -> PrunedWeight | None:
-    """The masked matrix in a weight, if there is one."""
+    """Return the masked matrix in a weight, or None."""
     if isinstance(weight, FakeQuantizedWeight):
         weight = weight.latent
     return weight if isinstance(weight, PrunedWeight) else None
 
 
 def mask_biases(model: Model) -> Model:
-    """The model with zeros in the biases whose rows are pruned; where a kernel's mask is not in force yet, they stay."""
+    """Return the model with zeros in the biases of pruned rows; biases of kernels whose mask is not active yet are unchanged."""
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     for path, variable in list(flat.items()):
@@ -140,16 +151,16 @@ def mask_biases(model: Model) -> Model:
 
 
 def merge_masks(model: Model) -> Model:
-    """The model with plain arrays in place of pruned weights, with zeros where these are pruned, in biases, too.
+    """Replace pruned weights with plain arrays that have zeros in the pruned places, in biases too.
 
-    Save it so: files hold weights with their zeros in any case, but biases as they lie in the model. Fake-quantized weights stay so,
-    without a mask.
+    Call this before saving: files always hold weights with their zeros, but biases as they are in the model.
+    Fake-quantized weights stay fake-quantized, without a mask.
 
     Args:
-        model: From `prune_model`; one without pruned weights comes back as it is.
+        model: A model from ``prune_model``; a model without pruned weights is returned unchanged.
 
     Raises:
-        ValueError: Pruning has not begun in some weight, which the error names.
+        ValueError: Pruning has not begun in a weight; the error names it.
     """
     graphdef, state = nnx.split(mask_biases(model))
     leaves = []

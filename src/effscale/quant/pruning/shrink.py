@@ -1,4 +1,4 @@
-"""Models made smaller by what their masks leave out."""
+"""Make models smaller by removing masked parts."""
 
 import dataclasses
 from typing import Any, cast
@@ -20,7 +20,7 @@ QUERIES, KEYS = ("query",), ("key", "value")
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What is kept of a layer, in order: inner features of its feed-forward, query heads, and key and value heads; None keeps all."""
+    """What is kept of a layer: inner features of its feed-forward, query heads, and key and value heads; None keeps all."""
 
     features: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -28,31 +28,35 @@ class Kept:
 
     @property
     def sizes(self) -> tuple[int | None, ...]:
-        """How many of each."""
+        """The number of each."""
         parts = (self.features, self.heads, self.kv_heads)
         return tuple(None if part is None else len(part) for part in parts)
 
 
 def shrink_model(model: Transformer) -> Transformer:
-    """A smaller model with the outputs of a pruned one.
+    """Return a smaller model with the same outputs as a pruned one.
 
-    Features of the feed-forward whose row is pruned (of ``up``, or in a gated one of ``up`` or ``gate``) are taken out of its projections, and
-    heads that are pruned in the output projection out of query, key, value and output. ``d_ff`` and ``num_heads`` of the config
-    follow, and ``head_dim`` stays. All other masks become zeros, as by `merge_masks`.
+    Feed-forward features whose row is pruned (in ``up``, or in ``up`` or ``gate`` of a gated feed-forward) are
+    removed from its projections. Heads that are pruned in the output projection are removed from query, key, value
+    and output. ``d_ff`` and ``num_heads`` in the config change accordingly, and ``head_dim`` stays. All other masks
+    become zeros, as with ``merge_masks``.
 
-    Layers of one group that keep different numbers become groups of their own. Fake-quantized weights stay so: what their scales
-    are measured on has changed where these span inputs or blocks of outputs, so train on, or shrink before `fake_quantize_model`.
+    Layers of one group that keep different numbers become separate groups. Fake-quantized weights stay
+    fake-quantized. Where their scales span inputs or blocks of outputs, the values they are computed from change, so
+    continue training, or shrink before ``fake_quantize_model``.
 
     Args:
-        model: From `prune_model`. Take it before `effscale.quant.quantize_model` and ``add_lora``.
+        model: A model from ``prune_model``. Shrink it before ``effscale.quant.quantize_model`` and ``add_lora``.
 
     Returns:
-        A model of plain arrays with a config of its own, which trains and saves as any other, if a family of Hugging Face has such a
-        config: BERT and GPT-2 cannot say ``head_dim``, so a model of theirs with fewer heads is refused by ``save_pretrained``.
+        A model of plain arrays with a new config, which trains like any other. It can be saved if its Hugging Face
+        family supports such a config: BERT and GPT-2 have no ``head_dim`` field, so ``save_pretrained`` raises an
+        error for models of these families with fewer heads.
 
     Raises:
-        ValueError: Nothing that is pruned could be taken out; pruning has not begun; the activation does not map zero to zero, heads
-            have ALiBi's slopes, which go by their number, or grouped key heads keep different numbers of queries.
+        ValueError: No pruned part can be removed; pruning has not begun; the activation does not map zero to zero;
+            heads use ALiBi, whose slopes depend on the number of the head; or grouped key heads keep different
+            numbers of query heads.
 
     Example:
         >>> from flax import nnx
@@ -68,7 +72,7 @@ def shrink_model(model: Transformer) -> Transformer:
     kept = _kept_of_layers(model)
     if not any(any(size is not None for size in one.sizes) for one in kept):
         raise ValueError(
-            "nothing can be taken out: prune rows of feed_forward.up or heads of attention.out, by prune_model"
+            "nothing can be removed. Prune rows of feed_forward.up or heads of attention.out with prune_model"
         )
     model = merge_masks(split_groups(model, _changes(model, kept)))
     new: Transformer = jax.tree.map(lambda leaf: leaf, model)
@@ -89,7 +93,7 @@ def shrink_model(model: Transformer) -> Transformer:
 
 
 def _kept_of_layers(model: Transformer) -> list[Kept]:
-    """What each layer keeps."""
+    """Return what each layer keeps."""
     found, first = [], 0
     for config, group in zip(model.config.groups, model.groups, strict=True):
         for repetition in range(config.repeat):
@@ -105,7 +109,7 @@ def _kept_of_layers(model: Transformer) -> list[Kept]:
 
 
 def _mask_of(dense_layer: Any, structure: str, repetition: int, name: str) -> np.ndarray | None:
-    """The mask of a structure of one layer's kernel; None if it has none."""
+    """Return the mask of a structure in one layer's kernel, or None."""
     weight: Any = None if dense_layer is None else pruned_part(dense_layer.kernel.get_value())
     while isinstance(weight, PrunedWeight):
         if weight.pruning.structure == structure:
@@ -131,11 +135,11 @@ def _features(
         return None
     activation = config.feed_forward.activation
     if up is None or not config.feed_forward.gated:
-        # What is pruned goes through the activation alone.
+        # Pruned features pass only through the activation.
         at_zero = float(ACTIVATIONS[activation](jnp.zeros(())))
         if at_zero != 0:
             raise ValueError(
-                f"{name}.feed_forward: {activation} of zero is {at_zero}, so a pruned feature still adds to the output"
+                f"{name}.feed_forward: {activation} of zero is {at_zero}, so a pruned feature still contributes to the output"
             )
     kept = np.logical_and.reduce(masks)
     if not kept.any():
@@ -151,24 +155,24 @@ def _heads(
         return None, None
     if isinstance(model.config.positions, Alibi):
         raise ValueError(
-            f"{name}.attention: ALiBi's slopes go by the number of a head, so none can be taken out; merge_masks leaves zeros"
+            f"{name}.attention: ALiBi's slopes depend on the number of the head, so no head can be removed. Use merge_masks to keep zeros"
         )
     if config.attention.qk_norm is not None and config.attention.qk_norm_over == "all":
         raise ValueError(
-            f"{name}.attention: queries and keys are normalized over all heads, so none can be taken out; merge_masks leaves zeros"
+            f"{name}.attention: queries and keys are normalized over all heads, so no head can be removed. Use merge_masks to keep zeros"
         )
     by_key = mask.reshape(config.attention.kv_heads, -1)
     counts = by_key.sum(1)
     sizes = sorted(set(counts[counts > 0].tolist()))
     if len(sizes) > 1:
         raise ValueError(
-            f"{name}.attention: key heads keep {counts.tolist()} query heads each; all that stay need as many"
+            f"{name}.attention: all remaining key heads must keep the same number of query heads, got {counts.tolist()}"
         )
     return tuple(np.flatnonzero(mask).tolist()), tuple(np.flatnonzero(counts).tolist())
 
 
 def _changes(model: Transformer, kept: list[Kept]) -> list[int]:
-    """Layers that begin a repetition whose sizes are other than those of the one before it in the same group."""
+    """Return the layers that begin a repetition whose sizes differ from those of the previous one in the same group."""
     begins, first = [], 0
     for group in model.config.groups:
         width = len(group.blocks)
@@ -183,7 +187,7 @@ def _changes(model: Transformer, kept: list[Kept]) -> list[int]:
 def _shrink_block(
     block: Any, config: BlockConfig, kept: list[Kept], d_model: int, name: str
 ) -> BlockConfig:
-    """Takes out of a stack of like blocks, in place, what none of them keeps; the config that is left."""
+    """Remove, in place, what no block of a stack of equal blocks keeps, and return the new config."""
     stacked = lambda part: np.array([getattr(one, part) for one in kept])
     if kept[0].features is not None:
         features = stacked("features")
@@ -234,18 +238,18 @@ def _take_inputs(layer: Any, chosen: np.ndarray, name: str) -> None:
 
 
 def _taken(weight: Any, chosen: np.ndarray, axis: int, name: str) -> Any:
-    """The chosen inputs (axis 1) or outputs (axis 2) of a stack of kernels."""
+    """Return the chosen inputs (axis 1) or outputs (axis 2) of a stack of kernels."""
     if isinstance(weight, FakeQuantizedWeight):
         new = dataclasses.replace(weight, latent=_taken(weight.latent, chosen, axis, name))
         try:
             scale_shape(new.shape, new.format)
             check_packable(new.shape[-2], new.format, new.activations)
         except ValueError as error:
-            raise ValueError(f"{name}, made smaller: {error}") from error
+            raise ValueError(f"{name}, after shrinking: {error}") from error
         return new
     if not isinstance(weight, jax.Array | np.ndarray):
         raise ValueError(
-            f"{name} is a {type(weight).__name__}: shrink the model before its weights are packed or get a LoRA pair"
+            f"{name} is a {type(weight).__name__}. Shrink the model before packing its weights or adding LoRA pairs"
         )
     where = chosen[:, :, None] if axis == 1 else chosen[:, None, :]
     return jnp.take_along_axis(jnp.asarray(weight), jnp.asarray(where), axis)

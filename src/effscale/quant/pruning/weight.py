@@ -1,8 +1,8 @@
-r"""Weights of which a mask leaves a part out.
+r"""Weights with a mask.
 
 .. math:: y = x (M \odot W) + m \odot b
 
-with m the mask of the rows, where there is one, and M the mask of the matrix.
+with m the mask of the rows, if there is one, and M the mask of the matrix.
 """
 
 import dataclasses
@@ -33,19 +33,20 @@ NEVER = 2**31 - 1
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check  # JAX makes it of shapes, shardings and placeholders, too
 class PrunedWeight:
-    """A float matrix and a mask; itself a weight, see `effscale.models.Weight`. Made by `prune_weight`.
+    """A float matrix with a mask, created by ``prune_weight``; implements ``effscale.models.Weight``.
 
-    Weights that are pruned get no gradient. Neither mask nor scores matter before the offset; scores are trained before it, too.
+    Pruned values get no gradient. Neither mask nor scores have an effect before the offset, but scores are already
+    trained.
 
     Attributes:
-        latent: The matrix, ``(..., in, out)``: an array, or a pruned weight, whose mask then holds as well.
-        mask: Whether each number (``sparse``, in the shape of the matrix), output (``row``, ``(..., out)``) or head (``head``,
-            ``(..., num_heads)``) is kept; None with the method ``topk``.
-        scores: In the same shape, with the method ``topk``: they are trained, and the mask keeps the highest. None with ``l1``.
-        step: Updates made, int32, ``(...)``; `at_step` sets it.
+        latent: The matrix, ``(..., in, out)``: an array, or a pruned weight, whose mask then applies as well.
+        mask: Whether each value (``sparse``, in the shape of the matrix), output (``row``, ``(..., out)``) or head
+            (``head``, ``(..., num_heads)``) is kept; None with method ``topk``.
+        scores: Trained scores in the same shape, with method ``topk``; the mask keeps the highest. None with ``l1``.
+        step: Optimizer steps completed, int32, ``(...)``; set by ``at_step``.
         pruning: What is pruned, and when.
-        is_transposed: Whether it stands for the transpose.
-        compute: The type of the result; None takes that of ``latent``.
+        is_transposed: Whether it represents the transpose.
+        compute: The dtype of the result; None uses that of ``latent``.
     """
 
     latent: Any
@@ -64,7 +65,7 @@ class PrunedWeight:
 
     @property
     def dtype(self) -> Any:
-        """Type of the result."""
+        """Dtype of the result."""
         return self.latent.dtype if self.compute is None else self.compute
 
     @property
@@ -74,16 +75,16 @@ class PrunedWeight:
 
     @property
     def num_kept(self) -> int:
-        """How much of each matrix is kept, from the offset on."""
+        """The number of units of each matrix that are kept after the offset."""
         units = units_shape(self.latent.shape, self.pruning)
         return self.pruning.num_kept(math.prod(units[len(self.latent.shape) - 2 :]))
 
     def astype(self, dtype: Any) -> "PrunedWeight":
-        """The same with results in another type."""
+        """Return the same weight with results in another dtype."""
         return dataclasses.replace(self, compute=jnp.dtype(dtype))
 
     def kept(self) -> Float[Array, "*units"]:
-        """The mask in force: one for what is kept and zero for what is pruned, with a gradient to the scores."""
+        """Return the current mask, one for kept and zero for pruned units, with a gradient to the scores."""
         active = self.step >= self.pruning.offset
         if self.mask is not None:
             active = active.reshape(active.shape + (1,) * (self.mask.ndim - active.ndim))
@@ -95,14 +96,14 @@ class PrunedWeight:
         return one(self.scores, active).astype(self.latent.dtype)
 
     def dense(self) -> Float[Array, "*shape"]:
-        """The matrix with zeros for what is pruned."""
+        """Return the matrix with zeros for pruned values."""
         kernel = dense(self.latent)
         kernel = kernel * over_kernel(self.kept(), kernel.shape, self.pruning)
         kernel = kernel.astype(self.dtype)
         return kernel.mT if self.is_transposed else kernel
 
     def masked_bias(self, bias: Float[Array, "*stack d_out"]) -> Float[Array, "*stack d_out"]:
-        """A bias of the product with zeros where rows are pruned."""
+        """Return a bias with zeros where rows are pruned."""
         if isinstance(self.latent, PrunedWeight):
             bias = self.latent.masked_bias(bias)
         if self.pruning.structure != "row" or self.is_transposed:
@@ -110,7 +111,7 @@ class PrunedWeight:
         return bias * self.kept().astype(bias.dtype)
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-        """Rows of the masked matrix."""
+        """Return rows of the masked matrix."""
         return jnp.take(self.dense(), indices, axis=0, mode="clip")
 
     def matmul(
@@ -119,12 +120,12 @@ class PrunedWeight:
         bias: Float[Array, "d_out"] | None,
         activation: Activation | None,
     ) -> Float[Array, "rows d_out"]:
-        """``activation(x W + b)`` of the masked matrix and bias."""
+        """Return ``activation(x W + b)`` for the masked matrix and bias."""
         bias = None if bias is None else self.masked_bias(bias)
         return finish(x @ self.dense(), bias, activation)
 
     def at_step(self, step: Any) -> "PrunedWeight":
-        """The same after so many updates; a mask by magnitudes is made when the offset is reached."""
+        """Return the same weight after ``step`` optimizer steps; a magnitude mask is computed when the offset is reached."""
         latent = self.latent
         if isinstance(latent, PrunedWeight):
             latent = latent.at_step(step)
@@ -137,17 +138,17 @@ class PrunedWeight:
         return dataclasses.replace(new, mask=mask)
 
     def check_finished(self) -> None:
-        """Raise a ``ValueError`` if the offset has not come, so that nothing is pruned; not of a step that is traced."""
+        """Raise a ``ValueError`` if the offset has not been reached, so that nothing is pruned. A traced step is not checked."""
         if isinstance(self.latent, PrunedWeight):
             self.latent.check_finished()
         if first_step(self.step) < self.pruning.offset:
             raise ValueError(
-                f"at step {first_step(self.step)} it is not pruned yet, which begins at step {self.pruning.offset}: train on, or "
-                f"take at_step(model, {self.pruning.offset}) and see what it costs"
+                f"at step {first_step(self.step)} it is not pruned yet; pruning begins at step {self.pruning.offset}. Train until then, or "
+                f"use at_step(model, {self.pruning.offset}) and check the loss"
             )
 
     def partition(self, axes: tuple[str | None, ...]) -> "PrunedWeight":
-        """Logical axes of each part, from those of the dense array."""
+        """Return the logical axes of each part, given those of the dense array."""
         *stack, d_in, d_out = axes[:-2] + axes[:-3:-1] if self.is_transposed else axes
         own = (*stack, d_in, d_out)
         units = {"sparse": own, "row": (*stack, d_out), "head": (*stack, None)}
@@ -163,20 +164,20 @@ class PrunedWeight:
 
 
 def prune_weight(weight: Any, pruning: Pruning) -> PrunedWeight:
-    """A weight of which a part is pruned.
+    """Return a weight with a pruning mask.
 
-    Scores that are trained (``topk``) start as the magnitudes by which ``l1`` chooses. DeepSpeed draws them at random, so that at the
-    offset random parts of a trained matrix are lost.
+    Trained scores (``topk``) start as the magnitudes that ``l1`` uses. DeepSpeed initializes them at random, so that
+    at the offset random parts of a trained matrix are lost.
 
     Args:
-        weight: A float kernel ``(..., in, out)``, or a pruned one.
-        pruning: What of it.
+        weight: A float kernel ``(..., in, out)``, or a pruned weight.
+        pruning: What to prune, and when.
 
     Returns:
         The weight at step 0.
 
     Raises:
-        ValueError: The matrix has no such parts.
+        ValueError: The matrix has no such units.
 
     Example:
         >>> w = jnp.array([[1.0, -2.0, 0.5], [0.25, 0.5, 4.0]])
@@ -199,14 +200,14 @@ def prune_weight(weight: Any, pruning: Pruning) -> PrunedWeight:
 
 
 def first_step(step: Int[Array, "*stack"]) -> int:
-    """The least of a weight's steps; one that is never reached if they are traced, so that nothing waits for it."""
+    """Return the smallest of a weight's steps; if they are traced, a step that is never reached, so that checks pass."""
     return NEVER if isinstance(step, jax.core.Tracer) else int(step.min())
 
 
 def mask_by_magnitude(
     kernel: Float[Array, "*stack d_in d_out"], pruning: Pruning
 ) -> Bool[Array, "*units"]:
-    """The mask of the method ``l1``, of one kernel or a stack of them."""
+    """Compute the mask of method ``l1`` for one kernel or a stack of kernels."""
 
     def one(kernel: Array) -> Array:
         scores = magnitudes(kernel, pruning)
@@ -217,12 +218,12 @@ def mask_by_magnitude(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _mask_once(mask: Array, kernel: Array, reached: Array, pruning: Pruning) -> Array:
-    """A new mask by magnitude if the offset is reached, or else the old one."""
+    """Return a new magnitude mask if the offset is reached, or else the old one."""
     return jax.lax.cond(reached, lambda: mask_by_magnitude(kernel, pruning), lambda: mask)
 
 
 def _of_each(function: Any, kernel: Array) -> Array:
-    """A function of one kernel, of each of a stack."""
+    """Apply a function of one kernel to each kernel of a stack."""
     for _ in kernel.shape[:-2]:
         function = jax.vmap(function)
     return function(kernel)

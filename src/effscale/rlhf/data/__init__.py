@@ -1,4 +1,4 @@
-"""Prompts, responses and preferences: from public data sets to the arrays that each phase of RLHF learns from."""
+"""Prompts, responses and preferences: from public datasets to the arrays for each phase of RLHF."""
 
 from effscale.rlhf.data.chat import (
     PLAIN_FORMATS,

@@ -1,4 +1,4 @@
-"""Dialogues written as one text, ``Human: ... Assistant: ...``, as HH-RLHF and its descendants have them."""
+"""Parse dialogues written as one text, ``Human: ... Assistant: ...``, as in HH-RLHF and datasets derived from it."""
 
 import re
 
@@ -11,27 +11,28 @@ _TURN = re.compile(r"(?:\A\s*|\n\s*\n\s*)(Human|Assistant):")
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether a text begins with a turn of ``Human:`` or ``Assistant:``."""
+    """Return whether a text begins with a turn of ``Human:`` or ``Assistant:``."""
     return _TURN.match(text) is not None
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:
-    r"""The turns of a dialogue, without the white space around them.
+    r"""Parse the turns of a dialogue, without surrounding white space.
 
-    A last turn of the assistant without words, which asks for a response, is no message.
+    An empty last turn of the assistant, which asks for a response, does not become a message.
 
     Args:
-        text: The turns, each after ``Human:`` or ``Assistant:`` at the beginning of the text or after an empty line.
+        text: The turns, each introduced by ``Human:`` or ``Assistant:`` at the beginning of the text or after an
+            empty line.
 
     Raises:
-        ValueError: It begins with something else.
+        ValueError: The text begins with something else.
 
     Example:
         >>> parse_dialogue("\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Bye!\n\nAssistant:")
         (Message(role='user', content='Hi!'), Message(role='assistant', content='Hello.'), Message(role='user', content='Bye!'))
     """
     if not is_dialogue(text):
-        raise ValueError(f"no dialogue: {text[:60]!r} does not begin with 'Human:' or 'Assistant:'")
+        raise ValueError(f"a dialogue must begin with 'Human:' or 'Assistant:', got {text[:60]!r}")
     turns = list(_TURN.finditer(text))
     ends = [*(turn.start() for turn in turns[1:]), len(text)]
     messages = [
@@ -44,14 +45,15 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
 
 
 def split_pair(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    r"""What two dialogues have in common up to an assistant's turn, and how each goes on after it.
+    r"""Split two dialogues into their common beginning, up to an assistant's turn, and the rest of each.
 
     Args:
         chosen: A dialogue.
-        rejected: Another one that begins in the same way.
+        rejected: Another dialogue with the same beginning.
 
     Returns:
-        The common text, which ends in ``Assistant:``, and the rest of each; None where they have no turn of the assistant in common.
+        The common text, which ends in ``Assistant:``, and the rest of each; None if they have no common turn of the
+        assistant.
 
     Example:
         >>> split_pair("\n\nHuman: Hi!\n\nAssistant: Hello.", "\n\nHuman: Hi!\n\nAssistant: Hmpf.")

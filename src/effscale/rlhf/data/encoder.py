@@ -1,4 +1,4 @@
-"""From records to token ids: a tokenizer, a chat format, and the tokens that end and pad a text."""
+"""Encode records to token ids with a tokenizer, a chat format, and the tokens that end and pad a text."""
 
 import functools
 import os
@@ -27,21 +27,22 @@ ChatFormat = ChatTemplate | PlainFormat
 class RecordEncoder:
     r"""Encodes prompts and responses.
 
-    A prompt and its response are encoded each by itself, so that the prompt's tokens are those after which a model will go on.
-    A response ends in the token that ends a text, put there as a token: its name in a text would be cut into ordinary tokens by
-    many tokenizers. Padding is never recognized by its token, which may well be the one that ends a text.
+    A prompt and its response are encoded separately, so that the prompt has the same tokens as during generation. The
+    end token of a response is appended as a token id, because many tokenizers would split its name in a text into
+    ordinary tokens. Padding is never identified by its token, which may be the same as the end token.
 
     Attributes:
-        tokenizer: The tokenizer. What it puts before a text (OPT's ``</s>``, Llama's ``<s>``) begins every prompt, unless a template
-            writes it.
-        format: What makes a text of messages: a :class:`ChatTemplate`, a :class:`PlainFormat`, or a name in ``PLAIN_FORMATS``.
-        end_id: The token that ends a response; None: the tokenizer's usual one.
-        pad_id: The token that fills rows up; None: ``end_id``.
-        parse_special_tokens: Whether names of special tokens in prompts and responses mean these tokens. By default such a record is
-            refused under a chat template, where a message could otherwise forge a turn; and elsewhere they are text like any other.
+        tokenizer: The tokenizer. The tokens that it adds before a text (OPT's ``</s>``, Llama's ``<s>``) begin every
+            prompt, unless a template writes them.
+        format: How messages become text: a ``ChatTemplate``, a ``PlainFormat``, or a name in ``PLAIN_FORMATS``.
+        end_id: The token that ends a response; None uses the tokenizer's usual one.
+        pad_id: The padding token; None uses ``end_id``.
+        parse_special_tokens: Whether names of special tokens in prompts and responses are encoded as these tokens. By
+            default, such a record raises an error under a chat template, where a message could otherwise forge a
+            turn; with other formats the names are ordinary text.
 
     Raises:
-        ValueError: A field is unknown or out of range, or there is no usual end of a text.
+        ValueError: A field is unknown or out of range, or the tokenizer has none of the usual end-of-text tokens.
 
     Example:
         >>> from effscale.data import train_tokenizer
@@ -74,23 +75,23 @@ class RecordEncoder:
         for name in ("end_id", "pad_id"):
             value = getattr(self, name)
             if value < 0 or self.tokenizer.id_to_token(value) is None:
-                raise ValueError(f"{name}={value}: the tokenizer has no such token")
+                raise ValueError(f"{name} must be a token of the tokenizer, got {value}")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends a response, for :class:`effscale.generation.SamplingConfig`."""
+        """The token ids that end a response, for ``effscale.generation.SamplingConfig``."""
         return (self._end,)
 
     @property
     def padding(self) -> int:
-        """The token that fills rows up, as a number."""
+        """The id of the padding token."""
         return self._end if self.pad_id is None else self.pad_id
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, up to where the response begins.
+        """Encode a prompt, up to where the response begins.
 
         Raises:
-            RecordError: A message holds the name of a special token, or the format does not take the messages.
+            RecordError: A message contains the name of a special token, or the format does not accept the messages.
         """
         if isinstance(prompt, str):
             return [*self.beginning, *self._encode(prompt, self.parse_special_tokens)]
@@ -101,15 +102,15 @@ class RecordEncoder:
         return ids if form.parses_special_tokens else [*self.beginning, *ids]
 
     def response(self, prompt: Prompt, response: str, *, end: bool = True) -> list[int]:
-        """The ids of a response.
+        """Encode a response.
 
         Args:
-            prompt: What it answers.
-            response: Its text.
-            end: Whether it ends in ``end_id``.
+            prompt: The prompt that it answers.
+            response: The text of the response.
+            end: Whether to append ``end_id``.
 
         Raises:
-            RecordError: As for `prompt`.
+            RecordError: As for ``prompt``.
         """
         if isinstance(prompt, str):
             ids = self._encode(response, self.parse_special_tokens)
@@ -118,13 +119,13 @@ class RecordEncoder:
             form, messages = self._form, messages_of(prompt, "prompt")
             text = _told(form.answer, messages, response)
             ids = self._encode(text, form.parses_special_tokens)
-        # A template may write the end, and a line break after it, which a model never gets to.
+        # A template may write the end, and a line break after it that a model never generates.
         if self._end in ids:
             ids = ids[: ids.index(self._end)]
         return [*ids, self._end] if end else ids
 
     def pair(self, record: Record, name: str = "chosen") -> tuple[list[int], list[int]]:
-        """The ids of a record's prompt and of one of its responses."""
+        """Encode a record's prompt and one of its responses."""
         return self.prompt(record.prompt), self.response(record.prompt, getattr(record, name))
 
     @property
@@ -137,7 +138,7 @@ class RecordEncoder:
 
     @functools.cached_property
     def beginning(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text."""
+        """The tokens that the tokenizer adds before a text."""
         ids = self.tokenizer.encode("a", add_special_tokens=True).ids
         plain = self.tokenizer.encode("a", add_special_tokens=False).ids
         starts = range(len(ids) - len(plain) + 1)
@@ -151,7 +152,7 @@ class RecordEncoder:
             if (found := self._names.search(text)) is not None:
                 raise RecordError(
                     "special_token",
-                    f"a message holds {found[0]!r}, the name of a special token; parse_special_tokens=True takes it for that token",
+                    f"a message contains {found[0]!r}, the name of a special token. Use parse_special_tokens=True to encode it as that token",
                 )
 
     @functools.cached_property
@@ -165,7 +166,7 @@ class RecordEncoder:
 
     @functools.cached_property
     def _encoders(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """One that takes names of special tokens for text, and one that takes them for the tokens; the given one stays as it is."""
+        """Return a tokenizer that treats names of special tokens as text, and one that encodes them as the tokens; the original is unchanged."""
         pair = []
         for parse in (False, True):
             encoder = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
@@ -184,18 +185,19 @@ def load_encoder(
     pad_token: str | None = None,
     parse_special_tokens: bool = False,
 ) -> RecordEncoder:
-    """The encoder of a model folder or GGUF file: its tokenizer, chat template and special tokens.
+    """Load the encoder of a model folder or GGUF file: its tokenizer, chat template and special tokens.
 
     Args:
         folder: The folder.
-        format: A chat format in place of the folder's template; None: the template, or, where there is none, ``"deepspeed_chat"``.
-        end_token: The token that ends a response, in place of the one that the folder names.
-        pad_token: The token that fills rows up, in place of the one that the folder names.
-        parse_special_tokens: As in `RecordEncoder`.
+        format: A chat format to use instead of the folder's template. None uses the template, or ``"deepspeed_chat"``
+            if there is none.
+        end_token: The token that ends a response, instead of the one that the folder defines.
+        pad_token: The padding token, instead of the one that the folder defines.
+        parse_special_tokens: As in ``RecordEncoder``.
 
     Raises:
-        FolderError: There is no such folder, or a file cannot be read.
-        ValueError: The tokenizer has no such token, or none that could end a text.
+        FolderError: The folder does not exist, or a file cannot be read.
+        ValueError: The tokenizer has no such token, or none of the usual end-of-text tokens.
     """
     found = read_chat(folder)
     tokenizer = found.tokenizer
@@ -210,7 +212,7 @@ def load_encoder(
 
 
 def _told(function: Any, *args: Any) -> str:
-    """What a format makes of messages; that it does not take them is an error of this record."""
+    """Apply a format to messages; a format that does not accept them is an error of this record."""
     try:
         return function(*args)
     except RecordError:

@@ -1,6 +1,7 @@
-"""The published formats of instructions and preferences: a function for each, from a row to a `Record`, and how to tell them apart.
+"""Published formats of instructions and preferences: a function for each from a row to a ``Record``, and format
+detection.
 
-A row is any mapping from field names to values: a line of JSON, a row of Parquet, an item of a Hugging Face data set.
+A row is any mapping from field names to values: a line of JSON, a row of Parquet, an item of a Hugging Face dataset.
 """
 
 import re
@@ -25,19 +26,19 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
     "system": "system",
 }
-"""Who speaks, by the names that occur in ShareGPT's format."""
+"""Roles by the names that occur in ShareGPT's format."""
 
 _CITATION = re.compile(r"\s*\[\d+(?:\s*,\s*\d+)*\]")
 
 
 def hh_rlhf(row: Mapping[str, Any]) -> Record:
-    r"""Anthropic's HH-RLHF: ``chosen`` and ``rejected`` are whole dialogues of ``Human:`` and ``Assistant:``.
+    r"""Convert Anthropic's HH-RLHF: ``chosen`` and ``rejected`` are whole dialogues of ``Human:`` and ``Assistant:``.
 
-    The prompt is what they have in common up to the assistant's turn in which they differ, as messages.
+    The prompt is their common part, up to the assistant's turn in which they differ, as messages.
 
     Raises:
-        RecordError: A field is missing or no dialogue, or the dialogues part before their last turn, so that it is not told which
-            of the following turns was preferred.
+        RecordError: A field is missing or is not a dialogue, or the dialogues differ before their last turn, so that
+            it is unknown which of the following turns was preferred.
 
     Example:
         >>> same = "\n\nHuman: Name a colour.\n\nAssistant:"
@@ -49,7 +50,7 @@ def hh_rlhf(row: Mapping[str, Any]) -> Record:
     if parts is None:
         raise RecordError(
             "diverging",
-            "chosen and rejected have no turn 'Assistant:' in common, as a dialogue has",
+            "chosen and rejected have no common turn 'Assistant:'",
         )
     prompt, *responses = parts
     if any(re.search(r"\n\s*\n(Human|Assistant):", response) for response in responses):
@@ -59,9 +60,10 @@ def hh_rlhf(row: Mapping[str, Any]) -> Record:
 
 
 def rm_static(row: Mapping[str, Any]) -> Record:
-    """Dahoas/rm-static and full-hh-rlhf: ``prompt`` is a dialogue that ends in ``Assistant:``, ``chosen`` and ``rejected`` go on.
+    """Convert Dahoas/rm-static and full-hh-rlhf: ``prompt`` is a dialogue that ends in ``Assistant:``, which
+    ``chosen`` and ``rejected`` continue.
 
-    The prompt becomes messages; the chat format ``hh_rlhf`` gives the original text back.
+    The prompt becomes messages; the chat format ``hh_rlhf`` restores the original text.
     """
     prompt = _dialogue(text_field(row, "prompt"))
     chosen, rejected = (text_field(row, name).strip() for name in ("chosen", "rejected"))
@@ -69,13 +71,15 @@ def rm_static(row: Mapping[str, Any]) -> Record:
 
 
 def dpo(row: Mapping[str, Any]) -> Record:
-    """Pairs as trainers of DPO take them: ``prompt``, ``chosen`` and ``rejected`` are texts or lists of messages.
+    """Convert pairs in the format of DPO trainers: ``prompt``, ``chosen`` and ``rejected`` are texts or lists of
+    messages.
 
-    Of lists, ``chosen`` and ``rejected`` may repeat the prompt's messages before the response, and then stand without ``prompt``.
-    Texts are taken as they are, white space included.
+    If they are lists, ``chosen`` and ``rejected`` may repeat the prompt's messages before the response; ``prompt`` is
+    then optional. Texts are used unchanged, including white space.
 
     Raises:
-        RecordError: Texts and messages are mixed in a way that leaves the prompt open, or the two lists differ before their last message.
+        RecordError: Texts and messages are mixed so that the prompt is ambiguous, or the two lists differ before
+            their last message.
     """
     chosen, rejected = field(row, "chosen"), field(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -97,7 +101,7 @@ def dpo(row: Mapping[str, Any]) -> Record:
 
 
 def instruction(row: Mapping[str, Any]) -> Record:
-    """A ``prompt`` with at most one answer: ``completion``, ``response``, ``answer`` or ``chosen``, if one of them is there."""
+    """Convert a ``prompt`` with at most one answer: ``completion``, ``response``, ``answer`` or ``chosen``, if present."""
     prompt = field(row, "prompt")
     if not isinstance(prompt, str):
         prompt = messages_of(prompt, "prompt")
@@ -110,9 +114,10 @@ def instruction(row: Mapping[str, Any]) -> Record:
 
 
 def alpaca(row: Mapping[str, Any]) -> Record:
-    r"""Alpaca: ``instruction``, ``input`` (often empty) and ``output``, or ``chosen`` and ``rejected`` in its place.
+    r"""Convert Alpaca: ``instruction``, ``input`` (often empty) and ``output``, or ``chosen`` and ``rejected`` in its
+    place.
 
-    ``system`` and ``history``, pairs of earlier questions and answers, are read where they are there.
+    If present, ``system`` and ``history`` (pairs of earlier questions and answers) are read too.
 
     Example:
         >>> alpaca({"instruction": "Translate.", "input": "Haus", "output": "house"})
@@ -124,7 +129,7 @@ def alpaca(row: Mapping[str, Any]) -> Record:
     messages = [Message("system", text_field(row, "system"))] if row.get("system") else []
     for turn in row.get("history") or ():
         if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise RecordError("wrong_type", "the field 'history' is no list of pairs of texts")
+            raise RecordError("wrong_type", "the field 'history' must be a list of pairs of texts")
         for role, content in zip(("user", "assistant"), turn, strict=True):
             messages.append(Message(role, text_of(content, "history")))
     prompt = (*messages, Message("user", said))
@@ -135,9 +140,9 @@ def alpaca(row: Mapping[str, Any]) -> Record:
 
 
 def sharegpt(row: Mapping[str, Any]) -> Record:
-    """ShareGPT: ``conversations`` of ``from`` and ``value``; the assistant's last turn is the response.
+    """Convert ShareGPT: ``conversations`` of ``from`` and ``value``; the assistant's last turn is the response.
 
-    ``system`` is read where it is there, and so are ``chosen`` and ``rejected``, one further turn each, which make a pair.
+    If present, ``system`` is read too, and ``chosen`` and ``rejected``, one more turn each, which form a pair.
 
     Example:
         >>> sharegpt({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
@@ -148,7 +153,7 @@ def sharegpt(row: Mapping[str, Any]) -> Record:
         if turn.role not in SHAREGPT_ROLES:
             raise RecordError(
                 "wrong_type",
-                f"conversations[{i}].from is {turn.role!r}, not one of {', '.join(SHAREGPT_ROLES)}",
+                f"conversations[{i}].from must be one of {', '.join(SHAREGPT_ROLES)}, got {turn.role!r}",
             )
     messages = [Message(SHAREGPT_ROLES[turn.role], turn.content) for turn in turns]
     if row.get("system"):
@@ -165,15 +170,16 @@ def sharegpt(row: Mapping[str, Any]) -> Record:
 
 
 def messages(row: Mapping[str, Any]) -> Record:
-    """``messages`` of ``role`` and ``content``; the assistant's last one is the response."""
+    """Convert ``messages`` of ``role`` and ``content``; the assistant's last message is the response."""
     return _conversation(list(messages_of(field(row, "messages"), "messages")), "messages")
 
 
 def webgpt(row: Mapping[str, Any]) -> Record:
-    """openai/webgpt_comparisons: ``question``, two answers and their scores; the one with the higher score is preferred.
+    """Convert openai/webgpt_comparisons: ``question``, two answers and their scores; the one with the higher score is
+    preferred.
 
-    Citations such as ``[1]`` and ``[2, 3]`` are taken out. DeepSpeed-Chat takes out whatever stands in round or square brackets, and of
-    answers with equal scores prefers the first; here a tie is no record.
+    Citations such as ``[1]`` and ``[2, 3]`` are removed. DeepSpeed-Chat removes everything in parentheses or square
+    brackets, and prefers the first of two answers with equal scores; here a tie is left out.
 
     Raises:
         RecordError: A field is missing, or the scores are equal.
@@ -191,10 +197,10 @@ def webgpt(row: Mapping[str, Any]) -> Record:
 
 
 def shp(row: Mapping[str, Any]) -> Record:
-    """stanfordnlp/SHP: a post ``history`` and two replies, of which A is preferred where ``labels`` is 1, and B where it is 0."""
+    """Convert stanfordnlp/SHP: a post ``history`` and two replies; A is preferred if ``labels`` is 1, B if it is 0."""
     label = _number(row, "labels")
     if label not in (0, 1):
-        raise RecordError("wrong_type", f"the field 'labels' is {label:g}: must be 0 or 1")
+        raise RecordError("wrong_type", f"the field 'labels' must be 0 or 1, got {label:g}")
     replies = [text_field(row, f"human_ref_{name}") for name in "AB"]
     chosen, rejected = replies if label == 1 else replies[::-1]
     prompt = (Message("user", text_field(row, "history")),)
@@ -204,11 +210,11 @@ def shp(row: Mapping[str, Any]) -> Record:
 def named_fields(
     *, prompt: str, chosen: str | None = None, rejected: str | None = None
 ) -> Converter:
-    """A converter for rows with field names of their own; texts and messages as in `dpo`.
+    """Return a converter for rows with custom field names; texts and messages are handled as in ``dpo``.
 
     Args:
         prompt: The field of the prompt.
-        chosen: The field of the response to learn; None: there is none.
+        chosen: The field of the response to learn; None if there is none.
         rejected: The field of the other response.
 
     Example:
@@ -216,7 +222,9 @@ def named_fields(
         Record(prompt='2 + 2?', chosen='4', rejected=None)
     """
     if rejected is not None and chosen is None:
-        raise ValueError(f"rejected={rejected!r} without chosen: a pair needs both")
+        raise ValueError(
+            f"rejected must be None if chosen is None, got {rejected!r}: a pair needs both"
+        )
     given = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     names = {ours: theirs for ours, theirs in given.items() if theirs is not None}
     converter = dpo if rejected is not None else instruction
@@ -273,14 +281,14 @@ _FORMATS = {
 }  # fmt: skip
 
 FORMATS: Mapping[str, Converter] = {name: form.convert for name, form in _FORMATS.items()}
-"""The converters by name."""
+"""The converters, by name."""
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
-    """The name of the format that a row's fields have, a key of `FORMATS`.
+    """Return the name of the format that matches a row's fields, a key of ``FORMATS``.
 
     Raises:
-        RecordError: None of them; the message lists the fields that were found, and those of each format.
+        RecordError: No format matches; the message lists the fields that were found, and those of each format.
 
     Example:
         >>> detect_format({"instruction": "Say hello.", "input": "", "output": "Hello."})
@@ -293,7 +301,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
     known = "; ".join(f"{name}: {form.fields}" for name, form in _FORMATS.items())
     raise RecordError(
         "missing_field",
-        f"no known format has the fields {found} ({known}). Name yours with format=named_fields(prompt=..., chosen=..., rejected=...)",
+        f"no known format has the fields {found} ({known}). Specify yours with format=named_fields(prompt=..., chosen=..., rejected=...)",
     )
 
 
@@ -301,18 +309,18 @@ def _dialogue(text: str) -> tuple[Message, ...]:
     try:
         return parse_dialogue(text)
     except ValueError as error:
-        raise RecordError("wrong_type", f"the prompt is {error}") from None
+        raise RecordError("wrong_type", f"the prompt: {error}") from None
 
 
 def _response(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
-    """The messages before the last one, and the last one's content, which has to be the assistant's."""
+    """Return the messages before the last one, and the content of the last one, which must be the assistant's."""
     if isinstance(value, str):
         return (), text_of(value, name)
     listed = messages_of([value] if isinstance(value, Mapping) else value, name)
     if listed[-1].role != "assistant":
         raise RecordError(
             "wrong_type",
-            f"the last message of {name!r} has the role {listed[-1].role!r}, not 'assistant'",
+            f"the last message of {name!r} must have the role 'assistant', got {listed[-1].role!r}",
         )
     return listed[:-1], listed[-1].content
 
@@ -331,7 +339,5 @@ def _number(row: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool):
         value = int(value)
     if not isinstance(value, int | float) or value != value:
-        raise RecordError(
-            "wrong_type", f"the field {name!r} is {value!r} where a number was expected"
-        )
+        raise RecordError("wrong_type", f"the field {name!r} must be a number, got {value!r}")
     return float(value)

@@ -1,4 +1,4 @@
-"""Which records each phase of RLHF learns from, and in which order."""
+"""Choose the records that each phase of RLHF learns from, and their order."""
 
 import itertools
 import math
@@ -16,18 +16,18 @@ from effscale.rlhf.data.record import Record
 def phase_split(
     count: int, shares: str | Sequence[float | int] = (2, 4, 4), *, seed: int = 1234
 ) -> tuple[Int[np.ndarray, "_"], ...]:
-    """Deals records to phases, as DeepSpeed-Chat's ``--data_split`` does: the same numbers for the same seed.
+    """Split records between phases, like DeepSpeed-Chat's ``--data_split``: the same indices for the same seed.
 
-    The phases have no record in common, and together they have all.
+    No record is in two phases, and every record is in one.
 
     Args:
-        count: How many records there are.
-        shares: A share for each phase, numbers or DeepSpeed's text; only their proportions count. Usual are fine-tuning, reward model
-            and PPO.
-        seed: Of the permutation, DeepSpeed-Chat's default by default.
+        count: Number of records.
+        shares: A share for each phase, as numbers or as DeepSpeed's string; only their proportions count. The usual
+            phases are fine-tuning, reward model and PPO.
+        seed: Seed of the permutation; the default is DeepSpeed-Chat's.
 
     Returns:
-        For each phase the indices of its records.
+            For each phase, the indices of its records.
 
     Example:
         >>> [part.tolist() for part in phase_split(13, "2,4,4")]
@@ -35,9 +35,9 @@ def phase_split(
     """
     check_seed(seed)
     if seed >= 2**32:
-        raise ValueError(f"seed={seed}: must be below 2**32")
+        raise ValueError(f"seed must be below 2**32, got {seed}")
     if count < 0:
-        raise ValueError(f"count={count}: must be 0 or more")
+        raise ValueError(f"count must be 0 or more, got {count}")
     given = shares
     try:
         shares = [float(s) for s in (shares.split(",") if isinstance(shares, str) else shares)]
@@ -45,12 +45,12 @@ def phase_split(
         shares = []
     if not shares or not all(0 <= s < math.inf for s in shares) or not sum(shares):
         raise ValueError(
-            f"shares={given!r}: must be numbers of 0 or more, not all 0, such as '2,4,4'"
+            f"shares must be numbers of 0 or more, not all 0, such as '2,4,4', got {given!r}"
         )
     total = sum(shares)
     edges = [0, *itertools.accumulate(round(share / total * count) for share in shares)]
-    # What rounding gave too many is taken from all edges, as in the original; there an edge may become negative, and records
-    # are then in two phases.
+    # The excess from rounding is subtracted from all boundaries, as in the original; there a boundary can become
+    # negative, so that records are in two phases.
     excess = edges[-1] - count
     edges = [0, *(min(max(edge - excess, 0), count) for edge in edges[1:])]
     order = np.arange(count)
@@ -59,11 +59,11 @@ def phase_split(
 
 
 def split_by_prompt(records: Iterable[Record], splits: Splits) -> dict[str, list[Record]]:
-    """Deals records to named parts by their prompts, so that no prompt is in two parts, however often it occurs.
+    """Split records into named parts by their prompts, so that no prompt is in two parts, however often it occurs.
 
     Args:
         records: The records.
-        splits: The parts and their shares.
+        splits: Names of the parts and their shares.
 
     Example:
         >>> records = [Record(prompt=f"{i} + 1?", chosen=str(i + 1)) for i in range(100)]
@@ -79,15 +79,16 @@ def split_by_prompt(records: Iterable[Record], splits: Splits) -> dict[str, list
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The order in which records of several sources are learned: every epoch has its own, and repeats no record.
+    """The order of records from several sources: every epoch has a different order, and repeats no record.
 
-    Without weights an epoch is all records of all sources. With weights it has as many of each source as the weights say, and ends
-    where the first source would run out; a source of which an epoch takes a part gives another part in the next epoch.
+    Without weights, an epoch has all records of all sources. With weights, it draws from the sources in that
+    proportion and ends when the first source would run out. If an epoch uses only a part of a source, the next epoch
+    uses another part.
 
     Attributes:
         sizes: The number of records in each source.
-        weights: The share of records from each source in an epoch; None: in proportion to the sizes.
-        seed: Another seed gives another order.
+        weights: The share of records from each source in an epoch; None means in proportion to the sizes.
+        seed: Seed of the order.
 
     Example:
         >>> blend = Blend(sizes=(100, 10), weights=(0.75, 0.25))
@@ -104,22 +105,22 @@ class Blend:
     def __post_init__(self):
         check_seed(self.seed)
         if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes={self.sizes}: each source needs at least one record")
+            raise ValueError(f"sizes must be at least 1 for each source, got {self.sizes}")
         if self.weights is None:
             return
         if len(self.weights) != len(self.sizes):
             raise ValueError(
-                f"{len(self.weights)} weights for {len(self.sizes)} sources: give one for each"
+                f"weights must have one entry for each of the {len(self.sizes)} sources, got {len(self.weights)}"
             )
         if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights={self.weights}: each must be above 0 and finite")
+            raise ValueError(f"weights must be above 0 and finite, got {self.weights}")
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many records of each source an epoch has."""
+        """The number of records of each source in an epoch."""
         if self.weights is None:
             return self.sizes
-        # Rounding errors must not cost the source that runs out first one of its records.
+        # Rounding errors must not drop a record of the source that runs out first.
         total = min(size / weight for size, weight in zip(self.sizes, self.weights, strict=True))
         return tuple(
             max(1, min(size, math.floor(total * weight + 1e-6)))
@@ -130,12 +131,12 @@ class Blend:
         return sum(self.counts)
 
     def epoch(self, number: int) -> Int[np.ndarray, "records 2"]:
-        """The records of an epoch in their order: for each its source and its index there."""
+        """Return the records of an epoch in order: for each, its source and its index in the source."""
         if number < 0:
-            raise ValueError(f"number={number}: epochs count from 0")
+            raise ValueError(f"number must be 0 or more, got {number}: epochs are counted from 0")
         parts = []
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
-            # So many epochs go through a source once.
+            # This number of epochs uses each record of a source once.
             cycle, part = divmod(number, size // count)
             order = _generator(self.seed, 1, source, cycle).permutation(size)
             chosen = order[part * count : (part + 1) * count]

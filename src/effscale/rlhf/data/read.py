@@ -1,4 +1,4 @@
-"""Records from files and from any rows, with an account of what was left out."""
+"""Read records from files or other rows, and count what was left out."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from effscale.rlhf.data.record import Reason, Record, RecordError, RecordReport,
 logger = logging.getLogger(__name__)
 
 LEFT_OUT: frozenset[Reason] = frozenset(("empty", "identical", "tie", "diverging"))
-"""Faults that occur in every large data set: such records are always left out and counted."""
+"""Faults that occur in every large dataset; such records are always left out and counted."""
 
 _PARQUET_ROWS = 256
-# White space, and the byte order mark that some editors begin a file with.
+# White space, and the byte order mark that some editors put at the beginning of a file.
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -31,21 +31,22 @@ def read_records(
     on_error: Literal["raise", "skip"] = "raise",
     report: RecordReport | None = None,
 ) -> list[Record]:
-    """The records of files or rows.
+    """Read records from files or rows.
 
-    Records of which nothing can be learned (equal responses, empty texts, ties, dialogues that part too early) are left out, and a
-    logged warning says how many and why.
+    Records that nothing can be learned from (equal responses, empty texts, ties, dialogues that differ too early) are
+    left out, and a logged warning says how many and why.
 
     Args:
         source: Paths and globs of JSON Lines, JSON lists (both also as ``.gz``) and Parquet (``.parquet``, needs pyarrow); or any
             iterable of mappings, such as a list of dicts or a Hugging Face ``Dataset``.
-        format: A key of `FORMATS`, or a function from a row to a `Record`; None goes by the fields of the first row.
+        format: A key of ``FORMATS``, or a function from a row to a ``Record``; None detects the format from the
+            fields of the first row.
         on_error: What to do with a row that is damaged or lacks a field: ``"raise"``, or ``"skip"`` and count it.
-        report: Receives the count of what was left out.
+        report: If given, receives the counts of records that were left out.
 
     Raises:
         RecordError: A row cannot be used; the message names the file, the line and the field.
-        ImportError: A Parquet file, and no pyarrow.
+        ImportError: A Parquet file is given and pyarrow is not installed.
         ValueError: ``format`` is unknown, or no record is left.
 
     Example:
@@ -57,7 +58,7 @@ def read_records(
         {'identical': 1}
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error={on_error!r}: must be "raise" or "skip"')
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
     if isinstance(format, str) and format not in FORMATS:
         raise ValueError(f"format={format!r}: {did_you_mean(format, FORMATS)}")
     skipped = RecordReport()
@@ -68,7 +69,7 @@ def read_records(
         if error.reason not in LEFT_OUT and on_error == "raise":
             raise RecordError(
                 error.reason,
-                f'{error.detail}. Mend or leave out this record, or pass on_error="skip" to count such records and go on.',
+                f'{error.detail}. Fix or remove this record, or pass on_error="skip" to count such records and continue.',
                 where,
             ) from None
         skipped.add(error.reason, where, error.detail)
@@ -95,7 +96,7 @@ def read_records(
     if report is not None:
         report.merge(skipped)
     if not records:
-        raise ValueError(f"no record to learn from in {_name(source)}: {skipped}")
+        raise ValueError(f"{_name(source)} has no record to learn from: {skipped}")
     return records
 
 
@@ -109,13 +110,13 @@ Row = Mapping[str, Any] | RecordError
 
 
 def _rows(source: Any) -> Iterator[tuple[str, Row]]:
-    """Each row with the place that it came from, or the error in its place."""
+    """Yield each row, or the error in its place, with the place that it came from."""
     if isinstance(source, str | os.PathLike):
         yield from _file_rows((source,))
     elif isinstance(source, Mapping):
         raise ValueError(
-            f"source is a mapping with the keys {', '.join(map(repr, list(source)[:8]))}: give its rows, or, of a data set with "
-            "splits, one split"
+            f"source must be rows, got a mapping with the keys {', '.join(map(repr, list(source)[:8]))}. Pass its rows, or one split "
+            "of a dataset with splits"
         )
     else:
         iterator = iter(source)
@@ -131,7 +132,7 @@ def _rows(source: Any) -> Iterator[tuple[str, Row]]:
 def _checked(row: Any) -> Row:
     if isinstance(row, Mapping):
         return row
-    return RecordError("wrong_type", f"{type(row).__name__} where a mapping of fields was expected")
+    return RecordError("wrong_type", f"a row must be a mapping of fields, got {type(row).__name__}")
 
 
 def _file_rows(paths: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, Row]]:
@@ -168,7 +169,7 @@ def _parse(line: bytes) -> Row:
 
 
 def _list_rows(path: pathlib.Path, content: bytes, line: int) -> Iterator[tuple[str, Row]]:
-    """The items of a JSON list, each with its line; what follows a damaged one is not read."""
+    """Yield the items of a JSON list, each with its line; nothing after a damaged item is read."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -198,7 +199,7 @@ def _list_rows(path: pathlib.Path, content: bytes, line: int) -> Iterator[tuple[
         elif not text.startswith("]", place):
             yield (
                 f"{path}:{line}",
-                RecordError("bad_json", "the list does not go on after this item"),
+                RecordError("bad_json", "the list does not continue after this item"),
             )
             return
 
@@ -215,7 +216,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError(
-            "reading Parquet files needs pyarrow: pip install 'effscale[parquet]'."
+            "reading Parquet files needs pyarrow: install it with pip install pyarrow"
         ) from error
     number = 0
     try:

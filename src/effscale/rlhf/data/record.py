@@ -1,4 +1,4 @@
-"""What every preference data set comes down to: a prompt, the response that was preferred, and one that was not."""
+"""Records of a preference dataset: a prompt, the preferred response, and another response."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ Reason = Literal[
     "special_token",
     "too_long",
 ]
-"""Why a record is refused or left out."""
+"""Why a record is rejected or left out."""
 
 
 class RecordError(ValueError):
-    """A record that cannot be used.
+    """A record cannot be used.
 
     Attributes:
         reason: The kind of fault.
-        detail: What is wrong, in words.
+        detail: A description of the fault.
     """
 
     def __init__(self, reason: Reason, detail: str, where: str = ""):
@@ -37,7 +37,7 @@ class RecordError(ValueError):
 
 
 class RecordReport(SkipReport):
-    """The account of the records that were left out: how many by reason, and the first few in words.
+    """Counts of records that were left out, by reason, with the first few as examples.
 
     Example:
         >>> report = RecordReport()
@@ -47,7 +47,7 @@ class RecordReport(SkipReport):
     """
 
     def add(self, reason: Reason, where: str, detail: str) -> None:  # pyrefly: ignore[bad-override]
-        """Counts one record."""
+        """Count one record."""
         self.counts[reason] += 1
         if len(self.examples) < self.max_examples:
             self.examples.append(f"{where}: {detail}")
@@ -65,8 +65,8 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks: ``"user"``, ``"assistant"``, ``"system"``, or whatever a chat template knows.
-        content: What is said.
+        role: ``"user"``, ``"assistant"``, ``"system"``, or another role that the chat template knows.
+        content: The text of the message.
     """
 
     role: str
@@ -78,13 +78,13 @@ class Record:
     """A prompt and up to two responses to it.
 
     Attributes:
-        prompt: Messages (or mappings with ``role`` and ``content``, which become messages), to which a chat format is applied;
-            or a text that is taken as it is.
-        chosen: The response to learn, or the preferred one of a pair. A prompt that is to be answered by a model has none.
+        prompt: Messages (or mappings with ``role`` and ``content``, which become messages), to which a chat format is
+            applied; or a text that is used unchanged.
+        chosen: The response to learn, or the preferred one of a pair. None for a prompt that a model should answer.
         rejected: The other response of a pair.
 
     Raises:
-        RecordError: Something is not a text, or there is no message.
+        RecordError: A value is not a text, or there is no message.
 
     Example:
         >>> record = Record(prompt=[{"role": "user", "content": "2 + 2?"}], chosen="4", rejected="5")
@@ -107,18 +107,18 @@ class Record:
 
     @property
     def messages(self) -> tuple[Message, ...] | None:
-        """The prompt's messages; None where it is a text."""
+        """The prompt's messages; None if it is a text."""
         return None if isinstance(self.prompt, str) else messages_of(self.prompt, "prompt")
 
     def as_text(self) -> str:
-        """The prompt's words without a chat format, by which prompts are compared."""
+        """The prompt's text without a chat format, used to compare prompts."""
         if isinstance(self.prompt, str):
             return self.prompt
         return "\n".join(m.content for m in messages_of(self.prompt, "prompt"))
 
 
 def fault(record: Record) -> tuple[Reason, str] | None:
-    """Why nothing can be learned from a record, if so: an empty text, or a pair of equal responses."""
+    """Return why nothing can be learned from a record (an empty text or equal responses), or None."""
     if not record.as_text().strip():
         return "empty", "the prompt is empty"
     for name in ("chosen", "rejected"):
@@ -131,53 +131,51 @@ def fault(record: Record) -> tuple[Reason, str] | None:
 
 
 def field(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a field.
+    """Return the value of a field.
 
     Raises:
-        RecordError: It is not there; the message says which fields are.
+        RecordError: The field is missing; the message lists the fields that exist.
     """
     if name not in row:
         there = ", ".join(repr(key) for key in list(row)[:12]) or "none"
-        raise RecordError("missing_field", f"no field {name!r}; there are {there}")
+        raise RecordError("missing_field", f"no field {name!r}; the fields are {there}")
     return row[name]
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
-    """The text of a field; see `field` and `text_of`."""
+    """Return the text of a field; see ``field`` and ``text_of``."""
     return text_of(field(row, name), name)
 
 
 def text_of(value: Any, name: str) -> str:
-    """A value that has to be a text.
+    """Return a value after checking that it is a text.
 
     Raises:
-        RecordError: It is something else, or holds half of a surrogate pair, which no tokenizer takes.
+        RecordError: It is something else, or contains half of a surrogate pair, which tokenizers do not accept.
     """
     if not isinstance(value, str):
-        raise RecordError(
-            "wrong_type", f"the field {name!r} is {_kind(value)} where a text was expected"
-        )
+        raise RecordError("wrong_type", f"the field {name!r} must be a text, got {_kind(value)}")
     try:
         value.isascii() or value.encode()
     except UnicodeEncodeError:
-        raise RecordError("not_utf8", f"the field {name!r} holds a lone surrogate") from None
+        raise RecordError("not_utf8", f"the field {name!r} contains a lone surrogate") from None
     return value
 
 
 def messages_of(
     value: Any, name: str, *, role: str = "role", content: str = "content"
 ) -> tuple[Message, ...]:
-    """A list of mappings with a role and a content each, as messages.
+    """Convert a list of mappings with role and content to messages.
 
-    Other keys, such as ids, are not read. Contents in parts are joined if all parts are text.
+    Other keys, such as ids, are ignored. Contents in parts are joined if all parts are text.
 
     Raises:
-        RecordError: It is no such list, or a message calls tools or holds an image.
+        RecordError: It is not such a list, or a message calls tools or contains an image.
     """
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise RecordError(
             "wrong_type",
-            f"the field {name!r} is {_kind(value)} where a list of messages was expected",
+            f"the field {name!r} must be a list of messages, got {_kind(value)}",
         )
     if not value:
         raise RecordError("empty", f"the field {name!r} has no message")
@@ -189,22 +187,23 @@ def messages_of(
 
 def _message(item: Any, where: str, role: str, content: str) -> Message:
     if not isinstance(item, Mapping):
-        raise RecordError("wrong_type", f"{where} is {_kind(item)} where a message was expected")
+        raise RecordError("wrong_type", f"{where} must be a message, got {_kind(item)}")
     for key in (role, content):
         if key not in item:
             raise RecordError(
-                "missing_field", f"{where} has no {key!r}; there are {', '.join(map(repr, item))}"
+                "missing_field",
+                f"{where} has no {key!r}; its keys are {', '.join(map(repr, item))}",
             )
     if item.get("tool_calls"):
-        raise RecordError("wrong_type", f"{where} calls tools, and only text is read")
+        raise RecordError("wrong_type", f"{where} calls tools, but only text is supported")
     said = item[content]
     if isinstance(said, list):
         parts = [part for part in said if isinstance(part, Mapping) and part.get("type") == "text"]
         if len(parts) < len(said):
-            raise RecordError("wrong_type", f"{where} has parts that are no text")
+            raise RecordError("wrong_type", f"{where} has parts that are not text")
         said = "".join(text_of(part.get("text"), f"{where}.text") for part in parts)
     return Message(text_of(item[role], f"{where}.{role}"), text_of(said, f"{where}.{content}"))
 
 
 def _kind(value: Any) -> str:
-    return "null" if value is None else f"of the type {type(value).__name__}"
+    return "null" if value is None else f"a value of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Questions, answers and preferences without a download: what functions and classes of Python's standard library are for."""
+"""Questions, answers and preferences without a download, from the documentation of Python's standard library."""
 
 import ast
 import functools
@@ -12,23 +12,24 @@ from effscale.data import Splits, StandardLibrary
 from effscale.data.seeds import check_seed
 from effscale.rlhf.data.record import Message, Record
 
-# Copies and tools that nobody calls: their functions would repeat others or say little.
+# Copies and internal tools: their functions would repeat others or say little.
 _LEFT_OUT = frozenset(("encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"))
 SHORTEST, LONGEST = 20, 200
-"""How many characters an answer has at least and at most."""
+"""Minimum and maximum number of characters of an answer."""
 
-# Not after the full stop of an abbreviation.
+# Not after the period of an abbreviation.
 _SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\beg)(?<!\bie)(?<!etc)(?<!vs)(?<!cf)[.!?](?=\s|$)")
 _CALL = re.compile(r"[\w.]+\(")
 
 
 class Documented(NamedTuple):
-    """A function, method or class and what its documentation says first.
+    """A function, method or class and the first sentence of its documentation.
 
     Attributes:
         kind: ``function`` or ``class``.
         name: With its module and class, such as ``json.JSONDecoder.decode``.
-        signature: Its arguments, without the object that it is a method of; those of a class are its own ``__init__``'s, ``()`` if it has none.
+        signature: Its arguments without ``self``. For a class, those of its own ``__init__``, or ``()`` if it has
+            none.
         summary: The first sentence.
     """
 
@@ -39,11 +40,12 @@ class Documented(NamedTuple):
 
 
 class LibraryPairs(NamedTuple):
-    """What :func:`standard_library_pairs` returns.
+    """The result of ``standard_library_pairs``.
 
     Attributes:
         train: Records to learn from.
-        held_out: Records of other functions and classes, none of which occurs among the former, not even as a rejected response.
+        held_out: Records of other functions and classes, none of which occurs in ``train``, not even as a rejected
+        response.
     """
 
     train: tuple[Record, ...]
@@ -53,22 +55,25 @@ class LibraryPairs(NamedTuple):
 def standard_library_pairs(
     seed: int = 0, *, held_out: float = 0.1, rejected: int = 1
 ) -> LibraryPairs:
-    """Pairs made of the running Python's standard library: some thousands, the same ones every time.
+    """Create a few thousand pairs from the standard library of the running Python, the same ones every time.
 
-    The prompt asks what a function or class does and gives its signature, the chosen response is the first sentence of its documentation, and
-    the rejected one is another's. Each sentence is rejected as often as it is chosen, so that nothing can be learned from the sentence alone.
-    Functions and classes whose names begin with an underscore take part; special methods do not, nor do properties. The source is parsed
-    and never imported or run. Another version of Python has others.
+    The prompt asks what a function or class does and gives its signature. The chosen response is the first sentence
+    of its documentation, and the rejected response is that of another one. Each sentence is rejected as often as it
+    is chosen, so that nothing can be learned from the sentence by itself.
+
+    Functions and classes whose names begin with an underscore are included; special methods and properties are not.
+    The source is parsed, never imported or run. The pairs depend on the version of Python.
 
     Args:
-        seed: Decides what is held out, what is rejected, and the order.
+        seed: Seed of the split, the rejected responses, and the order.
         held_out: The share of functions and classes to hold out.
-        rejected: How many records each of the others has, each with another rejected response. A reward model that reads each record once
-            then learns from more comparisons; what is held out has one record.
+        rejected: Number of training records per function or class, each with a different rejected response. A reward
+            model that reads each record once then learns from more comparisons. Held-out functions and classes have
+            one record each.
 
     Raises:
         ValueError: An argument is out of range.
-        FileNotFoundError: This Python has no source files of its library.
+        FileNotFoundError: The source files of the standard library are not installed.
 
     Example:
         >>> pairs = standard_library_pairs()
@@ -77,9 +82,9 @@ def standard_library_pairs(
     """
     check_seed(seed)
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out={held_out}: must be above 0 and below 1")
+        raise ValueError(f"held_out must be above 0 and below 1, got {held_out}")
     if rejected < 1:
-        raise ValueError(f"rejected={rejected}: must be at least 1")
+        raise ValueError(f"rejected must be at least 1, got {rejected}")
     splits = Splits(fractions={"train": 1 - held_out, "held_out": held_out}, seed=seed)
     parts: dict[str, list[Documented]] = {name: [] for name in splits.fractions}
     for found in documented():
@@ -87,7 +92,7 @@ def standard_library_pairs(
     for name, part in parts.items():
         if len(part) < 2:
             raise ValueError(
-                f"held_out={held_out}: {name} would have {len(part)} functions and classes, and pairs need two"
+                f"held_out must leave at least two functions and classes in each part, got {held_out}, which leaves {len(part)} in {name}"
             )
     train, held = (
         _pairs(part, np.random.default_rng(np.random.SeedSequence([seed, number])), times)
@@ -97,9 +102,10 @@ def standard_library_pairs(
 
 
 def documented() -> tuple[Documented, ...]:
-    """The documented functions, methods and classes of the standard library, by module; of those with the same first sentence the first.
+    """Return the documented functions, methods and classes of the standard library, by module; only the first with
+    the same first sentence.
 
-    The second call in a process parses nothing again.
+    The result is cached within the process.
     """
     return _parsed(StandardLibrary().fingerprint()["files"])
 
@@ -131,7 +137,7 @@ def _parsed(digest: str) -> tuple[Documented, ...]:
 
 
 def first_sentence(docstring: str) -> str:
-    r"""The first sentence of a documentation, on one line; nothing where it begins with a call, as old documentations do.
+    r"""Return the first sentence of a docstring on one line, or nothing if it begins with a call, as old docstrings do.
 
     Example:
         >>> first_sentence("Return the sum, e.g. of\n    two numbers.  May raise.")
@@ -161,7 +167,7 @@ def _definitions(
 
 
 def _is_plain(decorator: ast.expr) -> bool:
-    """Whether a decorated function is still called as it is written; a property, say, is not."""
+    """Return whether a decorated function is still called as written; a property, for example, is not."""
     return isinstance(decorator, ast.Name) and decorator.id in ("classmethod", "staticmethod")
 
 
@@ -183,7 +189,7 @@ def _pairs(
 ) -> tuple[Record, ...]:
     records = []
     for _ in range(times):
-        # Around a circle in random order each one's answer is refused for the one before it.
+        # In a random circular order, each answer is rejected for the previous question.
         order = generator.permutation(len(found))
         for here, there in zip(order, np.roll(order, -1), strict=True):
             kind, name, signature, summary = found[here]

@@ -1,4 +1,4 @@
-"""Prompted tasks: templates that make a prompt, a target and choices of each labelled example, as promptsource does for T0 and BLOOMZ."""
+"""Prompted tasks: templates that convert labeled examples to a prompt, a target and choices, as promptsource does for T0 and BLOOMZ."""
 
 import os
 import pathlib
@@ -17,17 +17,17 @@ _TASK_KEYS = ("task", "templates")
 
 
 class PromptTemplateError(ValueError):
-    """A template that cannot be read, or an example that does not fit it."""
+    """A template cannot be read, or an example does not match it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompted:
-    """An example in words.
+    """An example as text.
 
     Attributes:
-        prompt: What a model reads.
-        target: What it should say then.
-        choices: What it could say, the target among them; empty where the answer is free.
+        prompt: The input of the model.
+        target: The expected answer.
+        choices: The possible answers, including the target; empty if the answer is free text.
     """
 
     prompt: str
@@ -36,33 +36,36 @@ class Prompted:
 
     @property
     def answer(self) -> int:
-        """The number of the target among the choices."""
+        """The index of the target in the choices."""
         return self.choices.index(self.target)
 
     @property
     def answers(self) -> list[str]:
-        """The choices, each after a space, as `effscale.evaluation.rank_answers` takes them."""
+        """The choices, each after a space, for ``effscale.evaluation.rank_answers``."""
         return [f" {choice}" for choice in self.choices]
 
     def record(self) -> Record:
-        """What `fine_tuning_rows` learns from: the target follows the prompt after a space, as in BLOOMZ."""
+        """Return a record for ``fine_tuning_rows``: the target follows the prompt after a space, as in BLOOMZ."""
         return Record(prompt=self.prompt, chosen=f" {self.target}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """How an example becomes a prompt with its target.
+    """A template that converts an example to a prompt and a target.
 
-    Texts hold fields of the example in braces, ``{premise}``; write ``{{`` for a literal brace. Nothing in a template is run.
+    Texts refer to fields of the example in braces, ``{premise}``; write ``{{`` for a literal brace. No code in a
+    template is executed.
 
     Attributes:
-        name: Of the template.
-        input: The prompt. It should end so that an answer must follow, with a full stop or ``Answer:``; otherwise a model may go on with the input.
+        name: Name of the template.
+        input: The prompt. It should end so that an answer must follow, with a period or ``Answer:``; otherwise a
+            model may continue the input.
         target: The answer.
-        choices: All answers that there are, each a text with fields. Or one text ``{field}``, whose field holds a list of them.
+        choices: All possible answers, each a text with fields. Or one text ``{field}``, if that field contains a list
+            of them.
 
     Raises:
-        PromptTemplateError: A brace is not closed, or holds more than the name of a field.
+        PromptTemplateError: A brace is not closed, or contains more than the name of a field.
 
     Example:
         >>> template = PromptTemplate(name="yes or no", input="{text} Is that so?", target="{label}", choices=("yes", "no"))
@@ -81,7 +84,7 @@ class PromptTemplate:
             _fields(text, self.name)
         if isinstance(self.choices, str) and not self._field_of_choices:
             raise PromptTemplateError(
-                f"template {self.name!r}: choices={self.choices!r} must be a list of texts, or '{{field}}' for a field that holds one"
+                f"template {self.name!r}: choices must be a list of texts, or '{{field}}' for a field with such a list, got {self.choices!r}"
             )
 
     @property
@@ -91,43 +94,44 @@ class PromptTemplate:
 
     @property
     def _field_of_choices(self) -> str:
-        """The name in ``{field}``; empty where choices are no such text."""
+        """The name in ``{field}``; empty if choices are not such a text."""
         text = self.choices if isinstance(self.choices, str) else ""
         inner = text[1:-1]
         return inner if text == f"{{{inner}}}" and inner.isidentifier() else ""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields that an example must have, in the order in which they are used."""
+        """The names of the fields that an example must have, in order of use."""
         found = [name for text in self._texts for name in _fields(text, self.name)]
         return tuple(dict.fromkeys(found))
 
     def apply(self, example: Mapping[str, Any]) -> Prompted:
-        """The example in words.
+        """Apply the template to an example.
 
         Raises:
-            PromptTemplateError: The example lacks a field, the prompt or the target is empty, or the target is none of the choices.
+            PromptTemplateError: The example lacks a field, the prompt or the target is empty, or the target is not
+            one of the choices.
         """
         prompt, target = (self._filled(text, example) for text in (self.input, self.target))
         if isinstance(self.choices, str):
             listed = self._value(self._field_of_choices, example)
             if not isinstance(listed, list | tuple):
                 raise PromptTemplateError(
-                    f"template {self.name!r}: the field {self._field_of_choices!r} must hold a list of choices, not {listed!r}"
+                    f"template {self.name!r}: the field {self._field_of_choices!r} must be a list of choices, got {listed!r}"
                 )
             choices = tuple(map(str, listed))
         else:
             choices = tuple(self._filled(choice, example) for choice in self.choices)
         if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
             raise PromptTemplateError(
-                f"template {self.name!r}: choices {choices} must be two different ones at least"
+                f"template {self.name!r}: choices must be at least two different ones, got {choices}"
             )
         for kind, text in (("prompt", prompt), ("target", target)):
             if not text.strip():
                 raise PromptTemplateError(f"template {self.name!r}: the {kind} is empty")
         if choices and target not in choices:
             raise PromptTemplateError(
-                f"template {self.name!r}: the target {target!r} is none of the choices {choices}"
+                f"template {self.name!r}: the target must be one of the choices {choices}, got {target!r}"
             )
         return Prompted(prompt=prompt, target=target, choices=choices)
 
@@ -139,18 +143,18 @@ class PromptTemplate:
         if name not in example:
             there = ", ".join(map(repr, example)) or "none"
             raise PromptTemplateError(
-                f"template {self.name!r}: the example has no field {name!r}; there are {there}"
+                f"template {self.name!r}: the example has no field {name!r}; its fields are {there}"
             )
         return example[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedTask:
-    """A task under several templates.
+    """A task with several templates.
 
     Attributes:
-        name: Of the task.
-        templates: Ways to ask the same.
+        name: Name of the task.
+        templates: Different phrasings of the task.
 
     Raises:
         PromptTemplateError: There is no template, or two have the same name.
@@ -163,28 +167,29 @@ class PromptedTask:
         names = [template.name for template in self.templates]
         if not names or len(set(names)) < len(names):
             raise PromptTemplateError(
-                f"task {self.name!r}: it needs templates with names of their own, not {names}"
+                f"task {self.name!r}: templates must be at least one, with distinct names, got {names}"
             )
 
     def prompted(
         self, examples: Sequence[Mapping[str, Any]], *, cap: int | None = None, seed: int = 0
     ) -> dict[str, list[Prompted]]:
-        """Examples under each template.
+        """Apply each template to the examples.
 
         Args:
-            examples: The labelled examples.
-            cap: At most this many examples per template, drawn independently, so that large sets do not drown small ones. xP3 has 100,000.
-            seed: Decides which.
+            examples: The labeled examples.
+            cap: Maximum number of examples per template, drawn independently, so that large datasets do not outweigh
+            small ones. xP3 uses 100,000.
+            seed: Seed of the drawing.
 
         Returns:
-            By the template's name.
+            The prompted examples by name of the template.
 
         Raises:
-            PromptTemplateError: An example lacks a field, or see `PromptTemplate.apply`.
+            PromptTemplateError: As for ``PromptTemplate.apply``.
             ValueError: ``cap`` is below 1.
         """
         if cap is not None and cap < 1:
-            raise ValueError(f"cap={cap}: must be at least 1, or None")
+            raise ValueError(f"cap must be at least 1, or None, got {cap}")
         made = {}
         for number, template in enumerate(self.templates):
             chosen: Sequence[int] = range(len(examples))
@@ -196,17 +201,17 @@ class PromptedTask:
 
 
 def read_tasks(*paths: str | os.PathLike[str]) -> tuple[PromptedTask, ...]:
-    r"""Reads tasks from YAML files.
+    r"""Read tasks from YAML files.
 
-    A file holds one task: its name under ``task``, and under ``templates`` a list of mappings with ``name``, ``input``, ``target`` and,
-    where the answers are known, ``choices``.
+    A file contains one task: its name under ``task``, and under ``templates`` a list of mappings with ``name``,
+    ``input``, ``target`` and, if the possible answers are known, ``choices``.
 
     Args:
-        paths: Files, or folders whose ``*.yaml`` are read in the order of their names.
+        paths: Files, or folders whose ``*.yaml`` files are read in alphabetical order.
 
     Raises:
-        FileNotFoundError: There is no such file, or no task in a folder.
-        PromptTemplateError: A file is not YAML, lacks a key, or has one that is not known.
+            FileNotFoundError: A file does not exist, or a folder contains no task.
+            PromptTemplateError: A file is not YAML, lacks a key, or has an unknown key.
 
     Example:
         >>> import tempfile
@@ -229,12 +234,12 @@ def read_tasks(*paths: str | os.PathLike[str]) -> tuple[PromptedTask, ...]:
         if path.is_dir():
             inside = sorted(path.glob("*.yaml"))
             if not inside:
-                raise FileNotFoundError(f"{str(path)!r} has no file *.yaml with a task")
+                raise FileNotFoundError(f"{path}: has no *.yaml file with a task")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise FileNotFoundError(f"no file or folder {str(path)!r} with a task")
+            raise FileNotFoundError(f"{path}: no such file or folder")
     return tuple(_read_task(file) for file in files)
 
 
@@ -256,13 +261,13 @@ def _read_task(file: pathlib.Path) -> PromptedTask:
         for key in _TEMPLATE_KEYS[:3]:
             if not isinstance(fields[key], str):
                 raise PromptTemplateError(
-                    f"{where}: {key}={fields[key]!r} must be a text; put it in quotation marks"
+                    f"{where}: {key} must be a text, got {fields[key]!r}. Put it in quotation marks"
                 )
         choices = fields.get("choices", [])
         if not isinstance(choices, str):
             if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
                 raise PromptTemplateError(
-                    f"{where}: choices={choices!r} must be texts; YAML takes a bare yes or no for a truth value, so put them in quotation marks"
+                    f"{where}: choices must be texts, got {choices!r}. YAML reads a bare yes or no as a boolean, so put them in quotation marks"
                 )
             choices = tuple(choices)
         try:
@@ -294,7 +299,7 @@ def _fields(text: str, name: str) -> tuple[str, ...]:
         pieces = list(string.Formatter().parse(text))
     except ValueError as error:
         raise PromptTemplateError(
-            f"template {name!r}: {text!r}: {error}; write {{{{ for a literal brace"
+            f"template {name!r}: {text!r}: {error}. Write {{{{ for a literal brace"
         ) from error
     found = []
     for _, field, form, conversion in pieces:
@@ -302,7 +307,7 @@ def _fields(text: str, name: str) -> tuple[str, ...]:
             continue
         if not field.isidentifier() or form or conversion:
             raise PromptTemplateError(
-                f"template {name!r}: {{{field}}} in {text!r}: braces hold the name of a field and nothing else"
+                f"template {name!r}: braces must contain only the name of a field, got {{{field}}} in {text!r}"
             )
         found.append(field)
     return tuple(found)

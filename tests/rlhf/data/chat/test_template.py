@@ -158,8 +158,8 @@ def test_a_prompt_and_its_answer_make_the_whole():
         ("{{ messages[0].update(a=1) }}", "attribute 'update' of a dict"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{% import 'os' as os %}", "no loader"),
-        ("{% for x in %}", "is damaged: line 1"),
-        ("{{ raise_exception('no system turns') }}", "refuses these messages: no system turns"),
+        ("{% for x in %}", "is invalid: line 1"),
+        ("{{ raise_exception('no system turns') }}", "rejects these messages: no system turns"),
         ("{{ messages[0].content / 0 }}", "TypeError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ nothing.at.all }}", "UndefinedError: 'nothing' is undefined"),
@@ -172,13 +172,13 @@ def test_what_a_template_may_not_do(source, message):
 
 
 DOUBLE = "{% set ns = namespace(x=%s) %}{% for i in range(99) %}{% set ns.x = %s %}{% endfor %}"
-TOO_MUCH = "does too much"
+TOO_MUCH = "it exceeds .* loop iterations, calls and elements"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for i in range(10**9) %}{% endfor %}", "number 1,000,000,000 as a width"),
+        ("{% for i in range(10**9) %}{% endfor %}", "a width or count of 1,000,000,000"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", TOO_MUCH),
         ("{% for i in range(9999) %}{% for j in range(9999) if j < 0 %}{% endfor %}{% endfor %}", TOO_MUCH),
         ("{% macro f(n) %}{{ f(n - 1) if n else '' }}{{ f(n - 1) if n else '' }}{% endmacro %}{{ f(40) }}", TOO_MUCH),
@@ -186,14 +186,14 @@ TOO_MUCH = "does too much"
         ("{{ 'x' * 10**9 }}", TOO_MUCH),
         ("{{ [0] * 10**9 }}", TOO_MUCH),
         ("{{ 10**1000000000 }}", "an integer of more than"),
-        ("{{ 'x'.ljust(10**9) }}", "number 1,000,000,000 as a width"),
-        ("{{ 'x' | center(10**9) }}", "number 1,000,000,000 as a width"),
-        ("{{ [1] | tojson(indent=10**9) }}", "number 1,000,000,000 as a width"),
+        ("{{ 'x'.ljust(10**9) }}", "a width or count of 1,000,000,000"),
+        ("{{ 'x' | center(10**9) }}", "a width or count of 1,000,000,000"),
+        ("{{ [1] | tojson(indent=10**9) }}", "a width or count of 1,000,000,000"),
         ("{{ '%999999999d' % 1 }}", "a width in the format"),
         ("{{ '%*d' % (999999999, 1) }}", "a width in the format"),
         ("{{ '%999999999d' | format(1) }}", "a width in the format"),
         ("{{ '{:999999999}'.format(1) }}", "a width in the format"),
-        ("{{ '{:{}}'.format(1, 999999999) }}", "number 999,999,999 as a width"),
+        ("{{ '{:{}}'.format(1, 999999999) }}", "a width or count of 999,999,999"),
         ("{% set s = 'a' * 9999 %}{% set s = s.replace('a', s) %}{{ s.replace('a', s) }}", TOO_MUCH),
         ("{% set s = 'a' * 1000000 %}{{ range(9999) | map('string') | join(s) }}", TOO_MUCH),
         ("{{ lipsum(9999) }}", "'lipsum' is undefined"),
@@ -205,7 +205,7 @@ TOO_MUCH = "does too much"
         ("{% for i in range(9999) %}" + "lorem ipsum " * 9999 + "{% endfor %}", TOO_MUCH),
         (DOUBLE.replace("%s", "'ab'.encode()", 1).replace("%s", "ns.x + ns.x"), TOO_MUCH),
         ("{{ '%999999999d'.encode() % 1 }}", "a width in the format"),
-        ("x" * (1 << 21), "has 2,097,152 characters"),
+        ("x" * (1 << 21), "got 2,097,152"),
         (" ", "is empty"),
     ],
 )  # fmt: skip
@@ -231,10 +231,12 @@ def test_folders_without_a_usable_template(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     assert load_chat_template(tmp_path) is None
     config(tmp_path, chat_template=3)
-    with pytest.raises(TemplateError, match="is 3, not a text"):
+    with pytest.raises(TemplateError, match="must be a string, got 3"):
         load_chat_template(tmp_path)
     config(tmp_path, chat_template=[{"name": "rag", "template": "x"}])
-    with pytest.raises(ValueError, match="name='default': the folder's chat templates are 'rag'"):
+    with pytest.raises(
+        ValueError, match="name must be one of the folder's chat templates, 'rag', got 'default'"
+    ):
         load_chat_template(tmp_path)
     assert load_chat_template(tmp_path, name="rag").render([]) == "x"
     with pytest.raises(FolderError, match="there is no folder"):
@@ -264,6 +266,7 @@ def test_plain_formats():
     assert form.prompt(chat) == " Human: a Assistant: b <b> Human: c Assistant:"
     assert form.answer(chat, "d") == " d"
     with pytest.raises(
-        ValueError, match="role 'tool': a plain format knows user, assistant, system"
+        ValueError,
+        match="role must be one of user, assistant, system in a plain format, got 'tool'",
     ):
         form.prompt([Message("tool", "x")])

@@ -1,1 +1,1 @@
-"""Fine-tuning of a pretrained model to tell classes."""
+"""Fine-tuning of a pretrained model as a classifier."""

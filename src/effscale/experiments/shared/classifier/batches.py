@@ -1,6 +1,6 @@
-"""Labelled texts and images, their batches and the order of these, for the experiment ``finetune``.
+"""Labeled texts and images, and their batches in a fixed order, for the experiment ``finetune``.
 
-Batches are NumPy arrays in a fixed order, so that another library can be given the very same ones.
+Batches are NumPy arrays in a fixed order, so that another library can train on the same ones.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from jaxtyping import Float, Int, UInt8
 
 Batch = dict[str, np.ndarray]
 
-# The pixels' mean and deviation in ImageNet, by which DINOv2 and its like normalize images.
+# Mean and standard deviation of ImageNet's pixels, which DINOv2 and similar models use to normalize images.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Batches whose texts are sorted by length together, so that a batch holds texts of about one length.
+# Number of batches whose texts are sorted by length together, so that a batch has texts of similar length.
 SORTED_TOGETHER = 8
 
 
@@ -28,8 +28,8 @@ class Texts:
 
     Attributes:
         ids: Token ids of each text.
-        labels: A class a text.
-        max_length: The longest text.
+        labels: One class per text.
+        max_length: Maximum number of tokens per text.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -40,11 +40,11 @@ class Texts:
         return len(self.ids)
 
     def sizes(self) -> np.ndarray:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return np.array([len(ids) for ids in self.ids])
 
     def inputs(self, rows: Int[np.ndarray, "batch"]) -> Batch:
-        """``input_ids`` and ``attention_mask``, padded on the right to the next quarter of ``max_length``."""
+        """Return ``input_ids`` and ``attention_mask``, padded on the right to the next quarter of ``max_length``."""
         quarter = math.ceil(self.max_length / 4)
         longest = max(len(self.ids[row]) for row in rows)
         width = min(math.ceil(longest / quarter) * quarter, self.max_length)
@@ -62,13 +62,13 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Grey images, resized and normalized as a batch is made.
+    """Gray images, resized and normalized when a batch is created.
 
     Attributes:
-        pixels: From 0 to ``white``.
-        labels: A class an image.
-        white: The greatest value of a pixel.
-        image_size: Height and width that the model wants.
+        pixels: Pixels from 0 to ``white``.
+        labels: One class per image.
+        white: Maximum pixel value.
+        image_size: Height and width that the model needs.
     """
 
     pixels: UInt8[np.ndarray, "images height width"]
@@ -80,10 +80,10 @@ class Images:
         return len(self.pixels)
 
     def sizes(self) -> None:
-        """All are of one size."""
+        """None, because all images have the same size."""
 
     def inputs(self, rows: Int[np.ndarray, "batch"]) -> Batch:
-        """``images`` of shape ``(batch, image_size, image_size, 3)``."""
+        """Return ``images`` of shape ``(batch, image_size, image_size, 3)``."""
         pixels = self.pixels[rows].astype(np.float32) / np.float32(self.white)
         height, width = (linear_weights(n, self.image_size) for n in pixels.shape[1:])
         grey = (height @ pixels @ width.T)[..., None]
@@ -95,9 +95,9 @@ class Images:
 
 
 def linear_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """What each of ``new`` samples takes from each of ``old`` ones by linear interpolation.
+    """Return the weights of linear interpolation from ``old`` to ``new`` samples.
 
-    Samples stand in the middles of equal cells, and the border's are repeated outwards.
+    Samples are at the centers of equal cells, and those at the border are repeated outwards.
 
     Example:
         >>> linear_weights(2, 4).tolist()
@@ -111,7 +111,7 @@ Examples = Texts | Images
 
 
 def digest(arrays: Iterable[Any]) -> str:
-    """A digest of arrays, of their shapes and types, too.
+    """Return a digest of arrays, including their shapes and dtypes.
 
     Example:
         >>> digest([np.zeros(2)]) == digest([np.zeros(2)]), digest([np.zeros(2)]) == digest([np.zeros((2, 1))])
@@ -125,7 +125,7 @@ def digest(arrays: Iterable[Any]) -> str:
 
 
 def batch_of(examples: Examples, rows: Int[np.ndarray, "rows"], size: int) -> Batch:
-    """A batch of ``size`` rows: inputs, ``labels``, and ``weights`` that are 0 in rows that only fill it up."""
+    """Return a batch of ``size`` rows: inputs, ``labels``, and ``weights``, which are 0 in padding rows."""
     filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
     return examples.inputs(filled) | {
         "labels": examples.labels[filled].astype(np.int32),
@@ -134,15 +134,15 @@ def batch_of(examples: Examples, rows: Int[np.ndarray, "rows"], size: int) -> Ba
 
 
 class TrainingBatches:
-    """Batches without end, epoch after epoch; each epoch leaves out what does not fill a batch.
+    """Endless batches, epoch after epoch; each epoch leaves out examples that do not fill a batch.
 
-    The order depends on the seed and on nothing else. Texts are shuffled, then sorted by length within stretches of a
-    few batches, then the batches are shuffled.
+    The order depends only on the seed. Texts are shuffled, then sorted by length within groups of a few batches, then
+    the batches are shuffled.
 
     Args:
-        examples: To be drawn from.
-        batch_size: Examples in a batch.
-        seed: Of the order.
+        examples: The examples.
+        batch_size: Examples per batch.
+        seed: Seed of the order.
 
     Example:
         >>> pixels, labels = np.zeros((5, 2, 2), np.uint8), np.arange(5)
@@ -168,11 +168,11 @@ class TrainingBatches:
         return batch_of(self.examples, self._epoch[1][place], self.batch_size)
 
     def get_state(self) -> dict[str, int]:
-        """The position, for a checkpoint."""
+        """Return the position, for a checkpoint."""
         return {"step": self.step}
 
     def set_state(self, state: Any) -> None:
-        """Goes on from a position."""
+        """Continue from a position."""
         self.step = int(state["step"])
 
     def _order(self, chance: np.random.Generator) -> list[np.ndarray]:
@@ -187,7 +187,7 @@ class TrainingBatches:
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> Iterator[Batch]:
-    """Every example once, texts by length; the last batch is filled up."""
+    """Yield every example once, texts sorted by length; the last batch is padded."""
     sizes = examples.sizes()
     rows = np.arange(len(examples)) if sizes is None else np.argsort(sizes, kind="stable")
     for i in range(0, len(rows), batch_size):

@@ -1,4 +1,4 @@
-"""Documents cut into labelled passages: which document is a passage from?"""
+"""Cut documents into labeled passages, for the task of classifying which document a passage comes from."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,16 +13,16 @@ TRAIN = "train"
 def cut_passages(
     documents: Sequence[Any], size: int, asked: Mapping[str, int], *, field: str
 ) -> dict[str, Texts]:
-    """Passages of documents, equally many of each; the class of a passage is the document that it comes from.
+    """Cut the same number of passages from each document; the class of a passage is its document.
 
-    Training passages come from the first three quarters of a document and all others from the last, spread evenly and
-    without overlap. Where there are several other splits, they take turns.
+    Training passages come from the first three quarters of a document and all others from the last quarter, spread
+    evenly and without overlap. Several other splits alternate.
 
     Args:
-        documents: Token ids of each.
-        size: Tokens of a passage.
-        asked: Passages of all documents together, of ``train`` and of other splits.
-        field: What holds these numbers, for messages: ``Config.finetune``.
+        documents: Token ids of each document.
+        size: Tokens per passage.
+        asked: Number of passages over all documents, for ``train`` and other splits.
+        field: The config field with these numbers, for messages, such as ``Config.finetune``.
 
     Returns:
         The passages of each split.
@@ -54,8 +54,8 @@ def cut_passages(
                 names = sorted(set(splits))
                 given = " and ".join(f"{field}.{name}={asked[name]}" for name in names)
                 raise ValueError(
-                    f"{given}: with classes={classes} and passage={size} there are at most {classes * len(numbers)}, as document "
-                    f"{label} is of {length} tokens"
+                    f"{given}: must be at most {classes * len(numbers)} with classes={classes} and passage={size}, because document "
+                    f"{label} has {length} tokens"
                 )
             even = np.linspace(0, len(numbers), len(splits), endpoint=False).astype(int)
             for split, number in zip(splits, numbers[even], strict=True):

@@ -1,4 +1,4 @@
-"""What the experiment ``finetune`` learns from: drug reviews, scikit-learn's digits, Fashion-MNIST."""
+"""The data of the experiment ``finetune``: drug reviews, scikit-learn's digits, Fashion-MNIST."""
 
 import dataclasses
 import gzip
@@ -19,9 +19,9 @@ class Data:
     """A task's examples.
 
     Attributes:
-        train: To learn from.
-        test: To be measured on.
-        num_classes: How many labels there are.
+        train: Training examples.
+        test: Test examples.
+        num_classes: Number of labels.
     """
 
     train: Examples
@@ -30,14 +30,14 @@ class Data:
 
     @property
     def majority(self) -> float:
-        """Share of the most frequent label of the test examples: the accuracy of a constant answer."""
+        """The share of the most frequent label of the test examples, which is the accuracy of a constant answer."""
         return float(np.bincount(self.test.labels).max() / len(self.test))
 
 
 def reviews_data(
     tokenizer: tokenizers.Tokenizer, max_length: int, train: int | None, test: int | None
 ) -> Data:
-    """The drug reviews, cut after ``max_length`` tokens; the first ``train`` and ``test`` of them, or all."""
+    """Return the drug reviews, truncated to ``max_length`` tokens; the first ``train`` and ``test`` of them, or all."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
 
@@ -51,17 +51,19 @@ def reviews_data(
 
 
 def digits_data(image_size: int, train: int | None, test: int | None) -> Data:
-    """The 1,797 handwritten digits of 8 x 8 pixels inside scikit-learn, split in an order that is always the same.
+    """Return the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn, always split in the same order.
 
-    Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI, 1998.
+    References:
+        Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (1998), UCI Machine Learning Repository.
+            https://doi.org/10.24432/C50P49
     """
     try:
         folder = package_folder("sklearn")
     except MissingAssetError as error:
         raise MissingAssetError(
-            "the digits are inside scikit-learn, which is not installed: pip install 'effscale[experiments]'"
+            "the digits need scikit-learn: install it with pip install scikit-learn"
         ) from error
-    # Read as a file: importing scikit-learn takes seconds.
+    # Read as a file, because importing scikit-learn takes seconds.
     table = np.loadtxt(
         folder / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.uint8
     )
@@ -75,12 +77,14 @@ def digits_data(image_size: int, train: int | None, test: int | None) -> Data:
 def fashion_data(
     folder: pathlib.Path, image_size: int, train: int | None, test: int | None
 ) -> Data:
-    """Fashion-MNIST: the first ``train`` and ``test`` of its 60,000 and 10,000 images of 28 x 28 pixels, or all.
-
-    Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017 (arXiv:1708.07747).
+    """Return the first ``train`` and ``test`` of Fashion-MNIST's 60,000 and 10,000 images of 28 x 28 pixels, or all.
 
     Raises:
-        FileNotFoundError: If the folder does not hold the files; the message says where they come from.
+        FileNotFoundError: The folder does not contain the files; the message says where to get them.
+
+    References:
+        Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms" (2017).
+            https://arxiv.org/abs/1708.07747
     """
 
     def read(name: str, split: str, wanted: int | None) -> Images:
@@ -88,7 +92,7 @@ def fashion_data(
         labels = read_idx(_idx_file(folder, f"{split}-labels-idx1-ubyte"))
         if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
             raise ValueError(
-                f"{folder}: {split} has images of shape {pixels.shape} and labels of shape {labels.shape}"
+                f"{folder}: images and labels of {split} do not match, got shapes {pixels.shape} and {labels.shape}"
             )
         count = _count(f"fashion.{name}", wanted, len(pixels))
         return Images(pixels[:count], labels[:count], 255.0, image_size)
@@ -97,27 +101,27 @@ def fashion_data(
 
 
 def read_idx(path: pathlib.Path) -> UInt8[np.ndarray, "..."]:
-    """An array of bytes in the IDX format of MNIST: two zeros, the type, the number of dimensions, their sizes.
+    """Read an array of bytes in the IDX format of MNIST: two zeros, the type, the number of dimensions, their sizes.
 
     Args:
         path: The file, gzipped or not.
 
     Raises:
-        ValueError: If it is no such file, or not whole.
+        ValueError: The file does not have this format, or is incomplete.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rb") as file:
             content = file.read()
     except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path}: is damaged: {error}") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no IDX file of bytes: it begins with {content[:4]!r}")
+        raise ValueError(f"{path}: is not an IDX file of bytes: it begins with {content[:4]!r}")
     start = 4 + 4 * content[3]
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
     if len(shape) != content[3] or len(content) - start != math.prod(shape):
         raise ValueError(
-            f"{path} is damaged: its header means {shape} bytes, and {max(len(content) - start, 0):,} follow"
+            f"{path}: is damaged: its header specifies {shape} bytes, but {max(len(content) - start, 0):,} follow"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -127,14 +131,16 @@ def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path:
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"{folder} does not hold {name}.gz of Fashion-MNIST. On Debian: apt-get install dataset-fashion-mnist; "
-        "or, without root: apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion, "
+        f"{folder}: does not contain {name}.gz of Fashion-MNIST. On Debian, use apt-get install dataset-fashion-mnist; "
+        "or, without root, apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb fashion, "
         "then --fashion-mnist fashion/usr/share/datasets/fashion-mnist. The four files of "
-        "https://github.com/zalandoresearch/fashion-mnist do as well. Or take another task, such as digits"
+        "https://github.com/zalandoresearch/fashion-mnist work as well. Or choose another task, such as digits"
     )
 
 
 def _count(field: str, wanted: int | None, available: int) -> int:
     if wanted is not None and wanted > available:
-        raise ValueError(f"{field}={wanted}: there are {available}")
+        raise ValueError(
+            f"{field} must be at most {available}, the number of examples, got {wanted}"
+        )
     return available if wanted is None else wanted

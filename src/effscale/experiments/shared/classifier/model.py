@@ -1,4 +1,4 @@
-"""What the experiment ``finetune`` trains: a pretrained model with a new head, and its loss."""
+"""The model of the experiment ``finetune``: a pretrained model with a new head, and its loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from effscale.training import (
 
 
 def classifier_config(config: TransformerConfig, num_classes: int) -> TransformerConfig:
-    """The model with a new head for classes and no other: on the mean of a text's tokens, on an image's class token."""
+    """Replace all heads with a new classification head: on the mean of a text's tokens, or on an image's class token."""
     head = ClassHead(
         num_classes=num_classes,
         pool="first" if isinstance(config.inputs, PatchInputs) else "mean",
@@ -33,7 +33,7 @@ def classifier_config(config: TransformerConfig, num_classes: int) -> Transforme
 
 
 def classifier(model: Transformer, num_classes: int, seed: int) -> Transformer:
-    """A copy of the model with such a head, of random weights."""
+    """Return a copy of the model with such a head, randomly initialized."""
     new: Any = jax.tree.map(jnp.copy, model)
     new.config = classifier_config(model.config, num_classes)
     new.pooler = None
@@ -45,13 +45,13 @@ def classifier(model: Transformer, num_classes: int, seed: int) -> Transformer:
 def class_loss(
     model: Transformer, batch: Any, key: Any = None, *, run_group: RunGroup = run_group
 ) -> Loss:
-    """Cross entropy of each row's class, summed, with the number of right answers as ``accuracy``.
+    """Compute the summed cross entropy of each row's class, with the number of correct answers as ``accuracy``.
 
     Args:
-        model: With a head named ``classes``.
+        model: A model with a head named ``classes``.
         batch: ``labels`` and ``weights`` of shape ``(batch,)``, and ``images``, or ``input_ids`` with ``attention_mask``.
-        key: Turns dropout on.
-        run_group: How a group of layers is run; see :meth:`effscale.models.Transformer.encode`.
+        key: Turns on dropout.
+        run_group: Runs a group of layers; see ``effscale.models.Transformer.encode``.
     """
     inputs = batch["images"] if "images" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
@@ -68,13 +68,13 @@ def class_loss(
 def make_step(
     config: AdamWConfig, schedule: Schedule, *, clip_norm: float, dropout: bool
 ) -> tuple[optax.GradientTransformation, Callable[[TrainState, Any], Any]]:
-    """The optimizer and the training step.
+    """Create the optimizer and the training step.
 
     Args:
-        config: AdamW's numbers.
+        config: Options of AdamW.
         schedule: The learning rate.
-        clip_norm: Greatest norm of the gradient.
-        dropout: Whether the model's dropouts apply.
+        clip_norm: Maximum norm of the gradient.
+        dropout: Whether to use the model's dropout rates.
     """
     optimizer = config.build(schedule)
     loss = class_loss if dropout else lambda model, batch, key: class_loss(model, batch)

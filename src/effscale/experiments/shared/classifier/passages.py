@@ -1,4 +1,4 @@
-"""Fine-tuning of pretrained models on passages, for experiments that ask what their pretraining is worth."""
+"""Fine-tuning of pretrained models on passages, for experiments that evaluate pretraining."""
 
 import functools
 import pathlib
@@ -28,7 +28,7 @@ class FineTuning:
     """Fine-tuning of models of one shape, compiled once for all.
 
     Args:
-        config: An experiment's.
+        config: Config of the experiment.
         data: The passages.
     """
 
@@ -49,16 +49,17 @@ class FineTuning:
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def run(self, folder: RunFolder, parent: str, seed: int, *, like: str | None = None) -> None:
-        """Makes the run ``<parent>/passages``, goes on with it, or leaves a finished one as it is.
+        """Start the run ``<parent>/passages``, resume it, or skip a finished one.
 
         Args:
             folder: The run folder.
-            parent: The pretraining whose model is taken.
-            seed: Of the new head and the order of passages.
-            like: A pretraining of whose shape a model of random weights is made, in place of a pretrained one.
+            parent: The pretraining run whose model is fine-tuned.
+            seed: Seed of the new head and the order of passages.
+            like: If given, use a randomly initialized model with the shape of this pretraining run instead of a
+            pretrained one.
 
         Raises:
-            StoppedBySignal: After SIGTERM or Ctrl-C, when all is saved.
+            StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
         """
         name = f"{parent}/passages"
         model = folder.path / (parent if like is None else like) / "model"

@@ -22,11 +22,11 @@ class Problem:
     """A task with its data and its pretrained model.
 
     Attributes:
-        task: Its name.
-        recipe: How it is learned.
+        task: Name of the task.
+        recipe: The fine-tuning recipe.
         data: The examples.
-        folder: The pretrained model's.
-        model: That model, with images of the wanted size; its heads are not used.
+        folder: The folder of the pretrained model.
+        model: The pretrained model, adapted to the image size; its heads are not used.
     """
 
     task: str
@@ -42,16 +42,16 @@ class Problem:
 
     @property
     def per_epoch(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps per epoch."""
         return len(self.data.train) // self.recipe.batch_size
 
     @property
     def steps(self) -> int:
-        """Steps of a run."""
+        """Number of steps of a run."""
         return self.per_epoch * self.recipe.epochs
 
     def digests(self) -> dict[str, Any]:
-        """What identifies the examples and the pretrained model, for `RunFolder.create`."""
+        """Return digests of the examples and the pretrained model, for ``RunFolder.create``."""
         return {
             "train": {"examples": len(self.data.train), "digest": digest(self.data.train.arrays())},
             "test": {"examples": len(self.data.test), "digest": digest(self.data.test.arrays())},
@@ -62,47 +62,47 @@ class Problem:
 def prepare_reviews(
     recipe: Recipe, max_length: int, text_model: pathlib.Path | None = None
 ) -> Problem:
-    """Reads the drug reviews and their model.
+    """Read the drug reviews and their model.
 
     Args:
-        recipe: How they are learned.
-        max_length: Tokens of a review, the rest is cut off.
+        recipe: The fine-tuning recipe.
+        max_length: Maximum number of tokens per review; longer reviews are truncated.
         text_model: Folder of a BERT to use instead of MiniLM.
 
     Raises:
-        ValueError: The model is no BERT, or takes fewer tokens.
+        ValueError: The model is not a BERT, or has fewer positions.
     """
     folder = text_model or assets.minilm_folder()
     data = examples.reviews_data(load_tokenizer(folder), max_length, recipe.train, recipe.test)
     model = read_bert(folder)
     longest = model.config.max_length or max_length
     if max_length > longest:
-        raise ValueError(f"max_length={max_length} must be at most the model's {longest}")
+        raise ValueError(f"max_length must be at most the model's {longest}, got {max_length}")
     return Problem(task="reviews", recipe=recipe, data=data, folder=folder, model=model)
 
 
 def read_bert(folder: pathlib.Path) -> Transformer:
-    """Reads the model that texts are classified with.
+    """Read the model that classifies texts.
 
     Args:
-        folder: Its folder, which was given as ``text_model``.
+        folder: Folder of the model, from ``text_model``.
 
     Raises:
-        ValueError: It is no BERT.
+        ValueError: The model is not a BERT.
     """
     model = load_pretrained(folder)
     if not isinstance(model.config.inputs, TokenInputs) or model.config.causal:
-        raise ValueError(f"text_model={str(folder)!r} is no BERT, which this experiment needs")
+        raise ValueError(f"text_model must be a BERT for this experiment, got {str(folder)!r}")
     return model
 
 
 def prepare_images(task: str, recipe: Recipe, config: ImagePart) -> Problem:
-    """Reads a task's images and their model.
+    """Read a task's images and their model.
 
     Args:
         task: ``digits`` or ``fashion``.
-        recipe: How it is learned.
-        config: An experiment's.
+        recipe: The fine-tuning recipe.
+        config: Config of the experiment.
     """
     sizes = (recipe.train, recipe.test)
     if task == "digits":

@@ -1,4 +1,4 @@
-"""How a classifier is fine-tuned."""
+"""Fine-tuning recipes of classifiers."""
 
 import dataclasses
 
@@ -7,18 +7,18 @@ from effscale.models.validation import check, check_finite
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a task is learned."""
+    """Fine-tuning options of a task."""
 
     epochs: int = 3
-    """Passes over the training examples."""
+    """Number of passes over the training examples."""
     batch_size: int = 16
-    """Examples in a batch."""
+    """Examples per batch."""
     learning_rate: float = 1e-4
-    """Peak of the schedule: a linear warmup, then linearly to 0."""
+    """Peak learning rate: a linear warmup, then a linear decay to 0."""
     train: int | None = None
-    """Training examples; None takes all."""
+    """Number of training examples; None uses all."""
     test: int | None = None
-    """Test examples; None takes all."""
+    """Number of test examples; None uses all."""
 
     def __post_init__(self):
         check_finite(self)

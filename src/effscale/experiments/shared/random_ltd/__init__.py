@@ -1,1 +1,1 @@
-"""Two arms that differ in random-LTD alone, and how they are compared."""
+"""Two arms that differ only in random-LTD, and their comparison."""

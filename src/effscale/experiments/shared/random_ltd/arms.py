@@ -1,4 +1,4 @@
-"""What the experiments ``random_ltd_vit`` and ``random_ltd_bert`` share: two arms, one with random-LTD, of equal steps."""
+"""Shared by the experiments ``random_ltd_vit`` and ``random_ltd_bert``: two arms with the same number of steps, one with random-LTD."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ ARMS: tuple[ArmName, ...] = ("baseline", "random_ltd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropping:
-    """The schedule of random-LTD; all layers but the first and the last drop tokens."""
+    """Schedule of random-LTD; all layers except the first and the last drop tokens."""
 
     min_value: int
-    """Tokens of a row that are kept at first; after ``share`` of the steps all are."""
+    """Number of tokens per row that are kept at first; after the fraction ``share`` of the steps, all are."""
     seq_per_step: int
-    """Granularity of the number of kept tokens; each number is a program to compile."""
+    """Granularity of the number of kept tokens; each number costs a compilation."""
     share: float
-    """Share of the steps after which all tokens are kept; with 1 that is after the last step, so in none."""
+    """Fraction of the steps after which all tokens are kept. With 1, this would be after the last step, so no step keeps all tokens."""
 
     def __post_init__(self):
         check_finite(self)
@@ -49,7 +49,7 @@ class Dropping:
         check(self, 0 < self.share <= 1, "share", "above 0 and at most 1")
 
     def build(self, length: int, num_steps: int) -> RandomLTD:
-        """The technique for rows of ``length`` tokens in a run of ``num_steps`` steps."""
+        """Return the technique for rows of ``length`` tokens in a run of ``num_steps`` steps."""
         check(self, self.min_value <= length, "min_value", f"at most the {length} tokens of a row")
         pacing = mslg(
             min_value=self.min_value,
@@ -64,21 +64,22 @@ class Dropping:
 class LearningRate:
     """A linear warmup by steps, then a linear decay by the tokens that a layer consumes on average.
 
-    Both arms warm up alike. Counted in layer tokens the warmup would take more steps with random-LTD, whose first steps
-    consume few of them; the arms would then differ by more than the tokens that are dropped.
+    Both arms have the same warmup. A warmup counted in layer tokens would take more steps with random-LTD, whose
+    first steps consume few of them, and the arms would differ in more than the dropped tokens.
     """
 
     peak: float
-    """Greatest rate."""
+    """Peak learning rate."""
     warmup: int
-    """Steps in which it rises."""
+    """Warmup steps."""
     final: float = 0.0
-    """Rate at the end."""
+    """Final learning rate."""
 
     def build(self, total: int) -> optax.GradientTransformationExtraArgs:
-        """The last link of the optimizer of a run in which a layer consumes ``total`` tokens on average.
+        """Return the last transformation of the optimizer, for a run in which a layer consumes ``total`` tokens on
+        average.
 
-        Its numbers are a part of the optimizer's state, so that one compiled step serves all of them.
+        Its values are part of the optimizer's state, so one compiled step works for all of them.
         """
         return optax.inject_hyperparams(steps_then_tokens, static_args="kind")(
             kind="linear",
@@ -91,12 +92,12 @@ class LearningRate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the two ways to train: what it keeps at which step, and what that costs in theory.
+    """One of the two arms: the tokens it keeps at each step, and their theoretical cost.
 
-    Only the schedule tells the arms apart: the baseline keeps all tokens from the first step on.
+    The arms differ only in the schedule: the baseline keeps all tokens from the first step.
 
     Example:
-        A quarter of the tokens kept in two of four layers, for half of the run.
+        A quarter of the tokens is kept in two of four layers, for half of the run.
 
         >>> from effscale.models import gpt2
         >>> model = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=50, max_length=8)
@@ -107,29 +108,29 @@ class Arm:
     """
 
     name: ArmName
-    """Which of them."""
+    """Name of the arm."""
     model: TransformerConfig
-    """What is trained."""
+    """Config of the model."""
     dropping: Dropping
-    """Random-LTD's schedule; the baseline's figures are of the same layers."""
+    """Schedule of random-LTD; the figures of the baseline are of the same layers."""
     length: int
-    """Tokens of a row."""
+    """Tokens per row."""
     batch_size: int
-    """Rows of a batch."""
+    """Rows per batch."""
     num_steps: int
-    """Steps of a run."""
+    """Number of steps of a run."""
 
     def __post_init__(self):
         self.ltd.check(self.model, self.length)
 
     @property
     def ltd(self) -> RandomLTD:
-        """The technique."""
+        """Return the technique."""
         return self.dropping.build(self.length, self.num_steps)
 
     @functools.cached_property
     def stages(self) -> Stages[int]:
-        """Kept tokens by step, of the run's steps and no later ones."""
+        """Kept tokens by step, only for the run's steps."""
         if self.name == "baseline":
             return Stages((0,), (self.length,))
         whole = self.ltd.stages()
@@ -137,12 +138,12 @@ class Arm:
         return Stages(whole.starts[:begun], whole.values[:begun])
 
     def layer_tokens(self, kept: int) -> int:
-        """Tokens that a layer consumes in a step, on average over layers."""
+        """Return the tokens that a layer consumes in a step, on average over layers."""
         layers, dropping = self.model.num_layers, len(dropping_layers(self.model))
         return self.batch_size * layer_token_average(self.length, kept, layers, dropping)
 
     def flops(self, kept: int) -> int:
-        """Floating-point operations of a step."""
+        """Return the floating-point operations of a step."""
         return self.batch_size * training_flops(self.model, self.length, kept)
 
     @property
@@ -158,7 +159,7 @@ class Arm:
     def optimizer(
         self, rate: LearningRate, adamw: AdamWConfig
     ) -> optax.GradientTransformationExtraArgs:
-        """AdamW under a learning rate that decays by this arm's layer tokens."""
+        """Create AdamW with a learning rate that decays by this arm's layer tokens."""
         return adamw.build(rate.build(self.total_layer_tokens))
 
     def train_step(
@@ -169,13 +170,13 @@ class Arm:
         clip_norm: float,
         accumulate: int = 1,
     ) -> Callable[[TrainState, Any], Any]:
-        """The training step, for :meth:`staged`. It reports the learning rate.
+        """Create the training step, for ``staged``. It reports the learning rate.
 
         Args:
-            loss_fn: What is minimized; it takes ``run_group``.
-            optimizer: From :meth:`optimizer`. A state that was made with another learning rate keeps its own.
-            clip_norm: Greatest norm of the gradient.
-            accumulate: Micro-batches of a batch.
+            loss_fn: The loss; it accepts ``run_group``.
+            optimizer: From ``optimizer``. A state that was created with another learning rate keeps it.
+            clip_norm: Maximum norm of the gradient.
+            accumulate: Micro-batches per batch.
         """
         step = make_train_step(
             self.ltd.loss(loss_fn),
@@ -187,9 +188,9 @@ class Arm:
         return with_metrics(step, lambda state: current_learning_rate(state.opt_state))
 
     def shape_batch(self, batch: Any, kept: int) -> Any:
-        """The batch as a step that keeps ``kept`` tokens wants it."""
+        """Return the batch in the shape of a step that keeps ``kept`` tokens."""
         return batch if self.name == "baseline" else self.ltd.shape_batch(batch, kept)
 
     def staged(self, step: Callable[[TrainState, Any], Any]) -> StagedStep:
-        """The training step under the arm's schedule."""
+        """Return the training step with the arm's schedule."""
         return StagedStep(step, self.stages, self.shape_batch)

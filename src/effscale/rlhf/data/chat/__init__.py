@@ -1,4 +1,4 @@
-"""How the messages of a prompt become one text: a tokenizer's own Jinja template, or a plain format."""
+"""Convert the messages of a prompt to one text, with a tokenizer's own Jinja template or a plain format."""
 
 from effscale.rlhf.data.chat.errors import TemplateError
 from effscale.rlhf.data.chat.folder import FolderChat, load_chat_template, read_chat

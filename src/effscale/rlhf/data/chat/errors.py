@@ -1,5 +1,5 @@
-"""What goes wrong with chat templates."""
+"""Errors of chat templates."""
 
 
 class TemplateError(ValueError):
-    """A chat template that is damaged, does what it may not, or refuses the messages it was given."""
+    """A chat template is invalid, does something that is not allowed, or rejects the messages it was given."""

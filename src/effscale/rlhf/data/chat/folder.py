@@ -1,4 +1,4 @@
-"""What a model folder says of chats: its template, and the tokens that begin, end and pad texts."""
+"""Read chat settings from a model folder: its template, and the tokens that begin, end and pad texts."""
 
 import os
 import pathlib
@@ -12,21 +12,22 @@ from effscale.rlhf.data.chat.errors import TemplateError
 from effscale.rlhf.data.chat.template import ChatTemplate
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Roles of special tokens, which templates know as ``bos_token`` and so on."""
+"""Roles of special tokens, which templates refer to as ``bos_token`` and so on."""
 
 # GGUF's names for two of them.
 _GGUF_ROLES = {"unk": "unknown", "pad": "padding"}
 
 
 class FolderChat(NamedTuple):
-    """What :func:`read_chat` returns.
+    """The result of ``read_chat``.
 
     Attributes:
         tokenizer: The tokenizer.
-        names: The special tokens by their roles, such as ``{"eos": "<|im_end|>"}``.
+        names: The special tokens by role, such as ``{"eos": "<|im_end|>"}``.
         end_id: The token that ends a text.
-        pad_id: The token that fills rows up; None where the folder names none.
-        template: The source of the chat template, or several as a list of ``name`` and ``template``; None where there is none.
+        pad_id: The padding token; None if the folder does not define one.
+        template: The source of the chat template, or several templates as a list of ``name`` and ``template``; None
+            if there is none.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -38,7 +39,7 @@ class FolderChat(NamedTuple):
     def chat_template(
         self, name: str = "default", values: Mapping[str, Any] | None = None
     ) -> ChatTemplate | None:
-        """The chat template, as :func:`load_chat_template` has it."""
+        """Return the chat template, as ``load_chat_template`` does."""
         source = self.template
         if isinstance(source, list):
             named = {
@@ -48,13 +49,13 @@ class FolderChat(NamedTuple):
             }
             if name not in named:
                 raise ValueError(
-                    f"name={name!r}: the folder's chat templates are {', '.join(map(repr, named)) or 'none'}"
+                    f"name must be one of the folder's chat templates, {', '.join(map(repr, named)) or 'of which there are none'}, got {name!r}"
                 )
             source = named[name]
         if source is None:
             return None
         if not isinstance(source, str):
-            raise TemplateError(f"the folder's chat template is {source!r:.60}, not a text")
+            raise TemplateError(f"the folder's chat template must be a string, got {source!r:.60}")
         tokens = {f"{role}_token": token for role, token in self.names.items()}
         return ChatTemplate(source=source, special_tokens=tokens, values=dict(values or {}))
 
@@ -65,32 +66,33 @@ def load_chat_template(
     name: str = "default",
     values: Mapping[str, Any] | None = None,
 ) -> ChatTemplate | None:
-    """The chat template of a model folder or GGUF file; None where there is none.
+    """Load the chat template of a model folder or GGUF file; None if there is none.
 
-    It is ``chat_template.jinja``, or the field ``chat_template`` of ``chat_template.json`` or ``tokenizer_config.json``.
+    The template is read from ``chat_template.jinja``, or from the field ``chat_template`` of ``chat_template.json``
+    or ``tokenizer_config.json``.
 
     Args:
         folder: The folder.
-        name: Which one, where there are several.
-        values: Further variables for the template, such as ``{"enable_thinking": False}``.
+        name: Name of the template, if there are several.
+        values: Additional variables for the template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        FolderError: There is no such folder, or a file cannot be read.
-        TemplateError: The template is not a text, empty or too long.
-        ValueError: There are several templates, and none of that name.
+        FolderError: The folder does not exist, or a file cannot be read.
+        TemplateError: The template is not a string, or is empty or too long.
+        ValueError: There are several templates, and none has that name.
     """
     return read_chat(folder).chat_template(name, values)
 
 
 def read_chat(folder: str | os.PathLike[str]) -> FolderChat:
-    """The tokenizer of a model folder or GGUF file, with its chat template and special tokens.
+    """Load the tokenizer of a model folder or GGUF file, with its chat template and special tokens.
 
     Special tokens are looked up in ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
     ``config.json``, in this order.
 
     Raises:
-        FolderError: There is no such folder, or a file cannot be read.
-        ValueError: No end of a text is named, and the tokenizer has none of the usual tokens for it either.
+        FolderError: The folder does not exist, or a file cannot be read.
+        ValueError: No end-of-text token is defined, and the tokenizer has none of the usual ones.
     """
     from effscale.interop import load_tokenizer
     from effscale.interop.source import gguf_path
@@ -114,7 +116,7 @@ def _of_gguf(path: pathlib.Path) -> FolderChat:
 
 
 def _described(place: pathlib.Path) -> list[Mapping[str, Any]]:
-    """The fields of the files that name special tokens, the most telling first."""
+    """Return the fields of the files that define special tokens, the most specific file first."""
     from effscale.interop.folder import read_json
 
     names = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
@@ -145,7 +147,7 @@ def _chat(
                 token = token.get("content")
             if isinstance(token, str):
                 found.setdefault(role, token)
-            # Of several ends the first is the usual one.
+            # Of several end tokens, the first is the default.
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(number, int) and not isinstance(number, bool):
                 ids.setdefault(role, number)

@@ -1,4 +1,4 @@
-"""Chat formats in plain words, for tokenizers without a template."""
+"""Plain-text chat formats, for tokenizers without a template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from effscale.rlhf.data.record import Message
 
 @dataclass(frozen=True, kw_only=True)
 class PlainFormat:
-    r"""A word before each turn.
+    r"""A chat format that marks each turn with a prefix.
 
     Attributes:
-        user: What stands before a user's words.
-        assistant: What asks for a response: the end of every prompt.
-        response: What stands before a response, after ``assistant``. A prompt does not end in it: tokenizers put a space to the
-            word that follows.
-        system: What stands before the words of the system.
+        user: Prefix of a user's message.
+        assistant: Prefix that asks for a response; every prompt ends with it.
+        response: Text between ``assistant`` and a response. A prompt does not end with it, because tokenizers attach
+            a space to the word that follows.
+        system: Prefix of a system message.
 
     Example:
         >>> PLAIN_FORMATS["deepspeed_chat"].prompt([Message("user", "Name a colour.")])
@@ -28,13 +28,13 @@ class PlainFormat:
     system: str = ""
 
     parses_special_tokens = False
-    """Whether names of special tokens in what it gives mean those tokens."""
+    """Whether names of special tokens in the output represent those tokens."""
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a prompt, up to where the response begins.
+        """Return the text of a prompt, up to where the response begins.
 
         Raises:
-            ValueError: A message has another role than user, assistant and system.
+            ValueError: A message has a role other than user, assistant and system.
         """
         before = {
             "user": self.user,
@@ -44,12 +44,12 @@ class PlainFormat:
         for message in messages:
             if message.role not in before:
                 raise ValueError(
-                    f"the role {message.role!r}: a plain format knows {', '.join(before)}"
+                    f"role must be one of {', '.join(before)} in a plain format, got {message.role!r}"
                 )
         return "".join(before[m.role] + m.content for m in messages) + self.assistant
 
     def answer(self, messages: Sequence[Message], response: str) -> str:
-        """The text of a response to a prompt, which goes on where the prompt's text ends."""
+        """Return the text of a response, which continues where the prompt's text ends."""
         del messages
         return self.response + response
 
@@ -58,4 +58,4 @@ PLAIN_FORMATS: Mapping[str, PlainFormat] = {
     "deepspeed_chat": PlainFormat(user=" Human: ", assistant=" Assistant:"),
     "hh_rlhf": PlainFormat(user="\n\nHuman: ", assistant="\n\nAssistant:"),
 }
-"""DeepSpeed-Chat's format, and that of Anthropic's HH-RLHF, which rm-static has kept."""
+"""The formats of DeepSpeed-Chat and of Anthropic's HH-RLHF; rm-static uses the latter."""

@@ -1,4 +1,4 @@
-"""Where chat templates of others are run: Jinja's sandbox, with bounds on work and size."""
+"""Run untrusted chat templates in Jinja's sandbox, with bounds on work and size."""
 
 import contextlib
 import contextvars
@@ -15,12 +15,14 @@ try:
     import jinja2.ext
     import jinja2.sandbox
 except ImportError as error:
-    raise ImportError("chat templates need jinja2: pip install 'effscale[chat]'.") from error
+    raise ImportError(
+        "chat templates need jinja2: install it with pip install 'jinja2>=3.1.6'"
+    ) from error
 
 if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
     raise ImportError(
-        f"chat templates need jinja2 3.1.6 or newer, as older ones have ways out of their sandbox, and this is {version('jinja2')}: "
-        "pip install -U jinja2."
+        f"chat templates need jinja2 3.1.6 or newer, because older versions have sandbox escapes, got {version('jinja2')}: "
+        "upgrade it with pip install -U jinja2"
     )
 
 from jinja2 import nodes
@@ -29,16 +31,16 @@ from jinja2.visitor import NodeTransformer
 from effscale.rlhf.data.chat.errors import TemplateError
 
 WORK = 2_000_000
-"""How much one rendering may do: a unit is a turn of a loop, an element, or 16 characters that are handled."""
+"""Work limit of one rendering: one unit is a loop iteration, an element, or 16 characters."""
 
 CALL = 4
-"""What a call costs besides."""
+"""Additional cost of a call."""
 
 WIDTH = 10_000
-"""The largest number that says how wide a text is to be made, or how often a thing is repeated."""
+"""The largest allowed width of a text or count of repetitions."""
 
 BITS = 4096
-"""How long an integer may become."""
+"""The largest allowed size of an integer, in bits."""
 
 GROWING = frozenset(
     (
@@ -56,20 +58,20 @@ GROWING = frozenset(
         "zfill",
     )
 )
-"""Filters and methods that can make a text as long as the product of what they are given."""
+"""Filters and methods whose output can be as long as the product of their inputs."""
 
 _work: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("work", default=None)
-# A width in a format string, in either notation of Python's.
+# A width in a format string, in either of Python's notations.
 _WIDE = re.compile(r"\d{5,}|%[^a-zA-Z%]*\*")
 
 
 class SandboxError(jinja2.exceptions.SecurityError):
-    """A template that reaches outside its sandbox or does too much."""
+    """A template reaches outside its sandbox or does too much work."""
 
 
 @contextlib.contextmanager
 def bounded() -> Generator[None]:
-    """Within this context templates may do so much work: one rendering's."""
+    """Context with the work budget of one rendering."""
     token = _work.set([WORK])
     try:
         yield
@@ -78,23 +80,21 @@ def bounded() -> Generator[None]:
 
 
 def spend(units: int) -> None:
-    """Counts work.
+    """Count work.
 
     Raises:
-        SandboxError: It has become too much.
+        SandboxError: The limit is exceeded.
     """
     left = _work.get()
-    if left is None:  # a constant of the template, while it is compiled
+    if left is None:  # a constant of the template, during compilation
         left = [WORK]
     left[0] -= units
     if left[0] < 0:
-        raise SandboxError(
-            f"it does too much: more than {WORK:,} turns of loops, calls and elements"
-        )
+        raise SandboxError(f"it exceeds {WORK:,} loop iterations, calls and elements")
 
 
 def measured(value: Any) -> Any:
-    """The value, after counting it: its elements, and theirs."""
+    """Return the value after counting its elements, recursively."""
     if isinstance(value, str | bytes):
         spend(1 + len(value) // 16)
     elif isinstance(value, bool) or value is None:
@@ -117,19 +117,19 @@ def measured(value: Any) -> Any:
 
 
 def counted(values: Iterable[Any]) -> Iterator[Any]:
-    """The same values, each of them counted; loops of templates go over this."""
+    """Yield the same values and count each; loops of templates iterate over this."""
     for value in values:
         spend(1)
         yield value
 
 
 def joined(values: Iterable[Any]) -> str:
-    """The operator ``~``."""
+    """Implement the operator ``~``."""
     return measured("".join(str(measured(value)) for value in values))
 
 
 def _before(name: str, values: list[Any]) -> None:
-    """Counts what a filter or method is given, and, where it can make much of it, what it could make."""
+    """Count the inputs of a filter or method, and the possible output if that can be large."""
     measured(values)
     if name in GROWING:
         spend(math.prod(map(_extent, values)) // 16)
@@ -146,9 +146,7 @@ def _extent(value: Any) -> int:
 def _check_widths(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > WIDTH:
-            raise SandboxError(
-                f"the number {measured(value):,} as a width or count (at most {WIDTH:,})"
-            )
+            raise SandboxError(f"a width or count of {measured(value):,} (at most {WIDTH:,})")
 
 
 def _check_format(text: Any) -> None:
@@ -159,7 +157,7 @@ def _check_format(text: Any) -> None:
 
 
 class _Counting(NodeTransformer):
-    """Has loops and the operator ``~`` go through `counted` and `joined`, and all that is written through ``finalize``."""
+    """Routes loops and the operator ``~`` through ``counted`` and ``joined``, and all output through ``finalize``."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
         return nodes.Const(node.data, lineno=node.lineno)
@@ -178,9 +176,9 @@ class _Counting(NodeTransformer):
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag ``generation``, with which templates mark what the model says: its content."""
+    """The tag ``generation``, with which templates mark the model's output; it renders as its content."""
 
-    tags = {"generation"}  # noqa: RUF012 - as Jinja has it
+    tags = {"generation"}  # noqa: RUF012 - as in Jinja
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -189,10 +187,11 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment in which transformers renders chat templates, with bounds, and with errors instead of silence.
+    """The environment in which transformers renders chat templates, with limits, and with errors instead of silent
+    failures.
 
-    A template sees the text it is given and nothing else: no attributes of Python's, no files, no imports. Everything it makes
-    is counted, so that whatever it says it ends, by a count and not by a clock: on every machine in the same place.
+    A template can access only the text it is given: no Python attributes, no files, no imports. All its work is
+    counted, so every template terminates. The limit is a count and not a time, so it is the same on every machine.
     """
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
@@ -215,11 +214,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return _Counting().visit(super()._parse(source, name, filename))
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """An attribute that templates may not see; Jinja's own is silent until it is used."""
+        """Raise for an attribute that templates cannot access; Jinja's default is silent until it is used."""
         raise SandboxError(f"the attribute {attribute!r} of a {type(obj).__name__}")
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Every call of a template's."""
+        """Count every call that a template makes."""
         spend(CALL)
         given = [*args, *kwargs.values()]
         if isinstance(called, jinja2.runtime.Macro):
@@ -232,7 +231,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return measured(super().call(context, called, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Every operation whose result can be much larger than what goes in."""
+        """Count every operation whose result can be much larger than its operands."""
         measured([left, right])
         if operator == "*":
             if not (isinstance(left, int) and isinstance(right, int)):
@@ -248,13 +247,15 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
-    # With the context, so that Jinja does not do it for constants once and for all.
+    # With the context, so that Jinja does not evaluate it for constants at compile time.
     del context
     return measured(value)
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    passed = int(hasattr(function, "jinja_pass_arg"))  # the context or the environment comes first
+    passed = int(
+        hasattr(function, "jinja_pass_arg")
+    )  # the first argument is the context or the environment
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given = [*args[passed:], *kwargs.values()]
@@ -277,14 +278,14 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes HTML.
+    # Jinja's own filter escapes HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(f"the chat template refuses these messages: {message}")
+    raise TemplateError(f"the chat template rejects these messages: {message}")
 
 
 def _strftime_now(form: str) -> str:

@@ -1,4 +1,4 @@
-"""A tokenizer's own chat template."""
+"""Chat templates of tokenizers."""
 
 import contextlib
 import functools
@@ -10,23 +10,23 @@ from effscale.rlhf.data.chat.errors import TemplateError
 from effscale.rlhf.data.record import Message, RecordError
 
 MAX_SOURCE = 1 << 20
-"""No template is longer, in characters."""
+"""Maximum length of a template, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    r"""A Jinja template, rendered as ``transformers.apply_chat_template`` does it.
+    r"""A Jinja chat template, rendered like ``transformers.apply_chat_template``.
 
-    Templates come with models of others, so they are run in a sandbox: a template that asks for attributes of Python's, loops
-    without end or makes a huge text is refused. Needs jinja2 (the extra ``chat``).
+    Templates come from model authors, so they run in a sandbox: a template that accesses Python attributes, loops
+    forever or produces a huge text raises an error. Needs jinja2.
 
     Attributes:
         source: The template.
-        special_tokens: What it may write by names such as ``bos_token``.
-        values: Further variables that it knows, such as ``{"enable_thinking": False}``.
+        special_tokens: Special tokens that it can refer to by names such as ``bos_token``.
+        values: Additional variables, such as ``{"enable_thinking": False}``.
 
     Raises:
-        TemplateError: When it is first rendered: the template is damaged.
+        TemplateError: The template is invalid. Raised when it is first rendered.
 
     Example:
         >>> chat_ml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -42,25 +42,26 @@ class ChatTemplate:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     parses_special_tokens = True
-    """Whether names of special tokens in what it gives mean those tokens."""
+    """Whether names of special tokens in the output represent those tokens."""
 
     def __post_init__(self):
         if not self.source.strip():
             raise TemplateError("the chat template is empty")
         if len(self.source) > MAX_SOURCE:
             raise TemplateError(
-                f"the chat template has {len(self.source):,} characters, and none has more than {MAX_SOURCE:,}"
+                f"the chat template must have at most {MAX_SOURCE:,} characters, got {len(self.source):,}"
             )
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The text of messages.
+        """Render messages to text.
 
         Args:
             messages: The turns.
-            add_generation_prompt: Whether to end where the assistant's next turn begins.
+            add_generation_prompt: Whether to append the beginning of the assistant's next turn.
 
         Raises:
-            TemplateError: The template is damaged, refuses the messages, reaches outside its sandbox, or does too much.
+            TemplateError: The template is invalid, rejects the messages, reaches outside its sandbox, or does too
+                much work.
             ImportError: jinja2 is not installed.
         """
         from effscale.rlhf.data.chat import sandbox
@@ -77,14 +78,15 @@ class ChatTemplate:
             )
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a prompt, up to where the response begins."""
+        """Return the text of a prompt, up to where the response begins."""
         return self.render(messages, add_generation_prompt=True)
 
     def answer(self, messages: Sequence[Message], response: str) -> str:
-        """The text of a response to a prompt, which goes on where the prompt's text ends, with what ends the turn.
+        """Return the text of a response, which continues where the prompt's text ends, including the end of the turn.
 
         Raises:
-            RecordError: The template writes the prompt in another way when there is a response, so that there is no such text.
+            RecordError: The template renders the prompt differently when a response follows, so such a text does not
+                exist.
         """
         before = self.prompt(messages)
         whole = self.render([*messages, Message("assistant", response)])
@@ -94,8 +96,8 @@ class ChatTemplate:
             )
             raise RecordError(
                 "wrong_type",
-                f"with a response the chat template writes {whole[same : same + 40]!r} where the prompt has "
-                f"{before[same : same + 40]!r}: the prompt has to be the beginning of the whole",
+                f"the prompt must be the beginning of the text with a response, but there the chat template writes "
+                f"{whole[same : same + 40]!r} where the prompt has {before[same : same + 40]!r}",
             )
         return whole[len(before) :]
 
@@ -109,7 +111,7 @@ class ChatTemplate:
 
 @contextlib.contextmanager
 def _telling() -> Generator[None]:
-    """Whatever a template makes Python raise becomes one error."""
+    """Convert everything that a template can raise to one error."""
     import jinja2
 
     from effscale.rlhf.data.chat.sandbox import SandboxError
@@ -128,11 +130,11 @@ def _telling() -> Generator[None]:
         raise
     except SandboxError as error:
         raise TemplateError(
-            f"the chat template is refused, as it may not use this: {error}"
+            f"the chat template uses something that is not allowed: {error}"
         ) from error
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(
-            f"the chat template is damaged: line {error.lineno}: {error.message}"
+            f"the chat template is invalid: line {error.lineno}: {error.message}"
         ) from error
     except (jinja2.TemplateError, ValueError, *unforeseen) as error:
         raise TemplateError(f"the chat template fails: {type(error).__name__}: {error}") from error

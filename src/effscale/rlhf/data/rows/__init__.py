@@ -1,4 +1,4 @@
-"""Records as arrays of fixed shapes: for fine-tuning, for pairs, and prompts that a model is to answer."""
+"""Convert records to arrays of fixed shapes: rows for fine-tuning, pairs of responses, and prompts for a model to answer."""
 
 from effscale.rlhf.data.rows.batches import row_batches
 from effscale.rlhf.data.rows.fine_tuning import fine_tuning_rows

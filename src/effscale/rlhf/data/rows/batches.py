@@ -1,4 +1,4 @@
-"""Batches of rows, in an order of their own in every epoch."""
+"""Batches of rows, in a different order in every epoch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,19 +14,20 @@ Rows = Mapping[str, Shaped[np.ndarray, "_ ..."]]
 def row_batches(
     rows: Rows | Mapping[int, Rows], batch_size: int, *, epoch: int, seed: int = 0
 ) -> Iterator[dict[str, Shaped[np.ndarray, "_ ..."]]]:
-    """Batches of one epoch, each of rows of one length.
+    """Yield the batches of one epoch, each with rows of one length.
 
-    The order is a function of seed and epoch. What does not fill a batch is left out, in every epoch something else.
+    The order is a function of seed and epoch. Rows that do not fill a batch are left out; these differ between
+    epochs.
 
     Args:
-        rows: Arrays by name whose first axis is the rows; or such arrays by length, as :func:`pair_rows` and :func:`prompt_rows` return
-            them, of which the batches come in a random order.
-        batch_size: Rows in a batch.
-        epoch: From 0.
-        seed: Another seed gives another order.
+        rows: Arrays by name whose first axis is the rows; or such arrays by length, as returned by ``pair_rows`` and
+            ``prompt_rows``, whose batches are yielded in random order.
+        batch_size: Number of rows in a batch.
+        epoch: Epoch, counted from 0.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: No length has as many rows as a batch.
+        ValueError: No length has enough rows for a batch.
 
     Example:
         >>> batches = row_batches({"input_ids": np.arange(10)[:, None]}, 4, epoch=0)
@@ -34,13 +35,15 @@ def row_batches(
         [(4, 1), (4, 1)]
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     by_length = all(isinstance(key, int) for key in rows)
     groups: list[Any] = list(rows.values()) if by_length else [rows]
     sizes = [len(next(iter(group.values()))) for group in groups]
     kept = [(g, size) for g, size in zip(groups, sizes, strict=True) if size >= batch_size]
     if not kept:
-        raise ValueError(f"batch_size={batch_size}: there are {sizes} rows (of each length)")
+        raise ValueError(
+            f"batch_size must be at most the number of rows of some length, {sizes}, got {batch_size}"
+        )
     order = Blend(sizes=tuple(size for _, size in kept), seed=seed).epoch(epoch)
     batches = []
     for number, (group, size) in enumerate(kept):

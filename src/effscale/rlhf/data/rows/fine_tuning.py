@@ -1,4 +1,4 @@
-"""Rows of supervised fine-tuning: prompts with the responses to learn, several in a row."""
+"""Rows for supervised fine-tuning: prompts with the responses to learn, several packed into a row."""
 
 import bisect
 from collections.abc import Sequence
@@ -25,30 +25,33 @@ def fine_tuning_rows(
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
 ) -> dict[str, Shaped[np.ndarray, "rows length"]]:
-    """Prompts and responses as batches that :func:`effscale.training.next_token_loss` takes.
+    """Convert prompts and responses to rows for ``effscale.training.next_token_loss``.
 
-    The keys and their meaning are those of :class:`effscale.data.PackedTokens`: ``input_ids``, ``labels`` (the token that follows each),
-    ``loss_weights``, ``segment_ids`` (1, 2, ... for the records of a row, 0 for padding; a record sees itself alone) and ``positions``
-    (from 0 for each record). A record is never divided between two rows.
+    The keys are those of ``effscale.data.PackedTokens``: ``input_ids``, ``labels`` (the next token of each),
+    ``loss_weights``, ``segment_ids`` (1, 2, ... for the records of a row, 0 for padding; records do not attend to
+    each other) and ``positions`` (from 0 for each record). A record is never split between two rows.
 
     Args:
-        records: Records with a chosen response; a rejected one is not looked at.
-        encoder: Makes ids of them.
-        length: The number of tokens in a row.
-        loss_on: Whether the response alone is learned, its end included, or the prompt, too, as in DeepSpeed-Chat.
-        weigh: Whether every token counts alike, or every record, as in BLOOMZ: the tokens of a record then share a weight of 1, so that long
-            answers do not drown short ones.
-        pack: Whether to put several records into a row, each where it leaves the least room, the longest first; or one.
-        too_long: What to do with a record that is longer than a row: ``"drop"`` and count it, or ``"cut"`` off the end of its
-            response, as DeepSpeed-Chat does.
-        report: Receives the count of records that were left out, which a warning tells as well.
+        records: Records with a chosen response; a rejected response is ignored.
+        encoder: The encoder for prompts and responses.
+        length: Number of tokens in a row.
+        loss_on: ``"response"`` trains only on the response, including its end; ``"all"`` also on the prompt, as in
+            DeepSpeed-Chat.
+        weigh: ``"token"`` gives every token the same weight; ``"record"`` gives every record the same weight, as in
+            BLOOMZ. The tokens of a record then share a weight of 1, so that long answers do not outweigh short ones.
+        pack: Whether to pack several records into a row (best fit, the longest first), or only one.
+        too_long: What to do with a record that is longer than a row: ``"drop"`` and count it, or ``"cut"`` off the
+            end of its response, as DeepSpeed-Chat does.
+        report: If given, receives the counts of records that were left out; they are logged as a warning too.
 
     Raises:
         ValueError: A record has no chosen response, an argument is out of range, or nothing is left.
 
     References:
-        Yao et al., "DeepSpeed-Chat", 2023; Muennighoff et al., "Crosslingual generalization through multitask finetuning", 2022 (packing
-        in which records do not see each other).
+        Yao et al., "DeepSpeed-Chat: Easy, Fast and Affordable RLHF Training of ChatGPT-like Models at All Scales"
+            (2023). https://arxiv.org/abs/2308.01320
+        Muennighoff et al., "Crosslingual Generalization through Multitask Finetuning" (2022), for packing in which
+            records do not attend to each other. https://arxiv.org/abs/2211.01786
 
     Example:
         >>> from effscale.data import train_tokenizer
@@ -60,11 +63,11 @@ def fine_tuning_rows(
         [[1, 1, 1, 2, 2, 0]]
     """
     if length < 1:
-        raise ValueError(f"length={length}: must be at least 1")
+        raise ValueError(f"length must be at least 1, got {length}")
     if loss_on not in ("response", "all"):
-        raise ValueError(f'loss_on={loss_on!r}: must be "response" or "all"')
+        raise ValueError(f'loss_on must be "response" or "all", got {loss_on!r}')
     if weigh not in ("token", "record"):
-        raise ValueError(f'weigh={weigh!r}: must be "token" or "record"')
+        raise ValueError(f'weigh must be "token" or "record", got {weigh!r}')
     check_too_long(too_long)
     account = Account(records, report)
     sequences = []
@@ -77,9 +80,9 @@ def fine_tuning_rows(
             account.drop(error.reason, index, error.detail)
             continue
         ids = [*prompt, *response]
-        # The last token is a label only.
+        # The last token is only a label.
         if len(ids) > length + 1 and (too_long == "drop" or len(prompt) > length):
-            account.drop("too_long", index, f"{len(ids)} tokens, and a row has {length}")
+            account.drop("too_long", index, f"{len(ids)} tokens, but a row has {length}")
             continue
         ids = ids[: length + 1]
         learned = 1 if loss_on == "all" else len(prompt)
@@ -107,13 +110,14 @@ def fine_tuning_rows(
 
 
 def _packed(sizes: Sequence[int], length: int) -> list[tuple[int, int, int]]:
-    """For each sequence its row, where it begins there, and the how-many-eth it is, from 1.
+    """Return for each sequence its row, its start in the row, and its number in the row, counted from 1.
 
-    The longest first, each goes where it leaves the least room, or begins a row (best fit decreasing).
+    Best fit decreasing: from the longest to the shortest, each goes to the row where it leaves the least space, or
+    begins a new row.
     """
     rooms: list[
         tuple[int, int]
-    ] = []  # what is left of each row that is not full, in order, and the row
+    ] = []  # remaining space of each row that is not full, in order, and the row
     counts: list[int] = []
     places = [(0, 0, 0)] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one array, and the few lengths that such arrays have."""
+"""Pad rows of different lengths into one array, and choose among a few array lengths."""
 
 import bisect
 import logging
@@ -18,19 +18,19 @@ TooLong = Literal["drop", "cut"]
 def pad_rows(
     rows: Sequence[Sequence[int]], length: int, pad_id: int, *, side: Literal["left", "right"]
 ) -> tuple[Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]:
-    """Fills rows of token ids up to one length.
+    """Pad rows of token ids to one length.
 
     Args:
         rows: The ids of each row.
-        length: The length.
-        pad_id: The token to fill up with.
-        side: Where.
+        length: The length to pad to.
+        pad_id: The padding token.
+        side: The side to pad on.
 
     Returns:
-        The ids, int32, and a mask that is true at the ids that were given, whatever they are.
+        The ids, int32, and a mask that is true at the given ids, whatever their value.
 
     Raises:
-        ValueError: A row is longer.
+            ValueError: A row is longer than ``length``.
 
     Example:
         >>> tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_id=0, side="left")
@@ -38,12 +38,14 @@ def pad_rows(
         [[0, 0, 0, 5, 6, 7], [0, 0, 0, 0, 8, 9]]
     """
     if side not in ("left", "right"):
-        raise ValueError(f'side={side!r}: must be "left" or "right"')
+        raise ValueError(f'side must be "left" or "right", got {side!r}')
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         if len(row) > length:
-            raise ValueError(f"row {i} has {len(row)} tokens, and length={length}")
+            raise ValueError(
+                f"length must be at least the {len(row)} tokens of row {i}, got {length}"
+            )
         place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
         tokens[i, place] = row
         mask[i, place] = True
@@ -51,43 +53,45 @@ def pad_rows(
 
 
 def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
-    """The lengths in order, each once.
+    """Return the lengths sorted, without duplicates.
 
     Raises:
-        ValueError: There is none, or one is below 1.
+        ValueError: There are no lengths, or one is below 1.
     """
     if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths={tuple(lengths)}: give one or a few, each at least 1")
+        raise ValueError(
+            f"lengths must be one or a few numbers of at least 1, got {tuple(lengths)}"
+        )
     return tuple(sorted(set(lengths)))
 
 
 def bucket_of(size: int, lengths: tuple[int, ...]) -> int | None:
-    """The shortest of the lengths that is enough, or None."""
+    """Return the shortest length that fits, or None."""
     place = bisect.bisect_left(lengths, size)
     return lengths[place] if place < len(lengths) else None
 
 
 def check_too_long(too_long: str) -> None:
-    """Refuses what is no choice."""
+    """Raise for an invalid choice."""
     if too_long not in ("drop", "cut"):
-        raise ValueError(f'too_long={too_long!r}: must be "drop" or "cut"')
+        raise ValueError(f'too_long must be "drop" or "cut", got {too_long!r}')
 
 
 class Account:
-    """Counts the records that do not become rows, and tells of them once."""
+    """Counts the records that do not become rows, and logs the counts once."""
 
     def __init__(self, records: Sequence[Any], report: RecordReport | None):
         self.records, self.report, self.skipped = records, report, RecordReport()
 
     def drop(self, reason: Reason, index: int, detail: str) -> None:
-        """Counts one record."""
+        """Count one record."""
         self.skipped.add(reason, f"record {index}", detail)
 
     def close(self) -> None:
-        """Logs the count and hands it on.
+        """Log the counts and add them to the report.
 
         Raises:
-            ValueError: Nothing is left.
+            ValueError: No row is left.
         """
         if self.skipped.total:
             logger.warning("of %d records: %s", len(self.records), self.skipped)

@@ -1,4 +1,4 @@
-"""Rows of preferences: for the reward model's losses, and for DPO."""
+"""Rows of preference pairs: for the reward model's losses, and for DPO."""
 
 from collections.abc import Sequence
 
@@ -27,25 +27,26 @@ def pair_rows(
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
 ) -> dict[int, Rows]:
-    """Pairs as arrays of few shapes: each pair in the shortest length that is enough for both of its responses.
+    """Convert pairs to arrays of a few shapes: each pair in the shortest length that fits both of its responses.
 
-    They are what :func:`effscale.rlhf.reward_model_loss` and :func:`effscale.rlhf.preference_loss` take: ``chosen`` and ``rejected``, the
-    tokens of prompt and response padded on the right; ``chosen_lengths``, ``rejected_lengths`` and ``prompt_lengths``, by which padding is
-    known, whatever its token; and ``records``, which record each pair is.
+    The arrays are the input of ``effscale.rlhf.reward_model_loss`` and ``effscale.rlhf.preference_loss``: ``chosen``
+    and ``rejected``, the tokens of prompt and response padded on the right; ``chosen_lengths``, ``rejected_lengths``
+    and ``prompt_lengths``, which identify padding whatever its token; and ``records``, the index of each pair's
+    record.
 
     Args:
         records: Records with a chosen and a rejected response.
-        encoder: Makes ids of them.
-        lengths: The lengths of rows; each is one more compilation.
-        too_long: What to do with a pair that is longer than all of them: ``"drop"`` and count it, or ``"cut"`` off the ends of its
-            responses. A pair of which nothing that differs would be left is dropped in any case.
-        report: Receives the count of records that were left out, which a warning tells as well.
+        encoder: The encoder for prompts and responses.
+        lengths: The lengths of rows; each one costs a compilation.
+        too_long: What to do with a pair that is longer than all of them: ``"drop"`` and count it, or ``"cut"`` off
+            the ends of its responses. A pair whose responses would no longer differ is dropped in any case.
+        report: If given, receives the counts of records that were left out; they are logged as a warning too.
 
     Returns:
-        For each length that occurs its pairs, in the order of the records.
+        For each length that occurs, its pairs, in the order of the records.
 
     Raises:
-        ValueError: A record has no two responses, an argument is out of range, or nothing is left.
+            ValueError: A record lacks one of two responses, an argument is out of range, or nothing is left.
 
     Example:
         >>> from effscale.data import train_tokenizer
@@ -61,7 +62,7 @@ def pair_rows(
     for index, record in enumerate(records):
         if record.chosen is None or record.rejected is None:
             missing = "chosen" if record.chosen is None else "rejected"
-            raise ValueError(f"record {index} has no {missing} response: a pair needs both")
+            raise ValueError(f"record {index} has no {missing} response, and a pair needs both")
         try:
             prompt, chosen = encoder.pair(record)
             rejected = encoder.response(record.prompt, record.rejected)
@@ -71,7 +72,7 @@ def pair_rows(
         pair = [*prompt, *chosen], [*prompt, *rejected]
         size = max(map(len, pair))
         if size > lengths[-1] and too_long == "drop":
-            account.drop("too_long", index, f"{size} tokens, and the longest row has {lengths[-1]}")
+            account.drop("too_long", index, f"{size} tokens, but the longest row has {lengths[-1]}")
             continue
         chosen, rejected = (row[: lengths[-1]] for row in pair)
         if chosen == rejected:

@@ -1,4 +1,4 @@
-"""Rows of prompts that a model is to answer, padded on the left."""
+"""Rows of prompts for a model to answer, padded on the left."""
 
 from collections.abc import Sequence
 
@@ -27,21 +27,23 @@ def prompt_rows(
     too_long: TooLong = "drop",
     report: RecordReport | None = None,
 ) -> dict[int, Rows]:
-    """Prompts as arrays of few shapes: each in the shortest length that is enough.
+    """Convert prompts to arrays of a few shapes: each prompt in the shortest length that fits.
 
-    They are what :func:`effscale.rlhf.make_policy_step`'s step takes: ``input_ids``, padded on the left; ``attention_mask``, true at real
-    tokens; and ``records``, which record each prompt is of, for a reward that needs to know.
+    The arrays are the input of the step from ``effscale.rlhf.make_policy_step``: ``input_ids``, padded on the left;
+    ``attention_mask``, true at real tokens; and ``records``, the index of each prompt's record, for rewards that need
+    it.
 
     Args:
-        records: Records; their responses are not looked at.
-        encoder: Makes ids of them.
-        lengths: The lengths of rows; each is one more compilation of what draws and learns. DeepSpeed-Chat has one.
-        too_long: What to do with a longer prompt: ``"drop"`` and count it, as DeepSpeed-Chat does, or ``"cut"`` off its beginning
-            (what the tokenizer puts before every text stays).
-        report: Receives the count of records that were left out, which a warning tells as well.
+        records: Records; their responses are ignored.
+        encoder: The encoder for prompts.
+        lengths: The lengths of rows; each one costs a compilation of generation and training. DeepSpeed-Chat uses
+            one.
+        too_long: What to do with a longer prompt: ``"drop"`` and count it, as DeepSpeed-Chat does, or ``"cut"`` off
+            its beginning (tokens that the tokenizer adds before every text are kept).
+        report: If given, receives the counts of records that were left out; they are logged as a warning too.
 
     Returns:
-        For each length that occurs its prompts, in the order of the records.
+        For each length that occurs, its prompts, in the order of the records.
 
     Raises:
         ValueError: An argument is out of range, or nothing is left.
@@ -68,7 +70,7 @@ def prompt_rows(
             continue
         if len(ids) > lengths[-1] and too_long == "drop":
             account.drop(
-                "too_long", index, f"{len(ids)} tokens, and the longest row has {lengths[-1]}"
+                "too_long", index, f"{len(ids)} tokens, but the longest row has {lengths[-1]}"
             )
             continue
         ids = _cut(ids, lengths[-1], encoder.beginning)
