@@ -158,7 +158,7 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     assert named["gpt2_compile_seconds"] == 2.0
     assert (tmp_path / "run" / "figures" / "scale.png").stat().st_size > 10_000
     told = (tmp_path / "run" / "report.md").read_text()
-    assert "gpt2-fsdp4-tensor2-length256-accumulate1-full" in told
+    assert "| fsdp 4, tensor 2, 1 batch |" in told
     assert "| gpt2-fsdp8-length256-accumulate1-full | it needs 17 GB |" in told
 
 
@@ -375,7 +375,7 @@ def test_means_over_a_schedule(tmp_path, monkeypatch):
     )
     assert result.figures["gpt2_onebit_adam_gb_along_data_one_bit"] == 1.0
     told = (tmp_path / "run" / "report.md").read_text()
-    assert "| gpt2 | onebit_adam | in full | 15.1 % |" in told
+    assert "| gpt2 | 1-bit Adam | uncompressed | 15.1 % |" in told
     assert "| gpt2 | int8 | data 8 |" in told
     rows = comparison.compared(config, {c.name: compiled(c) for c in config.cases()})
     assert [row.stage for row in rows if row.technique == "random_ltd"] == [

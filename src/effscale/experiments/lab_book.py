@@ -31,7 +31,20 @@ MARKED = re.compile(
 )
 MAX_FIGURE_BYTES = 100_000
 
-# Of a run's config.json, what is of the machine and not of the question.
+# The words for the figures of a run that has no tables.
+WORDS = {
+    "val_loss": "validation loss, nats per token",
+    "unigram_entropy": "unigram entropy, nats per token",
+    "train_loss": "training loss of the last 20 steps, nats per token",
+    "tokens_seen": "training tokens",
+    "tokens_per_second": "tokens per second, median over steps",
+    "num_params": "parameters",
+    "num_compilations": "compilations of the training step",
+    "seconds": "seconds of the call",
+    "peak_memory_mb": "peak memory of the process, MB",
+}
+
+# Entries of a run's config.json that describe the machine and not the question.
 PRIVATE = ("out", "resume", "cache")
 
 
@@ -102,12 +115,12 @@ def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         >>> print(measured({"val_loss": 3.99243}, config))
         | figure | value |
         |---|---:|
-        | val_loss | 3.992 |
+        | validation loss, nats per token | 3.992 |
         <BLANKLINE>
         Machine: CPU cores 2; devices 1 x cpu; processes 1. Versions: jax 0.10.2.
     """
     numbers = {name: value for name, value in results.items() if isinstance(value, int | float)}
-    rows = [f"| {name} | {_number(value)} |" for name, value in numbers.items()]
+    rows = [f"| {WORDS.get(name, name)} | {_number(value)} |" for name, value in numbers.items()]
     tables = [titled(**table) for table in results.get("tables", ())]
     tables = tables or ["\n".join(["| figure | value |", "|---|---:|", *rows])]
     devices, versions = config["devices"], config["versions"]
