@@ -44,7 +44,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
 def band(
     axes: Any,
     x: np.ndarray,
-    curves: Sequence[np.ndarray],
+    curves: Sequence[np.ndarray] | np.ndarray,
     *,
     color: str,
     label: str | None = None,
