@@ -7,7 +7,16 @@ import math
 import jax
 import pytest
 
-from effscale.experiments.scale import Config, comparison, experiment, main, models, report, worker
+from effscale.experiments.scale import (
+    PRESETS,
+    Config,
+    comparison,
+    experiment,
+    main,
+    models,
+    report,
+    worker,
+)
 from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.estimate import _attention, _speed, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
@@ -136,6 +145,17 @@ def test_the_front_of_memory_and_time():
     assert report.best(large) is large[1]
 
 
+def test_layouts_are_drawn_and_named_by_what_differs(tmp_path):
+    other = dataclasses.replace(GPT2, accumulate=1, length=64)
+    both = [estimate(GPT2, FOUND), estimate(other, {**FOUND, "total": 15e9})]
+    assert [report.title(one, both) for one in both] == [
+        "fsdp 4, tensor 2, 2 micro-batches, 32 tokens",
+        "fsdp 4, tensor 2, 1 batch, 64 tokens",
+    ]
+    report.draw(tmp_path / "scale.png", PRESETS["smoke"], both)
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
 def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     """Finished cases are kept; what is shown has all of them."""
     calls = []
@@ -156,7 +176,8 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     named = json.loads((tmp_path / "run" / "results.json").read_text())
     assert named["gpt2_gb_per_chip"] == 14.0
     assert named["gpt2_compile_seconds"] == 2.0
-    assert (tmp_path / "run" / "figures" / "scale.png").stat().st_size > 10_000
+    # The other layout was refused, and a figure of a single point compares nothing.
+    assert not (tmp_path / "run" / "figures" / "scale.png").exists()
     told = (tmp_path / "run" / "report.md").read_text()
     assert "| fsdp 4, tensor 2, 1 batch |" in told
     assert "| gpt2-fsdp8-length256-accumulate1-full | it needs 17 GB |" in told

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.data_efficiency.report import NAMES, Comparison
-from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot
+from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, shrink
 from effscale.experiments.shared.pretraining_plan import Technique
 
 LABELS = {
@@ -103,10 +103,7 @@ def _techniques(comparison: Comparison) -> list[Technique]:
 
 
 def _save(plt: Any, figure: Any, path: pathlib.Path) -> None:
-    from PIL import Image  # matplotlib's own dependency
-
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, band, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
 
@@ -99,7 +107,6 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
         comparisons: By task.
     """
     from matplotlib.ticker import MaxNLocator
-    from PIL import Image  # matplotlib's own dependency
 
     plt = pyplot()
     both = any("torch" in c.records for c in comparisons.values())
@@ -138,5 +145,4 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)

@@ -12,7 +12,15 @@ from flax import nnx
 
 from effscale.experiments.moe.arms import ARMS, ArmName
 from effscale.experiments.moe.config import Config
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, band, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.ltd import training_flops
 from effscale.models import Transformer, TransformerConfig
@@ -206,9 +214,12 @@ def draw(folder: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
         figure.tight_layout()
         figure.savefig(folder / "curves.png")
         plt.close(figure)
+    shrink(folder / "curves.png")
 
 
-def draw_losses(path: pathlib.Path, losses: Mapping[str, tuple[Sequence[float], float]]) -> None:
+def draw_losses(
+    path: pathlib.Path, losses: Mapping[str, tuple[Sequence[float] | np.ndarray, float]]
+) -> None:
     """Draw the final loss of each arm: one dot per seed, a line at their mean, and the compute next to the name.
 
     Args:
@@ -229,6 +240,7 @@ def draw_losses(path: pathlib.Path, losses: Mapping[str, tuple[Sequence[float], 
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
+    shrink(path)
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:

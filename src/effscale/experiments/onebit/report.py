@@ -9,7 +9,15 @@ import numpy as np
 
 from effscale.experiments.onebit.config import Config
 from effscale.experiments.onebit.optimizers import TWINS, rounds
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, band, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
 
@@ -139,8 +147,6 @@ def draw(path: pathlib.Path, runs: Mapping[Any, Mapping[str, Runs]], *, majority
         runs: By task and optimizer.
         majority: Accuracy of a constant answer.
     """
-    from PIL import Image  # matplotlib's own dependency
-
     plt = pyplot()
     with plt.rc_context(STYLE):
         size = (14.0, 3.3 * len(runs) + 0.5)
@@ -175,8 +181,7 @@ def draw(path: pathlib.Path, runs: Mapping[Any, Mapping[str, Runs]], *, majority
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / size[1]))
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colors are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)
 
 
 def _draw_differences(

@@ -8,7 +8,7 @@ import numpy as np
 
 from effscale.curriculum.instability import loss_ratio
 from effscale.experiments.seqlen_curriculum.report import Run, title
-from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, smooth
+from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, shrink, smooth
 
 
 def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
@@ -141,8 +141,6 @@ def _drawn(
     columns: int = 1,
     **options: Any,
 ) -> None:
-    from PIL import Image  # matplotlib's own dependency
-
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=size, dpi=100, **options)
@@ -150,5 +148,4 @@ def _drawn(
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)

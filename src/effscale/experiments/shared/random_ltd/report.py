@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, band, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
@@ -166,8 +174,6 @@ def draw(
         level: A value to compare with, and its name.
         after: A third panel: its label, and each seed's value by name.
     """
-    from PIL import Image  # matplotlib's own dependency
-
     plt = pyplot()
     columns = 2 if after is None else 3
     with plt.rc_context(STYLE):
@@ -198,5 +204,4 @@ def draw(
         figure.tight_layout(rect=(0, 0, 1, 0.93))  # the legend is above
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)
