@@ -230,14 +230,14 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> Non
                 axis.plot(x, y.mean(0), color=color, label=step.upper())
                 axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
         axes[0].set(xlabel="iteration", ylabel="score of sampled answers")
-        axes[1].set(xlabel="iteration", ylabel="KL from the fine-tuned\nmodel (nats per answer)")
+        axes[1].set(xlabel="iteration", ylabel="KL from SFT (nats per answer)")
         everything = {NAMES["sft"]: [s.before for s in seeds if s.before is not None]}
         everything |= {step.upper(): [s.after[step] for s in seeds] for step in done}
         scores = {n: np.concatenate([a.scores for a in found]) for n, found in everything.items()}
         edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 24)
         for color, (name, values) in zip((COLORS[-1], *COLORS), scores.items(), strict=False):
             axes[2].hist(values, edges, histtype="step", linewidth=1.5, color=color, label=name)
-        axes[2].set(xlabel="score of answers to held-out prompts", ylabel="answers")
+        axes[2].set(xlabel="score on held-out prompts", ylabel="answers")
         axes[2].legend(fontsize=8)
         if online:
             axes[0].legend(fontsize=8)

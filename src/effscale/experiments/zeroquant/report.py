@@ -199,7 +199,7 @@ def draw_sensitivity(path: pathlib.Path, found: Mapping[str, Mapping[str, float]
                 else:
                     place.barh(labels[::-1], list(parts.values())[::-1], color=COLORS[row])
                     place.set(
-                        title="one kind of weight, in all layers",
+                        title="one kind of weight",
                         xlabel="added loss (nats per token)",
                     )
         figure.tight_layout()
