@@ -68,7 +68,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert numbers["cl_ltd_50_difference"] == pytest.approx(
         numbers["cl_ltd_50_val_loss"] - numbers["none_50_val_loss"]
     )
-    assert [table["title"][:4] for table in tables] == ["What", "Loss", "What", "Shar", "Save"]
+    assert [table["title"][:4] for table in tables] == ["Resu", "Fina", "Cost", "Cost", "Save"]
     for arm in ("none_100", "none_50", "cl_ltd_100", "cl_ltd_50"):
         assert numbers[f"{arm}_val_loss_min"] <= numbers[f"{arm}_val_loss"]
         assert numbers[f"{arm}_val_loss"] <= numbers[f"{arm}_val_loss_max"]
@@ -78,7 +78,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert numbers["none_50_tokens_read"] == 16 * 4 * 64
     assert (numbers["none_100_compilations"], numbers["cl_ltd_100_compilations"]) == (1, 3)
     report_text = (folder / "report.md").read_text()
-    for shown in ("| cl_ltd | 50 % |", "![curves](figures/curves.png)"):
+    for shown in ("| curriculum + random-LTD | 50 % |", "![curves](figures/curves.png)"):
         assert shown in report_text
     assert "Saved by the schedules" in done.stdout
     for name in ("curves", "budgets"):
@@ -186,7 +186,7 @@ def test_tokens_that_were_read_and_plain_training_on_less_are_compared_too():
     assert figures["cl_ltd_tokens_read_saved_at_equal_steps"] == 0
     assert figures["cl_ltd_tokens_trained_saved_at_equal_steps"] == 1 - trained / (32 * 64)
     assert not any(name.startswith("none") and "saved_at" in name for name in figures)
-    assert comparison.reach_rows()[2][:4] == ["none", "50 %", "25 %", "25 %"]
+    assert comparison.reach_rows()[2][:4] == ["plain training", "50 %", "25 %", "25 %"]
 
 
 @pytest.mark.parametrize("technique", ["none", "cl_ltd"])

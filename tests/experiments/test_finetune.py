@@ -136,9 +136,9 @@ def test_a_run_leaves_what_it_promises(compared):
         assert results[f"{task}_accuracy"] == pytest.approx(np.mean(accuracies))
         assert results[f"{task}_accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
     report = (compared / "report.md").read_text()
-    assert "| task | by | seed 0 | seed 1 | mean | deviation |" in report
+    assert "| task | library | seed 0 | seed 1 | mean | std |" in report
     assert (
-        f"| fashion | torch | {100 * records(compared, 'fashion/seed-0/torch')[-1]['test_accuracy']:.1f} |"
+        f"| fashion | PyTorch | {100 * records(compared, 'fashion/seed-0/torch')[-1]['test_accuracy']:.1f} |"
         in report
     )
     figure = compared / "figures" / "accuracy.png"

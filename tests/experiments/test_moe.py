@@ -45,7 +45,8 @@ def test_figures(finished):
     assert named["pr_moe_params"] > named["dense_params"]
     # The teacher's forward passes are counted while it is there.
     assert named["pr_moe_mos_teraflops"] > named["pr_moe_teraflops"]
-    assert (finished / "figures" / "moe.png").stat().st_size > 10_000
+    for name in ("losses", "curves"):
+        assert (finished / "figures" / f"{name}.png").stat().st_size > 10_000
     # Losses are of the text alone.
     first = records(finished, "pr_moe")[0]
     assert first["task_loss"] < first["loss"]

@@ -180,7 +180,7 @@ def test_a_run_leaves_what_it_promises(finished, task):
     assert losses[0][:same] == losses[1][:same]
     assert losses[0][4:] != losses[1][4:]
     report = (out / "report.md").read_text()
-    for shown in ("| scratch |", "what a worker sent", f"{task}: test accuracy"):
+    for shown in ("| random weights |", "what each worker sent", f"{task.upper()}: test accuracy"):
         assert shown in report
     figure = out / "figures" / "onebit.png"
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -349,7 +349,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert results[f"{start}_accuracy"] == accuracy > results["majority"] + 0.2
     assert results["majority"] == 0.5
     report = (finished / "report.md").read_text()
-    for shown in ("| scratch |", "| thousand layer tokens |", "nats per masked token"):
+    for shown in ("| random weights |", "| thousand layer tokens |", "nats per hidden token"):
         assert shown in report
     figure = finished / "figures" / "loss.png"
     assert figure.read_bytes().startswith(b"\x89PNG")

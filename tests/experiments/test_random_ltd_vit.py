@@ -147,7 +147,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert results[f"{arm}_accuracy_std"] == pytest.approx(np.std(last, ddof=1))
         assert results[f"{arm}_step_seconds"] > 0
     report = (finished / "report.md").read_text()
-    assert "| arm | seed 0 | seed 1 | mean | deviation |" in report
+    assert "| arm | seed 0 | seed 1 | mean | std |" in report
     assert "| thousand layer tokens | 4.8 |" in report
     figure = finished / "figures" / "accuracy.png"
     assert figure.read_bytes().startswith(b"\x89PNG")

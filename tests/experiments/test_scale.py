@@ -7,7 +7,16 @@ import math
 import jax
 import pytest
 
-from effscale.experiments.scale import Config, comparison, experiment, main, models, report, worker
+from effscale.experiments.scale import (
+    PRESETS,
+    Config,
+    comparison,
+    experiment,
+    main,
+    models,
+    report,
+    worker,
+)
 from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.estimate import _attention, _speed, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
@@ -136,6 +145,17 @@ def test_the_front_of_memory_and_time():
     assert report.best(large) is large[1]
 
 
+def test_layouts_are_drawn_and_named_by_what_differs(tmp_path):
+    other = dataclasses.replace(GPT2, accumulate=1, length=64)
+    both = [estimate(GPT2, FOUND), estimate(other, {**FOUND, "total": 15e9})]
+    assert [report.title(one, both) for one in both] == [
+        "fsdp 4, tensor 2, 2 micro-batches, 32 tokens",
+        "fsdp 4, tensor 2, 1 batch, 64 tokens",
+    ]
+    report.draw(tmp_path / "scale.png", PRESETS["smoke"], both)
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
 def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     """Finished cases are kept; what is shown has all of them."""
     calls = []
@@ -156,9 +176,10 @@ def test_a_run_and_its_continuation(tmp_path, monkeypatch):
     named = json.loads((tmp_path / "run" / "results.json").read_text())
     assert named["gpt2_gb_per_chip"] == 14.0
     assert named["gpt2_compile_seconds"] == 2.0
-    assert (tmp_path / "run" / "figures" / "scale.png").stat().st_size > 10_000
+    # The other layout was refused, and a figure of a single point compares nothing.
+    assert not (tmp_path / "run" / "figures" / "scale.png").exists()
     told = (tmp_path / "run" / "report.md").read_text()
-    assert "gpt2-fsdp4-tensor2-length256-accumulate1-full" in told
+    assert "| fsdp 4, tensor 2, 1 batch |" in told
     assert "| gpt2-fsdp8-length256-accumulate1-full | it needs 17 GB |" in told
 
 
@@ -381,7 +402,7 @@ def test_means_over_a_schedule(tmp_path, monkeypatch):
     )
     assert result.figures["gpt2_onebit_adam_gb_along_data_one_bit"] == 1.0
     told = (tmp_path / "run" / "report.md").read_text()
-    assert "| gpt2 | onebit_adam | in full | 15.1 % |" in told
+    assert "| gpt2 | 1-bit Adam | uncompressed | 15.1 % |" in told
     assert "| gpt2 | int8 | data 8 |" in told
     rows = comparison.compared(config, {c.name: compiled(c) for c in config.cases()})
     assert [row.stage for row in rows if row.technique == "random_ltd"] == [

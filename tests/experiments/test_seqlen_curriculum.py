@@ -146,8 +146,8 @@ def test_a_run_leaves_what_it_promises(folder):
         assert figure.read_bytes().startswith(b"\x89PNG")
         assert figure.stat().st_size < 100_000
     text = (folder / "report.md").read_text()
-    assert "| arm | rows x rate | seed 0 | seed 1 | mean | deviation |" in text
-    assert "| large_curriculum_x4 | 16 x 0.02 |" in text
+    assert "| arm | rows x rate | seed 0 | seed 1 | mean | std |" in text
+    assert "| large batch, 4 L, short first | 16 x 0.02 |" in text
     assert json.loads((folder / "config.json").read_text())["versions"]["jax"]
     assert len(list((folder / "tensorboard").rglob("events*"))) == 10
     assert not list(folder.rglob("checkpoints"))
@@ -204,7 +204,7 @@ def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(folder)
         assert results[f"{arm}_unstable_steps"] >= 10
         assert trained(folder, arm)[-1]["skipped_in_row"] == 10
     assert (folder / "figures" / "learning_rates.png").is_file()
-    assert "| large_x1e+30 | 2 of 2 |" in (folder / "report.md").read_text()
+    assert "| large batch, 1e+30 L | 2 of 2 |" in (folder / "report.md").read_text()
 
 
 def test_a_large_batch_is_the_small_ones_of_its_seed(options, corpus):

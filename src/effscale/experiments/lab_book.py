@@ -1,15 +1,15 @@
-"""Puts what a run measured into its page of the lab book, and keeps the numbers of the pages in line with it.
+"""Write a run's results into its page of the lab book, and keep the numbers of all pages in line with the results.
 
     python -m effscale.experiments.lab_book runs/quickstart/20260101-120000 experiments/quickstart
     python -m effscale.experiments.lab_book
 
-The first form copies the run's figures, ``results.json`` and ``config.json`` beside the page. Both then write the tables,
-machine and versions between each page's two marks, and every marked number of the pages. A number is marked by a comment
-behind it, which names the experiment, the figure of its ``results.json`` and the format::
+The first form copies the run's figures, ``results.json`` and ``config.json`` next to the page. Both forms then write the tables,
+the machine and the versions between the two marks of each page, and update every marked number. A number is marked by the comment
+that follows it, which names the experiment, the figure in its ``results.json`` and the format::
 
     a loss of 3.90<!-- data_efficiency ltd_100_val_loss .2f -->, for 39 %<!-- data_efficiency ltd_teraflops_saved .0% --> less
 
-The format is Python's; one that ends in ``%`` leaves a space before the sign. Pages are written by hand but for these.
+The format is Python's; one that ends in ``%`` leaves a space before the sign. Everything else on a page is written by hand.
 """
 
 import argparse
@@ -31,27 +31,44 @@ MARKED = re.compile(
 )
 MAX_FIGURE_BYTES = 100_000
 
-# Of a run's config.json, what is of the machine and not of the question.
+# The words for the figures of a run that has no tables.
+WORDS = {
+    "val_loss": "validation loss, nats per token",
+    "unigram_entropy": "unigram entropy, nats per token",
+    "train_loss": "training loss of the last 20 steps, nats per token",
+    "tokens_seen": "training tokens",
+    "tokens_per_second": "tokens per second, median over steps",
+    "num_params": "parameters",
+    "num_compilations": "compilations of the training step",
+    "seconds": "seconds of the call",
+    "peak_memory_mb": "peak memory of the process, MB",
+}
+
+# Entries of a run's config.json that describe the machine and not the question.
 PRIVATE = ("out", "resume", "cache")
 
 
 def keep(run: pathlib.Path, page: pathlib.Path) -> None:
-    """Copies a run's figures, ``results.json`` and ``config.json`` to ``page``, without the paths of the machine.
+    """Copy a run's figures, ``results.json`` and ``config.json`` to ``page``, without the paths of the machine.
 
     Args:
         run: A finished run folder.
         page: A folder of the lab book.
 
     Raises:
-        FileNotFoundError: If the run has no ``results.json`` or there is no page.
-        ValueError: If a figure is too large to be kept in the repository.
+        FileNotFoundError: The run has no ``results.json``, or the page does not exist.
+        ValueError: A figure is too large for the repository.
     """
     for file in (run / "results.json", page / "README.md"):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; a finished run and a page are needed")
+            raise FileNotFoundError(
+                f"{file} does not exist. Pass the folder of a finished run and that of its page."
+            )
     for figure in sorted((run / "figures").glob("*.png")):
         if figure.stat().st_size > MAX_FIGURE_BYTES:
-            raise ValueError(f"{figure} has more than {MAX_FIGURE_BYTES:,} bytes; draw it smaller")
+            raise ValueError(
+                f"{figure} must have at most {MAX_FIGURE_BYTES:,} bytes, got {figure.stat().st_size:,}"
+            )
         shutil.copyfile(figure, page / figure.name)
     results, config = _read(run / "results.json"), _read(run / "config.json")
     results.pop("folder", None)
@@ -62,14 +79,14 @@ def keep(run: pathlib.Path, page: pathlib.Path) -> None:
 
 
 def rendered(page: pathlib.Path, lab_book: pathlib.Path) -> str:
-    """A page's text with what was measured in its places.
+    """Fill the measured values into a page's text.
 
     Args:
         page: A Markdown file.
         lab_book: The folder of the experiments' pages and results.
 
     Raises:
-        ValueError: If a number is marked with a figure that there is not.
+        ValueError: A number is marked with a figure that does not exist.
     """
     text = page.read_text(encoding="utf-8")
     results = page.with_name("results.json")
@@ -77,7 +94,7 @@ def rendered(page: pathlib.Path, lab_book: pathlib.Path) -> str:
         head, begin, rest = text.partition(BEGIN)
         _, end, tail = rest.partition(END)
         if not (begin and end):
-            raise ValueError(f"{page} needs the lines {BEGIN} and {END}")
+            raise ValueError(f"{page}: the lines {BEGIN} and {END} are missing")
         table = measured(_read(results), _read(page.with_name("config.json")))
         text = f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
@@ -93,7 +110,7 @@ def rendered(page: pathlib.Path, lab_book: pathlib.Path) -> str:
 
 
 def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The tables of a run, or where it has none its named figures, with machine and versions, in Markdown.
+    """Format a run's tables, or its named figures if it has no tables, with machine and versions, in Markdown.
 
     Example:
         >>> machine = {"platform": "Linux-x86_64", "cpu_count": 2}
@@ -102,12 +119,12 @@ def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         >>> print(measured({"val_loss": 3.99243}, config))
         | figure | value |
         |---|---:|
-        | val_loss | 3.992 |
+        | validation loss, nats per token | 3.992 |
         <BLANKLINE>
         Machine: CPU cores 2; devices 1 x cpu; processes 1. Versions: jax 0.10.2.
     """
     numbers = {name: value for name, value in results.items() if isinstance(value, int | float)}
-    rows = [f"| {name} | {_number(value)} |" for name, value in numbers.items()]
+    rows = [f"| {WORDS.get(name, name)} | {_number(value)} |" for name, value in numbers.items()]
     tables = [titled(**table) for table in results.get("tables", ())]
     tables = tables or ["\n".join(["| figure | value |", "|---|---:|", *rows])]
     devices, versions = config["devices"], config["versions"]
@@ -119,7 +136,7 @@ def measured(results: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def shown(value: float | int, form: str) -> str:
-    """A number as a page shows it.
+    """Format a number for a page.
 
     >>> shown(0.3912, ".0%"), shown(3.9018, ".2f"), shown(-0.0214, "+.3f"), shown(819200, ",d")
     ('39 %', '3.90', '-0.021', '819,200')
@@ -128,13 +145,13 @@ def shown(value: float | int, form: str) -> str:
 
 
 def pages(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The repository's pages, in which numbers may be marked."""
+    """Iterate over the repository's pages that may contain marked numbers."""
     for pattern in ("*.md", "docs/*.md", "experiments/**/*.md"):
         yield from sorted(root.glob(pattern))
 
 
 def _book(page: pathlib.Path) -> pathlib.Path:
-    """The lab book that a page's folder is of; an experiment may have several pages, in folders of its own."""
+    """Find the lab book of a page's folder; an experiment may have several pages, each in a folder below its first."""
     above = page.resolve().parents
     return next((folder for folder in above if folder.name == "experiments"), above[0])
 
@@ -169,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         book = pathlib.Path("experiments") if arguments.page is None else _book(arguments.page)
         if not book.is_dir():
             raise FileNotFoundError(
-                f"{book.resolve()} does not exist; call this at the repository's root"
+                f"{book.resolve()} does not exist. Call this in the root of the repository."
             )
         for page in pages(book.resolve().parent):
             text = rendered(page, book)

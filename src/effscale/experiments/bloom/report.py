@@ -16,6 +16,19 @@ from effscale.training import read_jsonl
 STAGES = ("zero_shot_before", "zero_shot_after")
 GROUPS: tuple[Group, ...] = get_args(Group)
 Found = Mapping[str, Any]
+LANGUAGES = {
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "de": "German",
+    "id": "Indonesian",
+    "ru": "Russian",
+    "it": "Italian",
+    "pt-BR": "Portuguese",
+    "ca": "Catalan",
+    "zh-Hans": "Chinese",
+}
+"""By code, the name in tables and figures; other codes stay as they are."""
 
 
 def read(place: pathlib.Path) -> dict[str, Found]:
@@ -89,23 +102,26 @@ def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str
         "new language": "learned, in new languages",
         "new task": "not learned, in all languages",
     }
-    groups = {f"tasks that were {words[group]}": {"group": group} for group in GROUPS}
+    groups = {words[group]: {"group": group} for group in GROUPS}
     tasks = {
         f"{task}: {words[group]}": {"task": task, "group": group}
         for task in names("task")
         for group in GROUPS
     }
-    languages = {language: {"language": language} for language in names("language")}
+    languages = {
+        LANGUAGES.get(language, language): {"language": language} for language in names("language")
+    }
     return {
-        "Accuracy, before and after fine-tuning (and deviation over seeds)": _rows(seeds, groups),
+        "Accuracy before and after fine-tuning (± standard deviation over seeds)": _rows(
+            seeds, groups
+        ),
         "Accuracy by task": _rows(seeds, tasks),
-        "Accuracy by language, where fine-tuning did not see task and language together": _rows(
+        "Accuracy by language, over the pairs of task and language that fine-tuning did not see": _rows(
             seeds, languages
         ),
         "The corpus": _corpus(prepared),
-        "Tokens a word in held-out text, and the loss on it in nats a token": _by_component(
-            seeds, prepared
-        ),
+        "Tokens per word in held-out text, with the shared tokenizer and with one of the language only, and the loss on that text in "
+        "nats per token before and after fine-tuning": _by_component(seeds, prepared),
     }
 
 
@@ -113,7 +129,7 @@ def _rows(
     seeds: Sequence[Mapping[str, Found]], wheres: Mapping[str, Mapping[str, str]]
 ) -> list[list[str]]:
     """A row for each choice of cells that has some."""
-    rows = [["cells", "chance", "before", "after"]]
+    rows = [["tasks", "chance", "before", "after"]]
     for name, where in wheres.items():
         chance = accuracy(seeds[0][STAGES[0]], figure="chance", **where)
         if np.isfinite(chance):
@@ -128,12 +144,12 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _corpus(prepared: Prepared) -> list[list[str]]:
-    rows = [["component", "documents", "bytes", "tokens", "weight"]]
+    rows = [["text", "documents", "bytes", "tokens", "weight"]]
     for name, corpus in prepared.corpora.items():
         stores = (corpus.train, corpus.validation)
         rows.append(
             [
-                name,
+                LANGUAGES.get(name, name),
                 f"{sum(store.num_documents for store in stores):,}",
                 f"{corpus.num_bytes:,}",
                 f"{sum(store.num_tokens for store in stores):,}",
@@ -144,12 +160,18 @@ def _corpus(prepared: Prepared) -> list[list[str]]:
 
 
 def _by_component(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> list[list[str]]:
-    rows = [["component", "tokens a word", "own tokenizer", "ratio", "loss before", "loss after"]]
+    rows = [["text", "tokens per word", "own tokenizer", "ratio", "loss before", "loss after"]]
     ratios = _ratios(prepared)
     for name in prepared.corpora:
         losses = [np.mean([seed[stage]["val_loss"][name] for seed in seeds]) for stage in STAGES]
         cut = (prepared.fertility[name], prepared.fertility_alone[name], ratios[name])
-        rows.append([name, *(f"{x:.2f}" for x in cut), *(f"{loss:.2f}" for loss in losses)])
+        rows.append(
+            [
+                LANGUAGES.get(name, name),
+                *(f"{x:.2f}" for x in cut),
+                *(f"{loss:.2f}" for loss in losses),
+            ]
+        )
     return rows
 
 
@@ -164,7 +186,7 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, 
         records = [read_jsonl(file) for file in files]
         tokens = series(records[0], "loss", "tokens")[0]
         losses = np.stack([smooth(series(each, "loss")[1], 20) for each in records])
-        axes[0].plot(tokens / 1e6, losses.mean(0), color=COLORS[0], label="training")
+        axes[0].plot(tokens / 1e6, losses.mean(0), color=COLORS[0], label="training loss")
         axes[0].fill_between(tokens / 1e6, losses.min(0), losses.max(0), color=COLORS[0], alpha=0.2)
         axes[0].set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="Pretraining")
         cells = [c for c in seeds[0]["zero_shot_before"]["accuracy"] if c["group"] != "learned"]
@@ -188,11 +210,12 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, 
             axes[1].hlines(
                 100 * chance, at - 0.45, at + 0.45, color=COLORS[2], linestyle="--", label=label
             )
-        axes[1].set_xticks(range(len(names)), names, rotation=30)
+        shown = [LANGUAGES.get(name, name) for name in names]
+        axes[1].set_xticks(range(len(names)), shown, rotation=35, ha="right")
         axes[1].set(
             ylabel="zero-shot accuracy (%)",
-            title="What fine-tuning did not see, by language",
-            ylim=(0, 100),
+            title="Pairs of task and language not seen in fine-tuning",
+            ylim=(0, 80),
         )
         axes[1].legend(fontsize=8, ncols=3, loc="upper center")
         figure.tight_layout()

@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effscale.experiments.bloom_ablations.config import ArmName, Config
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot
 from effscale.experiments.shared.results import deviation
 from effscale.experiments.shared.search import Found
+
+NAMES: dict[ArmName, str] = {
+    "alibi": "ALiBi (BLOOM)",
+    "rotary": "rotary positions",
+    "learned": "learned positions",
+    "alibi_without_norm": "ALiBi, no embedding norm",
+}
+"""By arm, the name in tables and figures."""
 
 Losses = Mapping[ArmName, np.ndarray]
 """Of each arm, by seed and length."""
@@ -47,16 +55,22 @@ def tables(
     rows = [["arm", *lengths]]
     for arm, values in losses.items():
         shown = (f"{column.mean():.3f} ± {deviation(column):.3f}" for column in values.T)
-        rows.append([arm, *shown])
-    searched = [["arm", "rate", "warmup", "points", "settled"]]
+        rows.append([NAMES[arm], *shown])
+    searched = [["arm", "learning rate", "warmup steps", "runs", "all neighbors tried"]]
     for arm, one in found.items():
         rate, warmup = one.best
         searched.append(
-            [arm, f"{rate:g}", str(warmup), str(len(one.losses)), "yes" if one.settled else "no"]
+            [
+                NAMES[arm],
+                f"{rate:g}",
+                str(warmup),
+                str(len(one.losses)),
+                "yes" if one.settled else "no",
+            ]
         )
     return {
-        "Loss on held-out text in rows of a length, in nats a token": rows,
-        "What each arm's search found": searched,
+        "Loss on held-out text by sequence length, in nats per token": rows,
+        "Result of the search for each arm": searched,
     }
 
 
@@ -67,13 +81,13 @@ def draw(path: pathlib.Path, losses: Losses, config: Config) -> None:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.0, 3.6))
         for color, (arm, values) in zip(COLORS, losses.items(), strict=False):
-            axes.plot(lengths, values.mean(0), "o-", color=color, markersize=4, label=arm)
-            axes.fill_between(lengths, values.min(0), values.max(0), color=color, alpha=0.2)
+            style = {"color": color, "marker": "o", "markersize": 4}
+            band(axes, np.array(lengths), values, label=NAMES[arm], **style)
         axes.axvline(config.length, color="gray", linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set(
-            xlabel=f"tokens in a row of evaluation (rows of training have {config.length})",
+            xlabel=f"sequence length in evaluation (dashed: in training, {config.length})",
             ylabel="loss (nats per token)",
         )
         axes.legend()

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.data_efficiency.report import Comparison
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+from effscale.experiments.data_efficiency.report import NAMES, Comparison
+from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, shrink
 from effscale.experiments.shared.pretraining_plan import Technique
 
 LABELS = {
@@ -43,10 +43,7 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
             losses = arm.losses()
             costs = scale * np.array([arm.cost_at(int(step), name) for step in arm.steps])
             if fraction == 1.0:
-                panel.plot(costs, losses.mean(axis=0), ".-", color=color, label=technique)
-                panel.fill_between(
-                    costs, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.2, lw=0
-                )
+                band(panel, costs, losses, color=color, label=NAMES[technique], marker=".")
             elif len(costs):
                 marker = MARKERS[(fractions.index(fraction) - 1) % len(MARKERS)]
                 panel.plot(costs[-1], losses[:, -1].mean(), marker, color=color, ms=5)
@@ -55,7 +52,7 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
         panel.set(xlabel=LABELS[name])
         panel.xaxis.set_major_locator(MaxNLocator(5))
     for fraction, marker in zip(fractions[1:], MARKERS, strict=False):
-        label = f"end of {100 * fraction:g} %"
+        label = f"end, {100 * fraction:g} % of the budget"
         axes[0].plot([], [], marker, color="#888888", ms=5, label=label)
     losses = np.concatenate([arm.losses().ravel() for arm in comparison.arms.values()])
     if not comparison.baseline.diverged:
@@ -70,12 +67,12 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
 
 
 def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
-    """Plot the final loss by fraction of the budget, as the mean with the range over seeds."""
-    figure, panel = plt.subplots(figsize=(6.0, 3.6), dpi=100)
+    """Loss at the end by part of the budget, the mean with the range over seeds."""
+    figure, panel = plt.subplots(figsize=(8.0, 3.6), dpi=100)
     fractions = sorted({f for _, f in comparison.arms})
     techniques = _techniques(comparison)
     for number, technique in enumerate(techniques):
-        # Next to each other, so that ranges are visible.
+        # Next to one another, so that ranges can be seen.
         places = np.arange(len(fractions)) + 0.08 * (number - (len(techniques) - 1) / 2)
         losses = [comparison.arms[technique, f].final_loss for f in fractions]
         mean = np.array([each.mean() for each in losses])
@@ -89,13 +86,15 @@ def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
             lw=1,
             capsize=3,
             color=COLORS[number],
-            label=technique,
+            label=NAMES[technique],
         )
     if not comparison.baseline.diverged:
-        panel.axhline(comparison.baseline.final_loss.mean(), color="#000000", ls=":", lw=1)
+        whole = comparison.baseline.final_loss.mean()
+        label = "plain training, whole budget"
+        panel.axhline(whole, color="#000000", ls=":", lw=1, label=label)
     panel.set_xticks(np.arange(len(fractions)), [f"{100 * f:g} %" for f in fractions])
-    panel.set(xlabel="fraction of the budget", ylabel="final loss (nats per token)")
-    panel.legend()
+    panel.set(xlabel="part of the budget", ylabel="final loss (nats per token)")
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(plt, figure, path)
 
 
@@ -104,10 +103,7 @@ def _techniques(comparison: Comparison) -> list[Technique]:
 
 
 def _save(plt: Any, figure: Any, path: pathlib.Path) -> None:
-    from PIL import Image  # a dependency of matplotlib
-
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-    with Image.open(path) as image:  # 64 colors are enough, and take half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)

@@ -25,6 +25,14 @@ COSTS = {
 }
 """What is compared, and its heading in a table."""
 
+NAMES: dict[Technique, str] = {
+    "none": "plain training",
+    "cl": "curriculum",
+    "ltd": "random-LTD",
+    "cl_ltd": "curriculum + random-LTD",
+}
+"""By technique, the name in tables and figures."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -202,12 +210,13 @@ class Comparison:
 
     def search_rows(self) -> list[list[str]]:
         """A heading and a row a technique: what the search found."""
-        rows = [["technique", "learning rate", "warmup", "loss", "runs", "neighbours"]]
+        rows = [["technique", "learning rate", "warmup", "loss", "runs", "neighbors"]]
         for technique, found in self.found.items():
             loss = found.losses.get(found.best)
             rows.append(
                 [
-                    *(technique, f"{found.best.learning_rate:g}", f"{found.best.warmup} steps"),
+                    *(NAMES[technique], f"{found.best.learning_rate:g}"),
+                    f"{found.best.warmup} steps",
                     *("n/a" if loss is None else f"{loss:.4f}", f"{len(found.losses)}"),
                     "all worse" if found.settled else "not all tried",
                 ]
@@ -216,10 +225,10 @@ class Comparison:
 
     def loss_rows(self) -> list[list[str]]:
         """A heading and a row a technique and part of the budget: loss at the end, and what it differs from plain training's."""
-        heading = ["technique", "budget", "loss", "min..max", "less plain training's", "+-"]
+        heading = ["technique", "budget", "loss", "range", "minus plain training", "std"]
         rows = [heading]
         for (technique, fraction), arm in self.arms.items():
-            head = [technique, f"{100 * fraction:g} %"]
+            head = [NAMES[technique], f"{100 * fraction:g} %"]
             if arm.diverged:
                 seeds = f"{arm.diverged} of {len(arm.final_loss)} seeds"
                 rows.append([*head, "diverged", seeds, "n/a", "n/a"])
@@ -231,7 +240,7 @@ class Comparison:
                 broken = np.isnan(difference).any()
                 spread = f"{deviation(difference):.4f}"
                 against = ["n/a", "n/a"] if broken else [f"{difference.mean():+.4f}", spread]
-            rows.append([*head, f"{loss:.4f}", f"{low:.4f}..{high:.4f}", *against])
+            rows.append([*head, f"{loss:.4f}", f"{low:.4f} to {high:.4f}", *against])
         return rows
 
     def cost_rows(self) -> list[list[str]]:
@@ -243,7 +252,7 @@ class Comparison:
             consumed = arm.plan.consumed(arm.plan.num_steps)
             rows.append(
                 [
-                    *(technique, f"{100 * fraction:g} %", f"{arm.plan.num_steps:,}"),
+                    *(NAMES[technique], f"{100 * fraction:g} %", f"{arm.plan.num_steps:,}"),
                     *(f"{consumed[name]:,}" for name in counts),
                     f"{arm.cost('teraflops'):.3g}",
                     "n/a" if arm.diverged else f"{arm.cost('seconds'):.0f}",
@@ -257,7 +266,7 @@ class Comparison:
         for (technique, fraction), arm in self.arms.items():
             shares = self.shares_to_baseline(arm).values()
             shown = [_percent(share, 0) for share in shares]
-            rows.append([technique, f"{100 * fraction:g} %", *shown])
+            rows.append([NAMES[technique], f"{100 * fraction:g} %", *shown])
         return rows
 
     def saving_rows(self) -> list[list[str]]:
@@ -267,7 +276,7 @@ class Comparison:
         for (technique, fraction), arm in self.arms.items():
             if technique != "none" and fraction == 1.0:
                 saved = self.saved_at_equal_steps(arm).values()
-                rows.append([technique, steps, *(_percent(share, 1) for share in saved)])
+                rows.append([NAMES[technique], steps, *(_percent(share, 1) for share in saved)])
         return rows
 
 
@@ -341,14 +350,14 @@ def _percent(share: float | None, decimals: int) -> str:
 def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
     """The tables of the report, by title."""
     reached = (
-        f"Shares of the baseline's costs that it takes to fall to its loss at its last evaluation ({comparison.target:.4f}); "
+        f"Cost to reach plain training's last loss ({comparison.target:.4f}), as a share of what plain training paid; "
         "n/a: not reached, or a run diverged"
     )
     return {
-        "What the search found: the learning rate and the warmup of the lowest loss on the whole budget": comparison.search_rows(),
-        "Loss on all held-out tokens at the end, in nats per token: mean and range over seeds, and the difference from plain "
-        "training on as much of the budget, seed by seed, with its standard deviation": comparison.loss_rows(),
-        "What a run takes; seconds are of training steps, without compilations and evaluations": comparison.cost_rows(),
+        "Result of the search: the learning rate and warmup with the lowest loss on the whole budget": comparison.search_rows(),
+        "Final loss on all held-out tokens, in nats per token: mean and range over seeds, and the seed-by-seed difference from "
+        "plain training on the same part of the budget, with its standard deviation": comparison.loss_rows(),
+        "Cost of a run; seconds count training steps only, without compilation and evaluation": comparison.cost_rows(),
         reached: comparison.reach_rows(),
-        "Saved by the schedules when as many steps are made as the baseline's": comparison.saving_rows(),
+        "Saved by the schedules at the same number of steps as plain training": comparison.saving_rows(),
     }

@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
+NAMES = {"effscale": "effscale", "torch": "PyTorch"}
+"""By backend, the name in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,56 +90,59 @@ def read_comparison(
 def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
     """A heading and a row a task and backend: the accuracy of each seed in percent, mean and deviation."""
     seeds = max(len(runs) for c in comparisons.values() for runs in c.records.values())
-    rows = [["task", "by", *(f"seed {seed}" for seed in range(seeds)), "mean", "deviation"]]
+    rows = [["task", "library", *(f"seed {seed}" for seed in range(seeds)), "mean", "std"]]
     for task, comparison in comparisons.items():
         for backend in comparison.records:
             percent = 100 * comparison.accuracies(backend)
             numbers = [*percent, percent.mean(), deviation(percent)]
-            rows.append([task, backend, *(f"{number:.1f}" for number in numbers)])
+            rows.append([task, NAMES[backend], *(f"{number:.1f}" for number in numbers)])
     return rows
 
 
 def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
-    """Test accuracy over epochs, each seed a line; below, where there is a twin, how far the losses are apart.
+    """Test accuracy over epochs; below, if PyTorch ran too, the distance of the losses. Lines are means, bands ranges of the seeds.
 
     Args:
         path: The PNG to write.
         comparisons: By task.
     """
     from matplotlib.ticker import MaxNLocator
-    from PIL import Image  # matplotlib's own dependency
 
     plt = pyplot()
-    twin = any("torch" in c.records for c in comparisons.values())
-    rows, columns = 2 if twin else 1, len(comparisons)
+    both = any("torch" in c.records for c in comparisons.values())
+    rows, columns = 2 if both else 1, len(comparisons)
     with plt.rc_context(STYLE):
         size = (3.4 * columns + 0.4, 2.7 * rows + 0.3)
         figure, axes = plt.subplots(rows, columns, figsize=size, dpi=100, squeeze=False)
         for column, (task, comparison) in enumerate(comparisons.items()):
             top = axes[0][column]
             for color, style, backend in zip(COLORS, ("-", "--"), BACKENDS, strict=False):
-                for seed, records in enumerate(comparison.records.get(backend, ())):
-                    steps, accuracy = series(records, "test_accuracy")
-                    label = backend if seed == 0 else None
-                    epochs = steps / comparison.per_epoch
-                    top.plot(epochs, accuracy, style, color=color, marker=".", lw=1.2, label=label)
-            top.axhline(comparison.majority, color=COLORS[-1], ls=":", lw=1)
+                runs = [series(r, "test_accuracy") for r in comparison.records.get(backend, ())]
+                if runs:
+                    epochs, curves = (
+                        runs[0][0] / comparison.per_epoch,
+                        [values for _, values in runs],
+                    )
+                    look = {"color": color, "ls": style, "marker": ".", "lw": 1.3}
+                    band(top, epochs, curves, label=NAMES[backend], **look)
+            top.axhline(
+                comparison.majority, color=COLORS[-1], ls=":", lw=1, label="most frequent label"
+            )
             top.set(title=f"{task} ({comparison.test_size} test examples)", xlabel="epoch")
             top.xaxis.set_major_locator(MaxNLocator(integer=True))
             if column == 0:
                 top.set_ylabel("test accuracy")
                 top.legend()
-            if twin:
+            if both:
                 bottom = axes[1][column]
-                for gaps in comparison.loss_gaps():
-                    epochs = (1 + np.arange(len(gaps))) / comparison.per_epoch
-                    # A difference of exactly nothing has no place on a logarithmic axis.
-                    bottom.semilogy(epochs, np.maximum(gaps, 1e-8), color=COLORS[2], lw=0.7)
-                bottom.set(xlabel="epoch", ylim=(1e-8, 10))
+                gaps = comparison.loss_gaps()
+                epochs = (1 + np.arange(gaps.shape[1])) / comparison.per_epoch
+                # A difference of exactly nothing has no place on a logarithmic axis.
+                band(bottom, epochs, np.maximum(gaps, 1e-8), color=COLORS[2], lw=1.0)
+                bottom.set(xlabel="epoch", yscale="log", ylim=(1e-8, 10))
                 if column == 0:
-                    bottom.set_ylabel("|training loss - torch's|")
+                    bottom.set_ylabel("difference of the training losses\n(nats, absolute)")
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)

@@ -28,7 +28,7 @@ class Arm:
     """The settings that are specific to an arm."""
 
     about: str
-    """Description for the report."""
+    """What it is, in tables and figures."""
     times: int = 1
     """Number of steps, as a multiple of that of the other arms."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
@@ -39,38 +39,38 @@ class Arm:
     k: int = 1
     """Number of experts per token."""
     residual: bool = False
-    """Add a dense feed-forward to the experts."""
+    """A dense part in addition to the experts."""
     student: bool = False
     """Use fewer layers, ``Config.student_layers``."""
     teacher: ArmName | None = None
-    """The teacher that it is distilled from."""
+    """The arm that it learns from."""
     leaves: bool = False
     """Stop distillation after ``Config.teacher_leaves`` of the steps."""
 
 
 ARMS: dict[ArmName, Arm] = {
-    "dense": Arm(about="no experts", where="none"),
-    "dense_2x": Arm(about="no experts, twice the steps", where="none", times=2),
-    "dense_4x": Arm(about="no experts, four times the steps", where="none", times=4),
+    "dense": Arm(about="dense", where="none"),
+    "dense_2x": Arm(about="dense, twice the steps", where="none", times=2),
+    "dense_4x": Arm(about="dense, four times the steps", where="none", times=4),
     "moe": Arm(about="experts in every second layer"),
-    "moe_double": Arm(about="twice as many experts in every second layer", experts=2),
-    "top2": Arm(about="two experts for each token", k=2),
+    "moe_double": Arm(about="twice as many experts", experts=2),
+    "top2": Arm(about="two experts per token", k=2),
     "residual": Arm(about="one expert and a dense part", residual=True),
-    "first_half": Arm(about="experts in the first half of the layers", where="first_half"),
-    "second_half": Arm(about="experts in the second half of the layers", where="second_half"),
-    "pr_moe": Arm(about="pyramid of residual experts", where="pyramid", residual=True),
+    "first_half": Arm(about="experts in the first half", where="first_half"),
+    "second_half": Arm(about="experts in the second half", where="second_half"),
+    "pr_moe": Arm(about="residual pyramid", where="pyramid", residual=True),
     "pr_moe_student": Arm(
-        about="a student: the same with fewer layers", where="pyramid", residual=True, student=True
+        about="student without a teacher", where="pyramid", residual=True, student=True
     ),
     "pr_moe_kd": Arm(
-        about="the student, taught by pr_moe to the end",
+        about="student, the teacher stays",
         where="pyramid",
         residual=True,
         student=True,
         teacher="pr_moe",
     ),
     "pr_moe_mos": Arm(
-        about="the student, taught by pr_moe until it leaves",
+        about="student, the teacher leaves",
         where="pyramid",
         residual=True,
         student=True,

@@ -71,7 +71,7 @@ def run(config: Config) -> Result:
 
     runs = report.read(folder.path, config, corpora[0].vocab_size)
     entropy = unigram_entropy([corpus.validation for corpus in corpora])
-    report.draw(folder.figures / "moe.png", runs)
+    report.draw(folder.figures, runs)
     named = {"unigram_entropy": entropy, **report.figures(runs)}
     return finish(folder, "moe", named, report.tables(runs), began=began)
 

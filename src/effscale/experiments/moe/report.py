@@ -12,7 +12,15 @@ from flax import nnx
 
 from effscale.experiments.moe.arms import ARMS, ArmName
 from effscale.experiments.moe.config import Config
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.ltd import training_flops
 from effscale.models import Transformer, TransformerConfig
@@ -21,17 +29,28 @@ from effscale.training import read_jsonl
 DENSE: tuple[ArmName, ...] = ("dense", "dense_2x", "dense_4x")
 
 COMPARED: tuple[tuple[ArmName, ArmName, str], ...] = (
-    ("moe", "dense", "experts at equal steps"),
-    ("second_half", "first_half", "experts in the second half rather than the first"),
-    ("residual", "top2", "a dense part and one expert rather than two experts"),
-    ("moe_double", "moe", "twice as many experts"),
-    ("pr_moe", "residual", "a pyramid rather than the same number everywhere"),
-    ("pr_moe", "moe_double", "a residual pyramid rather than its largest number everywhere"),
-    ("pr_moe_student", "pr_moe", "fewer layers"),
-    ("pr_moe_kd", "pr_moe_student", "a teacher to the end rather than none"),
-    ("pr_moe_mos", "pr_moe_student", "a teacher that leaves rather than none"),
-    ("pr_moe_mos", "pr_moe_kd", "a teacher that leaves rather than stays"),
+    ("moe", "dense", "experts in every second layer, against none"),
+    ("second_half", "first_half", "experts in the second half of the layers, against the first"),
+    ("residual", "top2", "one expert and a dense part, against two experts"),
+    ("moe_double", "moe", "twice as many experts, against the plain mixture"),
+    ("pr_moe", "residual", "a residual pyramid, against the same number everywhere"),
+    ("pr_moe", "moe_double", "a residual pyramid, against its largest number everywhere"),
+    ("pr_moe_student", "pr_moe", "a student without a teacher, against the full pyramid"),
+    ("pr_moe_kd", "pr_moe_student", "a teacher that stays, against none"),
+    ("pr_moe_mos", "pr_moe_student", "a teacher that leaves, against none"),
+    ("pr_moe_mos", "pr_moe_kd", "a teacher that leaves, against one that stays"),
 )
+
+CURVES: tuple[ArmName, ...] = (
+    "dense",
+    "dense_2x",
+    "moe",
+    "first_half",
+    "second_half",
+    "pr_moe",
+    "pr_moe_mos",
+)
+"""The arms whose curves are drawn; more cannot be told apart."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,48 +165,82 @@ def tables(runs: Mapping[ArmName, Runs]) -> dict[str, list[list[str]]]:
     """Losses with parameters and compute, and the comparisons; by title."""
     seeds = len(next(iter(runs.values())).records)
     each = [f"seed {seed}" for seed in range(seeds)]
-    heading = ["arm", "", "parameters", "teraFLOPs", *each, "mean", "deviation"]
-    losses = [heading]
+    losses = [["arm", "parameters", "teraFLOPs", *each, "mean", "std"]]
     for name, found in runs.items():
         values = found.losses
         numbers = [f"{value:.3f}" for value in (*values, values.mean(), deviation(values))]
         counts = [f"{found.params:,}", f"{found.teraflops:,.1f}"]
-        losses.append([name, ARMS[name].about, *counts, *numbers])
-    compared = [["arm", "against", "what differs", *each, "mean", "deviation"]]
+        losses.append([ARMS[name].about, *counts, *numbers])
+    compared = [["what is compared", *each, "mean", "std"]]
     for name, other, about in COMPARED:
         if name in runs and other in runs:
             values = runs[name].losses - runs[other].losses
             numbers = [f"{value:+.3f}" for value in (*values, values.mean())]
-            compared.append([name, other, about, *numbers, f"{deviation(values):.3f}"])
-    made = {"loss on the held-out text, nats per token": losses}
-    return made | ({"difference in loss, seed by seed": compared} if len(compared) > 1 else {})
+            compared.append([about, *numbers, f"{deviation(values):.3f}"])
+    made = {"Loss on all held-out text, in nats per token": losses}
+    return made | ({"Difference in loss, seed by seed": compared} if len(compared) > 1 else {})
 
 
-def draw(path: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
-    """The loss over training compute and over time, means over seeds, and the last loss over parameters, each seed a dot."""
+def draw(folder: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
+    """Draw ``losses.png``, the final loss of each arm, and ``curves.png``, the loss over compute and over time.
+
+    Args:
+        folder: Where they go.
+        runs: By arm.
+    """
+    draw_losses(
+        folder / "losses.png",
+        {ARMS[name].about: (found.losses, found.teraflops) for name, found in runs.items()},
+    )
+    plt = pyplot()
+    shown = [name for name in CURVES if name in runs] or list(runs)[: len(COLORS)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), dpi=90, sharey=True)
+        for color, name in zip(COLORS, shown, strict=False):
+            found = runs[name]
+            steps = series(found.records[0], "part_val_loss")[0]
+            curves = [series(one, "part_val_loss")[1] for one in found.records]
+            for panel, cost in zip(
+                axes, (found.teraflops, float(np.mean(found.cpu_seconds))), strict=True
+            ):
+                costs = cost * steps / steps[-1]
+                band(panel, costs, curves, color=color, label=ARMS[name].about, lw=1.3)
+        axes[0].set(
+            xlabel="training compute (teraFLOPs)",
+            ylabel="loss on part of the held-out text\n(nats per token)",
+        )
+        axes[1].set(xlabel="processor time (seconds)")
+        axes[1].legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(folder / "curves.png")
+        plt.close(figure)
+    shrink(folder / "curves.png")
+
+
+def draw_losses(
+    path: pathlib.Path, losses: Mapping[str, tuple[Sequence[float] | np.ndarray, float]]
+) -> None:
+    """Draw the final loss of each arm: one dot per seed, a line at their mean, and the compute next to the name.
+
+    Args:
+        path: The PNG to write.
+        losses: By name: the final loss of each seed, and the teraFLOPs of a run.
+    """
     plt = pyplot()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(12.0, 4.4), dpi=75)
-        for number, (name, found) in enumerate(runs.items()):
-            # A second round through the colors is dashed and hollow.
-            color, again = COLORS[number % len(COLORS)], number >= len(COLORS)
-            steps = series(found.records[0], "part_val_loss")[0]
-            losses = np.mean([series(one, "part_val_loss")[1] for one in found.records], axis=0)
-            style = {"color": color, "ls": "--" if again else "-", "lw": 1.3}
-            axes[0].plot(found.teraflops * steps / steps[-1], losses, label=name, **style)
-            axes[1].plot(np.mean(found.cpu_seconds) * steps / steps[-1], losses, **style)
-            dots = {"color": color, "mfc": "none" if again else color, "ls": "", "marker": "o"}
-            axes[2].plot([found.params / 1e6] * len(found.losses), found.losses, **dots)
-        axes[0].set(
-            xlabel="training compute (teraFLOPs)", ylabel="loss on a part of the held-out text"
-        )
-        axes[1].set(xlabel="processor time (s)")
-        axes[2].set(xlabel="parameters (million)", ylabel="loss on all of the held-out text")
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="upper center", ncols=6, fontsize=8)
-        figure.tight_layout(rect=(0, 0, 1, 0.9))
+        figure, axes = plt.subplots(figsize=(7.5, 0.34 * len(losses) + 1.1), dpi=100)
+        for place, (values, _) in enumerate(losses.values()):
+            color = COLORS[0]
+            axes.plot(values, np.full(len(values), place), "o", color=color, alpha=0.5, ms=5)
+            axes.vlines(float(np.mean(values)), place - 0.3, place + 0.3, color=color, lw=2)
+        names = [f"{name} ({compute:.1f})" for name, (_, compute) in losses.items()]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(xlabel="final loss (nats per token)", ylabel="arm (teraFLOPs)")
+        figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
+    shrink(path)
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:

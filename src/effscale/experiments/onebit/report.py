@@ -9,9 +9,28 @@ import numpy as np
 
 from effscale.experiments.onebit.config import Config
 from effscale.experiments.onebit.optimizers import TWINS, rounds
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
+
+NAMES = {
+    "adam": "Adam",
+    "onebit_adam": "1-bit Adam",
+    "zero_one_adam": "0/1 Adam",
+    "naive": "naive 1-bit gradients",
+    "lamb": "LAMB",
+    "onebit_lamb": "1-bit LAMB",
+    "scratch": "random weights",
+}
+"""By optimizer, the name in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +88,7 @@ def read(folder: pathlib.Path, task: str, config: Config) -> dict[str, Runs]:
 
 
 def figures(task: str, runs: Mapping[str, Runs]) -> dict[str, float | int]:
-    """The named figures; differences are seed by seed from the uncompressed twin."""
+    """The named figures; differences are seed by seed, from the uncompressed baseline."""
     named: dict[str, float | int] = {}
     for name, found in runs.items():
         start = f"{task}_{name}"
@@ -99,61 +118,85 @@ def tables(task: str, runs: Mapping[str, Runs]) -> list[tuple[str, list[list[str
     pretrained = {name: found for name, found in runs.items() if found.records is not None}
     seeds = len(next(iter(runs.values())).accuracies)
     each = [f"seed {seed}" for seed in range(seeds)]
-    losses = [["optimizer", *each, "mean", "deviation", "over its twin", "MB sent", "rounds"]]
+    losses = [["optimizer", *each, "mean", "std", "minus baseline", "MB sent", "rounds"]]
     for name, found in pretrained.items():
         values = found.losses
         numbers = [f"{value:.3f}" for value in (*values, values.mean(), deviation(values))]
         twin = runs.get(TWINS.get(name, ""))  # type: ignore[call-overload]
         over = "" if twin is None else _with_deviation(values - twin.losses)
         megabytes = f"{found.sent[-1] / 1e6:,.1f}"
-        losses.append([name, *numbers, over, megabytes, f"{found.rounds:,}"])
-    accuracies = [["pretrained by", *each, "mean", "deviation"]]
+        losses.append([NAMES[name], *numbers, over, megabytes, f"{found.rounds:,}"])
+    accuracies = [["pretrained with", *each, "mean", "std"]]
     for name, found in runs.items():
         values = 100 * found.accuracies
         numbers = [f"{value:.1f}" for value in (*values, values.mean(), deviation(values))]
-        accuracies.append([name, *numbers])
+        accuracies.append([NAMES[name], *numbers])
     return [
-        (f"{task}: validation loss in nats a token, and what a worker sent", losses),
-        (f"{task}: test accuracy after fine-tuning, in percent", accuracies),
+        (f"{task.upper()}: validation loss in nats per token, and what each worker sent", losses),
+        (f"{task.upper()}: test accuracy after fine-tuning, in percent", accuracies),
     ]
 
 
 def draw(path: pathlib.Path, runs: Mapping[Any, Mapping[str, Runs]], *, majority: float) -> None:
-    """A row a task: its loss over steps and over what was sent, each seed a line, and accuracies, each seed a dot.
+    """One row per task: its loss, the difference from the baseline, loss over what was sent, and accuracies.
+
+    Curves are means and ranges of the seeds, accuracies have one dot per seed.
 
     Args:
         path: The PNG to write.
         runs: By task and optimizer.
         majority: Accuracy of a constant answer.
     """
-    from PIL import Image  # matplotlib's own dependency
-
     plt = pyplot()
     with plt.rc_context(STYLE):
-        size = (11.0, 3.2 * len(runs) + 0.5)
-        figure, axes = plt.subplots(len(runs), 3, figsize=size, dpi=90, squeeze=False)
+        size = (14.0, 3.3 * len(runs) + 0.5)
+        figure, axes = plt.subplots(len(runs), 4, figsize=size, dpi=80, squeeze=False)
         for row, (task, found) in zip(axes, runs.items(), strict=True):
             colors = dict(zip(found, COLORS, strict=False))
-            for name, arm in found.items():
-                for seed, records in enumerate(arm.records or ()):
-                    steps, losses = series(records, "part_val_loss")
-                    label = name if seed == 0 else None
-                    style = {"color": colors[name], "lw": 1.0, "marker": ".", "label": label}
-                    row[0].plot(steps, losses, **style)
-                    row[1].semilogx(arm.sent[steps.astype(int) - 1] / 1e6, losses, **style)
-            row[0].set(xlabel="step", ylabel=f"{task}: loss on a part of\nthe held-out text")
-            row[1].set(xlabel="MB sent by a worker")
+            pretrained = {name: arm for name, arm in found.items() if arm.records is not None}
+            curves: dict[str, np.ndarray] = {}
+            steps = np.array([])
+            for name, arm in pretrained.items():
+                steps = series((arm.records or [[]])[0], "part_val_loss")[0]
+                curves[name] = np.array([series(r, "part_val_loss")[1] for r in arm.records or ()])
+                style = {"color": colors[name], "marker": ".", "lw": 1.3}
+                band(row[0], steps, curves[name], label=NAMES[name], **style)
+                sent, losses = float(arm.sent[-1]) / 1e6, arm.losses
+                bar = [[losses.mean() - losses.min()], [losses.max() - losses.mean()]]
+                row[2].errorbar(sent, losses.mean(), bar, fmt="o", color=colors[name], capsize=3)
+            _draw_differences(row[1], steps, curves, colors)
+            row[0].set(xlabel="step", ylabel=f"{task.upper()}: loss on part of\nthe held-out text")
+            row[1].set(xlabel="step", ylabel="loss minus that of the baseline")
+            row[2].set(xscale="log", xlabel="MB sent by each worker", ylabel="final loss")
             for place, (name, arm) in enumerate(found.items()):
                 values = 100 * arm.accuracies
-                row[2].plot(np.full(len(values), place), values, "o", color=colors[name], alpha=0.6)
-                row[2].hlines(values.mean(), place - 0.3, place + 0.3, color=colors[name])
-            row[2].axhline(100 * majority, color="gray", ls=":", lw=1)
-            row[2].set_xticks(range(len(found)), list(found), rotation=35, ha="right", fontsize=8)
-            row[2].set_ylabel("accuracy after fine-tuning (%)")
+                row[3].plot(np.full(len(values), place), values, "o", color=colors[name], alpha=0.6)
+                row[3].hlines(values.mean(), place - 0.3, place + 0.3, color=colors[name])
+            row[3].axhline(100 * majority, color="gray", ls=":", lw=1)
+            names = [NAMES[name] for name in found]
+            row[3].set_xticks(range(len(found)), names, rotation=35, ha="right", fontsize=8)
+            row[3].set_ylabel("accuracy after fine-tuning (%)")
         handles = axes[0][0].get_legend_handles_labels()
         figure.legend(*handles, loc="upper center", ncols=len(handles[1]), fontsize=9)
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / size[1]))
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)
+
+
+def _draw_differences(
+    axes: Any, steps: np.ndarray, curves: Mapping[str, np.ndarray], colors: Mapping[str, str]
+) -> None:
+    """Each compressed optimizer's loss minus that of its baseline; compressed gradients, which fail, may leave the frame."""
+    limit = 0.0
+    for name, values in curves.items():
+        baseline = curves.get(TWINS.get(name, ""))  # type: ignore[call-overload]
+        if baseline is None:
+            continue
+        differences = values - baseline
+        band(axes, steps, differences, color=colors[name], marker=".", lw=1.3)
+        if name != "naive":
+            limit = max(limit, float(np.abs(differences).max()))
+    axes.axhline(0, color="black", ls=":", lw=1)
+    if limit > 0:
+        axes.set_ylim(-1.1 * limit, 1.1 * limit)

@@ -129,23 +129,23 @@ def run(config: Config) -> Result:
         folder.figures / "loss.png",
         runs,
         "part_val_loss",
-        label="loss on a part of the held-out text",
-        after=("accuracy: which document?", accuracies),
+        label="loss on part of the held-out text\n(nats per hidden token)",
+        after=("accuracy on the fine-tuning task", accuracies),
     )
     percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
-        "Validation loss in nats per masked token, all tokens kept": report.quality_rows(
+        "Validation loss with all tokens kept, in nats per hidden token": report.quality_rows(
             losses, decimals=3
         ),
         "Test accuracy after fine-tuning, in percent": report.quality_rows(percent, decimals=1),
-        "What pretraining costs": report.cost_rows(costs),
-        "Search": bert_report.search_rows(found),
+        "Cost of pretraining": report.cost_rows(costs),
+        "Result of the search for each arm": bert_report.search_rows(found),
     }
     if config.search.points > 1:
-        tables["Loss of every run of the search"] = bert_report.tried_rows(found)
+        tables["Validation loss of every run of the search"] = bert_report.tried_rows(found)
     if config.early.seeds:
         first = f"The first {config.early.steps} steps at {config.early.learning_rate:g}"
-        title = f"{first}: loss then on a part of the held-out text"
+        title = f"{first}: loss at their end on part of the held-out text"
         tables[title] = bert_report.early_rows(early, entropy)
     each = {"val_loss": losses, "accuracy": accuracies, "early_val_loss": early}
     seeds_of = bert_report.each_seed(each)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from effscale.experiments.shared.random_ltd.report import quality_figures, quality_rows
+from effscale.experiments.shared.random_ltd.report import NAMES, quality_figures, quality_rows
 from effscale.experiments.shared.search import Found
 
 
@@ -22,12 +22,12 @@ def search_figures(found: Mapping[str, Found]) -> dict[str, float | int]:
 
 def search_rows(found: Mapping[str, Found]) -> list[list[str]]:
     """A heading and a row an arm: what the search found."""
-    rows = [["arm", "learning rate", "warm-up steps", "loss", "runs", "settled"]]
+    rows = [["arm", "learning rate", "warmup steps", "loss", "runs", "all neighbors tried"]]
     for arm, each in found.items():
         point = [f"{each.best.learning_rate:g}", str(each.best.warmup)]
         settled = "yes" if each.settled else "no"
         rows.append(
-            [arm, *point, _shown(each.losses.get(each.best)), str(len(each.losses)), settled]
+            [NAMES[arm], *point, _shown(each.losses.get(each.best)), str(len(each.losses)), settled]
         )
     return rows
 
@@ -42,7 +42,7 @@ def tried_rows(found: Mapping[str, Found]) -> list[list[str]]:
         >>> tried_rows(found)[1:]
         [['0.001', '60', '4.8000'], ['0.002', '60', 'diverged']]
     """
-    rows = [["learning rate", "warm-up steps", *found]]
+    rows = [["learning rate", "warmup steps", *(NAMES[arm] for arm in found)]]
     for point in sorted({point for each in found.values() for point in each.losses}):
         losses = [_shown(each.losses.get(point)) for each in found.values()]
         rows.append([f"{point.learning_rate:g}", str(point.warmup), *losses])
@@ -84,7 +84,7 @@ def early_rows(losses: Mapping[str, np.ndarray], entropy: float) -> list[list[st
         (heading, *rows) = quality_rows(losses, decimals=3)
     counts = [str(_not_below(each, entropy)) for each in losses.values()]
     rows = [[*row, count] for row, count in zip(rows, counts, strict=True)]
-    return [[*heading, f"not below {entropy:.3f}"], *rows]
+    return [[*heading, f"runs at {entropy:.3f} or above"], *rows]
 
 
 def each_seed(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[float | None]]:

@@ -91,13 +91,13 @@ def run(config: Config) -> Result:
         folder.figures / "accuracy.png",
         runs,
         "part_test_accuracy",
-        label=f"test accuracy (a part), {config.task}",
+        label=f"test accuracy on {config.task}\n(part of the images)",
         level=("most frequent label", problem.data.majority),
     )
     percent: dict[str, Any] = {name: 100 * values for name, values in accuracies.items()}
     tables = {
-        "Test accuracy in percent, all tokens kept": report.quality_rows(percent, decimals=1),
-        "What a run costs": report.cost_rows(figures),
+        "Test accuracy with all tokens kept, in percent": report.quality_rows(percent, decimals=1),
+        "Cost of a run": report.cost_rows(figures),
     }
     seeds = {f"{name}_accuracy": each.tolist() for name, each in accuracies.items()}
     return finish(folder, "random_ltd_vit", figures, tables, seeds=seeds, began=began)

@@ -20,6 +20,13 @@ from effscale.rlhf import response_log_probs, response_scores, rollout_model
 from effscale.training import read_jsonl
 
 POLICIES: tuple[Step, ...] = ("ppo", "grpo", "rloo", "dpo")
+NAMES = {
+    "base": "base model",
+    "sft": "fine-tuned (SFT)",
+    "reward": "reward model",
+    **{step: step.upper() for step in POLICIES},
+}
+"""By step, the name in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +169,7 @@ def _of(name: str, found: Answers) -> dict[str, float]:
 
 def tables(seeds: Sequence[Seed]) -> dict[str, list[list[str]]]:
     """What the terminal and the page show."""
-    rows = [["policy", "reward", "KL (nats)", "perplexity", "tokens", "ended"]]
+    rows = [["policy", "score", "KL, nats", "perplexity", "tokens", "ended by itself"]]
     policies = {"sft": [s.before for s in seeds if s.before is not None]}
     for step in POLICIES:
         policies[step] = [s.after[step] for s in seeds if step in s.after]
@@ -172,7 +179,7 @@ def tables(seeds: Sequence[Seed]) -> dict[str, list[list[str]]]:
             reward, kl = means(lambda a: a.scores.mean()), means(lambda a: a.kl.mean())
             rows.append(
                 [
-                    name,
+                    NAMES[name],
                     f"{reward.mean():.3f} ± {deviation(reward):.3f}",
                     f"{kl.mean():.2f}",
                     f"{means(lambda a: a.perplexity).mean():.1f}",
@@ -180,13 +187,13 @@ def tables(seeds: Sequence[Seed]) -> dict[str, list[list[str]]]:
                     f"{100 * means(lambda a: a.ended).mean():.0f} %",
                 ]
             )
-    names = sorted({name for seed in seeds for name in seed.seconds})
+    names = sorted({name for seed in seeds for name in seed.seconds}, key=list(NAMES).index)
     times = [["step", "seconds"]] + [
-        [name, f"{np.mean([s.seconds[name] for s in seeds if name in s.seconds]):.0f}"]
+        [NAMES[name], f"{np.mean([s.seconds[name] for s in seeds if name in s.seconds]):.0f}"]
         for name in names
     ]
-    shown = {"Held-out prompts": rows} if len(rows) > 1 else {}
-    return shown | {"Time of each step": times}
+    shown = {"Answers to held-out prompts": rows} if len(rows) > 1 else {}
+    return shown | {"Time of each step, mean over seeds": times}
 
 
 def conversations(steps: Steps, seed: Seed, count: int) -> str:
@@ -222,15 +229,15 @@ def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> Non
                 y = np.stack([series(of_seed, name)[1] for of_seed in records])
                 axis.plot(x, y.mean(0), color=color, label=step.upper())
                 axis.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
-        axes[0].set(xlabel="iteration", ylabel="score of drawn responses")
-        axes[1].set(xlabel="iteration", ylabel="KL from SFT (nats)")
-        everything = {"SFT": [s.before for s in seeds if s.before is not None]}
+        axes[0].set(xlabel="iteration", ylabel="score of sampled answers")
+        axes[1].set(xlabel="iteration", ylabel="KL from SFT (nats per answer)")
+        everything = {NAMES["sft"]: [s.before for s in seeds if s.before is not None]}
         everything |= {step.upper(): [s.after[step] for s in seeds] for step in done}
         scores = {n: np.concatenate([a.scores for a in found]) for n, found in everything.items()}
         edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), 24)
         for color, (name, values) in zip((COLORS[-1], *COLORS), scores.items(), strict=False):
             axes[2].hist(values, edges, histtype="step", linewidth=1.5, color=color, label=name)
-        axes[2].set(xlabel="score on held-out prompts", ylabel="responses")
+        axes[2].set(xlabel="score on held-out prompts", ylabel="answers")
         axes[2].legend(fontsize=8)
         if online:
             axes[0].legend(fontsize=8)

@@ -55,7 +55,8 @@ class Case:
         """A description of the mesh and of the other ways the work is split."""
         sizes = dataclasses.asdict(self.mesh).items()
         mesh = ", ".join(f"{name} {size}" for name, size in sizes if size != 1) or "one chip"
-        return f"{mesh}\n{self.accumulate} micro-batches"
+        batches = "1 batch" if self.accumulate == 1 else f"{self.accumulate} micro-batches"
+        return f"{mesh}\n{batches}"
 
     def transformer(self) -> TransformerConfig:
         """Return the model, which computes in bfloat16."""

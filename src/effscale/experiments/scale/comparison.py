@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.scale.cases import ONEBIT, SCHEDULED, Case
+from effscale.experiments.scale.cases import ONEBIT, SCHEDULED, Case, Technique
 from effscale.experiments.scale.config import Config
 from effscale.experiments.scale.estimate import Estimate, estimate
 from effscale.experiments.scale.schedules import rounds, stages_of
@@ -42,6 +42,20 @@ class Row:
     memory: float
     fastest: float
     slowest: float
+
+
+NAMES: dict[Technique, str] = {
+    "none": "none",
+    "random_ltd": "random-LTD",
+    "curriculum": "curriculum",
+    "onebit_adam": "1-bit Adam",
+    "zero_one_adam": "0/1 Adam",
+    "onebit_lamb": "1-bit LAMB",
+}
+"""By technique, the name in tables."""
+
+KINDS = {"in full": "uncompressed", "mean": "mean over the schedule"}
+"""By stage, the name in tables; others stay as they are."""
 
 
 def compared(config: Config, found: Found) -> list[Row]:
@@ -152,13 +166,13 @@ def _row(one: Estimate, stage: str, share: float) -> Row:
 
 
 def technique_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table of ``compared``."""
-    head = ["model", "technique", "step", "share of steps", "PFLOP", "along data, GB"]
+    """Of `compared`."""
+    head = ["model", "technique", "kind of step", "share of steps", "PFLOP", "sent along data, GB"]
     table = [[*head, "all-to-all of experts, GB", "memory, GB", "step, s"]]
     for row in rows:
         table.append(
             [
-                *(row.case.model, row.technique, row.stage),
+                *(row.case.model, NAMES[row.technique], KINDS.get(row.stage, row.stage)),
                 "" if row.stage == "mean" else f"{100 * row.share:.1f} %",
                 f"{row.operations / 1e15:,.4g}",
                 *(f"{size / 1e9:,.3f}" for size in (row.along_data, row.exchanged)),
@@ -171,7 +185,7 @@ def technique_table(rows: Sequence[Row]) -> list[list[str]]:
 def decoding_table(estimates: Sequence[Estimate], found: Found) -> list[list[str]]:
     """Return the table of the decoding cases."""
     head = ["model", "weights", "mesh", "weights, GB", "cache, GB", "memory, GB", "fits"]
-    table = [[*head, "read, ms", "network, ms", "token, ms", "tokens/s"]]
+    table = [[*head, "reading, ms", "network, ms", "per token, ms", "tokens/s"]]
     for one in estimates:
         told, case = found[one.case.name], one.case
         sizes = (told["parameters"], told["cache"], one.memory)

@@ -79,14 +79,15 @@ def run(config: Config) -> Result:
     rows = comparison.compared(config, found) if len(config.technique) > 1 else []
     figures, tables = {}, {}
     if plain:
-        report.draw(folder.figures / "scale.png", config, plain)
+        if len(plain) > 1:  # a single point compares nothing
+            report.draw(folder.figures / "scale.png", config, plain)
         figures, tables = report.figures(plain, found), report.tables(config, plain, found)
     if rows:
         figures |= comparison.technique_figures(rows)
-        tables["With and without each technique"] = comparison.technique_table(rows)
+        tables["A step with and without each technique"] = comparison.technique_table(rows)
     if decoding:
         figures |= comparison.decoding_figures(decoding)
-        title = f"Decoding with {config.decode_rows} rows on {config.topology}, an estimate"
+        title = f"Decoding with {config.decode_rows} rows on {config.topology}, estimated"
         tables[title] = comparison.decoding_table(decoding, found)
     if refused:
         tables["Does not compile"] = [["case", "reason"], *map(list, refused.items())]

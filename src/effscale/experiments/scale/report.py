@@ -39,18 +39,18 @@ def _front_table(estimates: Sequence[Estimate]) -> dict[str, list[list[str]]]:
     """What is left when each case that another beats in both memory and time is taken away; nothing where there is no choice."""
     if len(estimates) < 2:
         return {}
-    table = [["case", "memory, GB", "fits", "step, s", "MFU, %"]]
+    table = [["layout", "memory, GB", "fits", "step, s", "MFU, %"]]
     for one in sorted(
         fronts(estimates), key=lambda one: (one.case.model, one.case.length, one.memory)
     ):
         table.append(
             [
-                *(one.case.name, f"{one.memory / 1e9:,.1f}", "yes" if one.fits else "no"),
+                *(title(one, estimates), f"{one.memory / 1e9:,.1f}", "yes" if one.fits else "no"),
                 between(one.fastest, one.slowest, ".2f"),
                 between(100 * one.mfu[0], 100 * one.mfu[1], ".0f"),
             ]
         )
-    return {"Pareto front: no other case needs both less memory and less time": table}
+    return {"Pareto front: no other layout needs both less memory and less time": table}
 
 
 def best(estimates: Sequence[Estimate]) -> Estimate:
@@ -86,15 +86,16 @@ def tables(
 ) -> dict[str, list[list[str]]]:
     """What the terminal and the page show."""
     gb = lambda size: f"{size / 1e9:,.1f}"
-    memory = [["case", "parameters", "optimizer", "temporaries", "total", "of", "fits"]]
-    speed = [["case", "PFLOP", "compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]]
-    traffic = [["case", "collective", "along", "times", "sent by a chip, GB"]]
-    built = [["case", "traced, s", "compiled, s", "of processors, s"]]
+    memory = [["layout", "parameters", "optimizer", "temporaries", "total", "available", "fits"]]
+    head = ["compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]
+    speed = [["layout", "PFLOP", *head]]
+    traffic = [["layout", "collective", "mesh axis", "calls", "sent, GB"]]
+    built = [["layout", "tracing, s", "compiling, s", "CPU time, s"]]
     chip = machine(config.topology).chip
     on_front = {one.case.name for one in fronts(estimates)}
     for one in estimates:
-        raw, name = found[one.case.name], one.case.name
-        marked = name + (" *" if name in on_front and len(estimates) > 1 else "")
+        raw, name = found[one.case.name], title(one, estimates)
+        marked = name + (" *" if one.case.name in on_front and len(estimates) > 1 else "")
         memory.append(
             [
                 *(marked, gb(raw["parameters"]), gb(raw["optimizer"]), gb(raw["temporaries"])),
@@ -122,10 +123,10 @@ def tables(
         seconds = ("trace_seconds", "compile_seconds", "processor_seconds")
         built.append([name, *(f"{raw[key]:.0f}" for key in seconds)])
     return {
-        "Memory of each chip, GB": memory,
-        f"Speed on {config.topology}, an estimate": speed,
+        "Memory per chip, GB": memory,
+        f"Estimated speed on {config.topology}": speed,
         **_front_table(estimates),
-        "Traffic": traffic,
+        "Traffic per step and chip": traffic,
         "Compilation": built,
     }
 
@@ -148,16 +149,17 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
                 upright = "bottom" if up > 0 else "top"
                 axes.annotate(_label(one, config), place, **beside, fontsize=7, va=upright)
             axes.plot([], [], "o", color=color, label=model)
-        axes.plot([], [], "x", color="0.4", label="another needs less memory and time")
+        if len(on_front) < len(estimates):
+            axes.plot([], [], "x", color="0.4", label="another layout needs less memory and time")
         axes.axvline(chip.memory / 1e9, color="0.6", linestyle="--", linewidth=1)
         axes.set(
-            xlabel=f"GB a chip ({chip.name} has {chip.memory / 1e9:.0f}, dashed)",
-            ylabel="seconds a step, estimated",
+            xlabel=f"GB per chip ({chip.name} has {chip.memory / 1e9:.0f}, dashed)",
+            ylabel="seconds per step, estimated",
             xlim=(0, 1.35 * max(one.memory for one in estimates) / 1e9),
             ylim=(0, 1.25 * max(one.slowest for one in estimates)),
-            title=f"{config.step_tokens:,} tokens a step on {config.topology}",
+            title=f"{config.step_tokens:,} tokens per step on {config.topology}",
         )
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="lower left", fontsize=8)
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
@@ -165,6 +167,25 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
 
 def _of(model: str, estimates: Sequence[Estimate]) -> list[Estimate]:
     return [one for one in estimates if one.case.model == model]
+
+
+def title(one: Estimate, others: Sequence[Estimate]) -> str:
+    """The name of a case in tables: its layout, and what else distinguishes it from the others.
+
+    Args:
+        one: The case.
+        others: All cases of the run.
+    """
+    case = one.case
+    words = [case.layout.replace("\n", ", ")]
+    differ = lambda name: len({getattr(other.case, name) for other in others}) > 1
+    if differ("model"):
+        words.insert(0, case.model)
+    if differ("length"):
+        words.append(f"{case.length:,} tokens")
+    if differ("remat"):
+        words.append(f"remat {case.remat}")
+    return ", ".join(words)
 
 
 def _label(one: Estimate, config: Config) -> str:

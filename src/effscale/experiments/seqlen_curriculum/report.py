@@ -25,6 +25,19 @@ SPREAD = (
 """Figures whose deviation over seeds is told, too."""
 
 
+def title(arm: str) -> str:
+    """An arm's name in tables and figures.
+
+    Example:
+        >>> title("small"), title("large_x4"), title("large_curriculum_x16")
+        ('small batch', 'large batch, 4 L', 'large batch, 16 L, short first')
+    """
+    kind, _, factor = arm.rpartition("_x")
+    if not kind:
+        return f"{arm} batch"
+    return f"large batch, {factor} L" + (", short first" if kind.endswith("curriculum") else "")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """One run.
@@ -212,22 +225,22 @@ def quality_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) ->
     """A heading and a row an arm: what it is, and the last validation loss of each seed."""
     seeds = len(runs["small"])
     columns = [f"seed {seed}" for seed in range(seeds)]
-    rows = [["arm", "rows x rate", *columns, "mean", "deviation"]]
+    rows = [["arm", "rows x rate", *columns, "mean", "std"]]
     for arm, each in runs.items():
         last = [run.last_loss for run in each]
         numbers = [*last, named[f"{arm}_val_loss"], named[f"{arm}_val_loss_std"]]
         what = f"{each[0].arm.batch_size} x {each[0].arm.learning_rate:g}"
-        rows.append([arm, what, *(_shown(number, 3) for number in numbers)])
+        rows.append([title(arm), what, *(_shown(number, 3) for number in numbers)])
     return rows
 
 
 def loss_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
     """A heading and a row an arm: how far the loss rose above the least before."""
-    rows = [["arm", "diverged", "unstable", "ratio", "pooled", "validation"]]
+    rows = [["arm", "diverged", "unstable steps", "loss ratio", "pooled", "validation"]]
     for arm, each in runs.items():
         rows.append(
             [
-                arm,
+                title(arm),
                 f"{named[f'{arm}_diverged']} of {len(each)}",
                 _shown(named[f"{arm}_unstable_steps"], 1),
                 _shown(named[f"{arm}_greatest_loss_ratio"], 3),
@@ -240,7 +253,7 @@ def loss_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> li
 
 def variance_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
     """A heading and a row an arm: Adam's variance, and how it goes with the loss ratio."""
-    rows = [["arm", "", "norm", "corr.", "maximum", "corr.", "gradient"]]
+    rows = [["arm", "", "norm", "correlation", "maximum", "correlation", "gradient norm"]]
     for arm in runs:
         values = [
             _shown(named[f"{arm}_{name}"], places)
@@ -252,18 +265,18 @@ def variance_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -
                 ("grad_norm", 1),
             )
         ]
-        rows.append([arm, "", *values])
+        rows.append([title(arm), "", *values])
     return rows
 
 
 def cost_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
     """A heading and a row an arm: what a run costs, and what reaching the small batch's last loss costs."""
-    rows = [["arm", "reached", "steps", "seconds", "at tokens", "at seconds"]]
+    rows = [["arm", "reached", "steps", "seconds", "tokens to reach", "seconds to reach"]]
     for arm, each in runs.items():
         tokens = named[f"{arm}_tokens_to_reach"]
         rows.append(
             [
-                arm,
+                title(arm),
                 f"{named[f'{arm}_reached']} of {len(each)}",
                 f"{named[f'{arm}_steps']:,}",
                 _shown(named[f"{arm}_seconds"], 1),
@@ -280,13 +293,10 @@ def tables(
     """The tables of a report, by title."""
     return {
         "Validation loss after all tokens": quality_rows(runs, named),
-        "Rise of the loss, the greatest of each run, mean over seeds": loss_rows(runs, named),
-        "Adam's variance and the gradient's norm after the warmup, the same way": variance_rows(
-            runs, named
-        ),
-        "What it costs to train, and when it reached the small batch's loss": cost_rows(
-            runs, named
-        ),
+        "Greatest rise of the loss in a run, mean over seeds": loss_rows(runs, named),
+        "Greatest values of Adam's variance and of the gradient norm after the warmup, mean over seeds, and the correlation of the "
+        "variance with the loss ratio": variance_rows(runs, named),
+        "Cost of a run, and cost of reaching the small batch's last loss": cost_rows(runs, named),
     }
 
 

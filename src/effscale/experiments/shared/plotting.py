@@ -8,7 +8,7 @@ import numpy as np
 
 Records = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 STYLE = {
@@ -41,6 +41,38 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
     return np.asarray(out)
 
 
+def band(
+    axes: Any,
+    x: np.ndarray,
+    curves: Sequence[np.ndarray] | np.ndarray,
+    *,
+    color: str,
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    """Draw the mean over seeds as a line and the range of the seeds as a band.
+
+    Values that are not finite are left out, and so is the rest of a curve that ends early, as that of a run that diverged.
+
+    Args:
+        axes: Where to draw.
+        x: The places of the values, the same for all seeds.
+        curves: One curve per seed, each at most as long as ``x``.
+        color: Of the line and of the band.
+        label: Name in the legend.
+        **style: Passed to ``axes.plot``.
+    """
+    values = np.full((len(curves), len(x)), np.nan)
+    for row, curve in zip(values, curves, strict=True):
+        row[: len(curve)] = curve
+    values[~np.isfinite(values)] = np.nan
+    known = np.isfinite(values).any(axis=0)
+    x, values = np.asarray(x)[known], values[:, known]
+    axes.plot(x, np.nanmean(values, axis=0), color=color, label=label, **style)
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
 def loss_curve(
     path: pathlib.Path,
     records: Records,
@@ -54,7 +86,7 @@ def loss_curve(
         path: The PNG to write.
         records: Of ``metrics.jsonl``: ``loss``, ``part_val_loss`` and ``tokens``.
         title: Above the figure.
-        levels: Horizontal lines by name, in nats a token.
+        levels: Horizontal lines by name, in nats per token.
     """
     plt = pyplot()
     with plt.rc_context(STYLE):
@@ -63,7 +95,7 @@ def loss_curve(
         axes.plot(tokens / 1e6, loss, color=COLORS[0], alpha=0.25, linewidth=0.8)
         axes.plot(tokens / 1e6, smooth(loss, 10), color=COLORS[0], label="training")
         tokens, loss = series(records, "part_val_loss", "val_tokens_seen")
-        label = "a part of the held-out text"
+        label = "part of the held-out text"
         axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label=label)
         for color, (name, level) in zip(COLORS[2:], (levels or {}).items(), strict=False):
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
@@ -81,10 +113,18 @@ def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
         figure, axes = plt.subplots(figsize=(7.0, 2.6))
         steps, speed = series(timing, "tokens_per_second")
         axes.plot(steps, speed / 1e3, color=COLORS[2])
-        axes.set(xlabel="step", ylabel="thousand tokens/s", title=title, ylim=(0, None))
+        axes.set(xlabel="step", ylabel="thousand tokens per second", title=title, ylim=(0, None))
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
+
+
+def shrink(path: pathlib.Path) -> None:
+    """Reduce a PNG to 64 colors, which are enough and take about half the bytes."""
+    from PIL import Image  # a dependency of matplotlib
+
+    with Image.open(path) as image:
+        image.quantize(64).save(path, optimize=True)
 
 
 def pyplot() -> Any:

@@ -94,13 +94,13 @@ def run(config: Config) -> Result:
                 searched=searched, rates=each.rates, measured=measured
             )
 
-    report.draw(folder.figures, arms, data.majority)
     figures = {
         "majority": data.majority,
         "test_size": len(data.test),
         "seeds_compared": config.seeds,
         **report.figures_of(arms),
     }
+    report.draw(folder.figures, figures, {name: arm.budgets for name, arm in arms.items()})
     seeds = {f"{name}_accuracy": arm.values("test_accuracy").tolist() for name, arm in arms.items()}
     return finish(folder, "xtc", figures, report.tables_of(arms), seeds=seeds, began=began)
 

@@ -14,6 +14,17 @@ from effscale.experiments.xtc.runs import UNTRAINED
 MEGABYTE = 1e6
 
 
+def title(arm: str) -> str:
+    """An arm's name in tables and figures.
+
+    Example:
+        >>> title("teacher"), title("ternary_3_layers")
+        ('teacher', '3 layers, ternary')
+    """
+    kind, _, layers = arm.partition("_")
+    return f"{layers.replace('_', ' ')}, {kind}" if layers else arm
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmResults:
     """What was measured of an arm.
@@ -79,29 +90,27 @@ def tables_of(arms: Mapping[str, ArmResults]) -> dict[str, list[list[str]]]:
     """By title, the tables of the report."""
     return {
         "Test accuracy at the longest budget, in percent": _accuracy_rows(arms),
-        "Size, against the float teacher": _size_rows(arms),
-        "Test accuracy by steps of training, in percent": _budget_rows(arms),
-        "Best accuracy of seed 0 on the dev passages by learning rate, in percent": _rate_rows(
-            arms
-        ),
+        "Size, compared with the float teacher": _size_rows(arms),
+        "Test accuracy by number of training steps, in percent": _budget_rows(arms),
+        "Best dev accuracy of seed 0 by learning rate, in percent": _rate_rows(arms),
     }
 
 
 def _accuracy_rows(arms: Mapping[str, ArmResults]) -> list[list[str]]:
     seeds = len(next(iter(arms.values())).measured)
-    rows = [["arm", *(f"seed {seed}" for seed in range(seeds)), "mean", "deviation"]]
+    rows = [["arm", *(f"seed {seed}" for seed in range(seeds)), "mean", "std"]]
     for name, arm in arms.items():
         percent = 100 * arm.values("test_accuracy")
         numbers = [*percent, percent.mean(), deviation(percent)]
-        rows.append([name, *(f"{number:.1f}" for number in numbers)])
+        rows.append([title(name), *(f"{number:.1f}" for number in numbers)])
     return rows
 
 
 def _size_rows(arms: Mapping[str, ArmResults]) -> list[list[str]]:
     original = arms["teacher"].size("total_bytes")
-    rows = [["arm", "MB in all", "times smaller", "MB of codes", "times smaller"]]
+    rows = [["arm", "total, MB", "times smaller", "codes only, MB", "times smaller"]]
     for name, arm in arms.items():
-        row = [name]
+        row = [title(name)]
         for size in (arm.size("total_bytes"), arm.size("code_bytes")):
             row += [f"{size / MEGABYTE:.2f}", f"{original / size:.1f}"] if size else ["", ""]
         rows.append(row)
@@ -114,7 +123,9 @@ def _budget_rows(arms: Mapping[str, ArmResults]) -> list[list[str]]:
     rows = [["arm", *("untrained" if steps == UNTRAINED else str(steps) for steps in budgets)]]
     for name, arm in students.items():
         percent = [100 * arm.values("test_accuracy", steps) for steps in budgets]
-        rows.append([name, *(f"{each.mean():.1f} ± {deviation(each):.1f}" for each in percent)])
+        rows.append(
+            [title(name), *(f"{each.mean():.1f} ± {deviation(each):.1f}" for each in percent)]
+        )
     return rows
 
 
@@ -124,60 +135,70 @@ def _rate_rows(arms: Mapping[str, ArmResults]) -> list[list[str]]:
     for name, arm in arms.items():
         for steps, tried in arm.searched.items():
             shown = [f"{100 * tried[rate]:.1f}" for rate in rates]
-            rows.append([name, str(steps), *shown])
+            rows.append([title(name), str(steps), *shown])
     return rows
 
 
-def draw(folder: pathlib.Path, arms: Mapping[str, ArmResults], majority: float) -> None:
+def draw(
+    folder: pathlib.Path, named: Mapping[str, Any], budgets: Mapping[str, Sequence[int]]
+) -> None:
     """Draws accuracy against size and against budget.
 
     Args:
         folder: Where ``size.png`` and ``budget.png`` are written.
-        arms: By name.
-        majority: Accuracy of the most frequent label.
+        named: The named figures; those of a committed ``results.json`` do as well.
+        budgets: By arm, the budgets that were measured.
     """
     plt = pyplot()
-    colors = dict(zip(arms, (COLORS[-1], *COLORS), strict=False))
-    words = {name: name.replace("_", " ") for name in arms}
+    colors = dict(zip(budgets, (COLORS[-1], *COLORS), strict=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.0, 3.6), dpi=100)
-        for name, arm in arms.items():
-            accuracies, total = arm.values("test_accuracy"), arm.size("total_bytes")
-            bars = {"yerr": deviation(accuracies), "color": colors[name], "capsize": 3}
-            mean = accuracies.mean()
-            axes.errorbar(total / MEGABYTE, mean, fmt="o", label=words[name], **bars)
-            if codes := arm.size("code_bytes"):
-                axes.errorbar(codes / MEGABYTE, mean, fmt="o", mfc="white", **bars)
-        axes.axhline(majority, color="grey", ls=":", lw=1)
-        axes.set(xscale="log", xlabel="MB in all (hollow: codes alone)", ylabel="test accuracy")
-        axes.legend()
+        for name in budgets:
+            mean, std = named[f"{name}_accuracy"], named[f"{name}_accuracy_std"]
+            bars = {"yerr": 100 * std, "color": colors[name], "capsize": 3}
+            size = named[f"{name}_mb"]
+            axes.errorbar(size, 100 * mean, fmt="o", label=title(name), **bars)
+            if codes := named.get(f"{name}_codes_mb"):
+                axes.errorbar(codes, 100 * mean, fmt="o", mfc="white", **bars)
+        _draw_guess(axes, named)
+        axes.set(xscale="log", xlabel="size in MB (hollow: integer codes only)")
+        axes.set(ylabel="test accuracy (%)", ylim=(0, None))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(loc="center right")
         _save(figure, folder / "size.png")
 
         figure, axes = plt.subplots(figsize=(6.0, 3.6), dpi=100)
-        places: Any = None
-        for name, arm in arms.items():
+        places: Sequence[int] = ()
+        for name, steps in budgets.items():
             if name == "teacher":
-                level = arm.values("test_accuracy").mean()
-                axes.axhline(level, color=colors[name], ls="--", lw=1, label=words[name])
+                level = 100 * named[f"{name}_accuracy"]
+                axes.axhline(level, color=colors[name], ls="--", lw=1, label=title(name))
                 continue
-            places = arm.budgets
-            values = [arm.values("test_accuracy", steps) for steps in places]
+            places = steps
+            labels = [f"{name}_{_word(s, '{}_steps')}_accuracy" for s in steps]
             axes.errorbar(
                 range(len(places)),
-                [each.mean() for each in values],
-                yerr=[deviation(each) for each in values],
+                [100 * named[label] for label in labels],
+                yerr=[100 * named[f"{label}_std"] for label in labels],
                 marker="o",
                 capsize=3,
                 color=colors[name],
-                label=words[name],
+                label=title(name),
             )
-        axes.axhline(majority, color="grey", ls=":", lw=1)
-        axes.set_xticks(
-            range(len(places)), ["untrained" if s == UNTRAINED else str(s) for s in places]
-        )
-        axes.set(xlabel="steps of training", ylabel="test accuracy")
-        axes.legend()
+        _draw_guess(axes, named)
+        axes.set_xticks(range(len(places)), [_word(s, "{}") for s in places])
+        axes.set(xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, None))
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.15))
         _save(figure, folder / "budget.png")
+
+
+def _draw_guess(axes: Any, named: Mapping[str, Any]) -> None:
+    level = 100 * named["majority"]
+    axes.axhline(level, color="grey", ls=":", lw=1, label="most frequent label")
+
+
+def _word(steps: int, form: str) -> str:
+    return "untrained" if steps == UNTRAINED else form.format(steps)
 
 
 def _save(figure: Any, path: pathlib.Path) -> None:

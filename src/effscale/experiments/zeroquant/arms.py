@@ -46,21 +46,21 @@ def make_arms(group_size: int) -> dict[str, Arm]:
     symmetric = Format(granularity="token")
     return {
         "float32": Arm("float32", None),
-        "w8a8_per_tensor": Arm("W8A8, a scale per matrix", all_alike(per_tensor, per_tensor), "static"),
+        "w8a8_per_tensor": Arm("W8A8, one scale per matrix", all_alike(per_tensor, per_tensor), "static"),
         "w8a8": Arm("W8A8, ZeroQuant", w8a8()),
         "w8a8_symmetric": Arm("W8A8, symmetric inputs", all_alike(Format(), symmetric)),
         "w8a16": Arm("W8A16", all_alike(Format())),
         "w4a16": Arm(f"W4/8A16, {by}", mixed_16),
         "w4a8": Arm(f"W4/8A8, {by}", mixed),
-        "w4a8_lkd": Arm(f"W4/8A8, {by}, with LKD", mixed, "lkd"),
-        "w4a8_lkd_long": Arm(f"W4/8A8, {by}, with LKD of twice the steps", mixed, "lkd_long"),
-        "w4a8_lkd_random": Arm(f"W4/8A8, {by}, with LKD on random tokens", mixed, "lkd_random"),
-        "w4a8_gptq": Arm(f"W4/8A8, {by}, by GPTQ", mixed, "gptq"),
-        "w4a8_gptq_normalized": Arm(f"W4/8A8, {by}, by GPTQ, all tokens alike", mixed, "gptq_normalized"),
-        "w4a8_channel": Arm("W4/8A8, per output", coarse),
+        "w4a8_lkd": Arm(f"W4/8A8, {by}, LKD", mixed, "lkd"),
+        "w4a8_lkd_long": Arm(f"W4/8A8, {by}, LKD, twice the steps", mixed, "lkd_long"),
+        "w4a8_lkd_random": Arm(f"W4/8A8, {by}, LKD on random tokens", mixed, "lkd_random"),
+        "w4a8_gptq": Arm(f"W4/8A8, {by}, GPTQ", mixed, "gptq"),
+        "w4a8_gptq_normalized": Arm(f"W4/8A8, {by}, GPTQ, equal tokens", mixed, "gptq_normalized"),
+        "w4a8_channel": Arm("W4/8A8, one scale per output", coarse),
         "w4": Arm(f"W4, {by}", all_alike(groups)),
-        "w4_gptq": Arm(f"W4, {by}, by GPTQ", all_alike(groups), "gptq"),
-        "w4_gptq_normalized": Arm(f"W4, {by}, by GPTQ, all tokens alike", all_alike(groups), "gptq_normalized"),
+        "w4_gptq": Arm(f"W4, {by}, GPTQ", all_alike(groups), "gptq"),
+        "w4_gptq_normalized": Arm(f"W4, {by}, GPTQ, equal tokens", all_alike(groups), "gptq_normalized"),
     }  # fmt: skip
 
 

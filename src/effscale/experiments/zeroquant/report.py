@@ -14,9 +14,9 @@ from effscale.experiments.zeroquant.arms import Arm
 
 PEERS = {
     "torch_float32": "float32, transformers",
-    "torchao_w8a8": "W8A8, torchao's int8-dynamic",
+    "torchao_w8a8": "W8A8, torchao int8-dynamic",
     "qwix_w8a8": "W8A8, qwix",
-    "qwix_w4": "W4 in tiles, qwix",
+    "qwix_w4": "W4, tiles, qwix",
 }
 
 
@@ -82,10 +82,10 @@ def language_rows(found: Mapping[str, Any], arms: Mapping[str, Arm]) -> list[lis
         [
             "weights and inputs",
             "layers, MB",
-            "change of loss",
+            "added loss",
             "perplexity",
             "change",
-            "perplexity, Python",
+            "perplexity on Python",
         ]
     ]
     titles = {name: arm.title for name, arm in arms.items()} | PEERS
@@ -136,25 +136,36 @@ def classifier_rows(found: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm])
     return rows
 
 
-def draw_language(path: pathlib.Path, found: Mapping[str, Any], arms: Mapping[str, Arm]) -> None:
-    """How much each arm adds to the loss, with the error of the mean over rows.
+def draw_language(
+    path: pathlib.Path, figures: Mapping[str, float], arms: Mapping[str, Arm]
+) -> None:
+    """Draw how much each arm adds to the loss, with the standard error of the mean over rows.
 
     Args:
         path: The PNG to write.
-        found: As for `language_figures`.
+        figures: Those of `language_figures`; a committed ``results.json`` does as well.
         arms: For their titles.
     """
     plt = pyplot()
-    names = [name for name in found if name not in ("float32", "torch_float32")][::-1]
     titles = {name: arm.title for name, arm in arms.items()} | PEERS
-    changes = [difference(found[name]["wiki"], found["float32"]["wiki"]) for name in names]
-    colors = [COLORS[1] if name in PEERS else COLORS[0] for name in names]
+    measured = [name for name in titles if f"smollm2_{name}_loss_change" in figures]
+    names = [name for name in measured if name not in ("float32", "torch_float32")][::-1]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.0, 0.28 * len(names) + 1.0), dpi=100)
-        means, errors = zip(*changes, strict=True)
-        axes.barh([titles[name] for name in names], means, xerr=errors, color=colors, height=0.7)
-        axes.set_xlabel("nats per token above float32; orange: others")
+        figure, axes = plt.subplots(figsize=(7.5, 0.28 * len(names) + 1.0), dpi=100)
+        for ours, color, label in ((True, COLORS[0], "effscale"), (False, COLORS[1], "others")):
+            shown = [place for place, name in enumerate(names) if (name not in PEERS) == ours]
+            changes = [figures[f"smollm2_{names[place]}_loss_change"] for place in shown]
+            errors = [figures[f"smollm2_{names[place]}_loss_change_error"] for place in shown]
+            if shown:
+                axes.barh(shown, changes, xerr=errors, color=color, height=0.7, label=label)
+            for place, change, error in zip(shown, changes, errors, strict=True):
+                at = max(change, 0.0) + error + 0.01
+                axes.text(at, place, f"{change:+.3f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(names)), [titles[name] for name in names])
+        axes.set_xlabel("loss added to float32 (nats per token)")
         axes.grid(axis="y", visible=False)
+        axes.margins(x=0.1)
+        axes.legend(loc="lower right")
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
@@ -181,11 +192,16 @@ def draw_sensitivity(path: pathlib.Path, found: Mapping[str, Mapping[str, float]
                         [int(label) for label in labels], list(parts.values()), color=COLORS[row]
                     )
                     place.set(
-                        title=title, xlabel="layer that is quantized alone", ylabel="nats per token"
+                        title=title,
+                        xlabel="the only layer that is quantized",
+                        ylabel="added loss (nats per token)",
                     )
                 else:
                     place.barh(labels[::-1], list(parts.values())[::-1], color=COLORS[row])
-                    place.set(title="one kind in all layers", xlabel="nats per token")
+                    place.set(
+                        title="one kind of weight",
+                        xlabel="added loss (nats per token)",
+                    )
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)

@@ -6,10 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, Records, pyplot, series
+from effscale.experiments.shared.plotting import (
+    COLORS,
+    STYLE,
+    Records,
+    band,
+    pyplot,
+    series,
+    shrink,
+)
 from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
 from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
+
+NAMES = {"baseline": "baseline", "random_ltd": "random-LTD", "scratch": "random weights"}
+"""By arm, the name in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,10 +134,10 @@ def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float | int]:
 
 def cost_rows(figures: Mapping[str, float | int]) -> list[list[str]]:
     """A heading and a row a cost: each arm's, and what random-LTD saves."""
-    rows = [["cost of a run", *ARMS, "saved"]]
+    rows = [["cost of a run", *(NAMES[arm] for arm in ARMS), "saved"]]
     for title, name, scale in (
         ("thousand layer tokens", "layer_tokens", 1e-3),
-        ("TFLOP in theory", "teraflops", 1.0),
+        ("TFLOP (theoretical)", "teraflops", 1.0),
         ("seconds of training steps", "step_seconds", 1.0),
     ):
         values = [f"{scale * figures[f'{arm}_{name}']:,.1f}" for arm in ARMS]
@@ -137,10 +148,10 @@ def cost_rows(figures: Mapping[str, float | int]) -> list[list[str]]:
 def quality_rows(values: Mapping[str, np.ndarray], *, decimals: int) -> list[list[str]]:
     """A heading and a row an arm: the value of each seed, mean and deviation."""
     seeds = len(next(iter(values.values())))
-    rows = [["arm", *(f"seed {seed}" for seed in range(seeds)), "mean", "deviation"]]
+    rows = [["arm", *(f"seed {seed}" for seed in range(seeds)), "mean", "std"]]
     for arm, each in values.items():
         numbers = [*each, each.mean(), deviation(each)]
-        rows.append([arm, *(f"{number:.{decimals}f}" for number in numbers)])
+        rows.append([NAMES[arm], *(f"{number:.{decimals}f}" for number in numbers)])
     return rows
 
 
@@ -153,7 +164,7 @@ def draw(
     level: tuple[str, float] | None = None,
     after: tuple[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """A metric over layer tokens and over seconds, each seed a line; and, where given, what followed, each seed a dot.
+    """A metric over layer tokens and over seconds, as mean and range of the seeds; optionally what followed, one dot per seed.
 
     Args:
         path: The PNG to write.
@@ -163,19 +174,18 @@ def draw(
         level: A value to compare with, and its name.
         after: A third panel: its label, and each seed's value by name.
     """
-    from PIL import Image  # matplotlib's own dependency
-
     plt = pyplot()
     columns = 2 if after is None else 3
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, columns, figsize=(3.6 * columns, 3.3), dpi=100)
         for color, arm in zip(COLORS, ARMS, strict=False):
-            for seed, records in enumerate(runs[arm].records):
-                steps, values = series(records, metric)
-                name = arm.replace("_", "-") if seed == 0 else None
-                style = {"color": color, "marker": ".", "lw": 1.0, "label": name}
-                axes[0].plot(runs[arm].layer_tokens_at(steps) / 1e3, values, **style)
-                axes[1].plot(runs[arm].seconds_at(steps), values, **style)
+            seeds = [series(records, metric) for records in runs[arm].records]
+            steps, curves = seeds[0][0], [values for _, values in seeds]
+            for axis, costs in (
+                (axes[0], runs[arm].layer_tokens_at(steps) / 1e3),
+                (axes[1], runs[arm].seconds_at(steps)),
+            ):
+                band(axis, costs, curves, color=color, label=NAMES[arm], marker=".", lw=1.3)
         axes[0].set(xlabel="layer tokens (thousands)", ylabel=label)
         axes[1].set(xlabel="seconds of training steps")
         for axis in axes[:2]:
@@ -188,11 +198,10 @@ def draw(
                 color = COLORS[ARMS.index(name)] if name in ARMS else COLORS[3]
                 axes[2].plot(np.full(len(values), place), values, "o", color=color, alpha=0.6)
                 axes[2].hlines(np.mean(values), place - 0.25, place + 0.25, color=color)
-            names = [name.replace("_", "-") for name in after[1]]
+            names = [NAMES[name].replace(" ", "\n") for name in after[1]]
             axes[2].set_xticks(range(len(names)), names)
             axes[2].set(ylabel=after[0], xlim=(-0.6, len(names) - 0.4))
         figure.tight_layout(rect=(0, 0, 1, 0.93))  # the legend is above
         figure.savefig(path)
         plt.close(figure)
-    with Image.open(path) as image:  # 64 colours are enough, and half the bytes
-        image.quantize(64).save(path, optimize=True)
+    shrink(path)
