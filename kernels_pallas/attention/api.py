@@ -34,9 +34,9 @@ def attention(
 ) -> Float[Array, "batch heads seq head_dim"]:
     r"""Softmax attention of each token to those of its row, without the array of all scores where a kernel serves.
 
-    .. math:: o_i = \sum_j \mathrm{softmax}_j (q_i \cdot k_j + m p_j) \, v_j
+    $$o_i = \sum_j \mathrm{softmax}_j (q_i \cdot k_j + m p_j) \, v_j$$
 
-    over the :math:`j` that :math:`i` may see; :math:`m p_j` is the bias of ALiBi, if there is one. Sums and softmax are in
+    over the $j$ that $i$ may see; $m p_j$ is the bias of ALiBi, if there is one. Sums and softmax are in
     float32. Each query head of a group reads the key head of the group (grouped queries). Differentiable, once, in
     query, keys and values.
 

@@ -36,8 +36,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     r"""Sum over tokens of the weighted softmax cross entropy of `hidden @ vocab_weight.T + bias`.
 
-    .. math:: \sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
-        l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}
+    $$\sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
+        l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}$$
 
     The logits never exist all at once in float32 (except in the reference). The matrix products
     take operands in the type of `hidden` (`vocab_weight` is cast to it) and sum in float32;

@@ -30,8 +30,8 @@ def gather_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Rows that are taken from unsorted tokens, each times the matrix of its group: the experts' first projection.
 
-    .. math:: y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
-        y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})
+    $$y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
+        y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})$$
 
     with a gate. The kernel is for few tokens, as in decoding, where reading weights takes the time: it reads those of groups that have rows, and
     the sorted copy of the tokens is never written. Sums, activation and gating are float32. Reverse mode only, by the plain form.
@@ -88,7 +88,7 @@ def matmul_scatter(
 ) -> Float[Array, "tokens d_out"]:
     r"""Sorted rows, each times the matrix of its group, and their weighted sum for each token: the experts' last projection.
 
-    .. math:: y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})
+    $$y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})$$
 
     Rows after the last group count for no token. Sums are float32. Reverse mode only, by the plain form. For which sizes there is a kernel, and
     why there is none for GPUs, says :func:`gather_matmul`.

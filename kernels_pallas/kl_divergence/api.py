@@ -30,7 +30,7 @@ def kl_divergence(
 ) -> Float[Array, ""]:
     r"""Sum over tokens of the divergence of a model's next-token distribution from its teacher's.
 
-    .. math:: \sum_t w_t \, \mathrm{KL}(p^T_t \,\|\, p^S_t), \qquad p_t = \mathrm{softmax}(l_t / \tau), \quad l_t = W h_t + b
+    $$\sum_t w_t \, \mathrm{KL}(p^T_t \,\|\, p^S_t), \qquad p_t = \mathrm{softmax}(l_t / \tau), \quad l_t = W h_t + b$$
 
     Softmax and sums are float32. No gradient goes to the teacher. Logits never exist all at once (except in the reference).
 
@@ -42,7 +42,7 @@ def kl_divergence(
         weights: float32 weight of each token; None weighs every token 1.
         bias: Bias of the student's logits.
         teacher_bias: Bias of the teacher's logits.
-        temperature: What logits are divided by, :math:`\tau`. Gradients shrink with its square, which distillation makes up for.
+        temperature: What logits are divided by, $\tau$. Gradients shrink with its square, which distillation makes up for.
         implementation: "reference" (whole logits), "chunked" (a chunk of tokens at a time), or None: "chunked".
 
     Returns:

@@ -21,24 +21,24 @@ def compress(
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
     r"""Add the error of the last time, and keep of the sum its signs.
 
-    With :math:`c` the sum of last time and :math:`s` the scale that went with its signs, the error is
-    :math:`e = c - s \, \mathrm{sg}(c)`, and
+    With $c$ the sum of last time and $s$ the scale that went with its signs, the error is
+    $e = c - s \, \mathrm{sg}(c)$, and
 
-    .. math:: c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1
+    $$c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1$$
 
-    The new scale depends on all of :math:`c'`, so the new error is known only after a pass over it. That is why
-    :math:`c'` is kept and not the error: x and c are read once, and c' is written once.
+    The new scale depends on all of $c'$, so the new error is known only after a pass over it. That is why
+    $c'$ is kept and not the error: x and c are read once, and c' is written once.
 
     Args:
         x: What to compress, of any floating type. A part for each server.
-        corrected: float32, :math:`c`; zeros at first.
-        scale: float32, :math:`s`; zero at first.
+        corrected: float32, $c$; zeros at first.
+        scale: float32, $s$; zero at first.
         size: Elements from the first that count; the rest is padding, whose sum stays zero.
         implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one that can serve
             on the platform the program is lowered for.
 
     Returns:
-        The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
+        The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); $c'$; and the sum of its squares.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,18 +70,18 @@ def average(
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
     r"""What a server does: average what the workers sent, and compress the average in turn.
 
-    .. math:: d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')
+    $$d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')$$
 
     Args:
         bits: The signs that each worker sent for this server's part.
-        scales: float32, :math:`s_r`.
-        corrected: float32, the server's :math:`c`; zeros at first.
-        scale: float32, the server's :math:`s`; zero at first.
+        scales: float32, $s_r$.
+        corrected: float32, the server's $c$; zeros at first.
+        scale: float32, the server's $s$; zero at first.
         size: int32, elements of the part that count; the rest is padding. It may differ between servers.
         implementation: As for `compress`.
 
     Returns:
-        The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
+        The signs of $c'$ as bits; $c'$; and the sum of its squares.
 
     Example:
         >>> import jax.numpy as jnp

@@ -24,8 +24,8 @@ def top_k_gating(
 ) -> Gating:
     r"""The k most probable experts of each token, and its place among the tokens that chose the same one.
 
-    .. math:: p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
-        \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|
+    $$p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
+        \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|$$
 
     So each expert counts its tokens in the order in which they come, and nobody is dropped. Of equal logits the expert with the
     lower number goes first. Differentiable in `logits` through the weights; the choice has no gradient.

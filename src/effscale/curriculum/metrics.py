@@ -115,9 +115,9 @@ class TokenCounts:
 class VocabularyRarity:
     r"""How rare the words of a row are, summed over its tokens.
 
-    .. math:: r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)
+    $$r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)$$
 
-    where :math:`n_k` is how often token k occurs in the corpus. Computed in float64; a token's
+    where $n_k$ is how often token k occurs in the corpus. Computed in float64; a token's
     share does not depend on what else is in the batch.
 
     Source: arXiv 2212.03597, section 3.1, metric "voc".
@@ -165,7 +165,7 @@ class VocabularyRarity:
 class LengthThenRarity:
     r"""Orders by `sequence_length`, and rows of the same length by `VocabularyRarity`.
 
-    .. math:: \text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)
+    $$\text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)$$
 
     with L the ``max_length``.
 

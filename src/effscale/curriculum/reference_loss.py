@@ -16,7 +16,7 @@ from effscale.training import Loss, next_token_loss
 class ReferenceLoss:
     r"""The mean loss of each row under a model that is already trained, in nats a token.
 
-    .. math:: \frac{\sum_t w_t \ell_t}{\sum_t w_t}
+    $$\frac{\sum_t w_t \ell_t}{\sum_t w_t}$$
 
     over the row's own tokens; 0 for a row without weight. A metric for `analyze`. The original
     has none like it, as its values are integers. For losses that come from elsewhere no class is

@@ -22,7 +22,7 @@ def token_counts(store: TokenStore | Sequence[TokenStore]) -> Int64[np.ndarray, 
 def unigram_entropy(store: TokenStore | Sequence[TokenStore]) -> float:
     r"""The entropy of the tokens' frequencies, in nats a token.
 
-    .. math:: H = -\sum_v p_v \ln p_v
+    $$H = -\sum_v p_v \ln p_v$$
 
     No model that ignores the context has a lower loss on these tokens, so a language model has
     learned something from contexts only below it.

@@ -42,16 +42,16 @@ def mslg(
 ) -> LinearPacing:
     r"""Monotonic Sequence Length Growth: kept tokens along a line.
 
-    .. math:: r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})
+    $$r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})$$
 
-    rounded down to a multiple of :math:`g`, but never below the smallest, and exactly the greatest from :math:`t = R` on.
-    Step ``b`` (from 0) takes :math:`r_b`. The names are DeepSpeed's.
+    rounded down to a multiple of $g$, but never below the smallest, and exactly the greatest from $t = R$ on.
+    Step ``b`` (from 0) takes $r_b$. The names are DeepSpeed's.
 
     Args:
         min_value: Tokens kept at first.
         max_value: Tokens kept in the end: the whole row.
-        require_steps: :math:`R`, the count at which all are kept.
-        seq_per_step: :math:`g`. Each value is a program to compile; None makes about a dozen.
+        require_steps: $R$, the count at which all are kept.
+        seq_per_step: $g$. Each value is a program to compile; None makes about a dozen.
         clock: What is counted.
 
     Source: Yao et al., "Random-LTD", 2022, section 3.2.

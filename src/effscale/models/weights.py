@@ -110,7 +110,7 @@ def matmul(
 ) -> Float[Array, "*batch d_out"]:
     r"""The product of an input with any weight, with what usually follows it.
 
-    .. math:: y = \mathrm{activation}(x W + b)
+    $$y = \mathrm{activation}(x W + b)$$
 
     Every product with a weight goes through here: dense layers, heads, the decoding loop. For weights that are stacked over
     experts, use ``jax.vmap(matmul)``.

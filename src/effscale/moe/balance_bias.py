@@ -30,13 +30,13 @@ def with_balance_bias(
 ) -> optax.GradientTransformation:
     r"""An optimizer that moves the routers' balance biases by a fixed step, and leaves all else to another optimizer.
 
-    .. math:: b_e \leftarrow b_e - \gamma\, \mathrm{sign}(f_e - 1/E)
+    $$b_e \leftarrow b_e - \gamma\, \mathrm{sign}(f_e - 1/E)$$
 
-    with the load :math:`f` of the step. It needs routers with ``RouterConfig(balance_by_bias=True)``.
+    with the load $f$ of the step. It needs routers with ``RouterConfig(balance_by_bias=True)``.
 
     Args:
         optimizer: For all other parameters.
-        rate: The step, :math:`\gamma`; DeepSeek-V3 takes 0.001, and 0 at the end of the training.
+        rate: The step, $\gamma$; DeepSeek-V3 takes 0.001, and 0 at the end of the training.
 
     References:
         Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024

@@ -64,7 +64,7 @@ def expert_capacity(
 ) -> int:
     r"""Rows of each expert's buffer: ``factor`` times its share of the items, rounded up.
 
-    .. math:: C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))
+    $$C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))$$
 
     More than one place for each token would stay empty, so it is at most ``num_tokens`` (DeepSpeed failed there until 2026).
 

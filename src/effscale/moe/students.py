@@ -1,6 +1,6 @@
 r"""Mixture of Students: a shallower mixture of experts that learns from a deeper one, and then on alone.
 
-.. math:: L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l
+$$L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l$$
 
 with the divergence averaged over tokens. DeepSpeed-MoE's finding is that learning from the teacher to the end hurts: the student's own
 loss stops falling, so the teacher leaves before (in the paper after 400,000 steps, out of about 570,000).

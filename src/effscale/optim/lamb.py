@@ -83,19 +83,19 @@ def lamb(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LAMB with bounded coefficients.
 
-    .. math:: u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
-        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u
+    $$u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
+        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u$$
 
     with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``: no bias correction, and a
     bounded coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
-    :math:`u` by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
+    $u$ by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
 
     Args:
         learning_rate: A number or a schedule.
         b1: Decay of the momentum.
         b2: Decay of the variance.
         eps: Added to the root of the variance.
-        weight_decay: :math:`\lambda`; it counts in the norm of the update.
+        weight_decay: $\lambda$; it counts in the norm of the update.
         mask: Which parameters decay.
         max_coeff: Greatest coefficient.
         min_coeff: Least coefficient.

@@ -76,18 +76,18 @@ def scale_by_onebit_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale by 1-bit Adam.
 
-    Warm-up, with :math:`g` the mean over workers:
+    Warm-up, with $g$ the mean over workers:
 
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        u = m / (\sqrt v + \epsilon)
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        u = m / (\sqrt v + \epsilon)$$
 
     After it v stays, and the workers agree on the mean of their momenta in one bit per number:
 
-    .. math:: m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
-        u = m / (\sqrt v + \epsilon)
+    $$m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
+        u = m / (\sqrt v + \epsilon)$$
 
-    With ``bias_correction`` :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)` with :math:`\hat m = m / (1 - \beta_1^t)` and
-    :math:`\hat v = v / (1 - \beta_2^k)`, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
+    With ``bias_correction`` $u = \hat m / (\sqrt{\hat v} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$ and
+    $\hat v = v / (1 - \beta_2^k)$, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
     ``freeze_step`` from there on. So the frozen variance keeps the correction of its last update, and the size of a step
     does not jump when compression begins.
 
@@ -197,7 +197,7 @@ def onebit_adam(
     r"""1-bit Adam with decoupled weight decay; `scale_by_onebit_adam` has the mathematics and the other options.
 
     In the place of ``optax.adam`` or ``optax.adamw`` give ``bias_correction=True``. Without it, as in DeepSpeed and the papers'
-    runs, the first steps are longer than Adam's, by :math:`(1 - \beta_1^t) / \sqrt{1 - \beta_2^t}`: 3.2 times at the first
+    runs, the first steps are longer than Adam's, by $(1 - \beta_1^t) / \sqrt{1 - \beta_2^t}$: 3.2 times at the first
     step, 6.6 times at the twelfth, 3.2 times again at the hundredth. A learning rate that suits Adam may then diverge at once; it
     has to rise from zero for some hundred steps, or be smaller.
 

@@ -1,9 +1,9 @@
 r"""LKD: layer-by-layer knowledge distillation, which teaches each quantized layer what its own float layer does.
 
-With :math:`L_k` the layers of the teacher, :math:`\hat L_k` those of the student, and :math:`h_{k-1} = L_{k-1} \circ \dots \circ L_1(x)`
+With $L_k$ the layers of the teacher, $\hat L_k$ those of the student, and $h_{k-1} = L_{k-1} \circ \dots \circ L_1(x)$
 the teacher's hidden states, the student's layer k minimizes
 
-.. math:: \mathrm{mean} \bigl( \hat L_k(h_{k-1}) - L_k(h_{k-1}) \bigr)^2
+$$\mathrm{mean} \bigl( \hat L_k(h_{k-1}) - L_k(h_{k-1}) \bigr)^2$$
 
 Its input is the teacher's, so layers do not wait for each other, and besides one layer with its optimizer nothing is trained in
 memory. No labels are needed; the text may be of another kind than what the model is used for, or random.

@@ -23,7 +23,7 @@ def actor_loss(
 ) -> Loss:
     r"""The loss of the policy: clipped, with what divergence, entropy and ordinary text add to it where the config has them in the loss.
 
-    .. math:: L = L_{policy} + \beta\,\mathrm{KL} - c_H H + c_{text} L_{text}
+    $$L = L_{policy} + \beta\,\mathrm{KL} - c_H H + c_{text} L_{text}$$
 
     A mean over tokens is one over the whole batch, whatever it is cut into; DeepSpeed-Chat and TRL take one of each micro-batch.
 

@@ -14,7 +14,7 @@ def pairwise_loss(
 ) -> Float[Array, ""]:
     r"""The loss of a reward model by the scores of whole responses (Bradley-Terry).
 
-    .. math:: L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)
+    $$L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)$$
 
     Args:
         chosen: Scores of the preferred responses.
@@ -39,7 +39,7 @@ def token_pairwise_loss(
     rejected: Float[Array, "pairs length"],
     where: Bool[Array, "pairs length"],
 ) -> Float[Array, ""]:
-    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of :math:`-\log \sigma(c_t - r_t)` for each pair.
+    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of $-\log \sigma(c_t - r_t)$ for each pair.
 
     Args:
         chosen: A score after each token of the preferred response, prompt included.
@@ -103,8 +103,8 @@ def dpo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     r"""Direct preference optimization: a policy learns from pairs without a reward model.
 
-    With :math:`z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]` the loss is the mean of
-    :math:`-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)`.
+    With $z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]$ the loss is the mean of
+    $-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)$.
 
     Args:
         chosen: Log-probabilities of the preferred responses under the policy: sums over their tokens.
@@ -112,7 +112,7 @@ def dpo_loss(
         reference_chosen: Those of the preferred responses under the reference.
         reference_rejected: Those of the others.
         beta: How dear it is to leave the reference.
-        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, :math:`\epsilon`.
+        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, $\epsilon$.
 
     Returns:
         The loss, and metrics: ``accuracy``, the share of pairs with z above 0; ``margin``, the mean of z.

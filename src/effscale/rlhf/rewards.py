@@ -19,8 +19,8 @@ def kl_estimate(
 ) -> Float[Array, "batch response"]:
     r"""An estimate of the divergence from the reference, from the tokens that were drawn.
 
-    With :math:`d = \log \pi - \log \pi_{ref}` of a token, ``k1`` is :math:`d`, without bias and of either sign; ``k2`` is :math:`d^2 / 2`, small
-    in variance; ``k3`` is :math:`e^{-d} - 1 + d`, without bias and never below 0.
+    With $d = \log \pi - \log \pi_{ref}$ of a token, ``k1`` is $d$, without bias and of either sign; ``k2`` is $d^2 / 2$, small
+    in variance; ``k3`` is $e^{-d} - 1 + d$, without bias and never below 0.
 
     Args:
         log_probs: Log-probabilities of the tokens under the policy that drew them.
@@ -63,14 +63,14 @@ def shaped_rewards(
     kl_coef: float | Float[Array, ""] = 0.05,
     clip: float | None = None,
 ) -> Float[Array, "batch response"]:
-    r"""The reward of each token: :math:`r_t = -\beta\, \mathrm{KL}_t`, and the score of the response at its last token as well.
+    r"""The reward of each token: $r_t = -\beta\, \mathrm{KL}_t$, and the score of the response at its last token as well.
 
     Args:
         scores: One for each response, of a reward model or a function.
         kl: Of each token, see :func:`kl_estimate`.
         mask: The response's tokens, without gaps from the first one on. With :func:`with_next` the score stands one place later. The score of
             an empty response is lost: leave such responses out.
-        kl_coef: The price of divergence, :math:`\beta`. DeepSpeed-Chat takes 0.1, TRL 0.05.
+        kl_coef: The price of divergence, $\beta$. DeepSpeed-Chat takes 0.1, TRL 0.05.
         clip: Scores are clipped to plus and minus this; None: not at all. DeepSpeed-Chat takes 5.
 
     References:
@@ -99,7 +99,7 @@ def adaptive_kl(
 ) -> Float[Array, ""]:
     r"""The price of divergence for the next batch: higher where the policy went too far, lower where it stays too close.
 
-    .. math:: \beta \leftarrow \beta\, (1 + \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1, \pm 0.2)\; n / \mathrm{horizon})
+    $$\beta \leftarrow \beta\, (1 + \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1, \pm 0.2)\; n / \mathrm{horizon})$$
 
     Args:
         kl_coef: The price so far.

@@ -22,7 +22,7 @@ def next_token_loss(
 ) -> Loss:
     r"""Cross entropy of each next token, summed; the logits are never held whole.
 
-    .. math:: L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)
+    $$L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)$$
 
     Args:
         model: A causal model with a head named ``lm``.
@@ -109,10 +109,10 @@ def masked_token_loss(
 def add_reports(loss: Loss, reports: Any) -> Loss:
     r"""A loss with what the model's layers report: their auxiliary loss is added, the rest become metrics.
 
-    .. math:: \frac{L}{w} \to \frac{L}{w} + \sum_l a_l
+    $$\frac{L}{w} \to \frac{L}{w} + \sum_l a_l$$
 
-    The auxiliary losses :math:`a_l` come with their coefficients from the layers. They are means over the tokens that a layer
-    sees, so the sum :math:`L` grows by :math:`w \sum_l a_l`, and micro-batches count by their weights. The objectives of this
+    The auxiliary losses $a_l$ come with their coefficients from the layers. They are means over the tokens that a layer
+    sees, so the sum $L$ grows by $w \sum_l a_l$, and micro-batches count by their weights. The objectives of this
     module do that already; a loss of your own ends in a call of this function.
 
     Args:

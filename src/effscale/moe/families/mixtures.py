@@ -3,7 +3,7 @@ r"""What the families have in common: mixtures without capacities, as ``config.j
 transformers' load-balancing loss counts all k choices, so that an even load is k and not 1, and is one number for all layers
 together. Here it is a mean over choices, and each layer adds its own. So ``router_aux_loss_coef`` is divided over the layers:
 
-.. math:: balance = coef \cdot k / layers
+$$balance = coef \cdot k / layers$$
 """
 
 import dataclasses

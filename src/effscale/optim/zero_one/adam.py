@@ -92,17 +92,17 @@ def zero_one_adam(
 
     Up to ``var_freeze_step``: at the steps of the variance's policy (`Policies`) gradients are averaged in full and
 
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2$$
 
     At the others gradients are averaged in one bit and v stays. That gradients are compressed here, and not the momentum
     as in the paper, is DeepSpeed's way. Then v stays for good, and each worker r goes its own way until the next step of
     the second policy:
 
-    .. math:: m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
-        x_r = x - u_r / (\sqrt v + \epsilon)
+    $$m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
+        x_r = x - u_r / (\sqrt v + \epsilon)$$
 
-    where all agree on :math:`\bar u`, the mean of u in one bit, and set :math:`x \leftarrow x - \bar u / (\sqrt v +
-    \epsilon)`, :math:`m \leftarrow \bar u / \sum \gamma`, :math:`u \leftarrow 0`. There is no ``scale_by_zero_one_adam``, as what is
+    where all agree on $\bar u$, the mean of u in one bit, and set $x \leftarrow x - \bar u / (\sqrt v +
+    \epsilon)$, $m \leftarrow \bar u / \sum \gamma$, $u \leftarrow 0$. There is no ``scale_by_zero_one_adam``, as what is
     exchanged holds the learning rate.
 
     Nothing is corrected for bias, so that the first steps are several times as long as Adam's: in the place of ``optax.adam``
@@ -112,7 +112,7 @@ def zero_one_adam(
 
     The parameters x that the optimizer updates are the shared ones: between synchronisations its updates are zero, and
     evaluation and checkpoints see what all workers agreed on last. A worker's gradient has to be taken at
-    ``effscale.parallel.worker_params(params, opt_state)``, which is :math:`x_r`. On one worker there is nobody to wait
+    ``effscale.parallel.worker_params(params, opt_state)``, which is $x_r$. On one worker there is nobody to wait
     for, and each step updates the parameters.
 
     Args:

@@ -1,6 +1,6 @@
 r"""Weights of which a mask leaves a part out.
 
-.. math:: y = x (M \odot W) + m \odot b
+$$y = x (M \odot W) + m \odot b$$
 
 with m the mask of the rows, where there is one, and M the mask of the matrix.
 """
