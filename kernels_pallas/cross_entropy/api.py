@@ -70,7 +70,7 @@ def cross_entropy(
 
     Raises:
         ValueError: An operand has an impossible shape or type, `z_loss` is negative, a name is
-        unknown.
+            unknown.
         NotImplementedError: The named implementation cannot serve these operands.
 
     Examples:

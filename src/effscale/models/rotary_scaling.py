@@ -141,6 +141,7 @@ class YarnScaling:
 
 
 RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling
+"""Any of the ways to stretch rotary positions beyond the length of the training."""
 
 
 def _mixed(frequencies: Frequencies, kept: Frequencies, factor: float) -> Frequencies:

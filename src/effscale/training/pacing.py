@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from effscale.models.validation import check, is_finite
 
 Clock = Literal["steps", "samples", "tokens"]
+"""What a pacing function counts."""
 NUM_LEVELS = 12
 
 
