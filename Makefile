@@ -95,7 +95,7 @@ notebooks: $(DEV)
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
 docs: $(VENV)/.with-docs
-	$(BIN)/mkdocs build --strict  # quiet, it would not see what strict is to refuse
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # quiet, it would not see what strict is to refuse
 	@echo "the pages are in site/"
 
 clean:

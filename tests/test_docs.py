@@ -1,6 +1,7 @@
 """What the pages say: their examples run, their links lead somewhere, their lists are complete."""
 
 import functools
+import json
 import pathlib
 import re
 
@@ -13,7 +14,12 @@ from effscale.models.validation import did_you_mean
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")],
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("experiments/**/*.md"),
+        *ROOT.glob("benchmarks/**/*.md"),
+    ],
 )
 NAME = lambda path: str(path.relative_to(ROOT))
 
@@ -103,7 +109,31 @@ def test_every_page_is_listed():
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     index, site = text_of(ROOT / "docs" / "index.md"), (ROOT / "mkdocs.yml").read_text()
     assert set(re.findall(r"\((\w+\.md)\)", index)) == pages - {"index.md"}
-    assert set(re.findall(r": (\w+\.md)", site)) == pages
+    assert set(re.findall(r": docs/(\w+\.md)", site)) == pages
+
+
+def links_of(page: pathlib.Path) -> set[pathlib.Path]:
+    """Where a page or the text of a notebook leads to in the repository."""
+    text = text_of(page)
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    text = re.sub(r"^```.*?^```|`[^`\n]+`(?!\])", "", text, flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s#]+)", text)
+    return {(page.parent / target).resolve() for target in targets if ":" not in target}
+
+
+def test_every_page_and_notebook_can_be_reached_from_the_readme():
+    notebooks = sorted(ROOT.glob("notebooks/*.ipynb"))
+    reached, next_ones = set(), {ROOT / "README.md"}
+    while next_ones:
+        reached |= next_ones
+        texts = [page for page in next_ones if page.suffix in (".md", ".ipynb")]
+        next_ones = set().union(*map(links_of, texts)) - reached
+    missing = reached - {path for path in reached if path.exists()}
+    assert not missing, f"these files are linked and do not exist: {sorted(map(NAME, missing))}"
+    dead_ends = {*PAGES, *notebooks} - reached
+    assert not dead_ends, f"no page leads to {sorted(map(NAME, dead_ends))}"
 
 
 def test_every_make_target_that_is_named_exists():

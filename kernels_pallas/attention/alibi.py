@@ -1,7 +1,7 @@
 """ALiBi without a bias array: six additional features of each query and key, whose product is the bias.
 
-With a slope :math:`m` as the sum of three bfloat16 numbers, :math:`m = m_1 + m_2 + m_3`, and a position
-:math:`p = h + l` of a multiple of 256 and a rest, each of the six products :math:`m_i h` and :math:`m_i l` is of
+With a slope $m$ as the sum of three bfloat16 numbers, $m = m_1 + m_2 + m_3$, and a position
+$p = h + l$ of a multiple of 256 and a rest, each of the six products $m_i h$ and $m_i l$ is of
 two bfloat16 numbers, and kernels sum products in float32. So the bias is that of float32 whatever the type of the query.
 """
 

@@ -34,7 +34,7 @@ def attention(
 ) -> Float[Array, "batch heads seq head_dim"]:
     r"""Compute softmax attention within each row, without an array of all scores if a kernel supports the operands.
 
-    .. math:: o_i = \sum_j \mathrm{softmax}_j (q_i \cdot k_j + m p_j) \, v_j
+    $$o_i = \sum_j \mathrm{softmax}_j (q_i \cdot k_j + m p_j) \, v_j$$
 
     over the :math:`j` that :math:`i` may see; :math:`m p_j` is the bias of ALiBi, if there is one. Sums and softmax are in
     float32. Each query head of a group uses the key head of the group (grouped-query attention). The op is differentiable

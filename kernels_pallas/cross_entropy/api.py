@@ -36,8 +36,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     r"""Sum the weighted softmax cross-entropy of ``hidden @ vocab_weight.T + bias`` over tokens.
 
-    .. math:: \sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
-        l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}
+    $$\sum_t w_t \, (\mathrm{lse}_t - l_{t, y_t} + z \, \mathrm{lse}_t^2), \qquad
+        l_t = W h_t + b, \quad \mathrm{lse}_t = \log \sum_v e^{l_{t,v}}$$
 
     The full float32 logits never exist at the same time (except in the reference). The matrix products
     take operands in the dtype of ``hidden`` (``vocab_weight`` is cast to it) and accumulate in float32.

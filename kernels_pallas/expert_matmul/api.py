@@ -30,8 +30,8 @@ def gather_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Gather rows from unsorted tokens and multiply each by the matrix of its group: the experts' first projection.
 
-    .. math:: y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
-        y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})
+    $$y_r = \mathrm{act}(x_{s(r)} W_{g(r)} + b_{g(r)}), \qquad \text{or} \qquad
+        y_r = \mathrm{act}(x_{s(r)} G_{g(r)} + c_{g(r)}) \cdot (x_{s(r)} W_{g(r)} + b_{g(r)})$$
 
     with a gate. The kernel is for few tokens, as in decoding, where reading weights dominates: it reads only the weights of
     groups that have rows, and never writes the sorted copy of the tokens. Sums, activation and gating are float32. The op is
@@ -91,7 +91,7 @@ def matmul_scatter(
 ) -> Float[Array, "tokens d_out"]:
     r"""Multiply sorted rows by the matrices of their groups and sum them per token with weights: the experts' last projection.
 
-    .. math:: y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})
+    $$y_t = \sum_{r:\, t(r) = t} a_r \, (h_r W_{g(r)} + b_{g(r)})$$
 
     Rows after the last group are ignored. Sums are float32. The op is differentiable in reverse mode, through the plain
     implementation. ``gather_matmul`` documents which sizes the kernel is for, and why there is no GPU kernel.

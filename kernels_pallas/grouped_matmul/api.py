@@ -22,7 +22,7 @@ def grouped_matmul(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
-    r"""Rows that are sorted by group, each times the matrix of its group: :math:`y_r = x_r W_{g(r)} + b_{g(r)}`.
+    r"""Rows that are sorted by group, each times the matrix of its group: $y_r = x_r W_{g(r)} + b_{g(r)}$.
 
     The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in ``x``, ``weight`` and ``bias``.
 

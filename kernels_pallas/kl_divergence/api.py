@@ -30,7 +30,7 @@ def kl_divergence(
 ) -> Float[Array, ""]:
     r"""Sum the divergence of a model's next-token distribution from its teacher's over tokens.
 
-    .. math:: \sum_t w_t \, \mathrm{KL}(p^T_t \,\|\, p^S_t), \qquad p_t = \mathrm{softmax}(l_t / \tau), \quad l_t = W h_t + b
+    $$\sum_t w_t \, \mathrm{KL}(p^T_t \,\|\, p^S_t), \qquad p_t = \mathrm{softmax}(l_t / \tau), \quad l_t = W h_t + b$$
 
     Softmax and sums are float32. The teacher gets no gradient. The full logits never exist at the same time (except in the
     reference).

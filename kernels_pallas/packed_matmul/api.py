@@ -27,9 +27,9 @@ def packed_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Multiply floats by a weight of packed codes, for few rows, reading the packed weight only once.
 
-    .. math:: y_{to} = \mathrm{act}\Big(\sum_i x_{ti} \, (w_{g(i) o} \, c_{oi} + z_{g(i) o}) + b_o\Big)
+    $$y_{to} = \mathrm{act}\Big(\sum_i x_{ti} \, (w_{g(i) o} \, c_{oi} + z_{g(i) o}) + b_o\Big)$$
 
-    with the codes :math:`c`, and the scale :math:`w` and zero point :math:`z` of the group of consecutive inputs :math:`g(i)`.
+    with the codes $c$, and the scale $w$ and zero point $z$ of the group of consecutive inputs $g(i)$.
 
     Args:
         x: Inputs, float32 or bfloat16.

@@ -27,22 +27,22 @@ def quantized_matmul(
 ) -> Float[Array, "rows d_out"]:
     r"""Multiply quantized inputs and weights as integers: quantize each row, multiply, then apply scales, bias and activation.
 
-    .. math:: y_{to} = \mathrm{act}\Big(s_t \, w_o \sum_i q_{ti} \, c_{oi} + b_o\Big), \qquad
-        s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)
+    $$y_{to} = \mathrm{act}\Big(s_t \, w_o \sum_i q_{ti} \, c_{oi} + b_o\Big), \qquad
+        s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)$$
 
-    with the codes :math:`c` and scales :math:`w` of the weight. Sums are exact, in 32 bits; what follows is float32. With
-    ``code_sums`` the codes of a row range from its least to its greatest number, and 0 stands for a number :math:`z_t`:
+    with the codes $c$ and scales $w$ of the weight. Sums are exact, in 32 bits; what follows is float32. With
+    ``code_sums`` the codes of a row range from its least to its greatest number, and 0 stands for a number $z_t$:
 
-    .. math:: y_{to} = \mathrm{act}\Big(w_o \big(s_t \sum_i q_{ti} \, c_{oi} + z_t \sum_i c_{oi}\big) + b_o\Big), \qquad
+    $$y_{to} = \mathrm{act}\Big(w_o \big(s_t \sum_i q_{ti} \, c_{oi} + z_t \sum_i c_{oi}\big) + b_o\Big), \qquad
         s_t = \frac{\max_i x_{ti} - \min_i x_{ti}}{255}, \quad z_t = s_t \, \big(\mathrm{round}(\min_i x_{ti} / s_t) + 128\big), \quad
-        q_{ti} = \mathrm{round}\big((x_{ti} - z_t) / s_t\big)
+        q_{ti} = \mathrm{round}\big((x_{ti} - z_t) / s_t\big)$$
 
     Args:
         x: Inputs, float32 or bfloat16. A row of zeros has the scale 1.
         weight: Codes of the weight, one row per output, packed as ``kernels_pallas.packed_codes`` describes.
         scale: float32 scale of each output.
         bias: Added to each output; None adds nothing.
-        code_sums: The sum of each output's codes, :math:`\sum_i c_{oi}`: gives the inputs of each row a zero point. None
+        code_sums: The sum of each output's codes, $\sum_i c_{oi}$: gives the inputs of each row a zero point. None
             quantizes them symmetrically.
         bits: Number of bits per code of the weight: 8, 4, 2 or 1.
         activation: Elementwise function from float32 to float32. A kernel supports only what Pallas can lower: erf, but not

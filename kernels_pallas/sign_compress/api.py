@@ -21,13 +21,13 @@ def compress(
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
     r"""Add the compression error of the previous step to ``x``, and return the signs of the sum as bits.
 
-    With :math:`c` the sum of last time and :math:`s` the scale that went with its signs, the error is
-    :math:`e = c - s \, \mathrm{sg}(c)`, and
+    With $c$ the sum of last time and $s$ the scale that went with its signs, the error is
+    $e = c - s \, \mathrm{sg}(c)$, and
 
-    .. math:: c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1
+    $$c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1$$
 
-    The new scale depends on all of :math:`c'`, so the new error is known only after a pass over it. That is why
-    :math:`c'` is kept and not the error: x and c are read once, and c' is written once.
+    The new scale depends on all of $c'$, so the new error is known only after a pass over it. That is why
+    $c'$ is kept and not the error: x and c are read once, and c' is written once.
 
     Args:
         x: Numbers to compress, of any floating dtype, with one part per server.
@@ -38,7 +38,7 @@ def compress(
             that the program is lowered for.
 
     Returns:
-        The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); :math:`c'`; and the sum of its squares.
+        The signs as bits, 1 for positive (bit 7 - k of byte j is element (k, j)); $c'$; and the sum of its squares.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +70,7 @@ def average(
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, "8 bytes"], Float[Array, ""]]:
     r"""Average what the workers sent, and compress the average in turn: the server's side of the exchange.
 
-    .. math:: d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')
+    $$d = c - s \, \mathrm{sg}(c), \qquad c' = \frac{1}{W} \sum_r s_r b_r + d, \qquad b = \mathrm{sg}(c')$$
 
     Args:
         bits: The signs that each worker sent for this server's part.
@@ -81,7 +81,7 @@ def average(
         implementation: As for ``compress``.
 
     Returns:
-        The signs of :math:`c'` as bits; :math:`c'`; and the sum of its squares.
+        The signs of $c'$ as bits; $c'$; and the sum of its squares.
 
     Example:
         >>> import jax.numpy as jnp

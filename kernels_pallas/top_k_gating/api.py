@@ -24,8 +24,8 @@ def top_k_gating(
 ) -> Gating:
     r"""Choose the k most probable experts of each token, and its position among the tokens that chose the same expert.
 
-    .. math:: p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
-        \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|
+    $$p_{te} = \frac{e^{l_{te}}}{\sum_f e^{l_{tf}}}, \qquad
+        \text{position}_{tj} = \big|\{ s < t : e_{tj} \text{ is one of the experts of } s \}\big|$$
 
     So each expert counts its tokens in order, and no token is dropped. Among equal logits, the expert with the lower number
     comes first. Differentiable in ``logits`` through the weights; the choice has no gradient.

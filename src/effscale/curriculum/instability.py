@@ -21,7 +21,7 @@ from effscale.training import MetricsWriter
 def loss_ratio(losses: Shaped[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:
     r"""Return the ratio of each loss to the smallest earlier loss.
 
-    .. math:: \rho_t = \ell_t / \min_{i < t} \ell_i, \qquad \rho_0 = 1
+    $$\rho_t = \ell_t / \min_{i < t} \ell_i, \qquad \rho_0 = 1$$
 
     While the loss decreases the ratio is at most 1; a ratio above 1.2 is the usual sign of instability. The ratio of a loss that
     is not finite is not finite either, and such a loss is ignored in later minima.
@@ -56,12 +56,12 @@ def unstable_steps(losses: Shaped[np.ndarray, " steps"], threshold: float = 1.2)
 def variance_metrics(opt_state: Any) -> dict[str, jax.Array]:
     r"""Return the norm and the maximum of Adam's variance state.
 
-    With the second moment :math:`v` as ``optax.scale_by_adam`` holds it, without the correction of its bias, and
+    With the second moment $v$ as ``optax.scale_by_adam`` holds it, without the correction of its bias, and
     sums and maximum over all parameters:
 
-    .. math:: \text{variance\_norm} = \sum_i \sqrt{v_i}, \qquad \text{variance\_max} = \max_i \sqrt{v_i}
+    $$\text{variance\_norm} = \sum_i \sqrt{v_i}, \qquad \text{variance\_max} = \max_i \sqrt{v_i}$$
 
-    The norm is the :math:`\ell_1` norm of :math:`\sqrt v`, in which single large values weigh less than in others. They
+    The norm is the $\ell_1$ norm of $\sqrt v$, in which single large values weigh less than in others. They
     are what Megatron-DeepSpeed logs as ``variance_sqrt_l1`` and ``variance_sqrt_abs_max``.
 
     Args:

@@ -35,15 +35,16 @@ def steps_then_tokens(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply updates by a negative learning rate that warms up by steps and decays by tokens.
 
-    After :math:`n` updates and :math:`x` tokens, with a warmup of :math:`w` updates, at whose end :math:`x_w` tokens had
-    been seen, and a total of :math:`D` tokens:
+    After $n$ updates and $x$ tokens, with a warmup of $w$ updates, at whose end $x_w$ tokens had
+    been seen, and a total of $D$ tokens:
 
-    .. math::
-        \eta = \text{peak} \cdot n/w \quad (n \le w), \qquad
-        p = (x - x_w)/(D - x_w) \quad (n > w)
+    $$
+    \eta = \text{peak} \cdot n/w \quad (n \le w), \qquad
+    p = (x - x_w)/(D - x_w) \quad (n > w)
+    $$
 
-    where ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
-    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{x_w/x}`. Beyond :math:`D` tokens it is ``final``.
+    where ``linear`` falls as $1 - p$ and ``cosine`` as $(1 + \cos \pi p)/2$, both from ``peak`` to ``final``;
+    ``inverse_sqrt`` is $\text{peak} \sqrt{x_w/x}$. Beyond $D$ tokens it is ``final``.
 
     With a sequence-length curriculum the first steps have few tokens: a warmup by tokens would take too long, and a decay
     by steps would come too early. The token count at the end of the warmup is recorded when it is reached, so it is right for

@@ -155,10 +155,10 @@ def reshape(
 ) -> dict[str, Any]:
     r"""Cut each row into pieces of ``length`` tokens, so that a step has about the same number of tokens as at full length.
 
-    With its last label a row is :math:`W` tokens, and a piece takes :math:`c = \text{length} + 1` of them, the last one
-    as a label only. First come the :math:`\lfloor W/c \rfloor` pieces from each row's start, row by row; then, of each
-    row, its last :math:`c` tokens, which overlap with them; of all these the first
-    :math:`\lceil \text{rows} \cdot W/c \rceil`, rounded down to a multiple of ``rows_multiple_of``. So the number of rows
+    With its last label a row is $W$ tokens, and a piece takes $c = \text{length} + 1$ of them, the last one
+    as a label only. First come the $\lfloor W/c \rfloor$ pieces from each row's start, row by row; then, of each
+    row, its last $c$ tokens, which overlap with them; of all these the first
+    $\lceil \text{rows} \cdot W/c \rceil$, rounded down to a multiple of ``rows_multiple_of``. So the number of rows
     depends on shapes only. At the full length the batch passes as it is.
 
     To the model a piece is like a packed row: ``positions`` start at 0, even for a document that started earlier.

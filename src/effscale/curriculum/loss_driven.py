@@ -15,10 +15,10 @@ from effscale.data.seeds import check_seed
 class LossDrivenBatches(grain.IterDataset):
     r"""Batches from the easiest samples first, then from a growing pool as the model becomes competent.
 
-    The competence is how much of the way from the first loss :math:`L_1` to a target the running mean :math:`\bar L` of the
+    The competence is how much of the way from the first loss $L_1$ to a target the running mean $\bar L$ of the
     losses has gone, and the pool is that many percentiles of the ranking:
 
-    .. math:: d = d_0 + \lfloor c \, (d_1 - d_0) \rfloor, \quad c = \frac{L_1 - \bar L}{L_1 - L_\text{target}}
+    $$d = d_0 + \lfloor c \, (d_1 - d_0) \rfloor, \quad c = \frac{L_1 - \bar L}{L_1 - L_\text{target}}$$
 
     with :math:`c` between 0 and 1. It never shrinks: harder samples may raise the loss again. Within the pool the order is
     that of ``effscale.curriculum.curriculum_rows``. If the model does not reach the target, the hardest samples are never

@@ -117,7 +117,7 @@ class TokenCounts:
 class VocabularyRarity:
     r"""Vocabulary rarity: how rare the tokens of a row are, summed over the row.
 
-    .. math:: r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)
+    $$r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)$$
 
     where :math:`n_k` is how often token k occurs in the corpus. Computed in float64; a token's
     contribution does not depend on the rest of the batch.
@@ -168,7 +168,7 @@ class VocabularyRarity:
 class LengthThenRarity:
     r"""Order by `sequence_length`, and rows of the same length by `VocabularyRarity`.
 
-    .. math:: \text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)
+    $$\text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)$$
 
     with L the ``max_length``.
 

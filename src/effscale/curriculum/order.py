@@ -75,7 +75,7 @@ class Clusters:
         draw: Int64[np.ndarray, " m"],
         opened: Float64[np.ndarray, " m"],
     ) -> Float64[np.ndarray, " m"]:
-        r"""When draws are due: at :math:`\text{opened} + (\text{draw} + u) / \text{size}`, :math:`u` random in [0, 1).
+        r"""When draws are due: at $\text{opened} + (\text{draw} + u) / \text{size}$, $u$ random in [0, 1).
 
         Time is in visits: one unit of it draws each available sample once.
         """

@@ -16,7 +16,7 @@ from effscale.training import Loss, next_token_loss
 class ReferenceLoss:
     r"""The mean loss of each row under a trained reference model, in nats per token.
 
-    .. math:: \frac{\sum_t w_t \ell_t}{\sum_t w_t}
+    $$\frac{\sum_t w_t \ell_t}{\sum_t w_t}$$
 
     over the row's own tokens; 0 for a row without weight. It is a metric for `analyze`. The original
     has no such metric, as its values are integers. If you have losses from elsewhere, no class is

@@ -22,7 +22,7 @@ def token_counts(store: TokenStore | Sequence[TokenStore]) -> Int64[np.ndarray, 
 def unigram_entropy(store: TokenStore | Sequence[TokenStore]) -> float:
     r"""Return the entropy of the tokens' frequencies, in nats per token.
 
-    .. math:: H = -\sum_v p_v \ln p_v
+    $$H = -\sum_v p_v \ln p_v$$
 
     No model that ignores the context has a lower loss on these tokens. So a language model has
     learned something from the context only if its loss is below this.

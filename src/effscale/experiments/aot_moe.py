@@ -93,7 +93,7 @@ class Case:
     def formula(self, devices: int) -> float:
         r"""Return the bytes that a device sends in all-to-alls in one step.
 
-        For each layer two exchanges of :math:`(p - 1) / p \cdot E C M` numbers forward, both once more as layers are recomputed (the gradient of a
+        For each layer two exchanges of $(p - 1) / p \cdot E C M$ numbers forward, both once more as layers are recomputed (the gradient of a
         token's weights needs what its experts said), and as many backward.
         """
         expert = self.mesh.expert

@@ -8,7 +8,7 @@ from effscale.models.attention import CAUSAL_BLOCKS, MIN_CAUSAL_BLOCK
 def layer_token_average(length: int, kept: int, num_layers: int, num_ltd_layers: int) -> int:
     r"""Return the average number of tokens of a row that a layer processes, rounded down.
 
-    .. math:: \lfloor (S (L - L_{ltd}) + r L_{ltd}) / L \rfloor
+    $$\lfloor (S (L - L_{ltd}) + r L_{ltd}) / L \rfloor$$
 
     Args:
         length: The number of tokens of the row in the batch.

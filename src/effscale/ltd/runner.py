@@ -24,9 +24,9 @@ def token_dropping(
 ) -> RunGroup:
     r"""Return a ``run_group`` function that runs each layer of a model on ``kept`` random tokens.
 
-    A layer :math:`f` with kept positions :math:`K`, drawn independently for each layer and row, maps the stream :math:`h` to
+    A layer $f$ with kept positions $K$, drawn independently for each layer and row, maps the stream $h$ to
 
-    .. math:: h'_K = f(h_K), \qquad h'_i = h_i \quad (i \notin K).
+    $$h'_K = f(h_K), \qquad h'_i = h_i \quad (i \notin K).$$
 
     Kept tokens attend only to one another, with the mask and the positions that they have in the whole row. No
     token is special: the class token may be dropped, and padding is kept as often as real tokens. The gradient is that of

@@ -42,10 +42,10 @@ def mslg(
 ) -> LinearPacing:
     r"""Return the pacing of Monotonic Sequence Length Growth: linear growth of the number of kept tokens.
 
-    .. math:: r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})
+    $$r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})$$
 
-    rounded down to a multiple of :math:`g`, but never below the smallest, and exactly the greatest from :math:`t = R` on.
-    Step ``b`` (from 0) takes :math:`r_b`. The names are DeepSpeed's.
+    rounded down to a multiple of $g$, but never below the smallest, and exactly the greatest from $t = R$ on.
+    Step ``b`` (from 0) takes $r_b$. The names are DeepSpeed's.
 
     Args:
         min_value: The number of tokens kept at first.

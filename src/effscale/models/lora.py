@@ -1,6 +1,6 @@
 r"""Low-rank adaptation: a weight plus the trained product of two thin matrices.
 
-.. math:: x W' = x W + s\,(x A) B, \qquad A \in R^{in \times r},\ B \in R^{r \times out}
+$$x W' = x W + s\,(x A) B, \qquad A \in R^{in \times r},\ B \in R^{r \times out}$$
 
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1.

@@ -151,6 +151,7 @@ PRESETS: dict[str, Callable[[], TransformerConfig]] = {
     ),
     **_sizes(vit, {"vit-huge": (32, 1280, 16)}, patch_size=14),
 }
+"""The configs of published models by name; ``preset`` calls one."""
 
 
 def preset(name: str) -> TransformerConfig:

@@ -41,10 +41,10 @@ class LinearScaling:
 class Llama3Scaling:
     r"""Llama 3.1's scaling: slow pairs are divided by ``factor``, fast pairs are unchanged, and those between are mixed.
 
-    With :math:`r` the turns that a pair makes over ``original_max_length`` positions, its frequency is multiplied by
+    With $r$ the turns that a pair makes over ``original_max_length`` positions, its frequency is multiplied by
 
-    .. math:: s + \frac{1 - s}{\text{factor}}, \quad
-        s = \operatorname{clip}\left(\frac{r - \text{low}}{\text{high} - \text{low}}, 0, 1\right)
+    $$s + \frac{1 - s}{\text{factor}}, \quad
+        s = \operatorname{clip}\left(\frac{r - \text{low}}{\text{high} - \text{low}}, 0, 1\right)$$
 
     References:
         Grattafiori et al., "The Llama 3 Herd of Models" (2024), and the reference code of Llama 3.1.
@@ -148,6 +148,7 @@ class YarnScaling:
 
 
 RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling
+"""Any of the ways to stretch rotary positions beyond the length of the training."""
 
 
 def _mixed(frequencies: Frequencies, kept: Frequencies, factor: float) -> Frequencies:

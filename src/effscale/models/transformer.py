@@ -23,6 +23,7 @@ from effscale.models.reports import AUX_LOSS, aux_loss
 from effscale.parallel import constrain
 
 RunGroup = Callable[..., tuple[Array, Any, Any]]
+"""A function that runs a group of layers, with the signature of ``effscale.models.run_group``."""
 
 
 def run_group(

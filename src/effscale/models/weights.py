@@ -112,7 +112,7 @@ def matmul(
 ) -> Float[Array, "*batch d_out"]:
     r"""Multiply an input by any weight, then apply bias and activation.
 
-    .. math:: y = \mathrm{activation}(x W + b)
+    $$y = \mathrm{activation}(x W + b)$$
 
     Every product with a weight is computed here: in dense layers, heads and the decoding loop. For weights that are stacked
     over experts, use ``jax.vmap(matmul)``.

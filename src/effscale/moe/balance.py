@@ -17,10 +17,10 @@ def load_balance(
 ) -> Float[Array, ""]:
     r"""Return the load-balancing loss: 1 if the load is even, up to E if one expert gets everything.
 
-    .. math:: L = E \sum_e f_e P_e
+    $$L = E \sum_e f_e P_e$$
 
-    with :math:`f_e` the share of all choices that fell on expert e and :math:`P_e` its mean probability. Choices count before any is
-    dropped; gradients flow through :math:`P` alone.
+    with $f_e$ the share of all choices that fell on expert e and $P_e$ its mean probability. Choices count before any is
+    dropped; gradients flow through $P$ alone.
 
     Args:
         probs: The probabilities of the experts, float32.
@@ -44,7 +44,7 @@ def load_balance(
 def z_loss(
     logits: Float[Array, "tokens experts"], used: Bool[Array, "tokens"] | None = None
 ) -> Float[Array, ""]:
-    r"""The mean of :math:`(\log \sum_e e^{l_e})^2`, which keeps a router's logits small.
+    r"""The mean of $(\log \sum_e e^{l_e})^2$, which keeps a router's logits small.
 
     References:
         Zoph et al., "ST-MoE" (2022), equation 5; its coefficient is 0.001. https://arxiv.org/abs/2202.08906

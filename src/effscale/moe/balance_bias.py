@@ -30,9 +30,9 @@ def with_balance_bias(
 ) -> optax.GradientTransformation:
     r"""Return an optimizer that moves the routers' balance biases by a fixed step, and passes the rest to another optimizer.
 
-    .. math:: b_e \leftarrow b_e - \gamma\, \mathrm{sign}(f_e - 1/E)
+    $$b_e \leftarrow b_e - \gamma\, \mathrm{sign}(f_e - 1/E)$$
 
-    with the load :math:`f` of the step. It needs routers with ``RouterConfig(balance_by_bias=True)``.
+    with the load $f$ of the step. It needs routers with ``RouterConfig(balance_by_bias=True)``.
 
     Args:
         optimizer: The optimizer of all other parameters.

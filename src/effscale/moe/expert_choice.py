@@ -44,7 +44,7 @@ def expert_choice(
 ) -> ExpertChoice:
     r"""Assign to each expert the tokens with the highest probability for it.
 
-    .. math:: y_t = \sum_{e:\, t \in \mathrm{TopK}(S^\top_e, C)} S_{t e}\, E_e(x_t)
+    $$y_t = \sum_{e:\, t \in \mathrm{TopK}(S^\top_e, C)} S_{t e}\, E_e(x_t)$$
 
     Args:
         probs: The probability of each expert for each token, S, float32. Gradients flow through the weights.

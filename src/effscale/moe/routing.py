@@ -64,7 +64,7 @@ def expert_capacity(
 ) -> int:
     r"""Return the number of rows in each expert's buffer: ``factor`` times its share of the items, rounded up.
 
-    .. math:: C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))
+    $$C = \min(T, \max(\lceil f k T / E \rceil, C_{min}))$$
 
     It is at most ``num_tokens``, as a token needs at most one place (DeepSpeed failed in this case until 2026).
 

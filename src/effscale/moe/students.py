@@ -1,6 +1,6 @@
 r"""Mixture of Students: distill a deep mixture of experts into a shallower one, which then continues without the teacher.
 
-.. math:: L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l
+$$L = L_{LM} + \alpha\, \tau^2\, \mathrm{KL}(p^T \| p^S) + \sum_l a_l$$
 
 with the divergence averaged over tokens. DeepSpeed-MoE finds that learning from the teacher until the end hurts: the
 student's own loss stops decreasing. So the teacher is removed earlier (in the paper after 400,000 of about 570,000

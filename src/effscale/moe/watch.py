@@ -9,7 +9,7 @@ from effscale.training.metrics import Values, plain
 
 
 def effective_experts(load: Sequence[float]) -> float:
-    r"""How many experts a load is worth: :math:`e^{H}`, with its entropy :math:`H`; all of them if it is even, 1 if one has everything.
+    r"""How many experts a load is worth: $e^{H}$, with its entropy $H$; all of them if it is even, 1 if one has everything.
 
     Args:
         load: The share of choices of each expert.

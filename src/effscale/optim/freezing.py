@@ -11,7 +11,7 @@ from effscale.optim.options import check_count, check_number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarianceRatio:
-    r"""End the warm-up when :math:`\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1` reaches a threshold.
+    r"""End the warm-up when $\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1$ reaches a threshold.
 
     DeepSpeed never implemented this criterion.
 

@@ -83,8 +83,8 @@ def lamb(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Create LAMB with bounded coefficients.
 
-    .. math:: u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
-        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u
+    $$u = m / (\sqrt v + \epsilon) + \lambda p, \qquad
+        c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u$$
 
     with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``, it has no bias correction and
     bounds the coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies

@@ -76,15 +76,15 @@ def scale_by_onebit_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale updates by 1-bit Adam.
 
-    Warm-up, with :math:`g` the mean over workers:
+    Warm-up, with $g$ the mean over workers:
 
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        u = m / (\sqrt v + \epsilon)
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        u = m / (\sqrt v + \epsilon)$$
 
     After the warm-up v is frozen, and the workers exchange the mean of their momenta in one bit per number:
 
-    .. math:: m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
-        u = m / (\sqrt v + \epsilon)
+    $$m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
+        u = m / (\sqrt v + \epsilon)$$
 
     With ``bias_correction`` :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)` with :math:`\hat m = m / (1 - \beta_1^t)` and
     :math:`\hat v = v / (1 - \beta_2^k)`, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and

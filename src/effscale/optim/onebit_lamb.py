@@ -89,16 +89,19 @@ def onebit_lamb(
     r"""Create 1-bit LAMB.
 
     The warm-up is `effscale.optim.lamb`, of the mean gradient, and follows each layer's coefficient,
-    :math:`\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c` (not where a norm is zero; a layer where one always was has 1). After it, with
-    :math:`a = \bar z / z` of the layers' root mean squares z of the momentum at the end of the warm-up:
+    $\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c$ (not where a norm is zero; a layer where one always was has 1). After it, with
+    $a = \bar z / z$ of the layers' root mean squares z of the momentum at the end of the warm-up:
 
-    .. math::
-        m' &= \mathrm{mean}_{1 \mathrm{bit}}\bigl(a (\beta_1 m + (1 - \beta_1) g_r)\bigr) / a \\
-        \hat g &= (m' - \beta_1 m) / (1 - \beta_1), \qquad \hat v \leftarrow \beta_2 \hat v + (1 - \beta_2) \hat g^2 \\
-        r &= \max_{v > 0} \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
-        u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad p \leftarrow p - \gamma \bar c \, r \, u
+    $$
+    \begin{aligned}
+    m' &= \mathrm{mean}_{1 \mathrm{bit}}\bigl(a (\beta_1 m + (1 - \beta_1) g_r)\bigr) / a \\
+    \hat g &= (m' - \beta_1 m) / (1 - \beta_1), \qquad \hat v \leftarrow \beta_2 \hat v + (1 - \beta_2) \hat g^2 \\
+    r &= \max_{v > 0} \frac{\sqrt v + \epsilon}{\sqrt{\hat v} + \epsilon}, \qquad
+    u = m' / (\sqrt v + \epsilon) + \lambda p, \qquad p \leftarrow p - \gamma \bar c \, r \, u
+    \end{aligned}
+    $$
 
-    With weight decay r becomes :math:`r \rho + 1 - \rho`, :math:`\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)` of
+    With weight decay r becomes $r \rho + 1 - \rho$, $\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)$ of
     the update without and with it. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
     its last value. The product of coefficient and factor is not clipped. There is no bias correction, which a coefficient
     within its bounds would cancel (see ``effscale.optim.lamb``). There is no ``scale_by_onebit_lamb``, as coefficient and factor
@@ -270,13 +273,13 @@ def onebit_lamb(
 
 
 def fresh_variance(v_hat: Any, m: Any, last_m: Any, *, b1: Any, b2: Any) -> Any:
-    r""":math:`\beta_2 \hat v + (1 - \beta_2) \hat g^2` of the gradient :math:`\hat g` that leads from the last momentum to this one."""
+    r"""$\beta_2 \hat v + (1 - \beta_2) \hat g^2$ of the gradient $\hat g$ that leads from the last momentum to this one."""
     g_hat = (m - b1 * last_m) / (1 - b1)
     return b2 * v_hat + (1 - b2) * jnp.square(g_hat)
 
 
 def greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
-    r""":math:`r = \max (\sqrt v + \epsilon) / (\sqrt{\hat v} + \epsilon)` of a layer, over what moves; 1 where nothing does.
+    r"""$r = \max (\sqrt v + \epsilon) / (\sqrt{\hat v} + \epsilon)$ of a layer, over what moves; 1 where nothing does.
 
     The first ``d`` dimensions stack layers.
     """
@@ -287,7 +290,7 @@ def greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
 
 
 def share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
-    r""":math:`r \rho + 1 - \rho`, with :math:`\rho` the share of the update without weight decay, u0, in the one with it, u."""
+    r"""$r \rho + 1 - \rho$, with $\rho$ the share of the update without weight decay, u0, in the one with it, u."""
     with_decay = norms(u, d)
     rho = jnp.minimum(1.0, norms(u0, d) / jnp.where(with_decay > 0, with_decay, 1.0))
     return r * rho + (1.0 - rho)

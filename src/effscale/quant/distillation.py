@@ -1,12 +1,13 @@
 r"""One-stage distillation: a small or quantized student learns from the logits, attention scores and hidden states of
 its teacher.
 
-With the student's layers :math:`i` matched to layers :math:`a_i` of the teacher, and its hidden states :math:`h_0` (what the
-embedding gives), :math:`h_1, \dots` (what the layers give) to the teacher's :math:`h_{r_0}, h_{r_1}, \dots`, it minimizes
+With the student's layers $i$ matched to layers $a_i$ of the teacher, and its hidden states $h_0$ (what the
+embedding gives), $h_1, \dots$ (what the layers give) to the teacher's $h_{r_0}, h_{r_1}, \dots$, it minimizes
 
-.. math::
-    L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
-    + \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
+$$
+L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
++ \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
+$$
 
 for logits :math:`z` of C classes and attention scores :math:`A`, which are those before the softmax. All terms have
 the same weight, and labels are not used. XTC found that this single stage, trained long enough at a good learning

@@ -1,9 +1,9 @@
 r"""GPTQ: round a matrix row by row, and compensate each error in the rows still to come.
 
-Of a kernel W with inputs x the error that matters is that of the product, :math:`\lVert X W - X \hat W \rVert^2`, which the Gram matrix
-:math:`H = X^T X` knows. With U the upper Cholesky factor of :math:`H^{-1}`, for each input i in turn:
+Of a kernel W with inputs x the error that matters is that of the product, $\lVert X W - X \hat W \rVert^2$, which the Gram matrix
+$H = X^T X$ knows. With U the upper Cholesky factor of $H^{-1}$, for each input i in turn:
 
-.. math:: e = (W_i - \mathrm{quant}(W_i)) / U_{ii}, \qquad W_{j} \leftarrow W_{j} - U_{ij} \, e \quad \text{for } j > i
+$$e = (W_i - \mathrm{quant}(W_i)) / U_{ii}, \qquad W_{j} \leftarrow W_{j} - U_{ij} \, e \quad \text{for } j > i$$
 
 References:
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022),

@@ -1,9 +1,9 @@
 r"""LKD: layer-by-layer knowledge distillation, which trains each quantized layer to match its float layer.
 
-With :math:`L_k` the layers of the teacher, :math:`\hat L_k` those of the student, and :math:`h_{k-1} = L_{k-1} \circ \dots \circ L_1(x)`
+With $L_k$ the layers of the teacher, $\hat L_k$ those of the student, and $h_{k-1} = L_{k-1} \circ \dots \circ L_1(x)$
 the teacher's hidden states, the student's layer k minimizes
 
-.. math:: \mathrm{mean} \bigl( \hat L_k(h_{k-1}) - L_k(h_{k-1}) \bigr)^2
+$$\mathrm{mean} \bigl( \hat L_k(h_{k-1}) - L_k(h_{k-1}) \bigr)^2$$
 
 Each layer's input comes from the teacher, so layers can be trained independently, and only one layer with its
 optimizer is trained in memory. No labels are needed. The text may differ from what the model is used for, or may be

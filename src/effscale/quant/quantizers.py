@@ -2,16 +2,19 @@ r"""Quantizers: convert real numbers to codes with scales, and back.
 
 With s the scale of a group, b the number of bits, and m the largest magnitude in the group, a value x becomes
 
-.. math::
-    \mathrm{symmetric:}\quad & q = \mathrm{clip}(\mathrm{round}(x / s)), \qquad \hat x = s q \\
-    \mathrm{asymmetric:}\quad & q = \mathrm{clip}(\mathrm{round}((x - z) / s)), \qquad \hat x = s q + z,
-    \quad s = (\max - \min) / (2^b - 1), \quad z = s \, \mathrm{round}(\min / s) \\
-    \mathrm{ternary:}\quad & \Delta = 0.7 \, \mathrm{mean} |x|, \quad s = \mathrm{mean}_{|x| > \Delta} |x|, \quad
-    q = \mathrm{sign}(x) \, [\, |x| > \Delta \,] \\
-    \mathrm{binary:}\quad & s = \mathrm{mean} |x|, \quad q = \mathrm{sign}(x) \ \mathrm{with}\ \mathrm{sign}(0) = 1
+$$
+\begin{aligned}
+\mathrm{symmetric:}\quad & q = \mathrm{clip}(\mathrm{round}(x / s)), \qquad \hat x = s q \\
+\mathrm{asymmetric:}\quad & q = \mathrm{clip}(\mathrm{round}((x - z) / s)), \qquad \hat x = s q + z,
+\quad s = (\max - \min) / (2^b - 1), \quad z = s \, \mathrm{round}(\min / s) \\
+\mathrm{ternary:}\quad & \Delta = 0.7 \, \mathrm{mean} |x|, \quad s = \mathrm{mean}_{|x| > \Delta} |x|, \quad
+q = \mathrm{sign}(x) \, [\, |x| > \Delta \,] \\
+\mathrm{binary:}\quad & s = \mathrm{mean} |x|, \quad q = \mathrm{sign}(x) \ \mathrm{with}\ \mathrm{sign}(0) = 1
+\end{aligned}
+$$
 
-As stored, the codes of asymmetric formats are signed, too: smaller by :math:`2^{b-1}`, with the zero point larger by
-:math:`2^{b-1} s`. Other spreads of codes over a range are those of `effscale.quant.formats.Spread`.
+As stored, the codes of asymmetric formats are signed, too: smaller by $2^{b-1}$, with the zero point larger by
+$2^{b-1} s$. Other spreads of codes over a range are those of `effscale.quant.formats.Spread`.
 
 References:
     Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers" (2022).

@@ -15,8 +15,9 @@ def gae(
 ) -> tuple[Float[Array, "batch response"], Float[Array, "batch response"]]:
     r"""Compute advantages by generalized advantage estimation, and the returns that a critic learns.
 
-    .. math::
-        \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad R_t = A_t + V_t
+    $$
+    \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad R_t = A_t + V_t
+    $$
 
     After the last token of a response the value is 0, even if the response was cut off.
 
@@ -84,7 +85,7 @@ def whiten(
 def group_advantages(
     scores: Float[Array, "batch"], group_size: int, *, scale: bool = True
 ) -> Float[Array, "batch"]:
-    r"""The advantage of each response over the others to its prompt, as in GRPO: :math:`(s_i - \bar s) / (\sigma + 10^{-4})`.
+    r"""The advantage of each response over the others to its prompt, as in GRPO: $(s_i - \bar s) / (\sigma + 10^{-4})$.
 
     Args:
         scores: Scores of responses; responses to the same prompt are adjacent.

@@ -23,7 +23,7 @@ def actor_loss(
 ) -> Loss:
     r"""Compute the clipped loss of the policy, plus the terms for divergence, entropy and ordinary text if the config has them in the loss.
 
-    .. math:: L = L_{policy} + \beta\,\mathrm{KL} - c_H H + c_{text} L_{text}
+    $$L = L_{policy} + \beta\,\mathrm{KL} - c_H H + c_{text} L_{text}$$
 
     A mean over tokens is taken over the whole batch, however it is split; DeepSpeed-Chat and TRL take it per
     micro-batch.

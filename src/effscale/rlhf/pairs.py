@@ -36,7 +36,7 @@ def reward_model_loss(
 ) -> Loss:
     r"""Compute the loss of a reward model, which learns to give the better response the higher score.
 
-    .. math:: L = L_{pairs} + c_{lm}\, \mathrm{mean}\bigl(-\log p(y_c \mid x)\bigr)
+    $$L = L_{pairs} + c_{lm}\, \mathrm{mean}\bigl(-\log p(y_c \mid x)\bigr)$$
 
     Args:
         model: A model with a head of one class: ``pool="last"`` or ``"none"`` for ``form="response"``, ``"none"`` for ``"token"``. With ``lm_coef`` it also

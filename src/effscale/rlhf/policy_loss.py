@@ -78,8 +78,8 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     r"""Compute the clipped policy loss of PPO.
 
-    .. math:: L = \mathrm{mean}_t \max(-A_t \rho_t,\; -A_t\, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, 1 + \epsilon_{high})), \qquad
-        \rho_t = \pi(a_t) / \pi_{old}(a_t)
+    $$L = \mathrm{mean}_t \max(-A_t \rho_t,\; -A_t\, \mathrm{clip}(\rho_t, 1 - \epsilon_{low}, 1 + \epsilon_{high})), \qquad
+        \rho_t = \pi(a_t) / \pi_{old}(a_t)$$
 
     Args:
         log_probs: Log-probabilities of the generated tokens under the policy being trained.
@@ -139,7 +139,7 @@ def value_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     r"""Compute half the mean squared error of a critic whose values are clipped to stay near the old ones.
 
-    .. math:: L = \tfrac12\, \mathrm{mean}_t \max((V_t - R_t)^2,\; (\mathrm{clip}(V_t, V^{old}_t \pm \epsilon) - R_t)^2)
+    $$L = \tfrac12\, \mathrm{mean}_t \max((V_t - R_t)^2,\; (\mathrm{clip}(V_t, V^{old}_t \pm \epsilon) - R_t)^2)$$
 
     Args:
         values: The critic's current values.

@@ -14,7 +14,7 @@ def pairwise_loss(
 ) -> Float[Array, ""]:
     r"""Compute the loss of a reward model from the scores of whole responses (Bradley-Terry).
 
-    .. math:: L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)
+    $$L = \mathrm{mean}\bigl(-\log \sigma(s_c - s_r - m) + c\, (s_c + s_r)^2\bigr)$$
 
     Args:
         chosen: Scores of the preferred responses.
@@ -42,7 +42,7 @@ def token_pairwise_loss(
     rejected: Float[Array, "pairs length"],
     where: Bool[Array, "pairs length"],
 ) -> Float[Array, ""]:
-    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of :math:`-\log \sigma(c_t - r_t)` for each pair.
+    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of $-\log \sigma(c_t - r_t)$ for each pair.
 
     Args:
         chosen: A score after each token of the preferred response, prompt included.
@@ -107,8 +107,8 @@ def dpo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     r"""Compute the loss of direct preference optimization: a policy learns from pairs without a reward model.
 
-    With :math:`z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]` the loss is the mean of
-    :math:`-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)`.
+    With $z = \beta\,[(\log \pi_c - \log \pi^{ref}_c) - (\log \pi_r - \log \pi^{ref}_r)]$ the loss is the mean of
+    $-(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z)$.
 
     Args:
         chosen: Log-probabilities of the preferred responses under the policy: sums over their tokens.

@@ -19,8 +19,8 @@ def kl_estimate(
 ) -> Float[Array, "batch response"]:
     r"""Estimate the divergence from the reference model from the generated tokens.
 
-    With :math:`d = \log \pi - \log \pi_{ref}` of a token, ``k1`` is :math:`d`, without bias and of either sign; ``k2`` is :math:`d^2 / 2`, small
-    in variance; ``k3`` is :math:`e^{-d} - 1 + d`, without bias and never below 0.
+    With $d = \log \pi - \log \pi_{ref}$ of a token, ``k1`` is $d$, without bias and of either sign; ``k2`` is $d^2 / 2$, small
+    in variance; ``k3`` is $e^{-d} - 1 + d$, without bias and never below 0.
 
     Args:
         log_probs: Log-probabilities of the tokens under the policy that generated them.
@@ -63,7 +63,7 @@ def shaped_rewards(
     kl_coef: float | Float[Array, ""] = 0.05,
     clip: float | None = None,
 ) -> Float[Array, "batch response"]:
-    r"""The reward of each token: :math:`r_t = -\beta\, \mathrm{KL}_t`, and the score of the response at its last token as well.
+    r"""The reward of each token: $r_t = -\beta\, \mathrm{KL}_t$, and the score of the response at its last token as well.
 
     Args:
         scores: One score per response, from a reward model or a function.
@@ -102,7 +102,7 @@ def adaptive_kl(
 ) -> Float[Array, ""]:
     r"""Return the KL coefficient for the next batch: higher if the policy moved too far, lower if it stayed too close.
 
-    .. math:: \beta \leftarrow \beta\, (1 + \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1, \pm 0.2)\; n / \mathrm{horizon})
+    $$\beta \leftarrow \beta\, (1 + \mathrm{clip}(\mathrm{KL} / \mathrm{target} - 1, \pm 0.2)\; n / \mathrm{horizon})$$
 
     Args:
         kl_coef: The current coefficient.

@@ -11,8 +11,8 @@ from effscale.training.stages import Stages
 def batch_ramp(start: int, increment: int, samples: int, final: int) -> Stages[int]:
     r"""Return the batch size at each step of a ramp from ``start`` to ``final`` over the first ``samples`` rows.
 
-    With :math:`n = (\text{final} - \text{start}) / \text{increment}` and :math:`c` rows consumed before a step, the step takes
-    :math:`\text{start} + \text{increment} \lfloor c / (\text{samples} / n) \rfloor` rows, and ``final`` from ``samples`` rows on. It is what
+    With $n = (\text{final} - \text{start}) / \text{increment}$ and $c$ rows consumed before a step, the step takes
+    $\text{start} + \text{increment} \lfloor c / (\text{samples} / n) \rfloor$ rows, and ``final`` from ``samples`` rows on. It is what
     Megatron-DeepSpeed calls ``--rampup-batch-size START INCREMENT SAMPLES``. Learning rates should then be scheduled by tokens or
     samples (``ScheduleConfig(unit="tokens")``), as BLOOM's are.
 

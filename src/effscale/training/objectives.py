@@ -22,7 +22,7 @@ def next_token_loss(
 ) -> Loss:
     r"""Return the summed cross entropy of each next token, without materializing all logits.
 
-    .. math:: L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)
+    $$L = \sum_t w_t \left(-\log p(y_t \mid x_{\le t}) + z \log^2 Z_t\right)$$
 
     Args:
         model: A causal model with a head named ``lm``.
@@ -110,7 +110,7 @@ def masked_token_loss(
 def add_reports(loss: Loss, reports: Any) -> Loss:
     r"""Return a loss extended by the reports of the model's layers: their auxiliary losses are added, the rest become metrics.
 
-    .. math:: \frac{L}{w} \to \frac{L}{w} + \sum_l a_l
+    $$\frac{L}{w} \to \frac{L}{w} + \sum_l a_l$$
 
     The auxiliary losses :math:`a_l` come with their coefficients from the layers. They are means over the tokens that a layer
     sees, so the sum :math:`L` grows by :math:`w \sum_l a_l`, and micro-batches count by their weights. The objectives of this

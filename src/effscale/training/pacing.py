@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from effscale.models.validation import check, is_finite
 
 Clock = Literal["steps", "samples", "tokens"]
+"""What a pacing function counts."""
 NUM_LEVELS = 12
 
 
@@ -77,11 +78,11 @@ def _check_at_least(config: Pacing, least: int, field: str, name_of_least: str =
 class RootPacing(Pacing):
     r"""Root pacing: from the minimum to the maximum difficulty along a root of the count.
 
-    .. math:: d(t) = \left\lfloor (t/T)^{1/k} (d_1 - d_0) + d_0 \right\rfloor_g
+    $$d(t) = \left\lfloor (t/T)^{1/k} (d_1 - d_0) + d_0 \right\rfloor_g$$
 
-    rounded down to a multiple of the granularity :math:`g`, but never below :math:`d_0`, and exactly :math:`d_1` from
-    :math:`t = T` on. In the original, rounding can fall below :math:`d_0`, and a :math:`d_1` that is no multiple of
-    :math:`g` is reached only after :math:`T`; elsewhere both agree.
+    rounded down to a multiple of the granularity $g$, but never below $d_0$, and exactly $d_1$ from
+    $t = T$ on. In the original, rounding can fall below $d_0$, and a $d_1$ that is no multiple of
+    $g$ is reached only after $T$; elsewhere both agree.
 
     References:
         Li et al., "DeepSpeed Data Efficiency" (2022), section 3.1. https://arxiv.org/abs/2212.03597

@@ -13,7 +13,7 @@ from effscale.models.validation import check, is_finite
 def character_repetition(text: str, length: int = 10) -> float:
     r"""Return the share of a text's character n-grams that are copies of its most frequent ones.
 
-    Of :math:`d` distinct n-grams, :math:`r` of which occur more than once, the :math:`\min(\lfloor\sqrt d\rfloor, r)` most frequent are counted.
+    Of $d$ distinct n-grams, $r$ of which occur more than once, the $\min(\lfloor\sqrt d\rfloor, r)$ most frequent are counted.
 
     Args:
         text: The text.

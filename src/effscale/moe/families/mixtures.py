@@ -4,7 +4,7 @@ The load-balancing loss of transformers counts all k choices, so that its value 
 is one number for all layers together. Here it is a mean over choices, and each layer adds a separate loss. So
 ``router_aux_loss_coef`` is divided over the layers:
 
-.. math:: balance = coef \cdot k / layers
+$$balance = coef \cdot k / layers$$
 """
 
 import dataclasses

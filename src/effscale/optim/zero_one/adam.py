@@ -92,14 +92,14 @@ def zero_one_adam(
 
     Up to ``var_freeze_step``: at the steps of the variance policy (`Policies`) gradients are averaged uncompressed and
 
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2$$
 
     At the other steps gradients are averaged in one bit and v does not change. DeepSpeed compresses gradients here, and
     the paper the momentum; this follows DeepSpeed. After that, v is frozen, and each worker r makes local steps until the
     next step of the second policy:
 
-    .. math:: m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
-        x_r = x - u_r / (\sqrt v + \epsilon)
+    $$m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
+        x_r = x - u_r / (\sqrt v + \epsilon)$$
 
     where all agree on :math:`\bar u`, the mean of u in one bit, and set :math:`x \leftarrow x - \bar u / (\sqrt v +
     \epsilon)`, :math:`m \leftarrow \bar u / \sum \gamma`, :math:`u \leftarrow 0`. There is no ``scale_by_zero_one_adam``, as what is

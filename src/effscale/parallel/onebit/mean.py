@@ -37,12 +37,12 @@ def compressed_mean(
 ) -> tuple[Any, ErrorFeedback]:
     r"""The mean over workers in one bit per number each way, and the errors for the next time.
 
-    With :math:`\mathrm{sg}(0) = 1`, worker r sends :math:`s_r \, \mathrm{sg}(c_r)` of :math:`c_r = x_r + e_r`, where
-    :math:`s_r = \lVert c_r \rVert_2 / \sqrt n`. The server of a part sends :math:`S \, \mathrm{sg}(m)` of
-    :math:`m = \frac{1}{W} \sum_r s_r \mathrm{sg}(c_r) + d`, S likewise. Then :math:`e_r \leftarrow c_r - s_r
-    \mathrm{sg}(c_r)`, :math:`d \leftarrow m - S \, \mathrm{sg}(m)`. So of all steps together
+    With $\mathrm{sg}(0) = 1$, worker r sends $s_r \, \mathrm{sg}(c_r)$ of $c_r = x_r + e_r$, where
+    $s_r = \lVert c_r \rVert_2 / \sqrt n$. The server of a part sends $S \, \mathrm{sg}(m)$ of
+    $m = \frac{1}{W} \sum_r s_r \mathrm{sg}(c_r) + d$, S likewise. Then $e_r \leftarrow c_r - s_r
+    \mathrm{sg}(c_r)$, $d \leftarrow m - S \, \mathrm{sg}(m)$. So of all steps together
 
-    .. math:: \sum_t \mathrm{out}_t = \sum_t \frac{1}{W} \sum_r x_{r,t} - \frac{1}{W} \sum_r e_{r,T} - d_T
+    $$\sum_t \mathrm{out}_t = \sum_t \frac{1}{W} \sum_r x_{r,t} - \frac{1}{W} \sum_r e_{r,T} - d_T$$
 
     All tensors are sent together: one all-to-all and one all-gather of bytes (signs, followed by the scales) for the tensors
     that are divided over the same mesh axes. A tensor is padded to whole bytes for each server; padding is never counted.

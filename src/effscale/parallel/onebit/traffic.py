@@ -33,7 +33,7 @@ def compressed_mean_bytes(
 ) -> float:
     r"""Return the bytes that a device sends in one ``compressed_mean``.
 
-    With :math:`B` bytes of a server's part of all tensors and S scales of four bytes, :math:`2 (W - 1) (B + 4 S)`: about
+    With $B$ bytes of a server's part of all tensors and S scales of four bytes, $2 (W - 1) (B + 4 S)$: about
     1/32 of what float32 takes.
 
     Args:

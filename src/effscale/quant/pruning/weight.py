@@ -1,6 +1,6 @@
 r"""Weights with a mask.
 
-.. math:: y = x (M \odot W) + m \odot b
+$$y = x (M \odot W) + m \odot b$$
 
 with m the mask of the rows, if there is one, and M the mask of the matrix.
 """
