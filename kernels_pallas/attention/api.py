@@ -36,7 +36,7 @@ def attention(
 
     $$o_i = \sum_j \mathrm{softmax}_j (q_i \cdot k_j + m p_j) \, v_j$$
 
-    over the :math:`j` that :math:`i` may see; :math:`m p_j` is the bias of ALiBi, if there is one. Sums and softmax are in
+    over the $j$ that $i$ may see; $m p_j$ is the bias of ALiBi, if there is one. Sums and softmax are in
     float32. Each query head of a group uses the key head of the group (grouped-query attention). The op is differentiable
     once, in query, keys and values.
 

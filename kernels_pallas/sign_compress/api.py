@@ -31,8 +31,8 @@ def compress(
 
     Args:
         x: Numbers to compress, of any floating dtype, with one part per server.
-        corrected: float32, :math:`c`; zeros at first.
-        scale: float32, :math:`s`; zero at first.
+        corrected: float32, $c$; zeros at first.
+        scale: float32, $s$; zero at first.
         size: Number of leading elements that count; the rest is padding, whose sum stays zero.
         implementation: "reference" (plain jnp), "tpu" or "gpu" (Pallas kernels), or None: the best one for the platform
             that the program is lowered for.
@@ -74,9 +74,9 @@ def average(
 
     Args:
         bits: The signs that each worker sent for this server's part.
-        scales: float32, :math:`s_r`.
-        corrected: float32, the server's :math:`c`; zeros at first.
-        scale: float32, the server's :math:`s`; zero at first.
+        scales: float32, $s_r$.
+        corrected: float32, the server's $c$; zeros at first.
+        scale: float32, the server's $s$; zero at first.
         size: int32, number of elements of the part that count; the rest is padding. It may differ between servers.
         implementation: As for ``compress``.
 

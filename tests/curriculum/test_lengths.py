@@ -200,14 +200,20 @@ def linear(low, high, total=30, **options):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pacing": linear(0, 8)}, "pacing must be .*lengths from 1, and not from 0, got LinearPacing"),
+        (
+            {"pacing": linear(0, 8)},
+            "pacing must be .*lengths from 1, and not from 0, got LinearPacing",
+        ),
         (
             {"pacing": linear(2, 12), "multiple_of": 8},
             "multiple_of must be a divisor of the full length 12.*, got 8",
         ),
         ({"pacing": linear(2, 8), "multiple_of": 0}, r"multiple_of must be .*, got 0"),
         ({"pacing": linear(2, 8), "rows_multiple_of": 0}, r"rows_multiple_of must be .*, got 0"),
-        ({"pacing": linear(2, 8), "mode": "crop"}, "mode must be one of truncate, reshape, got 'crop'"),
+        (
+            {"pacing": linear(2, 8), "mode": "crop"},
+            "mode must be one of truncate, reshape, got 'crop'",
+        ),
     ],
 )
 def test_bad_curricula(fields, message, monkeypatch):

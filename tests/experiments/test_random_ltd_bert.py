@@ -211,7 +211,9 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
             (corpus,),
             Config(classes=3, passage=8, finetune=Recipe(batch_size=8, train=8, test=6)),
         )
-    with pytest.raises(ValueError, match=r"Config.classes must be at most the \d+ documents.*, got 99"):
+    with pytest.raises(
+        ValueError, match=r"Config.classes must be at most the \d+ documents.*, got 99"
+    ):
         passages_data(
             (corpus,), Config(classes=99, finetune=Recipe(batch_size=4, train=99, test=99))
         )

@@ -366,8 +366,14 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
         (["--micro-batch", "3"], "Config.micro_batch must be a divisor of batch_size=4.*, got 3"),
         (["--tokens", "40000"], "Config.tokens must be at least 45,056.*, got 40000"),
         (["--learning-rate-factors", "4", "4"], "must be one or more different numbers above 0"),
-        (["--curriculum", "3"], "Config.curriculum must be less, as the tokens are used up.*, got 3.0"),
-        (["--min-length", "128"], "Config.min_length must be from 1 to below length=128.*, got 128"),
+        (
+            ["--curriculum", "3"],
+            "Config.curriculum must be less, as the tokens are used up.*, got 3.0",
+        ),
+        (
+            ["--min-length", "128"],
+            "Config.min_length must be from 1 to below length=128.*, got 128",
+        ),
         (["--threshold", "1"], "Config.threshold must be above 1.*, got 1.0"),
         (["--model.num-heads", "3"], "num_heads=3 does not divide d_model=128"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),

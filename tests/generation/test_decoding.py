@@ -151,7 +151,10 @@ def test_bfloat16_generates(gpt):
             {"prompt": [[1, 2]], "attention_mask": [[1, 0]]},
             r"rows \[0\] of the prompt are padded on the right",
         ),
-        ({"prompt": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask must have the shape of the prompt, \(1, 2\), got"),
+        (
+            {"prompt": [[1, 2]], "attention_mask": [[1]]},
+            r"attention_mask must have the shape of the prompt, \(1, 2\), got",
+        ),
         ({"prompt": [1, 2]}, r"prompt must have the shape \(batch, seq\).*, got \(2,\)"),
         ({"prompt": [[2**32 + 5]]}, r"token id 4294967301 is outside the model's vocabulary of 40"),
         ({"prompt": [[-1, 2]]}, r"token id -1 is outside the model's vocabulary of 40"),
@@ -160,7 +163,10 @@ def test_bfloat16_generates(gpt):
         ({"prompt": [["a"]]}, r"prompt must be an array of integers"),
         ({"prompt": [[2**70]]}, r"prompt must be an array of integers"),
         ({"prompt": [[1], [1, 2]]}, r"Use left_pad to make one from lists of different lengths"),
-        ({"prompt": np.zeros((0, 3), np.int32)}, r"prompt must have the shape .* both at least 1, got \(0, 3\)"),
+        (
+            {"prompt": np.zeros((0, 3), np.int32)},
+            r"prompt must have the shape .* both at least 1, got \(0, 3\)",
+        ),
         ({"prompt": [[]]}, r"prompt must have the shape .*, got \(1, 0\)"),
         ({"prompt": [[1] * 30]}, r"has 32 positions\. Set max_new_tokens to at most 2"),
     ],
@@ -185,7 +191,9 @@ def test_sampling_without_a_key_is_an_error(gpt):
     "key", [3, np.uint32(3), "key", jax.random.split(jax.random.key(0))], ids=str
 )
 def test_what_is_no_key_is_refused(key):
-    with pytest.raises(ValueError, match=r"key must be one PRNG key, got [\s\S]*\. Use jax\.random\.key"):
+    with pytest.raises(
+        ValueError, match=r"key must be one PRNG key, got [\s\S]*\. Use jax\.random\.key"
+    ):
         checked_key(key)
 
 

@@ -71,10 +71,16 @@ def test_fields_that_would_change_the_answer_are_named(tmp_path):
         "early_stopping": True,
     }
     folder = written(tmp_path, **fields)
-    names = r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'\. Pass stop_strings= to generate$"
-    with pytest.warns(UserWarning, match=rf"generation_config\.json': ignoring unsupported fields: {names}"):
+    names = (
+        r"num_beams=4, stop_strings=\['\.'\], chat_format='raw'\. Pass stop_strings= to generate$"
+    )
+    with pytest.warns(
+        UserWarning, match=rf"generation_config\.json': ignoring unsupported fields: {names}"
+    ):
         sampling_from_folder(folder)
-    with pytest.warns(UserWarning, match=r"ignoring unsupported fields: num_beams=4, typical_p=0\.9"):
+    with pytest.warns(
+        UserWarning, match=r"ignoring unsupported fields: num_beams=4, typical_p=0\.9"
+    ):
         sampling_from_folder(folder, do_sample=True)
 
 
@@ -98,7 +104,11 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
         ({"do_sample": 1}, {}, r"do_sample must be true or false.*, got 1"),
         ({"eos_token_id": [1, "a"]}, {}, r"eos_token_id must be a list of whole.*, got \[1, 'a'\]"),
         ({"eos_token_id": 1.5}, {}, r"eos_token_id must be a whole number.*, got 1\.5"),
-        ({"do_sample": True, "top_p": 7}, {}, r"json': SamplingConfig\.top_p must be in.*, got 7\.0"),
+        (
+            {"do_sample": True, "top_p": 7},
+            {},
+            r"json': SamplingConfig\.top_p must be in.*, got 7\.0",
+        ),
         (
             {"max_new_tokens": 0},
             {"pad_id": 3},

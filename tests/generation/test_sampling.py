@@ -144,7 +144,9 @@ def test_impossible_values_name_the_field(field, value):
 
 
 def test_one_likeliest_answer_is_all_there_is():
-    with pytest.raises(ValueError, match=r"num_return_sequences must be 1 with greedy decoding.*, got 2"):
+    with pytest.raises(
+        ValueError, match=r"num_return_sequences must be 1 with greedy decoding.*, got 2"
+    ):
         SamplingConfig(temperature=0.0, num_return_sequences=2)
 
 

@@ -130,12 +130,17 @@ def test_processors_see_what_the_rows_hold_and_act_before_the_temperature(gpt):
 def test_processors_that_give_no_logits_are_named(gpt):
     config = SamplingConfig(max_new_tokens=2, temperature=0.0)
     narrow = lambda logits, history: logits[:, :5]
-    with pytest.raises(ValueError, match=r"the processor <lambda> must return logits of shape \(1, 300\), got \(1, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the processor <lambda> must return logits of shape \(1, 300\), got \(1, 5\)",
+    ):
         generate(gpt, [[1]], config, processors=[narrow])
     with pytest.raises(ValueError, match=r"processors must be hashable functions .*, got 3"):
         checked_processors([3])
     nothing = lambda logits, history: logits - jnp.inf
-    with pytest.raises(ValueError, match=r"row 0 of the prompt.* every token was excluded .*processors"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of the prompt.* every token was excluded .*processors"
+    ):
         generate(gpt, [[1]], config, processors=[nothing])
 
 

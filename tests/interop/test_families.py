@@ -220,7 +220,9 @@ def test_without_a_model_type_the_class_tells_the_family(model_type):
 
 @pytest.mark.parametrize("name", ["GPTNeoXJapaneseForCausalLM", "ViTMAEModel", "Llama4ForCausalLM", "OPTimus", "T5Model"])  # fmt: skip
 def test_classes_of_other_families_are_not_taken(name):
-    with pytest.raises(FolderError, match=f"must belong to one of gpt2, opt, bloom, gptj, .*, got {name!r}"):
+    with pytest.raises(
+        FolderError, match=f"must belong to one of gpt2, opt, bloom, gptj, .*, got {name!r}"
+    ):
         identify({"architectures": [name]}, {})
 
 

@@ -57,7 +57,9 @@ def test_shards_are_read_as_one(sharded):
     tensors = open_tensors(sharded)
     assert values(tensors) == {"a": 1, "b": 2, "c": 3}
     assert tensors.infos["c"].shape == (2,)
-    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': no tensor 'd' in its files\."):
+    with pytest.raises(
+        FolderError, match=r"model\.safetensors\.index\.json': no tensor 'd' in its files\."
+    ):
         tensors.read("d")
 
 
@@ -83,7 +85,10 @@ def test_a_single_file_of_another_name(tmp_path, torch):
 def test_several_files_of_pytorch(tmp_path):
     for name in ("a.bin", "b.bin"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FolderError, match=r"has several files that could be the weights: a\.bin, b\.bin\. Rename the right one to 'pytorch_model\.bin'"):
+    with pytest.raises(
+        FolderError,
+        match=r"has several files that could be the weights: a\.bin, b\.bin\. Rename the right one to 'pytorch_model\.bin'",
+    ):
         open_tensors(tmp_path)
 
 
@@ -101,7 +106,10 @@ def test_no_weights(tmp_path):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(FolderError, match=r"there is no folder 'gpt2'\. Models are not downloaded automatically.*hf download"):
+    with pytest.raises(
+        FolderError,
+        match=r"there is no folder 'gpt2'\. Models are not downloaded automatically.*hf download",
+    ):
         open_tensors("gpt2")
     with pytest.raises(FolderError, match="no folder"):
         read_json(tmp_path / "nope", "config.json")
@@ -130,7 +138,10 @@ def test_shards_without_an_index_are_not_read(sharded, number):
 def test_a_tensor_that_is_not_where_the_index_says(sharded):
     first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     write_index(sharded, {"a": first, "b": second, "c": second})
-    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': does not match its files: 1 tensors are not where it lists them, the first is 'b' in 'model-00002"):
+    with pytest.raises(
+        FolderError,
+        match=r"model\.safetensors\.index\.json': does not match its files: 1 tensors are not where it lists them, the first is 'b' in 'model-00002",
+    ):
         open_tensors(sharded)
 
 
@@ -143,7 +154,10 @@ def test_a_tensor_that_the_index_does_not_name_is_listed(sharded):
     write_index(sharded, {"a": first, "b": first, "c": second})
     assert values(open_tensors(sharded))["b"] == 2
     write_index(sharded, {"a": first, "c": second})
-    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': does not name 'b', which both 'model-00001-of-00002\.safetensors' and 'model-00002-of-00002\.safetensors' contain"):
+    with pytest.raises(
+        FolderError,
+        match=r"model\.safetensors\.index\.json': does not name 'b', which both 'model-00001-of-00002\.safetensors' and 'model-00002-of-00002\.safetensors' contain",
+    ):
         open_tensors(sharded)
 
 
@@ -163,7 +177,10 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, name):
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': has no weight_map from names of tensors to names of files\."):
+    with pytest.raises(
+        FolderError,
+        match=r"model\.safetensors\.index\.json': has no weight_map from names of tensors to names of files\.",
+    ):
         open_tensors(tmp_path)
 
 
@@ -176,7 +193,10 @@ def test_links_as_in_the_hubs_cache(tmp_path):
     write_index(folder, {"a": "shard.safetensors"})
     assert values(open_tensors(folder)) == {"a": 1}
     (folder / "model.safetensors").symlink_to("../blobs/gone")
-    with pytest.raises(FolderError, match=r"model\.safetensors': is not a valid safetensors file: the file does not exist"):
+    with pytest.raises(
+        FolderError,
+        match=r"model\.safetensors': is not a valid safetensors file: the file does not exist",
+    ):
         open_tensors(folder)
 
 
@@ -196,7 +216,9 @@ def test_json(tmp_path):
     path.write_text('{"model_type": "gpt2", "ü": [1]}', encoding="utf-8")
     assert read_json(tmp_path, "config.json") == {"model_type": "gpt2", "ü": [1]}
     path.write_text('{\n  "a": 1,\n  "b" 2\n}')
-    with pytest.raises(FolderError, match=r"config\.json': is not JSON: line 3, column 7: Expecting ':' delimiter"):
+    with pytest.raises(
+        FolderError, match=r"config\.json': is not JSON: line 3, column 7: Expecting ':' delimiter"
+    ):
         read_json(tmp_path, "config.json")
     path.write_text("[1]")
     with pytest.raises(FolderError, match=r"must be a JSON object .*, got a list"):

@@ -113,7 +113,9 @@ def test_layers_are_bounded_by_the_tensors(model_type, folders):
     folder = folders[model_type]
     more = {LAYERS[model_type]: 2_000_000_000, "scale_attn_by_inverse_layer_idx": True}
     (folder / "config.json").write_text(json.dumps(case_of(model_type).json | more))
-    with pytest.raises(FolderError, match=r"must be at most the number of tensors, \d+, got 2000000000"):
+    with pytest.raises(
+        FolderError, match=r"must be at most the number of tensors, \d+, got 2000000000"
+    ):
         open_source(folder)
 
 
@@ -121,7 +123,8 @@ def test_a_width_of_any_size_is_compared_with_the_tensors(folders):
     folder, fields = folders["gpt2"], case_of("gpt2").json
     (folder / "config.json").write_text(json.dumps(fields | {"n_embd": 2**31 - 2}))
     with pytest.raises(
-        FolderError, match=r"wrong shape: wte\.weight \[31, 8\], but config\.json needs \[31, 2147483646\]"
+        FolderError,
+        match=r"wrong shape: wte\.weight \[31, 8\], but config\.json needs \[31, 2147483646\]",
     ):
         load_pretrained(folder)
 
@@ -208,7 +211,9 @@ def test_names_that_are_too_long_for_the_file_system(folders, tmp_path):
     (tmp_path / "a" / "model.safetensors").unlink()
     index = {"weight_map": {"w": f"{long}.safetensors"}}
     (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FolderError, match=r"model\.safetensors\.index\.json': 1 of its 1 files are missing:"):
+    with pytest.raises(
+        FolderError, match=r"model\.safetensors\.index\.json': 1 of its 1 files are missing:"
+    ):
         load_pretrained(tmp_path / "a")
 
 

@@ -218,17 +218,32 @@ def test_llama_3_s_factors_become_its_rule(tmp_path, factor):
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
         ({"expert_count": 8}, "mixture of experts"),
-        ({"block_count": None}, r"a\.gguf': llama\.block_count is missing; it must be a whole number from 1 to 2147483647"),
+        (
+            {"block_count": None},
+            r"a\.gguf': llama\.block_count is missing; it must be a whole number from 1 to 2147483647",
+        ),
         ({"block_count": 1.5}, r"llama\.block_count must be a whole number from 1.*, got 1\.5"),
-        ({"attention.head_count": 0}, r"a\.gguf': llama\.attention\.head_count must be a whole number from 1 to 2147483647, got 0"),
-        ({"rope.freq_base": "high"}, r"llama\.rope\.freq_base must be a finite number.*, got 'high'"),
-        ({"rope.freq_base": 0.0}, r"a\.gguf': cannot be loaded: llama\.rope\.freq_base must be above 0, got 0\.0\."),
+        (
+            {"attention.head_count": 0},
+            r"a\.gguf': llama\.attention\.head_count must be a whole number from 1 to 2147483647, got 0",
+        ),
+        (
+            {"rope.freq_base": "high"},
+            r"llama\.rope\.freq_base must be a finite number.*, got 'high'",
+        ),
+        (
+            {"rope.freq_base": 0.0},
+            r"a\.gguf': cannot be loaded: llama\.rope\.freq_base must be above 0, got 0\.0\.",
+        ),
         (
             {"tensors": {"output.weight": np.zeros((8, 32), np.float32)}},
             r"lacks token_embd\.weight",
         ),
         ({"attention.head_count_kv": [2, 4]}, "differ in size"),
-        ({"attention.value_length": 16}, r"a\.gguf': cannot be loaded: its value heads and key heads differ in width\."),
+        (
+            {"attention.value_length": 16},
+            r"a\.gguf': cannot be loaded: its value heads and key heads differ in width\.",
+        ),
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "'longrope'"),
         ({"rope.scaling.attn_factor": 2.0}, "attn_factor"),
     ],
@@ -264,7 +279,10 @@ def test_a_key_of_any_type_is_read_or_refused(tmp_path, key):
 
 def test_no_more_layers_than_tensors(tmp_path):
     path = write(tmp_path / "a.gguf", block_count=2_000_000_000)
-    with pytest.raises(FolderError, match=r"a\.gguf: num_hidden_layers must be at most the number of tensors, 1, got 2000000000"):
+    with pytest.raises(
+        FolderError,
+        match=r"a\.gguf: num_hidden_layers must be at most the number of tensors, 1, got 2000000000",
+    ):
         open_source(path)
 
 
@@ -274,7 +292,10 @@ def test_no_more_frequencies_than_the_tensor_of_their_factors(tmp_path):
         FREQUENCIES: np.ones(4, np.float32),
     }
     path = write(tmp_path / "a.gguf", tensors=tensors, **{"rope.dimension_count": 2**31 - 2})
-    with pytest.raises(FolderError, match=r"a\.gguf': cannot be loaded: rope_freqs\.weight has the invalid shape \[4\]\."):
+    with pytest.raises(
+        FolderError,
+        match=r"a\.gguf': cannot be loaded: rope_freqs\.weight has the invalid shape \[4\]\.",
+    ):
         gguf_config(path)
 
 
@@ -292,13 +313,19 @@ def test_a_part_of_a_split_model_and_types_that_are_not_floats_are_refused(tmp_p
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (b"GGUF", r"a\.gguf': is not a valid GGUF file: at byte 4 it declares 4 bytes, but 0 are left"),
+        (
+            b"GGUF",
+            r"a\.gguf': is not a valid GGUF file: at byte 4 it declares 4 bytes, but 0 are left",
+        ),
         (b"PK\x03\x04" + bytes(60), "does not begin with GGUF"),
         (b"<!DOCTYPE html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
         (b"GGUF" + struct.pack(">I", 3) + bytes(16), "other byte order"),
         (b"GGUF" + struct.pack("<I", 1) + bytes(16), "its version is 1"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**63), "it declares 9223372036854775808 bytes, but 0 are left"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**63),
+            "it declares 9223372036854775808 bytes, but 0 are left",
+        ),
         # An array of 2**60 numbers, for which nobody has the memory.
         (
             b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 4, 2**60),
@@ -314,7 +341,9 @@ def test_what_is_no_gguf_file(tmp_path, content, message):
 
 
 def test_a_missing_file_and_a_missing_package_are_named(tmp_path, small, monkeypatch):
-    with pytest.raises(FolderError, match=r"none\.gguf': is not a valid GGUF file: the file does not exist"):
+    with pytest.raises(
+        FolderError, match=r"none\.gguf': is not a valid GGUF file: the file does not exist"
+    ):
         GGUFFile(tmp_path / "none.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"effscale\[gguf\]"):

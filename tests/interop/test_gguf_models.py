@@ -171,5 +171,8 @@ def test_biases_that_the_table_lacks_are_named(tmp_path):
         convert(model, path)
     with pytest.raises(FolderError, match=r"unexpected: blk\.0\.attn_q\.bias"):
         load_pretrained(path)
-    with pytest.raises(FolderError, match=r"a\.gguf': the tokenizer must be a byte-level BPE \('gpt2'\), the only supported kind in GGUF files, got None"):
+    with pytest.raises(
+        FolderError,
+        match=r"a\.gguf': the tokenizer must be a byte-level BPE \('gpt2'\), the only supported kind in GGUF files, got None",
+    ):
         load_tokenizer(path)

@@ -90,7 +90,9 @@ def test_begin_and_end_are_added_where_the_file_says_so(tmp_path, trained):
     assert read.encode("some text", add_special_tokens=False).ids == plain
     bad = {"add_bos_token": True, "bos_token_id": 9999}
     path = write(tmp_path / "e.gguf", tokens, merges, **bad)
-    with pytest.raises(FolderError, match=r"e\.gguf': bos_token_id must be the id of a token, got 9999\."):
+    with pytest.raises(
+        FolderError, match=r"e\.gguf': bos_token_id must be the id of a token, got 9999\."
+    ):
         gguf_tokenizer(path)
 
 
@@ -140,8 +142,14 @@ def test_texts_are_split_by_llama_cpp_s_expressions(text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "llama"}, r"a\.gguf': the tokenizer must be a byte-level BPE \('gpt2'\), the only supported kind in GGUF files, got 'llama'"),
-        ({"pre": "tekken"}, r"a\.gguf': the splitting rule must be one of gpt-2, smollm, llama-bpe, got 'tekken'"),
+        (
+            {"model": "llama"},
+            r"a\.gguf': the tokenizer must be a byte-level BPE \('gpt2'\), the only supported kind in GGUF files, got 'llama'",
+        ),
+        (
+            {"pre": "tekken"},
+            r"a\.gguf': the splitting rule must be one of gpt-2, smollm, llama-bpe, got 'tekken'",
+        ),
         ({"merges": ["a zz"]}, "merge 'a zz'"),
         ({"merges": ["ab"]}, "merge 'ab'"),
         ({"tokens": ["a", "a"]}, "1 tokens twice"),

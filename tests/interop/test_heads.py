@@ -148,7 +148,10 @@ def test_a_trunk_gets_a_head_for_the_next_token(folder):
         trunk(ids)["hidden"] @ parameters(trunk)["embed.tokens.embedding"].get_value().T,
         atol=1e-5,
     )
-    with pytest.raises(ValueError, match=r"has no tensors for the head 'lm'\. Pass a key to initialize them, such as key=jax\.random\.key\(0\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no tensors for the head 'lm'\. Pass a key to initialize them, such as key=jax\.random\.key\(0\)",
+    ):
         load_pretrained(place, heads=(LMHead(tied=False),))
     untied = load_pretrained(place, heads=(LMHead(tied=False),), key=KEY)
     assert untied.heads["lm"].project.kernel.get_value().shape == (8, 31)
@@ -169,7 +172,8 @@ def test_a_head_of_another_form_is_not_initialized_in_silence(folder):
     three = folder("gpt2", "GPT2ForSequenceClassification")  # 3 classes, without a bias
     five = ClassHead(num_classes=5, pool="last", bias=False)
     with pytest.raises(
-        ValueError, match=r"'classes' has num_classes=5, but the folder's 'classes' has 3; initialize=\('classes',\) initializes it"
+        ValueError,
+        match=r"'classes' has num_classes=5, but the folder's 'classes' has 3; initialize=\('classes',\) initializes it",
     ):
         load_pretrained(three, heads=(five,), key=KEY)
     fresh = load_pretrained(three, heads=(five,), initialize=("classes",), key=KEY)
@@ -217,7 +221,8 @@ def test_heads_that_cannot_be(case, folder):
 
 def test_initialize_names_heads(folder):
     with pytest.raises(
-        ValueError, match=r"initialize must name heads of the model, which are \['lm'\], got \['value'\]"
+        ValueError,
+        match=r"initialize must name heads of the model, which are \['lm'\], got \['value'\]",
     ):
         load_pretrained(folder("gpt2", "GPT2LMHeadModel"), initialize=("value",), key=KEY)
 

@@ -103,7 +103,10 @@ def test_an_architecture_that_we_have_not(gpt2):
     folder, tensors, fields = gpt2
     named = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     write_folder(folder, tensors, fields | named)
-    with pytest.raises(FolderError, match=r"config\.json: the architecture must belong to one of gpt2, opt, bloom, gptj, .*, got 'MambaForCausalLM'"):
+    with pytest.raises(
+        FolderError,
+        match=r"config\.json: the architecture must belong to one of gpt2, opt, bloom, gptj, .*, got 'MambaForCausalLM'",
+    ):
         load_pretrained(folder)
 
 

@@ -190,7 +190,10 @@ def test_a_kernel_of_one_dimension_cannot_be_joined(folder):
     for rank in (0, 1):
         edit = {"mlp.dense_4h_to_h.weight": torch.ones(2)}
         change(folder, 4, rank, lambda tensors, edit=edit: tensors.update(edit))
-    with pytest.raises(FolderError, match=r"layer_04-model_00-model_states\.pt': 'mlp\.dense_4h_to_h\.weight' has the invalid shape \(2,\)\."):
+    with pytest.raises(
+        FolderError,
+        match=r"layer_04-model_00-model_states\.pt': 'mlp\.dense_4h_to_h\.weight' has the invalid shape \(2,\)\.",
+    ):
         MegatronBloom(folder)
 
 
@@ -205,10 +208,15 @@ def test_a_tensor_in_two_layers(folder):
 def test_a_damaged_or_hostile_file_is_refused(folder):
     path = folder / "layer_04-model_01-model_states.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FolderError, match=r"layer_04-model_01-model_states\.pt': is not a valid PyTorch file of weights"):
+    with pytest.raises(
+        FolderError,
+        match=r"layer_04-model_01-model_states\.pt': is not a valid PyTorch file of weights",
+    ):
         MegatronBloom(folder)
 
 
 def test_a_folder_without_layer_files(tmp_path):
-    with pytest.raises(FolderError, match="lacks layer files of Megatron-DeepSpeed: none was found"):
+    with pytest.raises(
+        FolderError, match="lacks layer files of Megatron-DeepSpeed: none was found"
+    ):
         MegatronBloom(tmp_path)

@@ -117,7 +117,9 @@ def test_berts_bias_has_two_names_and_the_decoder_s_counts(tied, tmp_path):
     case = example("bert", "BertForMaskedLM", tie_word_embeddings=tied)
     _, tensors, fields = original(case, tmp_path)
     decoders = tensors["cls.predictions.bias"] + 1
-    with pytest.warns(UserWarning, match="decoder.bias and cls.predictions.bias should be the same"):
+    with pytest.warns(
+        UserWarning, match="decoder.bias and cls.predictions.bias should be the same"
+    ):
         model = load(tmp_path, tensors | {"cls.predictions.decoder.bias": decoders}, fields)
     np.testing.assert_array_equal(model.heads["mlm"].bias.get_value(), decoders)
 

@@ -113,7 +113,10 @@ def test_a_part_of_a_fused_module(family, which, base, tmp_path, getkey):
 def test_pairs_of_experts_are_refused(base, tmp_path, getkey):
     model = load_pretrained(base("qwen2_moe")[0])
     adapted = add_lora(model, rank=2, key=getkey(), where=r"(experts\.up|router).*kernel")
-    with pytest.raises(ValueError, match=r"groups\.0\.blocks\.0\.feed_forward\.experts\.up\.kernel: PEFT does not support a pair there"):
+    with pytest.raises(
+        ValueError,
+        match=r"groups\.0\.blocks\.0\.feed_forward\.experts\.up\.kernel: PEFT does not support a pair there",
+    ):
         save_adapter(adapted, tmp_path)
 
 
@@ -358,7 +361,10 @@ def test_a_bin_file_with_code(base, tmp_path, capsys):
     adapter_of_peft(model, tmp_path, target_modules=["q_proj"], r=2)
     torch.save({"lora": Code()}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(FolderError, match=r"adapter_model\.bin': its pickle refers to 'print', which no tensor needs\. It was rejected, and nothing in the file"):
+    with pytest.raises(
+        FolderError,
+        match=r"adapter_model\.bin': its pickle refers to 'print', which no tensor needs\. It was rejected, and nothing in the file",
+    ):
         load_adapter(load_pretrained(folder), tmp_path)
     assert "run" not in capsys.readouterr().out
 

@@ -369,7 +369,10 @@ def test_folders_and_files(adapter):
     file = folder / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
-    with pytest.raises(FolderError, match=r"adapter_model\.safetensors': is not a valid safetensors file: Error while deserializing header: incomplete"):
+    with pytest.raises(
+        FolderError,
+        match=r"adapter_model\.safetensors': is not a valid safetensors file: Error while deserializing header: incomplete",
+    ):
         load_adapter(model, folder)
     file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 4]) + whole[-4:])
     with pytest.raises(FolderError, match="does not match its checksum"):
@@ -399,7 +402,8 @@ def test_a_model_that_has_pairs(adapter):
     model, folder = adapter
     once = load_adapter(model, folder)
     with pytest.raises(
-        FolderError, match=r"groups\.0\.blocks\.0\.attention\.query\.kernel of the model already has a pair; call merge_lora or unmerge_lora first"
+        FolderError,
+        match=r"groups\.0\.blocks\.0\.attention\.query\.kernel of the model already has a pair; call merge_lora or unmerge_lora first",
     ):
         load_adapter(once, folder)
     save_adapter(adapted(model, r"attention\.out"), folder)
@@ -435,7 +439,10 @@ def test_scales_that_grow_too_large(tmp_path):
     half = lambda w: LoRA(w.base, *(x.astype(jnp.float16) for x in (w.a, w.b)), w.scale)
     save_adapter(map_weights(before, half, r"attention\.query"), tmp_path)
     rewrite(tmp_path, alpha_pattern={"1.self_attn.q_proj": 2**17})
-    with pytest.raises(FolderError, match=r"model\.layers\.1\.self_attn\.q_proj has the scale 65536\.0, but others that share its weight have 1\.0"):
+    with pytest.raises(
+        FolderError,
+        match=r"model\.layers\.1\.self_attn\.q_proj has the scale 65536\.0, but others that share its weight have 1\.0",
+    ):
         load_adapter(model, tmp_path)
     rewrite(tmp_path, alpha_pattern={"1.self_attn.q_proj": 2**7})
     load_adapter(model, tmp_path)
@@ -443,9 +450,13 @@ def test_scales_that_grow_too_large(tmp_path):
 
 def test_pairs_that_cannot_be_saved(tmp_path):
     model = build("opt")
-    with pytest.raises(ValueError, match=r"the model has no LoRA pairs to save\. Add some with add_lora"):
+    with pytest.raises(
+        ValueError, match=r"the model has no LoRA pairs to save\. Add some with add_lora"
+    ):
         save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"embed\.positions\.embedding: PEFT does not support a pair there"):
+    with pytest.raises(
+        ValueError, match=r"embed\.positions\.embedding: PEFT does not support a pair there"
+    ):
         save_adapter(adapted(model, r"positions\.embedding"), tmp_path)
     zero = jax.tree.map(jnp.zeros_like, adapted(model))
     with pytest.raises(ValueError, match="all LoRA pairs of the model are zero"):

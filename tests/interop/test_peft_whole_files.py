@@ -136,7 +136,10 @@ def test_a_model_that_is_adapted_takes_no_whole_weight_there(adapter):
     change(folder, {f"{START}.model.layers.{i}.self_attn.v_proj.weight": np.ones((8, 16), np.float32) for i in range(3)},
            modules_to_save=["score", "v_proj"])  # fmt: skip
     adapted = add_lora(base, rank=1, key=jax.random.key(0), where=r"value\.kernel")
-    with pytest.raises(FolderError, match=r"groups\.0\.blocks\.0\.attention\.value\.kernel of the model is a LoRA, which a whole weight cannot replace"):
+    with pytest.raises(
+        FolderError,
+        match=r"groups\.0\.blocks\.0\.attention\.value\.kernel of the model is a LoRA, which a whole weight cannot replace",
+    ):
         load_adapter(adapted, folder)
 
 

@@ -119,7 +119,10 @@ def test_types_that_are_not_taken_are_named_when_read(tmp_path):
     file = SafetensorsFile(tmp_path / "a.safetensors")
     assert file.infos["a"].shape == (4,)
     assert_same(file.read("b"), arrays["b"])
-    with pytest.raises(FolderError, match=r"a\.safetensors': the tensor 'a' has the type F8_E4M3, which is not supported\. Convert it to one of F64, F32, F16,"):
+    with pytest.raises(
+        FolderError,
+        match=r"a\.safetensors': the tensor 'a' has the type F8_E4M3, which is not supported\. Convert it to one of F64, F32, F16,",
+    ):
         file.read("a")
 
 
@@ -133,7 +136,9 @@ def test_every_truncation_is_noticed(small):
     for data in (ours, save(FEW)):
         for length in range(len(data)):
             put(path, data[:length])
-            with pytest.raises(FolderError, match=r"damaged\.safetensors': is not a valid safetensors file"):
+            with pytest.raises(
+                FolderError, match=r"damaged\.safetensors': is not a valid safetensors file"
+            ):
                 read_all(path)
         put(path, data + b"\0")
         with pytest.raises(FolderError, match="is not a valid"):
@@ -291,7 +296,10 @@ def test_what_is_no_safetensors_file_is_said(tmp_path, case):
 
 
 def test_absent_files_and_folders_are_named(tmp_path):
-    with pytest.raises(FolderError, match=r"no\.safetensors': is not a valid safetensors file: the file does not exist"):
+    with pytest.raises(
+        FolderError,
+        match=r"no\.safetensors': is not a valid safetensors file: the file does not exist",
+    ):
         SafetensorsFile(tmp_path / "no.safetensors")
     with pytest.raises(FolderError, match="cannot be opened"):
         SafetensorsFile(tmp_path)

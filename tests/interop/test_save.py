@@ -94,7 +94,10 @@ def test_like_a_folder_of_another_family(folder, out):
     ("settings", "message"),
     [
         ({"tokenizer": TOKENIZER}, "ids up to 261"),
-        ({"max_shard_size": "lots"}, r"max_shard_size must be at least one byte, as a number or with a unit like '5GB', '500MB' or '1GiB', got 'lots'\."),
+        (
+            {"max_shard_size": "lots"},
+            r"max_shard_size must be at least one byte, as a number or with a unit like '5GB', '500MB' or '1GiB', got 'lots'\.",
+        ),
         ({"dtype": "int8"}, "int8"),
         ({"like": "nowhere"}, "nowhere"),
     ],
@@ -107,7 +110,10 @@ def test_nothing_is_written_where_something_is_wrong(settings, message, out):
 
 def test_a_head_that_takes_another_vector_is_refused(out):
     config = bert(**TINY, vocab_size=20, heads=(ClassHead(num_classes=3, pool="mean"),))
-    with pytest.raises(ValueError, match="transformers has no family with this config: the head 'classes' must have pool='pooled', as in transformers, got 'mean'"):
+    with pytest.raises(
+        ValueError,
+        match="transformers has no family with this config: the head 'classes' must have pool='pooled', as in transformers, got 'mean'",
+    ):
         save_pretrained(Transformer(config, rngs=nnx.Rngs(0)), out)
 
 
@@ -142,7 +148,10 @@ def test_two_processes_save_one_folder(folder, out):
 
 def test_sources_that_are_refused(folder):
     change(folder, num_hidden_layers=50_000)
-    with pytest.raises(FolderError, match=r"config\.json: num_hidden_layers must be at most the number of tensors, 21, got 50000"):
+    with pytest.raises(
+        FolderError,
+        match=r"config\.json: num_hidden_layers must be at most the number of tensors, 21, got 50000",
+    ):
         load_pretrained(folder)
     change(folder, num_hidden_layers=2, quantization_config={"quant_method": "gptq"})
     with pytest.raises(FolderError, match=r"quantized \('gptq'\)"):

@@ -207,9 +207,18 @@ def test_settings_beside_a_tokenizer_json(settings, byte_level, tmp_path, auto):
     [
         ({"tokenizer_class": "RobertaTokenizer"}, "names a 'RobertaTokenizer'.* AutoTokenizer"),
         ({"add_prefix_space": "yes"}, "add_prefix_space must be true or false.*, got 'yes'"),
-        ({"bos_token": 5}, r"tokenizer_config\.json': a token must be a string or an object, got 5"),
-        ({"pad_token": {"lstrip": True}}, r"tokenizer_config\.json': content is missing; it must be a string"),
-        ({"additional_special_tokens": "<x>"}, r"tokenizer_config\.json': special tokens must be a list, got '<x>'"),
+        (
+            {"bos_token": 5},
+            r"tokenizer_config\.json': a token must be a string or an object, got 5",
+        ),
+        (
+            {"pad_token": {"lstrip": True}},
+            r"tokenizer_config\.json': content is missing; it must be a string",
+        ),
+        (
+            {"additional_special_tokens": "<x>"},
+            r"tokenizer_config\.json': special tokens must be a list, got '<x>'",
+        ),
         ({"added_tokens_decoder": {"one": NEW}}, "cannot be read: invalid literal"),
         (
             {"added_tokens_decoder": {"9": NEW}},
@@ -267,7 +276,10 @@ def test_more_tokens_than_embeddings(byte_level, word_piece, tmp_path):
 
 def test_nothing_there(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(FolderError, match=r"no tokenizer .* was found; the folder contains \['model.safetensors'\]$"):
+    with pytest.raises(
+        FolderError,
+        match=r"no tokenizer .* was found; the folder contains \['model.safetensors'\]$",
+    ):
         load_tokenizer(tmp_path)
     with pytest.raises(FolderError, match="there is no folder"):
         load_tokenizer(tmp_path / "elsewhere")
@@ -275,13 +287,17 @@ def test_nothing_there(tmp_path):
 
 def test_a_sentencepiece_model_alone(tmp_path):
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(FolderError, match=r"no tokenizer .*converts tokenizer.model to tokenizer.json"):
+    with pytest.raises(
+        FolderError, match=r"no tokenizer .*converts tokenizer.model to tokenizer.json"
+    ):
         load_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_without_its_merges(byte_level, tmp_path):
     (tmp_path / "vocab.json").write_bytes((byte_level[1] / "vocab.json").read_bytes())
-    with pytest.raises(FolderError, match=r"no tokenizer .* was found; the folder contains \['vocab.json'\]"):
+    with pytest.raises(
+        FolderError, match=r"no tokenizer .* was found; the folder contains \['vocab.json'\]"
+    ):
         load_tokenizer(tmp_path)
 
 

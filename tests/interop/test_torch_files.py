@@ -160,7 +160,9 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, payload, form):
     assert str(path) in message
     assert "weights_only" not in message
     if form in ("zip", "before-1.6"):
-        assert re.search(rf"refers to '\w*\.?{'exec' if payload is Payload else 'system'}'", message)
+        assert re.search(
+            rf"refers to '\w*\.?{'exec' if payload is Payload else 'system'}'", message
+        )
         assert "nothing in the file was run" in message
     # The payload is what it claims to be.
     if form == "pickle-2":
@@ -185,7 +187,10 @@ def test_what_is_no_torch_file_is_said(tmp_path, content, reason):
 
 
 def test_absent_and_truncated_files(tmp_path):
-    with pytest.raises(FolderError, match=r"a\.bin': is not a valid PyTorch file of weights: the file does not exist"):
+    with pytest.raises(
+        FolderError,
+        match=r"a\.bin': is not a valid PyTorch file of weights: the file does not exist",
+    ):
         TorchFile(tmp_path / "a.bin")
     for new_format in (True, False):
         buffer = io.BytesIO()

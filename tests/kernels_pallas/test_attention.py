@@ -276,7 +276,9 @@ def test_operands_that_do_not_fit(name):
 
 def test_slopes_that_do_not_fit():
     alibi = Alibi(np.ones(2, np.float32), jnp.arange(128)[None])
-    with pytest.raises(ValueError, match=r"slopes must have one entry for each of 4 heads, got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"slopes must have one entry for each of 4 heads, got \(2,\)"
+    ):
         api.check_operands(*TINY.abstract()[:4], alibi)
 
 

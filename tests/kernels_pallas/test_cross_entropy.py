@@ -210,7 +210,11 @@ def test_shapes_that_cannot_go_together(change, message):
     [
         ("hidden", jnp.float16, "hidden must be float32 or bfloat16, got float16"),
         ("weights", jnp.bfloat16, "weights must be float32, .*, got bfloat16"),
-        ("labels", jnp.uint32, "labels must have a signed integer dtype, such as int32, .*, got uint32"),
+        (
+            "labels",
+            jnp.uint32,
+            "labels must have a signed integer dtype, such as int32, .*, got uint32",
+        ),
     ],
 )
 def test_types_that_cannot_be_served(name, dtype, message):
@@ -227,5 +231,8 @@ def test_a_negative_z_loss_is_refused(getkey):
 
 def test_an_unknown_implementation_names_the_near_one():
     # Below the run-time check of types, which would refuse the name first.
-    with pytest.raises(ValueError, match=r"implementation must be None or one of .*, got 'chunk'\. Did you mean 'chunked'"):
+    with pytest.raises(
+        ValueError,
+        match=r"implementation must be None or one of .*, got 'chunk'\. Did you mean 'chunked'",
+    ):
         check_name("chunk", IMPLEMENTATIONS)

@@ -225,9 +225,13 @@ def test_bad_input(getkey):
         api.check_gather(*gather[:3], o.token_of_row.reshape(3, 7), None, None, None)
     with pytest.raises(ValueError, match="gate_bias needs gate"):
         gather_matmul(*gather, gate_bias=o.gate_bias)
-    with pytest.raises(ValueError, match=r"gate must have the shape of weight, .*, got \(5, 72, 40\)"):
+    with pytest.raises(
+        ValueError, match=r"gate must have the shape of weight, .*, got \(5, 72, 40\)"
+    ):
         api.check_gather(*gather, None, o.down, None)
-    with pytest.raises(ValueError, match=r"scale must have one entry for each row of h .*, got the shape \(20,\)"):
+    with pytest.raises(
+        ValueError, match=r"scale must have one entry for each row of h .*, got the shape \(20,\)"
+    ):
         api.check_scatter(jnp.zeros((21, 72)), o.down, o.sizes, o.token_of_row, o.scale[:20], None)
     half = Shape(name="half", tokens=2, experts=2, k=1, d_model=8, d_ff=8, dtype="float16")
     with pytest.raises(Unsupported, match="operands are float16"):

@@ -99,9 +99,14 @@ def test_each_platform_gets_its_own():
 def test_bad_input():
     x, weight, bias, _ = operands()
     sizes = jnp.array(SIZES["even"])
-    with pytest.raises(ValueError, match=r"x must have the 6 inputs of weight .*, got the shape \(100, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have the 6 inputs of weight .*, got the shape \(100, 5\)"
+    ):
         check_operands(x[:, :5], weight, sizes, None)
-    with pytest.raises(ValueError, match=r"sizes must have one entry for each of the 5 groups .*, got the shape \(4,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"sizes must have one entry for each of the 5 groups .*, got the shape \(4,\)",
+    ):
         check_operands(x, weight, sizes[:4], None)
     with pytest.raises(ValueError, match=r"bias must have the shape \(5, 7\), got \(5, 6\)"):
         check_operands(x, weight, sizes, bias[:, :6])

@@ -88,7 +88,9 @@ def test_bad_input():
         check_operands(x, w, teacher_x, teacher_w[:39])
     with pytest.raises(ValueError, match="the teacher's 599 tokens, got 600"):
         check_operands(x, w, teacher_x[:599], teacher_w)
-    with pytest.raises(ValueError, match=r"the teacher's hidden states .* must have the same width, got"):
+    with pytest.raises(
+        ValueError, match=r"the teacher's hidden states .* must have the same width, got"
+    ):
         check_operands(x, w, teacher_x, teacher_w[:, :8])
     with pytest.raises(ValueError, match=r"temperature must be above 0 and finite, got 0\.0"):
         kl_divergence(x, w, teacher_x, teacher_w, temperature=0.0)

@@ -171,7 +171,10 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
 def test_bad_input():
     x, weight, scale = jnp.zeros((2, 8)), jnp.zeros((3, 4), jnp.int8), jnp.ones(3)
-    with pytest.raises(ValueError, match=r"x must have the 4 inputs of weight .* with 8-bit codes, got the shape \(2, 8\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"x must have the 4 inputs of weight .* with 8-bit codes, got the shape \(2, 8\)",
+    ):
         quantized_matmul(x, weight, scale)
     with pytest.raises(ValueError, match=r"bits must be one of \(1, 2, 4, 8\), got 3"):
         quantized_matmul(x, weight, scale, bits=3)

@@ -171,7 +171,9 @@ def test_a_named_kernel_that_cannot_serve_says_why():
         )
     with pytest.raises(Unsupported, match="'gpu' cannot serve: rows have 1300 bytes"):
         lowered_for("cuda", "edges", implementation="gpu")
-    with pytest.raises(Unsupported, match="rows have 4 bytes of signs, and the kernel needs at least 512"):
+    with pytest.raises(
+        Unsupported, match="rows have 4 bytes of signs, and the kernel needs at least 512"
+    ):
         lowered_for("cuda", "tiny", implementation="gpu")
 
 

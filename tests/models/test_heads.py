@@ -141,7 +141,9 @@ def test_patches_are_read_row_by_row(tiny):
 
 
 def test_errors(tiny, tokens):
-    with pytest.raises(ValueError, match=r"pool='pooled' needs a pooler\. Set TransformerConfig\.pooler=True"):
+    with pytest.raises(
+        ValueError, match=r"pool='pooled' needs a pooler\. Set TransformerConfig\.pooler=True"
+    ):
         Transformer(
             bert(
                 num_layers=1,
@@ -157,7 +159,9 @@ def test_errors(tiny, tokens):
     )
     with pytest.raises(ValueError, match="LMHead needs token inputs"):
         Transformer(images, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="the sequence length must be at most the model's 24 positions, got 25"):
+    with pytest.raises(
+        ValueError, match="the sequence length must be at most the model's 24 positions, got 25"
+    ):
         tiny("gpt2")(tokens(gpt2(num_layers=1, d_model=8, num_heads=1), 1, 25))
     with pytest.raises(
         ValueError, match=r"images must have the shape \(8, 8, 3\), got \(8, 9, 3\)"

@@ -107,12 +107,15 @@ def test_positions_without_a_table(tiny):
 def test_errors(tiny):
     model = tiny("vit")
     with pytest.raises(
-        ValueError, match=r"image_size must be a multiple of patch_size=4, such as 8 or 12.*, got 10"
+        ValueError,
+        match=r"image_size must be a multiple of patch_size=4, such as 8 or 12.*, got 10",
     ):
         resize_images(model, 10)
     with pytest.raises(ValueError, match=r"image_size must be a multiple .*, such as 4.*, got 0"):
         resize_images(model, 0)
     with pytest.raises(ValueError, match=r"image_size must be a multiple.*, got -4"):
         resize_images(model, -4)
-    with pytest.raises(ValueError, match=r"model must be an image model, got one with the inputs TokenInputs"):
+    with pytest.raises(
+        ValueError, match=r"model must be an image model, got one with the inputs TokenInputs"
+    ):
         resize_images(tiny("gpt2"), 8)

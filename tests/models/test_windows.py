@@ -57,8 +57,14 @@ def test_kernels_have_no_windows(tiny, tokens):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AttentionConfig(num_heads=2, window=0), "AttentionConfig.window must be at.*, got 0"),
-        (lambda: llama(**SIZES, window=(3,)), "window must have one entry for each of the 2 layers, got 1"),
+        (
+            lambda: AttentionConfig(num_heads=2, window=0),
+            "AttentionConfig.window must be at.*, got 0",
+        ),
+        (
+            lambda: llama(**SIZES, window=(3,)),
+            "window must have one entry for each of the 2 layers, got 1",
+        ),
         (
             lambda: dataclasses.replace(llama(**SIZES, window=3), causal=False),
             "causal must be True with a window.*, got False",

@@ -101,7 +101,10 @@ def test_a_schedule_takes_the_place_of_the_rate():
         (with_optimizer("OneBitAdam", betas=0.9), "betas must be two numbers, got 0.9"),
         (with_optimizer("OneBitAdam", betas=[0.9, 1.0]), "b2 must .*got 1.0"),
         (with_optimizer("ZeroOneAdam", freeze_step=1), "unknown key 'freeze_step'"),
-        (with_optimizer("OneBitAdam", freeze_step="100"), "freeze_step must be a whole.*, got '100'"),
+        (
+            with_optimizer("OneBitAdam", freeze_step="100"),
+            "freeze_step must be a whole.*, got '100'",
+        ),
         (with_optimizer("OneBitAdam", eps="tiny"), "eps='tiny': must be a number"),
         (with_optimizer("OneBitAdam", lr=None), "lr=None: must be a number"),
         ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params must be .*, got \[1\]"),

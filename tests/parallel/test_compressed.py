@@ -267,5 +267,8 @@ def test_meshes_and_specs_that_do_not_fit():
             per_worker(step)(zeros(x, 2), x)
     kinds = (AxisType.Auto, AxisType.Explicit)
     explicit = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=kinds)
-    with jax.set_mesh(explicit), pytest.raises(ValueError, match="mesh axis 'tensor' has the type Explicit"):
+    with (
+        jax.set_mesh(explicit),
+        pytest.raises(ValueError, match="mesh axis 'tensor' has the type Explicit"),
+    ):
         per_worker(mean_step())(zeros(x, 2), x)

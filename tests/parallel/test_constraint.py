@@ -48,7 +48,10 @@ def test_dimensions_that_do_not_divide_stay_whole(mesh):
 
 @pytest.mark.parametrize("names", [(), ("batch",), ("batch", None, None)])
 def test_one_name_a_dimension(names):
-    with pytest.raises(ValueError, match=r"names must have one entry for each dimension of an array of shape \(8, 8\), got"):
+    with pytest.raises(
+        ValueError,
+        match=r"names must have one entry for each dimension of an array of shape \(8, 8\), got",
+    ):
         constrain(jnp.ones((8, 8)), *names)
 
 

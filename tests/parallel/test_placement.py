@@ -282,7 +282,9 @@ def test_a_batch_that_the_mesh_cannot_divide(mesh):
 
 
 def test_arrays_of_different_numbers_of_rows(mesh):
-    with pytest.raises(ValueError, match=r"must have the same number of rows, got \{.*'a'.*8.*'b'.*4"):
+    with pytest.raises(
+        ValueError, match=r"must have the same number of rows, got \{.*'a'.*8.*'b'.*4"
+    ):
         shard_batch({"a": np.ones(8), "b": np.ones(4)}, mesh)
 
 

@@ -116,7 +116,8 @@ def test_unknown_mesh_axis_says_the_near_ones():
 
 def test_more_names_than_dimensions():
     with pytest.raises(
-        ValueError, match=r"axes must have at most one name for each dimension of the shape \(8,\), got \('embed', 'mlp'\)"
+        ValueError,
+        match=r"axes must have at most one name for each dimension of the shape \(8,\), got \('embed', 'mlp'\)",
     ):
         logical_spec(("embed", "mlp"), (8,), MESH)
 

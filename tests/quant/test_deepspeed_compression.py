@@ -249,8 +249,16 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
         (f"{WQ}.{SHARED}.group", 1, r"shared_parameters: unknown key 'group'"),
         (f"{WQ}.{SHARED}.rounding", "stochastic", r"rounding must be 'nearest', got 'stochastic'"),
         (f"{WQ}.{SHARED}.quantization_type", "sym", r"quantization_type='sym': did you mean"),
-        (f"{WQ}.{SHARED}.quantize_groups", 1.5, r"quantize_groups must be a whole number.*, got 1\.5"),
-        (f"{WQ}.{SHARED}.schedule_offset", -1, r"g1\.params: BitSchedule\.offset must be .*, got -1"),
+        (
+            f"{WQ}.{SHARED}.quantize_groups",
+            1.5,
+            r"quantize_groups must be a whole number.*, got 1\.5",
+        ),
+        (
+            f"{WQ}.{SHARED}.schedule_offset",
+            -1,
+            r"g1\.params: BitSchedule\.offset must be .*, got -1",
+        ),
         (f"{WQ}.different_groups", {}, "must name at least one group"),
         (f"{WQ}.{G1}.params.target_bits", None, r"g1\.params: needs target_bits"),
         (f"{WQ}.{G1}.params.target_bits", 5, r"g1\.params: Format\.bits=5"),

@@ -98,9 +98,18 @@ def test_a_custom_function_is_latched_and_bounded():
         (lambda: linear(-1, 4, 10), r"min_difficulty must be .*, got -1"),
         (lambda: linear(1, 4, 0), r"total must be .*, got 0"),
         (lambda: linear(1, 4, math.inf), r"total must be .*, got inf"),
-        (lambda: linear(1, math.nan, 10), r"max_difficulty must be .* at least min_difficulty=1, got nan"),
-        (lambda: DiscretePacing(difficulty=(1, math.inf), max_step=(3,)), "difficulty must be finite"),
-        (lambda: DiscretePacing(difficulty=(1, 2), max_step=(math.inf,)), "max_step must be finite"),
+        (
+            lambda: linear(1, math.nan, 10),
+            r"max_difficulty must be .* at least min_difficulty=1, got nan",
+        ),
+        (
+            lambda: DiscretePacing(difficulty=(1, math.inf), max_step=(3,)),
+            "difficulty must be finite",
+        ),
+        (
+            lambda: DiscretePacing(difficulty=(1, 2), max_step=(math.inf,)),
+            "max_step must be finite",
+        ),
         (
             lambda: CustomPacing(function=int, min_difficulty=0, max_difficulty=1, total=math.inf),
             r"total must be .*, got inf",
@@ -112,7 +121,10 @@ def test_a_custom_function_is_latched_and_bounded():
             "clock must be one of steps, samples, tokens.*, got 'hours'",
         ),
         (lambda: DiscretePacing(difficulty=(), max_step=()), "difficulty"),
-        (lambda: DiscretePacing(difficulty=(2, 1), max_step=(3,)), r"difficulty must be .*, got \(2, 1\)"),
+        (
+            lambda: DiscretePacing(difficulty=(2, 1), max_step=(3,)),
+            r"difficulty must be .*, got \(2, 1\)",
+        ),
         (lambda: DiscretePacing(difficulty=(1, 2), max_step=(3, 4)), "max_step.*but the last, 1"),
         (lambda: DiscretePacing(difficulty=(1, 2, 3), max_step=(4, 4)), "max_step"),
     ],

@@ -119,7 +119,7 @@ class VocabularyRarity:
 
     $$r(x) = \left\lfloor \sum_i -\ln p(x_i) \right\rfloor, \qquad p_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \max(n_k, 1)$$
 
-    where :math:`n_k` is how often token k occurs in the corpus. Computed in float64; a token's
+    where $n_k$ is how often token k occurs in the corpus. Computed in float64; a token's
     contribution does not depend on the rest of the batch.
 
     References:

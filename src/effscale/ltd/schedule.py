@@ -50,8 +50,8 @@ def mslg(
     Args:
         min_value: The number of tokens kept at first.
         max_value: The number of tokens kept at the end: the whole row.
-        require_steps: :math:`R`, the count at which all are kept.
-        seq_per_step: :math:`g`. Each value is a program to compile; None makes about a dozen.
+        require_steps: $R$, the count at which all are kept.
+        seq_per_step: $g$. Each value is a program to compile; None makes about a dozen.
         clock: What to count.
 
     References:

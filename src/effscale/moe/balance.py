@@ -28,7 +28,7 @@ def load_balance(
         used: False at padding, which does not count.
 
     References:
-        Fedus et al., "Switch Transformers" (2021), equation 4. transformers instead sums :math:`f` over the k choices, which makes it k
+        Fedus et al., "Switch Transformers" (2021), equation 4. transformers instead sums $f$ over the k choices, which makes it k
             times as large, and counts the tokens of all layers together. https://arxiv.org/abs/2101.03961
 
     Example:

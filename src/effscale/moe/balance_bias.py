@@ -36,7 +36,7 @@ def with_balance_bias(
 
     Args:
         optimizer: The optimizer of all other parameters.
-        rate: The step, :math:`\gamma`; DeepSeek-V3 takes 0.001, and 0 at the end of the training.
+        rate: The step, $\gamma$; DeepSeek-V3 takes 0.001, and 0 at the end of the training.
 
     References:
         Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (2024). https://arxiv.org/abs/2408.15664

@@ -88,14 +88,14 @@ def lamb(
 
     with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``, it has no bias correction and
     bounds the coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
-    :math:`u` by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
+    $u$ by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
 
     Args:
         learning_rate: A number or a schedule.
         b1: The decay rate of the momentum.
         b2: The decay rate of the variance.
         eps: Number added to the root of the variance.
-        weight_decay: :math:`\lambda`; it counts in the norm of the update.
+        weight_decay: $\lambda$; it counts in the norm of the update.
         mask: The parameters that decay.
         max_coeff: The greatest coefficient.
         min_coeff: The least coefficient.

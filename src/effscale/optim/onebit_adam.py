@@ -86,8 +86,8 @@ def scale_by_onebit_adam(
     $$m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
         u = m / (\sqrt v + \epsilon)$$
 
-    With ``bias_correction`` :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)` with :math:`\hat m = m / (1 - \beta_1^t)` and
-    :math:`\hat v = v / (1 - \beta_2^k)`, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
+    With ``bias_correction`` $u = \hat m / (\sqrt{\hat v} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$ and
+    $\hat v = v / (1 - \beta_2^k)$, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
     ``freeze_step`` from there on. So the frozen variance keeps the correction of its last update, and the step size
     does not jump when compression begins.
 
@@ -198,7 +198,7 @@ def onebit_adam(
     r"""Create 1-bit Adam with decoupled weight decay; see `scale_by_onebit_adam` for the formulas and further options.
 
     To replace ``optax.adam`` or ``optax.adamw``, pass ``bias_correction=True``. Without it, as in DeepSpeed and the papers'
-    runs, the first steps are longer than Adam's, by :math:`(1 - \beta_1^t) / \sqrt{1 - \beta_2^t}`: 3.2 times at the first
+    runs, the first steps are longer than Adam's, by $(1 - \beta_1^t) / \sqrt{1 - \beta_2^t}$: 3.2 times at the first
     step, 6.6 times at the twelfth, 3.2 times again at the hundredth. A learning rate tuned for Adam may then diverge immediately; let
     it rise from zero over some hundred steps, or use a smaller one.
 

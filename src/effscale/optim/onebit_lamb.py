@@ -112,12 +112,12 @@ def onebit_lamb(
         b1: The decay rate of the momentum.
         b2: The decay rate of the variances.
         eps: Number added to the roots of the variances.
-        weight_decay: :math:`\lambda`.
+        weight_decay: $\lambda$.
         mask: The parameters that decay.
         freeze_step: The number of warm-up updates.
         max_coeff: The greatest coefficient of the warm-up.
         min_coeff: The least coefficient of the warm-up.
-        coeff_beta: :math:`\beta_c`; the warm-up should have more than 1 / (1 - coeff_beta) steps.
+        coeff_beta: $\beta_c$; the warm-up should have more than 1 / (1 - coeff_beta) steps.
         factor_max: The greatest factor. It depends on the one element of a layer whose fresh variance decreased most, so with a
             ``b2`` well below 0.999 it keeps growing; use 1 in this case.
         factor_min: The least factor.

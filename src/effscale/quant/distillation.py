@@ -9,7 +9,7 @@ L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
 + \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
 $$
 
-for logits :math:`z` of C classes and attention scores :math:`A`, which are those before the softmax. All terms have
+for logits $z$ of C classes and attention scores $A$, which are those before the softmax. All terms have
 the same weight, and labels are not used. XTC found that this single stage, trained long enough at a good learning
 rate, does as well as earlier multi-stage recipes.
 

@@ -121,7 +121,7 @@ def group_scale(
     Args:
         x: Values to quantize.
         format: The format to quantize to.
-        half: :math:`2^{b-1}`, where it is not that of the format's own bits; a float, which may be traced.
+        half: $2^{b-1}$, where it is not that of the format's own bits; a float, which may be traced.
     """
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
     axes = AXES[format.granularity]

@@ -116,7 +116,7 @@ def dpo_loss(
         reference_chosen: The same for the preferred responses under the reference model.
         reference_rejected: The same for the other responses under the reference model.
         beta: Strength of the penalty for moving away from the reference.
-        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, :math:`\epsilon`.
+        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, $\epsilon$.
 
     Returns:
         The loss, and metrics: ``accuracy``, the share of pairs with z above 0; ``margin``, the mean of z.

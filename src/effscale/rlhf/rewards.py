@@ -70,7 +70,7 @@ def shaped_rewards(
         kl: Divergence of each token, see ``kl_estimate``.
         mask: True at the response's tokens, from the first one on without gaps. With ``with_next`` the score is
             applied one position later. The score of an empty response is lost, so leave such responses out.
-        kl_coef: The price of divergence, :math:`\beta`. DeepSpeed-Chat takes 0.1, TRL 0.05.
+        kl_coef: The price of divergence, $\beta$. DeepSpeed-Chat takes 0.1, TRL 0.05.
         clip: Clip scores to plus and minus this value; None disables clipping. DeepSpeed-Chat uses 5.
 
     References:

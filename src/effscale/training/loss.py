@@ -13,7 +13,7 @@ import jax.numpy as jnp
 class Loss:
     r"""The sum of a loss over tokens (or examples), with the sum of their weights.
 
-    The mean, :math:`\sum_i w_i \ell_i / \sum_i w_i`, is ``total / weight``. Keeping the two sums apart is what
+    The mean, $\sum_i w_i \ell_i / \sum_i w_i$, is ``total / weight``. Keeping the two sums apart is what
     makes gradient accumulation and evaluation exact when micro-batches have different numbers of tokens.
 
     Attributes:

@@ -112,8 +112,8 @@ def add_reports(loss: Loss, reports: Any) -> Loss:
 
     $$\frac{L}{w} \to \frac{L}{w} + \sum_l a_l$$
 
-    The auxiliary losses :math:`a_l` come with their coefficients from the layers. They are means over the tokens that a layer
-    sees, so the sum :math:`L` grows by :math:`w \sum_l a_l`, and micro-batches count by their weights. The objectives of this
+    The auxiliary losses $a_l$ come with their coefficients from the layers. They are means over the tokens that a layer
+    sees, so the sum $L$ grows by $w \sum_l a_l$, and micro-batches count by their weights. The objectives of this
     module already do this; call this function at the end of a custom loss.
 
     Args:

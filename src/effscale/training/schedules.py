@@ -36,9 +36,9 @@ class Schedule:
 class ScheduleConfig:
     r"""A linear warmup from zero to ``peak``, followed by a decay.
 
-    With progress :math:`p = (t - \text{warmup}) / (\text{total} - \text{warmup})` in [0, 1]:
-    ``linear`` falls as :math:`1 - p` and ``cosine`` as :math:`(1 + \cos \pi p)/2`, both from ``peak`` to ``final``;
-    ``inverse_sqrt`` is :math:`\text{peak} \sqrt{\max(\text{warmup}, 1) / t}`, never under ``final``;
+    With progress $p = (t - \text{warmup}) / (\text{total} - \text{warmup})$ in [0, 1]:
+    ``linear`` falls as $1 - p$ and ``cosine`` as $(1 + \cos \pi p)/2$, both from ``peak`` to ``final``;
+    ``inverse_sqrt`` is $\text{peak} \sqrt{\max(\text{warmup}, 1) / t}$, never under ``final``;
     ``constant`` stays at ``peak``.
 
     >>> schedule = ScheduleConfig(kind="cosine", peak=1.0, warmup=10, total=110, final=0.1).build()

@@ -59,7 +59,7 @@ def make_train_step(
     r"""Create a training step.
 
     The gradient is that of the mean over the whole batch,
-    :math:`\nabla \sum_m L_m / \sum_m w_m` over micro-batches m with sums :math:`L_m` and weights :math:`w_m`,
+    $\nabla \sum_m L_m / \sum_m w_m$ over micro-batches m with sums $L_m$ and weights $w_m$,
     which differs from the mean of the micro-batch means if they have unequal numbers of tokens.
 
     The update is skipped if the loss or the gradient is not finite, if the batch has no weight, or if the update would

@@ -101,8 +101,8 @@ def zero_one_adam(
     $$m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
         x_r = x - u_r / (\sqrt v + \epsilon)$$
 
-    where all agree on :math:`\bar u`, the mean of u in one bit, and set :math:`x \leftarrow x - \bar u / (\sqrt v +
-    \epsilon)`, :math:`m \leftarrow \bar u / \sum \gamma`, :math:`u \leftarrow 0`. There is no ``scale_by_zero_one_adam``, as what is
+    where all agree on $\bar u$, the mean of u in one bit, and set $x \leftarrow x - \bar u / (\sqrt v +
+    \epsilon)$, $m \leftarrow \bar u / \sum \gamma$, $u \leftarrow 0$. There is no ``scale_by_zero_one_adam``, as what is
     exchanged includes the learning rate.
 
     There is no bias correction by default, so the first steps are several times as long as Adam's. To replace ``optax.adam``,
@@ -112,7 +112,7 @@ def zero_one_adam(
 
     The parameters x that the optimizer updates are the shared ones: between synchronizations its updates are zero, and
     evaluation and checkpoints see the last synchronized parameters. Take a worker's gradient at
-    ``effscale.parallel.worker_params(params, opt_state)``, which is :math:`x_r`. On one worker there is nobody to wait
+    ``effscale.parallel.worker_params(params, opt_state)``, which is $x_r$. On one worker there is nobody to wait
     for, and each step updates the parameters.
 
     Args:
