@@ -33,7 +33,7 @@ class Row:
     """
 
     case: Case
-    technique: str
+    technique: Technique
     stage: str
     share: float
     operations: float
