@@ -231,7 +231,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
             "temprature=1.0, which is not known here: did you mean 'temperature'",
         ),
         ({"do_sample": True}, "needs a temperature above 0"),
-        ({"max_gen_toks": 0}, "max_new_tokens=0"),
+        ({"max_gen_toks": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"top_p": 2.0, "temperature": 1.0}, "top_p=2.0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -332,7 +332,7 @@ def test_bad_input(made):
     shared = create()
     with pytest.raises(ValueError, match="the reference has arrays of the actor"):
         learner(PPO, reference=shared.actor.model)[0](shared, prompts())
-    with pytest.raises(ValueError, match=r"epochs must be at least 1.*, got 0"):
+    with pytest.raises(ValueError, match="epochs=0: must be at least 1"):
         learner(PPO, epochs=0)
     with pytest.raises(ValueError, match="PPO needs a critic"):
         make_policy_step(
