@@ -172,7 +172,7 @@ def test_what_cannot_be_written(tmp_path):
         ([("__metadata__", array)], "the reserved name"),
         ([("a", array), ("b", np.zeros(2, complex))], "'b' has the type complex128, .* F64, F32"),
         ([("a", np.zeros(2, ml_dtypes.float8_e4m3fn))], "'a' has the type float8_e4m3fn"),
-        ([("a", np.array(["x"]))], "'a' is of type <U1"),
+        ([("a", np.array(["x"]))], "'a' has the type <U1"),
         ([], "no tensors to write"),
     ]
     for tensors, message in cases:
