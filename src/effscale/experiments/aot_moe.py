@@ -94,7 +94,7 @@ class Case:
         r"""Return the bytes that a device sends in all-to-alls in one step.
 
         For each layer two exchanges of $(p - 1) / p \cdot E C M$ numbers forward, both once more as layers are recomputed (the gradient of a
-        token's weights needs what its experts said), and as many backward.
+        token's weights needs the output of its experts), and the same number backward.
         """
         expert = self.mesh.expert
         tokens = ROWS * LENGTH // devices
