@@ -93,8 +93,9 @@ class Case:
     def formula(self, devices: int) -> float:
         r"""Return the bytes that a device sends in all-to-alls in one step.
 
-        For each layer two exchanges of $(p - 1) / p \cdot E C M$ numbers forward, both once more as layers are recomputed (the gradient of a
-        token's weights needs what its experts said), and as many backward.
+        For each layer, there are two exchanges of $(p - 1) / p \cdot E C M$ values forward, both again when layers
+        are recomputed (the gradient of a token's weights needs the output of its experts), and the same number
+        backward.
         """
         expert = self.mesh.expert
         tokens = ROWS * LENGTH // devices

@@ -60,8 +60,8 @@ class BitSchedule:
     offset: int = 0
     """Optimizer steps before rounding begins."""
     change_ratio: float | None = None
-    r"""After each change of bits, how much of the rounded weight is mixed in with each update: with $\rho$ falling from 1 by this
-    much, the weight is $\rho W + (1 - \rho) Q(W)$ (DeepSpeed's ``fp16_mixed_quantize``, there with 0.001). None mixes nothing."""
+    r"""After each change of bits, the rounded weight is blended in by this fraction per step: $\rho$ decreases from 1 by this amount, and the
+    weight is $\rho W + (1 - \rho) Q(W)$ (DeepSpeed's ``fp16_mixed_quantize``, which uses 0.001). None switches immediately."""
 
     def __post_init__(self):
         for field, least in (("target_bits", 1), ("start_bits", 1), ("period", 1), ("offset", 0)):
@@ -108,7 +108,7 @@ class BitSchedule:
         return jnp.where(step >= self.offset, bits, 32)
 
     def mixed(self, step: Any) -> Any:
-        r"""The part $\rho$ of the weight that is left as it is, at a step."""
+        r"""Return the unrounded fraction $\rho$ of the weight at a step."""
         if self.change_ratio is None:
             return jnp.float32(0)
         begun = jnp.max(jnp.stack([jnp.where(step >= s, s, 0) for s in (self.offset, *self.drops)]))

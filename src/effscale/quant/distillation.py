@@ -1,17 +1,17 @@
 r"""One-stage distillation: a small or quantized student learns from the logits, attention scores and hidden states of
 its teacher.
 
-With the student's layers $i$ matched to layers $a_i$ of the teacher, and its hidden states $h_0$ (what the
-embedding gives), $h_1, \dots$ (what the layers give) to the teacher's $h_{r_0}, h_{r_1}, \dots$, it minimizes
+Let layer $i$ of the student be matched to layer $a_i$ of the teacher, and the student's hidden states $h_0$ (output
+of the embedding), $h_1, \dots$ (outputs of the layers) to the teacher's $h_{r_0}, h_{r_1}, \dots$. The loss is
 
 $$
 L = -\frac{1}{C} \sum_c \mathrm{softmax}(z^T)_c \log \mathrm{softmax}(z^S)_c
 + \sum_i \mathrm{MSE}(A^S_i, A^T_{a_i}) + \sum_i \mathrm{MSE}(h^S_i, h^T_{r_i})
 $$
 
-for logits $z$ of C classes and attention scores $A$, which are those before the softmax. All terms have
-the same weight, and labels are not used. XTC found that this single stage, trained long enough at a good learning
-rate, does as well as earlier multi-stage recipes.
+for logits $z$ of C classes and attention scores $A$ before the softmax. All terms have the same weight, and labels
+are not used. XTC found that this single stage, trained long enough at a good learning rate, does as well as earlier
+multi-stage recipes.
 
 To initialize a student with fewer layers from its teacher, use ``effscale.models.take_layers(teacher, [1, 3, 5])``.
 From 12 layers the papers choose ``[1, 3, 5, 7, 9, 11]`` or ``[2, 4, 6, 8, 10]``. ``LayerMap.reduced`` of the same

@@ -15,12 +15,13 @@ outputs, which DeepSpeed and the ZeroQuant paper call a group. For activations o
 """
 
 Spread = Literal["paper", "narrow", "centred"]
-r"""How the scale of integers of b bits follows from the numbers of their group, with m the largest magnitude among them.
+r"""How the scale of b-bit integers is computed from the values of a group, with m their largest magnitude.
 
-``paper``, DeepSpeed's: $m / 2^{b-1}$, codes from $-2^{b-1}$ to $2^{b-1} - 1$, so that a number m is cut to the largest
-code; asymmetric, $(\max - \min) / 2^b$. ``narrow``, the common one: $m / (2^{b-1} - 1)$, as many codes of either sign, so
-that nothing is cut and one code is unused. ``centred``: $m / (2^{b-1} - \tfrac12)$ and the codes of ``paper``, as
-compressed-tensors has it. Asymmetric, the latter two are $(\max - \min) / (2^b - 1)$.
+``paper``, used by DeepSpeed: $m / 2^{b-1}$, codes from $-2^{b-1}$ to $2^{b-1} - 1$, so the value m is clipped to the
+largest code; asymmetric: $(\max - \min) / 2^b$. ``narrow``, the most common: $m / (2^{b-1} - 1)$, the same number of
+codes of either sign, so nothing is clipped and one code is unused. ``centred``, used by compressed-tensors:
+$m / (2^{b-1} - \tfrac12)$ with the codes of ``paper``. For asymmetric formats, the latter two use
+$(\max - \min) / (2^b - 1)$.
 """
 
 _BITS = (1, 2, 3, 4, 8)

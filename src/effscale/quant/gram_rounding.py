@@ -1,7 +1,7 @@
 r"""GPTQ: round a matrix row by row, and compensate each error in the rows still to come.
 
-Of a kernel W with inputs x the error that matters is that of the product, $\lVert X W - X \hat W \rVert^2$, which the Gram matrix
-$H = X^T X$ knows. With U the upper Cholesky factor of $H^{-1}$, for each input i in turn:
+For a kernel W with inputs X, the relevant error is that of the product, $\lVert X W - X \hat W \rVert^2$, which
+follows from the Gram matrix $H = X^T X$. With U the upper Cholesky factor of $H^{-1}$, for each input i in turn:
 
 $$e = (W_i - \mathrm{quant}(W_i)) / U_{ii}, \qquad W_{j} \leftarrow W_{j} - U_{ij} \, e \quad \text{for } j > i$$
 

@@ -13,8 +13,8 @@ q = \mathrm{sign}(x) \, [\, |x| > \Delta \,] \\
 \end{aligned}
 $$
 
-As stored, the codes of asymmetric formats are signed, too: smaller by $2^{b-1}$, with the zero point larger by
-$2^{b-1} s$. Other spreads of codes over a range are those of `effscale.quant.formats.Spread`.
+In storage, codes of asymmetric formats are signed too: smaller by $2^{b-1}$, with the zero point larger by
+$2^{b-1} s$. For other ways to spread codes over a range, see ``effscale.quant.formats.Spread``.
 
 References:
     Yao et al., "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale Transformers" (2022).
@@ -121,7 +121,7 @@ def group_scale(
     Args:
         x: Values to quantize.
         format: The format to quantize to.
-        half: $2^{b-1}$, where it is not that of the format's own bits; a float, which may be traced.
+        half: $2^{b-1}$, if it differs from that of the format's bits; a float, which may be traced.
     """
     grouped = x.astype(jnp.float32).reshape(grouped_shape(x.shape, format))
     axes = AXES[format.granularity]

@@ -85,7 +85,7 @@ def whiten(
 def group_advantages(
     scores: Float[Array, "batch"], group_size: int, *, scale: bool = True
 ) -> Float[Array, "batch"]:
-    r"""The advantage of each response over the others to its prompt, as in GRPO: $(s_i - \bar s) / (\sigma + 10^{-4})$.
+    r"""Compute the advantage of each response over the others for its prompt, as in GRPO: $(s_i - \bar s) / (\sigma + 10^{-4})$.
 
     Args:
         scores: Scores of responses; responses to the same prompt are adjacent.

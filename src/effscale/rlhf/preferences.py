@@ -42,7 +42,8 @@ def token_pairwise_loss(
     rejected: Float[Array, "pairs length"],
     where: Bool[Array, "pairs length"],
 ) -> Float[Array, ""]:
-    r"""The loss of a reward model by the scores after each token, as in DeepSpeed-Chat: a mean of $-\log \sigma(c_t - r_t)$ for each pair.
+    r"""Compute the loss of a reward model from the scores after each token, as in DeepSpeed-Chat: the mean of $-\log \sigma(c_t - r_t)$ for
+    each pair.
 
     Args:
         chosen: A score after each token of the preferred response, prompt included.
@@ -115,8 +116,8 @@ def dpo_loss(
         rejected: The same for the other responses.
         reference_chosen: The same for the preferred responses under the reference model.
         reference_rejected: The same for the other responses under the reference model.
-        beta: Strength of the penalty for moving away from the reference.
-        label_smoothing: The share of pairs that are supposed to be labelled the wrong way round, $\epsilon$.
+        beta: Strength of the penalty for moving away from the reference model.
+        label_smoothing: The assumed share of pairs with swapped labels, $\epsilon$.
 
     Returns:
         The loss, and metrics: ``accuracy``, the share of pairs with z above 0; ``margin``, the mean of z.

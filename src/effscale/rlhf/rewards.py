@@ -19,8 +19,8 @@ def kl_estimate(
 ) -> Float[Array, "batch response"]:
     r"""Estimate the divergence from the reference model from the generated tokens.
 
-    With $d = \log \pi - \log \pi_{ref}$ of a token, ``k1`` is $d$, without bias and of either sign; ``k2`` is $d^2 / 2$, small
-    in variance; ``k3`` is $e^{-d} - 1 + d$, without bias and never below 0.
+    With $d = \log \pi - \log \pi_{ref}$ of a token, ``k1`` is $d$, which is unbiased and can be negative; ``k2`` is
+    $d^2 / 2$, which has low variance; ``k3`` is $e^{-d} - 1 + d$, which is unbiased and never negative.
 
     Args:
         log_probs: Log-probabilities of the tokens under the policy that generated them.
@@ -63,14 +63,14 @@ def shaped_rewards(
     kl_coef: float | Float[Array, ""] = 0.05,
     clip: float | None = None,
 ) -> Float[Array, "batch response"]:
-    r"""The reward of each token: $r_t = -\beta\, \mathrm{KL}_t$, and the score of the response at its last token as well.
+    r"""Compute the reward of each token: $r_t = -\beta\, \mathrm{KL}_t$, plus the score of the response at its last token.
 
     Args:
         scores: One score per response, from a reward model or a function.
-        kl: Divergence of each token, see ``kl_estimate``.
+        kl: Divergence of each token, see ``effscale.rlhf.kl_estimate``.
         mask: True at the response's tokens, from the first one on without gaps. With ``with_next`` the score is
             applied one position later. The score of an empty response is lost, so leave such responses out.
-        kl_coef: The price of divergence, $\beta$. DeepSpeed-Chat takes 0.1, TRL 0.05.
+        kl_coef: The KL coefficient, $\beta$. DeepSpeed-Chat uses 0.1, TRL 0.05.
         clip: Clip scores to plus and minus this value; None disables clipping. DeepSpeed-Chat uses 5.
 
     References:

@@ -67,12 +67,12 @@ def _curves(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
 
 
 def _budgets(plt: Any, path: pathlib.Path, comparison: Comparison) -> None:
-    """Loss at the end by part of the budget, the mean with the range over seeds."""
+    """Plot the final loss by fraction of the budget, as the mean with the range over seeds."""
     figure, panel = plt.subplots(figsize=(8.0, 3.6), dpi=100)
     fractions = sorted({f for _, f in comparison.arms})
     techniques = _techniques(comparison)
     for number, technique in enumerate(techniques):
-        # Next to one another, so that ranges can be seen.
+        # Next to each other, so that ranges are visible.
         places = np.arange(len(fractions)) + 0.08 * (number - (len(techniques) - 1) / 2)
         losses = [comparison.arms[technique, f].final_loss for f in fractions]
         mean = np.array([each.mean() for each in losses])

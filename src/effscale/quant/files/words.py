@@ -1,8 +1,8 @@
 """Pack codes into 32-bit words, as compressed-tensors does.
 
-A row is one stream of bits: with b bits per code, code i lies in the bits from i b on, the lowest bits of the first word first. What is
-stored is the code plus $2^{b-1}$, so that it is never negative, and zeros fill the last word of the row. This differs from how
-codes are stored in memory (``effscale.quant.packing``). Supported are 2, 4 and 8 bits, which never cross a byte
+A row is one stream of bits: with b bits per code, code i occupies the bits from i b on, starting with the lowest bits
+of the first word. The stored value is the code plus $2^{b-1}$, so that it is never negative, and zeros fill the last
+word of the row. This differs from how codes are stored in memory (``effscale.quant.packing``). Supported are 2, 4 and 8 bits, which never cross a byte
 boundary.
 """
 
