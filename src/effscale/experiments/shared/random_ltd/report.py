@@ -72,7 +72,7 @@ class ArmRuns:
         return {kept: known.get(kept, between(kept)) for kept in times}
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray:
-        """Seconds of the first ``steps`` steps, by :meth:`step_seconds`."""
+        """Seconds of the first ``steps`` steps, by ``step_seconds``."""
         each = self.step_seconds()
         kept = [self.arm.stages(step) for step in range(self.arm.num_steps)]
         sums = np.concatenate([[0.0], np.cumsum([each[k] for k in kept])])
