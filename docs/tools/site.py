@@ -63,6 +63,9 @@ class PageFile(File):
 def on_config(config):
     """Let tables say their columns, and the folders in the navigation their pages."""
     config.markdown_extensions.append(ColumnNames())
+    if repository := config.extra["repository"]:
+        link = {"icon": "fontawesome/brands/git-alt", "link": repository, "name": "Repository"}
+        config.extra["social"] = [link]
     for section in config.nav:
         [(title, folder)] = section.items()
         if isinstance(folder, str):
@@ -127,6 +130,8 @@ def notebook_as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     """
     texts, images = [], {}
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        if cell["id"] == "install":  # of use only to those who run the notebook
+            continue
         source = "".join(cell["source"])
         texts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
@@ -154,9 +159,8 @@ def on_page_markdown(markdown, page, config, files):
         path = posixpath.normpath(posixpath.join(folder, target.partition("#")[0]))
         if files.get_file_from_path(path) or not (ROOT / path).exists():
             return found[0]  # a page of the site, or a broken link, which MkDocs reports
-        return (
-            f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path})" if config.repo_url else text
-        )
+        repository = config.extra["repository"].rstrip("/")
+        return f"[{text}]({repository}/blob/main/{path})" if repository else text
 
     link = re.compile(r"(?<!!)\[(?P<text>[^\]\n]+)\]\((?P<target>(?![a-z]+:|#)[^)\s]+)\)")
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)

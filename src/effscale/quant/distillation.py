@@ -176,7 +176,7 @@ def distillation_loss(
         (2,)
 
     References:
-        Wu et al., `XTC <https://arxiv.org/abs/2206.01859>`_, 2022
+        Wu et al., "XTC" (2022). https://arxiv.org/abs/2206.01859
     """
     teacher = jax.lax.stop_gradient(teacher)
     _check_depths(student, teacher, layers)
@@ -246,7 +246,7 @@ def one_stage_loss(
         (2.0, ['hidden_loss', 'logits_loss', 'scores_loss'])
 
     References:
-        Wu et al., `XTC <https://arxiv.org/abs/2206.01859>`_, 2022
+        Wu et al., "XTC" (2022). https://arxiv.org/abs/2206.01859
     """
     own, context, reports = _outputs(model, batch, key, head, "the student")
     other, _, _ = _outputs(teacher, batch, None, head, "the teacher")

@@ -85,11 +85,11 @@ def make_experience(
     Args:
         drawn: Responses from ``effscale.generation.decode`` with ``log_probs=True``.
         reference_log_probs: Log-probabilities under the reference model at the sampling temperature, see
-        ``effscale.rlhf.response_log_probs``.
+            ``effscale.rlhf.response_log_probs``.
         values: Values of the critic, see ``effscale.rlhf.response_values``.
         scores: Scores of whole responses, from a reward model or a function.
         stop_ids: Tokens that end a response, the same as for ``drawn``; needed for ``missing_end_penalty`` and its
-        metric, and for ``learn_end=False``.
+            metric, and for ``learn_end=False``.
         config: Options of PPO.
         kl_coef: The KL coefficient, if it changes; None uses that of ``config``.
 

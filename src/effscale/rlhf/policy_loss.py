@@ -48,8 +48,8 @@ def masked_average(
         x: A value for each token.
         mask: True at the tokens that count.
         average: ``token``: all tokens have the same weight. ``sequence``: the mean of each response's mean, so that
-        tokens of short responses count more. ``fixed``: the sum over each response divided by the maximum length,
-        whatever its own length (Dr. GRPO).
+            tokens of short responses count more. ``fixed``: the sum over each response divided by the maximum length,
+            whatever its own length (Dr. GRPO).
 
     Example:
         >>> import jax.numpy as jnp

@@ -53,8 +53,8 @@ def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
     Args:
         tokenizer: The policy's tokenizer.
         function: ``function(prompts, responses)`` returns a number for each response. It runs on the host. The text
-        has no special tokens. The function also gets the fields of the batch that its parameters name, or all fields
-        if it takes ``**fields``.
+            has no special tokens. The function also gets the fields of the batch that its parameters name, or all fields
+            if it takes ``**fields``.
 
     Example:
         >>> from effscale.data import train_tokenizer

@@ -25,7 +25,7 @@ class ResponseLogProbs(NamedTuple):
         log_probs: Log-probability of each token, in nats; undefined where the mask is false.
         entropies: Entropy of the distribution at each token, in nats.
         reports: Values reported by layers, such as the auxiliary loss of routers; see
-        ``effscale.training.add_reports``.
+            ``effscale.training.add_reports``.
     """
 
     log_probs: Float[Array, "batch response"]

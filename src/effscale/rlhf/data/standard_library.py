@@ -45,7 +45,7 @@ class LibraryPairs(NamedTuple):
     Attributes:
         train: Records to learn from.
         held_out: Records of other functions and classes, none of which occurs in ``train``, not even as a rejected
-        response.
+            response.
     """
 
     train: tuple[Record, ...]

@@ -110,7 +110,7 @@ class PromptTemplate:
 
         Raises:
             PromptTemplateError: The example lacks a field, the prompt or the target is empty, or the target is not
-            one of the choices.
+                one of the choices.
         """
         prompt, target = (self._filled(text, example) for text in (self.input, self.target))
         if isinstance(self.choices, str):
@@ -178,7 +178,7 @@ class PromptedTask:
         Args:
             examples: The labeled examples.
             cap: Maximum number of examples per template, drawn independently, so that large datasets do not outweigh
-            small ones. xP3 uses 100,000.
+                small ones. xP3 uses 100,000.
             seed: Seed of the drawing.
 
         Returns:
