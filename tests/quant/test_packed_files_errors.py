@@ -182,7 +182,7 @@ QUERY, KEY = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj
         (lambda t: t.update({f"{QUERY}.weight_scale": np.ones((3, 1), np.float32)}), rf"{QUERY}\.weight_scale must be .*, got float32 \[3, 1\]"),
         (lambda t: t.update({f"{QUERY}.weight": np.ones((32, 32), np.int16)}), rf"{QUERY}\.weight must be int8 .*, got int16"),
         (lambda t: t.update({
-            f"{QUERY}.weight": np.ones((32, 16), np.int8)}), r"of the wrong shape: layers\.0\.self_attn\.q_proj\.weight \[32, 16\]"),
+            f"{QUERY}.weight": np.ones((32, 16), np.int8)}), r"wrong shape: layers\.0\.self_attn\.q_proj\.weight \[32, 16\]"),
         (lambda t: t.update({f"{KEY}.weight_g_idx": np.zeros(32, np.int32)}), r"unexpected: .*k_proj\.weight_g_idx"),
     ],
 )  # fmt: skip
