@@ -343,15 +343,24 @@ def test_a_finished_run_is_kept_and_another_config_refused(small, whole, tmp_pat
         (["--fractions", "1.0", "0"], "must be numbers above 0, at most 1"),
         (["--fractions", "0.5"], "must be 1.0 and other fractions to compare with it"),
         (["--fractions", "1.0", "1.0"], "must be different values"),
-        (["--seeds", "0"], "Config.seeds must be at least 1.*, got 0"),
-        (["--model.num-layers", "2"], "of 2 none is left; use a model of 3 layers or more"),
-        (["--efficiency.min-length", "512"], "min_length=512: must be at most the length of a row"),
-        (["--efficiency.min-kept", "257"], "min_kept=257: must be at most the length of a row"),
-        (["--efficiency.curriculum", "1.2"], "curriculum=1.2: must be above 0, at most 1"),
-        (["--warmup", "400"], "warmup=400: must be from 0 to below steps=400"),
-        (["--search.seed", "2"], "Search.seed=2: must be at least seeds=3"),
-        (["--search.learning-rate-factor", "1"], "learning_rate_factor=1.0: must be above 1"),
-        (["--evaluations", "500"], "evaluations=500: must be from 1 to steps=400"),
+        (["--seeds", "0"], "Config.seeds must be at least 1, got 0"),
+        (["--model.num-layers", "2"], "leaves none of 2. Use a model with at least 3 layers"),
+        (
+            ["--efficiency.min-length", "512"],
+            "min_length must be at most the length of a row, 256, got 512",
+        ),
+        (
+            ["--efficiency.min-kept", "257"],
+            "min_kept must be at most the length of a row, 256, got 257",
+        ),
+        (["--efficiency.curriculum", "1.2"], "curriculum must be above 0, at most 1, got 1.2"),
+        (["--warmup", "400"], "warmup must be from 0 to below steps=400, got 400"),
+        (
+            ["--search.seed", "2"],
+            "Search.seed must be at least seeds=3, so that no compared run uses it, got 2",
+        ),
+        (["--search.learning-rate-factor", "1"], "learning_rate_factor must be above 1, got 1.0"),
+        (["--evaluations", "500"], "evaluations must be from 1 to steps=400, got 500"),
         (["--resume"], "set together with --out"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
@@ -376,7 +385,7 @@ def test_a_wrong_option_is_answered_with_what_would_do(
 def test_help_is_quick_because_it_imports_little(shown_by_help):
     heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
     text = shown_by_help("data_efficiency", heavy)
-    for shown in ("smoke, default, paper", "--efficiency.min-length", "What is compared"):
+    for shown in ("smoke, default, paper", "--efficiency.min-length", "Techniques to compare"):
         assert shown in text
 
 

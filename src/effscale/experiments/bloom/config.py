@@ -92,7 +92,7 @@ class PretrainConfig:
         check(self, self.ramp_increment >= 1, "ramp_increment", "at least 1")
         rise = self.batch_size - self.ramp_start
         leads = not self.ramp_samples or rise % self.ramp_increment == 0
-        divisor = f"a divisor of batch_size - ramp_start, {rise}"
+        divisor = f"a divisor of batch_size - ramp_start = {rise}"
         check(self, leads, "ramp_increment", divisor)
         for size in self.ramp().values:
             divides = size % self.accumulate == 0

@@ -151,13 +151,13 @@ class Config(OutputPart):
             self,
             not (self.actor and "base" in self.step),
             "step",
-            "without base if --actor is given",
+            "steps without base if --actor is given",
         )
         check(
             self,
             not (self.reward and "reward" in self.step),
             "step",
-            "without reward if --reward is given",
+            "steps without reward if --reward is given",
         )
         for name in (
             "seeds",

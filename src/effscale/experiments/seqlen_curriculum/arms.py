@@ -108,7 +108,7 @@ def make_arms(config: Config) -> list[Arm]:
             config,
             growing.starts[-1] < grown.num_steps,
             "curriculum",
-            f"smaller, because the tokens are used up before rows reach the full length. Use at most {enough:g}",
+            f"at most {enough:g}, so that rows reach the full length before the tokens are used up",
         )
         arms += [plain, grown]
     return arms

@@ -76,7 +76,7 @@ class Config(ClassifierPart):
             whole = getattr(self, name) % self.batch_rows == 0
             check(self, whole, name, f"a multiple of batch_rows={self.batch_rows}")
         for name in ("length", "calibration_length"):
-            check(self, getattr(self, name) >= 2, name, "at least 2: a token and the next one")
+            check(self, getattr(self, name) >= 2, name, "at least 2 (a token and the next one)")
         check(self, self.layers is None or self.layers >= 1, "layers", "at least 1")
         check(self, self.max_length >= 4, "max_length", "at least 4")
 
