@@ -307,9 +307,7 @@ def test_rows_become_whole_before_the_tokens_are_used_up(granularity):
     longest = dataclasses.replace(config, curriculum=1.88)  # 2 * 128 / (128 + 8)
     for arm in make_arms(longest):
         assert arm.lengths(arm.num_steps - 1) == 128
-    with pytest.raises(
-        ValueError, match=r"Config.curriculum must be at most 1.88, .*, got 3.0"
-    ):
+    with pytest.raises(ValueError, match=r"Config.curriculum must be at most 1.88, .*, got 3.0"):
         make_arms(dataclasses.replace(config, curriculum=3.0))
 
 
