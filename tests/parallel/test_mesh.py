@@ -46,7 +46,7 @@ def test_a_subset_of_the_devices():
     [
         ({"fsdp": 0}, r"MeshConfig\.fsdp must be a positive integer, or -1 .*, got 0"),
         ({"tensor": -2}, r"MeshConfig\.tensor must be .*, got -2"),
-        ({"fsdp": -1}, r"at most one axis may be -1, got data and fsdp"),
+        ({"fsdp": -1}, r"-1 for data and fsdp: at most one axis may be -1"),
     ],
 )
 def test_impossible_sizes(sizes, message):

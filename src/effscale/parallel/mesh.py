@@ -44,7 +44,7 @@ class MeshConfig:
         free = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(free) > 1:
             raise ValueError(
-                f"MeshConfig: at most one axis may be -1, got {' and '.join(free)} in {self}"
+                f"MeshConfig has -1 for {' and '.join(free)}: at most one axis may be -1, got {self}"
             )
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
