@@ -171,9 +171,12 @@ def test_float8_keeps_small_numbers_apart():
         ({"bits": 5}, r"Format\.bits must be one of 1, 2, 3, 4, 8, got 5"),
         ({"bits": 1, "symmetric": False}, "symmetric must be True for binary, got False"),
         ({"bits": 4, "floating": True}, "floating must be False for less than 8 bits, got True"),
-        ({"granularity": "group"}, "group_size must be at least 1, got None"),
+        (
+            {"granularity": "group"},
+            "group_size must be at least 1 with granularity='group', got None",
+        ),
         ({"group_size": 32}, "group_size must be None unless granularity='group', got 32"),
-        ({"granularity": "block", "num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"granularity": "block", "num_blocks": 0}, "num_blocks must be at least 1 with .*, got 0"),
     ],
 )
 def test_formats_that_cannot_be(options, message):

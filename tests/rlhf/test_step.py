@@ -335,8 +335,16 @@ def test_bad_input(made):
             broken(create(), prompts())
     with pytest.raises(ValueError, match=r"weights must have names of rewards, .* got \['x'\]"):
         learner(PPO, weights={"x": 1.0})[0](create(), prompts())
-    with pytest.raises(ValueError, match=r"number must divide the number of responses, .* got 3"):
+    with pytest.raises(
+        ValueError, match=r"minibatches must divide the number of responses, .* got 3"
+    ):
         learner(PPO, minibatches=3)[0](create(), prompts())
+    right = np.ones((ROWS, PROMPT), bool)
+    right[0, -1] = False
+    with pytest.raises(ValueError, match="last column. Pad prompts on the left"):
+        learner(PPO)[0](create(), {**prompts(), "attention_mask": right})
+    with pytest.raises(ValueError, match="the batch of prompts needs attention_mask"):
+        learner(PPO)[0](create(), {"input_ids": prompts()["input_ids"]})
     shared = create()
     with pytest.raises(ValueError, match="the reference shares arrays with the actor"):
         learner(PPO, reference=shared.actor.model)[0](shared, prompts())

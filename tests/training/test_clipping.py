@@ -41,6 +41,8 @@ def test_a_number_is_answered_with_the_object(monkeypatch):
             ValueError, match=r"clip must be a Clip or None, got 1\.0\. Use clip=Clip\(1\.0\)"
         ):
             make()
+    with pytest.raises(ValueError, match=r"got 8. Use workers=Workers\('data'\)"):
+        onebit_adam(1e-3, freeze_step=2, workers=8)
     with pytest.raises(ValueError, match=r"Use workers=Workers\('data'\)"):
         onebit_lamb(1.0, workers="data")
 

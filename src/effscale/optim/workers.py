@@ -50,8 +50,9 @@ def axis_of(workers: Workers | None) -> str | None:
         ValueError: ``workers`` is not a `Workers`, for instance the name of the axis.
     """
     if workers is not None and not isinstance(workers, Workers):
+        axis = workers if isinstance(workers, str) else "data"
         raise ValueError(
-            f"workers must be a Workers or None, got {workers!r}. Use workers=Workers({workers!r})."
+            f"workers must be a Workers or None, got {workers!r}. Use workers=Workers({axis!r})."
         )
     return None if workers is None else workers.axis_name
 

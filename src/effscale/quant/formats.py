@@ -68,7 +68,8 @@ class Format:
         for field, granularity in (("group_size", "group"), ("num_blocks", "block")):
             value = getattr(self, field)
             if self.granularity == granularity:
-                check(self, value is not None and value >= 1, field, "at least 1")
+                wanted = f"at least 1 with granularity={granularity!r}"
+                check(self, value is not None and value >= 1, field, wanted)
             else:
                 check(self, value is None, field, f"None unless granularity={granularity!r}")
 

@@ -118,7 +118,7 @@ def quantize_model(
         The new model. The original is unchanged; parameters that no rule matches are shared with it.
 
     Raises:
-        ValueError: A rule has no weight left to apply to, a weight does not match its rule's formats (the error names
+        ValueError: ``recipe`` is not a Recipe, a rule has no weight left to apply to, a weight does not match its rule's formats (the error names
             it), or ``grams`` or ``ranges`` does not match the model. Also if a bit schedule or a mask has not reached
             its end, because the packed weights would then differ from those that were trained.
 
@@ -131,6 +131,9 @@ def quantize_model(
         >>> small.groups[0].blocks[0].attention.query.kernel.get_value().data.dtype
         dtype('int8')
     """
+    if not isinstance(recipe, Recipe):
+        call = f". Call it: {recipe.__name__}()" if callable(recipe) else ""
+        raise ValueError(f"recipe must be a Recipe, got {recipe!r}{call}")
     known = {place.name for place in places(model)}
     for option, given in (("grams", grams), ("ranges", ranges)):
         if unknown := sorted(set(given or ()) - known):

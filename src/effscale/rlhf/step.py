@@ -145,6 +145,7 @@ def make_policy_step(
     def policy_step(
         state: PolicyState, batch: Mapping[str, Any]
     ) -> tuple[PolicyState, dict[str, Any]]:
+        _check_prompts(batch, sampling.num_return_sequences, minibatches)
         drawing, order = jax.random.split(jax.random.fold_in(state.key, state.step))
         _check_apart(state, {"the reference": reference, **_reward_models(rewards)})
         clock = _Clock()
@@ -291,6 +292,19 @@ def _reward_models(rewards: Reward | Mapping[str, Reward]) -> dict[str, Any]:
         for name, reward in named.items()
         if isinstance(reward, ModelReward)
     }
+
+
+def _check_prompts(batch: Mapping[str, Any], responses: int, minibatches: int) -> None:
+    """Raise an error before anything is generated if a step cannot use these prompts."""
+    if missing := {"input_ids", "attention_mask"} - batch.keys():
+        raise ValueError(f"the batch of prompts needs {', '.join(sorted(missing))}")
+    rows, mask = batch["input_ids"].shape[0] * responses, batch["attention_mask"]
+    if minibatches < 1 or rows % minibatches:
+        raise ValueError(
+            f"minibatches must divide the number of responses, {rows}, got {minibatches}"
+        )
+    if getattr(mask, "is_fully_addressable", True) and not np.asarray(mask)[:, -1].all():
+        raise ValueError("attention_mask must be true in the last column. Pad prompts on the left.")
 
 
 def _check_apart(state: PolicyState, read: Mapping[str, Any]) -> None:
