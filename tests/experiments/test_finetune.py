@@ -300,7 +300,7 @@ def test_the_papers_setting_can_be_lowered(task):
     ("words", "message"),
     [
         (["--tasks", "digit"], "invalid choice 'digit'"),
-        (["--tasks", "digits", "digits"], "Config.tasks must be different, got ('digits', 'digits')"),
+        (["--tasks", "digits", "digits"], "Config.tasks must be different tasks, got ('digits', 'digits')"),
         (["--seeds", "0"], "Config.seeds must be at least 1, got 0"),
         (["--warmup", "1"], "Config.warmup must be from 0 to below 1, got 1.0"),
         (["--fashion.epoch", "0"], "--fashion.epochs"),

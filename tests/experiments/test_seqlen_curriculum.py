@@ -361,8 +361,8 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
     [
         (["--seeds", "0"], "Config.seeds must be at least 1, got 0"),
         (["--batch-factor", "1"], "Config.batch_factor must be at least 2, got 1"),
-        (["--micro-batch", "3"], "Config.micro_batch must be a divisor of batch_size=4, got 3"),
-        (["--tokens", "40000"], "Config.tokens must be at least 45,056, got 40000"),
+        (["--micro-batch", "3"], "Config.micro_batch must be a divisor of batch_size=4, or None, got 3"),
+        (["--tokens", "40000"], "Config.tokens must be at least 45,056, for the large batch to outlast its warmup, got 40000"),
         (["--learning-rate-factors", "4", "4"], "must be one or more different numbers above 0"),
         (["--curriculum", "3"], "Config.curriculum must be less, as the tokens are used up before rows are whole, got 3.0"),
         (["--min-length", "128"], "Config.min_length must be from 1 to below length=128, got 128"),

@@ -128,7 +128,7 @@ def test_differences_are_of_pairs():
     ("words", "message"),
     [
         (["--group-size", "7"], "layers.0.feed_forward"),
-        (["--length", "1"], "Config.length must be at least 2, got 1"),
+        (["--length", "1"], "Config.length must be at least 2: a token and the next one, got 1"),
         (["--rows", "3"], "Config.rows must be a multiple of batch_rows=2, got 3"),
         (["--arms", "w8a8", "w8a8"], "must be different arms"),
         (["--models", "smollm2", "smollm2"], "must be different models"),
