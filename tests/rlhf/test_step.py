@@ -341,7 +341,7 @@ def test_bad_input(made):
         learner(PPO, minibatches=3)[0](create(), prompts())
     right = np.ones((ROWS, PROMPT), bool)
     right[0, -1] = False
-    with pytest.raises(ValueError, match="last column. Pad prompts on the left"):
+    with pytest.raises(ValueError, match=r"last column\. Pad prompts on the left"):
         learner(PPO)[0](create(), {**prompts(), "attention_mask": right})
     with pytest.raises(ValueError, match="the batch of prompts needs attention_mask"):
         learner(PPO)[0](create(), {"input_ids": prompts()["input_ids"]})
