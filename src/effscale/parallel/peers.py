@@ -115,7 +115,7 @@ def ending_together(advice: str = "start all processes again") -> Iterator[None]
         advice: What to do when a process is lost, used as the end of the message.
 
     Example:
-        >>> with ending_together("start all processes again; the run goes on from its last checkpoint"):
+        >>> with ending_together("start all processes again; the run resumes from its last checkpoint"):
         ...     pass  # train
     """
     _watch.advice = advice
