@@ -308,7 +308,7 @@ def test_rows_become_whole_before_the_tokens_are_used_up(granularity):
     for arm in make_arms(longest):
         assert arm.lengths(arm.num_steps - 1) == 128
     with pytest.raises(
-        ValueError, match=r"Config.curriculum=3.0: must be smaller.*Use at most 1.88"
+        ValueError, match=r"Config.curriculum must be smaller.*, got 3.0; use at most 1.88"
     ):
         make_arms(dataclasses.replace(config, curriculum=3.0))
 

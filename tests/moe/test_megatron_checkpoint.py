@@ -156,7 +156,7 @@ def test_a_config_stands_in_for_the_arguments(folder):
     given = load_megatron_moe(folder, model.config, dtype="bfloat16")
     assert given.embed.tokens.embedding.get_value().dtype == jnp.bfloat16
     narrow = dataclasses.replace(model.config, d_model=8)
-    with pytest.raises(FolderError, match="of the wrong shape"):
+    with pytest.raises(FolderError, match="wrong shape: "):
         load_megatron_moe(folder, narrow)
     torch.save({n: v for n, v in states.items() if n != "checkpoint_version"}, path)
     with pytest.raises(FolderError, match="has no checkpoint_version"):

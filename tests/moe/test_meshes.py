@@ -166,5 +166,5 @@ def test_experts_that_cannot_be_divided():
         match="num_experts=6 cannot be divided over the 4 devices of the mesh axis expert",
     ):
         gradients(MeshConfig(data=2, expert=4), make(num_experts=6))
-    with pytest.raises(ValueError, match="divide its width over the axis 'tensor'"):
+    with pytest.raises(ValueError, match="divide the width of each expert over the axis 'tensor'"):
         gradients(MeshConfig(data=1, expert=8), make(num_experts=4))

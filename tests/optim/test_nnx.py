@@ -76,7 +76,7 @@ def test_running_statistics_are_not_lost_silently():
         jax.jit(step)(state, jnp.ones((4, 6)))
     state.model.norm.use_running_average = True
     jax.eval_shape(step, state, jnp.ones((4, 6)))
-    with pytest.raises(ValueError, match="params holds a BatchStat"):
+    with pytest.raises(ValueError, match="params contains a BatchStat"):
         worker_params(Net(), None)
 
 

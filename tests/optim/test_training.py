@@ -161,7 +161,7 @@ def owed(opt_state):
 def test_nothing_is_lost_when_workers_change(reference):
     state = jax.device_get(reference[1].opt_state)
     np.testing.assert_allclose(owed(resize_workers(state, 3)), owed(state), rtol=1e-4, atol=1e-9)
-    with pytest.raises(ValueError, match="num_workers=0"):
+    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
         resize_workers(state, 0)
 
 

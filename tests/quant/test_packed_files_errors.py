@@ -145,8 +145,8 @@ def group(number):
         (lambda c: group(0)(c)["weights"].update(num_bits=5), "5 bits.* not supported; effscale supports"),
         (lambda c: group(0)(c)["weights"].update(type="float"), "the type 'float' is not supported; effscale supports"),
         (lambda c: group(0)(c)["weights"].update(strategy="block"), "the strategy 'block' is not supported; effscale supports"),
-        (lambda c: group(1)(c)["weights"].update(num_bits=2), "symmetric=False.*ternary; effscale"),
-        (lambda c: group(1)(c)["weights"].update(group_size="all"), "group_size='all'"),
+        (lambda c: group(1)(c)["weights"].update(num_bits=2), "symmetric must be True for ternary, got False; effscale"),
+        (lambda c: group(1)(c)["weights"].update(group_size="all"), "group_size must be .*, got 'all'"),
         (lambda c: group(0)(c)["input_activations"].update(dynamic=False), "'token' with num_bits=8 and dynamic=False is not supported"),
         (lambda c: group(0)(c).update(output_activations={"num_bits": 8}), "outputs are quantized, which is not supported"),
         (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "has kv_cache_scheme, which is not supported"),
@@ -182,7 +182,7 @@ QUERY, KEY = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj
         (lambda t: t.update({f"{QUERY}.weight_scale": np.ones((3, 1), np.float32)}), rf"{QUERY}\.weight_scale must be .*, got float32 \[3, 1\]"),
         (lambda t: t.update({f"{QUERY}.weight": np.ones((32, 32), np.int16)}), rf"{QUERY}\.weight must be int8 .*, got int16"),
         (lambda t: t.update({
-            f"{QUERY}.weight": np.ones((32, 16), np.int8)}), r"of the wrong shape: layers\.0\.self_attn\.q_proj\.weight \[32, 16\]"),
+            f"{QUERY}.weight": np.ones((32, 16), np.int8)}), r"wrong shape: layers\.0\.self_attn\.q_proj\.weight \[32, 16\]"),
         (lambda t: t.update({f"{KEY}.weight_g_idx": np.zeros(32, np.int32)}), r"unexpected: .*k_proj\.weight_g_idx"),
     ],
 )  # fmt: skip

@@ -104,7 +104,7 @@ class Fields:
 
     def block(self, name: str, default: Any = ...) -> Any:
         """Return an object with fields of its own."""
-        inner = lambda values: Fields(f"{self.where}, in {name},", values)
+        inner = lambda values: Fields(f"{self.where.rstrip(',')}, in {name},", values)
         return self._read(name, default, lambda v: isinstance(v, dict), inner, "an object")
 
     def _read(

@@ -9,10 +9,19 @@ from typing import Any
 
 
 def check(config: Any, holds: bool, field: str, wanted: str) -> None:
-    """Raise a ValueError that names ``field`` and its value unless ``holds``."""
+    """Raise a ValueError that names ``field`` and its value unless ``holds``.
+
+    Args:
+        config: The dataclass with the field.
+        holds: Whether the value is valid.
+        field: The name of the field.
+        wanted: What the value must be, optionally followed by ``"; "`` and advice, which is placed after the value.
+    """
     if not holds:
+        wanted, _, advice = wanted.partition("; ")
         raise ValueError(
             f"{type(config).__name__}.{field} must be {wanted}, got {getattr(config, field)!r}"
+            + (f"; {advice}" if advice else "")
         )
 
 

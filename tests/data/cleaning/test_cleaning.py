@@ -74,8 +74,8 @@ def test_unknown_language_names_near_ones():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_word_repetition": 1.5}, "max_word_repetition=1.5"),
-        ({"min_characters": 0}, "min_characters=0"),
+        ({"max_word_repetition": 1.5}, r"max_word_repetition must be .*, got 1\.5"),
+        ({"min_characters": 0}, r"min_characters must be .*, got 0"),
     ],
 )
 def test_impossible_bounds(options, named):
@@ -163,7 +163,7 @@ def test_a_corpus_of_it_and_its_datasheet(folder, tmp_path):
 
 def test_a_component_without_a_licence_is_refused(folder, tmp_path):
     corpus = prepare_corpus(cleaned(folder), tmp_path, vocab_size=300, validation_fraction=0.0)
-    with pytest.raises(ValueError, match=r"licence=' '.*unknown"):
+    with pytest.raises(ValueError, match=r"licence must be a text, got ' '; say 'unknown'"):
         DatasheetEntry(name="tales", language="en", licence=" ", corpus=corpus)
 
 

@@ -108,7 +108,7 @@ def make_arms(config: Config) -> list[Arm]:
             config,
             growing.starts[-1] < grown.num_steps,
             "curriculum",
-            f"smaller, because the tokens are used up before rows reach the full length. Use at most {enough:g}",
+            f"smaller, because the tokens are used up before rows reach the full length; use at most {enough:g}",
         )
         arms += [plain, grown]
     return arms
