@@ -241,5 +241,5 @@ def test_a_schedule_of_other_bits_than_the_format():
     eight = dataclasses.replace(schedule, target_bits=8)
     with pytest.raises(ValueError, match="float8"):
         Rule(where="kernel", weights=Format(floating=True), schedule=eight)
-    with pytest.raises(ValueError, match=rr"activations_offset must be .*, got -1"):
+    with pytest.raises(ValueError, match=r"activations_offset must be .*, got -1"):
         Rule(where="kernel", weights=Format(), activations_offset=-1)
