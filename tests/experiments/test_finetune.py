@@ -348,7 +348,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     other = ["--tasks", "reviews", "--text-model", "image"]
     for words, message in (
         (long, "max_length must be at most the model's 64, got 65"),
-        (swapped, "resize_images is for models of images"),
+        (swapped, "model must be an image model"),
         (other, "text_model must be a BERT for this experiment, got 'image'"),
     ):
         with pytest.raises(SystemExit):
