@@ -434,9 +434,9 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--ltd.min-value", "17"], "Dropping.min_value must be at most the 16 tokens.*, got 17"),
         (["--model.num-layers", "2"], "use a model of 3 layers or more"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
-        (["--learning-rate", "inf"], "Config.learning_rate=inf: must be finite"),
-        (["--early.steps", "13"], "Early.steps=13: must be at most the steps=12 of a whole run"),
-        (["--search.seed", "0"], "Search.seed=0: must be at least seeds=1"),
+        (["--learning-rate", "inf"], "Config.learning_rate must be finite.*, got inf"),
+        (["--early.steps", "13"], "Early.steps must be at most the steps=12 of a whole run.*, got 13"),
+        (["--search.seed", "0"], "Search.seed must be at least seeds=1.*, got 0"),
         (["--resume"], "set together with --out"),
     ],
 )
