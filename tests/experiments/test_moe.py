@@ -98,17 +98,17 @@ def test_a_stopped_student_goes_on_as_if_it_had_not_been(finished, tmp_path, mon
             "must be arms that include pr_moe, the teacher of pr_moe_kd",
         ),
         (["--arms", "dense", "dense"], "must be different arms"),
-        (["--warmup", "8", "--steps", "8"], "Config.warmup must be below steps=8.*, got 8"),
+        (["--warmup", "8", "--steps", "8"], "Config.warmup must be below steps=8, got 8"),
         (
             ["--student-layers", "3"],
-            "Config.student_layers must be from 2 to num_layers=2.*, got 3",
+            "Config.student_layers must be from 2 to num_layers=2, got 3",
         ),
         (
             ["--router.capacity-factor", "0"],
-            "RouterConfig.capacity_factor must be above 0.*, got 0.0",
+            "RouterConfig.capacity_factor must be above 0 and finite, or None, got 0.0",
         ),
-        (["--num-experts", "1"], "Config.num_experts must be at least 2.*, got 1"),
-        (["--teacher-leaves", "1"], "Config.teacher_leaves must be between 0 and 1.*, got 1.0"),
+        (["--num-experts", "1"], "Config.num_experts must be at least 2, got 1"),
+        (["--teacher-leaves", "1"], "Config.teacher_leaves must be between 0 and 1, got 1.0"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, tmp_path, capsys):

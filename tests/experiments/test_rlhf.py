@@ -178,11 +178,11 @@ def test_the_records_of_steps_are_apart():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": ("ppo", "sft")}, r"step=.*in the order \['sft', 'ppo'\]"),
-        ({"actor": pathlib.Path("x")}, "step=.*without base if --actor is given"),
+        ({"step": ("ppo", "sft")}, r"step must be .*in the order \['sft', 'ppo'\], got"),
+        ({"actor": pathlib.Path("x")}, "step must be .*without base if --actor is given, got"),
         ({"minibatches": 5}, r"minibatches must be a divisor of policy\.batch_size=64.*, got 5"),
         ({"split": "1,2"}, "split must be three numbers.*, got '1,2'"),
-        ({"held_out": 1.0}, r"held_out=1\.0"),
+        ({"held_out": 1.0}, r"held_out must be .*, got 1\.0"),
         (
             {"min_response_length": 40},
             "min_response_length must be from 0 to response_length=32.*, got 40",
@@ -192,7 +192,7 @@ def test_the_records_of_steps_are_apart():
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         Config(**change)
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         LearningConfig(steps=0)
 
 

@@ -128,11 +128,11 @@ def test_differences_are_of_pairs():
     ("words", "message"),
     [
         (["--group-size", "7"], "layers.0.feed_forward"),
-        (["--length", "1"], "Config.length must be at least 2.*, got 1"),
-        (["--rows", "3"], "Config.rows must be a multiple of batch_rows=2.*, got 3"),
+        (["--length", "1"], "Config.length must be at least 2: a token and the next one, got 1"),
+        (["--rows", "3"], "Config.rows must be a multiple of batch_rows=2, got 3"),
         (["--arms", "w8a8", "w8a8"], "must be different arms"),
         (["--models", "smollm2", "smollm2"], "must be different models"),
-        (["--layers", "0"], "Config.layers must be at least 1.*, got 0"),
+        (["--layers", "0"], "Config.layers must be at least 1, got 0"),
         (["--max-length", "65"], "max_length must be at most the model's 64, got 65"),
     ],
 )
