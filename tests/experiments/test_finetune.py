@@ -317,7 +317,7 @@ def test_the_papers_setting_can_be_lowered(task):
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
         (["--image-model", "absent"], "absent"),
         (["--resume"], "set together with --out"),
-        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(

@@ -284,9 +284,9 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
         (["--fashion.train", "161"], "fashion.train must be at most 160"),
         (["--image-size", "9"], "must be a multiple of patch_size=4"),
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
-        (["--image-model", "two"], "of 2 none is left; use a model of 3 layers or more"),
+        (["--image-model", "two"], "leaves none of 2. Use a model with at least 3 layers"),
         (["--resume"], "set together with --out"),
-        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(

@@ -378,7 +378,7 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
         (["--model.num-heads", "3"], "num_heads must divide d_model=128, got 3"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
         (["--resume"], "set together with --out"),
-        (["--out", "absent", "--resume"], "absent does not exist; run without resume"),
+        (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(
