@@ -505,7 +505,7 @@ def test_bad_arguments(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ranking": None}, "Difficulty.ranking must be .*, got None"),
+        ({"ranking": None}, "Difficulty.ranking must be a ranking of the samples"),
         ({"ranking": Ranking(np.array([0, 0]), np.array([1, 2]))}, "must be each of 0 to 1 once"),
     ],
 )

@@ -167,7 +167,10 @@ def test_several_processes_make_what_one_does(start, options, tmp_path, processe
         (("--new-tasks", "unsee"), "unseen"),
         (("--new-tasks", "unseen", "learned"), "new_tasks must leave at least one task to learn"),
         (("--new-languages", "aa", "bb", "cc"), "but not all"),
-        (("--pretrain.ramp-increment", "3"), "ramp_increment=3"),
+        (
+            ("--pretrain.ramp-increment", "3"),
+            "ramp_increment must be a divisor of batch_size - ramp_start, 8, got 3",
+        ),
         (("--data", "nowhere"), "language 'aa' has no"),
     ],
 )

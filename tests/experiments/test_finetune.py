@@ -312,7 +312,10 @@ def test_the_papers_setting_can_be_lowered(task):
         (["--fashion.epochs", "0"], "Recipe.epochs must be at least 1, got 0"),
         (["--fashion.train", "15"], "Recipe.train must be a batch of 16 or more, got 15"),
         (["--fashion.train", "161"], "fashion.train must be at most 160"),
-        (["--fashion.batch-size", "161"], "Recipe.batch_size must be at most the 160 training examples, got 161"),
+        (
+            ["--fashion.batch-size", "161"],
+            "Recipe.batch_size must be at most the 160 training examples, got 161",
+        ),
         (["--image-size", "9"], "must be a multiple of patch_size=4"),
         (["--fashion-mnist", "absent"], "apt-get install dataset-fashion-mnist"),
         (["--image-model", "absent"], "absent"),
@@ -345,7 +348,7 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
     other = ["--tasks", "reviews", "--text-model", "image"]
     for words, message in (
         (long, "max_length must be at most the model's 64, got 65"),
-        (swapped, "resize_images is for models of images"),
+        (swapped, "model must be an image model"),
         (other, "text_model must be a BERT for this experiment, got 'image'"),
     ):
         with pytest.raises(SystemExit):

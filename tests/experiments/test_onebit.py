@@ -244,12 +244,21 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             "must be a list that includes their uncompressed baselines, adam",
         ),
         (["--optimizers", "adam", "adam"], "must be one or more different names"),
-        (["--workers", "1"], "Config.workers must be at least 2, because a single worker sends nothing, got 1"),
-        (["--workers", "3"], "PretrainGPT.batch_size must be a multiple of workers x accumulate = 3, got 8"),
+        (
+            ["--workers", "1"],
+            "Config.workers must be at least 2, because a single worker sends nothing, got 1",
+        ),
+        (
+            ["--workers", "3"],
+            "PretrainGPT.batch_size must be a multiple of workers x accumulate = 3, got 8",
+        ),
         (["--gpt.adam-rate", "0"], "PretrainGPT.adam_rate must be above 0, got 0.0"),
         (["--gpt.stages.onebit-adam", "1"], "Stages.onebit_adam must be between 0 and 1, got 1.0"),
         (["--moments.b2", "1"], "Moments.b2 must be from 0 to below 1, got 1.0"),
-        (["--resume"], "Config.resume must be set together with --out, the folder to resume, got True"),
+        (
+            ["--resume"],
+            "Config.resume must be set together with --out, the folder to resume, got True",
+        ),
     ],
 )
 def test_a_wrong_option_is_answered_with_what_would_do(

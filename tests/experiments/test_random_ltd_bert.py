@@ -429,14 +429,26 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
             ["--classes", "50", "--finetune.test", "64"],
             "Config.classes must be at most the 34 documents of the corpus, got 50",
         ),
-        (["--finetune.test", "None"], "Recipe.test must be a number of passages, at least classes=2, got None"),
+        (
+            ["--finetune.test", "None"],
+            "Recipe.test must be a number of passages, at least classes=2, got None",
+        ),
         (["--finetune.train", "6400"], "with classes=2 and passage=16, because document"),
-        (["--ltd.min-value", "17"], "Dropping.min_value must be at most the 16 tokens of a row, got 17"),
+        (
+            ["--ltd.min-value", "17"],
+            "Dropping.min_value must be at most the 16 tokens of a row, got 17",
+        ),
         (["--model.num-layers", "2"], "Use a model with at least 3 layers"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
         (["--learning-rate", "inf"], "Config.learning_rate must be finite, got inf"),
-        (["--early.steps", "13"], "Early.steps must be at most the steps=12 of a whole run, got 13"),
-        (["--search.seed", "0"], "Search.seed must be at least seeds=1, so that no compared run uses it, got 0"),
+        (
+            ["--early.steps", "13"],
+            "Early.steps must be at most the steps=12 of a whole run, got 13",
+        ),
+        (
+            ["--search.seed", "0"],
+            "Search.seed must be at least seeds=1, so that no compared run uses it, got 0",
+        ),
         (["--resume"], "set together with --out"),
     ],
 )

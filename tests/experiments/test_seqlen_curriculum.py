@@ -363,8 +363,14 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
     [
         (["--seeds", "0"], "Config.seeds must be at least 1, got 0"),
         (["--batch-factor", "1"], "Config.batch_factor must be at least 2, got 1"),
-        (["--micro-batch", "3"], "Config.micro_batch must be a divisor of batch_size=4, or None, got 3"),
-        (["--tokens", "40000"], "Config.tokens must be at least 45,056, so that the large batch trains longer than its warmup, got 40000"),
+        (
+            ["--micro-batch", "3"],
+            "Config.micro_batch must be a divisor of batch_size=4, or None, got 3",
+        ),
+        (
+            ["--tokens", "40000"],
+            "Config.tokens must be at least 45,056, so that the large batch trains longer than its warmup, got 40000",
+        ),
         (["--learning-rate-factors", "4", "4"], "must be one or more different numbers above 0"),
         (
             ["--curriculum", "3"],

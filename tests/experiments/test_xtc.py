@@ -235,7 +235,10 @@ def test_the_papers_setting_can_be_lowered():
         (["--budgets", "9", "3"], "Config.budgets must be ascending, got (9, 3)"),
         (["--rates", "0"], "Config.rates must be at least one number above 0, got (0.0,)"),
         (["--dev", "2"], "Config.dev must be a number of passages, at least classes=3, got 2"),
-        (["--batch-size", "49"], "Config.batch_size must be at most train=48, equally many of each class, got 49"),
+        (
+            ["--batch-size", "49"],
+            "Config.batch_size must be at most train=48, equally many of each class, got 49",
+        ),
         (["--text-model", "absent"], "absent"),
         (["--resume"], "set together with --out"),
     ],

@@ -137,7 +137,10 @@ def test_an_axis_that_is_not_bound_is_refused(make):
         optimizer.update(params, optimizer.init(params), params)
     with pytest.raises(ValueError, match="axis_name='rows' is not an axis"):
         make(workers=Workers("rows")).init(params)
-    with jax.set_mesh(MeshConfig().build()), pytest.raises(ValueError, match="num_workers must be the size 8 of the axis 'data', got 3"):
+    with (
+        jax.set_mesh(MeshConfig().build()),
+        pytest.raises(ValueError, match="num_workers must be the size 8 of the axis 'data', got 3"),
+    ):
         make(workers=Workers("data", num_workers=3)).init(params)
     with pytest.raises(ValueError, match=r"needs a mesh with the axis 'data'.*none"):
         per_worker(lambda s, b: s)(1.0, jnp.ones(4))

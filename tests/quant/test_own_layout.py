@@ -175,7 +175,7 @@ def test_damage(small, folder):
 
 
 def test_other_ways_to_load_and_save(small, folder, monkeypatch):
-    with pytest.raises(FolderError, match=r"'effscale'.*effscale\.quant\.load_packed loads"):
+    with pytest.raises(FolderError, match=r"'effscale'.*with effscale\.quant\.load_packed"):
         load_pretrained(folder)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(

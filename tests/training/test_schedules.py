@@ -85,7 +85,7 @@ def test_bad_schedules(fields, message, monkeypatch):
     ],
 )
 def test_bad_adamw(field, value):
-    with pytest.raises(ValueError, match=f"{field}={value}"):
+    with pytest.raises(ValueError, match=rf"{field} must be .*, got {value}"):
         AdamWConfig(**{field: value})
 
 
