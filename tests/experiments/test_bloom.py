@@ -169,7 +169,7 @@ def test_several_processes_make_what_one_does(start, options, tmp_path, processe
         (("--new-languages", "aa", "bb", "cc"), "but not all"),
         (
             ("--pretrain.ramp-increment", "3"),
-            "ramp_increment must be a divisor of batch_size - ramp_start, 8, got 3",
+            "PretrainConfig.ramp_increment must be a divisor",
         ),
         (("--data", "nowhere"), "language 'aa' has no"),
     ],
