@@ -100,7 +100,7 @@ def test_custom_schedules_need_their_function_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule_type": "fixed_rot"}, "voc.schedule_type='fixed_rot': did you mean 'fixed_root'"),
+        ({"schedule_type": "fixed_rot"}, "voc.schedule_type must be one of .*, got 'fixed_rot': did you mean 'fixed_root'"),
         ({"schedule_config": 3}, "voc.schedule_config must be an object.*, got 3"),
         ({"schedule_config": {"total_curriculum_step": 3}}, "voc.schedule_config: needs difficulty_step, root_degree"),
         ({"min_difficulty": 1.5}, "voc.min_difficulty must be a whole number.*, got 1.5"),

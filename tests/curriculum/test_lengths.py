@@ -202,7 +202,7 @@ def linear(low, high, total=30, **options):
     [
         (
             {"pacing": linear(0, 8)},
-            "pacing must be .*lengths from 1, and not from 0, got LinearPacing",
+            "pacing must be a schedule of lengths of at least 1, .*, got LinearPacing",
         ),
         (
             {"pacing": linear(2, 12), "multiple_of": 8},

@@ -232,7 +232,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
         ),
         ({"do_sample": True}, "temperature must be above 0 with do_sample=True"),
         ({"max_gen_toks": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"top_p": 2.0, "temperature": 1.0}, "top_p=2.0"),
+        ({"top_p": 2.0, "temperature": 1.0}, "top_p must be .*, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
             of(**given)
@@ -299,5 +299,5 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
             main(words.split())
         assert said in capsys.readouterr().err
     monkeypatch.setattr("effscale.evaluation.harness.model.TemplateLM", object)
-    with pytest.raises(ImportError, match=r"effscale\[eval\]"):
+    with pytest.raises(ImportError, match="pip install lm_eval"):
         HarnessModel(model, tokenizer)

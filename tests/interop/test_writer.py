@@ -180,7 +180,7 @@ def test_what_cannot_be_written(tmp_path):
             write_tensors(tmp_path, tensors)
     assert names(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(FolderError, match="is a file; give a folder"):
+    with pytest.raises(FolderError, match="is a file; pass a folder"):
         write_tensors(tmp_path / "file", ARRAYS.items())
 
 

@@ -129,5 +129,5 @@ def test_the_file_latest_names_the_checkpoint(tmp_path):
     (tmp_path / "inner").mkdir()
     for way_out in ("../global_step7", os.fspath(tmp_path / "global_step7"), ".."):
         (tmp_path / "inner" / "latest").write_text(way_out)
-        with pytest.raises(FolderError, match="holds no files layer_L_expert_G"):
+        with pytest.raises(FolderError, match="no files layer_L_expert_G"):
             read_deepspeed_experts(tmp_path / "inner")

@@ -166,10 +166,13 @@ def test_a_config_stands_in_for_the_arguments(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"use_rotary_position_embeddings": True}, "have use_rotary_position_embeddings=True"),
-        ({"normalization": "rmsnorm"}, "computes only normalization='layernorm'"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads=1: must be 2"),
-        ({"num_layers": 10**9}, "num_layers=1000000000, and there are"),
+        (
+            {"use_rotary_position_embeddings": True},
+            "must have use_rotary_position_embeddings=False, .*, got True",
+        ),
+        ({"normalization": "rmsnorm"}, "must have normalization='layernorm', .*, got 'rmsnorm'"),
+        ({"num_key_value_heads": 1}, "must have num_key_value_heads=2, got 1"),
+        ({"num_layers": 10**9}, "must have num_layers of at most 70, .*, got 1000000000"),
         ({"num_layers": "four"}, "num_layers must be a whole number.*, got 'four'"),
         ({"num_experts": [10**9]}, "1000000000 experts in each of 2 layers"),
         ({"num_experts": [3, 3, 3]}, "one number, or one for each of 2 layers"),

@@ -105,8 +105,8 @@ def test_a_schedule_takes_the_place_of_the_rate():
             with_optimizer("OneBitAdam", freeze_step="100"),
             "freeze_step must be a whole.*, got '100'",
         ),
-        (with_optimizer("OneBitAdam", eps="tiny"), "eps='tiny': must be a number"),
-        (with_optimizer("OneBitAdam", lr=None), "lr=None: must be a number"),
+        (with_optimizer("OneBitAdam", eps="tiny"), "eps must be a number, got 'tiny'"),
+        (with_optimizer("OneBitAdam", lr=None), "lr must be a number, got None"),
         ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params must be .*, got \[1\]"),
     ],
 )

@@ -125,7 +125,10 @@ def test_a_custom_function_is_latched_and_bounded():
             lambda: DiscretePacing(difficulty=(2, 1), max_step=(3,)),
             r"difficulty must be .*, got \(2, 1\)",
         ),
-        (lambda: DiscretePacing(difficulty=(1, 2), max_step=(3, 4)), "max_step.*but the last, 1"),
+        (
+            lambda: DiscretePacing(difficulty=(1, 2), max_step=(3, 4)),
+            "max_step must be .*except the last, 1, got",
+        ),
         (lambda: DiscretePacing(difficulty=(1, 2, 3), max_step=(4, 4)), "max_step"),
     ],
 )

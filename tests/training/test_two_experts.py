@@ -178,7 +178,7 @@ def test_a_plain_call_in_training_warns(model):
 
 def test_losses_of_other_names_are_refused():
     reports = (({"balance_loss": jnp.ones(2)},),)
-    with pytest.raises(ValueError, match=r"reports 'balance_loss': only 'aux_loss' is added"):
+    with pytest.raises(ValueError, match=r"reports 'balance_loss', but only 'aux_loss' is added"):
         add_reports(Loss(jnp.float32(1), jnp.float32(1)), reports)
     reports = (({"accuracy": jnp.ones(2)},),)
     with pytest.raises(ValueError, match=r"\['accuracy'\], which are already metrics of the loss"):

@@ -163,7 +163,9 @@ def test_a_corpus_of_it_and_its_datasheet(folder, tmp_path):
 
 def test_a_component_without_a_licence_is_refused(folder, tmp_path):
     corpus = prepare_corpus(cleaned(folder), tmp_path, vocab_size=300, validation_fraction=0.0)
-    with pytest.raises(ValueError, match=r"licence must be a text, got ' '; say 'unknown'"):
+    with pytest.raises(
+        ValueError, match=r"licence must be a nonempty text, got ' '; use 'unknown'"
+    ):
         DatasheetEntry(name="tales", language="en", licence=" ", corpus=corpus)
 
 

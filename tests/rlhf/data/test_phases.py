@@ -110,7 +110,7 @@ def test_a_source_that_runs_out_is_used_to_its_end():
         ),
         ({"sizes": (3, 3), "weights": (1.0, 0.0)}, "weights must be above 0 and finite"),
         ({"sizes": (3,), "weights": (float("inf"),)}, "weights must be above 0 and finite"),
-        ({"sizes": (3,), "seed": -1}, "seed=-1"),
+        ({"sizes": (3,), "seed": -1}, "seed must be an integer, .*, got -1"),
     ],
 )
 def test_blends_that_are_none(given, message):
