@@ -217,7 +217,7 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
         passages_data(
             (corpus,), Config(classes=99, finetune=Recipe(batch_size=4, train=99, test=99))
         )
-    with pytest.raises(ValueError, match=r"Config.finetune.train=3000: with classes=3 and"):
+    with pytest.raises(ValueError, match=r"Config.finetune.train=3000: must be at most .* with classes=3 and"):
         passages_data(
             (corpus,), Config(classes=3, finetune=Recipe(batch_size=4, train=3000, test=3))
         )
@@ -286,8 +286,8 @@ def test_each_arm_takes_the_best_pair_of_its_search(finished):
         assert results[f"{arm}_learning_rate"] == min(losses, key=losses.__getitem__)
         assert (results[f"{arm}_search_runs"], results[f"{arm}_search_settled"]) == (2, 0)
     report = (finished / "report.md").read_text()
-    assert "| arm | learning rate | warm-up steps | loss | runs | settled |" in report
-    assert "| learning rate | warm-up steps | baseline | random_ltd |" in report
+    assert "| arm | learning rate | warmup steps | loss | runs | all neighbors tried |" in report
+    assert "| learning rate | warmup steps | baseline | random-LTD |" in report
 
 
 def test_the_first_steps_are_reported_of_every_seed(finished):

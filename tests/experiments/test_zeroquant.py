@@ -113,7 +113,7 @@ def test_rows_come_from_several_documents():
     rows = language._rows(documents, 8, 16)
     assert rows.shape == (8, 16)
     assert np.unique(rows).tolist() == list(range(8))
-    with pytest.raises(ValueError, match="64 tokens, and 8 rows of 16 are wanted"):
+    with pytest.raises(ValueError, match="64 tokens, too few for 8 rows of 16"):
         language._rows([[1] * 1000] * 4, 8, 16)
 
 

@@ -90,8 +90,8 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
         warnings.simplefilter("always")
         assert sampling_from_folder(folder) == SamplingConfig(temperature=0.0)
     assert [str(w.message).split(": ")[1] for w in told] == [
-        "max_length=50 is ignored because it counts the prompt",
-        "min_length=8 is ignored because it counts the prompt",
+        "max_length=50 is ignored because it counts the prompt. Pass prompt_length= or max_new_tokens=",
+        "min_length=8 is ignored because it counts the prompt. Pass prompt_length= or min_new_tokens=",
     ]
     found = sampling_from_folder(folder, max_new_tokens=9, min_new_tokens=3)
     assert (found.max_new_tokens, found.min_new_tokens) == (9, 3)

@@ -315,4 +315,4 @@ def test_cudnn_counts_as_a_kernel_and_scores_as_a_failure():
     )
     assert compiled(f"bf16[4,2048,112,128] bf16[2048,1024] {calls}").kernels == 2
     for array in ("f32[4,56,512,2048]", "f32[224,2048,1536]"):
-        assert compiled(array).error == f"the compiled program holds {array}"
+        assert compiled(array).error == f"the compiled program contains {array}"

@@ -166,7 +166,7 @@ def test_experts_are_divided_while_they_are_loaded(tmp_path):
 
 def test_a_summary_tells_of_experts(tmp_path):
     folder_of(example("mixtral", "MixtralForCausalLM"), tmp_path)
-    assert summarize(tmp_path)["feed-forward"] == "3 experts of 12, 2 for each token"
+    assert summarize(tmp_path)["feed-forward"] == "3 experts of 12, 2 per token"
 
 
 def test_neither_package_has_to_be_imported_first():

@@ -63,7 +63,7 @@ def test_complex_parameters_are_refused(name, workers):
         ValueError, match=r"\['phase'\] has the dtype complex64.*split_real_and_imag"
     ):
         MAKERS[name](**workers).init(params)
-    with pytest.raises(ValueError, match=r"type int32.*leave it out"):
+    with pytest.raises(ValueError, match=r"dtype int32.*exclude it from training"):
         MAKERS[name](**workers).init({"ids": jnp.arange(3)})
 
 

@@ -43,7 +43,7 @@ def test_the_survivor_of_a_killed_process_says_which_one_is_gone():
     assert killed[0] == -9
     assert survivor[0] == LOST_PEER, survivor[2]
     assert f"error: process 1 of 2 (pid {pid} on " in survivor[2]
-    assert survivor[2].endswith(" is gone, see its output; start again\n")
+    assert survivor[2].endswith(" was lost; see its output; start again\n")
     assert "Traceback" not in survivor[2]
     # Before that, process 0 could not make a folder.
     assert "FileExistsError the folder is taken\n" in survivor[1]
@@ -55,7 +55,7 @@ def test_a_process_that_fails_does_not_leave_the_other_waiting():
     assert failed[0] == 1
     assert "ValueError: bad luck" in failed[2]
     assert survivor[0] == LOST_PEER, survivor[2]
-    assert survivor[2].endswith("error: process 0 of 2 failed, see its output; start again\n")
+    assert survivor[2].endswith("error: process 0 of 2 failed; see its output; start again\n")
 
 
 def test_a_single_process_fails_as_ever():
