@@ -325,7 +325,7 @@ def test_a_kill_at_any_point_leaves_one_of_both_saves_or_an_error(killed, old, n
     assert found.count("new") > 1
     # Only shards under the same names leave no way to switch at once.
     assert bool(errors) == (old == new != 24)
-    assert all("did not finish" in error for error in errors)
+    assert all("was not completed" in error for error in errors)
     # The next save puts everything right.
     for folder in folders[:: 5 if not errors else 1]:
         write_tensors(folder, NEW.items(), max_shard_size=new)
