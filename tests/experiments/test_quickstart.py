@@ -57,7 +57,7 @@ def test_an_earlier_checkpoint_can_be_loaded(folder):
     earlier, _ = load(folder, step=48)
     ids = jnp.asarray([tokenizer.encode("the old sailor").ids])
     assert not np.allclose(last(ids), earlier(ids))
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; there are 36, 48, 60"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; available steps: 36, 48, 60"):
         load(folder, step=7)
 
 
@@ -74,7 +74,7 @@ def test_a_resume_with_another_config_names_the_difference(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--out", str(folder), "--resume", "--learning-rate", "1e-3"])
     assert stop.value.code == 2
-    assert "learning_rate: 0.01 there, 0.001 here" in capsys.readouterr().err
+    assert "learning_rate: 0.01 saved, 0.001 given" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):

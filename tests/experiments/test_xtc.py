@@ -196,7 +196,7 @@ def test_passages_of_three_splits_do_not_overlap(options, finished):
     assert starts["train"] == list(range(0, 300, 4))
     assert sorted(starts["dev"] + starts["test"]) == list(range(300, 400, 4))
     assert np.abs(np.mean(starts["dev"]) - np.mean(starts["test"])) < 8  # they take turns
-    with pytest.raises(ValueError, match=r"Config.dev=20 and Config.test=6: .* at most 25, as"):
+    with pytest.raises(ValueError, match=r"Config.dev=20 and Config.test=6: .* at most 25 with"):
         cut_passages([document], 4, {"train": 1, "dev": 20, "test": 6}, field="Config")
 
 
