@@ -67,7 +67,9 @@ def test_the_oldest_turns_make_room(made):
     assert talk.messages[-2].content == "Name the colour number 5."
     assert talk.messages[0].role == "user"
     assert len(talk.messages) < 12
-    with pytest.raises(ValueError, match=r"the message has \d+ tokens, but the model has room for 66"):
+    with pytest.raises(
+        ValueError, match=r"the message has \d+ tokens, but the model has room for 66"
+    ):
         list(talk.answer("colour " * 90))
 
 

@@ -57,7 +57,9 @@ def test_an_earlier_checkpoint_can_be_loaded(folder):
     earlier, _ = load(folder, step=48)
     ids = jnp.asarray([tokenizer.encode("the old sailor").ids])
     assert not np.allclose(last(ids), earlier(ids))
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; available steps: 36, 48, 60"):
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint of step 7; available steps: 36, 48, 60"
+    ):
         load(folder, step=7)
 
 

@@ -217,7 +217,9 @@ def test_passages_are_of_their_documents_and_test_ones_come_later(corpus):
         passages_data(
             (corpus,), Config(classes=99, finetune=Recipe(batch_size=4, train=99, test=99))
         )
-    with pytest.raises(ValueError, match=r"Config.finetune.train=3000: must be at most .* with classes=3 and"):
+    with pytest.raises(
+        ValueError, match=r"Config.finetune.train=3000: must be at most .* with classes=3 and"
+    ):
         passages_data(
             (corpus,), Config(classes=3, finetune=Recipe(batch_size=4, train=3000, test=3))
         )
