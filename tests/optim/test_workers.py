@@ -126,7 +126,7 @@ def test_gradients_that_were_summed_are_refused(make):
     with jax.set_mesh(MeshConfig().build()):
         params = start()
         state = optimizer.init(params)
-        with pytest.raises(ValueError, match="already averaged"):
+        with pytest.raises(ValueError, match="already summed"):
             jax.jit(per_worker(forgetful))(params, state, next(batches(1)))
 
 

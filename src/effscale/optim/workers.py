@@ -85,7 +85,7 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
     leaves = jax.tree.leaves(gradients)
     if leaves and has_types(axis_name) and not any(differs(g, axis_name) for g in leaves):
         raise ValueError(
-            f"the gradients are the same on all workers along {axis_name!r}, so they were already averaged and there is "
+            f"the gradients are the same on all workers along {axis_name!r}, so they were already summed and there is "
             "nothing to compress. Differentiate at worker_params(params, opt_state), and do not average yourself. (Instead "
             "of optax.MultiSteps use make_train_step(accumulate=).)"
         )
