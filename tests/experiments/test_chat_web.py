@@ -84,7 +84,7 @@ def test_nothing_said_is_not_answered(built):
 
 def test_too_long_a_question_is_answered_with_the_reason(built):
     pane = answer(built, "colour " * 400)[2]
-    assert "(not answered: that is" in contents(pane)[-1]
+    assert "(not answered: the message has" in contents(pane)[-1]
 
 
 def _still(read, seconds=2):
