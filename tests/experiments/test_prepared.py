@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from effscale.experiments.shared.cli import parse
-from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
+from effscale.experiments.shared.cli import StoppedBySignal, parse
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora, resumable
 from effscale.locks import ProcessLock
-from effscale.training import RunFolder
+from effscale.training import MirrorError, RunFolder, RunMirror
 
 ROWS = ["--batch-size", "8"]
 PASSAGES = ["--passage", "8", "--finetune.train", "16", "--finetune.test", "16"]
@@ -86,3 +86,21 @@ def test_two_processes_do_not_resume_one_run(begun, capsys):
     assert stop.value.code == 2
     assert f"is writing {out}. Wait for it to end" in capsys.readouterr().err
     assert content(out) == before
+
+
+def test_a_copy_that_fails_does_not_hide_why_a_run_stopped(tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise MirrorError("memory://run: the copy is incomplete")
+
+    monkeypatch.setattr(RunMirror, "close", fail)
+    folder = RunFolder.create(tmp_path / "run", config={}, mirror="memory://stopped/run")
+    with pytest.raises(StoppedBySignal, match="--resume"), resumable(folder):
+        raise StoppedBySignal("stopped", None)
+    assert "warning: memory://run: the copy is incomplete" in capsys.readouterr().err
+    RunFolder.create(tmp_path / "run", resume=True).close()  # it was released
+
+
+def test_a_mirror_is_a_url():
+    quickstart = importlib.import_module("effscale.experiments.quickstart")
+    with pytest.raises(ValueError, match=r"mirror must be a URL such as .*, got 'copies/run'"):
+        quickstart.Config(mirror="copies/run")

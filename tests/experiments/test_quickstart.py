@@ -9,8 +9,9 @@ import pytest
 from effscale.experiments.quickstart.config import PRESETS, Config
 from effscale.experiments.quickstart.experiment import load, main, run, sample
 from effscale.experiments.shared.saved import config_from_json
-from effscale.training import CheckpointError
+from effscale.training import CheckpointError, fetch_run
 
+MIRROR = "memory://runs/one"
 KEYS = {"val_loss", "unigram_entropy", "tokens_seen", "tokens_per_second", "num_params"}
 
 
@@ -19,7 +20,7 @@ def folder(options, tmp_path_factory):
     """A finished run, long enough to learn."""
     out = tmp_path_factory.mktemp("runs") / "one"
     words = ["--steps", "60", "--learning-rate", "1e-2", "--samples", "the cat", "every "]
-    main([*options, *words, "--out", str(out)])
+    main([*options, *words, "--out", str(out), "--mirror", MIRROR])
     return out
 
 
@@ -41,6 +42,16 @@ def test_a_run_leaves_what_it_promises(folder):
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "tokenizer.json").is_file()
     assert f"| num_params | {results['num_params']:,} |" in (folder / "report.md").read_text()
+
+
+def test_the_copy_of_a_run_has_everything(folder, tmp_path):
+    back = fetch_run(MIRROR, tmp_path / "back")
+    files = lambda folder: {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+    assert files(back) == files(folder)
 
 
 def test_the_model_of_a_folder_writes_the_text_of_its_report(folder):

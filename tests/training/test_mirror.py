@@ -1,5 +1,6 @@
 import itertools
 import json
+import time
 
 import fsspec
 import jax
@@ -179,3 +180,42 @@ def test_a_missing_package_is_named(run, monkeypatch):
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     with pytest.raises(ImportError, match=r"s3://bucket/run needs s3fs: .*pip install s3fs"):
         RunMirror(run, "s3://bucket/run")
+
+
+def test_a_run_folder_keeps_its_copy_until_it_is_closed(tmp_path, url):
+    with RunFolder.create(tmp_path / "run", config={"a": 1}, mirror=url) as run:
+        run.write_results({"loss": 2.5})
+    again = fetch_run(url, tmp_path / "again")
+    with RunFolder.create(again, resume=True, mirror=url) as run:
+        assert run.results() == {"loss": 2.5}
+        run.write_results({"loss": 1.5})
+    run.close()
+    back = fetch_run(url, tmp_path / "back")
+    assert json.loads((back / "results.json").read_text()) == {"loss": 1.5}
+
+
+def test_a_mirror_copies_without_being_asked(run, url, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        mirror = RunMirror(run, url, every=0.01)
+        deadline = time.monotonic() + 60
+        while "config.json" not in names(url) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "config.json" in names(url)
+        patch.setattr(_Place, "owner", fail)
+        while "is not up to date" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "is not up to date: unreachable" in caplog.text
+    (run / "config.json").write_text("longer than before")
+    mirror.close()
+    assert not mirror._timer.is_alive()
+    assert (fetch_run(url, run.parent / "back") / "config.json").read_text() == "longer than before"
+
+
+def test_a_run_whose_mirror_fails_at_the_start_leaves_nothing_in_the_way(
+    tmp_path, url, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(_Place, "put", fail)
+        with pytest.raises(MirrorError, match="cannot be written"):
+            RunFolder.create(tmp_path / "run", config={}, mirror=url)
+    RunFolder.create(tmp_path / "run", config={}, mirror=url).close()

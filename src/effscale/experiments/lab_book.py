@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from effscale.experiments.shared.cli import messages
+from effscale.experiments.shared.config_parts import OUTPUT
 from effscale.experiments.shared.results import titled
 from effscale.models.validation import did_you_mean
 from effscale.training.serialize import write_atomic, write_json
@@ -45,7 +46,7 @@ WORDS = {
 }
 
 # Entries of a run's config.json that describe the machine and not the question.
-PRIVATE = ("out", "resume", "cache")
+PRIVATE = (*OUTPUT, "cache")
 
 
 def keep(run: pathlib.Path, page: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from effscale.training.checkpoint_files import DELETED, TEMPORARY, WRITING, is_step_folder
 from effscale.training.manifest import MANIFEST
 from effscale.training.metrics import Values
-from effscale.training.run_folder import LOCK
+from effscale.training.paths import LOCK
 from effscale.training.serialize import write_json
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,12 @@ class MirrorError(RuntimeError):
 class RunMirror:
     """Mirrors a run folder to a store that fsspec supports, such as ``s3://`` or ``gs://``. It is a `MetricsWriter` for ``fit``.
 
+    ``RunFolder.create(..., mirror=url)`` makes one with ``every=60``, which needs no writer. Use the class itself to choose when
+    copies are made.
+
     Each ``flush``, which ``fit`` calls before a checkpoint, copies changes in the background: small files as a whole, and
     finished checkpoints, each with its manifest last, so that an incomplete copy is never taken for a checkpoint. Checkpoints
-    that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next flush tries
+    that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next copy tries
     again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
     Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``; if it later finds another
@@ -46,6 +49,7 @@ class RunMirror:
             only on process 0.
         url: The place of the copy, such as ``s3://bucket/runs/a``.
         checkpoints: Whether to copy checkpoints. Use False if they are written to a bucket anyway.
+        every: Seconds between copies that are made without a flush; None makes none.
 
     Raises:
         FileExistsError: ``url`` contains a different run, or something else.
@@ -59,12 +63,21 @@ class RunMirror:
     '{}'
     """
 
-    def __init__(self, folder: str | os.PathLike[str], url: str, *, checkpoints: bool = True):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        url: str,
+        *,
+        checkpoints: bool = True,
+        every: float | None = None,
+    ):
         self.folder, self.checkpoints = pathlib.Path(folder), checkpoints
         self._there = _Place(url)
         self._copied: dict[str, tuple[int, int]] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._copying, self._closing = threading.Lock(), threading.Event()
+        self._complete = False
         own = self.folder / OWNER
         owner, names = self._there.look()
         run = json.loads(own.read_text(encoding="utf-8"))["run"] if own.exists() else None
@@ -82,7 +95,15 @@ class RunMirror:
         try:
             self._there.put(own, OWNER)
         except Exception as error:
+            if run is None:
+                own.unlink()  # there is no copy
             raise self._there.failure("written", error) from error
+        self._timer: threading.Thread | None = None
+        if every is not None:
+            self._timer = threading.Thread(
+                target=self._update_every, args=(every,), name="run-mirror-timer", daemon=True
+            )
+            self._timer.start()
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Do nothing, as the mirror copies the files of other writers."""
@@ -96,17 +117,21 @@ class RunMirror:
         self._wait()
         if isinstance(self._error, MirrorError):
             raise self._error
-        if self._error is not None:
-            logger.warning("%s is not up to date: %s", self._there.url, self._error)
+        self._warn()
         self._thread = threading.Thread(target=self._update, name="run-mirror")
         self._thread.start()
 
     def close(self) -> None:
-        """Copy changes, and wait until everything is copied.
+        """Copy changes, and wait until everything is copied. Once that succeeded, further calls do nothing.
 
         Raises:
             MirrorError: Something could not be copied, or another process has taken over the mirror.
         """
+        if self._complete:
+            return
+        self._closing.set()
+        if self._timer is not None:
+            self._timer.join()
         self._wait()
         if not isinstance(self._error, MirrorError):
             self._update()
@@ -117,13 +142,29 @@ class RunMirror:
             raise MirrorError(
                 f"{self._there.url}: the copy of {self.folder} is incomplete: {error}"
             ) from error
+        self._complete = True
 
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
+    def _update_every(self, seconds: float) -> None:
+        while not self._closing.wait(seconds):
+            self._update()
+            self._warn()
+            if isinstance(self._error, MirrorError):  # taken over: close raises it
+                return
+
+    def _warn(self) -> None:
+        if self._error is not None:
+            logger.warning("%s is not up to date: %s", self._there.url, self._error)
+
     def _update(self) -> None:
+        with self._copying:
+            self._update_now()
+
+    def _update_now(self) -> None:
         try:
             owner = self._there.owner()
             if owner != self._name:

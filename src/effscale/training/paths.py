@@ -4,6 +4,9 @@ import os
 import pathlib
 import re
 
+LOCK = ".lock"
+"""The file in a run folder that the process writing to it has locked."""
+
 # pathlib turns "gs://bucket" into "gs:/bucket", so one slash is enough; a single letter is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -22,10 +25,10 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     >>> local_path("gs://bucket/run")
     Traceback (most recent call last):
     ...
-    ValueError: a run folder must be local, got 'gs://bucket/run'. Use a local path, and RunMirror to copy the run to a bucket.
+    ValueError: a run folder must be local, got 'gs://bucket/run'. Use a local path, and mirror= to keep a copy in a bucket.
     """
     if is_url(os.fspath(path)):
         raise ValueError(
-            f"a run folder must be local, got {os.fspath(path)!r}. Use a local path, and RunMirror to copy the run to a bucket."
+            f"a run folder must be local, got {os.fspath(path)!r}. Use a local path, and mirror= to keep a copy in a bucket."
         )
     return pathlib.Path(path).resolve()

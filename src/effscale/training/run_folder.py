@@ -17,12 +17,12 @@ import numpy as np
 
 from effscale.locks import LockedError, ProcessLock
 from effscale.parallel import on_first
-from effscale.training.paths import local_path
+from effscale.training.mirror import RunMirror
+from effscale.training.paths import LOCK, local_path
 from effscale.training.serialize import differences, to_json, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
 _PACKAGES = ("effscale", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,6 +36,7 @@ class RunFolder:
 
     path: pathlib.Path
     _lock: ProcessLock | None = dataclasses.field(default=None, repr=False, compare=False)
+    _mirror: RunMirror | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -47,6 +48,7 @@ class RunFolder:
         config: Any = None,
         data: Mapping[str, Any] | None = None,
         resume: bool = False,
+        mirror: str | None = None,
     ) -> "RunFolder":
         """Create the folder of a new run and write ``config.json`` into it, or open the folder of a run to resume.
 
@@ -62,6 +64,8 @@ class RunFolder:
                 digests. It is saved in ``config.json``, and resuming with different values raises an error.
             resume: Whether to open an existing folder and continue. Its ``config.json`` is not changed, except for new
                 parts of ``data``.
+            mirror: The URL of a copy to keep up to date until `close`, such as ``s3://bucket/runs/a``. The copy is updated
+                every minute; see `RunMirror`, and `fetch_run` for the way back.
 
         Returns:
             The folder.
@@ -69,7 +73,9 @@ class RunFolder:
         Raises:
             FileExistsError: The folder is not empty and ``resume`` is False.
             FileNotFoundError: ``resume`` is True and the folder does not exist or has no ``config.json``.
+            ImportError: The package for the store of ``mirror`` is missing.
             LockedError: Another process is writing to the folder.
+            MirrorError: The store of ``mirror`` cannot be reached.
             ValueError: Neither ``path`` nor ``name`` is given; ``resume`` is True without ``path``; ``path`` is a URL; or the
                 run to resume was trained on different data.
         """
@@ -81,14 +87,26 @@ class RunFolder:
             path = _unused(local_path(root) / name)
         where, data = local_path(path), to_json(data or {})
         opened = on_first(
-            lambda: _resume(cls(where), data) if resume else _start(cls(where), config, data)
+            lambda: (
+                _resume(cls(where), data, mirror)
+                if resume
+                else _start(cls(where), config, data, mirror)
+            )
         )
         return cls(where) if opened is None else opened
 
     def close(self) -> None:
-        """Release the lock of the folder. A second call does nothing."""
-        if self._lock is not None:
-            self._lock.release()
+        """Bring the copy up to date and release the lock of the folder. A second call does nothing.
+
+        Raises:
+            MirrorError: The copy is incomplete.
+        """
+        try:
+            if self._mirror is not None:
+                self._mirror.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -202,12 +220,13 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _start(folder: RunFolder, config: Any, data: dict[str, Any]) -> RunFolder:
+def _start(folder: RunFolder, config: Any, data: dict[str, Any], mirror: str | None) -> RunFolder:
     check_unused(folder.path)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder = _locked(folder)
     try:
         check_unused(folder.path)  # another process may have created a run meanwhile
+        folder = _mirrored(folder, mirror)
         write_json(folder.config_file, {"config": to_json(config), "data": data, **environment()})
     except BaseException:
         folder.close()
@@ -215,15 +234,20 @@ def _start(folder: RunFolder, config: Any, data: dict[str, Any]) -> RunFolder:
     return folder
 
 
-def _resume(folder: RunFolder, data: dict[str, Any]) -> RunFolder:
+def _resume(folder: RunFolder, data: dict[str, Any], mirror: str | None) -> RunFolder:
     check_resumable(folder.path)
     folder = _locked(folder)
     try:
         _check_data(folder, data)
+        return _mirrored(folder, mirror)
     except BaseException:
         folder.close()
         raise
-    return folder
+
+
+def _mirrored(folder: RunFolder, url: str | None) -> RunFolder:
+    mirror = None if url is None else RunMirror(folder.path, url, every=60.0)
+    return dataclasses.replace(folder, _mirror=mirror)
 
 
 def _check_data(folder: RunFolder, data: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import math
 import pathlib
 from typing import Literal
 
-from effscale.experiments.shared.config_parts import TextPart
+from effscale.experiments.shared.config_parts import OUTPUT, TextPart
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import Remat
 from effscale.models.validation import check, is_finite
@@ -345,5 +345,5 @@ PRESETS = {
 }
 PRESETS["paper"] = PRESETS["bloom-176b"]
 
-MAY_DIFFER_ON_RESUME = ("out", "resume", "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
+MAY_DIFFER_ON_RESUME = (*OUTPUT, "cache", "seeds", "mesh", "checkpoint_every", "eval_batch")
 """Fields that can change when a run is resumed."""

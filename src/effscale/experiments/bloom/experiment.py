@@ -76,6 +76,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests(list(prepared.corpora.values())) | {"tasks": tasks.digest()},
         resume=config.resume,
+        mirror=config.mirror,
     )
     first = jax.process_index() == 0  # only the first of several processes writes
     with resumable(folder), jax.set_mesh(mesh):

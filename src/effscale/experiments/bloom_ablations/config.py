@@ -5,6 +5,7 @@ import math
 import pathlib
 from typing import Literal
 
+from effscale.experiments.shared.config_parts import OUTPUT
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
 from effscale.experiments.shared.search import Point, Search
@@ -167,5 +168,5 @@ PRESETS = {
     ),
 }
 
-FREE = ("seeds", "out", "resume", "cache", "mesh", "checkpoint_every")
+FREE = ("seeds", *OUTPUT, "cache", "mesh", "checkpoint_every")
 """Fields that can change when a run is resumed."""

@@ -74,6 +74,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests([corpus]),
         resume=config.resume,
+        mirror=config.mirror,
     )
     with resumable(folder):
         found = {arm: runner.search(folder, arm) for arm in config.arms}

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from effscale.experiments.shared.config_parts import OUTPUT
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
 from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, Technique
@@ -150,4 +151,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("seeds", "mesh", "out", "resume", "cache")
+FREE = ("seeds", "mesh", *OUTPUT, "cache")

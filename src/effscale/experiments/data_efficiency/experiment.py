@@ -73,6 +73,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests([corpus]),
         resume=config.resume,
+        mirror=config.mirror,
     )
     save_tokenizer(corpus.tokenizer, folder.path)
     with resumable(folder):

@@ -5,7 +5,7 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import ImagePart
+from effscale.experiments.shared.config_parts import OUTPUT, ImagePart
 from effscale.models.validation import check
 
 Task = Literal["reviews", "digits", "fashion"]
@@ -70,4 +70,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("tasks", "seeds", "torch", "fashion_mnist", "out", "resume")
+FREE = ("tasks", "seeds", "torch", "fashion_mnist", *OUTPUT)

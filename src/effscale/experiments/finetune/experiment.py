@@ -60,6 +60,7 @@ def run(config: Config) -> Result:
         config=config,
         data={problem.task: problem.digests() for problem in problems},
         resume=config.resume,
+        mirror=config.mirror,
     )
 
     backends = report.BACKENDS if config.torch else report.BACKENDS[:1]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import get_args
 
 from effscale.experiments.moe.arms import ARMS, ArmName, with_arm
-from effscale.experiments.shared.config_parts import CorporaPart
+from effscale.experiments.shared.config_parts import OUTPUT, CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models import TransformerConfig
 from effscale.models.validation import check
@@ -155,5 +155,5 @@ PRESETS = {
     ),
 }
 
-FREE = ("arms", "seeds", "out", "resume", "cache")
+FREE = ("arms", "seeds", *OUTPUT, "cache")
 """Fields that can change when a run is resumed."""

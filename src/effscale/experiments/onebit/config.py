@@ -7,7 +7,7 @@ from typing import Literal
 from effscale.experiments.onebit.optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
 from effscale.experiments.shared import bert, gpt
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import PassagePart
+from effscale.experiments.shared.config_parts import OUTPUT, PassagePart
 from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
 
@@ -197,4 +197,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("tasks", "optimizers", "seeds", "out", "resume", "cache")
+FREE = ("tasks", "optimizers", "seeds", *OUTPUT, "cache")

@@ -63,6 +63,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests(corpora),
         resume=config.resume,
+        mirror=config.mirror,
     )
     with resumable(folder):
         for task in config.tasks:

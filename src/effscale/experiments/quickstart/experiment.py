@@ -114,6 +114,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests(corpora),
         resume=config.resume,
+        mirror=config.mirror,
     )
     with resumable(folder), jax.set_mesh(mesh):
         if first:

@@ -80,6 +80,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests(corpora),
         resume=config.resume,
+        mirror=config.mirror,
     )
     found: dict[str, Found] = {}
     early_losses: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import ImagePart
+from effscale.experiments.shared.config_parts import OUTPUT, ImagePart
 from effscale.experiments.shared.random_ltd.arms import Dropping
 from effscale.models.validation import check
 
@@ -69,4 +69,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("seeds", "fashion_mnist", "out", "resume")
+FREE = ("seeds", "fashion_mnist", *OUTPUT)

@@ -60,6 +60,7 @@ def run(config: Config) -> Result:
         config=config,
         data={config.task: problem.digests()},
         resume=config.resume,
+        mirror=config.mirror,
     )
     try:
         with resumable(folder):

@@ -5,7 +5,7 @@ import math
 import pathlib
 from typing import Literal, get_args
 
-from effscale.experiments.shared.config_parts import OutputPart
+from effscale.experiments.shared.config_parts import OUTPUT, OutputPart
 from effscale.models import TransformerConfig, gpt2
 from effscale.models.config import Remat
 from effscale.models.validation import check, choice
@@ -307,5 +307,5 @@ PRESETS["bloom-176b"] = dataclasses.replace(
 )
 """The same for BLOOM on 512 chips. ``effscale.experiments.aot_rlhf`` compiles these."""
 
-FREE = ("step", "seeds", "out", "resume", "mesh", "offload")
+FREE = ("step", "seeds", *OUTPUT, "mesh", "offload")
 """Fields that can change when a run is resumed."""

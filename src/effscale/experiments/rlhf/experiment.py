@@ -65,7 +65,12 @@ def run(config: Config) -> Result:
     encoder = make_encoder(config, phases)
     digest = {"tokenizer": tokenizer_digest(encoder.tokenizer)}
     folder = RunFolder.create(
-        config.out, name="rlhf", config=config, data=digest, resume=config.resume
+        config.out,
+        name="rlhf",
+        config=config,
+        data=digest,
+        resume=config.resume,
+        mirror=config.mirror,
     )
     every = [Steps(config, folder, mesh, seed, phases, encoder) for seed in range(config.seeds)]
     with resumable(folder), jax.set_mesh(mesh):
@@ -77,12 +82,9 @@ def run(config: Config) -> Result:
     began -= sum(sum(seed.seconds.values()) for seed in seeds)  # including those of earlier calls
     named, each = report.figures(seeds)
     report.draw(folder.figures / "rlhf.png", folder.path, seeds)
-    result = finish(folder, "rlhf", named, report.tables(seeds), began=began, seeds=each)
-    told = report.conversations(every[0], seeds[0], config.samples)
-    if told:
-        with (folder.path / "report.md").open("a", encoding="utf-8") as file:
-            file.write(f"\n{told}\n")
-    return result
+    samples = report.conversations(every[0], seeds[0], config.samples)
+    tables = report.tables(seeds)
+    return finish(folder, "rlhf", named, tables, began=began, seeds=each, text=samples)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from effscale.experiments.scale.cases import ONEBIT, Case, Technique, Weights
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.models import check_mesh, known_model, num_experts
 from effscale.experiments.scale.schedules import PAPER, stages_of
-from effscale.experiments.shared.config_parts import OutputPart
+from effscale.experiments.shared.config_parts import OUTPUT, OutputPart
 from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.models.config import Remat
 from effscale.models.validation import check
@@ -222,5 +222,5 @@ PRESETS = {
     ),
 }
 PRESETS["paper"] = PRESETS["default"]
-FREE = ("out", "resume", "tokens", "data_bandwidth")
+FREE = (*OUTPUT, "tokens", "data_bandwidth")
 """Fields that can change when a run is resumed."""

@@ -59,7 +59,9 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     _check_compiler(config)
     began = time.perf_counter()
-    folder = RunFolder.create(config.out, name="scale", config=config, resume=config.resume)
+    folder = RunFolder.create(
+        config.out, name="scale", config=config, resume=config.resume, mirror=config.mirror
+    )
     with resumable(folder):
         found = _compile_all(list(config.cases()), folder.path / "cases")
     refused = {name: told["refused"] for name, told in found.items() if "refused" in told}

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.config_parts import CorporaPart
+from effscale.experiments.shared.config_parts import OUTPUT, CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
@@ -123,4 +123,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("learning_rate_factors", "threshold", "seeds", "out", "resume", "cache")
+FREE = ("learning_rate_factors", "threshold", "seeds", *OUTPUT, "cache")

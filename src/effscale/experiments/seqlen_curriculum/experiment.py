@@ -64,6 +64,7 @@ def run(config: Config) -> Result:
         config=config,
         data=corpus_digests(corpora),
         resume=config.resume,
+        mirror=config.mirror,
     )
     try:
         with resumable(folder):

@@ -10,6 +10,7 @@ import pathlib
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.models.validation import check, check_finite
 from effscale.training import AdamWConfig
+from effscale.training.paths import is_url
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,23 @@ class OutputPart:
     """Run folder; the default is runs/<experiment>/<time>."""
     resume: bool = False
     """Resume the run in --out: finished runs are kept, and the last one continues from its checkpoint."""
+    mirror: str | None = None
+    """URL of a copy of the run folder, updated every minute, such as s3://bucket/runs/a. effscale.training.fetch_run copies it back."""
 
     def __post_init__(self):
         check_finite(self)
+        check(
+            self,
+            self.mirror is None or is_url(self.mirror),
+            "mirror",
+            "a URL such as s3://bucket/runs/a",
+        )
         resumable = not (self.resume and self.out is None)
         check(self, resumable, "resume", "set together with --out, the folder to resume")
+
+
+OUTPUT = tuple(field.name for field in dataclasses.fields(OutputPart))
+"""Fields that can change when a run is resumed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

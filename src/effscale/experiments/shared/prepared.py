@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -57,12 +58,21 @@ def resumable(folder: Any) -> Iterator[None]:
     try:
         yield
     except StoppedBySignal as stop:
-        folder.close()
+        _release(folder)
         message = f"{stop}; to resume, use --out {folder.path} --resume"
         raise StoppedBySignal(message, stop.signal) from None
     except BaseException:
-        folder.close()
+        _release(folder)
         raise
+
+
+def _release(folder: Any) -> None:
+    from effscale.training import MirrorError
+
+    try:
+        folder.close()
+    except MirrorError as error:  # what ended the run is more important
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def prepared_corpora(

@@ -5,7 +5,7 @@ import pathlib
 
 import optax
 
-from effscale.experiments.shared.config_parts import CorporaPart, TextPart
+from effscale.experiments.shared.config_parts import OUTPUT, CorporaPart, TextPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_plan import (
     CURRICULA,
@@ -128,5 +128,13 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
         )
 
 
-FREE = ("out", "resume", "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "mesh")
+FREE = (
+    *OUTPUT,
+    "cache",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep",
+    "mesh",
+)
 """Fields that can change when a run is resumed."""

@@ -33,6 +33,7 @@ def finish(
     began: float,
     seeds: Mapping[str, Sequence[float | None]] | None = None,
     left: int = 1,
+    text: str = "",
 ) -> Result:
     """Write ``results.json`` and the report, print the tables, and close the run folder. Plots for the report must
     exist already.
@@ -48,6 +49,7 @@ def finish(
         began: ``time.perf_counter()`` at the start of the call.
         seeds: Values of named figures by seed.
         left: Number of text columns in the tables, which are left-aligned.
+        text: Markdown to put after the tables of the report.
     """
     result = Result(
         figures=figures,
@@ -62,7 +64,8 @@ def finish(
     }
     shown = [{"title": title, "left": left, "rows": rows} for title, rows in tables.items()]
     folder.write_results({**figures, **call, "seeds": seeds or {}, "tables": shown})
-    folder.write_report(name, call, "\n\n".join(titled(**table) for table in shown))
+    parts = [*(titled(**table) for table in shown), text]
+    folder.write_report(name, call, "\n\n".join(parts))
     for title, rows in tables.items():
         show_rows(title, rows, left=left)
     print(f"run folder: {result.folder}")

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.config_parts import ClassifierPart
+from effscale.experiments.shared.config_parts import OUTPUT, ClassifierPart
 from effscale.models.validation import check
 
 
@@ -103,4 +103,4 @@ PRESETS = {
     ),
 }
 
-FREE = ("seeds", "out", "resume")
+FREE = ("seeds", *OUTPUT)

@@ -72,6 +72,7 @@ def run(config: Config) -> Result:
             "model": {"digest": digest(jax.device_get(jax.tree.leaves(model)))},
         },
         resume=config.resume,
+        mirror=config.mirror,
     )
 
     runner = lambda kind, origin, teacher=None: Runner(

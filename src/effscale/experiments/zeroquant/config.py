@@ -5,7 +5,7 @@ import pathlib
 from typing import Literal, get_args
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import ClassifierPart
+from effscale.experiments.shared.config_parts import OUTPUT, ClassifierPart
 from effscale.models.validation import check
 from effscale.quant import LKD
 
@@ -111,5 +111,5 @@ PRESETS = {
     ),
 }
 
-FREE = ("models", "arms", "peers", "out", "resume")
+FREE = ("models", "arms", "peers", *OUTPUT)
 """Fields that can change when a run is resumed."""

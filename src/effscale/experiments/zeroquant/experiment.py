@@ -64,7 +64,12 @@ def run(config: Config) -> Result:
             classes = prepare_reviews(config.reviews, config.max_length, config.text_model)
             data["minilm"] = classes.digests()
     folder = RunFolder.create(
-        config.out, name="zeroquant", config=config, data=data, resume=config.resume
+        config.out,
+        name="zeroquant",
+        config=config,
+        data=data,
+        resume=config.resume,
+        mirror=config.mirror,
     )
 
     arms = make_arms(config.group_size)
