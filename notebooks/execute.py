@@ -1,6 +1,7 @@
-"""Runs notebooks from top to bottom and keeps what they show: ``python notebooks/execute.py [FILE ...]``.
+"""Execute notebooks from top to bottom and save their outputs: ``python notebooks/execute.py [FILE ...]``.
 
-Without a file, all of this folder. ``RUN=FOLDER`` in the environment names the run that they look at.
+Without files, execute all notebooks of this folder. The environment variable ``RUN`` names the run folder that
+``quickstart.ipynb`` shows.
 """
 
 import pathlib
@@ -16,7 +17,7 @@ for name in sys.argv[1:] or sorted(pathlib.Path(__file__).parent.glob("*.ipynb")
     client = nbclient.NotebookClient(
         notebook,
         timeout=1800,
-        record_timing=False,  # times would differ at each execution
+        record_timing=False,  # timings would differ in each execution
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     )

