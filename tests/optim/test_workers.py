@@ -130,6 +130,19 @@ def test_gradients_that_were_summed_are_refused(make):
             jax.jit(per_worker(forgetful))(params, state, next(batches(1)))
 
 
+def test_workers_that_were_left_out_are_refused(make):
+    """Nothing else would show it: the gradients are summed in full precision, and the model learns."""
+    optimizer = make()
+    state = optimizer.init(start())
+    refused = pytest.raises(ValueError, match=r"workers must be set.*Use workers=Workers\('data'\)")
+    with jax.set_mesh(MeshConfig().build()), refused:
+        jax.jit(per_worker(step_of(optimizer)))(start(), state, next(batches(1)))
+    with refused:
+        simulate_workers(step_of(optimizer), 2)(start(), state, next(batches(1)))
+    alone = jax.jit(alone_step_of(optimizer))  # nothing of the step that failed is left
+    alone(start(), state, next(batches(1)))
+
+
 def test_an_axis_that_is_not_bound_is_refused(make):
     optimizer = make(workers=Workers("data", num_workers=2))
     params = start()

@@ -32,7 +32,7 @@ from effscale.optim.moments import (
 )
 from effscale.optim.precision import in_types_of
 from effscale.optim.weight_decay import decayed_weights
-from effscale.optim.workers import Workers, axis_of, check_local
+from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out
 from effscale.parallel.workers import PerWorker, SendsBytes
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
@@ -114,7 +114,8 @@ def scale_by_onebit_adam(
         An optax transformation. Call its ``init`` within ``jax.set_mesh(mesh)``, outside the step.
 
     Raises:
-        ValueError: An option is out of range, the axis does not exist, or the gradients in the update are already averaged.
+        ValueError: An option is out of range, the axis does not exist, the gradients in the update are already
+            summed over workers, or a step of `per_worker` calls it without ``workers``.
 
     References:
         Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
@@ -140,6 +141,7 @@ def scale_by_onebit_adam(
         del extra
         if not jax.tree.leaves(updates):
             return updates, state
+        check_not_left_out(workers)
         check_local(updates, axis_name)
         last_mu = in_types_of(state.nu, state.mu)
 

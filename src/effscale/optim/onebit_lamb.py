@@ -26,7 +26,7 @@ from effscale.optim.moments import check_mu_dtype, lerp, masked, moments_like, w
 from effscale.optim.options import check_bounds, check_number
 from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
-from effscale.optim.workers import Workers, axis_of, check_local, with_scales
+from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out, with_scales
 from effscale.parallel.workers import PerWorker, SendsBytes
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
@@ -190,6 +190,7 @@ def onebit_lamb(
         check_params(params)
         if not jax.tree.leaves(updates):
             return updates, state
+        check_not_left_out(workers)
         check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
         last_mu = in_types_of(state.nu, state.mu)

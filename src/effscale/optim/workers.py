@@ -6,6 +6,7 @@ from typing import Any, get_args
 import jax
 
 from effscale.parallel.onebit.exchange import Scales
+from effscale.parallel.worker_steps import running_axis
 from effscale.parallel.workers import bound_axis_size, differs, has_types
 
 
@@ -70,6 +71,15 @@ def check_axis(axis_name: Any) -> None:
         raise ValueError(
             f"axis_name must be the name of one mesh axis, got {axis_name!r}. The compiler averages over all other axes, uncompressed; "
             "to compress over several axes, combine them into one mesh axis."
+        )
+
+
+def check_not_left_out(workers: Workers | None) -> None:
+    """Raise an error if a step of ``per_worker`` has an optimizer without workers, which would compress nothing."""
+    if workers is None and (axis_name := running_axis()) is not None:
+        raise ValueError(
+            f"workers must be set in a step on the workers along {axis_name!r}, got None, with which nothing is compressed. "
+            f"Use workers=Workers({axis_name!r})."
         )
 
 

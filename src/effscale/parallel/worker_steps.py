@@ -5,8 +5,10 @@ sum over all workers. So its step runs in a ``jax.shard_map`` over one mesh axis
 other axes.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,6 +20,23 @@ from effscale.parallel.shared_values import settled
 from effscale.parallel.workers import as_local, differs, is_per_worker
 
 Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar("workers_axis", default=None)
+
+
+def running_axis() -> str | None:
+    """Return the workers' axis if a step of `per_worker` or `simulate_workers` is being traced, else None."""
+    return _AXIS.get()
+
+
+@contextlib.contextmanager
+def _running_along(axis_name: str) -> Iterator[None]:
+    token = _AXIS.set(axis_name)
+    try:
+        yield
+    finally:
+        _AXIS.reset(token)
 
 
 def per_worker(step: Step, axis_name: str = "data") -> Step:
@@ -67,7 +86,8 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
         def one(state: Any, batch: Any) -> Any:
             state = _map_per_worker(lambda x: x[0], state, axis_name)
             positional, kwargs = state
-            return refusing_lost_changes(step, "per_worker")(*positional, batch, **kwargs)
+            with _running_along(axis_name):
+                return refusing_lost_changes(step, "per_worker")(*positional, batch, **kwargs)
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
             out = settled(one, axis_name)(state, batch)
@@ -118,7 +138,8 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
             positional, kwargs = state
-            out = refusing_lost_changes(step, "simulate_workers")(*positional, batch, **kwargs)
+            with _running_along(axis_name):
+                out = refusing_lost_changes(step, "simulate_workers")(*positional, batch, **kwargs)
             parts.append(_Parts.of(out, axis_name))
             return parts[-1].split(out)
 

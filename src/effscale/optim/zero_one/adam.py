@@ -16,7 +16,7 @@ from effscale.optim.moments import check_mu_dtype, moments_like, normalised
 from effscale.optim.options import check_count
 from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
-from effscale.optim.workers import Workers, axis_of, check_local
+from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out
 from effscale.optim.zero_one.policies import Policies, PolicyState, Round
 from effscale.optim.zero_one.rules import OwnWay, Rules, Step, VarDecay, alone, together
 from effscale.parallel.onebit.error_feedback import init_error_feedback
@@ -198,6 +198,7 @@ def zero_one_adam(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not jax.tree.leaves(updates):
             return updates, state
+        check_not_left_out(workers)
         check_local(updates, axis_name)
         rate = value_at(learning_rate, state.count, extra.get("tokens"))
         kind, policy = policies.step(state.policy, state.count)
