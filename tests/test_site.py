@@ -126,6 +126,25 @@ def test_links_to_source_files_lead_to_the_repository_or_nowhere(repository, exp
     assert made == expected + fence
 
 
+@pytest.mark.parametrize(
+    ("repository", "link"),
+    [
+        ("", ""),
+        ("https://host/a/b", ""),
+        (
+            "https://github.com/a/b/",
+            "\n[Open in Colab](https://colab.research.google.com/github/a/b/blob/main/notebooks/moe.ipynb)\n",
+        ),
+    ],
+)
+def test_notebooks_open_on_colab_if_the_repository_is_on_github(repository, link):
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="notebooks/moe.ipynb"))
+    files = types.SimpleNamespace(get_file_from_path=lambda path: None)
+    config = types.SimpleNamespace(extra={"repository": repository})
+    made = tool("site").on_page_markdown("# MoE\n\nText", page, config, files)
+    assert made == f"# MoE\n{link}\nText"
+
+
 def test_docstrings_become_markdown():
     text = """Add.
 

@@ -52,6 +52,9 @@ API = {
 }
 
 
+GITHUB, COLAB = "https://github.com/", "https://colab.research.google.com/github/"
+
+
 class PageFile(File):
     """A page that is made from a file of another type."""
 
@@ -147,7 +150,12 @@ def notebook_as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Link pages to the API, and source files to the repository or nowhere."""
+    """Link pages to the API, notebooks to Colab, and source files to the repository or nowhere."""
+    repository = config.extra["repository"].rstrip("/")
+    if page.file.src_uri.endswith(".ipynb") and repository.startswith(GITHUB):
+        address = f"{COLAB}{repository.removeprefix(GITHUB)}/blob/main/{page.file.src_uri}"
+        heading, rest = markdown.split("\n", 1)
+        markdown = f"{heading}\n\n[Open in Colab]({address})\n{rest}"
     packages = [package for package, guide in API.items() if guide == page.file.src_uri]
     if packages:
         links = [f"[`{package}`](../api/{package}.md)" for package in packages]
@@ -159,7 +167,6 @@ def on_page_markdown(markdown, page, config, files):
         path = posixpath.normpath(posixpath.join(folder, target.partition("#")[0]))
         if files.get_file_from_path(path) or not (ROOT / path).exists():
             return found[0]  # a page of the site, or a broken link, which MkDocs reports
-        repository = config.extra["repository"].rstrip("/")
         return f"[{text}]({repository}/blob/main/{path})" if repository else text
 
     link = re.compile(r"(?<!!)\[(?P<text>[^\]\n]+)\]\((?P<target>(?![a-z]+:|#)[^)\s]+)\)")
