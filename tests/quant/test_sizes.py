@@ -48,7 +48,7 @@ def test_bert_base_as_in_the_facts(layers, recipe, codes, codes_ratio, total, to
     assert round(original.total / size.codes, 1) == codes_ratio
     assert round(original.total / size.total, 1) == total_ratio
     assert size.describe(original) == (
-        f"{codes} MiB of codes ({codes_ratio} x smaller), {total} MiB in all ({total_ratio} x)"
+        f"{total} MiB ({total_ratio}x smaller), of which {codes} MiB are codes ({codes_ratio}x)"
     )
 
 
@@ -77,7 +77,7 @@ def test_a_float_model_has_no_codes():
     size = model_size(model)
     assert size == ModelSize(codes=0, scales=0, unquantized=size.total) == model_size(config)
     assert model_size(fake_quantize_model(model, w1a8())) == size  # it still holds its floats
-    assert size.describe(size).endswith("MiB in all (1.0 x)")
+    assert size.describe(size).endswith("MiB (1.0x smaller)")
     one = model_size(take_layers(model, [1]))
     assert size.total - one.total == sum(x.nbytes for x in jax.tree.leaves(model.groups)) // 2
 

@@ -29,7 +29,7 @@ class ModelSize:
         >>> binary.total / 2**20
         4.0009765625
         >>> binary.describe(float_model)
-        '2.00 MiB of codes (32.0 x smaller), 4.00 MiB in all (16.0 x)'
+        '4.00 MiB (16.0x smaller), of which 2.00 MiB are codes (32.0x)'
     """
 
     codes: int
@@ -45,16 +45,16 @@ class ModelSize:
         return self.codes + self.scales + self.unquantized
 
     def describe(self, original: "ModelSize") -> str:
-        """Describe both counts, each compared with the total bytes of another model.
+        """Describe the total and the codes, each compared with the total bytes of another model.
 
         Args:
             original: The size of the model that this one was made from.
         """
-        times = lambda size: f"{original.total / size:.1f} x"
-        total = f"{self.total / MEBIBYTE:.2f} MiB in all ({times(self.total)})"
+        times = lambda size: f"{original.total / size:.1f}x"
+        total = f"{self.total / MEBIBYTE:.2f} MiB ({times(self.total)} smaller)"
         if not self.codes:
             return total
-        return f"{self.codes / MEBIBYTE:.2f} MiB of codes ({times(self.codes)} smaller), {total}"
+        return f"{total}, of which {self.codes / MEBIBYTE:.2f} MiB are codes ({times(self.codes)})"
 
 
 def model_size(model: nnx.Module | TransformerConfig, recipe: Recipe | None = None) -> ModelSize:
@@ -74,7 +74,7 @@ def model_size(model: nnx.Module | TransformerConfig, recipe: Recipe | None = No
         >>> from effscale.quant import w1a8
         >>> base = lambda layers: bert(num_layers=layers, d_model=768, num_heads=12)  # BERT-base has 12
         >>> model_size(base(6), w1a8()).describe(model_size(base(12)))
-        '7.86 MiB of codes (53.2 x smaller), 11.97 MiB in all (34.9 x)'
+        '11.97 MiB (34.9x smaller), of which 7.86 MiB are codes (53.2x)'
     """
     if isinstance(model, TransformerConfig):
         model = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
