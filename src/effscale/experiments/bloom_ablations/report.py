@@ -1,4 +1,4 @@
-"""What came out: the loss of each arm at the length of training and at longer ones."""
+"""Results: the loss of each arm at the training length and at longer ones."""
 
 import json
 import pathlib
@@ -17,14 +17,14 @@ NAMES: dict[ArmName, str] = {
     "learned": "learned positions",
     "alibi_without_norm": "ALiBi, no embedding norm",
 }
-"""By arm, the name in tables and figures."""
+"""The name of each arm in tables and figures."""
 
 Losses = Mapping[ArmName, np.ndarray]
-"""Of each arm, by seed and length."""
+"""The losses of each arm, by seed and length."""
 
 
 def read(folder: pathlib.Path, config: Config) -> Losses:
-    """The losses of all runs; NaN where one diverged."""
+    """Read the losses of all runs; NaN if a run diverged."""
 
     def losses(arm: ArmName, seed: int) -> list[float]:
         file = folder / arm / f"seed-{seed}" / "final.json"
@@ -37,7 +37,7 @@ def read(folder: pathlib.Path, config: Config) -> Losses:
 
 
 def figures(losses: Losses, config: Config) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The named figures as means over seeds, and those of each seed; none of a length at which a run diverged."""
+    """Return the named figures, as means over seeds and for each seed. Lengths at which a run diverged are left out."""
     each = {
         f"{arm}_val_loss" + ("" if times == 1 else f"_{times}_times_longer"): found[:, i].tolist()
         for arm, found in losses.items()
@@ -50,7 +50,7 @@ def figures(losses: Losses, config: Config) -> tuple[dict[str, float], dict[str,
 def tables(
     losses: Losses, config: Config, found: Mapping[ArmName, Found]
 ) -> dict[str, Sequence[Sequence[str]]]:
-    """What the terminal and the page show."""
+    """Return the tables for the terminal and the page."""
     lengths = [f"{config.length * times} tokens" for times in config.times_longer]
     rows = [["arm", *lengths]]
     for arm, values in losses.items():
@@ -75,7 +75,7 @@ def tables(
 
 
 def draw(path: pathlib.Path, losses: Losses, config: Config) -> None:
-    """The loss over the length of rows: mean and range of seeds."""
+    """Draw the loss by sequence length: mean and range over seeds."""
     plt = pyplot()
     lengths = [config.length * times for times in config.times_longer]
     with plt.rc_context(STYLE):
