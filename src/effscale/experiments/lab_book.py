@@ -168,7 +168,7 @@ def _number(value: float | int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see ``--help``."""
+    """Run the command line; see ``--help``."""
     parser = argparse.ArgumentParser(
         prog="python -m effscale.experiments.lab_book",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""What came out: zero-shot accuracies before and after fine-tuning, the loss by language, fertility, and a figure."""
+"""Results: zero-shot accuracies before and after fine-tuning, and the loss and fertility by language."""
 
 import json
 import pathlib
@@ -28,23 +28,24 @@ LANGUAGES = {
     "ca": "Catalan",
     "zh-Hans": "Chinese",
 }
-"""By code, the name in tables and figures; other codes stay as they are."""
+"""Names of languages in tables and figures; other codes are shown unchanged."""
 
 
 def read(place: pathlib.Path) -> dict[str, Found]:
-    """What a seed's models were found to do, and which one fine-tuning selected."""
+    """Read the evaluations of a seed's models, and which checkpoint fine-tuning selected."""
     read_one = lambda *names: json.loads(place.joinpath(*names).read_text(encoding="utf-8"))
     found = {name: read_one(name, "found.json") for name in STAGES}
     return found | {"chosen": read_one("finetune", "chosen.json")}
 
 
 def accuracy(found: Found, *, figure: str = "median", **where: str) -> float:
-    """The mean over cells of their medians over templates.
+    """Return the accuracy: the mean over cells of the median over templates.
 
     Args:
-        found: Of one model.
-        figure: ``chance`` in place of the median.
-        where: Take only cells of this ``task``, ``language`` or ``group``; without a group, those that fine-tuning did not see.
+        found: The evaluation of one model.
+        figure: ``median``, or ``chance`` for the accuracy of guessing.
+        where: Use only cells with this ``task``, ``language`` or ``group``. Without a group, cells that fine-tuning has seen are left
+            out.
     """
     cells = [
         cell[figure]
@@ -58,7 +59,7 @@ def accuracy(found: Found, *, figure: str = "median", **where: str) -> float:
 def figures(
     seeds: Sequence[Mapping[str, Found]], prepared: Prepared
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The named figures as means over seeds, and those of each seed."""
+    """Return the named figures, as means over seeds and for each seed."""
     before, after = ([seed[stage] for seed in seeds] for stage in STAGES)
     each: dict[str, list[float]] = {
         "val_loss": [found["val_loss"]["all"] for found in before],
@@ -94,7 +95,7 @@ def _ratios(prepared: Prepared) -> dict[str, float]:
 
 
 def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str, list[list[str]]]:
-    """What the terminal and the page show."""
+    """Return the tables for the terminal and the page."""
     cells = seeds[0]["zero_shot_before"]["accuracy"]
     names = lambda key: list(dict.fromkeys(cell[key] for cell in cells))
     words: dict[Group, str] = {
@@ -128,7 +129,7 @@ def tables(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> dict[str
 def _rows(
     seeds: Sequence[Mapping[str, Found]], wheres: Mapping[str, Mapping[str, str]]
 ) -> list[list[str]]:
-    """A row for each choice of cells that has some."""
+    """Return a heading and one row for each selection of cells that is not empty."""
     rows = [["tasks", "chance", "before", "after"]]
     for name, where in wheres.items():
         chance = accuracy(seeds[0][STAGES[0]], figure="chance", **where)
@@ -176,7 +177,7 @@ def _by_component(seeds: Sequence[Mapping[str, Found]], prepared: Prepared) -> l
 
 
 def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Mapping[str, Found]]) -> None:
-    """The loss while pretraining (mean and range of seeds), and accuracies before and after fine-tuning by language."""
+    """Draw the loss during pretraining (mean and range over seeds), and the accuracies before and after fine-tuning by language."""
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

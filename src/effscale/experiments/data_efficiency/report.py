@@ -1,4 +1,4 @@
-"""What the runs of ``data_efficiency`` showed: losses and costs over seeds, what it takes to reach the baseline, figures."""
+"""Results of ``data_efficiency``: losses and costs over seeds, and the cost of reaching the baseline's loss."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ COSTS = {
     "teraflops": "operations",
     "seconds": "seconds",
 }
-"""What is compared, and its heading in a table."""
+"""The costs that are compared, with their headings in tables."""
 
 NAMES: dict[Technique, str] = {
     "none": "plain training",
@@ -31,20 +31,20 @@ NAMES: dict[Technique, str] = {
     "ltd": "random-LTD",
     "cl_ltd": "curriculum + random-LTD",
 }
-"""By technique, the name in tables and figures."""
+"""The name of each technique in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """The runs of a technique on a part of the budget, one a seed.
+    """The runs of a technique on a fraction of the budget, one per seed.
 
     Attributes:
-        plan: The shapes and what they cost.
-        evaluations: Of each seed, the records of the evaluations; seeds have them at the same steps, but for those that diverged.
-        step_seconds: Of each seed, a step's seconds by its shape.
-        final_loss: Of each seed, the loss on all that is held out, after the last step; NaN of a run that diverged.
-        wall_seconds: Of each seed, the time of its run with all that belongs to it; of the first one with the compilations.
-        num_compilations: Of the training step, for all seeds together.
+        plan: The shapes and their cost.
+        evaluations: Records of the evaluations for each seed; at the same steps for all seeds, except those that diverged.
+        step_seconds: Seconds of a step by shape, for each seed.
+        final_loss: Loss on all held-out text after the last step, for each seed; NaN if the run diverged.
+        wall_seconds: Duration of the whole run for each seed; that of the first seed includes the compilations.
+        num_compilations: Compilations of the training step, for all seeds together.
     """
 
     plan: Plan
@@ -56,7 +56,7 @@ class Arm:
 
     @property
     def diverged(self) -> int:
-        """Runs that diverged; if there are any, the arm has no mean loss."""
+        """Number of runs that diverged; if there are any, the arm has no mean loss."""
         return int(np.isnan(self.final_loss).sum())
 
     @property
@@ -65,14 +65,14 @@ class Arm:
         return np.array(sorted({r["step"] for records in self.evaluations for r in records}), int)
 
     def losses(self) -> np.ndarray:
-        """Validation losses of shape ``(seeds, evaluations)``; NaN where a run had ended already."""
+        """Return the validation losses, of shape ``(seeds, evaluations)``; NaN after the end of a run that diverged."""
         steps = self.steps.tolist()
         found = [{r["step"]: r["val_loss"] for r in records} for records in self.evaluations]
         each = [[losses.get(step) for step in steps] for losses in found]
         return np.array(each, np.float64)  # None becomes NaN
 
     def seconds_at(self, step: int) -> np.ndarray:
-        """Of each seed, the time of the first ``step`` training steps."""
+        """Return the seconds of the first ``step`` training steps for each seed."""
         stages = self.plan.stages
         steps = {
             shape: stages.total(step, lambda other, shape=shape: int(other == shape))
@@ -83,20 +83,20 @@ class Arm:
         )
 
     def cost_at(self, step: int, name: str) -> float:
-        """What the first ``step`` steps cost; seconds are the mean over seeds."""
+        """Return the cost of the first ``step`` steps; seconds are the mean over seeds."""
         if name == "seconds":
             return float(self.seconds_at(step).mean())
         consumed = self.plan.consumed(step)
         return consumed["flops"] / 1e12 if name == "teraflops" else float(consumed[name])
 
     def cost(self, name: str) -> float:
-        """What the whole run cost."""
+        """Return the cost of the whole run."""
         return self.cost_at(self.plan.num_steps, name)
 
     def cost_of_reaching(self, loss: float, name: str) -> float | None:
-        """What it cost until the mean validation loss fell to ``loss``, interpolated between evaluations.
+        """Return the cost until the mean validation loss fell to ``loss``, interpolated between evaluations.
 
-        None if it never did, or if a run diverged.
+        None if it never fell that far, or if a run diverged.
         """
         if self.diverged:
             return None
@@ -114,7 +114,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All runs, by technique and part of the budget, and what the search for each technique found."""
+    """All runs by technique and fraction of the budget, and the result of each technique's search."""
 
     arms: Mapping[tuple[Technique, float], Arm]
     found: Mapping[Technique, Found] = dataclasses.field(default_factory=dict)
@@ -126,13 +126,13 @@ class Comparison:
 
     @property
     def target(self) -> float:
-        """The baseline's mean loss at its last evaluation; NaN if a run of it diverged."""
+        """The baseline's mean loss at its last evaluation; NaN if one of its runs diverged."""
         if self.baseline.diverged:
             return np.nan
         return float(self.baseline.losses()[:, -1].mean())
 
     def shares_to_baseline(self, arm: Arm) -> dict[str, float | None]:
-        """The cost of reaching the baseline's last loss, as shares of what the baseline cost."""
+        """Return the cost of reaching the baseline's last loss, as a share of the baseline's cost."""
         shares: dict[str, float | None] = {}
         for name in COSTS:
             cost = arm.cost_of_reaching(self.target, name)
@@ -140,9 +140,9 @@ class Comparison:
         return shares
 
     def saved_at_equal_steps(self, arm: Arm) -> dict[str, float | None]:
-        """The shares that an arm saves of the baseline's costs when both make as many steps as the baseline.
+        """Return the shares of the baseline's costs that an arm saves in the same number of steps.
 
-        None for the seconds where a run diverged.
+        None for the seconds if a run diverged.
         """
         steps = min(self.baseline.plan.num_steps, arm.plan.num_steps)
         return {
@@ -153,12 +153,12 @@ class Comparison:
         }
 
     def difference(self, technique: Technique, fraction: float) -> np.ndarray:
-        """Of each seed, the loss at the end less plain training's on the same part of the budget; NaN where one diverged."""
+        """Return the final loss minus that of plain training on the same fraction of the budget, for each seed; NaN if either run diverged."""
         plain = self.arms["none", fraction]
         return self.arms[technique, fraction].final_loss - plain.final_loss
 
     def seeds(self) -> dict[str, list[float | None]]:
-        """The loss at the end of each seed, by arm; None of a run that diverged."""
+        """Return the final loss of each seed by arm; None if the run diverged."""
         return {
             f"{_prefix(technique, fraction)}val_loss": [
                 None if np.isnan(loss) else float(loss) for loss in arm.final_loss
@@ -167,7 +167,7 @@ class Comparison:
         }
 
     def figures(self) -> dict[str, Any]:
-        """The named figures; None where the baseline's loss is never reached, and for what a run that diverged has not."""
+        """Return the named figures; None if the baseline's loss is not reached, or if a run diverged that the figure needs."""
         named: dict[str, Any] = {}
         for technique, found in self.found.items():
             named[f"{technique}_learning_rate"] = found.best.learning_rate
@@ -209,7 +209,7 @@ class Comparison:
         return named
 
     def search_rows(self) -> list[list[str]]:
-        """A heading and a row a technique: what the search found."""
+        """Return a heading and one row per technique: the result of the search."""
         rows = [["technique", "learning rate", "warmup", "loss", "runs", "neighbors"]]
         for technique, found in self.found.items():
             loss = found.losses.get(found.best)
@@ -224,7 +224,7 @@ class Comparison:
         return rows
 
     def loss_rows(self) -> list[list[str]]:
-        """A heading and a row a technique and part of the budget: loss at the end, and what it differs from plain training's."""
+        """Return a heading and one row per technique and fraction: the final loss, and its difference from that of plain training."""
         heading = ["technique", "budget", "loss", "range", "minus plain training", "std"]
         rows = [heading]
         for (technique, fraction), arm in self.arms.items():
@@ -244,7 +244,7 @@ class Comparison:
         return rows
 
     def cost_rows(self) -> list[list[str]]:
-        """A heading and a row a technique and part of the budget: what a run takes, the same for every seed."""
+        """Return a heading and one row per technique and fraction: the cost of a run, which is the same for every seed."""
         counts = ("tokens_read", "tokens_trained", "layer_tokens")
         headings = [*(COSTS[name] for name in counts), "teraflops", "seconds"]
         rows = [["technique", "budget", "steps", *headings]]
@@ -261,7 +261,7 @@ class Comparison:
         return rows
 
     def reach_rows(self) -> list[list[str]]:
-        """A heading and a row a technique and part of the budget: the shares of the baseline's costs to reach its loss."""
+        """Return a heading and one row per technique and fraction: the cost of reaching the baseline's loss, as shares of its costs."""
         rows = [["technique", "budget", *COSTS.values()]]
         for (technique, fraction), arm in self.arms.items():
             shares = self.shares_to_baseline(arm).values()
@@ -270,7 +270,7 @@ class Comparison:
         return rows
 
     def saving_rows(self) -> list[list[str]]:
-        """A heading and a row a technique: the shares of the baseline's costs saved at equal steps."""
+        """Return a heading and one row per technique: the shares of the baseline's costs saved in the same number of steps."""
         rows = [["technique", "steps", *COSTS.values()]]
         steps = f"{self.baseline.plan.num_steps:,}"
         for (technique, fraction), arm in self.arms.items():
@@ -283,13 +283,13 @@ class Comparison:
 def read(
     folder: pathlib.Path, config: Config, vocab_size: int, found: Mapping[Technique, Found]
 ) -> Comparison:
-    """The comparison from the runs in a run folder.
+    """Read the comparison from a run folder.
 
     Args:
         folder: The run folder.
-        config: What the experiment was told.
-        vocab_size: The tokenizer's.
-        found: By technique, what the search found.
+        config: Config of the experiment.
+        vocab_size: Vocabulary size of the tokenizer.
+        found: The result of the search for each technique.
     """
     arms = {}
     for technique in config.techniques:
@@ -307,16 +307,16 @@ def read(
                 step_seconds=[step_seconds(place / "timing.jsonl", plan) for place in places],
                 final_loss=np.array([each["val_loss"] for each in final], np.float64),
                 wall_seconds=np.array([each["seconds"] for each in done]),
-                # A run after a resume may have compiled again; one that diverged does not say.
+                # A resumed run may have compiled again; a run that diverged has no count.
                 num_compilations=max(each.get("num_compilations", 0) for each in final),
             )
     return Comparison(arms=arms, found=found)
 
 
 def step_seconds(timing: pathlib.Path, plan: Plan) -> dict[tuple[int, int], float]:
-    """Seconds of a step by shape: the median over a run's steps, which leaves out those that something else disturbed.
+    """Return the seconds of a step by shape: the median over a run's steps, which a few slow steps do not affect.
 
-    A shape of which no step was timed takes what lies between its neighbours', by layer-averaged tokens.
+    For a shape without timed steps, the value is interpolated between neighboring shapes by layer-averaged tokens.
     """
     tokens = {
         shape: plan.batch_size * layer_tokens(plan.model, shape) for shape in plan.stages.values
@@ -339,7 +339,7 @@ def _prefix(technique: Technique, fraction: float) -> str:
 
 
 def _range(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, least and greatest."""
+    """Return mean, minimum and maximum."""
     return float(values.mean()), float(values.min()), float(values.max())
 
 
@@ -348,7 +348,7 @@ def _percent(share: float | None, decimals: int) -> str:
 
 
 def tables(comparison: Comparison) -> dict[str, list[list[str]]]:
-    """The tables of the report, by title."""
+    """Return the tables of the report by title."""
     reached = (
         f"Cost to reach plain training's last loss ({comparison.target:.4f}), as a share of what plain training paid; "
         "n/a: not reached, or a run diverged"

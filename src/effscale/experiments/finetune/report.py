@@ -1,4 +1,4 @@
-"""What runs of the experiment ``finetune`` showed: accuracies over seeds, a table, a figure."""
+"""Results of the experiment ``finetune``: accuracies over seeds."""
 
 import dataclasses
 import pathlib
@@ -20,18 +20,18 @@ from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
 NAMES = {"effscale": "effscale", "torch": "PyTorch"}
-"""By backend, the name in tables and figures."""
+"""The name of each backend in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A task's runs, one a backend and seed.
+    """A task's runs, one per backend and seed.
 
     Attributes:
-        records: For each backend that ran, each seed's metrics.
-        test_size: Test examples.
+        records: Metrics of each seed, by backend.
+        test_size: Number of test examples.
         majority: Accuracy of the most frequent label.
-        per_epoch: Steps of an epoch.
+        per_epoch: Number of steps per epoch.
     """
 
     records: Mapping[str, Sequence[Records]]
@@ -40,18 +40,18 @@ class Comparison:
     per_epoch: int
 
     def accuracies(self, backend: str) -> np.ndarray:
-        """The last test accuracy of each seed."""
+        """Return the last test accuracy of each seed."""
         return np.array([series(r, "test_accuracy")[1][-1] for r in self.records[backend]])
 
     def loss_gaps(self) -> np.ndarray:
-        """``|loss - torch's loss|`` of each seed and training step."""
+        """Return ``|loss - torch's loss|`` for each seed and training step."""
         ours, theirs = (
             np.array([series(r, "loss")[1] for r in self.records[backend]]) for backend in BACKENDS
         )
         return np.abs(ours - theirs)
 
     def figures(self) -> dict[str, float]:
-        """The named figures."""
+        """Return the named figures."""
         named: dict[str, float] = {"majority": self.majority, "test_size": self.test_size}
         for backend in self.records:
             values = self.accuracies(backend)
@@ -77,7 +77,7 @@ def read_comparison(
     majority: float,
     per_epoch: int,
 ) -> Comparison:
-    """The comparison from the metrics under ``folder/seed-<n>/<backend>``."""
+    """Read the comparison from the metrics under ``folder/seed-<n>/<backend>``."""
     read = lambda backend, seed: read_jsonl(folder / f"seed-{seed}" / backend / "metrics.jsonl")
     return Comparison(
         records={b: [read(b, seed) for seed in range(seeds)] for b in backends},
@@ -88,7 +88,7 @@ def read_comparison(
 
 
 def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
-    """A heading and a row a task and backend: the accuracy of each seed in percent, mean and deviation."""
+    """Return a heading and one row per task and backend: the accuracy of each seed in percent, mean and standard deviation."""
     seeds = max(len(runs) for c in comparisons.values() for runs in c.records.values())
     rows = [["task", "library", *(f"seed {seed}" for seed in range(seeds)), "mean", "std"]]
     for task, comparison in comparisons.items():
@@ -100,11 +100,12 @@ def accuracy_rows(comparisons: Mapping[str, Comparison]) -> list[list[str]]:
 
 
 def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
-    """Test accuracy over epochs; below, if PyTorch ran too, the distance of the losses. Lines are means, bands ranges of the seeds.
+    """Draw test accuracy over epochs and, if PyTorch ran too, the absolute difference of the losses below. Lines are means and
+    bands are ranges over seeds.
 
     Args:
         path: The PNG to write.
-        comparisons: By task.
+        comparisons: Comparisons by task.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -137,7 +138,7 @@ def draw(path: pathlib.Path, comparisons: Mapping[str, Comparison]) -> None:
                 bottom = axes[1][column]
                 gaps = comparison.loss_gaps()
                 epochs = (1 + np.arange(gaps.shape[1])) / comparison.per_epoch
-                # A difference of exactly nothing has no place on a logarithmic axis.
+                # A logarithmic axis cannot show a difference of 0.
                 band(bottom, epochs, np.maximum(gaps, 1e-8), color=COLORS[2], lw=1.0)
                 bottom.set(xlabel="epoch", yscale="log", ylim=(1e-8, 10))
                 if column == 0:

@@ -28,7 +28,7 @@ class Arm:
     """The settings that are specific to an arm."""
 
     about: str
-    """What it is, in tables and figures."""
+    """Description of the model in tables and figures."""
     times: int = 1
     """Number of steps, as a multiple of that of the other arms."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"

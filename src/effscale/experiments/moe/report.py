@@ -1,4 +1,4 @@
-"""What the runs of the experiment ``moe`` showed: losses against training compute and time, parameters, tables, a figure."""
+"""Results of the experiment ``moe``: losses against training compute and time, and numbers of parameters."""
 
 import dataclasses
 import itertools
@@ -50,7 +50,7 @@ CURVES: tuple[ArmName, ...] = (
     "pr_moe",
     "pr_moe_mos",
 )
-"""The arms whose curves are drawn; more cannot be told apart."""
+"""The arms whose curves are drawn; more would be hard to distinguish."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,12 @@ class Runs:
     """An arm's runs, one per seed.
 
     Attributes:
-        records: Each one's metrics.
-        cpu_seconds: Processor time of each, compilation and evaluations included; unlike the clock's, it does not depend on what else the
-            machine does.
-        params: Parameters of the model.
-        teraflops: Of the whole training; of a student's teacher forward passes are counted, its training is not.
+        records: Metrics of each run.
+        cpu_seconds: Processor time of each run, including compilation and evaluations. Unlike wall-clock time, it hardly depends on
+            other load on the machine.
+        params: Number of parameters of the model.
+        teraflops: Operations of the whole training. For a student, this includes the teacher's forward passes but not the teacher's
+            training.
     """
 
     records: Sequence[Records]
@@ -72,18 +73,18 @@ class Runs:
 
     @property
     def losses(self) -> np.ndarray:
-        """Each seed's loss on all that is held out, after the last step, without what routers add."""
+        """Loss on all held-out text after the last step, for each seed, without the routers' auxiliary losses."""
         return np.array([series(records, "val_loss")[1][-1] for records in self.records])
 
 
 def count_params(model: TransformerConfig) -> int:
-    """Parameters of a model that need not exist."""
+    """Count the parameters of a model without creating it."""
     shapes = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes)))
 
 
 def teraflops(config: Config, name: ArmName, vocab_size: int) -> float:
-    """Of a training: products of forward and backward pass, and those of a teacher's forward pass while it is asked."""
+    """Return the operations of a training: the matrix products of forward and backward passes, and of the teacher's forward passes while it is used."""
     rows = config.steps_of(name) * config.batch_size
     total = rows * training_flops(config.transformer(name, vocab_size), config.length)
     arm = ARMS[name]
@@ -95,7 +96,7 @@ def teraflops(config: Config, name: ArmName, vocab_size: int) -> float:
 
 
 def read(folder: pathlib.Path, config: Config, vocab_size: int) -> dict[ArmName, Runs]:
-    """All runs by arm."""
+    """Read all runs by arm."""
     found: dict[ArmName, Runs] = {}
     for name in config.arms:
         places = [folder / f"seed-{seed}" / name for seed in range(config.seeds)]
@@ -110,10 +111,10 @@ def read(folder: pathlib.Path, config: Config, vocab_size: int) -> dict[ArmName,
 
 
 def cost_to_reach(loss: float, costs: Sequence[float], losses: Sequence[float]) -> float | None:
-    """What dense models cost that reach a loss: interpolated between whole trainings of different lengths.
+    """Return the cost at which dense models reach a loss, interpolated between whole trainings of different lengths.
 
-    The loss is taken as linear in the logarithm of the cost. None where the longest training does not reach it, or there is only
-    one.
+    The loss is assumed to be linear in the logarithm of the cost. None if the longest training does not reach the loss, or if
+    there is only one training.
 
     Example:
         >>> cost_to_reach(2.5, [1.0, 4.0], [3.0, 2.0])
@@ -128,7 +129,7 @@ def cost_to_reach(loss: float, costs: Sequence[float], losses: Sequence[float]) 
 
 
 def figures(runs: Mapping[ArmName, Runs]) -> dict[str, float | int | None]:
-    """The named figures; differences are seed by seed."""
+    """Return the named figures; differences are computed for each seed."""
     named: dict[str, float | int | None] = {}
     for name, found in runs.items():
         named |= _spread(f"{name}_val_loss", found.losses)
@@ -147,7 +148,7 @@ def figures(runs: Mapping[ArmName, Runs]) -> dict[str, float | int | None]:
 def _dense_over_moe(
     what: str, runs: Mapping[ArmName, Runs], cost: Callable[[Runs, int], float]
 ) -> dict[str, float | None]:
-    """What dense training costs to reach the loss of moe, and how many times what moe costs; seed by seed."""
+    """Return the cost at which dense training reaches the loss of moe, and its ratio to the cost of moe, for each seed."""
     dense = [runs[name] for name in DENSE if name in runs]
     reached, times = [], []
     for seed, loss in enumerate(runs["moe"].losses):
@@ -162,7 +163,7 @@ def _dense_over_moe(
 
 
 def tables(runs: Mapping[ArmName, Runs]) -> dict[str, list[list[str]]]:
-    """Losses with parameters and compute, and the comparisons; by title."""
+    """Return the tables by title: losses with parameters and compute, and the comparisons."""
     seeds = len(next(iter(runs.values())).records)
     each = [f"seed {seed}" for seed in range(seeds)]
     losses = [["arm", "parameters", "teraFLOPs", *each, "mean", "std"]]
@@ -185,8 +186,8 @@ def draw(folder: pathlib.Path, runs: Mapping[ArmName, Runs]) -> None:
     """Draw ``losses.png``, the final loss of each arm, and ``curves.png``, the loss over compute and over time.
 
     Args:
-        folder: Where they go.
-        runs: By arm.
+        folder: The folder to write to.
+        runs: Runs by arm.
     """
     draw_losses(
         folder / "losses.png",
@@ -224,7 +225,7 @@ def draw_losses(
 
     Args:
         path: The PNG to write.
-        losses: By name: the final loss of each seed, and the teraFLOPs of a run.
+        losses: The final loss of each seed and the teraFLOPs of a run, by name.
     """
     plt = pyplot()
     with plt.rc_context(STYLE):

@@ -81,7 +81,7 @@ class Training:
         )
 
     def name_of(self, seed: int) -> str:
-        """The name of the run, which is also its folder inside the run folder."""
+        """Return the name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What the runs of the experiment ``onebit`` showed: losses and accuracies over seeds, what was sent, tables, a figure."""
+"""Results of the experiment ``onebit``: losses and accuracies over seeds, and the amount of data sent."""
 
 import dataclasses
 import pathlib
@@ -30,7 +30,7 @@ NAMES = {
     "onebit_lamb": "1-bit LAMB",
     "scratch": "random weights",
 }
-"""By optimizer, the name in tables and figures."""
+"""The name of each optimizer in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class Runs:
     """An optimizer's runs of a task, one per seed.
 
     Attributes:
-        records: Each one's metrics; None for the model that was not pretrained.
-        accuracies: Each one's test accuracy after fine-tuning.
-        rounds: Steps in which more than a few single numbers were sent.
+        records: Metrics of each run; None for the model that was not pretrained.
+        accuracies: Test accuracy of each run after fine-tuning.
+        rounds: Number of steps that sent more than a few scalars.
     """
 
     records: Sequence[Records] | None
@@ -49,7 +49,7 @@ class Runs:
 
     @property
     def losses(self) -> np.ndarray:
-        """Each seed's loss on all that is held out, after the last step."""
+        """Loss on all held-out text after the last step, for each seed."""
         return np.array([series(records, "val_loss")[1][-1] for records in self.records or ()])
 
     @property
@@ -59,12 +59,12 @@ class Runs:
 
 
 def read(folder: pathlib.Path, task: str, config: Config) -> dict[str, Runs]:
-    """All runs of a task by optimizer, and ``scratch``.
+    """Read all runs of a task by optimizer, and ``scratch``.
 
     Args:
         folder: The run folder.
         task: ``gpt`` or ``bert``.
-        config: What the experiment was told.
+        config: Config of the experiment.
     """
 
     def metrics(name: str) -> list[Records]:
@@ -88,19 +88,19 @@ def read(folder: pathlib.Path, task: str, config: Config) -> dict[str, Runs]:
 
 
 def figures(task: str, runs: Mapping[str, Runs]) -> dict[str, float | int]:
-    """The named figures; differences are seed by seed, from the uncompressed baseline."""
+    """Return the named figures; differences from the uncompressed baseline are computed for each seed."""
     named: dict[str, float | int] = {}
     for name, found in runs.items():
         start = f"{task}_{name}"
-        twin = runs.get(TWINS.get(name, ""))  # type: ignore[call-overload]
+        baseline = runs.get(TWINS.get(name, ""))  # type: ignore[call-overload]
         if found.records is not None:
             named |= _spread(f"{start}_val_loss", found.losses)
-            if twin is not None:
-                named |= _spread(f"{start}_val_loss_difference", found.losses - twin.losses)
+            if baseline is not None:
+                named |= _spread(f"{start}_val_loss_difference", found.losses - baseline.losses)
             named[f"{start}_megabytes"] = float(found.sent[-1]) / 1e6
             named[f"{start}_rounds"] = found.rounds
-            if twin is not None:
-                named[f"{start}_times_less_sent"] = float(twin.sent[-1] / found.sent[-1])
+            if baseline is not None:
+                named[f"{start}_times_less_sent"] = float(baseline.sent[-1] / found.sent[-1])
         named |= _spread(f"{start}_accuracy", found.accuracies)
     return named
 
@@ -114,7 +114,7 @@ def _with_deviation(differences: np.ndarray) -> str:
 
 
 def tables(task: str, runs: Mapping[str, Runs]) -> list[tuple[str, list[list[str]]]]:
-    """Losses and what was sent, and accuracies; each with its title."""
+    """Return two tables with their titles: losses and data sent, and accuracies."""
     pretrained = {name: found for name, found in runs.items() if found.records is not None}
     seeds = len(next(iter(runs.values())).accuracies)
     each = [f"seed {seed}" for seed in range(seeds)]
@@ -122,8 +122,8 @@ def tables(task: str, runs: Mapping[str, Runs]) -> list[tuple[str, list[list[str
     for name, found in pretrained.items():
         values = found.losses
         numbers = [f"{value:.3f}" for value in (*values, values.mean(), deviation(values))]
-        twin = runs.get(TWINS.get(name, ""))  # type: ignore[call-overload]
-        over = "" if twin is None else _with_deviation(values - twin.losses)
+        baseline = runs.get(TWINS.get(name, ""))  # type: ignore[call-overload]
+        over = "" if baseline is None else _with_deviation(values - baseline.losses)
         megabytes = f"{found.sent[-1] / 1e6:,.1f}"
         losses.append([NAMES[name], *numbers, over, megabytes, f"{found.rounds:,}"])
     accuracies = [["pretrained with", *each, "mean", "std"]]
@@ -138,13 +138,13 @@ def tables(task: str, runs: Mapping[str, Runs]) -> list[tuple[str, list[list[str
 
 
 def draw(path: pathlib.Path, runs: Mapping[Any, Mapping[str, Runs]], *, majority: float) -> None:
-    """One row per task: its loss, the difference from the baseline, loss over what was sent, and accuracies.
+    """Draw one row per task: loss, difference from the baseline, loss over data sent, and accuracies.
 
-    Curves are means and ranges of the seeds, accuracies have one dot per seed.
+    Curves are the mean and range over seeds; accuracies have one dot per seed.
 
     Args:
         path: The PNG to write.
-        runs: By task and optimizer.
+        runs: Runs by task and optimizer.
         majority: Accuracy of a constant answer.
     """
     plt = pyplot()
@@ -187,7 +187,7 @@ def draw(path: pathlib.Path, runs: Mapping[Any, Mapping[str, Runs]], *, majority
 def _draw_differences(
     axes: Any, steps: np.ndarray, curves: Mapping[str, np.ndarray], colors: Mapping[str, str]
 ) -> None:
-    """Each compressed optimizer's loss minus that of its baseline; compressed gradients, which fail, may leave the frame."""
+    """Draw each compressed optimizer's loss minus that of its baseline. The axis limits ignore compressed gradients, which fail."""
     limit = 0.0
     for name, values in curves.items():
         baseline = curves.get(TWINS.get(name, ""))  # type: ignore[call-overload]

@@ -106,7 +106,7 @@ class Pretraining:
         self.eval_step = jax.jit(make_eval_step(LOSSES[task]))
 
     def name_of(self, seed: int) -> str:
-        """The name of the run, which is also its folder inside the run folder."""
+        """Return the name of the run, which is also its folder inside the run folder."""
         return f"{self.task}/seed-{seed}/{self.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What ``random_ltd_bert`` alone reports: the search for each arm, and the first steps at a high learning rate."""
+"""Results specific to ``random_ltd_bert``: the search for each arm, and the first steps at a high learning rate."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from effscale.experiments.shared.search import Found
 
 
 def search_figures(found: Mapping[str, Found]) -> dict[str, float | int]:
-    """Each arm's learning rate and warmup, the runs that it took to find them, and whether all neighbours were tried."""
+    """Return each arm's learning rate and warmup, the number of runs of the search, and whether all neighbors were tried."""
     named: dict[str, float | int] = {}
     for arm, each in found.items():
         named[f"{arm}_learning_rate"] = each.best.learning_rate
@@ -21,7 +21,7 @@ def search_figures(found: Mapping[str, Found]) -> dict[str, float | int]:
 
 
 def search_rows(found: Mapping[str, Found]) -> list[list[str]]:
-    """A heading and a row an arm: what the search found."""
+    """Return a heading and one row per arm: the result of the search."""
     rows = [["arm", "learning rate", "warmup steps", "loss", "runs", "all neighbors tried"]]
     for arm, each in found.items():
         point = [f"{each.best.learning_rate:g}", str(each.best.warmup)]
@@ -33,7 +33,7 @@ def search_rows(found: Mapping[str, Found]) -> list[list[str]]:
 
 
 def tried_rows(found: Mapping[str, Found]) -> list[list[str]]:
-    """A heading and a row a pair that was tried for some arm: the loss of each arm.
+    """Return a heading and one row per pair of learning rate and warmup that was tried: the loss of each arm.
 
     Example:
         >>> from effscale.experiments.shared.search import Point
@@ -52,11 +52,11 @@ def tried_rows(found: Mapping[str, Found]) -> list[list[str]]:
 def early_figures(
     losses: Mapping[str, np.ndarray], entropy: float
 ) -> dict[str, float | int | None]:
-    """Each arm's loss after the first steps, and how many of its runs are not below the entropy of single tokens.
+    """Return each arm's loss after the first steps, and how many of its runs are not below the entropy of the token frequencies.
 
     Args:
-        losses: Each seed's, by arm; infinite of a run that diverged, with which there are no means.
-        entropy: The least loss without context.
+        losses: The loss of each seed, by arm; infinite if the run diverged, and then means over it are None.
+        entropy: The lowest possible loss without context.
 
     Example:
         >>> losses = {"baseline": np.array([5.0, 5.4]), "random_ltd": np.array([5.0, np.inf])}
@@ -68,7 +68,7 @@ def early_figures(
     """
     if not any(len(each) for each in losses.values()):
         return {}
-    with np.errstate(invalid="ignore"):  # an infinite loss less another
+    with np.errstate(invalid="ignore"):  # the difference of infinite losses
         means = quality_figures(losses, "early_val_loss")
     named: dict[str, float | int | None] = {
         name: value if math.isfinite(value) else None for name, value in means.items()
@@ -79,7 +79,7 @@ def early_figures(
 
 
 def early_rows(losses: Mapping[str, np.ndarray], entropy: float) -> list[list[str]]:
-    """A heading and a row an arm: the loss of each seed, mean and deviation, and the runs not below the entropy."""
+    """Return a heading and one row per arm: the loss of each seed, mean and standard deviation, and the number of runs not below the entropy."""
     with np.errstate(invalid="ignore"):
         (heading, *rows) = quality_rows(losses, decimals=3)
     counts = [str(_not_below(each, entropy)) for each in losses.values()]
@@ -88,7 +88,7 @@ def early_rows(losses: Mapping[str, np.ndarray], entropy: float) -> list[list[st
 
 
 def each_seed(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, list[float | None]]:
-    """The value of each seed, by arm and name; None of a run that diverged.
+    """Return the value of each seed, by arm and name; None if the run diverged.
 
     Example:
         >>> each_seed({"val_loss": {"baseline": np.array([4.5, np.inf])}})

@@ -70,7 +70,7 @@ class Pretraining:
         self.eval_step = jax.jit(make_eval_step(masked_token_loss))
 
     def name_of(self, seed: int) -> str:
-        """The name of the run, which is also its folder inside the run folder."""
+        """Return the name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.arm.name}"
 
     def search(self, folder: RunFolder) -> Found:

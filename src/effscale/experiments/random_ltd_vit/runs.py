@@ -44,7 +44,7 @@ class Runner:
         self.eval_step = jax.jit(make_eval_step(class_loss))
 
     def name_of(self, seed: int) -> str:
-        """The name of the run, which is also its folder inside the run folder."""
+        """Return the name of the run, which is also its folder inside the run folder."""
         return f"seed-{seed}/{self.arm.name}"
 
     def run(self, folder: RunFolder, seed: int) -> None:

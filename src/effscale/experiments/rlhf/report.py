@@ -1,4 +1,4 @@
-"""What the steps of the experiment ``rlhf`` made: accuracy of the reward model, rewards before and after, divergence, conversations, a figure."""
+"""Results of the experiment ``rlhf``: accuracy of the reward model, rewards before and after, KL divergence and conversations."""
 
 import dataclasses
 import json
@@ -26,19 +26,19 @@ NAMES = {
     "reward": "reward model",
     **{step: step.upper() for step in POLICIES},
 }
-"""By step, the name in tables and figures."""
+"""The name of each step in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Responses of one policy to held-out prompts, and what others say of them.
+    """Responses of one policy to held-out prompts, and their evaluation by the other models.
 
     Attributes:
-        scores: Of the reward model.
-        kl: Of each response, in nats: what the policy gave it above what the fine-tuned model gives it.
-        perplexity: Of all responses' tokens under the fine-tuned model.
-        length: Mean number of tokens.
-        ended: Share of responses that ended by themselves.
+        scores: The reward model's score of each response.
+        kl: Log-probability of each response under the policy minus that under the fine-tuned model, in nats.
+        perplexity: Perplexity of all responses under the fine-tuned model.
+        length: Mean number of tokens per response.
+        ended: Share of responses that contain a stop token.
         texts: The responses.
     """
 
@@ -51,7 +51,7 @@ class Answers:
 
 
 def answers(steps: Steps, policy: Transformer, *, key: int = 0) -> Answers:
-    """What a policy answers to the held-out prompts: the same draws for every policy of a seed."""
+    """Sample a policy's answers to the held-out prompts, with the same random numbers for every policy of a seed."""
     rows = steps.held_out_prompts()
     rollout = steps.rollout()
     sampling = rollout.sampling
@@ -97,12 +97,13 @@ def _judge(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seed:
-    """What one seed showed.
+    """Results of one seed.
 
     Attributes:
-        accuracy: Of the reward model on held-out pairs; None with a reward model from elsewhere.
-        before: The fine-tuned model's answers.
-        after: Those of each policy.
+        accuracy: Accuracy of the reward model on held-out pairs; None if the reward model was not trained in this run.
+        before: Answers of the fine-tuned model.
+        after: Answers of each policy.
+        seconds: Duration of each step.
     """
 
     accuracy: float | None
@@ -112,7 +113,7 @@ class Seed:
 
 
 def read(steps: Steps, config: Config) -> Seed:
-    """The figures of a seed, from what its steps left."""
+    """Evaluate the models of a seed and read the metrics of its steps."""
     folder = steps.folder.path / f"seed-{steps.seed}"
     metrics = folder / "reward" / "metrics.jsonl"
     accuracy = None
@@ -133,7 +134,7 @@ def read(steps: Steps, config: Config) -> Seed:
 
 
 def figures(seeds: Sequence[Seed]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The named figures as means over seeds, and those of each seed."""
+    """Return the named figures, as means over seeds and for each seed."""
     each: dict[str, list[float]] = {}
     for seed in seeds:
         found: dict[str, float] = {}
@@ -168,7 +169,7 @@ def _of(name: str, found: Answers) -> dict[str, float]:
 
 
 def tables(seeds: Sequence[Seed]) -> dict[str, list[list[str]]]:
-    """What the terminal and the page show."""
+    """Return the tables for the terminal and the page."""
     rows = [["policy", "score", "KL, nats", "perplexity", "tokens", "ended by itself"]]
     policies = {"sft": [s.before for s in seeds if s.before is not None]}
     for step in POLICIES:
@@ -197,7 +198,7 @@ def tables(seeds: Sequence[Seed]) -> dict[str, list[list[str]]]:
 
 
 def conversations(steps: Steps, seed: Seed, count: int) -> str:
-    """Held-out prompts with answers before and after, as Markdown."""
+    """Format held-out prompts with the answers before and after training, as Markdown."""
     if seed.before is None or not seed.after:
         return ""
     tokens = steps.held_out_prompts()
@@ -213,7 +214,7 @@ def conversations(steps: Steps, seed: Seed, count: int) -> str:
 
 
 def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> None:
-    """Reward and divergence over the iterations of each policy (mean and range of seeds), and rewards of held-out prompts before and after."""
+    """Draw score and KL divergence over the iterations of each policy (mean and range over seeds), and the scores on held-out prompts before and after."""
     done = [step for step in POLICIES if seeds and step in seeds[0].after]
     online = [step for step in done if step != "dpo"]
     if not done:

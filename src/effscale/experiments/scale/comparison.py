@@ -52,38 +52,40 @@ NAMES: dict[Technique, str] = {
     "zero_one_adam": "0/1 Adam",
     "onebit_lamb": "1-bit LAMB",
 }
-"""By technique, the name in tables."""
+"""The name of each technique in tables."""
 
 KINDS = {"in full": "uncompressed", "mean": "mean over the schedule"}
-"""By stage, the name in tables; others stay as they are."""
+"""Names of some stages in tables; other stages are shown unchanged."""
 
 
 def compared(config: Config, found: Found) -> list[Row]:
-    """Return the steps of all techniques, each followed by the mean over its schedule; a technique whose program does not fit is left out."""
-    told = {name: one for name, one in found.items() if "refused" not in one}
+    """Return the steps of all techniques, each followed by the mean over its schedule. Techniques with a program that does not fit are left out."""
+    fitting = {name: one for name, one in found.items() if "refused" not in one}
     rows: list[Row] = []
     cases = [case for case in config.cases() if case.decode is None]
     for plain in (case for case in cases if case.technique == "none"):
-        if plain.name not in told:
+        if plain.name not in fitting:
             continue
-        base = _row(_estimate(config, plain, told), "every step", 1.0)
+        base = _row(_estimate(config, plain, fitting), "every step", 1.0)
         rows.append(base)
         for technique in config.technique:
             belongs = [
-                case for case in cases if case.technique == technique and _beside(case, plain)
+                case
+                for case in cases
+                if case.technique == technique and _only_technique_differs(case, plain)
             ]
-            compiled = [case for case in belongs if case.name in told]
+            compiled = [case for case in belongs if case.name in fitting]
             if technique == "none" or not compiled or len(compiled) < len(belongs):
                 continue
             rows += (
-                _scheduled(config, base, compiled, told)
+                _scheduled(config, base, compiled, fitting)
                 if technique in SCHEDULED
-                else _rounds(config, compiled[0], told)
+                else _rounds(config, compiled[0], fitting)
             )
     return rows
 
 
-def _beside(case: Case, plain: Case) -> bool:
+def _only_technique_differs(case: Case, plain: Case) -> bool:
     """Return whether a case differs from the baseline only in its technique."""
     length = plain.length if case.technique == "curriculum" else case.length
     return dataclasses.replace(case, technique="none", kept=None, length=length) == plain
@@ -166,7 +168,7 @@ def _row(one: Estimate, stage: str, share: float) -> Row:
 
 
 def technique_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Of `compared`."""
+    """Return the table of the rows from `compared`."""
     head = ["model", "technique", "kind of step", "share of steps", "PFLOP", "sent along data, GB"]
     table = [[*head, "all-to-all of experts, GB", "memory, GB", "step, s"]]
     for row in rows:
@@ -187,8 +189,8 @@ def decoding_table(estimates: Sequence[Estimate], found: Found) -> list[list[str
     head = ["model", "weights", "mesh", "weights, GB", "cache, GB", "memory, GB", "fits"]
     table = [[*head, "reading, ms", "network, ms", "per token, ms", "tokens/s"]]
     for one in estimates:
-        told, case = found[one.case.name], one.case
-        sizes = (told["parameters"], told["cache"], one.memory)
+        result, case = found[one.case.name], one.case
+        sizes = (result["parameters"], result["cache"], one.memory)
         table.append(
             [
                 *(case.model, str(case.decode), case.layout.partition("\n")[0]),
@@ -204,7 +206,7 @@ def decoding_table(estimates: Sequence[Estimate], found: Found) -> list[list[str
 
 
 def technique_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the named figures of each technique for the first layout of each model: of the mean step, and of the step that sends one bit."""
+    """Return the named figures of each technique for the first layout of each model: those of the mean step, and of the step that sends one bit."""
     named: dict[str, float] = {}
     first: dict[str, Case] = {}
     for row in rows:
@@ -241,7 +243,7 @@ def plain_name(model: str) -> str:
 
 
 def between(low: float, high: float, form: str) -> str:
-    """Format two figures, or one if they look the same.
+    """Format a range, or a single figure if both ends look the same.
 
     >>> between(1.21, 1.52, ".1f"), between(1.21, 1.22, ".1f")
     ('1.2 to 1.5', '1.2')

@@ -64,17 +64,17 @@ def run(config: Config) -> Result:
     )
     with resumable(folder):
         found = _compile_all(list(config.cases()), folder.path / "cases")
-    refused = {name: told["refused"] for name, told in found.items() if "refused" in told}
+    refused = {name: one["refused"] for name, one in found.items() if "refused" in one}
     estimates = [
         estimate(case, found[case.name], data_bandwidth=config.data_bandwidth)
         for case in config.cases()
         if case.name not in refused
     ]
     if not estimates:
-        told = "\n".join(f"{name}: {words}" for name, words in refused.items())
+        reasons = "\n".join(f"{name}: {words}" for name, words in refused.items())
         folder.close()
         raise ValueError(
-            f"no case fits into a chip of {config.topology}. Use more accumulate, tensor or chips\n{told}"
+            f"no case fits into a chip of {config.topology}. Use more accumulate, tensor or chips\n{reasons}"
         )
     plain = [e for e in estimates if e.case.decode is None and e.case.technique == "none"]
     decoding = [e for e in estimates if e.case.decode is not None]

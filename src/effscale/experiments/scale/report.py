@@ -12,11 +12,11 @@ from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
 
 DAY = 86_400
 NEGLIGIBLE = 5e6
-"""Bytes of a collective that tables leave out."""
+"""Collectives that send fewer bytes are left out of the tables."""
 
 
 def pareto(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Those that no other beats in both memory and time."""
+    """Return the estimates of the Pareto front: no other estimate is better in both memory and time."""
     beats = lambda a, b: (
         a.memory <= b.memory
         and a.slowest <= b.slowest
@@ -26,7 +26,7 @@ def pareto(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def fronts(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """The front of each model at each length."""
+    """Return the Pareto front of each model at each length."""
     kinds = dict.fromkeys((one.case.model, one.case.length) for one in estimates)
     return [
         one
@@ -36,7 +36,7 @@ def fronts(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def _front_table(estimates: Sequence[Estimate]) -> dict[str, list[list[str]]]:
-    """What is left when each case that another beats in both memory and time is taken away; nothing where there is no choice."""
+    """Return the table of the Pareto fronts; empty for a single case."""
     if len(estimates) < 2:
         return {}
     table = [["layout", "memory, GB", "fits", "step, s", "MFU, %"]]
@@ -54,7 +54,7 @@ def _front_table(estimates: Sequence[Estimate]) -> dict[str, list[list[str]]]:
 
 
 def best(estimates: Sequence[Estimate]) -> Estimate:
-    """The fastest that fits; if none does, the smallest."""
+    """Return the fastest case that fits, or the smallest case if none fits."""
     fitting = [one for one in estimates if one.fits]
     if fitting:
         return min(fitting, key=lambda one: one.slowest)
@@ -64,7 +64,7 @@ def best(estimates: Sequence[Estimate]) -> Estimate:
 def figures(
     estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """The named figures: of each model's best case. Those that end in ``if_overlapped`` hide all traffic behind computing, and the others none."""
+    """Return the named figures of each model's best case. Those that end in ``if_overlapped`` assume that all traffic overlaps with computation, the others that none does."""
     named: dict[str, float] = {}
     for model in dict.fromkeys(one.case.model for one in estimates):
         one = best(_of(model, estimates))
@@ -84,7 +84,7 @@ def figures(
 def tables(
     config: Config, estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, list[list[str]]]:
-    """What the terminal and the page show."""
+    """Return the tables for the terminal and the page."""
     gb = lambda size: f"{size / 1e9:,.1f}"
     memory = [["layout", "parameters", "optimizer", "temporaries", "total", "available", "fits"]]
     head = ["compute, s", "network, s", "step, s", "MFU, %", "tokens/s", "days"]
@@ -132,7 +132,7 @@ def tables(
 
 
 def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> None:
-    """Memory and time of each case, and the limit of the chip."""
+    """Draw the memory and time of each case, and the memory of the chip."""
     plt, chip = pyplot(), machine(config.topology).chip
     models = list(dict.fromkeys(one.case.model for one in estimates))
     on_front = fronts(estimates)
@@ -145,9 +145,9 @@ def draw(path: pathlib.Path, config: Config, estimates: Sequence[Estimate]) -> N
                 marker = "o" if one in on_front else "x"
                 axes.errorbar(*place, yerr=spread, fmt=marker, color=color, capsize=3)
                 up = -1 if one in on_front else 1
-                beside = {"xytext": (0, 12 * up), "textcoords": "offset points", "ha": "center"}
+                offset = {"xytext": (0, 12 * up), "textcoords": "offset points", "ha": "center"}
                 upright = "bottom" if up > 0 else "top"
-                axes.annotate(_label(one, config), place, **beside, fontsize=7, va=upright)
+                axes.annotate(_label(one, config), place, **offset, fontsize=7, va=upright)
             axes.plot([], [], "o", color=color, label=model)
         if len(on_front) < len(estimates):
             axes.plot([], [], "x", color="0.4", label="another layout needs less memory and time")
@@ -170,7 +170,7 @@ def _of(model: str, estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def title(one: Estimate, others: Sequence[Estimate]) -> str:
-    """The name of a case in tables: its layout, and what else distinguishes it from the others.
+    """Return the name of a case in tables: its layout, and any other option in which the cases differ.
 
     Args:
         one: The case.
@@ -189,7 +189,7 @@ def title(one: Estimate, others: Sequence[Estimate]) -> str:
 
 
 def _label(one: Estimate, config: Config) -> str:
-    """What the case differs from others by."""
+    """Return the label of a case in the figure: its layout, and any other option in which the cases differ."""
     words = one.case.layout
     if len(config.remat) > 1:
         words += f", {one.case.remat}"

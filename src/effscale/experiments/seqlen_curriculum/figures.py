@@ -12,7 +12,7 @@ from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, sh
 
 
 def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Training loss over tokens, averaged over about a fortieth of the run: mean and range of the seeds."""
+    """Draw the training loss over tokens, averaged over about a fortieth of the run: mean and range of the seeds."""
 
     def draw(axes: Any) -> None:
         for color, name, seeds in _arms(runs):
@@ -25,7 +25,7 @@ def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
 
 
 def instability(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Pooled loss ratio, variance norm and variance maximum over tokens: mean and range of the seeds."""
+    """Draw pooled loss ratio, variance norm and variance maximum over tokens: mean and range of the seeds."""
     panels = {
         "loss_ratio": "loss ratio, pooled",
         "variance_norm": "variance norm",
@@ -52,7 +52,7 @@ def instability(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
 
 
 def validation(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:
-    """Validation loss over tokens and over seconds of training steps: mean and range of the seeds."""
+    """Draw validation loss over tokens and over seconds of training steps: mean and range of the seeds."""
 
     def draw(axes: Any) -> None:
         for color, name, seeds in _arms(runs):
@@ -111,7 +111,7 @@ def learning_rates(
 
 
 def _arms(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str, Sequence[Run]]]:
-    """The runs of each arm with its color and its name."""
+    """Return the runs of each arm with its color and its name."""
     for color, (arm, seeds) in zip(COLORS, runs.items(), strict=False):
         yield color, title(arm), seeds
 
@@ -125,7 +125,7 @@ def _draw_steps(
 
 
 def _smoothed(losses: np.ndarray, span: int) -> np.ndarray:
-    """An exponential average; values that are not finite stay NaN."""
+    """Return an exponential average; values that are not finite stay NaN."""
     there = np.isfinite(losses)
     averaged = np.full(len(losses), np.nan)
     averaged[there] = smooth(losses[there], span)

@@ -1,4 +1,4 @@
-"""What the runs of the experiment ``seqlen_curriculum`` showed: figures over seeds, and tables."""
+"""Results of the experiment ``seqlen_curriculum``: figures over seeds, and tables."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ SPREAD = (
     "variance_norm",
     "variance_max",
 )
-"""Figures whose deviation over seeds is told, too."""
+"""Figures that are reported with their standard deviation over seeds."""
 
 
 def title(arm: str) -> str:
-    """An arm's name in tables and figures.
+    """Return an arm's name in tables and figures.
 
     Example:
         >>> title("small"), title("large_x4"), title("large_curriculum_x16")
@@ -43,12 +43,12 @@ class Run:
     """One run.
 
     Attributes:
-        arm: Its arm.
-        records: Its metrics.
-        step_seconds: Seconds of a step by length, of all runs of the arm.
-        warmup: Steps in which the learning rate rose.
+        arm: The arm.
+        records: The metrics.
+        step_seconds: Seconds of a step by length, from all runs of the arm.
+        warmup: Number of warmup steps.
         threshold: The loss ratio above which a step is unstable.
-        window: Tokens of a large batch of whole rows.
+        window: Number of tokens in a large batch of whole rows.
     """
 
     arm: Arm
@@ -65,18 +65,18 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended without its last evaluation, as its updates were skipped one after another."""
+        """Whether the run ended before its last evaluation, because too many updates in a row were skipped."""
         return self.arm.num_steps not in self.evaluations()[0]
 
     def steps(self, name: str) -> np.ndarray:
-        """A metric at each step; NaN where it was not finite."""
+        """Return a metric at each step; NaN where it was not finite."""
         values = [r[name] for r in self.records if name in r and "loss" in r]
         return np.array([np.nan if value is None else value for value in values], np.float64)
 
     def pooled_losses(self) -> np.ndarray:
-        """The mean training loss over stretches of as many tokens as a large batch has; NaN where one was not finite.
+        """Return the training loss averaged over windows of as many tokens as a large batch has; NaN where a loss was not finite.
 
-        Losses of few tokens differ by what these tokens are. This way they are of equally many in all arms.
+        The loss of a small batch varies more, because it averages over fewer tokens. Pooling makes the arms comparable.
         """
         steps = np.arange(len(self.losses) + 1)
         tokens = self.tokens_at(steps)
@@ -86,23 +86,23 @@ class Run:
         return sums / np.bincount(stretches, each)
 
     def evaluations(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and validation losses; NaN where one was not finite."""
+        """Return the steps and losses of the evaluations; NaN where a loss was not finite."""
         found = [r for r in self.records if "val_loss" in r]
         losses = [np.nan if r["val_loss"] is None else r["val_loss"] for r in found]
         return np.array([r["step"] for r in found], np.float64), np.array(losses, np.float64)
 
     @property
     def last_loss(self) -> float:
-        """The validation loss after all tokens; NaN of a run that diverged."""
+        """The validation loss after all tokens; NaN if the run diverged."""
         return np.nan if self.diverged else float(self.evaluations()[1][-1])
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray:
-        """Seconds of the first ``steps`` steps, without evaluations, checkpoints and compilations."""
+        """Return the seconds of the first ``steps`` steps, without evaluations, checkpoints and compilations."""
         each = [self.step_seconds[self.arm.lengths(step)] for step in range(self.arm.num_steps)]
         return self._sums_at(steps, each)
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Tokens of the first ``steps`` steps."""
+        """Return the tokens of the first ``steps`` steps."""
         each = [self.arm.batch_size * self.arm.lengths(step) for step in range(self.arm.num_steps)]
         return self._sums_at(steps, each)
 
@@ -111,7 +111,7 @@ class Run:
         return np.asarray(np.interp(steps, np.arange(len(sums)), sums))
 
     def steps_to(self, loss: float) -> float:
-        """Steps until the validation loss is at most ``loss``, on the line between two evaluations; NaN if it never is."""
+        """Return the steps until the validation loss is at most ``loss``, interpolated between evaluations; NaN if it never is."""
         steps, losses = self.evaluations()
         steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
         below = np.flatnonzero(losses <= loss)
@@ -124,10 +124,10 @@ class Run:
         return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
 
     def figures(self, reference: "Run") -> dict[str, float | int]:
-        """The run's figures; NaN where there is nothing to tell.
+        """Return the run's figures; NaN where a figure does not apply.
 
         Args:
-            reference: The run of the same seed whose last validation loss is to be reached.
+            reference: The run of the same seed whose final validation loss this run should reach.
         """
         ratios, evaluated = loss_ratio(self.losses), self.evaluations()[1]
         reached = self.steps_to(reference.last_loss)
@@ -153,7 +153,7 @@ class Run:
 
 
 def read(folder: pathlib.Path, arm: Arm, config: Config) -> list[Run]:
-    """An arm's runs, one a seed."""
+    """Read the runs of an arm, one per seed."""
     places = [folder / f"seed-{seed}" / arm.name for seed in range(config.seeds)]
     timing = [r for place in places for r in _lines(place / "timing.jsonl")]
     return [
@@ -170,9 +170,9 @@ def read(folder: pathlib.Path, arm: Arm, config: Config) -> list[Run]:
 
 
 def step_seconds(arm: Arm, timing: Records) -> dict[int, float]:
-    """Seconds of a step by length: the median, which leaves out steps that waited for something.
+    """Return the seconds of a step by length: the median, which a few slow steps do not affect.
 
-    A length of which no step was timed takes what lies between its neighbours' values.
+    For a length without timed steps, the value is interpolated between neighboring lengths.
     """
     times: dict[int, list[float]] = {length: [] for length in arm.lengths.values}
     for record in timing:
@@ -185,7 +185,7 @@ def step_seconds(arm: Arm, timing: Records) -> dict[int, float]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's, over the steps at which both are finite; NaN if one does not vary.
+    """Return Pearson's correlation over the steps at which both are finite; NaN if one of them does not vary.
 
     >>> correlation(np.array([1.0, 2.0, np.nan, 3.0]), np.array([2.0, 4.0, 5.0, 6.0]))
     1.0
@@ -198,10 +198,10 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def figures(runs: Mapping[str, Sequence[Run]]) -> dict[str, float | int | None]:
-    """The named figures of all arms: means over seeds, counts of seeds, and some deviations.
+    """Return the named figures of all arms: means over seeds, counts of seeds, and some standard deviations.
 
     Args:
-        runs: By arm; ``small`` must be there.
+        runs: Runs by arm; must include ``small``.
     """
     named: dict[str, float | int | None] = {}
     for arm, seeds in runs.items():
@@ -222,7 +222,7 @@ def figures(runs: Mapping[str, Sequence[Run]]) -> dict[str, float | int | None]:
 
 
 def quality_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row an arm: what it is, and the last validation loss of each seed."""
+    """Return a heading and one row per arm: batch size, learning rate, and the final validation loss of each seed."""
     seeds = len(runs["small"])
     columns = [f"seed {seed}" for seed in range(seeds)]
     rows = [["arm", "rows x rate", *columns, "mean", "std"]]
@@ -235,7 +235,7 @@ def quality_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) ->
 
 
 def loss_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row an arm: how far the loss rose above the least before."""
+    """Return a heading and one row per arm: how far the loss rose above its minimum so far."""
     rows = [["arm", "diverged", "unstable steps", "loss ratio", "pooled", "validation"]]
     for arm, each in runs.items():
         rows.append(
@@ -252,7 +252,7 @@ def loss_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> li
 
 
 def variance_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row an arm: Adam's variance, and how it goes with the loss ratio."""
+    """Return a heading and one row per arm: Adam's variance, and its correlation with the loss ratio."""
     rows = [["arm", "", "norm", "correlation", "maximum", "correlation", "gradient norm"]]
     for arm in runs:
         values = [
@@ -270,7 +270,7 @@ def variance_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -
 
 
 def cost_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> list[list[str]]:
-    """A heading and a row an arm: what a run costs, and what reaching the small batch's last loss costs."""
+    """Return a heading and one row per arm: the cost of a run, and the cost of reaching the small batch's final loss."""
     rows = [["arm", "reached", "steps", "seconds", "tokens to reach", "seconds to reach"]]
     for arm, each in runs.items():
         tokens = named[f"{arm}_tokens_to_reach"]
@@ -290,7 +290,7 @@ def cost_rows(runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]) -> li
 def tables(
     runs: Mapping[str, Sequence[Run]], named: Mapping[str, Any]
 ) -> dict[str, list[list[str]]]:
-    """The tables of a report, by title."""
+    """Return the tables of the report by title."""
     return {
         "Validation loss after all tokens": quality_rows(runs, named),
         "Greatest rise of the loss in a run, mean over seeds": loss_rows(runs, named),
@@ -301,7 +301,7 @@ def tables(
 
 
 def _greatest(values: np.ndarray) -> float:
-    """The greatest finite value; NaN if there is none."""
+    """Return the greatest finite value; NaN if no value is finite."""
     values = values[np.isfinite(values)]
     return float(values.max()) if values.size else np.nan
 

@@ -8,7 +8,7 @@ import numpy as np
 
 Records = Sequence[Mapping[str, Any]]
 
-# Okabe and Ito's colors, which color-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 STYLE = {
@@ -24,7 +24,7 @@ STYLE = {
 
 
 def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """The values of ``name`` and of ``over`` in the records that hold both."""
+    """Return the values of ``over`` and of ``name`` in the records that have both."""
     pairs = [
         (r[over], r[name]) for r in records if r.get(name) is not None and r.get(over) is not None
     ]
@@ -33,7 +33,7 @@ def series(records: Records, name: str, over: str = "step") -> tuple[np.ndarray,
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """An exponential average over about ``span`` values, without the bias of its start."""
+    """Return an exponential average over about ``span`` values, corrected for the bias at its start."""
     decay, average, out = 1 - 1 / max(span, 1), 0.0, []
     for i, value in enumerate(values, 1):
         average = decay * average + (1 - decay) * value
@@ -52,13 +52,13 @@ def band(
 ) -> None:
     """Draw the mean over seeds as a line and the range of the seeds as a band.
 
-    Values that are not finite are left out, and so is the rest of a curve that ends early, as that of a run that diverged.
+    Values that are not finite are left out. Curves can end early, such as that of a run that diverged.
 
     Args:
         axes: Where to draw.
-        x: The places of the values, the same for all seeds.
+        x: The x coordinates of the values, the same for all seeds.
         curves: One curve per seed, each at most as long as ``x``.
-        color: Of the line and of the band.
+        color: Color of the line and the band.
         label: Name in the legend.
         **style: Passed to ``axes.plot``.
     """
@@ -80,12 +80,12 @@ def loss_curve(
     title: str,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Training and validation loss over tokens, with named levels to compare them with.
+    """Draw training and validation loss over tokens, with named levels to compare them with.
 
     Args:
         path: The PNG to write.
-        records: Of ``metrics.jsonl``: ``loss``, ``part_val_loss`` and ``tokens``.
-        title: Above the figure.
+        records: Records of ``metrics.jsonl``, with ``loss``, ``part_val_loss`` and ``tokens``.
+        title: Title of the figure.
         levels: Horizontal lines by name, in nats per token.
     """
     plt = pyplot()
@@ -107,7 +107,7 @@ def loss_curve(
 
 
 def speed_curve(path: pathlib.Path, timing: Records, *, title: str) -> None:
-    """Tokens per second over steps, from ``timing.jsonl``."""
+    """Draw tokens per second over steps, from ``timing.jsonl``."""
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.0, 2.6))
@@ -128,7 +128,7 @@ def shrink(path: pathlib.Path) -> None:
 
 
 def pyplot() -> Any:
-    """``matplotlib.pyplot``, drawing to files."""
+    """Return ``matplotlib.pyplot``, set up to draw to files."""
     import matplotlib  # slow to import, and only figures need it
 
     matplotlib.use("Agg")

@@ -16,7 +16,7 @@ def preference_pairs() -> list[Record]:
     texts, so do not redistribute them.
 
     Raises:
-        MissingAssetError: The archive is not there; the message says how to get it.
+        MissingAssetError: The archive is missing; the message says how to get it.
     """
     return read_records(json.loads(archive_file(ARCHIVE, "data/dpo_en_demo.json")))
 
@@ -25,6 +25,6 @@ def instructions() -> list[Record]:
     """Return 999 English instructions with one answer each, written by a model; as for ``preference_pairs``, do not redistribute them.
 
     Raises:
-        MissingAssetError: The archive is not there; the message says how to get it.
+        MissingAssetError: The archive is missing; the message says how to get it.
     """
     return read_records(json.loads(archive_file(ARCHIVE, "data/alpaca_en_demo.json")))

@@ -81,7 +81,7 @@ class Plan:
         model: The model's config.
         batch_size: Rows per batch.
         length: Tokens per row as read.
-        stages: By step, the sequence length and the number of tokens that dropping layers keep.
+        stages: The sequence length and the number of tokens that dropping layers keep, by step.
         num_steps: Number of steps of the run.
         curriculum: The ``effscale.curriculum.SequenceLengthCurriculum``, or None.
         ltd: The ``effscale.ltd.RandomLTD``, or None.

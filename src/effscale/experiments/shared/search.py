@@ -100,7 +100,7 @@ class Found:
     Attributes:
         best: The pair with the lowest loss.
         losses: Loss of every pair that was tried, in order.
-        settled: Whether all neighbours of the best pair were tried.
+        settled: Whether all neighbors of the best pair were tried.
     """
 
     best: Point

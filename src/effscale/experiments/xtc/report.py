@@ -1,4 +1,4 @@
-"""What the runs of the experiment ``xtc`` showed: accuracies over seeds, sizes, tables, figures."""
+"""Results of the experiment ``xtc``: accuracies over seeds, and sizes."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ MEGABYTE = 1e6
 
 
 def title(arm: str) -> str:
-    """An arm's name in tables and figures.
+    """Return an arm's name in tables and figures.
 
     Example:
         >>> title("teacher"), title("ternary_3_layers")
@@ -27,12 +27,12 @@ def title(arm: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmResults:
-    """What was measured of an arm.
+    """Results of an arm.
 
     Attributes:
-        searched: For each budget and rate the best dev accuracy of seed 0.
-        rates: For each budget the rate that was taken.
-        measured: For each seed, for each budget, what `measure_model` gives.
+        searched: Best dev accuracy of seed 0, by budget and learning rate.
+        rates: The chosen learning rate, by budget.
+        measured: Results of `measure_model` for each seed, by budget.
     """
 
     searched: Mapping[int, Mapping[float, float]]
@@ -41,24 +41,24 @@ class ArmResults:
 
     @property
     def budgets(self) -> list[int]:
-        """The budgets, `UNTRAINED` first where it was measured."""
+        """The budgets in ascending order; first `UNTRAINED`, if it was measured."""
         return sorted(self.measured[0])
 
     def values(self, name: str, steps: int | None = None) -> np.ndarray:
-        """A measured number of each seed, at the longest budget by default."""
+        """Return a measured value for each seed, at the longest budget by default."""
         steps = self.budgets[-1] if steps is None else steps
         return np.array([seed[steps][name] for seed in self.measured])
 
     def size(self, name: str) -> float:
-        """Bytes of the model, ``total_bytes`` or ``code_bytes``; all seeds and budgets have the same."""
+        """Return the size of the model in bytes, ``total_bytes`` or ``code_bytes``; it is the same for all seeds and budgets."""
         return float(self.values(name)[0])
 
 
 def figures_of(arms: Mapping[str, ArmResults]) -> dict[str, float | int]:
-    """The named figures: accuracies at the longest budget and at each, sizes, learning rates, and what packing changes.
+    """Return the named figures: accuracies by budget, sizes, learning rates, and the effect of packing.
 
     Args:
-        arms: By name; ``teacher`` must be there.
+        arms: Results by arm; must include ``teacher``.
     """
     named: dict[str, float | int] = {}
     original = arms["teacher"].size("total_bytes")
@@ -87,7 +87,7 @@ def figures_of(arms: Mapping[str, ArmResults]) -> dict[str, float | int]:
 
 
 def tables_of(arms: Mapping[str, ArmResults]) -> dict[str, list[list[str]]]:
-    """By title, the tables of the report."""
+    """Return the tables of the report by title."""
     return {
         "Test accuracy at the longest budget, in percent": _accuracy_rows(arms),
         "Size, compared with the float teacher": _size_rows(arms),
@@ -142,12 +142,12 @@ def _rate_rows(arms: Mapping[str, ArmResults]) -> list[list[str]]:
 def draw(
     folder: pathlib.Path, named: Mapping[str, Any], budgets: Mapping[str, Sequence[int]]
 ) -> None:
-    """Draws accuracy against size and against budget.
+    """Draw accuracy against size and against budget.
 
     Args:
-        folder: Where ``size.png`` and ``budget.png`` are written.
-        named: The named figures; those of a committed ``results.json`` do as well.
-        budgets: By arm, the budgets that were measured.
+        folder: The folder to write ``size.png`` and ``budget.png`` to.
+        named: The named figures; those of a committed ``results.json`` work as well.
+        budgets: The measured budgets, by arm.
     """
     plt = pyplot()
     colors = dict(zip(budgets, (COLORS[-1], *COLORS), strict=False))

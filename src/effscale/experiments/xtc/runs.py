@@ -47,8 +47,8 @@ class Runner:
         arm: The arm.
         data: The passages.
         folder: The run folder, in which each run gets its own folder.
-        origin: By seed, the ``origin`` argument of ``Arm.begin``.
-        teacher: By seed, the teacher; None if the arm learns from labels.
+        origin: The ``origin`` argument of ``Arm.begin``, by seed.
+        teacher: The teacher, by seed; None if the arm learns from labels.
     """
 
     def __init__(

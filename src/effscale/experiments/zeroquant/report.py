@@ -1,4 +1,4 @@
-"""What the experiment ``zeroquant`` found: figures, tables and plots."""
+"""Results of the experiment ``zeroquant``: figures, tables and plots."""
 
 import math
 import pathlib
@@ -21,10 +21,10 @@ PEERS = {
 
 
 def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
-    """The named figures of the language model.
+    """Return the named figures of the language model.
 
     Args:
-        found: By arm: the mean loss of each row of each text, and the bytes of the layers.
+        found: The mean loss of each row of each text, and the bytes of the layers, by arm.
     """
     figures = {}
     for name, arm in found.items():
@@ -50,10 +50,10 @@ def language_figures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def sensitivity_figures(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The layer and the kind of weight that cost most, of each recipe, with what they cost alone.
+    """Return the most sensitive layer and kind of weight of each recipe, and the added loss if only that part is quantized.
 
     Args:
-        found: By recipe and kind of part, such as ``w8a8_layer``: the growth of the loss by each part.
+        found: The loss that each part adds, by recipe and kind of part, such as ``w8a8_layer``.
     """
     figures: dict[str, float] = {}
     for name, parts in found.items():
@@ -65,18 +65,18 @@ def sensitivity_figures(found: Mapping[str, Mapping[str, float]]) -> dict[str, f
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """Of the mean of rows of one length."""
+    """Return the perplexity of rows of equal length, from the mean loss of each."""
     return math.exp(np.mean(losses))
 
 
 def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """The mean difference of the rows' losses, and its standard error."""
+    """Return the mean difference of the losses over rows, and its standard error."""
     found = np.array(losses) - np.array(base)
     return float(found.mean()), deviation(found) / math.sqrt(len(found))
 
 
 def language_rows(found: Mapping[str, Any], arms: Mapping[str, Arm]) -> list[list[str]]:
-    """A heading and a row per arm and peer."""
+    """Return a heading and one row per arm and peer."""
     figures = language_figures(found)
     rows = [
         [
@@ -101,10 +101,10 @@ def language_rows(found: Mapping[str, Any], arms: Mapping[str, Arm]) -> list[lis
 
 
 def classifier_figures(found: Sequence[Mapping[str, Any]], majority: float) -> dict[str, float]:
-    """The named figures of the classifier.
+    """Return the named figures of the classifier.
 
     Args:
-        found: Of each seed, by arm: the accuracy and the layers' bytes.
+        found: The accuracy and the bytes of the layers by arm, for each seed.
         majority: Accuracy of the most frequent label.
     """
     figures = {"minilm_majority": majority}
@@ -118,12 +118,12 @@ def classifier_figures(found: Sequence[Mapping[str, Any]], majority: float) -> d
 
 
 def accuracies(found: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Of each seed."""
+    """Return the accuracy of an arm for each seed."""
     return np.array([seed[name]["accuracy"] for seed in found])
 
 
 def classifier_rows(found: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm]) -> list[list[str]]:
-    """A heading and a row per arm: the accuracy of each seed, mean, and change from float32, in percent and points."""
+    """Return a heading and one row per arm: the accuracy of each seed and the mean, in percent, and the change from float32 in points."""
     seeds = [f"seed {seed}" for seed in range(len(found))]
     rows = [["weights and inputs", "layers, MB", *seeds, "mean", "change"]]
     base = accuracies(found, "float32")
@@ -143,8 +143,8 @@ def draw_language(
 
     Args:
         path: The PNG to write.
-        figures: Those of `language_figures`; a committed ``results.json`` does as well.
-        arms: For their titles.
+        figures: The result of `language_figures`; the figures of a committed ``results.json`` work as well.
+        arms: The arms, for their titles.
     """
     plt = pyplot()
     titles = {name: arm.title for name, arm in arms.items()} | PEERS
@@ -172,11 +172,11 @@ def draw_language(
 
 
 def draw_sensitivity(path: pathlib.Path, found: Mapping[str, Mapping[str, float]]) -> None:
-    """What quantizing a single layer, or a single kind of weight, adds to the loss.
+    """Draw the loss that quantizing a single layer, or a single kind of weight, adds.
 
     Args:
         path: The PNG to write.
-        found: By recipe and kind of part, such as ``w8a8_layer``: the growth of each part.
+        found: The loss that each part adds, by recipe and kind of part, such as ``w8a8_layer``.
     """
     plt = pyplot()
     titles = {"w8a8": "W8A8", "w4a8": "W4/8A8"}

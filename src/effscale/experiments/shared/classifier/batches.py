@@ -56,7 +56,7 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask}
 
     def arrays(self) -> list[np.ndarray]:
-        """All that makes up the examples."""
+        """Return all arrays of the examples."""
         return [*(np.array(ids) for ids in self.ids), self.labels]
 
 
@@ -90,7 +90,7 @@ class Images:
         return {"images": (grey - MEAN) / DEVIATION}
 
     def arrays(self) -> list[np.ndarray]:
-        """All that makes up the examples."""
+        """Return all arrays of the examples."""
         return [self.pixels, self.labels]
 
 

@@ -1,4 +1,4 @@
-"""What runs with and without random-LTD showed: quality over seeds, what they cost, a table, a figure."""
+"""Results of runs with and without random-LTD: quality over seeds, and cost."""
 
 import dataclasses
 import pathlib
@@ -20,17 +20,17 @@ from effscale.experiments.shared.results import deviation
 from effscale.training import read_jsonl
 
 NAMES = {"baseline": "baseline", "random_ltd": "random-LTD", "scratch": "random weights"}
-"""By arm, the name in tables and figures."""
+"""The name of each arm in tables and figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmRuns:
-    """An arm's runs, one a seed.
+    """An arm's runs, one per seed.
 
     Attributes:
-        arm: What each costs in theory.
-        records: Each one's metrics.
-        timing: Each one's speed.
+        arm: The arm, with its theoretical cost.
+        records: Metrics of each run.
+        timing: Speed records of each run.
     """
 
     arm: Arm
@@ -39,7 +39,7 @@ class ArmRuns:
 
     @classmethod
     def read(cls, folders: Sequence[pathlib.Path], arm: Arm) -> "ArmRuns":
-        """The runs in ``folders``."""
+        """Read the runs in ``folders``."""
         return cls(
             arm=arm,
             records=[read_jsonl(folder / "metrics.jsonl") for folder in folders],
@@ -50,14 +50,14 @@ class ArmRuns:
         )
 
     def last(self, name: str) -> np.ndarray:
-        """The last value of a metric, of each seed."""
+        """Return the last value of a metric for each seed."""
         return np.array([series(records, name)[1][-1] for records in self.records])
 
     def step_seconds(self) -> dict[int, float]:
-        """Seconds of a step by kept tokens: the median over all seeds' steps.
+        """Return the seconds of a step by kept tokens: the median over all seeds' steps.
 
-        No compilation is among them, as a run's second step waits for all, and its first is not timed. A number of kept tokens of
-        which no step was timed takes what lies between its neighbours' values.
+        Compilations are not included: the first step is not timed, and the second waits until all are finished. For a number of
+        kept tokens without timed steps, the value is interpolated between its neighbors.
         """
         times: dict[int, list[float]] = {kept: [] for kept in self.arm.stages.values}
         for timing in self.timing:
@@ -72,14 +72,14 @@ class ArmRuns:
         return {kept: known.get(kept, between(kept)) for kept in times}
 
     def seconds_at(self, steps: np.ndarray) -> np.ndarray:
-        """Seconds of the first ``steps`` steps, as ``step_seconds`` counts them."""
+        """Return the seconds of the first ``steps`` steps, from ``step_seconds``."""
         each = self.step_seconds()
         kept = [self.arm.stages(step) for step in range(self.arm.num_steps)]
         sums = np.concatenate([[0.0], np.cumsum([each[k] for k in kept])])
         return sums[steps.astype(int)]
 
     def layer_tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Layer tokens of the first ``steps`` steps."""
+        """Return the layer tokens of the first ``steps`` steps."""
         total = self.arm.stages.total
         return np.array([total(int(step), self.arm.layer_tokens) for step in steps])
 
@@ -90,18 +90,18 @@ class ArmRuns:
 
 
 def last_values(folders: Sequence[pathlib.Path], metric: str) -> np.ndarray:
-    """The last value of a metric in each folder's ``metrics.jsonl``."""
+    """Return the last value of a metric in each folder's ``metrics.jsonl``."""
     return np.array(
         [series(read_jsonl(folder / "metrics.jsonl"), metric)[1][-1] for folder in folders]
     )
 
 
 def quality_figures(values: Mapping[str, np.ndarray], name: str) -> dict[str, float]:
-    """Each arm's mean and deviation over seeds, and what random-LTD's differ from the baseline's seed by seed.
+    """Return each arm's mean and standard deviation over seeds, and the seed-by-seed difference of random-LTD from the baseline.
 
     Args:
-        values: Each seed's, by arm; ``baseline`` and ``random_ltd`` must be there.
-        name: As in ``results.json``.
+        values: The value of each seed, by arm; must include ``baseline`` and ``random_ltd``.
+        name: Name of the figure in ``results.json``.
 
     Example:
         >>> values = {"baseline": np.array([1.0, 2.0]), "random_ltd": np.array([1.5, 2.5])}
@@ -120,7 +120,7 @@ def quality_figures(values: Mapping[str, np.ndarray], name: str) -> dict[str, fl
 
 
 def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float | int]:
-    """Layer tokens, operations and seconds of a run of each arm, and the shares that random-LTD saves."""
+    """Return layer tokens, operations and seconds of a run of each arm, and the shares that random-LTD saves."""
     named: dict[str, float | int] = {}
     for arm in ARMS:
         named[f"{arm}_layer_tokens"] = runs[arm].arm.total_layer_tokens
@@ -133,7 +133,7 @@ def cost_figures(runs: Mapping[str, ArmRuns]) -> dict[str, float | int]:
 
 
 def cost_rows(figures: Mapping[str, float | int]) -> list[list[str]]:
-    """A heading and a row a cost: each arm's, and what random-LTD saves."""
+    """Return a heading and one row per cost: the value of each arm, and the share that random-LTD saves."""
     rows = [["cost of a run", *(NAMES[arm] for arm in ARMS), "saved"]]
     for title, name, scale in (
         ("thousand layer tokens", "layer_tokens", 1e-3),
@@ -146,7 +146,7 @@ def cost_rows(figures: Mapping[str, float | int]) -> list[list[str]]:
 
 
 def quality_rows(values: Mapping[str, np.ndarray], *, decimals: int) -> list[list[str]]:
-    """A heading and a row an arm: the value of each seed, mean and deviation."""
+    """Return a heading and one row per arm: the value of each seed, mean and standard deviation."""
     seeds = len(next(iter(values.values())))
     rows = [["arm", *(f"seed {seed}" for seed in range(seeds)), "mean", "std"]]
     for arm, each in values.items():
@@ -164,15 +164,15 @@ def draw(
     level: tuple[str, float] | None = None,
     after: tuple[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """A metric over layer tokens and over seconds, as mean and range of the seeds; optionally what followed, one dot per seed.
+    """Draw a metric over layer tokens and over seconds, as mean and range over seeds.
 
     Args:
         path: The PNG to write.
-        runs: By arm.
-        metric: As in ``metrics.jsonl``.
-        label: Of the metric.
-        level: A value to compare with, and its name.
-        after: A third panel: its label, and each seed's value by name.
+        runs: Runs by arm.
+        metric: Name of the metric in ``metrics.jsonl``.
+        label: Axis label of the metric.
+        level: Name and value of a horizontal line to compare with.
+        after: Label and values of an optional third panel, with one dot per seed; the values of each seed by name.
     """
     plt = pyplot()
     columns = 2 if after is None else 3
