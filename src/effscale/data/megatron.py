@@ -139,7 +139,7 @@ class MegatronTokens(TokenStore):
     Rows packed from it differ from the samples that Megatron's ``GPTDataset`` cuts and shuffles. A difficulty index made for
     those samples does not apply to these rows.
 
-    Corpora are told apart by a digest of the whole ``.idx`` and of 64 windows of 4 KiB, spread evenly over the ``.bin``, as
+    Corpora are distinguished by a digest of the whole ``.idx`` and of 64 windows of 4 KiB, spread evenly over the ``.bin``, as
     reading terabytes on opening would take too long. A small change between the windows is not noticed.
 
     >>> import pathlib, struct, tempfile

@@ -117,7 +117,7 @@ class FeedForwardConfig(Protocol):
     The module it builds maps ``(x, context, key)`` to ``(y, report)``:
 
     - ``x`` and ``y`` have the shape ``(batch, seq, d_model)``.
-    - ``context`` is the ``effscale.models.Context`` of these tokens, which tells which tokens are padding and whether there
+    - ``context`` is the ``effscale.models.Context`` of these tokens, which states which tokens are padding and whether there
       is a cache.
     - ``key`` is a PRNG key in training, otherwise None.
     - ``report`` is a dict of arrays, which the model stacks over the layers and returns. Objectives add its scalar entry

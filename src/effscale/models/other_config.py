@@ -45,12 +45,12 @@ def with_config(model: Transformer, config: TransformerConfig) -> Transformer:
         names = sorted(
             name for name in there.keys() | needed.keys() if there.get(name) != needed.get(name)
         )
-        told = ", ".join(
+        examples = ", ".join(
             f"{name} ({there.get(name, 'none')}, not {needed.get(name, 'none')})"
             for name in names[:5]
         )
         raise ValueError(
-            f"config must have the parameters of the model, but {len(names)} differ, such as {told}"
+            f"config must have the parameters of the model, but {len(names)} differ, such as {examples}"
         )
     return nnx.merge(graph, state)
 

@@ -15,7 +15,7 @@ SCALE = 1e-6
 
 
 def nudge(bias: Float[Array, "experts"], load: Float[Array, "experts"]) -> Float[Array, ""]:
-    """Return zero, with a gradient whose signs tell which experts have more than their share.
+    """Return zero, with a gradient whose signs indicate which experts have more than their share.
 
     Added to the auxiliary loss, it passes the load to the optimizer. As gradients are summed over micro-batches and devices, the
     signs are those of the whole batch.

@@ -190,7 +190,7 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._stopped.wait(self.seconds):
-            text = _told()
+            text = _published()
             if text and self.advice is not None and not self._stopped.is_set():
                 _end(text)
 
@@ -216,7 +216,9 @@ def _loss() -> str:
     named = " and ".join(
         f"process {i} of {several} ({known.get(i, 'place unknown')})" for i in gone
     )
-    return _tell(f"{named or f'one of the {several - 1} other processes'} was lost; see its output")
+    return _publish(
+        f"{named or f'one of the {several - 1} other processes'} was lost; see its output"
+    )
 
 
 def _is_dead(place: str) -> bool:
@@ -233,7 +235,7 @@ def _is_dead(place: str) -> bool:
     return False
 
 
-def _told() -> str | None:
+def _published() -> str | None:
     """Return the message of the first process to fail, if one has failed and the coordinator is reachable."""
     try:
         return _state().client.key_value_try_get(_ENDED)
@@ -241,18 +243,18 @@ def _told() -> str | None:
         return None
 
 
-def _tell(text: str) -> str:
+def _publish(text: str) -> str:
     """Publish what has happened unless another process was first; return the message of the first one."""
     with contextlib.suppress(Exception):
         _state().client.key_value_set(_ENDED, text)
-    return _told() or text
+    return _published() or text
 
 
 def _fail(status: int) -> NoReturn:
     """End this process, whose own error has been shown, and notify the others."""
     _watch.stop()
     state = _state()
-    _tell(f"process {state.process_id} of {state.num_processes} failed; see its output")
+    _publish(f"process {state.process_id} of {state.num_processes} failed; see its output")
     _leave(status)
 
 

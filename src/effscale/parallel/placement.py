@@ -180,13 +180,13 @@ def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[Partit
         return [PartitionSpec(node.axis_name, *spec) for spec in specs]
     axes = node.get_metadata("axes", None) if isinstance(node, nnx.Variable) else None
     value = node.get_value() if isinstance(node, nnx.Variable) else node
-    told = lambda part: hasattr(part, "partition_specs")
-    parts = jax.tree.leaves(value, is_leaf=told)
-    if any(map(told, parts)):
+    knows_specs = lambda part: hasattr(part, "partition_specs")
+    parts = jax.tree.leaves(value, is_leaf=knows_specs)
+    if any(map(knows_specs, parts)):
         return [
             spec
             for part in parts
-            for spec in (part.partition_specs() if told(part) else [PartitionSpec()])
+            for spec in (part.partition_specs() if knows_specs(part) else [PartitionSpec()])
         ]
     arrays = jax.tree.leaves(value)
     partition = getattr(value, "partition", None)

@@ -98,7 +98,7 @@ class RecordEncoder:
         messages = messages_of(prompt, "prompt")
         self._check([m.content for m in messages])
         form = self._form
-        ids = self._encode(_told(form.prompt, messages), form.parses_special_tokens)
+        ids = self._encode(_formatted(form.prompt, messages), form.parses_special_tokens)
         return ids if form.parses_special_tokens else [*self.beginning, *ids]
 
     def response(self, prompt: Prompt, response: str, *, end: bool = True) -> list[int]:
@@ -117,7 +117,7 @@ class RecordEncoder:
         else:
             self._check([response])
             form, messages = self._form, messages_of(prompt, "prompt")
-            text = _told(form.answer, messages, response)
+            text = _formatted(form.answer, messages, response)
             ids = self._encode(text, form.parses_special_tokens)
         # A template may write the end, and a line break after it that a model never generates.
         if self._end in ids:
@@ -211,7 +211,7 @@ def load_encoder(
     )
 
 
-def _told(function: Any, *args: Any) -> str:
+def _formatted(function: Any, *args: Any) -> str:
     """Apply a format to messages; a format that does not accept them is an error of this record."""
     try:
         return function(*args)
