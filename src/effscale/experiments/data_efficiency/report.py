@@ -153,7 +153,7 @@ class Comparison:
         }
 
     def difference(self, technique: Technique, fraction: float) -> np.ndarray:
-        """Return the final loss minus that of plain training on the same fraction of the budget, for each seed; NaN if either run diverged."""
+        """Return the final loss minus that of plain training on the same fraction, for each seed; NaN if either run diverged."""
         plain = self.arms["none", fraction]
         return self.arms[technique, fraction].final_loss - plain.final_loss
 

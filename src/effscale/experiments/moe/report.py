@@ -84,7 +84,7 @@ def count_params(model: TransformerConfig) -> int:
 
 
 def teraflops(config: Config, name: ArmName, vocab_size: int) -> float:
-    """Return the operations of a training: the matrix products of forward and backward passes, and of the teacher's forward passes while it is used."""
+    """Return the teraFLOPs of a training: matrix products of both passes, and of the teacher's forward passes while it is used."""
     rows = config.steps_of(name) * config.batch_size
     total = rows * training_flops(config.transformer(name, vocab_size), config.length)
     arm = ARMS[name]

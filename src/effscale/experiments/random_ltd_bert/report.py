@@ -79,7 +79,7 @@ def early_figures(
 
 
 def early_rows(losses: Mapping[str, np.ndarray], entropy: float) -> list[list[str]]:
-    """Return a heading and one row per arm: the loss of each seed, mean and standard deviation, and the number of runs not below the entropy."""
+    """Return a heading and one row per arm: losses, mean and standard deviation, and the number of runs not below the entropy."""
     with np.errstate(invalid="ignore"):
         (heading, *rows) = quality_rows(losses, decimals=3)
     counts = [str(_not_below(each, entropy)) for each in losses.values()]

@@ -214,7 +214,7 @@ def conversations(steps: Steps, seed: Seed, count: int) -> str:
 
 
 def draw(path: pathlib.Path, folder: pathlib.Path, seeds: Sequence[Seed]) -> None:
-    """Draw score and KL divergence over the iterations of each policy (mean and range over seeds), and the scores on held-out prompts before and after."""
+    """Draw score and KL divergence by iteration (mean and range over seeds), and scores on held-out prompts before and after."""
     done = [step for step in POLICIES if seeds and step in seeds[0].after]
     online = [step for step in done if step != "dpo"]
     if not done:

@@ -59,7 +59,10 @@ KINDS = {"in full": "uncompressed", "mean": "mean over the schedule"}
 
 
 def compared(config: Config, found: Found) -> list[Row]:
-    """Return the steps of all techniques, each followed by the mean over its schedule. Techniques with a program that does not fit are left out."""
+    """Return the steps of all techniques, each followed by the mean over its schedule.
+
+    Techniques with a program that does not fit are left out.
+    """
     fitting = {name: one for name, one in found.items() if "refused" not in one}
     rows: list[Row] = []
     cases = [case for case in config.cases() if case.decode is None]

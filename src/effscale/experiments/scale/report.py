@@ -64,7 +64,10 @@ def best(estimates: Sequence[Estimate]) -> Estimate:
 def figures(
     estimates: Sequence[Estimate], found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Return the named figures of each model's best case. Those that end in ``if_overlapped`` assume that all traffic overlaps with computation, the others that none does."""
+    """Return the named figures of each model's best case.
+
+    Figures that end in ``if_overlapped`` assume that all traffic overlaps with computation, the others that none does.
+    """
     named: dict[str, float] = {}
     for model in dict.fromkeys(one.case.model for one in estimates):
         one = best(_of(model, estimates))

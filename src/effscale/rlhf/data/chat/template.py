@@ -67,7 +67,7 @@ class ChatTemplate:
         from effscale.rlhf.data.chat import sandbox
 
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        with _telling(), sandbox.bounded():
+        with _one_error(), sandbox.bounded():
             return self._compiled.render(
                 **self.special_tokens,
                 **self.values,
@@ -105,12 +105,12 @@ class ChatTemplate:
     def _compiled(self) -> Any:
         from effscale.rlhf.data.chat import sandbox
 
-        with _telling():
+        with _one_error():
             return sandbox.Sandbox().from_string(self.source)
 
 
 @contextlib.contextmanager
-def _telling() -> Generator[None]:
+def _one_error() -> Generator[None]:
     """Convert everything that a template can raise to one error."""
     import jinja2
 
