@@ -1,7 +1,7 @@
 """Time until a GPT reaches the final validation loss of transformers' Trainer, with and without random-LTD.
 
-8 layers, width 128, 4 heads, rows of 256 tokens of Python's standard library, batches of 8 rows, float32, AdamW, a
-cosine with a tenth of warmup, on the same batches in the same order. Every arm gets the same learning-rate search:
+8 layers, width 128, 4 heads, rows of --length tokens of Python's standard library, batches of 2,048 tokens, float32,
+AdamW, a cosine with a tenth of warmup, on the same batches in the same order. Every arm gets the same learning-rate search:
 each of RATES over the whole budget, and more if the best is at the edge, with a separate seed (SEARCH_SEED).
 
 Then transformers trains with the seeds 0, 1, 2, and the mean of its final losses is the target. Each effscale arm
@@ -10,6 +10,7 @@ target; the last budget that reached it counts. Times cover only the steps; comp
 separately. Each run is saved in --folder, so that a benchmark that was stopped can resume.
 
     python benchmarks/time_to_loss.py --folder runs/time_to_loss
+    python benchmarks/time_to_loss.py --folder runs/time_to_loss_256 --length 256
 """
 
 import argparse
@@ -22,15 +23,15 @@ import time
 
 from harness import _machine, _versions, table
 
-LAYERS, WIDTH, HEADS, LENGTH, BATCH, VOCAB = 8, 128, 4, 256, 8, 1024
+LAYERS, WIDTH, HEADS, VOCAB, BATCH_TOKENS = 8, 128, 4, 1024, 2048
 RATES = (1e-3, 2e-3, 4e-3)
 BUDGETS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
 SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
 ARMS = ("transformers", "plain", "random_ltd")
 
 
-def corpus(folder: pathlib.Path):
-    """Return training rows and held-out rows, of LENGTH + 1 tokens."""
+def corpus(folder: pathlib.Path, length: int):
+    """Return training rows and held-out rows, of length + 1 tokens."""
     import numpy as np
 
     from effscale.data import StandardLibrary, prepare_corpus
@@ -38,39 +39,41 @@ def corpus(folder: pathlib.Path):
     made = prepare_corpus(StandardLibrary(), folder / "corpus", vocab_size=VOCAB)
 
     def rows(store):
-        count = (store.num_tokens - 1) // LENGTH
-        starts = np.arange(count)[:, None] * LENGTH + np.arange(LENGTH + 1)
+        count = (store.num_tokens - 1) // length
+        starts = np.arange(count)[:, None] * length + np.arange(length + 1)
         return np.asarray(store.tokens)[starts].astype(np.int32)
 
-    return rows(made.train), rows(made.validation)[:256]
+    return rows(made.train), rows(made.validation)[: 32 * BATCH_TOKENS // length]
 
 
 def batches(train, seed: int, steps: int):
-    """Yield the rows of each step."""
+    """Return the rows of each step."""
     import numpy as np
 
-    order = np.random.default_rng(seed).permutation(len(train))[: steps * BATCH]
-    if len(order) < steps * BATCH:
+    length = train.shape[1] - 1
+    batch = BATCH_TOKENS // length
+    order = np.random.default_rng(seed).permutation(len(train))[: steps * batch]
+    if len(order) < steps * batch:
         raise SystemExit(
             f"steps must be fewer: the corpus has only {len(train)} rows, got {steps} steps"
         )
-    return train[order].reshape(steps, BATCH, LENGTH + 1)
+    return train[order].reshape(steps, batch, length + 1)
 
 
-def transformers(folder, rate: float, steps: int, seed: int) -> dict[str, float]:
+def transformers(folder, length: int, rate: float, steps: int, seed: int) -> dict[str, float]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-    train, held_out = corpus(folder)
+    train, held_out = corpus(folder, length)
     torch.manual_seed(seed)
     config = GPT2Config(
-        n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCAB, n_positions=LENGTH,
+        n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCAB, n_positions=length,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     # Rows are one token longer than the model reads: its loss shifts, so the model reads all but the last token and
     # predicts all but the first.
-    rows = batches(train, seed, steps).reshape(-1, LENGTH + 1)
+    rows = batches(train, seed, steps).reshape(-1, length + 1)
     as_item = lambda row: {
         "input_ids": torch.from_numpy(row[:-1]).long(),
         "labels": torch.from_numpy(row[1:]).long(),
@@ -90,7 +93,7 @@ def transformers(folder, rate: float, steps: int, seed: int) -> dict[str, float]
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=rate, adam_beta2=0.95, weight_decay=0.1,
+        output_dir=str(folder / "trainer"), max_steps=steps, per_device_train_batch_size=BATCH_TOKENS // length, learning_rate=rate, adam_beta2=0.95, weight_decay=0.1,
         max_grad_norm=1.0, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10, optim="adamw_torch_fused", save_strategy="no", report_to=[],
         logging_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False, seed=seed,
     )  # fmt: skip
@@ -101,13 +104,13 @@ def transformers(folder, rate: float, steps: int, seed: int) -> dict[str, float]
     model.eval()
     with torch.no_grad():
         losses = [
-            float(loss(model, {k: torch.stack([as_item(r)[k] for r in held_out[i : i + 32]]) for k in ("input_ids", "labels")}))
-            for i in range(0, len(held_out), 32)
+            float(loss(model, {k: torch.stack([as_item(r)[k] for r in held_out[i : i + 16]]) for k in ("input_ids", "labels")}))
+            for i in range(0, len(held_out), 16)
         ]  # fmt: skip
     return {"loss": statistics.mean(losses), "seconds": took, "compile_seconds": 0.0}
 
 
-def effscale(folder, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
+def effscale(folder, length: int, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
     import dataclasses
 
     import jax
@@ -129,15 +132,16 @@ def effscale(folder, arm: str, rate: float, steps: int, seed: int) -> dict[str, 
     )
 
     keep_freed_memory()  # as every experiment does
-    train, held_out = corpus(folder)
+    train, held_out = corpus(folder, length)
     config = gpt2(
-        num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=LENGTH
+        num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=length
     )
     config = dataclasses.replace(config, remat="dots")
     technique = "ltd" if arm == "random_ltd" else "none"
     plan = make_plan(
-        technique, DataEfficiencyConfig(), config, steps=steps, batch_size=BATCH, length=LENGTH
-    )
+        technique, DataEfficiencyConfig(), config,
+        steps=steps, batch_size=BATCH_TOKENS // length, length=length,
+    )  # fmt: skip
     schedule = ScheduleConfig(
         peak=rate, warmup=plan.num_steps // 10, total=plan.num_steps, final=rate / 10
     )
@@ -161,19 +165,21 @@ def effscale(folder, arm: str, rate: float, steps: int, seed: int) -> dict[str, 
         if number == 0:  # compile all shapes before the clock starts
             staged.wait()
             compiling, took = time.perf_counter() - began, 0.0
-    batched = [as_batch(held_out[i : i + 32]) for i in range(0, len(held_out), 32)]
+    batched = [as_batch(held_out[i : i + 16]) for i in range(0, len(held_out), 16)]
     found = evaluate(state.model, jax.jit(make_eval_step(next_token_loss)), batched)["loss"]
     # The first step, which compiled, counts like the others.
     took *= plan.num_steps / max(plan.num_steps - 1, 1)
     return {"loss": found, "seconds": took, "compile_seconds": compiling}
 
 
-def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> dict[str, float]:
+def run(
+    folder: pathlib.Path, length: int, arm: str, rate: float, steps: int, seed: int
+) -> dict[str, float]:
     """Make a run in a separate process, or load its saved result."""
-    file = folder / f"{arm}-{rate:g}-{steps}-{seed}.json"
+    file = folder / f"{arm}-{length}-{rate:g}-{steps}-{seed}.json"
     if not file.is_file():
         print(f"{arm}: rate {rate:g}, {steps} steps, seed {seed}", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--folder", str(folder)]
+        command = [sys.executable, __file__, "--folder", str(folder), "--length", str(length)]
         done = subprocess.run(
             [*command, "--run", arm, str(rate), str(steps), str(seed)],
             capture_output=True, text=True, check=False,
@@ -184,21 +190,23 @@ def run(folder: pathlib.Path, arm: str, rate: float, steps: int, seed: int) -> d
     return json.loads(file.read_text())
 
 
-def best_rate(folder: pathlib.Path, arm: str, steps: int) -> float:
+def best_rate(folder: pathlib.Path, length: int, arm: str, steps: int) -> float:
     """Return the best of RATES; the range is extended as long as the best one is at its edge."""
     tried = list(RATES)
     while True:
-        best = min(tried, key=lambda rate: run(folder, arm, rate, steps, SEARCH_SEED)["loss"])
+        best = min(
+            tried, key=lambda rate: run(folder, length, arm, rate, steps, SEARCH_SEED)["loss"]
+        )
         if min(tried) < best < max(tried):
             return best
         tried.append(best * 2 if best == max(tried) else best / 2)
 
 
-def compare(folder: pathlib.Path, steps: int) -> str:
+def compare(folder: pathlib.Path, length: int, steps: int) -> str:
     """Format the table."""
-    rates = {arm: best_rate(folder, arm, steps) for arm in ARMS}
+    rates = {arm: best_rate(folder, length, arm, steps) for arm in ARMS}
     mean = lambda runs, key: statistics.mean(each[key] for each in runs)
-    of = lambda arm, count: [run(folder, arm, rates[arm], count, seed) for seed in SEEDS]
+    of = lambda arm, count: [run(folder, length, arm, rates[arm], count, seed) for seed in SEEDS]
     theirs = of("transformers", steps)
     goal, their_seconds = mean(theirs, "loss"), mean(theirs, "seconds")
     rows = [["arm", "rate", "budget", "loss", "seconds", "compilation", "times as fast"]]
@@ -215,7 +223,9 @@ def compare(folder: pathlib.Path, steps: int) -> str:
             rows.append([arm, f"{rates[arm]:g}", f"{budget:g}", *shown(runs), ratio])
             if not reached:
                 break
-    lines = [f"machine: {_machine()}; {steps} steps, {len(SEEDS)} seeds, means"]
+    lines = [
+        f"machine: {_machine()}; rows of {length} tokens, {steps} steps, {len(SEEDS)} seeds, means"
+    ]
     return "\n".join([*lines, table(rows)])
 
 
@@ -225,6 +235,9 @@ def main() -> None:
         "--folder", type=pathlib.Path, default="runs/time_to_loss", help="folder for saved runs"
     )
     parser.add_argument("--steps", type=int, default=200, help="steps of transformers' run")
+    parser.add_argument(
+        "--length", type=int, default=512, help=f"tokens per row, a divisor of {BATCH_TOKENS}"
+    )
     parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
     parser.add_argument(
         "--rounds", type=int, default=1, help="for `make bench`; only 1 is supported"
@@ -236,13 +249,13 @@ def main() -> None:
         arm, rate, steps, seed = args.run
         given = (float(rate), int(steps), int(seed))
         found = (
-            transformers(args.folder, *given)
+            transformers(args.folder, args.length, *given)
             if arm == "transformers"
-            else effscale(args.folder, arm, *given)
+            else effscale(args.folder, args.length, arm, *given)
         )
         print(json.dumps({**found, **_versions()}))
     else:
-        print(compare(args.folder, args.steps))
+        print(compare(args.folder, args.length, args.steps))
 
 
 if __name__ == "__main__":
