@@ -4,10 +4,13 @@
 AdamW, a cosine with a tenth of warmup, on the same batches in the same order. Every arm gets the same learning-rate search:
 each of RATES over the whole budget, and more if the best is at the edge, with a separate seed (SEARCH_SEED).
 
-Then transformers trains with the seeds 0, 1, 2, and the mean of its final losses is the target. Each effscale arm
-runs with shorter and shorter budgets, each with its own schedule, until the mean loss of the same seeds misses the
-target; the last budget that reached it counts. Times cover only the steps; compilations and evaluations are reported
-separately. Each run is saved in --folder, so that a benchmark that was stopped can resume.
+Then transformers trains with SEEDS, and the mean of its final losses is the target. Each effscale arm runs with
+shorter and shorter budgets, each with its own schedule, until the mean loss of the same seeds misses the target. The
+last budget that reached it is confirmed with CONFIRMING seeds, on which it was not chosen: the table has their losses
+and times. The arms take turns.
+
+Times cover the loop from the end of the first step, with what feeds it, scaled to all steps; compilations and
+evaluations are left out. Each run is saved in --folder, so that a benchmark that was stopped can resume.
 
     python benchmarks/time_to_loss.py --folder runs/time_to_loss
     python benchmarks/time_to_loss.py --folder runs/time_to_loss_256 --length 256
@@ -26,7 +29,7 @@ from harness import _machine, _versions, table
 LAYERS, WIDTH, HEADS, VOCAB, BATCH_TOKENS = 8, 128, 4, 1024, 2048
 RATES = (1e-3, 2e-3, 4e-3)
 BUDGETS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
-SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
+SEARCH_SEED, SEEDS, CONFIRMING = 1000, (0, 1, 2), (3, 4, 5)
 ARMS = ("transformers", "plain", "random_ltd")
 
 
@@ -62,8 +65,17 @@ def batches(train, seed: int, steps: int):
 
 def transformers(folder, length: int, rate: float, steps: int, seed: int) -> dict[str, float]:
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
+    from effscale.experiments.shared.host import keep_freed_memory
+
+    keep_freed_memory()  # the same for both
     train, held_out = corpus(folder, length)
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -97,10 +109,15 @@ def transformers(folder, length: int, rate: float, steps: int, seed: int) -> dic
         max_grad_norm=1.0, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=steps // 10, optim="adamw_torch_fused", save_strategy="no", report_to=[],
         logging_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False, seed=seed,
     )  # fmt: skip
-    trainer = InOrder(model=model, args=arguments, train_dataset=[as_item(row) for row in rows])
-    began = time.perf_counter()
-    trainer.train()
-    took = time.perf_counter() - began
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    items = [as_item(row) for row in rows]
+    InOrder(model=model, args=arguments, train_dataset=items, callbacks=[Clock()]).train()
+    took = (ends[-1] - ends[0]) * steps / max(steps - 1, 1)
     model.eval()
     with torch.no_grad():
         losses = [
@@ -131,7 +148,7 @@ def effscale(folder, length: int, arm: str, rate: float, steps: int, seed: int) 
         next_token_loss,
     )
 
-    keep_freed_memory()  # as every experiment does
+    keep_freed_memory()  # the same for both
     train, held_out = corpus(folder, length)
     config = gpt2(
         num_layers=LAYERS, d_model=WIDTH, num_heads=HEADS, vocab_size=VOCAB, max_length=length
@@ -154,21 +171,18 @@ def effscale(folder, length: int, arm: str, rate: float, steps: int, seed: int) 
     state = jax.jit(create)()
     as_batch = lambda rows: {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
     staged = StagedStep(step, plan.stages, plan.shape_batch)
-    took = compiling = 0.0
     rows = batches(train, seed, plan.num_steps)
+    began = time.perf_counter()
     for number in range(plan.num_steps):
         batch = staged.before_step(number, as_batch(rows[number]))
-        began = time.perf_counter()
         state, metrics = staged(state, batch)
         jax.block_until_ready((state, metrics))
-        took += time.perf_counter() - began
         if number == 0:  # compile all shapes before the clock starts
             staged.wait()
-            compiling, took = time.perf_counter() - began, 0.0
+            compiling, began = time.perf_counter() - began, time.perf_counter()
+    took = (time.perf_counter() - began) * plan.num_steps / max(plan.num_steps - 1, 1)
     batched = [as_batch(held_out[i : i + 16]) for i in range(0, len(held_out), 16)]
     found = evaluate(state.model, jax.jit(make_eval_step(next_token_loss)), batched)["loss"]
-    # The first step, which compiled, counts like the others.
-    took *= plan.num_steps / max(plan.num_steps - 1, 1)
     return {"loss": found, "seconds": took, "compile_seconds": compiling}
 
 
@@ -205,28 +219,41 @@ def best_rate(folder: pathlib.Path, length: int, arm: str, steps: int) -> float:
 def compare(folder: pathlib.Path, length: int, steps: int) -> str:
     """Format the table."""
     rates = {arm: best_rate(folder, length, arm, steps) for arm in ARMS}
-    mean = lambda runs, key: statistics.mean(each[key] for each in runs)
-    of = lambda arm, count: [run(folder, length, arm, rates[arm], count, seed) for seed in SEEDS]
-    theirs = of("transformers", steps)
-    goal, their_seconds = mean(theirs, "loss"), mean(theirs, "seconds")
-    rows = [["arm", "rate", "budget", "loss", "seconds", "compilation", "times as fast"]]
-    shown = lambda runs: (
-        [f"{mean(runs, key):.3f}" for key in ("loss",)]
-        + [f"{mean(runs, key):.1f}" for key in ("seconds", "compile_seconds")]
-    )
-    rows.append(["transformers", f"{rates['transformers']:g}", "1", *shown(theirs), "1"])
+    mean = lambda runs, key="loss": statistics.mean(each[key] for each in runs)
+    one = lambda arm, count, seed: run(folder, length, arm, rates[arm], count, seed)
+    of = lambda arm, count: [one(arm, count, seed) for seed in SEEDS]
+    goal = mean(of("transformers", steps))
+    chosen, tried = {"transformers": 1.0}, {}
     for arm in ARMS[1:]:
         for budget in BUDGETS:
-            runs = of(arm, round(budget * steps))
-            reached = mean(runs, "loss") <= goal
-            ratio = f"{their_seconds / mean(runs, 'seconds'):.2f}" if reached else "missed"
-            rows.append([arm, f"{rates[arm]:g}", f"{budget:g}", *shown(runs), ratio])
-            if not reached:
+            tried[arm, budget] = mean(of(arm, round(budget * steps)))
+            if tried[arm, budget] > goal:
                 break
-    lines = [
+            chosen[arm] = budget
+    confirming = {arm: [] for arm in chosen}
+    for seed in CONFIRMING:
+        for arm, budget in chosen.items():
+            confirming[arm].append(one(arm, round(budget * steps), seed))
+    rows = [["arm", "rate", "budget", "loss", "seconds", "compilation", "times as fast"]]
+    for arm, runs in confirming.items():
+        ratio = mean(confirming["transformers"], "seconds") / mean(runs, "seconds")
+        times = [f"{mean(runs, key):.1f}" for key in ("seconds", "compile_seconds")]
+        rows.append(
+            [
+                arm,
+                f"{rates[arm]:g}",
+                f"{chosen[arm]:g}",
+                f"{mean(runs):.3f}",
+                *times,
+                f"{ratio:.2f}",
+            ]
+        )
+    selection = [["arm", "budget", "loss"], ["transformers", "1", f"{goal:.3f}"]]
+    selection += [[arm, f"{budget:g}", f"{loss:.3f}"] for (arm, budget), loss in tried.items()]
+    head = (
         f"machine: {_machine()}; rows of {length} tokens, {steps} steps, {len(SEEDS)} seeds, means"
-    ]
-    return "\n".join([*lines, table(rows)])
+    )
+    return "\n".join([head, "selection:", table(selection), "confirmation:", table(rows)])
 
 
 def main() -> None:
@@ -244,6 +271,8 @@ def main() -> None:
     )
     parser.add_argument("--newest", help="for `make bench`; not used")
     args = parser.parse_args()
+    if args.length < 1 or BATCH_TOKENS % args.length:
+        parser.error(f"--length must divide {BATCH_TOKENS}, got {args.length}")
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.run:
         arm, rate, steps, seed = args.run

@@ -48,7 +48,7 @@ def test_bert_base_as_in_the_facts(layers, recipe, codes, codes_ratio, total, to
     assert round(original.total / size.codes, 1) == codes_ratio
     assert round(original.total / size.total, 1) == total_ratio
     assert size.describe(original) == (
-        f"{total} MiB ({total_ratio}x smaller), of which {codes} MiB are codes ({codes_ratio}x)"
+        f"{total} MiB ({total_ratio}x smaller); the codes alone: {codes} MiB ({codes_ratio}x)"
     )
 
 

@@ -158,6 +158,76 @@ def test_of_two_processes_the_later_one_keeps_the_copy(run, url):
     assert json.loads((run / "mirror.json").read_text())["process"] == second._name["process"]
 
 
+def test_an_older_folder_does_not_replace_a_later_copy(run, url, tmp_path):
+    RunMirror(run, url).close()
+    later = fetch_run(url, tmp_path / "later")
+    (later / "config.json").write_text("later")
+    RunMirror(later, url).close()
+    with pytest.raises(FileExistsError, match=r"contains a later copy of this run.*fetch_run"):
+        RunMirror(run, url)
+    assert (fetch_run(url, tmp_path / "back") / "config.json").read_text() == "later"
+    RunMirror(later, url).close()
+
+
+def test_a_process_killed_before_it_reaches_the_store_shuts_no_one_out(run, url, monkeypatch):
+    RunMirror(run, url).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(_Place, "put", lambda *arguments: None)
+        RunMirror(run, url)
+    RunMirror(run, url).close()
+
+
+def test_files_that_are_being_written_are_left_out(run, url, monkeypatch):
+    (run / ".results.json.tmp-host-1-2").write_text("half")
+    (run / "gone.json").write_text("deleted while it is copied")
+    put = _Place.put
+
+    def late(self, path, name):
+        if name == "gone.json":
+            path.unlink()
+        put(self, path, name)
+
+    monkeypatch.setattr(_Place, "put", late)
+    RunMirror(run, url).close()
+    assert {"config.json", "mirror.json"} == {n for n in names(url) if "/" not in n}
+
+
+def test_a_checkpoint_saved_again_is_copied_again(run, url):
+    mirror = RunMirror(run, url)
+    mirror.flush()
+    step = run / "checkpoints/step_00000001"
+    step.rename(run / "elsewhere.orbax-checkpoint-tmp")
+    mirror.flush()
+    (run / "elsewhere.orbax-checkpoint-tmp").rename(step)
+    (step / "data").write_text("other")
+    mirror.close()
+    back = fetch_run(url, run.parent / "back")
+    assert (back / "checkpoints/step_00000001/data").read_text() == "other"
+
+
+def test_a_folder_can_be_the_store(run, tmp_path):
+    place = f"file://{tmp_path}/copies/a"
+    RunMirror(run, place).close()
+    assert (fetch_run(place, tmp_path / "back") / "config.json").read_text() == "config.json"
+
+
+def test_a_program_that_ends_early_still_makes_the_last_copy(run, url, monkeypatch, caplog):
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    RunMirror(run, url, every=1000.0)
+    (run / "config.json").write_text("last words")
+    at_exit[0]()
+    assert (fetch_run(url, run.parent / "back") / "config.json").read_text() == "last words"
+
+
+def test_an_error_in_a_run_is_more_important_than_its_copy(tmp_path, url, monkeypatch, caplog):
+    run = RunFolder.create(tmp_path / "run", config={}, mirror=url)
+    monkeypatch.setattr(_Place, "owner", fail)
+    with pytest.raises(ZeroDivisionError), run:
+        raise ZeroDivisionError
+    assert "the copy of" in caplog.text
+
+
 def test_places_that_are_taken_are_refused(run, url, tmp_path):
     RunMirror(run, url).close()
     other = tmp_path / "other"

@@ -32,7 +32,7 @@ from effscale.optim.moments import (
 )
 from effscale.optim.precision import in_types_of
 from effscale.optim.weight_decay import decayed_weights
-from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out
+from effscale.optim.workers import Workers, axis_of, check_local, refusing_left_out_workers
 from effscale.parallel.workers import PerWorker, SendsBytes
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
@@ -114,8 +114,8 @@ def scale_by_onebit_adam(
         An optax transformation. Call its ``init`` within ``jax.set_mesh(mesh)``, outside the step.
 
     Raises:
-        ValueError: An option is out of range, the axis does not exist, the gradients in the update are already
-            summed over workers, or a step of `per_worker` calls it without ``workers``.
+        ValueError: An option is out of range, the axis does not exist, or the gradients in the update are already
+            summed over workers.
 
     References:
         Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
@@ -141,7 +141,6 @@ def scale_by_onebit_adam(
         del extra
         if not jax.tree.leaves(updates):
             return updates, state
-        check_not_left_out(workers)
         check_local(updates, axis_name)
         last_mu = in_types_of(state.nu, state.mu)
 
@@ -217,7 +216,8 @@ def onebit_adam(
         mu_dtype: The type in which the momentum is stored; None means at least float32.
         exp_avg_mask: As in `scale_by_onebit_adam`.
         clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is.
-        workers: The workers to average over, such as ``Workers("data")``; None trains on one worker.
+        workers: The workers to average over, such as ``Workers("data")``. None trains on one worker; in a step of
+            ``effscale.parallel.per_worker`` it raises an error.
         skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite, before it
             reaches the error feedback; see ``effscale.optim.skip_nonfinite``.
 
@@ -259,4 +259,6 @@ def onebit_adam(
         scale_by_learning_rate(learning_rate),
     ]
     optimizer = optax.chain(*links)
-    return skipping.skip_nonfinite(optimizer, axis_of(workers)) if skip_nonfinite else optimizer
+    if skip_nonfinite:
+        optimizer = skipping.skip_nonfinite(optimizer, axis_of(workers))
+    return refusing_left_out_workers(optimizer, workers)

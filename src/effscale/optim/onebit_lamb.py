@@ -26,7 +26,13 @@ from effscale.optim.moments import check_mu_dtype, lerp, masked, moments_like, w
 from effscale.optim.options import check_bounds, check_number
 from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
-from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out, with_scales
+from effscale.optim.workers import (
+    Workers,
+    axis_of,
+    check_local,
+    refusing_left_out_workers,
+    with_scales,
+)
 from effscale.parallel.workers import PerWorker, SendsBytes
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
@@ -128,7 +134,7 @@ def onebit_lamb(
         clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
         stacked: The number of leading dimensions that stack layers; see `Stacked`.
         workers: The workers to average over, such as ``Workers("data")``, by default with one scale for the whole tree, as in the
-            paper. None trains on one worker.
+            paper. None trains on one worker; in a step of ``effscale.parallel.per_worker`` it raises an error.
         skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite; see
             ``effscale.optim.skip_nonfinite``.
 
@@ -190,7 +196,6 @@ def onebit_lamb(
         check_params(params)
         if not jax.tree.leaves(updates):
             return updates, state
-        check_not_left_out(workers)
         check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
         last_mu = in_types_of(state.nu, state.mu)
@@ -270,7 +275,9 @@ def onebit_lamb(
 
     core = optax.GradientTransformationExtraArgs(init, update)
     optimizer = optax.chain(core, scale_by_learning_rate(learning_rate))
-    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    if skip_nonfinite:
+        optimizer = skipping.skip_nonfinite(optimizer, axis_name)
+    return refusing_left_out_workers(optimizer, workers)
 
 
 def fresh_variance(v_hat: Any, m: Any, last_m: Any, *, b1: Any, b2: Any) -> Any:

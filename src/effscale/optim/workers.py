@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any, get_args
 
 import jax
+import optax
 
 from effscale.parallel.onebit.exchange import Scales
-from effscale.parallel.worker_steps import running_axis
+from effscale.parallel.worker_steps import tracing_axis
 from effscale.parallel.workers import bound_axis_size, differs, has_types
 
 
@@ -74,13 +75,25 @@ def check_axis(axis_name: Any) -> None:
         )
 
 
-def check_not_left_out(workers: Workers | None) -> None:
-    """Raise an error if a step of ``per_worker`` has an optimizer without workers, which would compress nothing."""
-    if workers is None and (axis_name := running_axis()) is not None:
-        raise ValueError(
-            f"workers must be set in a step on the workers along {axis_name!r}, got None, with which nothing is compressed. "
-            f"Use workers=Workers({axis_name!r})."
-        )
+def refusing_left_out_workers(
+    optimizer: optax.GradientTransformationExtraArgs, workers: Workers | None
+) -> optax.GradientTransformationExtraArgs:
+    """Make an optimizer without workers raise an error in a step of ``per_worker``, where it would compress nothing.
+
+    The transformations that it is made of do not: a step may average in another way first.
+    """
+    if workers is not None:
+        return optimizer
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if (axis_name := tracing_axis()) is not None:
+            raise ValueError(
+                f"workers must be set in a step on the workers along {axis_name!r}, got None, with which nothing is compressed. "
+                f"Use workers=Workers({axis_name!r})."
+            )
+        return optimizer.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def check_local(gradients: Any, axis_name: str | None) -> None:

@@ -25,13 +25,16 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 _AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar("workers_axis", default=None)
 
 
-def running_axis() -> str | None:
-    """Return the workers' axis if a step of `per_worker` or `simulate_workers` is being traced, else None."""
+def tracing_axis() -> str | None:
+    """Return the workers' axis while a step of `per_worker` or `simulate_workers` is being traced, else None.
+
+    A function that was compiled before is not traced again.
+    """
     return _AXIS.get()
 
 
 @contextlib.contextmanager
-def _running_along(axis_name: str) -> Iterator[None]:
+def _tracing_along(axis_name: str) -> Iterator[None]:
     token = _AXIS.set(axis_name)
     try:
         yield
@@ -86,7 +89,7 @@ def per_worker(step: Step, axis_name: str = "data") -> Step:
         def one(state: Any, batch: Any) -> Any:
             state = _map_per_worker(lambda x: x[0], state, axis_name)
             positional, kwargs = state
-            with _running_along(axis_name):
+            with _tracing_along(axis_name):
                 return refusing_lost_changes(step, "per_worker")(*positional, batch, **kwargs)
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
@@ -138,7 +141,7 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
 
         def body(state: Any, batch: Any) -> tuple[list[Any], list[Any]]:
             positional, kwargs = state
-            with _running_along(axis_name):
+            with _tracing_along(axis_name):
                 out = refusing_lost_changes(step, "simulate_workers")(*positional, batch, **kwargs)
             parts.append(_Parts.of(out, axis_name))
             return parts[-1].split(out)

@@ -29,7 +29,7 @@ class ModelSize:
         >>> binary.total / 2**20
         4.0009765625
         >>> binary.describe(float_model)
-        '4.00 MiB (16.0x smaller), of which 2.00 MiB are codes (32.0x)'
+        '4.00 MiB (16.0x smaller); the codes alone: 2.00 MiB (32.0x)'
     """
 
     codes: int
@@ -54,7 +54,7 @@ class ModelSize:
         total = f"{self.total / MEBIBYTE:.2f} MiB ({times(self.total)} smaller)"
         if not self.codes:
             return total
-        return f"{total}, of which {self.codes / MEBIBYTE:.2f} MiB are codes ({times(self.codes)})"
+        return f"{total}; the codes alone: {self.codes / MEBIBYTE:.2f} MiB ({times(self.codes)})"
 
 
 def model_size(model: nnx.Module | TransformerConfig, recipe: Recipe | None = None) -> ModelSize:
@@ -74,7 +74,7 @@ def model_size(model: nnx.Module | TransformerConfig, recipe: Recipe | None = No
         >>> from effscale.quant import w1a8
         >>> base = lambda layers: bert(num_layers=layers, d_model=768, num_heads=12)  # BERT-base has 12
         >>> model_size(base(6), w1a8()).describe(model_size(base(12)))
-        '11.97 MiB (34.9x smaller), of which 7.86 MiB are codes (53.2x)'
+        '11.97 MiB (34.9x smaller); the codes alone: 7.86 MiB (53.2x)'
     """
     if isinstance(model, TransformerConfig):
         model = jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))

@@ -1,5 +1,6 @@
 """Mirror a run folder to an object store during the run, and fetch it back."""
 
+import atexit
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ from typing import Any
 from effscale.training.checkpoint_files import DELETED, TEMPORARY, WRITING, is_step_folder
 from effscale.training.manifest import MANIFEST
 from effscale.training.metrics import Values
-from effscale.training.paths import LOCK
 from effscale.training.serialize import write_json
 
 logger = logging.getLogger(__name__)
@@ -40,19 +40,20 @@ class RunMirror:
     that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next copy tries
     again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
-    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``; if it later finds another
-    name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run, the later one keeps
-    the mirror.
+    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``, here and in the store; if it
+    later finds another name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run,
+    the later one keeps the mirror. A folder that is older than the copy is refused.
 
     Args:
         folder: The run folder, local or on a file system shared by all hosts. With several processes, create a mirror
             only on process 0.
         url: The place of the copy, such as ``s3://bucket/runs/a``.
         checkpoints: Whether to copy checkpoints. Use False if they are written to a bucket anyway.
-        every: Seconds between copies that are made without a flush; None makes none.
+        every: Seconds between copies that are made without a flush; None makes none. The last one is made by ``close``, at
+            the latest when the program ends.
 
     Raises:
-        FileExistsError: ``url`` contains a different run, or something else.
+        FileExistsError: ``url`` contains a different run, something else, or a copy that was continued from another folder.
         ImportError: The package for this kind of store is missing.
         MirrorError: The store cannot be reached.
 
@@ -74,13 +75,15 @@ class RunMirror:
         self.folder, self.checkpoints = pathlib.Path(folder), checkpoints
         self._there = _Place(url)
         self._copied: dict[str, tuple[int, int]] = {}
+        self._steps: set[str] | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copying, self._closing = threading.Lock(), threading.Event()
         self._complete = False
         own = self.folder / OWNER
         owner, names = self._there.look()
-        run = json.loads(own.read_text(encoding="utf-8"))["run"] if own.exists() else None
+        known = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
+        run = known.get("run")
         if owner is None and names:
             raise FileExistsError(
                 f"{url}: contains something other than a copy of a run. Choose another place."
@@ -89,14 +92,23 @@ class RunMirror:
             raise FileExistsError(
                 f"{url}: contains the copy of a different run. Choose another place, or fetch_run and resume that run."
             )
-        process = f"{os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
-        self._name = {"run": run or uuid.uuid4().hex, "process": process}
+        if owner is not None and owner["process"] not in (known["process"], known.get("previous")):
+            raise FileExistsError(
+                f"{url}: contains a later copy of this run, of process {owner['process']}. Resume from that copy, with fetch_run, "
+                "or choose another place."
+            )
+        self._name = {
+            "run": run or uuid.uuid4().hex,
+            "process": f"{os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}",
+            # If this process is killed before it reaches the store, the name there is still the previous one.
+            "previous": None if owner is None else owner["process"],
+            "url": self._there.url,
+        }
         write_json(own, self._name)
         try:
             self._there.put(own, OWNER)
         except Exception as error:
-            if run is None:
-                own.unlink()  # there is no copy
+            write_json(own, known) if known else own.unlink()
             raise self._there.failure("written", error) from error
         self._timer: threading.Thread | None = None
         if every is not None:
@@ -104,6 +116,7 @@ class RunMirror:
                 target=self._update_every, args=(every,), name="run-mirror-timer", daemon=True
             )
             self._timer.start()
+            atexit.register(self._close_at_exit)
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Do nothing, as the mirror copies the files of other writers."""
@@ -130,6 +143,7 @@ class RunMirror:
         if self._complete:
             return
         self._closing.set()
+        atexit.unregister(self._close_at_exit)
         if self._timer is not None:
             self._timer.join()
         self._wait()
@@ -143,6 +157,12 @@ class RunMirror:
                 f"{self._there.url}: the copy of {self.folder} is incomplete: {error}"
             ) from error
         self._complete = True
+
+    def _close_at_exit(self) -> None:
+        try:
+            self.close()
+        except MirrorError as error:
+            logger.warning("%s", error)
 
     def _wait(self) -> None:
         if self._thread is not None:
@@ -186,14 +206,23 @@ class RunMirror:
                     steps.add(name)
                     self._copy_checkpoint(path, name)
             elif name != OWNER:
-                stat = path.stat()
-                state = (stat.st_size, stat.st_mtime_ns)
-                if self._copied.get(name) != state:
-                    self._there.put(path, name)
-                    self._copied[name] = state
-        if self.checkpoints:
+                self._copy_file(path, name)
+        if self.checkpoints and steps != self._steps:
             for name in self._there.steps() - steps:
                 self._there.remove_checkpoint(name)
+                self._copied.pop(name, None)
+            self._steps = steps
+
+    def _copy_file(self, path: pathlib.Path, name: str) -> None:
+        try:
+            stat = path.stat()
+            state = (stat.st_size, stat.st_mtime_ns)
+            if self._copied.get(name) != state:
+                self._there.put(path, name)
+                self._copied[name] = state
+        except FileNotFoundError:
+            if path.exists():
+                raise  # the store's error: the run did not delete the file meanwhile
 
     def _copy_checkpoint(self, path: pathlib.Path, name: str) -> None:
         """Copy a checkpoint once. If the run deletes it meanwhile, the copy has no manifest and so is not a valid checkpoint."""
@@ -253,7 +282,10 @@ class _Place:
 
         self.url = url.rstrip("/")
         try:
-            self._store, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            local = {"auto_mkdir": True} if self.url.startswith(("file:", "local:")) else {}
+            self._store, self._root = fsspec.core.url_to_fs(
+                self.url, use_listings_cache=False, **local
+            )
         except ImportError as error:
             package = _PACKAGES.get(url.partition(":")[0])
             needed = f"{package}: install it with pip install {package}" if package else "a package"
@@ -309,9 +341,12 @@ def _step_of(name: str) -> str | None:
 
 
 def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield the files of a run and the folders of its checkpoints, without locks, partial checkpoints and those set aside."""
+    """Yield the files of a run and the folders of its checkpoints, without partial checkpoints, those set aside, and hidden
+    files, which are locks and files that are being written.
+    """
     for path in sorted(folder.iterdir()):
-        if path.name in (LOCK, "set_aside") or any(part in path.name for part in _PARTIAL):
+        hidden = path.name.startswith(".") or path.name == "set_aside"
+        if hidden or any(part in path.name for part in _PARTIAL):
             continue
         if path.is_dir() and not is_step_folder(path):
             yield from _entries(path)

@@ -4,9 +4,6 @@ import os
 import pathlib
 import re
 
-LOCK = ".lock"
-"""The file in a run folder that the process writing to it has locked."""
-
 # pathlib turns "gs://bucket" into "gs:/bucket", so one slash is enough; a single letter is a Windows drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 

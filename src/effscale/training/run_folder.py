@@ -17,11 +17,13 @@ import numpy as np
 
 from effscale.locks import LockedError, ProcessLock
 from effscale.parallel import on_first
-from effscale.training.mirror import RunMirror
-from effscale.training.paths import LOCK, local_path
+from effscale.training.mirror import MirrorError, RunMirror
+from effscale.training.paths import local_path
 from effscale.training.serialize import differences, to_json, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 _PACKAGES = ("effscale", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -96,7 +98,7 @@ class RunFolder:
         return cls(where) if opened is None else opened
 
     def close(self) -> None:
-        """Bring the copy up to date and release the lock of the folder. A second call does nothing.
+        """Bring the copy up to date and release the lock of the folder. A second call does nothing, unless the copy failed.
 
         Raises:
             MirrorError: The copy is incomplete.
@@ -111,8 +113,13 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        try:
+            self.close()
+        except MirrorError as error:
+            if kind is None:
+                raise
+            logger.warning("%s", error)  # the error in the block is more important
 
     @property
     def config_file(self) -> pathlib.Path:
@@ -226,12 +233,15 @@ def _start(folder: RunFolder, config: Any, data: dict[str, Any], mirror: str | N
     folder = _locked(folder)
     try:
         check_unused(folder.path)  # another process may have created a run meanwhile
-        folder = _mirrored(folder, mirror)
         write_json(folder.config_file, {"config": to_json(config), "data": data, **environment()})
+        try:
+            return _mirrored(folder, mirror)
+        except BaseException:
+            folder.config_file.unlink()  # the folder is unused
+            raise
     except BaseException:
         folder.close()
         raise
-    return folder
 
 
 def _resume(folder: RunFolder, data: dict[str, Any], mirror: str | None) -> RunFolder:

@@ -168,7 +168,7 @@ def run(config: Config) -> Result:
             "quickstart", dataclasses.asdict(result), f"Samples of the trained model:\n\n{quoted}"
         )
         show_results("quickstart", result, texts)
-    folder.close()
+    on_first(folder.close)  # the other processes wait for the last copy
     return result
 
 

@@ -31,7 +31,7 @@ from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.config import FREE, PRESETS, Config
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, release, resumable
 from effscale.experiments.shared.results import Result, finish
 
 
@@ -72,7 +72,7 @@ def run(config: Config) -> Result:
     ]
     if not estimates:
         reasons = "\n".join(f"{name}: {words}" for name, words in refused.items())
-        folder.close()
+        release(folder)
         raise ValueError(
             f"no case fits into a chip of {config.topology}. Use more accumulate, tensor or chips\n{reasons}"
         )

@@ -111,7 +111,7 @@ def learning_rates(
 
 
 def _arms(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str, Sequence[Run]]]:
-    """Return the runs of each arm with its color and its name."""
+    """Yield the runs of each arm with its color and its name."""
     for color, (arm, seeds) in zip(COLORS, runs.items(), strict=False):
         yield color, title(arm), seeds
 

@@ -29,6 +29,7 @@ def check_folder(config: OutputPart, free: Sequence[str]) -> None:
     """
     from effscale.parallel import on_first
     from effscale.training import RunFolder, check_unused
+    from effscale.training.mirror import OWNER
     from effscale.training.serialize import differences, to_json
 
     if not config.resume:
@@ -37,6 +38,11 @@ def check_folder(config: OutputPart, free: Sequence[str]) -> None:
         return
     with RunFolder.create(config.out, resume=True) as folder:
         saved = folder.config()
+    if config.mirror is None and (folder.path / OWNER).exists():
+        print(
+            f"warning: the copy of {folder.path} is not updated, because --mirror is not set",
+            file=sys.stderr,
+        )
     found = [
         f"{name}: {there!r} saved, {here!r} given"
         for name, (there, here) in differences(saved, to_json(config)).items()
@@ -58,20 +64,21 @@ def resumable(folder: Any) -> Iterator[None]:
     try:
         yield
     except StoppedBySignal as stop:
-        _release(folder)
+        release(folder)
         message = f"{stop}; to resume, use --out {folder.path} --resume"
         raise StoppedBySignal(message, stop.signal) from None
     except BaseException:
-        _release(folder)
+        release(folder)
         raise
 
 
-def _release(folder: Any) -> None:
+def release(folder: Any) -> None:
+    """Close the run folder when a run has failed; a copy that cannot be completed is only a warning."""
     from effscale.training import MirrorError
 
     try:
         folder.close()
-    except MirrorError as error:  # what ended the run is more important
+    except MirrorError as error:
         print(f"warning: {error}", file=sys.stderr)
 
 

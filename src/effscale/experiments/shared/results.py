@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effscale.experiments.shared.host import peak_memory
+from effscale.parallel import on_first
 from effscale.training import RunFolder
 
 
@@ -69,7 +70,7 @@ def finish(
     for title, rows in tables.items():
         show_rows(title, rows, left=left)
     print(f"run folder: {result.folder}")
-    folder.close()
+    on_first(folder.close)  # the other processes wait for the last copy
     return result
 
 

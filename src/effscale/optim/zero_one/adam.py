@@ -16,7 +16,7 @@ from effscale.optim.moments import check_mu_dtype, moments_like, normalised
 from effscale.optim.options import check_count
 from effscale.optim.params_like import unlike_params
 from effscale.optim.precision import in_types_of
-from effscale.optim.workers import Workers, axis_of, check_local, check_not_left_out
+from effscale.optim.workers import Workers, axis_of, check_local, refusing_left_out_workers
 from effscale.optim.zero_one.policies import Policies, PolicyState, Round
 from effscale.optim.zero_one.rules import OwnWay, Rules, Step, VarDecay, alone, together
 from effscale.parallel.onebit.error_feedback import init_error_feedback
@@ -134,7 +134,8 @@ def zero_one_adam(
         mu_dtype: The type in which the momentum is stored; None means at least float32.
         exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
         clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
-        workers: The workers to average over, such as ``Workers("data")``; None trains on one worker.
+        workers: The workers to average over, such as ``Workers("data")``. None trains on one worker; in a step of
+            ``effscale.parallel.per_worker`` it raises an error.
         skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite; see
             ``effscale.optim.skip_nonfinite``.
 
@@ -198,7 +199,6 @@ def zero_one_adam(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if not jax.tree.leaves(updates):
             return updates, state
-        check_not_left_out(workers)
         check_local(updates, axis_name)
         rate = value_at(learning_rate, state.count, extra.get("tokens"))
         kind, policy = policies.step(state.policy, state.count)
@@ -240,7 +240,9 @@ def zero_one_adam(
         )
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
-    return skipping.skip_nonfinite(optimizer, axis_name) if skip_nonfinite else optimizer
+    if skip_nonfinite:
+        optimizer = skipping.skip_nonfinite(optimizer, axis_name)
+    return refusing_left_out_workers(optimizer, workers)
 
 
 def _init_own(params: Any, mu_dtype: DTypeLike | None, workers: Workers | None) -> Any:
