@@ -34,7 +34,7 @@ from effscale.experiments.shared.prepared import (
 )
 from effscale.experiments.shared.saved import config_from_json
 from effscale.models import Transformer, abstract
-from effscale.parallel import batch_shard, initialize, shard_batch
+from effscale.parallel import batch_shard, initialize, on_first, shard_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
