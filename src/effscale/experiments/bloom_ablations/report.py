@@ -90,7 +90,7 @@ def draw(path: pathlib.Path, losses: Losses, config: Config) -> None:
             xlabel=f"sequence length in evaluation (dashed: in training, {config.length})",
             ylabel="loss (nats per token)",
         )
-        axes.legend()
+        axes.legend(ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.tight_layout()
         figure.savefig(path)
         plt.close(figure)
