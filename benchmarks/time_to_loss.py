@@ -13,7 +13,6 @@ Times cover the loop from the end of the first step, with what feeds it, scaled 
 evaluations are left out. Each run is saved in --folder, so that a benchmark that was stopped can resume.
 
     python benchmarks/time_to_loss.py --folder runs/time_to_loss
-    python benchmarks/time_to_loss.py --folder runs/time_to_loss_256 --length 256
 """
 
 import argparse
@@ -263,7 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=200, help="steps of transformers' run")
     parser.add_argument(
-        "--length", type=int, default=512, help=f"tokens per row, a divisor of {BATCH_TOKENS}"
+        "--length", type=int, default=256, help=f"tokens per row, a divisor of {BATCH_TOKENS}"
     )
     parser.add_argument("--run", nargs=4, metavar=("ARM", "RATE", "STEPS", "SEED"))
     parser.add_argument(

@@ -175,6 +175,7 @@ def test_a_process_killed_before_it_reaches_the_store_shuts_no_one_out(run, url,
         patch.setattr(_Place, "put", lambda *arguments: None)
         RunMirror(run, url)
     RunMirror(run, url).close()
+    assert _Place(url).owner() == json.loads((run / "mirror.json").read_text())
 
 
 def test_files_that_are_being_written_are_left_out(run, url, monkeypatch):

@@ -102,7 +102,6 @@ class RunMirror:
             "process": f"{os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}",
             # If this process is killed before it reaches the store, the name there is still the previous one.
             "previous": None if owner is None else owner["process"],
-            "url": self._there.url,
         }
         write_json(own, self._name)
         try:

@@ -24,7 +24,6 @@ from effscale.training.serialize import differences, to_json, write_atomic, writ
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-
 _PACKAGES = ("effscale", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

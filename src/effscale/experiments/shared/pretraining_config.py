@@ -128,13 +128,5 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
         )
 
 
-FREE = (
-    *OUTPUT,
-    "cache",
-    "eval_every",
-    "eval_batches",
-    "checkpoint_every",
-    "keep",
-    "mesh",
-)
+FREE = (*OUTPUT, "cache", "eval_every", "eval_batches", "checkpoint_every", "keep", "mesh")
 """Fields that can change when a run is resumed."""
