@@ -28,7 +28,12 @@ import numpy as np
 from effscale.experiments.bloom.config import MAY_DIFFER_ON_RESUME, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, corpus_digests, resumable
+from effscale.experiments.shared.prepared import (
+    check_folder,
+    corpus_digests,
+    open_folder,
+    resumable,
+)
 from effscale.experiments.shared.results import Result, finish
 from effscale.parallel import batch_shard, initialize, shard_batch
 
@@ -55,7 +60,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.bloom.corpus import datasheet, prepare
     from effscale.experiments.bloom.runs import Runs
     from effscale.experiments.bloom.tasks import Tasks
-    from effscale.training import RunFolder
 
     check_folder(config, MAY_DIFFER_ON_RESUME)
     mesh = config.mesh.build()
@@ -70,13 +74,8 @@ def run(config: Config) -> Result:
     tasks = Tasks(config)
     tasks.check()
     prepared = prepare(config)
-    folder = RunFolder.create(
-        config.out,
-        name="bloom",
-        config=config,
-        data=corpus_digests(list(prepared.corpora.values())) | {"tasks": tasks.digest()},
-        resume=config.resume,
-        mirror=config.mirror,
+    folder = open_folder(
+        config, "bloom", corpus_digests(list(prepared.corpora.values())) | {"tasks": tasks.digest()}
     )
     first = jax.process_index() == 0  # only the first of several processes writes
     with resumable(folder), jax.set_mesh(mesh):

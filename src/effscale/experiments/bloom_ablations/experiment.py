@@ -30,6 +30,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -58,7 +59,6 @@ def run(config: Config) -> Result:
     from effscale.data import parse_source
     from effscale.experiments.bloom_ablations import report
     from effscale.experiments.bloom_ablations.runs import Runner
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     mesh = config.mesh.build()
@@ -68,14 +68,7 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     (corpus,), _ = prepared_corpora(config.pretraining("alibi"), tokenizer=config.tokenizer)
     runner = Runner(config, corpus, mesh)
-    folder = RunFolder.create(
-        config.out,
-        name="bloom_ablations",
-        config=config,
-        data=corpus_digests([corpus]),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "bloom_ablations", corpus_digests([corpus]))
     with resumable(folder):
         found = {arm: runner.search(folder, arm) for arm in config.arms}
         for seed in range(config.seeds):

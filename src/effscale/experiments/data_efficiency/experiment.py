@@ -27,6 +27,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -56,7 +57,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.data_efficiency import report
     from effscale.experiments.data_efficiency.figures import draw
     from effscale.experiments.data_efficiency.runs import Runner
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     mesh = config.mesh.build()
@@ -67,14 +67,7 @@ def run(config: Config) -> Result:
     one = config.pretraining("none", 1.0)  # the text is the same for all runs
     (corpus,), _ = prepared_corpora(one, tokenizer=one.tokenizer)
     runner = Runner(config, corpus, mesh)
-    folder = RunFolder.create(
-        config.out,
-        name="data_efficiency",
-        config=config,
-        data=corpus_digests([corpus]),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "data_efficiency", corpus_digests([corpus]))
     save_tokenizer(corpus.tokenizer, folder.path)
     with resumable(folder):
         found = {technique: runner.search(folder, technique) for technique in config.techniques}

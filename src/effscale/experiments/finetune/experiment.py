@@ -16,7 +16,7 @@ import time
 from effscale.experiments.finetune.config import FREE, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.console import status
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.results import Result, finish
 
 
@@ -40,7 +40,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.finetune import report, torch_twin
     from effscale.experiments.finetune.runs import Runner
     from effscale.experiments.shared.classifier.problem import prepare_images, prepare_reviews
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -54,13 +53,8 @@ def run(config: Config) -> Result:
             else prepare_images(task, config.recipe(task), config)
             for task in config.tasks
         ]
-    folder = RunFolder.create(
-        config.out,
-        name="finetune",
-        config=config,
-        data={problem.task: problem.digests() for problem in problems},
-        resume=config.resume,
-        mirror=config.mirror,
+    folder = open_folder(
+        config, "finetune", {problem.task: problem.digests() for problem in problems}
     )
 
     backends = report.BACKENDS if config.torch else report.BACKENDS[:1]

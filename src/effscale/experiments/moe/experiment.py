@@ -24,6 +24,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -50,20 +51,12 @@ def run(config: Config) -> Result:
     from effscale.data import unigram_entropy
     from effscale.experiments.moe import report
     from effscale.experiments.moe.runs import Training
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
-    folder = RunFolder.create(
-        config.out,
-        name="moe",
-        config=config,
-        data=corpus_digests(corpora),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "moe", corpus_digests(corpora))
     with resumable(folder):
         for name in config.arms:
             training = Training(config, name, corpora, weights)

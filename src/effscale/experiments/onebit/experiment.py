@@ -21,6 +21,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -50,21 +51,13 @@ def run(config: Config) -> Result:
     from effscale.experiments.onebit.runs import Pretraining
     from effscale.experiments.shared.classifier.passages import FineTuning
     from effscale.experiments.shared.masked_text import passages_data
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config)
     passages = passages_data(corpora, config)
-    folder = RunFolder.create(
-        config.out,
-        name="onebit",
-        config=config,
-        data=corpus_digests(corpora),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "onebit", corpus_digests(corpora))
     with resumable(folder):
         for task in config.tasks:
             fine_tuning = FineTuning(config, passages)

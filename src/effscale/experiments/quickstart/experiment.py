@@ -29,6 +29,7 @@ from effscale.experiments.shared.host import keep_freed_memory, peak_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -81,7 +82,7 @@ def run(config: Config) -> Result:
     from effscale.data import save_tokenizer, unigram_entropy
     from effscale.experiments.shared.plotting import loss_curve, speed_curve
     from effscale.experiments.shared.pretraining import Pretraining
-    from effscale.training import RunFolder, read_jsonl
+    from effscale.training import read_jsonl
 
     began = time.perf_counter()
     first = jax.process_index() == 0  # only the first of several processes writes
@@ -108,14 +109,7 @@ def run(config: Config) -> Result:
         return {"part_val_loss": means["val_loss"], "val_tokens_seen": means["val_tokens_seen"]}
 
     # The run: from the start, or from the last checkpoint.
-    folder = RunFolder.create(
-        config.out,
-        name="quickstart",
-        config=config,
-        data=corpus_digests(corpora),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "quickstart", corpus_digests(corpora))
     with resumable(folder), jax.set_mesh(mesh):
         if first:
             save_tokenizer(tokenizer, folder.path)

@@ -32,6 +32,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -65,7 +66,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.shared.classifier.passages import FineTuning
     from effscale.experiments.shared.masked_text import passages_data
     from effscale.experiments.shared.random_ltd import report
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -74,14 +74,7 @@ def run(config: Config) -> Result:
     passages = passages_data(corpora, config)
     pretraining = {arm: Pretraining(arm, config, corpora, weights) for arm in ARMS}
     fine_tuning = FineTuning(config, passages)
-    folder = RunFolder.create(
-        config.out,
-        name="random_ltd_bert",
-        config=config,
-        data=corpus_digests(corpora),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "random_ltd_bert", corpus_digests(corpora))
     found: dict[str, Found] = {}
     early_losses: dict[str, list[float]] = {}
     try:

@@ -18,7 +18,7 @@ from effscale.experiments.random_ltd_vit.config import FREE, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.console import status
 from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.random_ltd.arms import ARMS
 from effscale.experiments.shared.results import Result, finish
 
@@ -46,7 +46,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.random_ltd_vit.runs import Runner
     from effscale.experiments.shared.classifier.problem import prepare_images
     from effscale.experiments.shared.random_ltd import report
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -54,14 +53,7 @@ def run(config: Config) -> Result:
     with status("reading data and model"):
         problem = prepare_images(config.task, config.recipe, config)
         runners = {name: Runner(name, problem, config) for name in ARMS}
-    folder = RunFolder.create(
-        config.out,
-        name="random_ltd_vit",
-        config=config,
-        data={config.task: problem.digests()},
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "random_ltd_vit", {config.task: problem.digests()})
     try:
         with resumable(folder):
             for seed in range(config.seeds):

@@ -25,7 +25,7 @@ import numpy as np
 from effscale.experiments.rlhf.config import FREE, PRESETS, Config
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.results import Result, finish
 from effscale.parallel import shard_batch
 
@@ -51,7 +51,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.rlhf import report
     from effscale.experiments.rlhf.data import make_encoder, read_phases
     from effscale.experiments.rlhf.runs import Steps
-    from effscale.training import RunFolder
 
     if jax.process_count() > 1:
         raise ValueError(
@@ -64,14 +63,7 @@ def run(config: Config) -> Result:
     phases = read_phases(config)
     encoder = make_encoder(config, phases)
     digest = {"tokenizer": tokenizer_digest(encoder.tokenizer)}
-    folder = RunFolder.create(
-        config.out,
-        name="rlhf",
-        config=config,
-        data=digest,
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "rlhf", digest)
     every = [Steps(config, folder, mesh, seed, phases, encoder) for seed in range(config.seeds)]
     with resumable(folder), jax.set_mesh(mesh):
         for step in config.step:

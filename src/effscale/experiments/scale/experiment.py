@@ -31,7 +31,7 @@ from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.config import FREE, PRESETS, Config
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.prepared import check_folder, release, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, release, resumable
 from effscale.experiments.shared.results import Result, finish
 
 
@@ -54,14 +54,11 @@ def run(config: Config) -> Result:
     # Imports that only a run needs are here, so that --help is fast.
     from effscale.experiments.scale import comparison, report
     from effscale.experiments.scale.estimate import estimate
-    from effscale.training import RunFolder
 
     check_folder(config, FREE)
     _check_compiler(config)
     began = time.perf_counter()
-    folder = RunFolder.create(
-        config.out, name="scale", config=config, resume=config.resume, mirror=config.mirror
-    )
+    folder = open_folder(config, "scale")
     with resumable(folder):
         found = _compile_all(list(config.cases()), folder.path / "cases")
     refused = {name: one["refused"] for name, one in found.items() if "refused" in one}

@@ -23,6 +23,7 @@ from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import (
     check_folder,
     corpus_digests,
+    open_folder,
     prepared_corpora,
     resumable,
 )
@@ -50,7 +51,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.seqlen_curriculum import figures as draw
     from effscale.experiments.seqlen_curriculum import report
     from effscale.experiments.seqlen_curriculum.arms import Training, make_arms
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -58,14 +58,7 @@ def run(config: Config) -> Result:
     check_folder(config, FREE)
     corpora, weights = prepared_corpora(config, tokenizer=config.tokenizer)
     training = Training(config, corpora, weights)
-    folder = RunFolder.create(
-        config.out,
-        name="seqlen_curriculum",
-        config=config,
-        data=corpus_digests(corpora),
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "seqlen_curriculum", corpus_digests(corpora))
     try:
         with resumable(folder):
             for arm in arms:

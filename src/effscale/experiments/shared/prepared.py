@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from effscale.experiments.shared.cli import StoppedBySignal
@@ -52,6 +52,26 @@ def check_folder(config: OutputPart, free: Sequence[str]) -> None:
         raise ValueError(
             f"{folder.path}: has another config ({'; '.join(found)}). Resume with the saved values, or start a new run folder"
         )
+
+
+def open_folder(config: OutputPart, name: str, data: Mapping[str, Any] | None = None) -> Any:
+    """Create the ``RunFolder`` of a run, or open it to resume.
+
+    Args:
+        config: Config of the experiment.
+        name: Name of the experiment.
+        data: Digests of the run's data, as for ``RunFolder.create``.
+    """
+    from effscale.training import RunFolder
+
+    return RunFolder.create(
+        config.out,
+        name=name,
+        config=config,
+        data=data,
+        resume=config.resume,
+        mirror=config.mirror,
+    )
 
 
 @contextlib.contextmanager

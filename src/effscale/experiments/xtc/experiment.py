@@ -23,7 +23,7 @@ import time
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.console import status
 from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.results import Result, finish
 from effscale.experiments.xtc.config import FREE, PRESETS, Config
 
@@ -55,7 +55,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.xtc.passages import read_passages
     from effscale.experiments.xtc.pretrained import read_model
     from effscale.experiments.xtc.runs import Runner
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -63,16 +62,13 @@ def run(config: Config) -> Result:
     with status("reading passages and model"):
         model, tokenizer = read_model(config)
         data = read_passages(config, tokenizer)
-    folder = RunFolder.create(
-        config.out,
-        name="xtc",
-        config=config,
-        data={
+    folder = open_folder(
+        config,
+        "xtc",
+        {
             **data.digests(),
             "model": {"digest": digest(jax.device_get(jax.tree.leaves(model)))},
         },
-        resume=config.resume,
-        mirror=config.mirror,
     )
 
     runner = lambda kind, origin, teacher=None: Runner(

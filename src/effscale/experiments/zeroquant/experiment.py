@@ -18,7 +18,7 @@ from typing import Any
 
 from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.console import status
-from effscale.experiments.shared.prepared import check_folder, resumable
+from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.results import Result, finish
 from effscale.experiments.zeroquant.config import FREE, PRESETS, Config
 
@@ -46,7 +46,6 @@ def run(config: Config) -> Result:
     from effscale.experiments.zeroquant import language, peers, report
     from effscale.experiments.zeroquant.arms import make_arms
     from effscale.experiments.zeroquant.classifier import ClassifierRuns
-    from effscale.training import RunFolder
 
     began = time.perf_counter()
     # Invalid settings raise before anything is written.
@@ -63,14 +62,7 @@ def run(config: Config) -> Result:
         if "minilm" in config.models:
             classes = prepare_reviews(config.reviews, config.max_length, config.text_model)
             data["minilm"] = classes.digests()
-    folder = RunFolder.create(
-        config.out,
-        name="zeroquant",
-        config=config,
-        data=data,
-        resume=config.resume,
-        mirror=config.mirror,
-    )
+    folder = open_folder(config, "zeroquant", data)
 
     arms = make_arms(config.group_size)
     figures: dict[str, float] = {}
