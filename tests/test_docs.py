@@ -153,6 +153,20 @@ def test_every_experiment_has_a_page_and_presets():
         assert f"({page.parent.name}/README.md)" in text_of(ROOT / "experiments" / "README.md")
 
 
+def test_the_readme_of_the_package_has_no_link_that_an_index_page_cannot_follow():
+    import tomllib
+
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = text_of(ROOT / "README.md")
+    for change in hooks["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) >= 10
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert re.findall(r"<!--|!\[", text) == []
+    assert "\nWhen to use which technique has" in text  # the text of a link stays
+
+
 def test_readme_is_short():
     assert len(text_of(ROOT / "README.md").splitlines()) < 150
 

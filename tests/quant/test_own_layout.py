@@ -74,6 +74,13 @@ def test_there_and_back(small, folder):
     same(load_packed(folder), small)
 
 
+def test_transformers_refuses_the_folder(folder):
+    """It must not open the folder with random weights, as it does if a method is named that it does not know."""
+    transformers = pytest.importorskip("transformers", reason="asks transformers itself")
+    with pytest.raises(ValueError, match="quant_method"):
+        transformers.GPT2LMHeadModel.from_pretrained(folder)
+
+
 def test_fused_projections(tmp_path):
     """Of BLOOM's one tensor for query, key and value, each may be packed in another way, or not at all."""
     small = quantized(

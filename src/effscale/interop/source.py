@@ -158,7 +158,9 @@ def refuse_packed(place: pathlib.Path, fields: Mapping[str, Any]) -> None:
     """Raise if ``config.json`` describes quantized weights."""
     packed = fields.get("quantization_config")
     if packed:
-        method = packed.get("quant_method") if isinstance(packed, dict) else packed
+        method = packed
+        if isinstance(packed, dict):
+            method = packed.get("quant_method", packed.get("layout"))
         raise FolderError(
             f"{str(place)!r}: the weights are quantized ({shown(method)}). Load those of compressed-tensors or effscale with "
             "effscale.quant.load_packed; load others in transformers, call dequantize() and save them"

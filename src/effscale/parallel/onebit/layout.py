@@ -44,8 +44,9 @@ def check_real(tree: Any) -> None:
                 if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
                 else "exclude it from training (optax.partition, or make_train_step(trainable=))"
             )
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"the array{jax.tree_util.keystr(path)} has the dtype {jnp.result_type(x)}, but only real floating-point numbers "
+                f"the array{f' {name!r}' if name else ''} has the dtype {jnp.result_type(x)}, but only real floating-point numbers "
                 f"can be trained or sent in one bit each: {advice}"
             )
 

@@ -67,12 +67,12 @@ def _unpack(fields: Mapping[str, Any], tensors: Tensors) -> MixedTensors:
         raise FolderError(
             "its config.json has no quantization_config, so nothing is packed. Use effscale.interop.load_pretrained"
         )
+    if given.text("layout", "") == own_layout.LAYOUT:
+        return own_layout.OwnLayout(tensors)
     method = given.text("quant_method", compressed_config.METHOD)
     if method == compressed_config.METHOD:
         return CompressedTensors(given, tensors)
-    if method == own_layout.METHOD:
-        return own_layout.OwnLayout(tensors)
     raise FolderError(
         f"config.json has a quantization_config of {shown(method)}, which is not supported; {compressed_config.WE_HAVE}; "
-        f"and its own layout ({own_layout.METHOD})"
+        f"and its own layout ({own_layout.LAYOUT})"
     )

@@ -17,7 +17,9 @@ Under the key ``effscale.packed``, the header of each file has a JSON object, th
      "weights": {NAME: {"shape": [of the tensor NAME without quantization],
                         "parts": [{"format": {fields of Format}, "activations": {...} or null, "is_table": false}, ...]}}}
 
-where a part that is an array is null. ``config.json`` has the ``quantization_config`` ``{"quant_method": "effscale"}``.
+where a part that is an array is null. ``config.json`` has the ``quantization_config`` ``{"layout": "effscale"}``. It has
+no ``quant_method``, so transformers refuses the folder; a method that it does not know would only make it warn, and load
+random weights.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
 from effscale.quant.packing import stored_bits
 from effscale.quant.quantizers import scale_shape
 
-METHOD = "effscale"
+LAYOUT = "effscale"
 KEY = f"{PREFIX}packed"
 VERSION = 1
 OPTIONAL = ("zero", "input_scale", "input_zero")
@@ -87,7 +89,7 @@ class OwnStore:
                     "shape": list(shapes[place.slot.name]),
                     "parts": [_described(weight) for weight in weights],
                 }
-        self.fields = {"quant_method": METHOD}
+        self.fields = {"layout": LAYOUT}
         self.metadata = {KEY: json.dumps({"version": VERSION, "weights": self._described})}
 
     def __call__(
