@@ -156,7 +156,9 @@ def test_every_experiment_has_a_page_and_presets():
 def test_the_readme_of_the_package_has_no_link_that_an_index_page_cannot_follow():
     import tomllib
 
-    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"][
+        "hooks"
+    ]
     text = text_of(ROOT / "README.md")
     for change in hooks["fancy-pypi-readme"]["substitutions"]:
         text = re.sub(change["pattern"], change["replacement"], text)
