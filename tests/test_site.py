@@ -146,7 +146,9 @@ def test_notebooks_open_on_colab_if_the_repository_is_on_github(repository, link
 
 
 def test_docstrings_become_markdown():
-    text = """Add.
+    text = """Add two
+numbers. Both are
+finite.
 
 >>> 1 + 1
 2
@@ -162,7 +164,8 @@ Example:
 """
     assert (
         tool("docstrings").as_markdown(text)
-        == """Add.
+        == """Add two numbers.
+Both are finite.
 
 ```pycon
 >>> 1 + 1

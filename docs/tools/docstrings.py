@@ -6,17 +6,29 @@ import textwrap
 import griffe
 
 REFERENCES = re.compile(r"^References:\n((?: +\S.*(?:\n|$)|\n(?= ))+)", re.MULTILINE)
+PLAIN = re.compile(r"(?:(?![-*> ]).+\n?)+")
+SENTENCE = re.compile(r".+?\.(?= +[A-Z`])")
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*|\n\1 +\S.*)*", re.MULTILINE)
 
 
 def as_markdown(text: str) -> str:
     """Rewrite a docstring as Markdown within Google's sections."""
+    text = PLAIN.sub(_summarized, text, count=1) if PLAIN.match(text) else text
     text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     parts = re.split(r"^(Examples:\n(?:(?: .*)?\n?)*)", text, flags=re.MULTILINE)
     # Griffe fences examples in their section, but not elsewhere.
     parts[::2] = [EXAMPLE.sub(_fenced, part) for part in parts[::2]]
     text = REFERENCES.sub(_listed, "".join(parts))
     return re.sub(r"::\n\n( +)", r":\n\n\1", text)
+
+
+def _summarized(found: re.Match[str]) -> str:
+    """Put the first sentence of a paragraph on one line, because a summary shows only the first line."""
+    paragraph = " ".join(found[0].split("\n")).rstrip()
+    sentence = SENTENCE.match(paragraph)
+    if sentence:
+        paragraph = f"{sentence[0]}\n{paragraph[sentence.end() :].lstrip()}"
+    return paragraph + "\n" * found[0].endswith("\n")
 
 
 def _fenced(found: re.Match[str]) -> str:
