@@ -97,7 +97,7 @@ def attention(
     if implementation is not None:
         if reason := why_not(implementation, query, keys, values, segments, alibi):
             raise dispatch.Unsupported(
-                f"attention: implementation={implementation!r} cannot serve: {reason}."
+                f"attention: implementation={implementation!r} is not supported here: {reason}."
             )
         return run(tpu if implementation == "splash" else gpu)(query, keys, values)
     platform = dispatch.mesh_platform()

@@ -242,7 +242,7 @@ def _run(implementation, z_loss, axes, operands, *, gradients):
         # Inside the shard_map over the tokens, if there is one, because kernels can run only there.
         if implementation is not None and (reason := why_not(implementation, *operands[:2])):
             raise dispatch.Unsupported(
-                f"cross_entropy: implementation={implementation!r} cannot serve: {reason}."
+                f"cross_entropy: implementation={implementation!r} is not supported here: {reason}."
             )
         functions = _functions(implementation, z_loss, *operands[:2], gradients=gradients)
         return dispatch.by_platform(functions, *operands)

@@ -244,7 +244,9 @@ def _partitioned() -> str | None:
 def _run(op: str, name: str | None, why_not: Any, operands: Any, *options: Any) -> Any:
     """Run the op by a named implementation, or by the best one for the platform that the program is lowered for."""
     if name is not None and (reason := why_not(name)):
-        raise dispatch.Unsupported(f"{op}: implementation={name!r} cannot serve: {reason}.")
+        raise dispatch.Unsupported(
+            f"{op}: implementation={name!r} is not supported here: {reason}."
+        )
     plain = lambda *operands: getattr(reference, op)(*operands, *options)
     kernel = lambda *operands: _kernel(op, options, operands)
     functions = {"default": kernel if name == "tpu" else plain}

@@ -22,7 +22,7 @@ def grouped_matmul(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows d_out"]:
-    r"""Rows that are sorted by group, each times the matrix of its group: $y_r = x_r W_{g(r)} + b_{g(r)}$.
+    r"""Multiply rows, sorted by group, by the matrix of their group: $y_r = x_r W_{g(r)} + b_{g(r)}$.
 
     The experts of a layer without a capacity are such groups. Sums are float32. Differentiable in ``x``, ``weight`` and ``bias``.
 
@@ -31,7 +31,7 @@ def grouped_matmul(
         weight: One matrix per group, in the dtype of ``x``.
         sizes: Number of rows of each group. Rows after the last group give zeros.
         bias: Added to each row; None adds nothing.
-        implementation: "reference" (a masked product, with the number of groups times the work), "buffers" (a batched product,
+        implementation: "reference" (a masked product, whose work is multiplied by the number of groups), "buffers" (a batched product,
             and a loop over rows that do not fit), "ragged_dot" (``jax.lax.ragged_dot``, which is a kernel on TPUs and a
             masked product elsewhere), or None: "ragged_dot" in programs for TPUs, otherwise "buffers".
 

@@ -43,7 +43,7 @@ def kl_divergence(
         weights: float32 weight of each token; None gives every token the weight 1.
         bias: Bias of the student's logits.
         teacher_bias: Bias of the teacher's logits.
-        temperature: What logits are divided by, $\tau$. Gradients shrink with its square, which distillation makes up for.
+        temperature: Divisor of the logits, $\tau$. Gradients shrink with $1 / \tau^2$; distillation multiplies the sum by $\tau^2$.
         implementation: "reference" (whole logits), "chunked" (one chunk of tokens at a time), or None: "chunked".
 
     Returns:

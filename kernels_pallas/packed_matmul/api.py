@@ -60,7 +60,7 @@ def packed_matmul(
     check_operands(x, weight, scale, zero, bias, bits)
     if implementation is not None and (reason := why_not(implementation, x, weight, scale, bits)):
         raise dispatch.Unsupported(
-            f"packed_matmul: implementation={implementation!r} cannot serve: {reason}."
+            f"packed_matmul: implementation={implementation!r} is not supported here: {reason}."
         )
     functions = {"default": _function(implementation or "reference")}
     if implementation is None and why_not("tpu", x, weight, scale, bits) is None:

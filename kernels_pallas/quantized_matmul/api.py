@@ -31,7 +31,7 @@ def quantized_matmul(
         s_t = \frac{1}{127} \max_i |x_{ti}|, \quad q_{ti} = \mathrm{round}(x_{ti} / s_t)$$
 
     with the codes $c$ and scales $w$ of the weight. Sums are exact, in 32 bits; what follows is float32. With
-    ``code_sums`` the codes of a row range from its least to its greatest number, and 0 stands for a number $z_t$:
+    ``code_sums``, the codes of a row cover the range from its smallest to its largest number, and code 0 represents $z_t$:
 
     $$y_{to} = \mathrm{act}\Big(w_o \big(s_t \sum_i q_{ti} \, c_{oi} + z_t \sum_i c_{oi}\big) + b_o\Big), \qquad
         s_t = \frac{\max_i x_{ti} - \min_i x_{ti}}{255}, \quad z_t = s_t \, \big(\mathrm{round}(\min_i x_{ti} / s_t) + 128\big), \quad
@@ -71,7 +71,7 @@ def quantized_matmul(
     check_operands(x, weight, scale, bias, code_sums, bits)
     if implementation is not None and (reason := why_not(implementation, x, weight, bits)):
         raise dispatch.Unsupported(
-            f"quantized_matmul: implementation={implementation!r} cannot serve: {reason}."
+            f"quantized_matmul: implementation={implementation!r} is not supported here: {reason}."
         )
     functions = {"default": _function(implementation or "reference")}
     if implementation is None and why_not("tpu", x, weight, bits) is None:
@@ -99,7 +99,9 @@ def check_operands(x: Any, weight: Any, scale: Any, bias: Any, code_sums: Any, b
         if value is not None and tuple(value.shape) != (d_out,):
             raise ValueError(f"{name} must have the shape ({d_out},), got {value.shape}")
     if d_in * STEPS * 128 >= 2**31:
-        raise ValueError(f"the sum of {d_in} products of codes may overflow 32 bits")
+        raise ValueError(
+            f"x must have at most {(2**31 - 1) // (STEPS * 128)} inputs, got {d_in}: the sum of more products of codes may overflow 32 bits"
+        )
 
 
 def why_not(name: str, x: Any, weight: Any, bits: int) -> str | None:

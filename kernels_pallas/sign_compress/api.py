@@ -21,7 +21,7 @@ def compress(
 ) -> tuple[UInt8[Array, "servers bytes"], Float[Array, "servers 8 bytes"], Float[Array, ""]]:
     r"""Add the compression error of the previous step to ``x``, and return the signs of the sum as bits.
 
-    With $c$ the sum of last time and $s$ the scale that went with its signs, the error is
+    With $c$ the previous sum and $s$ the scale that was sent with its signs, the error is
     $e = c - s \, \mathrm{sg}(c)$, and
 
     $$c' = x + e, \qquad b = \mathrm{sg}(c') , \qquad \mathrm{sg}(0) = +1$$
@@ -125,7 +125,7 @@ def _run(op: str, implementation: str | None, call: Any, operands: Any) -> Any:
     workers, width = operands[0].shape[0], operands[0].shape[-1]
     if implementation is not None and (reason := why_not(implementation, workers, width)):
         raise dispatch.Unsupported(
-            f"{op}: implementation={implementation!r} cannot serve: {reason}."
+            f"{op}: implementation={implementation!r} is not supported here: {reason}."
         )
     functions = {"default": call(_module(implementation or "reference"))}
     if implementation is None and why_not("tpu", workers, width) is None:

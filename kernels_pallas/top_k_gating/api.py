@@ -67,7 +67,7 @@ def top_k_gating(
     check_operands(logits, k, used)
     if implementation is not None and (reason := why_not(implementation, logits)):
         raise dispatch.Unsupported(
-            f"top_k_gating: implementation={implementation!r} cannot serve: {reason}."
+            f"top_k_gating: implementation={implementation!r} is not supported here: {reason}."
         )
     options = {"k": k, "normalize": normalize}
     functions = {"default": functools.partial(_function(implementation or "reference"), **options)}

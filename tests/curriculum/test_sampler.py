@@ -532,7 +532,7 @@ def test_misspelled_types(field, value, hint):
 def test_rows_outside_are_refused():
     rows = curriculum_rows(range(60), difficulties(), batch_size=8, num_steps=2)
     for index in (-1, 16):
-        with pytest.raises(IndexError, match=f"row {index} of 16"):
+        with pytest.raises(IndexError, match=f"row must be from 0 to 15, got {index}"):
             rows._source[index]
 
 

@@ -105,6 +105,6 @@ def test_bad_arguments_are_refused(make_store):
         PackedTokens(store, 0)
     with pytest.raises(ValueError, match=r"pad_id must be from 0 to .*got 1000"):
         PackedTokens(store, 2, pad_id=1000)
-    with pytest.raises(IndexError, match="row 1 of 1"):
+    with pytest.raises(IndexError, match="row must be from 0 to 0, got 1"):
         PackedTokens(store, 2)[1]
     assert len(PackedTokens(make_store([]), 2, drop_remainder=False)) == 0

@@ -203,7 +203,7 @@ def test_a_name_that_cannot_serve_says_why(name):
     run = lambda which: jax.eval_shape(
         lambda operands: call(shape, operands, implementation=which), shape.abstract()
     )
-    message = rf"attention: implementation='{implementation}' cannot serve: .*{reason}"
+    message = rf"attention: implementation='{implementation}' is not supported here: .*{reason}"
     with pytest.raises(Unsupported, match=message):
         run(implementation)
     assert run(None).shape == shape.abstract().query.shape

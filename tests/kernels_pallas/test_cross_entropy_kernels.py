@@ -147,6 +147,6 @@ def test_a_named_kernel_that_cannot_serve_says_why():
         weight,
         labels,
     )
-    with pytest.raises(Unsupported, match="'tpu' cannot serve: d=131072 in bfloat16"):
+    with pytest.raises(Unsupported, match="'tpu' is not supported here: d=131072 in bfloat16"):
         loss("tpu")
     assert loss(None).shape == ()

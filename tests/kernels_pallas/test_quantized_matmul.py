@@ -160,7 +160,7 @@ def test_a_named_kernel_that_cannot_serve_says_why():
     call = lambda shape, name: jax.eval_shape(
         functools.partial(quantized_matmul, bits=shape.bits, implementation=name), *shape.abstract()
     )
-    with pytest.raises(Unsupported, match="'tpu' cannot serve: d_in=65536 leaves no room"):
+    with pytest.raises(Unsupported, match="'tpu' is not supported here: d_in=65536 leaves no room"):
         call(wide, "tpu")
     assert call(wide, None).shape == (8, 16)
     with pytest.raises(Unsupported, match="weights have 4 bits, and the kernel supports 8"):

@@ -164,12 +164,12 @@ def test_a_name_is_taken_at_its_word():
 
 def test_a_named_kernel_that_cannot_serve_says_why():
     many = Shape(name="many", workers=1024, bytes=16, size=1)
-    with pytest.raises(Unsupported, match="'tpu' cannot serve: a tile of 1024 workers"):
+    with pytest.raises(Unsupported, match="'tpu' is not supported here: a tile of 1024 workers"):
         jax.eval_shape(
             functools.partial(sign_compress.compress, size=1, implementation="tpu"),
             *many.abstract()[0],
         )
-    with pytest.raises(Unsupported, match="'gpu' cannot serve: rows have 1300 bytes"):
+    with pytest.raises(Unsupported, match="'gpu' is not supported here: rows have 1300 bytes"):
         lowered_for("cuda", "edges", implementation="gpu")
     with pytest.raises(
         Unsupported, match="rows have 4 bytes of signs, and the kernel needs at least 512"

@@ -128,7 +128,7 @@ def test_names_that_cannot_serve(tiny):
         shape(splash("llama"), ids[:, :96])
     dropping = gpt2(num_layers=2, d_model=24, num_heads=4, vocab_size=37, attention_dropout=0.1)
     with pytest.raises(
-        Unsupported, match=r"'splash' cannot serve: the kernels have no dropout .* is 0\.1"
+        Unsupported, match=r"'splash' is not supported here: the kernels have no dropout .* is 0\.1"
     ):
         shape(splash(dropping), ids, key=jax.random.key(0))
     assert shape(splash(dropping), ids).shape == (2, SEQ, 37)

@@ -61,7 +61,7 @@ def variance_metrics(opt_state: Any) -> dict[str, jax.Array]:
 
     $$\text{variance\_norm} = \sum_i \sqrt{v_i}, \qquad \text{variance\_max} = \max_i \sqrt{v_i}$$
 
-    The norm is the $\ell_1$ norm of $\sqrt v$, in which single large values weigh less than in others. They
+    The norm is the $\ell_1$ norm of $\sqrt v$, in which single large values weigh less than in other norms. They
     are what Megatron-DeepSpeed logs as ``variance_sqrt_l1`` and ``variance_sqrt_abs_max``.
 
     Args:

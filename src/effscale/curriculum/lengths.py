@@ -155,11 +155,11 @@ def reshape(
 ) -> dict[str, Any]:
     r"""Cut each row into pieces of ``length`` tokens, so that a step has about the same number of tokens as at full length.
 
-    With its last label a row is $W$ tokens, and a piece takes $c = \text{length} + 1$ of them, the last one
-    as a label only. First come the $\lfloor W/c \rfloor$ pieces from each row's start, row by row; then, of each
-    row, its last $c$ tokens, which overlap with them; of all these the first
-    $\lceil \text{rows} \cdot W/c \rceil$, rounded down to a multiple of ``rows_multiple_of``. So the number of rows
-    depends on shapes only. At the full length the batch passes as it is.
+    A row has $W$ tokens including its last label. A piece takes $c = \text{length} + 1$ of them, the last one only as a
+    label. Each row is cut from its start into $\lfloor W/c \rfloor$ pieces, row by row. After these come the last $c$ tokens
+    of each row, which overlap with its other pieces. The batch keeps the first $\lceil \text{rows} \cdot W/c \rceil$ of all
+    pieces, rounded down to a multiple of ``rows_multiple_of``, so its number of rows depends only on shapes. At the full
+    length, the batch is returned unchanged.
 
     To the model a piece is like a packed row: ``positions`` start at 0, even for a document that started earlier.
     ``segment_ids``, ``loss_weights`` and other arrays of shape ``(rows, seq)`` are those of its tokens. Arrays with
@@ -179,7 +179,7 @@ def reshape(
 
     Example:
         >>> batch = {"input_ids": np.arange(9)[None], "labels": np.arange(1, 10)[None]}
-        >>> reshape(batch, 3, rows_multiple_of=1)["input_ids"].tolist()  # 10 tokens, 4 a piece
+        >>> reshape(batch, 3, rows_multiple_of=1)["input_ids"].tolist()  # 10 tokens, 4 per piece
         [[0, 1, 2], [4, 5, 6], [6, 7, 8]]
 
     References:

@@ -15,12 +15,12 @@ from effscale.data.seeds import check_seed
 class LossDrivenBatches(grain.IterDataset):
     r"""Batches from the easiest samples first, then from a growing pool as the model becomes competent.
 
-    The competence is how much of the way from the first loss $L_1$ to a target the running mean $\bar L$ of the
-    losses has gone, and the pool is that many percentiles of the ranking:
+    The competence $c$ is the fraction of the way from the first loss $L_1$ to a target loss that the running mean $\bar L$
+    of the losses has covered. The pool is the first $d$ of $d_1$ equal parts of the ranking, starting with $d_0$ parts:
 
     $$d = d_0 + \lfloor c \, (d_1 - d_0) \rfloor, \quad c = \frac{L_1 - \bar L}{L_1 - L_\text{target}}$$
 
-    with $c$ between 0 and 1. It never shrinks: harder samples may raise the loss again. Within the pool the order is
+    with $c$ clipped to 0 and 1. The pool never shrinks, even if harder samples raise the loss again. Within the pool the order is
     that of ``effscale.curriculum.curriculum_rows``. If the model does not reach the target, the hardest samples are never
     used. So choose a target that it surely reaches, and watch the iterator's ``difficulty`` during training.
 

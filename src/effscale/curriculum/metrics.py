@@ -94,7 +94,7 @@ def _check_ids(ids: np.ndarray, real: np.ndarray, size: int, what: str) -> None:
 
 
 class TokenCounts:
-    """Counts how often each token occurs in a batch; `count_vocabulary` adds up these counts.
+    """A function that counts how often each token occurs in a batch; `count_vocabulary` adds up these counts.
 
     Rows for next-token prediction count all their ``length + 1`` tokens.
 
@@ -166,7 +166,7 @@ class VocabularyRarity:
 
 
 class LengthThenRarity:
-    r"""Order by `sequence_length`, and rows of the same length by `VocabularyRarity`.
+    r"""A metric that orders rows by ``sequence_length``, and rows of the same length by ``VocabularyRarity``.
 
     $$\text{length} \cdot 10^{\lceil \log_{10}(L \max_k(-\ln p_k)) \rceil + 1} + r(x)$$
 

@@ -108,7 +108,7 @@ class CurriculumRows:
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of {self._length}")
+            raise IndexError(f"row must be from 0 to {self._length - 1}, got {index}")
         batch, place = divmod(int(index), self._batch_size)
         samples = self._batches.get(batch)
         if samples is None:

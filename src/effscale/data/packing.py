@@ -63,7 +63,7 @@ class PackedTokens:
     def __getitem__(self, index: int) -> Row:
         row = operator.index(index)
         if not 0 <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows}")
+            raise IndexError(f"row must be from 0 to {self._rows - 1}, got {row}")
         start = row * self.length
         stop = min(start + self.length, self.store.num_tokens - 1)
         window = self.store.tokens[start : stop + 1].astype(np.int32)

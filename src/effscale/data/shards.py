@@ -143,7 +143,7 @@ class PackedShards:
     def __getitem__(self, index: int) -> Row:
         row = operator.index(index)
         if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+            raise IndexError(f"row must be from 0 to {len(self) - 1}, got {row}")
         part = bisect.bisect_right(self._ends, row)
         return self.parts[part][row - (self._ends[part - 1] if part else 0)]
 

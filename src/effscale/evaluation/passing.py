@@ -4,7 +4,9 @@ import math
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    r"""The chance that at least one of k programs passes, estimated without bias from more of them: $1 - \binom{n - c}{k} / \binom{n}{k}$.
+    r"""Return an unbiased estimate of pass@k: the probability that at least one of k programs passes.
+
+    $$\text{pass@}k = 1 - \binom{n - c}{k} / \binom{n}{k}$$
 
     Args:
         samples: The number n of programs drawn for a problem.

@@ -19,11 +19,14 @@ def checked_prompt(
     """Return the prompt as an array, or raise an error about the prompt, the ids in the config, or the model."""
     inputs = model.config.inputs
     if not (model.config.causal and "lm" in model.heads and isinstance(inputs, TokenInputs)):
-        raise ValueError("model must be causal with a head named 'lm'")
+        raise ValueError(
+            f"model must be causal with a head named 'lm', got causal={model.config.causal} and the heads {list(model.heads)}"
+        )
     ids = integers(prompt)
     if ids is None:
         raise ValueError(
-            "prompt must be an array of integers of shape (batch, seq). Use left_pad to make one from lists of different lengths"
+            f"prompt must be an array of integers of shape (batch, seq), got {prompt!r:.80}. "
+            "Use left_pad to make one from lists of different lengths"
         )
     if ids.ndim != 2 or ids.size == 0:
         raise ValueError(

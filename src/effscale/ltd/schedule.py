@@ -44,7 +44,7 @@ def mslg(
 
     $$r_t = \min(\lfloor t/R \, (r_{max} - r_{min}) + r_{min} \rfloor_g, r_{max})$$
 
-    rounded down to a multiple of $g$, but never below the smallest, and exactly the greatest from $t = R$ on.
+    rounded down to a multiple of $g$, but never below $r_{min}$, and exactly $r_{max}$ from $t = R$ on.
     Step ``b`` (from 0) takes $r_b$. The names are DeepSpeed's.
 
     Args:

@@ -151,7 +151,7 @@ class Attention(nnx.Module):
             return blocks(query, keys, values)
         if reason is not None:
             raise Unsupported(
-                f"attention_implementation={self.implementation!r} cannot serve: {reason}. Use None or 'blocks'"
+                f"attention_implementation={self.implementation!r} is not supported here: {reason}. Use None or 'blocks'"
             )
         return attention(
             query,

@@ -93,6 +93,7 @@ def gpt2(
 
     References:
         Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+            https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
         Brown et al., "Language Models are Few-Shot Learners" (2020). https://arxiv.org/abs/2005.14165
 
     Example:

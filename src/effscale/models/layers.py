@@ -19,15 +19,15 @@ Axes = tuple[str | None, ...]
 
 
 class Dense(nnx.Module):
-    """``y = x W + b`` for any weight ``W`` of shape ``(d_in, d_out)``.
+    """A dense layer: ``y = x W + b`` for any weight ``W`` of shape ``(d_in, d_out)``.
 
     Args:
         d_in: Width of the input.
         d_out: Width of the output.
-            bias: Whether to add ``b``.
-            std: Standard deviation of the initial ``W``.
-            axes: Logical names of the two dimensions of ``W``.
-            rngs: Random streams for the initial values.
+        rngs: Random streams for the initial values.
+        bias: Whether to add ``b``.
+        std: Standard deviation of the initial ``W``.
+        axes: Logical names of the two dimensions of ``W``.
 
     Example:
         >>> import jax.numpy as jnp

@@ -21,7 +21,7 @@ class MLPConfig:
     d_ff: int
     """Inner width."""
     activation: Activation = "gelu_tanh"
-    """Activation function; the four tanh variants of GELU differ as published models do."""
+    """Activation function. The tanh variants of GELU differ only in the rounding of a constant, as published models do."""
     gated: bool = False
     """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
     bias: bool = True

@@ -13,7 +13,7 @@ Frequencies = Float[np.ndarray, "pairs"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Divide positions by ``factor`` (position interpolation).
+    """Position interpolation: divide positions by ``factor``.
 
     References:
         Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation" (2023).

@@ -20,7 +20,10 @@ def load_balance(
     $$L = E \sum_e f_e P_e$$
 
     with $f_e$ the share of all choices that fell on expert e and $P_e$ its mean probability. Choices count before any is
-    dropped; gradients flow through $P$ alone.
+    dropped; gradients flow only through $P$.
+
+    transformers instead sums $f$ over the k choices, which makes the loss k times as large, and counts the tokens of all layers
+    together.
 
     Args:
         probs: The probabilities of the experts, float32.
@@ -28,8 +31,7 @@ def load_balance(
         used: False at padding, which does not count.
 
     References:
-        Fedus et al., "Switch Transformers" (2021), equation 4. transformers instead sums $f$ over the k choices, which makes it k
-            times as large, and counts the tokens of all layers together. https://arxiv.org/abs/2101.03961
+        Fedus et al., "Switch Transformers" (2021), equation 4. https://arxiv.org/abs/2101.03961
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,7 +46,7 @@ def load_balance(
 def z_loss(
     logits: Float[Array, "tokens experts"], used: Bool[Array, "tokens"] | None = None
 ) -> Float[Array, ""]:
-    r"""The mean of $(\log \sum_e e^{l_e})^2$, which keeps a router's logits small.
+    r"""Return the router's z-loss, the mean of $(\log \sum_e e^{l_e})^2$, which keeps its logits small.
 
     References:
         Zoph et al., "ST-MoE" (2022), equation 5; its coefficient is 0.001. https://arxiv.org/abs/2202.08906

@@ -57,6 +57,7 @@ def load_megatron_moe(
 
     References:
         Megatron-DeepSpeed, ``megatron/model`` and ``megatron/checkpointing.py``.
+            https://github.com/deepspeedai/Megatron-DeepSpeed
 
     Example:
         >>> import tempfile

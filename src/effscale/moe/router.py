@@ -37,7 +37,7 @@ class RouterConfig:
     """The number of experts per token; the mean number if experts choose."""
     chosen_by: Literal["tokens", "experts"] = "tokens"
     """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room
-    (``effscale.moe.expert_choice``). The latter keeps the load even without a loss, but looks at all tokens of a group
+    (``effscale.moe.expert_choice``). The latter needs no loss to keep the load even, but looks at all tokens of a group
     together: it is not for causal models and cannot be decoded."""
     capacity_factor: float | None = 1.0
     """The capacity of each expert in training, as a multiple of its share of the choices. Choices beyond it are

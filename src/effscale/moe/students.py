@@ -46,7 +46,7 @@ def mixture_of_students_loss(
             is only that loss.
         key: The key in training.
         teacher: Any causal model with the same vocabulary.
-        alpha: The weight of the divergence.
+        alpha: The weight of the divergence, which is also multiplied by ``temperature**2``, so that its gradient does not shrink.
         temperature: The temperature, by which the logits of both models are divided.
 
     Returns:

@@ -9,7 +9,9 @@ from effscale.training.metrics import Values, plain
 
 
 def effective_experts(load: Sequence[float]) -> float:
-    r"""How many experts a load is worth: $e^{H}$, with its entropy $H$; all of them if it is even, 1 if one has everything.
+    r"""Return the number of evenly loaded experts that a load is equivalent to: $e^{H}$, with its entropy $H$.
+
+    This is the number of all experts if the load is even, and 1 if a single expert gets everything.
 
     Args:
         load: The share of choices of each expert.

@@ -75,7 +75,7 @@ class MeanOverWorkersState(NamedTuple):
 
     Attributes:
         sent: The bytes that each worker's device sent in the last update, by formula, float32.
-        axis: An empty node that tells `effscale.parallel.worker_params` the axis.
+        axis: An empty node that names the axis for ``effscale.parallel.worker_params``.
     """
 
     sent: Any
@@ -83,11 +83,15 @@ class MeanOverWorkersState(NamedTuple):
 
 
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
-    """Return the uncompressed mean over workers, as the first transformation of any optimizer in ``effscale.parallel.per_worker``.
+    """Average gradients over workers without compression: the first transformation of any optimizer in ``effscale.parallel.per_worker``.
 
     The gradients are sent in their own type; on CPU in float32 if their type is narrower.
 
-    >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
+    Args:
+        axis_name: The mesh axis of the workers.
+
+    Example:
+        >>> adam = optax.chain(mean_over_workers("data"), optax.adam(1e-3))
     """
     check_axis(axis_name)
 

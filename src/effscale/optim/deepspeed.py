@@ -50,8 +50,8 @@ def optimizer_from_deepspeed(
         The optimizer.
 
     Raises:
-        ValueError: A key is unknown or missing, a value is out of range, or an option is one that DeepSpeed does not
-            support either.
+        ValueError: A key is unknown or missing, a value is out of range, or an option is set that DeepSpeed's
+            1-bit optimizers do not support either.
 
     Example:
         >>> optimizer = optimizer_from_deepspeed({"gradient_clipping": 1.0, "optimizer": {

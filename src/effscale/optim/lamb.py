@@ -87,18 +87,19 @@ def lamb(
         c = \mathrm{clip}(\lVert p \rVert / \lVert u \rVert, c_{\min}, c_{\max}), \qquad p \leftarrow p - \gamma c \, u$$
 
     with one coefficient for each layer, and c = 1 where either norm is zero. Unlike ``optax.lamb``, it has no bias correction and
-    bounds the coefficient. Without weight decay and within the bounds the correction would change nothing: it multiplies
-    $u$ by one number, and c divides by it. There is no ``scale_by_lamb``, as the norm counts the weight decay in.
+    bounds the coefficient. Without weight decay and within the bounds, the correction would change nothing: it multiplies
+    $u$ by one number, and c divides by it. LAMB cannot be split into a ``scale_by_lamb`` and a separate weight decay,
+    because the norm of $u$ includes the weight decay.
 
     Args:
         learning_rate: A number or a schedule.
         b1: The decay rate of the momentum.
         b2: The decay rate of the variance.
         eps: Number added to the root of the variance.
-        weight_decay: $\lambda$; it counts in the norm of the update.
+        weight_decay: $\lambda$; the norm of the update includes it.
         mask: The parameters that decay.
-        max_coeff: The greatest coefficient.
-        min_coeff: The least coefficient.
+        max_coeff: The upper bound of the coefficient.
+        min_coeff: The lower bound of the coefficient.
         stacked: The number of leading dimensions that stack layers, each of which has a coefficient; see `Stacked`.
         mu_dtype: The type in which the momentum is stored; None means at least float32.
 

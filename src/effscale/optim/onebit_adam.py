@@ -106,7 +106,7 @@ def scale_by_onebit_adam(
             where the gradient is always zero after the warm-up, as one bit cannot represent zero. (Where the gradient was
             zero in the warm-up too, for instance for positions that no row reaches, the variance is zero, and the
             momentum is set to zero without a mask.)
-        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``; None disables clipping.
         workers: The workers to average over, such as ``Workers("data")``. None trains on one worker, with the same two stages but
             no communication or compression.
 
@@ -215,7 +215,7 @@ def onebit_adam(
         bias_correction: Whether to correct the moments for their start at zero, as in Adam.
         mu_dtype: The type in which the momentum is stored; None means at least float32.
         exp_avg_mask: As in `scale_by_onebit_adam`.
-        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is.
+        clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``.
         workers: The workers to average over, such as ``Workers("data")``. None trains on one worker; in a step of
             ``effscale.parallel.per_worker`` it raises an error.
         skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite, before it

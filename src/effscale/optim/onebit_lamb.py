@@ -94,9 +94,12 @@ def onebit_lamb(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Create 1-bit LAMB.
 
-    The warm-up is `effscale.optim.lamb`, of the mean gradient, and follows each layer's coefficient,
-    $\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c$ (not where a norm is zero; a layer where one always was has 1). After it, with
-    $a = \bar z / z$ of the layers' root mean squares z of the momentum at the end of the warm-up:
+    The warm-up is ``effscale.optim.lamb`` on the mean gradient. It also keeps a moving average of each layer's coefficient:
+    $\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c$. Steps in which a norm is zero do not count, and $\bar c$ is 1 for a
+    layer without any step that counts.
+
+    After the warm-up, the momentum of each layer is multiplied by $a = \bar z / z$ for the exchange. z is the root mean square
+    of the layer's momentum at the end of the warm-up, and $\bar z$ is its mean over layers:
 
     $$
     \begin{aligned}
@@ -107,11 +110,11 @@ def onebit_lamb(
     \end{aligned}
     $$
 
-    With weight decay r becomes $r \rho + 1 - \rho$, $\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)$ of
-    the update without and with it. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
-    its last value. The product of coefficient and factor is not clipped. There is no bias correction, which a coefficient
-    within its bounds would cancel (see ``effscale.optim.lamb``). There is no ``scale_by_onebit_lamb``, as coefficient and factor
-    depend on the weight decay.
+    With weight decay, r becomes $r \rho + 1 - \rho$ with $\rho = \min(1, \lVert u_0 \rVert / \lVert u \rVert)$, where $u_0$
+    is the update without weight decay. Then r is clipped to [factor_min, factor_max], and to within ``factor_threshold`` of
+    its last value. The product of coefficient and factor is not clipped. Moments are not corrected for bias, because a
+    coefficient within its bounds would cancel the correction (see ``effscale.optim.lamb``). 1-bit LAMB cannot be split into a
+    ``scale_by_onebit_lamb`` and a separate weight decay, because coefficient and factor depend on the weight decay.
 
     Args:
         learning_rate: A number or a schedule.
@@ -121,17 +124,17 @@ def onebit_lamb(
         weight_decay: $\lambda$.
         mask: The parameters that decay.
         freeze_step: The number of warm-up updates.
-        max_coeff: The greatest coefficient of the warm-up.
-        min_coeff: The least coefficient of the warm-up.
+        max_coeff: The upper bound of the coefficient in the warm-up.
+        min_coeff: The lower bound of the coefficient in the warm-up.
         coeff_beta: $\beta_c$; the warm-up should have more than 1 / (1 - coeff_beta) steps.
-        factor_max: The greatest factor. It depends on the one element of a layer whose fresh variance decreased most, so with a
+        factor_max: The upper bound of the factor, which depends on the one element of a layer whose fresh variance decreased most, so with a
             ``b2`` well below 0.999 it keeps growing; use 1 in this case.
-        factor_min: The least factor.
-        factor_threshold: The greatest relative change of the factor in a step.
+        factor_min: The lower bound of the factor.
+        factor_threshold: The maximum relative change of the factor in a step.
         variance_ratio: Ends the warm-up earlier, once the variance has settled.
         mu_dtype: As in ``effscale.optim.scale_by_onebit_adam``.
         exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
-        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``; None disables clipping.
         stacked: The number of leading dimensions that stack layers; see `Stacked`.
         workers: The workers to average over, such as ``Workers("data")``, by default with one scale for the whole tree, as in the
             paper. None trains on one worker; in a step of ``effscale.parallel.per_worker`` it raises an error.

@@ -39,7 +39,7 @@ NEVER = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitSchedule:
-    """How many bits weights are rounded to at each step.
+    """The number of bits that weights are rounded to at each step.
 
     The k-th bit is dropped after ``period * 2**(k - 1)`` optimizer steps, as in DeepSpeed's MoQ.
 
@@ -119,8 +119,9 @@ class BitSchedule:
 def fake_quantize_at(
     x: Float[Array, "*shape"], format: Format, schedule: BitSchedule, step: Any
 ) -> Float[Array, "*shape"]:
-    """Fake-quantize a kernel with the number of bits that a schedule has at a step; see
-    ``effscale.quant.fake_quantize``.
+    """Fake-quantize a kernel with the number of bits that a schedule has at a step.
+
+    See ``effscale.quant.fake_quantize`` for rounding and gradients.
 
     The number of bits is data and not part of the compiled program, so it can change without recompilation.
 

@@ -91,8 +91,9 @@ class LayerMap:
 
     @classmethod
     def even(cls, student: int, teacher: int) -> "LayerMap":
-        """Return an evenly spaced map between a student and a teacher with these numbers of layers; one to one if
-        they are equally deep.
+        """Return an evenly spaced map between a student and a teacher with these numbers of layers.
+
+        If they are equally deep, the map is one to one.
 
         Raises:
             ValueError: The student's number does not divide the teacher's.

@@ -76,8 +76,9 @@ class FakeQuantizedWeight:
         return rounded.mT if self.is_table else rounded
 
     def take(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows width"]:
-        """Return rounded rows of the matrix. If each row of a table has separate scales, only the requested rows are
-        rounded.
+        """Return rounded rows of the matrix.
+
+        If each row of a table has separate scales, only the requested rows are rounded.
         """
         if not self.is_table or self.format.granularity not in ("channel", "group"):
             return jax.numpy.take(self.dense(), indices, axis=0, mode="clip")

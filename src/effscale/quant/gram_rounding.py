@@ -7,7 +7,7 @@ $$e = (W_i - \mathrm{quant}(W_i)) / U_{ii}, \qquad W_{j} \leftarrow W_{j} - U_{i
 
 References:
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022),
-    algorithm 1. https://arxiv.org/abs/2210.17323
+        algorithm 1. https://arxiv.org/abs/2210.17323
 """
 
 import jax

@@ -39,8 +39,7 @@ def captured(model: Transformer, batch: Mapping[str, Any], **options: Any) -> tu
 def input_grams(
     model: Transformer, batches: Iterable[Mapping[str, Any]], *, normalize: bool = False
 ) -> dict[str, Float[Array, "d_in d_in"]]:
-    """Compute the Gram matrices of the inputs of every dense layer, for ``gptq`` and for ``quantize_model(...,
-    grams=)``.
+    """Compute the Gram matrices of the inputs of every dense layer, for ``gptq`` and ``quantize_model(grams=)``.
 
     Each matrix takes the square of the layer's input width in memory, in float32.
 

@@ -96,8 +96,7 @@ def quantize_model(
     grams: Mapping[str, Float[Array, "d_in d_in"]] | None = None,
     ranges: Mapping[str, InputRange] | None = None,
 ) -> Model:
-    """Return a model whose weights are packed according to a recipe, and which computes with the packed weights
-    directly.
+    """Return a model whose weights are packed according to a recipe, and that computes directly with them.
 
     If the model was trained after ``fake_quantize_model``, its latent weights are packed; if it comes from
     ``prune_model``, its masked weights and biases.
@@ -202,8 +201,7 @@ def _with_input_scale(
 
 
 def fake_quantize_model(model: Model, recipe: Recipe) -> Model:
-    """Return a model that computes like ``quantize_model`` of the same recipe, with float weights that can be
-    trained.
+    """Return a trainable model in float weights that computes like ``quantize_model`` with the same recipe.
 
     If the model is already fake-quantized, weights that a rule matches get the formats of this recipe and keep their
     latent weights. Pruned weights stay pruned: they are masked first and then rounded.
@@ -264,10 +262,9 @@ def dequantize_model(model: Model) -> Model:
 
 
 def w8a8() -> Recipe:
-    """Return ZeroQuant's W8A8: layer weights in 8 bits with one scale per output, inputs in 8 bits per token,
-    asymmetric.
+    """Return ZeroQuant's W8A8: layer weights in 8 bits, inputs in asymmetric 8 bits.
 
-    Symmetric codes lose much precision for inputs of mostly one sign, such as after GELU, and for the inputs of first
+    Weights have one scale per output; inputs have a scale and a zero point per token. Symmetric codes lose much precision for inputs of mostly one sign, such as after GELU, and for the inputs of first
     tokens, which have a few very large values. On SmolLM2 symmetric codes cost more than twice as much (see the
     experiment ``zeroquant``).
     """

@@ -129,8 +129,7 @@ def make_group_experience(
     stop_ids: Sequence[int] = (),
     config: GroupConfig = GroupConfig(),
 ) -> tuple[Experience, dict[str, Float[Array, ""]]]:
-    """Compute the advantages of responses relative to the others for the same prompt, as in GRPO and RLOO; needs no
-    critic.
+    """Compute the advantages of responses relative to the others for the same prompt, as in GRPO and RLOO, without a critic.
 
     Args:
         drawn: As in ``make_experience``; responses to the same prompt are adjacent.

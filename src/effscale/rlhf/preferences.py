@@ -42,8 +42,9 @@ def token_pairwise_loss(
     rejected: Float[Array, "pairs length"],
     where: Bool[Array, "pairs length"],
 ) -> Float[Array, ""]:
-    r"""Compute the loss of a reward model from the scores after each token, as in DeepSpeed-Chat: the mean of $-\log \sigma(c_t - r_t)$ for
-    each pair.
+    r"""Compute the loss of a reward model from the scores after each token, as in DeepSpeed-Chat.
+
+    It is the mean of $-\log \sigma(c_t - r_t)$ over the positions that count, computed for each pair and averaged over pairs.
 
     Args:
         chosen: A score after each token of the preferred response, prompt included.

@@ -37,8 +37,7 @@ class RolloutConfig:
 
 @functools.partial(jax.jit, static_argnames="config")
 def rollout_model(actor: Transformer, config: RolloutConfig) -> Transformer:
-    """Return the actor in its layout for generation: LoRA pairs merged, layers unstacked, and sharded for fast
-    decoding.
+    """Return the actor in its layout for generation: LoRA pairs merged, layers unstacked, weights sharded.
 
     It is a copy, made by one compiled function; drop it after generation to free the memory for training. The actor
     and the base weights of its LoRA pairs are unchanged.

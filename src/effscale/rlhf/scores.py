@@ -47,8 +47,7 @@ _score = jax.jit(
 
 
 def from_text(tokenizer: tokenizers.Tokenizer, function: TextReward) -> Reward:
-    """Return a reward from a function of text, such as a rule, a classifier, or a reward model with another
-    tokenizer.
+    """Return a reward from a function of text: a rule, a classifier, or a reward model with another tokenizer.
 
     Args:
         tokenizer: The policy's tokenizer.

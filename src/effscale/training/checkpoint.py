@@ -138,7 +138,7 @@ class Checkpoints:
 
         Args:
             step: The number of batches that ``state`` has consumed.
-            state: The training state: any pytree. Its ``skipped_in_row``, if it has one, tells whether it is saved while
+            state: The training state: any pytree. Its ``skipped_in_row``, if it has one, shows whether it is saved while
                 updates are being skipped.
             data_iterator: Any object with ``get_state`` and ``set_state``, such as a grain iterator.
             force: Whether to save regardless of ``every``.

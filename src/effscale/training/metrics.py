@@ -52,7 +52,7 @@ class MetricsWriter(Protocol):
 
 
 class JsonlWriter:
-    """Writes one JSON object per line: ``{"step": 10, "loss": 2.3}``; a metric that is an array becomes a list.
+    """A writer of JSON Lines, one object per record: ``{"step": 10, "loss": 2.3}``; a metric that is an array becomes a list.
 
     Measured times go to a second file, ``timing.jsonl`` in the same folder, so that two runs with the same numbers
     write the same bytes. A resumed run first removes records beyond the restored step, and any incomplete last line.
@@ -143,7 +143,7 @@ def _step_of(line: str) -> int | float:
 
 
 class TensorBoardWriter:
-    """Writes scalars as TensorBoard events, through tensorboardX.
+    """A writer of scalars as TensorBoard events, through tensorboardX.
 
     Each entry of a metric that is an array is a separate scalar, ``load/0``, ``load/1``, ...: a curve per expert instead of a
     histogram without their identities. TensorBoard shows them in one section.

@@ -30,7 +30,7 @@ class MirrorError(RuntimeError):
 
 
 class RunMirror:
-    """Mirrors a run folder to a store that fsspec supports, such as ``s3://`` or ``gs://``. It is a `MetricsWriter` for ``fit``.
+    """A mirror of a run folder in a store that fsspec supports, such as ``s3://`` or ``gs://``; a ``MetricsWriter`` for ``fit``.
 
     ``RunFolder.create(..., mirror=url)`` makes one with ``every=60``, which needs no writer. Use the class itself to choose when
     copies are made.
@@ -40,7 +40,7 @@ class RunMirror:
     that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next copy tries
     again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
-    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``, here and in the store; if it
+    Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``, in the folder and in the store; if it
     later finds another name there, it stops copying and raises a `MirrorError`. So if two processes resume the same run,
     the later one keeps the mirror. A folder that is older than the copy is refused.
 
@@ -94,7 +94,7 @@ class RunMirror:
             )
         if owner is not None and owner["process"] not in (known["process"], known.get("previous")):
             raise FileExistsError(
-                f"{url}: contains a later copy of this run, of process {owner['process']}. Resume from that copy, with fetch_run, "
+                f"{url}: contains a later copy of this run, written by process {owner['process']}. Resume from that copy, with fetch_run, "
                 "or choose another place."
             )
         self._name = {

@@ -81,7 +81,7 @@ class RootPacing(Pacing):
     $$d(t) = \left\lfloor (t/T)^{1/k} (d_1 - d_0) + d_0 \right\rfloor_g$$
 
     rounded down to a multiple of the granularity $g$, but never below $d_0$, and exactly $d_1$ from
-    $t = T$ on. In the original, rounding can fall below $d_0$, and a $d_1$ that is no multiple of
+    $t = T$ on. In the original, rounding can fall below $d_0$, and a $d_1$ that is not a multiple of
     $g$ is reached only after $T$; elsewhere both agree.
 
     References:

@@ -82,7 +82,7 @@ class StagedStep:
         self._buckets.wait()
 
     def close(self) -> None:
-        """Cancel compilations that have not started, and wait for the others. The exit of Python does the same."""
+        """Cancel compilations that have not started, and wait for the others. Python also does this when it exits."""
         self._buckets.close()
 
     def _prepare(self, state: Any, step: int, batch: Any, kwargs: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class NearDuplicates:
         ValueError: A field is out of range.
 
     References:
-        Broder, "On the resemblance and containment of documents" (1997).
+        Broder, "On the Resemblance and Containment of Documents" (1997). https://doi.org/10.1109/SEQUEN.1997.666900
         Lee et al., "Deduplicating Training Data Makes Language Models Better" (2022). https://arxiv.org/abs/2107.06499
 
     Example:

@@ -169,7 +169,7 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         """Return the log-probabilities of continuations, and whether greedy decoding would produce each.
 
         Raises:
-            ValueError: A continuation has no tokens of its own, or too many; or a context is empty and no start token is known.
+            ValueError: A continuation adds no token to its context, or has too many; or a context is empty and no start token is known.
         """
         for request in requests:
             if not request.args[1]:
@@ -185,8 +185,8 @@ class HarnessModel(TemplateLM):  # pyrefly: ignore[invalid-inheritance]
         for (context, continuation), _, after in requests:
             if not after:
                 raise ValueError(
-                    f"{continuation!r:.80} has no token of its own after {context!r:.80}, as "
-                    "the tokenizer merges the two, or it is the token that begins texts"
+                    f"{continuation!r:.80} adds no token to {context!r:.80}: the tokenizer merges the two, or the "
+                    "continuation is the token that begins texts"
                 )
             if len(after) > self.max_length:
                 raise ValueError(

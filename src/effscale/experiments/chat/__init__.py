@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal."""
+"""A conversation with a model in the terminal or on a web page."""
 
 from effscale.experiments.chat.config import PRESETS, Config
 from effscale.experiments.chat.terminal import main

@@ -51,7 +51,7 @@ class Result:
     tokens_seen: int
     """Number of training tokens, including repetitions; with a technique, those that a layer processed on average."""
     tokens_per_second: float
-    """Median training speed, in these tokens; 0 if there were too few steps to measure it."""
+    """Median training speed, counted in the same tokens; 0 if there were too few steps to measure it."""
     num_params: int
     """Number of parameters of the model."""
     num_compilations: int

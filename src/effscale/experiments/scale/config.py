@@ -69,7 +69,7 @@ class Config(OutputPart):
             check(self, min(getattr(self, name)) >= 1, name, "at least 1")
         for name, kinds in (("remat", Remat), ("technique", Technique), ("decode", Weights)):
             known = set(getattr(self, name)) <= set(get_args(kinds))
-            check(self, known, name, f"of {get_args(kinds)}")
+            check(self, known, name, f"names from {get_args(kinds)}")
         check(self, 0 < self.tokens < math.inf, "tokens", "above 0")
         bandwidth = self.data_bandwidth
         check(self, bandwidth is None or bandwidth > 0, "data_bandwidth", "above 0")

@@ -71,7 +71,7 @@ def run(config: Config) -> Result:
         reasons = "\n".join(f"{name}: {words}" for name, words in refused.items())
         release(folder)
         raise ValueError(
-            f"no case fits into a chip of {config.topology}. Use more accumulate, tensor or chips\n{reasons}"
+            f"no case fits into a chip of {config.topology}. Increase accumulate, tensor or the number of chips:\n{reasons}"
         )
     plain = [e for e in estimates if e.case.decode is None and e.case.technique == "none"]
     decoding = [e for e in estimates if e.case.decode is not None]

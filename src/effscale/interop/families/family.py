@@ -40,7 +40,7 @@ class Family:
         in_memory: Modules of the table that have another name in memory, from transformers 5 on, and that name.
         aliases: Substitutions (pattern, replacement) from the names in old files to the table's.
         find_heads: Returns the heads, from ``config.json`` and the tensors by their canonical names.
-        architecture: Returns the class in transformers that has these heads; raises a ValueError if there is none.
+        architecture: Returns the class in transformers that has these heads; raises a ValueError if no class has them.
         feed_forwards: Kinds of feed-forward that its layers support.
         plain: Returns a config without parts that do not affect a model's outputs, for comparing configs. Dropout is always
             ignored.

@@ -63,9 +63,9 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
         A model with ``effscale.models.LoRA`` weights; ``model`` is not changed.
 
     Raises:
-        FolderError: A file is missing or damaged. Or the adapter is of another kind (such as DoRA), trains more than pairs
-            and whole modules (biases), has some for modules that the model lacks or with wrong shapes, or its scales cannot
-            be unified without rounding. One error lists all problems.
+        FolderError: A file is missing or damaged. Or the adapter is of another kind (such as DoRA); it contains trained biases,
+            or pairs or whole modules that the model does not have or that have other shapes; or its scales cannot be unified
+            without rounding. One error lists all problems.
         ImportError: The weights are in a ``.bin`` file and torch is not installed.
         ValueError: No family has such a model.
 

@@ -90,25 +90,24 @@ def zero_one_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Create 0/1 Adam with decoupled weight decay.
 
-    Up to ``var_freeze_step``: at the steps of the variance policy (`Policies`) gradients are averaged uncompressed and
+    Up to ``var_freeze_step``, at the steps of the variance policy (`Policies`), gradients are averaged uncompressed and
 
     $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2$$
 
-    At the other steps gradients are averaged in one bit and v does not change. DeepSpeed compresses gradients here, and
-    the paper the momentum; this follows DeepSpeed. After that, v is frozen, and each worker r makes local steps until the
+    At the other steps, gradients are averaged in one bit and v does not change. (This follows DeepSpeed; the paper compresses
+    the momentum instead.) After ``var_freeze_step``, v is frozen, and each worker r makes local steps until the
     next step of the second policy:
 
     $$m_r \leftarrow \beta_1 m_r + (1 - \beta_1) g_r, \quad u_r \leftarrow u_r + \gamma m_r, \quad
         x_r = x - u_r / (\sqrt v + \epsilon)$$
 
-    where all agree on $\bar u$, the mean of u in one bit, and set $x \leftarrow x - \bar u / (\sqrt v +
-    \epsilon)$, $m \leftarrow \bar u / \sum \gamma$, $u \leftarrow 0$. There is no ``scale_by_zero_one_adam``, as what is
-    exchanged includes the learning rate.
+    At that step, the workers exchange $\bar u$, the mean of u in one bit, and set $x \leftarrow x - \bar u / (\sqrt v +
+    \epsilon)$, $m \leftarrow \bar u / \sum \gamma$, $u \leftarrow 0$. 0/1 Adam cannot be split into a
+    ``scale_by_zero_one_adam`` and a separate learning rate, because the exchanged numbers include the learning rate.
 
     There is no bias correction by default, so the first steps are several times as long as Adam's. To replace ``optax.adam``,
-    pass ``bias_correction=True`` (``effscale.optim.onebit_adam`` has the numbers). Then the moments of the first stage are
-    corrected as in Adam, and corrected permanently when the variance is frozen: from there on they no longer contain
-    the start at zero.
+    pass ``bias_correction=True`` (``effscale.optim.onebit_adam`` has the numbers). Then the moments are corrected
+    as in Adam during the first stage. When the variance is frozen, the corrected moments replace the stored ones.
 
     The parameters x that the optimizer updates are the shared ones: between synchronizations its updates are zero, and
     evaluation and checkpoints see the last synchronized parameters. Take a worker's gradient at
@@ -133,7 +132,7 @@ def zero_one_adam(
         bias_correction: Whether to correct the moments for their start at zero.
         mu_dtype: The type in which the momentum is stored; None means at least float32.
         exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
-        clip: The maximum norm of the gradient, such as ``Clip(1.0)``, and whose norm it is; None disables clipping.
+        clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``; None disables clipping.
         workers: The workers to average over, such as ``Workers("data")``. None trains on one worker; in a step of
             ``effscale.parallel.per_worker`` it raises an error.
         skip_nonfinite: Whether all workers skip a step in which any worker has a gradient that is not finite; see

@@ -25,8 +25,15 @@ class Round(enum.IntEnum):
 
 
 class PolicyState(NamedTuple):
-    """The state of the policies, all int32: the two intervals, the events and steps since each was doubled, the steps since the
-    last update of the variance including this one, and whether local steps have begun.
+    """The counters of both policies: int32 scalars and a bool.
+
+    Attributes:
+        var_interval: Steps between updates of the variance.
+        var_counter: Updates of the variance since that interval was doubled.
+        local_step_interval: Steps between synchronizations.
+        local_step_counter: Steps since that interval was doubled.
+        var_age: Steps since the last update of the variance, including the next step.
+        local: Whether local steps have begun.
     """
 
     var_interval: Any

@@ -35,12 +35,13 @@ def compressed_mean(
     scales: Scales = "tensor",
     specs: Any = None,
 ) -> tuple[Any, ErrorFeedback]:
-    r"""The mean over workers in one bit per number each way, and the errors for the next time.
+    r"""Return the mean over workers, exchanged in one bit per number each way, and the errors for the next call.
 
-    With $\mathrm{sg}(0) = 1$, worker r sends $s_r \, \mathrm{sg}(c_r)$ of $c_r = x_r + e_r$, where
-    $s_r = \lVert c_r \rVert_2 / \sqrt n$. The server of a part sends $S \, \mathrm{sg}(m)$ of
-    $m = \frac{1}{W} \sum_r s_r \mathrm{sg}(c_r) + d$, S likewise. Then $e_r \leftarrow c_r - s_r
-    \mathrm{sg}(c_r)$, $d \leftarrow m - S \, \mathrm{sg}(m)$. So of all steps together
+    Worker r adds its error to its numbers, $c_r = x_r + e_r$, and sends $s_r \, \mathrm{sg}(c_r)$, where $\mathrm{sg}$ is
+    the sign with $\mathrm{sg}(0) = 1$, and $s_r = \lVert c_r \rVert_2 / \sqrt n$. The server of a part adds its error to the
+    mean, $m = \frac{1}{W} \sum_r s_r \mathrm{sg}(c_r) + d$, and sends $S \, \mathrm{sg}(m)$, with S computed like $s_r$. Then
+    $e_r \leftarrow c_r - s_r \mathrm{sg}(c_r)$ and $d \leftarrow m - S \, \mathrm{sg}(m)$. Over all steps, the results add up
+    to the exact means, except for the last errors:
 
     $$\sum_t \mathrm{out}_t = \sum_t \frac{1}{W} \sum_r x_{r,t} - \frac{1}{W} \sum_r e_{r,T} - d_T$$
 

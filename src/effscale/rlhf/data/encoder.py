@@ -25,7 +25,7 @@ ChatFormat = ChatTemplate | PlainFormat
 
 @dataclass(frozen=True, kw_only=True)
 class RecordEncoder:
-    r"""Encodes prompts and responses.
+    r"""An encoder of prompts and responses.
 
     A prompt and its response are encoded separately, so that the prompt has the same tokens as during generation. The
     end token of a response is appended as a token id, because many tokenizers would split its name in a text into

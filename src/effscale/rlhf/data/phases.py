@@ -27,7 +27,7 @@ def phase_split(
         seed: Seed of the permutation; the default is DeepSpeed-Chat's.
 
     Returns:
-            For each phase, the indices of its records.
+        For each phase, the indices of its records.
 
     Example:
         >>> [part.tolist() for part in phase_split(13, "2,4,4")]

@@ -210,8 +210,8 @@ def read_tasks(*paths: str | os.PathLike[str]) -> tuple[PromptedTask, ...]:
         paths: Files, or folders whose ``*.yaml`` files are read in alphabetical order.
 
     Raises:
-            FileNotFoundError: A file does not exist, or a folder contains no task.
-            PromptTemplateError: A file is not YAML, lacks a key, or has an unknown key.
+        FileNotFoundError: A file does not exist, or a folder contains no task.
+        PromptTemplateError: A file is not YAML, lacks a key, or has an unknown key.
 
     Example:
         >>> import tempfile

@@ -30,7 +30,7 @@ def pad_rows(
         The ids, int32, and a mask that is true at the given ids, whatever their value.
 
     Raises:
-            ValueError: A row is longer than ``length``.
+        ValueError: A row is longer than ``length``.
 
     Example:
         >>> tokens, mask = pad_rows([[5, 6, 7], [8, 9]], 6, pad_id=0, side="left")

@@ -46,7 +46,7 @@ def pair_rows(
         For each length that occurs, its pairs, in the order of the records.
 
     Raises:
-            ValueError: A record lacks one of two responses, an argument is out of range, or nothing is left.
+        ValueError: A record lacks one of two responses, an argument is out of range, or nothing is left.
 
     Example:
         >>> from effscale.data import train_tokenizer
