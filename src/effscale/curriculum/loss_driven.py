@@ -80,7 +80,7 @@ class LossDrivenBatches(grain.IterDataset):
             ranking: The samples from the easiest to the hardest.
             batch_size: The number of rows in a global batch.
             target_loss: The mean loss at which all samples are available.
-            min_difficulty: The number of percentiles available at first.
+            min_difficulty: The number of parts of the ranking that are available at first.
             max_difficulty: The number of parts into which the ranking is divided; the last one includes the remainder.
             window: The mean is over all losses until there are this many; after that, each new loss has a weight of 1 / window.
             seed: The seed of the order.

@@ -18,8 +18,8 @@ class ReferenceLoss:
 
     $$\frac{\sum_t w_t \ell_t}{\sum_t w_t}$$
 
-    over the row's own tokens; 0 for a row without weight. It is a metric for `analyze`. The original
-    has no such metric, as its values are integers. If you have losses from elsewhere, no class is
+    over the row's own tokens; 0 for a row without weight. It is a metric for `analyze`. DeepSpeed
+    has no such metric, because its metrics are integers. If you have losses from elsewhere, no class is
     needed: any function from a batch to losses is a metric.
 
     The model always sees ``rows`` rows at a time, so that one program is compiled per length and

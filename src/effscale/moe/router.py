@@ -36,32 +36,28 @@ class RouterConfig:
     k: int = 1
     """The number of experts per token; the mean number if experts choose."""
     chosen_by: Literal["tokens", "experts"] = "tokens"
-    """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room
-    (``effscale.moe.expert_choice``). The latter needs no loss to keep the load even, but looks at all tokens of a group
-    together: it is not for causal models and cannot be decoded."""
+    """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room (``effscale.moe.expert_choice``).
+    The latter needs no loss to keep the load even, but looks at all tokens of a group together: it is not for causal models and cannot be decoded."""
     capacity_factor: float | None = 1.0
-    """The capacity of each expert in training, as a multiple of its share of the choices. Choices beyond it are
-    dropped: the token continues only along the residual stream. None drops nothing (DeepSpeed's
-    ``drop_tokens=False``)."""
+    """The capacity of each expert in training, as a multiple of its share of the choices.
+    Choices beyond it are dropped: the token continues only along the residual stream.
+    None drops nothing (DeepSpeed's ``drop_tokens=False``)."""
     eval_capacity_factor: float | None = 1.0
     """The capacity factor outside training, that is, without a key. Decoding with a cache never drops anything."""
     min_capacity: int = 4
     """The minimum capacity of an expert, in tokens."""
     priority: Priority | None = None
-    """Which tokens get a place if an expert has too few, see ``effscale.moe.top_k_routing``. None selects at random for
-    k = 1 in training (DeepSpeed's ``use_rts``), first choices before second ones for k = 2, and by probability for
-    more."""
+    """Which tokens get a place if an expert has too few, see ``effscale.moe.top_k_routing``.
+    None selects at random for k = 1 in training (DeepSpeed's ``use_rts``), first choices before second ones for k = 2, and by probability for more."""
     normalize: Normalize | None = None
-    """How to normalize the weights of a token, see ``effscale.moe.top_k_routing``. None does not normalize for k = 1,
-    and normalizes over the kept ones for more."""
+    """How to normalize the weights of a token, see ``effscale.moe.top_k_routing``.
+    None does not normalize for k = 1, and normalizes over the kept ones for more."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How to convert logits to probabilities; ``sigmoid`` scores each expert separately, as in DeepSeek-V3."""
     scale: float = 1.0
     """A factor for all weights."""
     noise: Noise | None = None
-    """The noise in training: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the
-    logits used for the choice (DeepSpeed's ``RSample``); ``gumbel_second`` adds it for all choices except the first.
-    (By default, DeepSpeed does the last for k = 2, also in evaluation; here nothing is random by default.)"""
+    """The noise in training: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the logits used for the choice (DeepSpeed's ``RSample``); ``gumbel_second`` adds it for all choices except the first. (For k = 2, DeepSpeed uses ``gumbel_second`` by default, also in evaluation; here nothing is random by default.)"""
     balance: float = 0.01
     """The coefficient of the load-balancing loss; DeepSpeed's scripts use 0.01."""
     balance_choices: Literal["first", "all"] | None = None
@@ -69,9 +65,8 @@ class RouterConfig:
     z_loss: float = 0.0
     """The coefficient of the router's z-loss; ST-MoE uses 0.001."""
     balance_by_bias: bool = False
-    """Whether to add a bias to the scores used for the choice, and to nothing else. ``effscale.moe.with_balance_bias`` moves it
-    towards an even load in each step, instead of a loss (``balance=0``), as in DeepSeek-V3. Without that optimizer, the
-    optimizer of the other parameters would move the bias at its own rate, which is far too large."""
+    """Whether to add a bias to the scores used for the choice, and to nothing else. ``effscale.moe.with_balance_bias`` moves it towards an even load in each step, instead of a loss (``balance=0``), as in DeepSeek-V3.
+    Without that optimizer, the optimizer of the other parameters would move the bias at its own rate, which is far too large."""
 
     def __post_init__(self):
         check(self, self.k >= 1, "k", "at least 1")
@@ -181,7 +176,7 @@ class Router(nnx.Module):
             drops: Whether experts have a capacity at all.
 
         Raises:
-            ValueError: Experts choose, but have no capacity.
+            ValueError: Experts choose tokens, but have no capacity.
         """
         config = self.config
         keys: Any = (None, None) if key is None else jax.random.split(key)

@@ -50,8 +50,7 @@ class PPOConfig(LearningConfig):
     """
 
     kl_target: float | None = None
-    """Target divergence of a response, in nats, for ``effscale.rlhf.adaptive_kl``, which adjusts ``kl_coef``; None keeps ``kl_coef``
-    constant."""
+    """Target divergence of a response, in nats, for ``effscale.rlhf.adaptive_kl``, which adjusts ``kl_coef``; None keeps ``kl_coef`` constant."""
     kl_horizon: float = 10_000.0
     """Number of responses over which ``kl_coef`` then changes by at most about a fifth."""
     score_at: Literal["last", "next"] = "last"
@@ -102,8 +101,7 @@ class GroupConfig(LearningConfig):
     group_size: int = 8
     """Number of responses per prompt."""
     advantage: Literal["group", "leave_one_out"] = "group"
-    """The baseline of a score: the mean of its group (``effscale.rlhf.group_advantages``), or the mean of the others in the group
-    (``effscale.rlhf.leave_one_out_advantages``)."""
+    """The baseline of a score: the mean of its group (``effscale.rlhf.group_advantages``), or the mean of the others in the group (``effscale.rlhf.leave_one_out_advantages``)."""
     scale: bool = True
     """Whether ``group`` divides by the standard deviation of the group."""
     kl_in: Literal["loss", "reward"] = "loss"

@@ -179,8 +179,8 @@ class Config(TextPart):
     """Options of a run; every field is a command-line option."""
 
     data: pathlib.Path | None = None
-    """A folder that contains, for each language, a folder of *.txt or *.jsonl files (field text). The default corpus is human-translated
-    messages of a home automation's interface, which `make assets` installs."""
+    """A folder that contains, for each language, a folder of *.txt or *.jsonl files (field text).
+    The default corpus is human-translated messages of a home automation's interface, which `make assets` installs."""
     separator: str | None = None
     """Separator of documents in a *.txt file of --data, such as <|endoftext|>; without one, each file is a document."""
     licence: str = "unknown"
@@ -201,11 +201,10 @@ class Config(TextPart):
     new_languages: tuple[str, ...] = ("it", "pt-BR", "ca", "zh-Hans")
     """Languages in which no task is learned, so that fine-tuning has to transfer to them."""
     code: float = 0.13
-    """Share of Python's standard library in the training rows, the share of code in ROOTS; languages share the rest in proportion to their
-    sizes. 0 means no code."""
+    """Share of Python's standard library in the training rows, the share of code in ROOTS; languages share the rest in proportion to their sizes. 0 means no code."""
     tasks: pathlib.Path | None = None
-    """A folder with a YAML file for each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl. The default tasks
-    belong to the default corpus."""
+    """A folder with a YAML file for each task, TASK.yaml, and its examples in TASK/LANGUAGE/{train,validation,test}.jsonl.
+    The default tasks belong to the default corpus."""
     new_tasks: tuple[str, ...] = ("continuation", "cloze")
     """Tasks that are not learned in any language."""
     tokenizer: pathlib.Path | None = None
@@ -236,8 +235,8 @@ class Config(TextPart):
     eval_batches: int = 20
     """Number of held-out batches per component for the mean loss."""
     seeds: int = 3
-    """Number of runs. Seeds 0, 1, ... decide the initial weights, the order of data, and which examples are used if there are more than the
-    cap."""
+    """Number of runs.
+    Seeds 0, 1, ... decide the initial weights, the order of data, and which examples are used if there are more than the cap."""
     mesh: MeshConfig = MeshConfig()
     """Device mesh: the size of each axis; -1 means all remaining devices."""
     checkpoint_every: int = 200

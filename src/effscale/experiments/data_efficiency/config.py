@@ -21,8 +21,8 @@ class Config(PretrainingPart):
     fractions: tuple[float, ...] = (1.0, 0.67, 0.5)
     """Fractions of the token budget; must include 1."""
     seeds: int = 3
-    """Number of runs of each technique and fraction. Seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are
-    dropped."""
+    """Number of runs of each technique and fraction.
+    Seeds 0, 1, ... decide the initial weights, the order of rows and which tokens are dropped."""
     efficiency: DataEfficiencyConfig = DataEfficiencyConfig()
     """The schedules of the techniques."""
     corpus: str = "stdlib"

@@ -32,8 +32,8 @@ class Arm:
     times: int = 1
     """Number of steps, as a multiple of that of the other arms."""
     where: Literal["none", "every_second", "first_half", "second_half", "pyramid"] = "every_second"
-    """Which layers have experts. A pyramid has twice as many experts in the last sixth of these layers, like 350M+PR-MoE-32/64 in two of
-    twelve."""
+    """Which layers have experts.
+    A pyramid has twice as many experts in the last sixth of these layers, like 350M+PR-MoE-32/64 in two of twelve."""
     experts: int = 1
     """Number of experts, as a multiple of ``Config.num_experts``."""
     k: int = 1

@@ -27,8 +27,7 @@ class Config(CorporaPart):
     batch_size: int = 16
     """Rows per batch."""
     accumulate: int = 1
-    """Number of micro-batches that a batch is split into, to save memory; expert capacity is shared by the tokens of
-    each micro-batch."""
+    """Number of micro-batches that a batch is split into, to save memory; expert capacity is shared by the tokens of each micro-batch."""
     model: ModelConfig = ModelConfig(num_layers=6, d_model=96, remat="none")
     """The dense model; each expert has the size of its feed-forward."""
     num_experts: int = 8

@@ -78,8 +78,7 @@ class Config(PassagePart):
         lamb_rate=5e-3,
         stages=Stages(zero_one_adam=23 / 152, var_decay="step", local_step_clipper=2),
     )
-    """Pretraining of the BERT, with half of its best learning rates and with the stages that 0/1 Adam needs; the experiment's page explains
-    why."""
+    """Pretraining of the BERT, with half of its best learning rates and with the stages that 0/1 Adam needs; the experiment's page explains why."""
     moments: Moments = Moments()
     """Options that all optimizers share."""
     seeds: int = 3

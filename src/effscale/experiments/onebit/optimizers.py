@@ -102,8 +102,8 @@ class Moments:
     clip_norm: float = 1.0
     """Maximum root mean square of the workers' gradient norms."""
     factor_max: float = 1.0
-    """Maximum factor of 1-bit LAMB's frozen coefficient. DeepSpeed uses 4, for b2 = 0.999; with this b2 the factor would grow until the loss
-    diverges."""
+    """Maximum factor of 1-bit LAMB's frozen coefficient.
+    DeepSpeed uses 4, for b2 = 0.999; with this b2 the factor would grow until the loss diverges."""
 
     def __post_init__(self):
         check_finite(self)

@@ -15,8 +15,8 @@ class Config(PretrainingConfig):
     """Options of a run; every field is a command-line option."""
 
     on_error: Literal["raise", "skip"] | None = None
-    """What to do with a document that cannot be used (unreadable, empty, not UTF-8): raise, or skip and count it. None uses the default of
-    the source: skip for the standard library, raise for all others."""
+    """What to do with a document that cannot be used (unreadable, empty, not UTF-8): raise, or skip and count it.
+    None uses the default of the source: skip for the standard library, raise for all others."""
     vocab_size: int = 2048
     samples: tuple[str, ...] = ("def read", "import ", "The ", "class Test")
     """Prompts for the trained model to continue."""

@@ -47,8 +47,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout rate of embeddings, attention and residuals while training on text and pairs; policies train without dropout."""
     init_std: float = 0.088
-    """Standard deviation of the initial weights. 0.02 suits wider models; a reward model based on a Llama of this width learned faster with
-    0.088 (one run each)."""
+    """Standard deviation of the initial weights. 0.02 suits wider models; a reward model based on a Llama of this width learned faster with 0.088 (one run each)."""
 
     def build(self, vocab_size: int, max_length: int) -> TransformerConfig:
         """Return the config of the transformer."""
@@ -70,26 +69,25 @@ class Config(OutputPart):
     step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
     """Steps to run, in this order. A step that is left out is loaded from --out, or replaced by --actor."""
     actor: pathlib.Path | None = None
-    """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 means SmolLM2-135M-Instruct from `make assets`. By default, a
-    small GPT-2 is created and first pretrained on the source of the standard library."""
+    """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 means SmolLM2-135M-Instruct from `make assets`.
+    By default, a small GPT-2 is created and first pretrained on the source of the standard library."""
     reward: pathlib.Path | None = None
     """Folder of a reward model that reads the actor's tokens, to use instead of the step reward."""
     data: tuple[str, ...] = ("stdlib",)
-    """Sources of records: stdlib, from the docstrings of the running Python; preferences, 300 conversations from `make assets`; or JSON, JSON
-    Lines or Parquet files in any of the known formats."""
+    """Sources of records: stdlib, from the docstrings of the running Python; preferences, 300 conversations from `make assets`; or JSON, JSON Lines or Parquet files in any of the known formats."""
     held_out: float = 0.1
     """Fraction of the records that is held out; for stdlib, of the functions and classes."""
     rejected: int = 12
     """Number of comparisons per function and class of stdlib for the reward model, each with a different rejected response."""
     split: str = "all"
-    """Use all to train sft, reward and ppo on all other records, or give their shares, like DeepSpeed-Chat's --data_split, which is 2,4,4
-    there."""
+    """Records of each step: all trains sft, reward and ppo on all records that are not held out.
+    Three shares divide these records between them instead, like 2,4,4, DeepSpeed-Chat's default for --data_split."""
     seeds: int = 3
     """Number of runs. Seeds 0, 1, ... decide everything random."""
     model: ModelConfig = ModelConfig()
     """The GPT-2 that is created if no --actor is given."""
     vocab_size: int = 1024
-    """Vocabulary size of its tokenizer, a byte-level BPE."""
+    """Vocabulary size of the created GPT-2's tokenizer, a byte-level BPE."""
     length: int = 128
     """Sequence length of base and sft: tokens per row."""
     prompt_length: int = 64
@@ -125,8 +123,8 @@ class Config(OutputPart):
     critic_rate: float = 1e-3
     """Peak learning rate of the critic, which is initialized from the reward model."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.25, value_clip=None, missing_end_penalty=1.0)
-    """Options of PPO. Values are not clipped, because scores vary by far more than 0.2. The KL coefficient is fixed: an adaptive one fell
-    while the policy had hardly moved, and then the policy diverged from the reference model (seed 1)."""
+    """Options of PPO. Values are not clipped, because scores vary by far more than 0.2.
+    The KL coefficient is fixed: an adaptive one fell while the policy had hardly moved, and then the policy diverged from the reference model (seed 1)."""
     group: GroupConfig = GroupConfig(group_size=4, missing_end_penalty=1.0)
     """Options of GRPO and RLOO."""
     epochs: int = 1

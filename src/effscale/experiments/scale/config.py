@@ -22,8 +22,7 @@ class Config(OutputPart):
     """What to compile; every field is a command-line option. If several values are given, all combinations are compiled and compared."""
 
     model: tuple[str, ...] = ("bloom-176b",)
-    """Models by name: bloom-176b, gpt3-1.3b, gpt3-1.3b-moe-128, gpt3-175b, opt-66b, bert-large and the other text models of
-    effscale.models.PRESETS."""
+    """Models by name: bloom-176b, gpt3-1.3b, gpt3-1.3b-moe-128, gpt3-175b, opt-66b, bert-large and the other text models of effscale.models.PRESETS."""
     topology: str = "v5p:8x8x8"
     """The machine: a TPU generation and topology such as v5p:8x8x8, or a number of GPUs such as 384xH100."""
     batch_size: int = 2048
@@ -41,22 +40,22 @@ class Config(OutputPart):
     remat: tuple[Remat, ...] = ("full",)
     """What the backward pass recomputes instead of storing it."""
     technique: tuple[Technique, ...] = ("none",)
-    """Techniques to compile: none, random_ltd, curriculum (of the sequence length), onebit_adam, zero_one_adam, onebit_lamb. Leave it empty
-    to compile only decoding."""
+    """Techniques to compile: none, random_ltd, curriculum (of the sequence length), onebit_adam, zero_one_adam, onebit_lamb.
+    Leave it empty to compile only decoding."""
     efficiency: DataEfficiencyConfig = PAPER
     """The schedules of random_ltd and curriculum."""
     points: int = 3
     """Number of stages of a schedule to compile, starting with the shortest; times between them are interpolated."""
     decode: tuple[Weights, ...] = ()
-    """Weight formats for decoding: bfloat16, int8, int4 (in groups of 128), binary. Layers are then split along tensor, and all remaining
-    devices are replicas along data."""
+    """Weight formats for decoding: bfloat16, int8, int4 (in groups of 128), binary.
+    Layers are then split along tensor, and all remaining devices are replicas along data."""
     decode_rows: int = 64
     """Rows that decode at the same time, over all devices; the cache holds length tokens of each."""
     tokens: float = 366e9
     """Tokens of a whole training, for the estimate in days; BLOOM was trained on 366 billion."""
     data_bandwidth: float | None = None
-    """Bytes per second that a chip sends along data, if this axis spans slices or hosts: 6.25e9 for four chips on 200 Gb/s. None uses the
-    same bandwidth as along the other axes."""
+    """Bytes per second that a chip sends along data, if this axis spans slices or hosts: 6.25e9 for four chips on 200 Gb/s.
+    None uses the same bandwidth as along the other axes."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -32,8 +32,8 @@ class Config(CorporaPart):
     warmup: int = 10
     """Warmup steps of each run."""
     curriculum: float = 1.2
-    """Number of steps until rows reach the full length, as a multiple of the large batch's steps without a curriculum. Rows must reach the
-    full length before the tokens are used up."""
+    """Number of steps until rows reach the full length, as a multiple of the large batch's steps without a curriculum.
+    Rows must reach the full length before the tokens are used up."""
     min_length: int = 8
     """Sequence length at the curriculum's first step."""
     granularity: int | None = None

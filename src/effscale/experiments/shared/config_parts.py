@@ -61,8 +61,7 @@ class CorporaPart(TextPart):
     """A corpus, or a mixture of several."""
 
     corpus: tuple[str, ...] = ("stdlib",)
-    """Sources of the corpus, each [WEIGHT*]KIND, where KIND is stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or
-    hf:NAME_OR_FOLDER#field."""
+    """Sources of the corpus, each [WEIGHT*]KIND, where KIND is stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME_OR_FOLDER#field."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -63,8 +63,7 @@ class PretrainingConfig(CorporaPart, PretrainingPart):
     steps: int = 240
     """Optimizer steps. A technique takes more steps with smaller batches, with the same number of layer-averaged tokens."""
     technique: Technique = "none"
-    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers process only some of the tokens)
-    or both."""
+    """Curriculum learning (cl: rows of frequent tokens and short rows first), random-LTD (ltd: middle layers process only some of the tokens) or both."""
     learning_rate: float = 3e-3
     """Peak learning rate: a linear warmup by steps, then a cosine by tokens."""
     warmup: int = 30

@@ -30,8 +30,7 @@ class Config(ClassifierPart):
     teacher_steps: int = 150
     """Optimizer steps of fine-tuning the teacher."""
     budgets: tuple[int, ...] = (25, 75, 225)
-    """Optimizer steps of the students, in ascending order; binary and ternary students are initialized from the float student with the most
-    steps."""
+    """Optimizer steps of the students, in ascending order; binary and ternary students are initialized from the float student with the most steps."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Peak learning rates. Every arm tries all of them at every budget with seed 0, and the best one is used for all seeds."""
     evaluations: int = 4
