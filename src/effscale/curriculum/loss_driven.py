@@ -20,7 +20,7 @@ class LossDrivenBatches(grain.IterDataset):
 
     $$d = d_0 + \lfloor c \, (d_1 - d_0) \rfloor, \quad c = \frac{L_1 - \bar L}{L_1 - L_\text{target}}$$
 
-    with $c$ clipped to 0 and 1. The pool never shrinks, even if harder samples raise the loss again. Within the pool the order is
+    with $c$ clipped to $[0, 1]$. The pool never shrinks, even if harder samples raise the loss again. Within the pool the order is
     that of ``effscale.curriculum.curriculum_rows``. If the model does not reach the target, the hardest samples are never
     used. So choose a target that it surely reaches, and watch the iterator's ``difficulty`` during training.
 
