@@ -17,8 +17,8 @@ def params_without_variance(opt_state: Any) -> Float[Array, ""]:
     """Count the parameters with a variance of zero, which have not had a gradient yet.
 
     Once the variance is frozen, such a parameter never moves again, whatever its gradient. Examples are the rows of an
-    embedding for tokens that did not occur in the warm-up. During the warm-up, the count is the number of parameters that
-    would never move if it ended now. It should be near zero before the warm-up ends. If it is not, freeze later, or use
+    embedding for tokens that did not occur in the warmup. During the warmup, the count is the number of parameters that
+    would never move if it ended now. It should be near zero before the warmup ends. If it is not, freeze later, or use
     another optimizer for these parameters.
 
     Args:

@@ -1,4 +1,4 @@
-"""The end of the warm-up of a 1-bit optimizer: after a number of steps, or when the variance has settled."""
+"""The end of the warmup of a 1-bit optimizer: after a number of steps, or when the variance has settled."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from effscale.optim.options import check_count, check_number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarianceRatio:
-    r"""End the warm-up when $\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1$ reaches a threshold.
+    r"""A criterion that ends the warmup when $\lVert v_{t-D} \rVert_1 / \lVert v_t \rVert_1$ reaches a threshold.
 
     DeepSpeed never implemented this criterion.
 
@@ -23,7 +23,7 @@ class VarianceRatio:
     """
 
     threshold: float = 0.96
-    """The ratio that ends the warm-up."""
+    """The ratio that ends the warmup."""
     window: int = 1000
     """The distance D of the two variances, in steps; the paper uses 1 / (1 - b2)."""
     start: int = 0
@@ -57,7 +57,7 @@ def init_ratio(criterion: VarianceRatio | None) -> RatioState | None:
 def watch_variance(
     criterion: VarianceRatio | None, state: RatioState | None, count: jax.Array, nu: Any
 ) -> RatioState | None:
-    """Record the variance after the warm-up step number ``count`` + 1."""
+    """Record the variance after the warmup step number ``count`` + 1."""
     if criterion is None or state is None:
         return state
     norms = [jnp.sum(jnp.abs(v), dtype=jnp.float32) for v in jax.tree.leaves(nu)]
@@ -70,13 +70,13 @@ def watch_variance(
 
 
 def is_frozen(freeze_step: Any, state: RatioState | None, count: jax.Array) -> jax.Array:
-    """Return whether the step number ``count`` + 1 is past the warm-up."""
+    """Return whether the step number ``count`` + 1 is past the warmup."""
     frozen = count >= freeze_step
     return frozen if state is None else frozen | state.reached
 
 
 def check_freeze_step(freeze_step: Any) -> None:
-    """Raise a ``ValueError`` for an invalid number of warm-up steps."""
+    """Raise a ``ValueError`` for an invalid number of warmup steps."""
     why = ", as the variance must be learned before it is frozen (15 to 25% of the steps are usual)"
     check_count("freeze_step", freeze_step, 1, why)
 

@@ -23,7 +23,7 @@ class LambState(NamedTuple):
 
 
 class Lamb(NamedTuple):
-    """The options of the LAMB update, which the warm-up of 1-bit LAMB shares."""
+    """The options of the LAMB update, which the warmup of 1-bit LAMB shares."""
 
     b1: Any
     b2: Any

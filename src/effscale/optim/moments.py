@@ -11,7 +11,7 @@ from effscale.parallel.onebit.layout import check_real
 
 
 def averaged_moments(mean: Any, mu: Any, nu: Any, b1: Any, b2: Any) -> tuple[Any, Any]:
-    """Return momentum and variance after a step of the warm-up, from the mean gradient in at least float32."""
+    """Return momentum and variance after a step of the warmup, from the mean gradient in at least float32."""
     return lerp(mu, mean, b1), lerp(nu, jax.tree.map(jnp.square, mean), b2)
 
 

@@ -45,7 +45,7 @@ class OneBitAdamState(NamedTuple):
     Attributes:
         count: The number of updates, int32.
         mu: The momentum, the same on all workers, in ``mu_dtype``.
-        nu: The variance, the same on all workers, in at least float32; it does not change after the warm-up.
+        nu: The variance, the same on all workers, in at least float32; it does not change after the warmup.
         ratio: The state of `VarianceRatio`; None without it.
         errors: Each worker's `ErrorFeedback`; None without an axis.
         sent: The bytes that each worker's device sent in the last update, by formula, float32.
@@ -76,18 +76,18 @@ def scale_by_onebit_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale updates by 1-bit Adam.
 
-    Warm-up, with $g$ the mean over workers:
+    Warmup, with $g$ the mean over workers:
 
     $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         u = m / (\sqrt v + \epsilon)$$
 
-    After the warm-up v is frozen, and the workers exchange the mean of their momenta in one bit per number:
+    After the warmup, v is frozen, and the workers exchange the mean of their momenta in one bit per number:
 
     $$m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}\bigl(\beta_1 m + (1 - \beta_1) g_r\bigr), \quad
         u = m / (\sqrt v + \epsilon)$$
 
     With ``bias_correction`` $u = \hat m / (\sqrt{\hat v} + \epsilon)$ with $\hat m = m / (1 - \beta_1^t)$ and
-    $\hat v = v / (1 - \beta_2^k)$, where k counts the updates of v: t in the warm-up, which is then exactly Adam's, and
+    $\hat v = v / (1 - \beta_2^k)$, where k counts the updates of v: t in the warmup, which is then exactly Adam's, and
     ``freeze_step`` from there on. So the frozen variance keeps the correction of its last update, and the step size
     does not jump when compression begins.
 
@@ -95,16 +95,16 @@ def scale_by_onebit_adam(
         b1: The decay rate of the momentum.
         b2: The decay rate of the variance.
         eps: Number added to the root of the variance.
-        freeze_step: The number of warm-up updates; 15 to 25% of a run are usual.
-        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        freeze_step: The number of warmup updates; 15 to 25% of a run are usual.
+        variance_ratio: Ends the warmup earlier, once the variance has settled.
         bias_correction: Whether to correct the moments for their start at zero. DeepSpeed has an option of this name,
             which has no effect, so the default is False.
         mu_dtype: The type in which the momentum is stored, e.g. ``"bfloat16"``; it is computed and exchanged in at least float32.
             None means at least float32.
         exp_avg_mask: A mask of zeros and ones that multiplies the momentum after each exchange: a tree like the
             parameters of arrays that broadcast against them, or a function from parameters to such a tree. Use zeros
-            where the gradient is always zero after the warm-up, as one bit cannot represent zero. (Where the gradient was
-            zero in the warm-up too, for instance for positions that no row reaches, the variance is zero, and the
+            where the gradient is always zero after the warmup, as one bit cannot represent zero. (Where the gradient was
+            zero in the warmup too, for instance for positions that no row reaches, the variance is zero, and the
             momentum is set to zero without a mask.)
         clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``; None disables clipping.
         workers: The workers to average over, such as ``Workers("data")``. None trains on one worker, with the same two stages but
@@ -210,8 +210,8 @@ def onebit_adam(
         eps: Number added to the root of the variance.
         weight_decay: The weight decay: ``weight_decay * params`` is added to the update before the learning rate.
         mask: The parameters that decay, as in ``optax.adamw``.
-        freeze_step: The number of warm-up updates.
-        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        freeze_step: The number of warmup updates.
+        variance_ratio: Ends the warmup earlier, once the variance has settled.
         bias_correction: Whether to correct the moments for their start at zero, as in Adam.
         mu_dtype: The type in which the momentum is stored; None means at least float32.
         exp_avg_mask: As in `scale_by_onebit_adam`.

@@ -1,4 +1,4 @@
-"""1-bit LAMB: LAMB's coefficients are learned in a warm-up, then adapted while momentum is exchanged in one bit per number."""
+"""1-bit LAMB: LAMB's coefficients are learned in a warmup, then adapted while momentum is exchanged in one bit per number."""
 
 import functools
 from collections.abc import Callable
@@ -45,9 +45,9 @@ class OneBitLambState(NamedTuple):
     Attributes:
         count: The number of updates, int32.
         mu: The momentum, the same on all workers, in ``mu_dtype``.
-        nu: The variance of the warm-up.
-        nu_fresh: The variance after the warm-up, of the gradients reconstructed from the exchanged momentum.
-        frozen_coeff: LAMB's coefficient of each layer, averaged over the warm-up; 0 if it had none yet.
+        nu: The variance of the warmup.
+        nu_fresh: The variance after the warmup, of the gradients reconstructed from the exchanged momentum.
+        frozen_coeff: LAMB's coefficient of each layer, averaged over the warmup; 0 if it had none yet.
         last_factor: The last factor of each layer's coefficient.
         scaling_coeff: The factor of each layer's momentum that equalizes all layers for the exchange.
         compressing: Whether a compressed step was made.
@@ -94,12 +94,12 @@ def onebit_lamb(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Create 1-bit LAMB.
 
-    The warm-up is ``effscale.optim.lamb`` on the mean gradient. It also keeps a moving average of each layer's coefficient:
+    The warmup is ``effscale.optim.lamb`` on the mean gradient. It also keeps a moving average of each layer's coefficient:
     $\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c$. Steps in which a norm is zero do not count, and $\bar c$ is 1 for a
     layer without any step that counts.
 
-    After the warm-up, the momentum of each layer is multiplied by $a = \bar z / z$ for the exchange. z is the root mean square
-    of the layer's momentum at the end of the warm-up, and $\bar z$ is its mean over layers:
+    After the warmup, the momentum of each layer is multiplied by $a = \bar z / z$ for the exchange. z is the root mean square
+    of the layer's momentum at the end of the warmup, and $\bar z$ is its mean over layers:
 
     $$
     \begin{aligned}
@@ -123,15 +123,15 @@ def onebit_lamb(
         eps: Number added to the roots of the variances.
         weight_decay: $\lambda$.
         mask: The parameters that decay.
-        freeze_step: The number of warm-up updates.
-        max_coeff: The upper bound of the coefficient in the warm-up.
-        min_coeff: The lower bound of the coefficient in the warm-up.
-        coeff_beta: $\beta_c$; the warm-up should have more than 1 / (1 - coeff_beta) steps.
+        freeze_step: The number of warmup updates.
+        max_coeff: The upper bound of the coefficient in the warmup.
+        min_coeff: The lower bound of the coefficient in the warmup.
+        coeff_beta: $\beta_c$; the warmup should have more than 1 / (1 - coeff_beta) steps.
         factor_max: The upper bound of the factor, which depends on the one element of a layer whose fresh variance decreased most, so with a
             ``b2`` well below 0.999 it keeps growing; use 1 in this case.
         factor_min: The lower bound of the factor.
         factor_threshold: The maximum relative change of the factor in a step.
-        variance_ratio: Ends the warm-up earlier, once the variance has settled.
+        variance_ratio: Ends the warmup earlier, once the variance has settled.
         mu_dtype: As in ``effscale.optim.scale_by_onebit_adam``.
         exp_avg_mask: As in ``effscale.optim.scale_by_onebit_adam``.
         clip: The maximum norm of the gradient, such as ``effscale.training.Clip(1.0)``; None disables clipping.
@@ -232,7 +232,7 @@ def onebit_lamb(
             )
             mu = where_known(lerp(last_mu, g, b1), state.nu)
             mu = jax.tree.map(jnp.multiply, mu, scaling)
-            # Errors of compressed steps before a second warm-up belong to momenta with a different scaling.
+            # Errors of compressed steps before a second warmup belong to momenta with a different scaling.
             errors = jax.tree.map(
                 lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
             )
@@ -242,7 +242,7 @@ def onebit_lamb(
             moves = masked(known, exp_avg_mask, params)
             mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
 
-            # The fresh variance continues from that of the warm-up.
+            # The fresh variance continues from that of the warmup.
             start = jax.tree.map(
                 lambda v, v_hat: jnp.where(state.compressing, v_hat, v), state.nu, state.nu_fresh
             )
