@@ -6,10 +6,14 @@ import pathlib
 import re
 
 import pytest
+from flax import nnx
 
 import effscale
+from effscale.data import train_tokenizer
 from effscale.data.sources import standard_library
 from effscale.experiments.lab_book import rendered
+from effscale.interop import save_pretrained
+from effscale.models import Transformer, llama
 from effscale.models.validation import did_you_mean
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -40,6 +44,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"# Not run by the tests: \S+")
 
 
+def save_a_model(folder: str) -> None:
+    """Save what readers put in the place of FOLDER: a small Llama and its tokenizer."""
+    tokenizer = train_tokenizer(
+        ["a b c d e f g h"] * 50, vocab_size=270, special_tokens=["<|endoftext|>"]
+    )
+    model = llama(num_layers=2, d_model=32, num_heads=2, d_ff=64, vocab_size=270)
+    save_pretrained(Transformer(model, rngs=nnx.Rngs(0)), folder, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(text_of(page))], ids=NAME)
 def test_the_examples_run_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -48,6 +61,8 @@ def test_the_examples_run_from_top_to_bottom(page, capsys, tmp_path, monkeypatch
     monkeypatch.setattr(standard_library, "_files", lambda root: files(root)[::6])
     blocks = [block for block in BLOCK.findall(text_of(page)) if not NOT_RUN.match(block)]
     assert blocks
+    if any('"FOLDER"' in block for block in blocks):
+        save_a_model("FOLDER")
     names: dict[str, object] = {"__name__": NAME(page)}
     for block in blocks:
         exec(compile(block, NAME(page), "exec"), names)

@@ -62,11 +62,11 @@ def alternatives(pattern: str) -> list[str]:
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
-    """Return names similar to the words of a pattern or, if there are none, one example of each last part."""
+    """Return names similar to the words of a pattern or, if there are none, one example of each kind of name."""
     known = sorted({part for name in names for part in name.split(".")})
     words = set(re.findall(r"\w{2,}", re.sub(r"\\.", " ", pattern))) - set(known)
     near = {name for word in words for name in difflib.get_close_matches(word, known)}
     if near:
         return f"did you mean {' or '.join(map(repr, sorted(near)))}?"
-    examples = {name.rpartition(".")[2]: name for name in reversed(names)}.values()
-    return f"names are like: {', '.join(list(examples)[:8]) or '(the model has none)'}"
+    examples = {re.sub(r"\d+", "", name): name for name in reversed(names)}.values()
+    return f"names are like: {', '.join(sorted(examples)[:16]) or '(the model has none)'}"

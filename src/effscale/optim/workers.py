@@ -102,8 +102,8 @@ def check_local(gradients: Any, axis_name: str | None) -> None:
         return
     if bound_axis_size(axis_name) is None:
         raise ValueError(
-            f"axis_name={axis_name!r} is not bound here. Take the step within per_worker(step, {axis_name!r}), or leave "
-            "out the workers to train on one."
+            f"axis_name={axis_name!r} is not bound here. Wrap the training step in per_worker(step, {axis_name!r}), or "
+            "create the optimizer without workers= to train on one."
         )
     leaves = jax.tree.leaves(gradients)
     if leaves and has_types(axis_name) and not any(differs(g, axis_name) for g in leaves):

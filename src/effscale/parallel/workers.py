@@ -101,8 +101,8 @@ def worker_params(params: Any, opt_state: Any) -> Any:
     """Return the parameters at which a worker takes its gradient, inside ``per_worker``.
 
     They are typed as local to the worker, so ``jax.grad`` returns the worker's own gradient. If the optimizer lets the
-    workers diverge for some steps (0/1 Adam), their values are the worker's own, too: a node of the optimizer's state that is
-    a ``MovesParams`` provides them. ``params`` itself stays the same on all workers. If the state has no ``PerWorker``, as with
+    workers diverge for some steps (0/1 Adam), their values are the worker's own, too; they come from the part of the
+    optimizer's state whose class is registered with ``MovesParams``. ``params`` itself stays the same on all workers. If the state has no ``PerWorker``, as with
     one worker, ``params`` is returned unchanged.
 
     Args:

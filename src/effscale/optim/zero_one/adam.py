@@ -111,8 +111,8 @@ def zero_one_adam(
 
     The parameters x that the optimizer updates are the shared ones: between synchronizations its updates are zero, and
     evaluation and checkpoints see the last synchronized parameters. Take a worker's gradient at
-    ``effscale.parallel.worker_params(params, opt_state)``, which is $x_r$. On one worker there is no one to wait
-    for, and each step updates the parameters.
+    ``effscale.parallel.worker_params(params, opt_state)``, which is $x_r$. On a single worker, each step
+    updates the parameters.
 
     Args:
         learning_rate: A number or a schedule (also one by tokens).

@@ -24,7 +24,7 @@ learned from fewer gradients."""
 
 
 class OwnWay(NamedTuple):
-    """The local progress of a worker since the last synchronization.
+    """How far a worker has moved from the shared parameters since the last synchronization.
 
     Attributes:
         momentum: The part of its momentum that comes from its own gradients, in ``mu_dtype``.
