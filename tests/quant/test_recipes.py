@@ -168,7 +168,10 @@ def test_a_module_of_ones_own():
     ("rules", "message"),
     [
         ([("layers.*kernl", Format())], "matches no parameter; did you mean 'kernel'"),
-        ([(r"layers\.7\..*kernel", Format())], "7.*matches no parameter; names are like: embed.*layers.0.attention.query.kernel"),
+        (
+            [(r"layers\.7\..*kernel", Format())],
+            "7.*matches no parameter; names are like: embed.*layers.0.attention.query.kernel",
+        ),
         (
             [("kernel", Format()), ("query.*kernel", Format(bits=4))],
             "query.*has no weight left: earlier rules match",
