@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import time
 
 import fsspec
@@ -21,6 +22,7 @@ from effscale.training import (
     make_train_step,
     resume_or_start,
 )
+from effscale.training.manifest import MANIFEST
 from effscale.training.mirror import _Place
 
 NUMBERS = itertools.count()
@@ -194,16 +196,19 @@ def test_files_that_are_being_written_are_left_out(run, url, monkeypatch):
 
 
 def test_a_checkpoint_saved_again_is_copied_again(run, url):
+    """Also if the mirror never sees the folder without it; what the old one had more is gone."""
+    step = run / "checkpoints/step_00000001"
+    (step / "only_before").write_text("x")
     mirror = RunMirror(run, url)
     mirror.flush()
-    step = run / "checkpoints/step_00000001"
-    step.rename(run / "elsewhere.orbax-checkpoint-tmp")
-    mirror.flush()
-    (run / "elsewhere.orbax-checkpoint-tmp").rename(step)
+    shutil.rmtree(step)
+    step.mkdir()
     (step / "data").write_text("other")
+    (step / MANIFEST).write_text('{"another": "manifest"}')
     mirror.close()
-    back = fetch_run(url, run.parent / "back")
-    assert (back / "checkpoints/step_00000001/data").read_text() == "other"
+    back = fetch_run(url, run.parent / "back") / "checkpoints/step_00000001"
+    assert {path.name for path in back.iterdir()} == {"data", MANIFEST}
+    assert (back / "data").read_text() == "other"
 
 
 def test_a_folder_can_be_the_store(run, tmp_path):

@@ -224,20 +224,29 @@ class RunMirror:
                 raise  # the store's error: the run did not delete the file meanwhile
 
     def _copy_checkpoint(self, path: pathlib.Path, name: str) -> None:
-        """Copy a checkpoint once. If the run deletes it meanwhile, the copy has no manifest and so is not a valid checkpoint."""
-        if name in self._copied or self._there.has(f"{name}/{MANIFEST}"):
-            return
-        files = [
-            file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST
-        ]
+        """Copy a checkpoint, unless the same one was copied before; one that was saved again has another manifest.
+
+        If the run deletes it meanwhile, the copy has no manifest and so is not a valid checkpoint.
+        """
         try:
+            stat = (path / MANIFEST).stat()
+            state = (stat.st_size, stat.st_mtime_ns)
+            if self._copied.get(name) == state:
+                return
+            if name not in self._copied and self._there.has(f"{name}/{MANIFEST}"):
+                self._copied[name] = state  # an earlier process of this run copied it
+                return
+            self._there.remove_checkpoint(name)  # what is left of another one
+            files = [
+                file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MANIFEST
+            ]
             for file in [*files, path / MANIFEST]:
                 self._there.put(file, file.relative_to(self.folder).as_posix())
         except FileNotFoundError:
             if (path / MANIFEST).exists():
                 raise
             return
-        self._copied[name] = (0, 0)
+        self._copied[name] = state
 
 
 def fetch_run(url: str, folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -330,7 +339,8 @@ class _Place:
         """Remove a checkpoint, its manifest first, so that a partially removed one is not a valid checkpoint."""
         if self.has(f"{name}/{MANIFEST}"):
             self._store.rm_file(f"{self._root}/{name}/{MANIFEST}")
-        self._store.rm(f"{self._root}/{name}", recursive=True)
+        if self._store.exists(f"{self._root}/{name}"):
+            self._store.rm(f"{self._root}/{name}", recursive=True)
 
 
 def _step_of(name: str) -> str | None:
