@@ -178,7 +178,10 @@ def test_bad_input():
         quantized_matmul(x, weight, scale)
     with pytest.raises(ValueError, match=r"bits must be one of \(1, 2, 4, 8\), got 3"):
         quantized_matmul(x, weight, scale, bits=3)
-    with pytest.raises(ValueError, match="at most 132104 inputs, got 262144: the sum of more products of codes may overflow"):
+    with pytest.raises(
+        ValueError,
+        match="at most 132104 inputs, got 262144: the sum of more products of codes may overflow",
+    ):
         jax.eval_shape(
             quantized_matmul,
             jax.ShapeDtypeStruct((1, 2**18), jnp.float32),
