@@ -95,7 +95,7 @@ def scale_by_onebit_adam(
         b1: The decay rate of the momentum.
         b2: The decay rate of the variance.
         eps: Number added to the root of the variance.
-        freeze_step: The number of warmup updates; 15 to 25% of a run are usual.
+        freeze_step: The number of warmup updates: 15 to 25% of a long run, more of a short one.
         variance_ratio: Ends the warmup earlier, once the variance has settled.
         bias_correction: Whether to correct the moments for their start at zero. DeepSpeed has an option of this name,
             which has no effect, so the default is False.

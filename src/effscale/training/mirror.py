@@ -214,8 +214,7 @@ class RunMirror:
 
     def _copy_file(self, path: pathlib.Path, name: str) -> None:
         try:
-            stat = path.stat()
-            state = (stat.st_size, stat.st_mtime_ns)
+            state = _state(path)
             if self._copied.get(name) != state:
                 self._there.put(path, name)
                 self._copied[name] = state
@@ -229,8 +228,7 @@ class RunMirror:
         If the run deletes it meanwhile, the copy has no manifest and so is not a valid checkpoint.
         """
         try:
-            stat = (path / MANIFEST).stat()
-            state = (stat.st_size, stat.st_mtime_ns)
+            state = _state(path / MANIFEST)
             if self._copied.get(name) == state:
                 return
             if name not in self._copied and self._there.has(f"{name}/{MANIFEST}"):
@@ -341,6 +339,12 @@ class _Place:
             self._store.rm_file(f"{self._root}/{name}/{MANIFEST}")
         if self._store.exists(f"{self._root}/{name}"):
             self._store.rm(f"{self._root}/{name}", recursive=True)
+
+
+def _state(path: pathlib.Path) -> tuple[int, int]:
+    """Return what changes when a file is written again: its size and time."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _step_of(name: str) -> str | None:
