@@ -111,6 +111,45 @@ def test_the_loss_of_the_load_is_transformers_s(k, tmp_path):
     np.testing.assert_allclose(aux_loss(encoded.reports), 0.02 * out.aux_loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [
+        (("qwen2_moe", "Qwen2MoeForCausalLM"), {"mlp_only_layers": [0, 1]}),
+        (("qwen2_moe", "Qwen2MoeForCausalLM"), {"num_experts": 0}),
+        (("qwen3_moe", "Qwen3MoeForCausalLM"), {"mlp_only_layers": [0, 1]}),
+        (
+            ("mixtral", "MixtralForCausalLM"),
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 32,
+                },
+                "head_dim": 4,
+            },
+        ),
+    ],
+    ids=["Qwen2 without experts", "Qwen2 with none", "Qwen3 without experts", "Mixtral with YaRN"],
+)
+def test_a_folder_goes_back_as_its_family(case, fields, tmp_path):
+    """Even without experts; transformers does not derive the head width that YaRN needs."""
+    torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
+    from tests.interop.torch_models import torch_model
+
+    theirs = torch_model(example(*case, **fields, pad_token_id=1))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_pretrained(tmp_path / "theirs")
+    save_pretrained(model, tmp_path / "ours", like=tmp_path / "theirs")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **eager)
+    assert type(back) is type(theirs)
+    ids = torch.arange(2, 10)[None]
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, theirs(ids).logits)
+
+
 def test_the_coefficient_comes_back_for_any_number_of_layers():
     for layers in range(1, 40):
         for k, coefficient in ((1, 0.001), (2, 0.01), (3, 0.02), (8, 1e-4)):

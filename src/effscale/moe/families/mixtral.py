@@ -5,7 +5,7 @@ from typing import Any
 from effscale.interop.families import decoder_heads, rope
 from effscale.interop.families.family import Family
 from effscale.interop.families.fields import Field, Json, Nullable
-from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, rotary, unusual_head_dim
+from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, head_dim, rotary
 from effscale.interop.table import Rule, linear, norm, rows
 from effscale.models import MLPConfig, TransformerConfig, llama
 from effscale.moe.families.fused import Split
@@ -28,15 +28,9 @@ def mixtral(*, num_experts: int, k: int, aux_loss: float, **dense: Any) -> Trans
 
 
 def read(fields: Json) -> dict[str, Any]:
-    """Read rotary positions, the width of a head, and the number of experts under its other name."""
-    found = rotary(fields, base=1e6, longest=131072) | {"head_dim": fields["head_dim"]}
-    other = fields["num_experts"]
+    """Read rotary positions, and the number of experts under its other name."""
+    found, other = rotary(fields, base=1e6, longest=131072), fields["num_experts"]
     return found if other is None else found | {"num_experts": other}
-
-
-def write(config: TransformerConfig) -> dict[str, Any]:
-    """Write rotary positions and the width of a head."""
-    return rope.write(config) | unusual_head_dim(config)
 
 
 MIXTRAL = Family(
@@ -48,7 +42,8 @@ MIXTRAL = Family(
         Field("hidden_size", 4096, "d_model"),
         Field("num_attention_heads", 32, "num_heads"),
         Nullable("num_key_value_heads", 8, "num_kv_heads"),
-        Field("head_dim", None),
+        # transformers does not derive it for YaRN.
+        Field("head_dim", None, "head_dim", write=head_dim),
         expert_width("intermediate_size", 14336, "d_ff"),
         *counts("num_local_experts", 8, 2, 0.001),
         Field("num_experts", None),
@@ -60,7 +55,7 @@ MIXTRAL = Family(
         Field("tie_word_embeddings", False),
     ),
     read=read,
-    write=write,
+    write=rope.write,
     prefix="model.",
     trunk=rows(
         ATTENTION,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from effscale.interop.families.activations import our_activation, their_activation
-from effscale.interop.families.fields import Field
+from effscale.interop.families.fields import Field, found
 from effscale.interop.table import Rule
 from effscale.interop.tensors import MixedTensors
 from effscale.models import MLPConfig, TransformerConfig, group_layers
@@ -71,6 +71,8 @@ def with_mixtures(
         shared: An additional expert for every token, multiplied by a gate.
     """
     layers = config.num_layers if sparse is None else sum(sparse)
+    if not layers:
+        return config
     router = RouterConfig(
         k=k,
         capacity_factor=None,
@@ -138,31 +140,49 @@ def plain(config: TransformerConfig) -> TransformerConfig:
 def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, ...]:
     """Return the fields of the numbers of experts and of the loss, with their defaults."""
     return (
-        Field(experts, num, "num_experts", write=lambda config: mixtures(config)[0].num_experts),
-        Field("num_experts_per_tok", k, "k", write=lambda config: mixtures(config)[0].router.k),
-        Field("router_aux_loss_coef", coefficient, "aux_loss", write=_aux_loss),
+        of_experts(experts, num, "num_experts", lambda moe: moe.num_experts),
+        of_experts("num_experts_per_tok", k, "k", lambda moe: moe.router.k),
+        Field(
+            "router_aux_loss_coef",
+            coefficient,
+            "aux_loss",
+            write=lambda config: _aux_loss(config) if has_experts(config) else coefficient,
+        ),
     )
 
 
+def of_experts(name: str, default: Any, argument: str, value_of: Callable[[Any], Any]) -> Field:
+    """Return a field of the layers with experts; a model in which all layers are dense has its default."""
+    write = lambda config: value_of(mixtures(config)[0]) if has_experts(config) else default
+    return Field(name, default, argument, write=write)
+
+
 def expert_activation() -> Field:
-    """Return the field for the activation of experts."""
-    write = lambda config: their_activation(_expert(config).activation)
+    """Return the field for the activation, which layers with and without experts share."""
+
+    def write(config: TransformerConfig) -> str:
+        experts: Any = mixtures(config)[0].expert if has_experts(config) else None
+        return their_activation(
+            found(config, "activation") if experts is None else experts.activation
+        )
+
     return Field("hidden_act", "silu", "activation", read=our_activation, write=write)
 
 
 def expert_width(name: str, default: int, argument: str) -> Field:
     """Return the field for the inner width of an expert."""
-    return Field(name, default, argument, write=lambda config: _expert(config).d_ff)
+    return of_experts(name, default, argument, lambda moe: moe.expert.d_ff)
 
 
-def is_normalized(config: TransformerConfig) -> bool:
+def normalized(moe: MoEConfig) -> bool:
     """Return whether the weights of a token's experts sum to 1."""
-    router = mixtures(config)[0].router
+    router = moe.router
     return router.normalize in ("chosen", "kept") or (router.normalize is None and router.k > 1)
 
 
-def _expert(config: TransformerConfig) -> Any:
-    return mixtures(config)[0].expert
+def has_experts(config: TransformerConfig) -> bool:
+    """Return whether any layer has experts."""
+    return any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers)
 
 
 def _aux_loss(config: TransformerConfig) -> float:
@@ -175,7 +195,7 @@ def _aux_loss(config: TransformerConfig) -> float:
 
 
 def _balance(aux_loss: float, k: int, layers: int) -> float:
-    return aux_loss * k / max(layers, 1)
+    return aux_loss * k / layers
 
 
 def _each_block(config: TransformerConfig, change: Callable[[Any], Any]) -> tuple[Any, ...]:

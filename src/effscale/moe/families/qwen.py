@@ -24,8 +24,8 @@ from effscale.moe.families.mixtures import (
     counts,
     expert_activation,
     expert_width,
-    is_normalized,
-    mixtures,
+    normalized,
+    of_experts,
     plain,
     split,
     with_mixtures,
@@ -77,9 +77,11 @@ def read_layers(fields: Json) -> tuple[bool, ...] | None:
     typed = Fields("config.json", fields)
     step = typed.whole("decoder_sparse_step", least=1)
     dense = set(typed.wholes("mlp_only_layers", []))
+    layers = range(fields["num_hidden_layers"])
+    if not fields["num_experts"]:
+        dense |= {*layers}
     if step == 1 and not dense:
         return None
-    layers = range(fields["num_hidden_layers"])
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in layers)
 
 
@@ -123,16 +125,15 @@ def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
     return _write(config) | fields | {"use_sliding_window": window is not None}
 
 
-def shared_width(config: TransformerConfig) -> int:
+def shared_width(moe: MoEConfig) -> int:
     """Return the inner width of the shared expert.
 
     Raises:
-        ValueError: The config has no shared expert.
+        ValueError: There is no shared expert.
     """
-    shared = mixtures(config)[0].shared
-    if not isinstance(shared, MLPConfig):
-        raise ValueError(f"the shared expert of the config must be an MLP, got {shared!r}")
-    return shared.d_ff
+    if not isinstance(moe.shared, MLPConfig):
+        raise ValueError(f"the shared expert of the config must be an MLP, got {moe.shared!r}")
+    return moe.shared.d_ff
 
 
 def _read(fields: Json) -> dict[str, Any]:
@@ -156,7 +157,7 @@ COMMON = (
     Nullable("sliding_window", 4096),
     Field("attention_dropout", 0.0, "attention_dropout"),
     Field("decoder_sparse_step", 1),
-    Field("norm_topk_prob", False, "normalized", write=is_normalized),
+    of_experts("norm_topk_prob", False, "normalized", normalized),
     expert_activation(),
     Field("rms_norm_eps", 1e-6, "epsilon"),
     Field("tie_word_embeddings", False),
@@ -179,7 +180,7 @@ QWEN2_MOE = Family(
         Nullable("num_key_value_heads", 16, "num_kv_heads"),
         Field("intermediate_size", 5632),
         expert_width("moe_intermediate_size", 1408, "expert_d_ff"),
-        Field("shared_expert_intermediate_size", 5632, "shared_d_ff", write=shared_width),
+        of_experts("shared_expert_intermediate_size", 5632, "shared_d_ff", shared_width),
         Field("max_window_layers", 28),
         Field("qkv_bias", True, "bias"),
     ),
