@@ -107,7 +107,7 @@ def test_lengths_that_count_the_prompt_need_its_length(tmp_path):
         (
             {"do_sample": True, "top_p": 7},
             {},
-            r"json': SamplingConfig\.top_p must be in.*, got 7\.0",
+            r"json': SamplingConfig\.top_p must be above 0 and at most 1, got 7\.0",
         ),
         (
             {"max_new_tokens": 0},

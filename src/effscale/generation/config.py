@@ -3,27 +3,28 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat, SupportsIndex, cast
+from typing import Annotated, Any, SupportsFloat, SupportsIndex, cast
 
 from effscale.generation.prompts import integers
-from effscale.models.validation import check, is_finite, is_integer
-
-_INTEGERS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "top_k",
-    "no_repeat_ngram_size",
-    "num_return_sequences",
-    "pad_id",
+from effscale.options import (
+    Bounds,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    check,
+    is_finite,
+    is_integer,
 )
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 TokenIds = SupportsIndex | Iterable[SupportsIndex]
 Biases = Mapping[SupportsIndex, SupportsFloat] | Iterable[tuple[SupportsIndex, SupportsFloat]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Options):
     """Sampling options: which tokens may follow, and when a row ends.
 
     The options are applied in this order, which is that of transformers: ``logit_bias``, ``repetition_penalty``,
@@ -44,63 +45,46 @@ class SamplingConfig:
         False
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Maximum number of tokens to generate."""
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     """Minimum number of tokens to generate before a stop token can be drawn."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Divisor of the logits; 0 always takes the most likely token (greedy decoding)."""
-    top_k: int | None = None
+    top_k: NonNegativeInt | None = None
     """Sample only from the ``k`` most likely tokens; None or 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
     """Sample only from the smallest set of tokens whose probabilities sum to at least ``p``; 1: from all."""
-    min_p: float = 0.0
+    min_p: Fraction = 0.0
     """Sample only from tokens at least ``min_p`` times as probable as the most likely one; 0: from all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: PositiveFloat = 1.0
     """Penalty for tokens that the row already contains, including the prompt: divides their positive logits and multiplies their
     negative ones; 1: no penalty."""
-    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_size: NonNegativeInt = 0
     """Forbid any ``n`` consecutive tokens from occurring twice in a row, including the prompt; 0: no restriction."""
     logit_bias: Biases = ()
     """Values to add to the logits of some tokens, by token id; minus infinity forbids a token. May be a dict; stored as a
     sorted tuple of pairs."""
-    num_return_sequences: int = 1
+    num_return_sequences: PositiveInt = 1
     """Number of answers per prompt, returned as consecutive rows. The prompt is computed only once."""
     stop_ids: TokenIds = ()
     """Token ids that end a row when drawn. May be one id or a list, tuple or array; stored as a tuple."""
-    pad_id: int = 0
+    pad_id: NonNegativeInt = 0
     """Token id that fills rows that have ended."""
 
     def __post_init__(self):
-        # JAX needs a hashable config, and numbers that adapt to the dtype of the logits.
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            optional = name == "top_k" and value is None
-            check(self, optional or is_integer(value), name, "an integer")
-            object.__setattr__(self, name, None if optional else int(value))
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            check(self, is_finite(value), name, "a finite number")
-            object.__setattr__(self, name, float(value))
         self._keep_stop_ids()
         self._keep_logit_bias()
-        check(self, self.top_k is None or self.top_k >= 0, "top_k", "at least 0 or None")
+        super().__post_init__()
         object.__setattr__(self, "top_k", self.top_k or None)
-        check(self, self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        fits = 0 <= self.min_new_tokens <= self.max_new_tokens
+        fits = self.min_new_tokens <= self.max_new_tokens
         wanted = f"from 0 to max_new_tokens={self.max_new_tokens}"
         check(self, fits, "min_new_tokens", wanted)
         sensible = self.temperature == 0 or self.temperature >= 1e-6
         check(self, sensible, "temperature", "0 (greedy) or at least 1e-6")
-        check(self, 0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        check(self, 0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(self, self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        check(self, self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "at least 0")
-        check(self, self.num_return_sequences >= 1, "num_return_sequences", "at least 1")
         differ = not self.greedy or self.num_return_sequences == 1
         wanted = "1 with greedy decoding, where all answers to a prompt would be the same"
         check(self, differ, "num_return_sequences", wanted)
-        check(self, self.pad_id >= 0, "pad_id", "a token id, at least 0")
 
     def _keep_stop_ids(self) -> None:
         stops = integers(self.stop_ids)

@@ -6,15 +6,21 @@ place of ``effscale.models.MLPConfig``, only needs the same ``build``.
 """
 
 import dataclasses
-import math
-import typing
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from effscale.models.activations import ACTIVATIONS, Activation
+from effscale.models.activations import Activation
 from effscale.models.layers import LayerNorm, RMSNorm
 from effscale.models.points import POINTS, check_points
 from effscale.models.positions import Alibi, LearnedPositions, Positions, Rotary
-from effscale.models.validation import check, choice
+from effscale.options import (
+    Bounds,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    ProperFraction,
+    check,
+)
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -25,21 +31,17 @@ AttentionImplementation = Literal["blocks", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NormConfig:
+class NormConfig(Options):
     """Layer normalization or root-mean-square normalization."""
 
     kind: Literal["layer", "rms"] = "layer"
     """``layer`` subtracts the mean; ``rms`` does not."""
-    epsilon: float = 1e-5
+    epsilon: PositiveFloat = 1e-5
     """Constant added to the variance."""
     scale: bool = True
     """Whether to multiply by a learned scale."""
     bias: bool = True
     """Whether to add a learned bias."""
-
-    def __post_init__(self):
-        choice(self, "kind", ("layer", "rms"))
-        check(self, 0 < self.epsilon < math.inf, "epsilon", "above 0 and finite")
 
     def build(self, width: int) -> "LayerNorm | RMSNorm":
         """Build the module for ``width`` features."""
@@ -48,22 +50,22 @@ class NormConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(Options):
     """Multi-head attention, or grouped-query attention if ``num_kv_heads`` is below ``num_heads``."""
 
-    num_heads: int
+    num_heads: PositiveInt
     """Number of query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: PositiveInt | None = None
     """Number of key and value heads, each shared by a group of query heads; None: the same as ``num_heads``."""
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """Width of a head; None: ``d_model / num_heads``."""
     bias: bool = True
     """Whether the query, key and value projections have biases."""
     out_bias: bool | None = None
     """Whether the output projection has a bias; None: the same as ``bias``."""
-    scale: float | None = None
+    scale: PositiveFloat | None = None
     """Factor that multiplies the scores; None: ``head_dim**-0.5``."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """Sliding window: a token attends to itself and the ``window - 1`` positions before it; None: to all earlier positions.
     Layers with a window are computed in blocks, because the fused kernels do not support windows."""
     qk_norm: NormConfig | None = None
@@ -71,24 +73,13 @@ class AttentionConfig:
     qk_norm_over: Literal["head", "all"] = "head"
     """What to normalize over: the features of each ``head``, with one scale shared by all heads (Qwen3), or the features of
     ``all`` heads together (OLMoE)."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping an attention weight in training."""
 
     def __post_init__(self):
-        check(self, self.num_heads >= 1, "num_heads", "at least 1")
-        kv = self.kv_heads
-        check(
-            self,
-            kv >= 1 and self.num_heads % kv == 0,
-            "num_kv_heads",
-            f"a divisor of num_heads={self.num_heads}",
-        )
-        check(self, self.head_dim is None or self.head_dim >= 1, "head_dim", "at least 1")
-        fits = self.scale is None or 0 < self.scale < math.inf
-        check(self, fits, "scale", "above 0 and finite, or None")
-        check(self, self.window is None or self.window >= 1, "window", "at least 1, or None")
-        choice(self, "qk_norm_over", ("head", "all"))
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        super().__post_init__()
+        shared = self.num_heads % self.kv_heads == 0
+        check(self, shared, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
 
     @property
     def kv_heads(self) -> int:
@@ -146,7 +137,7 @@ class HeadConfig(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Options):
     """One transformer block: attention and feed-forward around a residual stream."""
 
     attention: AttentionConfig
@@ -156,77 +147,57 @@ class BlockConfig:
     """Placement of the norms. ``pre``: before each part. ``post``: after each sum. ``parallel``: both parts read the same
     stream, each through its own norm. ``parallel_shared``: the same with one shared norm. ``pre_normed``: like ``pre``, but
     the normalized stream is the residual (BLOOM's ``apply_residual_connection_post_layernorm``)."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping a feature of the output of attention or feed-forward in training."""
 
-    def __post_init__(self):
-        choice(self, "residual", typing.get_args(Residual))
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(Options):
     """Identical blocks that are stacked and scanned: ``blocks`` in order, ``repeat`` times."""
 
-    blocks: tuple[BlockConfig, ...]
+    blocks: Annotated[tuple[BlockConfig, ...], Bounds(at_least=1)]
     """The blocks of one repetition: usually one; a pair (dense, expert) if every second layer differs."""
-    repeat: int
+    repeat: PositiveInt
     """Number of repetitions."""
-
-    def __post_init__(self):
-        check(self, self.repeat >= 1, "repeat", "at least 1")
-        check(self, len(self.blocks) >= 1, "blocks", "at least one block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenInputs:
+class TokenInputs(Options):
     """Token ids as input."""
 
-    vocab_size: int
+    vocab_size: PositiveInt
     """Number of rows of the embedding."""
-    d_embed: int | None = None
+    d_embed: PositiveInt | None = None
     """Width of the embedding if it differs from ``d_model``; projections map it to ``d_model`` and back."""
-    type_vocab_size: int = 0
+    type_vocab_size: NonNegativeInt = 0
     """Number of token types, such as BERT's sentences A and B; 0: none."""
     norm: NormConfig | None = None
     """Norm applied to the sum of the embeddings (BLOOM, BERT)."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping a feature of the embedding in training."""
-
-    def __post_init__(self):
-        check(self, self.vocab_size >= 1, "vocab_size", "at least 1")
-        check(self, self.d_embed is None or self.d_embed >= 1, "d_embed", "at least 1")
-        check(self, self.type_vocab_size >= 0, "type_vocab_size", "0 or more")
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PatchInputs:
+class PatchInputs(Options):
     """Images as input, split into square patches after a class token.
 
     References:
         Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020). https://arxiv.org/abs/2010.11929
     """
 
-    image_size: int
+    image_size: PositiveInt
     """Height and width of an image, in pixels."""
-    patch_size: int
+    patch_size: PositiveInt
     """Height and width of a patch, in pixels."""
-    channels: int = 3
+    channels: PositiveInt = 3
     """Number of channels per pixel."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping a feature of the embedding in training."""
 
     def __post_init__(self):
-        check(self, self.image_size >= 1, "image_size", "at least 1")
-        check(
-            self,
-            self.patch_size >= 1 and self.image_size % self.patch_size == 0,
-            "patch_size",
-            f"a divisor of image_size={self.image_size}",
-        )
-        check(self, self.channels >= 1, "channels", "at least 1")
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        super().__post_init__()
+        whole = self.image_size % self.patch_size == 0
+        check(self, whole, "patch_size", f"a divisor of image_size={self.image_size}")
 
     @property
     def num_tokens(self) -> int:
@@ -235,7 +206,7 @@ class PatchInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(Options):
     """A complete model.
 
     Example:
@@ -244,9 +215,9 @@ class TransformerConfig:
         768
     """
 
-    d_model: int
+    d_model: PositiveInt
     """Width of the residual stream."""
-    groups: tuple[Group, ...]
+    groups: Annotated[tuple[Group, ...], Bounds(at_least=1)]
     """The groups of layers, in order."""
     inputs: TokenInputs | PatchInputs
     """The inputs: token ids or images."""
@@ -274,29 +245,15 @@ class TransformerConfig:
     kernel for TPUs. ``cudnn``: the fused kernel for Hopper GPUs. None: ``splash`` on TPUs if it supports the model, otherwise
     ``blocks``. A named implementation that does not support the model raises an error. With a cache, ``blocks`` is always
     used."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
     """Whether to initialize projections into the residual stream with a smaller deviation, by ``1/sqrt(2 num_layers)``."""
 
     def __post_init__(self):
-        check(self, self.d_model >= 1, "d_model", "at least 1")
-        check(self, len(self.groups) >= 1, "groups", "at least one group")
-        choice(self, "dtype", ("float32", "bfloat16", "float16"))
-        if isinstance(self.remat, str):
-            choice(self, "remat", typing.get_args(Remat))
-        else:
-            check(
-                self,
-                isinstance(self.remat, tuple),
-                "remat",
-                "the name of a policy or a tuple of points",
-            )
+        super().__post_init__()
+        if isinstance(self.remat, tuple):
             check_points(self.remat, self.points, f"TransformerConfig.remat={self.remat!r}")
-        if self.attention_implementation is not None:
-            choice(self, "attention_implementation", typing.get_args(AttentionImplementation))
-        choice(self, "pooler_activation", tuple(ACTIVATIONS))
-        check(self, 0 < self.init_std < math.inf, "init_std", "above 0 and finite")
         widths = {block.attention.width(self.d_model) for block in self.blocks}
         if isinstance(self.positions, Rotary):
             check(

@@ -11,14 +11,14 @@ from effscale.models.activations import Activation
 from effscale.models.config import NormConfig, TokenInputs, TransformerConfig
 from effscale.models.inputs import TokenEmbedding
 from effscale.models.layers import Dense, dropout
-from effscale.models.validation import check, choice
 from effscale.models.weights import matmul, transpose
+from effscale.options import Options, PositiveInt, ProperFraction
 
 Pool = Literal["first", "pooled", "last", "mean", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LMHead:
+class LMHead(Options):
     """Logits over the vocabulary for every token."""
 
     name: str = "lm"
@@ -84,10 +84,10 @@ class VocabularyHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassHead:
+class ClassHead(Options):
     """Class scores for each row, or a value for each token."""
 
-    num_classes: int
+    num_classes: PositiveInt
     """Number of scores per row; 1 for a reward or a value."""
     name: str = "classes"
     """The key of the output."""
@@ -96,13 +96,8 @@ class ClassHead:
     ``mean`` over real tokens. ``none`` computes scores for every token."""
     bias: bool = True
     """Whether to add a bias."""
-    dropout: float = 0.0
+    dropout: ProperFraction = 0.0
     """Probability of dropping a feature of that vector in training."""
-
-    def __post_init__(self):
-        check(self, self.num_classes >= 1, "num_classes", "at least 1")
-        check(self, 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        choice(self, "pool", ("first", "pooled", "last", "mean", "none"))
 
     def build(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> "ClassifierHead":
         """Build the module."""

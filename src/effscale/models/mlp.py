@@ -6,19 +6,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from effscale.models.activations import ACTIVATIONS, Activation
+from effscale.models.activations import Activation
 from effscale.models.context import Context
 from effscale.models.layers import Dense
-from effscale.models.validation import check, choice
 from effscale.models.weights import matmuls
+from effscale.options import Options, PositiveInt
 from effscale.parallel import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MLPConfig:
+class MLPConfig(Options):
     """The standard feed-forward: two projections around an activation, or three if gated."""
 
-    d_ff: int
+    d_ff: PositiveInt
     """Inner width."""
     activation: Activation = "gelu_tanh"
     """Activation function. The tanh variants of GELU differ only in the rounding of a constant, as published models do."""
@@ -26,10 +26,6 @@ class MLPConfig:
     """``down(act(gate(x)) * up(x))`` instead of ``down(act(up(x)))``; with ``silu`` this is SwiGLU."""
     bias: bool = True
     """Whether the projections have biases."""
-
-    def __post_init__(self):
-        check(self, self.d_ff >= 1, "d_ff", "at least 1")
-        choice(self, "activation", tuple(ACTIVATIONS))
 
     def multiplications(self, d_model: int) -> int:
         """Return the number of multiplications in the forward pass of one token."""

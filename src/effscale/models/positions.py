@@ -8,25 +8,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effscale.models.rotary_scaling import RotaryScaling, YarnScaling
-from effscale.models.validation import check
+from effscale.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearnedPositions:
+class LearnedPositions(Options):
     """A learned vector for each position, added to the token embedding."""
 
-    num: int
+    num: PositiveInt
     """Number of positions; a longer sequence is an error."""
-    offset: int = 0
+    offset: NonNegativeInt = 0
     """Number of rows before that of position 0 (OPT: 2)."""
-
-    def __post_init__(self):
-        check(self, self.num >= 1, "num", "at least 1")
-        check(self, self.offset >= 0, "offset", "0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotary:
+class Rotary(Options):
     """Rotary positions: rotate pairs of each query and key by an angle proportional to the position.
 
     References:
@@ -34,9 +30,9 @@ class Rotary:
             https://arxiv.org/abs/2104.09864
     """
 
-    dim: int | None = None
+    dim: PositiveInt | None = None
     """Number of leading dimensions of each head to rotate; None: all."""
-    base: float = 10000.0
+    base: PositiveFloat = 10000.0
     """Base of the frequencies: pair ``i`` rotates by ``base^(-2i/dim)`` per position."""
     interleaved: bool = False
     """Whether pairs are adjacent, ``(2i, 2i+1)`` (GPT-J), or in two halves, ``(i, i + dim/2)`` (NeoX, Llama)."""
@@ -44,13 +40,8 @@ class Rotary:
     """Scaling of the frequencies for longer sequences: linear, Llama 3's or YaRN; None: no scaling."""
 
     def __post_init__(self):
-        check(
-            self,
-            self.dim is None or (self.dim > 0 and self.dim % 2 == 0),
-            "dim",
-            "an even number above 0, or None",
-        )
-        check(self, 0 < self.base < math.inf, "base", "above 0 and finite")
+        super().__post_init__()
+        check(self, self.dim is None or self.dim % 2 == 0, "dim", "an even number, or None")
         if isinstance(self.scaling, YarnScaling):
             check(self, self.base > 1, "base", "above 1 with YarnScaling")
 

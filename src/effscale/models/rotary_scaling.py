@@ -6,13 +6,13 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from effscale.models.validation import check
+from effscale.options import Options, PositiveFloat, PositiveInt, check
 
 Frequencies = Float[np.ndarray, "pairs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearScaling:
+class LinearScaling(Options):
     """Position interpolation: divide positions by ``factor``.
 
     References:
@@ -20,11 +20,8 @@ class LinearScaling:
             https://arxiv.org/abs/2306.15595
     """
 
-    factor: float
+    factor: PositiveFloat
     """Ratio of the extended sequence length to the original one."""
-
-    def __post_init__(self):
-        check(self, self.factor > 0, "factor", "above 0")
 
     @property
     def amplitude(self) -> float:
@@ -38,7 +35,7 @@ class LinearScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
+class Llama3Scaling(Options):
     r"""Llama 3.1's scaling: slow pairs are divided by ``factor``, fast pairs are unchanged, and those between are mixed.
 
     With $r$ the turns that a pair makes over ``original_max_length`` positions, its frequency is multiplied by
@@ -51,21 +48,19 @@ class Llama3Scaling:
             https://arxiv.org/abs/2407.21783
     """
 
-    factor: float
+    factor: PositiveFloat
     """Ratio of the extended sequence length to the original one."""
-    low_freq_factor: float
+    low_freq_factor: PositiveFloat
     """Pairs with fewer turns than this are divided by ``factor``."""
     high_freq_factor: float
     """Pairs with more turns than this are unchanged."""
-    original_max_length: int
+    original_max_length: PositiveInt
     """Sequence length of the original training."""
 
     def __post_init__(self):
-        check(self, self.factor > 0, "factor", "above 0")
-        check(self, self.low_freq_factor > 0, "low_freq_factor", "above 0")
+        super().__post_init__()
         wanted = f"above low_freq_factor={self.low_freq_factor}"
         check(self, self.high_freq_factor > self.low_freq_factor, "high_freq_factor", wanted)
-        check(self, self.original_max_length >= 1, "original_max_length", "at least 1")
 
     @property
     def amplitude(self) -> float:
@@ -81,7 +76,7 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnScaling:
+class YarnScaling(Options):
     """YaRN: interpolate pairs with few turns, keep pairs with many turns, ramp between them, and sharpen the scores.
 
     ``mscale`` and ``mscale_all_dim`` are from DeepSeek-V2.
@@ -91,15 +86,15 @@ class YarnScaling:
             https://arxiv.org/abs/2309.00071
     """
 
-    factor: float
+    factor: PositiveFloat
     """Ratio of the extended sequence length to the original one."""
-    original_max_length: int
+    original_max_length: PositiveInt
     """Sequence length of the original training."""
     beta_fast: float = 32.0
     """Pairs with more turns than this over the original sequence length are unchanged."""
-    beta_slow: float = 1.0
+    beta_slow: PositiveFloat = 1.0
     """Pairs with fewer turns than this are divided by ``factor``."""
-    attention_factor: float | None = None
+    attention_factor: PositiveFloat | None = None
     """Factor that multiplies sine and cosine; None: ``0.1 ln(factor) + 1``, or as ``mscale`` and ``mscale_all_dim`` define."""
     mscale: float | None = None
     """With ``mscale_all_dim``, sets the default ``attention_factor`` to ``(0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim
@@ -110,13 +105,9 @@ class YarnScaling:
     """Whether the ramp starts and ends at a whole pair."""
 
     def __post_init__(self):
-        check(self, self.factor > 0, "factor", "above 0")
-        check(self, self.original_max_length >= 1, "original_max_length", "at least 1")
-        check(self, self.beta_slow > 0, "beta_slow", "above 0")
+        super().__post_init__()
         wanted = f"at least beta_slow={self.beta_slow}"
         check(self, self.beta_fast >= self.beta_slow, "beta_fast", wanted)
-        given = self.attention_factor
-        check(self, given is None or given > 0, "attention_factor", "above 0, or None")
 
     @property
     def amplitude(self) -> float:

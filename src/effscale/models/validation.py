@@ -1,43 +1,11 @@
 """Validation of configs and of JSON from other projects: each error names the field, its value and what is valid."""
 
 import dataclasses
-import difflib
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-def check(config: Any, holds: bool, field: str, wanted: str) -> None:
-    """Raise a ValueError that names ``field`` and its value unless ``holds``.
-
-    Args:
-        config: The dataclass with the field.
-        holds: Whether the value is valid.
-        field: The name of the field.
-        wanted: What the value must be, optionally followed by ``"; "`` and advice, which is placed after the value.
-    """
-    if not holds:
-        wanted, _, advice = wanted.partition("; ")
-        raise ValueError(
-            f"{type(config).__name__}.{field} must be {wanted}, got {getattr(config, field)!r}"
-            + (f"; {advice}" if advice else "")
-        )
-
-
-def is_finite(value: Any) -> bool:
-    """Return whether a value is a finite real number, of Python or NumPy, that fits in a float; a bool is not.
-
-    Example:
-        >>> is_finite(3), is_finite(float("inf")), is_finite("3"), is_finite(None)
-        (True, False, False, False)
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+from effscale.options import _near, check, did_you_mean, is_finite, is_integer  # noqa: F401
 
 
 def choice(config: Any, field: str, names: Iterable[str]) -> None:
@@ -58,27 +26,6 @@ def check_finite(config: Any) -> None:
         values = value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(x) for x in values if isinstance(x, float))
         check(config, finite, field.name, "finite")
-
-
-def is_integer(value: Any) -> bool:
-    """Return whether a value is an integer of Python or NumPy; True and False are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a hint with the names closest to ``name``, or with all names if none is close.
-
-    Example:
-        >>> did_you_mean("gtp2", ["gpt2", "bert-base"])
-        "did you mean 'gpt2'?"
-    """
-    names = list(names)
-    return _near(name, names) or f"choose one of {', '.join(map(repr, names))}"
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def check_keys(

@@ -1,44 +1,33 @@
 """Options of policy learning: PPO, GRPO and RLOO."""
 
 import dataclasses
-import math
-import typing
-from typing import Literal
+from typing import Annotated, Literal
 
-from effscale.models.validation import check, choice, is_integer
+from effscale.options import Bounds, Fraction, NonNegativeFloat, Options, PositiveFloat
 from effscale.rlhf.policy_loss import PolicyLossConfig
 from effscale.rlhf.rewards import KLEstimator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearningConfig:
+class LearningConfig(Options):
     """Options that ``PPOConfig`` and ``GroupConfig`` have in common."""
 
-    kl_coef: float = 0.05
+    kl_coef: NonNegativeFloat = 0.05
     """Coefficient of the KL divergence from the reference model, per nat."""
     kl_estimator: KLEstimator = "k1"
     """Estimator of the KL divergence; see ``effscale.rlhf.kl_estimate``."""
-    score_clip: float | None = None
+    score_clip: PositiveFloat | None = None
     """Clip scores to plus and minus this value; None disables clipping."""
-    missing_end_penalty: float = 0.0
+    missing_end_penalty: NonNegativeFloat = 0.0
     """Penalty subtracted from the score of a response that was cut off before it ended."""
     learn_end: bool = True
     """Whether to train on the token that ends a response. DeepSpeed-Chat does not, because it cannot distinguish it from padding."""
     policy: PolicyLossConfig = PolicyLossConfig()
     """Clipping and averaging of the policy loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus in the policy loss, per nat."""
-    pretraining_coef: float = 0.0
+    pretraining_coef: NonNegativeFloat = 0.0
     """Weight of the next-token loss on ordinary text that is mixed in ("PTX"); InstructGPT and DeepSpeed-Chat use 27.8."""
-
-    def __post_init__(self):
-        for name in ("kl_coef", "missing_end_penalty", "entropy_coef", "pretraining_coef"):
-            check(self, 0 <= getattr(self, name) < math.inf, name, "0 or more, and finite")
-        clip = self.score_clip
-        check(
-            self, clip is None or 0 < clip < math.inf, "score_clip", "above 0 and finite, or None"
-        )
-        choice(self, "kl_estimator", typing.get_args(KLEstimator))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,32 +38,22 @@ class PPOConfig(LearningConfig):
     ``score_at="next"``, and trains both models with one optimizer on the policy loss plus 0.1 times the critic loss.
     """
 
-    kl_target: float | None = None
+    kl_target: PositiveFloat | None = None
     """Target divergence of a response, in nats, for ``effscale.rlhf.adaptive_kl``, which adjusts ``kl_coef``; None keeps ``kl_coef`` constant."""
-    kl_horizon: float = 10_000.0
+    kl_horizon: PositiveFloat = 10_000.0
     """Number of responses over which ``kl_coef`` then changes by at most about a fifth."""
     score_at: Literal["last", "next"] = "last"
     """Where the score is applied: at the last token of a response, or at the position after it, as in TRL."""
-    gamma: float = 1.0
+    gamma: Fraction = 1.0
     """Discount factor."""
-    lam: float = 0.95
+    lam: Fraction = 0.95
     """Lambda of generalized advantage estimation."""
     whiten_rewards: bool = False
     """Normalize the rewards of a batch to variance 1."""
     whiten_advantages: bool = True
     """Normalize the advantages of a batch to mean 0 and variance 1."""
-    value_clip: float | None = 0.2
+    value_clip: PositiveFloat | None = 0.2
     """How far a value can move in one batch of responses; None means no bound."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("value_clip", "kl_target"):
-            value = getattr(self, name)
-            check(self, value is None or 0 < value < math.inf, name, "above 0 and finite, or None")
-        check(self, 0 < self.kl_horizon < math.inf, "kl_horizon", "above 0 and finite")
-        for name in ("gamma", "lam"):
-            check(self, 0 <= getattr(self, name) <= 1, name, "from 0 to 1")
-        choice(self, "score_at", ("last", "next"))
 
 
 DEEPSPEED_CHAT = PPOConfig(kl_coef=0.1, score_clip=5.0, whiten_advantages=False, learn_end=False)
@@ -98,7 +77,7 @@ class GroupConfig(LearningConfig):
     """
 
     kl_estimator: KLEstimator = "k3"
-    group_size: int = 8
+    group_size: Annotated[int, Bounds(at_least=2)] = 8
     """Number of responses per prompt."""
     advantage: Literal["group", "leave_one_out"] = "group"
     """The baseline of a score: the mean of its group (``effscale.rlhf.group_advantages``), or the mean of the others in the group (``effscale.rlhf.leave_one_out_advantages``)."""
@@ -106,10 +85,3 @@ class GroupConfig(LearningConfig):
     """Whether ``group`` divides by the standard deviation of the group."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the divergence is penalized: in the loss of each token, or in the score of a response."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        enough = is_integer(self.group_size) and self.group_size >= 2
-        check(self, enough, "group_size", "at least 2")
-        choice(self, "advantage", ("group", "leave_one_out"))
-        choice(self, "kl_in", ("loss", "reward"))

@@ -1,40 +1,31 @@
 """Losses of PPO and its critic-free variants: clipped policy loss, clipped value loss, and averaging over tokens."""
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effscale.models.validation import check, choice
+from effscale.options import Bounds, Options, PositiveFloat
 
 Average = Literal["token", "sequence", "fixed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
+class PolicyLossConfig(Options):
     """Options of the policy loss, which keep the policy close to the one that generated the responses."""
 
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Bounds(above=0, at_most=1)] = 0.2
     """Lower clip of the ratio of new to old probability: 1 minus this."""
-    clip_high: float = 0.2
+    clip_high: PositiveFloat = 0.2
     """Upper clip of the ratio of new to old probability: 1 plus this. DAPO uses 0.28."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Bounds(above=1)] | None = None
     """Upper bound of the ratio where the advantage is negative; above 1, or None for no bound."""
     ratio_of: Literal["token", "sequence"] = "token"
     """One ratio per token, or one per response: the geometric mean over its tokens (GSPO)."""
     average: Average = "token"
     """How to average over tokens: ``token``, ``sequence`` or ``fixed``; see ``masked_average``."""
-
-    def __post_init__(self):
-        check(self, 0 < self.clip_low <= 1, "clip_low", "above 0 and at most 1")
-        check(self, 0 < self.clip_high < math.inf, "clip_high", "above 0 and finite")
-        above = self.dual_clip is None or 1 < self.dual_clip < math.inf
-        check(self, above, "dual_clip", "above 1 and finite, or None")
-        choice(self, "ratio_of", ("token", "sequence"))
-        choice(self, "average", ("token", "sequence", "fixed"))
 
 
 def masked_average(

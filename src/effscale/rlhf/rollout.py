@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from effscale.generation import SamplingConfig
 from effscale.models import Transformer, merge_lora, unroll
+from effscale.options import Options
 from effscale.parallel import DEFAULT_RULES, Rules, shardings, use_rules
 
 ROLLOUT_RULES = DEFAULT_RULES | {"embed": None}
@@ -16,7 +17,7 @@ ROLLOUT_RULES = DEFAULT_RULES | {"embed": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Options):
     """Options of response generation.
 
     Example:

@@ -6,13 +6,13 @@ from typing import Any
 
 import optax
 
-from effscale.models.validation import check, is_finite
+from effscale.options import NonNegativeFloat, Options, PositiveFloat, ProperFraction
 from effscale.training.partition import decay_mask
 from effscale.training.schedules import scale_by_learning_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
+class AdamWConfig(Options):
     """AdamW as in ``optax.adamw``, with weight decay only on matrices.
 
     References:
@@ -21,23 +21,14 @@ class AdamWConfig:
     >>> optimizer = AdamWConfig(weight_decay=0.1).build(1e-3)
     """
 
-    b1: float = 0.9
+    b1: ProperFraction = 0.9
     """Decay of the first moment."""
-    b2: float = 0.95
+    b2: ProperFraction = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Number added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
-
-    def __post_init__(self):
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            check(self, is_finite(value) and 0 <= value < 1, name, "a number in [0, 1)")
-        eps, decay = self.eps, self.weight_decay
-        check(self, is_finite(eps) and eps > 0, "eps", "positive and finite; 1e-8 is usual")
-        wanted = "finite and not negative; 0 turns it off"
-        check(self, is_finite(decay) and decay >= 0, "weight_decay", wanted)
 
     def build(
         self,

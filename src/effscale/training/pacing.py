@@ -7,9 +7,9 @@ it takes few values in a known order: the buckets for which a training step is c
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from effscale.models.validation import check, is_finite
+from effscale.options import Bounds, NonNegativeInt, Options, PositiveInt, check
 
 Clock = Literal["steps", "samples", "tokens"]
 """What a pacing function counts."""
@@ -17,7 +17,7 @@ NUM_LEVELS = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pacing:
+class Pacing(Options):
     """The base class of pacing functions; use one of its subclasses.
 
     ``pacing(t)`` is the difficulty at count ``t``. The clock decides what ``t`` counts: training steps, or the samples or tokens
@@ -26,9 +26,6 @@ class Pacing:
 
     clock: Clock = "steps"
     """What to count: ``steps``, ``samples`` or ``tokens``."""
-
-    def __post_init__(self):
-        check(self, self.clock in get_args(Clock), "clock", f"one of {', '.join(get_args(Clock))}")
 
     def __call__(self, t: int) -> int:
         """Return the difficulty at count ``t``, which is 0 or more."""
@@ -68,12 +65,6 @@ class Pacing:
             yield level
 
 
-def _check_at_least(config: Pacing, least: int, field: str, name_of_least: str = "") -> None:
-    value = getattr(config, field)
-    wanted = f"a finite number, at least {name_of_least}{least}"
-    check(config, is_finite(value) and value >= least, field, wanted)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RootPacing(Pacing):
     r"""Root pacing: from the minimum to the maximum difficulty along a root of the count.
@@ -92,26 +83,22 @@ class RootPacing(Pacing):
     [1, 2, 3, 50, 100]
     """
 
-    min_difficulty: int
+    min_difficulty: NonNegativeInt
     """The initial difficulty."""
-    max_difficulty: int
+    max_difficulty: NonNegativeInt
     """The final difficulty."""
-    total: int
+    total: PositiveInt
     """The count at which the final difficulty is reached, ``total_curriculum_step`` in DeepSpeed."""
-    difficulty_step: int | None = None
+    difficulty_step: PositiveInt | None = None
     """The granularity. If the difficulty is a length, each level is one shape to compile, and None makes at most about a
     dozen. If it is a percentile or a value, nothing is compiled, and 1 is fine."""
-    root_degree: int = 2
+    root_degree: PositiveInt = 2
     """The degree of the root. 1 is linear; with a greater degree the difficulty rises faster at first."""
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(self, 0, "min_difficulty")
-        _check_at_least(self, self.min_difficulty, "max_difficulty", "min_difficulty=")
-        _check_at_least(self, 1, "total")
-        if self.difficulty_step is not None:
-            _check_at_least(self, 1, "difficulty_step")
-        _check_at_least(self, 1, "root_degree")
+        wanted = f"at least min_difficulty={self.min_difficulty}"
+        check(self, self.max_difficulty >= self.min_difficulty, "max_difficulty", wanted)
 
     @property
     def end(self) -> int:
@@ -160,22 +147,18 @@ class DiscretePacing(Pacing):
     [1, 1, 2, 2, 3]
     """
 
-    difficulty: tuple[int, ...]
+    difficulty: Annotated[tuple[NonNegativeInt, ...], Bounds(at_least=1)]
     """The difficulties, in ascending order."""
-    max_step: tuple[int, ...]
+    max_step: tuple[NonNegativeInt, ...]
     """The last count of each difficulty except the last."""
 
     def __post_init__(self):
         super().__post_init__()
         rising = lambda numbers: list(numbers) == sorted(set(numbers))
-        check(self, len(self.difficulty) >= 1, "difficulty", "at least one number")
         check(self, rising(self.difficulty), "difficulty", "increasing numbers")
-        from_zero = lambda numbers: all(is_finite(number) and number >= 0 for number in numbers)
-        check(self, from_zero(self.difficulty), "difficulty", "finite numbers from 0")
         wanted = f"one number for each difficulty except the last, {len(self.difficulty) - 1}"
         check(self, len(self.max_step) == len(self.difficulty) - 1, "max_step", wanted)
         check(self, rising(self.max_step), "max_step", "increasing numbers")
-        check(self, from_zero(self.max_step), "max_step", "finite numbers from 0")
 
     @property
     def min_difficulty(self) -> int:
@@ -214,12 +197,11 @@ class CustomPacing(Pacing):
     """A lower bound of its values."""
     max_difficulty: int
     """The final difficulty; greater values of the function are clipped to it."""
-    total: int
+    total: NonNegativeInt
     """The count at which the function has reached ``max_difficulty``."""
 
     def __post_init__(self):
         super().__post_init__()
-        _check_at_least(self, 0, "total")
         name = getattr(self.function, "__name__", repr(self.function))
         first, last = self.function(0), self.function(self.total)
         if first < self.min_difficulty:

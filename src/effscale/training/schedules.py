@@ -2,21 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effscale.models.validation import check, is_finite
+from effscale.options import NonNegativeFloat, NonNegativeInt, Options, check, is_finite
 
 Unit = Literal["steps", "tokens"]
 Kind = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(Options):
     """A schedule: a function of a count, with the unit of the count.
 
     Attributes:
@@ -33,7 +33,7 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Options):
     r"""A linear warmup from zero to ``peak``, followed by a decay.
 
     With progress $p = (t - \text{warmup}) / (\text{total} - \text{warmup})$ in [0, 1]:
@@ -48,32 +48,23 @@ class ScheduleConfig:
 
     kind: Kind = "cosine"
     """The shape of the decay."""
-    peak: float = 1e-3
+    peak: NonNegativeFloat = 1e-3
     """The value at the end of the warmup."""
-    warmup: int = 0
+    warmup: NonNegativeInt = 0
     """The length of the warmup, in ``unit``."""
     total: int | None = None
     """The end of the decay, in ``unit`` and including the warmup; required for linear and cosine."""
-    final: float = 0.0
+    final: NonNegativeFloat = 0.0
     """The value at the end of the decay."""
     unit: Unit = "steps"
     """Count updates (``steps``) or ``tokens``. If the batch size changes, as with curricula, count tokens."""
 
     def __post_init__(self):
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
-        peak, warmup, total, final = self.peak, self.warmup, self.total, self.final
-        check(self, is_finite(peak) and peak >= 0, "peak", "finite and not negative")
-        wanted = "finite and not negative; 0 means no warmup"
-        check(self, is_finite(warmup) and warmup >= 0, "warmup", wanted)
-        check(self, is_finite(final) and 0 <= final <= peak, "final", f"between 0 and peak={peak}")
+        super().__post_init__()
+        check(self, self.final <= self.peak, "final", f"from 0 to peak={self.peak}")
         if self.kind in ("linear", "cosine"):
-            wanted = f"the count at which the decay ends, which kind={self.kind!r} needs"
-            check(self, total is not None, "total", wanted)
-            wanted = f"finite and greater than warmup={warmup}"
-            ends = total is not None and is_finite(total) and total > warmup
+            ends = self.total is not None and self.total > self.warmup
+            wanted = f"the count at which kind={self.kind!r} ends, above warmup={self.warmup}"
             check(self, ends, "total", wanted)
 
     def build(self) -> Schedule:
