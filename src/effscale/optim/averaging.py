@@ -59,14 +59,15 @@ def agree(
     return tree, PerWorker(new, workers.axis_name)
 
 
-def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[float, float]:
-    """Return the bytes that a device sends for the uncompressed mean and for the mean in one bit per number; zero for one worker."""
+def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[jax.Array, jax.Array]:
+    """Return the bytes that a device sends for the uncompressed mean and for the mean in one bit per number, in float32; zero for one worker."""
     number = None if workers is None else bound_axis_size(workers.axis_name)
     if workers is None or number is None or number == 1:
-        return 0.0, 0.0
+        return jnp.float32(0), jnp.float32(0)
     scales, specs = workers.scales or "tensor", workers.specs
     full = mean_bytes(gradients, number, specs=specs)
-    return full, compressed_mean_bytes(gradients, number, scales=scales, specs=specs)
+    one_bit = compressed_mean_bytes(gradients, number, scales=scales, specs=specs)
+    return jnp.float32(full), jnp.float32(one_bit)
 
 
 @SendsBytes.register
@@ -103,6 +104,6 @@ def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
         del params, extra
         check_local(updates, axis_name)
         sent, _ = bytes_sent(updates, Workers(axis_name))
-        return mean(updates, axis_name), MeanOverWorkersState(jnp.float32(sent), state.axis)
+        return mean(updates, axis_name), MeanOverWorkersState(sent, state.axis)
 
     return optax.GradientTransformationExtraArgs(init, update)

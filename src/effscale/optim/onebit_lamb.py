@@ -254,7 +254,8 @@ def onebit_lamb(
                 r = greatest_quotient(v, v_hat, moves, eps, d)
                 r = jnp.where(jnp.asarray(weight_decay) > 0, share_of_update(r, u0, u, d), r)
                 r = jnp.clip(r, factor_min, factor_max)
-                return jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
+                r = jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
+                return r.astype(last.dtype)
 
             r = jax.tree.map(factor, state.nu, nu_fresh, moves, u0, u, state.last_factor, dims)
             coeff = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
