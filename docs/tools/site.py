@@ -38,7 +38,7 @@ API = {
     "effscale.training": "docs/training.md",
     "effscale.generation": "docs/generation.md",
     "effscale.evaluation": "docs/evaluation.md",
-    "effscale.evaluation.harness": "docs/evaluation.md",
+    "effscale.interop.harness": "docs/evaluation.md",
     "effscale.curriculum": "docs/curriculum.md",
     "effscale.ltd": "docs/random_ltd.md",
     "effscale.optim": "docs/onebit.md",

@@ -15,12 +15,6 @@ if TYPE_CHECKING:
         analyze,
         count_vocabulary,
     )
-    from effscale.curriculum.deepspeed import (
-        DeepSpeedCurriculum,
-        curriculum_from_deepspeed,
-        pacing_from_deepspeed,
-    )
-    from effscale.curriculum.deepspeed_index import metric_from_deepspeed, ranking_from_deepspeed
     from effscale.curriculum.digests import fingerprint
     from effscale.curriculum.index import CorruptIndexError, DifficultyIndex
     from effscale.curriculum.instability import (
@@ -53,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AnalysisProgress",
     "CorruptIndexError",
-    "DeepSpeedCurriculum",
     "Difficulty",
     "DifficultyIndex",
     "LengthThenRarity",
@@ -68,14 +61,10 @@ __all__ = [
     "analyze",
     "count_vocabulary",
     "current_learning_rate",
-    "curriculum_from_deepspeed",
     "curriculum_rows",
     "fingerprint",
     "loss_ratio",
-    "metric_from_deepspeed",
-    "pacing_from_deepspeed",
     "rank",
-    "ranking_from_deepspeed",
     "reshape",
     "reshaped_rows",
     "sequence_length",
@@ -93,11 +82,6 @@ _MODULES = {
     "accumulate": "analysis.analyze",
     "analyze": "analysis.analyze",
     "count_vocabulary": "analysis.analyze",
-    "DeepSpeedCurriculum": "deepspeed",
-    "curriculum_from_deepspeed": "deepspeed",
-    "pacing_from_deepspeed": "deepspeed",
-    "metric_from_deepspeed": "deepspeed_index",
-    "ranking_from_deepspeed": "deepspeed_index",
     "fingerprint": "digests",
     "CorruptIndexError": "index",
     "DifficultyIndex": "index",

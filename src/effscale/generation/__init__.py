@@ -2,7 +2,6 @@
 
 from effscale.generation.config import SamplingConfig
 from effscale.generation.decoding import Generated, decode
-from effscale.generation.folder import sampling_from_folder
 from effscale.generation.generating import generate
 from effscale.generation.processors import (
     History,
@@ -34,7 +33,6 @@ __all__ = [
     "keep_top_p",
     "left_pad",
     "penalize",
-    "sampling_from_folder",
     "stream",
     "stream_text",
 ]

@@ -1,16 +1,93 @@
-"""Load and save PyTorch and Hugging Face model folders."""
+"""Every foreign format: model folders of PyTorch and Hugging Face, adapters, GGUF, DeepSpeed and Megatron."""
 
-from effscale.interop.load import load_pretrained
-from effscale.interop.peft.adapters import load_adapter, save_adapter
-from effscale.interop.save import save_pretrained
-from effscale.interop.tensors import FolderError
-from effscale.interop.tokenizer import load_tokenizer
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effscale.interop.chat import load_chat_template, load_encoder
+    from effscale.interop.deepspeed.compression import (
+        DeepSpeedCompression,
+        compression_from_deepspeed,
+    )
+    from effscale.interop.deepspeed.curriculum import (
+        DeepSpeedCurriculum,
+        curriculum_from_deepspeed,
+        pacing_from_deepspeed,
+    )
+    from effscale.interop.deepspeed.difficulty_index import (
+        metric_from_deepspeed,
+        ranking_from_deepspeed,
+    )
+    from effscale.interop.deepspeed.experts import (
+        read_deepspeed_experts,
+        read_deepspeed_rest,
+        write_deepspeed_experts,
+    )
+    from effscale.interop.deepspeed.optimizer import optimizer_from_deepspeed
+    from effscale.interop.deepspeed.random_ltd import random_ltd_from_deepspeed
+    from effscale.interop.generation_config import sampling_from_folder
+    from effscale.interop.load import load_pretrained
+    from effscale.interop.megatron.checkpoint import load_megatron_moe, save_megatron_moe
+    from effscale.interop.peft.adapters import load_adapter, save_adapter
+    from effscale.interop.save import save_pretrained
+    from effscale.interop.tensors import FolderError
+    from effscale.interop.tokenizer import load_tokenizer
+
+# Imported on first use: reading a configuration needs neither the families nor tokenizers.
+_MODULES = {
+    "DeepSpeedCompression": "deepspeed.compression",
+    "DeepSpeedCurriculum": "deepspeed.curriculum",
+    "FolderError": "tensors",
+    "compression_from_deepspeed": "deepspeed.compression",
+    "curriculum_from_deepspeed": "deepspeed.curriculum",
+    "load_adapter": "peft.adapters",
+    "load_chat_template": "chat",
+    "load_encoder": "chat",
+    "load_megatron_moe": "megatron.checkpoint",
+    "load_pretrained": "load",
+    "load_tokenizer": "tokenizer",
+    "metric_from_deepspeed": "deepspeed.difficulty_index",
+    "optimizer_from_deepspeed": "deepspeed.optimizer",
+    "pacing_from_deepspeed": "deepspeed.curriculum",
+    "random_ltd_from_deepspeed": "deepspeed.random_ltd",
+    "ranking_from_deepspeed": "deepspeed.difficulty_index",
+    "read_deepspeed_experts": "deepspeed.experts",
+    "read_deepspeed_rest": "deepspeed.experts",
+    "sampling_from_folder": "generation_config",
+    "save_adapter": "peft.adapters",
+    "save_megatron_moe": "megatron.checkpoint",
+    "save_pretrained": "save",
+    "write_deepspeed_experts": "deepspeed.experts",
+}
 
 __all__ = [
+    "DeepSpeedCompression",
+    "DeepSpeedCurriculum",
     "FolderError",
+    "compression_from_deepspeed",
+    "curriculum_from_deepspeed",
     "load_adapter",
+    "load_chat_template",
+    "load_encoder",
+    "load_megatron_moe",
     "load_pretrained",
     "load_tokenizer",
+    "metric_from_deepspeed",
+    "optimizer_from_deepspeed",
+    "pacing_from_deepspeed",
+    "random_ltd_from_deepspeed",
+    "ranking_from_deepspeed",
+    "read_deepspeed_experts",
+    "read_deepspeed_rest",
+    "sampling_from_folder",
     "save_adapter",
+    "save_megatron_moe",
     "save_pretrained",
+    "write_deepspeed_experts",
 ]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

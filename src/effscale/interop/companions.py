@@ -11,10 +11,10 @@ from typing import Any
 import tokenizers
 
 from effscale.data import save_tokenizer, separator_id
-from effscale.interop.files.gguf import GGUFFile, gguf_config
-from effscale.interop.files.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
+from effscale.interop.gguf.file import GGUFFile, gguf_config
+from effscale.interop.gguf.tokenizer import gguf_tokenizer
 from effscale.interop.source import gguf_path
 from effscale.interop.tensors import FolderError
 from effscale.interop.tokenizer import check_vocabulary

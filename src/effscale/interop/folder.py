@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from effscale.interop.files.deepspeed_moe import DeepSpeedMoE
-from effscale.interop.files.megatron import MegatronBloom
+from effscale.interop.deepspeed.expert_files import DeepSpeedMoE
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.torch import TorchFile
+from effscale.interop.megatron.bloom import MegatronBloom
 from effscale.interop.shards import Shards
 from effscale.interop.tensors import FolderError, Tensors
 
@@ -30,8 +30,8 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     """Open the weights of a model folder without reading them.
 
     The first of these that exists is used: a file in ``NAMES``; Megatron-DeepSpeed's layer files
-    (``effscale.interop.files.megatron``); DeepSpeed's files of experts
-    (``effscale.interop.files.deepspeed_moe``); the only other ``*.safetensors`` file; or the only
+    (``effscale.interop.megatron.bloom``); DeepSpeed's files of experts
+    (``effscale.interop.deepspeed.expert_files``); the only other ``*.safetensors`` file; or the only
     other ``*.bin`` file.
 
     Args:

@@ -14,9 +14,9 @@ import numpy as np
 from effscale.interop.families import FAMILIES, Family
 from effscale.interop.families.family import named_class
 from effscale.interop.families.llama import GGUF_TABLE, LLAMA
-from effscale.interop.files.gguf import GGUFFile, gguf_config
 from effscale.interop.folder import open_tensors, read_json
 from effscale.interop.foreign import Fields, reading, shown
+from effscale.interop.gguf.file import GGUFFile, gguf_config
 from effscale.interop.table import Rule
 from effscale.interop.tensors import (
     FolderError,

@@ -6,9 +6,9 @@ from typing import Any
 
 import tokenizers
 
-from effscale.interop.files.gguf_tokenizer import gguf_tokenizer
 from effscale.interop.folder import checked_folder, read_json
 from effscale.interop.foreign import reading
+from effscale.interop.gguf.tokenizer import gguf_tokenizer
 from effscale.interop.source import gguf_path
 from effscale.interop.tensors import FolderError
 from effscale.interop.tokenizer_files import byte_level, tokenizer_json, word_piece

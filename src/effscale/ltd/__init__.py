@@ -1,7 +1,6 @@
 """Random layerwise token dropping (random-LTD): the middle layers train on a random subset of each row's tokens."""
 
 from effscale.ltd.accounting import layer_token_average, training_flops
-from effscale.ltd.deepspeed import random_ltd_from_deepspeed
 from effscale.ltd.layers import dropping_layers
 from effscale.ltd.runner import token_dropping
 from effscale.ltd.sampling import sample_kept
@@ -15,7 +14,6 @@ __all__ = [
     "layer_token_average",
     "mslg",
     "put_tokens",
-    "random_ltd_from_deepspeed",
     "sample_kept",
     "take_context",
     "take_tokens",

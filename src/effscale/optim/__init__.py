@@ -1,7 +1,6 @@
 """1-bit optimizers as optax transformations, which send one bit per number or nothing: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
 from effscale.optim.averaging import MeanOverWorkersState, mean_over_workers
-from effscale.optim.deepspeed import optimizer_from_deepspeed
 from effscale.optim.diagnostics import params_without_variance
 from effscale.optim.freezing import RatioState, VarianceRatio
 from effscale.optim.lamb import LambState, lamb
@@ -32,7 +31,6 @@ __all__ = [
     "mean_over_workers",
     "onebit_adam",
     "onebit_lamb",
-    "optimizer_from_deepspeed",
     "params_without_variance",
     "scale_by_onebit_adam",
     "skip_nonfinite",

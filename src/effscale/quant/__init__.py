@@ -1,7 +1,6 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
 from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
-from effscale.quant.deepspeed import DeepSpeedCompression, compression_from_deepspeed
 from effscale.quant.distillation import (
     DistillationOutputs,
     DistillationTerms,
@@ -42,7 +41,6 @@ from effscale.quant.steps import at_step, scheduled_step
 __all__ = [
     "LKD",
     "BitSchedule",
-    "DeepSpeedCompression",
     "DistillationOutputs",
     "DistillationTerms",
     "Distilled",
@@ -59,7 +57,6 @@ __all__ = [
     "Recipe",
     "Rule",
     "at_step",
-    "compression_from_deepspeed",
     "dequantize_model",
     "distill_layers",
     "distillation_loss",

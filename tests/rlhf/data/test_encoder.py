@@ -6,14 +6,8 @@ import pytest
 import tokenizers
 
 from effscale.data import save_tokenizer, train_tokenizer
-from effscale.rlhf.data import (
-    ChatTemplate,
-    Message,
-    Record,
-    RecordEncoder,
-    RecordError,
-    load_encoder,
-)
+from effscale.interop import load_encoder
+from effscale.rlhf.data import ChatTemplate, Message, Record, RecordEncoder, RecordError
 
 TEXTS = [" Human: Name a colour. Assistant: Blue.", "<|im_start|>user\nassistant\n"] * 9
 CHAT_ML = (

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import jax
 
 from effscale.experiments.chat.config import Config
-from effscale.generation import AnswerText, SamplingConfig, sampling_from_folder, stream
-from effscale.interop import load_pretrained
+from effscale.generation import AnswerText, SamplingConfig, stream
+from effscale.interop import load_encoder, load_pretrained, sampling_from_folder
 from effscale.models import Transformer, unroll
-from effscale.rlhf.data import Message, PlainFormat, RecordEncoder, load_encoder
+from effscale.rlhf.data import Message, PlainFormat, RecordEncoder
 
 BUCKET = 64
 """Prompts are padded to multiples of this, so that only a few lengths are compiled."""

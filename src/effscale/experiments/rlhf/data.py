@@ -12,11 +12,11 @@ from effscale.data import Splits, StandardLibrary, train_tokenizer
 from effscale.experiments.rlhf.config import SMOLLM2, Config
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.preference_data import preference_pairs
+from effscale.interop import load_encoder
 from effscale.rlhf.data import (
     Record,
     RecordEncoder,
     fine_tuning_rows,
-    load_encoder,
     pair_rows,
     phase_split,
     prompt_rows,

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from effscale.interop.files.gguf import GGUFFile
+from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
 from effscale.quant.files.coded import CodedTensor
 from effscale.quant.formats import Format

@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from effscale.interop.files.gguf import GGUFFile
 from effscale.interop.foreign import Fields, shown
+from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.load import load_source
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError, MixedTensors, Tensors

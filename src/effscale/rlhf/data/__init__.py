@@ -1,14 +1,8 @@
 """Prompts, responses and preferences: from public datasets to the arrays for each phase of RLHF."""
 
-from effscale.rlhf.data.chat import (
-    PLAIN_FORMATS,
-    ChatTemplate,
-    PlainFormat,
-    TemplateError,
-    load_chat_template,
-)
+from effscale.rlhf.data.chat import PLAIN_FORMATS, ChatTemplate, PlainFormat, TemplateError
 from effscale.rlhf.data.dialogue import parse_dialogue
-from effscale.rlhf.data.encoder import RecordEncoder, load_encoder
+from effscale.rlhf.data.encoder import RecordEncoder
 from effscale.rlhf.data.formats import FORMATS, detect_format, named_fields
 from effscale.rlhf.data.phases import Blend, phase_split, split_by_prompt
 from effscale.rlhf.data.read import read_records
@@ -48,8 +42,6 @@ __all__ = [
     "TemplateError",
     "detect_format",
     "fine_tuning_rows",
-    "load_chat_template",
-    "load_encoder",
     "named_fields",
     "pad_rows",
     "pair_rows",

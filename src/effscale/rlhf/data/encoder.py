@@ -1,7 +1,6 @@
 """Encode records to token ids with a tokenizer, a chat format, and the tokens that end and pad a text."""
 
 import functools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,7 @@ import tokenizers
 
 from effscale.data import separator_id
 from effscale.models.validation import did_you_mean
-from effscale.rlhf.data.chat import (
-    PLAIN_FORMATS,
-    ChatTemplate,
-    PlainFormat,
-    read_chat,
-)
+from effscale.rlhf.data.chat import PLAIN_FORMATS, ChatTemplate, PlainFormat
 from effscale.rlhf.data.record import Message, Record, RecordError, messages_of
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
@@ -175,40 +169,6 @@ class RecordEncoder:
             encoder.encode_special_tokens = not parse
             pair.append(encoder)
         return pair[0], pair[1]
-
-
-def load_encoder(
-    folder: str | os.PathLike[str],
-    *,
-    format: ChatFormat | str | None = None,
-    end_token: str | None = None,
-    pad_token: str | None = None,
-    parse_special_tokens: bool = False,
-) -> RecordEncoder:
-    """Load the encoder of a model folder or GGUF file: its tokenizer, chat template and special tokens.
-
-    Args:
-        folder: The folder.
-        format: A chat format to use instead of the folder's template. None uses the template, or ``"deepspeed_chat"``
-            if there is none.
-        end_token: The token that ends a response, instead of the one that the folder defines.
-        pad_token: The padding token, instead of the one that the folder defines.
-        parse_special_tokens: As in ``RecordEncoder``.
-
-    Raises:
-        FolderError: The folder does not exist, or a file cannot be read.
-        ValueError: The tokenizer has no such token, or none of the usual end-of-text tokens.
-    """
-    found = read_chat(folder)
-    tokenizer = found.tokenizer
-    chosen = found.chat_template() if format is None else format
-    return RecordEncoder(
-        tokenizer=tokenizer,
-        format="deepspeed_chat" if chosen is None else chosen,
-        end_id=found.end_id if end_token is None else separator_id(tokenizer, end_token),
-        pad_id=found.pad_id if pad_token is None else separator_id(tokenizer, pad_token),
-        parse_special_tokens=parse_special_tokens,
-    )
 
 
 def _formatted(function: Any, *args: Any) -> str:

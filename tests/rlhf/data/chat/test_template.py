@@ -7,17 +7,10 @@ import pytest
 
 from effscale.data import save_tokenizer, train_tokenizer
 from effscale.experiments.shared import assets
-from effscale.interop import FolderError, load_tokenizer
+from effscale.interop import FolderError, load_chat_template, load_tokenizer
+from effscale.interop.chat import read_chat
 from effscale.interop.companions import Companions
-from effscale.rlhf.data import (
-    PLAIN_FORMATS,
-    ChatTemplate,
-    Message,
-    RecordError,
-    TemplateError,
-    load_chat_template,
-)
-from effscale.rlhf.data.chat import read_chat
+from effscale.rlhf.data import PLAIN_FORMATS, ChatTemplate, Message, RecordError, TemplateError
 
 pytest.importorskip("jinja2", reason="the extra chat is not installed")
 from effscale.rlhf.data.chat import sandbox

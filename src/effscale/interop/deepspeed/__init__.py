@@ -1,0 +1,1 @@
+"""DeepSpeed's JSON configurations, and its checkpoints of experts."""

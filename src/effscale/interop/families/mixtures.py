@@ -1,0 +1,205 @@
+r"""The common part of the families: read and write mixtures without capacities in ``config.json``.
+
+The load-balancing loss of transformers counts all k choices, so that its value for an even load is k instead of 1, and it
+is one number for all layers together. Here it is a mean over choices, and each layer adds a separate loss. So
+``router_aux_loss_coef`` is divided over the layers:
+
+$$balance = coef \cdot k / layers$$
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from effscale.interop.families.activations import our_activation, their_activation
+from effscale.interop.families.fields import Field, found
+from effscale.interop.families.fused import Split
+from effscale.interop.table import Rule
+from effscale.interop.tensors import MixedTensors
+from effscale.models import MLPConfig, TransformerConfig, group_layers
+from effscale.moe.layer import MoEConfig
+from effscale.moe.router import RouterConfig
+from effscale.parallel import Exchange
+
+QK_NORMS = (
+    Rule("layers.{}.self_attn.q_norm.weight", "attention.query_norm.scale"),
+    Rule("layers.{}.self_attn.k_norm.weight", "attention.key_norm.scale"),
+)
+EXPERTS = (
+    Rule("layers.{}.mlp.gate.weight", "feed_forward.router.logits.kernel", "o i -> i o"),
+    Rule(
+        "layers.{}.mlp.experts.{}.gate_proj.weight",
+        "feed_forward.experts.gate.kernel",
+        "o i -> i o",
+    ),
+    Rule("layers.{}.mlp.experts.{}.up_proj.weight", "feed_forward.experts.up.kernel", "o i -> i o"),
+    Rule(
+        "layers.{}.mlp.experts.{}.down_proj.weight",
+        "feed_forward.experts.down.kernel",
+        "o i -> i o",
+    ),
+)
+"""The table rows of the experts of OLMoE and the Qwen families."""
+
+
+def split(tensors: MixedTensors) -> Split:
+    """Split fused experts into single ones, with the names of OLMoE and the Qwen families."""
+    return Split(tensors, gate="gate_proj", up="up_proj", down="down_proj")
+
+
+def with_mixtures(
+    config: TransformerConfig,
+    *,
+    num_experts: int,
+    k: int,
+    expert: MLPConfig,
+    normalized: bool,
+    aux_loss: float,
+    sparse: Sequence[bool] | None = None,
+    shared: MLPConfig | None = None,
+) -> TransformerConfig:
+    """Return the config of a dense model with experts in its layers, routed as in transformers, without dropping.
+
+    Args:
+        config: The dense model.
+        num_experts: The number of experts in a layer.
+        k: The number of experts per token.
+        expert: The config of each expert.
+        normalized: Whether the weights of a token's experts sum to 1.
+        aux_loss: The coefficient of the load-balancing loss, as transformers defines it.
+        sparse: The layers that have experts; None means all.
+        shared: An additional expert for every token, multiplied by a gate.
+    """
+    layers = config.num_layers if sparse is None else sum(sparse)
+    if not layers:
+        return config
+    router = RouterConfig(
+        k=k,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        priority="token",
+        normalize="chosen" if normalized else "none",
+        balance=_balance(aux_loss, k, layers),
+        balance_choices="all",
+    )
+    mix = "weighted" if shared is None else "gated"
+    moe = MoEConfig(num_experts=num_experts, expert=expert, router=router, shared=shared, mix=mix)
+    if sparse is None:
+        groups = _each_block(config, lambda block: dataclasses.replace(block, feed_forward=moe))
+        return dataclasses.replace(config, groups=groups)
+    of = {block: dataclasses.replace(block, feed_forward=moe) for block in config.blocks}
+    blocks = [of[b] if has else b for b, has in zip(config.layers, sparse, strict=True)]
+    return dataclasses.replace(config, groups=group_layers(blocks))
+
+
+def mixtures(config: TransformerConfig) -> list[MoEConfig]:
+    """Return the mixtures of the layers that have experts.
+
+    Raises:
+        ValueError: No layer has experts, or the experts are not MLPs.
+    """
+    found = [p for p in (b.feed_forward for b in config.layers) if isinstance(p, MoEConfig)]
+    if not found:
+        raise ValueError("the config has no experts")
+    if not all(isinstance(moe.expert, MLPConfig) for moe in found):
+        raise ValueError("the experts of the config must be MLPs")
+    return found
+
+
+def plain(config: TransformerConfig) -> TransformerConfig:
+    """Return the config without options that only matter in training or only select how experts are computed."""
+
+    def of(block: Any) -> Any:
+        moe = block.feed_forward
+        if not isinstance(moe, MoEConfig):
+            return block
+        given, defaults = moe.router, RouterConfig()
+        normalize = given.normalize or ("none" if given.k == 1 else "kept")
+        if normalize == "kept" and given.eval_capacity_factor is None:
+            normalize = "chosen"  # all are kept
+        router = dataclasses.replace(
+            given,
+            capacity_factor=None,
+            min_capacity=defaults.min_capacity,
+            priority="token",
+            normalize=normalize,
+            noise=None,
+            balance=0.0,
+            balance_choices="all",
+            z_loss=0.0,
+        )
+        mix = "weighted" if moe.shared is None else moe.mix
+        moe = dataclasses.replace(
+            moe, router=router, mix=mix, dispatch=None, groups=None, exchange=Exchange()
+        )
+        return dataclasses.replace(block, feed_forward=moe)
+
+    return dataclasses.replace(config, groups=_each_block(config, of))
+
+
+def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, ...]:
+    """Return the fields of the numbers of experts and of the loss, with their defaults."""
+    return (
+        of_experts(experts, num, "num_experts", lambda moe: moe.num_experts),
+        of_experts("num_experts_per_tok", k, "k", lambda moe: moe.router.k),
+        Field(
+            "router_aux_loss_coef",
+            coefficient,
+            "aux_loss",
+            write=lambda config: _aux_loss(config) if has_experts(config) else coefficient,
+        ),
+    )
+
+
+def of_experts(name: str, default: Any, argument: str, value_of: Callable[[Any], Any]) -> Field:
+    """Return a field of the layers with experts; a model in which all layers are dense has its default."""
+    write = lambda config: value_of(mixtures(config)[0]) if has_experts(config) else default
+    return Field(name, default, argument, write=write)
+
+
+def expert_activation() -> Field:
+    """Return the field for the activation, which layers with and without experts share."""
+
+    def write(config: TransformerConfig) -> str:
+        experts: Any = mixtures(config)[0].expert if has_experts(config) else None
+        return their_activation(
+            found(config, "activation") if experts is None else experts.activation
+        )
+
+    return Field("hidden_act", "silu", "activation", read=our_activation, write=write)
+
+
+def expert_width(name: str, default: int, argument: str) -> Field:
+    """Return the field for the inner width of an expert."""
+    return of_experts(name, default, argument, lambda moe: moe.expert.d_ff)
+
+
+def normalized(moe: MoEConfig) -> bool:
+    """Return whether the weights of a token's experts sum to 1."""
+    router = moe.router
+    return router.normalize in ("chosen", "kept") or (router.normalize is None and router.k > 1)
+
+
+def has_experts(config: TransformerConfig) -> bool:
+    """Return whether any layer has experts."""
+    return any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers)
+
+
+def _aux_loss(config: TransformerConfig) -> float:
+    """Return the coefficient as transformers defines it: of the numbers that round to ours, the one with the fewest digits."""
+    found = mixtures(config)
+    k, balance, layers = found[0].router.k, found[0].router.balance, len(found)
+    whole = balance * layers / k
+    shorter = (float(f"{whole:.{digits}g}") for digits in range(6, 18))
+    return next((c for c in shorter if _balance(c, k, layers) == balance), whole)
+
+
+def _balance(aux_loss: float, k: int, layers: int) -> float:
+    return aux_loss * k / layers
+
+
+def _each_block(config: TransformerConfig, change: Callable[[Any], Any]) -> tuple[Any, ...]:
+    return tuple(
+        dataclasses.replace(group, blocks=tuple(map(change, group.blocks)))
+        for group in config.groups
+    )

@@ -1,0 +1,1 @@
+"""Megatron-DeepSpeed's checkpoints: BLOOM's layer files, and GPTs with experts."""
