@@ -1,9 +1,15 @@
 """What the pages say: their examples run, their links lead somewhere, their lists are complete."""
 
+import ast
+import collections
+import contextlib
 import functools
+import io
 import json
 import pathlib
 import re
+import sys
+import tokenize
 
 import pytest
 from flax import nnx
@@ -53,25 +59,102 @@ def save_a_model(folder: str) -> None:
     save_pretrained(Transformer(model, rngs=nnx.Rngs(0)), folder, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(text_of(page))], ids=NAME)
-def test_the_examples_run_from_top_to_bottom(page, capsys, tmp_path, monkeypatch):
+class Example:
+    """A Python block of a page: its program, and the comments behind its statements, by line of the page."""
+
+    def __init__(self, page: pathlib.Path, block: re.Match) -> None:
+        before = text_of(page)[: block.start(1)].count("\n")
+        self.tree = ast.increment_lineno(ast.parse(block[1]), before)
+        tokens = tokenize.generate_tokens(io.StringIO(block[1]).readline)
+        comments = [token for token in tokens if token.type == tokenize.COMMENT]
+        self.comments = {before + token.start[0]: token.string[1:].strip() for token in comments}
+        # A comment that begins its line, directly below a print, also says what is printed.
+        alone = {before + t.start[0] for t in comments if t.line.lstrip().startswith("#")}
+        prints = [node for node in ast.walk(self.tree) if self._prints(node)]
+        ends = {node.lineno: node.end_lineno for node in prints}
+        below = {line: end + 1 for line, end in ends.items() if {end + 1} <= alone}
+        self.promised = {
+            line: self.comments.get(end, self.comments.get(below.get(line)))
+            for line, end in ends.items()
+        }
+        self.other = self.comments.keys() - {*ends.values(), *below.values()}
+
+    @staticmethod
+    def _prints(node: ast.AST) -> bool:
+        call = node.value if isinstance(node, ast.Expr) else None
+        return isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
+
+
+def is_printed(promised: str, printed: list[str]) -> bool:
+    """Whether a comment says what a line printed; CONTRIBUTING.md has the rules."""
+    said = ", then ".join(dict.fromkeys(" ".join(text.split()) for text in printed))
+    if promised.startswith("about "):
+        return float(said) == pytest.approx(float(promised.split()[1].rstrip(":")), rel=0.02)
+    start, elided, _ = promised.partition("...")
+    return (
+        said.startswith(start) if elided else promised == said or promised.startswith(said + ": ")
+    )
+
+
+EXAMPLES = {
+    page: [
+        Example(page, block)
+        for block in BLOCK.finditer(text_of(page))
+        if not NOT_RUN.match(block[1])
+    ]
+    for page in PAGES
+    if BLOCK.search(text_of(page))
+}
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=NAME)
+def test_the_examples_run_from_top_to_bottom_and_print_what_they_say(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A sixth of the library is corpus enough, for the sake of time.
     files = standard_library._files
     monkeypatch.setattr(standard_library, "_files", lambda root: files(root)[::6])
-    blocks = [block for block in BLOCK.findall(text_of(page)) if not NOT_RUN.match(block)]
-    assert blocks
-    if any('"FOLDER"' in block for block in blocks):
+    if '"FOLDER"' in text_of(page):
         save_a_model("FOLDER")
-    names: dict[str, object] = {"__name__": NAME(page)}
-    for block in blocks:
-        exec(compile(block, NAME(page), "exec"), names)
-    # What a comment promises to be printed is printed; after a colon it may say more.
-    printed = capsys.readouterr().out
-    promises = r"^print\(.*\) +# ((?:[\d(\[]|True|False|Counter).*?)(?:: .*|[,.])?$"
-    for block in blocks:
-        for promised in re.findall(promises, block, re.MULTILINE):
-            assert promised in printed
+    printed = collections.defaultdict(list)
+
+    def recorded(*values, sep=" ", **_):
+        printed[sys._getframe(1).f_lineno].append(sep.join(map(str, values)))
+
+    names: dict[str, object] = {"__name__": NAME(page), "print": recorded}
+    assert EXAMPLES[page]
+    for example in EXAMPLES[page]:
+        exec(compile(example.tree, NAME(page), "exec"), names)
+        for line, promised in example.promised.items():
+            if promised is not None and line in printed:
+                assert is_printed(promised, printed[line]), f"{NAME(page)}:{line}: {printed[line]}"
+
+
+def test_a_comment_that_is_a_value_stands_behind_a_print():
+    for page, examples in EXAMPLES.items():
+        for example in examples:
+            for line in example.other:
+                with contextlib.suppress(SyntaxError, ValueError):
+                    value = ast.literal_eval(example.comments[line])
+                    assert isinstance(value, str), f"{NAME(page)}:{line} is not compared: {value}"
+
+
+@pytest.mark.parametrize(
+    ("promised", "printed", "right"),
+    [
+        ("3", ["3"], True),
+        ("3", ["4"], False),
+        ("1 2: two numbers", ["1 2"], True),
+        ("12", ["1"], False),
+        ("{'a': 1}", ["{'a': 1}"], True),
+        ("True, then False", ["True", "True", "False"], True),
+        ("True", ["True", "False"], False),
+        ("about 31.9: scales are sent as well", ["31.87"], True),
+        ("about 31.9", ["29.0"], False),
+        ("the first three of ...", ["the first three of\nmany"], True),
+    ],
+)
+def test_comments_are_compared_with_what_is_printed(promised, printed, right):
+    assert is_printed(promised, printed) == right
 
 
 def test_every_fence_of_python_is_one_that_is_run():
