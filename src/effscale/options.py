@@ -87,14 +87,34 @@ class Options:
         """
         for name, kind in _kinds(type(self)).items():
             value = getattr(self, name)
-            try:
-                fitted = _fitted(value, kind)
-            except _Unfit as unfit:
-                raise ValueError(
-                    f"{type(self).__name__}.{name}{unfit.item} must be {unfit.wanted}, got {unfit.value!r}{unfit.advice}"
-                ) from None
+            fitted = checked(f"{type(self).__name__}.{name}", value, kind)
             if fitted is not value:
                 object.__setattr__(self, name, fitted)
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """Return a value as an annotation has it, such as an argument of a function.
+
+    Args:
+        name: The name of the argument, for the message.
+        value: The value.
+        kind: The annotation.
+
+    Raises:
+        ValueError: The value is of another type or out of bounds; the message names it and what is valid.
+
+    Example:
+        >>> checked("epochs", 0, PositiveInt)
+        Traceback (most recent call last):
+            ...
+        ValueError: epochs must be at least 1, got 0
+    """
+    try:
+        return _fitted(value, kind)
+    except _Unfit as unfit:
+        raise ValueError(
+            f"{name}{unfit.item} must be {unfit.wanted}, got {unfit.value!r}{unfit.advice}"
+        ) from None
 
 
 def check(config: Any, holds: bool, field: str, wanted: str) -> None:

@@ -88,6 +88,10 @@ def test_impossible_training_is_refused():
         ValueError, match=r"splitting must be one of \('gpt2', 'bloom'\), got 'llama'"
     ):
         untyped(["a"], vocab_size=300, splitting="llama")
+    with pytest.raises(ValueError, match=r"texts must be several texts, got the text 'abc'"):
+        train_tokenizer("abc", vocab_size=300)
+    with pytest.raises(ValueError, match=r"special_tokens must be several texts"):
+        train_tokenizer(["abc"], vocab_size=300, special_tokens="<s>")
 
 
 def test_save_and_load_by_file_or_folder(tokenizer, tmp_path):

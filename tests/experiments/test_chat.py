@@ -1,5 +1,8 @@
 """The chat in the terminal: what it remembers, forgets and refuses."""
 
+import io
+import sys
+
 import jax
 import pytest
 from flax import nnx
@@ -67,10 +70,18 @@ def test_the_oldest_turns_make_room(made):
     assert talk.messages[-2].content == "Name the colour number 5."
     assert talk.messages[0].role == "user"
     assert len(talk.messages) < 12
-    with pytest.raises(
-        ValueError, match=r"the message has \d+ tokens, but the model has room for 66"
-    ):
+    with pytest.raises(ValueError, match=r"the message has \d+ tokens, but there is room for 66"):
         list(talk.answer("colour " * 90))
+    talk = conversation(made, max_prompt_tokens=20)
+    with pytest.raises(ValueError, match=r"but there is room for 20: max_prompt_tokens"):
+        list(talk.answer("Name the colour number 1000000."))
+
+
+def test_bytes_that_are_no_text_are_read(folder, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n/quit\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    main(["--model", str(folder), "--max-new-tokens", "2"])
+    assert "not answered" not in capsys.readouterr().out
 
 
 def test_commands(folder):

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from effscale.experiments.rlhf import PRESETS, Config, data
+from effscale.data import train_tokenizer
+from effscale.experiments.rlhf import PRESETS, Config, data, experiment
 from effscale.experiments.rlhf.config import LearningConfig
 from effscale.experiments.rlhf.experiment import main
 from effscale.experiments.shared.assets import MissingAssetError
-from effscale.interop import load_pretrained
+from effscale.interop import load_encoder, load_pretrained
 from effscale.models import ClassHead
 from effscale.parallel import MeshConfig
 from effscale.rlhf.data import Record
@@ -40,6 +41,7 @@ def options(tmp_path_factory):
         *("--prompt-length", "24", "--response-length", "6", "--model.d-model", "16"),
         *("--base.steps", "4", "--sft.steps", "4", "--reward-model.steps", "4"),
         *("--policy.steps", "4", "--eval-every", "2", "--held-out", "0.2", "--split", "all"),
+        *("--ema-decay", "0.5", "--ppo.pretraining-coef", "1.0"),
     ]
 
 
@@ -84,13 +86,17 @@ def test_what_a_run_leaves(finished):
 def test_each_step_leaves_a_model_folder(finished):
     score = ClassHead(num_classes=1, name="score", pool="last", bias=False)
     load_pretrained(finished / "seed-0" / "reward" / "model", heads=(score,))
-    kernel = lambda step: np.asarray(
-        load_pretrained(finished / "seed-0" / step / "model").embed.tokens.embedding.get_value()
+    kernel = lambda step, name="model": np.asarray(
+        load_pretrained(finished / "seed-0" / step / name).embed.tokens.embedding.get_value()
     )
     weights = [kernel(step) for step in ("base", "sft", "ppo", "dpo")]
     for a, b in itertools.combinations(weights, 2):
         assert not np.array_equal(a, b)
     assert (finished / "seed-0" / "ppo" / "model" / "tokenizer.json").is_file()
+    # The average of the policy lies between where it began and where it is.
+    mean = kernel("ppo", "model-ema")
+    assert 0 < np.abs(mean - kernel("ppo")).max() < np.abs(kernel("sft") - kernel("ppo")).max()
+    assert all(r["actor_text_loss"] > 0 for r in records(finished, "ppo") if "score" in r)
 
 
 # One step of them, PPO, is stopped and resumed in tests/rlhf/test_step.py as well.
@@ -153,6 +159,31 @@ def test_a_batch_that_the_devices_cannot_divide_is_refused_at_once(options, tmp_
     with pytest.raises(SystemExit):
         main([*options, "--sft.batch-size", "12", "--out", str(tmp_path), "--mesh.fsdp", "8"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused_at_once(
+    finished, options, tmp_path, capsys
+):
+    """It would read the actor's tokens as other words."""
+    place = finished / "seed-0" / "reward" / "model"
+    given = [*options, "--step", "base", "--out", str(tmp_path / "run"), "--reward"]
+    data.check_reward_tokenizer(place, load_encoder(finished / "seed-0" / "sft" / "model"))
+    other = tmp_path / "other"
+    shutil.copytree(place, other)
+    (other / "tokenizer.json").write_text(train_tokenizer(["other words"], vocab_size=260).to_str())
+    with pytest.raises(SystemExit):
+        main([*given, str(other)])
+    assert "reward must be a model with the actor's tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_joins_other_processes_and_refuses(options, tmp_path, monkeypatch, capsys):
+    """Without joining them, each process would take itself for the only one."""
+    joined = lambda: monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(experiment, "initialize", joined)
+    with pytest.raises(SystemExit):
+        main([*options, "--out", str(tmp_path / "run")])
+    assert "rlhf must run in one process, because every step" in capsys.readouterr().err
 
 
 def test_what_is_held_out_is_not_in_the_text():

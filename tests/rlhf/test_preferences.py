@@ -62,3 +62,11 @@ def test_dpo():
     np.testing.assert_allclose(metrics["margin"], z.mean(), rtol=1e-5)
     with pytest.raises(ValueError, match=r"label_smoothing must be .* got 0\.5"):
         dpo_loss(*(jnp.zeros(1),) * 4, label_smoothing=0.5)
+
+
+def test_bad_input():
+    ones = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"beta must be above 0, got -1\.0"):
+        dpo_loss(ones, ones, ones, ones, beta=-1.0)
+    with pytest.raises(ValueError, match=r"center must be at least 0, got -1\.0"):
+        pairwise_loss(ones, ones, center=-1.0)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from flax import nnx
 from effscale.generation import Generated, SamplingConfig, decode
 from effscale.models import ClassHead, Transformer, add_lora, gpt2, is_adapter, merge_lora
 from effscale.parallel import MeshConfig, shard, shard_batch, to_host_memory
+from effscale.parallel.local_launch import launch_local
 from effscale.quant import quantize_model, w8a8
 from effscale.rlhf import (
     GroupConfig,
@@ -326,6 +330,10 @@ def test_bad_input(made):
             "the reward must be finite, got nan for response 0",
         ),
         (
+            lambda drawn, batch: np.full(ROWS, 1j),
+            "the reward must return real numbers, got the dtype complex128",
+        ),
+        (
             lambda drawn, batch: [1.0],
             r"the reward must return one number for each of the .* got the shape \(1,\)",
         ),
@@ -365,3 +373,16 @@ def test_greedy_responses_have_the_same_log_probs(made):
     step, create = learner(config, rollout=RolloutConfig(sampling=sampling))
     _, metrics = step(create(), prompts())
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-4)
+
+
+def test_two_processes_learn_what_one_does():
+    """Rewards read arrays that no process holds whole."""
+    script = [sys.executable, str(pathlib.Path(__file__).with_name("processes_step.py"))]
+    said = []
+    for processes in (1, 2):
+        options = {"num_processes": processes, "devices_per_process": 2 // processes}
+        for result in launch_local(script, **options, timeout=300):
+            line = next(x for x in result.stdout.splitlines() if x.startswith("metrics "))
+            said.append(json.loads(line.removeprefix("metrics ")))
+    for other in said[1:]:
+        assert other == pytest.approx(said[0], rel=1e-4)

@@ -67,6 +67,8 @@ def train_tokenizer(
     >>> tokenizer.decode(tokenizer.encode("lower").ids)
     'lower'
     """
+    for name, several in (("texts", texts), ("special_tokens", special_tokens)):
+        check_several(name, several)
     smallest = 256 + len(set(special_tokens))
     if vocab_size < smallest:
         raise ValueError(
@@ -98,6 +100,12 @@ def train_tokenizer(
     if not seen:
         raise ValueError("no text to train a tokenizer on: the corpus is empty")
     return tokenizer
+
+
+def check_several(name: str, texts: Iterable[str]) -> None:
+    """Raise a ValueError for one text, which Python takes for a sequence of its characters."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name} must be several texts, got the text {texts!r:.40}. Use [text]")
 
 
 def _pre_tokenizer(splitting: Splitting) -> tokenizers.pre_tokenizers.PreTokenizer:
@@ -132,6 +140,7 @@ def fertility(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
     >>> fertility(train_tokenizer(texts, vocab_size=262), texts), fertility(train_tokenizer(texts, vocab_size=257), texts)
     (1.6666666666666667, 5.333333333333333)
     """
+    check_several("texts", texts)
     tokens = words = 0
     for text in texts:
         words += len(text.split())

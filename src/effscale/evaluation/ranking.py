@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Shaped
 
+from effscale.data.tokenizer import check_several
 from effscale.evaluation.continuations import score_continuations
 
 Normalization = Literal["none", "token", "byte"]
@@ -68,6 +69,11 @@ def rank_answers(
         >>> rank_answers(model, tokenizer, ["Is it so?"], [[" yes", " no"]]).best.shape
         (1,)
     """
+    for name, texts in (
+        ("prompts", prompts),
+        *((f"answers[{i}]", a) for i, a in enumerate(answers)),
+    ):
+        check_several(name, texts)
     if len(prompts) != len(answers):
         raise ValueError(
             f"answers must have one entry for each of the {len(prompts)} prompts, got {len(answers)}"

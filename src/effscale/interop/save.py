@@ -20,6 +20,7 @@ from effscale.interop.load import convert, float_type
 from effscale.interop.plan import Slot, parameters, plan
 from effscale.interop.table import sizes
 from effscale.models import LMHead, Transformer, dense
+from effscale.parallel.placement import gathered
 
 ToTheirs = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Converts arrays of effscale, one for each parameter of a tensor, to an array in the tensor's layout."""
@@ -184,13 +185,6 @@ def their_tensors(
 def on_host(weight: Any) -> np.ndarray:
     """Return the dense array of a weight; if it spans several processes, in each of them."""
     return gathered(dense(weight))
-
-
-def gathered(array: Any) -> np.ndarray:
-    """Return an array on the host; one that spans several processes is gathered in each of them."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -140,6 +141,13 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(place, batch)
+
+
+def gathered(array: Any) -> np.ndarray:
+    """Return an array on the host; one that spans several processes is gathered in each of them."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def _place_of_many(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -1,8 +1,12 @@
 """Advantages: how much better each token was than expected, from a critic (GAE) or from other responses to the same prompt (GRPO, RLOO)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from effscale.options import Bounds, Fraction, checked
 
 
 def gae(
@@ -42,6 +46,7 @@ def gae(
         >>> advantages.tolist(), returns.tolist()
         ([[0.5, 0.5]], [[1.0, 1.0]])
     """
+    gamma, lam = checked("gamma", gamma, Fraction), checked("lam", lam, Fraction)
     rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
     following = jnp.pad(values, ((0, 0), (0, 1)))[:, 1:]
     deltas = rewards + gamma * following - values
@@ -141,8 +146,9 @@ def leave_one_out_advantages(
 
 
 def _groups(scores: Array, group_size: int) -> Float[Array, "groups group_size"]:
-    if group_size < 2 or scores.shape[0] % group_size:
+    group_size = checked("group_size", group_size, Annotated[int, Bounds(at_least=2)])
+    if scores.shape[0] % group_size:
         raise ValueError(
-            f"group_size must be at least 2 and divide the number of responses, {scores.shape[0]}, got {group_size}"
+            f"group_size must divide the number of responses, {scores.shape[0]}, got {group_size}"
         )
     return scores.reshape(-1, group_size)

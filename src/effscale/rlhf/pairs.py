@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from effscale.models import Transformer
+from effscale.options import NonNegativeFloat, checked
 from effscale.rlhf.preferences import (
     diverging,
     dpo_loss,
@@ -71,6 +72,8 @@ def reward_model_loss(
         >>> sorted(reward_model_loss(Transformer(config, rngs=nnx.Rngs(0)), pairs).metrics)
         ['accuracy', 'chosen_score', 'rejected_score']
     """
+    form = checked("form", form, Literal["response", "token"])
+    lm_coef = checked("lm_coef", lm_coef, NonNegativeFloat)
     tokens, mask = _both(batch)
     encoded = model.encode(tokens, attention_mask=mask, key=key)
     outputs = head_outputs(model, encoded.hidden, mask, head, key)

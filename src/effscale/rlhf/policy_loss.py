@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effscale.options import Bounds, Options, PositiveFloat
+from effscale.options import Bounds, Options, PositiveFloat, checked
+from effscale.rlhf.rewards import bounded_exp
 
 Average = Literal["token", "sequence", "fixed"]
 
@@ -26,6 +27,15 @@ class PolicyLossConfig(Options):
     """One ratio per token, or one per response: the geometric mean over its tokens (GSPO)."""
     average: Average = "token"
     """How to average over tokens: ``token``, ``sequence`` or ``fixed``; see ``masked_average``."""
+
+
+def check_shapes(first: Float[Array, "batch response"], **others: Array) -> None:
+    """Raise a ValueError unless all arrays have the shape of the first: they would be broadcast along the wrong axis."""
+    for name, array in others.items():
+        if array.shape != first.shape:
+            raise ValueError(
+                f"{name} must have one value for each token, of shape {first.shape}, got the shape {array.shape}. Repeat a value per response over its tokens"
+            )
 
 
 def masked_average(
@@ -99,12 +109,13 @@ def policy_loss(
         >>> float(loss), float(metrics["ratio"])
         (-2.0, 1.0)
     """
+    check_shapes(log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     advantages = jax.lax.stop_gradient(advantages)
     log_ratio = jnp.where(mask, log_probs - jax.lax.stop_gradient(old_log_probs), 0.0)
     if config.ratio_of == "sequence":
         length = jnp.maximum(mask.sum(1, keepdims=True), 1).astype(log_ratio.dtype)
         log_ratio = jnp.broadcast_to(log_ratio.sum(1, keepdims=True) / length, log_ratio.shape)
-    ratio = jnp.exp(log_ratio)
+    ratio = bounded_exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     plain, bounded = -advantages * ratio, -advantages * clipped
     losses = jnp.maximum(plain, bounded)
@@ -150,6 +161,8 @@ def value_loss(
         >>> print(f"{loss:.2f}")
         3.92
     """
+    check_shapes(values, old_values=old_values, returns=returns, mask=mask)
+    clip = checked("clip", clip, PositiveFloat | None)
     returns, old_values = jax.lax.stop_gradient((returns, old_values))
     plain = bounded = jnp.square(values - returns)
     if clip is not None:

@@ -1,8 +1,12 @@
 """Losses on preference pairs: for a reward model, and for a policy without a reward model (DPO)."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from effscale.options import Bounds, NonNegativeFloat, PositiveFloat, checked
 
 
 def pairwise_loss(
@@ -33,6 +37,7 @@ def pairwise_loss(
         >>> print(f"{pairwise_loss(jnp.zeros(2), jnp.zeros(2)):.4f}")  # ln 2
         0.6931
     """
+    center = checked("center", center, NonNegativeFloat)
     losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
     return (losses + center * jnp.square(chosen + rejected)).mean()
 
@@ -134,8 +139,9 @@ def dpo_loss(
         >>> print(f"{loss:.4f}")
         0.6931
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
+    beta = checked("beta", beta, PositiveFloat)
+    smoothing = Annotated[float, Bounds(at_least=0, below=0.5)]
+    label_smoothing = checked("label_smoothing", label_smoothing, smoothing)
     z = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     right, wrong = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
     loss = -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()

@@ -4,10 +4,14 @@ All arrays here cover only the response: position t is the choice of its t-th to
 tokens. ``mask`` is true at the response's tokens, including its end-of-text token.
 """
 
+import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from effscale.options import PositiveFloat, checked
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -41,8 +45,17 @@ def kl_estimate(
     if estimator == "k2":
         return 0.5 * jnp.square(d)
     if estimator == "k3":
-        return jnp.exp(-d) - 1.0 + d
+        return bounded_exp(-d) - 1.0 + d
     raise ValueError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
+
+
+def bounded_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return ``exp(x)``, bounded by the root of the largest number of the dtype, where its gradient stays that of the bound.
+
+    The exponential itself overflows, and then the gradient is NaN even where clipping or a mask removes the value.
+    """
+    most = 0.5 * math.log(float(jnp.finfo(x.dtype).max))
+    return jnp.exp(x - jax.lax.stop_gradient(jnp.maximum(x - most, 0.0)))
 
 
 def with_next(mask: Bool[Array, "batch response"]) -> Bool[Array, "batch response"]:
@@ -86,6 +99,7 @@ def shaped_rewards(
         [[-0.5, 5.0, 0.0]]
     """
     if clip is not None:
+        clip = checked("clip", clip, PositiveFloat)
         scores = jnp.clip(scores, -clip, clip)
     # The last true position: true, and false at the next position.
     last = mask & ~jnp.pad(mask, ((0, 0), (0, 1)))[:, 1:]
@@ -120,5 +134,7 @@ def adaptive_kl(
         >>> print(adaptive_kl(jnp.float32(0.1), jnp.float32(12.0), responses=1000))
         0.102
     """
+    target = checked("target", target, PositiveFloat)
+    horizon = checked("horizon", horizon, PositiveFloat)
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * (responses / horizon))

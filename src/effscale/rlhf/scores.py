@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jaxtyping import Array, Float
@@ -13,10 +14,14 @@ from jaxtyping import Array, Float
 from effscale.generation import Generated
 from effscale.models import Transformer
 from effscale.parallel import on_devices
+from effscale.parallel.placement import gathered
 from effscale.rlhf.scoring import response_scores
 
 Reward = Callable[[Generated, Mapping[str, Any]], Any]
-"""``reward(drawn, batch)`` returns a score for each response, given the responses and the batch of prompts with any other fields."""
+"""``reward(drawn, batch)`` returns a score for each response, given the responses and the batch of prompts with any other fields.
+
+If a run has several processes, each of them calls it with all responses and with whole arrays; other fields, such as lists,
+must be the same in each process."""
 
 
 TextReward = Callable[..., Sequence[float]]
@@ -101,17 +106,27 @@ def total_score(
         The scores, and for several rewards the mean of each, as ``score_<name>``.
 
     Raises:
-        ValueError: A reward does not return one finite number per response, or a weight has the name of no reward.
+        ValueError: A reward does not return one finite, real number per response, or a weight has the name of no reward.
     """
     named = rewards if isinstance(rewards, Mapping) else {"": rewards}
     weights = {} if weights is None else weights
+    whole = None
     if unknown := sorted(set(weights) - set(named)):
         raise ValueError(f"weights must have names of rewards, {sorted(named)}, got {unknown}")
     total = np.zeros(drawn.tokens.shape[0], np.float32)
     metrics: dict[str, float] = {}
     for name, reward in named.items():
-        scores = np.asarray(reward(drawn, batch), np.float32)
+        if isinstance(reward, ModelReward):
+            scores = gathered(reward(drawn, batch))
+        else:
+            whole = whole or jax.tree.map(_whole, (drawn, dict(batch)))
+            scores = gathered(reward(*whole))
         what = f"the reward {name!r}" if name else "the reward"
+        if not any(
+            jnp.issubdtype(scores.dtype, kind) for kind in (jnp.floating, jnp.integer, bool)
+        ):
+            raise ValueError(f"{what} must return real numbers, got the dtype {scores.dtype}")
+        scores = scores.astype(np.float32)
         if scores.shape != total.shape:
             raise ValueError(
                 f"{what} must return one number for each of the {len(total)} responses, got the shape {scores.shape}"
@@ -124,4 +139,10 @@ def total_score(
         total += np.float32(weights.get(name, 1.0)) * scores
         if name:
             metrics[f"score_{name}"] = float(scores.mean())
-    return jax.numpy.asarray(total), metrics
+    return jnp.asarray(total), metrics
+
+
+def _whole(x: Any) -> Any:
+    """Return an array that spans several processes as one of this process, and anything else as it is."""
+    spans = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return jnp.asarray(gathered(x)) if spans else x

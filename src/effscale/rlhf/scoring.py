@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from effscale.models import Transformer, matmul, transpose
+from effscale.options import PositiveFloat, checked
 from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens
 
 CHUNK = 512
@@ -69,6 +70,7 @@ def response_log_probs(
         (1, 2)
     """
     _check(tokens, response)
+    temperature = checked("temperature", temperature, PositiveFloat)
     encoded = model.encode(tokens, attention_mask=mask, key=key)
     hidden = encoded.hidden[:, -response - 1 : -1]
     x, weight, bias = model.heads["lm"].linear(hidden, model.embed)

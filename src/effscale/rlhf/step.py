@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from effscale.generation import SamplingConfig, decode
 from effscale.models import Transformer
+from effscale.options import PositiveInt, checked
 from effscale.parallel import on_devices
 from effscale.rlhf.config import GroupConfig, PPOConfig
 from effscale.rlhf.experience import (
@@ -128,9 +129,8 @@ def make_policy_step(
         raise ValueError(
             f"critic_step must be set for a PPOConfig and None for a GroupConfig, got config={type(config).__name__} and critic_step={'a step' if critic_step else None}"
         )
-    for name, value in {"epochs": epochs, "minibatches": minibatches}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    epochs = checked("epochs", epochs, PositiveInt)
+    minibatches = checked("minibatches", minibatches, PositiveInt)
     # Several responses to a prompt share one prefill.
     copies = config.group_size if isinstance(config, GroupConfig) else None
     sampling = rollout.sampling
@@ -268,7 +268,7 @@ def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
 
     def again(rows: Any) -> Any:
         if hasattr(rows, "ndim"):
-            return np.repeat(rows, times, axis=0)
+            return rows.repeat(times, axis=0)  # of NumPy or, over several processes, of JAX
         return [row for row in rows for _ in range(times)]
 
     return {name: rows if name == "text" else again(rows) for name, rows in batch.items()}
@@ -299,7 +299,7 @@ def _check_prompts(batch: Mapping[str, Any], responses: int, minibatches: int) -
     if missing := {"input_ids", "attention_mask"} - batch.keys():
         raise ValueError(f"the batch of prompts needs {', '.join(sorted(missing))}")
     rows, mask = batch["input_ids"].shape[0] * responses, batch["attention_mask"]
-    if minibatches < 1 or rows % minibatches:
+    if rows % minibatches:
         raise ValueError(
             f"minibatches must divide the number of responses, {rows}, got {minibatches}"
         )

@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from effscale.generation import SamplingConfig
-from effscale.models.validation import check, check_finite
+from effscale.options import Bounds, NonNegativeInt, Options, PositiveInt, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """Options of the chat; sampling options that are not set come from the model's generation_config.json."""
 
     model: pathlib.Path | None = None
@@ -20,10 +20,12 @@ class Config:
     """Open a web page instead of chatting in the terminal."""
     host: str = "127.0.0.1"
     """Address of the page. 127.0.0.1 is only reachable from this computer; 0.0.0.0 opens the page to everyone on the network."""
-    port: int = 7860
+    port: Annotated[int, Bounds(at_least=0, at_most=65535)] = 7860
     """Port of the page; 0 uses the first free port from 7860."""
     system: str = ""
     """System message before the conversation."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Maximum number of tokens that the model reads before an answer. The oldest turns are left out, and a longer message is refused: the time to the first word grows with this number."""
     max_new_tokens: int = 256
     """Maximum number of tokens per answer."""
     temperature: float | None = None
@@ -34,7 +36,7 @@ class Config:
     """Sample only from the smallest set of tokens whose probabilities sum to this value."""
     repetition_penalty: float | None = None
     """Values above 1 make tokens that already occurred less likely."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Random seed; the same input gets the same answers."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the weights; the default is that of the files."""
@@ -42,9 +44,7 @@ class Config:
     """A chat format to use instead of the tokenizer's template."""
 
     def __post_init__(self):
-        check_finite(self)
-        check(self, self.seed >= 0, "seed", "0 or more")
-        check(self, 0 <= self.port < 65536, "port", "between 0 and 65535")
+        super().__post_init__()
         check(self, self.beside is None or self.web, "beside", "None without --web")
         SamplingConfig(**self.sampling_changes())  # raises for invalid values
 

@@ -10,7 +10,7 @@ from effscale.experiments.chat.config import Config
 from effscale.generation import AnswerText, SamplingConfig, stream
 from effscale.interop import load_encoder, load_pretrained, sampling_from_folder
 from effscale.models import Transformer, unroll
-from effscale.rlhf.data import Message, PlainFormat, RecordEncoder
+from effscale.rlhf.data import Message, PlainFormat, RecordEncoder, RecordError
 
 BUCKET = 64
 """Prompts are padded to multiples of this, so that only a few lengths are compiled."""
@@ -25,6 +25,7 @@ class Conversation:
         sampling: Sampling options.
         seed: Random seed of sampling.
         system: The system message.
+        max_prompt_tokens: Maximum number of tokens that the model reads before an answer.
     """
 
     def __init__(
@@ -35,13 +36,16 @@ class Conversation:
         *,
         seed: int = 0,
         system: str = "",
+        max_prompt_tokens: int = Config.max_prompt_tokens,
     ):
         self.model, self.encoder, self.sampling = unroll(model), encoder, sampling
         self.system, self.messages = system, list[Message]()
         self._key, self._answers = jax.random.key(seed), 0
         limit = model.config.max_length
-        self._room = None if limit is None else limit - sampling.max_new_tokens
-        if self._room is not None and self._room < 1:
+        self._room = max_prompt_tokens
+        if limit is not None:
+            self._room = min(self._room, limit - sampling.max_new_tokens)
+        if self._room < 1:
             raise ValueError(
                 f"max_new_tokens must be less than the model's {limit} positions, to leave room for a prompt, got {sampling.max_new_tokens}"
             )
@@ -62,7 +66,9 @@ class Conversation:
             **config.sampling_changes(),
         )
         model = load_pretrained(folder, dtype=config.dtype)
-        return cls(model, encoder, sampling, seed=config.seed, system=config.system)
+        most = config.max_prompt_tokens
+        options = {"seed": config.seed, "system": config.system, "max_prompt_tokens": most}
+        return cls(model, encoder, sampling, **options)
 
     def fresh(self) -> "Conversation":
         """Return an empty conversation with the same model; both share the weights."""
@@ -77,17 +83,23 @@ class Conversation:
     def answer(self, words: str) -> Iterator[str]:
         """Yield the model's answer to a user's message, piece by piece.
 
-        The oldest turns are left out if the model has no room for all. If the answer is not read to its end, the part
+        The oldest turns are left out if there is no room for all. If the answer is not read to its end, the part
         that was read is kept.
 
         Raises:
-            ValueError: The user's message is too long for the model, or does not fit the chat format.
+            ValueError: The user's message is too long, or does not fit the chat format.
         """
         said = [*self.messages, Message("user", words)]
-        prompt, said = self._fitting(said)
+        try:
+            prompt, said = self._fitting(said)
+        except RecordError as error:
+            if error.reason != "special_token":
+                raise
+            raise ValueError(
+                "the message contains the name of a special token of the model, such as the end of a message"
+            ) from None
         self.messages = said
-        width = -(-len(prompt) // BUCKET) * BUCKET
-        width = width if self._room is None else min(width, self._room)
+        width = min(-(-len(prompt) // BUCKET) * BUCKET, self._room)
         padding = width - len(prompt)
         padded = [[self.encoder.padding] * padding + prompt]
         real = [[False] * padding + [True] * len(prompt)]
@@ -111,14 +123,14 @@ class Conversation:
             self.messages.append(Message("assistant", text.text.strip()))
 
     def _fitting(self, said: list[Message]) -> tuple[list[int], list[Message]]:
-        """Return the ids of the prompt, and the turns in it: the newest ones that the model has room for."""
+        """Return the ids of the prompt, and the turns in it: the newest ones that there is room for."""
         before = [Message("system", self.system)] if self.system else []
         while True:
             prompt = self.encoder.prompt([*before, *said])
-            if self._room is None or len(prompt) <= self._room:
+            if len(prompt) <= self._room:
                 return prompt, said
             if len(said) == 1:
                 raise ValueError(
-                    f"the message has {len(prompt)} tokens, but the model has room for {self._room} in addition to its answer"
+                    f"the message has {len(prompt)} tokens, but there is room for {self._room}: max_prompt_tokens, or the model's positions without those of its answer"
                 )
             said = said[2:]

@@ -10,6 +10,7 @@ causal model with a tokenizer works; nothing is downloaded.
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterable
 
@@ -64,6 +65,8 @@ def _typed() -> Iterable[str]:
     """Yield lines typed in the terminal, with history and editing if readline is available."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  importing it gives input() a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

@@ -1,14 +1,22 @@
 """Config and presets of the experiment ``rlhf``."""
 
 import dataclasses
-import math
 import pathlib
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from effscale.experiments.shared.config_parts import OUTPUT, OutputPart
 from effscale.models import TransformerConfig, gpt2
 from effscale.models.config import Remat
-from effscale.models.validation import check, choice
+from effscale.options import (
+    Bounds,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    ProperFraction,
+    check,
+)
 from effscale.parallel import MeshConfig
 from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 
@@ -18,24 +26,19 @@ Step = Literal["base", "sft", "reward", "ppo", "grpo", "rloo", "dpo"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearningConfig:
+class LearningConfig(Options):
     """Training options of one step of the experiment."""
 
-    steps: int = 100
+    steps: PositiveInt = 100
     """Optimizer steps; for PPO, GRPO and RLOO, iterations."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Rows, pairs or prompts per batch."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate; it warms up over a tenth of the steps and decays along a cosine to a tenth."""
-
-    def __post_init__(self):
-        check(self, self.steps >= 1, "steps", "at least 1")
-        check(self, self.batch_size >= 1, "batch_size", "at least 1")
-        check(self, 0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Options):
     """A small GPT-2; the vocabulary is the tokenizer's."""
 
     num_layers: int = 2
@@ -66,37 +69,37 @@ class ModelConfig:
 class Config(OutputPart):
     """Options of a run; every field is a command-line option."""
 
-    step: tuple[Step, ...] = ("base", "sft", "reward", "ppo")
+    step: Annotated[tuple[Step, ...], Bounds(at_least=1)] = ("base", "sft", "reward", "ppo")
     """Steps to run, in this order. A step that is left out is loaded from --out, or replaced by --actor."""
     actor: pathlib.Path | None = None
     """Folder or GGUF file of a model to start from, with its tokenizer; smollm2 means SmolLM2-135M-Instruct from `make assets`.
     By default, a small GPT-2 is created and first pretrained on the source of the standard library."""
     reward: pathlib.Path | None = None
     """Folder of a reward model that reads the actor's tokens, to use instead of the step reward."""
-    data: tuple[str, ...] = ("stdlib",)
+    data: Annotated[tuple[str, ...], Bounds(at_least=1)] = ("stdlib",)
     """Sources of records: stdlib, from the docstrings of the running Python; preferences, 300 conversations from `make assets`; or JSON, JSON Lines or Parquet files in any of the known formats."""
-    held_out: float = 0.1
+    held_out: Annotated[float, Bounds(above=0, below=1)] = 0.1
     """Fraction of the records that is held out; for stdlib, of the functions and classes."""
-    rejected: int = 12
+    rejected: PositiveInt = 12
     """Number of comparisons per function and class of stdlib for the reward model, each with a different rejected response."""
     split: str = "all"
     """Records of each step: all trains sft, reward and ppo on all records that are not held out.
     Three shares divide these records between them instead, like 2,4,4, DeepSpeed-Chat's default for --data_split."""
-    seeds: int = 3
+    seeds: PositiveInt = 3
     """Number of runs. Seeds 0, 1, ... decide everything random."""
     model: ModelConfig = ModelConfig()
     """The GPT-2 that is created if no --actor is given."""
-    vocab_size: int = 1024
+    vocab_size: Annotated[int, Bounds(at_least=257)] = 1024
     """Vocabulary size of the created GPT-2's tokenizer, a byte-level BPE."""
-    length: int = 128
+    length: PositiveInt = 128
     """Sequence length of base and sft: tokens per row."""
-    prompt_length: int = 64
+    prompt_length: Annotated[int, Bounds(at_least=2)] = 64
     """Maximum number of tokens per prompt; longer prompts are left out and counted."""
-    response_length: int = 32
+    response_length: PositiveInt = 32
     """Maximum number of new tokens per response."""
-    min_response_length: int = 8
+    min_response_length: NonNegativeInt = 8
     """Minimum number of new tokens per response. A reward model that has never seen an empty answer may prefer one."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Sampling temperature."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; trained parameters are stored in float32."""
@@ -106,7 +109,7 @@ class Config(OutputPart):
     """Keep the reference model and the reward model in host memory while they are not used."""
     mesh: MeshConfig = MeshConfig()
     """Device mesh. Policies generate with weights that are replicated along fsdp and sharded along tensor."""
-    lora_rank: int = 0
+    lora_rank: NonNegativeInt = 0
     """Rank of LoRA pairs to train instead of the weights; 0 trains the weights. Models are saved with the pairs merged."""
     base: LearningConfig = LearningConfig(steps=400, batch_size=16, learning_rate=4e-3)
     """Pretraining on the source of the standard library, without held-out docstrings."""
@@ -116,33 +119,34 @@ class Config(OutputPart):
     """Training of the reward model, which is initialized from the fine-tuned model."""
     reward_form: Literal["response", "token"] = "token"
     """Whether the reward model compares the scores at the ends of both responses, or those after each token, as DeepSpeed-Chat does."""
-    reward_lm_coef: float = 0.5
+    reward_lm_coef: NonNegativeFloat = 0.5
     """Weight of the chosen response's cross entropy in the reward model's loss; DeepSpeed-Chat does not use this."""
     policy: LearningConfig = LearningConfig(steps=150, batch_size=64, learning_rate=5e-4)
     """Training of PPO, GRPO, RLOO and DPO; batch_size is the number of prompts per iteration."""
-    critic_rate: float = 1e-3
+    critic_rate: PositiveFloat = 1e-3
     """Peak learning rate of the critic, which is initialized from the reward model."""
     ppo: PPOConfig = PPOConfig(kl_coef=0.25, value_clip=None, missing_end_penalty=1.0)
-    """Options of PPO. Values are not clipped, because scores vary by far more than 0.2.
+    """Options of PPO; ordinary text, for pretraining_coef, is the source of the standard library. Values are not clipped, because scores vary by far more than 0.2.
     The KL coefficient is fixed: an adaptive one fell while the policy had hardly moved, and then the policy diverged from the reference model (seed 1)."""
     group: GroupConfig = GroupConfig(group_size=4, missing_end_penalty=1.0)
     """Options of GRPO and RLOO."""
-    epochs: int = 1
+    ema_decay: ProperFraction | None = None
+    """Decay of a moving average of the policy's weights, such as 0.992; the averaged policy is saved next to the policy, as model-ema. The default keeps no average."""
+    epochs: PositiveInt = 1
     """Number of passes over each batch of responses."""
-    minibatches: int = 4
+    minibatches: PositiveInt = 4
     """Number of updates per epoch."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Strength of DPO's penalty for moving away from the reference model."""
-    samples: int = 6
+    samples: NonNegativeInt = 6
     """Number of conversations in the report, before and after training."""
-    eval_prompts: int = 128
+    eval_prompts: PositiveInt = 128
     """Maximum number of held-out prompts for comparing policies."""
-    eval_every: int = 20
+    eval_every: PositiveInt = 20
     """Iterations between evaluations on held-out prompts, and between checkpoints."""
 
     def __post_init__(self):
         super().__post_init__()
-        check(self, len(self.step) >= 1, "step", "at least one step")
         order = [name for name in get_args(Step) if name in self.step]
         check(self, list(self.step) == order, "step", f"different steps in the order {order}")
         check(
@@ -157,38 +161,12 @@ class Config(OutputPart):
             "step",
             "steps without reward if --reward is given",
         )
-        for name in (
-            "seeds",
-            "rejected",
-            "length",
-            "response_length",
-            "epochs",
-            "minibatches",
-            "eval_prompts",
-            "eval_every",
-        ):
-            check(self, getattr(self, name) >= 1, name, "at least 1")
-        check(self, self.prompt_length >= 2, "prompt_length", "at least 2")
         shortest, longest = self.min_response_length, self.response_length
         wanted = f"from 0 to response_length={longest}"
-        check(self, 0 <= shortest <= longest, "min_response_length", wanted)
-        check(self, 0 < self.held_out < 1, "held_out", "between 0 and 1")
-        for name in ("temperature", "critic_rate", "beta"):
-            check(self, getattr(self, name) > 0, name, "above 0")
-        for name in ("lora_rank", "samples", "reward_lm_coef"):
-            check(self, getattr(self, name) >= 0, name, "0 or more")
-        choice(self, "dtype", ("float32", "bfloat16"))
-        choice(self, "remat", get_args(Remat))
+        check(self, shortest <= longest, "min_response_length", wanted)
         rows = self.policy.batch_size
         divisor = f"a divisor of policy.batch_size={rows}"
         check(self, rows % self.minibatches == 0, "minibatches", divisor)
-        check(self, len(self.data) >= 1, "data", "at least one source")
-        check(
-            self,
-            self.vocab_size >= 257,
-            "vocab_size",
-            "at least 257: the bytes and the end token",
-        )
         self.model.build(self.vocab_size, self.max_length)  # raises for an invalid model
         shares = self.split == "all" or len(self.split.split(",")) == 3
         check(self, shares, "split", "three numbers such as 2,4,4, or all")

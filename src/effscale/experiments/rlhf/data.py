@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -12,7 +13,8 @@ from effscale.data import Splits, StandardLibrary, train_tokenizer
 from effscale.experiments.rlhf.config import SMOLLM2, Config
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.preference_data import preference_pairs
-from effscale.interop import load_encoder
+from effscale.interop import load_encoder, load_tokenizer
+from effscale.interop.tokenizer import MissingTokenizerError
 from effscale.rlhf.data import (
     Record,
     RecordEncoder,
@@ -88,6 +90,23 @@ def make_encoder(config: Config, phases: Phases) -> RecordEncoder:
     )
 
 
+def check_reward_tokenizer(reward: pathlib.Path, encoder: RecordEncoder) -> None:
+    """Raise a ValueError if a reward model, which reads the actor's tokens, has a tokenizer that gives tokens other ids.
+
+    A folder without a tokenizer has nothing to compare.
+    """
+    try:
+        its = load_tokenizer(reward).get_vocab()
+    except MissingTokenizerError:
+        return
+    ours = encoder.tokenizer.get_vocab()
+    if other := sorted(set(ours.items()) ^ set(its.items())):
+        raise ValueError(
+            f"reward must be a model with the actor's tokenizer, because it reads the actor's tokens, got {str(reward)!r}, whose {len(its)} tokens differ "
+            f"from the actor's {len(ours)} in {other[0][0]!r}. To score with another tokenizer, use effscale.rlhf.from_text in your own loop"
+        )
+
+
 class Rows:
     """Endless batches, with a position that a checkpoint can store.
 
@@ -132,12 +151,48 @@ class Rows:
         return row_batches(self._rows, self._batch_size, epoch=epoch, seed=self._seed)
 
 
-def base_rows(
-    config: Config, tokenizer: tokenizers.Tokenizer, held_out: Sequence[Record], end_id: int
+class PromptsAndText(Rows):
+    """Endless batches of prompts, each with rows of ordinary text in its field ``text``.
+
+    Args:
+        prompts: The prompts.
+        batch_size: Prompts per batch.
+        seed: Seed of both orders.
+        text: The rows of text.
+        text_rows: Rows of text per batch.
+    """
+
+    def __init__(
+        self,
+        prompts: Mapping[str, np.ndarray],
+        batch_size: int,
+        seed: int,
+        *,
+        text: Mapping[str, np.ndarray],
+        text_rows: int,
+    ):
+        self._text = Rows(text, text_rows, seed)
+        super().__init__(prompts, batch_size, seed)
+
+    def __next__(self) -> dict[str, Any]:
+        return {**super().__next__(), "text": next(self._text)}
+
+    def set_state(self, state: int) -> None:
+        """Continue after ``state`` batches."""
+        super().set_state(state)
+        self._text.set_state(state)
+
+
+def text_rows(
+    config: Config,
+    tokenizer: tokenizers.Tokenizer,
+    held_out: Sequence[Record],
+    end_id: int,
+    rows: int,
 ) -> dict[str, np.ndarray]:
-    """Return rows of the library's source without the documentation of held-out functions, enough for the step to read each once."""
+    """Return rows of the library's source without the documentation of held-out functions, at most ``rows``, each different."""
     hidden = {record.chosen for record in held_out}
-    rows, length = config.base.steps * config.base.batch_size, config.length
+    length = config.length
     wanted = rows * length + 1
     texts = [
         document.text

@@ -27,7 +27,7 @@ from effscale.experiments.shared.cli import messages, parse
 from effscale.experiments.shared.host import keep_freed_memory
 from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.results import Result, finish
-from effscale.parallel import shard_batch
+from effscale.parallel import initialize, shard_batch
 
 
 def run(config: Config) -> Result:
@@ -49,12 +49,12 @@ def run(config: Config) -> Result:
     # Imports that only a run needs are here, so that --help is fast.
     from effscale.data.tokenizer import tokenizer_digest
     from effscale.experiments.rlhf import report
-    from effscale.experiments.rlhf.data import make_encoder, read_phases
+    from effscale.experiments.rlhf.data import check_reward_tokenizer, make_encoder, read_phases
     from effscale.experiments.rlhf.runs import Steps
 
     if jax.process_count() > 1:
         raise ValueError(
-            f"this experiment must run in one process, got {jax.process_count()}. For several hosts, use effscale.rlhf.make_policy_step in your own loop"
+            f"rlhf must run in one process, because every step reads and writes the same run folder, got {jax.process_count()} processes. For several hosts, use effscale.rlhf.make_policy_step in your own loop"
         )
     check_folder(config, FREE)
     mesh = config.mesh.build()
@@ -62,6 +62,8 @@ def run(config: Config) -> Result:
         shard_batch(np.zeros(config.learning(step).batch_size, np.int8), mesh)
     phases = read_phases(config)
     encoder = make_encoder(config, phases)
+    if config.reward is not None:
+        check_reward_tokenizer(config.reward, encoder)
     digest = {"tokenizer": tokenizer_digest(encoder.tokenizer)}
     folder = open_folder(config, "rlhf", digest)
     every = [Steps(config, folder, mesh, seed, phases, encoder) for seed in range(config.seeds)]
@@ -83,5 +85,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line; see ``--help``."""
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.rlhf")
+        initialize()  # each of several processes then knows of the others, and refuses
         keep_freed_memory()
         run(config)

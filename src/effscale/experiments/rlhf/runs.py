@@ -27,6 +27,7 @@ from effscale.models import (
 )
 from effscale.parallel import shard, shard_batch, shardings, to_host_memory
 from effscale.rlhf import (
+    GroupConfig,
     ModelReward,
     PPOConfig,
     RolloutConfig,
@@ -45,6 +46,7 @@ from effscale.training import (
     ScheduleConfig,
     count_tokens,
     create_train_state,
+    ema_model,
     evaluate,
     make_eval_step,
     make_train_step,
@@ -93,13 +95,16 @@ class Steps:
         train = names.get(step, functools.partial(self._policy, step))
 
         def whole() -> None:
-            model = train()
-            # An actor's folder has more than a tokenizer to copy: a chat template and generation settings.
-            actor = data.actor_source(self.config)
-            tokenizer = self.encoder.tokenizer if actor is None else None
-            save_pretrained(merge_lora(model), self.place(step), like=actor, tokenizer=tokenizer)
+            self._save(step, train())
 
         once(self.folder, self._name(step), whole)
+
+    def _save(self, step: Step, model: Transformer, name: str = "model") -> None:
+        # An actor's folder has more than a tokenizer to copy: a chat template and generation settings.
+        actor = data.actor_source(self.config)
+        tokenizer = self.encoder.tokenizer if actor is None else None
+        folder = self.folder.path / self._name(step) / name
+        save_pretrained(merge_lora(model), folder, like=actor, tokenizer=tokenizer)
 
     def place(self, step: Step) -> pathlib.Path:
         """Return the folder of the model that a step saved."""
@@ -191,8 +196,9 @@ class Steps:
                 model = add_lora(model, rank=self.config.lora_rank, key=key)
             return create_train_state(model, optimizer, key=key, trainable=trainable)
 
+        batches = data.Rows(rows, learning.batch_size, self.seed)
         state = self._train(
-            *(step, jax.jit(train, donate_argnums=0), rows, start),
+            *(step, jax.jit(train, donate_argnums=0), batches, start),
             evaluate=held_out,
             every=max(1, learning.steps // 4),
             frozen=frozen,
@@ -203,15 +209,14 @@ class Steps:
         self,
         step: Step,
         train: Callable[..., Any],
-        rows: Mapping[str, np.ndarray],
+        batches: data.Rows,
         create: Callable[[], Any],
         **options: Any,
     ) -> Any:
         """Return the state after a step's training on the mesh."""
         learning = self.config.learning(step)
         return train_to_end(
-            *(self.folder, self._name(step), train),
-            data.Rows(rows, learning.batch_size, self.seed),
+            *(self.folder, self._name(step), train, batches),
             create=lambda: shard(create(), self.mesh),
             trace_create=False,  # weights from a file are not part of a program
             num_steps=learning.steps,
@@ -225,7 +230,7 @@ class Steps:
     def _base(self) -> Transformer:
         config, tokenizer = self.config, self.encoder.tokenizer
         size = config.model.build(tokenizer.get_vocab_size(), config.max_length)
-        rows = data.base_rows(config, tokenizer, self.phases.held_out, self.encoder.stop_ids[0])
+        rows = self._text(config.base.steps * config.base.batch_size)
         make = lambda: self._computing(Transformer(size, rngs=nnx.Rngs(self.seed)))
         placed = jax.jit(make, out_shardings=shardings(jax.eval_shape(make), self.mesh))
         return self._trained("base", next_token_loss, rows, placed, lambda state: {})
@@ -276,7 +281,11 @@ class Steps:
         trainable = is_adapter if config.lora_rank else None
         loss = functools.partial(actor_loss, config=how, temperature=config.temperature)
         train = make_train_step(
-            *(loss, optimizer), clip=Clip(1.0), learning_rate=rate, trainable=trainable
+            *(loss, optimizer),
+            clip=Clip(1.0),
+            learning_rate=rate,
+            trainable=trainable,
+            ema_decay=config.ema_decay,
         )
         critic_step = critic_optimizer = None
         if isinstance(how, PPOConfig):
@@ -301,19 +310,37 @@ class Steps:
             model = self.actor()
             if config.lora_rank:
                 model = add_lora(model, rank=config.lora_rank, key=key)
-            states = [create_train_state(model, optimizer, key=key, trainable=trainable)]
+            averaged = config.ema_decay is not None
+            states = [
+                create_train_state(model, optimizer, key=key, trainable=trainable, ema=averaged)
+            ]
             if critic_optimizer is not None:
                 states.append(
                     create_train_state(self.reward_model(VALUE), critic_optimizer, key=key)
                 )
             return create_policy_state(*states, key=jax.random.fold_in(key, 1), config=how)
 
-        rows = data.prompts_of(config, self.encoder, self.phases.prompts)
+        prompts = data.prompts_of(config, self.encoder, self.phases.prompts)
+        batches = data.Rows(prompts, learning.batch_size, self.seed)
+        if how.pretraining_coef:
+            responses = learning.batch_size
+            responses *= how.group_size if isinstance(how, GroupConfig) else 1
+            text = self._text(learning.steps * responses)
+            given = (prompts, learning.batch_size, self.seed)
+            batches = data.PromptsAndText(*given, text=text, text_rows=responses)
         evaluate = lambda state: {}
         state = self._train(
-            *(step, policy_step, rows, start), evaluate=evaluate, every=config.eval_every
+            *(step, policy_step, batches, start), evaluate=evaluate, every=config.eval_every
         )
+        if config.ema_decay is not None:
+            self._save(step, ema_model(state.actor), "model-ema")
         return state.actor.model
+
+    def _text(self, rows: int) -> dict[str, np.ndarray]:
+        """Return rows of the source of the standard library."""
+        end_id = self.encoder.stop_ids[0]
+        given = (self.config, self.encoder.tokenizer, self.phases.held_out, end_id)
+        return data.text_rows(*given, rows)
 
 
 def _optimizer(

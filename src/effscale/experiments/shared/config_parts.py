@@ -8,13 +8,13 @@ import dataclasses
 import pathlib
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.models.validation import check, check_finite
+from effscale.options import Options, check
 from effscale.training import AdamWConfig
 from effscale.training.paths import is_url
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputPart:
+class OutputPart(Options):
     """The output of a run; every config includes this part, which also checks that all numbers are finite."""
 
     out: pathlib.Path | None = None
@@ -25,7 +25,7 @@ class OutputPart:
     """URL of a copy of the run folder, updated every minute, such as s3://bucket/runs/a. effscale.training.fetch_run copies it back."""
 
     def __post_init__(self):
-        check_finite(self)
+        super().__post_init__()
         check(
             self,
             self.mirror is None or is_url(self.mirror),

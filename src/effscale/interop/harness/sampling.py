@@ -10,7 +10,7 @@ from effscale.generation import SamplingConfig
 from effscale.interop import sampling_from_folder
 from effscale.interop.harness.codec import Codec
 from effscale.interop.source import gguf_path
-from effscale.models.validation import did_you_mean
+from effscale.options import PositiveInt, checked, did_you_mean
 
 MAX_GEN_TOKS = 256
 """The default number of new tokens, as in the harness."""
@@ -53,6 +53,7 @@ def sampling_of(
     given: dict[str, Any] = {**normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_TOKS)}
     until = handle_stop_sequences(given.pop("until"), eos=codec.end_text)
     new, sample = given.pop("max_gen_toks"), given.pop("do_sample")
+    new = checked("max_gen_toks", new, PositiveInt)
     temperature = float(given.pop("temperature", 0.0))
     if sample and not temperature > 0:
         raise ValueError(

@@ -146,7 +146,7 @@ class RecordEncoder:
             if (found := self._names.search(text)) is not None:
                 raise RecordError(
                     "special_token",
-                    f"a message contains {found[0]!r}, the name of a special token. Use parse_special_tokens=True to encode it as that token",
+                    f"a message contains {found[0]!r}, the name of a special token, which is not text to the model. RecordEncoder(parse_special_tokens=True) encodes it as that token",
                 )
 
     @functools.cached_property
