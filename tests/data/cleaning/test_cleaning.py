@@ -104,6 +104,23 @@ def test_the_index_finds_pairs_at_the_threshold(threshold):
     assert 1 - (1 - threshold**rows) ** bands >= 0.99
 
 
+@pytest.mark.parametrize(
+    ("above", "least", "most"), [(-0.07, 0.0, 0.08), (0, 0.4, 0.65), (0.07, 0.92, 1)]
+)
+def test_what_is_found_around_the_threshold(above, least, most):
+    """The estimate decides: half of the pairs at the threshold, and nearly all from two deviations above it."""
+    near, random = NearDuplicates(threshold=0.7), np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        one, other = random.integers(0, 2**32, (2, near.permutations), np.uint32)
+        index = near.index()
+        index.add(one)
+        found += index.add(
+            np.where(random.random(near.permutations) < near.threshold + above, one, other)
+        )
+    assert least <= found / 200 <= most
+
+
 def test_a_long_text_has_the_signature_of_all_its_n_grams():
     near, text = NearDuplicates(), " ".join(map(str, range(3000)))
     parts = [near.signature(text[i : i + 4000]) for i in range(0, len(text) - 3992, 3993)]

@@ -3,12 +3,12 @@
 import hashlib
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import UInt32
 
-from effscale.models.validation import check
+from effscale.options import Bounds, Options, PositiveInt
 
 SLICE = 4096
 """The number of n-grams hashed together."""
@@ -20,7 +20,7 @@ def digest(text: str) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearDuplicates:
+class NearDuplicates(Options):
     """Near-duplicate detection by MinHash.
 
     Two documents are near duplicates if they share a large fraction of their character n-grams, which MinHash estimates.
@@ -30,7 +30,8 @@ class NearDuplicates:
             of a paragraph give about 0.9.
         ngram: The number of characters in an n-gram.
         permutations: The length of a signature. The standard deviation of the estimate is about
-            ``sqrt(threshold * (1 - threshold) / permutations)``, 0.035 by default.
+            ``sqrt(threshold * (1 - threshold) / permutations)``, 0.035 by default. So half of the pairs exactly at the
+            threshold are found, nearly all from two deviations above it, and hardly any two deviations below it.
 
     Raises:
         ValueError: A field is out of range.
@@ -47,14 +48,9 @@ class NearDuplicates:
         [False, True, False]
     """
 
-    threshold: float = 0.8
-    ngram: int = 8
-    permutations: int = 128
-
-    def __post_init__(self):
-        check(self, 0 < self.threshold < 1, "threshold", "between 0 and 1")
-        check(self, self.ngram >= 1, "ngram", "at least 1")
-        check(self, self.permutations >= 16, "permutations", "at least 16")
+    threshold: Annotated[float, Bounds(above=0, below=1)] = 0.8
+    ngram: PositiveInt = 8
+    permutations: Annotated[int, Bounds(at_least=16)] = 128
 
     def signature(self, text: str) -> UInt32[np.ndarray, "permutations"]:
         """Return the MinHash signature of a text.
@@ -77,7 +73,7 @@ class NearDuplicates:
 
     @property
     def bands(self) -> tuple[int, int]:
-        """Return the number of bands and their length, the longest with which the index finds 99% of the pairs at the threshold."""
+        """Return the number of bands and their length, the longest with which the index proposes 99% of the pairs at the threshold, of which the estimate then keeps half."""
         for rows in range(self.permutations, 1, -1):
             bands = self.permutations // rows
             if 1 - (1 - self.threshold**rows) ** bands >= 0.99:
