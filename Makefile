@@ -61,12 +61,13 @@ demo: $(VENV)/.with-demo
 	$(BIN)/python -m effscale.experiments.quickstart $(ARGS)
 
 # In two parts, for the time: see tests/conftest.py. Status 5 means that ARGS left no test in a part.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: $(DEV) $(ASSETS)
-	EFFSCALE_QUICK_EMITTERS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not exact" $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and exact" $(ARGS) || [ $$? -eq 5 ]
+	EFFSCALE_QUICK_EMITTERS=1 $(PYTEST) -m "not slow and not exact" $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "not slow and exact" --ignore-glob='src/*' --ignore-glob='kernels_pallas/*' $(ARGS) || [ $$? -eq 5 ]
 
 test-all: $(DEV) $(ASSETS)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "" --durations=25 $(ARGS)
+	$(PYTEST) -m "" --durations=25 $(ARGS)
 
 assets: $(VENV)/.with-assets
 
