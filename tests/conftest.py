@@ -67,7 +67,17 @@ def getkey():
 # The legs of CI share the suite (.ci/run). What newer versions of JAX and Flax can break runs on the newest Python, without PyTorch;
 # the rest, and each file that compares with PyTorch, on the first. Without --leg, everything runs.
 TESTS = pathlib.Path(__file__).resolve().parent
-NEWEST = ("kernels_pallas", "ltd", "models", "optim", "parallel", "quant", "rlhf", "training")
+NEWEST = (
+    "experiments",
+    "kernels_pallas",
+    "ltd",
+    "models",
+    "optim",
+    "parallel",
+    "quant",
+    "rlhf",
+    "training",
+)
 
 
 def leg_of(file: pathlib.Path) -> str:

@@ -35,6 +35,24 @@ def options(corpus, tmp_path_factory):
 
 
 @pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """``refused(main, words)`` is the error with which an experiment ends before it begins a run."""
+
+    def run(main, words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "Traceback" not in error
+        assert not list(tmp_path.glob("runs*"))
+        return error
+
+    return run
+
+
+@pytest.fixture
 def shown_by_help(start):
     """``shown_by_help(name, heavy)`` is what an experiment's ``--help`` prints; it must import none of the heavy packages."""
 

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
 import signal
 import string
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.experiments.finetune.config import PRESETS, Config
-from effscale.experiments.finetune.experiment import main, run
+from effscale.experiments.finetune.config import PRESETS
+from effscale.experiments.finetune.experiment import main
+from effscale.experiments.finetune.runs import Runner
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.classifier import data as finetune_data
 from effscale.experiments.shared.classifier.batches import TrainingBatches
@@ -23,13 +23,9 @@ from effscale.experiments.shared.classifier.model import (
     classifier_config,
     make_step,
 )
-from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, bert, vit
 from effscale.training import ScheduleConfig, create_train_state
-from effscale.training.serialize import to_json
-
-PROGRAM = pathlib.Path(__file__).with_name("finetune_killed.py")
 
 
 def idx(array):
@@ -80,8 +76,8 @@ def options(folders):
 
 
 @pytest.fixture(scope="module")
-def compared(options, tmp_path_factory):
-    """A finished run of both backends with two seeds, on images and on texts."""
+def watched(options, tmp_path_factory):
+    """A finished run of both backends with two seeds, on images and on texts; and what ran it."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     chance = np.random.default_rng(1)
     moods = ("no not bad ill", "so so well then", "good yes fine joy")
@@ -94,13 +90,25 @@ def compared(options, tmp_path_factory):
         names = ("negative", "neutral", "positive")
         return assets.LabelledTexts(texts=texts, labels=labels, names=names)
 
-    out = tmp_path_factory.mktemp("runs") / "compared"
+    out, runners, init = tmp_path_factory.mktemp("runs") / "compared", [], Runner.__init__
     with pytest.MonkeyPatch.context() as patch:
+        watch = lambda self, *a: runners.append(self) or init(self, *a)
+        patch.setattr(Runner, "__init__", watch)
         patch.setattr(finetune_data, "drug_reviews", reviews)
         words = ["--tasks", "fashion", "reviews", "--seeds", "2", "--torch", "--max-length", "32"]
         words += ["--reviews.learning-rate", "5e-3", "--reviews.epochs", "2"]
         main([*options, *words, "--out", str(out)])
-    return out
+    return out, runners
+
+
+@pytest.fixture(scope="module")
+def compared(watched):
+    return watched[0]
+
+
+def test_a_program_is_compiled_once_for_all_seeds(watched):
+    images, texts = (runner.train_step.num_compilations for runner in watched[1])
+    assert (images, texts) == (1, 2)  # of two widths
 
 
 def records(folder, name):
@@ -147,48 +155,6 @@ def test_a_run_leaves_what_it_promises(compared):
     assert json.loads((compared / "config.json").read_text())["versions"]["jax"]
     assert len(list((compared / "tensorboard").rglob("events*"))) == 8
     assert not list(compared.rglob("checkpoints"))
-
-
-def test_a_resume_adds_seeds_and_leaves_the_finished_ones(options, tmp_path):
-    out = tmp_path / "run"
-    main([*options, "--out", str(out)])
-    kept = (out / "fashion" / "seed-0" / "effscale" / "metrics.jsonl").stat().st_mtime_ns
-    main(["--out", str(out), "--resume", "--seeds", "2"])
-    assert (out / "fashion/seed-0/effscale/metrics.jsonl").stat().st_mtime_ns == kept
-    assert len(records(out, "fashion/seed-1/effscale")) == 33
-    assert "seed 1" in (out / "report.md").read_text()
-
-
-@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
-def test_killed_and_stopped_a_run_goes_on_as_if_nothing_had_been(
-    start, options, compared, tmp_path
-):
-    out = tmp_path / "run"
-    words = [*options, "--torch", "--out", out]
-    mine = out / "fashion" / "seed-0" / "effscale"
-
-    def go(backend, moment, *words):
-        done = start(PROGRAM, backend, moment, *words)
-        return done.returncode, done.stderr
-
-    status, error = go("effscale", "kill:27", *words)
-    assert status == -signal.SIGKILL, error
-    assert list((mine / "checkpoints").glob("step_*/manifest.json"))
-    status, error = go("effscale", "done:0", "--out", out, "--resume")
-    assert status == -signal.SIGKILL, error
-    assert not (mine / "done.json").exists()
-    status, error = go("torch", "kill:14", "--out", out, "--resume")
-    assert status == -signal.SIGKILL, error
-    assert (mine / "done.json").exists()
-    status, error = go("torch", "term:25", "--out", out, "--resume")
-    assert status == 128 + signal.SIGTERM, error
-    assert "stopped and saved fashion/seed-0/torch at step 26" in error
-    status, error = go("torch", "none:0", "--out", out, "--resume")
-    assert status == 0, error
-
-    for backend in ("effscale", "torch"):
-        name = f"fashion/seed-0/{backend}"
-        assert records(out, name) == records(compared, name)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
@@ -323,18 +289,8 @@ def test_the_papers_setting_can_be_lowered(task):
         (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, options, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main([*options, *words])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, refused):
+    assert message in refused(main, [*options, *words])
 
 
 def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tmp_path):
@@ -354,47 +310,6 @@ def test_models_that_do_not_fit_a_task(options, folders, monkeypatch, capsys, tm
         with pytest.raises(SystemExit):
             main([*options, *words])
         assert message in capsys.readouterr().err
-
-
-def test_a_second_run_never_overwrites_the_first(compared, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in compared.rglob("[!.]*")}
-    for words, message in (
-        ([*options, "--out", str(compared)], "already contains a run"),
-        (
-            ["--out", str(compared), "--resume", "--fashion.epochs", "4"],
-            "has another config (fashion.epochs: 3 saved, 4 given)",
-        ),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in compared.rglob("[!.]*")} == before
-
-
-def test_run_is_a_function_too_and_compiles_once_for_all_seeds(options, tmp_path, monkeypatch):
-    from effscale.experiments.finetune.runs import Runner
-    from effscale.experiments.shared.cli import parse
-
-    runners = []
-    init = Runner.__init__
-    monkeypatch.setattr(Runner, "__init__", lambda self, *a: runners.append(self) or init(self, *a))
-    config = parse(PRESETS, "", [*options, "--seeds", "2", "--out", str(tmp_path / "run")])
-    result = run(config)
-    assert result.figures["fashion_accuracy"] > 0.5
-    assert [runner.train_step.num_compilations for runner in runners] == [1]
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_comes_back_from_json(name):
-    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
-
-
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    text = shown_by_help("finetune", heavy)
-    for shown in ("smoke, default, paper", "--reviews.epochs INT", "Number of passes over"):
-        assert shown in text
 
 
 def test_without_torch_the_twin_says_what_to_install(options, monkeypatch, capsys):

@@ -1,14 +1,17 @@
-"""Every numeric option of every experiment, given what cannot be."""
+"""What all experiments have alike: options that are checked, presets that are saved and read, a quick ``--help``."""
 
 import dataclasses
 import importlib
+import json
 import math
 import pkgutil
 
 import pytest
 
 import effscale.experiments
+from effscale.experiments.shared.saved import config_from_json
 from effscale.training import AdamWConfig
+from effscale.training.serialize import to_json
 
 NAMES = [module.name for module in pkgutil.iter_modules(effscale.experiments.__path__)]
 MODULES = [importlib.import_module(f"effscale.experiments.{name}") for name in NAMES]
@@ -40,9 +43,41 @@ def refusal(config, path, value):
     return None
 
 
-@pytest.mark.parametrize(
+of_every_experiment = pytest.mark.parametrize(
     "module", EXPERIMENTS, ids=lambda module: module.__name__.rpartition(".")[2]
 )
+
+
+@of_every_experiment
+def test_every_preset_comes_back_from_json(module):
+    for preset in module.PRESETS.values():
+        assert config_from_json(type(preset), json.loads(json.dumps(to_json(preset)))) == preset
+
+
+def test_help_is_quick_because_it_imports_little(start):
+    """All in one process, in which none may import what only a run needs."""
+    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "torch", "transformers")
+    names = [module.__name__ for module in EXPERIMENTS]
+    done = start(
+        "-c",
+        f"""
+import importlib, sys
+for name in {names}:
+    try:
+        importlib.import_module(name).main(["--help"])
+    except SystemExit as stop:
+        print("status", stop.code, "of", name)
+print("imported", [name for name in {heavy} if name in sys.modules])
+""",
+    )
+    assert "imported []\n" in done.stdout, done.stderr
+    for name in names:
+        assert f"status 0 of {name}\n" in done.stdout
+    assert "--reviews.epochs INT" in done.stdout
+    assert "Number of passes over" in done.stdout
+
+
+@of_every_experiment
 def test_an_error_names_the_option_that_was_given(module):
     config = module.PRESETS["default"]
     paths = list(numbers(config))

@@ -1,5 +1,4 @@
 import json
-import pathlib
 import re
 
 import jax.numpy as jnp
@@ -130,18 +129,8 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--cache", str(tmp_path / "cache")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, refused, tmp_path):
+    assert message in refused(main, [*words, "--cache", str(tmp_path / "cache")])
 
 
 def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
@@ -154,13 +143,6 @@ def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
-    text = shown_by_help("quickstart", heavy)
-    for shown in ("smoke, default, paper", "--model.num-layers INT", "Optimizer steps."):
-        assert shown in text
-
-
 def test_the_paper_preset_is_gpt2():
     from effscale.models import num_params, preset
 
@@ -169,16 +151,7 @@ def test_the_paper_preset_is_gpt2():
     assert num_params(built) == num_params(preset("gpt2"))
 
 
-def test_run_is_a_function_too(options, tmp_path):
-    from effscale.experiments.shared.cli import parse
-
-    out = tmp_path / "run"
-    config = parse(PRESETS, "", [*options, "--steps", "5", "--samples", "--out", str(out)])
-    result = run(config)
-    assert pathlib.Path(result.folder) == out
-    assert result.num_compilations == 1
-
-
+@pytest.mark.slow  # test_pretraining runs the same techniques on a smaller model
 def test_a_technique_trains_in_more_and_smaller_steps(options, tmp_path):
     from effscale.experiments.shared.cli import parse
 

@@ -1,7 +1,5 @@
 import json
-import os
 import random
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,9 @@ from effscale.data import parse_source, prepare_corpus
 from effscale.experiments.random_ltd_bert.config import PRESETS, Config, Early
 from effscale.experiments.random_ltd_bert.experiment import main
 from effscale.experiments.random_ltd_bert.runs import Pretraining
-from effscale.experiments.shared.classifier.batches import TrainingBatches
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.masked_text import HideTokens, hidden_rows, passages_data
 from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
-from effscale.experiments.shared.saved import config_from_json
 from effscale.experiments.shared.search import Point
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import Transformer
@@ -30,7 +26,6 @@ from effscale.training import (
     create_train_state,
     masked_token_loss,
 )
-from effscale.training.serialize import to_json
 
 
 @pytest.fixture(scope="module")
@@ -371,55 +366,6 @@ def test_the_pretrained_model_is_a_folder_with_its_tokenizer(finished):
     assert logits.shape == (1, 3, mask + 1)
 
 
-@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
-def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
-    options, finished, tmp_path, monkeypatch, capsys
-):
-    out, call = tmp_path / "run", Pretraining.run
-
-    def run(self, folder, seed, point):
-        # Asked to stop in the middle of random-LTD's stages, then in the first fine-tuning.
-        before = self.step.before_step
-
-        def before_step(step, batch):
-            if self.arm.name == "random_ltd" and step == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return before(step, batch)
-
-        monkeypatch.setattr(self.step, "before_step", before_step)
-        call(self, folder, seed, point)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "run", run)
-        with pytest.raises(SystemExit) as stopped:
-            main([*options, "--early.seeds", "0", "--out", str(out)])
-    assert stopped.value.code == 128 + signal.SIGTERM
-    error = capsys.readouterr().err
-    assert "stopped and saved seed-0/random_ltd at step 8; to resume, use --out" in error
-
-    step_of = TrainingBatches.__next__
-
-    def next_batch(batches):
-        if batches.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "__next__", next_batch)
-        with pytest.raises(SystemExit):
-            main(["--out", str(out), "--resume"])
-    error = capsys.readouterr().err
-    assert "stopped and saved seed-0/baseline/passages at step 6; to resume, use --out" in error
-    assert not (out / "results.json").exists()
-    main(["--out", str(out), "--resume"])
-    for name in (
-        *("baseline", "random_ltd"),
-        *(f"{start}/passages" for start in ("baseline", "random_ltd", "scratch")),
-    ):
-        assert records(out, f"seed-0/{name}") == records(finished, f"seed-0/{name}")
-    assert not any("early" in name for name in json.loads((out / "results.json").read_text()))
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -454,18 +400,8 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
         (["--resume"], "set together with --out"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, options, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main([*options, *words])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, refused):
+    assert message in refused(main, [*options, *words])
 
 
 @pytest.mark.parametrize("kept", [128, 496])
@@ -500,15 +436,3 @@ def test_the_papers_setting_can_be_lowered(kept):
     lowered = jax.jit(step).lower(jax.eval_shape(create), arm.shape_batch(batch, kept))
     assert f"64x{kept}x1024" in lowered.as_text()
     assert lowered.out_info[1]["loss"].shape == ()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_comes_back_from_json(name):
-    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
-
-
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    text = shown_by_help("random_ltd_bert", heavy)
-    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Tokens per passage"):
-        assert shown in text

@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.experiments.random_ltd_vit.config import PRESETS, Config
+from effscale.experiments.random_ltd_vit.config import PRESETS
 from effscale.experiments.random_ltd_vit.experiment import main
 from effscale.experiments.random_ltd_vit.runs import Runner
 from effscale.experiments.shared import assets
-from effscale.experiments.shared.classifier.batches import TrainingBatches
 from effscale.experiments.shared.classifier.model import class_loss, classifier_config
 from effscale.experiments.shared.random_ltd.arms import Arm, Dropping, LearningRate
 from effscale.experiments.shared.random_ltd.report import ArmRuns, cost_figures
-from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, vit
 from effscale.training import AdamWConfig, StagedStep, create_train_state
-from effscale.training.serialize import to_json
 
 
 def idx(array):
@@ -200,45 +195,6 @@ def test_arms_get_the_same_images_and_heads_and_dropping_is_all_that_differs(wat
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
-def test_a_run_that_is_asked_to_stop_goes_on_as_if_nothing_had_been(
-    options, finished, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "run"
-    step_of, stops = TrainingBatches.__next__, iter((12, 40))
-
-    def next_batch(batches):
-        next_batch.count += 1
-        if next_batch.count == next_batch.stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(batches)
-
-    monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
-    seen = Watched(monkeypatch)
-    for number, stop in enumerate(stops):  # in the baseline, then among random-LTD's stages
-        next_batch.count, next_batch.stop = 0, stop - 12 * number
-        words = [*options, "--out", str(out)] if number == 0 else ["--out", str(out), "--resume"]
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 128 + signal.SIGTERM
-        error = capsys.readouterr().err
-        assert f"; to resume, use --out {out}" in error
-    assert "stopped and saved seed-0/random_ltd at step 10" in error
-    assert not (out / "results.json").exists()
-    next_batch.count = 100
-    kept = (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns
-    assert (out / "seed-0/random_ltd/seconds.json").is_file()
-    seen.steps.clear()
-    main(["--out", str(out), "--resume", "--seeds", "2"])
-    assert (out / "seed-0/baseline/metrics.jsonl").stat().st_mtime_ns == kept
-    assert not list(out.rglob("seconds.json"))
-    for run in ("seed-0/baseline", "seed-0/random_ltd", "seed-1/baseline", "seed-1/random_ltd"):
-        assert records(out, run) == records(finished, run)
-    # What went on in the middle left shapes out, which the other seed's run did not have to compile at the call.
-    at_call = [[c.background for c in s.compilations].count(False) for s in seen.steps.values()]
-    assert at_call == [1, 1, 1]
-
-
 def test_seconds_are_medians_of_a_stage_times_its_steps():
     dropping = Dropping(min_value=4, seq_per_step=4, share=0.7)
     arm = Arm(
@@ -289,37 +245,10 @@ def test_seconds_are_medians_of_a_stage_times_its_steps():
         (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, options, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, refused, tmp_path):
     if "two" in words:
         save_pretrained(Transformer(small_vit(2), rngs=nnx.Rngs(0)), tmp_path / "two")
-    with pytest.raises(SystemExit) as stop:
-        main([*options, *words])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
-
-
-@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
-def test_a_second_run_never_overwrites_the_first(finished, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")}
-    for words, message in (
-        ([*options, "--out", str(finished)], "already contains a run"),
-        (
-            ["--out", str(finished), "--resume", "--ltd.share", "0.7"],
-            "has another config (ltd.share: 0.5 saved, 0.7 given)",
-        ),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("[!.]*")} == before
+    assert message in refused(main, [*options, *words])
 
 
 def test_the_papers_setting_can_be_lowered():
@@ -355,18 +284,6 @@ def test_the_papers_setting_can_be_lowered():
     lowered = jax.jit(step).lower(jax.eval_shape(create), arm.shape_batch(batch, 32))
     assert "32x384" in lowered.as_text()
     assert lowered.out_info[1]["loss"].shape == ()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_comes_back_from_json(name):
-    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
-
-
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    text = shown_by_help("random_ltd_vit", heavy)
-    for shown in ("smoke, default, paper", "--ltd.min-value INT", "Number of tokens per row"):
-        assert shown in text
 
 
 @pytest.mark.slow  # the other tests run smaller ones

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effscale.data import train_tokenizer
+from effscale.data.sources import standard_library
 from effscale.experiments.rlhf import PRESETS, Config, data, experiment
 from effscale.experiments.rlhf.config import LearningConfig
 from effscale.experiments.rlhf.experiment import main
@@ -195,7 +196,9 @@ def test_what_is_held_out_is_not_in_the_text():
     assert "Stay." in left
 
 
-def test_the_records_of_steps_are_apart():
+def test_the_records_of_steps_are_apart(monkeypatch):
+    files = standard_library._files  # a sixth of the library is enough
+    monkeypatch.setattr(standard_library, "_files", lambda root: files(root)[::6])
     phases = data.read_phases(Config(split="1,1,1"))
     parts = [
         set(map(id, part)) for part in (phases.sft, phases.reward, phases.prompts, phases.held_out)

@@ -1,18 +1,14 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import math
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.curriculum.instability import LossRatioWriter
 from effscale.experiments.seqlen_curriculum import report
 from effscale.experiments.seqlen_curriculum.arms import (
     Arm,
@@ -21,13 +17,11 @@ from effscale.experiments.seqlen_curriculum.arms import (
     make_arms,
     make_step,
 )
-from effscale.experiments.seqlen_curriculum.config import PRESETS, Config
+from effscale.experiments.seqlen_curriculum.config import PRESETS
 from effscale.experiments.seqlen_curriculum.experiment import main
-from effscale.experiments.shared.saved import config_from_json
 from effscale.models import num_params, preset
 from effscale.parallel import batch_sharding, shardings
-from effscale.training import LinearPacing, StagedStep, Stages
-from effscale.training.serialize import to_json
+from effscale.training import LinearPacing, Stages
 
 ARMS = ("small", "large_x4", "large_curriculum_x4")
 # By hand: 6144 tokens are 48 steps of 8 rows of 16, and 24 of 16 rows. The curriculum lasts 24 steps, from 8 to 16 tokens,
@@ -151,47 +145,6 @@ def test_a_run_leaves_what_it_promises(folder):
     assert json.loads((folder / "config.json").read_text())["versions"]["jax"]
     assert len(list((folder / "tensorboard").rglob("events*"))) == 10
     assert not list(folder.rglob("checkpoints"))
-
-
-@pytest.mark.slow  # what every experiment shares is killed and resumed in test_pretraining and test_quickstart_resume
-def test_stopped_in_the_curriculum_a_run_goes_on_as_if_nothing_had_been(
-    options, folder, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "run"
-    write = LossRatioWriter.write
-
-    def stop_in_the_curriculum(writer, step, values, timing=None):
-        if step == 12 and values.get("tokens") == 16 * (11 * 8 + 12):
-            os.kill(os.getpid(), signal.SIGTERM)
-        write(writer, step, values, timing)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LossRatioWriter, "write", stop_in_the_curriculum)
-        with pytest.raises(SystemExit) as stop:
-            main([*options, "--out", str(out)])
-    assert stop.value.code == 128 + signal.SIGTERM
-    error = capsys.readouterr().err
-    assert "stopped and saved seed-0/large_curriculum_x4 at step 13; to resume, use --out" in error
-    assert not (out / "results.json").exists()
-    kept = (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns
-    steps, before_step = {}, StagedStep.before_step
-
-    def keep(staged, step, batch):
-        steps[id(staged)] = staged
-        assert step in (0, 13) or staged.num_compilations >= len(
-            set(staged.stages.values[staged.stages.index(step) :])
-        )
-        return before_step(staged, step, batch)
-
-    monkeypatch.setattr(StagedStep, "before_step", keep)
-    main(["--out", str(out), "--resume", "--seeds", "2"])
-    assert (out / "seed-0/small/metrics.jsonl").stat().st_mtime_ns == kept
-    for seed, arm in itertools.product((0, 1), ARMS):
-        name = f"seed-{seed}/{arm}/metrics.jsonl"
-        assert (out / name).read_bytes() == (folder / name).read_bytes()
-    # What went on in the middle left a length out, which the other seed's run did not have to compile at the call.
-    at_call = [[c.background for c in s.compilations].count(False) for s in steps.values()]
-    assert at_call == [1, 1, 1, 1]
 
 
 @pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
@@ -385,44 +338,6 @@ def test_the_papers_setting_is_the_papers_and_can_be_lowered():
         (["--out", "absent", "--resume"], "absent: does not exist. Run without resume"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, corpus, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--corpus", corpus, "--cache", str(tmp_path / "cache")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
-
-
-@pytest.mark.slow  # random_ltd_bert and data_efficiency, which share its parts, are run whole
-def test_a_second_run_never_overwrites_the_first(folder, options, capsys):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")}
-    for words, message in (
-        ([*options, "--out", str(folder)], "already contains a run"),
-        (
-            ["--out", str(folder), "--resume", "--curriculum", "1.2"],
-            "has another config (curriculum: 1.0 saved, 1.2 given)",
-        ),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(words)
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*")} == before
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_comes_back_from_json(name):
-    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
-
-
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch")
-    text = shown_by_help("seqlen_curriculum", heavy)
-    for shown in ("smoke, default, paper", "--learning-rate-factors", "Number of training tokens"):
-        assert shown in text
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, corpus, refused, tmp_path):
+    words = [*words, "--corpus", corpus, "--cache", str(tmp_path / "cache")]
+    assert message in refused(main, words)

@@ -1,8 +1,6 @@
 import json
-import os
 import random
 import shutil
-import signal
 import string
 
 import jax
@@ -16,14 +14,13 @@ from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.saved import config_from_json
 from effscale.experiments.xtc import runs
 from effscale.experiments.xtc.arms import Arm
-from effscale.experiments.xtc.config import PRESETS, Config
+from effscale.experiments.xtc.config import Config
 from effscale.experiments.xtc.experiment import main
 from effscale.experiments.xtc.passages import Passages, read_passages
 from effscale.interop import load_tokenizer, save_pretrained
 from effscale.models import Transformer, bert
 from effscale.quant import model_size, w1a8
 from effscale.training import RunFolder, ScheduleConfig, TrainingDivergedError
-from effscale.training.serialize import to_json
 
 
 @pytest.fixture(scope="module")
@@ -129,38 +126,6 @@ def test_a_finished_run_has_nothing_left_to_do(finished, tmp_path, monkeypatch):
     assert one == other
 
 
-@pytest.mark.slow  # what every experiment shares is stopped and resumed in test_pretraining and test_quickstart_resume
-def test_stopped_in_a_student_it_goes_on_as_if_nothing_had_been(
-    options, finished, tmp_path, monkeypatch
-):
-    """And a resume with more seeds leaves the finished runs as they are."""
-    out = tmp_path / "run"
-    step_of, taken = TrainingBatches.__next__, []
-
-    def next_batch(batches):
-        taken.append(batches)
-        if len(taken) == 2 * 20 + 12 + 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_of(batches)
-
-    monkeypatch.setattr(TrainingBatches, "__next__", next_batch)
-    with pytest.raises(SystemExit) as stop:
-        main([*options, "--out", str(out)])
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert not (out / "results.json").exists()
-    main(["--out", str(out), "--resume"])
-    name = "float_2_layers/steps-12/rate-0.01/seed-0"
-    assert records(out, name) == records(finished, name)
-    one, other = (json.loads((folder / "results.json").read_text()) for folder in (finished, out))
-    assert one["seeds"] == other["seeds"]
-    before = (out / name / "metrics.jsonl").stat().st_mtime_ns
-    main(["--out", str(out), "--resume", "--seeds", "2"])
-    assert (out / name / "metrics.jsonl").stat().st_mtime_ns == before
-    both = json.loads((out / "results.json").read_text())["seeds"]
-    assert all(both[arm][0] == values[0] for arm, values in one["seeds"].items())
-    assert len(both["binary_2_layers_accuracy"]) == 2
-
-
 def test_a_run_that_diverges_counts_with_what_was_best_before(tmp_path, monkeypatch):
     texts = Texts(((1, 2), (3, 4)), np.arange(2), 2)
     arm = Arm(kind="float", config=Config(batch_size=2))
@@ -243,30 +208,8 @@ def test_the_papers_setting_can_be_lowered():
         (["--resume"], "set together with --out"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(
-    words, message, options, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stop:
-        main([*options, *words])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not list(tmp_path.glob("runs*"))
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_comes_back_from_json(name):
-    assert config_from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
-
-
-def test_help_is_quick_because_it_imports_little(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    text = shown_by_help("xtc", heavy)
-    for shown in ("smoke, default, paper", "--budgets [INT", "Tokens per passage"):
-        assert shown in text
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, refused):
+    assert message in refused(main, [*options, *words])
 
 
 @pytest.mark.slow  # the other tests run smaller ones

@@ -161,7 +161,3 @@ def test_models_of_the_wrong_kind(folders, options, texts, tmp_path, capsys):
 def test_presets_are_configs_of_their_own():
     assert PRESETS["default"] == Config()
     assert PRESETS["paper"].lkd.learning_rate == 5e-6
-
-
-def test_help_is_quick(shown_by_help):
-    assert "--group-size" in shown_by_help("zeroquant", ["torch", "transformers", "torchao"])
