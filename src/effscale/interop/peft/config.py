@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from effscale.interop.foreign import Fields, shown
-from effscale.interop.peft.patterns import matcher
+from effscale.interop.patterns import matcher
 from effscale.interop.tensors import FolderError
 
 # Fields that, when set, make the adapter something other than x W + s (x A) B.
@@ -37,7 +37,7 @@ class Scaling:
         alpha: The scale is ``alpha / rank`` or, with ``root``, ``alpha / sqrt(rank)`` (rank-stabilized LoRA).
         root: Whether to divide by the square root of the rank.
         ranks: Other ranks, by a module's path or a regular expression that matches its end
-            (``effscale.interop.peft.patterns``).
+            (``effscale.interop.patterns``).
         alphas: Other alphas, in the same form.
     """
 
@@ -145,10 +145,7 @@ def _alpha(scale: float, divisor: int | float) -> int | float:
 
 def _lookup(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     # In the order of the file, as in PEFT: the first match counts.
-    return next((v for pattern, v in patterns.items() if _matcher(pattern)(name)), default)
-
-
-_matcher = functools.lru_cache(maxsize=1024)(matcher)
+    return next((v for pattern, v in patterns.items() if matcher(pattern)(name)), default)
 
 
 def _patterns(given: Fields, key: str, read: Callable[[Fields, str], Any]) -> Mapping[str, Any]:
@@ -156,7 +153,7 @@ def _patterns(given: Fields, key: str, read: Callable[[Fields, str], Any]) -> Ma
     block = given.block(key, Fields(key, {}))
     for pattern in block.values:
         try:
-            _matcher(pattern)
+            matcher(pattern)
         except ValueError as error:
             raise FolderError(
                 f"adapter_config.json: {key} has the pattern {shown(pattern)}, which is not a supported regular "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from effscale.interop.foreign import Fields, shown
-from effscale.interop.peft.patterns import matcher
+from effscale.interop.patterns import matcher
 from effscale.interop.tensors import FolderError
 from effscale.quant.formats import Format
 from effscale.quant.packing import stored_bits
