@@ -179,7 +179,10 @@ class _Unfit(Exception):
 
 @functools.cache
 def _kinds(config: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(config, include_extras=True)
+    try:
+        hints = typing.get_type_hints(config, include_extras=True)
+    except NameError:  # a user's own config may name types that exist only for a type checker
+        return {}
     return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
 
 

@@ -212,7 +212,7 @@ def linear(low, high, total=30, **options):
         ({"pacing": linear(2, 8), "rows_multiple_of": 0}, r"rows_multiple_of must be .*, got 0"),
         (
             {"pacing": linear(2, 8), "mode": "crop"},
-            "mode must be one of truncate, reshape, got 'crop'",
+            "mode must be one of 'truncate', 'reshape', got 'crop'",
         ),
     ],
 )

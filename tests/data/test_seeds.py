@@ -18,5 +18,5 @@ def test_what_is_no_seed_is_named(seed):
 def test_integers_are_seeds():
     check_seed(2**70)
     check_seed(np.uint32(3))
-    with pytest.raises(ValueError, match=rf"seed must be from 0 to 2\*\*64-1, got {2**64}"):
+    with pytest.raises(ValueError, match=f"seed must be from 0 to {2**64 - 1}, got {2**64}"):
         Splits(seed=2**64)

@@ -216,9 +216,7 @@ def test_bad_input():
     mlp = MLPConfig(d_ff=4)
     with pytest.raises(ValueError, match=r"RouterConfig\.k must be at most num_experts=2 .*got 3"):
         MoEConfig(num_experts=2, expert=mlp, router=RouterConfig(k=3))
-    with pytest.raises(
-        ValueError, match=r"capacity_factor must be above 0 and finite, or None.*, got -1.0"
-    ):
+    with pytest.raises(ValueError, match=r"capacity_factor must be above 0, or None, got -1\.0"):
         RouterConfig(capacity_factor=-1.0)
     with pytest.raises(ValueError, match="gumbel_second"):
         RouterConfig(noise="gumbel_second")

@@ -81,14 +81,14 @@ def test_a_process_id_of_the_environment_out_of_range(monkeypatch):
     ("fields", "message"),
     [
         ({"coordinator": "host"}, "coordinator must be host:port, .*, got 'host'"),
-        ({"num_processes": 0}, "num_processes must be 1 or more, got 0"),
-        ({"process_id": -1}, "process_id must be 0 or more, got -1"),
+        ({"num_processes": 0}, "num_processes must be at least 1, or None, got 0"),
+        ({"process_id": -1}, "process_id must be at least 0, or None, got -1"),
         (
             {"process_id": 2, "num_processes": 2},
             "process_id must be 0 to 1 with num_processes=2, got 2",
         ),
-        ({"timeout": 0}, "timeout must be 1 second or more, got 0"),
-        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be 1 second or more, got 0"),
+        ({"timeout": 0}, "timeout must be at least 1, got 0"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout must be at least 1, or None, got 0"),
     ],
 )
 def test_impossible_fields(fields, message):

@@ -163,10 +163,10 @@ def test_maps_that_are_none():
         LayerMap.reduced([])
     with pytest.raises(
         ValueError,
-        match=r"LayerMap\.scores must be layer numbers counted from 0, got -1 in \(-1,\)",
+        match=r"LayerMap\.scores\[0\] must be at least 0, got -1",
     ):
         LayerMap((-1,), (0, 1))
-    with pytest.raises(ValueError, match="hidden must have one entry more"):
+    with pytest.raises(ValueError, match="hidden must be one entry more"):
         LayerMap((1,), (0,))
 
 

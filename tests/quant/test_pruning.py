@@ -298,7 +298,7 @@ def test_a_table_of_which_numbers_are_pruned():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dense_ratio": 0.0}, r"Pruning\.dense_ratio must be above 0, at most 1, got 0\.0"),
+        ({"dense_ratio": 0.0}, r"Pruning\.dense_ratio must be above 0 and at most 1, got 0\.0"),
         ({"dense_ratio": float("nan")}, r"dense_ratio must be .*, got nan"),
         ({"structure": "rows"}, r"Pruning\.structure must be .*, got 'rows'; did you mean 'row'"),
         ({"method": "snip_momentum"}, r"Pruning\.method must be .*, got 'snip_momentum'"),

@@ -199,7 +199,7 @@ def test_quantizing_twice_and_over_pairs(model):
         ValueError, match="activations must be left at its default if weights is None"
     ):
         Rule(where="kernel", weights=None, activations=Format())
-    with pytest.raises(ValueError, match="at least one rule"):
+    with pytest.raises(ValueError, match="rules must be a tuple whose length is at least 1"):
         Recipe(())
     with pytest.raises(
         ValueError,

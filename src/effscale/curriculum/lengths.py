@@ -7,13 +7,13 @@ evaluation sees whole rows. There are few lengths (``effscale.training.Pacing``)
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from effscale.models.validation import check
+from effscale.options import Options, PositiveInt, check
 from effscale.training import Pacing, Stages, stages
 from effscale.training.rows import token_shape
 
@@ -21,7 +21,7 @@ Mode = Literal["truncate", "reshape"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceLengthCurriculum:
+class SequenceLengthCurriculum(Options):
     """Sequence-length warmup.
 
     With ``truncate`` batches keep their number of rows, so the tokens per step grow with the length. Do not ramp up the
@@ -49,25 +49,19 @@ class SequenceLengthCurriculum:
     """The pacing function of the length; it must end at the full row length."""
     mode: Mode = "truncate"
     """Whether to drop tokens beyond the length (``truncate``) or to cut them into more, shorter rows (``reshape``)."""
-    multiple_of: int = 1
+    multiple_of: PositiveInt = 1
     """Round lengths up to a multiple of this number; the original uses 8 for BERT."""
-    rows_multiple_of: int = 2
+    rows_multiple_of: PositiveInt = 2
     """``reshape`` produces a multiple of this number of rows. The original uses 2; a sharded or accumulated batch needs a
     multiple of its parts. With several processes it applies to each process."""
     field: str = "input_ids"
     """The name of the tokens in a batch. Arrays of the same shape are cut in the same way."""
 
     def __post_init__(self):
+        super().__post_init__()
         shortest, longest = self.pacing(0), self.pacing(self.pacing.end)
-        check(self, self.mode in get_args(Mode), "mode", f"one of {', '.join(get_args(Mode))}")
-        check(
-            self,
-            shortest >= 1,
-            "pacing",
-            f"a schedule of lengths of at least 1, but it starts at {shortest}",
-        )
-        for field in ("multiple_of", "rows_multiple_of"):
-            check(self, getattr(self, field) >= 1, field, "at least 1")
+        wanted = f"a schedule of lengths of at least 1, but it starts at {shortest}"
+        check(self, shortest >= 1, "pacing", wanted)
         divisor = f"a divisor of the full length {longest}"
         check(self, longest % self.multiple_of == 0, "multiple_of", divisor)
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from effscale.curriculum.order import Clusters, GrowingOrder, count_stages
 from effscale.curriculum.ranking import Ranking, blocks, check_ranking, raise_stages
-from effscale.models.validation import check, choice
+from effscale.options import Options, check
 from effscale.training.pacing import Pacing
 from effscale.training.stages import Stages, merge, stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Difficulty:
+class Difficulty(Options):
     """A difficulty metric with its schedule.
 
     The names are those of DeepSpeed's configuration.
@@ -35,8 +35,7 @@ class Difficulty:
     rows themselves, such as a length."""
 
     def __post_init__(self):
-        choice(self, "difficulty_type", ("value", "percentile"))
-        choice(self, "clustering_type", ("schedule_based", "single_cluster"))
+        super().__post_init__()
         if self.clustering_type == "single_cluster":
             return
         needed = 'a ranking of the samples, unless clustering_type="single_cluster"'

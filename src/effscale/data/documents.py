@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from effscale.options import Options
+
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
@@ -104,7 +106,7 @@ class SkipReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(abc.ABC):
+class Source(Options, abc.ABC):
     """The base class of corpora: a frozen dataclass whose documents can be read any number of times.
 
     A subclass implements ``_read``, ``spec`` and ``fingerprint``.
@@ -116,10 +118,6 @@ class Source(abc.ABC):
 
     on_error: OnError = "raise"
     _log_level: ClassVar[int] = logging.WARNING
-
-    def __post_init__(self):
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f'on_error must be "raise" or "skip", got {self.on_error!r}')
 
     def documents(
         self, report: SkipReport | None = None, *, log: bool = True

@@ -4,8 +4,9 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from effscale.data.seeds import check_seed
+from effscale.options import Bounds, Fraction, Options, checked
 
 
 def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
@@ -23,7 +24,7 @@ def text_hash(text: str, *, seed: int, purpose: bytes) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splits:
+class Splits(Options):
     """The splits of a corpus and the fraction of documents that each gets.
 
     The split of a document is a function of its text and the seed only. It does not depend on its position in the corpus
@@ -40,22 +41,19 @@ class Splits:
     fractions: Mapping[str, float] = field(
         default_factory=lambda: {"train": 0.95, "validation": 0.05}
     )
-    seed: int = 0
+    seed: Annotated[int, Bounds(at_least=0, at_most=2**64 - 1)] = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.fractions:
             raise ValueError("fractions must have at least one split, got {}")
         for name, fraction in self.fractions.items():
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"fractions[{name!r}] must be from 0 to 1, got {fraction}")
+            checked(f"fractions[{name!r}]", fraction, Fraction)
         total = sum(self.fractions.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(
                 f"fractions must sum to 1, got {dict(self.fractions)}, which sum to {total}"
             )
-        check_seed(self.seed)
-        if self.seed >= 2**64:
-            raise ValueError(f"seed must be from 0 to 2**64-1, got {self.seed}")
 
     def assign(self, text: str) -> str:
         """Return the name of the split that a text belongs to."""

@@ -13,7 +13,7 @@ from effscale.ltd.accounting import layer_token_average
 from effscale.ltd.layers import dropping_layers
 from effscale.ltd.runner import token_dropping
 from effscale.models import PatchInputs, TransformerConfig
-from effscale.models.validation import check
+from effscale.options import Options, check
 from effscale.training import Clock, LinearPacing, Loss, Pacing, Stages, count_tokens, stages
 from effscale.training.rows import token_shape
 
@@ -72,7 +72,7 @@ def mslg(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomLTD:
+class RandomLTD(Options):
     """Random layerwise token dropping during training.
 
     References:
@@ -103,6 +103,7 @@ class RandomLTD:
     (Batches with ``images`` for effscale's image models do not need None.)"""
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, self.pacing(0) >= 1, "pacing", "of at least 1 token")
 
     def check(self, config: TransformerConfig, length: int | None = None) -> None:

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models import Context, Dense, FeedForwardConfig
 from effscale.models.reports import AUX_LOSS
-from effscale.models.validation import check, choice
 from effscale.moe.decoding import by_kernels, kernels_serve
 from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.router import Router, RouterConfig
@@ -24,6 +23,7 @@ from effscale.moe.run_experts import (
     each_group,
     one_by_one,
 )
+from effscale.options import Options, PositiveInt, check
 from effscale.parallel import Exchange, auto_batch_axes, constrain, mesh_size
 from kernels_pallas import dispatch
 
@@ -38,7 +38,7 @@ COEFFICIENTS = {"weighted": 2, "sum": 0, "gated": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(Options):
     """A mixture of experts: a feed-forward of several experts, k of which process each token.
 
     Example:
@@ -50,7 +50,7 @@ class MoEConfig:
         >>> config = with_experts(dense, moe)  # every second layer
     """
 
-    num_experts: int
+    num_experts: PositiveInt
     """The number of experts E."""
     expert: FeedForwardConfig
     """The feed-forward of each expert."""
@@ -66,7 +66,7 @@ class MoEConfig:
     same by products with one-hot arrays, as a slow reference; ``dropless`` sorts them by expert, for routers without a
     capacity. None selects ``dropless`` if the router's capacity factor is None and there are more than a few tokens,
     otherwise ``table``."""
-    groups: int | None = None
+    groups: PositiveInt | None = None
     """The number of groups of batch rows that are routed separately, each with its own capacities. None uses one group
     per device that has its own rows, as in DeepSpeed. A fixed number makes results independent of the mesh; it should
     be a multiple of the number of devices that share the batch. Outside training, a batch that it does not divide uses
@@ -75,18 +75,14 @@ class MoEConfig:
     """How to exchange tokens between devices with different experts."""
 
     def __post_init__(self):
-        check(self, self.num_experts >= 1, "num_experts", "at least 1")
+        super().__post_init__()
         k = self.router.k
         if k > self.num_experts:
             raise ValueError(
                 f"RouterConfig.k must be at most num_experts={self.num_experts} of MoEConfig, got {k}"
             )
-        choice(self, "mix", typing.get_args(Mix))
-        if self.dispatch is not None:
-            choice(self, "dispatch", typing.get_args(Dispatch))
-            by_tokens = self.router.chosen_by == "tokens"
-            check(self, by_tokens, "dispatch", "None with RouterConfig.chosen_by='experts'")
-        check(self, self.groups is None or self.groups >= 1, "groups", "at least 1, or None")
+        by_tokens = self.dispatch is None or self.router.chosen_by == "tokens"
+        check(self, by_tokens, "dispatch", "None with RouterConfig.chosen_by='experts'")
 
     @property
     def points(self) -> tuple[str, ...]:

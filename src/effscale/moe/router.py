@@ -1,8 +1,6 @@
 """The router: scores of experts, noise, and their configuration."""
 
 import dataclasses
-import math
-import typing
 from typing import Any, Literal
 
 import jax
@@ -11,7 +9,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models import Dense
-from effscale.models.validation import check, choice
 from effscale.moe import decoding
 from effscale.moe.balance import (
     expert_choice_statistics,
@@ -22,6 +19,14 @@ from effscale.moe.balance import (
 from effscale.moe.balance_bias import nudge
 from effscale.moe.expert_choice import ExpertChoice, expert_choice
 from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, top_k_routing
+from effscale.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    check,
+)
 
 Noise = Literal["jitter", "gumbel", "gumbel_second"]
 
@@ -30,21 +35,21 @@ JITTER = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(Options):
     """The router of a mixture. Defaults are those of DeepSpeed's ``MoE``, unless stated otherwise."""
 
-    k: int = 1
+    k: PositiveInt = 1
     """The number of experts per token; the mean number if experts choose."""
     chosen_by: Literal["tokens", "experts"] = "tokens"
     """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room (``effscale.moe.expert_choice``).
     The latter needs no loss to keep the load even, but looks at all tokens of a group together: it is not for causal models and cannot be decoded."""
-    capacity_factor: float | None = 1.0
+    capacity_factor: PositiveFloat | None = 1.0
     """The capacity of each expert in training, as a multiple of its share of the choices.
     Choices beyond it are dropped: the token continues only along the residual stream.
     None drops nothing (DeepSpeed's ``drop_tokens=False``)."""
-    eval_capacity_factor: float | None = 1.0
+    eval_capacity_factor: PositiveFloat | None = 1.0
     """The capacity factor outside training, that is, without a key. Decoding with a cache never drops anything."""
-    min_capacity: int = 4
+    min_capacity: NonNegativeInt = 4
     """The minimum capacity of an expert, in tokens."""
     priority: Priority | None = None
     """Which tokens get a place if an expert has too few, see ``effscale.moe.top_k_routing``.
@@ -54,80 +59,41 @@ class RouterConfig:
     None does not normalize for k = 1, and normalizes over the kept ones for more."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How to convert logits to probabilities; ``sigmoid`` scores each expert separately, as in DeepSeek-V3."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """A factor for all weights."""
     noise: Noise | None = None
     """The noise in training: ``jitter`` multiplies the router's input by 0.99 to 1.01; ``gumbel`` adds noise to the logits used for the choice (DeepSpeed's ``RSample``); ``gumbel_second`` adds it for all choices except the first. (For k = 2, DeepSpeed uses ``gumbel_second`` by default, also in evaluation; here nothing is random by default.)"""
-    balance: float = 0.01
+    balance: NonNegativeFloat = 0.01
     """The coefficient of the load-balancing loss; DeepSpeed's scripts use 0.01."""
     balance_choices: Literal["first", "all"] | None = None
     """The choices that count in this loss. As in DeepSpeed, None counts the first for k up to 2, and all for more."""
-    z_loss: float = 0.0
+    z_loss: NonNegativeFloat = 0.0
     """The coefficient of the router's z-loss; ST-MoE uses 0.001."""
     balance_by_bias: bool = False
     """Whether to add a bias to the scores used for the choice, and to nothing else. ``effscale.moe.with_balance_bias`` moves it towards an even load in each step, instead of a loss (``balance=0``), as in DeepSeek-V3.
     Without that optimizer, the optimizer of the other parameters would move the bias at its own rate, which is far too large."""
 
     def __post_init__(self):
-        check(self, self.k >= 1, "k", "at least 1")
+        super().__post_init__()
+        second = self.noise != "gumbel_second" or self.k >= 2
+        wanted = f"used with k of at least 2, as k={self.k} has no second choice"
+        check(self, second, "noise", wanted)
+        of_inputs = self.noise in (None, "jitter")
+        wanted = (
+            "None or jitter with balance_by_bias, whose scores are probabilities instead of logits"
+        )
+        check(self, of_inputs or not self.balance_by_bias, "noise", wanted)
+        if self.chosen_by == "tokens":
+            return
+        wanted = "a number with chosen_by='experts', which choose tokens up to their capacity"
         for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            check(self, value is None or 0 < value < math.inf, name, "above 0 and finite, or None")
-        check(self, self.min_capacity >= 0, "min_capacity", "0 or more")
-        if self.priority is not None:
-            choice(self, "priority", typing.get_args(Priority))
-        if self.normalize is not None:
-            choice(self, "normalize", typing.get_args(Normalize))
-        choice(self, "score", ("softmax", "sigmoid"))
-        check(self, 0 < self.scale < math.inf, "scale", "above 0, and finite")
-        if self.noise is not None:
-            choice(self, "noise", typing.get_args(Noise))
-        check(
-            self,
-            self.noise != "gumbel_second" or self.k >= 2,
-            "noise",
-            f"used with k of at least 2, as k={self.k} has no second choice",
-        )
-        check(
-            self,
-            self.noise in (None, "jitter") or not self.balance_by_bias,
-            "noise",
-            "None or jitter with balance_by_bias, whose scores are probabilities instead of logits",
-        )
-        choice(self, "chosen_by", ("tokens", "experts"))
-        if self.chosen_by == "experts":
-            for name in ("capacity_factor", "eval_capacity_factor"):
-                given = getattr(self, name) is not None
-                check(
-                    self,
-                    given,
-                    name,
-                    "a number with chosen_by='experts', which choose tokens up to their capacity",
-                )
-            for name in ("priority", "normalize", "balance_choices"):
-                unset = getattr(self, name) is None
-                check(
-                    self,
-                    unset,
-                    name,
-                    "None with chosen_by='experts', as it orders the choices of tokens",
-                )
-            check(
-                self,
-                self.noise in (None, "jitter"),
-                "noise",
-                "None or jitter with chosen_by='experts'",
-            )
-            check(
-                self,
-                not self.balance_by_bias,
-                "balance_by_bias",
-                "False with chosen_by='experts', whose load is even",
-            )
-        if self.balance_choices is not None:
-            choice(self, "balance_choices", ("first", "all"))
-        for name in ("balance", "z_loss"):
-            check(self, 0 <= getattr(self, name) < math.inf, name, "0 or more, and finite")
+            check(self, getattr(self, name) is not None, name, wanted)
+        wanted = "None with chosen_by='experts', as it orders the choices of tokens"
+        for name in ("priority", "normalize", "balance_choices"):
+            check(self, getattr(self, name) is None, name, wanted)
+        check(self, of_inputs, "noise", "None or jitter with chosen_by='experts'")
+        wanted = "False with chosen_by='experts', whose load is even"
+        check(self, not self.balance_by_bias, "balance_by_bias", wanted)
 
     def capacity(self, num_tokens: int, num_experts: int, *, training: bool) -> int | None:
         """Return the number of rows in each expert's buffer for ``num_tokens`` tokens; None if nothing is dropped."""

@@ -14,26 +14,22 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from effscale.options import Options, PositiveInt
 from effscale.parallel.constraint import auto_batch_axes, constrain
 from effscale.parallel.rules import current_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exchange:
+class Exchange(Options):
     """How tokens are sent; results do not depend on it."""
 
-    host_devices: int | None = None
+    host_devices: PositiveInt | None = None
     """Number of devices per host along the expert axis, for an exchange in two stages: first within each host, then between hosts
     among devices with the same index. With p devices on hosts of G, each device sends G + p/G messages instead of p, but twice
     the bytes, which pays off if messages are small. None: one stage."""
     coordinated: bool = True
     """If devices along ``tensor`` hold the same tokens, let each send its share and gather the rest after the exchange, so that
     nothing is sent twice."""
-
-    def __post_init__(self):
-        given = self.host_devices
-        if given is not None and given < 1:
-            raise ValueError(f"Exchange.host_devices must be at least 1 or None, got {given!r}")
 
 
 def mesh_size(axis: str) -> int:

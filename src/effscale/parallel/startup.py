@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
+from effscale.options import NonNegativeInt, Options, PositiveInt, check
 from effscale.parallel.peers import watch_peers
 
 VARIABLES = {
@@ -23,51 +24,31 @@ HEARTBEAT_TIMEOUT = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedConfig:
+class DistributedConfig(Options):
     """How this process connects to the others. If empty, the cluster's environment decides, or the process runs alone."""
 
     coordinator: str | None = None
     """``host:port`` of process 0, reachable from every process."""
-    num_processes: int | None = None
+    num_processes: PositiveInt | None = None
     """Total number of processes."""
-    process_id: int | None = None
+    process_id: NonNegativeInt | None = None
     """Number of this process, from 0."""
     cluster: str | None = None
     """Cluster type for JAX to query ("slurm", "ompi", "mpi4py", "k8s", ...); None: the detected one; "deactivate": none."""
     local_device_ids: tuple[int, ...] | None = None
     """Accelerators of this machine that this process uses; None: JAX's choice."""
-    timeout: int = 300
+    timeout: PositiveInt = 300
     """Seconds to wait for the other processes at start-up."""
-    heartbeat_timeout: int | None = None
+    heartbeat_timeout: PositiveInt | None = None
     """Seconds without a heartbeat after which a process counts as lost and the others end; None: 30. Must be the same on all processes."""
 
     def __post_init__(self):
-        """Check each field."""
-        if self.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
-            raise ValueError(
-                f"DistributedConfig.coordinator must be host:port, such as 10.0.0.1:1234, got {self.coordinator!r}"
-            )
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(
-                f"DistributedConfig.num_processes must be 1 or more, got {self.num_processes}"
-            )
-        if self.process_id is not None and self.process_id < 0:
-            raise ValueError(
-                f"DistributedConfig.process_id must be 0 or more, got {self.process_id}"
-            )
-        count, number = self.num_processes, self.process_id
-        if count is not None and number is not None and number >= count:
-            raise ValueError(
-                f"DistributedConfig.process_id must be 0 to {count - 1} with num_processes={count}, got {number}"
-            )
-        if self.timeout < 1:
-            raise ValueError(
-                f"DistributedConfig.timeout must be 1 second or more, got {self.timeout}"
-            )
-        if self.heartbeat_timeout is not None and self.heartbeat_timeout < 1:
-            raise ValueError(
-                f"DistributedConfig.heartbeat_timeout must be 1 second or more, got {self.heartbeat_timeout}"
-            )
+        super().__post_init__()
+        place = self.coordinator is None or re.fullmatch(r".+:\d{1,5}", self.coordinator)
+        check(self, bool(place), "coordinator", "host:port, such as 10.0.0.1:1234")
+        if self.num_processes is not None and self.process_id is not None:
+            wanted = f"0 to {self.num_processes - 1} with num_processes={self.num_processes}"
+            check(self, self.process_id < self.num_processes, "process_id", wanted)
 
 
 def initialize(config: DistributedConfig | None = None) -> bool:

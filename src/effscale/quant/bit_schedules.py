@@ -12,14 +12,14 @@ References:
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from effscale.models.validation import check, is_finite, is_integer
+from effscale.options import Bounds, Options, check
 from effscale.quant.formats import Format
 from effscale.quant.quantizers import (
     AXES,
@@ -37,8 +37,12 @@ NEVER = 2**31 - 1
 """A step count that is never reached; steps are counted in 32 bits."""
 
 
+StepCount = Annotated[int, Bounds(at_least=0, at_most=NEVER)]
+"""A number of optimizer steps."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitSchedule:
+class BitSchedule(Options):
     """The number of bits that weights are rounded to at each step.
 
     The k-th bit is dropped after ``period * 2**(k - 1)`` optimizer steps, as in DeepSpeed's MoQ.
@@ -51,32 +55,22 @@ class BitSchedule:
         400
     """
 
-    start_bits: int
+    start_bits: Annotated[int, Bounds(at_least=1, at_most=MOST_BITS)]
     """Number of bits at the start; at most 16."""
-    target_bits: int
+    target_bits: Annotated[int, Bounds(at_least=1, at_most=MOST_BITS)]
     """Number of bits at the end; must equal ``bits`` of the weights' ``Format``."""
-    period: int = 1
+    period: Annotated[int, Bounds(at_least=1, at_most=NEVER)] = 1
     """Optimizer steps until the first bit is dropped. Each further drop comes at twice the number of steps."""
-    offset: int = 0
+    offset: StepCount = 0
     """Optimizer steps before rounding begins."""
-    change_ratio: float | None = None
+    change_ratio: Annotated[float, Bounds(above=0, at_most=1)] | None = None
     r"""After each change of bits, the rounded weight is blended in by this fraction per step: $\rho$ decreases from 1 by this amount, and the
     weight is $\rho W + (1 - \rho) Q(W)$ (DeepSpeed's ``fp16_mixed_quantize``, which uses 0.001). None switches immediately."""
 
     def __post_init__(self):
-        for field, least in (("target_bits", 1), ("start_bits", 1), ("period", 1), ("offset", 0)):
-            value = getattr(self, field)
-            fits = is_integer(value) and least <= value <= NEVER
-            check(self, fits, field, f"a whole number of at least {least}")
+        super().__post_init__()
         wanted = f"from target_bits={self.target_bits} to {MOST_BITS}"
-        check(self, self.target_bits <= self.start_bits <= MOST_BITS, "start_bits", wanted)
-        ratio = self.change_ratio
-        check(
-            self,
-            ratio is None or (is_finite(ratio) and 0 < ratio <= 1),
-            "change_ratio",
-            "above 0, at most 1, or None",
-        )
+        check(self, self.target_bits <= self.start_bits, "start_bits", wanted)
 
     @property
     def drops(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models import Context, Transformer, by_layer, run_group
 from effscale.models.points import SCORES
+from effscale.options import Bounds, NonNegativeInt, Options, check
 from effscale.quant.inputs import GIVEN
 from effscale.training import Loss, add_reports
 
@@ -42,7 +43,7 @@ MASKED = -1e2
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerMap:
+class LayerMap(Options):
     """For each layer of the student, the teacher's layer that it learns from.
 
     Attributes:
@@ -57,20 +58,13 @@ class LayerMap:
         True
     """
 
-    scores: tuple[int, ...]
-    hidden: tuple[int, ...]
+    scores: Annotated[tuple[NonNegativeInt, ...], Bounds(at_least=1)]
+    hidden: tuple[NonNegativeInt, ...]
 
     def __post_init__(self):
-        if not self.scores or len(self.hidden) != len(self.scores) + 1:
-            raise ValueError(
-                f"LayerMap.hidden must have one entry more than scores (the first is for the embedding), and scores at least one, got "
-                f"scores={self.scores} and hidden={self.hidden}"
-            )
-        for name in ("scores", "hidden"):
-            if negative := [number for number in getattr(self, name) if number < 0]:
-                raise ValueError(
-                    f"LayerMap.{name} must be layer numbers counted from 0, got {negative[0]} in {getattr(self, name)}"
-                )
+        super().__post_init__()
+        wanted = f"one entry more than scores={self.scores}: the first is for the embedding"
+        check(self, len(self.hidden) == len(self.scores) + 1, "hidden", wanted)
 
     @classmethod
     def reduced(cls, teacher_layers: Sequence[int]) -> "LayerMap":

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from effscale.models.validation import check, choice
+from effscale.options import Options, PositiveInt, check
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
 """Which values of a matrix share a scale.
@@ -28,7 +28,7 @@ _BITS = (1, 2, 3, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Format:
+class Format(Options):
     """A quantization format.
 
     An invalid value raises a ``ValueError`` that names the field.
@@ -48,9 +48,9 @@ class Format:
     values of one sign."""
     granularity: Granularity = "channel"
     """Which values share a scale."""
-    group_size: int | None = None
+    group_size: PositiveInt | None = None
     """Number of values per group along the input dimension, for ``granularity="group"``; must divide that dimension."""
-    num_blocks: int | None = None
+    num_blocks: PositiveInt | None = None
     """Number of blocks of outputs, for ``granularity="block"``; must divide the output dimension."""
     spread: Spread = "narrow"
     """How integers are spread over the range of the values; see ``Spread``."""
@@ -59,19 +59,15 @@ class Format:
     it is the smallest value itself."""
 
     def __post_init__(self):
+        super().__post_init__()
         check(self, self.bits in _BITS, "bits", f"one of {', '.join(map(str, _BITS))}")
-        choice(self, "granularity", ("tensor", "channel", "group", "block", "token"))
-        choice(self, "spread", ("paper", "narrow", "centred"))
         check(self, self.bits == 8 or not self.floating, "floating", "False for less than 8 bits")
         uniform = self.bits > 2 and not self.floating
         check(self, self.symmetric or uniform, "symmetric", f"True for {self.kind}")
         for field, granularity in (("group_size", "group"), ("num_blocks", "block")):
-            value = getattr(self, field)
-            if self.granularity == granularity:
-                wanted = f"at least 1 with granularity={granularity!r}"
-                check(self, value is not None and value >= 1, field, wanted)
-            else:
-                check(self, value is None, field, f"None unless granularity={granularity!r}")
+            given, needed = getattr(self, field) is not None, self.granularity == granularity
+            check(self, given or not needed, field, f"at least 1 with granularity={granularity!r}")
+            check(self, needed or not given, field, f"None unless granularity={granularity!r}")
 
     @property
     def kind(self) -> str:

@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.progress import track
 
 from effscale.models import Transformer, by_layer, replace_layers, take_layers
-from effscale.models.validation import check, is_finite
+from effscale.options import Options, PositiveFloat, PositiveInt
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.inputs import captured
 from effscale.training import AdamWConfig, Loss, create_train_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LKD:
+class LKD(Options):
     """Options of layer-by-layer distillation. The defaults are those of ZeroQuant's published script.
 
     Example:
@@ -44,19 +44,14 @@ class LKD:
         5e-06
     """
 
-    steps: int = 100
+    steps: PositiveInt = 100
     """Optimizer steps per layer; the batches are cycled through."""
-    learning_rate: float = 5e-6
+    learning_rate: PositiveFloat = 5e-6
     """Learning rate."""
     cosine: bool = False
     """Decay the learning rate to zero along a cosine over the steps of each layer; otherwise it is constant, as in the script."""
     optimizer: AdamWConfig = AdamWConfig(b2=0.999, weight_decay=0.01)
     """Options of AdamW."""
-
-    def __post_init__(self):
-        check(self, self.steps >= 1, "steps", "at least 1")
-        rate = self.learning_rate
-        check(self, is_finite(rate) and rate > 0, "learning_rate", "a positive, finite number")
 
 
 class Distilled(NamedTuple):

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effscale.models import LoRA, dense, map_weights, transpose
-from effscale.models.validation import check, is_integer
+from effscale.options import Bounds, Options
 from effscale.quant.bit_schedules import BitSchedule, check_schedule
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.formats import Format
@@ -33,7 +33,7 @@ Convert = Callable[[Any, "Rule", list[str]], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(Options):
     """Formats for the weights whose name matches an expression."""
 
     where: str
@@ -46,17 +46,16 @@ class Rule:
     """Format of the inputs of their products; None leaves the inputs unquantized."""
     schedule: BitSchedule | None = None
     """During training, the bits on the way to those of ``weights``; None uses the final bits from the start. See ``scheduled_step``."""
-    activations_offset: int = 0
+    activations_offset: Annotated[int, Bounds(at_least=0, below=2**31)] = 0
     """During training, optimizer steps before inputs are rounded."""
 
     def __post_init__(self):
+        super().__post_init__()
         for option in ("activations", "schedule"):
             if self.weights is None and getattr(self, option) is not None:
                 raise ValueError(
                     f"Rule({self.where!r}): {option} must be left at its default if weights is None"
                 )
-        fits = is_integer(self.activations_offset) and 0 <= self.activations_offset < 2**31
-        check(self, fits, "activations_offset", "a whole number of at least 0")
         if self.weights is not None:
             try:
                 check_formats(self.weights, self.activations)
@@ -67,7 +66,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     r"""Rules in order: the first one that matches a weight applies to it, and weights that no rule matches stay unquantized.
 
     Example:
@@ -80,13 +79,7 @@ class Recipe:
         >>> small = quantize_model(Transformer(config, rngs=nnx.Rngs(0)), recipe)
     """
 
-    rules: tuple[Rule, ...]
-
-    def __post_init__(self):
-        if not isinstance(self.rules, tuple) or not all(isinstance(r, Rule) for r in self.rules):
-            raise ValueError(f"rules must be a tuple of rules, got {self.rules!r}")
-        if not self.rules:
-            raise ValueError("rules must have at least one rule")
+    rules: Annotated[tuple[Rule, ...], Bounds(at_least=1)]
 
 
 def quantize_model(

@@ -102,15 +102,18 @@ def test_a_source_that_runs_out_is_used_to_its_end():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sizes": (0, 3)}, "sizes must be at least 1"),
-        ({"sizes": ()}, "sizes must be at least 1"),
+        ({"sizes": (0, 3)}, r"sizes\[0\] must be at least 1"),
+        ({"sizes": ()}, "sizes must be a tuple whose length is at least 1"),
         (
             {"sizes": (3, 3), "weights": (1.0,)},
-            "weights must have one entry for each of the 2 sources, got 1",
+            "weights must be one entry for each of the 2 sources, got",
         ),
-        ({"sizes": (3, 3), "weights": (1.0, 0.0)}, "weights must be above 0 and finite"),
-        ({"sizes": (3,), "weights": (float("inf"),)}, "weights must be above 0 and finite"),
-        ({"sizes": (3,), "seed": -1}, "seed must be an integer, .*, got -1"),
+        ({"sizes": (3, 3), "weights": (1.0, 0.0)}, r"weights\[1\] must be above 0, got 0"),
+        (
+            {"sizes": (3,), "weights": (float("inf"),)},
+            r"weights\[0\] must be a finite number, got inf",
+        ),
+        ({"sizes": (3,), "seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_blends_that_are_none(given, message):

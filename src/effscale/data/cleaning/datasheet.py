@@ -5,15 +5,15 @@ import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from effscale.atomic import atomic_file
 from effscale.data.corpus import Corpus
-from effscale.models.validation import check, is_finite
+from effscale.options import Bounds, Options, check
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasheetEntry:
+class DatasheetEntry(Options):
     """One component of a mixture.
 
     Attributes:
@@ -31,19 +31,13 @@ class DatasheetEntry:
     language: str
     licence: str
     corpus: Corpus
-    weight: float = 1.0
+    weight: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
+        wanted = "a nonempty text; use 'unknown' if you do not know it"
         for name in ("name", "language", "licence"):
-            check(
-                self,
-                bool(getattr(self, name).strip()),
-                name,
-                "a nonempty text; use 'unknown' if you do not know it",
-            )
-        check(
-            self, is_finite(self.weight) and 0 < self.weight <= 1, "weight", "above 0 and at most 1"
-        )
+            check(self, bool(getattr(self, name).strip()), name, wanted)
 
 
 def write_datasheet(

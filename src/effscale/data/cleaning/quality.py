@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from effscale.data.cleaning.language import check_language, identify_language
 from effscale.data.documents import Reason
-from effscale.models.validation import check, is_finite
+from effscale.options import Fraction, Options, PositiveInt
 
 
 def character_repetition(text: str, length: int = 10) -> float:
@@ -63,7 +63,7 @@ def _counts(items: Sequence[Hashable], length: int) -> collections.Counter[Hasha
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
+class Quality(Options):
     """Bounds that a document must meet. By default only repetition is bounded, with values that suit prose in most languages.
 
     ROOTS sets its bounds by language: for English at most 0.106 for characters, for Portuguese 0.25, for Chinese 0.2 with
@@ -86,22 +86,16 @@ class Quality:
         ('short', '10 characters, fewer than min_characters=20')
     """
 
-    min_characters: int = 1
-    max_character_repetition: float | None = 0.2
-    character_ngram: int = 10
-    max_word_repetition: float | None = 0.3
-    word_ngram: int = 5
+    min_characters: PositiveInt = 1
+    max_character_repetition: Fraction | None = 0.2
+    character_ngram: PositiveInt = 10
+    max_word_repetition: Fraction | None = 0.3
+    word_ngram: PositiveInt = 5
     language: str | None = None
-    min_language_confidence: float = 0.5
+    min_language_confidence: Fraction = 0.5
 
     def __post_init__(self):
-        for name in ("min_characters", "character_ngram", "word_ngram"):
-            check(self, getattr(self, name) >= 1, name, "at least 1")
-        for name in ("max_character_repetition", "max_word_repetition", "min_language_confidence"):
-            value = getattr(self, name)
-            known = name != "min_language_confidence" and value is None
-            known = known or (is_finite(value) and 0 <= value <= 1)
-            check(self, known, name, "from 0 to 1")
+        super().__post_init__()
         if self.language is not None:
             check_language(self.language)
 

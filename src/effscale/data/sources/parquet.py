@@ -7,6 +7,7 @@ from typing import Any
 
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.sources import fields, files
+from effscale.options import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +24,12 @@ class Parquet(Source):
 
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     field: str = "text"
-    batch_rows: int = 256
+    batch_rows: PositiveInt = 256
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "paths", files.as_paths(self.paths))
         fields.check(self.field)
-        if self.batch_rows < 1:
-            raise ValueError(f"batch_rows must be at least 1, got {self.batch_rows}")
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
         try:

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.sources import files
+from effscale.options import Bounds
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -22,7 +23,7 @@ class TextFiles(Source):
         separator: The text between the documents of a file, such as ``"\n"``, ``"\n\n"`` or
             ``"<|endoftext|>"``. None makes each file one document.
         max_document_bytes: A longer document is split into several, cut at line ends, so that files
-            larger than memory can be read.
+            larger than memory can be read. At least 4, the longest character in UTF-8.
 
     Raises:
         ValueError: At construction, if a field is out of range.
@@ -31,18 +32,13 @@ class TextFiles(Source):
 
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     separator: str | None = None
-    max_document_bytes: int = 16 << 20
+    max_document_bytes: Annotated[int, Bounds(at_least=4)] = 16 << 20
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "paths", files.as_paths(self.paths))
         if self.separator == "":
             raise ValueError("separator must be the text between documents or None, got ''")
-        if self.max_document_bytes < 4:
-            raise ValueError(
-                f"max_document_bytes must be at least 4, the longest character in UTF-8, "
-                f"got {self.max_document_bytes}"
-            )
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
         separator = self.separator.encode() if self.separator else None

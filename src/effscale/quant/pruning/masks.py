@@ -4,13 +4,13 @@ import dataclasses
 import fractions
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effscale.models.validation import check, choice, is_finite, is_integer
+from effscale.options import Bounds, Options, PositiveInt, check
 
 Structure = Literal["sparse", "row", "head"]
 """The unit that is kept or pruned: ``sparse``, single values; ``row``, an output of the kernel with its bias (a row of PyTorch's matrix);
@@ -21,7 +21,7 @@ Method = Literal["l1", "topk"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pruning:
+class Pruning(Options):
     """What to prune from a matrix, and when.
 
     Example:
@@ -31,28 +31,19 @@ class Pruning:
 
     structure: Structure = "sparse"
     """The unit that is kept or pruned: ``sparse``, ``row`` or ``head``."""
-    dense_ratio: float
+    dense_ratio: Annotated[float, Bounds(above=0, at_most=1)]
     """The fraction to keep: ``ceil(dense_ratio * n)`` of n units in each matrix."""
     method: Method = "l1"
     """Where the scores come from: ``l1`` (magnitudes) or ``topk`` (trained)."""
-    num_heads: int | None = None
+    num_heads: PositiveInt | None = None
     """Number of heads among the inputs, for ``structure="head"``; None in a ``PruneRule`` uses that of the model's config."""
-    offset: int = 0
+    offset: Annotated[int, Bounds(at_least=0, below=2**31)] = 0
     """Optimizer steps before pruning begins."""
 
     def __post_init__(self):
-        choice(self, "structure", get_args(Structure))
-        choice(self, "method", get_args(Method))
-        ratio = self.dense_ratio
-        check(self, is_finite(ratio) and 0 < ratio <= 1, "dense_ratio", "above 0, at most 1")
-        fits = is_integer(self.offset) and 0 <= self.offset < 2**31
-        check(self, fits, "offset", "a whole number of at least 0")
-        heads = self.num_heads
-        if self.structure == "head":
-            fits = heads is None or (is_integer(heads) and heads >= 1)
-            check(self, fits, "num_heads", "a whole number of at least 1, or None")
-        else:
-            check(self, heads is None, "num_heads", "None unless structure='head'")
+        super().__post_init__()
+        fits = self.num_heads is None or self.structure == "head"
+        check(self, fits, "num_heads", "None unless structure='head'")
 
     def num_kept(self, count: int) -> int:
         """Return how many of ``count`` units are kept, using the ratio in decimal, so that 0.07 of 100 is 7."""

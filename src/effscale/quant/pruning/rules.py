@@ -7,6 +7,7 @@ from typing import Any, get_args
 from flax import nnx
 
 from effscale.models import LoRA, Transformer, Weight
+from effscale.options import Options
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.places import Model, map_by_rules
 from effscale.quant.pruning.masks import Pruning, Structure
@@ -14,7 +15,7 @@ from effscale.quant.pruning.weight import PrunedWeight, prune_weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneRule:
+class PruneRule(Options):
     """What to prune from the weights whose name matches an expression."""
 
     where: str

@@ -4,12 +4,14 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Int
 
 from effscale.data import Splits
 from effscale.data.seeds import check_seed
+from effscale.options import Bounds, NonNegativeInt, Options, PositiveFloat, PositiveInt, check
 from effscale.rlhf.data.record import Record
 
 
@@ -78,7 +80,7 @@ def split_by_prompt(records: Iterable[Record], splits: Splits) -> dict[str, list
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blend:
+class Blend(Options):
     """The order of records from several sources: every epoch has a different order, and repeats no record.
 
     Without weights, an epoch has all records of all sources. With weights, it draws from the sources in that
@@ -98,22 +100,14 @@ class Blend:
         (40, 2)
     """
 
-    sizes: tuple[int, ...]
-    weights: tuple[float | int, ...] | None = None
-    seed: int = 0
+    sizes: Annotated[tuple[PositiveInt, ...], Bounds(at_least=1)]
+    weights: tuple[PositiveFloat, ...] | None = None
+    seed: NonNegativeInt = 0
 
     def __post_init__(self):
-        check_seed(self.seed)
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes must be at least 1 for each source, got {self.sizes}")
-        if self.weights is None:
-            return
-        if len(self.weights) != len(self.sizes):
-            raise ValueError(
-                f"weights must have one entry for each of the {len(self.sizes)} sources, got {len(self.weights)}"
-            )
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights must be above 0 and finite, got {self.weights}")
+        super().__post_init__()
+        each = self.weights is None or len(self.weights) == len(self.sizes)
+        check(self, each, "weights", f"one entry for each of the {len(self.sizes)} sources")
 
     @property
     def counts(self) -> tuple[int, ...]:
