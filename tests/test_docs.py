@@ -20,7 +20,7 @@ from effscale.data.sources import standard_library
 from effscale.experiments.lab_book import rendered
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, llama
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -134,6 +135,6 @@ def test_every_config_checks_its_fields_before_it_compares_them(monkeypatch):
         raise KeyError("called")
 
     monkeypatch.setattr(Options, "__post_init__", called)
-    for config in configs():
+    for config in (one for one in configs() if not inspect.isabstract(one)):
         with pytest.raises(KeyError, match="called"):
             object.__new__(config).__post_init__()

@@ -33,7 +33,7 @@ from effscale.models import (
     opt,
     vit,
 )
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 ATTENTION, MLP = AttentionConfig(num_heads=2), MLPConfig(d_ff=8)
 BLOCK = BlockConfig(attention=ATTENTION, feed_forward=MLP)

@@ -25,7 +25,7 @@ from effscale.curriculum.digests import fingerprint
 from effscale.curriculum.ranking import Ranking
 from effscale.data.store import Verify, check_verify, manifest_digest, read_manifest
 from effscale.data.verified import verify_once
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 INDEX = "index.json"
 FORMAT, VERSION = "effscale-difficulty-index", 2

@@ -9,7 +9,7 @@ from flax import nnx
 from effscale.models.config import TransformerConfig
 from effscale.models.families import bert, bloom, gpt2, gptj, llama, neox, opt, vit
 from effscale.models.transformer import Transformer
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 
 def _sizes(

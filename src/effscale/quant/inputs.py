@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effscale.models import Transformer
-from effscale.models.validation import is_finite
+from effscale.options import is_finite
 
 GIVEN = ("attention_mask", "positions", "segment_ids", "type_ids")
 """Keys that a batch may have in addition to ``input_ids``."""

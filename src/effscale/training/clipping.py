@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from effscale.models.validation import is_finite
+from effscale.options import is_finite
 
 ClipBy = Literal["synchronised", "local"]
 """Whose norm decides if several workers have separate gradients.

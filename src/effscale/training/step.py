@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from effscale.models.validation import is_finite
+from effscale.options import is_finite
 from effscale.parallel.shared_values import settled
 from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
 from effscale.training.clipping import Clip, check_clip

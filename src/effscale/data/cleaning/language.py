@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 
 def identify_language(text: str) -> tuple[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from effscale.data import separator_id
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 from effscale.rlhf.data.chat import PLAIN_FORMATS, ChatTemplate, PlainFormat
 from effscale.rlhf.data.record import Message, Record, RecordError, messages_of
 

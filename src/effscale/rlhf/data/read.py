@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from effscale.data.sources import files
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 from effscale.rlhf.data.formats import FORMATS, Converter, detect_format
 from effscale.rlhf.data.record import Reason, Record, RecordError, RecordReport, fault
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from effscale.models.validation import check, did_you_mean
+from effscale.options import check, did_you_mean
 from effscale.rlhf.data.record import Record
 
 _TEMPLATE_KEYS = ("name", "input", "target", "choices")
