@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from effscale.data import (
     BLOOM_TOKENS,
     fertility,
-    load_tokenizer,
+    read_tokenizer,
     save_tokenizer,
     separator_id,
     train_tokenizer,
@@ -99,7 +99,7 @@ def test_save_and_load_by_file_or_folder(tokenizer, tmp_path):
     assert file == tmp_path / "made" / "here" / "tokenizer.json"
     assert [entry.name for entry in file.parent.iterdir()] == ["tokenizer.json"]
     for path in (file, file.parent):
-        assert tokenizer_digest(load_tokenizer(path)) == tokenizer_digest(tokenizer)
+        assert tokenizer_digest(read_tokenizer(path)) == tokenizer_digest(tokenizer)
     assert save_tokenizer(tokenizer, tmp_path / "x.json") == tmp_path / "x.json"
 
 
@@ -108,21 +108,21 @@ def test_a_file_saved_with_truncation_and_padding_encodes_whole_texts(tokenizer,
     saved.enable_truncation(2)
     saved.enable_padding(length=3)
     saved.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
+    assert read_tokenizer(tmp_path).to_str() == tokenizer.to_str()
 
 
 def test_load_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer not found"):
-        load_tokenizer(tmp_path / ("x" * 5000))
+        read_tokenizer(tmp_path / ("x" * 5000))
     with pytest.raises(FileNotFoundError, match="absent or empty"):
-        load_tokenizer(tmp_path / "nowhere" / "tokenizer.json")
+        read_tokenizer(tmp_path / "nowhere" / "tokenizer.json")
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"the folder contains \['vocab.json'\]"):
-        load_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     for content in ("{", json.dumps({"model": 1})):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"not a tokenizer.json"):
-            load_tokenizer(tmp_path)
+            read_tokenizer(tmp_path)
 
 
 def test_separator_is_found_or_named(tokenizer):

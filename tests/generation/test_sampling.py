@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.generation import SamplingConfig, choose, keep_top_k, keep_top_p, penalize
+from effscale.generation import SamplingConfig
+from effscale.generation.processors import keep_top_k, keep_top_p, penalize
+from effscale.generation.sampling import choose
 
 LOGITS = np.array([[1.0, 3.0, 2.0, -1.0, 0.0], [0.5, 0.4, 0.3, 0.2, 4.0]], np.float32)
 

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.generation import History, SamplingConfig, answer_texts, generate, keep_min_p
-from effscale.generation.processors import add_bias, forbid_repeated_ngrams, process, warp
+from effscale.generation import SamplingConfig, answer_texts, generate
+from effscale.generation.processors import (
+    History,
+    add_bias,
+    forbid_repeated_ngrams,
+    keep_min_p,
+    process,
+    warp,
+)
 from effscale.interop import sampling_from_folder
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers")

@@ -178,14 +178,14 @@ def test_settings_beside_a_vocabulary(kind, number, byte_level, word_piece, tmp_
 
 
 def test_truncation_and_padding_of_the_file_are_off(byte_level, tmp_path, auto):
-    tokenizer = data.load_tokenizer(byte_level[0])
+    tokenizer = data.read_tokenizer(byte_level[0])
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=5, pad_token="<|endoftext|>")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     config(tmp_path, "gpt2", 320)
     assert len(tokenizer.encode(TEXTS[0]).ids) == 5
     theirs = auto(tmp_path)
-    for ours in (load_tokenizer(tmp_path), data.load_tokenizer(tmp_path)):
+    for ours in (load_tokenizer(tmp_path), data.read_tokenizer(tmp_path)):
         for text in TEXTS:
             check(ours, theirs, text)
 

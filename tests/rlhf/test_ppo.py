@@ -17,13 +17,13 @@ from effscale.rlhf import (
     kl_estimate,
     leave_one_out_advantages,
     make_experience,
-    masked_average,
     policy_loss,
     shaped_rewards,
     value_loss,
     whiten,
-    with_next,
 )
+from effscale.rlhf.policy_loss import masked_average
+from effscale.rlhf.rewards import with_next
 
 
 def array(rows):

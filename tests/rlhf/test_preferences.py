@@ -4,13 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.rlhf import (
-    diverging,
-    dpo_loss,
-    pairwise_accuracy,
-    pairwise_loss,
-    token_pairwise_loss,
-)
+from effscale.rlhf import dpo_loss, pairwise_loss, token_pairwise_loss
+from effscale.rlhf.preferences import diverging, pairwise_accuracy
 
 CHOSEN, REJECTED = [5, 6, 7, 9, 2, 0, 0, 0], [5, 6, 3, 4, 8, 1, 0, 0]
 

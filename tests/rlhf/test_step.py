@@ -29,9 +29,9 @@ from effscale.rlhf import (
     from_text,
     make_policy_step,
     response_log_probs,
-    rollout_model,
-    total_score,
 )
+from effscale.rlhf.rollout import rollout_model
+from effscale.rlhf.scores import total_score
 from effscale.training import Checkpoints, create_train_state, fit, make_train_step, resume_or_start
 
 VOCAB, PROMPT, RESPONSE, ROWS = 32, 4, 6, 16

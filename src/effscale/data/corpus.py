@@ -20,7 +20,7 @@ from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.splits import Splits
 from effscale.data.store import CorruptTokenStoreError, TokenStore, Verify
 from effscale.data.tokenizer import (
-    load_tokenizer,
+    read_tokenizer,
     save_tokenizer,
     separator_id,
     tokenizer_digest,
@@ -245,7 +245,7 @@ def _check_sizes(
 
 def _open(target: pathlib.Path, verify: Verify) -> Corpus:
     content = json.loads((target / _REQUEST).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(target)
+    tokenizer = read_tokenizer(target)
     stores = {
         name: TokenStore.open(target / name, verify=verify) for name in ("train", "validation")
     }

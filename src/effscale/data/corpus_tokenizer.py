@@ -10,7 +10,7 @@ from effscale.data.cache import request_key
 from effscale.data.documents import SkipReport, Source
 from effscale.data.sampling import sample_texts
 from effscale.data.splits import Splits
-from effscale.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from effscale.data.tokenizer import read_tokenizer, save_tokenizer, train_tokenizer
 from effscale.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def corpus_tokenizer(
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer
     if tokenizer is not None:
-        return load_tokenizer(tokenizer)
+        return read_tokenizer(tokenizer)
     assert vocab_size is not None
     key = request_key(
         {
@@ -55,7 +55,7 @@ def corpus_tokenizer(
     with locked(file, f"training {file}"):
         if file.exists():
             try:
-                return load_tokenizer(file)
+                return read_tokenizer(file)
             except ValueError as error:
                 logger.warning("%s is damaged and is trained again: %s", file, error)
         texts = _training_texts(sources, splits, sample_characters)
@@ -67,7 +67,7 @@ def corpus_tokenizer(
             )  # fmt: skip
         save_tokenizer(trained, file)
         # Return it as read back, so that a later run that loads it computes the same key.
-        return load_tokenizer(file)
+        return read_tokenizer(file)
 
 
 def _training_texts(

@@ -151,7 +151,7 @@ def fertility(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
     return tokens / words
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+def read_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """Load a tokenizer from a ``tokenizer.json`` or from its folder.
 
     Truncation and padding that were enabled when the file was saved are disabled: they are settings of the program

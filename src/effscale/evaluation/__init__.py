@@ -2,12 +2,12 @@
 
 from effscale.evaluation.continuations import ContinuationScores, score_continuations
 from effscale.evaluation.passing import pass_at_k
-from effscale.evaluation.ranking import Ranking, rank_answers
+from effscale.evaluation.ranking import RankedAnswers, rank_answers
 from effscale.evaluation.texts import text_log_probs
 
 __all__ = [
     "ContinuationScores",
-    "Ranking",
+    "RankedAnswers",
     "pass_at_k",
     "rank_answers",
     "score_continuations",

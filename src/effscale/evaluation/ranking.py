@@ -12,7 +12,7 @@ from effscale.evaluation.continuations import score_continuations
 Normalization = Literal["none", "token", "byte"]
 
 
-class Ranking(NamedTuple):
+class RankedAnswers(NamedTuple):
     """The result of ``rank_answers``.
 
     Attributes:
@@ -34,7 +34,7 @@ def rank_answers(
     start_id: int | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
-) -> Ranking:
+) -> RankedAnswers:
     """Find the most likely answer to each prompt: rank evaluation, as for T0 and BLOOMZ.
 
     Prompt and answer are encoded together, so that the tokens are those of the whole text. The score starts with the
@@ -81,7 +81,7 @@ def rank_answers(
     if normalize not in get_args(Normalization):
         raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     if not prompts:
-        return Ranking(np.zeros(0, np.int64), [])
+        return RankedAnswers(np.zeros(0, np.int64), [])
     begin = [] if start_id is None else [start_id]
     contexts, continuations, sizes = [], [], []
     for number, (prompt, choices) in enumerate(zip(prompts, answers, strict=True)):
@@ -106,7 +106,7 @@ def rank_answers(
     divided = found.log_probs / np.array(sizes)
     ends = np.cumsum([len(choices) for choices in answers])[:-1]
     each = np.split(divided, ends)
-    return Ranking(np.array([int(scores.argmax()) for scores in each]), each)
+    return RankedAnswers(np.array([int(scores.argmax()) for scores in each]), each)
 
 
 def _divided(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:

@@ -32,14 +32,8 @@ from effscale.models import (
     opt,
 )
 from effscale.parallel import use_rules
-from effscale.rlhf import (
-    Experience,
-    RolloutConfig,
-    actor_loss,
-    critic_loss,
-    response_log_probs,
-    rollout_model,
-)
+from effscale.rlhf import Experience, RolloutConfig, actor_loss, critic_loss, response_log_probs
+from effscale.rlhf.rollout import rollout_model
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
 from kernels_pallas.aot import Program
 

@@ -70,7 +70,7 @@ def decode(
         attention_mask: Nonzero at real tokens; None: all are real.
         key: Key for sampling; optional if greedy.
         processors: Custom functions ``(logits, history) -> logits``, applied before the temperature; see
-            ``effscale.generation.History``. They are part of the compiled program, so another function compiles again.
+            ``effscale.generation.processors.History``. They are part of the compiled program, so another function compiles again.
         log_probs: Whether to return the log-probabilities of the new tokens, which costs one pass over the logits per token.
         logits: Whether to return the logits: ``batch * max_new_tokens * vocab`` numbers.
         scores: Whether to return the scores that the tokens were drawn from, which are equally large.

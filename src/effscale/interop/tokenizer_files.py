@@ -41,7 +41,7 @@ def tokenizer_json(place: pathlib.Path) -> tokenizers.Tokenizer:
 
     For the tokenizers of GPT-2 and BERT, the latter takes precedence, as in transformers.
     """
-    tokenizer = data.load_tokenizer(place)
+    tokenizer = data.read_tokenizer(place)
     settings = _read_settings(place, {})
     options, named = settings.options, settings.options.text("tokenizer_class", "")
     if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel) and named.startswith("GPT2"):

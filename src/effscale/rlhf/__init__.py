@@ -5,43 +5,28 @@ from effscale.rlhf.config import DEEPSPEED_CHAT, GroupConfig, PPOConfig
 from effscale.rlhf.experience import Experience, make_experience, make_group_experience
 from effscale.rlhf.losses import actor_loss, critic_loss
 from effscale.rlhf.pairs import preference_loss, reward_model_loss
-from effscale.rlhf.policy_loss import PolicyLossConfig, masked_average, policy_loss, value_loss
-from effscale.rlhf.preferences import (
-    diverging,
-    dpo_loss,
-    pairwise_accuracy,
-    pairwise_loss,
-    token_pairwise_loss,
-)
-from effscale.rlhf.rewards import adaptive_kl, kl_estimate, shaped_rewards, with_next
-from effscale.rlhf.rollout import ROLLOUT_RULES, RolloutConfig, rollout_model
-from effscale.rlhf.scores import ModelReward, Reward, TextReward, from_text, total_score
-from effscale.rlhf.scoring import (
-    ResponseLogProbs,
-    response_log_probs,
-    response_scores,
-    response_values,
-)
+from effscale.rlhf.policy_loss import PolicyLossConfig, policy_loss, value_loss
+from effscale.rlhf.preferences import dpo_loss, pairwise_loss, token_pairwise_loss
+from effscale.rlhf.rewards import adaptive_kl, kl_estimate, shaped_rewards
+from effscale.rlhf.rollout import RolloutConfig
+from effscale.rlhf.scores import ModelReward, Reward, from_text
+from effscale.rlhf.scoring import response_log_probs, response_scores, response_values
 from effscale.rlhf.step import PolicyState, create_policy_state, make_policy_step
 
 __all__ = [
     "DEEPSPEED_CHAT",
-    "ROLLOUT_RULES",
     "Experience",
     "GroupConfig",
     "ModelReward",
     "PPOConfig",
     "PolicyLossConfig",
     "PolicyState",
-    "ResponseLogProbs",
     "Reward",
     "RolloutConfig",
-    "TextReward",
     "actor_loss",
     "adaptive_kl",
     "create_policy_state",
     "critic_loss",
-    "diverging",
     "dpo_loss",
     "from_text",
     "gae",
@@ -51,8 +36,6 @@ __all__ = [
     "make_experience",
     "make_group_experience",
     "make_policy_step",
-    "masked_average",
-    "pairwise_accuracy",
     "pairwise_loss",
     "policy_loss",
     "preference_loss",
@@ -60,11 +43,8 @@ __all__ = [
     "response_scores",
     "response_values",
     "reward_model_loss",
-    "rollout_model",
     "shaped_rewards",
     "token_pairwise_loss",
-    "total_score",
     "value_loss",
     "whiten",
-    "with_next",
 ]

@@ -18,12 +18,11 @@ from effscale.data.cleaning import (
     DatasheetEntry,
     NearDuplicates,
     Quality,
-    character_repetition,
     identify_language,
     ray_runner,
-    word_repetition,
     write_datasheet,
 )
+from effscale.data.cleaning.quality import character_repetition, word_repetition
 from effscale.data.documents import SkipReport
 
 PROSE = "The old house at the edge of the wood had been empty for years, and nobody in the village could say who had lived there last."

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 
 from effscale.data import train_tokenizer
 from effscale.models import Transformer, gpt2
-from effscale.rlhf import diverging, preference_loss
+from effscale.rlhf import preference_loss
 from effscale.rlhf.data import (
     Record,
     RecordEncoder,
     RecordReport,
     fine_tuning_rows,
-    pad_rows,
     pair_rows,
     prompt_rows,
     row_batches,
 )
+from effscale.rlhf.data.rows import pad_rows
+from effscale.rlhf.preferences import diverging
 from effscale.training import next_token_loss
 
 # One id a character: 0 is the end, and padding as well.

@@ -4,7 +4,7 @@ from effscale.data.cleaning.cleaned import Cleaned
 from effscale.data.cleaning.datasheet import DatasheetEntry, write_datasheet
 from effscale.data.cleaning.duplicates import NearDuplicates
 from effscale.data.cleaning.language import identify_language
-from effscale.data.cleaning.quality import Quality, character_repetition, word_repetition
+from effscale.data.cleaning.quality import Quality
 from effscale.data.cleaning.ray import ray_runner
 
 __all__ = [
@@ -12,9 +12,7 @@ __all__ = [
     "DatasheetEntry",
     "NearDuplicates",
     "Quality",
-    "character_repetition",
     "identify_language",
     "ray_runner",
-    "word_repetition",
     "write_datasheet",
 ]

@@ -16,8 +16,8 @@ from effscale.data import (
     StandardLibrary,
     TextFiles,
     fertility,
-    load_tokenizer,
     prepare_corpus,
+    read_tokenizer,
     sample_texts,
     save_tokenizer,
     train_tokenizer,
@@ -137,7 +137,7 @@ def prepare(config: Config) -> Prepared:
         )
         every = _Tokenizers(components, splits, config, cache)
         chosen = config.tokenizer
-        tokenizer = every(tuple(components)) if chosen is None else load_tokenizer(chosen)
+        tokenizer = every(tuple(components)) if chosen is None else read_tokenizer(chosen)
         corpora, cut, alone = {}, {}, {}
         for name, source in components.items():
             progress(name)
@@ -194,7 +194,7 @@ class _Tokenizers:
                     splitting="bloom",
                 )
                 save_tokenizer(trained, file)
-        return load_tokenizer(file)
+        return read_tokenizer(file)
 
     def _mixed(self, names: Sequence[str]) -> list[str]:
         """Return texts of several components; for code only its share, or its words would fill the vocabulary."""

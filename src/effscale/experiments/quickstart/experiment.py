@@ -199,11 +199,11 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None) -> tuple[Tr
         CheckpointError: There are checkpoints, but all are damaged.
         ValueError: The run belongs to another experiment.
     """
-    from effscale.data import load_tokenizer
+    from effscale.data import read_tokenizer
     from effscale.training import read_checkpoint_config, restore_model
 
     config = config_from_json(Config, read_checkpoint_config(folder, step))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     wanted = abstract(config.model.build(tokenizer.get_vocab_size(), config.length))
     model, _ = restore_model(folder, wanted, step=step)
     return model, tokenizer

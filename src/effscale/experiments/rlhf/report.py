@@ -16,7 +16,8 @@ from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series
 from effscale.experiments.shared.results import deviation
 from effscale.generation import decode
 from effscale.models import Transformer
-from effscale.rlhf import response_log_probs, response_scores, rollout_model
+from effscale.rlhf import response_log_probs, response_scores
+from effscale.rlhf.rollout import rollout_model
 from effscale.training import read_jsonl
 
 POLICIES: tuple[Step, ...] = ("ppo", "grpo", "rloo", "dpo")

@@ -1,20 +1,18 @@
 """Prompts, responses and preferences: from public datasets to the arrays for each phase of RLHF."""
 
-from effscale.rlhf.data.chat import PLAIN_FORMATS, ChatTemplate, PlainFormat, TemplateError
-from effscale.rlhf.data.dialogue import parse_dialogue
+from effscale.rlhf.data.chat import ChatTemplate, PlainFormat, TemplateError
 from effscale.rlhf.data.encoder import RecordEncoder
-from effscale.rlhf.data.formats import FORMATS, detect_format, named_fields
+from effscale.rlhf.data.formats import FORMATS, named_fields
 from effscale.rlhf.data.phases import Blend, phase_split, split_by_prompt
 from effscale.rlhf.data.read import read_records
 from effscale.rlhf.data.record import Message, Record, RecordError, RecordReport
 from effscale.rlhf.data.rows import (
     fine_tuning_rows,
-    pad_rows,
     pair_rows,
     prompt_rows,
     row_batches,
 )
-from effscale.rlhf.data.standard_library import LibraryPairs, standard_library_pairs
+from effscale.rlhf.data.standard_library import standard_library_pairs
 from effscale.rlhf.data.templates import (
     Prompted,
     PromptedTask,
@@ -25,10 +23,8 @@ from effscale.rlhf.data.templates import (
 
 __all__ = [
     "FORMATS",
-    "PLAIN_FORMATS",
     "Blend",
     "ChatTemplate",
-    "LibraryPairs",
     "Message",
     "PlainFormat",
     "PromptTemplate",
@@ -40,12 +36,9 @@ __all__ = [
     "RecordError",
     "RecordReport",
     "TemplateError",
-    "detect_format",
     "fine_tuning_rows",
     "named_fields",
-    "pad_rows",
     "pair_rows",
-    "parse_dialogue",
     "phase_split",
     "prompt_rows",
     "read_records",

@@ -10,7 +10,8 @@ from effscale.experiments.shared import assets
 from effscale.interop import FolderError, load_chat_template, load_tokenizer
 from effscale.interop.chat import read_chat
 from effscale.interop.companions import Companions
-from effscale.rlhf.data import PLAIN_FORMATS, ChatTemplate, Message, RecordError, TemplateError
+from effscale.rlhf.data import ChatTemplate, Message, RecordError, TemplateError
+from effscale.rlhf.data.chat import PLAIN_FORMATS
 
 pytest.importorskip("jinja2", reason="the extra chat is not installed")
 from effscale.rlhf.data.chat import sandbox
