@@ -388,7 +388,7 @@ def test_the_pretrained_model_is_a_folder_with_its_tokenizer(finished):
         ),
         (["--model.num-layers", "2"], "Use a model with at least 3 layers"),
         (["--corpus", "stdlob"], "Did you mean 'stdlib'"),
-        (["--learning-rate", "inf"], "Config.learning_rate must be finite, got inf"),
+        (["--learning-rate", "inf"], "Config.learning_rate must be a finite number, got inf"),
         (
             ["--early.steps", "13"],
             "Early.steps must be at most the steps=12 of a whole run, got 13",
