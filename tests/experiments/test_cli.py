@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale.experiments.quickstart.config import PRESETS
-from effscale.experiments.shared.cli import StoppedBySignal, messages, parse
-from effscale.experiments.shared.saved import config_from_json
+from effscale.study.command import StoppedBySignal, messages, parse
+from effscale.training.saved import config_from_json
 from effscale.models import preset
 from effscale.training import CheckpointError, Checkpoints, create_train_state
 from effscale.training.serialize import to_json

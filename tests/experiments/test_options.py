@@ -9,7 +9,7 @@ import pkgutil
 import pytest
 
 import effscale.experiments
-from effscale.experiments.shared.saved import config_from_json
+from effscale.training.saved import config_from_json
 from effscale.training import AdamWConfig
 from effscale.training.serialize import to_json
 

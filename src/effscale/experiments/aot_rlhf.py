@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from effscale.experiments import rlhf
-from effscale.experiments.shared.lowering import lower_step, placed, placed_rows
+from effscale.parallel.lowering import lower_step, placed, placed_rows
 from effscale.generation import SamplingConfig, decode
 from effscale.models import (
     ClassHead,
