@@ -17,10 +17,9 @@ from flax import nnx
 
 from effscale.interop import load_pretrained
 from effscale.models import Transformer, TransformerConfig
-from effscale.options import check
 from effscale.moe import RouterWatch
 from effscale.optim import Workers
-from effscale.options import Options, PositiveInt
+from effscale.options import Options, PositiveInt, check
 from effscale.parallel import (
     MeshConfig,
     per_worker,

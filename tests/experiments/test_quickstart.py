@@ -7,8 +7,8 @@ import pytest
 
 from effscale.experiments.quickstart.config import PRESETS, Config
 from effscale.experiments.quickstart.experiment import load, main, run, sample
-from effscale.training.saved import config_from_json
 from effscale.training import CheckpointError, fetch_run
+from effscale.training.saved import config_from_json
 
 MIRROR = "memory://runs/one"
 KEYS = {"val_loss", "unigram_entropy", "tokens_seen", "tokens_per_second", "num_params"}

@@ -21,6 +21,7 @@ References:
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,7 +35,6 @@ from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora
 from effscale.ltd import training_flops
 from effscale.models import MLPConfig, Transformer, TransformerConfig
-from effscale.options import check
 from effscale.moe import (
     MoEConfig,
     RouterConfig,
@@ -42,7 +42,7 @@ from effscale.moe import (
     mixture_of_students_loss,
     with_experts,
 )
-from effscale.options import Bounds, NonNegativeInt, PositiveFloat, PositiveInt
+from effscale.options import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, check
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Results, Study, Trial, command
 from effscale.study.folder import StudyPart
@@ -133,7 +133,7 @@ class Config(StudyPart, CorporaPart):
     """Peak learning rate of models with experts, found in the same way."""
     warmup: NonNegativeInt = 60
     """Warmup steps, the same for all arms; then the learning rate decays along a cosine to a tenth."""
-    vocab_size: int = 512
+    vocab_size: PositiveInt = 512
     """Vocabulary size of the byte-level BPE that is trained on the corpus."""
     eval_every: PositiveInt = 100
     """Steps between evaluations on part of the held-out text, and between checkpoints; the last evaluation is on all of it."""
@@ -365,5 +365,7 @@ def cost_to_reach(loss: float, costs: Sequence[float], losses: Sequence[float]) 
     return None
 
 
+main = functools.partial(command.main, PRESETS, study, __doc__ or "")
+
 if __name__ == "__main__":
-    command.main(PRESETS, study, __doc__ or "")
+    main()

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from effscale.options import check
-from effscale.options import Options, PositiveInt
+from effscale.options import Options, PositiveInt, check
 from effscale.parallel import on_first
 from effscale.training import MirrorError, RunFolder, check_unused
 from effscale.training.errors import StoppedBySignal

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
-from effscale.options import check
-from effscale.options import Bounds, NonNegativeInt, Options, PositiveInt
+from effscale.options import Bounds, NonNegativeInt, Options, PositiveInt, check
 
 
 class Point(NamedTuple):

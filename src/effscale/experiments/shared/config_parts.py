@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.options import Options, check
+from effscale.options import check
 from effscale.study.folder import OutputPart
 from effscale.training import AdamWConfig
 
