@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import re
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -65,9 +66,9 @@ def getkey():
 
 
 # The legs of CI share the suite (.ci/run). What newer versions of JAX and Flax can break runs on the newest Python, without PyTorch;
-# the rest, and each file that compares with PyTorch, on the first. Without --leg, everything runs.
+# the rest, and each file that needs PyTorch or what is installed with it, on the first. Without --leg, everything runs.
 TESTS = pathlib.Path(__file__).resolve().parent
-NEWEST = (
+NEWEST = [
     "experiments",
     "kernels_pallas",
     "ltd",
@@ -77,14 +78,17 @@ NEWEST = (
     "quant",
     "rlhf",
     "training",
+]
+WITH_TORCH = re.compile(
+    r'importorskip\(\s*"(torch|transformers|compressed_tensors|moto|gcsfs)|MissingAssetError'
 )
 
 
 def leg_of(file: pathlib.Path) -> str:
     """The leg that runs a test file."""
-    needs_torch = 'importorskip("torch"' in file.read_text(encoding="utf-8")
-    folder = file.relative_to(TESTS).parts[0]
-    return "newest" if folder in NEWEST and not needs_torch else "first"
+    on_newest = file.relative_to(TESTS).parts[0] in NEWEST
+    needs_torch = WITH_TORCH.search(file.read_text(encoding="utf-8"))
+    return "newest" if on_newest and not needs_torch else "first"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

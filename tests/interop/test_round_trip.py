@@ -180,6 +180,8 @@ def test_a_config_comes_back_whole_where_it_is_told_from_where(
     for fields in (old, new):
         del fields["_name_or_path"]
         fields.pop("classifier_dropout", None)  # ours writes out what it is by default
+        if model_type == "mixtral":
+            fields.pop("head_dim", None)  # which transformers does not derive
     told = [{n: v for n, v in fields.items() if v is not None} for fields in (old, new)]
     assert told[1] == told[0]
 
