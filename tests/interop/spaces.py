@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from effscale.interop.families import FAMILIES, Family
-from effscale.interop.families.activations import ACTIVATIONS
+from effscale.interop.families.fields import ACTIVATIONS
 from effscale.interop.tensors import TensorInfo
 from effscale.models import TransformerConfig
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from effscale.interop.describe import essence
 from effscale.interop.families import FAMILIES
-from effscale.interop.families.activations import ACTIVATIONS
+from effscale.interop.families.fields import ACTIVATIONS
 from effscale.interop.source import identify
 from effscale.interop.tensors import FolderError, TensorInfo
 from effscale.models import ACTIVATIONS as OURS

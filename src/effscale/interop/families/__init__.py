@@ -5,13 +5,11 @@ from effscale.interop.families.bloom import BLOOM
 from effscale.interop.families.family import Family
 from effscale.interop.families.gpt2 import GPT2
 from effscale.interop.families.gptj import GPTJ
-from effscale.interop.families.llama import LLAMA
-from effscale.interop.families.mistral import MISTRAL
+from effscale.interop.families.llama import LLAMA, MISTRAL, QWEN2
 from effscale.interop.families.mixtral import MIXTRAL
 from effscale.interop.families.neox import NEOX
 from effscale.interop.families.olmoe import OLMOE
 from effscale.interop.families.opt import OPT
-from effscale.interop.families.qwen2 import QWEN2
 from effscale.interop.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from effscale.interop.families.vit import VIT
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from effscale.interop.families.activations import our_activation
 from effscale.interop.families.family import (
     Family,
     Heads,
@@ -10,7 +9,7 @@ from effscale.interop.families.family import (
     classifier_dropout,
     named_class,
 )
-from effscale.interop.families.fields import Field, Json, activation
+from effscale.interop.families.fields import Field, Json, activation, our_activation
 from effscale.interop.table import Rule, embedding, linear, norm, rows
 from effscale.interop.tensors import TensorInfo
 from effscale.models import ClassHead, HeadConfig, LMHead, NormConfig, bert

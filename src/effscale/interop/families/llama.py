@@ -1,10 +1,15 @@
-"""Llama in transformers, and in GGUF files under llama.cpp's names; ``pretraining_tp``, an order of sums, is ignored."""
+"""Llama, Mistral and Qwen2 in transformers, and Llama in GGUF files under llama.cpp's names.
 
+Mistral is a Llama with sliding windows. Qwen2 has biases in query, key and value, and windows in some layers. Llama's
+``pretraining_tp``, an order of sums, is ignored.
+"""
+
+import functools
 from typing import Any
 
-from effscale.interop.families import decoder_heads, rope
+from effscale.interop.families import decoder_heads, rope, windows
 from effscale.interop.families.family import Family
-from effscale.interop.families.fields import Field, Json, activation
+from effscale.interop.families.fields import Field, Json, Nullable, activation
 from effscale.interop.table import Rule, embedding, linear, norm, rows
 from effscale.interop.tensors import FolderError
 from effscale.models import TransformerConfig, llama
@@ -49,38 +54,96 @@ MLP = rows(
     linear("layers.{}.mlp.up_proj", "feed_forward.up"),
     linear("layers.{}.mlp.down_proj", "feed_forward.down"),
 )
-HEADS = decoder_heads.TABLE + linear("score", "heads.token_classes.dense")
-BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 
-LLAMA = Family(
+SIZES = (
+    Field("num_hidden_layers", 32, "num_layers"),
+    Field("hidden_size", 4096, "d_model"),
+    Field("num_attention_heads", 32, "num_heads"),
+    Field("vocab_size", 32000, "vocab_size"),
+)
+OTHERS = (
+    Field("attention_dropout", 0.0, "attention_dropout"),
+    activation("hidden_act", "silu"),
+    Field("rms_norm_eps", 1e-6, "epsilon"),
+    Field("tie_word_embeddings", False),
+)
+
+
+def relative(class_name: str, **options: Any) -> Family:
+    """Return a family with the names of Llama's tensors, from the fields of ``Family`` that differ from Llama's."""
+    usual: dict[str, Any] = {
+        "make": llama,
+        "write": rope.write,
+        "prefix": "model.",
+        "trunk": rows(ATTENTION, MLP, norm("norm", "final_norm")),
+        "heads": decoder_heads.TABLE + linear("score", "heads.token_classes.dense"),
+        "tied": {"lm_head.weight": "embed_tokens.weight"},
+        "ignored": (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
+        "find_heads": decoder_heads.find,
+        "architecture": decoder_heads.architecture(class_name),
+    }
+    return Family(class_name=class_name, **(usual | options))
+
+
+LLAMA = relative(
+    "Llama",
     model_type="llama",
-    class_name="Llama",
-    make=llama,
     fields=(
-        Field("num_hidden_layers", 32, "num_layers"),
-        Field("hidden_size", 4096, "d_model"),
-        Field("num_attention_heads", 32, "num_heads"),
+        *SIZES,
         Field("num_key_value_heads", None, "num_kv_heads"),
         Field("head_dim", None, "head_dim", write=head_dim),
         Field("intermediate_size", 11008, "d_ff"),
-        Field("vocab_size", 32000, "vocab_size"),
         Field("attention_bias", False, "bias"),
         Field("mlp_bias", False, "mlp_bias"),
-        Field("attention_dropout", 0.0, "attention_dropout"),
-        activation("hidden_act", "silu"),
-        Field("rms_norm_eps", 1e-6, "epsilon"),
-        Field("tie_word_embeddings", False),
+        *OTHERS,
     ),
     read=rotary,
-    write=rope.write,
-    prefix="model.",
     prefixes={"LlamaForQuestionAnswering": "transformer."},
-    trunk=rows(ATTENTION, MLP, norm("norm", "final_norm")),
-    heads=HEADS,
-    tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=BUFFERS,
-    find_heads=decoder_heads.find,
-    architecture=decoder_heads.architecture("Llama"),
+)
+MISTRAL = relative(
+    "Mistral",
+    model_type="mistral",
+    fields=(
+        *SIZES,
+        Nullable("num_key_value_heads", 8, "num_kv_heads"),
+        Field("head_dim", None, "head_dim", write=head_dim),
+        Field("intermediate_size", 14336, "d_ff"),
+        Nullable("sliding_window", 4096, "window"),
+        *OTHERS,
+    ),
+    read=functools.partial(rotary, longest=131072),
+)
+
+
+def read_qwen2(fields: Json) -> dict[str, Any]:
+    """Return rotary positions, and windows from layer ``max_window_layers`` on."""
+    window = windows.read(fields, lambda layer: layer >= fields["max_window_layers"])
+    return rotary(fields, longest=32768) | {"window": window, "head_dim": fields["head_dim"]}
+
+
+def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
+    """Return the fields of rotary positions, windows, and head width."""
+    return rope.write(config) | windows.write(config) | unusual_head_dim(config)
+
+
+QWEN2 = relative(
+    "Qwen2",
+    model_type="qwen2",
+    make=functools.partial(llama, bias=True, out_bias=False),
+    fields=(
+        *SIZES[:3],
+        Field("vocab_size", 151936, "vocab_size"),
+        Nullable("num_key_value_heads", 32, "num_kv_heads"),
+        Field("head_dim", None),  # written only if it does not follow from the other fields
+        Field("intermediate_size", 22016, "d_ff"),
+        Field("use_sliding_window", False),
+        Nullable("sliding_window", 4096),
+        Field("max_window_layers", 28),
+        *OTHERS,
+    ),
+    read=read_qwen2,
+    write=write_qwen2,
+    prefixes={"Qwen2ForQuestionAnswering": "transformer."},
 )
 
 # llama.cpp rotates adjacent pairs, so its query and key rows are those of Llama in another order.

@@ -2,21 +2,18 @@
 
 from typing import Any
 
-from effscale.interop.families import decoder_heads, rope
-from effscale.interop.families.family import Family
 from effscale.interop.families.fields import Field, Json, Nullable
-from effscale.interop.families.fused import Split
-from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, head_dim, rotary
+from effscale.interop.families.llama import ATTENTION, head_dim, rotary
 from effscale.interop.families.mixtures import (
+    Split,
     counts,
     expert_activation,
     expert_width,
-    plain,
+    mixture,
     with_mixtures,
 )
-from effscale.interop.table import Rule, linear, norm, rows
-from effscale.models import MLPConfig, TransformerConfig, llama
-from effscale.moe.layer import MoEConfig
+from effscale.interop.table import linear, norm, rows
+from effscale.models import TransformerConfig, llama
 
 
 def mixtral(*, num_experts: int, k: int, aux_loss: float, **dense: Any) -> TransformerConfig:
@@ -33,9 +30,9 @@ def read(fields: Json) -> dict[str, Any]:
     return found if other is None else found | {"num_experts": other}
 
 
-MIXTRAL = Family(
+MIXTRAL = mixture(
+    "Mixtral",
     model_type="mixtral",
-    class_name="Mixtral",
     make=mixtral,
     fields=(
         Field("num_hidden_layers", 32, "num_layers"),
@@ -55,29 +52,14 @@ MIXTRAL = Family(
         Field("tie_word_embeddings", False),
     ),
     read=read,
-    write=rope.write,
-    prefix="model.",
     trunk=rows(
         ATTENTION,
-        (
-            Rule(
-                "layers.{}.block_sparse_moe.gate.weight",
-                "feed_forward.router.logits.kernel",
-                "o i -> i o",
-            ),
-        ),
+        linear("layers.{}.block_sparse_moe.gate", "feed_forward.router.logits")[:1],
         linear("layers.{}.block_sparse_moe.experts.{}.w1", "feed_forward.experts.gate")[:1],
         linear("layers.{}.block_sparse_moe.experts.{}.w2", "feed_forward.experts.down")[:1],
         linear("layers.{}.block_sparse_moe.experts.{}.w3", "feed_forward.experts.up")[:1],
         norm("norm", "final_norm"),
     ),
-    heads=HEADS,
-    tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=BUFFERS,
     in_memory={"layers.{}.block_sparse_moe": "layers.{}.mlp"},
-    find_heads=decoder_heads.find,
-    architecture=decoder_heads.architecture("Mixtral"),
-    feed_forwards=(MLPConfig, MoEConfig),
-    plain=plain,
     split=lambda tensors: Split(tensors, gate="w1", up="w3", down="w2"),
 )

@@ -8,14 +8,15 @@ $$balance = coef \cdot k / layers$$
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from effscale.interop.families.activations import our_activation, their_activation
-from effscale.interop.families.fields import Field, found
-from effscale.interop.families.fused import Split
-from effscale.interop.table import Rule
-from effscale.interop.tensors import MixedTensors
+from effscale.interop.families.family import Family
+from effscale.interop.families.fields import Field, found, our_activation, their_activation
+from effscale.interop.families.llama import relative
+from effscale.interop.table import Rule, linear, rows
+from effscale.interop.tensors import FolderError, MixedTensors, TensorInfo
 from effscale.models import MLPConfig, TransformerConfig, group_layers
 from effscale.moe.layer import MoEConfig
 from effscale.moe.router import RouterConfig
@@ -25,26 +26,23 @@ QK_NORMS = (
     Rule("layers.{}.self_attn.q_norm.weight", "attention.query_norm.scale"),
     Rule("layers.{}.self_attn.k_norm.weight", "attention.key_norm.scale"),
 )
-EXPERTS = (
-    Rule("layers.{}.mlp.gate.weight", "feed_forward.router.logits.kernel", "o i -> i o"),
-    Rule(
-        "layers.{}.mlp.experts.{}.gate_proj.weight",
-        "feed_forward.experts.gate.kernel",
-        "o i -> i o",
-    ),
-    Rule("layers.{}.mlp.experts.{}.up_proj.weight", "feed_forward.experts.up.kernel", "o i -> i o"),
-    Rule(
-        "layers.{}.mlp.experts.{}.down_proj.weight",
-        "feed_forward.experts.down.kernel",
-        "o i -> i o",
-    ),
+EXPERTS = rows(
+    linear("layers.{}.mlp.gate", "feed_forward.router.logits")[:1],
+    linear("layers.{}.mlp.experts.{}.gate_proj", "feed_forward.experts.gate")[:1],
+    linear("layers.{}.mlp.experts.{}.up_proj", "feed_forward.experts.up")[:1],
+    linear("layers.{}.mlp.experts.{}.down_proj", "feed_forward.experts.down")[:1],
 )
 """The table rows of the experts of OLMoE and the Qwen families."""
 
 
-def split(tensors: MixedTensors) -> Split:
-    """Split fused experts into single ones, with the names of OLMoE and the Qwen families."""
-    return Split(tensors, gate="gate_proj", up="up_proj", down="down_proj")
+def mixture(class_name: str, **options: Any) -> Family:
+    """Return a family with experts and the names of Llama's tensors, from the fields of ``Family`` that differ."""
+    usual: dict[str, Any] = {
+        "feed_forwards": (MLPConfig, MoEConfig),
+        "plain": plain,
+        "split": lambda tensors: Split(tensors, gate="gate_proj", up="up_proj", down="down_proj"),
+    }
+    return relative(class_name, **(usual | options))
 
 
 def with_mixtures(
@@ -203,3 +201,57 @@ def _each_block(config: TransformerConfig, change: Callable[[Any], Any]) -> tupl
         dataclasses.replace(group, blocks=tuple(map(change, group.blocks)))
         for group in config.groups
     )
+
+
+FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+
+
+class Split:
+    """Tensors in which ``experts.gate_up_proj`` ``[E, 2 f, d]`` and ``experts.down_proj`` ``[E, d, f]`` appear as 3 E matrices.
+
+    Args:
+        tensors: The tensors; if none of them is fused, they are unchanged.
+        gate: The name of an expert's gate.
+        up: The name of the layer that the gate multiplies.
+        down: The name of the second layer.
+
+    Raises:
+        FolderError: An expert also exists separately.
+    """
+
+    def __init__(self, tensors: MixedTensors, *, gate: str, up: str, down: str):
+        self._tensors = tensors
+        self._parts: dict[str, tuple[str, int, slice]] = {}
+        self._last: tuple[str, Any] = ("", None)
+        infos: dict[str, TensorInfo] = {}
+        for name, info in tensors.infos.items():
+            match = FUSED.fullmatch(name)
+            whole = (
+                match is None or len(info.shape) != 3 or 0 in info.shape or info.form is not None
+            )
+            if whole or (match[2] == "gate_up_proj" and info.shape[1] % 2):
+                infos[name] = info
+                continue
+            num, rows, width = info.shape
+            parts = {down: slice(0, rows)}
+            if match[2] == "gate_up_proj":
+                parts = {gate: slice(0, rows // 2), up: slice(rows // 2, rows)}
+            for part, where in parts.items():
+                for expert in range(num):
+                    own = f"{match[1]}.{expert}.{part}.weight"
+                    if own in tensors.infos:
+                        raise FolderError(
+                            f"{name!r} contains {own!r}, which also exists separately"
+                        )
+                    infos[own] = TensorInfo((where.stop - where.start, width), info.dtype)
+                    self._parts[own] = (name, expert, where)
+        self.infos: Mapping[str, TensorInfo] = infos
+
+    def read(self, name: str) -> Any:
+        """Read one tensor; the fused tensor that contains it stays in memory until another is read."""
+        if name not in self._parts:
+            return self._tensors.read(name)
+        fused, expert, where = self._parts[name]
+        if self._last[0] != fused:
+            self._last = (fused, self._tensors.read(fused))
+        return self._last[1][expert, where]

@@ -2,25 +2,22 @@
 
 from typing import Any
 
-from effscale.interop.families import decoder_heads, rope
-from effscale.interop.families.family import Family, Heads
+from effscale.interop.families.family import Heads
 from effscale.interop.families.fields import Field, Json
-from effscale.interop.families.llama import ATTENTION, BUFFERS, HEADS, rotary
+from effscale.interop.families.llama import ATTENTION, rotary
 from effscale.interop.families.mixtures import (
     EXPERTS,
     QK_NORMS,
     counts,
     expert_activation,
     expert_width,
+    mixture,
     normalized,
     of_experts,
-    plain,
-    split,
     with_mixtures,
 )
 from effscale.interop.table import norm, rows
-from effscale.models import LMHead, MLPConfig, TransformerConfig, llama
-from effscale.moe.layer import MoEConfig
+from effscale.models import LMHead, TransformerConfig, llama
 
 
 def olmoe(
@@ -50,9 +47,9 @@ def architecture(heads: Heads) -> str:
     )
 
 
-OLMOE = Family(
+OLMOE = mixture(
+    "Olmoe",
     model_type="olmoe",
-    class_name="Olmoe",
     make=olmoe,
     fields=(
         Field("num_hidden_layers", 16, "num_layers"),
@@ -72,15 +69,6 @@ OLMOE = Family(
     ),
     only={"clip_qkv": None},
     read=read,
-    write=rope.write,
-    prefix="model.",
     trunk=rows(ATTENTION, QK_NORMS, EXPERTS, norm("norm", "final_norm")),
-    heads=HEADS,
-    tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=BUFFERS,
-    find_heads=decoder_heads.find,
     architecture=architecture,
-    feed_forwards=(MLPConfig, MoEConfig),
-    plain=plain,
-    split=split,
 )

@@ -4,13 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from effscale.interop.families import decoder_heads, rope, windows
-from effscale.interop.families.family import Family
+from effscale.interop.families import rope, windows
 from effscale.interop.families.fields import Field, Json, Nullable
 from effscale.interop.families.llama import (
     ATTENTION,
-    BUFFERS,
-    HEADS,
     MLP,
     rotary,
     unusual_head_dim,
@@ -21,10 +18,9 @@ from effscale.interop.families.mixtures import (
     counts,
     expert_activation,
     expert_width,
+    mixture,
     normalized,
     of_experts,
-    plain,
-    split,
     with_mixtures,
 )
 from effscale.interop.foreign import Fields
@@ -169,9 +165,9 @@ SHARED = rows(
     linear("layers.{}.mlp.shared_expert_gate", "feed_forward.coefficient")[:1],
 )
 
-QWEN2_MOE = Family(
+QWEN2_MOE = mixture(
+    "Qwen2Moe",
     model_type="qwen2_moe",
-    class_name="Qwen2Moe",
     make=qwen2_moe,
     fields=(
         *COMMON,
@@ -186,21 +182,12 @@ QWEN2_MOE = Family(
     ),
     read=read_qwen2,
     write=write_qwen2,
-    prefix="model.",
     trunk=rows(ATTENTION, EXPERTS, SHARED, MLP, norm("norm", "final_norm")),
-    heads=HEADS,
-    tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=BUFFERS,
-    find_heads=decoder_heads.find,
-    architecture=decoder_heads.architecture("Qwen2Moe"),
-    feed_forwards=(MLPConfig, MoEConfig),
-    plain=plain,
-    split=split,
 )
 
-QWEN3_MOE = Family(
+QWEN3_MOE = mixture(
+    "Qwen3Moe",
     model_type="qwen3_moe",
-    class_name="Qwen3Moe",
     make=qwen3_moe,
     fields=(
         *COMMON,
@@ -214,15 +201,6 @@ QWEN3_MOE = Family(
     ),
     read=read_qwen3,
     write=write_qwen3,
-    prefix="model.",
     prefixes={"Qwen3MoeForQuestionAnswering": "transformer."},
     trunk=rows(ATTENTION, QK_NORMS, EXPERTS, MLP, norm("norm", "final_norm")),
-    heads=HEADS,
-    tied={"lm_head.weight": "embed_tokens.weight"},
-    ignored=BUFFERS,
-    find_heads=decoder_heads.find,
-    architecture=decoder_heads.architecture("Qwen3Moe"),
-    feed_forwards=(MLPConfig, MoEConfig),
-    plain=plain,
-    split=split,
 )
