@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from effscale.models import Transformer, matmul, transpose
+from effscale.models.config import SaysWhetherCausal
 
 BUCKET = 32
 """The unit of padding: rows are padded to 1, 2, 3, 4, 6, 8, 12, ... times this number of tokens (continuations: a
@@ -73,11 +74,10 @@ def score_continuations(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(model, Transformer):
         for number, block in enumerate(model.config.layers):
-            # By name, as this package does not import techniques.
-            router = getattr(block.feed_forward, "router", None)
-            if getattr(router, "chosen_by", "tokens") == "experts":
+            part = block.feed_forward
+            if isinstance(part, SaysWhetherCausal) and not part.causal:
                 raise ValueError(
-                    f"the experts of layer {number} choose among all tokens of a batch, including later ones (chosen_by='experts'), so the probability of a continuation is undefined"
+                    f"the feed-forward of layer {number} depends on later tokens (as experts with chosen_by='experts' do), so the probability of a continuation is undefined"
                 )
     positions = model.config.max_length if isinstance(model, Transformer) else None
     limits = [limit for limit in (max_length, positions) if limit is not None]

@@ -27,6 +27,7 @@ from effscale.interop.tensors import (
     Tensors,
 )
 from effscale.models import LMHead, TransformerConfig
+from effscale.moe import MoEConfig
 
 LAYERS = ("num_hidden_layers", "n_layer")
 """Names of the number of layers in ``config.json``."""
@@ -128,10 +129,11 @@ def check_layers(where: str, fields: Mapping[str, Any], tensors: int) -> None:
 
 def check_experts(config: TransformerConfig, tensors: int) -> None:
     """Reject more experts than there are tensors, as ``check_layers`` does for layers."""
-    counts = [getattr(layer.feed_forward, "num_experts", 0) for layer in config.layers]
+    parts = [layer.feed_forward for layer in config.layers]
+    counts = [part.num_experts for part in parts if isinstance(part, MoEConfig)]
     if sum(counts) > tensors:
         raise FolderError(
-            f"config.json: {max(counts)} experts in each of {sum(map(bool, counts))} layers are more than the {tensors} tensors"
+            f"config.json: {max(counts)} experts in each of {len(counts)} layers are more than the {tensors} tensors"
         )
 
 

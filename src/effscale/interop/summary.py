@@ -12,6 +12,7 @@ from effscale.interop.plan import parameters, plan
 from effscale.interop.source import Source, open_source
 from effscale.interop.tensors import FolderError
 from effscale.models import PatchInputs, TransformerConfig, abstract, num_params
+from effscale.moe import MoEConfig
 
 
 def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
@@ -82,12 +83,11 @@ def _feed_forwards(config: TransformerConfig) -> str:
     found: dict[str, None] = {}
     for block in config.blocks:
         part: Any = block.feed_forward
-        if hasattr(part, "num_experts"):
-            found[
-                f"{part.num_experts} experts of {part.expert.d_ff}, {part.router.k} per token"
-            ] = None
+        if isinstance(part, MoEConfig):
+            expert: Any = part.expert
+            found[f"{part.num_experts} experts of {expert.d_ff}, {part.router.k} per token"] = None
         else:
-            found[str(getattr(part, "d_ff", ""))] = None
+            found[str(part.d_ff)] = None
     return "; ".join(found)
 
 

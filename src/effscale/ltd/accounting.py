@@ -3,6 +3,7 @@
 from effscale.ltd.layers import dropping_layers
 from effscale.models import BlockConfig, LMHead, PatchInputs, TransformerConfig
 from effscale.models.attention import CAUSAL_BLOCKS, MIN_CAUSAL_BLOCK
+from effscale.models.config import CountsOperations
 
 
 def layer_token_average(length: int, kept: int, num_layers: int, num_ltd_layers: int) -> int:
@@ -76,8 +77,7 @@ def training_flops(
 def _layer(block: BlockConfig, d_model: int, tokens: int, causal: bool) -> int:
     """Return the multiplications of a layer's forward pass."""
     attention, feed_forward = block.attention, block.feed_forward
-    counted = getattr(feed_forward, "multiplications", None)
-    if counted is None:
+    if not isinstance(feed_forward, CountsOperations):
         raise ValueError(
             f"the operations of feed_forward are unknown, got a {type(feed_forward).__name__}. Add a method "
             "multiplications(d_model) that returns those of one token's forward pass."
@@ -85,7 +85,7 @@ def _layer(block: BlockConfig, d_model: int, tokens: int, causal: bool) -> int:
     width = attention.width(d_model)
     projections = 2 * d_model * width * (attention.num_heads + attention.kv_heads)
     scores_and_mixing = 2 * attention.num_heads * width * _scores(tokens, causal)
-    return tokens * (projections + counted(d_model)) + scores_and_mixing
+    return tokens * (projections + feed_forward.multiplications(d_model)) + scores_and_mixing
 
 
 def _scores(tokens: int, causal: bool) -> int:

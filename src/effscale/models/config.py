@@ -114,11 +114,31 @@ class FeedForwardConfig(Protocol):
     - ``report`` is a dict of arrays, which the model stacks over the layers and returns. Objectives add its scalar entry
       ``aux_loss`` to the loss; its other scalars and vectors become metrics.
 
-    A config may list named points of its module in an attribute ``points``; see ``effscale.models.points``.
+    A config may list named points of its module in an attribute ``points``; see ``effscale.models.points``. What else
+    others ask of it are `CountsOperations` and `SaysWhetherCausal`.
     """
 
     def build(self, d_model: int, *, std: float, out_std: float, rngs: "nnx.Rngs") -> Any:
         """Build the module."""
+        ...
+
+
+@runtime_checkable
+class CountsOperations(Protocol):
+    """A feed-forward config that knows how much it computes."""
+
+    def multiplications(self, d_model: int) -> int:
+        """Return the multiplications of one token's forward pass."""
+        ...
+
+
+@runtime_checkable
+class SaysWhetherCausal(Protocol):
+    """A feed-forward config that may mix tokens; one that does not say so treats each token alone."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output at a token is independent of later tokens."""
         ...
 
 

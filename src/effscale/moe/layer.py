@@ -89,6 +89,11 @@ class MoEConfig(Options):
         """The capture points of the experts, whose arrays get a leading expert dimension."""
         return tuple(getattr(self.expert, "points", ()))
 
+    @property
+    def causal(self) -> bool:
+        """Whether the output at a token is independent of later tokens; experts that choose among tokens see all of them."""
+        return self.router.chosen_by == "tokens"
+
     def multiplications(self, d_model: int) -> int:
         """Return the multiplications of one token's forward pass: of its k experts, the router and the shared part."""
         parts = [self.expert] * self.router.k + ([] if self.shared is None else [self.shared])

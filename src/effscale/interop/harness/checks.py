@@ -4,6 +4,7 @@ from typing import Any
 
 from effscale.interop.harness.codec import Codec
 from effscale.models import Transformer
+from effscale.moe import MoEConfig
 
 MAX_LENGTH = 2048
 """The default for the maximum number of tokens that a model reads, as in the harness."""
@@ -22,9 +23,8 @@ def check_model(model: Any) -> None:
             f"the harness needs a causal model with a head named 'lm', got heads {list(model.heads)}"
         )
     for number, block in enumerate(model.config.layers):
-        # By name, as this package does not import techniques.
-        router = getattr(block.feed_forward, "router", None)
-        capacity = getattr(router, "eval_capacity_factor", None)
+        part = block.feed_forward
+        capacity = part.router.eval_capacity_factor if isinstance(part, MoEConfig) else None
         if capacity is not None:
             raise ValueError(
                 f"the experts of layer {number} have eval_capacity_factor={capacity}, so the rows of a batch would compete for them. "
