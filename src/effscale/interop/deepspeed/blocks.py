@@ -1,12 +1,9 @@
 """Parse the blocks of DeepSpeed's ``compression_training``: switches, module groups, strings and numbers."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from effscale.interop.deepspeed.module_names import Names, search
-from effscale.models.validation import check_keys, did_you_mean, is_finite, switch
-
-Block = Mapping[str, Any]
+from effscale.interop.deepspeed.settings import Block, check_keys, strings, switch
 
 BLOCK = "compression_training"
 
@@ -68,49 +65,3 @@ def groups_of(block: Block, technique: str, names: Names, **params: bool) -> lis
             ModuleGroup(place, group["params"], group.get("related_modules"), list(found))
         )
     return groups
-
-
-def named(where: str, kind: Any, **fields: Any) -> Any:
-    """Build an object; its errors begin with the place in the configuration."""
-    try:
-        return kind(**fields)
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
-
-
-def strings(value: Any, where: str) -> list[str]:
-    """Return a list of expressions; a single string counts as a list of one."""
-    values = [value] if isinstance(value, str) else value
-    is_list = isinstance(values, list | tuple) and all(isinstance(one, str) for one in values)
-    if not is_list or not values:
-        raise ValueError(f"{where} must be a list of expressions, got {value!r}")
-    return list(values)
-
-
-def flag(block: Block, key: str, where: str) -> bool:
-    """Return a boolean; false by default."""
-    value = block.get(key, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{where}.{key} must be true or false, got {value!r}")
-    return value
-
-
-def one_of(block: Block, key: str, names: tuple[str, ...], where: str) -> Any:
-    """Return one of ``names``; the first one by default."""
-    value = block.get(key, names[0])
-    if value not in names:
-        raise ValueError(f"{where}.{key}={value!r}: {did_you_mean(str(value), names)}")
-    return value
-
-
-def is_symmetric(shared: Block, where: str) -> bool:
-    """Return whether ``quantization_type`` is symmetric, which is the default."""
-    return one_of(shared, "quantization_type", ("symmetric", "asymmetric"), where) == "symmetric"
-
-
-def number(block: Block, key: str, default: Any, where: str) -> float:
-    """Return a finite number."""
-    value = block.get(key, default)
-    if not is_finite(value):
-        raise ValueError(f"{where}.{key} must be a number, got {value!r}")
-    return value

@@ -4,26 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from effscale.interop.deepspeed.blocks import (
-    BLOCK,
+from effscale.interop.deepspeed.blocks import BLOCK, ModuleGroup, enabled, groups_of
+from effscale.interop.deepspeed.module_names import Names, expression_of, module_names, search
+from effscale.interop.deepspeed.settings import (
     Block,
-    ModuleGroup,
-    enabled,
+    check_keys,
     flag,
-    groups_of,
-    is_symmetric,
     named,
     number,
     one_of,
     strings,
-)
-from effscale.interop.deepspeed.module_names import Names, expression_of, module_names, search
-from effscale.models import Transformer, take_layers
-from effscale.models.validation import (
-    check_keys,
     whole_number,
     whole_numbers,
 )
+from effscale.models import Transformer, take_layers
 from effscale.quant.bit_schedules import BitSchedule
 from effscale.quant.formats import Format
 from effscale.quant.pruning.masks import Method, Pruning, Structure
@@ -213,7 +207,7 @@ def _weights(block: Block, names: Names) -> dict[str, tuple[Format, BitSchedule 
     in_forward = flag(shared, "quantize_weight_in_forward", where)
     offset = whole_number(shared.get("schedule_offset", 0), f"{where}.schedule_offset")
     blocks = whole_number(shared.get("quantize_groups", 1), f"{where}.quantize_groups")
-    symmetric = is_symmetric(shared, where)
+    symmetric = _is_symmetric(shared, where)
     ratio = None
     mixed, mixed_where = shared.get("fp16_mixed_quantize", {}), f"{where}.fp16_mixed_quantize"
     check_keys(mixed, mixed_where, optional=("enabled", "quantize_change_ratio"))
@@ -259,7 +253,7 @@ def _inputs(block: Block, names: Names) -> dict[str, tuple[Format, int]]:
             "calibrate the trained model with quantize_model(..., ranges=input_ranges(...))"
         )
     offset = whole_number(shared.get("schedule_offset", OFFSET), f"{where}.schedule_offset")
-    symmetric, found = is_symmetric(shared, where), {}
+    symmetric, found = _is_symmetric(shared, where), {}
     for group in groups_of(block, technique, _kernels(names), bits=True):
         bits = whole_number(group.params["bits"], f"{group.where}.params.bits")
         if bits not in (4, 8):
@@ -334,3 +328,8 @@ def _check_related(group: ModuleGroup, names: Names) -> None:
 
 def _kernels(names: Names) -> Names:
     return {name: modules for name, modules in names.items() if name.endswith("kernel")}
+
+
+def _is_symmetric(shared: Block, where: str) -> bool:
+    """Return whether ``quantization_type`` is symmetric, which is the default."""
+    return one_of(shared, "quantization_type", ("symmetric", "asymmetric"), where) == "symmetric"

@@ -7,22 +7,22 @@ or contradictory settings raise an error, where DeepSpeed ignores them.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from effscale.curriculum.lengths import Mode, SequenceLengthCurriculum
 from effscale.curriculum.pools import Difficulty
 from effscale.curriculum.ranking import Ranking
 from effscale.interop.deepspeed.difficulty_index import ranking_from_deepspeed
-from effscale.models.validation import (
+from effscale.interop.deepspeed.settings import (
+    Block,
     check_keys,
-    did_you_mean,
+    part_of_data_efficiency,
     switch,
     whole_number,
     whole_numbers,
 )
+from effscale.options import did_you_mean
 from effscale.training import CustomPacing, DiscretePacing, LinearPacing, Pacing, RootPacing
 
-Block = Mapping[str, Any]
 Functions = Mapping[str, Callable[[int], int]]
 
 SCHEDULES = {
@@ -194,20 +194,12 @@ def _from_one(function: Callable[[int], int], step: int) -> int:
 def _data_efficiency(
     block: Block, rankings: Mapping[str, Ranking], functions: Functions
 ) -> DeepSpeedCurriculum:
-    outer, middle = "data_efficiency", "data_efficiency.data_sampling"
-    inner = f"{middle}.curriculum_learning"
-    check_keys(block, outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
-    sampling = block.get("data_sampling", {})
-    known = ("enabled", "num_epochs", "num_workers", "pin_memory", "curriculum_learning")
-    check_keys(sampling, middle, optional=known)
-    learning = sampling.get("curriculum_learning")
-    if learning is None or not switch(learning, inner):
+    part = part_of_data_efficiency(
+        block, "data_sampling", "curriculum_learning", "num_epochs", "num_workers", "pin_memory"
+    )
+    if part is None:
         return DeepSpeedCurriculum()
-    for where, above in ((outer, block), (middle, sampling)):
-        if not above.get("enabled", True):
-            raise ValueError(
-                f"{where}.enabled is false, but {inner}.enabled, which DeepSpeed uses, is true. Set both to the same value."
-            )
+    learning, inner, sampling = part
     check_keys(
         learning, inner, required=("enabled", "curriculum_metrics"), optional=("data_cluster_path",)
     )
@@ -217,8 +209,10 @@ def _data_efficiency(
     return DeepSpeedCurriculum(
         difficulties=difficulties,
         sequence_length=lengths,
-        seed=whole_number(block.get("seed", 1234), f"{outer}.seed"),
-        num_epochs=whole_number(sampling.get("num_epochs", 1000), f"{middle}.num_epochs"),
+        seed=whole_number(block.get("seed", 1234), "data_efficiency.seed"),
+        num_epochs=whole_number(
+            sampling.get("num_epochs", 1000), "data_efficiency.data_sampling.num_epochs"
+        ),
     )
 
 

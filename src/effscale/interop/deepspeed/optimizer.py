@@ -5,10 +5,11 @@ from typing import Any
 
 import optax
 
-from effscale.models.validation import check_keys, did_you_mean, whole_number
+from effscale.interop.deepspeed.settings import check_keys, number, whole_number
 from effscale.optim.onebit_adam import onebit_adam
 from effscale.optim.onebit_lamb import onebit_lamb
 from effscale.optim.zero_one.adam import zero_one_adam
+from effscale.options import did_you_mean
 from effscale.training.clipping import Clip
 
 _SHARED = {"eps": 1e-8, "weight_decay": 0.0}
@@ -83,26 +84,22 @@ def optimizer_from_deepspeed(
     b1, b2 = _betas(given.get("betas", (0.9, 0.999)))
     chosen = {key: given[key] for key in own if key in given}
     chosen |= {key: given.get(key, default) for key, default in _SHARED.items()}
+    where = "optimizer.params"
     taken: dict[str, Any] = {
-        key: (whole_number if key in _COUNTS else _number)(value, f"optimizer.params.{key}")
+        key: whole_number(value, f"{where}.{key}")
+        if key in _COUNTS
+        else number(chosen, key, None, where)
         for key, value in chosen.items()
     }
     if config.get("gradient_clipping"):
-        norm = _number(config["gradient_clipping"], "gradient_clipping")
-        taken["clip"] = Clip(norm, by="local")
+        taken["clip"] = Clip(number(config, "gradient_clipping", None, ""), by="local")
     if learning_rate is None:
-        learning_rate = _number(given.get("lr", 1e-3), "optimizer.params.lr")
+        learning_rate = number(given, "lr", 1e-3, where)
     return maker(learning_rate, b1, b2, **(taken | options))
 
 
 def _betas(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"optimizer.params.betas must be two numbers, got {value!r}")
-    b1, b2 = (float(_number(one, "optimizer.params.betas")) for one in value)
-    return b1, b2
-
-
-def _number(value: Any, where: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where} must be a number, got {value!r}")
-    return value
+    b1, b2 = (number({"betas": one}, "betas", None, "optimizer.params") for one in value)
+    return float(b1), float(b2)

@@ -3,8 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from effscale.interop.deepspeed.settings import (
+    check_keys,
+    part_of_data_efficiency,
+    switch,
+    whole_number,
+    whole_numbers,
+)
 from effscale.ltd.schedule import RandomLTD, mslg
-from effscale.models.validation import check_keys, switch, whole_number, whole_numbers
 
 MODEL = ("model_mask_name", "model_type", "hidden_state_order")
 BATCH = ("global_batch_size", "micro_batch_size")
@@ -44,19 +50,10 @@ def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
         ((1, 2, 3), 144)
     """
     check_keys(config, "the configuration", required=("data_efficiency",), optional=config)
-    outer, middle = "data_efficiency", "data_efficiency.data_routing"
-    inner = f"{middle}.random_ltd"
-    check_keys(config[outer], outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
-    routing = config[outer].get("data_routing", {})
-    check_keys(routing, middle, optional=("enabled", "random_ltd"))
-    block = routing.get("random_ltd")
-    if block is None or not switch(block, inner):
+    part = part_of_data_efficiency(config["data_efficiency"], "data_routing", "random_ltd")
+    if part is None:
         return None
-    for where, above in ((outer, config[outer]), (middle, routing)):
-        if not above.get("enabled", True):
-            raise ValueError(
-                f"{where}.enabled is false, but {inner}.enabled, which DeepSpeed uses, is true. Set both to the same value."
-            )
+    block, inner, _ = part
     check_keys(block, inner, required=REQUIRED, optional=OPTIONAL)
     learning_rate = block.get("layer_token_lr_schedule", {"enabled": False})
     if switch(learning_rate, f"{inner}.layer_token_lr_schedule"):
