@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from effscale.experiments.shared.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import (
     MeanOverWorkersState,
@@ -28,7 +29,6 @@ from effscale.optim import (
 )
 from effscale.parallel import MeshConfig, initialize, per_worker, shard_batch, shardings
 from effscale.parallel.workers import gather
-from effscale.study.host import keep_freed_memory
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
 VOCAB, LENGTH, ROWS = 2048, 64, 1

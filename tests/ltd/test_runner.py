@@ -19,6 +19,7 @@ from effscale.models import (
     unroll,
 )
 from effscale.models.mlp import MLP
+from effscale.moe import MoEConfig, RouterConfig, with_experts
 from effscale.parallel import MeshConfig, shard, shard_batch
 from effscale.training import named_leaves
 
@@ -119,6 +120,18 @@ def unlike_groups(tiny):
     wide = dataclasses.replace(block, feed_forward=Counting(d_ff=20))
     groups = (Group(blocks=(narrow, wide), repeat=3), Group(blocks=(wide,), repeat=3))
     return tiny(dataclasses.replace(config, groups=groups))
+
+
+def test_experts_have_room_for_what_is_kept(tiny, tokens, loops):
+    """The capacity follows from the four tokens that a row keeps, and some of their choices are dropped."""
+    router = RouterConfig(k=2, eval_capacity_factor=0.5, min_capacity=0)
+    experts = MoEConfig(num_experts=4, expert=MLPConfig(d_ff=8), router=router, groups=2)
+    config = gpt2(num_layers=4, d_model=16, num_heads=2, vocab_size=37, max_length=24)
+    model, ids = tiny(with_experts(config, experts, every=1)), tokens(2, SEQ)
+    runner = token_dropping(model.config, kept=4, key=KEY)
+    encoded = model.encode(ids, run_group=runner)
+    close(encoded.hidden, loops(model, ids, kept=4, key=KEY))
+    assert jnp.min(encoded.reports[0][0]["dropped"]) > 0
 
 
 @pytest.mark.parametrize("layers", [None, (1, 3, 5, 6), (0, 7)], ids=str)

@@ -12,6 +12,7 @@ from effscale.generation import SamplingConfig, decode
 from effscale.models import MLPConfig, Transformer, for_decoding, gpt2, unroll
 from effscale.models.context import build_context
 from effscale.moe import MoEConfig, RouterConfig, with_experts
+from effscale.parallel import MeshConfig, shard
 from effscale.quant import quantize_model, w8a8
 
 GREEDY = SamplingConfig(max_new_tokens=6, temperature=0.0)
@@ -44,6 +45,19 @@ def test_decoding_drops_nothing():
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, 23, (8, 5)), jnp.int32)
     together = decode(model, prompt, GREEDY).tokens
     np.testing.assert_array_equal(together[:1], decode(model, prompt[:1], GREEDY).tokens)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "expert": 4}, {"data": 2, "expert": 2}], ids=str)
+def test_generation_on_devices_that_share_the_experts(mesh):
+    """The same tokens as on one device, of float and of packed experts."""
+    prompt = jnp.asarray(np.random.default_rng(0).integers(0, 23, (4, 5)), jnp.int32)
+    for model in (make(), quantize_model(make(), w8a8())):
+        alone = decode(model, prompt, GREEDY).tokens
+        devices = MeshConfig(**mesh).build(jax.devices()[:4])
+        with jax.set_mesh(devices):
+            np.testing.assert_array_equal(
+                decode(shard(model, devices), prompt, GREEDY).tokens, alone
+            )
 
 
 def test_experts_apart_compute_the_same_as_the_stack():

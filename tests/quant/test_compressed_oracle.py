@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.writer import write_tensors
 from effscale.models import ClassHead, bert, bloom
-from effscale.quant import Format, load_packed, save_packed
+from effscale.moe import MoEConfig, RouterConfig, with_experts
+from effscale.quant import Format, load_packed, save_packed, w4a16
 from tests.quant.packed_models import (
     GROUPS,
     IDS,
@@ -56,8 +58,24 @@ def torch_logits(folder, dequantize=False):
 def test_transformers_computes_the_same(name, dequantize, model, tmp_path):
     """By default, where each module has a scheme of its own; asymmetric 4 bits dequantized, as it loads them in no other way."""
     small = quantized(model, name)
-    save_packed(small, tmp_path)
+    save_packed(small, tmp_path, dtype="float32")
     theirs, _ = torch_logits(tmp_path, dequantize)
+    np.testing.assert_allclose(theirs, run(small, IDS), atol=2e-6)
+
+
+@quiet
+def test_mixtures(tmp_path):
+    """Routers stay in float, and attention has a format of its own."""
+    experts = MoEConfig(
+        num_experts=4,
+        expert=LLAMA.blocks[0].feed_forward,
+        router=RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None),
+    )
+    model = make(with_experts(LLAMA, experts, every=1))
+    small = quantized(model, w4a16(16))
+    save_packed(small, tmp_path, dtype="float32")
+    theirs, found = torch_logits(tmp_path)
+    assert isinstance(found, hf.MixtralForCausalLM)
     np.testing.assert_allclose(theirs, run(small, IDS), atol=2e-6)
 
 
@@ -73,7 +91,7 @@ def test_other_families(family, tmp_path):
     model = make(config)
     rules = [(LAYERS, GROUPS)] + ([("heads.*kernel", Format())] if family == "bert" else [])
     small = quantized(model, recipe(*rules))
-    save_packed(small, tmp_path)
+    save_packed(small, tmp_path, dtype="float32")
     theirs, _ = torch_logits(tmp_path)
     for one in (small, load_packed(tmp_path)):
         ours = run(one, IDS)
@@ -83,15 +101,11 @@ def test_other_families(family, tmp_path):
 
 @quiet
 def test_quantized_inputs(model, tmp_path):
-    """One layer after another: the same products where the largest number of each row is positive.
-
-    A largest negative one lies half-way between two codes in this spread, and the last bit of a division decides.
-    """
+    """One layer after another: the last bit of a division decides on a largest negative number, half-way between two codes."""
     small = quantized(model, "W4/8A8")
-    save_packed(small, tmp_path)
+    save_packed(small, tmp_path, dtype="float32")
     theirs, found = torch_logits(tmp_path)
-    x = np.random.default_rng(1).normal(size=(7, 32)).astype(np.float32)
-    x[:, 3] = 5.0
+    x = np.random.default_rng(1).normal(size=(64, 32)).astype(np.float32)
     block, layer = small.groups[0].blocks[0], found.model.layers[1]
     for ours, module in (
         (block.attention.query, layer.self_attn.q_proj),
@@ -162,3 +176,7 @@ def test_folders_of_the_library(bits, symmetric, inputs, tmp_path):
     ours = values(found)
     for name, array in dense.items():
         np.testing.assert_allclose(ours[name], array, atol=1e-7, err_msg=name)
+    save_packed(found, tmp_path / "again")
+    again = SafetensorsFile(tmp_path / "again" / "model.safetensors")
+    for name in (name for name in tensors if "_proj." in name):
+        np.testing.assert_array_equal(again.read(name), tensors[name], err_msg=name)

@@ -51,14 +51,14 @@ def test_a_word_of_the_library():
 def test_there_and_back(name, model, tmp_path):
     """The numbers come back to the bit, except where float32 rounds a zero point, and so do files of what came back."""
     small = quantized(model, name)
-    save_packed(small, tmp_path / "one")
+    save_packed(small, tmp_path / "one", dtype="float32")
     again = load_packed(tmp_path / "one")
     wanted, found = values(small), values(again)
     assert wanted.keys() == found.keys()
     for key, array in wanted.items():
         tolerance = 1e-6 if "o_proj" in key or "down_proj" in key else 0
         np.testing.assert_allclose(found[key], array, rtol=0, atol=tolerance, err_msg=key)
-    save_packed(again, tmp_path / "two")
+    save_packed(again, tmp_path / "two", dtype="float32")
     files = [SafetensorsFile(tmp_path / d / "model.safetensors") for d in ("one", "two")]
     assert files[0].infos == files[1].infos
     for key in files[0].infos:
@@ -76,7 +76,7 @@ def test_what_lies_in_the_folder(model, tmp_path):
     assert shown[f"{up}.weight_packed"] == ((48, 4), "int32")
     assert shown[f"{up}.weight_scale"] == ((48, 2), "float32")
     assert shown[f"{up}.weight_shape"] == ((2,), "int64")
-    assert shown["model.embed_tokens.weight"] == ((50, 32), "float32")
+    assert shown["model.embed_tokens.weight"] == ((50, 32), "bfloat16")
     assert f"{up}.weight" not in shown
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
@@ -105,7 +105,7 @@ def test_sizes(tmp_path):
 def test_it_is_loaded_in_its_place(model, tmp_path):
     """Divided over devices from the start, and in another type, as `load_pretrained` does it."""
     small = quantized(model, "W4/8A8")
-    save_packed(small, tmp_path, max_shard_size=10_000)
+    save_packed(small, tmp_path, dtype="float32", max_shard_size=10_000)
     assert (tmp_path / "model.safetensors.index.json").is_file()
     mesh = MeshConfig(data=1, fsdp=2, tensor=2).build(jax.devices()[:4])
     with jax.set_mesh(mesh):
@@ -126,7 +126,7 @@ def test_the_tokenizer_goes_along_and_the_way_to_floats(model, tmp_path):
     save_pretrained(model, tmp_path / "float")
     (tmp_path / "float" / "tokenizer.json").write_text("{}")
     small = quantized(model, "symmetric")
-    save_packed(small, tmp_path / "packed", like=tmp_path / "float")
+    save_packed(small, tmp_path / "packed", dtype="float32", like=tmp_path / "float")
     assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{}"
     save_pretrained(load_packed(tmp_path / "packed"), tmp_path / "again", like=tmp_path / "packed")
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())

@@ -13,11 +13,21 @@ from flax import nnx
 from effscale.interop import FolderError, load_pretrained, save_pretrained
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.writer import write_tensors
-from effscale.models import Transformer, add_lora, bloom, gpt2, llama, map_weights, unmerge_lora
+from effscale.models import (
+    Transformer,
+    add_lora,
+    bloom,
+    gpt2,
+    llama,
+    map_weights,
+    unmerge_lora,
+)
+from effscale.moe import MoEConfig, RouterConfig, with_experts
 from effscale.quant import FakeQuantizedWeight, Format, load_packed, pack_weight, save_packed
 
 SIZES = {"num_layers": 1, "d_model": 32, "num_heads": 2, "vocab_size": 48}
 GROUPS = Format(bits=4, granularity="group", group_size=16, symmetric=False)
+FOURS = Format(bits=4)
 TOKENS = Format(granularity="token")
 
 
@@ -103,6 +113,36 @@ def test_modules_that_are_not_linear_or_of_two_formats(tmp_path):
     what = r"query_key_value\.weight holds attention\.query\.kernel, .* formats differ"
     with pytest.raises(ValueError, match=what):
         save_packed(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "format", "activations", "what"),
+    [
+        (r"attention\..*kernel", FOURS, None, r"experts\.0\.\w+\.weight is not packed"),
+        (r"experts\..*kernel", Format(), TOKENS, r"experts\.0\.\w+\.weight has quantized inputs.*w4a16\(\)"),
+        (r"experts\..*kernel", GROUPS, None, r"experts\.0\.\w+\.weight has zero points"),
+        (r"experts\.up\.kernel", FOURS, None, "is not packed"),
+        (r"router|experts\..*kernel", FOURS, None, r"gate\.weight is a router"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_transformers_does_not_load(where, format, activations, what, tmp_path):
+    """It leaves packed routers random without an error, and merges the experts."""
+    router = RouterConfig(k=2, capacity_factor=None, eval_capacity_factor=None)
+    experts = MoEConfig(num_experts=2, expert=LLAMA.blocks[0].feed_forward, router=router)
+    model = shapes(with_experts(LLAMA, experts, every=1), where, format, activations)
+    with pytest.raises(ValueError, match=what):
+        save_packed(model, tmp_path)
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan, 0.0, -1.0])
+def test_scales_that_no_quantizer_writes(scale, folder):
+    file = SafetensorsFile(folder / "model.safetensors")
+    tensors = {name: np.array(file.read(name)) for name in file.infos}
+    name = f"{QUERY}.weight_scale"
+    tensors[name][0] = scale
+    write_tensors(folder, tensors.items())
+    with pytest.raises(FolderError, match=rf"{name} must be finite and positive, got {scale}"):
+        load_packed(folder)
 
 
 def test_models_that_are_not_packed(model, small, tmp_path):
@@ -200,13 +240,4 @@ def test_damage(folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(FolderError, match="is not a valid safetensors file"):
-        load_packed(folder)
-
-
-def test_scales_that_are_not_numbers(folder):
-    file = SafetensorsFile(folder / "model.safetensors")
-    tensors = {name: np.array(file.read(name)) for name in file.infos}
-    tensors[f"{QUERY}.weight_scale"][3] = np.nan
-    write_tensors(folder, tensors.items())
-    with pytest.warns(UserWarning, match=r"q_proj\.weight contains NaN"):
         load_packed(folder)

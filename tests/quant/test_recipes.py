@@ -12,6 +12,7 @@ from flax import nnx
 from effscale.generation import SamplingConfig, generate
 from effscale.models import MLPConfig, Transformer, add_lora, bert, gpt2, is_adapter
 from effscale.models.layers import Dense
+from effscale.moe import MoEConfig, with_experts
 from effscale.quant import (
     Format,
     PackedWeight,
@@ -93,6 +94,26 @@ def test_bits_by_layer_split_the_group(model):
         model, Recipe((Rule(where=r"layers\..*kernel", weights=Format(bits=4)),))
     )
     np.testing.assert_array_equal(kernel(packed, 1).data, kernel(whole, 0).data[1:3])
+
+
+def test_routers_stay_in_float_unless_named():
+    """In a model of one's own as well, and in stacks."""
+    experts = MoEConfig(num_experts=2, expert=MLPConfig(d_ff=8), shared=MLPConfig(d_ff=8))
+    config = gpt2(num_layers=2, d_model=16, num_heads=2, vocab_size=8, max_length=8)
+    model = Transformer(with_experts(config, experts, every=1), rngs=nnx.Rngs(0))
+    eights = lambda where: Recipe((Rule(where=where, weights=Format()),))
+
+    def packed(model, where):
+        state = nnx.to_flat_state(nnx.state(quantize_model(model, eights(where))))
+        return {path[-2] for path, v in state if isinstance(v.get_value(), PackedWeight)}
+
+    everything = packed(model, r"layers\..*kernel")
+    assert "up" in everything
+    assert not everything & {"logits", "coefficient"}
+    assert packed(model.groups[0].blocks[0].feed_forward, "kernel") == {"up", "down"}
+    assert packed(model, r"router|coefficient") == {"logits", "coefficient"}
+    with pytest.raises(ValueError, match=r"must contain 'router' to select layers\.0\..*logits"):
+        quantize_model(model, eights(r"logits\.kernel"))
 
 
 def test_pairs_of_blocks_stay_pairs():

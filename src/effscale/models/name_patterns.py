@@ -4,6 +4,9 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 
+BY_NAME = "by_name"
+"""Metadata of a parameter: a word, such as ``router``. Expressions without this word do not select it for quantization or pruning."""
+
 # Constructs in which a bar does not separate alternatives: an escape, a character class, a group.
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]", re.DOTALL)
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from effscale.models import Context, Dense, FeedForwardConfig
+from effscale.models.name_patterns import BY_NAME
 from effscale.models.reports import AUX_LOSS
 from effscale.moe.decoding import by_kernels, kernels_serve
 from effscale.moe.expert_choice import ExpertChoice
@@ -121,6 +122,8 @@ class MoE(nnx.Module):
         options = {"bias": mix == "weighted", "std": std, "axes": ("embed", None), "rngs": rngs}
         logits = 0 if shared is None else COEFFICIENTS[mix]
         self.coefficient = Dense(d_model, logits, **options) if logits else None
+        if self.coefficient is not None:
+            self.coefficient.kernel.set_metadata(BY_NAME, "coefficient")
         self.config = config
 
     def __call__(

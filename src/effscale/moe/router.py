@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from effscale.models import Dense
+from effscale.models.name_patterns import BY_NAME
 from effscale.moe import decoding
 from effscale.moe.balance import (
     expert_choice_statistics,
@@ -120,6 +121,8 @@ class Router(nnx.Module):
         self.logits = Dense(
             d_model, num_experts, bias=False, std=std, axes=("embed", None), rngs=rngs
         )
+        # Rounded logits would select other experts.
+        self.logits.kernel.set_metadata(BY_NAME, "router")
         self.balance_bias = (
             nnx.Param(jnp.zeros(num_experts), axes=(None,)) if config.balance_by_bias else None
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 from flax import nnx
 
 from effscale.models import Transformer, map_weights, split_groups
-from effscale.models.name_patterns import name_search
+from effscale.models.name_patterns import BY_NAME, name_search
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -25,40 +25,58 @@ AnyRule = TypeVar("AnyRule", bound=Named)
 
 
 class Place(NamedTuple):
-    """A weight's name for rules, its path in the model, and the first layer of the repetition it belongs to (None outside layers)."""
+    """A weight, or one layer of a stack of weights.
+
+    Attributes:
+        name: Its name for rules.
+        path: Its path in the model.
+        unit: The first layer of the repetition it belongs to; None outside layers.
+        word: A word that the expression of a rule must contain to select it, as for routers; None for most weights.
+    """
 
     name: str
     path: str
     unit: int | None
+    word: str | None
 
 
 def places(model: nnx.Module) -> list[Place]:
     """Return every kernel and table of a model; a stacked one appears once for each of its layers."""
-    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
-    paths = [path for path in paths if path.endswith(("kernel", "embedding"))]
+    words = {
+        ".".join(map(str, path)): variable.get_metadata().get(BY_NAME)
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if str(path[-1]).endswith(("kernel", "embedding"))
+    }
     if not isinstance(model, Transformer):
-        return [Place(path, path, None) for path in paths]
-    found = [Place(path, path, None) for path in paths if not path.startswith("groups.")]
+        return [Place(path, path, None, word) for path, word in words.items()]
+    outside = {path: word for path, word in words.items() if not path.startswith("groups.")}
+    found = [Place(path, path, None, word) for path, word in outside.items()]
     unit = 0
     for number, group in enumerate(model.config.groups):
         for _ in range(group.repeat):
             for block in range(len(group.blocks)):
                 begin = f"groups.{number}.blocks.{block}."
-                for path in paths:
+                for path, word in words.items():
                     if path.startswith(begin):
                         name = f"layers.{unit + block}.{path.removeprefix(begin)}"
-                        found.append(Place(name, path, unit))
+                        found.append(Place(name, path, unit, word))
             unit += len(group.blocks)
     return found
 
 
 def decisions(found: list[Place], rules: Sequence[AnyRule]) -> dict[str, AnyRule]:
-    """Map the name of each weight that a rule matches to the first such rule; raises if a rule is left without a weight."""
+    """Map the name of each weight that a rule selects to the first such rule; raises if a rule is left without a weight."""
     names = [place.name for place in found]
+    words = {place.name: place.word for place in found}
     decided: dict[str, AnyRule] = {}
     for rule in rules:
         chosen = name_search(rule.where, names, option="where")
-        new = [name for name in names if chosen(name) and name not in decided]
+        matched = [name for name in names if chosen(name) and name not in decided]
+        new = [name for name in matched if words[name] is None or words[name] in rule.where]
+        if not new and matched:
+            raise ValueError(
+                f"where={rule.where!r} must contain {words[matched[0]]!r} to select {matched[0]}, which stays in float unless named"
+            )
         if not new:
             raise ValueError(
                 f"where={rule.where!r} has no weight left: earlier rules match all the weights that it matches"

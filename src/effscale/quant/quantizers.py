@@ -130,7 +130,7 @@ def group_scale(
         steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
         if format.floating:
             steps = float(jnp.finfo(FLOAT8).max)
-        return _safe(jnp.max(jnp.abs(grouped), axes) / steps), None
+        return _safe(_divided(jnp.max(jnp.abs(grouped), axes), steps, format)), None
     low, high = jnp.min(grouped, axes), jnp.max(grouped, axes)
     scale = _safe((high - low) / (2 * half - int(format.spread != "paper")))
     # Codes are signed, so code 0 is in the middle of the range.
@@ -148,7 +148,7 @@ def encode(
     key: PRNGKeyArray | None = None,
 ) -> Shaped[Array, "*shape"]:
     """Return the codes of values for given scales and zero points, which broadcast against them; for 3 bits or more."""
-    x = (x if zero is None else x - zero) / scale
+    x = _divided(x if zero is None else x - zero, scale, format)
     if format.floating:
         return x.astype(FLOAT8)
     x = jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
@@ -262,6 +262,17 @@ def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
         check_shape(d_out % blocks == 0, f"{blocks} does not divide {d_out} outputs")
         return (*stack, d_in, blocks, d_out // blocks)
     return shape
+
+
+def _divided(x: Array, by: Any, format: Format) -> Array:
+    """Divide values or their range by numbers that several of them share.
+
+    XLA multiplies by the reciprocal, which rounds differently. In the symmetric spread ``centred`` the largest value of
+    a group is half-way between two codes, and gets the other code than in compressed-tensors unless both quotients
+    are exact.
+    """
+    exact = format.symmetric and format.spread == "centred"
+    return x / (by + 0.0 * x) if exact else x / by
 
 
 def _safe(scale: Array) -> Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -278,9 +278,16 @@ def w4a8(group_size: int | None = None) -> Recipe:
     )
 
 
-def w4a16(group_size: int | None = None) -> Recipe:
-    """Return ZeroQuant's W4/8A16: weights as for ``w4a8``, inputs unquantized."""
-    rules = w4a8(group_size).rules
+def w4a16(group_size: int | None = None, *, attention_bits: Literal[4, 8] = 8) -> Recipe:
+    """Return ZeroQuant's W4/8A16: weights as for ``w4a8``, inputs unquantized.
+
+    Args:
+        group_size: As for ``w4a8``.
+        attention_bits: Bits of attention. With 4, every layer has the same format, which vLLM also runs on CPUs.
+    """
+    if attention_bits not in (4, 8):
+        raise ValueError(f"attention_bits must be 4 or 8, got {attention_bits!r}")
+    rules = w4a8(group_size).rules[1 if attention_bits == 4 else 0 :]
     return Recipe(tuple(dataclasses.replace(rule, activations=None) for rule in rules))
 
 

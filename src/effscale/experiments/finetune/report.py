@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.study.results import deviation
-from effscale.training import read_jsonl
-from effscale.training.plotting import (
+from effscale.experiments.shared.plotting import (
     COLORS,
     STYLE,
     Records,
@@ -17,6 +15,8 @@ from effscale.training.plotting import (
     series,
     shrink,
 )
+from effscale.experiments.shared.results import deviation
+from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
 NAMES = {"effscale": "effscale", "torch": "PyTorch"}

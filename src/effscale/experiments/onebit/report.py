@@ -9,9 +9,7 @@ import numpy as np
 
 from effscale.experiments.onebit.config import Config
 from effscale.experiments.onebit.optimizers import TWINS, rounds
-from effscale.study.results import deviation
-from effscale.training import read_jsonl
-from effscale.training.plotting import (
+from effscale.experiments.shared.plotting import (
     COLORS,
     STYLE,
     Records,
@@ -20,6 +18,8 @@ from effscale.training.plotting import (
     series,
     shrink,
 )
+from effscale.experiments.shared.results import deviation
+from effscale.training import read_jsonl
 
 NAMES = {
     "adam": "Adam",

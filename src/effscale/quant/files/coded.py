@@ -78,6 +78,14 @@ def check_coded(name: str, shape: tuple[int, ...], format: Format, activations: 
         raise FolderError(f"{name}: {error}") from error
 
 
+def check_scales(name: str, scales: np.ndarray, *, positive: bool = True) -> None:
+    """Raise an error that names the tensor unless its scales are finite and, if they must be, positive."""
+    wrong = scales[~np.isfinite(scales) | ((scales <= 0) & positive)]
+    if wrong.size:
+        wanted = "finite and positive" if positive else "finite"
+        raise FolderError(f"{name} must be {wanted}, got {wrong.flat[0]}")
+
+
 def kernel_codes(weight: PackedWeight) -> np.ndarray:
     """Return the codes of a packed matrix, ``(in, out)``."""
     return np.asarray(_unpack(weight.data, weight.format.bits)).T

@@ -50,6 +50,10 @@ class CompressedStore:
             if any(isinstance(weight, PackedWeight) for weight in weights):
                 scheme = self._schemes[place.name] = _scheme_of(place, weights)
             rows.setdefault(place.slot.rule, {})[place] = scheme
+        if self._schemes:
+            _check_experts(
+                {place: scheme for row in rows.values() for place, scheme in row.items()}
+            )
         self.fields: dict[str, Any] = config_fields(_targets(rows))
         self.metadata: dict[str, str] = {}
 
@@ -95,12 +99,37 @@ def _whole_zero_points(name: str, points: np.ndarray, bits: int) -> np.ndarray:
     return rounded.astype(np.int8)
 
 
+def _check_experts(schemes: Mapping[StoredSlot, Scheme | None]) -> None:
+    """Raise if other programs cannot load a mixture: they merge its experts, which have one scheme without zero points or inputs."""
+    experts = {place: scheme for place, scheme in schemes.items() if len(place.slot.index) > 1}
+    first = next(iter(experts.values()), None)
+    for place, scheme in experts.items():
+        if scheme is None:
+            what = "is not packed, while other weights are"
+        elif scheme.layout != PACKED or scheme.activations is not None:
+            what = "has quantized inputs"
+        elif not scheme.weights.symmetric:
+            what = "has zero points"
+        elif scheme != first:
+            what = "has another format than other experts"
+        else:
+            continue
+        raise ValueError(
+            f"{place.name} {what}. In compressed-tensors' layout all experts need the same symmetric format and unquantized "
+            "inputs, as in w4a16(); otherwise transformers cannot load them. Save with layout='effscale', or change the recipe"
+        )
+
+
 def _scheme_of(place: StoredSlot, weights: list[Any]) -> Scheme:
     """Return the scheme of a tensor that holds packed weights."""
     slot = place.slot
     other = "compressed-tensors quantizes only torch.nn.Linear. Save with layout='effscale', or call dequantize_model"
     if slot.leaves[0].endswith("embedding"):
         raise ValueError(f"{place.name} is an embedding table, and {other}")
+    if slot.leaves[0].endswith("router.logits.kernel"):
+        raise ValueError(
+            f"{place.name} is a router, which transformers reads only as floats. Leave it out of the recipe, or save with layout='effscale'"
+        )
     layout = slot.rule.layout or ""
     if not re.fullmatch(r"(\w+|\([\w ]+\)) i -> .*", layout):
         raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from effscale.interop.foreign import Fields
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors
-from effscale.quant.files.coded import CodedTensor, check_coded
+from effscale.quant.files.coded import CodedTensor, check_coded, check_scales
 from effscale.quant.files.compressed_config import (
     INT,
     PACKED,
@@ -76,9 +76,9 @@ class CompressedTensors:
         else:
             codes = from_words(part("weight_packed"), format.bits, d_in)
         groups = d_in // (format.group_size or d_in)
-        scale = np.broadcast_to(
-            part("weight_scale").astype(np.float32).reshape(-1, groups), (d_out, groups)
-        )
+        scale = part("weight_scale").astype(np.float32)
+        check_scales(f"{module}.weight_scale", scale)
+        scale = np.broadcast_to(scale.reshape(-1, groups), (d_out, groups))
         zero = None
         if not format.symmetric:
             points = part("weight_zero_point")

@@ -20,7 +20,7 @@ import numpy as np
 
 from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
-from effscale.quant.files.coded import CodedTensor
+from effscale.quant.files.coded import CodedTensor, check_scales
 from effscale.quant.formats import Format
 
 BLOCK = 32
@@ -69,6 +69,9 @@ class GGUFBlocks:
             return self._file.read(name)
         format = self._formats[name]
         codes, scale, zero = from_blocks(self._file.read_bytes(name), format)
+        for floats in (scale, zero):
+            if floats is not None:
+                check_scales(f"the scales of {name}", floats, positive=False)
         return CodedTensor(codes, scale, zero, format, is_table=name == TABLE)
 
 

@@ -38,6 +38,7 @@ from effscale.interop.shards import Shards
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors, ToOurs
 from effscale.models import Transformer
+from effscale.quant.files.coded import check_scales
 from effscale.quant.formats import Format
 from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
 from effscale.quant.packing import stored_bits
@@ -159,6 +160,11 @@ class OwnLayout:
             [self._files.read(array) for array in _names(name, i, part)]
             for i, part in enumerate(parts)
         ]
+        for i, part in enumerate(parts):
+            if part is not None:
+                for array, found in zip(_names(name, i, part)[1:], arrays[i][1:], strict=True):
+                    # Scales are zero for ternary zeros, and negative in the blocks of GGUF.
+                    check_scales(array, found, positive=array.endswith("input_scale"))
         return OwnTensor(parts, arrays)
 
     def _checked(self, name: str, given: Fields) -> tuple[tuple[int, ...], tuple[Part | None, ...]]:

@@ -41,7 +41,8 @@ def save_packed(
         model: A model from ``quantize_model``.
         folder: The folder to write to; created if it does not exist.
         layout: ``compressed-tensors`` or ``effscale``.
-        dtype: Dtype of unpacked parameters, as for ``effscale.interop.save_pretrained``.
+        dtype: Dtype of unpacked parameters: float32, bfloat16 or float16. None: in ``compressed-tensors`` bfloat16, which
+            every program that loads such folders computes in; in ``effscale`` as in the model.
         max_shard_size: As for ``effscale.interop.save_pretrained``.
         like: As for ``effscale.interop.save_pretrained``.
         tokenizer: As for ``effscale.interop.save_pretrained``.
@@ -49,7 +50,8 @@ def save_packed(
     Raises:
         ValueError: The model has no packed weights, or it has a LoRA pair or a fake-quantized weight. Or
             compressed-tensors cannot hold one of its weights (the error names it): binary and float8 weights,
-            embedding tables, the Conv1D of GPT-2, inputs with a fixed scale, and zero points that are not integer
+            embedding tables, the Conv1D of GPT-2, routers, experts that are not all alike, symmetric and with
+            unquantized inputs, inputs with a fixed scale, and zero points that are not integer
             multiples of the scale or do not fit into the codes.
         FolderError: As for ``effscale.interop.save_pretrained``.
 
@@ -66,6 +68,8 @@ def save_packed(
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
     _check_weights(model)
+    if dtype is None and layout == "compressed-tensors":
+        dtype = "bfloat16"
     store = CompressedStore(model) if layout == "compressed-tensors" else OwnStore(model)
     write_model(
         model,
