@@ -72,7 +72,7 @@ def decisions(found: list[Place], rules: Sequence[AnyRule]) -> dict[str, AnyRule
     for rule in rules:
         chosen = name_search(rule.where, names, option="where")
         matched = [name for name in names if chosen(name) and name not in decided]
-        new = [name for name in matched if words[name] is None or words[name] in rule.where]
+        new = [name for name in matched if (words[name] or "") in rule.where]
         if not new and matched:
             raise ValueError(
                 f"where={rule.where!r} must contain {words[matched[0]]!r} to select {matched[0]}, which stays in float unless named"
