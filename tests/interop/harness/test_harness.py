@@ -231,7 +231,7 @@ def test_generation_kwargs(tmp_path, tokenizer):
             "must be known options, got temprature=1.0: did you mean 'temperature'",
         ),
         ({"do_sample": True}, "temperature must be above 0 with do_sample=True"),
-        ({"max_gen_toks": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_gen_toks": 0}, "max_gen_toks must be at least 1, got 0"),
         ({"top_p": 2.0, "temperature": 1.0}, "top_p must be .*, got 2.0"),
     ):
         with pytest.raises(ValueError, match=said):

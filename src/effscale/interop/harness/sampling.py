@@ -53,7 +53,7 @@ def sampling_of(
     given: dict[str, Any] = {**normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_TOKS)}
     until = handle_stop_sequences(given.pop("until"), eos=codec.end_text)
     new, sample = given.pop("max_gen_toks"), given.pop("do_sample")
-    new = checked("max_gen_toks", new, PositiveInt)
+    new = checked(next((n for n in LENGTHS if n in gen_kwargs), LENGTHS[0]), new, PositiveInt)
     temperature = float(given.pop("temperature", 0.0))
     if sample and not temperature > 0:
         raise ValueError(
