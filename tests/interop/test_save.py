@@ -198,3 +198,11 @@ def test_like_tells_which_of_two_families_that_are_the_same(out, tmp_path):
     windows = llama(**TINY, d_ff=24, vocab_size=262, window=4)
     save_pretrained(Transformer(windows, rngs=nnx.Rngs(0)), out)
     assert (fields(out)["model_type"], fields(out)["sliding_window"]) == ("mistral", 4)
+
+
+def test_a_folder_that_names_only_a_class_goes_back_as_its_family(folder, tmp_path):
+    """A Mistral without windows is also a Llama."""
+    old = fields(folder) | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps({k: old[k] for k in old if k != "model_type"}))
+    save_pretrained(load_pretrained(folder), tmp_path / "out", like=folder)
+    assert fields(tmp_path / "out")["model_type"] == "mistral"

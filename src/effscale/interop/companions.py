@@ -15,7 +15,7 @@ from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.gguf.file import GGUFFile, gguf_config
 from effscale.interop.gguf.tokenizer import gguf_tokenizer
-from effscale.interop.source import gguf_path
+from effscale.interop.source import gguf_path, named_family
 from effscale.interop.tensors import FolderError
 from effscale.interop.tokenizer import check_vocabulary
 
@@ -106,8 +106,8 @@ def model_type_of(like: str | os.PathLike[str] | None) -> str | None:
     """Return the family that a folder's ``config.json`` names; None if it does not exist or names none."""
     if like is None or gguf_path(pathlib.Path(like)) is not None:
         return None
-    found = read_json(like, "config.json").get("model_type")
-    return found if isinstance(found, str) else None
+    family = named_family(read_json(like, "config.json"))
+    return None if family is None else family.model_type
 
 
 def merge(inherited: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,16 +179,21 @@ def gguf_path(path: pathlib.Path) -> pathlib.Path | None:
     return files[0] if len(files) == 1 else None
 
 
+def named_family(fields: Mapping[str, Any]) -> Family | None:
+    """Return the family that a config names, by its ``model_type`` or, in old configs, by a class; None if it names none."""
+    named, architecture = fields.get("model_type"), named_class(fields)
+    if named is not None:
+        return FAMILIES.get(named) if isinstance(named, str) else None
+    every = FAMILIES.values()
+    return next((f for f in every if re.fullmatch(f"{f.class_name}{CLASSES}", architecture)), None)
+
+
 def identify(fields: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Family:
     """Return the family of a folder: by its config or, if an old config does not name it, by its tensors."""
-    named = fields.get("model_type")
-    architecture = named_class(fields)
+    named, architecture = fields.get("model_type"), named_class(fields)
+    if (family := named_family(fields)) is not None:
+        return family
     if named is not None or architecture:
-        if isinstance(named, str) and named in FAMILIES:
-            return FAMILIES[named]
-        for family in FAMILIES.values():
-            if named is None and re.fullmatch(f"{family.class_name}{CLASSES}", architecture):
-                return family
         raise FolderError(
             f"config.json: the architecture must belong to one of {', '.join(FAMILIES)}, got "
             f"{shown(architecture or named)} (model_type {shown(named)})"
