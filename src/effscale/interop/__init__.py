@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from effscale.interop.generation_config import sampling_from_folder
     from effscale.interop.load import load_pretrained
     from effscale.interop.megatron.checkpoint import load_megatron_moe, save_megatron_moe
+    from effscale.interop.packed.load import load_packed
+    from effscale.interop.packed.save import save_packed
     from effscale.interop.peft.adapters import load_adapter, save_adapter
     from effscale.interop.save import save_pretrained
     from effscale.interop.tensors import FolderError
@@ -44,6 +46,7 @@ _MODULES = {
     "load_chat_template": "chat",
     "load_encoder": "chat",
     "load_megatron_moe": "megatron.checkpoint",
+    "load_packed": "packed.load",
     "load_pretrained": "load",
     "load_tokenizer": "tokenizer",
     "metric_from_deepspeed": "deepspeed.difficulty_index",
@@ -56,6 +59,7 @@ _MODULES = {
     "sampling_from_folder": "generation_config",
     "save_adapter": "peft.adapters",
     "save_megatron_moe": "megatron.checkpoint",
+    "save_packed": "packed.save",
     "save_pretrained": "save",
     "write_deepspeed_experts": "deepspeed.experts",
 }
@@ -70,6 +74,7 @@ __all__ = [
     "load_chat_template",
     "load_encoder",
     "load_megatron_moe",
+    "load_packed",
     "load_pretrained",
     "load_tokenizer",
     "metric_from_deepspeed",
@@ -82,6 +87,7 @@ __all__ = [
     "sampling_from_folder",
     "save_adapter",
     "save_megatron_moe",
+    "save_packed",
     "save_pretrained",
     "write_deepspeed_experts",
 ]

@@ -165,7 +165,7 @@ def refuse_packed(place: pathlib.Path, fields: Mapping[str, Any]) -> None:
             method = packed.get("quant_method", packed.get("layout"))
         raise FolderError(
             f"{str(place)!r}: the weights are quantized ({shown(method)}). Load those of compressed-tensors or effscale with "
-            "effscale.quant.load_packed; load others in transformers, call dequantize() and save them"
+            "effscale.interop.load_packed; load others in transformers, call dequantize() and save them"
         )
 
 

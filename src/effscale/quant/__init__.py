@@ -9,8 +9,6 @@ from effscale.quant.distillation import (
     one_stage_loss,
 )
 from effscale.quant.fake import FakeQuantizedWeight
-from effscale.quant.files.load import load_packed
-from effscale.quant.files.save import save_packed
 from effscale.quant.formats import Format
 from effscale.quant.gram_rounding import gptq
 from effscale.quant.inputs import InputRange, input_grams, input_ranges
@@ -67,7 +65,6 @@ __all__ = [
     "gptq",
     "input_grams",
     "input_ranges",
-    "load_packed",
     "merge_masks",
     "model_size",
     "one_stage_loss",
@@ -76,7 +73,6 @@ __all__ = [
     "prune_weight",
     "quantize",
     "quantize_model",
-    "save_packed",
     "scale_shape",
     "scheduled_step",
     "sensitivity",

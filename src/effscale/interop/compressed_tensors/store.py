@@ -1,4 +1,4 @@
-"""Write packed weights in the layout of compressed-tensors; see ``effscale.quant.files.compressed_tensors``."""
+"""Write packed weights in the layout of compressed-tensors; see ``effscale.interop.compressed_tensors.reader``."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,11 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from effscale.interop.plan import parameters
-from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
-from effscale.models import Transformer
-from effscale.quant.files.coded import kernel_codes, kernel_scales
-from effscale.quant.files.compressed_config import (
+from effscale.interop.compressed_tensors.config import (
     INT,
     PACKED,
     Scheme,
@@ -18,7 +14,11 @@ from effscale.quant.files.compressed_config import (
     scheme_for,
     target_of_layers,
 )
-from effscale.quant.files.words import to_words
+from effscale.interop.compressed_tensors.words import to_words
+from effscale.interop.packed.coded import kernel_codes, kernel_scales
+from effscale.interop.plan import parameters
+from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
+from effscale.models import Transformer
 from effscale.quant.packed import PackedWeight
 
 EXACT = 1e-4

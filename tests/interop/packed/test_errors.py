@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.interop import FolderError, load_pretrained, save_pretrained
+from effscale.interop import FolderError, load_packed, load_pretrained, save_packed, save_pretrained
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.writer import write_tensors
 from effscale.models import (
@@ -23,7 +23,7 @@ from effscale.models import (
     unmerge_lora,
 )
 from effscale.moe import MoEConfig, RouterConfig, with_experts
-from effscale.quant import FakeQuantizedWeight, Format, load_packed, pack_weight, save_packed
+from effscale.quant import FakeQuantizedWeight, Format, pack_weight
 
 SIZES = {"num_layers": 1, "d_model": 32, "num_heads": 2, "vocab_size": 48}
 GROUPS = Format(bits=4, granularity="group", group_size=16, symmetric=False)
@@ -157,7 +157,7 @@ def test_models_that_are_not_packed(model, small, tmp_path):
     ):
         save_packed(adapted, tmp_path)
     save_packed(unmerge_lora(adapted), tmp_path)
-    with pytest.raises(FolderError, match=r"'compressed-tensors'.*effscale\.quant\.load_packed"):
+    with pytest.raises(FolderError, match=r"'compressed-tensors'.*effscale\.interop\.load_packed"):
         load_pretrained(tmp_path)
     save_pretrained(model, tmp_path)
     with pytest.raises(

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.interop import load_pretrained, save_pretrained
+from effscale.interop import load_packed, load_pretrained, save_packed, save_pretrained
+from effscale.interop.compressed_tensors.words import from_words, to_words
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.save import their_tensors
 from effscale.models import llama
 from effscale.parallel import MeshConfig
-from effscale.quant import load_packed, save_packed, w4a8, w8a8
-from effscale.quant.files.words import from_words, to_words
+from effscale.quant import w4a8, w8a8
 from tests.quant.packed_models import LLAMA, make, quantized, values
 
 

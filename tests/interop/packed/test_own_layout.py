@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.interop import FolderError, load_pretrained
+from effscale.interop import FolderError, load_packed, load_pretrained, save_packed
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.writer import write_tensors
+from effscale.interop.packed.own_layout import KEY
 from effscale.models import Transformer, bloom, gpt2, map_weights
-from effscale.quant import Format, Recipe, Rule, load_packed, quantize_model, save_packed
-from effscale.quant.files.own_layout import KEY
+from effscale.quant import Format, Recipe, Rule, quantize_model
 
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 2, "vocab_size": 48}
 TOKENS = Format(granularity="token")
@@ -182,7 +182,7 @@ def test_damage(small, folder):
 
 
 def test_other_ways_to_load_and_save(small, folder, monkeypatch):
-    with pytest.raises(FolderError, match=r"'effscale'.*with effscale\.quant\.load_packed"):
+    with pytest.raises(FolderError, match=r"'effscale'.*with effscale\.interop\.load_packed"):
         load_pretrained(folder)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from effscale.experiments.shared import assets
-from effscale.interop import FolderError, load_pretrained
+from effscale.interop import FolderError, load_packed, load_pretrained
+from effscale.interop.gguf.blocks import FORMATS, from_blocks
 from effscale.models import llama
-from effscale.quant import PackedWeight, dequantize_model, load_packed
-from effscale.quant.files.gguf_blocks import FORMATS, from_blocks
+from effscale.quant import PackedWeight, dequantize_model
 from effscale.quant.quantizers import Quantized
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")

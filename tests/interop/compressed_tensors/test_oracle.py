@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effscale.interop import load_packed, save_packed
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.writer import write_tensors
 from effscale.models import ClassHead, bert, bloom
 from effscale.moe import MoEConfig, RouterConfig, with_experts
-from effscale.quant import Format, load_packed, save_packed, w4a16
+from effscale.quant import Format, w4a16
 from tests.quant.packed_models import (
     GROUPS,
     IDS,

@@ -5,12 +5,12 @@ from typing import Any, Literal, get_args
 
 import tokenizers
 
+from effscale.interop.compressed_tensors.store import CompressedStore
+from effscale.interop.packed.own_layout import OwnStore
 from effscale.interop.plan import parameters
 from effscale.interop.save import write_model
 from effscale.models import LoRA, Transformer
 from effscale.quant.fake import FakeQuantizedWeight
-from effscale.quant.files.compressed_store import CompressedStore
-from effscale.quant.files.own_layout import OwnStore
 from effscale.quant.packed import PackedWeight
 
 Layout = Literal["compressed-tensors", "effscale"]
@@ -35,7 +35,7 @@ def save_packed(
     weights, and its inputs are quantized with ``spread="centred"``, the convention of that library.
 
     Layout ``effscale`` holds everything that a packed weight can contain and is restored exactly. Only this library
-    reads it (``effscale.quant.files.own_layout``).
+    reads it (``effscale.interop.packed.own_layout``).
 
     Args:
         model: A model from ``quantize_model``.

@@ -2,7 +2,7 @@
 
 A quantized linear module NAME, whose weight is ``(out, in)``, has in the safetensors file:
 
-- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see ``effscale.quant.files.words``) and
+- ``NAME.weight`` (int8) in the format int-quantized; ``NAME.weight_packed`` (words, see ``effscale.interop.compressed_tensors.words``) and
   ``NAME.weight_shape`` in pack-quantized,
 - ``NAME.weight_scale``, ``(out, 1)`` or ``(out, in / group_size)``,
 - ``NAME.weight_zero_point`` for asymmetric formats: integers, packed along the outputs in pack-quantized.
@@ -14,16 +14,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from effscale.interop.foreign import Fields
-from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors
-from effscale.quant.files.coded import CodedTensor, check_coded, check_scales
-from effscale.quant.files.compressed_config import (
+from effscale.interop.compressed_tensors.config import (
     INT,
     PACKED,
     CompressedConfig,
     Scheme,
 )
-from effscale.quant.files.words import from_words, words_in
+from effscale.interop.compressed_tensors.words import from_words, words_in
+from effscale.interop.foreign import Fields
+from effscale.interop.packed.coded import CodedTensor, check_coded, check_scales
+from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 FLOATS = ("float32", "float16", "bfloat16", "float64")

@@ -32,13 +32,13 @@ import numpy as np
 
 from effscale.interop.files.safetensors import PREFIX, SafetensorsFile
 from effscale.interop.foreign import Fields, reading, shown
+from effscale.interop.packed.coded import check_scales
 from effscale.interop.plan import parameters, their_shapes
 from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
 from effscale.interop.shards import Shards
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors, ToOurs
 from effscale.models import Transformer
-from effscale.quant.files.coded import check_scales
 from effscale.quant.formats import Format
 from effscale.quant.packed import PackedWeight, check_packable, packed_of_arrays
 from effscale.quant.packing import stored_bits

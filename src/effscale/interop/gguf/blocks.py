@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from effscale.interop.gguf.file import GGUFFile
+from effscale.interop.packed.coded import CodedTensor, check_scales
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
-from effscale.quant.files.coded import CodedTensor, check_scales
 from effscale.quant.formats import Format
 
 BLOCK = 32

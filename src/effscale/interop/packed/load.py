@@ -6,15 +6,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from effscale.interop.compressed_tensors import config as compressed_config
+from effscale.interop.compressed_tensors.reader import CompressedTensors
 from effscale.interop.foreign import Fields, shown
+from effscale.interop.gguf.blocks import GGUFBlocks
 from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.load import load_source
+from effscale.interop.packed import own_layout
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError, MixedTensors, Tensors
 from effscale.models import Transformer
-from effscale.quant.files import compressed_config, own_layout
-from effscale.quant.files.compressed_tensors import CompressedTensors
-from effscale.quant.files.gguf_blocks import GGUFBlocks
 
 
 def load_packed(
@@ -42,7 +43,8 @@ def load_packed(
         >>> import tempfile
         >>> from flax import nnx
         >>> from effscale.models import llama
-        >>> from effscale.quant import quantize_model, save_packed, w8a8
+        >>> from effscale.interop import save_packed
+        >>> from effscale.quant import quantize_model, w8a8
         >>> config = llama(num_layers=2, d_model=32, num_heads=2, d_ff=64, vocab_size=50)
         >>> small = quantize_model(Transformer(config, rngs=nnx.Rngs(0)), w8a8())
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,1 @@
+"""Folders in the layout of compressed-tensors, which transformers and vLLM load."""

@@ -1,0 +1,1 @@
+"""Files of packed weights: what they have in common, and effscale's own layout."""
