@@ -182,7 +182,7 @@ def test_names_on_the_page(tmp_path):
 def test_bad_input(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"beside must be None without --web, got "):
         Config(model=tmp_path, beside=tmp_path)
-    with pytest.raises(ValueError, match=r"port must be between 0 and 65535, got 70000"):
+    with pytest.raises(ValueError, match=r"port must be from 0 to 65535, got 70000"):
         Config(port=70000)
     with pytest.raises(ValueError, match="talks must have at least one conversation"):
         web.page({})
