@@ -26,9 +26,9 @@ def run(background: bool, wait: bool = False) -> dict[str, float]:
     from flax import nnx
 
     from effscale.curriculum import SequenceLengthCurriculum
-    from effscale.experiments.shared.host import keep_freed_memory
     from effscale.ltd import RandomLTD, mslg
     from effscale.models import Transformer, gpt2
+    from effscale.study.host import keep_freed_memory
     from effscale.training import (
         AdamWConfig,
         LinearPacing,

@@ -11,8 +11,8 @@ import subprocess
 import pytest
 
 from effscale.experiments.quickstart.config import PRESETS, Config
-from effscale.experiments.shared.cli import parse
 from effscale.parallel import startup
+from effscale.study.command import parse
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "clusters.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|yaml)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from effscale.experiments.shared.host import keep_freed_memory
 from effscale.models import Transformer, gpt2
 from effscale.optim import (
     MeanOverWorkersState,
@@ -29,6 +28,7 @@ from effscale.optim import (
 )
 from effscale.parallel import MeshConfig, initialize, per_worker, shard_batch, shardings
 from effscale.parallel.workers import gather
+from effscale.study.host import keep_freed_memory
 from effscale.training import create_train_state, make_train_step, next_token_loss
 
 VOCAB, LENGTH, ROWS = 2048, 64, 1

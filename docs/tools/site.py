@@ -36,6 +36,8 @@ API = {
     "effscale.data.cleaning": "docs/data.md",
     "effscale.parallel": "docs/parallel.md",
     "effscale.training": "docs/training.md",
+    "effscale.run": "docs/runs.md",
+    "effscale.study": "docs/runs.md",
     "effscale.generation": "docs/generation.md",
     "effscale.evaluation": "docs/evaluation.md",
     "effscale.interop.harness": "docs/evaluation.md",

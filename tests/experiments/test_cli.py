@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale.experiments.quickstart.config import PRESETS
-from effscale.experiments.shared.cli import StoppedBySignal, messages, parse
-from effscale.experiments.shared.saved import config_from_json
 from effscale.models import preset
+from effscale.study.command import StoppedBySignal, messages, parse
 from effscale.training import CheckpointError, Checkpoints, create_train_state
+from effscale.training.saved import config_from_json
 from effscale.training.serialize import to_json
 
 

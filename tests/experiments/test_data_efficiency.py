@@ -19,10 +19,10 @@ from effscale.experiments.data_efficiency.runs import Runner
 from effscale.experiments.lab_book import MAX_FIGURE_BYTES
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_plan import make_plan
-from effscale.experiments.shared.results import show_rows
-from effscale.experiments.shared.saved import config_from_json
-from effscale.experiments.shared.search import Point
+from effscale.study.results import show_rows
+from effscale.study.search import Point
 from effscale.training import RunFolder, TrainingDivergedError
+from effscale.training.saved import config_from_json
 
 PROGRAM = pathlib.Path(__file__).with_name("data_efficiency_killed.py")
 SEARCHED = [

@@ -1,129 +1,87 @@
-import itertools
-import json
-import os
-import shutil
-import signal
+"""The study moe: its arms hold and compute what they are compared by, two steps of a student, and wrong options."""
 
+import dataclasses
+import json
+
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from effscale.experiments.moe import report
-from effscale.experiments.moe.arms import ARMS, expert_counts
-from effscale.experiments.moe.config import PRESETS, Config
-from effscale.experiments.moe.experiment import main
-from effscale.experiments.moe.runs import Training
-
-ARMS_RUN = ("dense", "pr_moe", "pr_moe_mos")
-
-
-@pytest.fixture(scope="module")
-def options(corpus, tmp_path_factory):
-    """Options of a run that takes seconds."""
-    return [
-        *("--preset", "smoke", "--corpus", corpus, "--validation-fraction", "0.1"),
-        *("--cache", str(tmp_path_factory.mktemp("cache")), "--vocab-size", "300"),
-        *("--steps", "8", "--length", "16", "--eval-every", "4", "--model.d-model", "16"),
-    ]
+from effscale.experiments import moe
+from effscale.experiments.shared.gpt import ModelConfig
+from effscale.models import Transformer
+from effscale.parallel import MeshConfig
+from effscale.study.command import conduct, parse
 
 
-@pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    main([*options, "--arms", *ARMS_RUN, "--out", str(folder)])
-    return folder
-
-
-def records(folder, name):
-    lines = (folder / "seed-0" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_figures(finished):
-    named = json.loads((finished / "results.json").read_text())
-    for name in ARMS_RUN:
-        assert named["unigram_entropy"] < named[f"{name}_val_loss"] < np.log(300)
-    assert named["pr_moe_params"] > named["dense_params"]
+def test_two_steps_of_a_teacher_and_its_student(corpus, tmp_path):
+    """The whole study, on tiny models: the teacher leaves after 70 % of the steps."""
+    config = dataclasses.replace(
+        moe.PRESETS["smoke"],
+        corpus=(corpus,),
+        validation_fraction=0.1,
+        cache=tmp_path / "cache",
+        out=tmp_path / "run",
+        arms=("pr_moe", "pr_moe_mos"),
+        vocab_size=300,
+        steps=3,
+        warmup=1,
+        length=16,
+        eval_every=3,
+        model=ModelConfig(num_layers=2, d_model=16, num_heads=2, remat="none"),
+    )
+    figures = conduct(config, moe.study).figures
+    assert figures["unigram_entropy"] < figures["pr_moe_mos_val_loss"]
     # The teacher's forward passes are counted while it is there.
-    assert named["pr_moe_mos_teraflops"] > named["pr_moe_teraflops"]
-    for name in ("losses", "curves"):
-        figure = finished / "figures" / f"{name}.png"
-        assert figure.read_bytes().startswith(b"\x89PNG")
-        assert 3_000 < figure.stat().st_size < 100_000
-    # Losses are of the text alone.
-    first = records(finished, "pr_moe")[0]
-    assert first["task_loss"] < first["loss"]
+    assert figures["pr_moe_mos_teraflops"] > figures["pr_moe_teraflops"]
+    lines = (tmp_path / "run/pr_moe_mos/seed-0/metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    assert ["divergence" in record for record in steps] == [True, True, False]
+    assert steps[0]["task_loss"] < steps[0]["loss"]  # the evaluation is of the text alone
 
 
-def test_the_teacher_leaves_after_its_share_of_the_steps(finished):
-    """70 % of 8 steps are 6; the evaluation is of the student alone."""
-    by_step = {r["step"]: r for r in records(finished, "pr_moe_mos") if "loss" in r}
-    assert [step for step, r in by_step.items() if "divergence" in r] == [
-        step for step in by_step if step <= 6
-    ]
-
-
-def test_a_stopped_student_goes_on_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
-    """It is stopped while its teacher is there; the other runs are finished already."""
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    shutil.rmtree(out / "seed-0" / "pr_moe_mos")
-    with monkeypatch.context() as patch:
-        real = Training._staged
-
-        def killing(self):
-            staged, calls = real(self), itertools.count(1)
-            call = type(staged).__call__
-
-            class Killing(type(staged)):
-                def __call__(inner, state, batch, **kwargs):
-                    if next(calls) == 5:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    return call(inner, state, batch, **kwargs)
-
-            staged.__class__ = Killing
-            return staged
-
-        patch.setattr(Training, "_staged", killing)
-        with pytest.raises(SystemExit) as stopped:
-            main(["--out", str(out), "--resume"])
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert records(out, "pr_moe_mos")[-1]["step"] < 6
-    main(["--out", str(out), "--resume"])
-    assert records(out, "pr_moe_mos") == records(finished, "pr_moe_mos")
+def test_the_papers_student_lowers_with_its_teacher():
+    """One of the paper's layers with experts, on an ``expert`` axis of eight."""
+    config = dataclasses.replace(
+        moe.PRESETS["paper"],
+        model=dataclasses.replace(moe.PRESETS["paper"].model, num_layers=2),
+        student_layers=2,
+    )
+    run = dataclasses.replace(moe.run(config, "pr_moe_mos"), mesh=MeshConfig(data=1, expert=8))
+    rows = jax.ShapeDtypeStruct((256, 2048), "int32")
+    batch = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), rows)
+    teacher = moe.transformer(config, "pr_moe", config.vocab_size)
+    frozen = lambda: Transformer(teacher, rngs=nnx.Rngs(0))
+    assert "256x2048xi32" in run.lower(batch=batch, stage=0, frozen=frozen).as_text()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--arms", "dense", "pr_moe_kd"],
-            "must be arms that include pr_moe, the teacher of pr_moe_kd",
-        ),
-        (["--arms", "dense", "dense"], "must be different arms"),
         (["--warmup", "8", "--steps", "8"], "Config.warmup must be below steps=8, got 8"),
-        (
-            ["--student-layers", "3"],
-            "Config.student_layers must be from 2 to num_layers=2, got 3",
-        ),
-        (
-            ["--router.capacity-factor", "0"],
-            "RouterConfig.capacity_factor must be above 0",
-        ),
+        (["--student-layers", "3"], "Config.student_layers must be from 2 to num_layers=2, got 3"),
+        (["--router.capacity-factor", "0"], "RouterConfig.capacity_factor must be above 0"),
         (["--num-experts", "1"], "Config.num_experts must be at least 2, got 1"),
         (["--teacher-leaves", "1"], "Config.teacher_leaves must be between 0 and 1, got 1.0"),
     ],
 )
-def test_a_wrong_option_is_answered_with_what_would_do(words, message, options, tmp_path, capsys):
+def test_a_wrong_option_is_answered_with_what_would_do(words, message, capsys):
     with pytest.raises(SystemExit):
-        main([*options, "--out", str(tmp_path / "run"), *words])
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in said
-    assert not (tmp_path / "run").exists()
+        parse(moe.PRESETS, "", ["--preset", "smoke", *words])
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_help_is_quick(shown_by_help):
-    heavy = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "torch", "transformers")
-    assert "--teacher-leaves" in shown_by_help("moe", heavy)
+def test_a_student_needs_its_teacher(corpus, tmp_path):
+    config = dataclasses.replace(
+        moe.PRESETS["smoke"],
+        corpus=(corpus,),
+        validation_fraction=0.1,
+        cache=tmp_path,
+        vocab_size=300,
+    )
+    with pytest.raises(ValueError, match="'pr_moe', which 'pr_moe_kd' needs"):
+        moe.study(config).only(("dense", "pr_moe_kd"))
 
 
 @pytest.mark.parametrize(
@@ -137,14 +95,14 @@ def test_help_is_quick(shown_by_help):
     ],
 )
 def test_experts_of_each_layer(arm, counts):
-    assert expert_counts(ARMS[arm], 8, 4) == counts
+    assert moe.expert_counts(moe.KINDS[arm], 8, 4) == counts
 
 
 def test_arms_that_are_compared_hold_and_compute_alike():
     """Halves hold as many experts as each other; a dense part beside one expert computes as two experts do, but for two logits."""
-    config = Config()
-    params = {name: report.count_params(config.transformer(name, 512)) for name in ARMS}
-    flops = {name: report.teraflops(config, name, 512) for name in ARMS}
+    config = moe.Config()
+    params = {name: moe.count_params(moe.transformer(config, name, 512)) for name in moe.KINDS}
+    flops = {name: moe.teraflops(config, name, 512) for name in moe.KINDS}
     assert params["first_half"] == params["second_half"] == params["moe"]
     assert params["residual"] < params["pr_moe"] < params["moe_double"]
     assert params["pr_moe_student"] == params["pr_moe_mos"] < params["pr_moe"]
@@ -155,8 +113,8 @@ def test_arms_that_are_compared_hold_and_compute_alike():
 
 def test_the_papers_model_has_the_papers_size():
     """350M+PR-MoE-32/64 has 4B parameters, and its student 3.5B."""
-    config = PRESETS["paper"]
-    count = lambda name: report.count_params(config.transformer(name, 50257)) / 1e9
+    config = moe.PRESETS["paper"]
+    count = lambda name: moe.count_params(moe.transformer(config, name, 50257)) / 1e9
     assert 3.5 < count("pr_moe") < 4.3
     assert 3.0 < count("pr_moe_mos") < 3.8
     assert 0.3 < count("dense") < 0.4
@@ -164,25 +122,8 @@ def test_the_papers_model_has_the_papers_size():
 
 def test_what_dense_models_cost_to_reach_a_loss():
     costs, losses = [1.0, 2.0, 4.0], [4.1, 3.1, 2.6]
-    assert report.cost_to_reach(3.1, costs, losses) == 2.0
-    np.testing.assert_allclose(report.cost_to_reach(3.6, costs, losses), 2**0.5)
-    np.testing.assert_allclose(report.cost_to_reach(2.85, costs, losses), 2**1.5)
-    assert report.cost_to_reach(2.5, costs, losses) is None
-    assert report.cost_to_reach(4.5, costs, losses) is None
-
-    def arm(compute, seconds, *losses):
-        made = [[{"step": 1, "val_loss": loss}] for loss in losses]
-        return report.Runs(records=made, cpu_seconds=seconds, params=1, teraflops=compute)
-
-    runs = {
-        "dense": arm(1.0, [10.0, 10.0], 4.0, 4.2),
-        "dense_2x": arm(2.0, [20.0, 40.0], 3.0, 3.2),
-        "moe": arm(1.0, [16.0, 16.0], 3.0, 4.2),
-    }
-    found = report.figures(runs)
-    assert found["dense_teraflops_to_moe_loss"] == 1.5
-    assert found["dense_teraflops_over_moe"] == 1.5
-    np.testing.assert_allclose(found["dense_cpu_seconds_over_moe"], (20 / 16 + 10 / 16) / 2)
-    np.testing.assert_allclose(found["dense_teraflops_over_moe_std"], 2**0.5 / 2)
-    runs["moe"] = arm(1.0, [16.0, 16.0], 3.0, 3.1)
-    assert report.figures(runs)["dense_teraflops_over_moe"] is None
+    assert moe.cost_to_reach(3.1, costs, losses) == 2.0
+    np.testing.assert_allclose(moe.cost_to_reach(3.6, costs, losses), 2**0.5)
+    np.testing.assert_allclose(moe.cost_to_reach(2.85, costs, losses), 2**1.5)
+    assert moe.cost_to_reach(2.5, costs, losses) is None
+    assert moe.cost_to_reach(4.5, costs, losses) is None

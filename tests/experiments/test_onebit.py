@@ -26,11 +26,11 @@ from effscale.experiments.onebit.optimizers import (
 )
 from effscale.experiments.onebit.runs import Pretraining
 from effscale.experiments.shared.classifier.batches import TrainingBatches
-from effscale.experiments.shared.saved import config_from_json
 from effscale.interop import load_pretrained
 from effscale.optim import Round, Workers
 from effscale.parallel import simulate_workers, worker_params
 from effscale.training import Clip
+from effscale.training.saved import config_from_json
 from effscale.training.serialize import to_json
 
 ARMS = {"gpt": ("adam", "zero_one_adam"), "bert": ("lamb", "onebit_lamb")}

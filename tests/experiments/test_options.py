@@ -9,8 +9,8 @@ import pkgutil
 import pytest
 
 import effscale.experiments
-from effscale.experiments.shared.saved import config_from_json
 from effscale.training import AdamWConfig
+from effscale.training.saved import config_from_json
 from effscale.training.serialize import to_json
 
 NAMES = [module.name for module in pkgutil.iter_modules(effscale.experiments.__path__)]

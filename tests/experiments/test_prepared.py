@@ -6,9 +6,10 @@ import pathlib
 
 import pytest
 
-from effscale.experiments.shared.cli import StoppedBySignal, parse
-from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora, resumable
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.locks import ProcessLock
+from effscale.study.command import StoppedBySignal, parse
+from effscale.study.folder import resumable
 from effscale.training import MirrorError, RunFolder, RunMirror
 
 ROWS = ["--batch-size", "8"]

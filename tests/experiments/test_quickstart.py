@@ -7,8 +7,8 @@ import pytest
 
 from effscale.experiments.quickstart.config import PRESETS, Config
 from effscale.experiments.quickstart.experiment import load, main, run, sample
-from effscale.experiments.shared.saved import config_from_json
 from effscale.training import CheckpointError, fetch_run
+from effscale.training.saved import config_from_json
 
 MIRROR = "memory://runs/one"
 KEYS = {"val_loss", "unigram_entropy", "tokens_seen", "tokens_per_second", "num_params"}
@@ -153,7 +153,7 @@ def test_the_paper_preset_is_gpt2():
 
 @pytest.mark.slow  # test_pretraining runs the same techniques on a smaller model
 def test_a_technique_trains_in_more_and_smaller_steps(options, tmp_path):
-    from effscale.experiments.shared.cli import parse
+    from effscale.study.command import parse
 
     out = tmp_path / "run"
     words = ["--technique", "cl_ltd", "--steps", "12", "--samples", "the cat", "--out", str(out)]

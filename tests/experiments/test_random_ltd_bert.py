@@ -16,9 +16,9 @@ from effscale.experiments.random_ltd_bert.runs import Pretraining
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.masked_text import HideTokens, hidden_rows, passages_data
 from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
-from effscale.experiments.shared.search import Point
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import Transformer
+from effscale.study.search import Point
 from effscale.training import (
     RunFolder,
     StagedStep,

@@ -162,7 +162,7 @@ def test_a_diverging_run_is_a_result_and_other_learning_rates_can_follow(folder)
 
 def test_a_large_batch_is_the_small_ones_of_its_seed(options, corpus):
     from effscale.data import parse_mixture, prepare_mixture
-    from effscale.experiments.shared.cli import parse
+    from effscale.study.command import parse
 
     config = parse(PRESETS, "", options)
     sources, weights = parse_mixture(config.corpus)

@@ -11,7 +11,6 @@ from flax import nnx
 from effscale.experiments.shared import assets
 from effscale.experiments.shared.classifier.batches import Texts, TrainingBatches
 from effscale.experiments.shared.classifier.cutting import cut_passages
-from effscale.experiments.shared.saved import config_from_json
 from effscale.experiments.xtc import runs
 from effscale.experiments.xtc.arms import Arm
 from effscale.experiments.xtc.config import Config
@@ -21,6 +20,7 @@ from effscale.interop import load_tokenizer, save_pretrained
 from effscale.models import Transformer, bert
 from effscale.quant import model_size, w1a8
 from effscale.training import RunFolder, ScheduleConfig, TrainingDivergedError
+from effscale.training.saved import config_from_json
 
 
 @pytest.fixture(scope="module")

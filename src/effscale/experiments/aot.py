@@ -3,6 +3,7 @@
 ``make aot`` runs ``python -m kernels_pallas.aot --programs ... effscale.experiments.aot``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +22,10 @@ from effscale.experiments import (
     seqlen_curriculum,
     xtc,
 )
-from effscale.experiments.moe import runs as moe_runner
 from effscale.experiments.onebit import runs as onebit_runner
 from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
 from effscale.experiments.shared.classifier.model import class_loss, classifier_config
-from effscale.experiments.shared.lowering import lower_step
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.random_ltd import arms as random_ltd
@@ -35,6 +34,7 @@ from effscale.models import Transformer, bert, take_layers, vit
 from effscale.models.config import PatchInputs
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker
+from effscale.parallel.lowering import lower_step
 from effscale.training import (
     Clip,
     create_train_state,
@@ -243,15 +243,14 @@ def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
 def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lower the step of a student of 350M+PR-MoE-32/64 with its teacher, with experts sharded over 8 devices."""
     config = moe.PRESETS["paper"]
-    step, optimizer = moe_runner.make_step(config, "pr_moe_mos")
-    make = lambda name: Transformer(config.transformer(name, config.vocab_size), rngs=nnx.Rngs(0))
-
-    def create() -> Any:
-        return create_train_state(make("pr_moe_mos"), optimizer, key=jax.random.key(0))
-
-    mesh = MeshConfig(data=1, expert=8).build(devices)
-    batch = _packed_rows((config.batch_size, config.length))
-    return lower_step(step, create, batch, mesh, frozen=lambda: make("pr_moe"))
+    run = dataclasses.replace(moe.run(config, "pr_moe_mos"), mesh=MeshConfig(data=1, expert=8))
+    teacher = moe.transformer(config, "pr_moe", config.vocab_size)
+    return run.lower(
+        devices,
+        batch=_packed_rows((config.batch_size, config.length)),
+        stage=0,
+        frozen=lambda: Transformer(teacher, rngs=nnx.Rngs(0)),
+    )
 
 
 def lower_train_step(

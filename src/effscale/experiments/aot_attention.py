@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from effscale.experiments.shared.lowering import lower_step
 from effscale.models import Transformer, build_context, preset
 from effscale.models.attention import in_blocks
 from effscale.models.config import AttentionImplementation, Remat
 from effscale.models.positions import Alibi
 from effscale.parallel import MeshConfig
+from effscale.parallel.lowering import lower_step
 from effscale.training import create_train_state, make_train_step, next_token_loss
 from kernels_pallas.aot import Program
 from kernels_pallas.attention.aot import lower_on_eight

@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from effscale.experiments import rlhf
-from effscale.experiments.shared.lowering import lower_step, placed, placed_rows
 from effscale.generation import SamplingConfig, decode
 from effscale.models import (
     ClassHead,
@@ -32,6 +31,7 @@ from effscale.models import (
     opt,
 )
 from effscale.parallel import use_rules
+from effscale.parallel.lowering import lower_step, placed, placed_rows
 from effscale.rlhf import Experience, RolloutConfig, actor_loss, critic_loss, response_log_probs
 from effscale.rlhf.rollout import rollout_model
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step

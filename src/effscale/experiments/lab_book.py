@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from effscale.experiments.shared.cli import messages
-from effscale.experiments.shared.config_parts import OUTPUT
-from effscale.experiments.shared.results import titled
 from effscale.models.validation import did_you_mean
+from effscale.study.command import messages
+from effscale.study.folder import OUTPUT
+from effscale.study.results import titled
 from effscale.training.serialize import write_atomic, write_json
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

@@ -7,7 +7,7 @@ from effscale.moe.layer import MoE, MoEConfig
 from effscale.moe.layouts import with_experts
 from effscale.moe.router import Router, RouterConfig
 from effscale.moe.routing import Routing, expert_capacity, top_k_routing
-from effscale.moe.students import mixture_of_students_loss, staged_distillation
+from effscale.moe.students import leaving_teacher, mixture_of_students_loss, staged_distillation
 from effscale.moe.upcycling import upcycle
 from effscale.moe.watch import RouterWatch, effective_experts
 
@@ -22,6 +22,7 @@ __all__ = [
     "effective_experts",
     "expert_capacity",
     "expert_choice",
+    "leaving_teacher",
     "load_balance",
     "mixture_of_students_loss",
     "router_statistics",

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from effscale.models import Transformer, dense
-from effscale.training import Loss, StagedStep, Stages, add_reports, head_loss
+from effscale.training import Changes, Loss, StagedStep, Stages, add_reports, head_loss
 from effscale.training.objectives import counted_weights
 from kernels_pallas import kl_divergence
 
@@ -101,13 +101,22 @@ def staged_distillation(
     Returns:
         A step for ``fit(step_fn=step, before_step=step.before_step, frozen=teacher)``.
     """
+    return StagedStep(step, *leaving_teacher(stop), **options)
+
+
+def leaving_teacher(stop: int) -> Changes:
+    """Return what changes in a run whose student learns from its teacher up to step ``stop``, for ``effscale.run.Run``.
+
+    Raises:
+        ValueError: ``stop`` is below 1.
+    """
     if stop < 1:
         raise ValueError(f"stop must be at least 1, got {stop}")
 
     def mark(batch: Any, learns: bool) -> Any:
         return batch if learns else {**batch, ALONE: np.zeros((), np.float32)}
 
-    return StagedStep(step, Stages((0, stop), (True, False)), mark, **options)
+    return Changes(Stages((0, stop), (True, False)), mark)
 
 
 def _divergence(

@@ -8,8 +8,8 @@ from effscale.training.checkpoint_files import read_checkpoint_config, restore_m
 from effscale.training.clipping import Clip
 from effscale.training.console import ConsoleWriter
 from effscale.training.counter import Counter
-from effscale.training.errors import CheckpointError, TrainingDivergedError
-from effscale.training.evaluation import evaluate, make_eval_step
+from effscale.training.errors import CheckpointError, StoppedBySignal, TrainingDivergedError
+from effscale.training.evaluation import Evaluation, evaluate, make_eval_step
 from effscale.training.items import HasItems
 from effscale.training.loop import FitResult, fit, resume_or_start
 from effscale.training.loss import Loss
@@ -53,7 +53,7 @@ from effscale.training.schedules import (
     scale_by_learning_rate,
     scale_by_token_schedule,
 )
-from effscale.training.staged import StagedStep
+from effscale.training.staged import Changes, StagedStep
 from effscale.training.stages import Stages, merge, stages
 from effscale.training.state import (
     CountsSteps,
@@ -67,6 +67,7 @@ from effscale.training.step import count_tokens, make_train_step, split_batch
 __all__ = [
     "AdamWConfig",
     "Best",
+    "Changes",
     "CheckpointError",
     "Checkpoints",
     "Clip",
@@ -77,6 +78,7 @@ __all__ = [
     "CountsSteps",
     "CustomPacing",
     "DiscretePacing",
+    "Evaluation",
     "FitResult",
     "HasItems",
     "JsonlWriter",
@@ -97,6 +99,7 @@ __all__ = [
     "ShapeBuckets",
     "StagedStep",
     "Stages",
+    "StoppedBySignal",
     "TensorBoardWriter",
     "TrainState",
     "TrainingDivergedError",

@@ -1,8 +1,27 @@
 """The exceptions of a run."""
 
+import signal
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names it and says what to do."""
+
+
+class StoppedBySignal(Exception):
+    """A run was stopped by a signal, has saved, and can be resumed; the message says how.
+
+    Attributes:
+        signal: The number of the signal.
+        status: The exit status of the program: 128 plus the signal's number, as if the signal had ended it.
+    """
+
+    def __init__(self, message: str, signal_number: int | None):
+        super().__init__(message)
+        self.signal = signal_number or signal.SIGTERM
+        self.status = 128 + self.signal
+
+    def __reduce__(self):
+        return type(self), (str(self), self.signal)
 
 
 class TrainingDivergedError(RuntimeError):

@@ -1,11 +1,23 @@
 """A training step with a schedule of shapes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from effscale.training.buckets import Compilation, ShapeBuckets
 from effscale.training.stages import Stages
 from effscale.training.state import abstract
+
+
+class Changes(NamedTuple):
+    """What changes on the way of a run: a curriculum, random-LTD, a teacher that leaves.
+
+    Attributes:
+        stages: The value of each stage of the run.
+        shape_batch: ``shape_batch(batch, value) -> batch`` gives a batch its shape in a stage, on the host.
+    """
+
+    stages: Stages[Any]
+    shape_batch: Callable[[Any, Any], Any]
 
 
 class StagedStep:

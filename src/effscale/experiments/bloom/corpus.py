@@ -32,8 +32,8 @@ from effscale.data.cleaning import (
 )
 from effscale.experiments.bloom.config import CODE, Config
 from effscale.experiments.bloom.messages import InterfaceText
-from effscale.experiments.shared.console import status
 from effscale.locks import locked
+from effscale.study.console import status
 from effscale.user_cache import cache_folder
 
 SAMPLE_CHARACTERS = 4 << 20

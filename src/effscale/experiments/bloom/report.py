@@ -9,9 +9,9 @@ import numpy as np
 
 from effscale.experiments.bloom.corpus import Prepared
 from effscale.experiments.bloom.tasks import Group
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series, smooth
-from effscale.experiments.shared.results import deviation
+from effscale.study.results import deviation
 from effscale.training import read_jsonl
+from effscale.training.plotting import COLORS, STYLE, pyplot, series, smooth
 
 STAGES = ("zero_shot_before", "zero_shot_after")
 GROUPS: tuple[Group, ...] = get_args(Group)

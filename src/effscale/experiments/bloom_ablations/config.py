@@ -5,14 +5,14 @@ import math
 import pathlib
 from typing import Literal
 
-from effscale.experiments.shared.config_parts import OUTPUT
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
-from effscale.experiments.shared.search import Point, Search
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import TokenInputs
 from effscale.models.positions import LearnedPositions, Rotary
 from effscale.models.validation import check
+from effscale.study.folder import OUTPUT
+from effscale.study.search import Point, Search
 
 ArmName = Literal["alibi", "rotary", "learned", "alibi_without_norm"]
 ARMS: tuple[ArmName, ...] = ("alibi", "rotary", "learned", "alibi_without_norm")

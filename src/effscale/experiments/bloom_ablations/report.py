@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from effscale.experiments.bloom_ablations.config import ArmName, Config
-from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot
-from effscale.experiments.shared.results import deviation
-from effscale.experiments.shared.search import Found
+from effscale.study.results import deviation
+from effscale.study.search import Found
+from effscale.training.plotting import COLORS, STYLE, band, pyplot
 
 NAMES: dict[ArmName, str] = {
     "alibi": "ALiBi (BLOOM)",

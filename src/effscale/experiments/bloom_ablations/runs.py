@@ -11,7 +11,7 @@ from effscale.data import Corpus, make_dataset
 from effscale.experiments.bloom_ablations.config import ArmName, Config
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_run import pretrain_once
-from effscale.experiments.shared.search import Found, Point
+from effscale.study.search import Found, Point
 from effscale.training import (
     RunFolder,
     TrainState,
@@ -57,7 +57,7 @@ class Runner:
             loss = json.loads((folder.path / name / "final.json").read_text())["losses"][0]
             return math.inf if loss is None else loss
 
-        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
+        return self.config.search.climb(self.config.start, loss_of, steps=self.config.steps)
 
     def run(self, folder: RunFolder, arm: ArmName, seed: int, point: Point) -> None:
         """Start a run, resume one that was stopped, or skip a finished one. A run that diverges counts as finished.

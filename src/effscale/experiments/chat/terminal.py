@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from effscale.experiments.chat.config import PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
+from effscale.study.command import messages, parse
 
 HELP = "/clear forgets the conversation, /quit ends it"
 

@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.config_parts import OUTPUT
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig, PretrainingPart
 from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, Technique
-from effscale.experiments.shared.search import Point, Search
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
+from effscale.study.folder import OUTPUT
+from effscale.study.search import Point, Search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.data_efficiency.report import NAMES, Comparison
-from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, shrink
 from effscale.experiments.shared.pretraining_plan import Technique
+from effscale.training.plotting import COLORS, STYLE, band, pyplot, shrink
 
 LABELS = {
     "layer_tokens": "layer-averaged tokens (millions)",

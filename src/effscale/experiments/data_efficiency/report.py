@@ -10,11 +10,11 @@ import numpy as np
 
 from effscale.experiments.data_efficiency.config import Config
 from effscale.experiments.data_efficiency.runs import run_name
-from effscale.experiments.shared.plotting import Records
 from effscale.experiments.shared.pretraining_plan import Plan, Technique, layer_tokens
-from effscale.experiments.shared.results import deviation
-from effscale.experiments.shared.search import Found
+from effscale.study.results import deviation
+from effscale.study.search import Found
 from effscale.training import read_jsonl
+from effscale.training.plotting import Records
 
 COSTS = {
     "tokens_read": "tokens read",

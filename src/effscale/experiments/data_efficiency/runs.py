@@ -11,7 +11,7 @@ from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import FREE
 from effscale.experiments.shared.pretraining_plan import Technique
 from effscale.experiments.shared.pretraining_run import pretrain_once
-from effscale.experiments.shared.search import Found, Point
+from effscale.study.search import Found, Point
 from effscale.training import RunFolder, TrainState
 
 
@@ -53,7 +53,7 @@ class Runner:
             loss = json.loads((folder.path / name / "final.json").read_text())["val_loss"]
             return float("inf") if loss is None else loss
 
-        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
+        return self.config.search.climb(self.config.start, loss_of, steps=self.config.steps)
 
     def run(
         self, folder: RunFolder, technique: Technique, fraction: float, seed: int, point: Point

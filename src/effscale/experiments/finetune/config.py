@@ -5,8 +5,9 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import OUTPUT, ImagePart
+from effscale.experiments.shared.config_parts import ImagePart
 from effscale.models.validation import check
+from effscale.study.folder import OUTPUT
 
 Task = Literal["reviews", "digits", "fashion"]
 

@@ -14,10 +14,10 @@ with the same head, batches and learning rates. Both run with several seeds, and
 import time
 
 from effscale.experiments.finetune.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.console import status
-from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
-from effscale.experiments.shared.results import Result, finish
+from effscale.study.command import messages, parse
+from effscale.study.console import status
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import (
+from effscale.study.results import deviation
+from effscale.training import read_jsonl
+from effscale.training.plotting import (
     COLORS,
     STYLE,
     Records,
@@ -15,8 +17,6 @@ from effscale.experiments.shared.plotting import (
     series,
     shrink,
 )
-from effscale.experiments.shared.results import deviation
-from effscale.training import read_jsonl
 
 BACKENDS = ("effscale", "torch")
 NAMES = {"effscale": "effscale", "torch": "PyTorch"}

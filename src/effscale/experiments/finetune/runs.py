@@ -14,8 +14,8 @@ from effscale.experiments.shared.classifier.batches import (
 )
 from effscale.experiments.shared.classifier.model import class_loss, classifier, make_step
 from effscale.experiments.shared.classifier.problem import Problem
-from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.experiments.shared.runs import once, train_to_end, writer_of_run
+from effscale.study.command import StoppedBySignal
 from effscale.training import (
     RunFolder,
     ScheduleConfig,

@@ -7,8 +7,9 @@ from typing import Literal
 from effscale.experiments.onebit.optimizers import OPTIMIZERS, TWINS, Moments, OptimizerName, Stages
 from effscale.experiments.shared import bert, gpt
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import OUTPUT, PassagePart
+from effscale.experiments.shared.config_parts import PassagePart
 from effscale.models.validation import check, check_finite
+from effscale.study.folder import OUTPUT
 from effscale.training import AdamWConfig
 
 Task = Literal["gpt", "bert"]

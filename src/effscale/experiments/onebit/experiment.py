@@ -16,16 +16,11 @@ the standard library of the running Python, so nothing is downloaded.
 import time
 
 from effscale.experiments.onebit.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import (
-    check_folder,
-    corpus_digests,
-    open_folder,
-    prepared_corpora,
-    resumable,
-)
-from effscale.experiments.shared.results import Result, finish
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
+from effscale.study.command import messages, parse
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

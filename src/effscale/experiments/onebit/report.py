@@ -9,7 +9,9 @@ import numpy as np
 
 from effscale.experiments.onebit.config import Config
 from effscale.experiments.onebit.optimizers import TWINS, rounds
-from effscale.experiments.shared.plotting import (
+from effscale.study.results import deviation
+from effscale.training import read_jsonl
+from effscale.training.plotting import (
     COLORS,
     STYLE,
     Records,
@@ -18,8 +20,6 @@ from effscale.experiments.shared.plotting import (
     series,
     shrink,
 )
-from effscale.experiments.shared.results import deviation
-from effscale.training import read_jsonl
 
 NAMES = {
     "adam": "Adam",

@@ -23,19 +23,14 @@ import jax
 import numpy as np
 
 from effscale.experiments.quickstart.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import StoppedBySignal, messages, parse
-from effscale.experiments.shared.console import show_results, status
-from effscale.experiments.shared.host import keep_freed_memory, peak_memory
-from effscale.experiments.shared.prepared import (
-    check_folder,
-    corpus_digests,
-    open_folder,
-    prepared_corpora,
-    resumable,
-)
-from effscale.experiments.shared.saved import config_from_json
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.models import Transformer, abstract
 from effscale.parallel import batch_shard, initialize, on_first, shard_batch
+from effscale.study.command import StoppedBySignal, messages, parse
+from effscale.study.console import show_results, status
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory, peak_memory
+from effscale.training.saved import config_from_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +75,9 @@ def run(config: Config) -> Result:
     """
     # Imports that only a run needs are here, so that --help is fast.
     from effscale.data import save_tokenizer, unigram_entropy
-    from effscale.experiments.shared.plotting import loss_curve, speed_curve
     from effscale.experiments.shared.pretraining import Pretraining
     from effscale.training import read_jsonl
+    from effscale.training.plotting import loss_curve, speed_curve
 
     began = time.perf_counter()
     first = jax.process_index() == 0  # only the first of several processes writes

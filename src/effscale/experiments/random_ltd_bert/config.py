@@ -5,10 +5,11 @@ import pathlib
 
 from effscale.experiments.shared.bert import ModelConfig
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import OUTPUT, PassagePart
+from effscale.experiments.shared.config_parts import PassagePart
 from effscale.experiments.shared.random_ltd.arms import Dropping, LearningRate
-from effscale.experiments.shared.search import Point, Search
 from effscale.models.validation import check
+from effscale.study.folder import OUTPUT
+from effscale.study.search import Point, Search
 from effscale.training import AdamWConfig
 
 

@@ -27,18 +27,13 @@ from typing import Any
 import numpy as np
 
 from effscale.experiments.random_ltd_bert.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import (
-    check_folder,
-    corpus_digests,
-    open_folder,
-    prepared_corpora,
-    resumable,
-)
+from effscale.experiments.shared.prepared import corpus_digests, prepared_corpora
 from effscale.experiments.shared.random_ltd.arms import ARMS
-from effscale.experiments.shared.results import Result, finish
-from effscale.experiments.shared.search import Found
+from effscale.study.command import messages, parse
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory
+from effscale.study.results import Result, finish
+from effscale.study.search import Found
 
 
 def run(config: Config) -> Result:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from effscale.experiments.shared.random_ltd.report import NAMES, quality_figures, quality_rows
-from effscale.experiments.shared.search import Found
+from effscale.study.search import Found
 
 
 def search_figures(found: Mapping[str, Found]) -> dict[str, float | int]:
@@ -36,7 +36,7 @@ def tried_rows(found: Mapping[str, Found]) -> list[list[str]]:
     """Return a heading and one row per pair of learning rate and warmup that was tried: the loss of each arm.
 
     Example:
-        >>> from effscale.experiments.shared.search import Point
+        >>> from effscale.study.search import Point
         >>> losses = {Point(1e-3, 60): 4.8, Point(2e-3, 60): float("inf")}
         >>> found = {"baseline": Found(best=Point(1e-3, 60), losses=losses, settled=False)}
         >>> tried_rows(found)[1:]

@@ -15,9 +15,9 @@ from effscale.experiments.random_ltd_bert.config import Config
 from effscale.experiments.shared.masked_text import hidden_rows, with_mask
 from effscale.experiments.shared.random_ltd.arms import Arm, ArmName
 from effscale.experiments.shared.runs import once, train_to_end
-from effscale.experiments.shared.search import Found, Point
 from effscale.interop import save_pretrained
 from effscale.models import Transformer
+from effscale.study.search import Found, Point
 from effscale.training import (
     RunFolder,
     TrainingDivergedError,
@@ -85,7 +85,7 @@ class Pretraining:
             seed, steps = self.config.search.seed, self.config.steps
             return self._last_loss(folder, name, seed, point, steps, "val_loss")
 
-        return self.config.search.climb(self.config.start, self.config.steps, loss_of)
+        return self.config.search.climb(self.config.start, loss_of, steps=self.config.steps)
 
     def run(self, folder: RunFolder, seed: int, point: Point) -> None:
         """Start a run, resume one that was stopped, or skip a finished one.

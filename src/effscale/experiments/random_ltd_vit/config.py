@@ -5,9 +5,10 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import OUTPUT, ImagePart
+from effscale.experiments.shared.config_parts import ImagePart
 from effscale.experiments.shared.random_ltd.arms import Dropping
 from effscale.models.validation import check
+from effscale.study.folder import OUTPUT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 from effscale.experiments.random_ltd_vit.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.console import status
-from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
 from effscale.experiments.shared.random_ltd.arms import ARMS
-from effscale.experiments.shared.results import Result, finish
+from effscale.study.command import messages, parse
+from effscale.study.console import status
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

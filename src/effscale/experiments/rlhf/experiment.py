@@ -23,11 +23,11 @@ import jax
 import numpy as np
 
 from effscale.experiments.rlhf.config import FREE, PRESETS, Config
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
-from effscale.experiments.shared.results import Result, finish
 from effscale.parallel import initialize, shard_batch
+from effscale.study.command import messages, parse
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

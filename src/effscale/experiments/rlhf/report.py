@@ -12,13 +12,13 @@ import numpy as np
 
 from effscale.experiments.rlhf.config import Config, Step
 from effscale.experiments.rlhf.runs import Steps
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot, series
-from effscale.experiments.shared.results import deviation
 from effscale.generation import decode
 from effscale.models import Transformer
 from effscale.rlhf import response_log_probs, response_scores
 from effscale.rlhf.rollout import rollout_model
+from effscale.study.results import deviation
 from effscale.training import read_jsonl
+from effscale.training.plotting import COLORS, STYLE, pyplot, series
 
 POLICIES: tuple[Step, ...] = ("ppo", "grpo", "rloo", "dpo")
 NAMES = {

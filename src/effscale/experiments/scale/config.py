@@ -10,11 +10,11 @@ from effscale.experiments.scale.cases import ONEBIT, Case, Technique, Weights
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.models import check_mesh, known_model, num_experts
 from effscale.experiments.scale.schedules import PAPER, stages_of
-from effscale.experiments.shared.config_parts import OUTPUT, OutputPart
 from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.models.config import Remat
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
+from effscale.study.folder import OUTPUT, OutputPart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ from typing import Any
 from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.config import FREE, PRESETS, Config
 from effscale.experiments.scale.machines import machine
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.prepared import check_folder, open_folder, release, resumable
-from effscale.experiments.shared.results import Result, finish
+from effscale.study.command import messages, parse
+from effscale.study.folder import check_folder, open_folder, release, resumable
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

@@ -8,7 +8,7 @@ from effscale.experiments.scale.comparison import between, plain_name
 from effscale.experiments.scale.config import Config
 from effscale.experiments.scale.estimate import Estimate
 from effscale.experiments.scale.machines import machine
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
+from effscale.training.plotting import COLORS, STYLE, pyplot
 
 DAY = 86_400
 NEGLIGIBLE = 5e6

@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from effscale.experiments.scale.cases import ONEBIT, Case, Weights
 from effscale.experiments.scale.models import loss_of
-from effscale.experiments.shared.lowering import lower_step, placed, placed_rows
 from effscale.ltd import RandomLTD, mslg
 from effscale.models import (
     Transformer,
@@ -22,6 +21,7 @@ from effscale.models import (
 )
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import logical_spec, per_worker
+from effscale.parallel.lowering import lower_step, placed, placed_rows
 from effscale.quant import Format, PackedWeight, Recipe, Rule, quantize_model
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
 

@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.config_parts import OUTPUT, CorporaPart
+from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig
+from effscale.study.folder import OUTPUT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

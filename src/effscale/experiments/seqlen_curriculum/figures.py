@@ -8,7 +8,7 @@ import numpy as np
 
 from effscale.curriculum.instability import loss_ratio
 from effscale.experiments.seqlen_curriculum.report import Run, title
-from effscale.experiments.shared.plotting import COLORS, STYLE, band, pyplot, shrink, smooth
+from effscale.training.plotting import COLORS, STYLE, band, pyplot, shrink, smooth
 
 
 def training(path: pathlib.Path, runs: Mapping[str, Sequence[Run]]) -> None:

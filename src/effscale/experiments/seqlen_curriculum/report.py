@@ -11,8 +11,8 @@ import numpy as np
 from effscale.curriculum.instability import loss_ratio, unstable_steps
 from effscale.experiments.seqlen_curriculum.arms import Arm
 from effscale.experiments.seqlen_curriculum.config import Config
-from effscale.experiments.shared.plotting import Records
 from effscale.training import read_jsonl
+from effscale.training.plotting import Records
 
 SPREAD = (
     "val_loss",

@@ -8,36 +8,9 @@ import dataclasses
 import pathlib
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.options import Options, check
+from effscale.options import check
+from effscale.study.folder import OutputPart
 from effscale.training import AdamWConfig
-from effscale.training.paths import is_url
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputPart(Options):
-    """The output of a run; every config includes this part, which also checks that all numbers are finite."""
-
-    out: pathlib.Path | None = None
-    """Run folder; the default is runs/<experiment>/<time>."""
-    resume: bool = False
-    """Resume the run in --out: finished runs are kept, and the last one continues from its checkpoint."""
-    mirror: str | None = None
-    """URL of a copy of the run folder, updated every minute, such as s3://bucket/runs/a. effscale.training.fetch_run copies it back."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            self,
-            self.mirror is None or is_url(self.mirror),
-            "mirror",
-            "a URL such as s3://bucket/runs/a",
-        )
-        resumable = not (self.resume and self.out is None)
-        check(self, resumable, "resume", "set together with --out, the folder to resume")
-
-
-OUTPUT = tuple(field.name for field in dataclasses.fields(OutputPart))
-"""Fields that can change when a run is resumed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

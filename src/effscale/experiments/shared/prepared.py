@@ -1,105 +1,77 @@
-"""Setup of experiments: check the run folder, prepare the corpora, and say how to resume after a stop."""
+"""The corpora of experiments."""
 
-import contextlib
+import dataclasses
+import functools
 import hashlib
 import pathlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from effscale.experiments.shared.cli import StoppedBySignal
-from effscale.experiments.shared.config_parts import CorporaPart, OutputPart
-from effscale.experiments.shared.console import status
+from effscale.experiments.shared.config_parts import CorporaPart
+from effscale.study.console import status
 from effscale.user_cache import cache_folder
 
 
-def check_folder(config: OutputPart, free: Sequence[str]) -> None:
-    """Check that ``config.out`` is unused or, with ``config.resume``, contains a run of the same config that no
-    process is writing.
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text of a study: one corpus, or a mixture with weights.
 
-    Args:
-        config: Config of the experiment.
-        free: Fields that may differ.
-
-    Raises:
-        ValueError: The folder has another config.
-        FileExistsError: The folder contains a run and ``resume`` is not set.
-        FileNotFoundError: There is no run to resume.
-        LockedError: Another process is writing to the folder.
+    Attributes:
+        corpora: The ``effscale.data.Corpus`` objects; the first has the tokenizer of all.
+        weights: How often each is drawn from; None draws by size.
     """
-    from effscale.parallel import on_first
-    from effscale.training import RunFolder, check_unused
-    from effscale.training.mirror import OWNER
-    from effscale.training.serialize import differences, to_json
 
-    if not config.resume:
-        if config.out is not None:
-            on_first(lambda: check_unused(config.out))
-        return
-    with RunFolder.create(config.out, resume=True) as folder:
-        saved = folder.config()
-    if config.mirror is None and (folder.path / OWNER).exists():
-        print(
-            f"warning: the copy of {folder.path} is not updated, because --mirror is not set",
-            file=sys.stderr,
+    corpora: Sequence[Any]
+    weights: Sequence[float] | None = None
+
+    @property
+    def train(self) -> list[Any]:
+        """The token stores to train on."""
+        return [corpus.train for corpus in self.corpora]
+
+    @property
+    def validation(self) -> list[Any]:
+        """The held-out token stores."""
+        return [corpus.validation for corpus in self.corpora]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.corpora[0].tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary size of the tokenizer."""
+        return self.corpora[0].vocab_size
+
+    def next_token_run(self, run: Any, config: Any) -> Any:
+        """Return a run that trains on rows of the text, and evaluates on the held-out text.
+
+        Args:
+            run: The ``effscale.run.Run``.
+            config: Has ``length``, ``batch_size``, ``eval_every`` and ``eval_batches``.
+        """
+        from effscale.data import make_dataset
+        from effscale.training import Evaluation, next_token_loss
+
+        rows = {"length": config.length, "batch_size": config.batch_size}
+        whole = functools.partial(
+            make_dataset, self.validation, shuffle=False, num_epochs=1, remainder="pad", **rows
         )
-    found = [
-        f"{name}: {there!r} saved, {here!r} given"
-        for name, (there, here) in differences(saved, to_json(config)).items()
-        if name.partition(".")[0] not in free
-    ]
-    if found:
-        raise ValueError(
-            f"{folder.path}: has another config ({'; '.join(found)}). Resume with the saved values, or start a new run folder"
+        return dataclasses.replace(
+            run,
+            data=lambda seed: make_dataset(self.train, weights=self.weights, seed=seed, **rows),
+            evaluation=Evaluation(
+                data=whole,
+                loss=next_token_loss,
+                every=config.eval_every,
+                batches=config.eval_batches,
+            ),
         )
 
-
-def open_folder(config: OutputPart, name: str, data: Mapping[str, Any] | None = None) -> Any:
-    """Create the ``RunFolder`` of a run, or open it to resume.
-
-    Args:
-        config: Config of the experiment.
-        name: Name of the experiment.
-        data: Digests of the run's data, as for ``RunFolder.create``.
-    """
-    from effscale.training import RunFolder
-
-    return RunFolder.create(
-        config.out,
-        name=name,
-        config=config,
-        data=data,
-        resume=config.resume,
-        mirror=config.mirror,
-    )
-
-
-@contextlib.contextmanager
-def resumable(folder: Any) -> Iterator[None]:
-    """Context in which a stop by a signal says how to resume, and in which the run folder is released if the block fails.
-
-    Args:
-        folder: The ``RunFolder``.
-    """
-    try:
-        yield
-    except StoppedBySignal as stop:
-        release(folder)
-        message = f"{stop}; to resume, use --out {folder.path} --resume"
-        raise StoppedBySignal(message, stop.signal) from None
-    except BaseException:
-        release(folder)
-        raise
-
-
-def release(folder: Any) -> None:
-    """Close the run folder when a run has failed; a copy that cannot be completed is only a warning."""
-    from effscale.training import MirrorError
-
-    try:
-        folder.close()
-    except MirrorError as error:
-        print(f"warning: {error}", file=sys.stderr)
+    def digests(self) -> dict[str, Any]:
+        """Return digests of the text and the tokenizer, for ``config.json``."""
+        return corpus_digests(self.corpora)
 
 
 def prepared_corpora(

@@ -5,7 +5,7 @@ import pathlib
 
 import optax
 
-from effscale.experiments.shared.config_parts import OUTPUT, CorporaPart, TextPart
+from effscale.experiments.shared.config_parts import CorporaPart, TextPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_plan import (
     CURRICULA,
@@ -17,6 +17,7 @@ from effscale.experiments.shared.pretraining_plan import (
 )
 from effscale.models.validation import check, is_integer
 from effscale.parallel import MeshConfig
+from effscale.study.folder import OUTPUT
 from effscale.training import AdamWConfig
 
 

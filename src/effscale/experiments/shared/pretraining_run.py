@@ -8,10 +8,10 @@ from typing import Any
 import grain
 import jax
 
-from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.experiments.shared.pretraining import Pretraining, Trained
 from effscale.experiments.shared.pretraining_config import FREE, PretrainingConfig
 from effscale.experiments.shared.runs import once
+from effscale.study.command import StoppedBySignal
 from effscale.training import RunFolder, TrainingDivergedError, TrainState
 from effscale.training.serialize import write_json
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from effscale.experiments.shared.cli import StoppedBySignal
 from effscale.parallel import on_first
+from effscale.study.command import StoppedBySignal
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,

@@ -3,8 +3,9 @@
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.config_parts import OUTPUT, ClassifierPart
+from effscale.experiments.shared.config_parts import ClassifierPart
 from effscale.models.validation import check
+from effscale.study.folder import OUTPUT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ Of each run, the best checkpoint on the dev passages counts. The packed model is
 import functools
 import time
 
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.console import status
-from effscale.experiments.shared.host import keep_freed_memory
-from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
-from effscale.experiments.shared.results import Result, finish
 from effscale.experiments.xtc.config import FREE, PRESETS, Config
+from effscale.study.command import messages, parse
+from effscale.study.console import status
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.host import keep_freed_memory
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

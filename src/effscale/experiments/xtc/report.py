@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
-from effscale.experiments.shared.results import deviation
 from effscale.experiments.xtc.runs import UNTRAINED
+from effscale.study.results import deviation
+from effscale.training.plotting import COLORS, STYLE, pyplot
 
 MEGABYTE = 1e6
 

@@ -16,7 +16,6 @@ from effscale.experiments.shared.classifier.batches import (
     TrainingBatches,
     evaluation_batches,
 )
-from effscale.experiments.shared.plotting import series
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.experiments.xtc.arms import Arm
 from effscale.experiments.xtc.passages import Passages
@@ -31,6 +30,7 @@ from effscale.training import (
     create_train_state,
     read_jsonl,
 )
+from effscale.training.plotting import series
 from effscale.training.serialize import write_json
 
 EVALUATION_BATCH = 50

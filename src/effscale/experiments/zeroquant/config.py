@@ -5,9 +5,10 @@ import pathlib
 from typing import Literal, get_args
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import OUTPUT, ClassifierPart
+from effscale.experiments.shared.config_parts import ClassifierPart
 from effscale.models.validation import check
 from effscale.quant import LKD
+from effscale.study.folder import OUTPUT
 
 ArmName = Literal[
     "w8a8_per_tensor",

@@ -16,11 +16,11 @@ peers.
 import time
 from typing import Any
 
-from effscale.experiments.shared.cli import messages, parse
-from effscale.experiments.shared.console import status
-from effscale.experiments.shared.prepared import check_folder, open_folder, resumable
-from effscale.experiments.shared.results import Result, finish
 from effscale.experiments.zeroquant.config import FREE, PRESETS, Config
+from effscale.study.command import messages, parse
+from effscale.study.console import status
+from effscale.study.folder import check_folder, open_folder, resumable
+from effscale.study.results import Result, finish
 
 
 def run(config: Config) -> Result:

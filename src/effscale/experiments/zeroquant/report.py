@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import COLORS, STYLE, pyplot
-from effscale.experiments.shared.results import deviation
 from effscale.experiments.zeroquant.arms import Arm
+from effscale.study.results import deviation
+from effscale.training.plotting import COLORS, STYLE, pyplot
 
 PEERS = {
     "torch_float32": "float32, transformers",

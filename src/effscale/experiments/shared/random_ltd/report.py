@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.plotting import (
+from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
+from effscale.study.results import deviation
+from effscale.training import read_jsonl
+from effscale.training.plotting import (
     COLORS,
     STYLE,
     Records,
@@ -15,9 +18,6 @@ from effscale.experiments.shared.plotting import (
     series,
     shrink,
 )
-from effscale.experiments.shared.random_ltd.arms import ARMS, Arm
-from effscale.experiments.shared.results import deviation
-from effscale.training import read_jsonl
 
 NAMES = {"baseline": "baseline", "random_ltd": "random-LTD", "scratch": "random weights"}
 """The name of each arm in tables and figures."""

@@ -1,10 +1,10 @@
-"""The search for each technique's learning rate and warmup, with the same rule for all."""
+"""The search for each arm's learning rate and warmup, with the same rule for all."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from effscale.models.validation import check, check_finite
+from effscale.options import Bounds, NonNegativeInt, Options, PositiveInt, check
 
 
 class Point(NamedTuple):
@@ -25,46 +25,41 @@ class Point(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(Options):
     """A local search over a grid of learning rates and warmups, with runs on the whole budget.
 
     It starts at the config's own pair, tries the four neighbors, moves to the best one, and continues until a pair is
     better than all its neighbors. The result is therefore not at an edge, unless ``points`` ends the search before.
     """
 
-    learning_rate_factor: float = 1.5
+    learning_rate_factor: Annotated[float, Bounds(above=1)] = 1.5
     """Ratio of neighboring learning rates in the grid."""
-    warmup_factor: float = 2.0
-    """Ratio of neighboring warmups in the grid."""
-    points: int = 16
-    """Maximum number of runs per technique; 1 uses the config's own pair for all techniques."""
-    seed: int = 1000
+    warmup_factor: Annotated[float, Bounds(above=1)] | None = 2.0
+    """Ratio of neighboring warmups in the grid; None searches only the learning rate."""
+    points: PositiveInt = 16
+    """Maximum number of runs per arm; 1 uses the point where the search would begin for all arms."""
+    seed: NonNegativeInt = 1000
     """Seed of these runs; must differ from those of the compared runs."""
-
-    def __post_init__(self):
-        check_finite(self)
-        for name in ("learning_rate_factor", "warmup_factor"):
-            check(self, getattr(self, name) > 1, name, "above 1")
-        check(self, self.points >= 1, "points", "at least 1")
-        check(self, self.seed >= 0, "seed", "at least 0")
 
     def check_apart(self, seeds: int) -> None:
         """Raise a ValueError if the seed is one of those of the compared runs, 0 to ``seeds`` - 1."""
         wanted = f"at least seeds={seeds}, so that no compared run uses it"
         check(self, self.seed >= seeds, "seed", wanted)
 
-    def climb(self, start: Point, steps: int, loss_of: Callable[[Point], float]) -> "Found":
+    def climb(
+        self, start: Point, loss_of: Callable[[Point], float], *, steps: int | None = None
+    ) -> "Found":
         """Search for the pair with the lowest loss.
 
         Args:
             start: The starting point.
-            steps: Number of steps of a run; a warmup stays below it.
             loss_of: Makes a run and returns its loss, infinite if it diverged. It is called once for each pair, and
-            never if ``points`` is 1.
+                never if ``points`` is 1.
+            steps: Number of steps of a run, below which a warmup stays; None sets no bound.
 
         Example:
             >>> search = Search(learning_rate_factor=2.0)
-            >>> found = search.climb(Point(1.0, 8), 100, lambda p: abs(p.learning_rate - 4) + abs(p.warmup - 16))
+            >>> found = search.climb(Point(1.0, 8), lambda p: abs(p.learning_rate - 4) + abs(p.warmup - 16))
             >>> found.best, len(found.losses), found.settled
             (Point(learning_rate=4.0, warmup=16), 13, True)
         """
@@ -73,15 +68,17 @@ class Search:
             if place == (0, 0):
                 return start  # exactly as given, without rounding
             rate = start.learning_rate * self.learning_rate_factor ** place[0]
-            warmup = round(start.warmup * self.warmup_factor ** place[1])
-            return Point(float(f"{rate:.3g}"), min(max(warmup, 1), steps - 1))
+            warmup = round(start.warmup * (self.warmup_factor or 1) ** place[1])
+            warmup = max(warmup, 1) if steps is None else min(max(warmup, 1), steps - 1)
+            return Point(float(f"{rate:.3g}"), warmup)
 
         if self.points == 1:
             return Found(best=start, losses={}, settled=False)
+        moves = [(-1, 0), (1, 0)] + ([(0, -1), (0, 1)] if self.warmup_factor is not None else [])
         best, losses = (0, 0), {start: loss_of(start)}
         while True:
             here = losses[point(best)]
-            around = [(best[0] + i, best[1] + j) for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+            around = [(best[0] + i, best[1] + j) for i, j in moves]
             for place in around:
                 if point(place) not in losses and len(losses) < self.points:
                     losses[point(place)] = loss_of(point(place))

@@ -77,29 +77,34 @@ def loss_curve(
     path: pathlib.Path,
     records: Records,
     *,
-    title: str,
+    title: str | None = None,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw training and validation loss over tokens, with named levels to compare them with.
+    """Draw training and validation loss over the tokens seen, with named levels to compare them with.
 
     Args:
         path: The PNG to write.
-        records: Records of ``metrics.jsonl``, with ``loss``, ``part_val_loss`` and ``tokens``.
+        records: Records of ``metrics.jsonl``, with ``loss`` and ``tokens``, and ``part_val_loss`` or ``val_loss`` if the run
+            evaluates.
         title: Title of the figure.
-        levels: Horizontal lines by name, in nats per token.
+        levels: Horizontal lines by name.
     """
+    seen = dict(zip(*(x.tolist() for x in series(records, "tokens")), strict=True))
+    partial = any("part_val_loss" in record for record in records)
     plt = pyplot()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots()
         tokens, loss = series(records, "loss", "tokens")
         axes.plot(tokens / 1e6, loss, color=COLORS[0], alpha=0.25, linewidth=0.8)
         axes.plot(tokens / 1e6, smooth(loss, 10), color=COLORS[0], label="training")
-        tokens, loss = series(records, "part_val_loss", "val_tokens_seen")
-        label = "part of the held-out text"
-        axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label=label)
+        steps, loss = series(records, "part_val_loss" if partial else "val_loss")
+        if len(steps):
+            tokens = np.array([seen.get(step, np.nan) for step in steps.tolist()])
+            label = "part of the held-out data" if partial else "held-out data"
+            axes.plot(tokens / 1e6, loss, "o-", color=COLORS[1], markersize=4, label=label)
         for color, (name, level) in zip(COLORS[2:], (levels or {}).items(), strict=False):
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
-        axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title)
+        axes.set(xlabel="tokens seen (millions)", ylabel="loss", title=title)
         axes.legend()
         figure.tight_layout()
         figure.savefig(path)

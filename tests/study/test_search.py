@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from effscale.experiments.shared.search import Point, Search
+from effscale.study.search import Point, Search
 
 
 def bowl(best: Point):
@@ -22,7 +22,7 @@ def bowl(best: Point):
 def test_what_is_found_is_better_than_all_its_neighbours_wherever_the_walk_starts(start):
     best = Point(4e-3, 60)
     loss_of, asked = bowl(best)
-    found = Search(learning_rate_factor=2.0, points=30).climb(start, 600, loss_of)
+    found = Search(learning_rate_factor=2.0, points=30).climb(start, loss_of, steps=600)
     assert found.best == best
     assert found.settled
     around = {Point(2e-3, 60), Point(8e-3, 60), Point(4e-3, 30), Point(4e-3, 120)}
@@ -34,15 +34,15 @@ def test_what_is_found_is_better_than_all_its_neighbours_wherever_the_walk_start
 def test_the_start_is_tried_as_it_was_given(start):
     """Neither the rounding of the grid nor the bounds of the warmup, here from 1 to 9, move it."""
     search = Search(learning_rate_factor=2.0, points=30)
-    found = search.climb(start, 10, lambda point: 0.0 if point == start else 1.0)
+    found = search.climb(start, lambda point: 0.0 if point == start else 1.0, steps=10)
     assert found.best == start
     assert found.settled
 
 
 def test_the_search_ends_with_its_points_and_says_that_it_did_not_settle():
     loss_of, asked = bowl(Point(1.0, 60))
-    found = Search(learning_rate_factor=2.0, points=6).climb(Point(1e-3, 60), 600, loss_of)
+    found = Search(learning_rate_factor=2.0, points=6).climb(Point(1e-3, 60), loss_of, steps=600)
     assert (len(asked), found.settled) == (6, False)
     assert found.losses[found.best] == min(found.losses.values())
-    only = Search(points=1).climb(Point(1e-3, 60), 600, loss_of)
+    only = Search(points=1).climb(Point(1e-3, 60), loss_of, steps=600)
     assert (only.best, only.losses, only.settled, len(asked)) == (Point(1e-3, 60), {}, False, 6)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from effscale.experiments.shared.host import peak_memory
 from effscale.parallel import on_first
+from effscale.study.host import peak_memory
 from effscale.training import RunFolder
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from effscale.parallel import batch_sharding, shardings
+from effscale.parallel.placement import batch_sharding, shardings
 
 
 def lower_step(

@@ -4,7 +4,7 @@ import numpy as np
 
 from effscale.experiments.onebit import report as onebit
 from effscale.experiments.seqlen_curriculum import figures as seqlen
-from effscale.experiments.shared.plotting import band, pyplot
+from effscale.training.plotting import band, pyplot
 
 
 def drawn(curves):

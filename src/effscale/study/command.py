@@ -1,7 +1,8 @@
-"""The command line of an experiment: a preset, then any field of its config."""
+"""The command line of a study: a preset, then any field of its config."""
 
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import logging
@@ -9,13 +10,19 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn, TypeVar
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from effscale.experiments.shared.saved import config_from_json
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 from effscale.parallel import ending_together
 from effscale.parallel.peers import is_broken_connection
+from effscale.training.errors import StoppedBySignal
+from effscale.training.saved import config_from_json
+
+if TYPE_CHECKING:
+    from effscale.study.results import Result
+    from effscale.study.study import Study
 
 Config = TypeVar("Config")
 
@@ -23,19 +30,6 @@ Config = TypeVar("Config")
 EXIT_STATUS = """Exit status: 0 on success, 2 after an error message, 143 if SIGTERM and 130 if Ctrl-C stopped the run, 75 if another process
 of the run is gone. A run that is stopped during training saves first; use --out FOLDER --resume to continue it. A second Ctrl-C stops
 immediately."""
-
-
-class StoppedBySignal(Exception):
-    """A run was stopped by a signal, has saved, and can be resumed; the message says how.
-
-    Attributes:
-        status: The exit status of the program: 128 plus the signal's number, as if the signal had ended it.
-    """
-
-    def __init__(self, message: str, signal_number: int | None):
-        super().__init__(message)
-        self.signal = signal_number or signal.SIGTERM
-        self.status = 128 + self.signal
 
 
 @contextlib.contextmanager
@@ -200,3 +194,60 @@ def _raised_here(error: BaseException) -> bool:
         "" if frame is None else frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
     )
     return package in ("effscale", "kernels_pallas", "__main__")
+
+
+def main(
+    presets: Mapping[str, Any],
+    make: Callable[[Any], "Study"],
+    description: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run the command line of a study; see ``--help``.
+
+    Args:
+        presets: As for ``parse``.
+        make: As for ``conduct``.
+        description: As for ``parse``.
+        argv: As for ``parse``.
+    """
+    from effscale.study.host import keep_freed_memory
+
+    name = pathlib.Path(sys.modules[make.__module__].__file__ or "").stem
+    with messages():
+        config = parse(presets, description, argv, name=f"python -m effscale.experiments.{name}")
+        keep_freed_memory()
+        conduct(config, make)
+
+
+def _selected(make: Callable[[Any], "Study"], config: Any) -> "Study":
+    return make(config).only(config.arms)
+
+
+def conduct(config: Any, make: Callable[[Any], "Study"]) -> "Result":
+    """Make a study according to a config and fill its run folder.
+
+    Args:
+        config: A config with the fields of ``StudyPart``.
+        make: A function of a module that creates the study of a config, and prepares its data.
+
+    Returns:
+        The named figures.
+
+    Raises:
+        ValueError: The config is inconsistent or does not match the data; or ``resume`` is set and the folder has
+            another config.
+        FileExistsError: ``out`` already contains a run and ``resume`` is not set.
+        StoppedBySignal: After SIGTERM or Ctrl-C, once everything is saved.
+    """
+    from effscale.study.folder import FREE, check_folder, open_folder, resumable
+    from effscale.study.report import report
+
+    began = time.perf_counter()
+    check_folder(config, FREE)  # before the data is prepared and anything is written
+    study = _selected(make, config)
+    folder = open_folder(config, study.name, study.data)
+    with resumable(folder):
+        options = {"seeds": config.seeds, "jobs": config.jobs}
+        again = functools.partial(_selected, make, config)
+        results = study.train(folder.path, again=again, **options)
+        return report(results, folder, began=began)

@@ -1,0 +1,23 @@
+"""Studies: arms, seeds and a search over runs or any function that returns metrics, with tables, intervals and plots."""
+
+from effscale.study.plots import Curves, Finals, Tradeoff
+from effscale.study.search import Point, Search
+from effscale.study.study import Arm, Results, Study
+from effscale.study.table import Interval, Row, Table, interval
+from effscale.study.trial import Trial
+
+__all__ = [
+    "Arm",
+    "Curves",
+    "Finals",
+    "Interval",
+    "Point",
+    "Results",
+    "Row",
+    "Search",
+    "Study",
+    "Table",
+    "Tradeoff",
+    "Trial",
+    "interval",
+]

@@ -1,0 +1,173 @@
+"""The figures of a study: curves, final values, and final values over a cost."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from effscale.training import read_jsonl
+from effscale.training.plotting import COLORS, STYLE, Records, band, pyplot, series, shrink
+
+
+@runtime_checkable
+class Plot(Protocol):
+    """A figure of a study."""
+
+    @property
+    def name(self) -> str:
+        """The name of the PNG, without its ending."""
+
+    def draw(self, axes: Any, results: Any) -> None:
+        """Draw the results on axes of matplotlib."""
+
+    def size(self, results: Any) -> tuple[float, float]:
+        """Return width and height in inches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curves:
+    """A metric over the course of training: the mean over seeds, with their range as a band."""
+
+    name: str
+    """Name of the figure."""
+    metric: str = "part_val_loss"
+    """The metric, from ``metrics.jsonl``."""
+    over: str = "step"
+    """What the horizontal axis counts: ``step``, another metric of the same records, or a metric of the table that grows evenly with the
+    steps, such as ``teraflops``."""
+    arms: tuple[str, ...] | None = None
+    """The arms to draw; None draws all, as far as there are colors."""
+    minus: bool = False
+    """Whether to draw the difference from the arm that each is compared with."""
+    part: str = ""
+    """The part of a trial whose metrics are drawn."""
+    labels: tuple[str, str] | None = None
+    """Labels of the axes; None uses the names."""
+
+    def size(self, results: Any) -> tuple[float, float]:
+        """Return width and height in inches."""
+        return 7.0, 4.2
+
+    def draw(self, axes: Any, results: Any) -> None:
+        """Draw the curves."""
+        wanted = list(results.study.arms) if self.arms is None else self.arms
+        for color, arm in zip(COLORS, [a for a in wanted if a in results.study.arms], strict=False):
+            records = results.records(arm, self.part)
+            steps, curves = curves_of(records, self.metric)
+            if self.minus:
+                other = results.study.against(arm)
+                if other is None:
+                    continue
+                against = curves_of(results.records(other, self.part), self.metric)[1]
+                count = min(curves.shape[1], against.shape[1])
+                steps, curves = steps[:count], curves[:, :count] - against[:, :count]
+            if not len(steps):
+                continue
+            label = results.study.arms[arm].about
+            band(axes, self._costs(results, arm, records, steps), curves, color=color, label=label)
+        x, y = self.labels or (self.over, self.metric)
+        axes.set(xlabel=x, ylabel=y)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        if self.minus:
+            axes.axhline(0, color="black", ls=":", lw=1)
+
+    def _costs(self, results: Any, arm: str, records: Sequence[Records], steps: np.ndarray) -> Any:
+        if self.over == "step":
+            return steps
+        known = dict(zip(*(x.tolist() for x in series(records[0], self.over)), strict=True))
+        if known:
+            return np.array([known.get(step, np.nan) for step in steps.tolist()])
+        return results.table.interval(arm, self.over).mean * steps / steps[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finals:
+    """The final value of each arm: a dot per seed, and a line at the mean."""
+
+    name: str
+    """Name of the figure."""
+    metric: str | None = None
+    """The metric; None takes that of the study."""
+    label: str | None = None
+    """Label of the axis; None uses the name of the metric."""
+
+    def size(self, results: Any) -> tuple[float, float]:
+        """Return width and height in inches."""
+        return 7.5, 0.34 * len(results.study.arms) + 1.1
+
+    def draw(self, axes: Any, results: Any) -> None:
+        """Draw the dots."""
+        metric = self.metric or results.study.metric
+        names = list(results.study.arms)
+        for place, name in enumerate(names):
+            values = list(results.table.values(name, metric).values())
+            axes.plot(values, [place] * len(values), "o", color=COLORS[0], alpha=0.5, ms=5)
+            if values:
+                axes.vlines(np.mean(values), place - 0.3, place + 0.3, color=COLORS[0], lw=2)
+        axes.set_yticks(range(len(names)), [results.study.arms[name].about for name in names])
+        axes.invert_yaxis()
+        axes.set(xlabel=self.label or metric)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tradeoff:
+    """The final value of each arm over a cost, with confidence intervals."""
+
+    name: str
+    """Name of the figure."""
+    over: str
+    """The metric of the cost."""
+    metric: str | None = None
+    """The metric; None takes that of the study."""
+    logarithmic: bool = False
+    """Whether the axis of the cost is logarithmic."""
+    labels: tuple[str, str] | None = None
+    """Labels of the axes; None uses the names."""
+
+    def size(self, results: Any) -> tuple[float, float]:
+        """Return width and height in inches."""
+        return 7.0, 4.2
+
+    def draw(self, axes: Any, results: Any) -> None:
+        """Draw a point per arm."""
+        metric = self.metric or results.study.metric
+        colors = [COLORS[i % len(COLORS)] for i in range(len(results.study.arms))]
+        for color, (name, arm) in zip(colors, results.study.arms.items(), strict=True):
+            mean, low, high = results.table.interval(name, metric)
+            cost = results.table.interval(name, self.over).mean
+            error = None if np.isnan(low) else [[mean - low], [high - mean]]
+            axes.errorbar(cost, mean, error, fmt="o", color=color, capsize=3, label=arm.about)
+        x, y = self.labels or (self.over, metric)
+        axes.set(xlabel=x, ylabel=y, xscale="log" if self.logarithmic else "linear")
+        axes.legend(fontsize=8)
+
+
+def curves_of(records: Sequence[Records], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps at which a metric was recorded, and its values of shape ``(seeds, steps)``; NaN after an early end."""
+    each = [dict(zip(*(x.tolist() for x in series(r, metric)), strict=True)) for r in records]
+    steps = sorted({step for values in each for step in values})
+    rows = [[values.get(step, np.nan) for step in steps] for values in each]
+    return np.array(steps), np.array(rows, np.float64).reshape(len(records), len(steps))
+
+
+def draw(folder: pathlib.Path, plots: Sequence[Plot], results: Any) -> None:
+    """Write ``<name>.png`` of each plot."""
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        for plot in plots:
+            figure, axes = plt.subplots(figsize=plot.size(results), dpi=100)
+            plot.draw(axes, results)
+            figure.tight_layout()
+            path = folder / f"{plot.name}.png"
+            figure.savefig(path)
+            plt.close(figure)
+            shrink(path)
+
+
+def records_of(place: pathlib.Path) -> Records:
+    """Return the records of a run's ``metrics.jsonl``; none if there is no such file."""
+    path = place / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
