@@ -7,6 +7,7 @@ advance, from only shapes and dtypes, whether it supports the operands.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,6 +46,16 @@ def auto_partitioned() -> tuple[str, ...]:
     return tuple(name for name in others if within or mesh.shape[name] > 1)
 
 
+def partitioned() -> str | None:
+    """Return why no kernel can be used under the current mesh, or None."""
+    if axes := auto_partitioned():
+        return (
+            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
+            "jax.shard_map over all of them"
+        )
+    return None
+
+
 def mesh_platform() -> str | None:
     """Return the platform of the current mesh (cpu, tpu or cuda), or None without a mesh: the target may be any platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -77,6 +88,41 @@ def accelerator() -> str | None:
 def platform() -> str:
     """Return the platform that programs are currently built for: that of the current mesh, or otherwise of this process."""
     return mesh_platform() or jax.default_backend()
+
+
+def by_implementation(
+    op: str,
+    name: str | None,
+    functions: Mapping[str, Callable[[], Callable[..., Any]]],
+    why_not: Callable[[str], str | None],
+    operands: Iterable[Any],
+    **options: Any,
+) -> Any:
+    """Run an op by a named implementation, or by the best one for the platform that the program is lowered for.
+
+    Args:
+        op: The name of the op, for errors.
+        name: The name of an implementation, or None.
+        functions: Imports and returns each implementation: "reference", and "tpu" and "gpu" if there are such kernels.
+        why_not: Returns why the kernel of this name does not support the operands here, or None.
+        operands: The arrays.
+        options: Passed to the implementation by keyword.
+
+    Raises:
+        Unsupported: The named implementation does not support the operands here.
+    """
+    if name is not None and (reason := why_not(name)):
+        raise Unsupported(f"{op}: implementation={name!r} is not supported here: {reason}.")
+    chosen = {"default": name or "reference"}
+    if name is None and "tpu" in functions and why_not("tpu") is None:
+        chosen["tpu"] = "tpu"
+    if name is None and "gpu" in functions and hopper_in_use() and why_not("gpu") is None:
+        chosen["cuda"] = "gpu"
+    parts = {
+        platform: functools.partial(functions[name](), **options)
+        for platform, name in chosen.items()
+    }
+    return by_platform(parts, *operands)
 
 
 def by_platform(functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:

@@ -4,10 +4,32 @@ A row of k codes of b bits is divided into 8 / b planes of consecutive codes. By
 first plane in its lowest bits. Codes are two's complement, except for one bit: 1 if the bit is set, otherwise -1.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Array, Int, Int32
 
+from kernels_pallas import dispatch
+
 BITS = (1, 2, 4, 8)
+
+
+def check_codes(x: Any, weight: Any, bits: int) -> None:
+    """Raise a ``ValueError`` unless ``x``, ``(rows, d_in)``, has the inputs of a packed weight; they only need a shape."""
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+    d_in = weight.shape[1] * (8 // bits)
+    if x.shape[1] != d_in:
+        raise ValueError(
+            f"x must have the {d_in} inputs of weight {weight.shape} with {bits}-bit codes, got the shape {x.shape}"
+        )
+
+
+def why_no_kernel(x: Any, weight: Any) -> str | None:
+    """Return why no kernel for packed weights can be used here, or None."""
+    if 0 in x.shape or 0 in weight.shape:
+        return f"x {x.shape} or weight {weight.shape} is empty"
+    return dispatch.partitioned()
 
 
 def unpack_planes(

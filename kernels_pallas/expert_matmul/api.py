@@ -207,7 +207,7 @@ def why_not_gather(name: str, x: Any, weight: Any, source: Any, gate: Any) -> st
         return f"x {x.shape}, weight {weight.shape} or source {source.shape} is empty"
     from kernels_pallas.expert_matmul.tpu import gather
 
-    return _partitioned() or gather.why_not(x, weight, source, gate)
+    return dispatch.partitioned() or gather.why_not(x, weight, source, gate)
 
 
 def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | None:
@@ -218,7 +218,7 @@ def why_not_scatter(name: str, h: Any, weight: Any, num_tokens: int) -> str | No
         return f"h {h.shape}, weight {weight.shape} or the result of {num_tokens} tokens is empty"
     from kernels_pallas.expert_matmul.tpu import scatter
 
-    return _partitioned() or scatter.why_not(h, weight, num_tokens)
+    return dispatch.partitioned() or scatter.why_not(h, weight, num_tokens)
 
 
 def why_not_sort(name: str, experts: Any) -> str | None:
@@ -229,30 +229,15 @@ def why_not_sort(name: str, experts: Any) -> str | None:
         return f"experts {experts.shape} is empty"
     from kernels_pallas.expert_matmul.tpu import rows
 
-    return _partitioned() or rows.why_not(experts)
-
-
-def _partitioned() -> str | None:
-    if axes := dispatch.auto_partitioned():
-        return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
-            "jax.shard_map over all of them"
-        )
-    return None
+    return dispatch.partitioned() or rows.why_not(experts)
 
 
 def _run(op: str, name: str | None, why_not: Any, operands: Any, *options: Any) -> Any:
     """Run the op by a named implementation, or by the best one for the platform that the program is lowered for."""
-    if name is not None and (reason := why_not(name)):
-        raise dispatch.Unsupported(
-            f"{op}: implementation={name!r} is not supported here: {reason}."
-        )
     plain = lambda *operands: getattr(reference, op)(*operands, *options)
     kernel = lambda *operands: _kernel(op, options, operands)
-    functions = {"default": kernel if name == "tpu" else plain}
-    if name is None and why_not("tpu") is None:
-        functions["tpu"] = kernel
-    return dispatch.by_platform(functions, *operands)
+    functions = {"reference": lambda: plain, "tpu": lambda: kernel}
+    return dispatch.by_implementation(op, name, functions, why_not, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,13 +1,12 @@
 """The public function: checks and the choice of an implementation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int8
 
 from kernels_pallas import dispatch
-from kernels_pallas.packed_codes import BITS
+from kernels_pallas.packed_codes import check_codes, why_no_kernel
 from kernels_pallas.packed_matmul.reference import reference
 
 Implementation = Literal["reference", "tpu", "gpu"]
@@ -58,32 +57,21 @@ def packed_matmul(
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(x, weight, scale, zero, bias, bits)
-    if implementation is not None and (reason := why_not(implementation, x, weight, scale, bits)):
-        raise dispatch.Unsupported(
-            f"packed_matmul: implementation={implementation!r} is not supported here: {reason}."
-        )
-    functions = {"default": _function(implementation or "reference")}
-    if implementation is None and why_not("tpu", x, weight, scale, bits) is None:
-        functions["tpu"] = _function("tpu")
-    hopper = implementation is None and dispatch.hopper_in_use()
-    if hopper and why_not("gpu", x, weight, scale, bits) is None:
-        functions["cuda"] = _function("gpu")
-    functions = {
-        platform: functools.partial(function, bits=bits, activation=activation)
-        for platform, function in functions.items()
-    }
-    return dispatch.by_platform(functions, x, weight, scale, zero, bias)
+    return dispatch.by_implementation(
+        "packed_matmul",
+        implementation,
+        _FUNCTIONS,
+        lambda name: why_not(name, x, weight, scale, bits),
+        (x, weight, scale, zero, bias),
+        bits=bits,
+        activation=activation,
+    )
 
 
 def check_operands(x: Any, weight: Any, scale: Any, zero: Any, bias: Any, bits: int) -> None:
     """Raise a ``ValueError`` if operands do not match; they only need a shape and a dtype."""
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
-    (d_out, width), d_in = weight.shape, x.shape[1]
-    if width * (8 // bits) != d_in:
-        raise ValueError(
-            f"x must have the {width * (8 // bits)} inputs of weight {weight.shape} with {bits}-bit codes, got the shape {x.shape}"
-        )
+    check_codes(x, weight, bits)
+    d_out, d_in = weight.shape[0], x.shape[1]
     groups = scale.shape[0]
     if scale.shape[1] != d_out or groups == 0 or d_in % groups:
         raise ValueError(
@@ -99,29 +87,21 @@ def why_not(name: str, x: Any, weight: Any, scale: Any, bits: int) -> str | None
     """Return why an implementation does not support these operands here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
-    if axes := dispatch.auto_partitioned():
-        return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
-            "jax.shard_map over all of them"
-        )
-    if 0 in x.shape or 0 in weight.shape:
-        return f"x {x.shape} or weight {weight.shape} is empty"
+    return why_no_kernel(x, weight) or _kernels(name).why_not(x, weight, scale.shape[0], bits)
+
+
+def _kernels(name: str) -> Any:
     if name == "tpu":
         from kernels_pallas.packed_matmul import tpu
 
-        return tpu.why_not(x, weight, scale.shape[0], bits)
+        return tpu
     from kernels_pallas.packed_matmul import gpu
 
-    return gpu.why_not(x, weight, scale.shape[0], bits)
+    return gpu
 
 
-def _function(name: str) -> Callable[..., Any]:
-    if name == "tpu":
-        from kernels_pallas.packed_matmul import tpu
-
-        return tpu.packed_matmul
-    if name == "gpu":
-        from kernels_pallas.packed_matmul import gpu
-
-        return gpu.packed_matmul
-    return reference
+_FUNCTIONS = {
+    "reference": lambda: reference,
+    "tpu": lambda: _kernels("tpu").packed_matmul,
+    "gpu": lambda: _kernels("gpu").packed_matmul,
+}

@@ -27,8 +27,9 @@ _LANES = 128
 _CHUNK = 32
 
 
-def why_not(x: Any, bits: int) -> str | None:
+def why_not(x: Any, weight: Any, bits: int) -> str | None:
     """Return why the kernel does not support these operands, or None."""
+    del weight
     if jax.default_backend() == "tpu":
         kind = jax.devices()[0].device_kind
         if kind.startswith(_TOO_OLD):

@@ -103,37 +103,24 @@ def why_not(name: str, workers: int, width: int) -> str | None:
     """Return why an implementation does not support this many workers and bytes here, or None if it does."""
     if name not in ("tpu", "gpu"):
         return None
-    if axes := dispatch.auto_partitioned():
-        return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
-            "jax.shard_map over all of them"
-        )
     if workers == 0 or width == 0:
         return f"{workers} parts of {width} bytes are empty"
     if name == "tpu":
-        from kernels_pallas.sign_compress import tpu
-
-        return tpu.why_not(workers)
-    from kernels_pallas.sign_compress import gpu
-
-    return gpu.why_not(width)
+        return dispatch.partitioned() or _module("tpu").why_not(workers)
+    return dispatch.partitioned() or _module("gpu").why_not(width)
 
 
 def _run(op: str, implementation: str | None, call: Any, operands: Any) -> Any:
     """Run the op by a named implementation, or by the best one for the platform that the program is lowered for."""
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     workers, width = operands[0].shape[0], operands[0].shape[-1]
-    if implementation is not None and (reason := why_not(implementation, workers, width)):
-        raise dispatch.Unsupported(
-            f"{op}: implementation={implementation!r} is not supported here: {reason}."
-        )
-    functions = {"default": call(_module(implementation or "reference"))}
-    if implementation is None and why_not("tpu", workers, width) is None:
-        functions["tpu"] = call(_module("tpu"))
-    hopper = implementation is None and dispatch.hopper_in_use()
-    if hopper and why_not("gpu", workers, width) is None:
-        functions["cuda"] = call(_module("gpu"))
-    return dispatch.by_platform(functions, *operands)
+    return dispatch.by_implementation(
+        op,
+        implementation,
+        {name: lambda name=name: call(_module(name)) for name in IMPLEMENTATIONS},
+        lambda name: why_not(name, workers, width),
+        operands,
+    )
 
 
 def _module(name: str) -> Any:

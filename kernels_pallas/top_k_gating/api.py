@@ -65,15 +65,15 @@ def top_k_gating(
     """
     dispatch.check_name(implementation, IMPLEMENTATIONS)
     check_operands(logits, k, used)
-    if implementation is not None and (reason := why_not(implementation, logits)):
-        raise dispatch.Unsupported(
-            f"top_k_gating: implementation={implementation!r} is not supported here: {reason}."
-        )
-    options = {"k": k, "normalize": normalize}
-    functions = {"default": functools.partial(_function(implementation or "reference"), **options)}
-    if implementation is None and why_not("tpu", logits) is None:
-        functions["tpu"] = functools.partial(_function("tpu"), **options)
-    return dispatch.by_platform(functions, logits, used)
+    return dispatch.by_implementation(
+        "top_k_gating",
+        implementation,
+        {name: functools.partial(_function, name) for name in IMPLEMENTATIONS},
+        lambda name: why_not(name, logits),
+        (logits, used),
+        k=k,
+        normalize=normalize,
+    )
 
 
 def check_operands(logits: Any, k: int, used: Any) -> None:
@@ -91,16 +91,11 @@ def why_not(name: str, logits: Any) -> str | None:
     """Return why an implementation does not support these operands here, or None if it does."""
     if name != "tpu":
         return None
-    if axes := dispatch.auto_partitioned():
-        return (
-            f"the mesh axes {axes} are partitioned by the compiler, which cannot split a Pallas kernel; call it inside "
-            "jax.shard_map over all of them"
-        )
     if 0 in logits.shape:
         return f"logits {logits.shape} is empty"
     from kernels_pallas.top_k_gating import tpu
 
-    return tpu.why_not(logits.shape[1])
+    return dispatch.partitioned() or tpu.why_not(logits.shape[1])
 
 
 def _function(name: str) -> Any:

@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh, AxisType
 from effscale.models import matmul
 from effscale.models.activations import ACTIVATIONS
 from effscale.quant import Format, pack_weight
-from effscale.quant.kernel_products import _WITHIN, kernel_product
+from effscale.quant.kernel_activations import WITHIN
+from effscale.quant.packed import kernel_product
 
 TOKENS = Format(granularity="token")
 RANGES = Format(granularity="token", symmetric=False)
@@ -92,7 +93,7 @@ def test_values_and_gradients(format, activations):
 
 def test_activations_within_kernels():
     x = jnp.linspace(-9.0, 9.0, 1001)
-    assert "gelu" in _WITHIN
-    assert "mish" not in _WITHIN
-    for name, function in _WITHIN.items():
+    assert "gelu" in WITHIN
+    assert "mish" not in WITHIN
+    for name, function in WITHIN.items():
         np.testing.assert_allclose(function(x), ACTIVATIONS[name](x), rtol=1e-6, atol=2e-6)

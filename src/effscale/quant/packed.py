@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,16 +12,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from effscale.models import finish
-from effscale.models.activations import Activation
+from effscale.models.activations import ACTIVATIONS, Activation
 from effscale.quant.formats import Format
-from effscale.quant.kernel_products import kernel_product, kernel_serves
+from effscale.quant.kernel_activations import WITHIN
 from effscale.quant.packing import pack, stored_bits, unpack, unpack_planes
 from effscale.quant.quantizers import Quantized, encode, quantize
 from effscale.quant.row_products import row_product, serves_row
+from kernels_pallas import dispatch, packed_matmul, quantized_matmul
+from kernels_pallas.packed_matmul.api import why_not as why_not_packed
+from kernels_pallas.quantized_matmul.api import why_not as why_not_quantized
 
 WIDE = 8192
 """From this number of outputs, XLA's CPU backend is slow at multiplying a single row by weights that it converts to floats, but not at
 multiplying four rows."""
+
+_TOKENS = (Format(granularity="token"), Format(granularity="token", symmetric=False))
+"""The input formats that the kernels of 8-bit products support."""
 
 LONGEST = 2**31 // 2**14
 """Number of inputs from which a sum of products of 8-bit codes may overflow 32 bits."""
@@ -359,6 +366,78 @@ def _product_backward(saved: Any, gradient: Array) -> tuple[Any, ...]:
 
 
 _product_of_codes.defvjp(_product_forward, _product_backward)
+
+
+def kernel_serves(x: Float[Array, "rows d_in"], weight: PackedWeight) -> bool:
+    """Return whether a kernel should compute the product on the machine that the program is compiled for.
+
+    A kernel for 8-bit products quantizes its inputs itself. Left to the compilers are quantized inputs in other
+    formats, asymmetric weights with quantized inputs, and tables that are used as tables. So are 8-bit weights with
+    one scale per output and float inputs, which compilers convert to floats inside the product on their own.
+    """
+    name = dispatch.accelerator()
+    plain = weight.is_table or weight.format.floating or weight.data.ndim != 2
+    if name is None or plain or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    grouped, bits = weight.format.granularity == "group", stored_bits(weight.format.bits)
+    if weight.activations is None:
+        scale, _ = _of_groups(weight)
+        gain = grouped or bits < 8
+        return gain and why_not_packed(name, x, weight.data, scale, bits) is None
+    as_in_kernel = weight.activations in _TOKENS and weight.input_scale is None
+    served = as_in_kernel and not grouped and weight.zero is None
+    return served and why_not_quantized(name, x, weight.data, bits) is None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kernel_product(
+    activation: Activation | None,
+    x: Float[Array, "rows d_in"],
+    bias: Float[Array, " d_out"] | None,
+    weight: PackedWeight,
+) -> Float[Array, "rows d_out"]:
+    """Compute ``activation(x W + b)`` with a kernel. The gradient passes to ``x`` as if neither ``x`` nor the weight had been rounded."""
+    within = None if activation is None else WITHIN.get(activation)
+    scale, zero = _of_groups(weight)
+    options: dict[str, Any] = {"bits": stored_bits(weight.format.bits), "activation": within}
+    if weight.activations is None:
+        y = packed_matmul(x, weight.data, scale, zero, bias, **options)
+    else:
+        y = quantized_matmul(x, weight.data, scale[0], bias, weight.sums, **options)
+    y = y.astype(weight.compute)
+    return y if within is not None or activation is None else ACTIVATIONS[activation](y)
+
+
+def _kernel_forward(
+    activation: Activation | None, x: Array, bias: Any, weight: Any
+) -> tuple[Array, Any]:
+    y = kernel_product(None, x, None, weight)
+    out, pullback = jax.vjp(lambda y, bias: finish(y, bias, activation), y, bias)
+    return out, (pullback, weight, x)
+
+
+def _kernel_backward(activation: Activation | None, saved: Any, gradient: Array) -> tuple[Any, ...]:
+    del activation
+    pullback, weight, x = saved
+    of_y, of_bias = pullback(gradient)
+    of_x = of_y.astype(weight.compute) @ weight.dense().mT
+    return of_x.astype(x.dtype), of_bias, None
+
+
+kernel_product.defvjp(_kernel_forward, _kernel_backward)
+
+
+def _of_groups(weight: PackedWeight) -> tuple[Array, Array | None]:
+    """Return scales and zero points, ``(groups, out)``."""
+
+    def spread(a: Array | None) -> Array | None:
+        if a is None or weight.format.granularity == "group":
+            return a
+        return _per_output(a, weight.data.shape[0])[None]
+
+    scale = spread(weight.scale)
+    assert scale is not None
+    return jax.lax.stop_gradient((scale, spread(weight.zero)))
 
 
 def _needs_sums(format: Format, activations: Format | None) -> bool:
