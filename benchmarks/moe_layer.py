@@ -56,16 +56,21 @@ def routing() -> dict[str, float]:
     import jax.numpy as jnp
 
     from effscale.moe import top_k_routing
-    from effscale.moe.dispatch import one_hot, table
+    from effscale.moe.dispatch import (
+        from_buffers,
+        from_buffers_one_hot,
+        to_buffers,
+        to_buffers_one_hot,
+    )
 
     tokens, experts, d_model, capacity = 2048, 64, 256, 40
     x = jax.random.normal(jax.random.key(0), (tokens, d_model))
     gate = 0.1 * jax.random.normal(jax.random.key(1), (d_model, experts))
 
-    def moved(by):
+    def moved(there, back):
         def loss(x, gate):
             routing = top_k_routing(jax.nn.softmax(x @ gate), capacity=capacity)
-            y = by.combine(jnp.tanh(by.dispatch(x, routing)), routing)
+            y = back(jnp.tanh(there(x, routing)), routing)
             return (y * y).sum()
 
         forward, both = jax.jit(loss), jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -75,8 +80,12 @@ def routing() -> dict[str, float]:
         )
 
     runs = {}
-    for name, by in (("table", table), ("one_hot", one_hot)):
-        runs[f"{name}_forward"], runs[f"{name}_both"] = moved(by)
+    ways = {
+        "table": (to_buffers, from_buffers),
+        "one_hot": (to_buffers_one_hot, from_buffers_one_hot),
+    }
+    for name, way in ways.items():
+        runs[f"{name}_forward"], runs[f"{name}_both"] = moved(*way)
     times = interleaved(runs)
     return {
         "one_hot_over_table_forward": times["one_hot_forward"] / times["table_forward"],

@@ -10,7 +10,7 @@ from flax import nnx
 
 from effscale.models import MLPConfig
 from effscale.models.context import build_context
-from effscale.moe.sorted_experts import run_sorted
+from effscale.moe.run_experts import run_sorted
 from effscale.quant import Recipe, quantize_model, w8a8
 
 D, E, ROWS = 8, 4, 60

@@ -1,14 +1,17 @@
 """Mixture of experts, as in DeepSpeed-MoE."""
 
-from effscale.moe.balance import load_balance, router_statistics, z_loss
-from effscale.moe.balance_bias import with_balance_bias
-from effscale.moe.expert_choice import ExpertChoice, expert_choice
+from effscale.moe.balance import load_balance, router_statistics, with_balance_bias, z_loss
 from effscale.moe.layer import MoE, MoEConfig
-from effscale.moe.layouts import with_experts
+from effscale.moe.layouts import upcycle, with_experts
 from effscale.moe.router import Router, RouterConfig
-from effscale.moe.routing import Routing, expert_capacity, top_k_routing
+from effscale.moe.routing import (
+    ExpertChoice,
+    Routing,
+    expert_capacity,
+    expert_choice,
+    top_k_routing,
+)
 from effscale.moe.students import leaving_teacher, mixture_of_students_loss, staged_distillation
-from effscale.moe.upcycling import upcycle
 from effscale.moe.watch import RouterWatch, effective_experts
 
 __all__ = [

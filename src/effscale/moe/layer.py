@@ -15,9 +15,8 @@ from effscale.models import Context, Dense, FeedForwardConfig
 from effscale.models.name_patterns import BY_NAME
 from effscale.models.reports import AUX_LOSS
 from effscale.moe.decoding import by_kernels, kernels_serve
-from effscale.moe.expert_choice import ExpertChoice
 from effscale.moe.router import Router, RouterConfig
-from effscale.moe.routing import Routing
+from effscale.moe.routing import ExpertChoice, Routing
 from effscale.moe.run_experts import (
     by_buffers,
     by_sorted_rows,

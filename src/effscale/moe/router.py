@@ -14,12 +14,19 @@ from effscale.moe import decoding
 from effscale.moe.balance import (
     expert_choice_statistics,
     load_balance,
+    nudge,
     router_statistics,
     z_loss,
 )
-from effscale.moe.balance_bias import nudge
-from effscale.moe.expert_choice import ExpertChoice, expert_choice
-from effscale.moe.routing import Normalize, Priority, Routing, expert_capacity, top_k_routing
+from effscale.moe.routing import (
+    ExpertChoice,
+    Normalize,
+    Priority,
+    Routing,
+    expert_capacity,
+    expert_choice,
+    top_k_routing,
+)
 from effscale.options import (
     NonNegativeFloat,
     NonNegativeInt,

@@ -8,7 +8,7 @@ from effscale.quant.distillation import (
     distillation_loss,
     one_stage_loss,
 )
-from effscale.quant.fake import FakeQuantizedWeight
+from effscale.quant.fake import FakeQuantizedWeight, at_step, scheduled_step
 from effscale.quant.formats import Format
 from effscale.quant.gram_rounding import gptq
 from effscale.quant.inputs import InputRange, input_grams, input_ranges
@@ -34,7 +34,6 @@ from effscale.quant.recipes import (
 )
 from effscale.quant.sensitivity import sensitivity
 from effscale.quant.sizes import ModelSize, model_size
-from effscale.quant.steps import at_step, scheduled_step
 
 __all__ = [
     "LKD",

@@ -1,1 +1,0 @@
-"""Ways to move tokens to their experts and back."""
