@@ -49,7 +49,7 @@ class RouterConfig(Options):
     k: PositiveInt = 1
     """The number of experts per token; the mean number if experts choose."""
     chosen_by: Literal["tokens", "experts"] = "tokens"
-    """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room (``effscale.moe.expert_choice``).
+    """Whether ``tokens`` choose their k experts, or ``experts`` choose the number of tokens for which they have room (``effscale.moe.routing.expert_choice``).
     The latter needs no loss to keep the load even, but looks at all tokens of a group together: it is not for causal models and cannot be decoded."""
     capacity_factor: PositiveFloat | None = 1.0
     """The capacity of each expert in training, as a multiple of its share of the choices.
