@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
-from effscale.parallel import (
-    MeshConfig,
-    collectives,
+from effscale.optim import (
+    Workers,
     compressed_mean_bytes,
     mean_bytes,
-    per_worker,
-    sent_bytes,
-    worker_params,
+    onebit_adam,
+    onebit_lamb,
+    zero_one_adam,
 )
+from effscale.parallel import MeshConfig, collectives, per_worker, sent_bytes, worker_params
 
 PARAMS = {"kernel": jnp.zeros((40, 33)), "bias": jnp.zeros((33,))}
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from effscale.optim.layerwise import stacked_dims
+from effscale.optim.lamb import stacked_dims
 from effscale.training import combine, decay_mask, named_leaves, partition, trainable_mask
 
 

@@ -1,18 +1,29 @@
 """1-bit optimizers as optax transformations, which send one bit per number or nothing: 1-bit Adam, 0/1 Adam, 1-bit LAMB."""
 
-from effscale.optim.averaging import MeanOverWorkersState, mean_over_workers
-from effscale.optim.diagnostics import params_without_variance
-from effscale.optim.freezing import RatioState, VarianceRatio
+from effscale.optim.averaging import (
+    MeanOverWorkersState,
+    SkipNonfiniteState,
+    mean_over_workers,
+    skip_nonfinite,
+)
+from effscale.optim.compressed_mean import (
+    ErrorFeedback,
+    Residual,
+    compressed_mean,
+    init_error_feedback,
+)
+from effscale.optim.freezing import RatioState, VarianceRatio, params_without_variance
 from effscale.optim.lamb import LambState, lamb
 from effscale.optim.onebit_adam import OneBitAdamState, onebit_adam, scale_by_onebit_adam
 from effscale.optim.onebit_lamb import OneBitLambState, onebit_lamb
-from effscale.optim.skipping import SkipNonfiniteState, skip_nonfinite
+from effscale.optim.tensor_layout import compressed_mean_bytes, mean_bytes
 from effscale.optim.workers import Workers
 from effscale.optim.zero_one.adam import ZeroOneAdamState, zero_one_adam
 from effscale.optim.zero_one.policies import Policies, PolicyState, Round, halving_steps
 from effscale.optim.zero_one.rules import OwnWay
 
 __all__ = [
+    "ErrorFeedback",
     "LambState",
     "MeanOverWorkersState",
     "OneBitAdamState",
@@ -21,13 +32,18 @@ __all__ = [
     "Policies",
     "PolicyState",
     "RatioState",
+    "Residual",
     "Round",
     "SkipNonfiniteState",
     "VarianceRatio",
     "Workers",
     "ZeroOneAdamState",
+    "compressed_mean",
+    "compressed_mean_bytes",
     "halving_steps",
+    "init_error_feedback",
     "lamb",
+    "mean_bytes",
     "mean_over_workers",
     "onebit_adam",
     "onebit_lamb",

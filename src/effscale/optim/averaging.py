@@ -1,73 +1,22 @@
-"""The mean over workers, uncompressed and in one bit per number, and the bytes it sends."""
+"""Transformations around any optimizer of workers: the uncompressed mean before it, and skipping steps that are not finite."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.optim.params_like import unlike_params
-from effscale.optim.workers import Workers, check_axis, check_local
-from effscale.parallel.onebit.error_feedback import init_error_feedback
-from effscale.parallel.onebit.mean import compressed_mean
-from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
-from effscale.parallel.worker_zeros import per_worker_zeros
-from effscale.parallel.workers import PerWorker, SendsBytes, as_local, bound_axis_size
-
-
-def mean(gradients: Any, axis_name: str | None) -> Any:
-    """Return the mean over workers, uncompressed; on CPU in float32 at least."""
-    if axis_name is None:
-        return gradients
-
-    def one(g: jax.Array) -> jax.Array:
-        g = as_local(g, axis_name)
-        if jnp.dtype(g.dtype).itemsize >= 4:
-            return jax.lax.pmean(g, axis_name)
-        # XLA's CPU compiler crashes on a reduction in a narrow type here, and widens it elsewhere.
-        wide = lambda g: jax.lax.pmean(g.astype(jnp.float32), axis_name).astype(g.dtype)
-        return jax.lax.platform_dependent(
-            g, cpu=wide, default=lambda g: jax.lax.pmean(g, axis_name)
-        )
-
-    return jax.tree.map(one, gradients)
-
-
-def init_errors(params: Any, workers: Workers | None) -> Any:
-    """Return each worker's `ErrorFeedback` in a `PerWorker`; None for one worker."""
-    if workers is None:
-        return None
-    make = lambda number: init_error_feedback(params, number, workers.specs)
-    return unlike_params(
-        params, lambda: per_worker_zeros(make, workers.axis_name, workers.num_workers)
-    )
-
-
-def compressed(tree: Any, errors: Any, workers: Workers) -> tuple[Any, Any]:
-    """Call `compressed_mean` with the options of ``workers``."""
-    scales = workers.scales or "tensor"
-    return compressed_mean(tree, errors, workers.axis_name, scales=scales, specs=workers.specs)
-
-
-def agree(
-    tree: Any, errors: PerWorker | None, workers: Workers | None
-) -> tuple[Any, PerWorker | None]:
-    """Return the mean over workers in one bit per number, with the error feedback of `init_errors`; on one worker return the tree itself."""
-    if workers is None or errors is None:
-        return tree, None
-    tree, new = compressed(tree, errors.value, workers)
-    return tree, PerWorker(new, workers.axis_name)
-
-
-def bytes_sent(gradients: Any, workers: Workers | None) -> tuple[jax.Array, jax.Array]:
-    """Return the bytes that a device sends for the uncompressed mean and for the mean in one bit per number, in float32; zero for one worker."""
-    number = None if workers is None else bound_axis_size(workers.axis_name)
-    if workers is None or number is None or number == 1:
-        return jnp.float32(0), jnp.float32(0)
-    scales, specs = workers.scales or "tensor", workers.specs
-    full = mean_bytes(gradients, number, specs=specs)
-    one_bit = compressed_mean_bytes(gradients, number, scales=scales, specs=specs)
-    return jnp.float32(full), jnp.float32(one_bit)
+from effscale.optim.workers import (
+    Workers,
+    bytes_sent,
+    check_axis,
+    check_local,
+    mean,
+    mean_squared_norm,
+)
+from effscale.parallel.shared_values import settled
+from effscale.parallel.workers import PerWorker, SendsBytes
 
 
 @SendsBytes.register
@@ -107,3 +56,60 @@ def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
         return mean(updates, axis_name), MeanOverWorkersState(sent, state.axis)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SkipNonfiniteState(NamedTuple):
+    """The state of `skip_nonfinite`: the number of skipped updates (int32) and the inner state."""
+
+    skipped: jax.Array
+    inner: Any
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, axis_name: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Skip the update, on all workers, if any gradient of any worker is not finite.
+
+    Updates are then zero and the inner state (moments, counters, errors) stays bit for bit as it was. The decision
+    costs one number per worker on the network. Gradients so large that their squares overflow float32 count as not finite.
+
+    Args:
+        inner: Any optax transformation.
+        axis_name: The workers' axis; None for one worker.
+
+    Example:
+        >>> optimizer = skip_nonfinite(optax.sgd(0.1))
+        >>> updates, state = optimizer.update(jnp.array([1.0, jnp.nan]), optimizer.init(jnp.zeros(2)))
+        >>> updates.tolist(), int(state.skipped)
+        ([0.0, 0.0], 1)
+    """
+    if axis_name is not None:
+        check_axis(axis_name)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        check_local(updates, axis_name)
+        finite = jnp.isfinite(mean_squared_norm(updates, axis_name))
+
+        def take() -> Any:
+            step = settled(functools.partial(inner.update, **extra), axis_name)
+            return step(updates, state.inner, params)
+
+        def skip() -> Any:
+            return jax.tree.map(zeros_of_mean, updates), state.inner
+
+        new_updates, new_inner = jax.lax.cond(finite, take, skip)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        return new_updates, SkipNonfiniteState(skipped, new_inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def zeros_of_mean(x: Any) -> jax.Array:
+    """Return zeros like an array, with a type that is the same on all workers."""
+    sharding = jax.typeof(x).sharding  # for axes of type Explicit; empty for all others
+    divided = any(entry is not None for entry in sharding.spec)
+    return jnp.zeros(jnp.shape(x), x.dtype, device=sharding if divided else None)

@@ -8,11 +8,22 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim.freezing import check_moments
-from effscale.optim.layerwise import Stacked, TrustRatio, stacked_dims
-from effscale.optim.moments import averaged_moments, check_mu_dtype, moments_like, normalised
-from effscale.optim.precision import in_float32, in_types_of
+from effscale.optim.moments import (
+    averaged_moments,
+    check_bounds,
+    check_moments,
+    in_float32,
+    in_types_of,
+    moments_like,
+    normalized,
+)
+from effscale.training.partition import NamedLeaf, named_leaves
 from effscale.training.schedules import scale_by_learning_rate
+
+Stacked = Any
+"""The number of leading dimensions of each array that stack separate tensors: a tree of integers like the parameters,
+or one integer for all. None counts the dimensions that the logical axes of an ``nnx.Variable`` do not name, and the
+leading ones named ``layers`` and ``experts``; it is zero for any other array."""
 
 
 class LambState(NamedTuple):
@@ -20,52 +31,6 @@ class LambState(NamedTuple):
 
     mu: Any
     nu: Any
-
-
-class Lamb(NamedTuple):
-    """The options of the LAMB update, which the warmup of 1-bit LAMB shares."""
-
-    b1: Any
-    b2: Any
-    eps: Any
-    weight_decay: Any
-    mask: Any
-    trust: TrustRatio
-
-    def check(self) -> None:
-        """Raise a ``ValueError`` for options out of range."""
-        check_moments(self.b1, self.b2, self.eps)
-        self.trust.check()
-
-    def direction(self, mu: Any, nu: Any, params: Any) -> tuple[Any, Any]:
-        """Return the momentum divided by the root of the variance, without and with weight decay."""
-        u = jax.tree.map(lambda m, v: normalised(m, v, self.eps), mu, nu)
-        decay = optax.add_decayed_weights(self.weight_decay, self.mask)
-        return u, decay.update(u, decay.init(params), in_float32(params))[0]
-
-    def step(self, mean: Any, mu: Any, nu: Any, params: Any, dims: Any) -> "LambStep":
-        """Compute a step from the mean gradient, the last moments, the parameters and the number of dimensions that stack layers."""
-        mu, nu = averaged_moments(mean, mu, nu, self.b1, self.b2)
-        _, u = self.direction(mu, nu, params)
-        coeff = jax.tree.map(self.trust, params, u, dims)
-        defined = jax.tree.map(self.trust.defined, params, u, dims)
-        return LambStep(mu, nu, coeff, defined, jax.tree.map(jnp.multiply, coeff, u))
-
-
-def check_params(params: Any) -> None:
-    """Raise a ``ValueError`` if the parameters are missing."""
-    if params is None:
-        raise ValueError("LAMB needs the parameters: optimizer.update(gradients, state, params)")
-
-
-class LambStep(NamedTuple):
-    """The result of `Lamb.step`: the moments; each layer's coefficient, and whether it is the ratio of two norms; the update."""
-
-    mu: Any
-    nu: Any
-    coeff: Any
-    defined: Any
-    update: Any
 
 
 def lamb(
@@ -116,9 +81,8 @@ def lamb(
     References:
         You et al., "Large Batch Optimization for Deep Learning" (2020), ICLR. https://arxiv.org/abs/1904.00962
     """
-    rule = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
-    rule.check()
-    check_mu_dtype(mu_dtype)
+    rule = Lamb(b1, b2, eps, weight_decay, mask, max_coeff, min_coeff)
+    rule.check(mu_dtype)
 
     def init(params: Any) -> Any:
         return LambState(moments_like(params, mu_dtype), moments_like(params))
@@ -134,3 +98,102 @@ def lamb(
 
     core = optax.GradientTransformationExtraArgs(init, update)
     return optax.chain(core, scale_by_learning_rate(learning_rate))
+
+
+class Lamb(NamedTuple):
+    """The options of the LAMB update, which the warmup of 1-bit LAMB shares."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    weight_decay: Any
+    mask: Any
+    max_coeff: Any
+    min_coeff: Any
+
+    def check(self, mu_dtype: DTypeLike | None) -> None:
+        """Raise a ``ValueError`` for options out of range."""
+        check_moments(self.b1, self.b2, self.eps, mu_dtype)
+        low, high = ("min_coeff", self.min_coeff), ("max_coeff", self.max_coeff)
+        check_bounds(low, high, "be ordered and not negative")
+
+    def direction(self, mu: Any, nu: Any, params: Any) -> tuple[Any, Any]:
+        """Return the momentum divided by the root of the variance, without and with weight decay."""
+        u = jax.tree.map(lambda m, v: normalized(m, v, self.eps), mu, nu)
+        decay = optax.add_decayed_weights(self.weight_decay, self.mask)
+        return u, decay.update(u, decay.init(params), in_float32(params))[0]
+
+    def coefficient(self, p: jax.Array, u: jax.Array, d: int) -> jax.Array:
+        """Return the norm of the parameters divided by that of the update, clipped to the bounds; one where it is not `_defined`."""
+        norm_p, norm_u = norms(p, d), norms(u, d)
+        ratio = jnp.clip(
+            norm_p / jnp.where(norm_u > 0, norm_u, 1.0), self.min_coeff, self.max_coeff
+        )
+        return jnp.where(_defined(p, u, d), ratio, 1.0)
+
+    def step(self, mean: Any, mu: Any, nu: Any, params: Any, dims: Any) -> "LambStep":
+        """Compute a step from the mean gradient, the last moments, the parameters and the number of dimensions that stack layers."""
+        mu, nu = averaged_moments(mean, mu, nu, self.b1, self.b2)
+        _, u = self.direction(mu, nu, params)
+        coeff = jax.tree.map(self.coefficient, params, u, dims)
+        defined = jax.tree.map(_defined, params, u, dims)
+        return LambStep(mu, nu, coeff, defined, jax.tree.map(jnp.multiply, coeff, u))
+
+
+def _defined(p: jax.Array, u: jax.Array, d: int) -> jax.Array:
+    """Return whether neither norm is zero."""
+    return (norms(p, d) > 0) & (norms(u, d) > 0)
+
+
+def check_params(params: Any) -> None:
+    """Raise a ``ValueError`` if the parameters are missing."""
+    if params is None:
+        raise ValueError("LAMB needs the parameters: optimizer.update(gradients, state, params)")
+
+
+class LambStep(NamedTuple):
+    """The result of `Lamb.step`: the moments; each layer's coefficient, and whether it is the ratio of two norms; the update."""
+
+    mu: Any
+    nu: Any
+    coeff: Any
+    defined: Any
+    update: Any
+
+
+def stacked_dims(params: Any, stacked: Stacked = None) -> Any:
+    """Return a tree of integers like the parameters; see `Stacked`."""
+    leaves, structure = jax.tree.flatten(params)
+    if isinstance(stacked, int):
+        dims = [stacked] * len(leaves)
+    elif stacked is None:
+        dims = [_unnamed(leaf) for leaf in named_leaves(params)]
+    else:
+        dims = jax.tree.leaves(stacked)
+        if len(dims) != len(leaves):
+            raise ValueError(
+                f"stacked must have one entry for each of the {len(leaves)} arrays, got {len(dims)}"
+            )
+    for x, dim in zip(leaves, dims, strict=True):
+        if not 0 <= dim <= jnp.ndim(x):
+            raise ValueError(
+                f"stacked must be from 0 to {jnp.ndim(x)} for an array of shape {jnp.shape(x)}, got {dim}"
+            )
+    return jax.tree.unflatten(structure, dims)
+
+
+def _unnamed(leaf: NamedLeaf) -> int:
+    if leaf.axes is None:
+        return 0
+    return max(0, jnp.ndim(leaf.leaf) - len(leaf.axes)) + leaf.stacked
+
+
+def layer_shape(x: Any, dims: int) -> tuple[int, ...]:
+    """Return the shape with one number per layer that broadcasts against the array."""
+    return (*jnp.shape(x)[:dims], *(1,) * (jnp.ndim(x) - dims))
+
+
+def norms(x: jax.Array, dims: int) -> jax.Array:
+    """Return the L2 norm of each layer, in float32, with the shape of `layer_shape`."""
+    axes = tuple(range(dims, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))

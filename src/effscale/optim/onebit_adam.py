@@ -8,31 +8,38 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import moments, skipping
-from effscale.optim.averaging import agree, bytes_sent, init_errors
-from effscale.optim.clipping import clipped_locally, clipped_mean
+from effscale.optim import averaging, moments
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
     check_freeze_step,
-    check_moments,
     init_ratio,
     is_frozen,
     watch_variance,
 )
 from effscale.optim.moments import (
     averaged_moments,
-    check_mu_dtype,
+    check_moments,
     corrected,
+    decayed_weights,
+    in_types_of,
     lerp,
     masked,
     moments_like,
-    normalised,
+    normalized,
     where_known,
 )
-from effscale.optim.precision import in_types_of
-from effscale.optim.weight_decay import decayed_weights
-from effscale.optim.workers import Workers, axis_of, check_local, refusing_left_out_workers
+from effscale.optim.workers import (
+    Workers,
+    agree,
+    axis_of,
+    bytes_sent,
+    check_local,
+    clipped_locally,
+    clipped_mean,
+    init_errors,
+    refusing_left_out_workers,
+)
 from effscale.parallel.workers import PerWorker, SendsBytes
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import scale_by_learning_rate
@@ -120,10 +127,10 @@ def scale_by_onebit_adam(
     References:
         Tang et al., "1-bit Adam" (2021). https://arxiv.org/abs/2102.02888
     """
-    check_moments(b1, b2, eps)
+    check_moments(b1, b2, eps, mu_dtype)
     check_freeze_step(freeze_step)
-    check_mu_dtype(mu_dtype)
     check_clip(clip)
+    rule = _OneBitAdam(b1, b2, variance_ratio, exp_avg_mask, clip, workers)
     axis_name = axis_of(workers)
 
     def init(params: Any) -> Any:
@@ -143,23 +150,13 @@ def scale_by_onebit_adam(
             return updates, state
         check_local(updates, axis_name)
         last_mu = in_types_of(state.nu, state.mu)
-
-        def warm_up() -> Any:
-            mean = clipped_mean(updates, axis_name, clip)
-            mu, nu = averaged_moments(mean, last_mu, state.nu, b1, b2)
-            ratio = watch_variance(variance_ratio, state.ratio, state.count, nu)
-            return mu, nu, ratio, state.errors
-
-        def compressed() -> Any:
-            g = clipped_locally(updates, axis_name, clip)
-            mu = where_known(lerp(last_mu, g, b1), state.nu)
-            mu, errors = agree(mu, state.errors, workers)
-            mu = where_known(masked(mu, exp_avg_mask, params), state.nu)
-            return mu, state.nu, state.ratio, errors
-
         frozen = is_frozen(freeze_step, state.ratio, state.count)
+        mu, nu, ratio, errors = jax.lax.cond(
+            frozen,
+            lambda: _compressed(rule, updates, last_mu, state, params),
+            lambda: _warm_up(rule, updates, last_mu, state),
+        )
         full, one_bit = bytes_sent(updates, workers)
-        mu, nu, ratio, errors = jax.lax.cond(frozen, compressed, warm_up)
         new = OneBitAdamState(
             count=optax.safe_increment(state.count),
             mu=in_types_of(state.mu, mu),
@@ -173,10 +170,38 @@ def scale_by_onebit_adam(
             new = new._replace(nu_count=jnp.where(frozen, state.nu_count, state.nu_count + 1))
             mu = corrected(mu, moments.bias_correction(b1, new.count))
             nu = corrected(nu, moments.bias_correction(b2, new.nu_count))
-        scaled = jax.tree.map(lambda m, v: normalised(m, v, eps), mu, nu)
+        scaled = jax.tree.map(lambda m, v: normalized(m, v, eps), mu, nu)
         return in_types_of(updates, scaled), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _OneBitAdam(NamedTuple):
+    """The options of both stages."""
+
+    b1: Any
+    b2: Any
+    variance_ratio: VarianceRatio | None
+    exp_avg_mask: Any
+    clip: Clip | None
+    workers: Workers | None
+
+
+def _warm_up(o: _OneBitAdam, gradients: Any, m: Any, state: OneBitAdamState) -> Any:
+    r"""Average the mean gradient: $m \leftarrow \beta_1 m + (1 - \beta_1) g$ and $v \leftarrow \beta_2 v + (1 - \beta_2) g^2$."""
+    g = clipped_mean(gradients, axis_of(o.workers), o.clip)
+    m, v = averaged_moments(g, m, state.nu, o.b1, o.b2)
+    return m, v, watch_variance(o.variance_ratio, state.ratio, state.count, v), state.errors
+
+
+def _compressed(o: _OneBitAdam, gradients: Any, m: Any, state: OneBitAdamState, params: Any) -> Any:
+    r"""Exchange the momentum: $m \leftarrow \mathrm{mean}_{1 \mathrm{bit}}(\beta_1 m + (1 - \beta_1) g_r)$, and $v$ stays."""
+    v = state.nu
+    g_r = clipped_locally(gradients, axis_of(o.workers), o.clip)
+    m_r = where_known(lerp(m, g_r, o.b1), v)
+    m, errors = agree(m_r, state.errors, o.workers)
+    m = where_known(masked(m, o.exp_avg_mask, params), v)
+    return m, v, state.ratio, errors
 
 
 def onebit_adam(
@@ -260,5 +285,5 @@ def onebit_adam(
     ]
     optimizer = optax.chain(*links)
     if skip_nonfinite:
-        optimizer = skipping.skip_nonfinite(optimizer, axis_of(workers))
+        optimizer = averaging.skip_nonfinite(optimizer, axis_of(workers))
     return refusing_left_out_workers(optimizer, workers)

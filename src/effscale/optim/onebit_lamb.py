@@ -1,6 +1,5 @@
 """1-bit LAMB: LAMB's coefficients are learned in a warmup, then adapted while momentum is exchanged in one bit per number."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import skipping
-from effscale.optim.averaging import agree, bytes_sent, init_errors
-from effscale.optim.clipping import clipped_locally, clipped_mean
+from effscale.optim import averaging
 from effscale.optim.freezing import (
     RatioState,
     VarianceRatio,
@@ -20,16 +17,26 @@ from effscale.optim.freezing import (
     is_frozen,
     watch_variance,
 )
-from effscale.optim.lamb import Lamb, check_params
-from effscale.optim.layerwise import Stacked, TrustRatio, layer_shape, norms, stacked_dims
-from effscale.optim.moments import check_mu_dtype, lerp, masked, moments_like, where_known
-from effscale.optim.options import check_bounds, check_number
-from effscale.optim.params_like import unlike_params
-from effscale.optim.precision import in_types_of
+from effscale.optim.lamb import Lamb, Stacked, check_params, layer_shape, norms, stacked_dims
+from effscale.optim.moments import (
+    check_bounds,
+    check_number,
+    in_types_of,
+    lerp,
+    masked,
+    moments_like,
+    unlike_params,
+    where_known,
+)
 from effscale.optim.workers import (
     Workers,
+    agree,
     axis_of,
+    bytes_sent,
     check_local,
+    clipped_locally,
+    clipped_mean,
+    init_errors,
     refusing_left_out_workers,
     with_scales,
 )
@@ -164,14 +171,24 @@ def onebit_lamb(
     References:
         Li et al., "1-bit LAMB" (2021). https://arxiv.org/abs/2104.06069
     """
-    lamb = Lamb(b1, b2, eps, weight_decay, mask, TrustRatio(max_coeff, min_coeff))
-    lamb.check()
-    check_freeze_step(freeze_step)
-    check_mu_dtype(mu_dtype)
-    check_clip(clip)
-    axis_name = axis_of(workers)
     workers = with_scales(workers, "tree")
-    _check_factors(coeff_beta, factor_max, factor_min, factor_threshold)
+    axis_name = axis_of(workers)
+    lamb = Lamb(b1, b2, eps, weight_decay, mask, max_coeff, min_coeff)
+    rule = _OneBitLamb(
+        lamb,
+        coeff_beta,
+        factor_max,
+        factor_min,
+        factor_threshold,
+        variance_ratio,
+        exp_avg_mask,
+        clip,
+        workers,
+    )
+    lamb.check(mu_dtype)
+    rule.check()
+    check_freeze_step(freeze_step)
+    check_clip(clip)
 
     def init(params: Any) -> Any:
         dims = stacked_dims(params, stacked)
@@ -201,77 +218,12 @@ def onebit_lamb(
             return updates, state
         check_local(updates, axis_name)
         dims = stacked_dims(params, stacked)
-        last_mu = in_types_of(state.nu, state.mu)
-
-        def warm_up() -> tuple[Any, OneBitLambState]:
-            mean = clipped_mean(updates, axis_name, clip)
-            step = lamb.step(mean, last_mu, state.nu, params, dims)
-            frozen = jax.tree.map(
-                lambda old, c, defined: jnp.where(defined, lerp(old, c, coeff_beta), old),
-                state.frozen_coeff,
-                step.coeff,
-                step.defined,
-            )
-            new = state._replace(
-                mu=in_types_of(state.mu, step.mu),
-                nu=step.nu,
-                frozen_coeff=frozen,
-                # Reset the factors of earlier compressed steps, if freeze_step was increased since.
-                last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
-                compressing=jnp.zeros((), jnp.bool_),
-                ratio=watch_variance(variance_ratio, state.ratio, state.count, step.nu),
-            )
-            return in_types_of(updates, step.update), new
-
-        def compressed() -> tuple[Any, OneBitLambState]:
-            g = clipped_locally(updates, axis_name, clip)
-            scaling = jax.lax.cond(
-                state.compressing,
-                lambda: state.scaling_coeff,
-                lambda: _scaling_coeff(last_mu, dims),
-            )
-            mu = where_known(lerp(last_mu, g, b1), state.nu)
-            mu = jax.tree.map(jnp.multiply, mu, scaling)
-            # Errors of compressed steps before a second warmup belong to momenta with a different scaling.
-            errors = jax.tree.map(
-                lambda x: jnp.where(state.compressing, x, jnp.zeros_like(x)), state.errors
-            )
-            mu, errors = agree(mu, errors, workers)
-            # Parameters that never had a gradient or are masked do not move and do not affect the factor.
-            known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), state.nu)
-            moves = masked(known, exp_avg_mask, params)
-            mu = jax.tree.map(lambda m, a, k: m / a * k, mu, scaling, moves)
-
-            # The fresh variance continues from that of the warmup.
-            start = jax.tree.map(
-                lambda v, v_hat: jnp.where(state.compressing, v_hat, v), state.nu, state.nu_fresh
-            )
-            one = functools.partial(fresh_variance, b1=b1, b2=b2)
-            nu_fresh = jax.tree.map(one, start, mu, last_mu)
-            u0, u = lamb.direction(mu, state.nu, params)
-
-            def factor(v: Any, v_hat: Any, moves: Any, u0: Any, u: Any, last: Any, d: int) -> Any:
-                r = greatest_quotient(v, v_hat, moves, eps, d)
-                r = jnp.where(jnp.asarray(weight_decay) > 0, share_of_update(r, u0, u, d), r)
-                r = jnp.clip(r, factor_min, factor_max)
-                r = jnp.clip(r, last * (1.0 - factor_threshold), last * (1.0 + factor_threshold))
-                return r.astype(last.dtype)
-
-            r = jax.tree.map(factor, state.nu, nu_fresh, moves, u0, u, state.last_factor, dims)
-            coeff = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
-            out = jax.tree.map(lambda c, f, x: c * f * x, coeff, r, u)
-            new = state._replace(
-                mu=in_types_of(state.mu, mu),
-                nu_fresh=nu_fresh,
-                last_factor=r,
-                scaling_coeff=scaling,
-                compressing=jnp.ones((), jnp.bool_),
-                errors=errors,
-            )
-            return in_types_of(updates, out), new
-
         frozen = is_frozen(freeze_step, state.ratio, state.count)
-        out, new = jax.lax.cond(frozen, compressed, warm_up)
+        out, new = jax.lax.cond(
+            frozen,
+            lambda: _compressed(rule, updates, state, params, dims),
+            lambda: _warm_up(rule, updates, state, params, dims),
+        )
         full, one_bit = bytes_sent(updates, workers)
         return out, new._replace(
             count=optax.safe_increment(state.count), sent=jnp.where(frozen, one_bit, full)
@@ -280,17 +232,117 @@ def onebit_lamb(
     core = optax.GradientTransformationExtraArgs(init, update)
     optimizer = optax.chain(core, scale_by_learning_rate(learning_rate))
     if skip_nonfinite:
-        optimizer = skipping.skip_nonfinite(optimizer, axis_name)
+        optimizer = averaging.skip_nonfinite(optimizer, axis_name)
     return refusing_left_out_workers(optimizer, workers)
 
 
-def fresh_variance(v_hat: Any, m: Any, last_m: Any, *, b1: Any, b2: Any) -> Any:
+class _OneBitLamb(NamedTuple):
+    """The options of both stages."""
+
+    lamb: Lamb
+    coeff_beta: Any
+    factor_max: Any
+    factor_min: Any
+    factor_threshold: Any
+    variance_ratio: VarianceRatio | None
+    exp_avg_mask: Any
+    clip: Clip | None
+    workers: Workers | None
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` for options out of range."""
+        check_number("coeff_beta", self.coeff_beta, lambda x: 0 <= x < 1, "be in [0, 1)")
+        check_number("factor_min", self.factor_min, lambda x: x > 0, "be positive")
+        low, high = ("factor_min", self.factor_min), ("factor_max", self.factor_max)
+        check_bounds(low, high, "be in increasing order")
+        check_number(
+            "factor_threshold", self.factor_threshold, lambda x: 0 <= x < 1, "be in [0, 1)"
+        )
+
+
+def _warm_up(
+    o: _OneBitLamb, gradients: Any, state: OneBitLambState, params: Any, dims: Any
+) -> tuple[Any, OneBitLambState]:
+    r"""Make a step of LAMB on the mean gradient, and $\bar c \leftarrow \beta_c \bar c + (1 - \beta_c) c$."""
+    g = clipped_mean(gradients, axis_of(o.workers), o.clip)
+    step = o.lamb.step(g, in_types_of(state.nu, state.mu), state.nu, params, dims)
+    frozen_coeff = jax.tree.map(
+        lambda old, c, defined: jnp.where(defined, lerp(old, c, o.coeff_beta), old),
+        state.frozen_coeff,
+        step.coeff,
+        step.defined,
+    )
+    new = state._replace(
+        mu=in_types_of(state.mu, step.mu),
+        nu=step.nu,
+        frozen_coeff=frozen_coeff,
+        # Reset the factors of earlier compressed steps, if freeze_step was increased since.
+        last_factor=jax.tree.map(jnp.ones_like, state.last_factor),
+        compressing=jnp.zeros((), jnp.bool_),
+        ratio=watch_variance(o.variance_ratio, state.ratio, state.count, step.nu),
+    )
+    return in_types_of(gradients, step.update), new
+
+
+def _compressed(
+    o: _OneBitLamb, gradients: Any, state: OneBitLambState, params: Any, dims: Any
+) -> tuple[Any, OneBitLambState]:
+    """Make a step after the warmup: the mean momentum in one bit, the fresh variance, and the factors that it gives the coefficients."""
+    v, last_m = state.nu, in_types_of(state.nu, state.mu)
+    g_r = clipped_locally(gradients, axis_of(o.workers), o.clip)
+    a = jax.lax.cond(
+        state.compressing, lambda: state.scaling_coeff, lambda: _scaling_coeff(last_m, dims)
+    )
+    m_r = where_known(lerp(last_m, g_r, o.lamb.b1), v)
+    # Errors of compressed steps before a second warmup belong to momenta with a different scaling.
+    errors = jax.tree.map(
+        lambda e: jnp.where(state.compressing, e, jnp.zeros_like(e)), state.errors
+    )
+    m, errors = agree(jax.tree.map(jnp.multiply, m_r, a), errors, o.workers)
+    # Parameters that never had a gradient or are masked do not move and do not affect the factor.
+    known = jax.tree.map(lambda v: (v > 0).astype(v.dtype), v)
+    moves = masked(known, o.exp_avg_mask, params)
+    m = jax.tree.map(lambda m, a, k: m / a * k, m, a, moves)
+
+    # The fresh variance continues from that of the warmup.
+    start = jax.tree.map(lambda v, v_hat: jnp.where(state.compressing, v_hat, v), v, state.nu_fresh)
+    v_hat = jax.tree.map(
+        lambda v_hat, m, last_m: _fresh_variance(o.lamb, v_hat, m, last_m), start, m, last_m
+    )
+    u0, u = o.lamb.direction(m, v, params)
+    factor = lambda *arrays: _factor(o, *arrays)
+    r = jax.tree.map(factor, v, v_hat, moves, u0, u, state.last_factor, dims)
+    c = jax.tree.map(lambda c: jnp.where(c > 0, c, 1.0), state.frozen_coeff)
+    out = jax.tree.map(lambda c, r, u: c * r * u, c, r, u)
+    new = state._replace(
+        mu=in_types_of(state.mu, m),
+        nu_fresh=v_hat,
+        last_factor=r,
+        scaling_coeff=a,
+        compressing=jnp.ones((), jnp.bool_),
+        errors=errors,
+    )
+    return in_types_of(gradients, out), new
+
+
+def _fresh_variance(lamb: Lamb, v_hat: Any, m: Any, last_m: Any) -> Any:
     r"""$\beta_2 \hat v + (1 - \beta_2) \hat g^2$ of the gradient $\hat g$ that leads from the last momentum to this one."""
-    g_hat = (m - b1 * last_m) / (1 - b1)
-    return b2 * v_hat + (1 - b2) * jnp.square(g_hat)
+    g_hat = (m - lamb.b1 * last_m) / (1 - lamb.b1)
+    return lamb.b2 * v_hat + (1 - lamb.b2) * jnp.square(g_hat)
 
 
-def greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
+def _factor(
+    o: _OneBitLamb, v: Any, v_hat: Any, moves: Any, u0: Any, u: Any, last: Any, d: int
+) -> Any:
+    """Return the factor r of a layer, within its bounds and near its last value."""
+    r = _greatest_quotient(v, v_hat, moves, o.lamb.eps, d)
+    r = jnp.where(jnp.asarray(o.lamb.weight_decay) > 0, _share_of_update(r, u0, u, d), r)
+    r = jnp.clip(r, o.factor_min, o.factor_max)
+    r = jnp.clip(r, last * (1.0 - o.factor_threshold), last * (1.0 + o.factor_threshold))
+    return r.astype(last.dtype)
+
+
+def _greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
     r"""$r = \max (\sqrt v + \epsilon) / (\sqrt{\hat v} + \epsilon)$ of a layer, over what moves; 1 where nothing does.
 
     The first ``d`` dimensions stack layers.
@@ -301,7 +353,7 @@ def greatest_quotient(v: Any, v_hat: Any, moves: Any, eps: Any, d: int) -> Any:
     return jnp.where(r > 0, r, 1.0)
 
 
-def share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
+def _share_of_update(r: Any, u0: Any, u: Any, d: int) -> Any:
     r"""$r \rho + 1 - \rho$, with $\rho$ the share of the update without weight decay, u0, in the one with it, u."""
     with_decay = norms(u, d)
     rho = jnp.minimum(1.0, norms(u0, d) / jnp.where(with_decay > 0, with_decay, 1.0))
@@ -319,10 +371,3 @@ def _scaling_coeff(mu: Any, dims: Any) -> Any:
     mean = jnp.mean(jnp.concatenate(layers)) if layers else jnp.float32(1.0)
     # A layer without momentum needs no scaling, and its root mean square of zero cannot be a divisor.
     return jax.tree.map(lambda x: jnp.where(x > 0, mean / jnp.where(x > 0, x, 1.0), 1.0), z)
-
-
-def _check_factors(beta: Any, largest: Any, least: Any, threshold: Any) -> None:
-    check_number("coeff_beta", beta, lambda x: 0 <= x < 1, "be in [0, 1)")
-    check_number("factor_min", least, lambda x: x > 0, "be positive")
-    check_bounds(("factor_min", least), ("factor_max", largest), 0.0, "be in increasing order")
-    check_number("factor_threshold", threshold, lambda x: 0 <= x < 1, "be in [0, 1)")

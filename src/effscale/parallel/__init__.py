@@ -17,10 +17,6 @@ from effscale.parallel.expert_exchange import (
 from effscale.parallel.host_memory import on_devices, to_host_memory
 from effscale.parallel.layout import Placement
 from effscale.parallel.mesh import AXES, MeshConfig
-from effscale.parallel.onebit.error_feedback import ErrorFeedback, Residual, init_error_feedback
-from effscale.parallel.onebit.mean import compressed_mean
-from effscale.parallel.onebit.resize import resize_workers
-from effscale.parallel.onebit.traffic import compressed_mean_bytes, mean_bytes
 from effscale.parallel.peers import collect_on_first, ending_together, on_first
 from effscale.parallel.placement import (
     BatchShard,
@@ -39,6 +35,7 @@ from effscale.parallel.workers import (
     MovesParams,
     PerWorker,
     SendsBytes,
+    resize_workers,
     sent_bytes,
     worker_params,
 )
@@ -49,13 +46,11 @@ __all__ = [
     "BatchShard",
     "Collective",
     "DistributedConfig",
-    "ErrorFeedback",
     "Exchange",
     "MeshConfig",
     "MovesParams",
     "PerWorker",
     "Placement",
-    "Residual",
     "Rules",
     "SendsBytes",
     "auto_batch_axes",
@@ -64,16 +59,12 @@ __all__ = [
     "check_experts",
     "collect_on_first",
     "collectives",
-    "compressed_mean",
-    "compressed_mean_bytes",
     "constrain",
     "current_rules",
     "ending_together",
     "expert_axes",
-    "init_error_feedback",
     "initialize",
     "logical_spec",
-    "mean_bytes",
     "mesh_size",
     "on_devices",
     "on_first",

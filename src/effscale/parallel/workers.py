@@ -6,7 +6,7 @@ Values that are the same on all workers are ordinary arrays; values that differ 
 
 import abc
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,54 @@ def gather(x: jax.Array, axis_name: str) -> jax.Array:
     if is_manual(axis_name):
         return jax.lax.all_gather(x, axis_name, to="invarying")
     return jax.lax.all_gather(x, axis_name)
+
+
+@runtime_checkable
+class Resizable(Protocol):
+    """A part of a `PerWorker` that says itself what becomes of it if the number of workers changes."""
+
+    def resized(self, num_workers: int) -> Any:
+        """Return the part for another number of workers; its arrays are those of all workers, stacked."""
+        ...
+
+
+def resize_workers(tree: Any, num_workers: int) -> Any:
+    """Return the tree with the contents of each ``PerWorker`` converted to another number of workers.
+
+    The mean over workers is preserved: each new worker gets the mean of the old workers' arrays. A part that is `Resizable`,
+    such as the errors of the 1-bit mean, is converted by its own rule. With the same number of workers, the tree is
+    returned unchanged.
+
+    Args:
+        tree: A state between steps: the arrays of a ``PerWorker`` have the workers as their first dimension.
+        num_workers: The new number of workers. A single worker sends nothing, so it never uses the pending error.
+
+    Raises:
+        ValueError: ``num_workers`` is less than 1.
+
+    Example:
+        >>> resize_workers(PerWorker(jnp.array([[1.0], [3.0]]), "data"), 3).value.tolist()
+        [[2.0], [2.0], [2.0]]
+    """
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+    has_rule = lambda node: isinstance(node, Resizable)
+
+    def part(node: Any) -> Any:
+        return node.resized(num_workers) if has_rule(node) else share_mean(node, num_workers)
+
+    def visit(node: Any) -> Any:
+        if not is_per_worker(node) or {x.shape[0] for x in jax.tree.leaves(node)} <= {num_workers}:
+            return node
+        return PerWorker(jax.tree.map(part, node.value, is_leaf=has_rule), node.axis_name)
+
+    return jax.tree.map(visit, tree, is_leaf=is_per_worker)
+
+
+def share_mean(x: Any, num_workers: int) -> jax.Array:
+    """Give each of ``num_workers`` new workers the mean of the old workers' arrays, which are stacked."""
+    mean = jnp.mean(x, axis=0, keepdims=True)
+    return jnp.broadcast_to(mean, (num_workers, *x.shape[1:]))
 
 
 def worker_params(params: Any, opt_state: Any) -> Any:

@@ -20,8 +20,7 @@ from typing import Any
 
 import jax
 
-from effscale.parallel.onebit.resize import resize_workers
-from effscale.parallel.workers import is_per_worker
+from effscale.parallel.workers import is_per_worker, resize_workers
 from effscale.training.errors import CheckpointError
 from effscale.training.manifest import MANIFEST, verify_manifest
 from effscale.training.partition import combine, named_leaves, partition

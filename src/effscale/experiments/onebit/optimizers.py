@@ -14,12 +14,16 @@ from effscale.optim import (
     onebit_adam,
     onebit_lamb,
     scale_by_onebit_adam,
+    skip_nonfinite,
     zero_one_adam,
 )
-from effscale.optim.averaging import agree, bytes_sent, init_errors
-from effscale.optim.clipping import clipped_locally
-from effscale.optim.skipping import skip_nonfinite
-from effscale.optim.workers import check_local
+from effscale.optim.workers import (
+    agree,
+    bytes_sent,
+    check_local,
+    clipped_locally,
+    init_errors,
+)
 from effscale.parallel import PerWorker, SendsBytes
 from effscale.training import Clip, Schedule, ScheduleConfig
 from effscale.training.schedules import scale_by_learning_rate

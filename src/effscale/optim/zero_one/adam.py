@@ -8,19 +8,28 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from effscale.optim import skipping
-from effscale.optim.averaging import bytes_sent
-from effscale.optim.clipping import clipped_locally, clipped_mean
-from effscale.optim.freezing import check_moments
-from effscale.optim.moments import check_mu_dtype, moments_like, normalised
-from effscale.optim.options import check_count
-from effscale.optim.params_like import unlike_params
-from effscale.optim.precision import in_types_of
-from effscale.optim.workers import Workers, axis_of, check_local, refusing_left_out_workers
+from effscale.optim import averaging
+from effscale.optim.compressed_mean import init_error_feedback
+from effscale.optim.moments import (
+    check_count,
+    check_moments,
+    in_types_of,
+    moments_like,
+    normalized,
+    unlike_params,
+)
+from effscale.optim.workers import (
+    Workers,
+    axis_of,
+    bytes_sent,
+    check_local,
+    clipped_locally,
+    clipped_mean,
+    per_worker_zeros,
+    refusing_left_out_workers,
+)
 from effscale.optim.zero_one.policies import Policies, PolicyState, Round
 from effscale.optim.zero_one.rules import OwnWay, Rules, Step, VarDecay, alone, together
-from effscale.parallel.onebit.error_feedback import init_error_feedback
-from effscale.parallel.worker_zeros import per_worker_zeros
 from effscale.parallel.workers import MovesParams, PerWorker, SendsBytes, as_local
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.schedules import value_at
@@ -63,7 +72,7 @@ class ZeroOneAdamState(NamedTuple):
         def local(u: Any, p: Any, v: Any) -> Any:
             if is_masked(u):  # belongs to another optimizer, by optax.masked or optax.partition
                 return p
-            return (p.astype(u.dtype) - normalised(u, v, self.eps)).astype(p.dtype)
+            return (p.astype(u.dtype) - normalized(u, v, self.eps)).astype(p.dtype)
 
         return jax.tree.map(local, moved, shared, self.nu, is_leaf=is_masked)
 
@@ -163,8 +172,7 @@ def zero_one_adam(
     References:
         Lu et al., "0/1 Adam" (2022). https://arxiv.org/abs/2202.06009
     """
-    check_moments(b1, b2, eps)
-    check_mu_dtype(mu_dtype)
+    check_moments(b1, b2, eps, mu_dtype)
     policies = Policies(var_freeze_step, var_update_scaler, local_step_scaler, local_step_clipper)
     policies.check()
     if var_decay not in get_args(VarDecay):
@@ -240,7 +248,7 @@ def zero_one_adam(
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
     if skip_nonfinite:
-        optimizer = skipping.skip_nonfinite(optimizer, axis_name)
+        optimizer = averaging.skip_nonfinite(optimizer, axis_name)
     return refusing_left_out_workers(optimizer, workers)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effscale.optim.options import check_count
+from effscale.optim.moments import check_count
 
 
 class Round(enum.IntEnum):

@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from effscale.optim import moments
-from effscale.optim.averaging import compressed
-from effscale.optim.moments import corrected, lerp, masked, normalised, where_known
-from effscale.optim.precision import in_float32, in_types_of, zeros_of_mean
-from effscale.optim.weight_decay import is_zero
-from effscale.optim.workers import Workers
+from effscale.optim.averaging import zeros_of_mean
+from effscale.optim.compressed_mean import ErrorFeedback
+from effscale.optim.moments import (
+    corrected,
+    in_float32,
+    in_types_of,
+    is_zero,
+    lerp,
+    masked,
+    normalized,
+    where_known,
+)
+from effscale.optim.workers import Workers, compressed
 from effscale.optim.zero_one.policies import PolicyState, Round
-from effscale.parallel.onebit.error_feedback import ErrorFeedback
 from effscale.parallel.workers import PerWorker
 
 VarDecay = Literal["update", "step"]
@@ -130,7 +137,7 @@ class Rules(NamedTuple):
     def updates(self, way: Any, mu: Any, nu: Any, params: Any, step: Step) -> Any:
         """Return the updates, minus ``way`` along mu / (sqrt(nu) + eps) + weight_decay * params."""
         mu, nu = self.unbiased(step.first_stage, mu, nu, step.count, step.nu_count)
-        out = jax.tree.map(lambda m, v: normalised(way * m, v, self.eps), mu, nu)
+        out = jax.tree.map(lambda m, v: normalized(way * m, v, self.eps), mu, nu)
         if not is_zero(self.weight_decay):
             decay = optax.add_decayed_weights(way * self.weight_decay, self.mask)
             out, _ = decay.update(out, decay.init(params), in_float32(params))

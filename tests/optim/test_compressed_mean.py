@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from effscale.parallel import (
-    MeshConfig,
-    PerWorker,
-    compressed_mean,
-    init_error_feedback,
-    per_worker,
-    shardings,
-    simulate_workers,
-)
-from effscale.parallel.worker_zeros import per_worker_zeros
+from effscale.optim import compressed_mean, init_error_feedback
+from effscale.optim.workers import per_worker_zeros
+from effscale.parallel import MeshConfig, PerWorker, per_worker, shardings, simulate_workers
 
 
 def mean_step(scales="tensor"):
