@@ -25,13 +25,12 @@ from effscale.experiments import (
 from effscale.experiments.onebit import runs as onebit_runner
 from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
-from effscale.experiments.shared.classifier.model import class_loss, classifier_config
+from effscale.experiments.shared.classifier.model import classifier_config
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.random_ltd import arms as random_ltd
 from effscale.experiments.xtc.arms import BINARY, Arm
 from effscale.models import Transformer, bert, take_layers, vit
-from effscale.models.config import PatchInputs
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker
 from effscale.parallel.lowering import lower_step
@@ -160,33 +159,17 @@ def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lo
 def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lower the step of random_ltd_vit that keeps the fewest tokens, for a ViT-S with patch 16."""
     config = random_ltd_vit.PRESETS["paper"]
-    recipe, size = config.recipe, config.image_size
-    trunk = vit(num_layers=12, d_model=384, num_heads=6, image_size=size)
-    assert isinstance(trunk.inputs, PatchInputs)
-    model = classifier_config(trunk, 10)
-    arm = random_ltd.Arm(
-        name="random_ltd",
-        model=model,
-        dropping=config.ltd,
-        length=trunk.inputs.num_tokens,
-        batch_size=recipe.batch_size,
-        num_steps=60_000 // recipe.batch_size * recipe.epochs,
-    )
-    warmup = round(config.warmup * arm.num_steps)
-    rate = random_ltd.LearningRate(peak=recipe.learning_rate, warmup=warmup)
-    optimizer = arm.optimizer(rate, config.optimizer)
-    step = arm.train_step(class_loss, optimizer, clip_norm=config.clip_norm)
-    rows = recipe.batch_size
+    rows, size = config.recipe.batch_size, config.image_size
+    model = classifier_config(vit(num_layers=12, d_model=384, num_heads=6, image_size=size), 10)
+    steps = 60_000 // rows * config.recipe.epochs
+    plan = random_ltd_vit.plan(config, "random_ltd", model, steps)
     batch = {
         "images": jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32),
         "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
     }
-    create = lambda: create_train_state(
-        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
-    )
-    mesh = MeshConfig(data=8).build(devices)
-    return lower_step(step, create, batch, mesh, lambda b: arm.shape_batch(b, arm.stages.values[0]))
+    run = dataclasses.replace(random_ltd_vit.run(config, plan), mesh=MeshConfig(data=8))
+    return run.lower(devices, batch=batch, stage=0)
 
 
 def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:

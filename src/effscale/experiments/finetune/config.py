@@ -5,7 +5,7 @@ import pathlib
 from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
-from effscale.experiments.shared.config_parts import ImagePart
+from effscale.experiments.shared.config_parts import ClassifierPart, ImagePart
 from effscale.models.validation import check
 from effscale.study.folder import OUTPUT
 
@@ -13,7 +13,7 @@ Task = Literal["reviews", "digits", "fashion"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ImagePart):
+class Config(ClassifierPart, ImagePart):
     """Options of a run; every field is a command-line option."""
 
     tasks: tuple[Task, ...] = ("reviews", "digits", "fashion")

@@ -62,8 +62,8 @@ class ClassifierPart(OutputPart):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImagePart(ClassifierPart):
-    """Fine-tuning of a ViT on images."""
+class ImagePart(OutputPart):
+    """Images and the ViT that is fine-tuned on them."""
 
     image_size: int = 56
     """Height and width to which images are resized, a multiple of the ViT's patch size."""

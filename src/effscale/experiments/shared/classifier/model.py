@@ -32,8 +32,8 @@ def classifier_config(config: TransformerConfig, num_classes: int) -> Transforme
     return dataclasses.replace(config, heads=(head,), pooler=False)
 
 
-def classifier(model: Transformer, num_classes: int, seed: int) -> Transformer:
-    """Return a copy of the model with such a head, randomly initialized."""
+def classifier(model: Transformer, num_classes: int, seed: int | jax.Array) -> Transformer:
+    """Return a copy of the model with such a head, randomly initialized by a seed or key."""
     new: Any = jax.tree.map(jnp.copy, model)
     new.config = classifier_config(model.config, num_classes)
     new.pooler = None
