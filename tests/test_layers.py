@@ -48,7 +48,7 @@ def test_the_contracts_hold(copy):
         ("src/effscale/data/store.py", "import effscale.experiments", "Layers point downwards"),
         ("src/effscale/training/loss.py", "import torch", "The core runs without torch"),
         (
-            "src/effscale/experiments/onebit/config.py",
+            "src/effscale/experiments/onebit/optimizers.py",
             "import effscale.experiments.finetune",
             "No experiment imports another",
         ),

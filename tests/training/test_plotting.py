@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from effscale.experiments.onebit import report as onebit
 from effscale.experiments.seqlen_curriculum import figures as seqlen
 from effscale.training.plotting import band, pyplot
 
@@ -33,17 +32,3 @@ def test_a_run_that_diverged_counts_up_to_there():
 def test_smoothing_leaves_gaps():
     smoothed = seqlen._smoothed(np.array([2.0, np.nan, 2.0]), 4)
     np.testing.assert_allclose(smoothed, [2.0, np.nan, 2.0])
-
-
-def test_compressed_gradients_do_not_set_the_frame():
-    plt = pyplot()
-    figure, axes = plt.subplots()
-    curves = {
-        "adam": np.array([[4.0, 3.0]]),
-        "onebit_adam": np.array([[4.0, 2.9]]),
-        "naive": np.array([[9.0, 9.0]]),
-    }
-    onebit._draw_differences(axes, np.array([1.0, 2.0]), curves, dict.fromkeys(curves, "black"))
-    np.testing.assert_allclose(axes.get_ylim(), (-0.11, 0.11))
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.0, -0.1])
-    plt.close(figure)

@@ -22,8 +22,6 @@ from effscale.experiments import (
     seqlen_curriculum,
     xtc,
 )
-from effscale.experiments.onebit import runs as onebit_runner
-from effscale.experiments.onebit.optimizers import OptimizerName
 from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
 from effscale.experiments.shared.classifier.model import classifier_config
 from effscale.experiments.shared.pretraining import Pretraining
@@ -103,18 +101,15 @@ def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
 
 
-def lower_onebit(task: str, name: OptimizerName, devices: Sequence[Any]) -> jax.stages.Lowered:
+def lower_onebit(
+    task: onebit.Task, name: onebit.OptimizerName, devices: Sequence[Any]
+) -> jax.stages.Lowered:
     """Lower the step of the experiment onebit with one worker per device, each with the rows of one of the paper's 64 workers."""
     config = onebit.PRESETS["paper"]
-    step, optimizer = onebit_runner.make_step(config, task, name)
-    model = onebit_runner.model_config(config, task, config.vocab_size)
-    create = lambda: create_train_state(
-        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
-    )
     plan = getattr(config, task)
-    batch = _packed_rows((plan.batch_size // config.workers * len(devices), plan.length))
-    mesh = MeshConfig(data=len(devices)).build(devices)
-    return lower_step(per_worker(step), create, batch, mesh)
+    rows = plan.batch_size // config.workers * len(devices)
+    batch = _packed_rows((rows, plan.length))
+    return onebit.run(config, task, name).lower(devices, batch=batch)
 
 
 def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:

@@ -212,9 +212,9 @@ def main(
     """
     from effscale.study.host import keep_freed_memory
 
-    name = pathlib.Path(sys.modules[make.__module__].__file__ or "").stem
+    spec = sys.modules[make.__module__].__spec__  # its name is that of the module even in __main__
     with messages():
-        config = parse(presets, description, argv, name=f"python -m effscale.experiments.{name}")
+        config = parse(presets, description, argv, name=spec and f"python -m {spec.name}")
         keep_freed_memory()
         conduct(config, make)
 

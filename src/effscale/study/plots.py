@@ -122,6 +122,8 @@ class Tradeoff:
     """The metric of the cost."""
     metric: str | None = None
     """The metric; None takes that of the study."""
+    arms: tuple[str, ...] | None = None
+    """The arms to draw; None draws all."""
     logarithmic: bool = False
     """Whether the axis of the cost is logarithmic."""
     labels: tuple[str, str] | None = None
@@ -134,8 +136,9 @@ class Tradeoff:
     def draw(self, axes: Any, results: Any) -> None:
         """Draw a point per arm."""
         metric = self.metric or results.study.metric
-        colors = [COLORS[i % len(COLORS)] for i in range(len(results.study.arms))]
-        for color, (name, arm) in zip(colors, results.study.arms.items(), strict=True):
+        arms = {n: a for n, a in results.study.arms.items() if self.arms is None or n in self.arms}
+        colors = [COLORS[i % len(COLORS)] for i in range(len(arms))]
+        for color, (name, arm) in zip(colors, arms.items(), strict=True):
             mean, low, high = results.table.interval(name, metric)
             cost = results.table.interval(name, self.over).mean
             error = None if np.isnan(low) else [[mean - low], [high - mean]]

@@ -1,6 +1,6 @@
 """``python -m effscale.experiments.onebit``."""
 
-from effscale.experiments.onebit.experiment import main
+from effscale.experiments.onebit import main
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,14 @@
-"""The optimizers that the experiment ``onebit`` compares, on one schedule, and the data that each sends."""
+"""The optimizers that the experiment ``onebit`` compares, on one schedule."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from effscale.models.validation import check, check_finite
 from effscale.optim import (
     Policies,
-    Round,
     Workers,
     onebit_adam,
     onebit_lamb,
@@ -17,169 +16,118 @@ from effscale.optim import (
     skip_nonfinite,
     zero_one_adam,
 )
-from effscale.optim.workers import (
-    agree,
-    bytes_sent,
-    check_local,
-    clipped_locally,
-    init_errors,
+from effscale.options import Bounds, Fraction, Options, PositiveFloat, PositiveInt, ProperFraction
+from effscale.parallel import (
+    PerWorker,
+    SendsBytes,
+    compressed_mean,
+    compressed_mean_bytes,
+    init_error_feedback,
 )
-from effscale.parallel import PerWorker, SendsBytes
-from effscale.training import Clip, Schedule, ScheduleConfig
-from effscale.training.schedules import scale_by_learning_rate
-
-AXIS = "data"
+from effscale.training import Clip, Schedule, ScheduleConfig, scale_by_learning_rate
 
 OptimizerName = Literal["adam", "onebit_adam", "zero_one_adam", "naive", "lamb", "onebit_lamb"]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
-TWINS: dict[OptimizerName, OptimizerName] = {
-    "onebit_adam": "adam",
-    "zero_one_adam": "adam",
-    "naive": "adam",
-    "onebit_lamb": "lamb",
-}
-"""The uncompressed baseline of each optimizer."""
+# Shares of a run's steps, the papers' for BERT-Large.
+WARMUP = 12.5 / 152
+ONEBIT_ADAM_FREEZE = 23 / 152
+ONEBIT_LAMB_FREEZE = 1000 / 5993
+LOCAL_STEP_SCALER = 32.678 / 152
+
+CLIP = Clip(1.0)  # the root mean square of the workers' gradient norms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stages:
-    """When compression begins, as fractions of a run's steps; the defaults are the papers' for BERT-Large."""
+class ZeroOne(Options):
+    """Stages of 0/1 Adam; the defaults are the paper's for BERT-Large."""
 
-    onebit_adam: float = 23 / 152
-    """Fraction of 1-bit Adam's steps that are uncompressed: 23,000 of 152,000."""
-    onebit_lamb: float = 1000 / 5993
-    """Fraction of 1-bit LAMB's steps that are uncompressed: 1,000 of 5,993."""
-    zero_one_adam: float = 12.5 / 152
-    """Fraction of the steps in which 0/1 Adam updates its variance: 12,500 of 152,000, as long as the warmup."""
-    var_update_scaler: int = 16
-    """Number of variance updates after which 0/1 Adam doubles the interval between them."""
+    var_freeze: Annotated[float, Bounds(above=0, below=1)] = WARMUP
+    """Fraction of the steps in which the variance is updated: 12,500 of 152,000, as long as the warmup."""
     var_decay: Literal["update", "step"] = "update"
-    """Whether 0/1 Adam applies b2 once per variance update, as in the paper, or once per step between two updates."""
-    local_step_scaler: float = 32.678 / 152
-    """Fraction of the steps after which 0/1 Adam doubles the interval between exchanges: 32,678 of 152,000."""
-    local_step_clipper: int = 16
+    """Whether b2 applies once per variance update, as in the paper, or once per step between two updates."""
+    local_step_clipper: PositiveInt = 16
     """The longest interval between exchanges, in steps."""
-    rate_warmup: float = 12.5 / 152
-    """Fraction of the steps used for warmup, for all optimizers."""
-
-    def __post_init__(self):
-        for name in (
-            "onebit_adam",
-            "onebit_lamb",
-            "zero_one_adam",
-            "local_step_scaler",
-            "rate_warmup",
-        ):
-            check(self, 0 < getattr(self, name) < 1, name, "between 0 and 1")
-        for name in ("var_update_scaler", "local_step_clipper"):
-            check(self, getattr(self, name) >= 1, name, "at least 1")
-
-    def of(
-        self,
-        name: Literal["onebit_adam", "onebit_lamb", "zero_one_adam", "rate_warmup"],
-        steps: int,
-    ) -> int:
-        """Return the steps of a stage."""
-        return max(1, round(getattr(self, name) * steps))
-
-    def policies(self, steps: int) -> Policies:
-        """Return the policies of 0/1 Adam."""
-        return Policies(
-            var_freeze_step=self.of("zero_one_adam", steps),
-            var_update_scaler=self.var_update_scaler,
-            local_step_scaler=max(1, round(self.local_step_scaler * steps)),
-            local_step_clipper=self.local_step_clipper,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Options that all optimizers share."""
+class Optimization(Options):
+    """What all optimizers of a task share."""
 
-    b1: float = 0.9
-    """Decay rate of the momentum."""
-    b2: float = 0.98
+    steps: PositiveInt
+    """Optimizer steps of pretraining."""
+    adam_rate: PositiveFloat
+    """Peak learning rate of all optimizers except the LAMB ones."""
+    lamb_rate: PositiveFloat
+    """Peak learning rate of the LAMB optimizers."""
+    final: Fraction = 0.0
+    """Final learning rate, as a fraction of the peak."""
+    b2: ProperFraction = 0.98
     """Decay rate of the variance. The variance is learned only in the first stage, so a short run needs less than the papers' 0.999."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; included in the norm of LAMB's coefficient."""
-    clip_norm: float = 1.0
-    """Maximum root mean square of the workers' gradient norms."""
-    factor_max: float = 1.0
+    factor_max: Annotated[float, Bounds(at_least=0.5)] = 1.0
     """Maximum factor of 1-bit LAMB's frozen coefficient.
     DeepSpeed uses 4, for b2 = 0.999; with this b2 the factor would grow until the loss diverges."""
+    zero_one: ZeroOne = ZeroOne()
+    """Stages of 0/1 Adam."""
 
-    def __post_init__(self):
-        check_finite(self)
-        for name in ("b1", "b2"):
-            check(self, 0 <= getattr(self, name) < 1, name, "from 0 to below 1")
-        check(self, self.weight_decay >= 0, "weight_decay", "at least 0")
-        check(self, self.clip_norm > 0, "clip_norm", "above 0")
-        check(self, self.factor_max >= 0.5, "factor_max", "at least 0.5, the least factor")
+    def steps_of(self, share: float) -> int:
+        """Return a share of the steps, at least one."""
+        return max(1, round(share * self.steps))
 
+    def policies(self) -> Policies:
+        """Return when 0/1 Adam updates its variance, and when it sends."""
+        return Policies(
+            var_freeze_step=self.steps_of(self.zero_one.var_freeze),
+            local_step_scaler=self.steps_of(LOCAL_STEP_SCALER),
+            local_step_clipper=self.zero_one.local_step_clipper,
+        )
 
-def learning_rate(peak: float, final: float, steps: int, stages: Stages) -> Schedule:
-    """Return a linear warmup to the peak, then a linear decay to the fraction ``final`` of it."""
-    warmup = stages.of("rate_warmup", steps)
-    return ScheduleConfig(
-        kind="linear", peak=peak, warmup=warmup, total=max(steps, warmup + 1), final=final * peak
-    ).build()
+    def learning_rate(self, name: OptimizerName) -> Schedule:
+        """Return a linear warmup to the peak, then a linear decay to the fraction ``final`` of it."""
+        peak = self.lamb_rate if name in ("lamb", "onebit_lamb") else self.adam_rate
+        warmup = self.steps_of(WARMUP)
+        total, final = max(self.steps, warmup + 1), self.final * peak
+        return ScheduleConfig(
+            kind="linear", peak=peak, warmup=warmup, total=total, final=final
+        ).build()
 
-
-def build(
-    name: OptimizerName,
-    rate: Schedule,
-    *,
-    moments: Moments,
-    stages: Stages,
-    steps: int,
-    workers: int | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Build an optimizer for a step of the workers along ``AXIS``.
-
-    Args:
-        name: Name of the optimizer.
-        rate: The learning rate.
-        moments: Options that all optimizers share.
-        stages: When compression begins.
-        steps: Number of steps of the run.
-        workers: Number of workers. Required if no mesh defines the axis.
-    """
-    b1, b2, decay, clip = moments.b1, moments.b2, moments.weight_decay, Clip(moments.clip_norm)
-    among = Workers(AXIS, num_workers=workers)
-    shared: Any = {"weight_decay": decay, "clip": clip, "workers": among}
-    never = steps + 1  # The uncompressed baselines run the same code, which never freezes.
-    if name == "adam":
-        return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
-    if name == "onebit_adam":
-        return onebit_adam(rate, b1, b2, freeze_step=stages.of(name, steps), **shared)
-    if name == "zero_one_adam":
-        policies = stages.policies(steps)._asdict()
-        return zero_one_adam(rate, b1, b2, var_decay=stages.var_decay, **policies, **shared)
-    if name == "lamb":
-        return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
-    if name == "onebit_lamb":
-        freeze, largest = stages.of(name, steps), moments.factor_max
-        return onebit_lamb(rate, b1, b2, freeze_step=freeze, factor_max=largest, **shared)
-    naive = optax.chain(
-        onebit_gradients(clip, among),
-        scale_by_onebit_adam(b1, b2, freeze_step=never),
-        optax.add_decayed_weights(decay),
-        scale_by_learning_rate(rate),
-    )
-    return skip_nonfinite(naive, AXIS)
+    def build(self, name: OptimizerName, workers: Workers) -> optax.GradientTransformation:
+        """Return an optimizer; the uncompressed baselines run the same code, which never freezes."""
+        rate, b1, b2, decay = self.learning_rate(name), 0.9, self.b2, 0.01
+        shared: Any = {"weight_decay": decay, "clip": CLIP, "workers": workers}
+        never = self.steps + 1
+        if name == "adam":
+            return onebit_adam(rate, b1, b2, freeze_step=never, **shared)
+        if name == "onebit_adam":
+            freeze_step = self.steps_of(ONEBIT_ADAM_FREEZE)
+            return onebit_adam(rate, b1, b2, freeze_step=freeze_step, **shared)
+        if name == "zero_one_adam":
+            stages = {"var_decay": self.zero_one.var_decay, **self.policies()._asdict()}
+            return zero_one_adam(rate, b1, b2, **stages, **shared)
+        if name == "lamb":
+            return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
+        if name == "onebit_lamb":
+            shared |= {"factor_max": self.factor_max}
+            freeze_step = self.steps_of(ONEBIT_LAMB_FREEZE)
+            return onebit_lamb(rate, b1, b2, freeze_step=freeze_step, **shared)
+        naive = optax.chain(
+            onebit_gradients(CLIP, workers),
+            scale_by_onebit_adam(b1, b2, freeze_step=never),
+            optax.add_decayed_weights(decay),
+            scale_by_learning_rate(rate),
+        )
+        return skip_nonfinite(naive, workers.axis_name)
 
 
 @SendsBytes.register
 class OneBitGradientsState(NamedTuple):
-    """State of ``onebit_gradients``: the compression error of each worker, and the bytes that its device sent in the last update."""
+    """State of ``onebit_gradients``: the compression error of each worker, and the bytes that it sent in the last update."""
 
-    errors: PerWorker | None
-    sent: Any
+    errors: PerWorker
+    sent: jax.Array
 
 
-def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformationExtraArgs:
-    """Average the gradients with one bit per parameter and error feedback: suitable for SGD, but not for Adam.
+def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformation:
+    """Average the gradients of simulated workers with one bit per parameter and error feedback: suitable for SGD, but not for Adam.
 
     Adam's variance is the square of its input. From signs with one scale per tensor it learns the same value for all
     elements.
@@ -188,24 +136,21 @@ def onebit_gradients(clip: Clip, workers: Workers) -> optax.GradientTransformati
         Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence Speed" (2021).
             https://arxiv.org/abs/2102.02888
     """
+    axis, number = workers.axis_name, workers.num_workers
+    if number is None:
+        raise ValueError("workers.num_workers must be given for naive 1-bit gradients, got None")
 
     def init(params: Any) -> Any:
-        errors = init_errors(params, workers)
-        return OneBitGradientsState(errors, jnp.zeros((), jnp.float32))
+        errors = init_error_feedback(params, number)
+        zeros = jax.tree.map(lambda x: jnp.zeros((number, *x.shape), x.dtype), errors)
+        return OneBitGradientsState(PerWorker(zeros, axis), jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        del params, extra
-        check_local(updates, workers.axis_name)
-        _, sent = bytes_sent(updates, workers)
-        clipped = clipped_locally(updates, workers.axis_name, clip)
-        mean, errors = agree(clipped, state.errors, workers)
-        return mean, OneBitGradientsState(errors, jnp.float32(sent))
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        norm = jnp.sqrt(jax.lax.pmean(optax.tree.norm(updates, squared=True), axis))
+        clipped = jax.tree.map(lambda g: g * clip.factor(norm), updates)
+        mean, errors = compressed_mean(clipped, state.errors.value, axis)
+        sent = jnp.float32(compressed_mean_bytes(updates, number))
+        return mean, OneBitGradientsState(PerWorker(errors, axis), sent)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def rounds(name: OptimizerName, stages: Stages, steps: int) -> int:
-    """Return the number of steps of a run that send more than a few scalars."""
-    if name != "zero_one_adam":
-        return steps
-    return int((stages.policies(steps).rounds(steps) != Round.LOCAL).sum())
+    return optax.GradientTransformation(init, update)
