@@ -37,16 +37,13 @@ def quadratic_step(optimizer):
 
 
 @pytest.mark.parametrize("name", onebit.NAMES)
-def test_every_optimizer_descends_between_simulated_workers(name):
-    config = Optimization(steps=60, adam_rate=0.2, lamb_rate=0.2)
-    optimizer = config.build(name, WORKERS)
-    params, state = PARAMETERS, optimizer.init(PARAMETERS)
-    step = jax.jit(quadratic_step(optimizer))
+def test_every_optimizer_keeps_the_types_of_its_state(name):
+    optimizer = Optimization(steps=60, adam_rate=0.2, lamb_rate=0.2).build(name, WORKERS)
+    state = jax.eval_shape(optimizer.init, PARAMETERS)
     with jax.numpy_dtype_promotion("standard"):
-        for _ in range(60):
-            params, state = step(params, state, TARGETS)
-    distance = lambda p: sum(float(jnp.abs(x - 1.0).sum()) for x in jax.tree.leaves(p))
-    assert distance(params) < 0.6 * distance(PARAMETERS)
+        params, new = jax.eval_shape(quadratic_step(optimizer), PARAMETERS, state, TARGETS)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert types((params, new)) == types((PARAMETERS, state))
 
 
 def test_naive_compression_teaches_adam_one_variance_a_tensor():
