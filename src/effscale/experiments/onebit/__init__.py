@@ -23,6 +23,7 @@ References:
 
 import dataclasses
 import functools
+import math
 from typing import Annotated, Any, Literal, get_args
 
 from flax import nnx
@@ -358,17 +359,19 @@ def plots_of(task: Task) -> list[Any]:
 
 
 def times_less_sent(results: Results) -> dict[str, float]:
-    """Return how many times less each 1-bit optimizer sends than its baseline."""
-    sent = lambda arm: results.table.interval(arm, "megabytes").mean
-    pairs = {name: results.study.against(name) for name in results.study.arms}
-    return {
-        f"{name}_times_less_sent": sent(twin) / sent(name)
-        for name, twin in pairs.items()
-        if twin is not None
-    }
+    """Return how many times less each 1-bit optimizer sends than its baseline, unless one of them diverged with all seeds."""
+    found = {}
+    for name in results.study.arms:
+        twin = results.study.against(name)
+        if twin is not None:
+            less = sent(results, twin) / sent(results, name)
+            found |= {} if math.isnan(less) else {f"{name}_times_less_sent": less}
+    return found
+
+
+def sent(results: Results, arm: str) -> float:
+    """Return the megabytes that each worker sent; NaN if it diverged with all seeds."""
+    return results.table.interval(arm, "megabytes").mean
 
 
 main = functools.partial(command.main, PRESETS, study, __doc__ or "")
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """The data of the experiment ``random_ltd_bert``: rows of text with masked tokens, and passages to classify."""
 
+from typing import Any
+
 import grain
 import numpy as np
 import tokenizers
@@ -7,7 +9,6 @@ import tokenizers
 from effscale.data import Corpus, TokenStore, batch_rows, packed_rows
 from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.classifier.data import Data
-from effscale.experiments.shared.config_parts import PassagePart
 from effscale.models.validation import check
 
 MASK_TOKEN = "[MASK]"
@@ -102,7 +103,7 @@ def hidden_rows(
     )
 
 
-def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
+def passages_data(corpora: tuple[Corpus, ...], config: Any) -> Data:
     """Return passages of the largest training documents; the class of a passage is its document.
 
     Training passages come from the first three quarters of a document and test passages from the last, spread evenly
@@ -110,7 +111,7 @@ def passages_data(corpora: tuple[Corpus, ...], config: PassagePart) -> Data:
 
     Args:
         corpora: The corpus, or the parts of a mixture.
-        config: Config of the experiment.
+        config: Has ``passage``, ``classes`` and ``finetune``.
 
     Raises:
         ValueError: There are too few documents, or they are too short.
