@@ -213,8 +213,9 @@ def main(
     from effscale.study.host import keep_freed_memory
 
     spec = sys.modules[make.__module__].__spec__  # its name is that of the module even in __main__
+    name = None if spec is None else f"python -m {spec.name}"
     with messages():
-        config = parse(presets, description, argv, name=spec and f"python -m {spec.name}")
+        config = parse(presets, description, argv, name=name)
         keep_freed_memory()
         conduct(config, make)
 

@@ -231,7 +231,7 @@ def rows(config: Config, task: Task, text: Text, seed: int, held_out: bool = Fal
     plan = getattr(config, task)
     shape: Any = {"length": plan.length, "batch_size": plan.batch_size, "seed": seed}
     if task == "bert":
-        corpora: Any = (text.corpora, text.weights)
+        corpora: Any = (tuple(text.corpora), text.weights)
         return hidden_rows(*corpora, validation=held_out, hidden=HIDDEN, **shape)
     if held_out:
         whole: Any = {"shuffle": False, "num_epochs": 1, "remainder": "pad"}
@@ -273,7 +273,7 @@ def study(config: Config) -> Study:
     from effscale.experiments.shared.masked_text import passages_data
 
     text = Text(*prepared_corpora(config))
-    passages = passages_data(text.corpora, config)
+    passages = passages_data(tuple(text.corpora), config)
 
     def arms_of(task: Task) -> dict[str, Arm]:
         model = transformer(config, task, text.vocab_size)

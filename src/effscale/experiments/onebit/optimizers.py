@@ -101,8 +101,8 @@ class Optimization(Options):
             freeze_step = self.steps_of(ONEBIT_ADAM_FREEZE)
             return onebit_adam(rate, b1, b2, freeze_step=freeze_step, **shared)
         if name == "zero_one_adam":
-            stages = {"var_decay": self.zero_one.var_decay, **self.policies()._asdict()}
-            return zero_one_adam(rate, b1, b2, **stages, **shared)
+            shared |= {"var_decay": self.zero_one.var_decay, **self.policies()._asdict()}
+            return zero_one_adam(rate, b1, b2, **shared)
         if name == "lamb":
             return onebit_lamb(rate, b1, b2, freeze_step=never, **shared)
         if name == "onebit_lamb":
