@@ -10,6 +10,9 @@ import optax
 from effscale.optim import (
     Policies,
     Workers,
+    compressed_mean,
+    compressed_mean_bytes,
+    init_error_feedback,
     onebit_adam,
     onebit_lamb,
     scale_by_onebit_adam,
@@ -17,13 +20,7 @@ from effscale.optim import (
     zero_one_adam,
 )
 from effscale.options import Bounds, Fraction, Options, PositiveFloat, PositiveInt, ProperFraction
-from effscale.parallel import (
-    PerWorker,
-    SendsBytes,
-    compressed_mean,
-    compressed_mean_bytes,
-    init_error_feedback,
-)
+from effscale.parallel import PerWorker, SendsBytes
 from effscale.training import Clip, Schedule, ScheduleConfig, scale_by_learning_rate
 
 OptimizerName = Literal["adam", "onebit_adam", "zero_one_adam", "naive", "lamb", "onebit_lamb"]
