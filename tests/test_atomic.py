@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from effscale import atomic as module
-from effscale.atomic import atomic_folder
+from effscale.atomic import atomic_file, atomic_folder
 from effscale.data import DiskFullError, TokenStoreWriter
 
 
@@ -50,6 +50,18 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, buffering):
         write_to_a_full_disk(tmp_path / "store", buffering)
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_once_also_where_one_write_is_part_of_another(tmp_path):
+    full = OSError(errno.ENOSPC, "no space left")
+    with (
+        pytest.raises(DiskFullError) as caught,
+        atomic_folder(tmp_path / "outer") as work,
+        atomic_file(work / "inner"),
+    ):
+        raise full
+    assert str(caught.value).count("the disk is full") == 1
+    assert f"while writing '{tmp_path}/outer'" in str(caught.value)
 
 
 def test_other_errors_of_the_system_pass_through(tmp_path):

@@ -8,9 +8,31 @@ import shutil
 import socket
 from collections.abc import Iterator
 
+from effscale.paths import local_path, output_folder
+
 
 class DiskFullError(OSError):
-    """The disk filled up while a folder was written; the previous contents are unchanged."""
+    """The disk filled up while a file or folder was written; the previous contents are unchanged."""
+
+
+@contextlib.contextmanager
+def full_disk_errors(target: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
+    """Convert errors of a full disk or quota to one `DiskFullError` that names ``target``.
+
+    Args:
+        target: What is being written.
+        advice: A sentence to add to the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            error.errno,
+            f"the disk is full ({os.strerror(error.errno)}) while writing {os.fspath(target)!r}. "
+            f"Free some space or choose a folder on another disk, then run again.{advice}",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -30,8 +52,9 @@ def atomic_folder(
     Raises:
         FileExistsError: ``target`` exists and ``overwrite`` is false.
         DiskFullError: The disk or a quota is full.
+        ValueError: ``target`` is a URL.
     """
-    target = pathlib.Path(target).absolute()
+    target = local_path(target).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(
             f"{str(target)!r} already exists. Choose another folder, "
@@ -39,21 +62,15 @@ def atomic_folder(
         )
     temporary = target.parent / _temporary_name(target, "tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        temporary.mkdir()
-        yield temporary
-        _sync(temporary)
-        _publish(temporary, target, overwrite)
-    except BaseException as error:
+        with full_disk_errors(target, " The incomplete files were removed."):
+            output_folder(target.parent)
+            _remove_leftovers(target)
+            temporary.mkdir()
+            yield temporary
+            _sync(temporary)
+            _publish(temporary, target, overwrite)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                error.errno,
-                f"the disk is full ({error.strerror}) while writing {str(target)!r}. "
-                "Free some space or choose a folder on another disk, then run again. "
-                "The incomplete files were removed",
-            ) from error
         raise
 
 
@@ -62,13 +79,20 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yield a temporary path next to ``target`` for a file that replaces ``target`` if the block succeeds.
 
     After a crash, or for a concurrent reader, the file has either the old content or the new one, never a mixture.
+    Missing folders are created.
+
+    Raises:
+        DiskFullError: The disk or a quota is full.
+        ValueError: ``target`` is a URL.
     """
-    target = pathlib.Path(target)
+    target = local_path(target)
+    output_folder(target.parent)
     temporary = target.with_name(_temporary_name(target, "tmp"))
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, target)
+        with full_disk_errors(target):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import filelock
 
+from effscale.paths import output_folder
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,6 +84,8 @@ class ProcessLock:
 @contextlib.contextmanager
 def locked(target: pathlib.Path, purpose: str) -> Iterator[None]:
     """Hold the lock of a file or folder, a hidden file next to it, waiting until it is free."""
+    if not target.parent.exists():
+        output_folder(target.parent)
     lock = ProcessLock(target.parent / f".{target.name}.lock", purpose)
     lock.acquire(wait=True)
     try:

@@ -205,6 +205,8 @@ def _fitted(value: Any, kind: Any, bounds: Bounds | None = None) -> Any:
         if not (is_integer if kind is int else is_finite)(value):
             raise _Unfit(value, "an integer" if kind is int else "a finite number")
         number = value if type(value) is kind else kind(value)
+        if kind is int and abs(number) >= 2**63:
+            raise _Unfit(value, "below 2**63", near=True)
         if bounds is not None and not bounds.hold(number):
             raise _Unfit(value, str(bounds), near=True)
         return number
@@ -217,6 +219,8 @@ def _fitted(value: Any, kind: Any, bounds: Bounds | None = None) -> Any:
     cls = origin or kind
     if not isinstance(value, cls):
         raise _Unfit(value, _NAMES.get(cls) or f"of type {cls.__name__}")
+    if cls is str and value != value.encode(errors="replace").decode():
+        raise _Unfit(value, "valid UTF-8", near=True)
     return value
 
 

@@ -48,3 +48,19 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
 def test_impossible_batch_is_refused():
     with pytest.raises(ValueError, match="batch_rows must be at least 1, got 0"):
         Parquet(paths="a", batch_rows=0)
+
+
+def test_page_checksums_are_verified(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a text of a document"]})
+    plain = {"compression": None, "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, file, write_page_checksum=True, **plain)
+    content = file.read_bytes()
+    damaged = content.replace(b"a text of a document", b"a text of a dOcument", 1)
+    assert damaged != content
+    file.write_bytes(damaged)
+    with pytest.raises(DocumentError, match=r"a\.parquet: cannot be read.*CRC"):
+        list(Parquet(paths=file).documents())

@@ -78,6 +78,19 @@ def test_a_preset_may_be_written_both_ways_and_the_last_counts():
     assert changed == dataclasses.replace(PRESETS["smoke"], steps=7, warmup=1)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "a\udcff"], "samples must be valid UTF-8"),
+        (["--eval-batches", str(10**30)], "eval_batches must be below 2**63"),
+    ],
+)
+def test_values_that_no_run_can_use_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(PRESETS, "", words)
+    assert message in capsys.readouterr().err
+
+
 def test_a_resume_starts_from_the_saved_config(tmp_path):
     saved = dataclasses.replace(PRESETS["smoke"], seed=5, out=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"config": to_json(saved)}))
@@ -116,6 +129,9 @@ def test_too_little_memory_becomes_advice(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "Out of memory allocating 9 bytes" in said
     assert "accumulate" in said
+    full = "RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]"  # as TensorStore says it
+    with pytest.raises(CheckpointError), messages():
+        raise CheckpointError(full)
     monkeypatch.setenv("EFFSCALE_TRACEBACK", "1")
     with pytest.raises(jax.errors.JaxRuntimeError), messages():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")

@@ -277,7 +277,7 @@ def test_urls_are_refused(toy, tmp_path, monkeypatch):
         lambda: RunFolder.create("gs://bucket/run"),
         lambda: RunFolder.create(name="a", root="s3://bucket/run"),
     ):
-        with pytest.raises(ValueError, match=r"a run folder must be local, got '\w+://bucket/run'"):
+        with pytest.raises(ValueError, match=r"'\w+://bucket/run' must be a local path.*mirror="):
             use()
     assert list(tmp_path.iterdir()) == []
 
@@ -468,6 +468,36 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_stays(toy, tmp_path
     assert checkpoints.save(2, large, force=True)
     checkpoints.close()
     assert checkpoints.steps == [1, 2]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_clock_that_is_set_during_a_save_does_not_end_the_run(
+    tmp_path, monkeypatch, caplog, asynchronous
+):
+    """Orbax counts its timeouts in the time of day."""
+    from orbax.checkpoint import v1 as ocp
+
+    now = time.time
+
+    class SetClock:
+        def result(self):
+            monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+            raise TimeoutError("timed out after 86400 seconds")
+
+    def save(*arguments):
+        monkeypatch.undo()
+        return SetClock()
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", save)
+    checkpoints = Checkpoints(tmp_path, asynchronous=asynchronous)
+    state = {"w": jnp.arange(4.0)}
+    checkpoints.save(1, state, force=True)
+    checkpoints.wait()
+    assert "the clock was set while the checkpoint of step 1 was written" in caplog.text
+    assert checkpoints.steps == ([] if asynchronous else [1])
+    checkpoints.save(1, state, force=True)  # as fit does at the end
+    checkpoints.wait()
+    assert checkpoints.steps == [1]
 
 
 def test_bad_options(tmp_path):

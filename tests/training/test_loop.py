@@ -116,7 +116,7 @@ def test_skips_in_a_row_stop_the_run_and_say_what_to_do(toy, tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(
         TrainingDivergedError,
-        match=r"step 8: the last 3 updates.*step 4 in .*step=4.*Try a lower peak",
+        match=r"step 8: the last 3 updates.*step 4 in .*step=4.*earlier checkpoint\. Try a lower peak",
     ) as caught:
         fit(
             fresh(toy),

@@ -60,6 +60,16 @@ def test_a_name_that_became_another_leaves_no_file_unchecked(folder):
     assert "twice" in verify_manifest(folder)
 
 
+def test_a_lost_entry_is_found_and_manifests_from_before_this_was_recorded_are_valid(folder):
+    content = json.loads((folder / MANIFEST).read_text())
+    lost = content["files"].pop("model/0")
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert "entries have changed" in verify_manifest(folder)
+    older = {"files": {"model/0": lost, **content["files"]}}
+    (folder / MANIFEST).write_text(json.dumps(older))
+    assert verify_manifest(folder) is None
+
+
 def test_processes_share_the_work(folder, monkeypatch):
     """Each reads its part once, what one of them left out is read by the first, and the damage that one finds is found."""
     parts = [digest_part(folder, index, 2) for index in range(2)]

@@ -1,6 +1,8 @@
+import contextlib
 import io
 import json
 import math
+import os
 import sys
 
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from effscale.atomic import DiskFullError
 from effscale.training import (
     ConsoleWriter,
     JsonlWriter,
@@ -49,6 +52,33 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path, resume_step):
     writer.close()
     assert path.read_bytes() == whole
     assert [record["step"] for record in read_jsonl(writer.timing_path)] == [1, 2, 3, 4, 5]
+
+
+def test_lost_records_are_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\x00p": 2}\n{"step": "3"}\n{"step": 4}\n')
+    JsonlWriter(path, resume_step=4).close()
+    assert "removing 2 lines that are not records" in caplog.text
+    assert read_jsonl(path) == [{"step": 1}, {"step": 4}]
+    caplog.clear()
+    JsonlWriter(path, resume_step=4).close()
+    assert not caplog.text
+    JsonlWriter(path, resume_step=0).close()
+    assert "removing 2 records, as the run starts again at step 0" in caplog.text
+    path.unlink()
+    JsonlWriter(path, resume_step=4).close()
+    assert "metrics.jsonl is missing: the records up to step 4 are lost" in caplog.text
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer._file.close()
+    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(DiskFullError, match=r"the disk is full .*metrics\.jsonl"):
+        writer.write(1, {"loss": 1.0})
+    with contextlib.suppress(OSError):
+        writer._file.close()
 
 
 def test_speed_is_kept_apart_and_values_without_a_number_are_null(tmp_path):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import time
 
@@ -121,7 +122,7 @@ def test_only_what_is_finished_is_copied_and_manifests_come_last(run, url, monke
     mirror.flush()
     mirror.close()
     step = "checkpoints/step_00000001"
-    assert order == ["mirror.json", f"{step}/data", f"{step}/manifest.json", "config.json"]
+    assert order == ["mirror.json", "config.json", f"{step}/data", f"{step}/manifest.json"]
     assert names(url) == sorted(order)
     # A copy that was cut short does not count.
     fsspec.filesystem("memory").rm(f"{url}/{step}/manifest.json")
@@ -129,6 +130,51 @@ def test_only_what_is_finished_is_copied_and_manifests_come_last(run, url, monke
         "config.json",
         "mirror.json",
     ]
+
+
+def test_a_copy_that_is_cut_short_lacks_nothing_that_its_marks_vouch_for(run, url, monkeypatch):
+    """By name, done.json came before the model, and checkpoints before the metrics."""
+    oldest_first = ["model.safetensors", "final.json", "done.json", "metrics.jsonl"]
+    for seconds, name in enumerate(oldest_first):
+        (run / name).write_text(name)
+        os.utime(run / name, (seconds, seconds))
+    os.utime(run / "checkpoints/step_00000001" / MANIFEST, (2.5, 2.5))
+    order = []
+    monkeypatch.setattr(_Place, "put", lambda self, path, name: order.append(path.name))
+    monkeypatch.setattr(_Place, "owner", lambda self: mirror._name if order else None)
+    mirror = RunMirror(run, url)
+    mirror.close()
+    assert order == [
+        "mirror.json", "metrics.jsonl", *oldest_first[:3], "data", MANIFEST, "config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [b'{"run": "a"}', b"[]", b"{", b"\xff\xfe"])
+def test_a_damaged_mirror_json_is_named(run, url, tmp_path, text):
+    (run / "mirror.json").write_bytes(text)
+    with pytest.raises(MirrorError, match=r"run/mirror\.json: is damaged"):
+        RunMirror(run, url)
+    fsspec.filesystem("memory").pipe(f"{url}/mirror.json", text)
+    with pytest.raises(MirrorError, match=r"memory://.*/mirror\.json: is damaged"):
+        fetch_run(url, tmp_path / "back")
+
+
+def test_an_interrupted_fetch_leaves_nothing_and_can_be_repeated(run, url, tmp_path, monkeypatch):
+    RunMirror(run, url).close()
+
+    def interrupt(self, name, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Place, "get", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_run(url, tmp_path / "back")
+    RunMirror(fetch_run(url, tmp_path / "back"), url).close()
+
+
+def test_an_unknown_kind_of_store_is_named(run):
+    with pytest.raises(ValueError, match=r"a mirror must be the URL of a store.*'nope://x'"):
+        RunMirror(run, "nope://x")
 
 
 @pytest.mark.parametrize("operation", ["put", "owner"])

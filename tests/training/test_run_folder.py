@@ -140,6 +140,10 @@ def test_a_folder_without_its_config_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
         RunFolder.create(tmp_path, data={}, resume=True).config()
 
+    (tmp_path / "config.json").write_text('{"config": {}, "data": 5}')
+    with pytest.raises(ValueError, match=r"config\.json: data must be an object, got 5"):
+        RunFolder.create(tmp_path, data={}, resume=True)
+
 
 def test_a_run_goes_on_with_its_own_data_only(tmp_path, caplog):
     data = {"tokenizer": {"digest": "a"}, "text": {"train": {"documents": 3, "digest": "b"}}}

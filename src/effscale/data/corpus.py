@@ -26,6 +26,7 @@ from effscale.data.tokenizer import (
     tokenizer_digest,
 )
 from effscale.locks import locked
+from effscale.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def prepare_corpus(
         DiskFullError: The disk is full; no partial corpus is left behind.
     """
     sources = _as_tuple(sources)
-    folder = pathlib.Path(folder).absolute()
+    folder = local_path(folder).absolute()
     splits = _splits(validation_fraction, seed)
     chosen = corpus_tokenizer(sources, folder, splits, vocab_size, tokenizer, sample_characters)
     request = {
@@ -175,7 +176,7 @@ def prepare_mixture(
         The corpora, in the order of the sources.
     """
     sources = _as_tuple(sources)
-    folder = pathlib.Path(folder).absolute()
+    folder = local_path(folder).absolute()
     splits = _splits(validation_fraction, seed)
     chosen = corpus_tokenizer(sources, folder, splits, vocab_size, tokenizer, sample_characters)
     return tuple(

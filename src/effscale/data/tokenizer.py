@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import tokenizers
 
 from effscale.atomic import atomic_file
+from effscale.paths import local_path
 
 DEFAULT_SEPARATOR = "<|endoftext|>"
 
@@ -198,10 +199,9 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, path: str | os.PathLike[str]
     Returns:
         The path of the file.
     """
-    file = pathlib.Path(path)
+    file = local_path(path)
     if file.suffix != ".json":
         file = file / "tokenizer.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return file

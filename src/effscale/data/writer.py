@@ -21,6 +21,7 @@ from effscale.data.store import (
     VERSION,
     manifest_digest,
 )
+from effscale.paths import local_path
 
 
 class TokenStoreWriter:
@@ -69,7 +70,7 @@ class TokenStoreWriter:
             raise ValueError(
                 f"eos_id must be from 0 to vocab_size-1={vocab_size - 1}, got {eos_id}"
             )
-        self.folder = pathlib.Path(folder)
+        self.folder = local_path(folder)
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.num_tokens = self.num_documents = self.empty_documents = 0
         self.metadata = dict(metadata or {})

@@ -10,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from effscale.atomic import atomic_file
 from effscale.data import save_tokenizer, separator_id
 from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
@@ -143,9 +144,8 @@ def _check_inherited(inherited: Mapping[str, Any]) -> None:
 def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
     """Write a JSON object, completely or not at all."""
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _tokenizer_of(file: GGUFFile) -> tokenizers.Tokenizer | None:

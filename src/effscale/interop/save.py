@@ -3,7 +3,6 @@
 import collections
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from effscale.interop.plan import Slot, parameters, plan
 from effscale.interop.table import sizes
 from effscale.models import LMHead, Transformer, dense
 from effscale.parallel.placement import gathered
+from effscale.paths import local_path
 
 ToTheirs = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Converts arrays of effscale, one for each parameter of a tensor, to an array in the tensor's layout."""
@@ -114,7 +114,7 @@ def write_model(
     )
     fields["dtype"] = np.dtype(chosen or largest.dtype).name
     companions = Companions({**fields, **more}, like, tokenizer)
-    place = pathlib.Path(folder)
+    place = local_path(folder)
     tensors = their_tensors(model, chosen, store, family)
     if jax.process_index() == 0:
         # Without a config, the folder is not a model, so it never combines one config with other weights.

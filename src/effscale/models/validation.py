@@ -20,9 +20,15 @@ def choice(config: Any, field: str, names: Iterable[str]) -> None:
 
 
 def check_finite(config: Any) -> None:
-    """Raise a ValueError that names the field if a number of a dataclass is NaN or infinite."""
+    """Raise a ValueError that names the field if a number of a dataclass is NaN, infinite or an integer of more than 64 bits,
+    or a text contains bytes that are not UTF-8, which Python reads from a command line as surrogates.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values = value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(x) for x in values if isinstance(x, float))
         check(config, finite, field.name, "finite")
+        small = all(abs(x) < 2**63 for x in values if isinstance(x, int))
+        check(config, small, field.name, "below 2**63")
+        texts = "".join(x for x in values if isinstance(x, str))
+        check(config, texts == texts.encode(errors="replace").decode(), field.name, "valid UTF-8")

@@ -60,7 +60,7 @@ def messages() -> Iterator[None]:
             )
             raise SystemExit(128 + signal.SIGINT) from None
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            if "RESOURCE_EXHAUSTED" in str(error) and not keep_tracebacks:
+            if out_of_device_memory(error) and not keep_tracebacks:
                 print(
                     f"error: a device has too little memory ({str(error).splitlines()[0]}). Use smaller batches, more micro-batches (accumulate), "
                     "more recomputation (remat), more devices (mesh), or a smaller model",
@@ -72,6 +72,13 @@ def messages() -> Iterator[None]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+
+
+def out_of_device_memory(error: Exception) -> bool:
+    """Return whether a device has too little memory for a program; a full disk, too, is RESOURCE_EXHAUSTED in some libraries."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager

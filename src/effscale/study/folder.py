@@ -12,7 +12,7 @@ from effscale.parallel import on_first
 from effscale.training import MirrorError, RunFolder, check_unused
 from effscale.training.errors import StoppedBySignal
 from effscale.training.mirror import OWNER
-from effscale.training.paths import is_url
+from effscale.paths import is_url
 from effscale.training.serialize import differences, to_json
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -173,6 +174,7 @@ class Checkpoints:
             content["iterator"] = JsonItem(_iterator_file(), _encode(data_iterator.get_state()))
         from orbax.checkpoint import v1 as ocp  # slow to import, see load_items
 
+        clock = _wall_clock()
         try:
             if jax.process_index() == 0:
                 writing_mark(path).write_text("")
@@ -181,11 +183,15 @@ class Checkpoints:
             raise self._failure(step, error) from error
         self._saved.add(step)
         self._thread = threading.Thread(
-            target=self._finish, args=(step, response, next(_SAVES)), name=f"checkpoint-{step}"
+            target=self._finish,
+            args=(step, response, next(_SAVES), clock),
+            name=f"checkpoint-{step}",
         )
         self._thread.start()
         if not self.asynchronous:
             self.wait()
+            if step not in self._saved:  # the clock was set meanwhile
+                return self.save(step, state, data_iterator, force=force)
         return True
 
     def restore(
@@ -317,7 +323,7 @@ class Checkpoints:
         logger.warning("moving %s to %s: %s", source, target, reason)
         move(source, target)
 
-    def _finish(self, step: int, response: Any, number: int) -> None:
+    def _finish(self, step: int, response: Any, number: int, clock: float) -> None:
         try:
             response.result()
             path = step_folder(self.folder, step)
@@ -327,8 +333,17 @@ class Checkpoints:
                 remove(writing_mark(path))
         except Exception as error:
             self._saved.discard(step)
-            self._error = self._failure(step, error)
-            self._error.__cause__ = error
+            failure = self._failure(step, error)
+            failure.__cause__ = error
+            # Orbax measures its timeouts with the time of day.
+            was_set = isinstance(error, TimeoutError) and abs(_wall_clock() - clock) > 60
+            if was_set and jax.process_count() == 1:
+                logger.warning(
+                    "the clock was set while the checkpoint of step %d was written; it is left out",
+                    step,
+                )
+            else:
+                self._error = failure
             return
         if jax.process_index() == 0:
             self._delete_old()
@@ -387,6 +402,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: saved with a different config ({listed}). Resume with the saved values, or start a new run folder."
             )
+
+
+def _wall_clock() -> float:
+    """Return the time of day minus that of a clock that nobody sets; it changes when the time of day is set."""
+    return time.time() - time.monotonic()
 
 
 def _digests(path: AnyPath, name: str) -> dict[str, Any]:

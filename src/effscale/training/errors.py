@@ -30,7 +30,8 @@ class TrainingDivergedError(RuntimeError):
     Attributes:
         step: The step at which the run stopped.
         skipped_in_row: The number of consecutive skipped updates.
-        last_checkpoint: The step of the newest checkpoint from before the skipped updates, or None.
+        last_checkpoint: The step of the newest checkpoint from before the skipped updates, or None. All its numbers are finite,
+            but its weights may already be too large.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class TrainingDivergedError(RuntimeError):
             if last_checkpoint is None
             else f"the last checkpoint from before them is step {last_checkpoint}{f' in {where}' if where else ''}. To return to "
             f"it, pass step={last_checkpoint} to resume_or_start (or Checkpoints.restore), or move the newer step_* folders away "
-            "and resume"
+            "and resume. If the loss had already left its range at that step, or the run diverges again at once, take an earlier "
+            "checkpoint"
         )
         super().__init__(
             f"step {step}: the last {skipped_in_row} updates were skipped, because the loss, the gradient or the update was not "

@@ -156,8 +156,9 @@ def fit(
             log.write(step, plain(evaluate(state)))
         log.flush()
         if checkpoints is not None:
-            checkpoints.save(step, state, data_iterator, force=True)
             checkpoints.wait()
+            while checkpoints.save(step, state, data_iterator, force=True):
+                checkpoints.wait()
     return FitResult(state, log.history, reason, stop.received if reason == "signal" else None)
 
 

@@ -50,12 +50,12 @@ def write_manifest(folder: AnyPath, known: Mapping[str, Sequence[Any]] | None = 
             name, size = path.relative_to(folder).as_posix(), path.stat().st_size
             there, found = (known or {}).get(name, (None, ""))
             files[name] = {"bytes": size, "blake2b": found if there == size else digest(path)}
-        write_json(folder / MANIFEST, {"files": files})
+        write_json(folder / MANIFEST, _content(files))
     else:
         stored = stored_checksums(folder)
         stored.pop(MANIFEST, None)
         files = {name: {"bytes": size, "crc32c": crc} for name, (size, crc) in stored.items()}
-        (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(_content(files), indent=2) + "\n")
 
 
 def verify_manifest(folder: AnyPath, index: int = 0, count: int = 1) -> str | None:
@@ -118,7 +118,10 @@ def _read_manifest(folder: AnyPath, kind: str) -> dict[str, tuple[int, str]]:
         ValueError: The file is not a manifest.
     """
     text = (folder / MANIFEST).read_text(encoding="utf-8")
-    files = _part(json.loads(text, object_pairs_hook=_without_duplicates), "files", dict)
+    content = json.loads(text, object_pairs_hook=_without_duplicates)
+    files = _part(content, "files", dict)
+    if len(content) > 1 and content != _content(files):  # older manifests have only the files
+        raise ValueError("its entries have changed since it was written")
     if not files:
         raise ValueError("it lists no files")
     for name in files:
@@ -126,6 +129,15 @@ def _read_manifest(folder: AnyPath, kind: str) -> dict[str, tuple[int, str]]:
             raise ValueError(f"{name!r} is outside the folder")
     return {
         name: (_part(entry, "bytes", int), _part(entry, kind, str)) for name, entry in files.items()
+    }
+
+
+def _content(files: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the files, with a digest of their entries, which shows if one is lost."""
+    entries = json.dumps(files, sort_keys=True).encode()
+    return {
+        "files": files,
+        "files_blake2b": hashlib.blake2b(entries, digest_size=16).hexdigest(),
     }
 
 

@@ -1,6 +1,7 @@
 """Metrics as plain numbers, and writers to JSONL files, TensorBoard or several outputs."""
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -9,8 +10,12 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 import jax
 
+from effscale.atomic import full_disk_errors
+from effscale.paths import local_path, output_folder
 from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
+
+logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
 """Metrics by name: numbers, and arrays of them (``fit`` passes nested lists)."""
@@ -56,11 +61,16 @@ class JsonlWriter:
 
     Measured times go to a second file, ``timing.jsonl`` in the same folder, so that two runs with the same numbers
     write the same bytes. A resumed run first removes records beyond the restored step, and any incomplete last line.
+    It logs a warning if the file is missing, has unreadable lines, or has records although the run starts at step 0.
     NaN and infinities, which JSON does not have, are written as null.
 
     Args:
         path: The file; missing folders are created.
         resume_step: The step from which the run continues; later records are removed. None keeps all records.
+
+    Raises:
+        DiskFullError: The disk is full; by all methods.
+        ValueError: ``path`` is a URL.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
@@ -70,8 +80,10 @@ class JsonlWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None):
-        self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = local_path(path)
+        output_folder(self.path.parent)
+        if resume_step and not self.path.exists():
+            logger.warning("%s is missing: the records up to step %d are lost", path, resume_step)
         self.timing_path = self.path.with_name("timing.jsonl")
         for file in (self.path, self.timing_path):
             _repair(file, resume_step)
@@ -80,19 +92,21 @@ class JsonlWriter:
 
     def write(self, step: int, values: Values, timing: Values | None = None) -> None:
         """Append a line, and a line of timing if given."""
-        self._file.write(_line(step, values))
-        self._file.flush()  # so that a killed process loses no complete record
-        if timing:
-            if self._timing_file is None:
-                self._timing_file = open(self.timing_path, "a", encoding="utf-8")  # noqa: SIM115
-            self._timing_file.write(_line(step, timing))
+        with full_disk_errors(self.path):
+            self._file.write(_line(step, values))
+            self._file.flush()  # so that a killed process loses no complete record
+            if timing:
+                if self._timing_file is None:
+                    self._timing_file = open(self.timing_path, "a", encoding="utf-8")  # noqa: SIM115
+                self._timing_file.write(_line(step, timing))
 
     def flush(self) -> None:
         """Write both files to disk."""
-        for file in (self._file, self._timing_file):
-            if file is not None and not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
+        with full_disk_errors(self.path):
+            for file in (self._file, self._timing_file):
+                if file is not None and not file.closed:
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
@@ -129,17 +143,27 @@ def _repair(path: pathlib.Path, resume_step: int | None) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if resume_step is not None:
-        lines = [line for line in lines if _step_of(line) <= resume_step]
+        steps = [_step_of(line) for line in lines]
+        if unreadable := steps.count(None):
+            logger.warning("%s: removing %d lines that are not records", path, unreadable)
+        if resume_step == 0 and unreadable < len(lines):
+            logger.warning(
+                "%s: removing %d records, as the run starts again at step 0: no checkpoint of it was found",
+                path, len(lines) - unreadable,
+            )  # fmt: skip
+        pairs = zip(lines, steps, strict=True)
+        lines = [line for line, step in pairs if step is not None and step <= resume_step]
     if "".join(lines) != text:
         write_atomic(path, "".join(lines))
 
 
-def _step_of(line: str) -> int | float:
-    """Return the step of a record; an unreadable line has no valid step and is dropped."""
+def _step_of(line: str) -> int | None:
+    """Return the step of a record, or None for a line that is not a record."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class TensorBoardWriter:

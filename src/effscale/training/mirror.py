@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from effscale.atomic import atomic_folder
+from effscale.paths import local_path
 from effscale.training.checkpoint_files import DELETED, TEMPORARY, WRITING, is_step_folder
 from effscale.training.manifest import MANIFEST
 from effscale.training.metrics import Values
@@ -36,8 +38,9 @@ class RunMirror:
     copies are made.
 
     Each ``flush``, which ``fit`` calls before a checkpoint, copies changes in the background: small files as a whole, and
-    finished checkpoints, each with its manifest last, so that an incomplete copy is never taken for a checkpoint. Checkpoints
-    that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next copy tries
+    finished checkpoints, each with its manifest last, so that an incomplete copy is never taken for a checkpoint. Metrics go
+    first and then the oldest files, so that a copy that was cut short has the records of its checkpoints, and what a file such
+    as ``done.json`` vouches for. Checkpoints that the run deletes are deleted from the store too. An unreachable store does not stop the run: the next copy tries
     again, and only ``close`` raises an error if something is still missing. `fetch_run` copies the mirror back.
 
     Stores have no locks. A process that opens a mirror writes its name into ``mirror.json``, in the folder and in the store; if it
@@ -55,7 +58,8 @@ class RunMirror:
     Raises:
         FileExistsError: ``url`` contains a different run, something else, or a copy that was continued from another folder.
         ImportError: The package for this kind of store is missing.
-        MirrorError: The store cannot be reached.
+        MirrorError: The store cannot be reached, or a ``mirror.json`` is damaged.
+        ValueError: fsspec has no store for this kind of URL.
 
     >>> import tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp()); _ = (folder / "results.json").write_text("{}")
@@ -82,7 +86,7 @@ class RunMirror:
         self._complete = False
         own = self.folder / OWNER
         owner, names = self._there.look()
-        known = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
+        known = _record(own.read_bytes(), own) if own.exists() else {}
         run = known.get("run")
         if owner is None and names:
             raise FileExistsError(
@@ -198,7 +202,7 @@ class RunMirror:
 
     def _copy(self) -> None:
         steps = set()
-        for path in _entries(self.folder):
+        for path in sorted(_entries(self.folder), key=_order):
             name = path.relative_to(self.folder).as_posix()
             if is_step_folder(path):
                 if self.checkpoints and (path / MANIFEST).exists():
@@ -260,9 +264,9 @@ def fetch_run(url: str, folder: str | os.PathLike[str]) -> pathlib.Path:
         FileExistsError: The folder exists.
         FileNotFoundError: ``url`` contains no copy of a run.
         ImportError: The package for this kind of store is missing.
-        MirrorError: The store cannot be reached.
+        MirrorError: The store cannot be reached; nothing is left in ``folder``.
     """
-    target, there = pathlib.Path(folder), _Place(url)
+    target, there = local_path(folder), _Place(url)
     if target.exists():
         raise FileExistsError(
             f"{target}: already exists. Choose another folder, or resume the run in it."
@@ -273,10 +277,11 @@ def fetch_run(url: str, folder: str | os.PathLike[str]) -> pathlib.Path:
     finished = {
         name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}")
     }
-    for name in names:
-        step = _step_of(name)
-        if step is None or step in finished:
-            there.get(name, target / name)
+    with atomic_folder(target) as temporary:
+        for name in names:
+            step = _step_of(name)
+            if step is None or step in finished:
+                there.get(name, temporary / name)
     return target
 
 
@@ -296,6 +301,10 @@ class _Place:
             package = _PACKAGES.get(url.partition(":")[0])
             needed = f"{package}: install it with pip install {package}" if package else "a package"
             raise ImportError(f"{url} needs {needed} ({error})") from None
+        except ValueError as error:
+            raise ValueError(
+                f"a mirror must be the URL of a store that fsspec supports, such as s3://bucket/runs/a, got {url!r} ({error})"
+            ) from None
 
     def failure(self, what: str, error: Exception) -> MirrorError:
         return MirrorError(
@@ -305,14 +314,17 @@ class _Place:
 
     def owner(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._store.cat_file(f"{self._root}/{OWNER}"))
+            text = self._store.cat_file(f"{self._root}/{OWNER}")
         except FileNotFoundError:
             return None
+        return _record(text, f"{self.url}/{OWNER}")
 
     def look(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Return the owner and all names, raising an error that says what to do if the store cannot be reached."""
         try:
             return self.owner(), self.names()
+        except MirrorError:
+            raise
         except Exception as error:  # any error of the client: credentials, permissions, network
             raise self.failure("read", error) from error
 
@@ -341,6 +353,34 @@ class _Place:
             self._store.rm(f"{self._root}/{name}", recursive=True)
 
 
+def _record(text: bytes, where: pathlib.Path | str) -> dict[str, Any]:
+    """Return the content of ``mirror.json``."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), str) for key in ("run", "process")
+    ):
+        raise MirrorError(
+            f"{where}: is damaged, so it is unknown which run the copy belongs to. To start a new copy, remove this file "
+            "from the run folder and choose another place."
+        )
+    return record
+
+
+def _order(path: pathlib.Path) -> tuple[bool, int, bool, str]:
+    """Sort logs, which only grow, before everything else, and the rest by the time it was written; of files of one moment,
+    the small ``.json`` ones vouch for others and come last.
+    """
+    is_log = path.suffix == ".jsonl" or ".tfevents." in path.name
+    try:
+        written = (path / MANIFEST if is_step_folder(path) else path).stat().st_mtime_ns
+    except OSError:  # deleted meanwhile, or not finished
+        written = 0
+    return not is_log, written, path.suffix == ".json", path.name
+
+
 def _state(path: pathlib.Path) -> tuple[int, int]:
     """Return what changes when a file is written again: its size and time."""
     stat = path.stat()
@@ -357,7 +397,7 @@ def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield the files of a run and the folders of its checkpoints, without partial checkpoints, those set aside, and hidden
     files, which are locks and files that are being written.
     """
-    for path in sorted(folder.iterdir()):
+    for path in folder.iterdir():
         hidden = path.name.startswith(".") or path.name == "set_aside"
         if hidden or any(part in path.name for part in _PARTIAL):
             continue

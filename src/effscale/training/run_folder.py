@@ -17,8 +17,8 @@ import numpy as np
 
 from effscale.locks import LockedError, ProcessLock
 from effscale.parallel import on_first
+from effscale.paths import local_path, output_folder
 from effscale.training.mirror import MirrorError, RunMirror
-from effscale.training.paths import local_path
 from effscale.training.serialize import differences, to_json, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class RunFolder:
             if name is None:
                 raise ValueError("pass path, the run folder, or name, the name of the experiment")
             path = _unused(local_path(root) / name)
-        where, data = local_path(path), to_json(data or {})
+        where, data = local_path(path).resolve(), to_json(data or {})
         opened = on_first(
             lambda: (
                 _resume(cls(where), data, mirror)
@@ -172,6 +172,8 @@ class RunFolder:
             raise ValueError(f"{self.config_file}: cannot be read ({error})") from None
         if not isinstance(saved, dict) or "config" not in saved:
             raise ValueError(f"{self.config_file}: has no config")
+        if not isinstance(saved.get("data") or {}, dict):
+            raise ValueError(f"{self.config_file}: data must be an object, got {saved['data']!r}")
         return saved
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -203,10 +205,10 @@ def check_unused(path: str | os.PathLike[str]) -> None:
 
     ``RunFolder.create`` does this itself; call it earlier if a run needs a long preparation.
     """
-    folder = local_path(path)
-    if folder.exists() and (
-        not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())
-    ):
+    folder = local_path(path).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: is not a folder. Choose another place for the run.")
+    if folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise FileExistsError(
             f"{folder}: already contains a run. Choose another folder, or resume it."
         )
@@ -214,7 +216,7 @@ def check_unused(path: str | os.PathLike[str]) -> None:
 
 def check_resumable(path: str | os.PathLike[str]) -> None:
     """Raise FileNotFoundError if a folder contains no run to resume. ``RunFolder.create`` does this itself."""
-    folder = pathlib.Path(path).resolve()
+    folder = local_path(path).resolve()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: does not exist. Run without resume to start a new run there."
@@ -228,7 +230,6 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
 
 def _start(folder: RunFolder, config: Any, data: dict[str, Any], mirror: str | None) -> RunFolder:
     check_unused(folder.path)
-    folder.path.mkdir(parents=True, exist_ok=True)
     folder = _locked(folder)
     try:
         check_unused(folder.path)  # another process may have created a run meanwhile
@@ -284,7 +285,7 @@ def _check_data(folder: RunFolder, data: dict[str, Any]) -> None:
 
 
 def _locked(folder: RunFolder) -> RunFolder:
-    lock = ProcessLock(folder.path / LOCK, f"writing {folder.path}", reentrant=True)
+    lock = ProcessLock(output_folder(folder.path) / LOCK, f"writing {folder.path}", reentrant=True)
     try:
         lock.acquire()
     except LockedError as error:

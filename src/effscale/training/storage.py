@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 from etils.epath import backend as epath_backend
 
-from effscale.training.paths import is_url, local_path
+from effscale.paths import is_url, local_path, output_folder
 
 AnyPath = pathlib.Path | epath.Path
 """A folder or file of either kind; most methods are the same."""
@@ -31,7 +31,7 @@ def folder_path(path: str | os.PathLike[str]) -> AnyPath:
     """
     text = os.fspath(path)
     if not is_url(text):
-        return local_path(path)
+        return local_path(path).resolve()
     if not re.match(r"gs:/", text):
         raise ValueError(
             f"checkpoints must be in a local folder or gs://, where Orbax can write arrays, got {text!r}. Use a local folder "
@@ -62,7 +62,7 @@ def is_local(path: AnyPath) -> bool:
 def make_folder(path: AnyPath) -> None:
     """Create a local folder with its parents; buckets need no folders."""
     if is_local(path):
-        path.mkdir(parents=True, exist_ok=True)
+        output_folder(path)
 
 
 def remove(path: AnyPath) -> None:

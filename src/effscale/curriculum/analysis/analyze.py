@@ -36,6 +36,7 @@ from effscale.curriculum.digests import fingerprint, metric_digest
 from effscale.curriculum.index import INDEX, DifficultyIndex, shards_folder, write_manifest
 from effscale.curriculum.metrics import Batch, Metric, TokenCounts
 from effscale.data import TokenStore, token_counts
+from effscale.paths import local_path
 
 
 class AnalysisProgress(NamedTuple):
@@ -106,7 +107,7 @@ def analyze(
     References:
         Li et al., "DeepSpeed Data Efficiency" (2022), section 3.1. https://arxiv.org/abs/2212.03597
     """
-    target = pathlib.Path(folder).absolute()
+    target = local_path(folder).absolute()
     _check_names(metrics)
     shards = _plan(source, batch_size, shard_size)
     identity = {

@@ -10,14 +10,13 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from effscale.atomic import atomic_file
+from effscale import atomic
 from effscale.curriculum.analysis.map import Columns, Shard
-from effscale.data import DiskFullError
 from effscale.locks import LockedError, ProcessLock
+from effscale.paths import output_folder
 
 KEY = b"effscale"
 MARKER = "effscale-analysis.json"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardFolder:
@@ -45,7 +44,7 @@ class ShardFolder:
 
         table = pa.table(dict(columns)).replace_schema_metadata({KEY: self._label(shard)})
         path = self.path(shard)
-        with full_disk_errors(path), atomic_file(path) as temporary:
+        with full_disk_errors(path), atomic.atomic_file(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
 
     def is_finished(self, shard: Shard) -> bool:
@@ -123,28 +122,17 @@ def full_disk_errors(path: pathlib.Path) -> Iterator[None]:
     Raises:
         DiskFullError: The disk or a quota is full.
     """
-    try:
-        yield
-    except DiskFullError:
-        raise
-    except Exception as error:
-        if not _is_full(error):
-            raise
-        raise DiskFullError(
-            errno.ENOSPC,
-            f"the disk is full ({error}) while writing {str(path)!r}. Free some space and run the analysis "
-            "again; finished shards are kept",
-        ) from error
-
-
-def _is_full(error: Exception) -> bool:
     import duckdb
 
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    # DuckDB stops when its files have filled nine tenths of the free space.
-    texts = (os.strerror(errno.ENOSPC), "max_temp_directory_size")
-    return isinstance(error, duckdb.Error) and any(text in str(error) for text in texts)
+    with atomic.full_disk_errors(path, " Finished shards are kept."):
+        try:
+            yield
+        except duckdb.Error as error:
+            # DuckDB stops when its files have filled nine tenths of the free space.
+            texts = (os.strerror(errno.ENOSPC), "max_temp_directory_size")
+            if any(text in str(error) for text in texts):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
 
 
 def _locked(folder: pathlib.Path) -> ProcessLock:
@@ -156,7 +144,7 @@ def _locked(folder: pathlib.Path) -> ProcessLock:
                 f"{folder}: is where finished shards are kept, but contains something else. Move it "
                 "away, or choose another folder for the index."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        output_folder(folder)
         lock = ProcessLock(path, f"at work in {str(folder)!r}")
         try:
             lock.acquire()

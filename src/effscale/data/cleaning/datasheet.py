@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from effscale.atomic import atomic_file
 from effscale.data.corpus import Corpus
 from effscale.options import Bounds, Options, check
+from effscale.paths import local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,7 @@ def write_datasheet(
         }
         for entry in entries
     ]
-    place = pathlib.Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    place = local_path(folder)
     with atomic_file(place / "datasheet.json") as file:
         file.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = [

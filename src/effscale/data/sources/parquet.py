@@ -42,7 +42,9 @@ class Parquet(Source):
         for path in files.expand(files.as_paths(self.paths)):
             row = 0
             try:
-                with pq.ParquetFile(path, pre_buffer=False) as file:
+                with pq.ParquetFile(
+                    path, pre_buffer=False, page_checksum_verification=True
+                ) as file:
                     names = file.schema_arrow.names
                     if self.field not in names:
                         detail = fields.missing(self.field, names)

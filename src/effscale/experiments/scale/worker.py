@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.steps import lower
+from effscale.study.command import out_of_device_memory
 from effscale.parallel import collectives, shardings
 from effscale.parallel.program_text import lines, times
 from effscale.training.saved import config_from_json
@@ -38,7 +39,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     try:
         compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_device_memory(error):
             raise
         return {"refused": str(error).splitlines()[0]}
     done, worked = time.perf_counter(), time.process_time() - busy

@@ -1,7 +1,6 @@
 """Write checkpoints that DeepSpeed's engine loads."""
 
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from effscale.interop.deepspeed.expert_files import DeepSpeedMoE
 from effscale.interop.tensors import FolderError
+from effscale.paths import local_path, output_folder
 
 REST = "mp_rank_00_model_states.pt"
 """The file of everything except experts."""
@@ -35,10 +35,10 @@ def checkpoint(module: Any, num_experts: Sequence[int], **more: Any) -> dict[str
 
 def write_files(folder: str | os.PathLike[str], files: Iterable[tuple[str, Any]]) -> None:
     """Write files of dicts of arrays and plain values, in the given order; all processes gather, process 0 writes."""
-    place, first = pathlib.Path(folder), jax.process_index() == 0
+    place, first = local_path(folder), jax.process_index() == 0
     torch = _torch()
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        output_folder(place)
         if first and DeepSpeedMoE.is_in(place):
             raise FolderError(
                 f"{str(place)!r}: already contains expert files, and two models would be mixed. Use a new folder"

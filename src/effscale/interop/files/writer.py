@@ -18,6 +18,7 @@ from effscale.interop.files.safetensors import (
     text_checksum,
 )
 from effscale.interop.tensors import FolderError
+from effscale.paths import local_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +85,7 @@ def write_tensors(
         ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
     """
     limit = parse_size(max_shard_size)
-    folder = pathlib.Path(folder)
+    folder = local_path(folder)
     _refuse_foreign(folder)
     work = folder / WORK
     with atomic_folder(work, overwrite=True) as inside:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import tyro
 
+from effscale.atomic import atomic_file
 from effscale.interop.harness.model import HarnessModel
+from effscale.paths import local_path, output_folder
 
 
 def evaluate(
@@ -44,6 +46,8 @@ def evaluate(
     """
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"--include-path must be a folder, got {str(include_path)!r}")
+    if output is not None:  # not only after hours of evaluation
+        output_folder(local_path(output).absolute().parent)
     tokenizer = _of_transformers(model) if apply_chat_template else None
     options = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype}
     lm = HarnessModel(
@@ -73,7 +77,8 @@ def evaluate(
         print(make_table(results, "groups"))
     if output is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        output.write_text(text + "\n", encoding="utf-8")
+        with atomic_file(output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
         print(f"wrote {output}")
     return results
 

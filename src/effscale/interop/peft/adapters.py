@@ -32,6 +32,7 @@ from effscale.interop.save import on_host
 from effscale.interop.tensors import FolderError, Tensors
 from effscale.models import LoRA, Transformer
 from effscale.parallel import shardings
+from effscale.paths import local_path, output_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -187,10 +188,10 @@ def save_adapter(
         "modules_to_save": saved or None,
     }
     fields |= write_scaling([(pair.name, pair.a.shape[0], pair.scale) for pair in written])
-    place = pathlib.Path(folder)
+    place = local_path(folder)
     if place.exists() and not place.is_dir():
         raise FolderError(f"{str(place)!r}: is a file; pass a folder to save into.")
-    place.mkdir(parents=True, exist_ok=True)
+    output_folder(place)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=place) as work:
         (file,) = write_tensors(work, tensors.items(), max_shard_size=2**62)
         # Without a config, the folder is not an adapter, so it never combines one config with other weights.

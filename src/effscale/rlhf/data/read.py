@@ -220,10 +220,10 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
         ) from error
     number = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:row {number}", row
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
         yield f"{path}:row {number + 1}", RecordError("unreadable", f"cannot be read ({error})")
