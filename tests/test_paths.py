@@ -6,9 +6,9 @@ import pytest
 import tokenizers
 
 from effscale.data import StandardLibrary, TokenStoreWriter, prepare_corpus, save_tokenizer
-from effscale.study.command import messages
 from effscale.interop import save_pretrained
 from effscale.models import abstract, preset
+from effscale.study.command import messages
 from effscale.training import JsonlWriter, RunFolder
 
 MODEL = abstract(preset("gpt2"))

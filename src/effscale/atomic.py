@@ -30,7 +30,7 @@ def full_disk_errors(target: str | os.PathLike[str], advice: str = "") -> Iterat
             raise
         raise DiskFullError(
             error.errno,
-            f"the disk is full ({os.strerror(error.errno)}) while writing {os.fspath(target)!r}. "
+            f"the disk is full ({os.strerror(error.errno or errno.ENOSPC)}) while writing {os.fspath(target)!r}. "
             f"Free some space or choose a folder on another disk, then run again.{advice}",
         ) from error
 

@@ -81,7 +81,7 @@ def test_a_preset_may_be_written_both_ways_and_the_last_counts():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--samples", "a\udcff"], "samples must be valid UTF-8"),
+        (["--samples", "a\udcff"], "samples[0] must be valid UTF-8"),
         (["--eval-batches", str(10**30)], "eval_batches must be below 2**63"),
     ],
 )

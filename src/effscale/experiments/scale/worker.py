@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.steps import lower
-from effscale.study.command import out_of_device_memory
 from effscale.parallel import collectives, shardings
 from effscale.parallel.program_text import lines, times
+from effscale.study.command import out_of_device_memory
 from effscale.training.saved import config_from_json
 
 MARK = "effscale.scale "
