@@ -132,7 +132,7 @@ def effscale(folder, length: int, arm: str, rate: float, steps: int, seed: int) 
     import jax
     from flax import nnx
 
-    from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, make_plan
+    from effscale.data_efficiency import DataEfficiencyConfig, make_plan
     from effscale.models import Transformer, gpt2
     from effscale.study.host import keep_freed_memory
     from effscale.training import (

@@ -47,8 +47,6 @@ def begun(texts, tmp_path):
             return parse(experiment.PRESETS, "", [*words, "--out", str(tmp_path / "run")])
 
         old = config("then.jsonl")
-        if name == "data_efficiency":
-            old = old.pretraining("none", 1.0)  # as the experiment itself prepares its text
         then, _ = prepared_corpora(old)
         data = json.loads(json.dumps(corpus_digests(then)).replace("then.jsonl", "now.jsonl"))
         RunFolder.create(tmp_path / "run", config=config("now.jsonl"), data=data).close()

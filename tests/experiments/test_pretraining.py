@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from effscale.data import PackedTokens, parse_source, prepare_corpus
-from effscale.experiments.shared.gpt import ModelConfig
-from effscale.experiments.shared.pretraining import Pretraining, rank_by_rarity
-from effscale.experiments.shared.pretraining_config import PretrainingConfig
-from effscale.experiments.shared.pretraining_plan import (
+from effscale.data_efficiency import (
     DataEfficiencyConfig,
     layer_tokens,
     make_plan,
 )
+from effscale.experiments.shared.gpt import ModelConfig
+from effscale.experiments.shared.pretraining import Pretraining, rank_by_rarity
+from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.models import gpt2
 from effscale.parallel import MeshConfig
 from effscale.training import read_jsonl

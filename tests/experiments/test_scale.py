@@ -7,6 +7,7 @@ import math
 import jax
 import pytest
 
+from effscale.data_efficiency import DataEfficiencyConfig
 from effscale.experiments.scale import (
     PRESETS,
     Config,
@@ -21,7 +22,6 @@ from effscale.experiments.scale.cases import Case
 from effscale.experiments.scale.estimate import _attention, _speed, estimate
 from effscale.experiments.scale.machines import CHIPS, Machine, machine
 from effscale.experiments.scale.schedules import rounds, stages_of
-from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.ltd import training_flops
 from effscale.models import gpt2, num_params, preset
 from effscale.moe import MoEConfig, with_experts

@@ -32,6 +32,7 @@ from effscale.models import Transformer, bert, take_layers, vit
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker
 from effscale.parallel.lowering import lower_step
+from effscale.study import Point
 from effscale.training import (
     Clip,
     create_train_state,
@@ -57,12 +58,10 @@ def programs() -> list[Program]:
         )
         for name, mesh in layouts.items()
     ]
-    paper = data_efficiency.PRESETS["paper"]
-    both = paper.pretraining("cl_ltd", 1.0)
     found.append(
         Program(
             name="data_efficiency paper, 1152 tokens of 2048, 768 kept, fsdp 8",
-            lower=lambda devices: lower_train_step(both, paper.mesh, devices, (1152, 768)),
+            lower=lower_data_efficiency,
         )
     )
     found += [
@@ -216,6 +215,17 @@ def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
     batch = {"input_ids": rows, "attention_mask": rows, "weights": weights}
     mesh = MeshConfig(data=8).build(devices)
     return lower_step(arm.train_step(), create, batch, mesh, frozen=teacher)
+
+
+def lower_data_efficiency(devices: Sequence[Any]) -> jax.stages.Lowered:
+    """Lower a step of data_efficiency with a shortened row and dropped tokens."""
+    config = data_efficiency.PRESETS["paper"]
+    options: Any = ("cl_ltd", 1.0)
+    planned = data_efficiency.plan(config, *options, config.vocab_size)
+    point = Point(config.learning_rate, config.warmup)
+    run = data_efficiency.run(config, *options, point, config.vocab_size)
+    stage = planned.stages.values.index((1152, 768))
+    return run.lower(devices, batch=_packed_rows((config.batch_size, config.length)), stage=stage)
 
 
 def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:

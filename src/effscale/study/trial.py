@@ -146,8 +146,8 @@ def once(
     return metrics
 
 
-def step_seconds(place: pathlib.Path, run: Run) -> float:
-    """Return the seconds of a run's training steps, without compilations and evaluations.
+def step_seconds(place: pathlib.Path, run: Run, num_steps: int | None = None) -> float:
+    """Return the seconds of a run's first training steps, without compilations and evaluations; None counts all.
 
     It is the sum over the stages of the median time of a step, which a few slow steps do not change. A stage that
     was never timed takes the median of all steps.
@@ -165,12 +165,13 @@ def step_seconds(place: pathlib.Path, run: Run) -> float:
     if not times:
         return float("nan")
     median = float(np.median(np.concatenate(list(times.values()))))
+    count = run.num_steps if num_steps is None else num_steps
     if run.changes is None:
-        return run.num_steps * median
+        return count * median
     stages = run.changes.stages
-    ends = [*stages.starts[1:], run.num_steps]
+    ends = [*stages.starts[1:], count]
     return sum(
-        max(0, min(end, run.num_steps) - start) * float(np.median(times.get(stage, [median])))
+        max(0, min(end, count) - start) * float(np.median(times.get(stage, [median])))
         for stage, (start, end) in enumerate(zip(stages.starts, ends, strict=True))
     )
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import get_args
 
+from effscale.data_efficiency import DataEfficiencyConfig
 from effscale.experiments.scale.cases import ONEBIT, Case, Technique, Weights
 from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.models import check_mesh, known_model, num_experts
 from effscale.experiments.scale.schedules import PAPER, stages_of
-from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig
 from effscale.models.config import Remat
 from effscale.models.validation import check
 from effscale.parallel import MeshConfig

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from effscale.data_efficiency import DataEfficiencyConfig, Plan, make_plan
 from effscale.experiments.scale.cases import Case, Technique
-from effscale.experiments.shared.pretraining_plan import DataEfficiencyConfig, Plan, make_plan
 
 PAPER = DataEfficiencyConfig(
     curriculum=110_000 / 286_102,

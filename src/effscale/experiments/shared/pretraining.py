@@ -7,20 +7,17 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import numpy as np
 from flax import nnx
 
 from effscale.curriculum import (
     Difficulty,
     Ranking,
-    VocabularyRarity,
     current_learning_rate,
     curriculum_rows,
-    rank,
     with_metrics,
 )
-from effscale.curriculum.analysis.rows import read_rows
-from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset, token_counts
+from effscale.data import PackedTokens, TokenStore, batch_rows, make_dataset
+from effscale.data_efficiency import rank_by_rarity
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.shared.runs import run_to_end
 from effscale.models import Transformer
@@ -228,15 +225,3 @@ class Pretraining:
             "process_index": part.index,
             "process_count": part.count,
         }
-
-
-def rank_by_rarity(rows: PackedTokens) -> Ranking:
-    """Rank rows from frequent to rare tokens.
-
-    This is one pass over the corpus in memory, and takes seconds for tens of millions of tokens; for larger corpora,
-    use ``effscale.curriculum.analyze``.
-    """
-    metric = VocabularyRarity(token_counts(rows.store))
-    starts = range(0, len(rows), 1024)
-    blocks = [read_rows(rows, start, min(start + 1024, len(rows))) for start in starts]
-    return rank(np.concatenate([metric(block) for block in blocks]))

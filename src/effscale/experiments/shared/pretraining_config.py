@@ -5,9 +5,7 @@ import pathlib
 
 import optax
 
-from effscale.experiments.shared.config_parts import CorporaPart, TextPart
-from effscale.experiments.shared.gpt import ModelConfig
-from effscale.experiments.shared.pretraining_plan import (
+from effscale.data_efficiency import (
     CURRICULA,
     DataEfficiencyConfig,
     Plan,
@@ -15,6 +13,8 @@ from effscale.experiments.shared.pretraining_plan import (
     check_technique,
     make_plan,
 )
+from effscale.experiments.shared.config_parts import CorporaPart, TextPart
+from effscale.experiments.shared.gpt import ModelConfig
 from effscale.models.validation import check, is_integer
 from effscale.parallel import MeshConfig
 from effscale.study.folder import OUTPUT

@@ -1,45 +1,52 @@
-"""Plan of a pretraining run with data-efficiency techniques: shapes by step, number of steps, and cost."""
+r"""Curriculum learning and random-LTD together, on a budget of layer-averaged tokens: the Data Efficiency paper.
+
+A step with short rows or dropped tokens costs less than a full one. A run with a technique therefore takes more steps,
+until it has consumed the same number of layer-averaged tokens as the run without it. The learning rate follows them.
+
+References:
+    Li et al., "DeepSpeed Data Efficiency: Improving Deep Learning Model Quality and Training Efficiency via Efficient
+        Data Sampling and Routing" (2022). https://arxiv.org/abs/2212.03597
+"""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+
+from effscale.curriculum import Ranking, SequenceLengthCurriculum, VocabularyRarity, rank
+from effscale.curriculum.analysis.rows import read_rows
+from effscale.data import PackedTokens, token_counts
 from effscale.ltd import RandomLTD, layer_token_average, training_flops
 from effscale.models import TransformerConfig
-from effscale.models.validation import check
-from effscale.training import LinearPacing, RootPacing, Stages, merge
+from effscale.options import Bounds, Options, PositiveInt, check
+from effscale.run import Run
+from effscale.training import Changes, LinearPacing, RootPacing, Stages, count_tokens, merge
 
 Technique = Literal["none", "cl", "ltd", "cl_ltd"]
 CURRICULA = ("cl", "cl_ltd")
+Share = Annotated[float, Bounds(above=0, at_most=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataEfficiencyConfig:
+class DataEfficiencyConfig(Options):
     """Schedules of curriculum learning (cl) and random-LTD (ltd), as fractions of the run without them.
 
     The defaults are those of the Data Efficiency paper's GPT-3 1.3B, rounded; its initial lengths of 80 and 128 are
     1/25 and 1/16 of its 2048.
     """
 
-    curriculum: float = 0.38
+    curriculum: Share = 0.38
     """Fraction of the steps after which the curriculum ends, both that of rows and that of their length."""
-    min_percentile: int = 1
+    min_percentile: Annotated[int, Bounds(at_least=1, at_most=100)] = 1
     """Percentage of the rows at the start of the curriculum: those with the most frequent tokens."""
-    min_length: int | None = None
+    min_length: PositiveInt | None = None
     """Sequence length at the start of the curriculum; None uses a sixteenth of a row."""
-    dropping: float = 0.7
+    dropping: Share = 0.7
     """Fraction of the steps after which random-LTD keeps all tokens."""
-    min_kept: int | None = None
+    min_kept: PositiveInt | None = None
     """Number of tokens that random-LTD keeps at the start; None uses a sixteenth of a row."""
-    granularity: int | None = None
+    granularity: PositiveInt | None = None
     """Lengths and kept tokens are multiples of this, and each one costs a compilation; None uses an eighth of a row."""
-
-    def __post_init__(self):
-        for name in ("curriculum", "dropping"):
-            check(self, 0 < getattr(self, name) <= 1, name, "above 0, at most 1")
-        check(self, 1 <= self.min_percentile <= 100, "min_percentile", "from 1 to 100")
-        for name in ("min_length", "min_kept", "granularity"):
-            value = getattr(self, name)
-            check(self, value is None or value >= 1, name, "at least 1, or None")
 
     def rarity(self, steps: int) -> RootPacing:
         """Return the percentage of the rows to draw from, by step: a square-root schedule."""
@@ -94,6 +101,22 @@ class Plan:
     num_steps: int
     curriculum: Any
     ltd: RandomLTD | None
+
+    def applied_to(self, run: Run) -> Run:
+        """Return a run with the techniques of the plan: its model, its number of steps, its shapes and, with random-LTD, its loss.
+
+        With random-LTD, a step counts the tokens that a layer processes on average. A learning rate by tokens follows
+        them.
+        """
+        ltd = self.ltd
+        return dataclasses.replace(
+            run,
+            model=self.model,
+            num_steps=self.num_steps,
+            loss=run.loss if ltd is None else ltd.loss(run.loss),
+            tokens_per_batch=count_tokens if ltd is None else ltd.tokens_per_batch(self.model),
+            changes=Changes(self.stages, self.shape_batch),
+        )
 
     def shape_batch(self, batch: Any, shape: tuple[int, int]) -> Any:
         """Return the batch in the shape of a stage, for ``StagedStep``."""
@@ -172,8 +195,6 @@ def make_plan(
     curriculum, ltd = None, random_ltd(technique, schedules, model, steps, length)
     lengths = kept = Stages((0,), (length,))
     if technique in CURRICULA:
-        from effscale.curriculum import SequenceLengthCurriculum
-
         curriculum = SequenceLengthCurriculum(pacing=schedules.lengths(steps, length))
         lengths = curriculum.stages(batch_size)
     if ltd is not None:
@@ -200,7 +221,7 @@ def check_technique(
     steps: int,
     length: int,
 ) -> None:
-    """Raise a ValueError where ``make_plan`` would, without slow imports: for configs, which --help creates."""
+    """Raise a ValueError where ``make_plan`` would."""
     if technique in CURRICULA:
         schedules.lengths(steps, length)
     random_ltd(technique, schedules, model, steps, length)
@@ -219,3 +240,15 @@ def random_ltd(
     ltd = RandomLTD(pacing=schedules.kept(steps, length))
     ltd.check(model, length)
     return ltd
+
+
+def rank_by_rarity(rows: PackedTokens) -> Ranking:
+    """Rank rows from frequent to rare tokens.
+
+    This is one pass over the corpus in memory, and takes seconds for tens of millions of tokens; for larger corpora,
+    use ``effscale.curriculum.analyze``.
+    """
+    metric = VocabularyRarity(token_counts(rows.store))
+    starts = range(0, len(rows), 1024)
+    blocks = [read_rows(rows, start, min(start + 1024, len(rows))) for start in starts]
+    return rank(np.concatenate([metric(block) for block in blocks]))
