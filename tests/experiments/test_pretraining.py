@@ -81,8 +81,8 @@ def test_the_runs_of_the_paper_take_as_many_steps_as_in_megatron_deepspeed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"curriculum": 0.0}, "curriculum must be above 0, at most 1.*, got 0.0"),
-        ({"dropping": 1.5}, "dropping must be above 0, at most 1.*, got 1.5"),
+        ({"curriculum": 0.0}, "curriculum must be above 0 and at most 1.*, got 0.0"),
+        ({"dropping": 1.5}, "dropping must be above 0 and at most 1.*, got 1.5"),
         ({"min_percentile": 0}, "min_percentile must be from 1 to 100.*, got 0"),
         ({"min_length": 33}, "min_length must be at most the length of a row, 32.*, got 33"),
         ({"min_kept": 64}, "min_kept must be at most the length of a row, 32.*, got 64"),

@@ -220,10 +220,9 @@ def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:
 def lower_data_efficiency(devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lower a step of data_efficiency with a shortened row and dropped tokens."""
     config = data_efficiency.PRESETS["paper"]
-    options: Any = ("cl_ltd", 1.0)
-    planned = data_efficiency.plan(config, *options, config.vocab_size)
+    planned = data_efficiency.plan(config, "cl_ltd", 1.0, config.vocab_size)
     point = Point(config.learning_rate, config.warmup)
-    run = data_efficiency.run(config, *options, point, config.vocab_size)
+    run = data_efficiency.run(config, "cl_ltd", 1.0, point, config.vocab_size)
     stage = planned.stages.values.index((1152, 768))
     return run.lower(devices, batch=_packed_rows((config.batch_size, config.length)), stage=stage)
 

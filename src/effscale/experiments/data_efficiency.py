@@ -27,13 +27,13 @@ import jax
 import numpy as np
 import optax
 
+from effscale import data as datasets
 from effscale.curriculum import (
     Difficulty,
     current_learning_rate,
     curriculum_rows,
     steps_then_tokens,
 )
-from effscale.data import PackedTokens, batch_rows, make_dataset
 from effscale.data_efficiency import (
     CURRICULA,
     DataEfficiencyConfig,
@@ -222,7 +222,7 @@ class Rows:
     def __init__(self, config: Config, text: Text):
         self.config, self.store, self.validation = config, text.train[0], text.validation
         self.shape: dict[str, Any] = {"batch_size": config.batch_size, "length": config.length}
-        self.packed = PackedTokens(self.store, config.length)
+        self.packed = datasets.PackedTokens(self.store, config.length)
         if len(self.packed) < 100:
             raise ValueError(
                 f"a curriculum by percentiles needs at least 100 rows, but the corpus has {len(self.packed)} of length={config.length}. "
@@ -237,7 +237,7 @@ class Rows:
     def train(self, technique: Technique, steps: int, seed: int) -> Any:
         """Return endless training batches."""
         if technique not in CURRICULA:
-            return make_dataset([self.store], seed=seed, **self.shape)
+            return datasets.make_dataset([self.store], seed=seed, **self.shape)
         difficulty = Difficulty(
             ranking=self.ranking,
             pacing=self.config.efficiency.rarity(steps),
@@ -245,12 +245,12 @@ class Rows:
         )
         size = self.config.batch_size
         ordered = curriculum_rows(self.packed, difficulty, batch_size=size, seed=seed)
-        return batch_rows(ordered, batch_size=size)
+        return datasets.batch_rows(ordered, batch_size=size)
 
     def held_out(self, *, tuning: bool) -> list[Any]:
         """Return all held-out batches; with a search, a half for it and a half for the comparison."""
         rows = list(
-            make_dataset(
+            datasets.make_dataset(
                 self.validation, shuffle=False, num_epochs=1, remainder="pad", **self.shape
             )
         )

@@ -148,50 +148,8 @@ class Config(StudyPart, CorporaPart):
         check(self, self.model.num_layers >= 2, "model", "a model with at least 2 layers")
         fewer = 2 <= self.student_layers <= self.model.num_layers
         check(self, fewer, "student_layers", f"from 2 to num_layers={self.model.num_layers}")
-
-
-PRESETS = {
-    "smoke": Config(
-        arms=("dense", "moe", "pr_moe", "pr_moe_mos"),
-        seeds=1,
-        steps=20,
-        warmup=2,
-        length=32,
-        batch_size=8,
-        model=ModelConfig(num_layers=2, d_model=32, num_heads=2, remat="none"),
-        num_experts=4,
-        student_layers=2,
-        eval_every=10,
-        eval_batches=2,
-    ),
-    # dense_4x is for mixtures whose loss dense_2x does not reach.
-    "default": Config(arms=tuple(name for name in KINDS if name != "dense_4x")),
-    # 350M+PR-MoE-32/64 and its baselines, from DeepSpeed's scripts: 24 layers, width 1,024, 256 rows of 2,048 tokens,
-    # 300B tokens, capacity factor 1. Students have 21 layers. Their learning rates end at 1e-6, here at a tenth of
-    # the peak.
-    "paper": Config(
-        steps=572_000,
-        warmup=715,
-        length=2048,
-        batch_size=256,
-        accumulate=8,
-        model=ModelConfig(
-            num_layers=24,
-            d_model=1024,
-            num_heads=16,
-            dtype="bfloat16",
-            remat="full",
-            init_std=0.014,
-        ),
-        num_experts=32,
-        router=RouterConfig(),
-        student_layers=21,
-        dense_rate=3e-4,
-        moe_rate=3e-4,
-        vocab_size=50257,
-        eval_every=5000,
-    ),
-}
+        for name in KINDS:
+            transformer(self, name, self.vocab_size)  # raises for an invalid model
 
 
 def expert_counts(kind: Kind, num_layers: int, num_experts: int) -> list[int]:
@@ -239,6 +197,50 @@ def transformer(config: Config, name: str, vocab_size: int) -> TransformerConfig
     if kind.where in ("every_second", "pyramid"):
         return with_experts(dense, moe, counts[1::2])
     return with_experts(dense, moe, counts, every=1)
+
+
+PRESETS = {
+    "smoke": Config(
+        arms=("dense", "moe", "pr_moe", "pr_moe_mos"),
+        seeds=1,
+        steps=20,
+        warmup=2,
+        length=32,
+        batch_size=8,
+        model=ModelConfig(num_layers=2, d_model=32, num_heads=2, remat="none"),
+        num_experts=4,
+        student_layers=2,
+        eval_every=10,
+        eval_batches=2,
+    ),
+    # dense_4x is for mixtures whose loss dense_2x does not reach.
+    "default": Config(arms=tuple(name for name in KINDS if name != "dense_4x")),
+    # 350M+PR-MoE-32/64 and its baselines, from DeepSpeed's scripts: 24 layers, width 1,024, 256 rows of 2,048 tokens,
+    # 300B tokens, capacity factor 1. Students have 21 layers. Their learning rates end at 1e-6, here at a tenth of
+    # the peak.
+    "paper": Config(
+        steps=572_000,
+        warmup=715,
+        length=2048,
+        batch_size=256,
+        accumulate=8,
+        model=ModelConfig(
+            num_layers=24,
+            d_model=1024,
+            num_heads=16,
+            dtype="bfloat16",
+            remat="full",
+            init_std=0.014,
+        ),
+        num_experts=32,
+        router=RouterConfig(),
+        student_layers=21,
+        dense_rate=3e-4,
+        moe_rate=3e-4,
+        vocab_size=50257,
+        eval_every=5000,
+    ),
+}
 
 
 def run(config: Config, name: str, text: Text | None = None) -> Run:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from effscale.experiments.shared.config_parts import CorporaPart
+from effscale.experiments.shared.config_parts import TextPart
 from effscale.study.console import status
 from effscale.user_cache import cache_folder
 
@@ -75,7 +75,7 @@ class Text:
 
 
 def prepared_corpora(
-    config: CorporaPart,
+    config: TextPart,
     *,
     tokenizer: pathlib.Path | None = None,
     seed: int = 0,
@@ -85,7 +85,7 @@ def prepared_corpora(
     weights.
 
     Args:
-        config: Config of the experiment.
+        config: Config of the experiment, with ``corpus``.
         tokenizer: A tokenizer file or its folder, to use instead of training one with ``vocab_size``.
         seed: Decides which documents are held out.
         on_error: What to do with a document that cannot be used; None uses the default of the source.
