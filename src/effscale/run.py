@@ -299,7 +299,7 @@ class Run(Options):
         Raises:
             StoppedBySignal: As for ``fit``.
         """
-        mesh = self._mesh()
+        mesh = self.device_mesh()
         with contextlib.ExitStack() as stack:
             if mesh is not None:
                 stack.enter_context(jax.set_mesh(mesh))
@@ -386,7 +386,7 @@ class Run(Options):
         Returns:
             The lowered step; its ``compile()`` has the memory (``memory_analysis``) and the operations (``cost_analysis``).
         """
-        mesh = self._mesh(devices) or MeshConfig().build(devices)
+        mesh = self.device_mesh(devices) or MeshConfig().build(devices)
         batch = _without_values(next(iter(self._data(0))) if batch is None else batch)
         if self.changes is not None:
             batch = self.changes.shape_batch(batch, self.changes.stages.values[stage])
@@ -412,7 +412,8 @@ class Run(Options):
         check(self, self.data is not None, "data", "given")
         return self.data(seed) if _is_function(self.data) else self.data
 
-    def _mesh(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh | None:
+    def device_mesh(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh | None:
+        """Return the mesh of these devices, or of all devices of this machine; None for one device."""
         return self.mesh.build(devices) if isinstance(self.mesh, MeshConfig) else self.mesh
 
     @functools.cached_property
@@ -424,7 +425,7 @@ class Run(Options):
 
     def _staged(self) -> StagedStep:
         assert self.changes is not None
-        mesh = self._mesh()
+        mesh = self.device_mesh()
         place = None if mesh is None else functools.partial(shard_batch, mesh=mesh)
         return StagedStep(self.step, *self.changes, place_batch=place)
 

@@ -26,7 +26,7 @@ def finished(corpus, tmp_path_factory):
         validation_fraction=0.2,
         cache=folder / "cache",
         out=folder / "run",
-        arms=("none_100", "cl_ltd_100", "cl_ltd_50"),
+        arms=("none_100", "cl_ltd_100"),
         vocab_size=300,
         length=32,
         batch_size=8,

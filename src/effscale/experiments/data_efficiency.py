@@ -46,7 +46,7 @@ from effscale.experiments.shared.config_parts import TextPart
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.prepared import Text, prepared_corpora
 from effscale.options import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, check
-from effscale.parallel import MeshConfig
+from effscale.parallel import MeshConfig, shard_batch
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Point, Results, Search, Study, Trial, command
 from effscale.study.folder import StudyPart
@@ -264,6 +264,8 @@ def study(config: Config) -> Study:
     """Return the comparison."""
     text = Text(*prepared_corpora(config))
     rows = Rows(config, text)
+    mesh = config.mesh.build()
+    place = functools.partial(shard_batch, mesh=mesh)
     held_out = {tuning: rows.held_out(tuning=tuning) for tuning in (True, False)}
 
     def arm(technique: Technique, fraction: float) -> Arm:
@@ -277,7 +279,9 @@ def study(config: Config) -> Study:
 
             def measure(state: TrainState) -> dict[str, Any]:
                 seen = {"val_tokens_seen": int(state.tokens)}
-                return some(state.model) | seen | planned.consumed(int(state.step))
+                return (
+                    some(state.model, place_batch=place) | seen | planned.consumed(int(state.step))
+                )
 
             described = run(config, technique, fraction, point, text.vocab_size)
             steps = round(config.steps * fraction)
@@ -288,8 +292,8 @@ def study(config: Config) -> Study:
             assert trial.point is not None
             one, every = run_at(trial.point, trial.tuning)
             metrics = trial.fit(one, keep_model=True)
-            with jax.set_mesh(config.mesh.build()):
-                metrics |= every(trial.model(one), last=True)
+            with jax.set_mesh(mesh):
+                metrics |= every(trial.model(one), last=True, place_batch=place)
             return metrics | {"teraflops": metrics["flops"] / 1e12}
 
         whole = fraction == 1.0

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from effscale.parallel import on_first
+from effscale.parallel.lowering import placed
 from effscale.run import Run
 from effscale.study.search import Point
 from effscale.training import Checkpoints, read_jsonl
@@ -97,7 +98,10 @@ class Trial:
             FileNotFoundError: The run has not been trained.
         """
         place = (self.place if arm is None else self.study / arm / f"seed-{self.seed}") / part
-        like = jax.eval_shape(run.create).model
+        like, mesh = jax.eval_shape(run.create).model, run.device_mesh()
+        if mesh is not None:
+            with jax.set_mesh(mesh):
+                like = placed(like, mesh)
         with _model(place) as kept:
             restored = kept.restore(like)
         if restored is None:

@@ -92,7 +92,8 @@ def prepared_corpora(
     """
     from effscale.data import parse_mixture, prepare_mixture
 
-    sources, weights = parse_mixture(config.corpus, on_error=on_error)
+    corpus = vars(config)["corpus"]  # a field of each subclass, with its own type
+    sources, weights = parse_mixture(corpus, on_error=on_error)
     with status("preparing the corpus") as progress:
         corpora = prepare_mixture(
             sources,
