@@ -9,18 +9,19 @@ References:
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from effscale.curriculum import Ranking, SequenceLengthCurriculum, VocabularyRarity, rank
-from effscale.curriculum.analysis.rows import read_rows
-from effscale.data import PackedTokens, token_counts
 from effscale.ltd import RandomLTD, layer_token_average, training_flops
 from effscale.models import TransformerConfig
 from effscale.options import Bounds, Options, PositiveInt, check
 from effscale.run import Run
 from effscale.training import Changes, LinearPacing, RootPacing, Stages, count_tokens, merge
+
+if TYPE_CHECKING:
+    from effscale.data import PackedTokens
 
 Technique = Literal["none", "cl", "ltd", "cl_ltd"]
 CURRICULA = ("cl", "cl_ltd")
@@ -242,12 +243,15 @@ def random_ltd(
     return ltd
 
 
-def rank_by_rarity(rows: PackedTokens) -> Ranking:
+def rank_by_rarity(rows: "PackedTokens") -> Ranking:
     """Rank rows from frequent to rare tokens.
 
     This is one pass over the corpus in memory, and takes seconds for tens of millions of tokens; for larger corpora,
     use ``effscale.curriculum.analyze``.
     """
+    from effscale.curriculum.analysis.rows import read_rows  # imports grain, which is slow
+    from effscale.data import token_counts
+
     metric = VocabularyRarity(token_counts(rows.store))
     starts = range(0, len(rows), 1024)
     blocks = [read_rows(rows, start, min(start + 1024, len(rows))) for start in starts]

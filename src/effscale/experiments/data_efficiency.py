@@ -27,11 +27,11 @@ import jax
 import numpy as np
 import optax
 
+from effscale import curriculum
 from effscale import data as datasets
 from effscale.curriculum import (
     Difficulty,
     current_learning_rate,
-    curriculum_rows,
     steps_then_tokens,
 )
 from effscale.data_efficiency import (
@@ -244,7 +244,7 @@ class Rows:
             difficulty_type="percentile",
         )
         size = self.config.batch_size
-        ordered = curriculum_rows(self.packed, difficulty, batch_size=size, seed=seed)
+        ordered = curriculum.curriculum_rows(self.packed, difficulty, batch_size=size, seed=seed)
         return datasets.batch_rows(ordered, batch_size=size)
 
     def held_out(self, *, tuning: bool) -> list[Any]:
