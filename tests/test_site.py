@@ -30,7 +30,8 @@ API = tool("site").API
 
 def exported(package: str) -> list[str]:
     folder = ROOT / ("src" if package.startswith("effscale") else "") / package.replace(".", "/")
-    for node in ast.parse((folder / "__init__.py").read_text()).body:
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
             return ast.literal_eval(node.value)
     return []

@@ -57,6 +57,8 @@ from effscale.training import (
 from effscale.training.serialize import to_json
 from effscale.training.step import LossFunction
 
+__all__ = ["Run", "Trained"]
+
 
 class Trained(NamedTuple):
     """What a run leaves.

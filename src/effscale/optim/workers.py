@@ -68,7 +68,7 @@ def axis_of(workers: Workers | None) -> str | None:
 
 def with_scales(workers: Workers | None, scales: Scales) -> Workers | None:
     """Return the workers, with these scales if they were not set."""
-    if workers is None or workers.scales is not None:
+    if axis_of(workers) is None or workers.scales is not None:
         return workers
     return dataclasses.replace(workers, scales=scales)
 

@@ -121,7 +121,7 @@ def _parsed(digest: str) -> tuple[Documented, ...]:
         parts = document.source.removeprefix("stdlib/").removesuffix(".py").split("/")
         if parts[-1] == "__init__":
             parts.pop()
-        if not parts or parts[0] in _LEFT_OUT:
+        if not parts or parts[0] in _LEFT_OUT or parts[-1] == "__main__":
             continue
         try:
             tree = ast.parse(document.text)
