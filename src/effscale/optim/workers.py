@@ -68,7 +68,8 @@ def axis_of(workers: Workers | None) -> str | None:
 
 def with_scales(workers: Workers | None, scales: Scales) -> Workers | None:
     """Return the workers, with these scales if they were not set."""
-    if axis_of(workers) is None or workers.scales is not None:
+    axis_of(workers)  # refuses what is not a Workers
+    if workers is None or workers.scales is not None:
         return workers
     return dataclasses.replace(workers, scales=scales)
 
