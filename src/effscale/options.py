@@ -205,10 +205,11 @@ def _fitted(value: Any, kind: Any, bounds: Bounds | None = None) -> Any:
         if not (is_integer if kind is int else is_finite)(value):
             raise _Unfit(value, "an integer" if kind is int else "a finite number")
         number = value if type(value) is kind else kind(value)
-        if kind is int and abs(number) >= 2**63:
-            raise _Unfit(value, "below 2**63", near=True)
         if bounds is not None and not bounds.hold(number):
             raise _Unfit(value, str(bounds), near=True)
+        bounded = bounds is not None and (bounds.at_most, bounds.below) != (None, None)
+        if kind is int and not bounded and number >= 2**63:
+            raise _Unfit(value, "below 2**63", near=True)
         return number
     if kind is Any or isinstance(kind, typing.TypeVar):
         return value
