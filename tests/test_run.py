@@ -182,3 +182,16 @@ def test_it_lowers_without_data_or_arrays():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         run_of(**options)
+
+
+def test_one_compiled_run_serves_all_points_of_a_search(tmp_path):
+    """Values that the optimizer's state holds replace those in the run."""
+    run = run_of(optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), num_steps=2)
+    losses = {}
+    for rate in (0.1, 0.01, 0.0):
+        hyperparams = None if rate == 0.1 else {"learning_rate": rate}
+        trained = run.fit_in(tmp_path / str(rate), hyperparams=hyperparams, quiet=True)
+        losses[rate] = trained.metrics["loss"]
+        assert len(trained.compilations) == 1
+        assert bool((trained.model["w"] == 0).all()) == (rate == 0)
+    assert losses[0.1] < losses[0.01] < losses[0.0]

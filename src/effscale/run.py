@@ -209,16 +209,23 @@ class Run(Options):
             )
         return step if self.reports is None else _reporting(step, self.reports)
 
-    def create(self, seed: int = 0, model: Any = None) -> TrainState:
-        """Return the state before the first step, with this model if given; under ``jax.eval_shape`` only its types."""
+    def create(
+        self, seed: int = 0, model: Any = None, hyperparams: Mapping[str, Any] | None = None
+    ) -> TrainState:
+        """Return the state before the first step, under ``jax.eval_shape`` only its types; see ``fit_in`` for the arguments."""
         key = jax.random.key(seed)
-        return create_train_state(
+        state = create_train_state(
             self._model(key) if model is None else jax.tree.map(jnp.copy, model),
             self.transformation,
             key=key,
             ema=self.ema_decay is not None,
             trainable=self.trainable,
         )
+        held = state.opt_state
+        for name, value in (hyperparams or {}).items():
+            like = optax.tree.get(held, name)
+            held = optax.tree.set(held, **{name: jnp.full_like(like, value)})
+        return dataclasses.replace(state, opt_state=held)
 
     def fit(
         self,
@@ -279,6 +286,7 @@ class Run(Options):
         *,
         seed: int = 0,
         model: Any = None,
+        hyperparams: Mapping[str, Any] | None = None,
         frozen: Any = None,
         config: Any = None,
         tensorboard: pathlib.Path | None = None,
@@ -291,6 +299,8 @@ class Run(Options):
             place: The folder of ``metrics.jsonl`` and ``checkpoints/``.
             seed: As for ``fit``.
             model: Begin with this model instead of the run's own, whose shapes it has; one compiled run then fine-tunes many.
+            hyperparams: Values of an optimizer that was made with ``optax.inject_hyperparams``, instead of those in the run. One compiled
+                run then serves all points of a search.
             frozen: As for ``fit``.
             config: Saved with the checkpoints; one with another config is refused.
             tensorboard: The folder of TensorBoard events; None writes none.
@@ -314,7 +324,7 @@ class Run(Options):
                 )
             )
             batches = _resumable(self._data(seed))
-            create = functools.partial(self.create, seed, model)
+            create = functools.partial(self.create, seed, model, hyperparams)
             given = model is not None or isinstance(self.model, (str, os.PathLike))
             state, start = resume_or_start(
                 checkpoints,

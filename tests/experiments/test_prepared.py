@@ -18,7 +18,6 @@ EXPERIMENTS = {
     "quickstart": ROWS,
     "data_efficiency": ROWS,
     "onebit": PASSAGES,
-    "random_ltd_bert": [*ROWS, *PASSAGES],
     "seqlen_curriculum": ROWS,
 }
 

@@ -266,3 +266,14 @@ def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match="must begin with the heading arm,seed,metric,value"):
         Table.read(tmp_path / "table.csv")
+
+
+def test_an_arm_may_have_seeds_of_its_own(tmp_path):
+    arm = Arm(about="an arm", train=lambda trial: {"val_loss": float(trial.seed)})
+    more = dataclasses.replace(arm, seeds=3)
+    study = Study(name="seeds", baseline="few", arms={"few": arm, "more": more})
+    table = study.train(tmp_path, seeds=1).table
+    assert table.values("few", "val_loss") == {0: 0.0}
+    assert table.values("more", "val_loss") == {0: 0.0, 1: 1.0, 2: 2.0}
+    with pytest.raises(ValueError, match="seed must be at least seeds=3"):
+        dataclasses.replace(study, search=Search(seed=2)).train(tmp_path, seeds=1)

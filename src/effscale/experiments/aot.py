@@ -26,7 +26,6 @@ from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arm
 from effscale.experiments.shared.classifier.model import classifier_config
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
-from effscale.experiments.shared.random_ltd import arms as random_ltd
 from effscale.experiments.xtc.arms import BINARY, Arm
 from effscale.models import Transformer, bert, take_layers, vit
 from effscale.optim import Workers, onebit_adam
@@ -37,7 +36,6 @@ from effscale.training import (
     Clip,
     create_train_state,
     make_train_step,
-    masked_token_loss,
     next_token_loss,
 )
 from kernels_pallas.aot import Program
@@ -169,33 +167,9 @@ def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:
 def lower_random_ltd_bert(devices: Sequence[Any]) -> jax.stages.Lowered:
     """Lower the step of random_ltd_bert that keeps the most tokens without keeping all."""
     config = random_ltd_bert.PRESETS["paper"]
-    model = config.model.build(config.vocab_size + 1, config.length)
-    arm = random_ltd.Arm(
-        name="random_ltd",
-        model=model,
-        dropping=config.ltd,
-        length=config.length,
-        batch_size=config.batch_size,
-        num_steps=config.steps,
-    )
-    optimizer = arm.optimizer(config.rate(config.start), config.optimizer)
-    step = arm.train_step(
-        masked_token_loss,
-        optimizer,
-        clip_norm=config.clip_norm,
-        accumulate=config.accumulate,
-    )
-    shape = (config.batch_size, config.length)
-    batch = dict.fromkeys(
-        ("input_ids", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32)
-    )
-    create = lambda: create_train_state(
-        Transformer(model, rngs=nnx.Rngs(0)), optimizer, key=jax.random.key(0)
-    )
-    mesh = MeshConfig(data=8).build(devices)
-    return lower_step(
-        step, create, batch, mesh, lambda b: arm.shape_batch(b, arm.stages.values[-1])
-    )
+    plan = random_ltd_bert.plan(config, "random_ltd", config.vocab_size)
+    run = dataclasses.replace(random_ltd_bert.run(config, plan), mesh=MeshConfig(data=8))
+    return run.lower(devices, batch=_packed_rows((config.batch_size, config.length)))
 
 
 def lower_xtc(devices: Sequence[Any]) -> jax.stages.Lowered:

@@ -36,6 +36,8 @@ class Arm:
     """Where the search of its learning rate begins; None searches nothing."""
     point_of: str | None = None
     """The arm whose point it takes instead of a search of its own."""
+    seeds: int | None = None
+    """Number of its seeds, if it differs from that of the study."""
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -124,7 +126,7 @@ class Study:
         for option, value in {"seeds": seeds, "jobs": jobs}.items():
             if not is_integer(value) or value < 1:
                 raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}")
-        self.search.check_apart(seeds)
+        self.search.check_apart(max(seeds, *(arm.seeds or 0 for arm in self.arms.values())))
         folder = pathlib.Path(folder)
         if jobs > 1:
             if again is None:
@@ -140,7 +142,7 @@ class Study:
         rows: list[Row] = []
         for name in names:
             point = self._point(folder, name, found)
-            for seed in range(seeds):
+            for seed in range(self.arms[name].seeds or seeds):
                 place = folder / name / f"seed-{seed}"
                 trial = Trial(arm=name, seed=seed, place=place, study=folder, point=point)
                 rows += rows_of(name, seed, self._once(trial))

@@ -1,4 +1,6 @@
-"""The data of the experiment ``random_ltd_bert``: rows of text with masked tokens, and passages to classify."""
+"""Data of the experiments ``random_ltd_bert`` and ``onebit``: rows of text with masked tokens, and passages to classify."""
+
+from typing import Any
 
 from typing import Any
 

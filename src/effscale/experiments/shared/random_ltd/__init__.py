@@ -1,1 +1,0 @@
-"""Two arms that differ only in random-LTD, and their comparison."""
