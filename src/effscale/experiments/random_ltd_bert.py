@@ -107,7 +107,8 @@ class Config(StudyPart, CorporaPart):
         super().__post_init__()
         divisor = f"a divisor of batch_size={self.batch_size}"
         check(self, self.batch_size % self.accumulate == 0, "accumulate", divisor)
-        self.search.check_apart(max(self.seeds, self.early.seeds))
+        for seeds in (self.seeds, self.early.seeds):
+            self.search.check_apart(seeds)
         within = self.early.seeds == 0 or self.early.steps <= self.steps
         check(self.early, within, "steps", f"at most the steps={self.steps} of a whole run")
         row = f"at most the {self.length} tokens of a row"

@@ -7,7 +7,6 @@ field, which keeps the docstring, or give it a new docstring. Every ``__post_ini
 import dataclasses
 import pathlib
 
-from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.options import check
 from effscale.study.folder import OutputPart
 from effscale.training import AdamWConfig
@@ -75,30 +74,3 @@ class ImagePart(OutputPart):
     def __post_init__(self):
         super().__post_init__()
         check(self, self.image_size >= 1, "image_size", "at least 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PassagePart(CorporaPart, ClassifierPart):
-    """Pretraining on text, then fine-tuning to classify which document a passage comes from."""
-
-    eval_every: int = 100
-    """Steps between evaluations on part of the held-out text, and between checkpoints; the last evaluation is on all of it."""
-    eval_batches: int = 20
-    """Number of batches in that part."""
-    classes: int = 20
-    """Number of documents (the largest ones) in the task, which is to classify the document a passage comes from."""
-    passage: int = 32
-    """Tokens per passage."""
-    finetune: Recipe = Recipe(epochs=4, batch_size=32, learning_rate=5e-4, train=1000, test=1000)
-    """Fine-tuning on the task; ``train`` and ``test`` count passages over all classes."""
-    optimizer: AdamWConfig = AdamWConfig(b2=0.98, weight_decay=0.01)
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("eval_every", "eval_batches", "passage"):
-            check(self, getattr(self, name) >= 1, name, "at least 1")
-        check(self, self.classes >= 2, "classes", "at least 2")
-        for name in ("train", "test"):
-            count = getattr(self.finetune, name)
-            each = f"a number of passages, at least classes={self.classes}"
-            check(self.finetune, count is not None and count >= self.classes, name, each)

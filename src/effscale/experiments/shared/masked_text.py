@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from typing import Any
-
 import grain
 import numpy as np
 import tokenizers
