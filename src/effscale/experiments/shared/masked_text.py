@@ -1,5 +1,6 @@
 """Data of the experiments ``random_ltd_bert`` and ``onebit``: rows of text with masked tokens, and passages to classify."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -78,7 +79,7 @@ class HideTokens:
 
 def hidden_rows(
     corpora: tuple[Corpus, ...],
-    weights: tuple[float, ...] | None,
+    weights: Sequence[float] | None,
     *,
     validation: bool,
     length: int,
