@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from effscale.parallel import PerWorker, simulate_workers
+from effscale.parallel.worker_steps import WorkerAxis
 from effscale.training.guarded_update import by_branch, by_selection, loses_finite, update_if
 
 LARGE = 3e38
@@ -51,7 +52,7 @@ def test_all_workers_skip_where_one_must(bad_worker):
 
     @functools.partial(simulate_workers, num_workers=4)
     def step(state, batch):
-        return update_if(jnp.array(True), update, state, "data")
+        return update_if(jnp.array(True), update, state, WorkerAxis("data").everywhere)
 
     new, made = jax.jit(step)(state, jnp.zeros(4))
     assert bool(made) == (bad_worker is None)

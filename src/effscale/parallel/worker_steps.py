@@ -17,7 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from effscale.parallel.in_place import refusing_lost_changes
 from effscale.parallel.shared_values import settled
-from effscale.parallel.workers import as_local, differs, is_per_worker
+from effscale.parallel.workers import (
+    as_local,
+    differs,
+    is_per_worker,
+    sent_bytes,
+    worker_params,
+)
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -170,6 +176,114 @@ def simulate_workers(step: Step, num_workers: int, axis_name: str = "data") -> S
         return parts[-1].merge(shared, own)
 
     return wrapped  # type: ignore[return-value]
+
+
+class WholeBatch:
+    """Where a training step takes its gradient, how it reduces what it computed, and what it reports: on the whole batch.
+
+    The compiler divides the batch over devices itself, so there is nothing to reduce.
+    """
+
+    @property
+    def workers(self) -> int:
+        """The number of gradients that the optimizer averages."""
+        return 1
+
+    def key(self, key: Any) -> Any:
+        """Return the key of the step's randomness."""
+        return key
+
+    def params(self, params: Any, opt_state: Any) -> Any:
+        """Return the parameters at which the gradient is taken."""
+        del opt_state
+        return params
+
+    def local(self, tree: Any) -> Any:
+        """Return values that all workers share, as the loss reads them."""
+        return tree
+
+    def total(self, tree: Any) -> Any:
+        """Return the sum over workers."""
+        return tree
+
+    def norm(self, norm: Any) -> Any:
+        """Return the norm of the gradient, from the norm of its part."""
+        return norm
+
+    def update(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the optimizer's update, checked."""
+        return update
+
+    @property
+    def everywhere(self) -> Callable[[jax.Array], jax.Array] | None:
+        """A function that returns whether a condition holds on all workers; None if there is only one."""
+        return None
+
+    def report(self, opt_state: Any, made: jax.Array) -> dict[str, Any]:
+        """Return the metrics of the reduction."""
+        del opt_state, made
+        return {}
+
+
+class WorkerAxis(WholeBatch):
+    """The same on one of the workers along a mesh axis, within `per_worker`, for an optimizer that averages over them.
+
+    Args:
+        axis_name: The workers' axis.
+    """
+
+    def __init__(self, axis_name: str):
+        self.axis_name = axis_name
+
+    @property
+    def workers(self) -> int:
+        """Return the number of workers."""
+        return jax.lax.axis_size(self.axis_name)
+
+    def key(self, key: Any) -> Any:
+        """Return a key of this worker, so that dropout differs."""
+        return jax.random.fold_in(key, jax.lax.axis_index(self.axis_name))
+
+    def params(self, params: Any, opt_state: Any) -> Any:
+        """Return `worker_params`."""
+        return self.local(worker_params(params, opt_state))
+
+    def local(self, tree: Any) -> Any:
+        """Type the tree as local, so that its gradient is the worker's own."""
+        return as_local(tree, self.axis_name)
+
+    def total(self, tree: Any) -> Any:
+        """Return the sum over workers."""
+        total = lambda x: jax.lax.psum(as_local(jnp.asarray(x), self.axis_name), self.axis_name)
+        return jax.tree.map(total, tree)
+
+    def norm(self, norm: Any) -> Any:
+        """Return the root mean square of the workers' norms, times their number, as gradients are scaled by it."""
+        return jnp.sqrt(self.total(jnp.square(norm)) * self.workers)
+
+    def update(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse updates that differ between workers."""
+
+        def checked(gradients: Any, opt_state: Any, params: Any) -> Any:
+            updates, opt_state = settled(update, self.axis_name)(gradients, opt_state, params)
+            if any(differs(u, self.axis_name) for u in jax.tree.leaves(updates)):
+                raise ValueError(
+                    f"the optimizer's updates differ between the workers along {self.axis_name!r}, as it does not average. Use an optimizer "
+                    "of effscale.optim with these workers, or put effscale.optim.mean_over_workers before it."
+                )
+            return updates, opt_state
+
+        return checked
+
+    @property
+    def everywhere(self) -> Callable[[jax.Array], jax.Array]:
+        """A function that returns whether a condition holds on all workers."""
+        return lambda holds: self.total((~holds).astype(jnp.int32)) == 0
+
+    def report(self, opt_state: Any, made: jax.Array) -> dict[str, Any]:
+        """Return the bytes that each device sent for the update."""
+        # A skipped step has the state of the previous step.
+        return {"sent_bytes": jnp.where(made, sent_bytes(opt_state), 0.0)}
 
 
 def _divided(x: Any, parts: int) -> Any:

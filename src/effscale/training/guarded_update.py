@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effscale.parallel.workers import as_local
-
 Update = Callable[[Any], Any]
+Everywhere = Callable[[jax.Array], jax.Array]
 Check = Callable[[Any, Any], jax.Array]
 
 
 def update_if(
-    condition: jax.Array, update: Update, old: Any, axis_name: str | None = None
+    condition: jax.Array, update: Update, old: Any, everywhere: Everywhere | None = None
 ) -> tuple[Any, jax.Array]:
     """Return ``update(old)`` if the condition holds and the update keeps everything finite, else ``old``.
 
@@ -24,19 +23,17 @@ def update_if(
         condition: A scalar, the same on all devices.
         update: A function from a tree to a tree with the same structure, without side effects.
         old: The tree; it may be donated.
-        axis_name: The workers' axis, if ``update`` runs in ``per_worker`` and communicates over it.
+        everywhere: Returns whether a condition holds on all workers, if ``update`` communicates between them.
 
     Returns:
         The tree, and whether the update was applied (a bool scalar, the same on all workers).
     """
 
     def keeps_finite(new: Any, old: Any) -> jax.Array:
-        lost = loses_finite(new, old)
-        if axis_name is None:
-            return ~lost
-        return jax.lax.psum(as_local(lost.astype(jnp.int32), axis_name), axis_name) == 0
+        kept = ~loses_finite(new, old)
+        return kept if everywhere is None else everywhere(kept)
 
-    if axis_name is not None:
+    if everywhere is not None:
         # `by_branch` would communicate twice.
         return by_selection(condition, update, keeps_finite, old)
     return jax.lax.platform_dependent(

@@ -12,8 +12,7 @@ import optax
 from flax import nnx
 
 from effscale.options import is_finite
-from effscale.parallel.shared_values import settled
-from effscale.parallel.workers import as_local, differs, sent_bytes, worker_params
+from effscale.parallel.worker_steps import WholeBatch, WorkerAxis
 from effscale.training.clipping import Clip, check_clip
 from effscale.training.guarded_update import update_if
 from effscale.training.loss import Loss, safe_weight
@@ -108,6 +107,7 @@ def make_train_step(
             f"ema_decay must be in [0, 1), got {ema_decay!r}. A common value is 0.999."
         )
     optimizer = optax.with_extra_args_support(optimizer)
+    reduction = WholeBatch() if axis_name is None else WorkerAxis(axis_name)
 
     def train_step(
         state: TrainState, batch: Any, *, frozen: Any = None
@@ -117,28 +117,19 @@ def make_train_step(
                 f"ema_decay={ema_decay} does not match the state, which was created with ema={state.ema is not None}. Set both or neither."
             )
         params, untrained = partition(state.model, trainable)
-        key = jax.random.fold_in(state.key, state.step)
-        tokens, workers = tokens_per_batch(batch), 1
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            at = worker_params(params, state.opt_state)
-            at, rest, frozen = as_local((at, untrained, frozen), axis_name)
-        else:
-            at, rest = params, untrained
+        key = reduction.key(jax.random.fold_in(state.key, state.step))
+        at = reduction.params(params, state.opt_state)
+        rest, frozen = reduction.local((untrained, frozen))
         gradients, loss = _sum_of_gradients(
-            loss_fn, at, rest, batch, key, frozen, accumulate, axis_name
+            loss_fn, at, rest, batch, key, frozen, accumulate, reduction
         )
-        norm = optax.tree.norm(gradients)
-        if axis_name is not None:
-            total = lambda x: jax.lax.psum(as_local(jnp.asarray(x), axis_name), axis_name)
-            loss, tokens = jax.tree.map(total, (loss, tokens))
-            workers = jax.lax.axis_size(axis_name)
-            norm = jnp.sqrt(total(jnp.square(norm)) * workers)
+        norm = reduction.norm(optax.tree.norm(gradients))
+        loss, tokens = reduction.total((loss, tokens_per_batch(batch)))
 
         weight = safe_weight(loss.weight)
         norm = norm / weight
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm) & (loss.weight > 0)
-        scale = workers / weight
+        scale = reduction.workers / weight
         if clip is not None:
             scale = scale * clip.factor(norm)
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
@@ -148,18 +139,13 @@ def make_train_step(
             # Optax mixes integer counts with floats, which strict dtype promotion does not allow.
             with jax.numpy_dtype_promotion("standard"):
                 seen = state.tokens.to_float32()
-                take = settled(functools.partial(optimizer.update, tokens=seen), axis_name)
+                take = reduction.update(functools.partial(optimizer.update, tokens=seen))
                 updates, opt_state = take(gradients, opt_state, params)
-            if axis_name and any(differs(u, axis_name) for u in jax.tree.leaves(updates)):
-                raise ValueError(
-                    f"the optimizer's updates differ between the workers along {axis_name!r}, as it does not average. Use an optimizer "
-                    "of effscale.optim with these workers, or put effscale.optim.mean_over_workers before it."
-                )
             params = optax.apply_updates(params, updates)
             return params, opt_state, ema if ema_decay is None else _average(ema, params, ema_decay)
 
         old = params, state.opt_state, state.ema
-        (new_params, opt_state, ema), made = update_if(finite, update, old, axis_name)
+        (new_params, opt_state, ema), made = update_if(finite, update, old, reduction.everywhere)
         skip = (~made).astype(jnp.int32)
         new_state = dataclasses.replace(
             state,
@@ -171,10 +157,7 @@ def make_train_step(
             skipped=state.skipped + skip,
             skipped_in_row=(state.skipped_in_row + 1) * skip,
         )
-        metrics = _metrics(new_state, loss, norm)
-        if axis_name is not None:
-            # A skipped step has the state of the previous step.
-            metrics["sent_bytes"] = jnp.where(made, sent_bytes(opt_state), 0.0)
+        metrics = _metrics(new_state, loss, norm) | reduction.report(opt_state, made)
         if learning_rate is not None:
             by_tokens = isinstance(learning_rate, Schedule) and learning_rate.unit == "tokens"
             count = state.tokens.to_float32() if by_tokens else state.step - state.skipped
@@ -192,7 +175,7 @@ def _sum_of_gradients(
     key: Any,
     frozen: Any,
     accumulate: int,
-    axis_name: str | None = None,
+    reduction: WholeBatch,
 ) -> tuple[Any, Loss]:
     """Return the gradient of the summed loss, in float32, and the sums."""
     given = frozen_argument(frozen)
@@ -225,8 +208,7 @@ def _sum_of_gradients(
     keys = jax.random.split(key, accumulate)
     first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *first))
-    if axis_name is not None:
-        zeros = as_local(zeros, axis_name)
+    zeros = reduction.local(zeros)
 
     def add(sums: Any, micro_batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, gradient(*micro_batch)), None
