@@ -25,7 +25,7 @@ class Shape:
     k: int
     padding: bool = False
     """Whether some tokens are padding."""
-    favourite: int | None = None
+    favorite: int | None = None
     """An expert that every token prefers."""
     levels: int | None = None
     """Number of different logits: a small number makes ties."""
@@ -38,8 +38,8 @@ class Shape:
         logits = 2 * jax.random.normal(keys[0], (self.tokens, self.experts))
         if self.levels is not None:
             logits = jnp.clip(jnp.round(logits), 0, self.levels - 1)
-        if self.favourite is not None:
-            logits = logits.at[:, self.favourite].set(100.0)
+        if self.favorite is not None:
+            logits = logits.at[:, self.favorite].set(100.0)
         used = jax.random.bernoulli(keys[1], 0.7, (self.tokens,)) if self.padding else None
         return Operands(logits, used)
 
@@ -63,7 +63,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape(name="all experts", tokens=9, experts=4, k=4, tags=_tags("test")),
     Shape(name="odd", tokens=301, experts=60, k=4, padding=True, tags=_tags("test")),
     Shape(name="tiles", tokens=512, experts=16, k=1, tags=_tags("test")),
-    Shape(name="favourite", tokens=300, experts=12, k=2, favourite=7, tags=_tags("test")),
+    Shape(name="favorite", tokens=300, experts=12, k=2, favorite=7, tags=_tags("test")),
     Shape(name="ties", tokens=260, experts=9, k=3, levels=2, padding=True, tags=_tags("test")),
     # The routers of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, in decoding and in reading a prompt.
     Shape(name="mixtral 8", tokens=8, experts=8, k=2, tags=_tags("aot")),

@@ -56,7 +56,7 @@ def test_sequence_length_is_that_of_the_mask_or_the_segments_or_the_row():
 @hypothesis.given(rows_of_tokens, st.integers(0, 9), st.booleans())
 def test_rarity_of_padded_rows_is_that_of_their_real_tokens(rows, more, left):
     batch = padded(rows, max(map(len, rows)) + more, left)
-    # Labels of masked language modelling do not count.
+    # Labels of masked language modeling do not count.
     batch["labels"] = np.full_like(batch["input_ids"], -100)
     assert VocabularyRarity(COUNTS)(batch).tolist() == [slow_rarity(row) for row in rows]
 

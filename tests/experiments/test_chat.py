@@ -21,7 +21,7 @@ LENGTH, NEW = 72, 6
 
 @pytest.fixture(scope="module")
 def made():
-    tokenizer = train_tokenizer(["Human: Name a colour. Assistant: Blue."] * 9, vocab_size=300)
+    tokenizer = train_tokenizer(["Human: Name a color. Assistant: Blue."] * 9, vocab_size=300)
     config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=300, max_length=LENGTH)
     model = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
     return model, RecordEncoder(tokenizer=tokenizer)
@@ -66,15 +66,15 @@ def test_the_same_seed_says_the_same(made):
 def test_the_oldest_turns_make_room(made):
     talk = conversation(made)
     for number in range(6):
-        list(talk.answer(f"Name the colour number {number}."))
-    assert talk.messages[-2].content == "Name the colour number 5."
+        list(talk.answer(f"Name the color number {number}."))
+    assert talk.messages[-2].content == "Name the color number 5."
     assert talk.messages[0].role == "user"
     assert len(talk.messages) < 12
     with pytest.raises(ValueError, match=r"the message has \d+ tokens, but there is room for 66"):
-        list(talk.answer("colour " * 90))
+        list(talk.answer("color " * 90))
     talk = conversation(made, max_prompt_tokens=20)
     with pytest.raises(ValueError, match=r"but there is room for 20: max_prompt_tokens"):
-        list(talk.answer("Name the colour number 1000000."))
+        list(talk.answer("Name the color number 1000000."))
 
 
 def test_bytes_that_are_no_text_are_read(folder, monkeypatch, capsys):
@@ -87,7 +87,7 @@ def test_bytes_that_are_no_text_are_read(folder, monkeypatch, capsys):
 def test_commands(folder):
     shown = []
     config = Config(model=folder, max_new_tokens=4, temperature=0.0)
-    run(config, ["Hi.", "", "/what", "/clear", "colour " * 99, "/quit", "never"], shown.append)
+    run(config, ["Hi.", "", "/what", "/clear", "color " * 99, "/quit", "never"], shown.append)
     text = "".join(shown)
     assert text.startswith("tiny: /clear forgets")
     assert "unknown command '/what'" in text

@@ -32,7 +32,7 @@ def model(seed, max_length):
 
 @pytest.fixture(scope="module")
 def talks():
-    texts = ["Human: Name a colour. Assistant: Blue."] * 9
+    texts = ["Human: Name a color. Assistant: Blue."] * 9
     encoder = RecordEncoder(tokenizer=train_tokenizer(texts, vocab_size=300))
     sampling = SamplingConfig(
         max_new_tokens=6, stop_ids=encoder.stop_ids, pad_id=encoder.padding, temperature=0.0
@@ -83,7 +83,7 @@ def test_nothing_said_is_not_answered(built):
 
 
 def test_too_long_a_question_is_answered_with_the_reason(built):
-    pane = answer(built, "colour " * 400)[2]
+    pane = answer(built, "color " * 400)[2]
     assert "(not answered: the message has" in contents(pane)[-1]
 
 

@@ -173,10 +173,10 @@ def losses(logits, ids):
     return np.log(np.exp(logits).sum(-1)) - chosen
 
 
-@pytest.mark.parametrize("text", [pytest.param("licence", marks=pytest.mark.slow), "python"])
+@pytest.mark.parametrize("text", [pytest.param("license", marks=pytest.mark.slow), "python"])
 def test_smollm2_s_logits_and_loss_of_real_text(smollm2, text):
     ours, theirs, tokenizer = smollm2
-    source = ROOT / "LICENSE" if text == "licence" else pathlib.Path(statistics.__file__)
+    source = ROOT / "LICENSE" if text == "license" else pathlib.Path(statistics.__file__)
     ids = np.array([tokenizer.encode(source.read_text()).ids[:256]], np.int32)
     logits = forward(ours, ids)
     with torch.no_grad():

@@ -125,7 +125,7 @@ def test_zero_one_adam(workers, weight_decay, var_decay, bias_correction):
             gradient(p, float(t)) for p, t in zip(expected.local, TARGETS[:workers], strict=True)
         ]
         expected.step(gradients)
-        if expected.rounds[-1] != 2:  # between synchronisations the shared parameters stay
+        if expected.rounds[-1] != 2:  # between synchronizations the shared parameters stay
             assert_params(params, expected.local[0], i)
     assert {0, 1, 2, 3} == set(expected.rounds)
 

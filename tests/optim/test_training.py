@@ -76,7 +76,7 @@ def test_two_processes(name):
 
 
 def test_resume_is_bit_for_bit(name, reference, tmp_path):
-    """In the warm-up, in the middle of compressed steps and, for 0/1 Adam, between two synchronisations."""
+    """In the warm-up, in the middle of compressed steps and, for 0/1 Adam, between two synchronizations."""
     losses, _ = gpt.curve(name, *FOUR, stop=5, folder=tmp_path)
     losses += gpt.curve(name, *FOUR, stop=9, folder=tmp_path)[0]
     more, state = gpt.curve(name, *FOUR, folder=tmp_path)

@@ -10,7 +10,7 @@ from effscale.optim import Workers, zero_one_adam
 from effscale.parallel import simulate_workers
 
 
-def test_parameters_stay_between_synchronisations():
+def test_parameters_stay_between_synchronizations():
     """0/1 Adam's shared parameters move only when workers talk, and each worker's own gradient is taken elsewhere."""
     optimizer = zero_one_adam(
         0.05,

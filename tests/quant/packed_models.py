@@ -11,7 +11,7 @@ from effscale.quant import Format, Recipe, Rule, dequantize_model, quantize_mode
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 2, "d_ff": 48, "vocab_size": 50}
 LLAMA = llama(**SIZES, num_kv_heads=1)
 IDS = np.random.default_rng(0).integers(0, 50, (2, 8)).astype(np.int32)
-TOKENS = Format(granularity="token", spread="centred")
+TOKENS = Format(granularity="token", spread="centered")
 GROUPS = Format(bits=4, granularity="group", group_size=16)
 LAYERS = r"layers\..*kernel"
 

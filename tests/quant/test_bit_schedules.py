@@ -116,7 +116,7 @@ def test_bits_between_those_that_can_be_stored(symmetric):
     "format",
     [
         Format(bits=4, granularity="group", group_size=4),
-        Format(bits=4, granularity="block", num_blocks=2, symmetric=False, spread="centred"),
+        Format(bits=4, granularity="block", num_blocks=2, symmetric=False, spread="centered"),
         Format(bits=2, granularity="block", num_blocks=4),
     ],
     ids=lambda format: format.describe(),

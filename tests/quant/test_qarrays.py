@@ -60,7 +60,7 @@ def test_products_of_codes_agree(kernels):
     array = qwix.quantize(kernels[0], "int8", channelwise_axes=(1,))
     # The largest number of a token is positive: a negative one lies half-way between two codes, and divisions differ there.
     x = jax.random.normal(jax.random.key(1), (5, 32)).at[:, 0].set(4.0)
-    tokens = Format(granularity="token", spread="centred")
+    tokens = Format(granularity="token", spread="centered")
     found = from_qarray(array, activations=tokens).matmul(x, None, None)
     with jax.numpy_dtype_promotion("standard"):
         wanted = qwix.dot(qwix.quantize(x, "int8", channelwise_axes=(0,)), array)

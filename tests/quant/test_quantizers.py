@@ -43,7 +43,7 @@ def reference(x, format):
         return np.sign(x) * large * np.abs(x)[large].mean(), None
     half = 2 ** (b - 1)
     if format.symmetric:
-        s = m / {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
+        s = m / {"paper": half, "narrow": half - 1, "centered": half - 0.5}[format.spread]
         least = 1 - half if format.spread == "narrow" else -half
         return s * np.clip(np.round(x / s), least, half - 1), s
     s = (x.max() - x.min()) / (2**b if format.spread == "paper" else 2**b - 1)
@@ -52,7 +52,7 @@ def reference(x, format):
 
 
 FORMATS = [
-    *(Format(bits=b, spread=spread) for b in (8, 4, 3) for spread in ("paper", "narrow", "centred")),
+    *(Format(bits=b, spread=spread) for b in (8, 4, 3) for spread in ("paper", "narrow", "centered")),
     *(Format(bits=b, symmetric=False, spread=s) for b in (8, 4, 3) for s in ("paper", "narrow")),
     Format(bits=4, symmetric=False, integer_zero=False),
     Format(bits=2),

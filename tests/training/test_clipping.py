@@ -18,7 +18,7 @@ from effscale.training import Clip, make_train_step
         ({"norm": float("inf")}, "norm=inf"),
         ({"norm": jnp.float32("nan")}, "norm=Array"),
         ({"norm": "abc"}, "norm='abc'"),
-        ({"norm": 1.0, "by": "globally"}, "by must be one of synchronised, local, got 'globally'"),
+        ({"norm": 1.0, "by": "globally"}, "by must be one of synchronized, local, got 'globally'"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message, monkeypatch):

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 from effscale.study.command import messages
 from effscale.study.folder import OUTPUT
 from effscale.study.results import titled

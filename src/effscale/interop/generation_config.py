@@ -11,7 +11,7 @@ from effscale.generation import SamplingConfig
 from effscale.interop.folder import read_json
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.tensors import FolderError
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 NAME = "generation_config.json"
 

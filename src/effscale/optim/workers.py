@@ -237,7 +237,7 @@ def _clipped(tree: Any, gradients: Any, axis_name: str | None, clip: Clip | None
     """Clip a tree by the norms of the workers' gradients, or by its own."""
     if clip is None:
         return tree
-    by_all = clip.by == "synchronised"
+    by_all = clip.by == "synchronized"
     squared = mean_squared_norm(gradients, axis_name) if by_all else _squared_norm(tree)
     factor = clip.factor(jnp.sqrt(squared))
     return jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), tree)

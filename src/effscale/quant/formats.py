@@ -14,12 +14,12 @@ outputs, which DeepSpeed and the ZeroQuant paper call a group. For activations o
 ``token``, the features of one token.
 """
 
-Spread = Literal["paper", "narrow", "centred"]
+Spread = Literal["paper", "narrow", "centered"]
 r"""How the scale of b-bit integers is computed from the values of a group, with m their largest magnitude.
 
 ``paper``, used by DeepSpeed: $m / 2^{b-1}$, codes from $-2^{b-1}$ to $2^{b-1} - 1$, so the value m is clipped to the
 largest code; asymmetric: $(\max - \min) / 2^b$. ``narrow``, the most common: $m / (2^{b-1} - 1)$, the same number of
-codes of either sign, so nothing is clipped and one code is unused. ``centred``, used by compressed-tensors:
+codes of either sign, so nothing is clipped and one code is unused. ``centered``, used by compressed-tensors:
 $m / (2^{b-1} - \tfrac12)$ with the codes of ``paper``. For asymmetric formats, the latter two use
 $(\max - \min) / (2^b - 1)$.
 """

@@ -127,7 +127,7 @@ def group_scale(
     axes = AXES[format.granularity]
     half = 2 ** (format.bits - 1) if half is None else half
     if format.symmetric:
-        steps = {"paper": half, "narrow": half - 1, "centred": half - 0.5}[format.spread]
+        steps = {"paper": half, "narrow": half - 1, "centered": half - 0.5}[format.spread]
         if format.floating:
             steps = float(jnp.finfo(FLOAT8).max)
         return _safe(_divided(jnp.max(jnp.abs(grouped), axes), steps, format)), None
@@ -267,11 +267,11 @@ def grouped_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
 def _divided(x: Array, by: Any, format: Format) -> Array:
     """Divide values or their range by numbers that several of them share.
 
-    XLA multiplies by the reciprocal, which rounds differently. In the symmetric spread ``centred`` the largest value of
+    XLA multiplies by the reciprocal, which rounds differently. In the symmetric spread ``centered`` the largest value of
     a group is half-way between two codes, and gets the other code than in compressed-tensors unless both quotients
     are exact.
     """
-    exact = format.symmetric and format.spread == "centred"
+    exact = format.symmetric and format.spread == "centered"
     return x / (by + 0.0 * x) if exact else x / by
 
 

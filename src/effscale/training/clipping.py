@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 
 from effscale.options import is_finite
 
-ClipBy = Literal["synchronised", "local"]
+ClipBy = Literal["synchronized", "local"]
 """Whose norm decides if several workers have separate gradients.
 
-``synchronised``: the root mean square of the workers' norms, one number for all of them, whether or not they average
+``synchronized``: the root mean square of the workers' norms, one number for all of them, whether or not they average
 their gradients. It is at least the norm of the mean gradient, and larger by up to the square root of the number of
 workers where noise dominates. ``local``, as in DeepSpeed: the norm of the mean gradient while gradients are averaged, and
 each worker's own norm once only momenta are averaged. Each worker's own norm is larger, so if it exceeds the limit, steps
@@ -36,11 +36,11 @@ class Clip:
 
     Example:
         >>> Clip(1.0)
-        Clip(norm=1.0, by='synchronised')
+        Clip(norm=1.0, by='synchronized')
     """
 
     norm: ArrayLike
-    by: ClipBy = "synchronised"
+    by: ClipBy = "synchronized"
 
     def __post_init__(self):
         norm: Any = self.norm

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 Config = TypeVar("Config")
 

@@ -168,7 +168,7 @@ def test_a_corpus_of_it_and_its_datasheet(folder, tmp_path):
     texts = [document.text for document in cleaned(folder).documents()]
     assert corpus.train.num_documents == 2
     assert corpus.num_bytes == sum(len(text.encode()) for text in texts)
-    entry = DatasheetEntry(name="tales", language="en", licence="CC0", corpus=corpus)
+    entry = DatasheetEntry(name="tales", language="en", license="CC0", corpus=corpus)
     page = write_datasheet(tmp_path / "sheet", [entry]).read_text()
     (row,) = json.loads((tmp_path / "sheet" / "datasheet.json").read_text())
     assert row["documents"] == 2
@@ -177,12 +177,12 @@ def test_a_corpus_of_it_and_its_datasheet(folder, tmp_path):
     assert "| tales | en | CC0 | 1.000 | 2 |" in page
 
 
-def test_a_component_without_a_licence_is_refused(folder, tmp_path):
+def test_a_component_without_a_license_is_refused(folder, tmp_path):
     corpus = prepare_corpus(cleaned(folder), tmp_path, vocab_size=300, validation_fraction=0.0)
     with pytest.raises(
-        ValueError, match=r"licence must be a nonempty text, got ' '; use 'unknown'"
+        ValueError, match=r"license must be a nonempty text, got ' '; use 'unknown'"
     ):
-        DatasheetEntry(name="tales", language="en", licence=" ", corpus=corpus)
+        DatasheetEntry(name="tales", language="en", license=" ", corpus=corpus)
 
 
 def test_other_bounds_are_another_corpus(folder):

@@ -149,7 +149,7 @@ def test_wrong_tensors(folder, change, what):
         (lambda d: d["weights"][UP].update(shape=[1, -1]), rf"{UP}: its shape in .* got \[1, -1\]"),
         (lambda d: d["weights"][UP].update(parts=[]), rf"{UP}: its parts in .* got \[\]"),
         (lambda d: d["weights"][UP]["parts"][0]["format"].update(bits=5), rf"{UP}.*bits must be .*, got 5"),
-        (lambda d: d["weights"][UP]["parts"][0]["format"].update(colour=1), rf"{UP}.*colour"),
+        (lambda d: d["weights"][UP]["parts"][0]["format"].update(color=1), rf"{UP}.*color"),
         (lambda d: d["weights"][UP].update(shape=[32, 64]), r"wrong shape: h\.0\.mlp\.c_fc\.weight"),
         (lambda d: d["weights"].pop(UP), r"missing: h\.0\.mlp\.c_fc\.weight"),
     ],

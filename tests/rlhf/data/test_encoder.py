@@ -9,12 +9,12 @@ from effscale.data import save_tokenizer, train_tokenizer
 from effscale.interop import load_encoder
 from effscale.rlhf.data import ChatTemplate, Message, Record, RecordEncoder, RecordError
 
-TEXTS = [" Human: Name a colour. Assistant: Blue.", "<|im_start|>user\nassistant\n"] * 9
+TEXTS = [" Human: Name a color. Assistant: Blue.", "<|im_start|>user\nassistant\n"] * 9
 CHAT_ML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-USER = [{"role": "user", "content": "Name a colour."}]
+USER = [{"role": "user", "content": "Name a color."}]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def beginning(tokenizer):
 def test_deepspeed_chat_s_format(tokenizer):
     encoder = RecordEncoder(tokenizer=tokenizer)
     prompt, response = encoder.pair(Record(prompt=USER, chosen="Blue."))
-    whole = tokenizer.encode(" Human: Name a colour. Assistant: Blue.").ids
+    whole = tokenizer.encode(" Human: Name a color. Assistant: Blue.").ids
     assert [*prompt, *response] == [*whole, 0]
     assert encoder.stop_ids == (0,)
     assert encoder.response(USER, "Blue.", end=False) == response[:-1]
@@ -137,6 +137,6 @@ def test_the_encoder_of_a_folder(tokenizer, tmp_path):
     assert encoder.prompt(USER)[0] == 2
     other = load_encoder(tmp_path, format="hh_rlhf", end_token="<|endoftext|>", pad_token="<|im_start|>")  # fmt: skip
     assert (other.end_id, other.pad_id) == (0, 2)
-    assert other.prompt(USER) == tokenizer.encode("\n\nHuman: Name a colour.\n\nAssistant:").ids
+    assert other.prompt(USER) == tokenizer.encode("\n\nHuman: Name a color.\n\nAssistant:").ids
     with pytest.raises(ValueError, match="no token '<end>'"):
         load_encoder(tmp_path, end_token="<end>")

@@ -20,7 +20,7 @@ class DatasheetEntry(Options):
     Attributes:
         name: The name of the component.
         language: Its language, or the programming language of its code.
-        licence: The license of its text.
+        license: The license of its text.
         corpus: The corpus that `prepare_corpus` returned.
         weight: Its share of the training rows; 1 if it is the only component.
 
@@ -30,14 +30,14 @@ class DatasheetEntry(Options):
 
     name: str
     language: str
-    licence: str
+    license: str
     corpus: Corpus
     weight: Annotated[float, Bounds(above=0, at_most=1)] = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         wanted = "a nonempty text; use 'unknown' if you do not know it"
-        for name in ("name", "language", "licence"):
+        for name in ("name", "language", "license"):
             check(self, bool(getattr(self, name).strip()), name, wanted)
 
 
@@ -69,7 +69,7 @@ def write_datasheet(
         {
             "name": entry.name,
             "language": entry.language,
-            "licence": entry.licence,
+            "license": entry.license,
             "weight": entry.weight,
             "documents": sum(store.num_documents for store in _stores(entry)),
             "bytes": entry.corpus.num_bytes,
@@ -87,12 +87,12 @@ def write_datasheet(
         "",
         "Documents, bytes (UTF-8) and tokens count what was kept, training and held-out text together. The weight is a component's share of the training rows.",
         "",
-        "| name | language | licence | weight | documents | bytes | tokens | left out |",
+        "| name | language | license | weight | documents | bytes | tokens | left out |",
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         left = ", ".join(f"{n:,} {reason}" for reason, n in row["left_out"].items()) or "none"
-        words = [row["name"], row["language"], row["licence"], f"{row['weight']:.3f}"]
+        words = [row["name"], row["language"], row["license"], f"{row['weight']:.3f}"]
         counts = [f"{row[key]:,}" for key in ("documents", "bytes", "tokens")]
         lines.append("| " + " | ".join([*words, *counts, left]).replace("\n", " ") + " |")
     total = lambda key: f"{sum(row[key] for row in rows):,}"

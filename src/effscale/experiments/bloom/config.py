@@ -8,7 +8,7 @@ from typing import Literal
 from effscale.experiments.shared.config_parts import TextPart
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import Remat
-from effscale.models.validation import check, is_finite
+from effscale.options import check, is_finite
 from effscale.parallel import MeshConfig
 from effscale.study.folder import OUTPUT
 from effscale.training import ScheduleConfig, Stages, batch_ramp
@@ -184,7 +184,7 @@ class Config(TextPart):
     The default corpus is human-translated messages of a home automation's interface, which `make assets` installs."""
     separator: str | None = None
     """Separator of documents in a *.txt file of --data, such as <|endoftext|>; without one, each file is a document."""
-    licence: str = "unknown"
+    license: str = "unknown"
     """License of the text in --data, for the datasheet."""
     languages: tuple[str, ...] = (
         "en",

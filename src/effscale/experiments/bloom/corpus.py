@@ -241,12 +241,12 @@ def _weights(config: Config, corpora: Mapping[str, Corpus]) -> dict[str, float]:
 
 def datasheet(config: Config, prepared: Prepared, folder: pathlib.Path) -> None:
     """Write a description of the corpus into the run folder."""
-    licence = "Apache-2.0" if config.data is None else config.licence
+    license = "Apache-2.0" if config.data is None else config.license
     entries = [
         DatasheetEntry(
             name=name,
             language="Python" if name == CODE else name,
-            licence="PSF-2.0" if name == CODE else licence,
+            license="PSF-2.0" if name == CODE else license,
             corpus=corpus,
             weight=prepared.weights[name],
         )

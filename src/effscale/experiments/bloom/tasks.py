@@ -14,7 +14,7 @@ from effscale.evaluation import rank_answers
 from effscale.experiments.bloom import messages
 from effscale.experiments.bloom.config import Config
 from effscale.experiments.bloom.messages import Split
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 from effscale.rlhf.data import Prompted, PromptedTask, Record, read_tasks
 
 FOLDER = pathlib.Path(__file__).parent / "tasks"

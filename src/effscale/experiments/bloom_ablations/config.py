@@ -10,7 +10,7 @@ from effscale.experiments.shared.pretraining_config import PretrainingConfig, Pr
 from effscale.models import TransformerConfig, bloom
 from effscale.models.config import TokenInputs
 from effscale.models.positions import LearnedPositions, Rotary
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.study.folder import OUTPUT
 from effscale.study.search import Point, Search
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.config_parts import ClassifierPart, ImagePart
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.study.folder import OUTPUT
 
 Task = Literal["reviews", "digits", "fashion"]

@@ -7,7 +7,7 @@ from typing import Literal
 from effscale.experiments.shared import pretraining_config
 from effscale.experiments.shared.gpt import ModelConfig
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
-from effscale.models.validation import check
+from effscale.options import check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from effscale.experiments.scale.machines import machine
 from effscale.experiments.scale.models import check_mesh, known_model, num_experts
 from effscale.experiments.scale.schedules import PAPER, stages_of
 from effscale.models.config import Remat
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.parallel import MeshConfig
 from effscale.study.folder import OUTPUT, OutputPart
 

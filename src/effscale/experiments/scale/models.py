@@ -6,7 +6,7 @@ from typing import Any
 
 from effscale.experiments.shared.bert import ModelConfig as Bert
 from effscale.models import PRESETS, MLPConfig, TransformerConfig, preset
-from effscale.models.validation import did_you_mean
+from effscale.options import did_you_mean
 
 
 def _bert(num_layers: int, d_model: int, num_heads: int) -> TransformerConfig:

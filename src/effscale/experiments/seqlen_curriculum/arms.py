@@ -22,7 +22,7 @@ from effscale.data import Corpus, make_dataset
 from effscale.experiments.seqlen_curriculum.config import Config
 from effscale.experiments.shared.runs import once, train_to_end
 from effscale.models import Transformer
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.parallel import shard_batch, shardings
 from effscale.training import (
     Clip,

@@ -5,7 +5,7 @@ import pathlib
 
 from effscale.experiments.shared.config_parts import CorporaPart
 from effscale.experiments.shared.gpt import ModelConfig
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.parallel import MeshConfig
 from effscale.study.folder import OUTPUT
 

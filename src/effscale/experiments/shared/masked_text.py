@@ -10,7 +10,7 @@ import tokenizers
 from effscale.data import Corpus, TokenStore, batch_rows, packed_rows
 from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.shared.classifier.data import Data
-from effscale.models.validation import check
+from effscale.options import check
 
 MASK_TOKEN = "[MASK]"
 

@@ -15,7 +15,7 @@ from effscale.data_efficiency import (
 )
 from effscale.experiments.shared.config_parts import CorporaPart, TextPart
 from effscale.experiments.shared.gpt import ModelConfig
-from effscale.models.validation import check, is_integer
+from effscale.options import check, is_integer
 from effscale.parallel import MeshConfig
 from effscale.study.folder import OUTPUT
 from effscale.training import AdamWConfig

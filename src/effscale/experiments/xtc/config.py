@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from effscale.experiments.shared.config_parts import ClassifierPart
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.study.folder import OUTPUT
 
 

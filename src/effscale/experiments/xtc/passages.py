@@ -10,7 +10,7 @@ from effscale.data import parse_mixture
 from effscale.experiments.shared.classifier.batches import Texts, digest
 from effscale.experiments.shared.classifier.cutting import cut_passages
 from effscale.experiments.xtc.config import Config
-from effscale.models.validation import check
+from effscale.options import check
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from effscale.experiments.shared.classifier.problem import read_bert
 from effscale.experiments.xtc.config import Config
 from effscale.interop import load_tokenizer
 from effscale.models import Transformer
-from effscale.models.validation import check
+from effscale.options import check
 
 
 def read_model(config: Config) -> tuple[Transformer, tokenizers.Tokenizer]:

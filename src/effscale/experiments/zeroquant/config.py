@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.config_parts import ClassifierPart
-from effscale.models.validation import check
+from effscale.options import check
 from effscale.quant import LKD
 from effscale.study.folder import OUTPUT
 

@@ -89,7 +89,7 @@ def scheme_for(weights: Format, activations: Format | None) -> Scheme:
             symmetric=weights.symmetric,
             granularity="group" if grouped else "channel",
             group_size=weights.group_size,
-            spread="centred",
+            spread="centered",
         ),
         activations,
         INT if weights.bits == 8 and activations is not None else PACKED,
@@ -215,7 +215,7 @@ def _read_scheme(group: Fields, layout: str) -> Scheme:
             symmetric=weights.flag("symmetric", True),
             granularity="group" if strategy == "group" else "channel",
             group_size=size if strategy == "group" else None,
-            spread="centred",
+            spread="centered",
         )
         activations = None if inputs is None else _read_inputs(inputs)
     except FolderError:
@@ -236,7 +236,7 @@ def _read_inputs(inputs: Fields) -> Format:
         bits=bits,
         symmetric=inputs.flag("symmetric", True),
         granularity="token" if strategy == "token" else "tensor",
-        spread="centred",
+        spread="centered",
     )
 
 

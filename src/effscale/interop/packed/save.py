@@ -32,7 +32,7 @@ def save_packed(
     Layout ``compressed-tensors`` is what transformers (with the package compressed-tensors) and vLLM load. Matrices
     of 8 bits with quantized inputs are written as int-quantized, all others as pack-quantized. Codes and scales are
     unchanged; scales per tensor or per block are repeated for each output. A model that is loaded again has the same
-    weights, and its inputs are quantized with ``spread="centred"``, the convention of that library.
+    weights, and its inputs are quantized with ``spread="centered"``, the convention of that library.
 
     Layout ``effscale`` holds everything that a packed weight can contain and is restored exactly. Only this library
     reads it (``effscale.interop.packed.own_layout``).

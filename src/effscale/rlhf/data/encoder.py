@@ -40,11 +40,11 @@ class RecordEncoder:
 
     Example:
         >>> from effscale.data import train_tokenizer
-        >>> tokenizer = train_tokenizer([" Human: Name a colour. Assistant: Blue."] * 9, vocab_size=320)
+        >>> tokenizer = train_tokenizer([" Human: Name a color. Assistant: Blue."] * 9, vocab_size=320)
         >>> encoder = RecordEncoder(tokenizer=tokenizer)
-        >>> prompt = [{"role": "user", "content": "Name a colour."}]
+        >>> prompt = [{"role": "user", "content": "Name a color."}]
         >>> tokenizer.decode(encoder.prompt(prompt))
-        ' Human: Name a colour. Assistant:'
+        ' Human: Name a color. Assistant:'
         >>> tokenizer.decode(encoder.response(prompt, "Blue."), skip_special_tokens=False)
         ' Blue.<|endoftext|>'
     """

@@ -41,9 +41,9 @@ def hh_rlhf(row: Mapping[str, Any]) -> Record:
             it is unknown which of the following turns was preferred.
 
     Example:
-        >>> same = "\n\nHuman: Name a colour.\n\nAssistant:"
+        >>> same = "\n\nHuman: Name a color.\n\nAssistant:"
         >>> hh_rlhf({"chosen": same + " Blue.", "rejected": same + " No."})
-        Record(prompt=(Message(role='user', content='Name a colour.'),), chosen='Blue.', rejected='No.')
+        Record(prompt=(Message(role='user', content='Name a color.'),), chosen='Blue.', rejected='No.')
     """
     chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
     parts = split_pair(chosen, rejected)

@@ -14,7 +14,7 @@ from effscale.experiments.shared.classifier.recipe import Recipe
 from effscale.experiments.shared.config_parts import ImagePart
 from effscale.interop import load_pretrained, load_tokenizer
 from effscale.models import TokenInputs, Transformer, resize_images
-from effscale.models.validation import check
+from effscale.options import check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

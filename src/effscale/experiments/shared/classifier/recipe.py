@@ -2,31 +2,25 @@
 
 import dataclasses
 
-from effscale.models.validation import check, check_finite
+from effscale.options import Options, PositiveFloat, PositiveInt, check
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Options):
     """Fine-tuning options of a task."""
 
-    epochs: int = 3
+    epochs: PositiveInt = 3
     """Number of passes over the training examples."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Examples per batch."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """Peak learning rate: a linear warmup, then a linear decay to 0."""
-    train: int | None = None
+    train: PositiveInt | None = None
     """Number of training examples; None uses all."""
-    test: int | None = None
+    test: PositiveInt | None = None
     """Number of test examples; None uses all."""
 
     def __post_init__(self):
-        check_finite(self)
-        check(self, self.epochs >= 1, "epochs", "at least 1")
-        check(self, self.batch_size >= 1, "batch_size", "at least 1")
-        check(self, self.learning_rate > 0, "learning_rate", "above 0")
-        least = self.batch_size
-        check(
-            self, self.train is None or self.train >= least, "train", f"a batch of {least} or more"
-        )
-        check(self, self.test is None or self.test >= 1, "test", "at least 1")
+        super().__post_init__()
+        enough = self.train is None or self.train >= self.batch_size
+        check(self, enough, "train", f"a batch of {self.batch_size} or more")

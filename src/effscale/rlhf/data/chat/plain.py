@@ -18,8 +18,8 @@ class PlainFormat:
         system: Prefix of a system message.
 
     Example:
-        >>> PLAIN_FORMATS["deepspeed_chat"].prompt([Message("user", "Name a colour.")])
-        ' Human: Name a colour. Assistant:'
+        >>> PLAIN_FORMATS["deepspeed_chat"].prompt([Message("user", "Name a color.")])
+        ' Human: Name a color. Assistant:'
     """
 
     user: str
