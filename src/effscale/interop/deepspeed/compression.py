@@ -2,39 +2,96 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from effscale.interop.deepspeed.blocks import BLOCK, ModuleGroup, enabled, groups_of
 from effscale.interop.deepspeed.module_names import Names, expression_of, module_names, search
 from effscale.interop.deepspeed.settings import (
+    IGNORED,
+    SWITCH,
     Block,
-    check_keys,
-    flag,
+    Key,
+    Table,
+    is_enabled,
     named,
-    number,
-    one_of,
-    strings,
-    whole_number,
-    whole_numbers,
+    read,
 )
 from effscale.models import Transformer, take_layers
+from effscale.options import NonNegativeInt, PositiveInt
 from effscale.quant.bit_schedules import BitSchedule
 from effscale.quant.formats import Format
-from effscale.quant.pruning.masks import Method, Pruning, Structure
+from effscale.quant.pruning.masks import Pruning
 from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
 from effscale.quant.pruning.shrink import shrink_model
 from effscale.quant.recipes import Recipe, Rule, fake_quantize_model, quantize_model
 
-QUANTIZATION = ("weight_quantization", "activation_quantization")
-PRUNING: Mapping[str, Structure] = {
-    "sparse_pruning": "sparse",
-    "row_pruning": "row",
-    "head_pruning": "head",
+BLOCK = "compression_training"
+OFF = Key(bool, False)
+SYMMETRIC = Key(Literal["symmetric", "asymmetric"], "symmetric")
+# DeepSpeed's default of everything except weight quantization, in its code; its documentation differs.
+OFFSET = Key(NonNegativeInt, 1000)
+
+
+class Technique(NamedTuple):
+    """The tables of a technique: of its ``shared_parameters``, and of the ``params`` of a group."""
+
+    shared: Table
+    params: Table
+
+
+def _pruning(method: Any, default: str, advice: str = "", **more: Key) -> Technique:
+    shared = {"enabled": OFF, "method": Key(method, default, advice), "schedule_offset": OFFSET}
+    return Technique(shared | more, {"dense_ratio": Key(float)})
+
+
+SNIP = "DeepSpeed's 'snip_momentum' does not run there as written either"
+TECHNIQUES: Mapping[str, Technique] = {
+    "weight_quantization": Technique(
+        {
+            "enabled": OFF,
+            "quantizer_kernel": IGNORED,
+            "schedule_offset": Key(NonNegativeInt, 0),
+            "quantize_groups": Key(PositiveInt, 1),
+            "quantize_verbose": IGNORED,
+            "quantization_type": SYMMETRIC,
+            "rounding": Key(Literal["nearest"], "nearest"),
+            "quantize_weight_in_forward": OFF,
+            "fp16_mixed_quantize": Key(
+                {"enabled": OFF, "quantize_change_ratio": Key(float, 0.001)}, {}
+            ),
+        },
+        {
+            "start_bits": Key(int),
+            "target_bits": Key(int),
+            "quantization_period": Key(int, 1),
+        },
+    ),
+    "activation_quantization": Technique(
+        {
+            "enabled": OFF,
+            "quantization_type": SYMMETRIC,
+            "range_calibration": Key(
+                Literal["dynamic"],
+                "dynamic",
+                "Ranges are not averaged during training. For static ranges, calibrate the trained model with "
+                "quantize_model(..., ranges=input_ranges(...))",
+            ),
+            "schedule_offset": OFFSET,
+        },
+        {"bits": Key(Literal[4, 8])},
+    ),
+    "sparse_pruning": _pruning(Literal["l1", "topk"], "l1", SNIP),
+    "row_pruning": _pruning(Literal["l1", "topk"], "l1"),
+    "head_pruning": _pruning(Literal["topk", "l1"], "topk", num_heads=Key(int)),
 }
-TECHNIQUES = ("layer_reduction", *QUANTIZATION, *PRUNING, "channel_pruning")
-OFFSET = 1000
-"""DeepSpeed's default ``schedule_offset`` for everything except weight quantization, in its code; its documentation
-differs."""
+LAYER_REDUCTION = {
+    "enabled": SWITCH,
+    "teacher_layer": Key(tuple[int, ...]),
+    "keep_number_layer": Key(int, None),
+    "module_name_prefix": IGNORED,
+    "other_module_name": IGNORED,
+}
+WHOLE: Table = dict.fromkeys(("layer_reduction", *TECHNIQUES, "channel_pruning"), IGNORED)
+GROUP = {"params": Key(Any), "modules": Key(Any, "*"), "related_modules": Key(Any, None)}
 
 PARTNERS = {
     "feed_forward.up": ("feed_forward.down",),
@@ -128,10 +185,8 @@ def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCo
         raise ValueError(
             f"quantize_training is not supported, and DeepSpeed ignores it. Use {BLOCK}.weight_quantization"
         )
-    check_keys(config, "the configuration", required=(BLOCK,), optional=config)
-    block = config[BLOCK]
-    check_keys(block, BLOCK, optional=TECHNIQUES)
-    if enabled(block, "channel_pruning"):
+    block = read(config, "", {BLOCK: Key(WHOLE)}, others=True)[BLOCK]
+    if _enabled(block, "channel_pruning"):
         raise ValueError(
             f"{BLOCK}.channel_pruning is not supported: it prunes convolutions, which no model here has. Remove it"
         )
@@ -140,32 +195,89 @@ def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCo
     if layers is not None and model.config.num_layers != len(layers):
         student = take_layers(model, layers)
     names = module_names(student)
-    rules, shrink = _pruning(block, names)
+    rules, shrink = _prune_rules(block, names)
     return DeepSpeedCompression(
         teacher_layers=layers, pruning=rules, recipe=_recipe(block, names), shrink=shrink
     )
 
 
-def _teacher_layers(block: Block) -> tuple[int, ...] | None:
-    if not enabled(block, "layer_reduction"):
+class ModuleGroup(NamedTuple):
+    """A group of a technique: its place in the configuration, its parameters, and effscale's names of the weights it
+    applies to.
+    """
+
+    where: str
+    params: Block
+    related: Any
+    names: list[str]
+
+
+def _enabled(block: Block, technique: str) -> bool:
+    """Return whether a technique is present and enabled. The default is off, as in DeepSpeed."""
+    given, where = block[technique], f"{BLOCK}.{technique}"
+    if given is None:
+        return False
+    if technique != "layer_reduction":
+        own = {"shared_parameters": Key(Any), "different_groups": IGNORED}
+        given = read(given, where, own)["shared_parameters"]
+        where = f"{where}.shared_parameters"
+    return is_enabled(given, where, False)
+
+
+def _shared(block: Block, technique: str) -> dict[str, Any] | None:
+    """Return the ``shared_parameters`` of a technique, or None if it is off."""
+    if not _enabled(block, technique):
         return None
-    own, where = block["layer_reduction"], f"{BLOCK}.layer_reduction"
-    optional = ("keep_number_layer", "module_name_prefix", "other_module_name")
-    check_keys(own, where, required=("enabled", "teacher_layer"), optional=optional)
-    layers = whole_numbers(own["teacher_layer"], f"{where}.teacher_layer")
-    if "keep_number_layer" in own:
-        count = whole_number(own["keep_number_layer"], f"{where}.keep_number_layer")
-        if count != len(layers):
-            raise ValueError(
-                f"{where}.keep_number_layer must be the number of layers in teacher_layer, {len(layers)}, got {count}"
-            )
+    where = f"{BLOCK}.{technique}.shared_parameters"
+    return read(block[technique]["shared_parameters"], where, TECHNIQUES[technique].shared)
+
+
+def _groups(block: Block, technique: str, names: Names) -> list[ModuleGroup]:
+    """Return the groups of a technique, each with those of the named weights that it applies to."""
+    where = f"{BLOCK}.{technique}.different_groups"
+    given = block[technique].get("different_groups")
+    if not given:
+        raise ValueError(f"{where} must name at least one group, because {technique} is enabled")
+    groups: list[ModuleGroup] = []
+    for name, group in read(given, where, dict.fromkeys(given, Key(GROUP))).items():
+        place = f"{where}.{name}"
+        params = read(group["params"], f"{place}.params", TECHNIQUES[technique].params)
+        patterns = _strings(group["modules"], f"{place}.modules")
+        found = {n: None for p in patterns for n in search(p, names, f"{place}.modules")}
+        for other in groups:
+            if both := [n for n in found if n in other.names]:
+                raise ValueError(
+                    f"{place}.modules and {other.where}.modules both match {names[both[0]][0]}. Make the patterns disjoint"
+                )
+        groups.append(ModuleGroup(place, params, group["related_modules"], list(found)))
+    return groups
+
+
+def _strings(value: Any, where: str) -> list[str]:
+    """Return a list of expressions; a single string counts as a list of one."""
+    values = [value] if isinstance(value, str) else value
+    is_list = isinstance(values, list | tuple) and all(isinstance(one, str) for one in values)
+    if not is_list or not values:
+        raise ValueError(f"{where} must be a list of expressions, got {value!r}")
+    return list(values)
+
+
+def _teacher_layers(block: Block) -> tuple[int, ...] | None:
+    if not _enabled(block, "layer_reduction"):
+        return None
+    where = f"{BLOCK}.layer_reduction"
+    own = read(block["layer_reduction"], where, LAYER_REDUCTION)
+    layers, count = own["teacher_layer"], own["keep_number_layer"]
+    if count not in (None, len(layers)):
+        raise ValueError(
+            f"{where}.keep_number_layer must be the number of layers in teacher_layer, {len(layers)}, got {count}"
+        )
     return layers
 
 
 def _recipe(block: Block, names: Names) -> Recipe | None:
     """Build the recipe, with one rule for all weights that get the same formats."""
-    weights = _weights(block, names) if enabled(block, QUANTIZATION[0]) else {}
-    inputs = _inputs(block, names) if enabled(block, QUANTIZATION[1]) else {}
+    weights, inputs = _weights(block, names), _inputs(block, names)
     if missing := [name for name in inputs if name not in weights]:
         raise ValueError(
             f"{BLOCK}.activation_quantization matches {names[missing[0]][0]}, whose weights weight_quantization does not quantize. "
@@ -188,54 +300,31 @@ def _recipe(block: Block, names: Names) -> Recipe | None:
 
 
 def _weights(block: Block, names: Names) -> dict[str, tuple[Format, BitSchedule | None]]:
-    technique = QUANTIZATION[0]
-    shared, where = block[technique]["shared_parameters"], f"{BLOCK}.{technique}.shared_parameters"
-    known = (
-        "enabled",
-        "quantizer_kernel",
-        "schedule_offset",
-        "quantize_groups",
-        "quantize_verbose",
-        "quantization_type",
-        "rounding",
-        "quantize_weight_in_forward",
-        "fp16_mixed_quantize",
-    )
-    check_keys(shared, where, optional=known)
-    if one_of(shared, "rounding", ("nearest", "stochastic"), where) == "stochastic":
-        raise ValueError(f"{where}.rounding must be 'nearest', got 'stochastic'")
-    in_forward = flag(shared, "quantize_weight_in_forward", where)
-    offset = whole_number(shared.get("schedule_offset", 0), f"{where}.schedule_offset")
-    blocks = whole_number(shared.get("quantize_groups", 1), f"{where}.quantize_groups")
-    symmetric = _is_symmetric(shared, where)
-    ratio = None
-    mixed, mixed_where = shared.get("fp16_mixed_quantize", {}), f"{where}.fp16_mixed_quantize"
-    check_keys(mixed, mixed_where, optional=("enabled", "quantize_change_ratio"))
-    if flag(mixed, "enabled", mixed_where) and not in_forward:
-        ratio = number(mixed, "quantize_change_ratio", 0.001, mixed_where)
+    shared = _shared(block, "weight_quantization")
+    if shared is None:
+        return {}
+    in_forward, blocks = shared["quantize_weight_in_forward"], shared["quantize_groups"]
+    mixed = shared["fp16_mixed_quantize"]
+    one_kernel = {"granularity": "block", "num_blocks": blocks}
+    if blocks == 1:
+        one_kernel = {"granularity": "tensor"}
     found = {}
-    params = {"start_bits": True, "target_bits": True, "quantization_period": False}
-    for group in groups_of(block, technique, names, **params):
-        count = lambda key, default=None, group=group: whole_number(
-            group.params.get(key, default), f"{group.where}.params.{key}"
-        )
-        start, target = count("start_bits"), count("target_bits")
-        period = count("quantization_period", 1)
-        with_place = f"{group.where}.params: "
+    for group in _groups(block, "weight_quantization", names):
+        where, target = f"{group.where}.params", group.params["target_bits"]
         schedule = named(
-            with_place,
+            where,
             BitSchedule,
-            start_bits=target if in_forward else start,
+            start_bits=target if in_forward else group.params["start_bits"],
             target_bits=target,
-            period=period,
-            offset=offset,
-            change_ratio=ratio,
+            period=group.params["quantization_period"],
+            offset=shared["schedule_offset"],
+            change_ratio=mixed["quantize_change_ratio"]
+            if mixed["enabled"] and not in_forward
+            else None,
         )
-        common = {"bits": target, "symmetric": symmetric, "spread": "paper"}
-        table = named(with_place, Format, granularity="channel", **common)
-        several = {"granularity": "block", "num_blocks": blocks}
-        one = {"granularity": "tensor"}
-        kernel = named(with_place, Format, **common, **(one if blocks == 1 else several))
+        common = {"bits": target, "symmetric": _is_symmetric(shared), "spread": "paper"}
+        table = named(where, Format, granularity="channel", **common)
+        kernel = named(where, Format, **common, **one_kernel)
         for name in group.names:
             format = table if name.endswith("embedding") else kernel
             found[name] = format, schedule if schedule.end > 0 else None
@@ -243,55 +332,35 @@ def _weights(block: Block, names: Names) -> dict[str, tuple[Format, BitSchedule 
 
 
 def _inputs(block: Block, names: Names) -> dict[str, tuple[Format, int]]:
-    technique = QUANTIZATION[1]
-    shared, where = block[technique]["shared_parameters"], f"{BLOCK}.{technique}.shared_parameters"
-    known = ("enabled", "quantization_type", "range_calibration", "schedule_offset")
-    check_keys(shared, where, optional=known)
-    if one_of(shared, "range_calibration", ("dynamic", "static"), where) == "static":
-        raise ValueError(
-            f"{where}.range_calibration must be 'dynamic', got 'static': ranges are not averaged during training. For static ranges, "
-            "calibrate the trained model with quantize_model(..., ranges=input_ranges(...))"
-        )
-    offset = whole_number(shared.get("schedule_offset", OFFSET), f"{where}.schedule_offset")
-    symmetric, found = _is_symmetric(shared, where), {}
-    for group in groups_of(block, technique, _kernels(names), bits=True):
-        bits = whole_number(group.params["bits"], f"{group.where}.params.bits")
-        if bits not in (4, 8):
-            raise ValueError(f"{group.where}.params.bits must be 4 or 8, got {bits}")
+    shared, found = _shared(block, "activation_quantization"), {}
+    if shared is None:
+        return {}
+    for group in _groups(block, "activation_quantization", _kernels(names)):
+        symmetric = _is_symmetric(shared)
+        bits = group.params["bits"]
         format = Format(bits=bits, symmetric=symmetric, granularity="token", spread="paper")
-        found |= dict.fromkeys(group.names, (format, offset))
+        found |= dict.fromkeys(group.names, (format, shared["schedule_offset"]))
     return found
 
 
-def _pruning(block: Block, names: Names) -> tuple[tuple[PruneRule, ...], bool]:
+def _prune_rules(block: Block, names: Names) -> tuple[tuple[PruneRule, ...], bool]:
     """Return the rules of all structures, and whether pruned parts are removed."""
     rules: list[PruneRule] = []
     shrink = False
-    for technique, structure in PRUNING.items():
-        if not enabled(block, technique):
+    for structure in ("sparse", "row", "head"):
+        technique = f"{structure}_pruning"
+        if (shared := _shared(block, technique)) is None:
             continue
-        shared = block[technique]["shared_parameters"]
-        where = f"{BLOCK}.{technique}.shared_parameters"
-        if structure == "sparse" and shared.get("method") == "snip_momentum":
-            raise ValueError(
-                f"{where}.method must be 'l1' or 'topk', got 'snip_momentum', which does not run in DeepSpeed as written either"
-            )
-        heads = ("num_heads",) if structure == "head" else ()
-        check_keys(shared, where, required=heads, optional=("enabled", "method", "schedule_offset"))
-        methods = ("topk", "l1") if heads else ("l1", "topk")
-        method: Method = one_of(shared, "method", methods, where)
-        offset = whole_number(shared.get("schedule_offset", OFFSET), f"{where}.schedule_offset")
-        num_heads = whole_number(shared["num_heads"], f"{where}.num_heads") if heads else None
         own = names if structure == "sparse" else _kernels(names)
-        for group in groups_of(block, technique, own, dense_ratio=True):
+        for group in _groups(block, technique, own):
             pruning = named(
-                f"{group.where}.params: ",
+                f"{group.where}.params",
                 Pruning,
                 structure=structure,
-                dense_ratio=number(group.params, "dense_ratio", None, f"{group.where}.params"),
-                method=method,
-                num_heads=num_heads,
-                offset=offset,
+                dense_ratio=group.params["dense_ratio"],
+                method=shared["method"],
+                num_heads=shared.get("num_heads"),
+                offset=shared["schedule_offset"],
             )
             rules.append(PruneRule(where=expression_of(group.names, names), pruning=pruning))
             if group.related is not None and structure != "sparse":
@@ -307,7 +376,7 @@ def _check_related(group: ModuleGroup, names: Names) -> None:
     related = {
         name
         for patterns in lists
-        for pattern in strings(patterns, where)
+        for pattern in _strings(patterns, where)
         for name in search(pattern, names, where)
     }
     partners = set()
@@ -330,6 +399,5 @@ def _kernels(names: Names) -> Names:
     return {name: modules for name, modules in names.items() if name.endswith("kernel")}
 
 
-def _is_symmetric(shared: Block, where: str) -> bool:
-    """Return whether ``quantization_type`` is symmetric, which is the default."""
-    return one_of(shared, "quantization_type", ("symmetric", "asymmetric"), where) == "symmetric"
+def _is_symmetric(shared: Block) -> bool:
+    return shared["quantization_type"] == "symmetric"

@@ -7,33 +7,52 @@ or contradictory settings raise an error, where DeepSpeed ignores them.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from effscale.curriculum.lengths import Mode, SequenceLengthCurriculum
 from effscale.curriculum.pools import Difficulty
 from effscale.curriculum.ranking import Ranking
 from effscale.interop.deepspeed.difficulty_index import ranking_from_deepspeed
 from effscale.interop.deepspeed.settings import (
+    SWITCH,
     Block,
-    check_keys,
+    Key,
+    is_enabled,
     part_of_data_efficiency,
-    switch,
-    whole_number,
-    whole_numbers,
+    read,
 )
 from effscale.options import did_you_mean
 from effscale.training import CustomPacing, DiscretePacing, LinearPacing, Pacing, RootPacing
 
 Functions = Mapping[str, Callable[[int], int]]
 
+TOTAL = {"total_curriculum_step": Key(int)}
+LINEAR = TOTAL | {"difficulty_step": Key(int)}
 SCHEDULES = {
-    "fixed_linear": ("total_curriculum_step", "difficulty_step"),
-    "fixed_root": ("total_curriculum_step", "difficulty_step", "root_degree"),
-    "fixed_discrete": ("difficulty", "max_step"),
-    "custom": ("total_curriculum_step",),
+    "fixed_linear": LINEAR,
+    "fixed_root": LINEAR | {"root_degree": Key(int)},
+    "fixed_discrete": {"difficulty": Key(tuple[int, ...]), "max_step": Key(tuple[int, ...])},
+    "custom": TOTAL,
 }
-PACING = ("min_difficulty", "max_difficulty", "schedule_type", "schedule_config")
-METRIC = ("difficulty_type", "clustering_type", *PACING)
+PACING = {
+    "min_difficulty": Key(int),
+    "max_difficulty": Key(int),
+    "schedule_type": Key(Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]),
+    "schedule_config": Key(Any),
+}
 PATHS = ("index_to_sample_path", "index_to_metric_path")
+METRIC = {
+    "difficulty_type": Key(Any),
+    "clustering_type": Key(Any),
+    **PACING,
+    **dict.fromkeys(PATHS, Key(Any, None)),
+}
+LEARNING = {
+    "enabled": SWITCH,
+    "curriculum_metrics": Key(Any),
+    "data_cluster_path": Key(Any, None),
+}
+OLDER = {"enabled": SWITCH, "curriculum_type": Key(Literal["seqlen"]), **PACING}
 LENGTHS: Mapping[str, Mode] = {"seqlen_truncate": "truncate", "seqlen_reshape": "reshape"}
 """Metrics whose names DeepSpeed's examples interpret as ways to shape batches."""
 
@@ -103,12 +122,12 @@ def curriculum_from_deepspeed(
     if "data_efficiency" in config:
         found = _data_efficiency(config["data_efficiency"], rankings or {}, functions)
     older = config.get("curriculum_learning")
-    if older is not None and switch(older, "curriculum_learning"):
+    if older is not None and is_enabled(older, "curriculum_learning"):
         if found.sequence_length is not None:
             raise ValueError(
                 "curriculum_learning and data_efficiency both define a sequence-length curriculum. Keep one of them."
             )
-        found = dataclasses.replace(found, sequence_length=_older(older, functions.get("seqlen")))
+        found = dataclasses.replace(found, sequence_length=_older(older, functions))
     return found
 
 
@@ -140,50 +159,29 @@ def pacing_from_deepspeed(
         >>> [pacing(step) for step in range(1, 11)]
         [2, 4, 4, 6, 6, 8, 8, 10, 10, 10]
     """
-    check_keys(config, name, required=PACING, optional=config)
-    kind, where = config["schedule_type"], f"{name}.schedule_config"
-    if kind not in SCHEDULES:
-        raise ValueError(
-            f"{name}.schedule_type must be one of {', '.join(SCHEDULES)}, got {kind!r}: {did_you_mean(str(kind), SCHEDULES)}"
-        )
-    schedule = config["schedule_config"]
-    check_keys(schedule, where, required=SCHEDULES[kind])
-    low, high = (
-        whole_number(config[key], f"{name}.{key}") for key in ("min_difficulty", "max_difficulty")
-    )
+    values, where = read(config, name, PACING, others=True), f"{name}.schedule_config"
+    kind, low, high = (values[key] for key in ("schedule_type", "min_difficulty", "max_difficulty"))
+    schedule = read(values["schedule_config"], where, SCHEDULES[kind])
     if kind == "fixed_discrete":
-        difficulty, max_step = (
-            whole_numbers(schedule[key], f"{where}.{key}") for key in SCHEDULES[kind]
-        )
+        difficulty = schedule["difficulty"]
         if not difficulty or (difficulty[0], difficulty[-1]) != (low, high):
             raise ValueError(
                 f"{where}.difficulty must go from min_difficulty={low} to max_difficulty={high}, got {list(difficulty)}"
             )
-        return DiscretePacing(difficulty=difficulty, max_step=max_step)
-    total = whole_number(schedule["total_curriculum_step"], f"{where}.total_curriculum_step")
-    if kind == "custom":
-        if function is None:
-            raise ValueError(
-                f"{name}.schedule_type='custom' needs a function from steps to difficulties"
-            )
-        return CustomPacing(
-            function=functools.update_wrapper(functools.partial(_from_one, function), function),
-            min_difficulty=low,
-            max_difficulty=high,
-            total=total,
+        return DiscretePacing(**schedule)
+    common = {
+        "min_difficulty": low,
+        "max_difficulty": high,
+        "total": schedule.pop("total_curriculum_step"),
+    }
+    if kind != "custom":
+        return (LinearPacing if kind == "fixed_linear" else RootPacing)(**common, **schedule)
+    if function is None:
+        raise ValueError(
+            f"{name}.schedule_type='custom' needs a function from steps to difficulties"
         )
-    step = whole_number(schedule["difficulty_step"], f"{where}.difficulty_step")
-    if kind == "fixed_linear":
-        return LinearPacing(
-            min_difficulty=low, max_difficulty=high, total=total, difficulty_step=step
-        )
-    return RootPacing(
-        min_difficulty=low,
-        max_difficulty=high,
-        total=total,
-        difficulty_step=step,
-        root_degree=whole_number(schedule["root_degree"], f"{where}.root_degree"),
-    )
+    ours = functools.update_wrapper(functools.partial(_from_one, function), function)
+    return CustomPacing(function=ours, **common)
 
 
 def _from_one(function: Callable[[int], int], step: int) -> int:
@@ -194,74 +192,55 @@ def _from_one(function: Callable[[int], int], step: int) -> int:
 def _data_efficiency(
     block: Block, rankings: Mapping[str, Ranking], functions: Functions
 ) -> DeepSpeedCurriculum:
-    part = part_of_data_efficiency(
-        block, "data_sampling", "curriculum_learning", "num_epochs", "num_workers", "pin_memory"
-    )
+    part = part_of_data_efficiency(block, "data_sampling", "curriculum_learning")
     if part is None:
         return DeepSpeedCurriculum()
-    learning, inner, sampling = part
-    check_keys(
-        learning, inner, required=("enabled", "curriculum_metrics"), optional=("data_cluster_path",)
-    )
-    difficulties, lengths = _metrics(
-        learning["curriculum_metrics"], f"{inner}.curriculum_metrics", rankings, functions
-    )
+    learning, where, values = part
+    metrics = read(learning, where, LEARNING)["curriculum_metrics"]
+    difficulties, lengths = _metrics(metrics, f"{where}.curriculum_metrics", rankings, functions)
     return DeepSpeedCurriculum(
         difficulties=difficulties,
         sequence_length=lengths,
-        seed=whole_number(block.get("seed", 1234), "data_efficiency.seed"),
-        num_epochs=whole_number(
-            sampling.get("num_epochs", 1000), "data_efficiency.data_sampling.num_epochs"
-        ),
+        seed=values["seed"],
+        num_epochs=values["data_sampling"]["num_epochs"],
     )
 
 
 def _metrics(
     metrics: Block, where: str, rankings: Mapping[str, Ranking], functions: Functions
 ) -> tuple[dict[str, Difficulty], SequenceLengthCurriculum | None]:
-    check_keys(metrics, where, optional=metrics)
-    check_keys(rankings, "rankings", optional=metrics)
+    read(metrics, where, {}, others=True)
+    read(rankings, "rankings", dict.fromkeys(metrics, Key(Any, None)))
     difficulties, lengths = {}, {}
     for name, metric in metrics.items():
         place = f"{where}.{name}"
-        check_keys(metric, place, required=METRIC, optional=PATHS)
+        values = read(metric, place, METRIC)
         pacing = pacing_from_deepspeed(metric, function=functions.get(name), name=place)
+        clustering = values["clustering_type"]
         if name in LENGTHS:
-            if metric["clustering_type"] != "single_cluster":
+            if clustering != "single_cluster":
                 raise ValueError(
                     f"{place}.clustering_type must be 'single_cluster', as {name} shapes batches and does not order samples, "
-                    f"got {metric['clustering_type']!r}. To order samples, add a metric with a different name."
+                    f"got {clustering!r}. To order samples, add a metric with a different name."
                 )
             lengths[name] = SequenceLengthCurriculum(pacing=pacing, mode=LENGTHS[name])
-        else:
-            difficulties[name] = _difficulty(metric, pacing, rankings.get(name), place)
+            continue
+        by, ranking = values["difficulty_type"], rankings.get(name)
+        if clustering != "single_cluster" and ranking is None:
+            paths = PATHS if by == "value" else PATHS[:1]
+            needed = read(metric, place, dict.fromkeys(paths, Key(Any)), others=True)
+            ranking = ranking_from_deepspeed(*needed.values())
+        difficulties[name] = Difficulty(
+            ranking=ranking, pacing=pacing, difficulty_type=by, clustering_type=clustering
+        )
     if len(lengths) > 1:
         raise ValueError(f"{where}: {' and '.join(lengths)} exclude each other. Keep one of them.")
     return difficulties, next(iter(lengths.values()), None)
 
 
-def _difficulty(metric: Block, pacing: Pacing, ranking: Ranking | None, where: str) -> Difficulty:
-    ordered = metric["clustering_type"] != "single_cluster"
-    if ordered and ranking is None:
-        by_value = metric["difficulty_type"] == "value"
-        paths = PATHS if by_value else PATHS[:1]
-        check_keys(metric, where, required=(*METRIC, *paths), optional=PATHS)
-        ranking = ranking_from_deepspeed(*(metric[path] for path in paths))
-    return Difficulty(
-        ranking=ranking,
-        pacing=pacing,
-        difficulty_type=metric["difficulty_type"],
-        clustering_type=metric["clustering_type"],
-    )
-
-
-def _older(block: Block, function: Callable[[int], int] | None) -> SequenceLengthCurriculum:
+def _older(block: Block, functions: Functions) -> SequenceLengthCurriculum:
     where = "curriculum_learning"
-    check_keys(block, where, required=("enabled", "curriculum_type", *PACING))
-    if block["curriculum_type"] != "seqlen":
-        raise ValueError(
-            f"{where}.curriculum_type must be 'seqlen', the only type, got {block['curriculum_type']!r}"
-        )
+    read(block, where, OLDER)
     return SequenceLengthCurriculum(
-        pacing=pacing_from_deepspeed(block, function=function, name=where)
+        pacing=pacing_from_deepspeed(block, function=functions.get("seqlen"), name=where)
     )

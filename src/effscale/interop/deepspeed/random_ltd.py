@@ -1,30 +1,40 @@
 """Random-LTD from DeepSpeed's JSON configuration."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from effscale.interop.deepspeed.settings import (
-    check_keys,
+    IGNORED,
+    SWITCH,
+    Block,
+    Key,
     part_of_data_efficiency,
-    switch,
-    whole_number,
-    whole_numbers,
+    read,
 )
 from effscale.ltd.schedule import RandomLTD, mslg
 
-MODEL = ("model_mask_name", "model_type", "hidden_state_order")
-BATCH = ("global_batch_size", "micro_batch_size")
-REQUIRED = ("enabled", "random_ltd_layer_id", "random_ltd_schedule")
-OPTIONAL = (
-    "total_layer_num",
-    "random_ltd_layer_num",
-    *MODEL,
-    *BATCH,
-    "layer_token_lr_schedule",
+SCHEDULE = {
+    "min_value": Key(int),
+    "max_value": Key(int),
+    "schedule_type": Key(Literal["fixed_linear"]),
+    "schedule_config": Key({"require_steps": Key(int), "seq_per_step": Key(int)}),
+}
+BY_TOKENS = Key(
+    Literal[False],
+    advice='Use a learning rate by tokens, ScheduleConfig(unit="tokens"), and count tokens with RandomLTD.tokens_per_batch',
 )
+RANDOM_LTD = {
+    "enabled": SWITCH,
+    "random_ltd_layer_id": Key(tuple[int, ...]),
+    "random_ltd_schedule": Key(SCHEDULE),
+    "total_layer_num": Key(int, None),
+    "random_ltd_layer_num": Key(int, None),
+    "layer_token_lr_schedule": Key({"enabled": BY_TOKENS}, {"enabled": False}),
+    **dict.fromkeys(("model_mask_name", "model_type", "hidden_state_order"), IGNORED),
+    **dict.fromkeys(("global_batch_size", "micro_batch_size"), IGNORED),
+}
 
 
-def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
+def random_ltd_from_deepspeed(config: Block) -> RandomLTD | None:
     """Read random-LTD from a DeepSpeed configuration.
 
     As in DeepSpeed, it is active if its own ``enabled`` is true. The settings about the layout of the model (``model_mask_name``,
@@ -49,53 +59,24 @@ def random_ltd_from_deepspeed(config: Mapping[str, Any]) -> RandomLTD | None:
         >>> ltd.layers, ltd.pacing(1_667)
         ((1, 2, 3), 144)
     """
-    check_keys(config, "the configuration", required=("data_efficiency",), optional=config)
-    part = part_of_data_efficiency(config["data_efficiency"], "data_routing", "random_ltd")
+    block = read(config, "", {"data_efficiency": Key(Any)}, others=True)["data_efficiency"]
+    part = part_of_data_efficiency(block, "data_routing", "random_ltd")
     if part is None:
         return None
-    block, inner, _ = part
-    check_keys(block, inner, required=REQUIRED, optional=OPTIONAL)
-    learning_rate = block.get("layer_token_lr_schedule", {"enabled": False})
-    if switch(learning_rate, f"{inner}.layer_token_lr_schedule"):
+    values, where = read(part[0], part[1], RANDOM_LTD), part[1]
+    layers, schedule = values["random_ltd_layer_id"], values["random_ltd_schedule"]
+    number, total = values["random_ltd_layer_num"], values["total_layer_num"]
+    if number not in (None, len(layers)):
         raise ValueError(
-            f"{inner}.layer_token_lr_schedule.enabled must be false, got true. Use a learning rate by tokens, "
-            'ScheduleConfig(unit="tokens"), and count tokens with RandomLTD.tokens_per_batch.'
+            f"{where}.random_ltd_layer_num must be {len(layers)}, the number of layers in random_ltd_layer_id, got {number}"
         )
-    layers = whole_numbers(block["random_ltd_layer_id"], f"{inner}.random_ltd_layer_id")
-    _agree(block, layers, inner)
-    return RandomLTD(
-        pacing=_pacing(block["random_ltd_schedule"], f"{inner}.random_ltd_schedule"), layers=layers
-    )
-
-
-def _pacing(schedule: Any, where: str) -> Any:
-    values = ("min_value", "max_value")
-    check_keys(schedule, where, required=(*values, "schedule_type", "schedule_config"))
-    if schedule["schedule_type"] != "fixed_linear":
+    if total is not None and (outside := [i for i in layers if not 0 <= i < total]):
         raise ValueError(
-            f"{where}.schedule_type must be 'fixed_linear', the only type, got {schedule['schedule_type']!r}"
+            f"{where}.random_ltd_layer_id must be from 0 to {total - 1} with total_layer_num={total}, got {outside}"
         )
-    steps, there = schedule["schedule_config"], f"{where}.schedule_config"
-    check_keys(steps, there, required=("require_steps", "seq_per_step"))
-    return mslg(
-        min_value=whole_number(schedule["min_value"], f"{where}.min_value"),
-        max_value=whole_number(schedule["max_value"], f"{where}.max_value"),
-        require_steps=whole_number(steps["require_steps"], f"{there}.require_steps"),
-        seq_per_step=whole_number(steps["seq_per_step"], f"{there}.seq_per_step"),
+    pacing = mslg(
+        min_value=schedule["min_value"],
+        max_value=schedule["max_value"],
+        **schedule["schedule_config"],
     )
-
-
-def _agree(block: Mapping[str, Any], layers: tuple[int, ...], where: str) -> None:
-    """Check the redundant layer counts of the configuration."""
-    if "random_ltd_layer_num" in block:
-        number = whole_number(block["random_ltd_layer_num"], f"{where}.random_ltd_layer_num")
-        if number != len(layers):
-            raise ValueError(
-                f"{where}.random_ltd_layer_num must be {len(layers)}, the number of layers in random_ltd_layer_id, got {number}"
-            )
-    if "total_layer_num" in block:
-        total = whole_number(block["total_layer_num"], f"{where}.total_layer_num")
-        if outside := [layer for layer in layers if not 0 <= layer < total]:
-            raise ValueError(
-                f"{where}.random_ltd_layer_id must be from 0 to {total - 1} with total_layer_num={total}, got {outside}"
-            )
+    return RandomLTD(pacing=pacing, layers=layers)

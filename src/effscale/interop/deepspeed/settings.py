@@ -1,82 +1,120 @@
-"""Read values of DeepSpeed's JSON configurations: each error names the key with its path, the value and what is valid."""
+"""DeepSpeed's JSON configurations, read by tables: what each key holds, its default, and what is ignored or refused.
 
-from collections.abc import Iterable, Mapping
+An error names the key by its path in the JSON, its value and what is valid.
+"""
+
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from effscale.options import did_you_mean, is_finite
+from effscale.options import checked, did_you_mean
 
 Block = Mapping[str, Any]
 
 
-class Part(NamedTuple):
-    """A part of ``data_efficiency``: its values, its path, and the block that contains it."""
+class Key(NamedTuple):
+    """A row of a table: a key of a JSON object.
 
-    values: Block
-    where: str
-    outside: Block
+    Attributes:
+        kind: What it holds: an annotation as in ``effscale.options``, bounds included, or the table of an object.
+        default: The value if it is absent; ``...`` if it is required.
+        advice: What to do about a value that is refused.
+    """
+
+    kind: Any
+    default: Any = ...
+    advice: str = ""
 
 
-def part_of_data_efficiency(block: Block, outside: str, name: str, *known: str) -> Part | None:
-    """Return the part ``outside.name`` of ``data_efficiency`` if it is enabled.
+Table = Mapping[str, Key]
+IGNORED = Key(Any, None)
+SWITCH = Key(bool)
 
-    DeepSpeed goes by the part's own switch. Those above it can be left out, but not contradict it.
+DATA_EFFICIENCY: Table = {
+    "enabled": Key(bool, True),
+    "seed": Key(int, 1234),
+    "data_sampling": Key(
+        {
+            "enabled": Key(bool, True),
+            "num_epochs": Key(int, 1000),
+            "num_workers": IGNORED,
+            "pin_memory": IGNORED,
+            "curriculum_learning": Key(Any, None),
+        },
+        {},
+    ),
+    "data_routing": Key({"enabled": Key(bool, True), "random_ltd": Key(Any, None)}, {}),
+}
+
+
+def read(block: Any, where: str, table: Table, *, others: bool = False) -> dict[str, Any]:
+    """Read an object of a configuration.
 
     Args:
-        block: ``data_efficiency``.
-        outside: The block that contains the part.
-        name: The part.
-        *known: The other keys of the block that contains it.
+        block: The object, from JSON.
+        where: Its path in the configuration; empty for the whole configuration.
+        table: Its keys.
+        others: Whether it may have other keys, which are not read.
+
+    Returns:
+        The value of each key of the table, or its default. JSON does not distinguish integers from other numbers, so 1e5 is one.
+
+    Raises:
+        ValueError: The block is not an object, a key is unknown or missing, or a value is not of its kind.
+
+    Example:
+        >>> read({"freeze_step": 1e5}, "optimizer.params", {"freeze_step": Key(int), "eps": Key(float, 1e-8)})
+        {'freeze_step': 100000, 'eps': 1e-08}
+    """
+    place = where or "the configuration"
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{place} must be an object of keys and values, got {block!r}")
+    for name in block:
+        if name not in table and not others:
+            raise ValueError(f"{place}: unknown key {name!r}: {did_you_mean(str(name), table)}")
+    if missing := [name for name, key in table.items() if key.default is ... and name not in block]:
+        raise ValueError(f"{place}: needs {', '.join(missing)}")
+    return {name: _value(block, where, name, key) for name, key in table.items()}
+
+
+def is_enabled(block: Any, where: str, default: Any = ...) -> bool:
+    """Return whether an object is ``enabled``; the rest of it is not read."""
+    return read(block, where, {"enabled": Key(bool, default)}, others=True)["enabled"]
+
+
+def _value(block: Block, where: str, name: str, key: Key) -> Any:
+    value, path = block.get(name, key.default), f"{where}.{name}".removeprefix(".")
+    if isinstance(key.kind, Mapping):
+        return read(value, path, key.kind)
+    if name not in block:
+        return value
+    try:
+        return checked(path, _with_integers(value), key.kind)
+    except ValueError as error:
+        raise ValueError(f"{error}. {key.advice}".removesuffix(". ")) from None
+
+
+def _with_integers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_integers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def part_of_data_efficiency(block: Any, outside: str, name: str) -> tuple[Any, str, Block] | None:
+    """Return the part ``outside.name`` of ``data_efficiency`` and its path if it is enabled, and the values of ``data_efficiency``.
+
+    DeepSpeed goes by the part's own switch. Those above it can be left out, but not contradict it.
     """
     outer, middle = "data_efficiency", f"data_efficiency.{outside}"
-    check_keys(block, outer, optional=("enabled", "seed", "data_sampling", "data_routing"))
-    between = block.get(outside, {})
-    check_keys(between, middle, optional=("enabled", *known, name))
-    found, where = between.get(name), f"{middle}.{name}"
-    if found is None or not switch(found, where):
+    values = read(block, outer, DATA_EFFICIENCY)
+    part, where = values[outside][name], f"{middle}.{name}"
+    if part is None or not is_enabled(part, where):
         return None
-    for path, above in ((outer, block), (middle, between)):
-        if not above.get("enabled", True):
+    for path, above in ((outer, values), (middle, values[outside])):
+        if not above["enabled"]:
             raise ValueError(
                 f"{path}.enabled is false, but {where}.enabled, which DeepSpeed uses, is true. Set both to the same value."
             )
-    return Part(found, where, between)
-
-
-def check_keys(
-    block: Any, where: str, *, required: Iterable[str] = (), optional: Iterable[str] = ()
-) -> None:
-    """Raise a ValueError unless ``block``, from JSON, is an object with all required keys and no unknown keys."""
-    if not isinstance(block, Mapping):
-        raise ValueError(f"{where} must be an object of keys and values, got {block!r}")
-    known = [*required, *optional]
-    for key in block:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}: {did_you_mean(str(key), known)}")
-    if missing := [key for key in required if key not in block]:
-        raise ValueError(f"{where}: needs {', '.join(missing)}")
-
-
-def switch(block: Any, where: str) -> bool:
-    """Return whether a block of JSON is ``enabled``; the key is required."""
-    check_keys(block, where, required=("enabled",), optional=block)
-    if not isinstance(block["enabled"], bool):
-        raise ValueError(f"{where}.enabled must be true or false, got {block['enabled']!r}")
-    return block["enabled"]
-
-
-def whole_number(value: Any, where: str) -> int:
-    """Return a whole number from JSON, which does not distinguish integers from other numbers: 1e5 is read as a float."""
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not is_whole:
-        raise ValueError(f"{where} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def whole_numbers(value: Any, where: str) -> tuple[int, ...]:
-    """Return a list of whole numbers."""
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} must be a list, got {value!r}")
-    return tuple(whole_number(one, where) for one in value)
+    return part, where, values
 
 
 def named(where: str, kind: Any, **fields: Any) -> Any:
@@ -84,38 +122,4 @@ def named(where: str, kind: Any, **fields: Any) -> Any:
     try:
         return kind(**fields)
     except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
-
-
-def strings(value: Any, where: str) -> list[str]:
-    """Return a list of expressions; a single string counts as a list of one."""
-    values = [value] if isinstance(value, str) else value
-    is_list = isinstance(values, list | tuple) and all(isinstance(one, str) for one in values)
-    if not is_list or not values:
-        raise ValueError(f"{where} must be a list of expressions, got {value!r}")
-    return list(values)
-
-
-def flag(block: Block, key: str, where: str) -> bool:
-    """Return a boolean; false by default."""
-    value = block.get(key, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{where}.{key} must be true or false, got {value!r}")
-    return value
-
-
-def one_of(block: Block, key: str, names: tuple[str, ...], where: str) -> Any:
-    """Return one of ``names``; the first one by default."""
-    value = block.get(key, names[0])
-    if value not in names:
-        raise ValueError(f"{where}.{key}={value!r}: {did_you_mean(str(value), names)}")
-    return value
-
-
-def number(block: Block, key: str, default: Any, where: str) -> float:
-    """Return a finite number."""
-    value = block.get(key, default)
-    if not is_finite(value):
-        place = f"{where}.{key}".removeprefix(".")
-        raise ValueError(f"{place} must be a number, got {value!r}")
-    return value
+        raise ValueError(f"{where}: {error}") from None
