@@ -77,20 +77,40 @@ def test_importing_the_package_imports_nothing():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("package", ["models", "parallel", "training", "generation"])
-def test_packages_import_nothing_slow(package):
-    slow = (
-        "matplotlib",
-        "orbax",
-        "grain",
-        "tensorboardX",
-        "tokenizers",
-        "pyarrow",
-        "torch",
-        "tyro",
-    )
+SLOW = ("matplotlib", "orbax", "grain", "tensorboardX", "tokenizers", "pyarrow", "torch", "tyro")
+
+
+@pytest.mark.parametrize(
+    ("package", "absent", "most"),
+    [
+        ("optim", ("flax", *SLOW), 50),
+        ("parallel", ("flax", *SLOW), 50),
+        ("ltd", SLOW, 60),
+        ("models", SLOW, 50),
+        ("moe", SLOW, 70),
+        ("quant", SLOW, 80),
+        ("generation", SLOW, 50),
+        ("training", SLOW, 80),
+    ],
+)
+def test_public_names_import_little(package, absent, most):
     code = (
-        f"import sys, effscale.{package}\nprint([name for name in {slow} if name in sys.modules])\n"
+        f"import sys\nfrom effscale.{package} import *\n"
+        f"print([name for name in {absent} if name in sys.modules])\n"
+        "print(sum(name.startswith('effscale.') for name in sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    slow, count = done.stdout.splitlines()
+    assert slow == "[]"
+    assert int(count) <= most
+
+
+def test_a_lazy_function_keeps_the_name_of_its_module():
+    code = (
+        "import effscale.optim\nfrom effscale.optim.lamb import LambState\n"
+        "from effscale.optim import lamb, LambState as same\n"
+        "assert callable(lamb) and effscale.optim.lamb is lamb and same is LambState\n"
+        "try: effscale.optim.Lamb\nexcept AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "module 'effscale.optim' has no attribute 'Lamb'\n"

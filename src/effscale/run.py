@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from effscale.interop import load_pretrained
 from effscale.models import Transformer, TransformerConfig
 from effscale.moe import RouterWatch
 from effscale.optim import Workers
@@ -415,6 +414,8 @@ class Run(Options):
         if isinstance(model, TransformerConfig):
             return jax.jit(lambda key: Transformer(model, rngs=nnx.Rngs(key)))(key)
         if isinstance(model, (str, os.PathLike)):
+            from effscale.interop import load_pretrained  # other runs need no format of files
+
             return load_pretrained(model)
         if _is_function(model):
             return model(key)

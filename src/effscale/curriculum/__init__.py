@@ -5,8 +5,9 @@ References:
     Li et al., "The Stability-Efficiency Dilemma" (2021), sequence-length warmup. https://arxiv.org/abs/2108.06084
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.curriculum.analysis.analyze import (
@@ -76,41 +77,4 @@ __all__ = [
     "with_metrics",
 ]
 
-# Imported on first use, as processes that only map shards need neither JAX nor grain.
-_MODULES = {
-    "AnalysisProgress": "analysis.analyze",
-    "accumulate": "analysis.analyze",
-    "analyze": "analysis.analyze",
-    "count_vocabulary": "analysis.analyze",
-    "fingerprint": "digests",
-    "CorruptIndexError": "index",
-    "DifficultyIndex": "index",
-    "LossRatioWriter": "instability",
-    "loss_ratio": "instability",
-    "unstable_steps": "instability",
-    "variance_metrics": "instability",
-    "with_metrics": "instability",
-    "current_learning_rate": "learning_rate",
-    "steps_then_tokens": "learning_rate",
-    "SequenceLengthCurriculum": "lengths",
-    "reshape": "lengths",
-    "reshaped_rows": "lengths",
-    "truncate": "lengths",
-    "truncate_padded": "lengths",
-    "LossDrivenBatches": "loss_driven",
-    "LengthThenRarity": "metrics",
-    "TokenCounts": "metrics",
-    "VocabularyRarity": "metrics",
-    "sequence_length": "metrics",
-    "Difficulty": "pools",
-    "Ranking": "ranking",
-    "rank": "ranking",
-    "ReferenceLoss": "reference_loss",
-    "curriculum_rows": "sampler",
-}
-
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+lazy_package(__name__)

@@ -6,39 +6,40 @@ batches. The parts they are built from can also be used separately.
 
 from typing import TYPE_CHECKING
 
-from effscale.atomic import DiskFullError
-from effscale.data.build import Progress, write_splits, write_store
-from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
-from effscale.data.documents import Document, DocumentError, SkipReport, Source
-from effscale.data.encode import encode_documents
-from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens
-from effscale.data.packing import PackedTokens
-from effscale.data.sampling import sample_texts
-from effscale.data.shards import PackedShards, TokenShards
-from effscale.data.sources import (
-    HuggingFace,
-    JsonLines,
-    Parquet,
-    StandardLibrary,
-    TextFiles,
-    parse_mixture,
-    parse_source,
-)
-from effscale.data.splits import Splits
-from effscale.data.statistics import token_counts, unigram_entropy
-from effscale.data.store import CorruptTokenStoreError, TokenStore
-from effscale.data.tokenizer import (
-    BLOOM_TOKENS,
-    fertility,
-    read_tokenizer,
-    save_tokenizer,
-    separator_id,
-    train_tokenizer,
-)
-from effscale.data.writer import TokenStoreWriter
+from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
+    from effscale.atomic import DiskFullError
+    from effscale.data.build import Progress, write_splits, write_store
+    from effscale.data.corpus import Corpus, prepare_corpus, prepare_mixture
+    from effscale.data.documents import Document, DocumentError, SkipReport, Source
+    from effscale.data.encode import encode_documents
+    from effscale.data.megatron import CorruptIndexedDataError, MegatronTokens
+    from effscale.data.packing import PackedTokens
     from effscale.data.pipeline import batch_rows, make_dataset, packed_rows
+    from effscale.data.sampling import sample_texts
+    from effscale.data.shards import PackedShards, TokenShards
+    from effscale.data.sources import (
+        HuggingFace,
+        JsonLines,
+        Parquet,
+        StandardLibrary,
+        TextFiles,
+        parse_mixture,
+        parse_source,
+    )
+    from effscale.data.splits import Splits
+    from effscale.data.statistics import token_counts, unigram_entropy
+    from effscale.data.store import CorruptTokenStoreError, TokenStore
+    from effscale.data.tokenizer import (
+        BLOOM_TOKENS,
+        fertility,
+        read_tokenizer,
+        save_tokenizer,
+        separator_id,
+        train_tokenizer,
+    )
+    from effscale.data.writer import TokenStoreWriter
 
 __all__ = [
     "BLOOM_TOKENS",
@@ -83,13 +84,4 @@ __all__ = [
     "write_store",
 ]
 
-_NEEDS_GRAIN = ("batch_rows", "make_dataset", "packed_rows")
-
-
-def __getattr__(name: str):
-    # Importing grain loads jax and orbax, which takes most of a second; only the pipelines need it.
-    if name in _NEEDS_GRAIN:
-        from effscale.data import pipeline
-
-        return getattr(pipeline, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+lazy_package(__name__)

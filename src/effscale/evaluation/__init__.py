@@ -1,9 +1,14 @@
 """Evaluation of language models: log-probabilities of answers and texts, ranks of answers, programs that pass tests."""
 
-from effscale.evaluation.continuations import ContinuationScores, score_continuations
-from effscale.evaluation.passing import pass_at_k
-from effscale.evaluation.ranking import RankedAnswers, rank_answers
-from effscale.evaluation.texts import text_log_probs
+from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from effscale.evaluation.continuations import ContinuationScores, score_continuations
+    from effscale.evaluation.passing import pass_at_k
+    from effscale.evaluation.ranking import RankedAnswers, rank_answers
+    from effscale.evaluation.texts import text_log_probs
 
 __all__ = [
     "ContinuationScores",
@@ -13,3 +18,5 @@ __all__ = [
     "score_continuations",
     "text_log_probs",
 ]
+
+lazy_package(__name__)

@@ -1,11 +1,16 @@
 """Text generation with an explicit cache, sampling, and one compiled loop."""
 
-from effscale.generation.config import SamplingConfig
-from effscale.generation.decoding import Generated, decode
-from effscale.generation.generating import generate
-from effscale.generation.prompts import left_pad
-from effscale.generation.streaming import stream
-from effscale.generation.text import AnswerText, answer_texts, stream_text
+from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from effscale.generation.config import SamplingConfig
+    from effscale.generation.decoding import Generated, decode
+    from effscale.generation.generating import generate
+    from effscale.generation.prompts import left_pad
+    from effscale.generation.streaming import stream
+    from effscale.generation.text import AnswerText, answer_texts, stream_text
 
 __all__ = [
     "AnswerText",
@@ -18,3 +23,5 @@ __all__ = [
     "stream",
     "stream_text",
 ]
+
+lazy_package(__name__)

@@ -1,7 +1,8 @@
 """Every foreign format: model folders of PyTorch and Hugging Face, adapters, GGUF, DeepSpeed and Megatron."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
 
 if TYPE_CHECKING:
     from effscale.interop.chat import load_chat_template, load_encoder
@@ -35,35 +36,6 @@ if TYPE_CHECKING:
     from effscale.interop.tensors import FolderError
     from effscale.interop.tokenizer import load_tokenizer
 
-# Imported on first use: reading a configuration needs neither the families nor tokenizers.
-_MODULES = {
-    "DeepSpeedCompression": "deepspeed.compression",
-    "DeepSpeedCurriculum": "deepspeed.curriculum",
-    "FolderError": "tensors",
-    "compression_from_deepspeed": "deepspeed.compression",
-    "curriculum_from_deepspeed": "deepspeed.curriculum",
-    "load_adapter": "peft.adapters",
-    "load_chat_template": "chat",
-    "load_encoder": "chat",
-    "load_megatron_moe": "megatron.checkpoint",
-    "load_packed": "packed.load",
-    "load_pretrained": "load",
-    "load_tokenizer": "tokenizer",
-    "metric_from_deepspeed": "deepspeed.difficulty_index",
-    "optimizer_from_deepspeed": "deepspeed.optimizer",
-    "pacing_from_deepspeed": "deepspeed.curriculum",
-    "random_ltd_from_deepspeed": "deepspeed.random_ltd",
-    "ranking_from_deepspeed": "deepspeed.difficulty_index",
-    "read_deepspeed_experts": "deepspeed.experts",
-    "read_deepspeed_rest": "deepspeed.experts",
-    "sampling_from_folder": "generation_config",
-    "save_adapter": "peft.adapters",
-    "save_megatron_moe": "megatron.checkpoint",
-    "save_packed": "packed.save",
-    "save_pretrained": "save",
-    "write_deepspeed_experts": "deepspeed.experts",
-}
-
 __all__ = [
     "DeepSpeedCompression",
     "DeepSpeedCurriculum",
@@ -92,8 +64,4 @@ __all__ = [
     "write_deepspeed_experts",
 ]
 
-
-def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+lazy_package(__name__)

@@ -1,11 +1,16 @@
 """Random layerwise token dropping (random-LTD): the middle layers train on a random subset of each row's tokens."""
 
-from effscale.ltd.accounting import layer_token_average, training_flops
-from effscale.ltd.layers import dropping_layers
-from effscale.ltd.runner import token_dropping
-from effscale.ltd.sampling import sample_kept
-from effscale.ltd.schedule import KeptTokens, RandomLTD, mslg
-from effscale.ltd.tokens import put_tokens, take_context, take_tokens
+from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from effscale.ltd.accounting import layer_token_average, training_flops
+    from effscale.ltd.layers import dropping_layers
+    from effscale.ltd.runner import token_dropping
+    from effscale.ltd.sampling import sample_kept
+    from effscale.ltd.schedule import KeptTokens, RandomLTD, mslg
+    from effscale.ltd.tokens import put_tokens, take_context, take_tokens
 
 __all__ = [
     "KeptTokens",
@@ -20,3 +25,5 @@ __all__ = [
     "token_dropping",
     "training_flops",
 ]
+
+lazy_package(__name__)

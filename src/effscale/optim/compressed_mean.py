@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from effscale.optim.tensor_layout import (
@@ -151,6 +150,8 @@ def _structure_of(tree: Any) -> Any:
     ``nnx.Optimizer`` wraps each leaf of a state in a separate variable and unwraps it again; it cannot restore a ``Residual``
     that is inside a variable.
     """
+    from flax import nnx
+
     return jax.tree.structure(nnx.as_pure(tree))
 
 

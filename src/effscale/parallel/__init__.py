@@ -4,41 +4,46 @@ Model code names no mesh axes. It names logical axes (``"embed"``, ``"mlp"``, ``
 these to mesh axes. To run several processes on one machine, use ``python -m effscale.parallel.local_launch``.
 """
 
-from effscale.parallel.collectives import Collective, collectives
-from effscale.parallel.constraint import auto_batch_axes, constrain
-from effscale.parallel.expert_exchange import (
-    Exchange,
-    check_experts,
-    expert_axes,
-    mesh_size,
-    to_experts,
-    to_tokens,
-)
-from effscale.parallel.host_memory import on_devices, to_host_memory
-from effscale.parallel.layout import Placement
-from effscale.parallel.mesh import AXES, MeshConfig
-from effscale.parallel.peers import collect_on_first, ending_together, on_first
-from effscale.parallel.placement import (
-    BatchShard,
-    batch_shard,
-    batch_sharding,
-    shard,
-    shard_batch,
-    shardings,
-)
-from effscale.parallel.ragged import ragged_all_to_all
-from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
-from effscale.parallel.startup import DistributedConfig, initialize
-from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
-from effscale.parallel.worker_steps import per_worker, simulate_workers
-from effscale.parallel.workers import (
-    MovesParams,
-    PerWorker,
-    SendsBytes,
-    resize_workers,
-    sent_bytes,
-    worker_params,
-)
+from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from effscale.parallel.collectives import Collective, collectives
+    from effscale.parallel.constraint import auto_batch_axes, constrain
+    from effscale.parallel.expert_exchange import (
+        Exchange,
+        check_experts,
+        expert_axes,
+        mesh_size,
+        to_experts,
+        to_tokens,
+    )
+    from effscale.parallel.host_memory import on_devices, to_host_memory
+    from effscale.parallel.layout import Placement
+    from effscale.parallel.mesh import AXES, MeshConfig
+    from effscale.parallel.peers import collect_on_first, ending_together, on_first
+    from effscale.parallel.placement import (
+        BatchShard,
+        batch_shard,
+        batch_sharding,
+        shard,
+        shard_batch,
+        shardings,
+    )
+    from effscale.parallel.ragged import ragged_all_to_all
+    from effscale.parallel.rules import DEFAULT_RULES, Rules, current_rules, logical_spec, use_rules
+    from effscale.parallel.startup import DistributedConfig, initialize
+    from effscale.parallel.worker_specs import stack_workers, unstack_workers, worker_specs
+    from effscale.parallel.worker_steps import per_worker, simulate_workers
+    from effscale.parallel.workers import (
+        MovesParams,
+        PerWorker,
+        SendsBytes,
+        resize_workers,
+        sent_bytes,
+        worker_params,
+    )
 
 __all__ = [
     "AXES",
@@ -85,3 +90,5 @@ __all__ = [
     "worker_params",
     "worker_specs",
 ]
+
+lazy_package(__name__)

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from effscale.parallel.rules import Rules, current_rules, logical_spec
-from effscale.parallel.workers import PerWorker
+from effscale.parallel.workers import PerWorker, is_variable
 
 Tree = TypeVar("Tree")
 
@@ -163,13 +162,9 @@ def _place_of_many(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def _is_variable(node: object) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
 def _is_unit(node: object) -> bool:
     """Return whether a node is divided as a whole: one that defines how, or a variable."""
-    return isinstance(node, PerWorker | nnx.Variable) or hasattr(node, "partition_specs")
+    return isinstance(node, PerWorker) or is_variable(node) or hasattr(node, "partition_specs")
 
 
 def _is_axes(node: object) -> bool:
@@ -179,15 +174,16 @@ def _is_axes(node: object) -> bool:
     )
 
 
-def _specs(node: object, mesh: Mesh | AbstractMesh, rules: Rules) -> list[PartitionSpec]:
+def _specs(node: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> list[PartitionSpec]:
     """Return the specs of the arrays of one unit: a variable with everything in its value, or a bare array."""
     if isinstance(node, PerWorker):
         inner = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), node.value)
         parts = jax.tree.leaves(inner, is_leaf=_is_unit)
         specs = [spec for part in parts for spec in _specs(part, mesh, rules)]
         return [PartitionSpec(node.axis_name, *spec) for spec in specs]
-    axes = node.get_metadata("axes", None) if isinstance(node, nnx.Variable) else None
-    value = node.get_value() if isinstance(node, nnx.Variable) else node
+    axes, value = (
+        (node.get_metadata("axes", None), node.get_value()) if is_variable(node) else (None, node)
+    )
     knows_specs = lambda part: hasattr(part, "partition_specs")
     parts = jax.tree.leaves(value, is_leaf=knows_specs)
     if any(map(knows_specs, parts)):

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from kernels_pallas.manual_axes import vary
 
@@ -56,6 +55,13 @@ class MovesParams(abc.ABC):
 def is_per_worker(node: object) -> bool:
     """Return whether a node of a tree is a ``PerWorker``; for ``is_leaf=``."""
     return isinstance(node, PerWorker)
+
+
+def is_variable(node: object) -> bool:
+    """Return whether a node is an ``nnx.Variable``."""
+    from flax import nnx  # slow to import, and importing an optimizer needs none of it
+
+    return isinstance(node, nnx.Variable)
 
 
 def bound_axis_size(axis_name: str) -> int | None:
@@ -169,7 +175,9 @@ def worker_params(params: Any, opt_state: Any) -> Any:
         >>> worker_params({"w": jnp.ones(2)}, None)["w"].tolist()  # one worker, whose state holds no PerWorker
         [1.0, 1.0]
     """
-    variables = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    from flax import nnx
+
+    variables = jax.tree.leaves(params, is_leaf=is_variable)
     for variable in variables:
         if isinstance(variable, nnx.BatchStat | nnx.RngState):
             raise ValueError(

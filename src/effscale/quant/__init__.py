@@ -1,39 +1,44 @@
 """Quantization, from 8 bits to 1: ZeroQuant and XTC."""
 
-from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
-from effscale.quant.distillation import (
-    DistillationOutputs,
-    DistillationTerms,
-    LayerMap,
-    distillation_loss,
-    one_stage_loss,
-)
-from effscale.quant.fake import FakeQuantizedWeight, at_step, scheduled_step
-from effscale.quant.formats import Format
-from effscale.quant.gram_rounding import gptq
-from effscale.quant.inputs import InputRange, input_grams, input_ranges
-from effscale.quant.lkd import LKD, Distilled, distill_layers
-from effscale.quant.packed import PackedWeight, pack_weight
-from effscale.quant.pruning.masks import Pruning, top_k_mask
-from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
-from effscale.quant.pruning.shrink import shrink_model
-from effscale.quant.pruning.weight import PrunedWeight, prune_weight
-from effscale.quant.qarrays import from_qarray, to_qarray
-from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
-from effscale.quant.recipes import (
-    Recipe,
-    Rule,
-    dequantize_model,
-    fake_quantize_model,
-    quantize_model,
-    w1a8,
-    w2a8,
-    w4a8,
-    w4a16,
-    w8a8,
-)
-from effscale.quant.sensitivity import sensitivity
-from effscale.quant.sizes import ModelSize, model_size
+from typing import TYPE_CHECKING
+
+from effscale.lazy import lazy_package
+
+if TYPE_CHECKING:
+    from effscale.quant.bit_schedules import BitSchedule, fake_quantize_at
+    from effscale.quant.distillation import (
+        DistillationOutputs,
+        DistillationTerms,
+        LayerMap,
+        distillation_loss,
+        one_stage_loss,
+    )
+    from effscale.quant.fake import FakeQuantizedWeight, at_step, scheduled_step
+    from effscale.quant.formats import Format
+    from effscale.quant.gram_rounding import gptq
+    from effscale.quant.inputs import InputRange, input_grams, input_ranges
+    from effscale.quant.lkd import LKD, Distilled, distill_layers
+    from effscale.quant.packed import PackedWeight, pack_weight
+    from effscale.quant.pruning.masks import Pruning, top_k_mask
+    from effscale.quant.pruning.rules import PruneRule, merge_masks, prune_model
+    from effscale.quant.pruning.shrink import shrink_model
+    from effscale.quant.pruning.weight import PrunedWeight, prune_weight
+    from effscale.quant.qarrays import from_qarray, to_qarray
+    from effscale.quant.quantizers import Quantized, fake_quantize, quantize, scale_shape
+    from effscale.quant.recipes import (
+        Recipe,
+        Rule,
+        dequantize_model,
+        fake_quantize_model,
+        quantize_model,
+        w1a8,
+        w2a8,
+        w4a8,
+        w4a16,
+        w8a8,
+    )
+    from effscale.quant.sensitivity import sensitivity
+    from effscale.quant.sizes import ModelSize, model_size
 
 __all__ = [
     "LKD",
@@ -84,3 +89,5 @@ __all__ = [
     "w4a16",
     "w8a8",
 ]
+
+lazy_package(__name__)

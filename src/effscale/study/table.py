@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats  # pyrefly: ignore
 
 from effscale.training.serialize import write_atomic
 
@@ -71,6 +70,8 @@ def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     if len(array) < 2 or math.isnan(mean):
         return Interval(mean, math.nan, math.nan)
     error = float(array.std(ddof=1)) / math.sqrt(len(array))
+    import scipy.stats  # slow to import  # pyrefly: ignore
+
     half = float(scipy.stats.t.ppf((1 + confidence) / 2, len(array) - 1)) * error
     return Interval(mean, mean - half, mean + half)
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from effscale.models.name_patterns import name_search
+from effscale.parallel.workers import is_variable
 
 Trainable = str | Callable[[str], bool] | None
 """The leaves to train: a regular expression searched in the name, a predicate on the name, or None for all."""
@@ -35,19 +35,15 @@ class NamedLeaf(NamedTuple):
         return layers + (axes[layers : layers + 1] == ("experts",) and len(axes) > layers + 1)
 
 
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
 def _walk(tree: Any) -> Iterator[NamedLeaf]:
     keystr = jax.tree_util.keystr
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
         name = keystr(path, simple=True, separator=".")
-        if not _is_variable(node):
+        if not is_variable(node):
             yield NamedLeaf(name, node, name, None)
             continue
         axes = node.get_metadata().get("axes")
@@ -67,6 +63,7 @@ def named_leaves(tree: Any) -> list[NamedLeaf]:
     Returns:
         One ``NamedLeaf`` per leaf.
 
+    >>> from flax import nnx
     >>> [leaf.name for leaf in named_leaves({"linear": nnx.Linear(2, 3, rngs=nnx.Rngs(0))})]
     ['linear.bias', 'linear.kernel']
     """
@@ -160,6 +157,7 @@ def decay_mask(params: Any, *, include: str | None = None, exclude: str | None =
         include: A regular expression; leaves whose name it matches decay, regardless of the rule.
         exclude: A regular expression; leaves whose name it matches do not decay. It takes precedence over ``include``.
 
+    >>> from flax import nnx
     >>> mask = decay_mask(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     >>> mask.kernel.get_value(), mask.bias.get_value()
     (True, False)
