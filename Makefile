@@ -17,7 +17,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 comma := ,
-# A stamp a set of extras: one environment may hold several.
+# A stamp a set of dependency groups: one environment may hold several.
 DEV := $(VENV)/.with-dev$(if $(filter-out 0,$(TORCH)),-torch)
 # Trained models are compared with PyTorch, so without it there is no need of them.
 ASSETS := $(if $(filter-out 0,$(TORCH)),$(VENV)/.with-assets)
@@ -37,10 +37,11 @@ endef
 $(eval $(call check-venv,$(VENV)))
 $(eval $(call check-venv,$(AOT_VENV)))
 
-# $(call install,environment,what is said,arguments of pip)
+# $(call install,environment,what is said,arguments of pip); pip knows --group since 25.1
 define install
 	@echo "installing $(2) into $(1) ..."
 	@echo $$PPID > $(1)/.installing
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
 	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3)
 	@rm $(1)/.installing
 endef
@@ -112,15 +113,15 @@ $(VENV)/.made $(AOT_VENV)/.made:
 	@rm $(@D)/.installing && touch $@
 
 $(VENV)/.with-demo: pyproject.toml | $(VENV)/.made
-	$(call install,$(VENV),effscale,--editable .)
+	$(call install,$(VENV),effscale,--editable ".[cli]")
 	@touch $@
 
 $(VENV)/.with-dev: pyproject.toml | $(VENV)/.made
-	$(call install,$(VENV),effscale and its development tools,--editable ".[dev]")
+	$(call install,$(VENV),effscale and its development tools,--editable ".[cli]" --group dev)
 	@touch $@ $(VENV)/.with-demo
 
 $(VENV)/.with-dev-torch: pyproject.toml | $(VENV)/.made
-	$(call install,$(VENV),effscale$(comma) its development tools and PyTorch,--editable ".[dev$(comma)oracles]")
+	$(call install,$(VENV),effscale$(comma) its development tools and PyTorch,--editable ".[cli]" --group dev --group oracles)
 	@touch $@ $(VENV)/.with-dev $(VENV)/.with-demo
 
 # Each by itself: what the registry does not give, or gives with another hash, is named, and its tests skip. The stamp
@@ -140,10 +141,10 @@ $(VENV)/.with-assets: assets-requirements.txt assets-sources.txt | $(DEV)
 	@rm $(VENV)/.asset*
 
 $(VENV)/.with-docs: pyproject.toml | $(VENV)/.made
-	$(call install,$(VENV),effscale and what its pages are built with,--editable ".[docs]")
+	$(call install,$(VENV),effscale and what its pages are built with,--editable ".[cli]" --group docs)
 	@touch $@ $(VENV)/.with-demo
 
 $(AOT_VENV)/.with-aot: pyproject.toml aot-requirements.txt | $(AOT_VENV)/.made
-	$(call install,$(AOT_VENV),effscale,--editable .)
+	$(call install,$(AOT_VENV),effscale,--editable ".[cli]")
 	$(call install,$(AOT_VENV),the compilers of TPUs and GPUs,--no-deps --requirement aot-requirements.txt)
 	@touch $@

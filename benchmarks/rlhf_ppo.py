@@ -6,7 +6,7 @@ critic and reward model. 8 prompts of 32 tokens, 64 new tokens each, one minibat
 
 Both do the same work: one generation; one pass of reference model, critic and reward model; and for each epoch a
 forward and backward pass of actor and critic with AdamW. TRL uses one optimizer for both. effscale runs with
-``keep_freed_memory``, as in the experiments. Install TRL in addition: ``pip install --editable ".[trl]"``.
+``keep_freed_memory``, as in the experiments. Install TRL in addition: ``pip install --editable ".[cli]" --group trl``.
 """
 
 import gc

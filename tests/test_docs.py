@@ -5,6 +5,7 @@ import collections
 import contextlib
 import functools
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -276,11 +277,15 @@ def test_the_changelog_knows_this_version_or_is_ahead_of_it():
 def test_every_dependency_has_its_reason():
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    page = text_of(ROOT / "docs" / "dependencies.md")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, page = settings["project"], text_of(ROOT / "docs" / "dependencies.md")
     rows = re.findall(r"^\| ([\w-]+) \| (.+?) \|", page, re.MULTILINE)
     reasons = {name for name, reason in rows if reason.strip()}
-    named = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}
-    assert named == reasons - {"package", "extra"}
-    for extra in project["optional-dependencies"]:
-        assert f"| `{extra}` |" in page
+    extras = project["optional-dependencies"]
+    main = itertools.chain(
+        project["dependencies"], *(extras[e] for e in ("train", "data", "interop", "cli"))
+    )
+    named = {re.match(r"[\w-]+", requirement).group() for requirement in main}
+    assert named - {"effscale"} == reasons - {"package", "extra", "group"}
+    for name in [*extras, *settings["dependency-groups"]]:
+        assert re.search(rf"^\| .*`{name}`.* \|", page, re.MULTILINE)

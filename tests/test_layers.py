@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def lint(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
     linter = pathlib.Path(sys.executable).with_name("lint-imports")
     if not linter.exists():
-        pytest.skip("import-linter comes with the extra 'dev'")
+        pytest.skip("import-linter comes with the dependency group 'dev'")
     code = (
         f"import sys; sys.path[:0] = [{str(folder / 'src')!r}, {str(folder)!r}]\n"
         "from importlinter.cli import lint_imports_command\n"

@@ -7,9 +7,13 @@ import re
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient", reason="notebooks run with the extra 'notebooks'")
-nbformat = pytest.importorskip("nbformat", reason="notebooks run with the extra 'notebooks'")
-pytest.importorskip("ipykernel", reason="notebooks run with the extra 'notebooks'")
+nbclient = pytest.importorskip(
+    "nbclient", reason="notebooks run with the dependency group 'notebooks'"
+)
+nbformat = pytest.importorskip(
+    "nbformat", reason="notebooks run with the dependency group 'notebooks'"
+)
+pytest.importorskip("ipykernel", reason="notebooks run with the dependency group 'notebooks'")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NEEDS = {
@@ -72,7 +76,7 @@ def test_the_second_cell_installs_where_nothing_is_installed(path, monkeypatch):
     exec(compile(python, path.name, "exec"), {"run": commands.append})
     assert commands[:2] == [
         "git clone --quiet {REPOSITORY} effscale",
-        "pip install --quiet ./effscale",
+        'pip install --quiet "./effscale[cli]"',
     ]
 
 

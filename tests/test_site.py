@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-pytest.importorskip("mkdocstrings", reason="the site is built with the extra 'docs'")
+pytest.importorskip("mkdocstrings", reason="the site is built with the dependency group 'docs'")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"

@@ -7,6 +7,8 @@ import sys
 import types
 from typing import Any
 
+from effscale.extras import EXTRAS, missing
+
 
 def lazy_package(name: str) -> None:
     """Import the public names of a package on first use.
@@ -37,7 +39,13 @@ def lazy_package(name: str) -> None:
 class _LazyPackage(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") and name in self.__all__:
-            module = importlib.import_module(self._module_of(name))
+            try:
+                module = importlib.import_module(self._module_of(name))
+            except ModuleNotFoundError as error:
+                lacking = (error.name or "").partition(".")[0]
+                if lacking in EXTRAS:
+                    raise missing(f"{self.__name__}.{name}", lacking) from error
+                raise
             setattr(self, name, getattr(module, name))
             return self.__dict__[name]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")

@@ -50,7 +50,7 @@ def test_a_saved_folder_is_mapped_and_a_wrong_split_named(fake, tmp_path):
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match=r"pip install 'effscale\[hf\]'"):
         list(HuggingFace(name="owner/data").documents())
     with pytest.raises(ValueError, match=r"name must be .*got ''"):
         HuggingFace(name="")

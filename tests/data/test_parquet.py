@@ -7,7 +7,7 @@ from effscale.data import DocumentError, Parquet, SkipReport
 
 @pytest.fixture
 def table(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    pa = pytest.importorskip("pyarrow", reason="the extra data is not installed")
     import pyarrow.parquet as pq
 
     path = tmp_path / "a.parquet"
@@ -41,7 +41,7 @@ def test_faults_are_named(table):
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match="pip install pyarrow"):
+    with pytest.raises(ImportError, match=r"pip install 'effscale\[data\]'"):
         list(Parquet(paths=tmp_path / "a.parquet").documents())
 
 
@@ -51,7 +51,7 @@ def test_impossible_batch_is_refused():
 
 
 def test_page_checksums_are_verified(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    pa = pytest.importorskip("pyarrow", reason="the extra data is not installed")
     import pyarrow.parquet as pq
 
     file = tmp_path / "a.parquet"

@@ -145,5 +145,7 @@ def test_a_name_that_is_a_pattern_is_refused():
 
 def test_without_gcsfs_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"'gs://bucket/run' needs gcsfs: .*pip install gcsfs"):
+    with pytest.raises(
+        ImportError, match=r"'gs://bucket/run' needs gcsfs: .*pip install 'effscale\[gcs\]'"
+    ):
         Checkpoints("gs://bucket/run")

@@ -300,7 +300,9 @@ def test_a_missing_package_is_named(run, monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
-    with pytest.raises(ImportError, match=r"s3://bucket/run needs s3fs: .*pip install s3fs"):
+    with pytest.raises(
+        ImportError, match=r"s3://bucket/run needs s3fs: .*pip install 'effscale\[s3\]'"
+    ):
         RunMirror(run, "s3://bucket/run")
 
 

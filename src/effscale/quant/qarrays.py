@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effscale.extras import require
 from effscale.quant.formats import Format
 from effscale.quant.packed import PackedWeight, check_packable, pack_quantized
 from effscale.quant.packing import unpack
@@ -139,10 +140,7 @@ def _spread(a: jax.Array, weight: PackedWeight) -> jax.Array:
 
 def _qarray() -> typing.Any:
     """Return the class, or raise an error that says how to install it."""
-    try:
-        from qwix import QArray
-    except ImportError as error:
-        raise ImportError(
-            f"QArray needs qwix ({error}): install it with pip install qwix"
-        ) from error
+    require("QArray", "qwix")
+    from qwix import QArray
+
     return QArray

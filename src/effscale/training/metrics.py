@@ -11,6 +11,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 import jax
 
 from effscale.atomic import full_disk_errors
+from effscale.extras import require
 from effscale.paths import local_path, output_folder
 from effscale.training.counter import Counter
 from effscale.training.serialize import write_atomic
@@ -178,6 +179,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None):
+        require("TensorBoard events", "tensorboardX")
         from tensorboardX import SummaryWriter  # slow to import
 
         purge = None if resume_step is None else resume_step + 1

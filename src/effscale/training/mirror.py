@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from effscale.atomic import atomic_folder
+from effscale.extras import missing
 from effscale.paths import local_path
 from effscale.training.checkpoint_files import DELETED, TEMPORARY, WRITING, is_step_folder
 from effscale.training.manifest import MANIFEST
@@ -299,8 +300,9 @@ class _Place:
             )
         except ImportError as error:
             package = _PACKAGES.get(url.partition(":")[0])
-            needed = f"{package}: install it with pip install {package}" if package else "a package"
-            raise ImportError(f"{url} needs {needed} ({error})") from None
+            if package:
+                raise missing(url, package) from error
+            raise ImportError(f"{url} needs a package ({error})") from None
         except ValueError as error:
             raise ValueError(
                 f"a mirror must be the URL of a store that fsspec supports, such as s3://bucket/runs/a, got {url!r} ({error})"

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from effscale.extras import require
+
 Records = Sequence[Mapping[str, Any]]
 
 # Okabe and Ito's colors, which color-blind readers can distinguish.
@@ -134,6 +136,7 @@ def shrink(path: pathlib.Path) -> None:
 
 def pyplot() -> Any:
     """Return ``matplotlib.pyplot``, set up to draw to files."""
+    require("figures", "matplotlib")
     import matplotlib  # slow to import, and only figures need it
 
     matplotlib.use("Agg")

@@ -5,7 +5,6 @@ each. So in a bucket a checkpoint is written in place: a marker object says that
 last, says that it is complete.
 """
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from etils import epath
 from etils.epath import backend as epath_backend
 
+from effscale.extras import require
 from effscale.paths import is_url, local_path, output_folder
 
 AnyPath = pathlib.Path | epath.Path
@@ -41,8 +41,7 @@ def folder_path(path: str | os.PathLike[str]) -> AnyPath:
         raise ValueError(
             f"the path of a bucket must not contain *, ? or [, which clients treat as patterns, got {text!r}"
         )
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ImportError(f"{text!r} needs gcsfs: install it with pip install gcsfs")
+    require(repr(text), "gcsfs")
     folder = epath.Path(re.sub(r"^gs:/+", "gs://", text))
     try:
         _store(folder).find(str(folder), maxdepth=1)

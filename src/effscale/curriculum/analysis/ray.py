@@ -9,6 +9,7 @@ import numpy as np
 
 from effscale.curriculum.analysis.map import Columns, MapFunction, Shard
 from effscale.curriculum.analysis.workers import MAX_TRIES
+from effscale.extras import require
 
 PREFIX = "column:"  # a metric may have the name of a NumPy argument
 
@@ -24,13 +25,9 @@ def ray_runner(function: MapFunction, shards: Sequence[Shard]) -> Iterator[tuple
     Raises:
         ModuleNotFoundError: The extra ``ray`` is not installed.
     """
-    try:
-        import ray.data
-    except ModuleNotFoundError as error:
-        error.add_note(
-            "Analysis with Ray needs Ray Data: install it with pip install 'ray[data]' duckdb pyarrow"
-        )
-        raise
+    require("analysis with Ray", "ray", "duckdb", "pyarrow")
+    import ray.data
+
     if not shards:
         return
     items = [shard._asdict() for shard in shards]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import UInt32
 
+from effscale.extras import require
 from effscale.options import Bounds, Options, PositiveInt
 
 SLICE = 4096
@@ -114,11 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _datasketch() -> Any:
-    try:
-        import datasketch
-    except ModuleNotFoundError as error:
-        error.add_note(
-            "Finding near duplicates needs datasketch: install it with pip install datasketch"
-        )
-        raise
+    require("finding near duplicates", "datasketch")
+    import datasketch
+
     return datasketch

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from effscale.extras import require
 from effscale.options import did_you_mean
 
 
@@ -42,11 +43,7 @@ def check_language(language: str) -> None:
 
 @functools.cache
 def _identifier() -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ModuleNotFoundError as error:
-        error.add_note(
-            "Identifying languages needs py3langid: install it with pip install py3langid"
-        )
-        raise
+    require("identifying languages", "py3langid")
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -4,6 +4,8 @@ import collections
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from effscale.extras import require
+
 PREFETCH = 4
 """Batches in flight per processor of the cluster."""
 
@@ -18,11 +20,9 @@ def ray_runner(examine: Any, batches: Iterable[Sequence[str]]) -> Iterator[Any]:
     Raises:
         ModuleNotFoundError: The extra ``ray`` is not installed.
     """
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        error.add_note("Cleaning with Ray needs Ray Data: install it with pip install 'ray[data]'")
-        raise
+    require("cleaning with Ray", "ray")
+    import ray
+
     if not ray.is_initialized():
         ray.init()
     call = ray.remote(lambda examine, batch: examine(batch))

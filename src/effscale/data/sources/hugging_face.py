@@ -8,6 +8,7 @@ from typing import Any
 
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.sources import fields
+from effscale.extras import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,10 @@ class HuggingFace(Source):
             self._fault(skipped, "empty", where, "the dataset has no rows")
 
     def _load(self) -> Any:
-        try:
-            # An extra that the type checker's environment may lack.
-            import datasets  # pyrefly: ignore[missing-import]
-        except ImportError as error:
-            raise ImportError(
-                "reading Hugging Face datasets needs datasets: "
-                "install it with pip install datasets pyarrow"
-            ) from error
+        require("reading Hugging Face datasets", "datasets")
+        # An extra that the type checker's environment may lack.
+        import datasets  # pyrefly: ignore[missing-import]
+
         folder = pathlib.Path(self.name)
         try:
             if (folder / "dataset_dict.json").exists():

@@ -7,12 +7,13 @@ from typing import Any
 
 from effscale.data.documents import Document, SkipReport, Source
 from effscale.data.sources import fields, files
+from effscale.extras import require
 from effscale.options import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(Source):
-    """Parquet files with a column of text; needs the extra ``parquet`` (pyarrow).
+    """Parquet files with a column of text; needs pyarrow (the extra ``data``).
 
     Rows are read in batches, so memory use depends only on the batch size and the page size of the files.
 
@@ -32,13 +33,10 @@ class Parquet(Source):
         fields.check(self.field)
 
     def _read(self, skipped: SkipReport) -> Iterator[Document]:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ImportError(
-                "reading Parquet files needs pyarrow: install it with pip install pyarrow"
-            ) from error
+        require("reading Parquet files", "pyarrow")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         for path in files.expand(files.as_paths(self.paths)):
             row = 0
             try:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from effscale.experiments.chat.config import PRESETS, Config
+from effscale.extras import require
 from effscale.study.command import messages, parse
 
 HELP = "/clear forgets the conversation, /quit ends it"
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     with messages():
         config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.chat")
         if config.web:
+            require("the page", "gradio")
             from effscale.experiments.chat.web import serve
 
             serve(config)

@@ -3,15 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import gradio
+
 from effscale.experiments.chat.config import Config
 from effscale.experiments.chat.conversation import Conversation
-
-try:
-    import gradio
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "the page needs Gradio: install it with pip install gradio", name=error.name
-    ) from None
 
 
 def serve(config: Config) -> None:

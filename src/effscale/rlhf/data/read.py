@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from effscale.data.sources import files
+from effscale.extras import require
 from effscale.options import did_you_mean
 from effscale.rlhf.data.formats import FORMATS, Converter, detect_format
 from effscale.rlhf.data.record import Reason, Record, RecordError, RecordReport, fault
@@ -211,13 +212,10 @@ def _after_space(text: str, place: int) -> int:
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError(
-            "reading Parquet files needs pyarrow: install it with pip install pyarrow"
-        ) from error
+    require("reading Parquet files", "pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:

@@ -10,14 +10,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
-try:
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-except ImportError as error:
-    raise ImportError(
-        "chat templates need jinja2: install it with pip install 'jinja2>=3.1.6'"
-    ) from error
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
 
 if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
     raise ImportError(
