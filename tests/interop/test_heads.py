@@ -238,7 +238,7 @@ def test_what_is_no_head_is_still_missed_and_unexpected(folder, tmp_path):
 
 
 UNSAVED = {
-    "no class in transformers": ("olmoe", "OlmoeForCausalLM", SCORE, "no OLMoE class with the heads \\['score'\\]"),
+    "no class in transformers": ("olmoe", "OlmoeForCausalLM", SCORE, "no Olmoe with the heads \\['score'\\]"),
     "a bias": ("gpt2", "GPT2Model", dataclasses.replace(SCORE, bias=True), "transformers has no family with this config: the head 'score' must have bias=False, as in transformers, got True"),
     "another name": ("gpt2", "GPT2Model", dataclasses.replace(SCORE, name="mood"), "no GPT2 with the heads \\['mood'\\]"),
 }  # fmt: skip

@@ -93,6 +93,18 @@ def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
     )
 
 
+def matrix(theirs: str, ours: str) -> tuple[Rule]:
+    """Return the row of a ``torch.nn.Linear`` without a bias."""
+    return linear(theirs, ours)[:1]
+
+
+def projections(theirs: str, *names: str) -> tuple[Rule, ...]:
+    """Return the rows of an attention's query, key, value and output, with these names in a module."""
+    parts = ("query", "key", "value", "out")
+    each = zip(names, parts, strict=True)
+    return rows(*(linear(f"{theirs}.{name}", f"attention.{part}") for name, part in each))
+
+
 def conv1d(theirs: str, ours: str) -> tuple[Rule, Rule]:
     """Return the rows of GPT-2's ``Conv1D``, a linear layer whose weight is ``(in, out)``."""
     return Rule(f"{theirs}.weight", f"{ours}.kernel"), Rule(f"{theirs}.bias", f"{ours}.bias")

@@ -1,6 +1,6 @@
 """Heads of language models: next token, class of a text or a token, span of an answer, value of a reward model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from effscale.interop.families.family import (
     Heads,
@@ -23,6 +23,16 @@ TABLE = rows(
 )
 # A class for each token, which Llama also calls `score`.
 CLASSIFIER = linear("classifier", "heads.token_classes.dense")
+
+
+CLASSES = {
+    "classes": ("ForSequenceClassification", "last", False),
+    "score": ("ForSequenceClassification", "last", False),
+    "value": ("ForSequenceClassification", "none", False),
+    "span": ("ForQuestionAnswering", "none", True),
+    "token_classes": ("ForTokenClassification", "none", True),
+}
+"""For each classifier, its class in transformers, what it pools, and whether it has a bias."""
 
 
 def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = False) -> Heads:
@@ -49,33 +59,21 @@ def find(fields: Json, tensors: Mapping[str, TensorInfo], *, lm_bias: bool = Fal
     return (LMHead(tied=bool(fields["tie_word_embeddings"]), bias=lm_bias),)
 
 
-def architecture(class_name: str, *, lm: str = "ForCausalLM", token_classes: bool = True):
-    """Return a function from heads to the class that has them; not all families have one for token classes."""
+def architecture(class_name: str, *, lm: str = "ForCausalLM", lacks: Collection[str] = ()):
+    """Return a function from heads to the class that has them; ``lacks`` are the heads for which the family has no class."""
 
     def name(heads: Heads) -> str:
         if not heads:
             return f"{class_name}Model"
-        check_classifiers(
-            heads,
-            classes=("last", False),
-            score=("last", False),
-            token_classes=("none", True),
-            span=("none", True),
-            value=("none", False),
-        )
-        if len(heads) == 1:
-            (head,) = heads
-            if isinstance(head, LMHead) and head.name == "lm":
-                return class_name + lm
-            if isinstance(head, ClassHead):
-                if head.name in ("classes", "score", "value"):
-                    return f"{class_name}ForSequenceClassification"
-                if head.name == "span":
-                    return f"{class_name}ForQuestionAnswering"
-                if head.name == "token_classes" and token_classes:
-                    return f"{class_name}ForTokenClassification"
-        raise ValueError(
-            f"transformers has no {class_name} with the heads {[head.name for head in heads]}"
-        )
+        check_classifiers(heads, **{name: form for name, (_, *form) in CLASSES.items()})
+        head, *others = heads
+        if not others and isinstance(head, LMHead) and head.name == "lm":
+            return class_name + lm
+        known = isinstance(head, ClassHead) and head.name in CLASSES.keys() - lacks
+        if others or not known:
+            raise ValueError(
+                f"transformers has no {class_name} with the heads {[head.name for head in heads]}"
+            )
+        return class_name + CLASSES[head.name][0]
 
     return name

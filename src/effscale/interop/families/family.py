@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effscale.interop.families.fields import Field, Json, arguments, refuse, written
@@ -170,7 +170,7 @@ def classifier_dropout(fields: Json, otherwise: str) -> float:
     return typed.number("classifier_dropout", typed.number(otherwise, 0.1))
 
 
-def check_classifiers(heads: Heads, **wanted: tuple[str, bool]) -> None:
+def check_classifiers(heads: Heads, **wanted: Sequence[Any]) -> None:
     """Raise unless each classifier pools, and has a bias or not, like the family's classifier of this name."""
     for head in heads:
         if isinstance(head, ClassHead) and head.name in wanted:

@@ -43,6 +43,7 @@ PLACES = {
     "activation": "blocks.0.feed_forward.activation",
     "epsilon": "blocks.0.norm.epsilon",
     "norm_affine": "blocks.0.norm.scale",
+    "residual": "blocks.0.residual",
     "dropout": "blocks.0.dropout",
     "attention_dropout": "blocks.0.attention.dropout",
     "embed_dropout": "inputs.dropout",
@@ -51,6 +52,10 @@ PLACES = {
 }
 """Arguments of the families' functions, and the paths of their values in a config."""
 
+
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+GPT_SIZES = ("n_layer", "n_embd", "n_head")
+"""Names of the number of layers, the width and the number of heads."""
 
 # Of several names for the same function, the first is written.
 ACTIVATIONS = {
@@ -176,6 +181,15 @@ def activation(name: str, default: str, argument: str = "activation") -> Field:
     """Return a field that names an activation."""
     write = lambda config: their_activation(found(config, argument))
     return Field(name, default, argument, read=our_activation, write=write)
+
+
+def sizes(
+    layers: int, width: int, heads: int, words: int | None = None, names: Sequence[str] = SIZES
+) -> tuple[Field, ...]:
+    """Return the fields of the numbers of layers and heads, the width, and the size of the vocabulary, with their defaults."""
+    vocabulary = () if words is None else (Field("vocab_size", words, "vocab_size"),)
+    own = zip(names, (layers, width, heads), ("num_layers", "d_model", "num_heads"), strict=True)
+    return (*(Field(*row) for row in own), *vocabulary)
 
 
 def refuse(fields: Json, **only: Any) -> None:

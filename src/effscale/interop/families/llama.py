@@ -5,12 +5,14 @@ Mistral is a Llama with sliding windows. Qwen2 has biases in query, key and valu
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from effscale.interop.families import decoder_heads, rope, windows
+from effscale.interop.families import decoder_heads, rope
 from effscale.interop.families.family import Family
-from effscale.interop.families.fields import Field, Json, Nullable, activation
-from effscale.interop.table import Rule, embedding, linear, norm, rows
+from effscale.interop.families.fields import Field, Json, Nullable, activation, sizes
+from effscale.interop.foreign import Fields, shown
+from effscale.interop.table import Rule, embedding, linear, norm, projections, rows
 from effscale.interop.tensors import FolderError
 from effscale.models import TransformerConfig, llama
 
@@ -43,10 +45,7 @@ def unusual_head_dim(config: TransformerConfig) -> dict[str, int]:
 ATTENTION = rows(
     embedding("embed_tokens", "embed.tokens"),
     norm("layers.{}.input_layernorm", "attention_norm"),
-    linear("layers.{}.self_attn.q_proj", "attention.query"),
-    linear("layers.{}.self_attn.k_proj", "attention.key"),
-    linear("layers.{}.self_attn.v_proj", "attention.value"),
-    linear("layers.{}.self_attn.o_proj", "attention.out"),
+    projections("layers.{}.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
     norm("layers.{}.post_attention_layernorm", "feed_forward_norm"),
 )
 MLP = rows(
@@ -55,12 +54,6 @@ MLP = rows(
     linear("layers.{}.mlp.down_proj", "feed_forward.down"),
 )
 
-SIZES = (
-    Field("num_hidden_layers", 32, "num_layers"),
-    Field("hidden_size", 4096, "d_model"),
-    Field("num_attention_heads", 32, "num_heads"),
-    Field("vocab_size", 32000, "vocab_size"),
-)
 OTHERS = (
     Field("attention_dropout", 0.0, "attention_dropout"),
     activation("hidden_act", "silu"),
@@ -89,7 +82,7 @@ LLAMA = relative(
     "Llama",
     model_type="llama",
     fields=(
-        *SIZES,
+        *sizes(32, 4096, 32, 32000),
         Field("num_key_value_heads", None, "num_kv_heads"),
         Field("head_dim", None, "head_dim", write=head_dim),
         Field("intermediate_size", 11008, "d_ff"),
@@ -104,7 +97,7 @@ MISTRAL = relative(
     "Mistral",
     model_type="mistral",
     fields=(
-        *SIZES,
+        *sizes(32, 4096, 32, 32000),
         Nullable("num_key_value_heads", 8, "num_kv_heads"),
         Field("head_dim", None, "head_dim", write=head_dim),
         Field("intermediate_size", 14336, "d_ff"),
@@ -115,15 +108,61 @@ MISTRAL = relative(
 )
 
 
+# The values of `layer_types`.
+KINDS = {"full_attention": False, "sliding_attention": True}
+
+
+def read_windows(fields: Json, has_one: Callable[[int], bool]) -> tuple[int | None, ...] | None:
+    """Return the window of each layer, or None if no layer has one. Without ``layer_types``, layers have one as ``has_one`` says."""
+    typed = Fields("config.json", fields)
+    width = typed.whole("sliding_window", None, least=0) if fields["use_sliding_window"] else None
+    kinds = typed.strings("layer_types", None)
+    if kinds is None and not width:
+        return None
+    have = [has_one(layer) for layer in range(fields["num_hidden_layers"])]
+    if kinds is not None:
+        if len(kinds) != len(have) or not set(kinds) <= set(KINDS):
+            raise FolderError(
+                f"config.json: layer_types must name one of {', '.join(KINDS)} for each of {len(have)} layers, got {shown(kinds)}"
+            )
+        have = [KINDS[kind] for kind in kinds]
+        if any(have) and not width:
+            raise FolderError(
+                "config.json: layer_types has sliding_attention, but use_sliding_window="
+                f"{fields['use_sliding_window']} and sliding_window={width} define no window"
+            )
+    return tuple(width if one else None for one in have)
+
+
+def write_windows(config: TransformerConfig) -> dict[str, Any]:
+    """Return the fields for a config.
+
+    Raises:
+        ValueError: Layers have windows of different widths.
+    """
+    found = [layer.attention.window for layer in config.layers]
+    widths = sorted({width for width in found if width is not None})
+    if len(widths) > 1:
+        raise ValueError(
+            f"the windows of all layers must have the same width in a Qwen model, got {widths}"
+        )
+    full, sliding = KINDS
+    fields: dict[str, Any] = {
+        "use_sliding_window": bool(widths),
+        "layer_types": [full if width is None else sliding for width in found],
+    }
+    return fields | ({"sliding_window": widths[0]} if widths else {})
+
+
 def read_qwen2(fields: Json) -> dict[str, Any]:
     """Return rotary positions, and windows from layer ``max_window_layers`` on."""
-    window = windows.read(fields, lambda layer: layer >= fields["max_window_layers"])
+    window = read_windows(fields, lambda layer: layer >= fields["max_window_layers"])
     return rotary(fields, longest=32768) | {"window": window, "head_dim": fields["head_dim"]}
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
     """Return the fields of rotary positions, windows, and head width."""
-    return rope.write(config) | windows.write(config) | unusual_head_dim(config)
+    return rope.write(config) | write_windows(config) | unusual_head_dim(config)
 
 
 QWEN2 = relative(
@@ -131,8 +170,7 @@ QWEN2 = relative(
     model_type="qwen2",
     make=functools.partial(llama, bias=True, out_bias=False),
     fields=(
-        *SIZES[:3],
-        Field("vocab_size", 151936, "vocab_size"),
+        *sizes(32, 4096, 32, 151936),
         Nullable("num_key_value_heads", 32, "num_kv_heads"),
         Field("head_dim", None),  # written only if it does not follow from the other fields
         Field("intermediate_size", 22016, "d_ff"),

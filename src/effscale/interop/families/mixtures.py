@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from effscale.interop.families.family import Family
-from effscale.interop.families.fields import Field, found, our_activation, their_activation
+from effscale.interop.families.fields import Field, Json, found, our_activation, their_activation
 from effscale.interop.families.llama import relative
-from effscale.interop.table import Rule, linear, rows
+from effscale.interop.table import Rule, matrix, rows
 from effscale.interop.tensors import FolderError, MixedTensors, TensorInfo
-from effscale.models import MLPConfig, TransformerConfig, group_layers
+from effscale.models import MLPConfig, TransformerConfig, group_layers, llama
 from effscale.moe.layer import MoEConfig
 from effscale.moe.router import RouterConfig
 from effscale.parallel import Exchange
@@ -26,11 +26,18 @@ QK_NORMS = (
     Rule("layers.{}.self_attn.q_norm.weight", "attention.query_norm.scale"),
     Rule("layers.{}.self_attn.k_norm.weight", "attention.key_norm.scale"),
 )
+PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def gated(theirs: str, ours: str, names: Mapping[str, str] = PROJECTIONS) -> tuple[Rule, ...]:
+    """Return the rows of a gated MLP without biases, from the names of its layers to effscale's."""
+    each = (matrix(f"{theirs}.{name}", f"{ours}.{part}") for name, part in names.items())
+    return rows(*each)
+
+
 EXPERTS = rows(
-    linear("layers.{}.mlp.gate", "feed_forward.router.logits")[:1],
-    linear("layers.{}.mlp.experts.{}.gate_proj", "feed_forward.experts.gate")[:1],
-    linear("layers.{}.mlp.experts.{}.up_proj", "feed_forward.experts.up")[:1],
-    linear("layers.{}.mlp.experts.{}.down_proj", "feed_forward.experts.down")[:1],
+    matrix("layers.{}.mlp.gate", "feed_forward.router.logits"),
+    gated("layers.{}.mlp.experts.{}", "feed_forward.experts"),
 )
 """The table rows of the experts of OLMoE and the Qwen families."""
 
@@ -38,6 +45,7 @@ EXPERTS = rows(
 def mixture(class_name: str, **options: Any) -> Family:
     """Return a family with experts and the names of Llama's tensors, from the fields of ``Family`` that differ."""
     usual: dict[str, Any] = {
+        "make": llama_of_experts,
         "feed_forwards": (MLPConfig, MoEConfig),
         "plain": plain,
         "split": lambda tensors: Split(tensors, gate="gate_proj", up="up_proj", down="down_proj"),
@@ -45,32 +53,36 @@ def mixture(class_name: str, **options: Any) -> Family:
     return relative(class_name, **(usual | options))
 
 
-def with_mixtures(
-    config: TransformerConfig,
+def llama_of_experts(
     *,
     num_experts: int,
     k: int,
-    expert: MLPConfig,
-    normalized: bool,
     aux_loss: float,
+    normalized: bool = True,
+    expert_d_ff: int | None = None,
     sparse: Sequence[bool] | None = None,
-    shared: MLPConfig | None = None,
+    shared_d_ff: int | None = None,
+    **dense: Any,
 ) -> TransformerConfig:
-    """Return the config of a dense model with experts in its layers, routed as in transformers, without dropping.
+    """Return the config of a Llama with experts in its layers, routed as in transformers, without dropping.
 
     Args:
-        config: The dense model.
         num_experts: The number of experts in a layer.
         k: The number of experts per token.
-        expert: The config of each expert.
-        normalized: Whether the weights of a token's experts sum to 1.
         aux_loss: The coefficient of the load-balancing loss, as transformers defines it.
+        normalized: Whether the weights of a token's experts sum to 1.
+        expert_d_ff: The inner width of an expert; None means that of a layer without experts.
         sparse: The layers that have experts; None means all.
-        shared: An additional expert for every token, multiplied by a gate.
+        shared_d_ff: The inner width of an additional expert for every token, multiplied by a gate; None means none.
+        **dense: Arguments of ``effscale.models.llama``.
     """
+    config = llama(**dense)
     layers = config.num_layers if sparse is None else sum(sparse)
     if not layers:
         return config
+    mlp: Any = config.blocks[0].feed_forward
+    expert = mlp if expert_d_ff is None else dataclasses.replace(mlp, d_ff=expert_d_ff)
+    shared = None if shared_d_ff is None else dataclasses.replace(mlp, d_ff=shared_d_ff)
     router = RouterConfig(
         k=k,
         capacity_factor=None,
@@ -147,6 +159,11 @@ def counts(experts: str, num: int, k: int, coefficient: float) -> tuple[Field, .
             write=lambda config: _aux_loss(config) if has_experts(config) else coefficient,
         ),
     )
+
+
+def other_count(fields: Json, name: str) -> dict[str, int]:
+    """Return the number of experts, if the config has it under its other name."""
+    return {} if fields[name] is None else {"num_experts": fields[name]}
 
 
 def of_experts(name: str, default: Any, argument: str, value_of: Callable[[Any], Any]) -> Field:

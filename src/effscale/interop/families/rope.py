@@ -108,24 +108,14 @@ def fields_of(rotary: Rotary, head_dim: int) -> dict[str, Any]:
     match rotary.scaling:
         case LinearScaling(factor=factor):
             found |= {"rope_type": "linear", "factor": factor}
-        case Llama3Scaling() as scaled:
-            found |= {
-                "rope_type": "llama3",
-                "factor": scaled.factor,
-                "low_freq_factor": scaled.low_freq_factor,
-                "high_freq_factor": scaled.high_freq_factor,
-                "original_max_position_embeddings": scaled.original_max_length,
-            }
-        case YarnScaling() as scaled:
-            found |= {
-                "rope_type": "yarn",
-                "factor": scaled.factor,
-                "original_max_position_embeddings": scaled.original_max_length,
-            }
-            found |= {n: getattr(scaled, n) for n in YARN if getattr(scaled, n) is not None}
+        case Llama3Scaling() | YarnScaling() as scaled:
+            kind, names = ("yarn", YARN) if isinstance(scaled, YarnScaling) else ("llama3", LLAMA3)
+            found |= {"rope_type": kind, "factor": scaled.factor}
+            found[ORIGINAL] = scaled.original_max_length
+            found |= {n: getattr(scaled, n) for n in names if getattr(scaled, n) is not None}
     fields: dict[str, Any] = {"rope_parameters": found}
-    if "original_max_position_embeddings" in found:
-        original = found["original_max_position_embeddings"]
+    if ORIGINAL in found:
+        original = found[ORIGINAL]
         longest = found["factor"] * original
         if found["rope_type"] == "llama3":
             # transformers requires it to exceed the original one, even if the factor is 1.

@@ -1,71 +1,96 @@
-"""Qwen2-MoE and Qwen3-MoE in transformers: relatives of Llama with experts in all or some layers."""
+"""Families with experts in transformers, relatives of Llama: Mixtral, OLMoE, Qwen2-MoE and Qwen3-MoE.
 
-import dataclasses
-from collections.abc import Sequence
+Mixtral's ``router_jitter_noise``, which only matters in training, is ignored.
+"""
+
+import functools
 from typing import Any
 
-from effscale.interop.families import rope, windows
-from effscale.interop.families.fields import Field, Json, Nullable
+from effscale.interop.families import decoder_heads, rope
+from effscale.interop.families.fields import Field, Json, Nullable, sizes
 from effscale.interop.families.llama import (
     ATTENTION,
     MLP,
+    head_dim,
+    read_windows,
     rotary,
     unusual_head_dim,
+    write_windows,
 )
 from effscale.interop.families.mixtures import (
     EXPERTS,
     QK_NORMS,
+    Split,
     counts,
     expert_activation,
     expert_width,
+    gated,
+    llama_of_experts,
     mixture,
     normalized,
     of_experts,
-    with_mixtures,
+    other_count,
 )
 from effscale.interop.foreign import Fields
-from effscale.interop.table import linear, norm, rows
-from effscale.models import MLPConfig, TransformerConfig, llama
+from effscale.interop.table import matrix, norm, rows
+from effscale.models import MLPConfig, TransformerConfig
 from effscale.moe.layer import MoEConfig
 
-
-def qwen_moe(
-    *,
-    num_experts: int,
-    k: int,
-    expert_d_ff: int,
-    normalized: bool,
-    aux_loss: float,
-    sparse: Sequence[bool] | None = None,
-    shared_d_ff: int | None = None,
-    **dense: Any,
-) -> TransformerConfig:
-    """Return the config of a Qwen with experts.
-
-    ``dense`` are the arguments of ``effscale.models.llama``, with the width of layers without experts.
-    """
-    config = llama(**dense)
-    mlp: Any = config.blocks[0].feed_forward
-    return with_mixtures(
-        config,
-        num_experts=num_experts,
-        k=k,
-        expert=dataclasses.replace(mlp, d_ff=expert_d_ff),
-        normalized=normalized,
-        aux_loss=aux_loss,
-        sparse=sparse,
-        shared=None if shared_d_ff is None else dataclasses.replace(mlp, d_ff=shared_d_ff),
-    )
-
-
-def qwen2_moe(*, bias: bool, **options: Any) -> TransformerConfig:
-    """Return the config of a Qwen2-MoE, with biases only of query, key and value."""
-    return qwen_moe(bias=bias, out_bias=False, **options)
-
-
-def qwen3_moe(**options: Any) -> TransformerConfig:
-    """Return the config of a Qwen3-MoE, with norms of queries and keys."""
-    return qwen_moe(qk_norm="head", **options)
+MIXTRAL = mixture(
+    "Mixtral",
+    model_type="mixtral",
+    fields=(
+        *sizes(32, 4096, 32, 32000),
+        Nullable("num_key_value_heads", 8, "num_kv_heads"),
+        # transformers does not derive it for YaRN.
+        Field("head_dim", None, "head_dim", write=head_dim),
+        expert_width("intermediate_size", 14336, "d_ff"),
+        *counts("num_local_experts", 8, 2, 0.001),
+        Field("num_experts", None),
+        Field("sliding_window", None, "window"),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        expert_activation(),
+        Field("rms_norm_eps", 1e-5, "epsilon"),
+        Field("tie_word_embeddings", False),
+    ),
+    read=lambda fields: (
+        rotary(fields, base=1e6, longest=131072) | other_count(fields, "num_experts")
+    ),
+    trunk=rows(
+        ATTENTION,
+        matrix("layers.{}.block_sparse_moe.gate", "feed_forward.router.logits"),
+        gated(
+            "layers.{}.block_sparse_moe.experts.{}",
+            "feed_forward.experts",
+            {"w1": "gate", "w2": "down", "w3": "up"},
+        ),
+        norm("norm", "final_norm"),
+    ),
+    in_memory={"layers.{}.block_sparse_moe": "layers.{}.mlp"},
+    split=lambda tensors: Split(tensors, gate="w1", up="w3", down="w2"),
+)
+OLMOE = mixture(
+    "Olmoe",
+    model_type="olmoe",
+    make=functools.partial(llama_of_experts, qk_norm="all"),
+    fields=(
+        *sizes(16, 2048, 16, 50304),
+        Field("num_key_value_heads", None, "num_kv_heads"),
+        expert_width("intermediate_size", 2048, "d_ff"),
+        *counts("num_experts", 64, 8, 0.01),
+        Field("num_local_experts", None),
+        of_experts("norm_topk_prob", False, "normalized", normalized),
+        Field("attention_bias", False, "bias"),
+        Field("attention_dropout", 0.0, "attention_dropout"),
+        expert_activation(),
+        Field("rms_norm_eps", 1e-5, "epsilon"),
+        Field("tie_word_embeddings", False),
+    ),
+    only={"clip_qkv": None},
+    read=lambda fields: rotary(fields, longest=4096) | other_count(fields, "num_local_experts"),
+    trunk=rows(ATTENTION, QK_NORMS, EXPERTS, norm("norm", "final_norm")),
+    architecture=decoder_heads.architecture("Olmoe", lacks=decoder_heads.CLASSES),
+)
 
 
 def read_layers(fields: Json) -> tuple[bool, ...] | None:
@@ -97,21 +122,19 @@ def write_layers(config: TransformerConfig) -> dict[str, Any]:
 def read_qwen2(fields: Json) -> dict[str, Any]:
     """Read rotary positions, windows of every second layer up to ``max_window_layers``, and which layers have experts."""
     last = fields["max_window_layers"]
-    window = windows.read(fields, lambda layer: layer % 2 == 0 and layer < last)
+    window = read_windows(fields, lambda layer: layer % 2 == 0 and layer < last)
     return _read(fields) | {"window": window}
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
     """Write what ``read_qwen2`` reads."""
-    return _write(config) | windows.write(config)
+    return _write(config) | write_windows(config)
 
 
 def read_qwen3(fields: Json) -> dict[str, Any]:
     """Read rotary positions, one window for all layers, which layers have experts, and their number under its other name."""
     window = fields["sliding_window"] if fields["use_sliding_window"] else None
-    other = fields["num_local_experts"]
-    found = _read(fields) | {"window": window}
-    return found if other is None else found | {"num_experts": other}
+    return _read(fields) | {"window": window} | other_count(fields, "num_local_experts")
 
 
 def write_qwen3(config: TransformerConfig) -> dict[str, Any]:
@@ -159,16 +182,14 @@ COMMON = (
     Field("tie_word_embeddings", False),
 )
 SHARED = rows(
-    linear("layers.{}.mlp.shared_expert.gate_proj", "feed_forward.shared.gate")[:1],
-    linear("layers.{}.mlp.shared_expert.up_proj", "feed_forward.shared.up")[:1],
-    linear("layers.{}.mlp.shared_expert.down_proj", "feed_forward.shared.down")[:1],
-    linear("layers.{}.mlp.shared_expert_gate", "feed_forward.coefficient")[:1],
+    gated("layers.{}.mlp.shared_expert", "feed_forward.shared"),
+    matrix("layers.{}.mlp.shared_expert_gate", "feed_forward.coefficient"),
 )
 
 QWEN2_MOE = mixture(
     "Qwen2Moe",
     model_type="qwen2_moe",
-    make=qwen2_moe,
+    make=functools.partial(llama_of_experts, out_bias=False),
     fields=(
         *COMMON,
         *counts("num_experts", 60, 4, 0.001),
@@ -188,7 +209,7 @@ QWEN2_MOE = mixture(
 QWEN3_MOE = mixture(
     "Qwen3Moe",
     model_type="qwen3_moe",
-    make=qwen3_moe,
+    make=functools.partial(llama_of_experts, qk_norm="head"),
     fields=(
         *COMMON,
         *counts("num_experts", 128, 8, 0.001),
