@@ -243,10 +243,6 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
     [
         ("quantize_training", {}, "quantize_training is not supported"),
         ("weight_quantisation", {}, "unknown key 'weight_quantisation': did you mean"),
-        (f"{WQ}.{SHARED}", None, r"weight_quantization: needs shared_parameters"),
-        (f"{WQ}.{SHARED}", 3, r"weight_quantization\.shared_parameters must be an object.*, got 3"),
-        (f"{WQ}.{SHARED}.enabled", 1, r"shared_parameters\.enabled must be True or False, got 1"),
-        (f"{WQ}.{SHARED}.group", 1, r"shared_parameters: unknown key 'group'"),
         (
             f"{WQ}.{SHARED}.rounding",
             "stochastic",
@@ -258,17 +254,11 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
             r"quantization_type must be one of .*, got 'sym'; did you mean",
         ),
         (
-            f"{WQ}.{SHARED}.quantize_groups",
-            1.5,
-            r"quantize_groups must be an integer, got 1\.5",
-        ),
-        (
             f"{WQ}.{SHARED}.schedule_offset",
             -1,
             r"schedule_offset must be at least 0, got -1",
         ),
         (f"{WQ}.different_groups", {}, "must name at least one group"),
-        (f"{WQ}.{G1}.params.target_bits", None, r"g1\.params: needs target_bits"),
         (f"{WQ}.{G1}.params.target_bits", 5, r"g1\.params: Format\.bits must be .*, got 5"),
         (
             f"{WQ}.{G1}.params.start_bits",
@@ -295,7 +285,6 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
             "snip_momentum",
             r"method must be one of 'l1', 'topk', got 'snip_momentum'",
         ),
-        (f"{SP}.{SHARED}.block_pattern", "4x1", r"unknown key 'block_pattern'"),
         (
             f"{SP}.{G1}.params.dense_ratio",
             1.5,
@@ -306,8 +295,6 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
             "half",
             r"dense_ratio must be a finite number, got 'half'",
         ),
-        (f"{HP}.{SHARED}.num_heads", None, r"head_pruning.*needs num_heads"),
-        (f"{HP}.{SHARED}.method", "l2", r"method must be one of .*, got 'l2'; did you mean"),
         (
             f"{RP}.{G1}.related_modules",
             [["self.query"]],
@@ -320,9 +307,7 @@ SHARED, G1 = "shared_parameters", "different_groups.g1"
         ),
         (f"{RP}.{G1}.modules", ["self.key"], r"related_modules: nothing can be removed from .*key"),
         ("channel_pruning.shared_parameters.enabled", True, "channel_pruning is not supported"),
-        (LR, [], r"layer_reduction must be an object .*, got \[\]"),
         (f"{LR}.keep_number_layer", 5, r"keep_number_layer must be .* 1, got 5"),
-        (f"{LR}.teacher_layer", None, r"layer_reduction: needs teacher_layer"),
         (f"{LR}.teacher_layer", [7], r"layers must be between 0 and 2, got \[7\]"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else None,

@@ -101,17 +101,12 @@ def test_custom_schedules_need_their_function_again():
     ("change", "message"),
     [
         ({"schedule_type": "fixed_rot"}, "voc.schedule_type must be one of .*, got 'fixed_rot'; did you mean 'fixed_root'"),
-        ({"schedule_config": 3}, "voc.schedule_config must be an object.*, got 3"),
         ({"schedule_config": {"total_curriculum_step": 3}}, "voc.schedule_config: needs difficulty_step, root_degree"),
-        ({"min_difficulty": 1.5}, "voc.min_difficulty must be an integer.*, got 1.5"),
-        ({"min_difficulty": True}, r"voc.min_difficulty must be .*, got True"),
-        ({"min_difficulty": float("inf")}, r"voc.min_difficulty must be .*, got inf"),
         ({"max_difficulty": 0}, "max_difficulty must be at least min_difficulty=1.*, got 0"),
         (
             block("fixed_discrete", 1, 5, difficulty=[1, 2], max_step=[3]),
             r"voc.schedule_config.difficulty must go from min_difficulty=1 to max_difficulty=5, got \[1, 2\]",
         ),
-        (block("fixed_discrete", 1, 5, difficulty=[1, 5], max_step=3), "voc.schedule_config.max_step must be a tuple.*, got 3"),
         (block("fixed_discrete", 1, 5, difficulty=[1, 5], max_step=[]), "max_step"),
     ],
 )  # fmt: skip
@@ -119,10 +114,6 @@ def test_bad_schedules(change, message):
     config = {**fixed_root(1, 100, 10, 1, 2), **change}
     with pytest.raises(ValueError, match=message):
         pacing_from_deepspeed(config, name="voc")
-
-
-def test_numbers_in_scientific_notation_are_whole():
-    assert pacing_from_deepspeed(fixed_linear(1, 100, 1e5, 1)).total == 100_000
 
 
 def metric(schedule, difficulty_type="percentile", clustering_type="schedule_based"):
@@ -271,19 +262,12 @@ METRICS = f"{LEARNING}.curriculum_metrics"
         ({"data_efficency": {}}, "neither data_efficiency nor curriculum_learning.*did you mean 'data_efficency'"),
         ({}, "neither"),
         (changed("sed", 1), "data_efficiency: unknown key 'sed': did you mean 'seed'"),
-        (changed("data_sampling.epochs", 1), "data_efficiency.data_sampling: unknown key 'epochs'"),
-        (changed("data_sampling.num_epochs", "2"), r"data_efficiency.data_sampling.num_epochs must be .*, got '2'"),
         (changed(f"{LEARNING}.enabled", None), f"{LEARNING}: needs enabled"),
-        (changed(f"{LEARNING}.enabled", "false"), f"{LEARNING}.enabled must be True or False, got 'false'"),
-        (changed(f"{LEARNING}.curriculum_metrics", None), "needs curriculum_metrics"),
         (changed(f"{METRICS}.voc", 3), f"{METRICS}.voc must be an object.*, got 3"),
-        (changed(f"{METRICS}.voc.clustering_type", None), r"curriculum_metrics\.voc: needs clustering_type"),
-        (changed(f"{METRICS}.voc.root_degree", 2), "voc: unknown key 'root_degree'"),
         (changed(f"{METRICS}.voc.schedule_config.root_degre", 2), "unknown key 'root_degre': did you mean 'root_degree'"),
         (changed(f"{METRICS}.seqlen_reshape", TRUNCATE), "seqlen_truncate and seqlen_reshape exclude each other"),
         ({"curriculum_learning": {**LEGACY, "curriculum_type": "voc"}}, "curriculum_type must be one of 'seqlen', got 'voc'"),
         ({"curriculum_learning": LEGACY, **whole(voc=VOCABULARY, seqlen_truncate=TRUNCATE)}, "both define a sequence-length curriculum"),
-        ({"curriculum_learning": {**LEGACY, "difficulty_step": 8}}, "curriculum_learning: unknown key 'difficulty_step'"),
     ],
 )  # fmt: skip
 def test_what_is_unknown_missing_or_contradictory(config, message):

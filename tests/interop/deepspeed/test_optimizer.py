@@ -93,7 +93,6 @@ def test_a_schedule_takes_the_place_of_the_rate():
     [
         ({}, "needs optimizer"),
         ({"optimizer": {"type": "OnebitAdm"}}, "did you mean 'OneBitAdam'"),
-        (with_optimizer("OneBitAdam", freeze_steps=1), "unknown key 'freeze_steps'"),
         (
             with_optimizer("OneBitAdam", amsgrad=True),
             "amsgrad must be one of False.*, got True.*no AMSGrad",
@@ -102,15 +101,8 @@ def test_a_schedule_takes_the_place_of_the_rate():
             with_optimizer("OneBitAdam", max_grad_norm=1.0),
             "max_grad_norm must be one of 0.*, got 1. Use gradient_clipping",
         ),
-        (with_optimizer("OneBitAdam", betas=0.9), "betas must be a tuple, got 0.9"),
         (with_optimizer("OneBitAdam", betas=[0.9, 1.0]), "b2 must .*got 1.0"),
         (with_optimizer("ZeroOneAdam", freeze_step=1), "unknown key 'freeze_step'"),
-        (
-            with_optimizer("OneBitAdam", freeze_step="100"),
-            "freeze_step must be an integer.*, got '100'",
-        ),
-        (with_optimizer("OneBitAdam", eps="tiny"), "eps must be a finite number, got 'tiny'"),
-        (with_optimizer("OneBitAdam", lr=None), "lr must be a finite number, got None"),
         ({"optimizer": {"type": "OneBitAdam", "params": [1]}}, r"params must be .*, got \[1\]"),
     ],
 )

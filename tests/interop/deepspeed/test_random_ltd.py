@@ -67,22 +67,16 @@ def test_off_is_off_and_contradictions_are_errors():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"random_ltd_layers": [1]}, "unknown key 'random_ltd_layers': did you mean"),
-        ({"random_ltd_layer_id": None}, "random_ltd: needs random_ltd_layer_id"),
-        ({"random_ltd_layer_id": 3}, "random_ltd_layer_id must be a tuple, got 3"),
         ({"random_ltd_layer_num": 21}, "random_ltd_layer_num must be 22, .*, got 21"),
         (
             {"total_layer_num": 20},
             r"random_ltd_layer_id must be .* with total_layer_num=20, got \[20, 21, 22\]",
         ),
-        ({"enabled": 1}, "enabled must be True or False, got 1"),
         ({"layer_token_lr_schedule": {"enabled": True}}, 'unit="tokens"'),
         (
             {"random_ltd_schedule__schedule_type": "fixed_root"},
             "schedule_type must be one of 'fixed_linear', got 'fixed_root'",
         ),
-        ({"random_ltd_schedule__min_value": 1.5}, "min_value must be an integer, got 1.5"),
-        ({"random_ltd_schedule__schedule_config__seq_per_step": None}, "needs seq_per_step"),
         ({"random_ltd_schedule__max_value": 64}, r"max_difficulty must be .*, got 64"),
     ],
 )
