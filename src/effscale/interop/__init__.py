@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from effscale.interop.generation_config import sampling_from_folder
     from effscale.interop.load import load_pretrained
     from effscale.interop.megatron.checkpoint import load_megatron_moe, save_megatron_moe
-    from effscale.interop.packed.load import load_packed
-    from effscale.interop.packed.save import save_packed
+    from effscale.interop.packed.folders import load_packed, save_packed
     from effscale.interop.peft.adapters import load_adapter, save_adapter
     from effscale.interop.save import save_pretrained
     from effscale.interop.tensors import FolderError

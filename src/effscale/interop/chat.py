@@ -12,12 +12,9 @@ from effscale.interop.folder import read_json
 from effscale.interop.gguf.file import GGUFFile
 from effscale.interop.gguf.tokenizer import gguf_tokenizer
 from effscale.interop.source import gguf_path
-from effscale.interop.tokenizer import load_tokenizer
+from effscale.interop.tokenizer import SPECIAL, load_tokenizer, special_id, special_word
 from effscale.rlhf.data import ChatTemplate, RecordEncoder, TemplateError
 from effscale.rlhf.data.encoder import ChatFormat
-
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Roles of special tokens, which templates refer to as ``bos_token`` and so on."""
 
 # GGUF's names for two of them.
 _GGUF_ROLES = {"unk": "unknown", "pad": "padding"}
@@ -143,7 +140,7 @@ def read_chat(folder: str | os.PathLike[str]) -> FolderChat:
 def _of_gguf(path: pathlib.Path) -> FolderChat:
     file = GGUFFile(path)
     fields = file.header.metadata
-    keys = {role: f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id" for role in ROLES}
+    keys = {role: f"tokenizer.ggml.{_GGUF_ROLES.get(role, role)}_token_id" for role in SPECIAL}
     ids = {f"{role}_token_id": fields.get(key) for role, key in keys.items()}
     return _chat(gguf_tokenizer(file), [ids], fields.get("tokenizer.chat_template"))
 
@@ -170,15 +167,11 @@ def _chat(
     found: dict[str, str] = {}
     ids: dict[str, int] = {}
     for fields in described:
-        for role in ROLES:
-            token, number = fields.get(f"{role}_token"), fields.get(f"{role}_token_id")
-            if isinstance(token, Mapping):
-                token = token.get("content")
-            if isinstance(token, str):
+        for role in SPECIAL:
+            token, number = special_word(fields, role), special_id(fields, role)
+            if token is not None:
                 found.setdefault(role, token)
-            # Of several end tokens, the first is the default.
-            number = number[0] if isinstance(number, list) and number else number
-            if isinstance(number, int) and not isinstance(number, bool):
+            if number is not None:
                 ids.setdefault(role, number)
     for role, number in ids.items():
         token = tokenizer.id_to_token(number) if number >= 0 else None

@@ -4,15 +4,16 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from effscale.interop.deepspeed.expert_files import DeepSpeedMoE
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.files.torch import TorchFile
 from effscale.interop.megatron.bloom import MegatronBloom
-from effscale.interop.shards import Shards
-from effscale.interop.tensors import FolderError, Tensors
+from effscale.interop.tensors import FolderError, TensorInfo, Tensors
 
 NAMES = (
     "model.safetensors",
@@ -33,9 +34,6 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     (``effscale.interop.megatron.bloom``); DeepSpeed's files of experts
     (``effscale.interop.deepspeed.expert_files``); the only other ``*.safetensors`` file; or the only
     other ``*.bin`` file.
-
-    Args:
-        folder: A local folder.
 
     Returns:
         The tensors of all files together, under their names in the files.
@@ -79,10 +77,6 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
 def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """Read a JSON object, such as ``config.json``, from a model folder.
 
-    Args:
-        folder: The folder.
-        name: The file's name.
-
     Raises:
         FolderError: The folder or file does not exist, or the file is not a JSON object.
     """
@@ -107,6 +101,11 @@ def read_json(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     return content
 
 
+def read_json_if_there(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Read a JSON object from a model folder; an empty one if the folder has no such file."""
+    return read_json(folder, name) if (folder / name).is_file() else {}
+
+
 def checked_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     """Return the folder as a path, after checking that it is a folder.
 
@@ -124,6 +123,62 @@ def checked_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
         "To get one from the Hugging Face Hub, run `hf download NAME --local-dir FOLDER`, "
         "or clone it with git-lfs."
     )
+
+
+class Shards:
+    """Several containers as one; see ``effscale.interop.tensors.Tensors``.
+
+    If the files have effscale's metadata, it is the same in all of them.
+
+    A tensor in a file that the index does not name is listed, too; the reader of the model decides
+    whether it is unexpected.
+
+    Raises:
+        FolderError: A file lacks a tensor that it should contain, or two files contain a tensor that the
+            index does not name.
+    """
+
+    def __init__(self, where: str, files: Mapping[str, Tensors], weight_map: Mapping[str, str]):
+        self._files, self._where = files, where
+        self._file_of = dict(weight_map)
+        absent = [name for name, file in weight_map.items() if name not in files[file].infos]
+        if absent:
+            name = absent[0]
+            raise FolderError(
+                f"{where!r}: does not match its files: {len(absent)} tensors are not "
+                f"where it lists them, the first is {name!r} in {weight_map[name]!r}. Download both again."
+            )
+        for file, tensors in files.items():
+            for name in tensors.infos.keys() - weight_map.keys():
+                if name in self._file_of:
+                    raise FolderError(
+                        f"{where!r}: does not name {name!r}, which both {self._file_of[name]!r} and "
+                        f"{file!r} contain. Download both again."
+                    )
+                self._file_of[name] = file
+        self.metadata: Mapping[str, str] = self._common_metadata()
+        self.infos: Mapping[str, TensorInfo] = {
+            name: files[file].infos[name] for name, file in self._file_of.items()
+        }
+
+    def _common_metadata(self) -> Mapping[str, str]:
+        """Return the metadata that effscale wrote to the header of every file."""
+        found = {name: getattr(file, "metadata", {}) for name, file in self._files.items()}
+        if not found:
+            return {}
+        first = next(iter(found))
+        for name, metadata in found.items():
+            if metadata != found[first]:
+                raise FolderError(
+                    f"{self._where!r}: {first!r} and {name!r} belong to different saves, by their metadata. Download all of them again."
+                )
+        return found[first]
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor from the file that contains it."""
+        if name not in self.infos:
+            raise FolderError(f"{self._where!r}: no tensor {name!r} in its files.")
+        return self._files[self._file_of[name]].read(name)
 
 
 def _open(path: pathlib.Path) -> Tensors:

@@ -116,13 +116,8 @@ def fill(
 ) -> Transformer:
     """Return a model of ``source.config`` with the source's tensors, with the given dtypes by name.
 
-    Groups of layers are split where a tensor's form changes from one layer to the next.
-
-    Args:
-        source: The source.
-        types: Dtypes by the names of tensors.
-        mesh: As in ``load_pretrained``.
-        initial: The parameters for which there is no tensor.
+    Groups of layers are split where a tensor's form changes from one layer to the next. Parameters for which there is no
+    tensor have the ``initial`` values.
     """
     model = abstract(source.config)
     leaves = _to_fill(model, source)
@@ -219,17 +214,21 @@ def check_tensors(source: Source, slots: Sequence[Slot], leaves: Mapping[str, An
         info = infos[name]
         if name not in wanted:
             wrong.append(f"unexpected: {name} {list(info.shape)}")
-        elif tuple(info.shape) != wanted[name]:
-            wrong.append(
-                f"wrong shape: {name} {list(info.shape)}, but config.json needs {list(wanted[name])}"
-            )
-        elif info.dtype not in (*FLOATS, np.dtype("float64")):
-            wrong.append(f"not of a float type: {name} {info.dtype}")
+        else:
+            wrong += misfits(name, info, wanted[name], "config.json needs")
     if wrong:
         raise FolderError(
             f"the tensors in {source.path} are not those of the {source.family.model_type} that its config.json "
             f"describes:\n  " + "\n  ".join(wrong)
         )
+
+
+def misfits(name: str, info: TensorInfo, shape: Sequence[int], who_needs: str) -> list[str]:
+    """Return what is wrong with the shape and the type of a tensor of floats."""
+    if tuple(info.shape) != tuple(shape):
+        return [f"wrong shape: {name} {list(info.shape)}, but {who_needs} {list(shape)}"]
+    is_float = info.dtype in (*FLOATS, np.dtype("float64"))
+    return [] if is_float else [f"not of a float type: {name} {info.dtype}"]
 
 
 def convert(name: str, tensor: np.ndarray, dtype: np.dtype, *, stacklevel: int = 3) -> np.ndarray:

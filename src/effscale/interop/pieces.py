@@ -8,13 +8,7 @@ from jax.sharding import Sharding
 
 
 class Pieces:
-    """An array in pieces as placed on this process's devices, filled layer by layer.
-
-    Args:
-        shape: Shape of the whole array.
-        dtype: Dtype of the array.
-        sharding: Sharding of the array; None: the default device.
-    """
+    """An array in pieces as placed on this process's devices, filled layer by layer."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None):
         self.shape, self.sharding = shape, sharding

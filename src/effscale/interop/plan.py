@@ -36,6 +36,11 @@ def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in flat}
 
 
+def values_of(model: nnx.Module) -> dict[str, Any]:
+    """Return the values of a model's parameters by their dotted paths."""
+    return {path: variable.get_value() for path, variable in parameters(model).items()}
+
+
 def blocks(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the path of the block and the position in the stack for each layer."""
     for g, group in enumerate(config.groups):
@@ -46,11 +51,6 @@ def blocks(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def plan(rules: Iterable[Rule], config: TransformerConfig, leaves: Mapping[str, Any]) -> list[Slot]:
     """Return the slots of a model, in the order of the table; rows whose parameters the model lacks are left out.
-
-    Args:
-        rules: The table.
-        config: The model's config.
-        leaves: The model's parameters, by path.
 
     Raises:
         ValueError: The table has no row for a parameter.

@@ -16,7 +16,7 @@ from effscale.interop.describe import describe
 from effscale.interop.families import Family
 from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
-from effscale.interop.plan import Slot, parameters, plan
+from effscale.interop.plan import Slot, parameters, plan, values_of
 from effscale.interop.table import sizes
 from effscale.models import LMHead, Transformer, dense
 from effscale.parallel.placement import gathered
@@ -93,25 +93,13 @@ def write_model(
     fields: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model folder; see ``save_pretrained``.
-
-    Args:
-        model: As in ``save_pretrained``.
-        folder: As in ``save_pretrained``.
-        dtype: As in ``save_pretrained``.
-        max_shard_size: As in ``save_pretrained``.
-        like: As in ``save_pretrained``.
-        tokenizer: As in ``save_pretrained``.
-        store: Writes structured weights in another form.
-        fields: Additional fields of ``config.json``.
-        metadata: Metadata for the header of each file; see ``effscale.interop.files.writer.write_tensors``.
+    """Write a model folder; see ``save_pretrained``. ``store`` writes structured weights in another form, ``fields`` are added to
+    ``config.json``, and ``metadata`` to the header of each file (``effscale.interop.files.writer.write_tensors``).
     """
     more, (family, fields) = fields or {}, describe(model.config, model_type_of(like))
     chosen = None if dtype is None else float_type(dtype)
     parse_size(max_shard_size)
-    largest = max(
-        (v.get_value() for v in parameters(model).values()), key=lambda w: math.prod(w.shape)
-    )
+    largest = max(values_of(model).values(), key=lambda weight: math.prod(weight.shape))
     fields["dtype"] = np.dtype(chosen or largest.dtype).name
     companions = Companions({**fields, **more}, like, tokenizer)
     place = local_path(folder)
@@ -155,7 +143,7 @@ def their_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the model's tensors under their names in files of its family, in the order of the table, one at a time."""
     family = describe(model.config)[0] if family is None else family
-    leaves = parameters(model)
+    values = values_of(model)
     axes = sizes(model.config)
     places = stored_slots(model, family)
     untied = any(isinstance(head, LMHead) and not head.tied for head in model.config.heads)
@@ -164,22 +152,30 @@ def their_tensors(
     repeats = {o: r for r, o in family.tied.items() if r not in names} if untied else {}
     for place in places:
         slot = place.slot
-        weights = [leaves[leaf].get_value() for leaf in slot.leaves]
-        weights = [part(w, slot.index) if slot.index else w for w in weights]
         if store is not None:
-            on_hosts = tuple(jax.tree.map(gathered, weight) for weight in weights)
+            on_hosts = tuple(jax.tree.map(gathered, weight) for weight in _own(slot, values))
             to_theirs = lambda arrays, slot=slot: slot.rule.to_theirs(arrays, axes)
             stored = store(place, on_hosts, to_theirs)
             if stored is not None:
                 yield from stored
                 continue
-        tensor = slot.rule.to_theirs([on_host(weight) for weight in weights], axes)
+        tensor = stored_array(slot, values, axes)
         if dtype is not None:
             tensor = convert(slot.name, tensor, dtype)
-        tensor = np.ascontiguousarray(tensor)
         yield place.name, tensor
         if slot.name in repeats:
             yield repeats[slot.name], tensor
+
+
+def stored_array(slot: Slot, values: Mapping[str, Any], axes: Mapping[str, int]) -> np.ndarray:
+    """Return a tensor as files have it, from the weights of the model by path."""
+    weights = [on_host(weight) for weight in _own(slot, values)]
+    return np.ascontiguousarray(slot.rule.to_theirs(weights, axes))
+
+
+def _own(slot: Slot, values: Mapping[str, Any]) -> list[Any]:
+    weights = [values[leaf] for leaf in slot.leaves]
+    return [part(w, slot.index) if slot.index else w for w in weights]
 
 
 def on_host(weight: Any) -> np.ndarray:

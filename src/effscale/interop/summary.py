@@ -18,9 +18,6 @@ from effscale.moe import MoEConfig
 def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Return the family, sizes, number of parameters and dtypes of the model in a folder.
 
-    Args:
-        folder: A model folder or GGUF file.
-
     Raises:
         FolderError: It is not a model folder or GGUF file.
     """

@@ -94,10 +94,6 @@ class MixedTensors(Protocol):
 class Renamed:
     """Tensors under other names.
 
-    Args:
-        tensors: The tensors.
-        rename: Maps an old name to the new one.
-
     Raises:
         FolderError: Two tensors would have the same name.
     """

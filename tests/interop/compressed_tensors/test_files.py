@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effscale.interop import load_packed, load_pretrained, save_packed, save_pretrained
-from effscale.interop.compressed_tensors.words import from_words, to_words
+from effscale.interop.compressed_tensors.reader import from_words, to_words
 from effscale.interop.files.safetensors import SafetensorsFile
 from effscale.interop.save import their_tensors
 from effscale.models import llama

@@ -15,7 +15,7 @@ from effscale.interop import FolderError, save_pretrained
 from effscale.interop.harness import HarnessModel
 from effscale.interop.harness.__main__ import main
 from effscale.interop.harness.codec import codec_of
-from effscale.interop.harness.sampling import sampling_of
+from effscale.interop.harness.requests import sampling_of
 from effscale.models import ClassHead, Transformer, abstract, gpt2, group_layers
 from effscale.moe import MoEConfig
 from effscale.quant import quantize_model, w8a8

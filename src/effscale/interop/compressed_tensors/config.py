@@ -42,30 +42,24 @@ class Scheme:
 
     def fields(self, targets: list[str]) -> dict[str, Any]:
         """Return the scheme as a group of the config."""
-        weights, inputs = self.weights, self.activations
-        group = {"group_size": weights.group_size} if weights.group_size else {}
-        described: dict[str, Any] = {
+        inputs = self.activations
+        return {
             "targets": targets,
             "format": self.layout,
-            "weights": {
-                "num_bits": weights.bits,
-                "type": "int",
-                "symmetric": weights.symmetric,
-                "strategy": weights.granularity,
-                "dynamic": False,
-                **group,
-            },
-            "input_activations": None,
+            "weights": _described(self.weights, dynamic=False),
+            "input_activations": None if inputs is None else _described(inputs, dynamic=True),
         }
-        if inputs is not None:
-            described["input_activations"] = {
-                "num_bits": inputs.bits,
-                "type": "int",
-                "symmetric": inputs.symmetric,
-                "strategy": inputs.granularity,
-                "dynamic": True,
-            }
-        return described
+
+
+def _described(format: Format, *, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": format.symmetric,
+        "strategy": format.granularity,
+        "dynamic": dynamic,
+        **({"group_size": format.group_size} if format.group_size else {}),
+    }
 
 
 def scheme_for(weights: Format, activations: Format | None) -> Scheme:
@@ -124,9 +118,6 @@ def target_of_layers(name: str) -> str:
 
 class CompressedConfig:
     """A parsed ``quantization_config``.
-
-    Args:
-        given: Its fields.
 
     Raises:
         FolderError: Something in it is not supported; the message lists what is.

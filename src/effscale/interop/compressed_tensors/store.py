@@ -14,9 +14,9 @@ from effscale.interop.compressed_tensors.config import (
     scheme_for,
     target_of_layers,
 )
-from effscale.interop.compressed_tensors.words import to_words
+from effscale.interop.compressed_tensors.reader import to_words
 from effscale.interop.packed.coded import kernel_codes, kernel_scales
-from effscale.interop.plan import parameters
+from effscale.interop.plan import values_of
 from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
 from effscale.models import Transformer
 from effscale.quant.packed import PackedWeight
@@ -29,9 +29,6 @@ below this."""
 class CompressedStore:
     """Writer of a model's packed weights; see ``effscale.interop.save.Store``.
 
-    Args:
-        model: The model.
-
     Attributes:
         fields: The ``quantization_config``.
         metadata: Metadata for the header of each file: empty.
@@ -41,11 +38,11 @@ class CompressedStore:
     """
 
     def __init__(self, model: Transformer):
-        leaves = parameters(model)
+        values = values_of(model)
         self._schemes: dict[str, Scheme] = {}
         rows: dict[Any, dict[StoredSlot, Scheme | None]] = {}
         for place in stored_slots(model):
-            weights = [leaves[leaf].get_value() for leaf in place.slot.leaves]
+            weights = [values[leaf] for leaf in place.slot.leaves]
             scheme = None
             if any(isinstance(weight, PackedWeight) for weight in weights):
                 scheme = self._schemes[place.name] = _scheme_of(place, weights)

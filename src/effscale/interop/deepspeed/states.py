@@ -47,9 +47,6 @@ class ModelStates(TorchFile):
     The file also contains objects of DeepSpeed's and Megatron's own classes. The restricted unpickler replaces each by a
     ``Bystander`` instead of importing its class; an object of any other class is rejected, as in every file.
 
-    Args:
-        path: The file.
-
     Attributes:
         fields: Other information about the model: the entries in ``KEPT`` that the file has.
 

@@ -59,9 +59,6 @@ class SafetensorsFile:
     their header is detected unless the result is a valid header again, and a flipped bit in
     their data cannot be detected.
 
-    Args:
-        path: The file.
-
     Attributes:
         metadata: effscale's texts in the header, by key; see ``effscale.interop.files.writer.write_tensors``.
 

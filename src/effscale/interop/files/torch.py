@@ -37,9 +37,6 @@ class TorchFile:
     (a step counter, a packed weight of another library) shows that the file contains more than a
     model's weights, and ignoring it silently could leave out a weight.
 
-    Args:
-        path: The file.
-
     Raises:
         ImportError: torch is not installed.
         FolderError: The file cannot be read, or contains anything except a state dict of tensors.

@@ -38,9 +38,6 @@ class GGUFBlocks:
     """The tensors of a GGUF file, with blocks of the three types as codes; see
     ``effscale.interop.tensors.MixedTensors``.
 
-    Args:
-        file: The file.
-
     Raises:
         FolderError: No tensor has one of these types.
     """

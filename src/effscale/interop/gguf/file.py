@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from effscale.interop.foreign import reading, shown
-from effscale.interop.gguf.header import Entry, Header, import_gguf, read_header
+from effscale.interop.gguf.header import import_gguf, read_header
 from effscale.interop.tensors import FolderError, TensorInfo
 
 FREQUENCIES = "rope_freqs.weight"
@@ -31,9 +31,6 @@ class GGUFFile:
     Names are the file's (``blk.0.attn_q.weight``) and shapes NumPy's, ``(out, in)`` for a matrix. Every tensor is returned in
     float32, whatever its packed format. The rows of ``attn_q`` and ``attn_k`` are in llama.cpp's order, which rotates
     adjacent pairs.
-
-    Args:
-        path: The file.
 
     Raises:
         FolderError: The file cannot be read, is damaged, or is one part of a split model.
@@ -60,56 +57,44 @@ class GGUFFile:
         Raises:
             FolderError: The tensor does not exist, the gguf package cannot dequantize its type, or the file changed.
         """
-        return _read(self.header, name)
-
-    def kind(self, name: str) -> str:
-        """Return the type of a tensor by ggml's name, such as ``Q4_0``."""
-        return _kind(self.header.entries[name]).name
+        data, kind = self.read_bytes(name), self._kind(name)
+        try:
+            values = import_gguf().quants.dequantize(data, kind)
+        except NotImplementedError as error:
+            raise FolderError(
+                f"{str(self.header.path)!r}: the tensor {name!r} has the type {kind.name}, which the gguf package cannot "
+                "dequantize. Convert the file with llama.cpp's `llama-quantize --allow-requantize ... F16`."
+            ) from error
+        values.flags.writeable = False
+        return values
 
     def read_bytes(self, name: str) -> np.ndarray:
         """Read the bytes of one tensor as stored in the file, one row of the tensor per row; see ``read``."""
-        return _read_bytes(self.header, name)
+        path = self.header.path
+        if name not in self.header.entries:
+            raise FolderError(f"{str(path)!r}: no tensor {name!r}.")
+        entry = self.header.entries[name]
+        data = np.empty(entry.size, np.uint8)
+        try:
+            with open(path, "rb") as stream:
+                stream.seek(entry.start)
+                count = stream.readinto(data.data)
+        except OSError as error:
+            raise FolderError(f"{str(path)!r}: {name!r} cannot be read ({error}).") from error
+        if count != entry.size:
+            raise FolderError(f"{str(path)!r}: was truncated after it was opened.")
+        return data.reshape(entry.byte_shape)
 
+    def kind(self, name: str) -> str:
+        """Return the type of a tensor by ggml's name, such as ``Q4_0``."""
+        return self._kind(name).name
 
-def _kind(entry: Entry) -> Any:
-    return import_gguf().GGMLQuantizationType(entry.kind)
-
-
-def _read_bytes(header: Header, name: str) -> np.ndarray:
-    if name not in header.entries:
-        raise FolderError(f"{str(header.path)!r}: no tensor {name!r}.")
-    entry = header.entries[name]
-    data = np.empty(entry.size, np.uint8)
-    try:
-        with open(header.path, "rb") as stream:
-            stream.seek(entry.start)
-            count = stream.readinto(data.data)
-    except OSError as error:
-        raise FolderError(f"{str(header.path)!r}: {name!r} cannot be read ({error}).") from error
-    if count != entry.size:
-        raise FolderError(f"{str(header.path)!r}: was truncated after it was opened.")
-    return data.reshape(entry.byte_shape)
-
-
-def _read(header: Header, name: str) -> np.ndarray:
-    data = _read_bytes(header, name)
-    kind = _kind(header.entries[name])
-    try:
-        values = import_gguf().quants.dequantize(data, kind)
-    except NotImplementedError as error:
-        raise FolderError(
-            f"{str(header.path)!r}: the tensor {name!r} has the type {kind.name}, which the gguf package cannot "
-            "dequantize. Convert the file with llama.cpp's `llama-quantize --allow-requantize ... F16`."
-        ) from error
-    values.flags.writeable = False
-    return values
+    def _kind(self, name: str) -> Any:
+        return import_gguf().GGMLQuantizationType(self.header.entries[name].kind)
 
 
 def gguf_config(file: GGUFFile | str | os.PathLike[str]) -> dict[str, Any]:
     """Return the fields that ``config.json`` would have for the Llama in a GGUF file.
-
-    Args:
-        file: The file, or its path.
 
     Returns:
         The fields under transformers' names, including ``vocab_size`` and the ids of special tokens.
@@ -119,12 +104,13 @@ def gguf_config(file: GGUFFile | str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = file if isinstance(file, GGUFFile) else GGUFFile(file)
     with reading(f"{str(file.header.path)!r} cannot be loaded"):
-        return _Config(file.header).fields()
+        return _Config(file).fields()
 
 
 class _Config:
-    def __init__(self, header: Header):
-        self.header, self.given, self.entries = header, header.fields, header.entries
+    def __init__(self, file: GGUFFile):
+        self.file, self.header = file, file.header
+        self.given, self.entries = file.header.fields, file.header.entries
 
     def fields(self) -> dict[str, Any]:
         architecture = self.given.text("general.architecture")
@@ -209,7 +195,7 @@ class _Config:
 
     def llama3(self, base: float | int, rotated: int) -> dict[str, Any]:
         """Return the parameters that give the tensor's factors: Llama 3.1 and its successors differ in only one of them."""
-        given = _read(self.header, FREQUENCIES)
+        given = self.file.read(FREQUENCIES)
         if given.shape != (-(-rotated // 2),):
             # Checked before computing as many factors as a key of the file specifies.
             raise self.refused(f"{FREQUENCIES} has the invalid shape {list(given.shape)}")

@@ -53,9 +53,6 @@ def gguf_tokenizer(file: GGUFFile | str | os.PathLike[str]) -> tokenizers.Tokeni
     ``smollm``, it does not split off digits first, so of several spaces before a digit it separates the last one. For
     ``llama-bpe``, it merges words that the vocabulary contains as a whole.
 
-    Args:
-        file: The file, or its path.
-
     Raises:
         FolderError: The file has no tokenizer, one of another kind (SentencePiece), or one with an unsupported splitting rule.
     """

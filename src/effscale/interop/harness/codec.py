@@ -4,16 +4,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
 
 from effscale.data import separator_id
 from effscale.interop import load_tokenizer
-from effscale.interop.folder import checked_folder, read_json
+from effscale.interop.folder import checked_folder, read_json_if_there
 from effscale.interop.gguf.file import GGUFFile, gguf_config
 from effscale.interop.source import gguf_path
+from effscale.interop.tokenizer import special_id, special_word
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 """The fields of ``config.json`` for the number of tokens that a model reads, in the order in which the harness tries them."""
@@ -100,35 +101,22 @@ def _of_folder(place: pathlib.Path) -> Codec:
     if gguf is not None:
         config, settings = gguf_config(GGUFFile(gguf)), {}
     else:
-        read = lambda name: read_json(place, name) if (place / name).is_file() else {}
         checked_folder(place)
+        read = functools.partial(read_json_if_there, place)
         config, settings = read("config.json"), read("tokenizer_config.json")
         if "added_tokens_decoder" not in settings:
             # In the older format this file also counts.
             settings = settings | read("special_tokens_map.json")
     tokenizer = load_tokenizer(place)
-    start, end = (_named(settings, role, tokenizer) for role in ("bos", "eos"))
+    words = (special_word(settings, role) for role in ("bos", "eos"))
+    start, end = (None if word is None else tokenizer.token_to_id(word) for word in words)
     if start is None and end is None:
-        start, end = (_numbered(config, role) for role in ("bos", "eos"))
+        ids = (special_id(config, role) for role in ("bos", "eos"))
+        start, end = (None if number is None or number < 0 else number for number in ids)
     if start is None and end is None:
         start = end = _separator(tokenizer)
     longest = next((config[name] for name in LENGTHS if config.get(name) is not None), None)
     return _codec(tokenizer, start, end, longest or settings.get("model_max_length"))
-
-
-def _named(settings: Mapping[str, Any], role: str, tokenizer: Any) -> int | None:
-    token = settings.get(f"{role}_token")
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if isinstance(token, str) else None
-
-
-def _numbered(config: Mapping[str, Any], role: str) -> int | None:
-    number = config.get(f"{role}_token_id")
-    if isinstance(number, list) and number:
-        number = number[0]  # if there are several end tokens, the first is the usual one
-    is_id = isinstance(number, int) and not isinstance(number, bool) and number >= 0
-    return number if is_id else None
 
 
 def _separator(tokenizer: tokenizers.Tokenizer) -> int | None:

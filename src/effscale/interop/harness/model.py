@@ -11,10 +11,13 @@ import jax
 from effscale.evaluation.continuations import score_continuations
 from effscale.evaluation.texts import text_log_probs
 from effscale.interop import load_pretrained
-from effscale.interop.harness.answers import continue_texts
-from effscale.interop.harness.checks import check_model, length_of
 from effscale.interop.harness.codec import codec_of
-from effscale.interop.harness.sampling import sampling_of
+from effscale.interop.harness.requests import (
+    check_model,
+    continue_texts,
+    length_of,
+    sampling_of,
+)
 from effscale.models import Transformer, unroll
 
 try:

@@ -53,9 +53,6 @@ class MegatronBloom:
 
     Names lack the prefix ``transformer.``, as in BLOOM's own files on the Hub.
 
-    Args:
-        folder: The folder with the layer files.
-
     Raises:
         FolderError: A rank or a layer is missing; ranks have different names, shapes or types; a
             name does not belong to BLOOM.

@@ -10,16 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from effscale.interop.deepspeed.expert_files import NAME, DeepSpeedMoE, expert_file
+from effscale.interop.deepspeed.experts import REST, checkpoint, write_files
 from effscale.interop.deepspeed.states import Bystander
-from effscale.interop.deepspeed.writer import REST, checkpoint, write_files
 from effscale.interop.describe import essence
 from effscale.interop.folder import checked_folder
 from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.load import load_source
 from effscale.interop.megatron.args import from_args, to_args
 from effscale.interop.megatron.family import MEGATRON, table
-from effscale.interop.plan import Slot, parameters, plan
-from effscale.interop.save import on_host, part
+from effscale.interop.plan import Slot, parameters, plan, values_of
+from effscale.interop.save import stored_array
 from effscale.interop.source import Source, check_experts
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError
@@ -116,10 +116,10 @@ def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> Non
         ValueError: Megatron-DeepSpeed does not support the model.
     """
     args = _args_of(model.config)
-    leaves, axes = parameters(model), sizes(model.config)
+    values, axes = values_of(model), sizes(model.config)
     files: dict[tuple[int, int], list[Slot]] = collections.defaultdict(list)
     rest: list[Slot] = []
-    slots = plan(MEGATRON.rules, model.config, leaves)
+    slots = plan(MEGATRON.rules, model.config, parameters(model))
     layers = sorted(
         {slot.layer for slot in slots if slot.rule.in_expert and slot.layer is not None}
     )
@@ -130,15 +130,13 @@ def save_megatron_moe(model: Transformer, folder: str | os.PathLike[str]) -> Non
         else:
             files[layers.index(slot.layer), int(match[2])].append(slot)
 
-    def tensor(slot: Slot) -> np.ndarray:
-        weights = [leaves[leaf].get_value() for leaf in slot.leaves]
-        each = [on_host(part(w, slot.index) if slot.index else w) for w in weights]
-        return slot.rule.to_theirs(each, axes)
-
     def contents() -> Iterator[tuple[str, Any]]:
         for (layer, expert), own in files.items():
-            yield expert_file(layer, expert), {slot.name: tensor(slot) for slot in own}
-        module = _nested({slot.name: tensor(slot) for slot in rest})
+            yield (
+                expert_file(layer, expert),
+                {slot.name: stored_array(slot, values, axes) for slot in own},
+            )
+        module = _nested({slot.name: stored_array(slot, values, axes) for slot in rest})
         counts = [n for n in args["num_experts"] if n > 1]
         more = {"checkpoint_version": VERSION, "iteration": 0, "args": argparse.Namespace(**args)}
         yield REST, checkpoint(module, counts, **more)

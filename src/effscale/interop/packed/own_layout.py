@@ -31,11 +31,11 @@ import ml_dtypes
 import numpy as np
 
 from effscale.interop.files.safetensors import PREFIX, SafetensorsFile
+from effscale.interop.folder import Shards
 from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.packed.coded import check_scales
 from effscale.interop.plan import parameters, their_shapes
 from effscale.interop.save import StoredSlot, ToTheirs, stored_slots
-from effscale.interop.shards import Shards
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo, Tensors, ToOurs
 from effscale.models import Transformer
@@ -70,9 +70,6 @@ class Part:
 
 class OwnStore:
     """Writer of a model's packed weights; see ``effscale.interop.save.Store``.
-
-    Args:
-        model: The model.
 
     Attributes:
         fields: The ``quantization_config``.
@@ -125,9 +122,6 @@ def _arrays(name: str, weights: tuple[Any, ...]) -> Iterator[tuple[str, np.ndarr
 
 class OwnLayout:
     """The tensors of a folder in this layout; see ``effscale.interop.tensors.MixedTensors``.
-
-    Args:
-        files: The tensors as stored in the files.
 
     Raises:
         FolderError: The layout has another version or no version, or an array is missing or has the wrong shape; the

@@ -27,7 +27,7 @@ from effscale.interop.peft.whole_writer import (
     warn_of_heads,
     whole_tensors,
 )
-from effscale.interop.plan import parameters
+from effscale.interop.plan import values_of
 from effscale.interop.save import on_host
 from effscale.interop.tensors import FolderError, Tensors
 from effscale.models import LoRA, Transformer
@@ -88,13 +88,13 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
     """
     place = checked_folder(folder)
     fields = read_json(place, CONFIG)
-    modules, leaves = modules_of(model), parameters(model)
-    reader = AdapterReader(_open(place), fields, modules, leaves)
+    modules, values = modules_of(model), values_of(model)
+    reader = AdapterReader(_open(place), fields, modules, values)
     whole = reader.whole_by_leaf()
     wrong = other_kind(fields) + reader.wrong
     stacked: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     for leaf, pairs in reader.by_leaf().items():
-        weight = leaves[leaf].get_value()
+        weight = values[leaf]
         if isinstance(weight, LoRA):
             wrong.append(
                 f"{leaf} of the model already has a pair; call merge_lora or unmerge_lora first"
@@ -106,7 +106,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> Transfor
             wrong.append(str(error))
     replaced: dict[str, np.ndarray] = {}
     for leaf, parts in whole.items():
-        weight = leaves[leaf].get_value()
+        weight = values[leaf]
         if isinstance(weight, jax.Array):
             replaced[leaf] = filled(weight, parts)
         else:
@@ -167,7 +167,7 @@ def save_adapter(
     """
     modules = modules_of(model)
     written = _their_pairs(model, modules)
-    values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
+    values = values_of(model)
     heads = heads_trained_whole(model.config, modules, values)
     names = [*heads.values()] if modules_to_save is None else modules_to_save
     tensors, saved = whole_tensors(modules, values, names)
@@ -217,7 +217,7 @@ def _their_pairs(model: Transformer, modules: Modules) -> list[_Written]:
     Raises:
         ValueError: There are no pairs, or one has no counterpart.
     """
-    values = {leaf: variable.get_value() for leaf, variable in parameters(model).items()}
+    values = values_of(model)
     widths = {leaf: value.shape[-1] for leaf, value in values.items() if value.shape}
     held = {
         leaf: (on_host(value.a), on_host(value.b), value.scale)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from effscale.interop.load import FLOATS, has_nan
+from effscale.interop.load import has_nan, misfits
 from effscale.interop.peft.config import read_scaling
 from effscale.interop.peft.modules import START, Module, Modules, keys
 from effscale.interop.peft.pairs import Pair
 from effscale.interop.peft.whole import WholeModules, same_numbers
-from effscale.interop.save import on_host
+from effscale.interop.save import stored_array
 from effscale.interop.tensors import Tensors
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])")
@@ -21,12 +21,6 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:[AB]\.weight|embedding_[AB])
 
 class AdapterReader:
     """Read all pairs and whole modules of an adapter's file.
-
-    Args:
-        tensors: The file.
-        fields: The adapter's config.
-        modules: The modules of the model.
-        leaves: The parameters of the model, by path.
 
     Attributes:
         pairs: The valid pairs, by module.
@@ -39,9 +33,9 @@ class AdapterReader:
         tensors: Tensors,
         fields: Mapping[str, Any],
         modules: Modules,
-        leaves: Mapping[str, Any],
+        values: Mapping[str, Any],
     ):
-        self.tensors, self.modules, self.leaves = tensors, modules, leaves
+        self.tensors, self.modules, self.values = tensors, modules, values
         self.scaling = read_scaling(fields)
         self.whole = WholeModules(tensors.infos, fields, modules)
         self.wrong: list[str] = []
@@ -112,14 +106,8 @@ class AdapterReader:
         wrong = [f"missing: {name}" for name in wanted if name not in names]
         wrong += [f"unexpected: {name}" for name in sorted(names - set(wanted))]
         for name in sorted(names & set(wanted)):
-            info = self.tensors.infos[name]
-            if info.shape != wanted[name]:
-                wrong.append(
-                    f"wrong shape: {name} {list(info.shape)}, but the model and a rank of {rank} "
-                    f"need {list(wanted[name])}"
-                )
-            if info.dtype not in (*FLOATS, np.dtype("float64")):
-                wrong.append(f"not of a float type: {name} {info.dtype}")
+            info, who = self.tensors.infos[name], f"the model and a rank of {rank} need"
+            wrong += misfits(name, info, wanted[name], who)
         self.wrong += wrong
         if not wrong:
             a, b = map(self._read, wanted)
@@ -159,8 +147,7 @@ class AdapterReader:
         slot = self.modules.slot_of(original)
         if slot is None:
             return False
-        held = [on_host(self.leaves[leaf].get_value()) for leaf in slot.leaves]
-        ours = slot.rule.to_theirs([array[slot.index] for array in held], self.modules.axes)
+        ours = stored_array(slot, self.values, self.modules.axes)
         return same_numbers(self.tensors.read(name), ours)
 
     def _check_twins(self, heads: Mapping[Module, Pair]) -> None:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from effscale.interop.foreign import Fields
-from effscale.interop.load import FLOATS
+from effscale.interop.load import misfits
 from effscale.interop.peft.modules import START, Modules
 from effscale.interop.plan import Slot
 from effscale.interop.save import on_host
@@ -53,11 +53,6 @@ def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
 class WholeModules:
     """The tensors of whole modules in an adapter's file.
 
-    Args:
-        infos: Shapes and types of the file's tensors.
-        fields: The adapter's config.
-        modules: The modules of the model.
-
     Attributes:
         found: For each place in the model, the names of the tensors that fill it: two if a head is the embedding.
         wrong: Descriptions of all problems.
@@ -92,13 +87,9 @@ class WholeModules:
             self.wrong.append(f"{name}: the model has no such module{self._hint(canonical, info)}")
             return True
         self._seen.add(slot)
-        if info.shape != self.modules.shapes[slot.name]:
-            self.wrong.append(
-                f"wrong shape: {name} {list(info.shape)}, but the model needs {list(self.modules.shapes[slot.name])}"
-            )
-        elif info.dtype not in (*FLOATS, np.dtype("float64")):
-            self.wrong.append(f"not of a float type: {name} {info.dtype}")
-        else:
+        wrong = misfits(name, info, self.modules.shapes[slot.name], "the model needs")
+        self.wrong += wrong
+        if not wrong:
             self.found.setdefault(slot, []).append(name)
         return True
 

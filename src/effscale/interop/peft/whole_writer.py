@@ -10,7 +10,7 @@ import numpy as np
 from effscale.interop.peft.modules import START, Modules
 from effscale.interop.peft.whole import same_numbers
 from effscale.interop.plan import Slot
-from effscale.interop.save import on_host, part
+from effscale.interop.save import stored_array
 from effscale.interop.source import open_source
 from effscale.interop.tensors import FolderError
 from effscale.models import ClassHead, LMHead, LoRA, TokenInputs, TransformerConfig
@@ -91,7 +91,7 @@ def whole_tensors(
         elif slot.rule.in_expert:
             wrong.append(f"{tensor}: all experts are one tensor in transformers' memory")
         else:
-            found[f"{START}{tensor}"] = _theirs(slot, modules, values)
+            found[f"{START}{tensor}"] = stored_array(slot, values, modules.axes)
     if wrong:
         raise ValueError("the model's modules cannot be saved for PEFT:\n  " + "\n  ".join(wrong))
     saved = [
@@ -118,14 +118,7 @@ def warn_of_heads(
     values: Mapping[str, Any],
     base: str | os.PathLike[str] | None,
 ) -> None:
-    """Warn about heads that are neither in the adapter nor, with the same values, in the folder of its base.
-
-    Args:
-        left_out: Names of heads, and of their modules in transformers.
-        modules: The modules of the model.
-        values: The weights of the model, by path.
-        base: Folder or name of the base.
-    """
+    """Warn about heads that are neither in the adapter nor, with the same values, in the folder of its base."""
     for head, name in left_out.items():
         slots = {t: slot for t, slot in modules.tensors.items() if t.startswith(f"{name}.")}
         if not _is_in(base, slots, modules, values):
@@ -153,14 +146,8 @@ def _is_in(
         name = modules.family.canonical(tensor)
         if name not in source.names or source.tensors.infos[name].form is not None:
             return False
-        if not same_numbers(np.asarray(source.tensors.read(name)), _theirs(slot, modules, values)):
+        if not same_numbers(
+            np.asarray(source.tensors.read(name)), stored_array(slot, values, modules.axes)
+        ):
             return False
     return True
-
-
-def _theirs(slot: Slot, modules: Modules, values: Mapping[str, Any]) -> np.ndarray:
-    """Return a tensor in the layout of transformers."""
-    weights = [values[leaf] for leaf in slot.leaves]
-    weights = [part(w, slot.index) if slot.index else w for w in weights]
-    array = slot.rule.to_theirs([on_host(weight) for weight in weights], modules.axes)
-    return np.ascontiguousarray(array)
