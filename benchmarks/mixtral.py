@@ -21,12 +21,12 @@ def effscale() -> dict[str, float]:
     from flax import nnx
 
     from effscale.generation import SamplingConfig, decode
-    from effscale.interop.families.mixtral import mixtral
+    from effscale.interop.families.mixtures import llama_of_experts
     from effscale.models import Transformer, unroll
     from effscale.moe import MoEConfig
     from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
 
-    config = mixtral(num_experts=8, k=2, aux_loss=0.02, d_ff=512, **SHAPE)
+    config = llama_of_experts(num_experts=8, k=2, aux_loss=0.02, d_ff=512, **SHAPE)
 
     def with_capacity(factor: float):
         def block(one):
