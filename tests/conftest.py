@@ -69,12 +69,14 @@ def getkey():
 # the rest, and each file that needs PyTorch or what is installed with it, on the first. Without --leg, everything runs.
 TESTS = pathlib.Path(__file__).resolve().parent
 NEWEST = [
+    "chat",
     "experiments",
     "kernels_pallas",
     "ltd",
     "models",
     "optim",
     "parallel",
+    "plan",
     "quant",
     "rlhf",
     "training",

@@ -11,9 +11,9 @@ import jax
 import pytest
 from flax import nnx
 
+from effscale.chat import Config, main
+from effscale.chat.conversation import Conversation
 from effscale.data import train_tokenizer
-from effscale.experiments.chat import Config, main
-from effscale.experiments.chat.conversation import Conversation
 from effscale.generation import SamplingConfig
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, gpt2
@@ -21,7 +21,7 @@ from effscale.rlhf.data import RecordEncoder
 
 pytest.importorskip("gradio", reason="the extra chat is not installed")
 
-from effscale.experiments.chat import web
+from effscale.chat import web
 
 
 def model(seed, max_length):
@@ -107,7 +107,7 @@ def test_in_a_browser(talks, tmp_path):
 
     for seed, (name, talk) in enumerate(talks.items()):
         save_pretrained(model(seed, 9000), tmp_path / name, tokenizer=talk.encoder.tokenizer)
-    command = [*(sys.executable, "-m", "effscale.experiments.chat", "--web", "--temperature", "0")]
+    command = [*(sys.executable, "-m", "effscale.chat", "--web", "--temperature", "0")]
     command += ["--max-new-tokens", "8000"]
     command += ["--model", str(tmp_path / "sft"), "--beside", str(tmp_path / "ppo"), "--port"]
     options = webdriver.ChromeOptions()

@@ -5,8 +5,8 @@ from typing import Any
 
 import gradio
 
-from effscale.experiments.chat.config import Config
-from effscale.experiments.chat.conversation import Conversation
+from effscale.chat.config import Config
+from effscale.chat.conversation import Conversation
 
 
 def serve(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""The programs of the experiment ``scale``: a training step, with or without a technique, and the decoding of one token."""
+"""The programs of ``effscale.plan``: a training step, with or without a technique, and the decoding of one token."""
 
 import dataclasses
 from typing import Any
@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from effscale.experiments.scale.cases import ONEBIT, Case, Weights
-from effscale.experiments.scale.models import loss_of
 from effscale.ltd import RandomLTD, mslg
 from effscale.models import (
     Transformer,
@@ -22,6 +20,8 @@ from effscale.models import (
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import logical_spec, per_worker
 from effscale.parallel.lowering import lower_step, placed, placed_rows
+from effscale.plan.cases import ONEBIT, Case, Weights
+from effscale.plan.models import loss_of
 from effscale.quant import Format, PackedWeight, Recipe, Rule, quantize_model
 from effscale.training import AdamWConfig, Clip, create_train_state, make_train_step
 

@@ -1,4 +1,4 @@
-"""Config and presets of the experiment ``scale``."""
+"""Config and presets of ``effscale.plan``."""
 
 import dataclasses
 import itertools
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import get_args
 
 from effscale.data_efficiency import DataEfficiencyConfig
-from effscale.experiments.scale.cases import ONEBIT, Case, Technique, Weights
-from effscale.experiments.scale.machines import machine
-from effscale.experiments.scale.models import check_mesh, known_model, num_experts
-from effscale.experiments.scale.schedules import PAPER, stages_of
 from effscale.models.config import Remat
 from effscale.options import check
 from effscale.parallel import MeshConfig
+from effscale.plan.cases import ONEBIT, Case, Technique, Weights
+from effscale.plan.machines import machine
+from effscale.plan.models import check_mesh, known_model, num_experts
+from effscale.plan.schedules import PAPER, stages_of
 from effscale.study.folder import OUTPUT, OutputPart
 
 

@@ -1,18 +1,24 @@
-"""Models that the experiment ``scale`` knows by name, with their training losses."""
+"""Models that ``effscale.plan`` knows by name, with their training losses."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from effscale.experiments.shared.bert import ModelConfig as Bert
-from effscale.models import PRESETS, MLPConfig, TransformerConfig, preset
+from effscale.models import PRESETS, LMHead, MLPConfig, NormConfig, TransformerConfig, bert, preset
 from effscale.options import did_you_mean
 
 
 def _bert(num_layers: int, d_model: int, num_heads: int) -> TransformerConfig:
     """Return a BERT with the masked-token head of its pretraining."""
-    sizes = {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads}
-    return Bert(**sizes).build(vocab_size=30522, length=512)
+    return bert(
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        vocab_size=30522,
+        max_length=512,
+        pooler=False,
+        heads=(LMHead(name="mlm", bias=True, transform="gelu", norm=NormConfig(epsilon=1e-12)),),
+    )
 
 
 def _with_128_experts() -> TransformerConfig:

@@ -1,12 +1,12 @@
-"""One compilation of the experiment ``scale``: a model's training step, or the decoding of one token, on a mesh."""
+"""One compilation of ``effscale.plan``: a model's training step, or the decoding of one token, on a mesh."""
 
 import dataclasses
 from typing import Literal
 
-from effscale.experiments.scale.models import computing, known_model
 from effscale.models import TransformerConfig
 from effscale.models.config import Remat
 from effscale.parallel import MeshConfig
+from effscale.plan.models import computing, known_model
 
 Technique = Literal[
     "none", "random_ltd", "curriculum", "onebit_adam", "zero_one_adam", "onebit_lamb"

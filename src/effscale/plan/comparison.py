@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from effscale.experiments.scale.cases import ONEBIT, SCHEDULED, Case, Technique
-from effscale.experiments.scale.config import Config
-from effscale.experiments.scale.estimate import Estimate, estimate
-from effscale.experiments.scale.schedules import rounds, stages_of
+from effscale.plan.cases import ONEBIT, SCHEDULED, Case, Technique
+from effscale.plan.config import Config
+from effscale.plan.estimate import Estimate, estimate
+from effscale.plan.schedules import rounds, stages_of
 
 Found = Mapping[str, Mapping[str, Any]]
 

@@ -1,13 +1,13 @@
-"""Tables and the figure of the experiment ``scale``."""
+"""Tables and the figure of ``effscale.plan``."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effscale.experiments.scale.comparison import between, plain_name
-from effscale.experiments.scale.config import Config
-from effscale.experiments.scale.estimate import Estimate
-from effscale.experiments.scale.machines import machine
+from effscale.plan.comparison import between, plain_name
+from effscale.plan.config import Config
+from effscale.plan.estimate import Estimate
+from effscale.plan.machines import machine
 from effscale.training.plotting import COLORS, STYLE, pyplot
 
 DAY = 86_400

@@ -1,4 +1,4 @@
-"""The experiment ``scale``: what it reads from a compiled step, what it makes of that, and what it refuses."""
+"""``effscale.plan``: what it reads from a compiled step, what it makes of that, and what it refuses."""
 
 import dataclasses
 import json
@@ -8,7 +8,11 @@ import jax
 import pytest
 
 from effscale.data_efficiency import DataEfficiencyConfig
-from effscale.experiments.scale import (
+from effscale.ltd import training_flops
+from effscale.models import gpt2, num_params, preset
+from effscale.moe import MoEConfig, with_experts
+from effscale.parallel import MeshConfig
+from effscale.plan import (
     PRESETS,
     Config,
     comparison,
@@ -18,14 +22,10 @@ from effscale.experiments.scale import (
     report,
     worker,
 )
-from effscale.experiments.scale.cases import Case
-from effscale.experiments.scale.estimate import _attention, _speed, estimate
-from effscale.experiments.scale.machines import CHIPS, Machine, machine
-from effscale.experiments.scale.schedules import rounds, stages_of
-from effscale.ltd import training_flops
-from effscale.models import gpt2, num_params, preset
-from effscale.moe import MoEConfig, with_experts
-from effscale.parallel import MeshConfig
+from effscale.plan.cases import Case
+from effscale.plan.estimate import _attention, _speed, estimate
+from effscale.plan.machines import CHIPS, Machine, machine
+from effscale.plan.schedules import rounds, stages_of
 
 GPT2 = Case(
     model="pythia-70m",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from effscale.experiments.chat.config import Config
+from effscale.chat.config import Config
 from effscale.generation import AnswerText, SamplingConfig, stream
 from effscale.interop import load_encoder, load_pretrained, sampling_from_folder
 from effscale.models import Transformer, unroll

@@ -9,12 +9,12 @@ Memory and traffic are the compiler's figures. Times are estimates that were not
 compiler's cycles, and the bytes that a chip sends at the bandwidth of its specification, once overlapped and once in
 sequence.
 
-    python -m effscale.experiments.scale
-    python -m effscale.experiments.scale --model gpt3-175b opt-66b --topology v5p:8x8x8
-    python -m effscale.experiments.scale --tensor 4 8 16 --accumulate 2 4    # all combinations, compared
-    python -m effscale.experiments.scale --preset techniques                 # with and without each technique
-    python -m effscale.experiments.scale --technique --decode bfloat16 int8 --topology v5p:2x2x2 --tensor 8
-    python -m effscale.experiments.scale --model bloom-7b1 --topology 64xH100 --batch-size 512 --tensor 1
+    python -m effscale.plan
+    python -m effscale.plan --model gpt3-175b opt-66b --topology v5p:8x8x8
+    python -m effscale.plan --tensor 4 8 16 --accumulate 2 4    # all combinations, compared
+    python -m effscale.plan --preset techniques                 # with and without each technique
+    python -m effscale.plan --technique --decode bfloat16 int8 --topology v5p:2x2x2 --tensor 8
+    python -m effscale.plan --model bloom-7b1 --topology 64xH100 --batch-size 512 --tensor 1
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from effscale.experiments.scale.cases import Case
-from effscale.experiments.scale.config import FREE, PRESETS, Config
-from effscale.experiments.scale.machines import machine
+from effscale.plan.cases import Case
+from effscale.plan.config import FREE, PRESETS, Config
+from effscale.plan.machines import machine
 from effscale.study.command import messages, parse
 from effscale.study.folder import check_folder, open_folder, release, resumable
 from effscale.study.results import Result, finish
@@ -52,8 +52,8 @@ def run(config: Config) -> Result:
         RuntimeError: A case does not compile; the compiler's message is in the error.
     """
     # Imports that only a run needs are here, so that --help is fast.
-    from effscale.experiments.scale import comparison, report
-    from effscale.experiments.scale.estimate import estimate
+    from effscale.plan import comparison, report
+    from effscale.plan.estimate import estimate
 
     check_folder(config, FREE)
     _check_compiler(config)
@@ -133,15 +133,15 @@ def _compile_all(cases: Sequence[Case], kept: pathlib.Path) -> dict[str, dict[st
 
 
 def compiled(case: Case) -> dict[str, object]:
-    """Compile a case in a separate process and return the results; see ``effscale.experiments.scale.worker``.
+    """Compile a case in a separate process and return the results; see ``effscale.plan.worker``.
 
     Raises:
         RuntimeError: The case does not compile.
     """
-    from effscale.experiments.scale.worker import MARK
+    from effscale.plan.worker import MARK
 
     done = subprocess.run(
-        [sys.executable, "-m", "effscale.experiments.scale.worker"],
+        [sys.executable, "-m", "effscale.plan.worker"],
         input=json.dumps(dataclasses.asdict(case)),
         env=machine(case.topology).target.environment(),
         capture_output=True,
@@ -170,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # only the compilers are needed, not an accelerator
     with messages():
-        run(parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.scale"))
+        run(parse(PRESETS, __doc__ or "", argv, name="python -m effscale.plan"))

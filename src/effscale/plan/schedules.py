@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from effscale.data_efficiency import DataEfficiencyConfig, Plan, make_plan
-from effscale.experiments.scale.cases import Case, Technique
+from effscale.plan.cases import Case, Technique
 
 PAPER = DataEfficiencyConfig(
     curriculum=110_000 / 286_102,

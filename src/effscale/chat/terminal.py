@@ -1,8 +1,8 @@
 """Chat with a model in the terminal or the browser. It answers word by word and remembers the conversation.
 
-    python -m effscale.experiments.chat --model FOLDER
-    python -m effscale.experiments.chat --model runs/mine/seed-0/ppo/model --temperature 0.7 --top-p 0.9
-    python -m effscale.experiments.chat --web --model runs/mine/seed-0/sft/model --beside runs/mine/seed-0/ppo/model
+    python -m effscale.chat --model FOLDER
+    python -m effscale.chat --model runs/mine/seed-0/ppo/model --temperature 0.7 --top-p 0.9
+    python -m effscale.chat --web --model runs/mine/seed-0/sft/model --beside runs/mine/seed-0/ppo/model
 
 In the terminal, /clear forgets the conversation, /quit (or Ctrl-D) ends it, and Ctrl-C stops an answer. --web opens a
 page at http://127.0.0.1:7860 instead, where two models can answer side by side; it needs Gradio. Any folder of a
@@ -14,7 +14,7 @@ import io
 import sys
 from collections.abc import Callable, Iterable
 
-from effscale.experiments.chat.config import PRESETS, Config
+from effscale.chat.config import PRESETS, Config
 from effscale.extras import require
 from effscale.study.command import messages, parse
 
@@ -34,7 +34,7 @@ def run(config: Config, lines: Iterable[str], write: Callable[[str], object]) ->
     """
     if config.model is None:
         raise ValueError("model must be the folder of a model. Use --model FOLDER")
-    from effscale.experiments.chat.conversation import Conversation
+    from effscale.chat.conversation import Conversation
 
     talk = Conversation.open(config.model, config)
     write(f"{config.model.name}: {HELP}\n")
@@ -84,10 +84,10 @@ def _show(text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; see ``--help``."""
     with messages():
-        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.experiments.chat")
+        config = parse(PRESETS, __doc__ or "", argv, name="python -m effscale.chat")
         if config.web:
             require("the page", "gradio")
-            from effscale.experiments.chat.web import serve
+            from effscale.chat.web import serve
 
             serve(config)
         else:

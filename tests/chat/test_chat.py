@@ -7,10 +7,10 @@ import jax
 import pytest
 from flax import nnx
 
+from effscale.chat import Config, main
+from effscale.chat.conversation import Conversation
+from effscale.chat.terminal import run
 from effscale.data import train_tokenizer
-from effscale.experiments.chat import Config, main
-from effscale.experiments.chat.conversation import Conversation
-from effscale.experiments.chat.terminal import run
 from effscale.generation import SamplingConfig, generate
 from effscale.interop import save_pretrained
 from effscale.models import Transformer, gpt2

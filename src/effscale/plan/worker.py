@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effscale.experiments.scale.cases import Case
-from effscale.experiments.scale.machines import machine
-from effscale.experiments.scale.steps import lower
 from effscale.parallel import collectives, shardings
 from effscale.parallel.program_text import lines, times
+from effscale.plan.cases import Case
+from effscale.plan.machines import machine
+from effscale.plan.steps import lower
 from effscale.study.command import out_of_device_memory
 from effscale.training.saved import config_from_json
 

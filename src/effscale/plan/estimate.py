@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effscale.experiments.scale.cases import Case
-from effscale.experiments.scale.machines import HOST_GPUS, Machine, machine
 from effscale.ltd import training_flops
+from effscale.plan.cases import Case
+from effscale.plan.machines import HOST_GPUS, Machine, machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

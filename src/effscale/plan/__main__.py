@@ -1,0 +1,6 @@
+"""``python -m effscale.plan``."""
+
+from effscale.plan.experiment import main
+
+if __name__ == "__main__":
+    main()
