@@ -195,3 +195,27 @@ def test_one_compiled_run_serves_all_points_of_a_search(tmp_path):
         assert len(trained.compilations) == 1
         assert bool((trained.model["w"] == 0).all()) == (rate == 0)
     assert losses[0.1] < losses[0.01] < losses[0.0]
+
+
+def test_a_plan_counts_layers_and_sums_the_links():
+    """Four products of 8 x 16 x 16 in a scan, whose gradients take twice as many; the gradient of w goes along data."""
+
+    def loss(params, batch, key):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)
+        out, _ = jax.lax.scan(layer, batch["x"], params["w"])
+        return Loss(out.sum(), jnp.float32(8))
+
+    run = Run(
+        model={"w": jnp.zeros((4, 16, 16))},
+        loss=loss,
+        optimizer=optax.sgd(0.1),
+        num_steps=1,
+        mesh=MeshConfig(data=8, fsdp=1),
+    )
+    cost = run.plan("8xH100", jax.devices(), batch={"x": jnp.ones((8, 16))})
+    assert cost.operations == 3 * 4 * 2 * 8 * 16 * 16
+    assert cost.compute == cost.operations / (8 * 989e12)
+    assert cost.sent["data"] >= 4 * 16 * 16 * 4  # an all-reduce sends nearly twice its size
+    assert cost.network["data"] == cost.sent["data"] / 450e9
+    assert cost.fits
+    assert cost.slowest == cost.compute + cost.network["data"] >= cost.fastest

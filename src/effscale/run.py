@@ -27,6 +27,8 @@ from effscale.parallel import (
     simulate_workers,
 )
 from effscale.parallel.lowering import lower_step
+from effscale.parallel.machines import machine
+from effscale.parallel.program_cost import ProgramCost, matmul_operations, program_cost
 from effscale.training import (
     AdamWConfig,
     Changes,
@@ -403,6 +405,52 @@ class Run(Options):
             batch = self.changes.shape_batch(batch, self.changes.stages.values[stage])
         types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         return lower_step(self.step, self.create, types, mesh, frozen=frozen)
+
+    def plan(
+        self,
+        name: str,
+        devices: Sequence[Any] | None = None,
+        *,
+        batch: Any = None,
+        stage: int = -1,
+        frozen: Callable[[], Any] | None = None,
+    ) -> ProgramCost:
+        """Return the memory and the time per step on a machine, which need not exist: nothing is computed.
+
+        Args:
+            name: The machine: a TPU topology such as ``v5p:8x8x8``, or a number of GPUs such as ``384xH100``.
+            devices: Devices to compile for in place of the machine's, of the same number; None compiles for the machine itself, which needs its
+                compiler (``aot-requirements.txt``).
+            batch: As for ``lower``.
+            stage: As for ``lower``.
+            frozen: As for ``lower``.
+
+        Raises:
+            ValueError: The machine is unknown.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optax
+            >>> from effscale.run import Run
+            >>> from effscale.training import Loss
+            >>> def loss(params, batch, key):
+            ...     return Loss((batch["x"] @ params["w"]).sum(), jnp.float32(8))
+            >>> run = Run(model={"w": jnp.zeros((4, 2))}, loss=loss, optimizer=optax.sgd(0.1), num_steps=5)
+            >>> cost = run.plan("1xH100", jax.devices()[:1], batch={"x": jnp.ones((8, 4))})
+            >>> cost.fits, cost.operations  # 2 * 8 * 4 * 2, forward and for the gradient of w
+            (True, 256.0)
+        """
+        where = machine(name)
+        if devices is None:
+            devices = where.target.devices()[: where.count]
+        batch = _without_values(next(iter(self._data(0))) if batch is None else batch)
+        lowered = self.lower(devices, batch=batch, stage=stage, frozen=frozen)
+        mesh = self.device_mesh(devices) or MeshConfig().build(devices)
+        if self.changes is not None:
+            batch = self.changes.shape_batch(batch, self.changes.stages.values[stage])
+        given = {} if frozen is None else {"frozen": jax.eval_shape(frozen)}
+        with jax.set_mesh(mesh):
+            traced = jax.make_jaxpr(self.step)(jax.eval_shape(self.create), batch, **given)
+        return program_cost(lowered.compile(), matmul_operations(traced), mesh.shape, where)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values, for ``config.json``: functions by name, models and other objects by type and size."""

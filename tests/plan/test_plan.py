@@ -12,6 +12,8 @@ from effscale.ltd import training_flops
 from effscale.models import gpt2, num_params, preset
 from effscale.moe import MoEConfig, with_experts
 from effscale.parallel import MeshConfig
+from effscale.parallel.machines import CHIPS, Machine, machine
+from effscale.parallel.program_cost import link_speed
 from effscale.plan import (
     PRESETS,
     Config,
@@ -23,8 +25,7 @@ from effscale.plan import (
     worker,
 )
 from effscale.plan.cases import Case
-from effscale.plan.estimate import _attention, _speed, estimate
-from effscale.plan.machines import CHIPS, Machine, machine
+from effscale.plan.estimate import _attention, estimate
 from effscale.plan.schedules import rounds, stages_of
 
 GPT2 = Case(
@@ -129,8 +130,8 @@ def test_gpus_are_reckoned_by_their_peak_and_the_way_between_hosts():
     ],
 )
 def test_how_near_chips_are(name, mesh, axes, speed):
-    case = dataclasses.replace(GPT2, topology=name, mesh=MeshConfig(**{"data": 1, **mesh}))
-    assert _speed(case, machine(name), axes) == speed
+    sizes = dataclasses.asdict(MeshConfig(**{"data": 1, **mesh}))
+    assert link_speed(sizes, machine(name), axes) == speed
 
 
 def test_the_front_of_memory_and_time():

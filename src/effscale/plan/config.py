@@ -10,8 +10,8 @@ from effscale.data_efficiency import DataEfficiencyConfig
 from effscale.models.config import Remat
 from effscale.options import check
 from effscale.parallel import MeshConfig
+from effscale.parallel.machines import machine
 from effscale.plan.cases import ONEBIT, Case, Technique, Weights
-from effscale.plan.machines import machine
 from effscale.plan.models import check_mesh, known_model, num_experts
 from effscale.plan.schedules import PAPER, stages_of
 from effscale.study.folder import OUTPUT, OutputPart

@@ -5,12 +5,13 @@ The estimate relies on the compiler's cost model and the manufacturer's specific
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from effscale.ltd import training_flops
+from effscale.parallel.machines import Machine, machine
+from effscale.parallel.program_cost import traffic
 from effscale.plan.cases import Case
-from effscale.plan.machines import HOST_GPUS, Machine, machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,32 +79,25 @@ def estimate(
         branch: The branch of the program that runs; None counts the traffic of all branches.
     """
     where = machine(case.topology)
-    sent: dict[str, float] = {}
-    network: dict[str, float] = {}
-    exchanged = 0.0
-    for row in found["collectives"]:
-        if branch is not None and row.get("branch") not in (None, branch):
-            continue
-        name = "+".join(row["axes"])
-        sent[name] = sent.get(name, 0.0) + row["sent"]
-        speed = _speed(case, where, row["axes"])
-        if data_bandwidth is not None and "data" in row["axes"]:
-            speed = min(speed, data_bandwidth)
-        network[name] = network.get(name, 0.0) + row["sent"] / speed
-        if row["kind"] == "all-to-all" and "expert" in row["axes"]:
-            exchanged += row["sent"]
-    traffic = sum(network.values())
+    rows = [
+        row for row in found["collectives"] if branch is None or row.get("branch") in (None, branch)
+    ]
+    sent, network = traffic(rows, dataclasses.asdict(case.mesh), where, data_bandwidth)
+    exchanged = math.fsum(
+        row["sent"] for row in rows if row["kind"] == "all-to-all" and "expert" in row["axes"]
+    )
+    sending = sum(network.values())
     if case.decode is None:
         operations = _operations(case)
         compute = _compute(case, where, found, operations)
-        fastest, slowest = max(compute, traffic), compute + traffic
+        fastest, slowest = max(compute, sending), compute + sending
     else:
         # Decoding a token needs few operations; the bytes read dominate: each once, or as the compiler expects.
         operations, compute = 0.0, found["arguments"] / where.chip.bandwidth
         again = max(compute, (found["accessed"] or 0) / where.chip.bandwidth)
         if where.chip.clock is not None:
             again = max(again, found["cycles"] / where.chip.clock)
-        fastest, slowest = max(compute, traffic), again + traffic
+        fastest, slowest = max(compute, sending), again + sending
     return Estimate(
         case=case,
         memory=float(found["total"]),
@@ -151,16 +145,3 @@ def _attention(case: Case) -> float:
         squares = share * squares + (1 - share) * counted(kept)
     times = (1 + 2 + 0.5 + (case.remat != "none")) / 3
     return times * squares * case.batch_size
-
-
-def _speed(case: Case, where: Machine, axes: Sequence[str]) -> float:
-    """Return the bytes per second along axes. GPUs use the fast links if they are all in one host: along the last axes of the mesh, if these
-    divide a host.
-    """
-    if where.count <= HOST_GPUS:
-        return where.chip.near
-    sizes = dataclasses.asdict(case.mesh)
-    names = [name for name, size in sizes.items() if size != 1]
-    first = min((names.index(name) for name in axes), default=0)
-    near = HOST_GPUS % math.prod(sizes[name] for name in names[first:]) == 0
-    return where.chip.near if near else where.chip.far

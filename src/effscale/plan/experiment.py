@@ -27,9 +27,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from effscale.parallel.machines import machine
 from effscale.plan.cases import Case
 from effscale.plan.config import FREE, PRESETS, Config
-from effscale.plan.machines import machine
 from effscale.study.command import messages, parse
 from effscale.study.folder import check_folder, open_folder, release, resumable
 from effscale.study.results import Result, finish

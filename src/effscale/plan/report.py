@@ -4,10 +4,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effscale.parallel.machines import machine
 from effscale.plan.comparison import between, plain_name
 from effscale.plan.config import Config
 from effscale.plan.estimate import Estimate
-from effscale.plan.machines import machine
 from effscale.training.plotting import COLORS, STYLE, pyplot
 
 DAY = 86_400

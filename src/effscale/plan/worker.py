@@ -5,26 +5,22 @@ libtpu writes to stderr and takes over the process, so each compilation runs in 
 
 import json
 import math
-import re
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from effscale.parallel import collectives, shardings
-from effscale.parallel.program_text import lines, times
+from effscale.parallel import shardings
+from effscale.parallel.machines import machine
+from effscale.parallel.program_cost import collective_sums, total_memory, work
 from effscale.plan.cases import Case
-from effscale.plan.machines import machine
 from effscale.plan.steps import lower
 from effscale.study.command import out_of_device_memory
 from effscale.training.saved import config_from_json
 
 MARK = "effscale.scale "
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -54,14 +50,11 @@ def compile_case(case: Case) -> dict[str, Any]:
         **{name: _bytes(tree, mesh) for name, tree in program.parts.items()},
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "total": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "total": total_memory(compiled),
         "operations": costs.get("flops"),
         "accessed": costs.get("bytes accessed"),
-        "collectives": _traffic(text, mesh.shape),
-        **_work(text),
+        "collectives": collective_sums(text, mesh.shape),
+        **work(text),
     }
 
 
@@ -73,45 +66,6 @@ def _bytes(tree: Any, mesh: jax.sharding.Mesh) -> int:
         for x, sharding in leaves
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
-
-
-def _traffic(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return the bytes that a chip sends in a step, by kind of collective, mesh axes and branch (the number of the innermost ``lax.cond`` or
-    ``lax.switch`` branch around it, or None).
-    """
-    found: dict[tuple[str, tuple[str, ...], int], list[float]] = {}
-    for collective in collectives(text):
-        axes, branches = collective.axes(mesh), collective.branches
-        if not axes:  # a group of one device
-            continue
-        row = found.setdefault((collective.kind, axes, branches[-1] if branches else -1), [0, 0.0])
-        row[0] += collective.times
-        row[1] += collective.times * collective.sent
-    return [
-        {
-            "kind": kind,
-            "axes": list(axes),
-            "branch": None if branch < 0 else branch,
-            "times": count,
-            "sent": sent,
-        }
-        for (kind, axes, branch), (count, sent) in sorted(found.items())
-    ]
-
-
-def _work(text: str) -> dict[str, int]:
-    """Return the cycles that the compiler expects for its operations, and the number of kernels, which have no expected cycles. Operations in
-    loops count as often as they run.
-    """
-    runs = times(text)
-    total = {"cycles": 0, "kernels": 0}
-    for computation, line in lines(text):
-        count = runs.get(computation, 1)
-        if match := _CYCLES.search(line):
-            total["cycles"] += count * int(match[1])
-        if _KERNEL.search(line):
-            total["kernels"] += count
-    return total
 
 
 def main() -> None:
