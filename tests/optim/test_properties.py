@@ -246,7 +246,9 @@ def test_a_momentum_in_half_precision(name):
         build(name, mu_dtype="int8")
 
 
-def test_injected_hyperparams(name):
+@pytest.mark.parametrize("dtype", ["float32", "float64 in x64"], indirect=True)
+def test_injected_hyperparams(name, dtype):
+    """Which are arrays of the parameters' type."""
     start, _, function = mixed()
     plain = build(name)
     factory = getattr(optim, name)

@@ -28,7 +28,8 @@ def averaged_moments(mean: Any, mu: Any, nu: Any, b1: Any, b2: Any) -> tuple[Any
 
 def lerp(old: Any, new: Any, decay: Any) -> Any:
     """Return ``decay * old + (1 - decay) * new`` in the type of ``old``."""
-    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b.astype(a.dtype), old, new)
+    mixed = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b.astype(a.dtype), old, new)
+    return in_types_of(old, mixed)  # an injected decay is an array, with a type of its own
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
