@@ -88,9 +88,8 @@ bench: $(DEV)
 # Compiles for v5e, v6e and H100 on this machine, which needs none of them.
 aot: $(AOT_VENV)/.with-aot
 	$(AOT_VENV)/bin/python -m kernels_pallas.aot \
-		--programs kernels_pallas.attention.aot kernels_pallas.cross_entropy.aot kernels_pallas.expert_matmul.aot \
-		kernels_pallas.packed_matmul.aot kernels_pallas.quantized_matmul.aot kernels_pallas.sign_compress.aot kernels_pallas.top_k_gating.aot \
-		effscale.experiments.aot effscale.experiments.aot_attention effscale.experiments.aot_moe_decoding effscale.experiments.aot_quantization $(ARGS)
+		--programs $(patsubst benchmarks/kernels/%.py,benchmarks.kernels.%,$(wildcard benchmarks/kernels/*.py)) \
+		benchmarks.aot.experiments benchmarks.aot.attention benchmarks.aot.moe_decoding benchmarks.aot.quantization $(ARGS)
 
 # Runs every notebook and keeps what it shows.
 notebooks: $(DEV)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from kernels_pallas.cross_entropy.shapes import Shape, with_tag
+from benchmarks.kernels.cross_entropy import Shape, with_tag
 
 SQUARE = 2048
 

@@ -14,8 +14,8 @@ import harness
 import jax
 import jax.numpy as jnp
 
+from benchmarks.kernels.sign_compress import Shape, with_tag
 from kernels_pallas import sign_compress
-from kernels_pallas.sign_compress.shapes import Shape, with_tag
 
 REPEATS = 15
 

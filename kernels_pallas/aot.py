@@ -1,6 +1,6 @@
 """Compile programs for TPUs and GPUs on a machine without either, and print the resources they need.
 
-    python -m kernels_pallas.aot --targets v5e v6e h100 --programs kernels_pallas.cross_entropy.aot
+    python -m kernels_pallas.aot --targets v5e v6e h100 --programs benchmarks.kernels.cross_entropy
 
 Any module can contribute: ``--programs`` names modules with a function ``programs()`` that returns a list of
 ``Program``. Each target is compiled for in a separate process, because libtpu writes to stderr. The exit
@@ -20,16 +20,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kernels_pallas.aot_targets import TARGETS
-
-OWN_PROGRAMS = (
-    "kernels_pallas.attention.aot",
-    "kernels_pallas.cross_entropy.aot",
-    "kernels_pallas.expert_matmul.aot",
-    "kernels_pallas.packed_matmul.aot",
-    "kernels_pallas.quantized_matmul.aot",
-    "kernels_pallas.sign_compress.aot",
-    "kernels_pallas.top_k_gating.aot",
-)
 
 _COLLECTIVE = re.compile(
     r" (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -191,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--programs",
         nargs="+",
-        default=list(OWN_PROGRAMS),
+        required=True,
         help="modules with a function programs()",
     )
     parser.add_argument(

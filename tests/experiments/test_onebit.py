@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.aot.experiments import lower_onebit
 from effscale.experiments import onebit
-from effscale.experiments.aot import lower_onebit
 from effscale.experiments.onebit.optimizers import CLIP, Optimization, onebit_gradients
 from effscale.experiments.shared import bert
 from effscale.experiments.shared.classifier.recipe import Recipe

@@ -180,7 +180,7 @@ def test_the_rate_rises_and_falls_as_the_schedule_of_other_experiments():
 
 @pytest.mark.slow  # make aot compiles it
 def test_the_papers_setting_can_be_lowered():
-    from effscale.experiments.aot import lower_xtc
+    from benchmarks.aot.experiments import lower_xtc
 
     lowered = lower_xtc(jax.devices())
     text = lowered.as_text()

@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas
+from benchmarks.kernels.attention import Operands, Shape, with_tag
 from kernels_pallas import aot
 from kernels_pallas.attention import Alibi, api, gpu, tpu
 from kernels_pallas.attention.alibi import MAX_POSITION, with_features
-from kernels_pallas.attention.shapes import Operands, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported
 
 TINY = Shape(name="tiny", batch=2, heads=4, kv_heads=2, seq=128, head_dim=8, dtype="float32")

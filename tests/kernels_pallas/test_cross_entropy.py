@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
+from benchmarks.kernels.cross_entropy import SHAPES, Shape, with_tag
 from kernels_pallas.cross_entropy.api import IMPLEMENTATIONS, check_operands
 from kernels_pallas.cross_entropy.chunked import chunk_size, chunked_loss_and_gradients
-from kernels_pallas.cross_entropy.shapes import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import check_name
 from tests.kernels_pallas.cross_entropy_oracle import assert_close, oracle, run
 

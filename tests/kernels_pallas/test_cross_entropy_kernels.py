@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
 import kernels_pallas
+from benchmarks.kernels.cross_entropy import SHAPES, Shape, with_tag
 from kernels_pallas.cross_entropy import gpu, tpu
-from kernels_pallas.cross_entropy.shapes import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported
 from tests.kernels_pallas.cross_entropy_oracle import Oracle, assert_close, oracle
 

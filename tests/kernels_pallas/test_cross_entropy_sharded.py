@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas
-from kernels_pallas.cross_entropy.shapes import Operands, Shape
+from benchmarks.kernels.cross_entropy import Operands, Shape
 from kernels_pallas.dispatch import Unsupported
 from tests.kernels_pallas.cross_entropy_oracle import Oracle, assert_close, oracle
 

@@ -12,10 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.kernels.expert_matmul import SHAPES, Shape, experts, with_tag
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.expert_matmul import api, gather_matmul, reference, sort_rows
-from kernels_pallas.expert_matmul.aot import experts
-from kernels_pallas.expert_matmul.shapes import SHAPES, Shape, with_tag
 from kernels_pallas.expert_matmul.tpu import gather, rows, scatter, vmem
 from kernels_pallas.expert_matmul.tpu.steps import make_steps
 from tests.kernels_pallas.packed_oracle import H100, lowered_for

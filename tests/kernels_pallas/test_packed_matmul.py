@@ -9,9 +9,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.kernels.packed_matmul import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.packed_matmul import gpu, packed_matmul, tpu
-from kernels_pallas.packed_matmul.shapes import SHAPES, Shape, with_tag
 from tests.kernels_pallas.packed_oracle import (
     A100,
     H100,

@@ -13,10 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.kernels.quantized_matmul import SHAPES, Shape, with_tag
 from kernels_pallas import packed_codes
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.quantized_matmul import gpu, quantized_matmul, reference, tpu
-from kernels_pallas.quantized_matmul.shapes import SHAPES, Shape, with_tag
 from tests.kernels_pallas.packed_oracle import (
     A100,
     H100,

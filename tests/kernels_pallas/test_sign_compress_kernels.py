@@ -11,10 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.kernels.sign_compress import SHAPES, Shape, with_tag
 from kernels_pallas import sign_compress
 from kernels_pallas.dispatch import Unsupported
 from kernels_pallas.sign_compress import gpu, reference, tpu
-from kernels_pallas.sign_compress.shapes import SHAPES, Shape, with_tag
 
 SMALL = with_tag("test")
 BY_NAME = {shape.name: shape for shape in SHAPES}

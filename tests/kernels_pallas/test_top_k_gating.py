@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.kernels.top_k_gating import SHAPES, Shape, with_tag
 from kernels_pallas.dispatch import Unsupported, check_name
 from kernels_pallas.top_k_gating import Gating, api, reference, top_k_gating, tpu
-from kernels_pallas.top_k_gating.shapes import SHAPES, Shape, with_tag
 from tests.kernels_pallas.packed_oracle import H100, lowered_for
 
 SMALL = with_tag("test")

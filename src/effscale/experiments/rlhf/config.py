@@ -281,7 +281,7 @@ has several hosts."""
 PRESETS["bloom-176b"] = dataclasses.replace(
     _LARGE, mesh=MeshConfig(fsdp=64, tensor=8), minibatches=2
 )
-"""The same for BLOOM on 512 chips. ``effscale.experiments.aot_rlhf`` compiles these."""
+"""The same for BLOOM on 512 chips. ``benchmarks.aot.rlhf`` compiles these."""
 
 FREE = ("step", "seeds", *OUTPUT, "mesh", "offload")
 """Fields that can change when a run is resumed."""

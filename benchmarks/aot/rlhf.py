@@ -5,7 +5,7 @@ on 8 chips, OPT-66B on 64 and BLOOM-176B on 512, each with a critic of some hund
 an iteration is a separate program, so the memory needed is that of one phase. Compiling all takes an hour on one
 core, so ``make aot`` does not include them:
 
-    python -m kernels_pallas.aot --targets h100 v5p v5p-64 v5p-512 --programs effscale.experiments.aot_rlhf
+    python -m kernels_pallas.aot --targets h100 v5p v5p-64 v5p-512 --programs benchmarks.aot.rlhf
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.kernels.attention import Shape, lower_on_eight, with_tag
 from effscale.models import Transformer, build_context, preset
 from effscale.models.attention import in_blocks
 from effscale.models.config import AttentionImplementation, Remat
@@ -21,8 +22,6 @@ from effscale.parallel import MeshConfig
 from effscale.parallel.lowering import lower_step
 from effscale.training import create_train_state, make_train_step, next_token_loss
 from kernels_pallas.aot import Program
-from kernels_pallas.attention.aot import lower_on_eight
-from kernels_pallas.attention.shapes import Shape, with_tag
 
 MODEL, LENGTH, ROWS = "gpt3-1.3b", 2048, 32
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)

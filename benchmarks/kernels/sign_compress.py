@@ -1,11 +1,17 @@
-"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+"""Shapes of ``sign_compress`` for the tests, the benchmarks and ahead-of-time compilation, and the programs to compile."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int, UInt8
+
+from kernels_pallas.aot import Program
+from kernels_pallas.sign_compress import api
 
 
 class Compressed(NamedTuple):
@@ -112,3 +118,32 @@ SHAPES = (
 def with_tag(tag: str) -> tuple[Shape, ...]:
     """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)
+
+
+def _compress(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
+    types, _ = shape.abstract(SingleDeviceSharding(devices[0]))
+    function = functools.partial(api.compress, size=shape.size, implementation=implementation)
+    # The old sums are no longer needed, and the new ones replace them in memory.
+    return jax.jit(function, donate_argnums=1).lower(*types)
+
+
+def _average(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
+    _, types = shape.abstract(SingleDeviceSharding(devices[0]))
+    function = functools.partial(api.average, implementation=implementation)
+    return jax.jit(function, donate_argnums=2).lower(*types)
+
+
+def programs() -> list[Program]:
+    """Return each shape tagged "aot", in the target's kernel and in plain jnp for comparison."""
+    found = []
+    for shape in with_tag("aot"):
+        for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):
+            for implementation in (kernel, "reference"):
+                for name, lower in (("compress", _compress), ("average", _average)):
+                    program = Program(
+                        name=f"sign_compress {name} {shape.name} {implementation}",
+                        lower=functools.partial(lower, shape, implementation),
+                        targets=targets,
+                    )
+                    found.append(program)
+    return found

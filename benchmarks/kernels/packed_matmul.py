@@ -1,11 +1,18 @@
-"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+"""Shapes of ``packed_matmul`` for the tests, the benchmarks and ahead-of-time compilation, and the programs to compile."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int8
+
+from kernels_pallas.aot import Program
+from kernels_pallas.packed_matmul import gpu
+from kernels_pallas.packed_matmul.api import packed_matmul
 
 
 class Operands(NamedTuple):
@@ -156,3 +163,26 @@ SHAPES: tuple[Shape, ...] = (
 def with_tag(tag: str) -> tuple[Shape, ...]:
     """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)
+
+
+def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
+    function = functools.partial(packed_matmul, bits=shape.bits, implementation=implementation)
+    return jax.jit(function).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+
+
+def programs() -> list[Program]:
+    """Return each shape tagged "aot", in the target's kernel and in plain jnp."""
+    found = []
+    for shape in with_tag("aot"):
+        x, weight, *_ = shape.abstract()
+        for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):
+            for implementation in (kernel, "reference"):
+                if implementation == "gpu" and gpu.why_not(x, weight, shape.groups, shape.bits):
+                    continue
+                program = Program(
+                    name=f"packed_matmul {shape.name} {implementation}",
+                    lower=functools.partial(_lower, shape, implementation),
+                    targets=targets,
+                )
+                found.append(program)
+    return found

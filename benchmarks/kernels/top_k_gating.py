@@ -1,11 +1,17 @@
-"""The shapes that the tests and the ahead-of-time compilation share."""
+"""Shapes of ``top_k_gating`` for the tests, the benchmarks and ahead-of-time compilation, and the programs to compile."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float
+
+from kernels_pallas.aot import Program
+from kernels_pallas.top_k_gating.api import top_k_gating
 
 
 class Operands(NamedTuple):
@@ -76,3 +82,26 @@ SHAPES: tuple[Shape, ...] = (
 def with_tag(tag: str) -> tuple[Shape, ...]:
     """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)
+
+
+def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
+    def run(logits, used):
+        return top_k_gating(logits, shape.k, used, normalize=True, implementation=implementation)
+
+    return jax.jit(run).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+
+
+def programs() -> list[Program]:
+    """Return each shape tagged "aot", in the TPU kernel and in plain jnp for all targets."""
+    return [
+        Program(
+            name=f"top_k_gating {shape.name} {implementation}",
+            lower=functools.partial(_lower, shape, implementation),
+            targets=targets,
+        )
+        for shape in with_tag("aot")
+        for implementation, targets in (
+            ("tpu", ("v5e", "v6e")),
+            ("reference", ("v5e", "v6e", "h100")),
+        )
+    ]

@@ -1,6 +1,6 @@
 """The training steps of the experiments at the papers' settings, for ahead-of-time compilation.
 
-``make aot`` runs ``python -m kernels_pallas.aot --programs ... effscale.experiments.aot``.
+``make aot`` runs ``python -m kernels_pallas.aot --programs ... benchmarks.aot.experiments``.
 """
 
 import dataclasses

@@ -1,13 +1,18 @@
-"""The shapes that the tests, the benchmark and the ahead-of-time compilation share."""
+"""Shapes of ``quantized_matmul`` for the tests, the benchmarks and ahead-of-time compilation, and the programs to compile."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int8, Int32
 
+from kernels_pallas.aot import Program
 from kernels_pallas.packed_codes import unpack_planes
+from kernels_pallas.quantized_matmul.api import quantized_matmul
 
 
 class Operands(NamedTuple):
@@ -159,3 +164,28 @@ SHAPES: tuple[Shape, ...] = (
 def with_tag(tag: str) -> tuple[Shape, ...]:
     """Return the shapes that have a tag."""
     return tuple(shape for shape in SHAPES if tag in shape.tags)
+
+
+def _lower(shape: Shape, implementation: Any, devices: Sequence[Any]) -> Any:
+    function = functools.partial(
+        quantized_matmul, bits=shape.bits, activation=jax.nn.silu, implementation=implementation
+    )
+    return jax.jit(function).lower(*shape.abstract(SingleDeviceSharding(devices[0])))
+
+
+def programs() -> list[Program]:
+    """Return each shape tagged "aot", in the target's kernel and in plain jnp."""
+    found = []
+    for shape in with_tag("aot"):
+        for kernel, targets in (("tpu", ("v5e", "v6e")), ("gpu", ("h100",))):
+            for implementation in (kernel, "reference"):
+                if implementation == "gpu" and shape.bits != 8:
+                    continue
+                program = Program(
+                    name=f"quantized_matmul {shape.name} {implementation}",
+                    lower=functools.partial(_lower, shape, implementation),
+                    flops=shape.operations(),
+                    targets=targets,
+                )
+                found.append(program)
+    return found

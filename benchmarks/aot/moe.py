@@ -4,7 +4,7 @@
 layers, width 2,048, 512 rows of 2,048 tokens, capacity factor 1. The bytes that all-to-alls send in a step are
 compared with a formula. Compilation takes long, so ``make aot`` does not include them:
 
-    python -m kernels_pallas.aot --targets v5p-512 --programs effscale.experiments.aot_moe
+    python -m kernels_pallas.aot --targets v5p-512 --programs benchmarks.aot.moe
 """
 
 import dataclasses
