@@ -1,6 +1,7 @@
 """Checkpoints in Google Cloud Storage, of which an emulation runs on this machine."""
 
 import itertools
+import sys
 
 import jax
 import numpy as np
@@ -144,7 +145,7 @@ def test_a_name_that_is_a_pattern_is_refused():
 
 
 def test_without_gcsfs_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         ImportError, match=r"'gs://bucket/run' needs gcsfs: .*pip install 'effscale\[gcs\]'"
     ):

@@ -1,6 +1,6 @@
 """A conversation with a model in the terminal or on a web page."""
 
-from effscale.chat.config import PRESETS, Config
+from effscale.chat.config import Config
 from effscale.chat.terminal import main
 
-__all__ = ["PRESETS", "Config", "main"]
+__all__ = ["Config", "main"]

@@ -219,7 +219,9 @@ PRESETS = {
         accumulate=(1, 2),
         remat=("full", "dots"),
     ),
+    "paper": Config(),
 }
-PRESETS["paper"] = PRESETS["default"]
+"""Options of the command by the name of their preset."""
+
 FREE = (*OUTPUT, "tokens", "data_bandwidth")
 """Fields that can change when a run is resumed."""
