@@ -3,11 +3,8 @@
 import math
 
 import hypothesis
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import strategies as st
 
 from effscale.curriculum.metrics import (
@@ -16,9 +13,6 @@ from effscale.curriculum.metrics import (
     VocabularyRarity,
     sequence_length,
 )
-from effscale.curriculum.reference_loss import ReferenceLoss
-from effscale.models import Transformer, gpt2
-from effscale.training import next_token_loss
 
 COUNTS = np.array([50, 20, 10, 5, 1, 0, 0, 3])
 
@@ -161,71 +155,3 @@ def test_impossible_metrics_are_refused():
         TokenCounts(0)
     with pytest.raises(ValueError, match=r"max_length must be at least 4, .*got 3"):
         LengthThenRarity(COUNTS, 3)({"input_ids": np.zeros((1, 4), np.int32)})
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = gpt2(num_layers=1, d_model=16, num_heads=2, vocab_size=31, max_length=12)
-    return Transformer(config, rngs=nnx.Rngs(0))
-
-
-def test_reference_loss_is_the_mean_loss_of_each_row(model):
-    rng = np.random.default_rng(0)
-    weights = rng.integers(0, 2, (5, 6)).astype(np.float32)
-    weights[4] = 0
-    batch = {
-        "input_ids": rng.integers(0, 31, (5, 6)).astype(np.int32),
-        "labels": rng.integers(0, 31, (5, 6)).astype(np.int32),
-        "loss_weights": weights,
-    }
-    log_p = np.asarray(jax.nn.log_softmax(model(jnp.asarray(batch["input_ids"]))), np.float64)
-    token = -np.take_along_axis(log_p, batch["labels"][:, :, None], axis=2)[..., 0]
-    expected = (token * weights).sum(1) / np.maximum(weights.sum(1), 1)
-    found = ReferenceLoss(model, rows=2)(batch)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert found[4] == 0
-
-
-def test_reference_loss_does_not_depend_on_the_batch(model):
-    rng = np.random.default_rng(1)
-    ids = rng.integers(0, 31, (5, 6)).astype(np.int32)
-    batch = {"input_ids": ids, "labels": ids[:, ::-1].copy()}
-    metric = ReferenceLoss(model, rows=2, length=9)
-    together = metric(batch)
-    for start, stop in [(0, 1), (1, 4), (4, 5)]:
-        part = {key: values[start:stop] for key, values in batch.items()}
-        np.testing.assert_array_equal(metric(part), together[start:stop])
-    # Padding to a length changes no loss beyond rounding: padded positions carry no weight.
-    np.testing.assert_allclose(together, ReferenceLoss(model, rows=5)(batch), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"length must be at least .*got 5"):
-        ReferenceLoss(model, length=5)(batch)
-
-
-@pytest.mark.parametrize("length", [None, 9])
-def test_reference_loss_takes_rows_with_fields_of_any_rank(model, length):
-    ids = np.random.default_rng(2).integers(0, 31, (3, 6)).astype(np.int32)
-    batch = {"input_ids": ids, "labels": ids}
-    extra = {"index": np.arange(3, dtype=np.int32), "image": np.ones((3, 4, 2), np.float32)}
-    extra["of_tokens"] = np.ones((3, 6, 2), np.float32)
-    metric = ReferenceLoss(model, rows=2, length=length)
-    np.testing.assert_array_equal(metric({**batch, **extra}), metric(batch))
-    shapes = {}
-
-    def loss(model, batch):
-        shapes.update({key: values.shape for key, values in batch.items()})
-        return next_token_loss(model, batch)
-
-    ReferenceLoss(model, loss, rows=2, length=length)({**batch, **extra})
-    width = length or 6
-    assert shapes["index"] == (1,)
-    assert shapes["image"] == (1, 4, 2)
-    assert shapes["of_tokens"] == (1, width, 2)
-    assert shapes["labels"] == (1, width)
-
-
-def test_reference_losses_of_different_weights_have_different_digests(model):
-    other = Transformer(model.config, rngs=nnx.Rngs(1))
-    assert ReferenceLoss(model).digest == ReferenceLoss(model).digest
-    assert ReferenceLoss(model).digest != ReferenceLoss(other).digest
-    assert ReferenceLoss(model).digest != ReferenceLoss(model, length=9).digest
-    assert ReferenceLoss(model).loss is next_token_loss

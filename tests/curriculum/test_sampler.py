@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from effscale.curriculum import ranking, shared_table
-from effscale.curriculum.loss_driven import LossDrivenBatches
 from effscale.curriculum.pools import growing_order
 from effscale.curriculum.ranking import Ranking, rank
 from effscale.curriculum.sampler import Difficulty, curriculum_rows
@@ -373,12 +372,6 @@ def test_the_order_does_not_change_with_versions_or_blocks(monkeypatch):
             rows = curriculum_rows(range(5000), both, batch_size=32, seed=5)
         drawn = np.array([rows[i] for i in places], "<i8")
         assert hashlib.blake2b(drawn, digest_size=8).hexdigest() == "3a02705fbb5644eb"
-        driven = LossDrivenBatches(
-            range(5000), both["length"].ranking,
-            batch_size=6, target_loss=1.0, min_difficulty=2, max_difficulty=9,
-        )  # fmt: skip
-        samples = driven.clusters.samples.astype("<i8")
-        assert hashlib.blake2b(samples, digest_size=8).hexdigest() == "0c72edab1aecbb0e"
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_a_run_that_is_stopped_in_each_part_is_the_same(finished, options, tmp_p
 @pytest.mark.slow  # tests/parallel/test_curves.py compares smaller runs
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_make_what_one_does(start, options, tmp_path, processes):
-    launcher = ("-m", "effscale.parallel.local_launch", "--devices", "1", "--processes")
+    launcher = ("-m", "tests.parallel.local_launch", "--devices", "1", "--processes")
     program = ("-m", "effscale.experiments.bloom", *options)
     alone, together = tmp_path / "alone", tmp_path / "together"
     done = start(*program, "--out", alone)

@@ -54,7 +54,7 @@ def test_killed_at_many_moments(start, options, whole, tmp_path):
 @pytest.mark.slow  # tests/parallel/test_curves.py compares smaller runs
 def test_two_processes_give_the_curve_of_one(start, options, whole, tmp_path):
     out = tmp_path / "run"
-    launcher = ("-m", "effscale.parallel.local_launch", "--processes", "2", "--devices", "1", "--")
+    launcher = ("-m", "tests.parallel.local_launch", "--processes", "2", "--devices", "1", "--")
     program = ("-m", "effscale.experiments.quickstart", *options, *SHORT, "--mesh.fsdp", "2")
     done = start(*launcher, sys.executable, *program, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from effscale.data import train_tokenizer
 from effscale.interop import FolderError, load_pretrained, load_tokenizer, save_pretrained
 from effscale.models import ClassHead, Transformer, bert, gpt2, llama
-from effscale.parallel.local_launch import launch_local
+from tests.parallel.local_launch import launch_local
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes_save.py")
 TOKENIZER = train_tokenizer(["some text to learn from"] * 3, vocab_size=262)

@@ -13,8 +13,8 @@ from flax import nnx
 from effscale.models import Transformer
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import Exchange, MeshConfig, per_worker, shard_batch, shardings
-from effscale.parallel.local_launch import free_port, launch_local
 from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
+from tests.parallel.local_launch import free_port, launch_local
 
 SCRIPT = pathlib.Path(__file__).with_name("moe_curve.py")
 

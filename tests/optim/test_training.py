@@ -15,8 +15,8 @@ from flax import nnx
 from effscale.models import Transformer
 from effscale.optim import Workers, onebit_adam
 from effscale.parallel import MeshConfig, per_worker, resize_workers, simulate_workers
-from effscale.parallel.local_launch import free_port, launch_local
 from effscale.training import Clip, create_train_state, make_train_step, next_token_loss
+from tests.parallel.local_launch import free_port, launch_local
 
 EXACT = {"onebit_adam": 7, "onebit_lamb": 7, "zero_one_adam": 3}
 """Losses before the first exchange of signs shows, which is where the order of sums begins to matter."""

@@ -12,13 +12,13 @@ from flax import nnx
 from effscale.parallel import (
     DEFAULT_RULES,
     MeshConfig,
-    Placement,
     batch_shard,
     constrain,
     initialize,
     shard,
     shard_batch,
     shardings,
+    use_rules,
 )
 
 WIDTH, HIDDEN, DEPTH, BATCH, STEPS = 8, 32, 3, 16, 20
@@ -89,7 +89,8 @@ def placed_right(config: MeshConfig) -> bool:
     mesh = config.build()
     tree = {"model": Net(rngs=nnx.Rngs(0)), "key": jax.random.key(1), "host": np.arange(8.0)}
     placed = shard(tree, mesh)
-    again = Placement(mesh, DEFAULT_RULES | {"embed": None}).shard(placed)
+    with use_rules(DEFAULT_RULES | {"embed": None}):
+        again = shard(placed, mesh)
     same = jax.tree.map(lambda a, b: jax.jit(jnp.array_equal)(a, b), placed, again)
     up = placed["model"].blocks.up[...]
     mine = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from effscale.parallel import MeshConfig
-from effscale.parallel.local_launch import free_port, launch_local
+from tests.parallel.local_launch import free_port, launch_local
 
 SCRIPT = pathlib.Path(__file__).with_name("mlp_curve.py")
 

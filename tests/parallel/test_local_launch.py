@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from effscale.parallel.local_launch import LaunchError, free_port, launch_local, main
 from effscale.parallel.peers import LOST_PEER
+from tests.parallel.local_launch import LaunchError, free_port, launch_local, main
 
 SHOW = "import os; print(*(os.environ[n] for n in %r))" % [
     "EFFSCALE_PROCESS_ID",

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from effscale.parallel.local_launch import free_port
 from effscale.parallel.peers import LOST_PEER, ending_together, on_first
 from effscale.parallel.startup import VARIABLES
+from tests.parallel.local_launch import free_port
 
 PROGRAM = pathlib.Path(__file__).with_name("lost_peer.py")
 

@@ -15,7 +15,6 @@ from effscale.parallel import (
     DEFAULT_RULES,
     BatchShard,
     MeshConfig,
-    Placement,
     batch_shard,
     batch_sharding,
     constrain,
@@ -144,39 +143,31 @@ def test_an_abstract_mesh_does():
     )
 
 
-def test_the_rules_are_those_in_force_or_of_a_placement(mesh):
-    rules = DEFAULT_RULES | {"embed": None}
-    with use_rules(rules):
+def test_the_rules_are_those_in_force(mesh):
+    with use_rules(DEFAULT_RULES | {"embed": None}):
         assert specs(make(), mesh)[".first.kernel"] == P(None, "tensor")
-    placement = Placement(mesh, rules)
-    assert placement.shardings(make()).first.kernel.get_value().spec == P(None, "tensor")
-    with use_rules(DEFAULT_RULES | {"embed": "data"}), placement.in_force():  # its own win
-        assert specs(make(), mesh)[".first.kernel"] == P(None, "tensor")
-        assert jax.sharding.get_mesh() == mesh
     assert current_rules() == DEFAULT_RULES
 
 
-def test_a_placement_lays_out_and_traces_by_one_table(mesh):
-    """From birth, by batches and inside the program; and from one layout to another by one call."""
+def test_a_tree_moves_from_the_layout_of_one_table_to_that_of_another(mesh):
+    """Weights, batches and what the program computes follow the same table."""
     rules = {"batch": "data", "embed": None, "mlp": ("fsdp", "tensor")}
-    wide = Placement(mesh, DEFAULT_RULES | rules | {"mlp_act": ("fsdp", "tensor")})
-    narrow = Placement(mesh)
-    born = narrow.init(make, jax.random.key(0))
-    assert born.first.kernel[...].sharding.spec == P("fsdp", "tensor")
-    moved = wide.shard(born)
-    assert moved.first.kernel[...].sharding.spec == P(None, ("fsdp", "tensor"))
-    np.testing.assert_array_equal(moved.first.kernel[...], born.first.kernel[...])
-    again = narrow.shard(moved)
-    assert again.first.kernel[...].sharding == born.first.kernel[...].sharding
-
-    batch = wide.shard_batch(np.ones((8, 8), np.float32))
-    assert batch.sharding == wide.batch_sharding() == NamedSharding(mesh, P("data"))
-    assert narrow.batch_sharding().spec == P(("data", "fsdp"))
-    assert wide.batch_shard() == (0, 1)
+    wide = DEFAULT_RULES | rules | {"mlp_act": ("fsdp", "tensor")}
+    narrow = shard(make(), mesh)
     activations = jax.jit(lambda net, x: constrain(x @ net.first.kernel[...], "batch", "mlp_act"))
-    with wide.in_force():
+    rows = np.ones((8, 8), np.float32)
+    with jax.set_mesh(mesh), use_rules(wide):
+        moved = shard(narrow, mesh)
+        assert moved.first.kernel[...].sharding.spec == P(None, ("fsdp", "tensor"))
+        batch = shard_batch(rows, mesh)
+        assert batch.sharding == batch_sharding(mesh) == NamedSharding(mesh, P("data"))
+        assert batch_shard(mesh) == (0, 1)
         assert activations(moved, batch).sharding.spec == P("data", ("fsdp", "tensor"))
-    with narrow.in_force():
+    np.testing.assert_array_equal(moved.first.kernel[...], narrow.first.kernel[...])
+    with jax.set_mesh(mesh):
+        again = shard(moved, mesh)
+        assert again.first.kernel[...].sharding == narrow.first.kernel[...].sharding
+        assert batch_sharding(mesh).spec == P(("data", "fsdp"))
         assert activations(again, batch).sharding.spec == P(("data", "fsdp"), "tensor")
 
 

@@ -16,7 +16,6 @@ from flax import nnx
 from effscale.generation import Generated, SamplingConfig, decode
 from effscale.models import ClassHead, Transformer, add_lora, gpt2, is_adapter, merge_lora
 from effscale.parallel import MeshConfig, shard, shard_batch, to_host_memory
-from effscale.parallel.local_launch import launch_local
 from effscale.quant import quantize_model, w8a8
 from effscale.rlhf import (
     GroupConfig,
@@ -33,6 +32,7 @@ from effscale.rlhf import (
 from effscale.rlhf.rollout import rollout_model
 from effscale.rlhf.scores import total_score
 from effscale.training import Checkpoints, create_train_state, fit, make_train_step, resume_or_start
+from tests.parallel.local_launch import launch_local
 
 VOCAB, PROMPT, RESPONSE, ROWS = 32, 4, 6, 16
 SAMPLING = SamplingConfig(max_new_tokens=RESPONSE, temperature=0.9, stop_ids=(1,), pad_id=0)

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from effscale.parallel import MeshConfig, shard_batch, shardings
-from effscale.parallel.local_launch import LaunchError, launch_local
 from effscale.training import (
     AdamWConfig,
     Checkpoints,
@@ -22,6 +21,7 @@ from effscale.training import (
     read_jsonl,
     resume_or_start,
 )
+from tests.parallel.local_launch import LaunchError, launch_local
 
 SCRIPT = pathlib.Path(__file__).with_name("processes_run.py")
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         truncate,
         truncate_padded,
     )
-    from effscale.curriculum.loss_driven import LossDrivenBatches
     from effscale.curriculum.metrics import (
         LengthThenRarity,
         TokenCounts,
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     )
     from effscale.curriculum.pools import Difficulty
     from effscale.curriculum.ranking import Ranking, rank
-    from effscale.curriculum.reference_loss import ReferenceLoss
     from effscale.curriculum.sampler import curriculum_rows
 
 __all__ = [
@@ -51,10 +49,8 @@ __all__ = [
     "Difficulty",
     "DifficultyIndex",
     "LengthThenRarity",
-    "LossDrivenBatches",
     "LossRatioWriter",
     "Ranking",
-    "ReferenceLoss",
     "SequenceLengthCurriculum",
     "TokenCounts",
     "VocabularyRarity",

@@ -1,7 +1,7 @@
 """Meshes, rules that map logical axis names to mesh axes, placement of trees and batches, and process start-up.
 
 Model code names no mesh axes. It names logical axes (``"embed"``, ``"mlp"``, ``"batch"``, ...), and one table of rules maps
-these to mesh axes. To run several processes on one machine, use ``python -m effscale.parallel.local_launch``.
+these to mesh axes.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         to_tokens,
     )
     from effscale.parallel.host_memory import on_devices, to_host_memory
-    from effscale.parallel.layout import Placement
     from effscale.parallel.mesh import AXES, MeshConfig
     from effscale.parallel.peers import collect_on_first, ending_together, on_first
     from effscale.parallel.placement import (
@@ -55,7 +54,6 @@ __all__ = [
     "MeshConfig",
     "MovesParams",
     "PerWorker",
-    "Placement",
     "Rules",
     "SendsBytes",
     "auto_batch_axes",

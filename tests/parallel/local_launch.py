@@ -1,6 +1,6 @@
 """Run several JAX processes on one machine, to try out and test multi-process programs.
 
-``python -m effscale.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
+``python -m tests.parallel.local_launch --processes 2 --devices 4 -- python train.py`` starts ``train.py`` twice,
 each with four virtual CPU devices. The program must call ``effscale.parallel.initialize`` first.
 """
 
@@ -272,7 +272,7 @@ def _tail(result: ProcessResult, lines: int = 20) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status, that of the process that failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m effscale.parallel.local_launch",
+        prog="python -m tests.parallel.local_launch",
         description="Run a command in several JAX processes on this machine.",
     )
     parser.add_argument("--processes", type=int, default=2, help="number of processes (default 2)")
