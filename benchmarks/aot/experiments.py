@@ -22,7 +22,6 @@ from effscale.experiments import (
     seqlen_curriculum,
     xtc,
 )
-from effscale.experiments.seqlen_curriculum import arms as seqlen_curriculum_arms
 from effscale.experiments.shared.classifier.model import classifier_config
 from effscale.experiments.shared.pretraining import Pretraining
 from effscale.experiments.shared.pretraining_config import PretrainingConfig
@@ -133,19 +132,11 @@ def lower_onebit_adam(devices: Sequence[Any]) -> jax.stages.Lowered:
 def lower_seqlen_curriculum(devices: Sequence[Any], place: int) -> jax.stages.Lowered:
     """Lower the step of seqlen_curriculum's large batch; ``place`` is the index of the length in the curriculum."""
     config = seqlen_curriculum.PRESETS["paper"]
-    _, _, arm = seqlen_curriculum_arms.make_arms(config)
-    shape = (arm.batch_size, arm.lengths.values[place])
-    batch = dict.fromkeys(
-        ("input_ids", "labels", "segment_ids", "positions"), jax.ShapeDtypeStruct(shape, jnp.int32)
-    )
-    return lower_step(
-        seqlen_curriculum_arms.make_step(config, arm.batch_size),
-        lambda: seqlen_curriculum_arms.create_state(
-            config, config.vocab_size, arm.learning_rate, 0
-        ),
-        batch,
-        config.mesh.build(devices),
-    )
+    plan = seqlen_curriculum.plans(config)["large_curriculum_x4"]
+    run = dataclasses.replace(seqlen_curriculum.run(config, plan), mesh=MeshConfig(fsdp=8))
+    batch = _packed_rows((plan.batch_size, config.length))
+    del batch["loss_weights"]
+    return run.lower(devices, batch=batch, stage=place)
 
 
 def lower_random_ltd_vit(devices: Sequence[Any]) -> jax.stages.Lowered:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from effscale.data_efficiency import DataEfficiencyConfig
@@ -69,14 +68,6 @@ def test_the_search_and_the_comparison_measure_different_rows(finished):
 
 def rows_text(config):
     return data_efficiency.Text(*data_efficiency.prepared_corpora(config))
-
-
-def test_what_it_costs_to_reach_a_loss_is_interpolated():
-    means, costs = np.array([4.0, 3.0, 2.0]), np.array([10.0, 20.0, 40.0])
-    reach = data_efficiency.cost_of_reaching
-    assert reach(2.5, means, costs) == 30.0
-    assert reach(4.5, means, costs) == 10.0
-    assert reach(1.9, means, costs) is None
 
 
 def test_plain_training_reaches_its_own_loss_with_all_of_its_cost(finished):

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from effscale.experiments.seqlen_curriculum import figures as seqlen
 from effscale.training.plotting import band, pyplot
 
 
@@ -27,8 +26,3 @@ def test_a_run_that_diverged_counts_up_to_there():
     curves = [np.array([4.0, np.nan]), np.array([6.0, 3.0, 2.0])]
     assert drawn(curves)[0] == [[1.0, 5.0], [2.0, 3.0], [3.0, 2.0]]
     assert drawn([np.array([4.0]), np.array([6.0, np.inf])])[0] == [[1.0, 5.0]]
-
-
-def test_smoothing_leaves_gaps():
-    smoothed = seqlen._smoothed(np.array([2.0, np.nan, 2.0]), 4)
-    np.testing.assert_allclose(smoothed, [2.0, np.nan, 2.0])

@@ -50,7 +50,7 @@ from effscale.parallel import MeshConfig, shard_batch
 from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Point, Results, Search, Study, Trial, command
 from effscale.study.folder import StudyPart
-from effscale.study.plots import curves_of
+from effscale.study.plots import cost_of_reaching, curves_of
 from effscale.study.trial import step_seconds
 from effscale.training import AdamWConfig, Clip, Evaluation, TrainState, next_token_loss
 
@@ -383,23 +383,6 @@ def saved(config: Config, results: Results, vocab_size: int) -> dict[str, float 
             found[f"{technique}_{cost}_to_baseline"] = least
             found[f"{technique}_{cost}_saved"] = None if least is None else 1 - least
     return found
-
-
-def cost_of_reaching(loss: float, means: np.ndarray, costs: np.ndarray) -> float | None:
-    """Return the cost until a curve falls to a loss, interpolated between evaluations; None if it never does.
-
-    Example:
-        >>> cost_of_reaching(2.5, np.array([4.0, 3.0, 2.0]), np.array([10.0, 20.0, 30.0]))
-        25.0
-    """
-    below = np.flatnonzero(means <= loss)
-    if not len(below):
-        return None
-    last = int(below[0])
-    if last == 0:
-        return float(costs[0])
-    share = (means[last - 1] - loss) / (means[last - 1] - means[last])
-    return float(costs[last - 1] + share * (costs[last] - costs[last - 1]))
 
 
 main = functools.partial(command.main, PRESETS, study, __doc__ or "")

@@ -156,6 +156,24 @@ def curves_of(records: Sequence[Records], metric: str) -> tuple[np.ndarray, np.n
     return np.array(steps), np.array(rows, np.float64).reshape(len(records), len(steps))
 
 
+def cost_of_reaching(loss: float, losses: np.ndarray, costs: np.ndarray) -> float | None:
+    """Return the cost until a curve falls to a loss, interpolated between evaluations; None if it never does.
+
+    Example:
+        >>> losses, costs = np.array([4.0, 3.0, 2.0]), np.array([10.0, 20.0, 30.0])
+        >>> cost_of_reaching(2.5, losses, costs), cost_of_reaching(4.5, losses, costs), cost_of_reaching(1.9, losses, costs)
+        (25.0, 10.0, None)
+    """
+    below = np.flatnonzero(losses <= loss)
+    if not len(below):
+        return None
+    last = int(below[0])
+    if last == 0:
+        return float(costs[0])
+    share = (losses[last - 1] - loss) / (losses[last - 1] - losses[last])
+    return float(costs[last - 1] + share * (costs[last] - costs[last - 1]))
+
+
 def draw(folder: pathlib.Path, plots: Sequence[Plot], results: Any) -> None:
     """Write ``<name>.png`` of each plot."""
     plt = pyplot()
