@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from effscale.experiments.quickstart.config import PRESETS, Config
+from effscale.experiments.quickstart import PRESETS, Config
 from effscale.parallel import startup
 from effscale.study.command import parse
 

@@ -23,8 +23,6 @@ from effscale.experiments import (
     xtc,
 )
 from effscale.experiments.shared.classifier.model import classifier_config
-from effscale.experiments.shared.pretraining import Pretraining
-from effscale.experiments.shared.pretraining_config import PretrainingConfig
 from effscale.experiments.xtc.arms import BINARY, Arm
 from effscale.models import Transformer, bert, take_layers, vit
 from effscale.optim import Workers, onebit_adam
@@ -49,9 +47,7 @@ def programs() -> list[Program]:
     found = [
         Program(
             name=f"quickstart paper, {name}",
-            lower=lambda devices, mesh=mesh: lower_train_step(
-                quickstart.PRESETS["paper"], mesh, devices
-            ),
+            lower=functools.partial(lower_quickstart, mesh=mesh),
         )
         for name, mesh in layouts.items()
     ]
@@ -95,6 +91,13 @@ def _packed_rows(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     types = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), jnp.int32)
     types["loss_weights"] = jnp.float32
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
+
+
+def lower_quickstart(devices: Sequence[Any], mesh: MeshConfig) -> jax.stages.Lowered:
+    """Lower the quickstart's step."""
+    config = dataclasses.replace(quickstart.PRESETS["paper"], mesh=mesh)
+    rows = _packed_rows((config.batch_size, config.length))
+    return quickstart.run(config).lower(devices, batch=rows)
 
 
 def lower_onebit(
@@ -203,32 +206,3 @@ def lower_moe(devices: Sequence[Any]) -> jax.stages.Lowered:
         stage=0,
         frozen=lambda: Transformer(teacher, rngs=nnx.Rngs(0)),
     )
-
-
-def lower_train_step(
-    config: PretrainingConfig,
-    mesh_config: MeshConfig,
-    devices: Sequence[Any],
-    shape: tuple[int, int] | None = None,
-) -> jax.stages.Lowered:
-    """Lower the donated training step of a GPT's pretraining for ``devices``.
-
-    Args:
-        config: Config of the pretraining.
-        mesh_config: Sizes of the mesh axes.
-        devices: The devices.
-        shape: Tokens per row and how many are kept: a stage of the config's technique; None uses the last stage.
-
-    Raises:
-        ValueError: The shape does not belong to a stage.
-    """
-    mesh = mesh_config.build(devices)
-    training = Pretraining(config, config.vocab_size, mesh)
-    shapes = training.plan.stages.values
-    length, kept = shape or shapes[-1]
-    if (length, kept) not in shapes:
-        raise ValueError(f"shape must be one of the stages' shapes, {shapes}, got {shape}")
-    batch = _packed_rows((config.batch_size, length))
-    ltd = training.plan.ltd
-    shape_batch = (lambda rows: rows) if ltd is None else (lambda rows: ltd.shape_batch(rows, kept))
-    return lower_step(training.step, lambda: training.create(config), batch, mesh, shape_batch)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-import effscale.training
+import effscale.run
 from effscale.experiments import quickstart
 
 
@@ -21,7 +21,7 @@ def main():
     moment, *words = sys.argv[1:]
     kind, _, number = moment.partition(":")
     at = int(number or 0)
-    fit = effscale.training.fit
+    fit = effscale.run.fit
 
     def fit_until(*arguments, before_step, **options):
         def before(step, batch):
@@ -33,9 +33,9 @@ def main():
 
         return fit(*arguments, before_step=before, **options)
 
-    effscale.training.fit = fit_until
+    effscale.run.fit = fit_until
     if kind == "sample":
-        quickstart.experiment.sample = lambda *_: die()
+        quickstart.sample = lambda *_: die()
     quickstart.main(words)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.experiments.quickstart.config import PRESETS
+from effscale.experiments.quickstart import PRESETS
 from effscale.models import preset
 from effscale.study.command import StoppedBySignal, messages, parse
 from effscale.training import CheckpointError, Checkpoints, create_train_state
@@ -190,6 +190,6 @@ def test_help_shows_the_options_of_an_experiment_before_those_of_its_parts(capsy
     with pytest.raises(SystemExit):
         parse(PRESETS, "Trains.", ["--help"], name="prog")
     shown = capsys.readouterr().out
-    options = ("samples", "steps", "length", "cache", "out")
+    options = ("steps", "length", "samples", "cache", "out")
     places = [re.search(rf"^\W*--{option}\W", shown, re.MULTILINE).start() for option in options]
     assert places == sorted(places)

@@ -1,12 +1,13 @@
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.experiments.quickstart.config import PRESETS, Config
-from effscale.experiments.quickstart.experiment import load, main, run, sample
+from effscale.experiments.quickstart import PRESETS, Config, load, main, run, sample
+from effscale.models import num_params, preset
 from effscale.training import CheckpointError, fetch_run
 from effscale.training.saved import config_from_json
 
@@ -119,10 +120,6 @@ def test_a_damaged_checkpoint_is_passed_over(folder, options, tmp_path, capsys):
         (["--accumulate", "3"], "Config.accumulate must be a divisor of batch_size=16, got 3"),
         (["--mesh.data", "3"], "describes 3 devices, but there are 8"),
         (["--batch-size", "12"], "a global batch of 12 rows cannot be divided over 8 devices"),
-        (["--technique", "lt"], "invalid choice 'lt'"),
-        (["--technique", "ltd", "--model.num-layers", "2"], "Use a model with at least 3 layers"),
-        (["--technique", "cl", "--efficiency.min-length", "300"], "at most the length of a row"),
-        (["--technique", "cl", "--corpus", "stdlib", "text:a.txt"], "must be a single source"),
         (["--resume"], "set together with --out"),
         (["--corpus", "txt:a.txt"], "Did you mean 'text'?"),
         (["--corpus", "text:/absent/*.txt"], "no file matches '/absent/*.txt'"),
@@ -143,28 +140,9 @@ def test_a_corpus_too_small_for_a_batch(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_paper_preset_is_gpt2():
-    from effscale.models import num_params, preset
-
-    config = PRESETS["paper"]
-    built = config.model.build(config.vocab_size, config.length)
-    assert num_params(built) == num_params(preset("gpt2"))
-
-
-@pytest.mark.slow  # test_pretraining runs the same techniques on a smaller model
-def test_a_technique_trains_in_more_and_smaller_steps(options, tmp_path):
-    from effscale.study.command import parse
-
-    out = tmp_path / "run"
-    words = ["--technique", "cl_ltd", "--steps", "12", "--samples", "the cat", "--out", str(out)]
-    words += ["--efficiency.min-length", "16", "--efficiency.min-kept", "16"]
-    words += ["--efficiency.granularity", "16", "--model.num-layers", "3"]
-    result = run(parse(PRESETS, "", [*options, *words]))
-    # Rows of 16 tokens until step 5 of 12, and of three layers one keeps 16 until step 8: 128, 208 and 256 tokens.
-    consumed = 4 * 128 + 4 * 208 + 7 * 256
-    assert result.tokens_seen == consumed >= 12 * 256 > consumed - 256
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 15
-    assert result.num_compilations == 3
-    model, _ = load(out)
-    assert model.config.num_layers == 3
+def test_the_paper_preset_is_gpt2_and_lowers():
+    paper = run(PRESETS["paper"])
+    assert num_params(paper.model) == num_params(preset("gpt2"))
+    ids = jax.ShapeDtypeStruct((512, 1024), "int32")
+    batch = dict.fromkeys(("input_ids", "labels", "segment_ids", "positions"), ids)
+    assert "512x1024xi32" in paper.lower(batch=batch).as_text()

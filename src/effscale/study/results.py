@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from effscale.parallel import on_first
@@ -46,7 +47,7 @@ def finish(
         folder: The run folder.
         name: Name of the experiment.
         figures: The named figures.
-        tables: Tables by title, each with a heading and rows.
+        tables: Tables by title, each with a heading and rows; without any, the named figures are shown.
         began: ``time.perf_counter()`` at the start of the call.
         seeds: Values of named figures by seed.
         left: Number of text columns in the tables, which are left-aligned.
@@ -64,14 +65,21 @@ def finish(
         "folder": result.folder,
     }
     shown = [{"title": title, "left": left, "rows": rows} for title, rows in tables.items()]
-    folder.write_results({**figures, **call, "seeds": seeds or {}, "tables": shown})
     parts = [*(titled(**table) for table in shown), text]
-    folder.write_report(name, call, "\n\n".join(parts))
-    for title, rows in tables.items():
-        show_rows(title, rows, left=left)
-    print(f"run folder: {result.folder}")
+    if jax.process_index() == 0:  # only the first of several processes writes
+        folder.write_results({**figures, **call, "seeds": seeds or {}, "tables": shown})
+        folder.write_report(name, call if tables else {**figures, **call}, "\n\n".join(parts))
+        for title, rows in (tables or {name: _rows(figures)}).items():
+            show_rows(title, rows, left=left)
+        print(f"run folder: {result.folder}")
     on_first(folder.close)  # the other processes wait for the last copy
     return result
+
+
+def _rows(figures: Mapping[str, float | int | None]) -> list[list[str]]:
+    text = lambda x: f"{x:,.4g}" if isinstance(x, float) and x < 1e4 else f"{x:,.0f}"
+    known = {name: value for name, value in figures.items() if value is not None}
+    return [["figure", "value"], *([name, text(value)] for name, value in known.items())]
 
 
 def deviation(values: np.ndarray) -> float:

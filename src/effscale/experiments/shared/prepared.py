@@ -48,21 +48,34 @@ class Text:
         """Return a run that trains on rows of the text, and evaluates on the held-out text.
 
         Args:
-            run: The ``effscale.run.Run``.
+            run: The ``effscale.run.Run``; each process reads its part of the batches.
             config: Has ``length``, ``batch_size``, ``eval_every`` and ``eval_batches``.
+
+        Raises:
+            ValueError: There is too little text for a batch.
         """
         from effscale.data import make_dataset
+        from effscale.parallel import BatchShard, batch_shard
         from effscale.training import Evaluation, next_token_loss
 
-        rows = {"length": config.length, "batch_size": config.batch_size}
-        whole = functools.partial(
+        mesh = run.device_mesh()
+        part = BatchShard(0, 1) if mesh is None else batch_shard(mesh)
+        rows = {
+            "length": config.length,
+            "batch_size": config.batch_size,
+            "process_index": part.index,
+            "process_count": part.count,
+        }
+        train = functools.partial(make_dataset, self.train, weights=self.weights, **rows)
+        held_out = functools.partial(
             make_dataset, self.validation, shuffle=False, num_epochs=1, remainder="pad", **rows
         )
+        train(seed=0)  # raises if there is too little text
         return dataclasses.replace(
             run,
-            data=lambda seed: make_dataset(self.train, weights=self.weights, seed=seed, **rows),
+            data=lambda seed: train(seed=seed),
             evaluation=Evaluation(
-                data=whole,
+                data=held_out,
                 loss=next_token_loss,
                 every=config.eval_every,
                 batches=config.eval_batches,
