@@ -7,11 +7,11 @@ import tokenizers
 
 from effscale.data import StandardLibrary, TokenStoreWriter, prepare_corpus, save_tokenizer
 from effscale.interop import save_pretrained
-from effscale.models import abstract, preset
+from effscale.models import abstract_model, preset
 from effscale.study.command import messages
 from effscale.training import JsonlWriter, RunFolder
 
-MODEL = abstract(preset("gpt2"))
+MODEL = abstract_model(preset("gpt2"))
 WRITERS = {
     "JsonlWriter": JsonlWriter,
     "RunFolder": RunFolder.create,

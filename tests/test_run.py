@@ -18,15 +18,15 @@ from effscale.parallel import MeshConfig
 from effscale.run import Run
 from effscale.training import (
     AdamWConfig,
-    Changes,
     CheckpointError,
     Evaluation,
     Loss,
     Stages,
-    StoppedBySignal,
     TrainingDivergedError,
     read_jsonl,
 )
+from effscale.training.errors import StoppedBySignal
+from effscale.training.staged import Changes
 
 X = np.random.default_rng(0).normal(size=(30, 8, 4)).astype(np.float32)
 BATCHES = [{"x": x, "y": x @ np.array([1, -2, 3, 0.5], np.float32)} for x in X]

@@ -18,7 +18,9 @@ from effscale.ltd import RandomLTD, layer_token_average, training_flops
 from effscale.models import TransformerConfig
 from effscale.options import Bounds, Options, PositiveInt, check
 from effscale.run import Run
-from effscale.training import Changes, LinearPacing, RootPacing, Stages, count_tokens, merge
+from effscale.training import LinearPacing, RootPacing, Stages, merge
+from effscale.training.staged import Changes
+from effscale.training.step import count_tokens
 
 if TYPE_CHECKING:
     from effscale.data import PackedTokens

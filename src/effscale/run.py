@@ -31,23 +31,18 @@ from effscale.parallel.machines import machine
 from effscale.parallel.program_cost import ProgramCost, matmul_operations, program_cost
 from effscale.training import (
     AdamWConfig,
-    Changes,
     Checkpoints,
     Clip,
-    Compilation,
     ConsoleWriter,
     Evaluation,
     JsonlWriter,
     MultiWriter,
     RunFolder,
-    Schedule,
     ScheduleConfig,
     ShapeBuckets,
     StagedStep,
-    StoppedBySignal,
     TensorBoardWriter,
     TrainState,
-    count_tokens,
     create_train_state,
     fit,
     make_train_step,
@@ -55,8 +50,12 @@ from effscale.training import (
     read_jsonl,
     resume_or_start,
 )
+from effscale.training.buckets import Compilation
+from effscale.training.errors import StoppedBySignal
+from effscale.training.schedules import Schedule
 from effscale.training.serialize import to_json
-from effscale.training.step import LossFunction
+from effscale.training.staged import Changes
+from effscale.training.step import LossFunction, count_tokens
 
 __all__ = ["Run", "Trained"]
 

@@ -17,12 +17,12 @@ from effscale.training import (
     AdamWConfig,
     JsonlWriter,
     Loss,
-    MetricsWriter,
     create_train_state,
     fit,
     make_train_step,
     read_jsonl,
 )
+from effscale.training.metrics import MetricsWriter
 
 losses = st.lists(
     st.one_of(st.floats(0.1, 100.0), st.sampled_from([float("nan"), float("inf")])), max_size=20

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from effscale.models import Transformer, TransformerConfig, abstract
+from effscale.models import Transformer, TransformerConfig, abstract_model
 
 DTYPES = ("float32", "float16", "bfloat16")
 CODES = {
@@ -46,7 +46,7 @@ def model_of_bits(config: TransformerConfig, dtype: str, seed: int = 0) -> Trans
     """A model of random bits."""
     random = np.random.default_rng(seed)
     fill = lambda leaf: jnp.asarray(random_bits(random, leaf.shape, dtype))
-    return jax.tree.map(fill, abstract(config))
+    return jax.tree.map(fill, abstract_model(config))
 
 
 def model_of_numbers(
@@ -55,7 +55,7 @@ def model_of_numbers(
     """A model of usual numbers."""
     random = np.random.default_rng(seed)
     fill = lambda leaf: jnp.asarray(random.normal(0, 0.3, leaf.shape), jnp.dtype(dtype))
-    return jax.tree.map(fill, abstract(config))
+    return jax.tree.map(fill, abstract_model(config))
 
 
 def bits_of(model: Transformer) -> dict[str, tuple[Any, ...]]:

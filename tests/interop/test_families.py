@@ -11,8 +11,8 @@ from effscale.interop.families import FAMILIES
 from effscale.interop.families.fields import ACTIVATIONS
 from effscale.interop.source import identify
 from effscale.interop.tensors import FolderError, TensorInfo
-from effscale.models import ACTIVATIONS as OURS
 from effscale.models import Rotary, YarnScaling
+from effscale.models.activations import ACTIVATIONS as OURS
 from tests.interop.spaces import ARCHITECTURES, SMALL, SPACES, cases
 
 # Fields that only fit together.

@@ -19,7 +19,7 @@ from effscale.interop.plan import parameters, plan, their_shapes
 from effscale.interop.source import identify, open_source
 from effscale.interop.summary import summarize
 from effscale.interop.table import sizes
-from effscale.models import abstract
+from effscale.models import abstract_model
 from tests.interop.files import model_of_numbers, write_folder
 from tests.interop.spaces import ARCHITECTURES, example
 
@@ -81,7 +81,7 @@ def folders(tmp_path_factory):
     found = {}
     for model_type in FAMILIES:
         case, folder = case_of(model_type), tmp_path_factory.mktemp(model_type)
-        leaves = parameters(abstract(case.config))
+        leaves = parameters(abstract_model(case.config))
         slots = plan(case.family.rules, case.config, leaves)
         shapes = their_shapes(slots, leaves, sizes(case.config))
         tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

@@ -13,7 +13,7 @@ import pytest
 import effscale.interop.pieces
 from effscale.interop import FolderError, load_pretrained, save_pretrained
 from effscale.interop.plan import parameters
-from effscale.models import abstract
+from effscale.models import abstract_model
 from effscale.parallel import MeshConfig, shardings
 from tests.interop.files import (
     bits_of,
@@ -241,7 +241,7 @@ def test_on_a_mesh(model_type, mesh, wide, monkeypatch):
     model = load_pretrained(folder, mesh=mesh)
     monkeypatch.undo()
     assert bits_of(model) == bits_of(load_pretrained(folder))
-    wanted = parameters(shardings(abstract(model.config), mesh))
+    wanted = parameters(shardings(abstract_model(model.config), mesh))
     leaves = parameters(model)
     assert leaves.keys() == wanted.keys()
     divided = 0

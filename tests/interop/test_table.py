@@ -18,7 +18,7 @@ from effscale.interop.pieces import Pieces
 from effscale.interop.plan import parameters, plan, their_shapes
 from effscale.interop.save import part
 from effscale.interop.table import Rule, conv1d, fused_by_head, fused_conv1d, linear, sizes
-from effscale.models import MLPConfig, abstract, gpt2
+from effscale.models import MLPConfig, abstract_model, gpt2
 from effscale.parallel import MeshConfig
 from tests.interop.spaces import (
     ARCHITECTURES,
@@ -91,7 +91,7 @@ def test_llama_cpp_s_order_of_rows():
 @given(data=st.data())
 def test_a_plan_fills_every_layer_of_every_parameter_once_and_leads_back(model_type, data):
     case = data.draw(cases(model_type))
-    leaves, axes = parameters(abstract(case.config)), sizes(case.config)
+    leaves, axes = parameters(abstract_model(case.config)), sizes(case.config)
     slots = plan(case.family.rules, case.config, leaves)
     assert len({slot.name for slot in slots}) == len(slots)
     filled = sorted((leaf, s.index) for s in slots for leaf in s.leaves)
@@ -114,7 +114,7 @@ def test_a_plan_fills_every_layer_of_every_parameter_once_and_leads_back(model_t
 def test_layers_are_counted_through_all_groups():
     """A GPT-2 whose scores are scaled by layer is a group a layer."""
     case = example("gpt2", "GPT2Model", scale_attn_by_inverse_layer_idx=True, n_layer=3)
-    slots = plan(case.family.rules, case.config, parameters(abstract(case.config)))
+    slots = plan(case.family.rules, case.config, parameters(abstract_model(case.config)))
     found = {slot.name: slot.leaves for slot in slots if "c_proj.bias" in slot.name}
     assert found["h.2.attn.c_proj.bias"] == ("groups.2.blocks.0.attention.out.bias",)
     assert [slot.index for slot in slots if slot.name.startswith("h.")] == [(0,)] * 3 * 12
@@ -126,7 +126,7 @@ def test_a_parameter_without_a_row():
     gated = MLPConfig(d_ff=8, gated=True)
     block = dataclasses.replace(group.blocks[0], feed_forward=gated)
     config = dataclasses.replace(config, groups=(dataclasses.replace(group, blocks=(block,)),))
-    leaves = parameters(abstract(config))
+    leaves = parameters(abstract_model(config))
     with pytest.raises(ValueError, match=r"no place for .*feed_forward\.gate\.kernel"):
         plan(FAMILIES["gpt2"].rules, config, leaves)
 
@@ -160,7 +160,7 @@ def test_every_row_is_used_by_some_model():
         untied = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
         untied |= {"mlp_only_layers": [0]}  # of the Qwens with experts
         case = example(model_type, architecture, **narrow, **untied)
-        leaves = parameters(abstract(case.config))
+        leaves = parameters(abstract_model(case.config))
         used[model_type] |= {slot.rule for slot in plan(case.family.rules, case.config, leaves)}
     allowed = {
         # No class of transformers has them: DeepSpeed-Chat's value, and rows that families share.

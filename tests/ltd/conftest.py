@@ -9,7 +9,7 @@ import pytest
 
 from effscale.ltd import dropping_layers, sample_kept
 from effscale.models import (
-    abstract,
+    abstract_model,
     bert,
     bert_pretraining_heads,
     bloom,
@@ -41,7 +41,7 @@ def build(config, **changes):
         noise = random.normal(0, 0.3, leaf.shape).astype(np.float32)
         return jnp.asarray(noise + (path[-2].name == "scale"))
 
-    return jax.tree_util.tree_map_with_path(value, abstract(config))
+    return jax.tree_util.tree_map_with_path(value, abstract_model(config))
 
 
 def text(batch, seq, seed=1):

@@ -10,7 +10,7 @@ import pytest
 from effscale.models import (
     Transformer,
     TransformerConfig,
-    abstract,
+    abstract_model,
     bert,
     bert_pretraining_heads,
     bloom,
@@ -59,7 +59,7 @@ def build(config: TransformerConfig | str, **changes) -> Transformer:
         noise = random.normal(0, 0.15, leaf.shape).astype(np.float32)
         return jnp.asarray(noise + (path[-2].name == "scale"))
 
-    return jax.tree_util.tree_map_with_path(value, abstract(config))
+    return jax.tree_util.tree_map_with_path(value, abstract_model(config))
 
 
 def tokens_of(config: TransformerConfig, batch: int = 3, seq: int = 9, seed: int = 1):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.models import ACTIVATIONS
+from effscale.models.activations import ACTIVATIONS
 
 torch = pytest.importorskip("torch", reason="the oracle of these tests is PyTorch")
 hf = pytest.importorskip("transformers", reason="the oracle of these tests is transformers")

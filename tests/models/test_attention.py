@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import (
-    Alibi,
-    AttentionConfig,
-    Rotary,
-    alibi_slopes,
-    build_context,
-    rotary_angles,
-    rotate,
-)
+from effscale.models import Alibi, AttentionConfig, Rotary, build_context
 from effscale.models.attention import Attention, softmax_attention
+from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 
 D_MODEL, HEAD = 24, 6
 

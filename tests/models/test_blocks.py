@@ -10,7 +10,6 @@ from flax import nnx
 
 from effscale.models import (
     AttentionConfig,
-    Block,
     BlockConfig,
     Dense,
     Group,
@@ -24,6 +23,7 @@ from effscale.models import (
     gpt2,
     run_group,
 )
+from effscale.models.block import Block
 
 MLP = MLPConfig(d_ff=20)
 

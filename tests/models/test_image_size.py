@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.models import Rotary, abstract, resize_images, vit
+from effscale.models import Rotary, abstract_model, resize_images, vit
 from effscale.models.image_size import bicubic_weights
 
 SIZE = {"num_layers": 1, "d_model": 8, "num_heads": 2, "num_classes": 3}
@@ -57,7 +57,7 @@ def test_the_model_takes_the_new_size(image_size, tiny):
     kept = np.asarray(model.embed.positions.embedding.get_value())
     resized = resize_images(model, image_size)
     assert resized.config == vit(**SIZE, image_size=image_size, patch_size=4)
-    assert jax.tree.structure(resized) == jax.tree.structure(abstract(resized.config))
+    assert jax.tree.structure(resized) == jax.tree.structure(abstract_model(resized.config))
     table = np.asarray(resized.embed.positions.embedding.get_value())
     np.testing.assert_array_equal(table[0], kept[0])
     images = jnp.ones((2, image_size, image_size, 3))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import ACTIVATIONS, Dense, Embedding, LayerNorm, RMSNorm, dropout
+from effscale.models import Dense
+from effscale.models.activations import ACTIVATIONS
+from effscale.models.layers import Embedding, LayerNorm, RMSNorm, dropout
 
 
 def tanh_gelu(root):

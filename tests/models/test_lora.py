@@ -5,16 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effscale.models import (
-    LoRA,
-    add_lora,
-    dense,
-    is_adapter,
-    matmul,
-    merge_lora,
-    unmerge_lora,
-    unroll,
-)
+from effscale.models import LoRA, add_lora, is_adapter, matmul, merge_lora, unmerge_lora, unroll
+from effscale.models.weights import dense
 from effscale.training.partition import named_leaves
 
 EVERY_MATRIX = r"kernel$|tokens\.embedding$"

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.models import Rotary, alibi_slopes, positions_of, rotary_angles, rotate
+from effscale.models import Rotary
+from effscale.models.context import positions_of
+from effscale.models.positions import alibi_slopes, rotary_angles, rotate
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

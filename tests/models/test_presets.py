@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from effscale.models import PRESETS, abstract, num_params, preset
+from effscale.models import PRESETS, abstract_model, num_params, preset
 
 # Exact numbers of the released checkpoints (without tied duplicates and buffers).
 RELEASED = {
@@ -74,7 +74,7 @@ def test_number_of_parameters(name):
 
 def test_the_largest_costs_no_memory_and_runs_abstractly():
     for name in ("gpt3-175b", "bloom", "llama3-70b", "vit-huge"):
-        model = abstract(preset(name))
+        model = abstract_model(preset(name))
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
         config = model.config
         if name.startswith("vit"):

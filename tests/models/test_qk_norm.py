@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effscale.models import llama, rotary_angles, rotate
+from effscale.models import llama
+from effscale.models.positions import rotary_angles, rotate
 from effscale.parallel import MeshConfig, shard
 
 run = jax.jit(lambda model, ids: model(ids))

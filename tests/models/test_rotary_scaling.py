@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling, rotary_angles
+from effscale.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling
+from effscale.models.positions import rotary_angles
 
 LLAMA = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)  # fmt: skip
 

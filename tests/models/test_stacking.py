@@ -12,7 +12,7 @@ import pytest
 from effscale.models import (
     Group,
     Transformer,
-    abstract,
+    abstract_model,
     add_lora,
     gpt2,
     map_weights,
@@ -58,7 +58,7 @@ def by_hand(model, layers):
     new = dataclasses.replace(
         model.config, groups=(Group(blocks=model.config.groups[0].blocks, repeat=len(layers)),)
     )
-    built = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract(new))
+    built = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_model(new))
     leaves, structure = jax.tree_util.tree_flatten_with_path(built)
     values = {
         jax.tree_util.keystr(path): leaf
@@ -120,8 +120,8 @@ def test_weights_of_any_kind_and_shapes_alone(tiny, tokens):
     mixed = replace_layers(model, [2], low)
     assert repeats(mixed) == repeats(merge_groups(mixed)) == [2, 1, 3]
     assert bool(jnp.isfinite(run(mixed, tokens(model.config, 2, 5))).all())
-    shapes = take_layers(split_groups(abstract(model.config), [3]), [0, 3, 5])
-    wanted = abstract(take_layers(split_groups(model, [3]), [0, 3, 5]).config)
+    shapes = take_layers(split_groups(abstract_model(model.config), [3]), [0, 3, 5])
+    wanted = abstract_model(take_layers(split_groups(model, [3]), [0, 3, 5]).config)
     assert jax.tree.structure(shapes) == jax.tree.structure(wanted)
     assert jax.tree.leaves(shapes) == jax.tree.leaves(wanted)
 
@@ -158,12 +158,12 @@ def test_one_layer_is_trained_alone(tiny):
         (lambda m: replace_layers(m, [1, 1], take_layers(m, [0, 1])), r"layers must be distinct, got"),
         (lambda m: replace_layers(m, [1], take_layers(m, [0, 1])), r"one entry for each of the 2 layers of source, got"),
         (
-            lambda m: replace_layers(m, [1], abstract(gpt2(num_layers=1, d_model=8, num_heads=1, vocab_size=9))),
+            lambda m: replace_layers(m, [1], abstract_model(gpt2(num_layers=1, d_model=8, num_heads=1, vocab_size=9))),
             r"source must have the model's d_model=24, got 8",
         ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(call, message, tiny):
-    model: Transformer = abstract(deep(tiny).config)
+    model: Transformer = abstract_model(deep(tiny).config)
     with pytest.raises(ValueError, match=message):
         call(model)

@@ -12,23 +12,21 @@ from jax.sharding import PartitionSpec as P
 
 from effscale.generation import SamplingConfig, generate
 from effscale.models import (
-    ACTIVATIONS,
     Affine,
     Dense,
-    Embedding,
     LoRA,
     Weight,
     add_lora,
-    dense,
     finish,
     map_weights,
     matmul,
     matmuls,
     merge_lora,
-    take,
-    transpose,
     unmerge_lora,
 )
+from effscale.models.activations import ACTIVATIONS
+from effscale.models.layers import Embedding
+from effscale.models.weights import dense, take, transpose
 from effscale.parallel import MeshConfig, shard, shardings
 from effscale.training import next_token_loss
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.models import AttentionConfig, bert, group_layers, llama
+from effscale.models import AttentionConfig, bert, llama
 from effscale.models.attention import in_blocks
 from effscale.models.context import build_context
+from effscale.models.grouping import group_layers
 from kernels_pallas.dispatch import Unsupported
 
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_ff": 24, "vocab_size": 31}

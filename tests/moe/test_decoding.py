@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from effscale.generation import SamplingConfig, decode
-from effscale.models import MLPConfig, Transformer, for_decoding, gpt2, unroll
+from effscale.models import MLPConfig, Transformer, gpt2, unroll
 from effscale.models.context import build_context
+from effscale.models.stacking import for_decoding
 from effscale.moe import MoEConfig, RouterConfig, with_experts
 from effscale.parallel import MeshConfig, shard
 from effscale.quant import quantize_model, w8a8

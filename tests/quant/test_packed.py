@@ -10,13 +10,14 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from effscale.models import Affine, Weight, add_lora, dense, matmul, matmuls, take, transpose
+from effscale.models import Affine, Weight, add_lora, matmul, matmuls
 from effscale.models.layers import Dense
+from effscale.models.weights import dense, take, transpose
 from effscale.parallel import MeshConfig, shard
 from effscale.quant import FakeQuantizedWeight, Format, PackedWeight, pack_weight, quantize
 from effscale.quant import packed as packed_module
 from effscale.quant.packing import pack, stored_bits, unpack
-from effscale.training import trainable_mask
+from effscale.training.partition import trainable_mask
 
 TOKENS = Format(granularity="token")
 WEIGHTS = [

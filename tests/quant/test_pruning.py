@@ -12,7 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from effscale.models import Dense, Embedding, Transformer, add_lora, gpt2, matmul, num_params
+from effscale.models import Dense, Transformer, add_lora, gpt2, matmul, num_params
+from effscale.models.layers import Embedding
 from effscale.parallel import MeshConfig, shard
 from effscale.quant import (
     BitSchedule,

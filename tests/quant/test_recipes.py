@@ -27,14 +27,8 @@ from effscale.quant import (
     w4a16,
     w8a8,
 )
-from effscale.training import (
-    Checkpoints,
-    combine,
-    create_train_state,
-    make_train_step,
-    next_token_loss,
-    partition,
-)
+from effscale.training import Checkpoints, create_train_state, make_train_step, next_token_loss
+from effscale.training.partition import combine, partition
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 16)), jnp.int32)
 CONFIG = gpt2(num_layers=4, d_model=32, num_heads=2, vocab_size=64, max_length=32)

@@ -10,7 +10,16 @@ import pytest
 from flax import nnx
 
 from effscale.interop import load_pretrained, save_pretrained
-from effscale.models import Transformer, abstract, add_lora, bert, bloom, empty_cache, gpt2, llama
+from effscale.models import (
+    Transformer,
+    abstract_model,
+    add_lora,
+    bert,
+    bloom,
+    empty_cache,
+    gpt2,
+    llama,
+)
 from effscale.quant import (
     Format,
     PruneRule,
@@ -65,7 +74,7 @@ def test_rows_and_heads_are_taken_out(small_bert):
     assert group.blocks[0].attention.width(16) == 4
     # It has the arrays of a model that is made from its config.
     shapes = lambda model: [(leaf.name, leaf.leaf.shape) for leaf in named_leaves(model)]
-    assert shapes(small) == shapes(abstract(small.config))
+    assert shapes(small) == shapes(abstract_model(small.config))
     np.testing.assert_allclose(run(small, IDS), run(pruned, IDS), atol=1e-5)
 
 

@@ -18,7 +18,8 @@ from effscale.run import Run
 from effscale.study import Arm, Curves, Finals, Point, Search, Study, Table, Tradeoff, interval
 from effscale.study.command import conduct, parse
 from effscale.study.folder import StudyPart
-from effscale.training import Evaluation, Loss, StoppedBySignal
+from effscale.training import Evaluation, Loss
+from effscale.training.errors import StoppedBySignal
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 BATCH = {"x": X, "y": X @ np.array([1, -2, 3, 0.5], np.float32)}

@@ -11,14 +11,8 @@ import pytest
 from rich.console import Console
 
 from effscale.atomic import DiskFullError
-from effscale.training import (
-    ConsoleWriter,
-    JsonlWriter,
-    MetricsWriter,
-    MultiWriter,
-    TensorBoardWriter,
-    read_jsonl,
-)
+from effscale.training import ConsoleWriter, JsonlWriter, MultiWriter, TensorBoardWriter, read_jsonl
+from effscale.training.metrics import MetricsWriter
 
 
 def test_lines_survive_and_a_half_written_one_does_not(tmp_path):

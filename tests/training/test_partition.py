@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from effscale.optim.lamb import stacked_dims
-from effscale.training import combine, decay_mask, named_leaves, partition, trainable_mask
+from effscale.training import decay_mask, named_leaves
+from effscale.training.partition import combine, partition, trainable_mask
 
 
 @jax.tree_util.register_dataclass

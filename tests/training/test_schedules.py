@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from effscale.training import AdamWConfig, ScheduleConfig, by_tokens, scale_by_token_schedule
+from effscale.training import AdamWConfig, ScheduleConfig, by_tokens
+from effscale.training.schedules import scale_by_token_schedule
 
 
 def reference(kind, t, peak=2.0, warmup=10, total=60, final=0.5):

@@ -15,15 +15,14 @@ from effscale.training import (
     Loss,
     ScheduleConfig,
     by_tokens,
-    count_tokens,
     create_train_state,
     ema_model,
     evaluate,
     make_eval_step,
     make_train_step,
     named_leaves,
-    split_batch,
 )
+from effscale.training.step import count_tokens, split_batch
 
 guarded_update = importlib.import_module("effscale.training.guarded_update")
 step_module = importlib.import_module("effscale.training.step")

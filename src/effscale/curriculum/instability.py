@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Shaped
 
-from effscale.training import MetricsWriter
+from effscale.training.metrics import MetricsWriter
 
 
 def loss_ratio(losses: Shaped[np.ndarray, " steps"]) -> Float[np.ndarray, " steps"]:

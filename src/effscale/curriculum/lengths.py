@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from effscale.options import Options, PositiveInt, check
-from effscale.training import Pacing, Stages, stages
+from effscale.training import Stages, stages
+from effscale.training.pacing import Pacing
 from effscale.training.rows import token_shape
 
 Mode = Literal["truncate", "reshape"]

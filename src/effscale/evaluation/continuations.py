@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from effscale.models import Transformer, matmul, transpose
+from effscale.models import Transformer, matmul
 from effscale.models.config import SaysWhetherCausal
+from effscale.models.weights import transpose
 
 BUCKET = 32
 """The unit of padding: rows are padded to 1, 2, 3, 4, 6, 8, 12, ... times this number of tokens (continuations: a

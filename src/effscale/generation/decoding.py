@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 from effscale.generation.config import SamplingConfig
 from effscale.generation.loop import Carry, Constants, Plan, advance, answered, begin, ready, stages
 from effscale.generation.processors import LogitsProcessor
-from effscale.models import Transformer, grow_cache
+from effscale.models import Transformer
+from effscale.models.cache import grow_cache
 
 
 @typing.no_type_check  # JAX also builds it from shapes and placeholders

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from effscale.generation.config import SamplingConfig
 from effscale.generation.processors import History, LogitsProcessor, may_forbid_all, process, warp
 from effscale.generation.sampling import choose
-from effscale.models import Transformer, empty_cache, for_decoding, matmul, transpose, unroll
+from effscale.models import Transformer, empty_cache, matmul, unroll
+from effscale.models.stacking import for_decoding
+from effscale.models.weights import transpose
 
 # Each size of the cache is compiled separately: at most STAGES sizes, each for at least this many tokens.
 STAGES = 4

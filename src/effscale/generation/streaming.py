@@ -19,7 +19,8 @@ from effscale.generation.config import SamplingConfig
 from effscale.generation.decoding import Generated, gathered, key_for
 from effscale.generation.loop import Carry, Constants, Plan, advance, begin, ready, stages
 from effscale.generation.processors import LogitsProcessor
-from effscale.models import Transformer, grow_cache
+from effscale.models import Transformer
+from effscale.models.cache import grow_cache
 from effscale.options import is_integer
 
 _advance = jax.jit(advance, static_argnames="plan", donate_argnames="carry")

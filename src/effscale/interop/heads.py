@@ -14,7 +14,8 @@ from jaxtyping import PRNGKeyArray
 from effscale.interop.plan import parameters
 from effscale.interop.source import Source
 from effscale.interop.table import Rule
-from effscale.models import ClassHead, Dense, HeadConfig, LMHead, TransformerConfig
+from effscale.models import ClassHead, Dense, LMHead, TransformerConfig
+from effscale.models.config import HeadConfig
 from effscale.parallel import shardings
 
 REWARDS = ("score", "classes", "value")

@@ -24,7 +24,8 @@ from effscale.interop.plan import Slot, form_changes, parameters, plan, their_sh
 from effscale.interop.source import Source, open_source
 from effscale.interop.table import sizes
 from effscale.interop.tensors import FolderError, StructuredTensor, TensorInfo
-from effscale.models import HeadConfig, Transformer, abstract, split_groups
+from effscale.models import Transformer, abstract_model, split_groups
+from effscale.models.config import HeadConfig
 from effscale.parallel import shardings
 
 LONG = 500_000_000
@@ -119,7 +120,7 @@ def fill(
     Groups of layers are split where a tensor's form changes from one layer to the next. Parameters for which there is no
     tensor have the ``initial`` values.
     """
-    model = abstract(source.config)
+    model = abstract_model(source.config)
     leaves = _to_fill(model, source)
     slots = plan(source.rules, source.config, leaves)
     check_tensors(source, slots, leaves)

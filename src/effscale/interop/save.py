@@ -18,7 +18,8 @@ from effscale.interop.files.writer import parse_size, write_tensors
 from effscale.interop.load import convert, float_type
 from effscale.interop.plan import Slot, parameters, plan, values_of
 from effscale.interop.table import sizes
-from effscale.models import LMHead, Transformer, dense
+from effscale.models import LMHead, Transformer
+from effscale.models.weights import dense
 from effscale.parallel.placement import gathered
 from effscale.paths import local_path
 

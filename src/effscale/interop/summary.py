@@ -11,7 +11,7 @@ from effscale.interop.load import check_tensors
 from effscale.interop.plan import parameters, plan
 from effscale.interop.source import Source, open_source
 from effscale.interop.tensors import FolderError
-from effscale.models import PatchInputs, TransformerConfig, abstract, num_params
+from effscale.models import PatchInputs, TransformerConfig, abstract_model, num_params
 from effscale.moe import MoEConfig
 
 
@@ -22,7 +22,7 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
         FolderError: It is not a model folder or GGUF file.
     """
     source = open_source(folder)
-    leaves = parameters(abstract(source.config))
+    leaves = parameters(abstract_model(source.config))
     problems = ""
     try:
         check_tensors(source, plan(source.rules, source.config, leaves), leaves)
@@ -56,7 +56,7 @@ def summarize(folder: str | os.PathLike[str]) -> dict[str, str]:
 def mapping(folder: str | os.PathLike[str]) -> list[tuple[str, str, str, str]]:
     """Return each tensor's name in the file, shape and dtype, the parameter in effscale, and the einops pattern of its layout."""
     source = open_source(folder)
-    slots = plan(source.rules, source.config, parameters(abstract(source.config)))
+    slots = plan(source.rules, source.config, parameters(abstract_model(source.config)))
     rows = []
     for slot in slots:
         info = source.tensors.infos.get(slot.name)

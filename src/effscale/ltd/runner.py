@@ -11,7 +11,8 @@ from jaxtyping import Array, PRNGKeyArray
 from effscale.ltd.layers import dropping_layers
 from effscale.ltd.sampling import sample_kept
 from effscale.ltd.tokens import put_tokens, take_context, take_tokens
-from effscale.models import BlockGroup, Context, TransformerConfig, run_group
+from effscale.models import Context, TransformerConfig, run_group
+from effscale.models.block import BlockGroup
 from effscale.models.transformer import RunGroup
 
 

@@ -14,8 +14,10 @@ from effscale.ltd.layers import dropping_layers
 from effscale.ltd.runner import token_dropping
 from effscale.models import PatchInputs, TransformerConfig
 from effscale.options import Options, check
-from effscale.training import Clock, LinearPacing, Loss, Pacing, Stages, count_tokens, stages
+from effscale.training import LinearPacing, Loss, Stages, stages
+from effscale.training.pacing import Clock, Pacing
 from effscale.training.rows import token_shape
+from effscale.training.step import count_tokens
 
 KEPT = "kept_tokens"
 

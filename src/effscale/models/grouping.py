@@ -18,7 +18,8 @@ def group_layers(layers: Sequence[BlockConfig]) -> tuple[Group, ...]:
 
     Example:
         >>> import dataclasses
-        >>> from effscale.models import group_layers, llama
+        >>> from effscale.models import llama
+        >>> from effscale.models.grouping import group_layers
         >>> (full,) = llama(num_layers=1, d_model=16, num_heads=2, d_ff=32).layers
         >>> local = dataclasses.replace(full, attention=dataclasses.replace(full.attention, window=4))
         >>> [(len(group.blocks), group.repeat) for group in group_layers([full, full, *[local, full] * 6])]

@@ -66,7 +66,7 @@ class VocabularyHead(nnx.Module):
         """Return the parts of the last affine map, for a loss that never holds all logits.
 
         Returns:
-            Its input, its weight of shape ``(vocab, width)`` (any weight; see ``effscale.models.dense``), and its bias
+            Its input, its weight of shape ``(vocab, width)`` (any weight; see ``effscale.models.weights.dense``), and its bias
             or None.
         """
         if self.transform is not None and self.norm is not None and self.activation is not None:

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from effscale.models.config import TransformerConfig
-from effscale.models.presets import abstract
+from effscale.models.presets import abstract_model
 from effscale.models.transformer import Transformer
 
 
@@ -38,7 +38,7 @@ def with_config(model: Transformer, config: TransformerConfig) -> Transformer:
         >>> lean.embed.tokens.embedding.get_value().dtype
         dtype('float32')
     """
-    graph, wanted = nnx.split(abstract(config))
+    graph, wanted = nnx.split(abstract_model(config))
     state = nnx.state(model)
     there, needed = _shapes(state), _shapes(wanted)
     if there != needed:

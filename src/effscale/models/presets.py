@@ -175,11 +175,11 @@ def preset(name: str) -> TransformerConfig:
     return PRESETS[name]()
 
 
-def abstract(config: TransformerConfig) -> Transformer:
+def abstract_model(config: TransformerConfig) -> Transformer:
     """Return the model with shapes in place of arrays, which needs no memory for any size."""
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
 
 def num_params(config: TransformerConfig) -> int:
     """Return the number of parameters of the model; a tied head counts once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))

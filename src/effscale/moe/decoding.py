@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from effscale.models import ACTIVATIONS
+from effscale.models.activations import ACTIVATIONS
 from effscale.models.mlp import MLP
 from effscale.moe.routing import Routing
 from kernels_pallas import dispatch, expert_matmul, top_k_gating

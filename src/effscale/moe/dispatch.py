@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effscale.models import dense, finish, map_weights
+from effscale.models import finish, map_weights
+from effscale.models.weights import dense
 from effscale.moe.routing import ExpertChoice, Routing
 from effscale.parallel.ragged import ragged_all_to_all
 from kernels_pallas import grouped_matmul

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from effscale.models import Context, Dense, FeedForwardConfig
+from effscale.models import Context, Dense
+from effscale.models.config import FeedForwardConfig
 from effscale.models.name_patterns import BY_NAME
 from effscale.models.reports import AUX_LOSS
 from effscale.moe.decoding import by_kernels, kernels_serve

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effscale.models import Transformer, TransformerConfig, group_layers, take_layers
+from effscale.models import Transformer, TransformerConfig, take_layers
+from effscale.models.grouping import group_layers
 from effscale.moe.layer import MoEConfig
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from effscale.models import Transformer, dense
-from effscale.training import Changes, Loss, StagedStep, Stages, add_reports, head_loss
-from effscale.training.objectives import counted_weights
+from effscale.models import Transformer
+from effscale.models.weights import dense
+from effscale.training import Loss, StagedStep, Stages, add_reports
+from effscale.training.objectives import counted_weights, head_loss
+from effscale.training.staged import Changes
 from kernels_pallas import kl_divergence
 
 ALONE = "without_teacher"

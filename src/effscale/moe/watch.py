@@ -4,8 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from effscale.training import MetricsWriter
-from effscale.training.metrics import Values, plain
+from effscale.training.metrics import MetricsWriter, Values, plain
 
 
 def effective_experts(load: Sequence[float]) -> float:

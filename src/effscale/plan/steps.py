@@ -9,14 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from effscale.ltd import RandomLTD, mslg
-from effscale.models import (
-    Transformer,
-    empty_cache,
-    for_decoding,
-    matmul,
-    transpose,
-    unroll,
-)
+from effscale.models import Transformer, empty_cache, matmul, unroll
+from effscale.models.stacking import for_decoding
+from effscale.models.weights import transpose
 from effscale.optim import Workers, onebit_adam, onebit_lamb, zero_one_adam
 from effscale.parallel import logical_spec, per_worker
 from effscale.parallel.lowering import lower_step, placed, placed_rows

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import jax
 from jaxtyping import Array, Float, Int
 
-from effscale.models import dense, finish, transpose
+from effscale.models import finish
 from effscale.models.activations import Activation
+from effscale.models.weights import dense, transpose
 from effscale.quant.bit_schedules import MOST_BITS, BitSchedule, fake_quantize_at
 from effscale.quant.formats import Format
 from effscale.quant.pruning.weight import PrunedWeight, first_step

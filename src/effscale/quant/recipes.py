@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effscale.models import LoRA, dense, map_weights, transpose
+from effscale.models import LoRA, map_weights
+from effscale.models.weights import dense, transpose
 from effscale.options import Bounds, Options
 from effscale.quant.bit_schedules import BitSchedule, check_schedule
 from effscale.quant.fake import FakeQuantizedWeight

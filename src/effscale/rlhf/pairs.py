@@ -22,7 +22,8 @@ from effscale.rlhf.preferences import (
     token_pairwise_loss,
 )
 from effscale.rlhf.scoring import at_last, head_outputs, response_log_probs
-from effscale.training import Loss, add_reports, head_loss
+from effscale.training import Loss, add_reports
+from effscale.training.objectives import head_loss
 
 
 def reward_model_loss(

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from effscale.models import Transformer, matmul, transpose
+from effscale.models import Transformer, matmul
+from effscale.models.weights import transpose
 from effscale.options import PositiveFloat, checked
 from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens
 

@@ -10,9 +10,10 @@ from typing import Any
 from effscale.options import Options, PositiveInt, check
 from effscale.parallel import on_first
 from effscale.paths import is_url
-from effscale.training import MirrorError, RunFolder, check_unused
+from effscale.training import MirrorError, RunFolder
 from effscale.training.errors import StoppedBySignal
 from effscale.training.mirror import OWNER
+from effscale.training.run_folder import check_unused
 from effscale.training.serialize import differences, to_json
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from effscale.models import RunGroup, Transformer, aux_loss, report_means, run_group
+from effscale.models import Transformer, aux_loss, run_group
+from effscale.models.reports import report_means
+from effscale.models.transformer import RunGroup
 from effscale.parallel import auto_batch_axes
 from effscale.training.loss import Loss
 from effscale.training.vocabulary import vocabulary_cross_entropy

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effscale.models import Weight, matmul, transpose
+from effscale.models import Weight, matmul
+from effscale.models.weights import transpose
 from kernels_pallas import cross_entropy
 from kernels_pallas.cross_entropy.chunked import chunk_size, split_tokens, token_losses
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from effscale.interop import compression_from_deepspeed
-from effscale.models import ClassHead, LMHead, Transformer, abstract, bert, gpt2
+from effscale.models import ClassHead, LMHead, Transformer, abstract_model, bert, gpt2
 from effscale.quant import (
     BitSchedule,
     FakeQuantizedWeight,
@@ -26,7 +26,7 @@ from effscale.quant import (
 CLASSES = (ClassHead(name="classes", num_classes=2, pool="pooled"),)
 SIZES = {"num_layers": 3, "d_model": 16, "num_heads": 4, "d_ff": 32, "vocab_size": 32}
 BERT = bert(**SIZES, max_length=8, pooler=True, heads=CLASSES)
-MODEL = abstract(BERT)
+MODEL = abstract_model(BERT)
 
 # ZeroQuant's W4/8: attention in 8 bits, feed-forward in 4, inputs of attention alone.
 ZEROQUANT = {
@@ -135,7 +135,7 @@ def test_falling_and_mixed_bits():
 
 def test_names_of_other_families_and_of_some_layers():
     """One fused matrix there is three here; layers by their number; the head of GPT-2 is its table."""
-    model = abstract(gpt2(**SIZES, max_length=8))
+    model = abstract_model(gpt2(**SIZES, max_length=8))
     assert isinstance(model.config.heads[0], LMHead)
     params = {"start_bits": 8, "target_bits": 8}
     config = training(
@@ -324,4 +324,4 @@ def test_what_is_refused(path, value, message, monkeypatch):
 def test_a_model_of_no_family_has_no_names():
     odd = dataclasses.replace(BERT, causal=True)
     with pytest.raises(ValueError, match="transformers has no family"):
-        compression_from_deepspeed(ZEROQUANT, abstract(odd))
+        compression_from_deepspeed(ZEROQUANT, abstract_model(odd))

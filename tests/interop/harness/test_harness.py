@@ -16,7 +16,8 @@ from effscale.interop.harness import HarnessModel
 from effscale.interop.harness.__main__ import main
 from effscale.interop.harness.codec import codec_of
 from effscale.interop.harness.requests import sampling_of
-from effscale.models import ClassHead, Transformer, abstract, gpt2, group_layers
+from effscale.models import ClassHead, Transformer, abstract_model, gpt2
+from effscale.models.grouping import group_layers
 from effscale.moe import MoEConfig
 from effscale.quant import quantize_model, w8a8
 from tests.interop.harness.harness_tasks import write_tasks
@@ -263,14 +264,14 @@ def test_errors_say_what_would_do(monkeypatch, tmp_path, capsys, model, tokenize
         HarnessModel(model, tokenizer, batch_size=0)
     score = ClassHead(name="score", num_classes=1, pool="last")
     with pytest.raises(ValueError, match=r"got heads \['score'\]"):
-        HarnessModel(abstract(dataclasses.replace(model.config, heads=(score,))), tokenizer)
+        HarnessModel(abstract_model(dataclasses.replace(model.config, heads=(score,))), tokenizer)
     block = dataclasses.replace(
         model.config.layers[0],
         feed_forward=MoEConfig(num_experts=2, expert=model.config.layers[0].feed_forward),
     )
     experts = dataclasses.replace(model.config, groups=group_layers([block]))
     with pytest.raises(ValueError, match=r"experts of layer 0 have eval_capacity_factor=1\.0"):
-        HarnessModel(abstract(experts), tokenizer)
+        HarnessModel(abstract_model(experts), tokenizer)
 
     lm = HarnessModel(model, tokenizer)
     with pytest.raises(ValueError, match="is empty"):

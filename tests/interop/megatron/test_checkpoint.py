@@ -12,7 +12,7 @@ import pytest
 
 from effscale.interop import FolderError, load_megatron_moe, save_megatron_moe
 from effscale.interop.describe import essence
-from effscale.models import MLPConfig, abstract, gpt2
+from effscale.models import MLPConfig, abstract_model, gpt2
 from effscale.moe import MoEConfig, RouterConfig, with_experts
 from tests.interop.files import bits_of, model_of_numbers
 
@@ -218,7 +218,7 @@ def test_a_model_that_was_made_here(tmp_path):
     ],
 )
 def test_what_megatron_does_not_have_is_refused(tmp_path, config, message):
-    model = abstract(config())
+    model = abstract_model(config())
     with pytest.raises(
         ValueError, match=f"Megatron-DeepSpeed does not support this model.*{message}"
     ):

@@ -20,12 +20,11 @@ from effscale.interop.peft.config import read_scaling, targets, write_scaling
 from effscale.models import (
     ClassHead,
     LoRA,
-    abstract,
+    abstract_model,
     add_lora,
     bert,
     bert_pretraining_heads,
     bloom,
-    dense,
     gpt2,
     gptj,
     llama,
@@ -36,6 +35,7 @@ from effscale.models import (
     unroll,
     vit,
 )
+from effscale.models.weights import dense
 from effscale.parallel import MeshConfig, shard
 
 SIZE = {"num_layers": 3, "d_model": 16, "num_heads": 4}
@@ -61,7 +61,7 @@ def random_leaves(tree, seed=0):
 def build(name):
     """A model of random numbers."""
     config = TINY[name] if isinstance(name, str) else name
-    return random_leaves(abstract(config))
+    return random_leaves(abstract_model(config))
 
 
 def adapted(model, where=r"(kernel|tokens\.embedding)$", rank=2, **options):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from effscale.interop import FolderError, load_adapter, save_adapter
 from effscale.interop.plan import parameters
-from effscale.models import ClassHead, abstract, add_lora, gpt2, llama, map_weights
+from effscale.models import ClassHead, abstract_model, add_lora, gpt2, llama, map_weights
 from effscale.parallel import MeshConfig, shard
 
 SIZE = {"num_layers": 3, "d_model": 16, "num_heads": 4, "vocab_size": 24}
@@ -26,7 +26,9 @@ def build(*heads, config=TINY, seed=0, where=r"query\.kernel"):
     """A model of random numbers, and with pairs, by default beside each query's kernel, all of it other numbers."""
     random = np.random.default_rng(seed)
     draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
-    base = jax.tree.map(draw, abstract(dataclasses.replace(config, heads=heads or config.heads)))
+    base = jax.tree.map(
+        draw, abstract_model(dataclasses.replace(config, heads=heads or config.heads))
+    )
     adapted = add_lora(base, rank=2, key=jax.random.key(seed), where=where)
     return base, jax.tree.map(lambda leaf: leaf + 0.1, adapted)
 

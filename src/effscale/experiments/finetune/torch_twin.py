@@ -13,7 +13,8 @@ import numpy as np
 
 from effscale.atomic import atomic_file
 from effscale.experiments.shared.classifier.batches import Batch, TrainingBatches
-from effscale.training import AdamWConfig, MetricsWriter
+from effscale.training import AdamWConfig
+from effscale.training.metrics import MetricsWriter
 from effscale.training.signals import StopSignal
 
 

@@ -44,7 +44,6 @@ from effscale.training import (
     Clip,
     RunFolder,
     ScheduleConfig,
-    count_tokens,
     create_train_state,
     ema_model,
     evaluate,
@@ -52,6 +51,7 @@ from effscale.training import (
     make_train_step,
     next_token_loss,
 )
+from effscale.training.step import count_tokens
 
 SCORE = ClassHead(num_classes=1, name="score", pool="last", bias=False)
 """The head of a reward model."""

@@ -14,7 +14,8 @@ from effscale.models import TransformerConfig
 from effscale.options import Bounds, Options, PositiveInt, check
 from effscale.run import Run
 from effscale.study import Results
-from effscale.training import AdamWConfig, Changes, Stages
+from effscale.training import AdamWConfig, Stages
+from effscale.training.staged import Changes
 
 ARMS = {"baseline": "baseline", "random_ltd": "random-LTD"}
 

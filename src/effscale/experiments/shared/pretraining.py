@@ -25,20 +25,20 @@ from effscale.parallel import batch_shard, shard_batch, shardings
 from effscale.training import (
     Checkpoints,
     Clip,
-    Compilation,
     ConsoleWriter,
     JsonlWriter,
     MultiWriter,
     StagedStep,
     TensorBoardWriter,
     TrainState,
-    count_tokens,
     create_train_state,
     evaluate,
     make_eval_step,
     make_train_step,
     next_token_loss,
 )
+from effscale.training.buckets import Compilation
+from effscale.training.step import count_tokens
 
 _EVAL_STEP = jax.jit(make_eval_step(next_token_loss))  # shared, because no technique changes it
 

@@ -14,10 +14,7 @@ from effscale.study.command import StoppedBySignal
 from effscale.training import (
     Checkpoints,
     ConsoleWriter,
-    CountsSteps,
-    FitResult,
     JsonlWriter,
-    MetricsWriter,
     MultiWriter,
     RunFolder,
     StagedStep,
@@ -25,7 +22,10 @@ from effscale.training import (
     fit,
     resume_or_start,
 )
+from effscale.training.loop import FitResult
+from effscale.training.metrics import MetricsWriter
 from effscale.training.serialize import write_json
+from effscale.training.state import CountsSteps
 
 S = TypeVar("S", bound=CountsSteps)
 

@@ -168,12 +168,12 @@ def compression_from_deepspeed(config: Block, model: Transformer) -> DeepSpeedCo
             unsupported.
 
     Example:
-        >>> from effscale.models import abstract, bert
+        >>> from effscale.models import abstract_model, bert
         >>> config = bert(num_layers=2, d_model=16, num_heads=2, d_ff=32, vocab_size=64, max_length=16)
         >>> found = compression_from_deepspeed({"compression_training": {"row_pruning": {
         ...     "shared_parameters": {"enabled": True},
         ...     "different_groups": {"rp1": {"params": {"dense_ratio": 0.5}, "modules": ["intermediate.dense"],
-        ...         "related_modules": [["layer.\\w+.output.dense"]]}}}}}, abstract(config))
+        ...         "related_modules": [["layer.\\w+.output.dense"]]}}}}}, abstract_model(config))
         >>> found.pruning[0].pruning.offset, found.pruning[0].where, found.shrink
         (1000, '^(layers\\.\\d+\\.feed_forward\\.up\\.kernel)$', True)
 

@@ -22,7 +22,8 @@ from effscale.interop.deepspeed.settings import (
     read,
 )
 from effscale.options import did_you_mean
-from effscale.training import CustomPacing, DiscretePacing, LinearPacing, Pacing, RootPacing
+from effscale.training import CustomPacing, DiscretePacing, LinearPacing, RootPacing
+from effscale.training.pacing import Pacing
 
 Functions = Mapping[str, Callable[[int], int]]
 

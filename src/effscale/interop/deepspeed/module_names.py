@@ -20,9 +20,9 @@ def module_names(model: Transformer) -> Names:
         ValueError: The model belongs to no family that transformers has.
 
     Example:
-        >>> from effscale.models import abstract, bert
+        >>> from effscale.models import abstract_model, bert
         >>> config = bert(num_layers=2, d_model=16, num_heads=2, d_ff=32, vocab_size=64, max_length=16)
-        >>> module_names(abstract(config))["layers.1.feed_forward.up.kernel"]
+        >>> module_names(abstract_model(config))["layers.1.feed_forward.up.kernel"]
         ('encoder.layer.1.intermediate.dense',)
     """
     family, _ = describe(model.config)

@@ -22,7 +22,8 @@ from effscale.interop.families.fields import (
 from effscale.interop.foreign import Fields, shown
 from effscale.interop.table import Rule, embedding, linear, norm, projections, rows
 from effscale.interop.tensors import FolderError, TensorInfo
-from effscale.models import ClassHead, HeadConfig, LMHead, NormConfig, bert, vit
+from effscale.models import ClassHead, LMHead, NormConfig, bert, vit
+from effscale.models.config import HeadConfig
 
 # Names of heads, and the class in transformers that has exactly these.
 ARCHITECTURES = {

@@ -10,7 +10,8 @@ from effscale.interop.foreign import Fields, reading, shown
 from effscale.interop.plan import Slot
 from effscale.interop.table import Rule
 from effscale.interop.tensors import FolderError, MixedTensors, TensorInfo
-from effscale.models import ClassHead, HeadConfig, LMHead, MLPConfig, TransformerConfig
+from effscale.models import ClassHead, LMHead, MLPConfig, TransformerConfig
+from effscale.models.config import HeadConfig
 
 Heads = tuple[HeadConfig, ...]
 

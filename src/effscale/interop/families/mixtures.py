@@ -17,7 +17,8 @@ from effscale.interop.families.fields import Field, Json, found, our_activation,
 from effscale.interop.families.llama import relative
 from effscale.interop.table import Rule, matrix, rows
 from effscale.interop.tensors import FolderError, MixedTensors, TensorInfo
-from effscale.models import MLPConfig, TransformerConfig, group_layers, llama
+from effscale.models import MLPConfig, TransformerConfig, llama
+from effscale.models.grouping import group_layers
 from effscale.moe.layer import MoEConfig
 from effscale.moe.router import RouterConfig
 from effscale.parallel import Exchange

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effscale.models import ACTIVATIONS, Alibi, MLPConfig, Transformer, split_groups
+from effscale.models import Alibi, MLPConfig, Transformer, split_groups
+from effscale.models.activations import ACTIVATIONS
 from effscale.models.config import BlockConfig, Group
 from effscale.quant.fake import FakeQuantizedWeight
 from effscale.quant.packed import check_packable

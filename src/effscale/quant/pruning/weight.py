@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from effscale.models import dense, finish
+from effscale.models import finish
 from effscale.models.activations import Activation
+from effscale.models.weights import dense
 from effscale.quant.pruning.masks import (
     Pruning,
     highest,

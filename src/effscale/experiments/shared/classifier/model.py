@@ -11,15 +11,8 @@ from flax import nnx
 
 from effscale.models import ClassHead, PatchInputs, Transformer, TransformerConfig
 from effscale.models.transformer import RunGroup, run_group
-from effscale.training import (
-    AdamWConfig,
-    Clip,
-    Loss,
-    Schedule,
-    TrainState,
-    add_reports,
-    make_train_step,
-)
+from effscale.training import AdamWConfig, Clip, Loss, TrainState, add_reports, make_train_step
+from effscale.training.schedules import Schedule
 
 
 def classifier_config(config: TransformerConfig, num_classes: int) -> TransformerConfig:
